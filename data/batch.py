@@ -1,0 +1,53 @@
+"""What travels from the loader to a task: a dictionary of tensors, and what it always holds.
+
+    sample_id  [B] int64     the row in the collection
+    key        [B] int64     the sample's random key: noise is generated from it where it is used
+    weight     [B] float32   its weight in the loss; 0 for an unreadable image (blank) and for padding
+
+Shapes may differ from batch to batch. A field of ragged length, such as tag ids, travels as `<name>` [N] (all values in
+a row) and `<name>_offsets` [B + 1].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+ALWAYS = ("sample_id", "key", "weight")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A field whose length differs from sample to sample: values [n]."""
+
+    values: Tensor
+
+
+Sample = dict[str, Tensor | Ragged]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Join samples of one shape to a batch."""
+    batch: Batch = {}
+    for name, first in samples[0].items():
+        column = [sample[name] for sample in samples]
+        if isinstance(first, Ragged):
+            lengths = torch.tensor([0, *(len(item.values) for item in column)])
+            batch[name] = torch.cat([item.values for item in column])
+            batch[f"{name}_offsets"] = lengths.cumsum(0)
+        else:
+            batch[name] = torch.stack(column)
+    return batch
+
+
+def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
+    """Return [B, width] float32 with ones where a sample's ragged ids point; runs on the ids' device, without a sync."""
+    rows = torch.bucketize(torch.arange(len(values), device=values.device), offsets[1:], right=True)
+    targets = torch.zeros(len(offsets) - 1, width, device=values.device)
+    return targets.index_put_((rows, values), torch.ones((), device=values.device))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch; from pinned memory without waiting for the copy."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,71 @@
+"""The shape of `data` and `augment`. Values and defaults stand in conf/data/ and conf/augment/."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from utils.schema import Strict
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class SamplingConfig(Strict):
+    """How the endless stream picks samples: every one once per epoch, or every class equally often."""
+
+    name: Literal["shuffled", "balanced"]
+
+
+class _Data(Strict):
+    """What every collection has. `validation_fraction` is used only where the collection has no validation split."""
+
+    root: str
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    allow_missing_classes: bool
+    max_pixels: PositiveInt
+    sampling: SamplingConfig
+
+
+class ImageFolderConfig(_Data):
+    """A user's collection, read as it is: class folders, flat folders, sidecars, or a manifest."""
+
+    name: Literal["image_folder"]
+
+
+class GlyphsConfig(_Data):
+    """The embedded collection; drawn into `root` when it is missing."""
+
+    name: Literal["glyphs"]
+
+
+DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
+
+
+class AugmentConfig(Strict):
+    """From a decoded image to the network's input.
+
+    Training: a random crop of `crop_scale` of the area and `crop_ratio` width / height, resized, and mirrored with
+    probability `horizontal_flip`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
+    `mean` and `std` (of values in [0, 1], one per channel) are applied on the device.
+    """
+
+    image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+    crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+    horizontal_flip: Fraction
+    interpolation: Literal["bilinear", "bicubic"]
+    eval_crop: Annotated[float, Field(gt=0, le=1)]
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> "AugmentConfig":
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"augment.{name}: {low:g} to {high:g} does not rise; give the smaller number first")
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"augment.std: {len(self.std)} numbers beside {len(self.mean)} in augment.mean; give one per channel"
+            )
+        return self

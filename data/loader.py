@@ -1,0 +1,178 @@
+"""Readers and loaders: from draws to batches on the device.
+
+A worker reads an image, augments it with the sample's key, and adds the fields that the task asked for. An image that
+cannot be read is blank, weighs 0, and is reported by path; it never ends a run.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.batch import Batch, Ragged, Sample, collate, to_device
+from data.collection import Collection, Row
+from data.decode import UnreadableImage, read_image
+from data.stream import Draw, EvaluationBatches, RankBatches
+from data.transforms import Transform
+from utils import distributed, rng
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+# What a task adds to a sample, drawn from the sample's own generator: labels, tag ids, a mask, a timestep.
+Fields = Callable[[int, Row, torch.Generator], dict[str, Tensor | Ragged]]
+Loaded = tuple[Batch, list[tuple[str, str]]]
+_FIELDS_VIEW = 1
+
+
+class ImageReader(Dataset):
+    """Read the sample that a draw names. Picklable; workers open the collection themselves."""
+
+    def __init__(
+        self, collection: Collection, transform: Transform, fields: Fields, *, channels: int, max_pixels: int
+    ) -> None:
+        self.collection, self.transform, self.fields = collection, transform, fields
+        self.channels, self.max_pixels = channels, max_pixels
+
+    def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
+        """Return the sample, and (path, reason) where its image could not be read."""
+        row = self.collection.row(draw.index)
+        problem = None
+        try:
+            pixels = read_image(self.collection.absolute_path(draw.index), self.channels, self.max_pixels)
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+        except UnreadableImage as error:
+            problem = (row.path, error.reason)
+            image = torch.zeros(self.channels, 64, 64, dtype=torch.uint8)
+        with rng.seeded(draw.key):
+            image = self.transform(image, draw)
+        padding = draw.position < 0
+        sample: Sample = {
+            "sample_id": torch.tensor(draw.index),
+            "key": torch.tensor(draw.key),
+            "weight": torch.tensor(0.0 if problem or padding else row.weight),
+            "images": image.contiguous(),
+        }
+        generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_VIEW))
+        return sample | self.fields(draw.index, row, generator), problem
+
+
+def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
+    return collate([sample for sample, _ in loaded]), [problem for _, problem in loaded if problem is not None]
+
+
+class UnreadableLog:
+    """Count unreadable images, warn of each path once, and list them in the run folder's unreadable.jsonl."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._seen: set[str] = set()
+        if file is not None and file.exists():
+            self._seen = {json.loads(line)["path"] for line in file.read_text(encoding="utf-8").splitlines()}
+
+    @property
+    def count(self) -> int:
+        """Return how many paths were unreadable on this rank, earlier starts of the run included."""
+        return len(self._seen)
+
+    def add(self, problems: list[tuple[str, str]]) -> None:
+        """Take what a batch reports."""
+        for path, reason in problems:
+            if path in self._seen:
+                continue
+            self._seen.add(path)
+            log.warning("unreadable image %s: %s; it weighs 0", path, reason)
+            if self._file is not None:
+                with open(self._file, "a", encoding="utf-8") as stream:  # one write: ranks share the file
+                    stream.write(json.dumps({"path": path, "reason": reason}) + "\n")
+
+
+def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, device: torch.device) -> DataLoader:
+    return DataLoader(
+        reader,
+        batch_sampler=batches,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers > 0 else None,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=False,
+    )
+
+
+class TrainLoader:
+    """The endless stream as steps: each a list of this rank's micro-batches on the device."""
+
+    def __init__(
+        self,
+        reader: Dataset,
+        sampler: Any,
+        *,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        prefetch_batches: int,
+        unreadable: UnreadableLog,
+    ) -> None:
+        self.reader, self.sampler, self.seed = reader, sampler, seed
+        self.device, self.workers, self.prefetch_batches = device, workers, prefetch_batches
+        self.unreadable = unreadable
+
+    def steps(self, start_step: int, plan: Any) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of step after step, from `start_step` on.
+
+        `plan` gives global_batch_size, micro_batch_size and accum_steps (engine/plan.py).
+        """
+        batches = RankBatches(
+            self.sampler,
+            seed=self.seed,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            rank=distributed.rank(),
+            world_size=plan.world_size,
+            start_step=start_step,
+        )
+        loader = _data_loader(
+            self.reader, batches, workers=self.workers, prefetch=self.prefetch_batches, device=self.device
+        )
+        step: list[Batch] = []
+        for batch, problems in loader:
+            self.unreadable.add(problems)
+            step.append(to_device(batch, self.device))
+            if len(step) == plan.accum_steps:
+                yield step
+                step = []
+
+
+class EvaluationLoader:
+    """Some rows, each exactly once over all ranks; iterate it as often as needed."""
+
+    def __init__(
+        self,
+        reader: Dataset,
+        rows: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+        unreadable: UnreadableLog,
+    ) -> None:
+        self.batches = EvaluationBatches(
+            rows, seed=seed, batch_size=batch_size, rank=distributed.rank(), world_size=distributed.world_size()
+        )
+        self.reader, self.device, self.workers, self.unreadable = reader, device, workers, unreadable
+
+    def __len__(self) -> int:
+        """Return the number of batches, equal on all ranks."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches on the device."""
+        loader = _data_loader(self.reader, self.batches, workers=self.workers, prefetch=2, device=self.device)
+        for batch, problems in loader:
+            self.unreadable.add(problems)
+            yield to_device(batch, self.device)

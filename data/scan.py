@@ -1,0 +1,313 @@
+"""Reading a folder of images as it is, into one Arrow table: what a collection without a manifest goes through.
+
+Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
+and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it: `x.txt` or `x.jpg.txt` (comma
+separated tags; the raw text is the caption) and `x.json` or `x.jpg.json` (a booru's record). Names that begin with a
+dot are passed over, links are followed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from utils.errors import UserError
+
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # POSIX, relative to the root
+        ("size", pa.int64()),  # bytes
+        ("sha256", pa.string()),  # null unless prepare.py filled it in
+        ("split", pa.string()),
+        ("label", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("rating", pa.string()),
+        ("caption", pa.string()),
+        ("weight", pa.float32()),
+    ]
+)
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+SPLITS = ("train", "val")
+# A test split is validation data here: nothing in this house trains on it, and nothing else needs a third kind.
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+
+
+class Sidecar(NamedTuple):
+    """What the files beside an image say of it."""
+
+    tags: tuple[str, ...] = ()
+    rating: str | None = None
+    caption: str | None = None
+
+
+class _Image(NamedTuple):
+    path: str
+    size: int
+    sidecar: Sidecar
+
+
+def check_root(root: str) -> Path:
+    """Return the collection's folder. Raises UserError (`data.root`) where there is none that can be read."""
+    folder = Path(root).expanduser()
+    advice = "set data.root to the folder that holds the images"
+    if not root or not folder.exists():
+        raise UserError(f"data.root: {root!r} does not exist (looked from {Path.cwd()}); {advice}")
+    if not folder.is_dir():
+        raise UserError(f"data.root: {root!r} is a file, not a folder; {advice}")
+    return folder
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder. Raises UserError (`data.root`) where this user may not."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except PermissionError as error:
+        raise UserError(
+            f"data.root: {str(folder)!r} cannot be read ({error.strerror}); give this user the right to list it"
+        ) from error
+
+
+def scan_folder(root: Path) -> pa.Table:
+    """Read every image and sidecar below a folder into a table of SCHEMA, sorted by path.
+
+    Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
+    dangling or circular link; a name that is no UTF-8; a sidecar that cannot be read.
+    """
+    images, others = [], []
+    for folder, entries, names in _walk(root):
+        suffixed = [entry for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+        images += [_read_image_entry(root, folder, entry, names) for entry in suffixed]
+        others += names.difference(entry.name for entry in suffixed)
+    if not images:
+        seen = f"{len(others)} other files (such as {min(others)!r})" if others else "no file at all"
+        raise UserError(
+            f"data.root: {str(root)!r} holds no image, but {seen}; allowed are {' '.join(IMAGE_SUFFIXES)}, or a "
+            "manifest.parquet or manifest.jsonl that names the images"
+        )
+    places = _place_images(root, [image.path for image in images])
+    columns = {
+        "path": [image.path for image in images],
+        "size": [image.size for image in images],
+        "split": [split for split, _ in places],
+        "label": [label for _, label in places],
+        "tags": [image.sidecar.tags for image in images],
+        "rating": [image.sidecar.rating for image in images],
+        "caption": [image.sidecar.caption for image in images],
+    }
+    return build_table(columns)
+
+
+def build_table(columns: dict[str, list[Any]]) -> pa.Table:
+    """Build a table of SCHEMA, sorted by path, from its columns; one that is absent is null, a weight 1."""
+    count = len(columns["path"])
+    defaults = {"weight": [1.0] * count, "tags": [()] * count}
+    arrays = [
+        pa.array(columns.get(field.name, defaults.get(field.name, [None] * count)), field.type) for field in SCHEMA
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA).sort_by("path")
+
+
+def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
+    """Move a share of the rows to "val", where no row is there yet, by a hash of each path.
+
+    Which rows go does not depend on the others, so adding files moves none.
+    Raises UserError (`data.validation_fraction`) unless 0 <= fraction < 1.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"data.validation_fraction: {fraction} is not allowed; set a number from 0 to below 1")
+    if fraction == 0 or "val" in table["split"].unique().to_pylist():
+        return table
+    limit = int(fraction * 2**64)
+    paths = table["path"].to_pylist()
+    chosen = [int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") < limit for path in paths]
+    split = pa.array(np.where(chosen, "val", "train"), pa.string())
+    return table.set_column(table.column_names.index("split"), "split", split)
+
+
+def hash_table(table: pa.Table) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of every column, the same however the table is cut into chunks."""
+    digest = hashlib.sha256()
+    for field in SCHEMA:
+        digest.update(f"{field.name} {field.type} {table.num_rows}\n".encode())
+        _hash_column(digest.update, table[field.name])
+    return digest.hexdigest()[:16]
+
+
+def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> None:
+    """Feed a column's nulls, lengths and values, each in one run over all chunks, to a hash."""
+    update(pc.is_null(column).to_numpy().tobytes())
+    column = column.drop_null()
+    if pa.types.is_list(column.type):
+        update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
+        _hash_column(update, pc.list_flatten(column))
+    elif pa.types.is_string(column.type):
+        update(pc.binary_length(column).to_numpy().astype("<i8").tobytes())
+        for chunk in column.chunks:
+            _, offsets, data = chunk.buffers()
+            ends = np.frombuffer(offsets, np.int32)[[chunk.offset, chunk.offset + len(chunk)]] if len(chunk) else (0, 0)
+            update(memoryview(data)[ends[0] : ends[1]] if data is not None else b"")
+    else:
+        update(column.to_numpy().tobytes())
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
+    """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names."""
+    stack = [("", (os.path.realpath(root),))]
+    while stack:
+        folder, chain = stack.pop()
+        files = []
+        for entry in list_folder(root / folder):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                stack.append((f"{folder}{entry.name}/", _extend_chain(entry, chain)))
+            else:
+                files.append(entry)
+        yield folder, files, {entry.name for entry in files}
+
+
+def _extend_chain(entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str, ...]:
+    """Add a folder's real path to those it lies in. Raises UserError where a link leads back to one of them."""
+    if not entry.is_symlink():
+        return (*chain, os.path.join(chain[-1], entry.name))
+    target = os.path.realpath(entry.path)
+    if target in chain:
+        raise UserError(f"data.root: {entry.path!r} is a link back to {target!r}, a circle; remove the link")
+    return (*chain, target)
+
+
+def _read_image_entry(root: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
+    """Take an image's path, size and sidecars. Raises UserError for a dangling link and for a name that is no UTF-8."""
+    path = folder + entry.name
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"data.root: the file name {path!r} is not UTF-8; rename the file (convmv does many)") from error
+    try:
+        status = entry.stat()
+    except FileNotFoundError as error:
+        raise UserError(f"data.root: {entry.path!r} is a link to nothing; remove it, or restore its target") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"data.root: {entry.path!r} is neither a file nor a folder; remove it")
+    return _Image(path, status.st_size, read_sidecars(root / folder, entry.name, names))
+
+
+def _place_images(root: Path, paths: list[str]) -> list[tuple[str, str | None]]:
+    """Return the split and the label (None in a flat folder) of each path.
+
+    Raises UserError where some images lie in split or class folders and others do not: what they are is a guess.
+    """
+    heads = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
+    in_split = [head.lower() in SPLIT_NAMES for head in heads]
+    _refuse_mixture(root, paths, in_split, "lies in a split folder", "move every image below train/ and val/")
+    rests = [path.split("/", 1)[1] for path in paths] if in_split[0] else paths
+    in_class = ["/" in rest for rest in rests]
+    advice = "move every image into a class folder, or none"
+    _refuse_mixture(root, paths, in_class, "lies in a class folder", advice)
+    splits = [SPLIT_NAMES[head.lower()] if in_split[0] else "train" for head in heads]
+    labels = [rest.split("/", 1)[0] if in_class[0] else None for rest in rests]
+    return list(zip(splits, labels))
+
+
+def _refuse_mixture(root: Path, paths: list[str], marks: list[bool], what: str, advice: str) -> None:
+    """Raise UserError with one image of each kind where not all marks are the same."""
+    if any(marks) and not all(marks):
+        yes, no = paths[marks.index(True)], paths[marks.index(False)]
+        raise UserError(
+            f"data.root: {str(root)!r} mixes layouts: {yes!r} {what}, {no!r} does not; {advice}, "
+            "or name images, splits and labels in a manifest.jsonl"
+        )
+
+
+def read_sidecars(folder: Path, name: str, names: set[str]) -> Sidecar:
+    """Read what stands beside the image `name` in a folder whose file names are `names`.
+
+    The JSON file decides what it states, the text file fills in the rest; `x.jpg.txt` comes before `x.txt`.
+    Raises UserError (`data.root`) naming the sidecar where it cannot be read.
+    """
+    stem = os.path.splitext(name)[0]
+    texts = [folder / file for file in (f"{name}.txt", f"{stem}.txt") if file in names]
+    records = [folder / file for file in (f"{name}.json", f"{stem}.json") if file in names]
+    caption = _read_text(texts[0]).strip() or None if texts else None
+    tags = _unique_tags(re.split(r"[,\n]", caption)) if caption else ()
+    if not records:
+        return Sidecar(tags, None, caption)
+    record = _read_record(records[0])
+    stated = _tags_of_record(records[0], record)
+    return Sidecar(
+        tags if stated is None else stated,
+        _text_of_record(records[0], record, "rating"),
+        _text_of_record(records[0], record, "caption") or caption,
+    )
+
+
+def _read_text(file: Path) -> str:
+    """Read a sidecar as UTF-8, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.root: the sidecar {str(file)!r} is not UTF-8 ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"data.root: the sidecar {str(file)!r} cannot be read ({error.strerror})") from error
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """Read a JSON sidecar, which must be one object."""
+    try:
+        record = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"data.root: the sidecar {str(file)!r} is broken JSON ({error}); mend or remove it") from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"data.root: the sidecar {str(file)!r} holds a JSON {type(record).__name__}; an object with tags, rating "
+            "or caption is allowed"
+        )
+    return record
+
+
+def _text_of_record(file: Path, record: dict[str, Any], key: str) -> str | None:
+    """Return a text of a record, None where it is absent, null or blank."""
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"data.root: {key!r} in the sidecar {str(file)!r} is {value!r}; write a text, or leave it out")
+    return (value or "").strip() or None
+
+
+def _tags_of_record(file: Path, record: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return a record's tags, None where it states none: from `tags`, else `tag_string`, else `tag_string_*`."""
+    key = next((key for key in ("tags", "tag_string") if record.get(key) is not None), None)
+    found = [record[key]] if key else [value for name, value in record.items() if name.startswith("tag_string_")]
+    if not found:
+        return None
+    tags = []
+    for value in found:
+        # e621 groups its tags by kind: {"general": [...], "species": [...]}
+        parts = list(value.values()) if isinstance(value, dict) else [value]
+        for part in parts:
+            # Boorus separate with spaces and allow no comma in a tag; people who write JSON by hand use commas.
+            words = re.split(r"[,\n]" if "," in part else r"\s", part) if isinstance(part, str) else part
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise UserError(
+                    f"data.root: the tags in the sidecar {str(file)!r} are {value!r}; write a list of texts, or one "
+                    "text with spaces between the tags"
+                )
+            tags += words
+    return _unique_tags(tags)
+
+
+def _unique_tags(tags: list[str]) -> tuple[str, ...]:
+    """Strip tags and drop blank and repeated ones, keeping the order. Interned: a collection repeats them by millions."""
+    return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))

@@ -1,0 +1,62 @@
+"""From a decoded image to the uint8 tensor that a batch holds; the draws come from the sample's key.
+
+The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
+Normalisation happens on the device (`Normalise` in models/layers.py): a batch carries bytes, a quarter of floats.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from data.config import AugmentConfig
+from data.stream import Draw
+
+
+class Transform(Protocol):
+    """From uint8 [C, H, W] of any size to uint8 [C, h, w] of the size that the draw's group has."""
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the transformed image."""
+        ...
+
+
+class TrainTransform:
+    """Random resized crop and mirror, as `augment` says."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        steps: list[torch.nn.Module] = [
+            v2.RandomResizedCrop(
+                tuple(config.image_size_hw),
+                scale=tuple(config.crop_scale),
+                ratio=tuple(config.crop_ratio),
+                interpolation=InterpolationMode(config.interpolation),
+                antialias=True,
+            )
+        ]
+        if config.horizontal_flip > 0:
+            steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        self._steps = v2.Compose(steps)
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the augmented image."""
+        return self._steps(image)
+
+
+class EvalTransform:
+    """The shorter side to image size / eval_crop, then the centre."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        height, width = config.image_size_hw
+        self._size_hw = (height, width)
+        self._resized_hw = (round(height / config.eval_crop), round(width / config.eval_crop))
+        self._interpolation = InterpolationMode(config.interpolation)
+
+    def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the resized centre."""
+        height, width = image.shape[-2:]
+        factor = max(self._resized_hw[0] / height, self._resized_hw[1] / width)
+        size = [max(self._size_hw[0], round(height * factor)), max(self._size_hw[1], round(width * factor))]
+        image = v2.functional.resize(image, size, interpolation=self._interpolation, antialias=True)
+        return v2.functional.center_crop(image, list(self._size_hw))

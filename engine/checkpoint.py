@@ -1,0 +1,231 @@
+"""Checkpoints that are whole or absent, and that resume on any number of ranks.
+
+    checkpoints/
+        step_00001200/
+            task.safetensors        the task's state by name
+            optimizer.safetensors   `<parameter name>/<state name>`
+            ema.safetensors         where an average is kept
+            state.json              step, config, fingerprints, best metric, meters, checksums of the files above
+            state.sha256            checksum of state.json
+        .step_00001300.tmp-<pid>/   being written; removed when found later
+
+Written by rank 0 under a temporary name, flushed, renamed. Nothing is pickled. There is no random state to keep: all
+randomness is a function of (seed, step, position) (utils/rng.py).
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils import distributed
+from utils.errors import UserError
+from utils.files import fsync_path, read_json, sha256_file, sha256_text
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's content: tensors by file and name, and the JSON state."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates done when it was made."""
+        return self.state["step"]
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory with another."""
+    plain, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if pointer in seen or tensor.nbytes != tensor.untyped_storage().nbytes() else tensor
+        seen.add(pointer)
+    return plain
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file and flush it to the disk."""
+    save_file(_plain(tensors), path, metadata=dict(metadata or {}))
+    fsync_path(path)
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `folder/step_XXXXXXXX` and return it; called on rank 0. Raises OSError where the disk does not take it."""
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        checksums = {}
+        for name, group in tensors.items():
+            file = temporary / f"{name}.safetensors"
+            write_tensors(file, group)
+            checksums[file.name] = sha256_file(file)
+        text = json.dumps({"format": FORMAT, "step": step, **state, "checksums": checksums}, indent=1)
+        for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
+            (temporary / name).write_text(content, encoding="utf-8")
+            fsync_path(temporary / name)
+        fsync_path(temporary)
+        if final.exists():  # made by the run before a kill; the same step has the same content
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+    fsync_path(folder)
+    return final
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, None where all agree with their checksums."""
+    try:
+        text = (path / "state.json").read_text(encoding="utf-8")
+        if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
+            return "state.json does not agree with its checksum"
+        state = json.loads(text)
+        if state["format"] != FORMAT:
+            return f"state.json has format {state['format']}, this version reads {FORMAT}"
+        for name, checksum in state["checksums"].items():
+            if sha256_file(path / name) != checksum:
+                return f"{name} does not agree with its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, None where there is none at all.
+
+    A damaged one is named in a warning and the one before it taken; all damaged is an error, never a start from zero.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
+    if found:
+        raise UserError(
+            f"resume: all {len(found)} checkpoints in {folder} are damaged, see the warnings above; mend or remove them, "
+            "or start afresh in another folder with run_dir=..."
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that `find_checkpoint` returned, or one that the user named."""
+    if not path.is_dir():
+        raise UserError(f"resume: {path} is no checkpoint folder; name one like RUN/checkpoints/step_00001200")
+    problem = damage(path)
+    if problem is not None:
+        raise UserError(f"resume: {path} is damaged: {problem}; name another one or set resume=auto")
+    state = read_json(path / "state.json")
+    tensors = {Path(name).stem: load_file(path / name) for name in state["checksums"]}
+    return Checkpoint(tensors, state)
+
+
+def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
+    """Keep the newest checkpoints and the best one; remove the rest and what a kill left half-written."""
+    for path in folder.glob(".step_*.tmp-*"):
+        if not path.name.endswith(f"-{os.getpid()}"):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in list_checkpoints(folder)[:-keep]:
+        if _NAME.fullmatch(path.name).group(1) != f"{best_step or 0:08d}":
+            # First out of sight, so that a kill halfway leaves no damaged checkpoint.
+            hidden = folder / f".{path.name}.tmp-{os.getpid()}"
+            os.rename(path, hidden)
+            shutil.rmtree(hidden)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimiser's state by parameter name: tensors, and what is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
+    return tensors, others
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
+    """Give the optimiser a saved state. Raises UserError where it belongs to other parameters."""
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    index = {name: position for position, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in [*tensors.items(), *others.items()]:
+        name, _, key = full.rpartition("/")
+        if name not in index:
+            raise UserError(f"resume: the checkpoint's optimiser knows {name!r}, which this model does not have")
+        state.setdefault(index[name], {})[key] = value
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a weight file: tensors, and the metadata that Atelier wrote (`{}` for a foreign safetensors file).
+
+    Foreign `.pt` and `.pth` files are read without unpickling code. Raises UserError with the file's name.
+    """
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UserError(f"init_from: {path} does not exist; name a run folder or a weight file")
+    try:
+        if path.suffix in (".pt", ".pth", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("model", "state_dict"):
+                content = content.get(key, content) if isinstance(content, dict) else content
+            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+                raise UserError(f"init_from: {path} holds no state dict of tensors; found {type(content).__name__}")
+            return content, {}
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return load_file(path), json.loads(metadata.get("atelier", "{}"))
+    except (SafetensorError, EOFError, RuntimeError, json.JSONDecodeError) as error:
+        raise UserError(f"init_from: {path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if "weights_only" not in str(error) and "Unpickl" not in type(error).__name__:
+            raise
+        raise UserError(
+            f"init_from: {path} holds pickled objects beside tensors, which Atelier never loads; save its state dict as "
+            "safetensors where you trust it"
+        ) from None
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a weight file that can be used alone: its metadata says model, preprocessing, classes and step."""
+    from utils.files import write_atomically
+
+    text = {"atelier": json.dumps(metadata)}
+    if distributed.is_main():
+        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, text))

@@ -1,0 +1,133 @@
+"""All derived values, computed in one place: micro-batch, accumulation, steps, warm-up, learning rate."""
+
+import math
+from dataclasses import dataclass
+
+from engine.config import LoopConfig
+from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
+from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run comes to on this number of ranks. Only micro_batch_size and accum_steps depend on the ranks."""
+
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    accum_steps: int
+    epoch_length: int
+    total_steps: int
+    warmup_steps: int
+    lr: float
+
+    @property
+    def rank_batch_size(self) -> int:
+        """Samples of one step on one rank."""
+        return self.micro_batch_size * self.accum_steps
+
+    def epoch_at(self, step: int) -> float:
+        """Return the epochs read after `step` updates, as a fraction."""
+        return step * self.global_batch_size / self.epoch_length
+
+    def epoch_end(self, epoch: int) -> int:
+        """Return the step that completes epoch number `epoch`, counted from 0; the last one ends with the run."""
+        return min(math.ceil((epoch + 1) * self.epoch_length / self.global_batch_size), self.total_steps)
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that the update after `step` updates belongs to."""
+        epoch = step * self.global_batch_size // self.epoch_length
+        return epoch + 1 if self.epoch_end(epoch) <= step < self.total_steps else epoch
+
+    def is_due(self, step: int, every_epochs: float) -> bool:
+        """Return whether update number `step` crosses a multiple of `every_epochs` or ends the run."""
+        if step == self.total_steps:
+            return True
+        every = every_epochs * self.epoch_length
+        before, after = ((step - 1) * self.global_batch_size, step * self.global_batch_size)
+        # A multiple is crossed by the first step at or beyond it.
+        return math.floor(after / every + 1e-9) > math.floor(before / every + 1e-9)
+
+    def describe(self) -> str:
+        """Return the plan in one line."""
+        return (
+            f"steps={self.total_steps} warmup_steps={self.warmup_steps} lr={self.lr:.3g} "
+            f"global_batch_size={self.global_batch_size} = {self.world_size} ranks x {self.accum_steps} accum_steps x "
+            f"{self.micro_batch_size} batch_size, epoch={self.epoch_length} samples"
+        )
+
+
+def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
+    """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share that is not above the cap.
+
+    `chunk` is the number of consecutive samples of one shape that a grouping sampler hands out; a micro-batch never
+    spans two of them.
+    """
+    if global_batch_size % world_size != 0:
+        below = global_batch_size // world_size * world_size
+        allowed = ", ".join(str(size) for size in (below, below + world_size) if size > 0)
+        raise UserError(
+            f"loop.global_batch_size: {global_batch_size} does not divide by the {world_size} ranks; set it to "
+            f"{allowed}, or start another number of processes"
+        )
+    if chunk is not None and global_batch_size % chunk != 0:
+        raise UserError(
+            f"loop.global_batch_size: {global_batch_size} is not a multiple of the sampler's chunk of {chunk} samples of "
+            f"one shape; set it to a multiple of {chunk}"
+        )
+    share = global_batch_size // world_size
+    unit = share if chunk is None else math.gcd(share, chunk)
+    micro = max(size for size in range(1, min(unit, cap) + 1) if unit % size == 0)
+    return micro, share // micro
+
+
+def make_plan(
+    loop: LoopConfig,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
+    *,
+    world_size: int,
+    epoch_length: int,
+    chunk: int | None = None,
+) -> Plan:
+    """Derive the plan. Raises UserError where the batch does not divide."""
+    micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
+    per_epoch = epoch_length / loop.global_batch_size
+    total = max(1, math.ceil(loop.total_epochs * per_epoch - 1e-9))
+    if loop.total_steps is not None:
+        total = loop.total_steps
+        log.info("loop.total_steps=%d is set, so loop.total_epochs=%g is not used", total, loop.total_epochs)
+    lr = optim.base_lr * loop.global_batch_size / 256
+    if optim.lr is not None:
+        lr = optim.lr
+        log.info("optim.lr=%g is set, so optim.base_lr=%g is not used", lr, optim.base_lr)
+    return Plan(
+        world_size=world_size,
+        global_batch_size=loop.global_batch_size,
+        micro_batch_size=micro,
+        accum_steps=accum,
+        epoch_length=epoch_length,
+        total_steps=total,
+        warmup_steps=_warmup_steps(schedule, per_epoch, total),
+        lr=lr,
+    )
+
+
+def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps: int) -> int:
+    if isinstance(schedule, OneCycleConfig):
+        return 0
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if schedule.warmup_steps is not None:
+        warmup = schedule.warmup_steps
+        log.info("schedule.warmup_steps=%d is set, so schedule.warmup_epochs is not used", warmup)
+    if warmup > total_steps:
+        log.warning(
+            "schedule.warmup_epochs or schedule.warmup_steps: a warm-up of %d steps is longer than the run; it is cut "
+            "to its %d steps",
+            warmup,
+            total_steps,
+        )
+    return min(warmup, total_steps)

@@ -1,0 +1,122 @@
+"""Probe the machine and decide what `auto` means on it; say so in one place."""
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from engine.config import RuntimeConfig
+from utils import distributed
+from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+# Compilation takes about a minute on two CPU cores: a shorter run would not earn it back.
+COMPILE_PAYS_AFTER_STEPS = 500
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What was decided: device, precision of the forward pass, and the rest of `runtime`."""
+
+    device: torch.device
+    precision: str
+    compile: bool
+    channels_last: bool
+    workers: int
+    prefetch_batches: int
+    deterministic: bool
+    sync_batchnorm: bool
+    hang_timeout_sec: float
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context of the forward pass; a new one each time."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    def describe(self) -> str:
+        """Return the choices in one line."""
+        return (
+            f"device={self.device} precision={self.precision} compile={self.compile} "
+            f"channels_last={self.channels_last} workers={self.workers} threads={torch.get_num_threads()}"
+        )
+
+
+def _choose_device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: cuda was asked for and torch sees no GPU; set runtime.device=auto or cpu")
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choose_precision(wanted: str, device: str) -> str:
+    """Return bf16 where the hardware multiplies it natively, else float32; fp16 only when asked for."""
+    if wanted == "fp16" and device == "cpu":
+        raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def can_compile(device: str) -> bool:
+    """Return whether torch.compile finds what it needs: a C compiler, and on GPUs Triton."""
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    if device == "cuda":
+        return bool(shutil.which("gcc") or shutil.which("cc") or compiler) and find_spec("triton") is not None
+    return compiler is not None
+
+
+def _choose_compile(wanted: str | bool, device: str, total_steps: int, deterministic: bool) -> bool:
+    if wanted is True and not can_compile(device):
+        raise UserError(
+            "runtime.compile: true needs a C++ compiler (g++ or clang++), and none is on the PATH; "
+            "install one or set runtime.compile=auto"
+        )
+    if wanted != "auto":
+        return bool(wanted)
+    return can_compile(device) and total_steps >= COMPILE_PAYS_AFTER_STEPS and not deterministic
+
+
+def _choose_workers(wanted: str | int, device: str) -> int:
+    """Return loader processes per rank: a share of the cores, none on a CPU where training needs them itself."""
+    if wanted != "auto":
+        return int(wanted)
+    if device == "cpu":
+        return 0
+    share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0])
+    return max(1, min(12, share // local_size - 1))
+
+
+def choose_runtime(config: RuntimeConfig, total_steps: int = 0) -> Runtime:
+    """Decide for this machine, apply thread counts and determinism, and return the choices.
+
+    Raises UserError where what was asked for cannot be had here.
+    """
+    device = _choose_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(config.deterministic)
+    return Runtime(
+        device=torch.device("cuda", distributed.detect_world().local_rank) if device == "cuda" else torch.device("cpu"),
+        precision=_choose_precision(config.precision, device),
+        compile=_choose_compile(config.compile, device, total_steps, config.deterministic),
+        channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
+        workers=_choose_workers(config.workers, device),
+        prefetch_batches=config.prefetch_batches,
+        deterministic=config.deterministic,
+        sync_batchnorm=config.sync_batchnorm,
+        hang_timeout_sec=config.hang_timeout_sec,
+    )

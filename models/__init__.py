@@ -1,0 +1,1 @@
+"""Networks, their configuration, and what reads weights into them."""

@@ -1,0 +1,59 @@
+"""The shape of the `model` group: one pydantic model per family, told apart by `family`.
+
+The values stand in conf/model/*.yaml; nothing here has a default.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from utils.schema import Strict
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class ConvNeXtV2Config(Strict):
+    """Describe a ConvNeXt V2: one entry of `depths` (blocks) and one of `dims` (channels) for each stage."""
+
+    family: Literal["convnextv2"]
+    name: str = Field(min_length=1)
+    in_channels: PositiveInt
+    depths: list[PositiveInt] = Field(min_length=2, max_length=5)
+    dims: list[PositiveInt] = Field(min_length=2, max_length=5)
+    stem_stride: Literal[1, 2, 4]
+    drop_path_rate: float = Field(ge=0, lt=1)
+    head_init_scale: float = Field(ge=0)
+
+    @field_validator("stem_stride", mode="before")
+    @classmethod
+    def _refuse_equal_but_not_int(cls, value: object) -> object:
+        # A Literal compares with ==, so that true and 1.0 would pass for 1.
+        if type(value) is not int:
+            raise ValueError(f"must be 1, 2 or 4 (an integer), not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_dim_for_each_stage(self) -> Self:
+        if len(self.depths) != len(self.dims):
+            raise ValueError(
+                f"model.dims: {len(self.dims)} widths {self.dims} for {len(self.depths)} stages "
+                f"(model.depths={self.depths}); set one width for each stage"
+            )
+        return self
+
+    @property
+    def total_stride(self) -> int:
+        """Return the pixels per side that one site of the last feature map stands for."""
+        return self.stem_stride * 2 ** (len(self.dims) - 1)
+
+
+class TimmConfig(Strict):
+    """Describe a network by its timm name; `drop_path_rate: null` leaves the network's own default alone."""
+
+    family: Literal["timm"]
+    name: str = Field(min_length=1)
+    in_channels: PositiveInt
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None
+
+
+ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

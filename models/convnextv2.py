@@ -1,0 +1,144 @@
+"""ConvNeXt V2 for any number of channels, stages and any image shape, dense or with masked sites.
+
+Parameters carry the published names. The sizes are data (conf/model/convnextv2_*.yaml); `models/build.py` makes a
+network from them.
+
+Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors: masked sites hold 0 wherever a convolution
+reads them, and GRN sees visible sites only, so that nothing under the mask can reach a visible output.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, select_visible
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw the weights of a convolution or linear layer (std .02) and zero its bias; use with `module.apply`."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def repeat_sites(visible: Tensor, factor: int) -> Tensor:
+    """Repeat each site of a bool mask [B, h, w] to factor x factor sites: [B, h * factor, w * factor]."""
+    if factor == 1:
+        return visible
+    return visible.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+class Block(nn.Module):
+    """Mix space by a depthwise 7x7 convolution, then channels by an MLP with GRN, and add the input.
+
+    Source: Woo et al. 2023 (arXiv 2301.00808), figure 5; facebookresearch/ConvNeXt-V2:models/convnextv2.py.
+    """
+
+    def __init__(self, dim: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.grn = GRN(4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return [B, C, H, W], 0 at masked sites.
+
+        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map.
+        """
+        branch = self.dwconv(select_visible(x, visible)).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
+        branch = F.gelu(self.pwconv1(self.norm(branch)))
+        branch = self.pwconv2(self.grn(branch, visible)).permute(0, 3, 1, 2)
+        # The biases fill masked sites again, so the result is selected once more.
+        return select_visible(x + self.drop_path(branch), visible)
+
+
+class ConvNeXtV2(nn.Module):
+    """Classify images, or give the last feature map to FCMAE.
+
+    The stem is a convolution whose kernel is its stride (2x2 or 4x4 pixels). With `stem_stride` 1 it is 3x3 with
+    padding 1: the layer norm behind a 1x1 stem would forget each pixel's brightness. Stochastic depth grows linearly
+    from 0 at the first block to `drop_path_rate` at the last. Initial weights are truncated normal with std .02,
+    biases 0, and the head is scaled by `head_init_scale`. `num_classes` 0 makes neither head nor final norm.
+
+    Source: Woo et al. 2023 (arXiv 2301.00808); facebookresearch/ConvNeXt-V2:models/convnextv2.py.
+    Differs: 2 to 5 stages, stem strides 1 and 2, and `visible` (the published sparse twin needs MinkowskiEngine).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        stem_stride: int,
+        drop_path_rate: float,
+        head_init_scale: float,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        assert len(depths) == len(dims), (depths, dims)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.depths, self.dims = tuple(depths), tuple(dims)
+        self.stem_stride = stem_stride
+
+        kernel, padding = (3, 1) if stem_stride == 1 else (stem_stride, 0)
+        stem = nn.Conv2d(in_channels, dims[0], kernel_size=kernel, stride=stem_stride, padding=padding)
+        self.downsample_layers = nn.ModuleList([nn.Sequential(stem, ChannelsFirstLayerNorm(dims[0]))])
+        for before, after in zip(dims[:-1], dims[1:]):
+            halve = nn.Conv2d(before, after, kernel_size=2, stride=2)
+            self.downsample_layers.append(nn.Sequential(ChannelsFirstLayerNorm(before), halve))
+
+        # Plain numbers: a tensor of rates could not be read back when the network is built on the meta device.
+        last = max(sum(depths) - 1, 1)
+        rates = iter([drop_path_rate * index / last for index in range(sum(depths))])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[Block(dim, next(rates)) for _ in range(depth)]) for depth, dim in zip(depths, dims)
+        )
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(init_weights)
+        if num_classes > 0:
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
+
+    @property
+    def total_stride(self) -> int:
+        """Return the pixels per side that one site of the last feature map stands for."""
+        return self.stem_stride * 2 ** (len(self.dims) - 1)
+
+    @property
+    def num_features(self) -> int:
+        """Return the channels of the last feature map."""
+        return self.dims[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, K]; without a head the mean over sites [B, C_last], not normalised.
+
+        images: float [B, C, H, W]. What H and W have beyond a multiple of `total_stride` is not looked at.
+        """
+        return self.head(self.norm(self.forward_features(images).mean(dim=(-2, -1))))
+
+    def forward_features(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return the last feature map [B, C_last, h, w], 0 at masked sites.
+
+        images: float [B, C, H, W]; visible: bool [B, h, w] with h = H / total_stride, True = kept, or None for all.
+        Pixels under the mask may hold anything, NaN too. H and W must be multiples of `total_stride` with a mask.
+        """
+        if visible is not None:
+            height, width = (side * self.total_stride for side in visible.shape[-2:])
+            assert images.shape[-2:] == (height, width), (images.shape, visible.shape, self.total_stride)
+            images = select_visible(images, repeat_sites(visible, self.total_stride))
+        x = images
+        for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+            sites = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
+            x = select_visible(downsample(x), sites)
+            for block in stage:
+                x = block(x, sites)
+        return x

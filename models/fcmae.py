@@ -1,0 +1,182 @@
+"""FCMAE: a ConvNeXt V2 that learns without labels by painting the patches that a mask removed.
+
+A mask is bool [B, L] over the patch grid in row-major order, True = removed. A patch is the vector of its pixels in
+the order row, column, channel: P = patch_px * patch_px * C. Train it with `pretrain_fcmae.py`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
+
+
+def patchify(images: Tensor, patch_px: int) -> Tensor:
+    """Cut images [B, C, H, W] into patches [B, L, P]; `patch_px` divides H and W."""
+    batch, channels, height, width = images.shape
+    grid_h, grid_w = height // patch_px, width // patch_px
+    cells = images.reshape(batch, channels, grid_h, patch_px, grid_w, patch_px)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid_h * grid_w, patch_px * patch_px * channels)
+
+
+def unpatchify(patches: Tensor, patch_px: int, image_size_hw: tuple[int, int]) -> Tensor:
+    """Lay patches [B, L, P] back into images [B, C, H, W]: the inverse of `patchify`."""
+    height, width = image_size_hw
+    grid_h, grid_w = height // patch_px, width // patch_px
+    cells = patches.reshape(patches.shape[0], grid_h, grid_w, patch_px, patch_px, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [..., 1] of each patch [..., P].
+
+    The variance is unbiased and grows by 1e-6 under the root, which keeps a constant patch finite.
+    """
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def count_removed(num_patches: int, mask_ratio: float) -> int:
+    """Return how many of `num_patches` a mask removes: all but int(num_patches * (1 - mask_ratio)).
+
+    Raises ValueError (`task.mask_ratio`) unless at least one patch is kept and one removed.
+    Source: facebookresearch/ConvNeXt-V2:models/fcmae.py. The rounding is theirs: 19 of 49 patches are kept at 0.6.
+    """
+    kept = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
+    if 1 <= kept < num_patches:
+        return num_patches - kept
+    if num_patches < 2:
+        advice = "there is nothing to mask; raise augment.image_size_hw or lower task.patch_px"
+    else:
+        advice = f"set it above 0 and below {math.floor(1000 * (1 - 1 / num_patches)) / 1000}"
+    raise ValueError(
+        f"task.mask_ratio: {mask_ratio} of {num_patches} patches does not keep at least one and remove at least one; "
+        f"{advice}"
+    )
+
+
+def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -> Tensor:
+    """Draw a mask, bool [L] on the generator's device, that removes exactly `count_removed` patches.
+
+    Raises ValueError (`task.mask_ratio`) as `count_removed` does.
+    """
+    removed = count_removed(num_patches, mask_ratio)
+    order = torch.randperm(num_patches, generator=generator, device=generator.device)
+    mask = torch.zeros(num_patches, dtype=torch.bool, device=generator.device)
+    mask[order[:removed]] = True
+    return mask
+
+
+def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px: int) -> None:
+    """Raise ValueError unless patches are whole encoder sites and the image is whole patches."""
+    if patch_px < 1 or patch_px % total_stride != 0:
+        raise ValueError(
+            f"task.patch_px: {patch_px} is not a multiple of the encoder's total stride {total_stride}; "
+            f"set it to {total_stride} or a multiple of it"
+        )
+    if any(side < 1 or side % patch_px != 0 for side in image_size_hw):
+        raise ValueError(
+            f"augment.image_size_hw: {list(image_size_hw)} is not a multiple of task.patch_px={patch_px} on both "
+            f"sides; set both sides to multiples of {patch_px}, or task.patch_px to a multiple of {total_stride} "
+            "that divides both"
+        )
+
+
+class FCMAE(nn.Module):
+    """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict every patch.
+
+    Encoder and decoder work on the grid of the total stride; a patch may be several sites wide, and each site predicts
+    its own pixels. The decoder starts like the encoder (std .02), the mask token normal with std .02.
+
+    Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
+    Differs: dense tensors with selection for sparse ones, GRN per sample, any channels and image shape, patches wider
+    than the stride, and one initialisation (the published code draws the encoder a second time, with std 1).
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: ConvNeXtV2,
+        image_size_hw: tuple[int, int],
+        patch_px: int,
+        decoder_dim: int,
+        decoder_depth: int,
+        norm_pix_loss: bool,
+    ) -> None:
+        super().__init__()
+        check_patch_grid(encoder.total_stride, image_size_hw, patch_px)
+        # A head would be parameters without a gradient, which DDP refuses.
+        assert encoder.num_classes == 0, "FCMAE wants an encoder built with num_classes=0"
+        self.image_size_hw = (image_size_hw[0], image_size_hw[1])
+        self.patch_px = patch_px
+        self.grid_hw = (image_size_hw[0] // patch_px, image_size_hw[1] // patch_px)
+        self.norm_pix_loss = norm_pix_loss
+
+        self.encoder = encoder
+        self.proj = nn.Conv2d(encoder.num_features, decoder_dim, kernel_size=1)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
+        self.decoder = nn.Sequential(*[Block(decoder_dim, drop_path_rate=0.0) for _ in range(decoder_depth)])
+        self.pred = nn.Conv2d(decoder_dim, encoder.total_stride**2 * encoder.in_channels, kernel_size=1)
+        # Not self.apply: the encoder has its weights already.
+        for part in (self.proj, self.decoder, self.pred):
+            part.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def num_patches(self) -> int:
+        """Return L, the number of patches of an image."""
+        return self.grid_hw[0] * self.grid_hw[1]
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Predict every patch, [B, L, P] in the units of the target; visible ones too, though they are not trained.
+
+        images: float [B, C, H, W] of `image_size_hw`, where masked pixels may hold anything; mask: bool [B, L].
+        """
+        assert images.shape[-2:] == self.image_size_hw, (images.shape, self.image_size_hw)
+        visible = self._visible_sites(mask)
+        x = self.proj(self.encoder.forward_features(images, visible))
+        x = torch.where(visible[:, None], x, self.mask_token.to(x.dtype))
+        return self._sites_to_patches(self.pred(self.decoder(x)))
+
+    def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Return the mean squared error over each sample's masked patches, float32 [B]; 0 where none is masked.
+
+        images: [B, C, H, W]; pred: [B, L, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
+        by its own mean and deviation. Neither the loss nor its gradient sees the values at visible patches.
+        """
+        target = patchify(images.float(), self.patch_px)
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        # The difference is selected, not its square: the square's gradient would multiply 0 by a visible NaN.
+        difference = torch.where(mask[..., None], pred.float() - target, 0.0)
+        return difference.square().mean(dim=-1).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images with masked patches at 0, and with them painted by `pred`; both float32 [B, C, H, W].
+
+        Where the target was normalised, the prediction is scaled back by the target patch's own mean and deviation.
+        """
+        patches, painting = patchify(images.float(), self.patch_px), pred.float()
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            painting = painting * std + mean
+        masked = torch.where(mask[..., None], 0.0, patches)
+        painted = torch.where(mask[..., None], painting, patches)
+        size = self.image_size_hw
+        return unpatchify(masked, self.patch_px, size), unpatchify(painted, self.patch_px, size)
+
+    def _visible_sites(self, mask: Tensor) -> Tensor:
+        """Turn a mask over patches, bool [B, L], into the visible sites of the encoder's grid, bool [B, h, w]."""
+        assert mask.dtype == torch.bool and mask.shape[1] == self.num_patches, (mask.dtype, mask.shape, self.grid_hw)
+        return repeat_sites(~mask.reshape(-1, *self.grid_hw), self.patch_px // self.encoder.total_stride)
+
+    def _sites_to_patches(self, sites: Tensor) -> Tensor:
+        """Gather the pixels [B, stride * stride * C, h, w] that sites predict into patches [B, L, P]."""
+        stride, (grid_h, grid_w) = self.encoder.total_stride, self.grid_hw
+        side = self.patch_px // stride  # sites per side of a patch
+        x = sites.permute(0, 2, 3, 1).reshape(-1, grid_h, side, grid_w, side, stride, stride, self.encoder.in_channels)
+        # A pixel's row in its patch is (site row, row in the site), its column likewise.
+        return x.permute(0, 1, 3, 2, 5, 4, 6, 7).reshape(sites.shape[0], grid_h * grid_w, -1)

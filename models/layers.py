@@ -1,0 +1,87 @@
+"""The layers that ConvNeXt V2 is made of: GRN, layer norm over channels, stochastic depth, and the mask's selection.
+
+A layer that takes `visible` (bool, True = kept) treats the masked sites as if they were not there. It chooses with
+`torch.where` and never multiplies by the mask, because 0 * NaN is NaN and 0 * inf is NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
+    """Set the masked sites of `x` to 0, whatever stands there.
+
+    x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None, which returns `x` itself.
+    """
+    if visible is None:
+        return x
+    return torch.where(visible[:, None], x, 0.0)
+
+
+class GRN(nn.Module):
+    """Scale every channel by its share of the sample's response (global response normalisation).
+
+    With g[c] the L2 norm of channel c over the sites of one sample: y = x + gamma * x * g / (mean(g) + eps) + beta.
+    gamma and beta start at 0, so that the layer starts as the identity.
+
+    Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
+    Differs: the mean over channels stands in the denominator as in the published code, not the sum of equation 2; with
+    a mask the norm runs over the visible sites of each sample, where the published sparse layer mixes the batch.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return [B, H, W, C] of the dtype of `x`; values at masked sites are finite but mean nothing.
+
+        x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is reduced in
+        float32 or wider, under autocast too. Its gradient at norm 0 is 0, as `vector_norm` defines it.
+        """
+        sites = x if visible is None else torch.where(visible[..., None], x, 0.0)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(sites, dim=(1, 2), keepdim=True, dtype=wide)  # [B, 1, 1, C]
+        share = norms / (norms.mean(dim=-1, keepdim=True) + self.eps)
+        # In bf16 the factor 1 + gamma * share would round a small gamma away; the sum of two terms keeps it.
+        return x + torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * share).to(x.dtype))
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """Normalise [B, C, H, W] over its channels, at each site by itself."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__(num_channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, C, H, W]; in the channels_last memory format neither permutation moves data."""
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Drop the residual branch of a sample with probability `rate` in training and scale the kept ones up.
+
+    The draw comes from the global generator of the input's device, which the training step seeds.
+
+    Source: Huang et al. 2016 (arXiv 1603.09382), with the scaling at training time.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        assert 0 <= rate < 1, rate
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, ...] with the same expectation as `x`; `x` itself in evaluation or at rate 0."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return torch.where(keep, x / (1 - self.rate), 0.0)
+
+    def extra_repr(self) -> str:
+        """Show the rate when the network is printed."""
+        return f"rate={self.rate:.4g}"

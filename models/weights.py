@@ -1,0 +1,98 @@
+"""Reading the weights of an earlier run into a network: strictly, or not at all.
+
+A wrong name or shape stops the run before a tensor is touched. GRN weights that are silently left out, for instance,
+cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 2301.00808).
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from models.convnextv2 import ConvNeXtV2
+
+# Anchored: a layer whose name merely contains `pred` or `proj` is no part of the decoder.
+_FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
+_GRN = re.compile(r"(^|\.)grn\.(gamma|beta)$")
+_MAX_ROWS = 20
+
+
+def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> list[str]:
+    """Copy the weights of an own checkpoint into a freshly built network and return the names left as they were.
+
+    state: of a classifier, or of an FCMAE, whose encoder is taken out and whose decoder is left out. The head stays at
+    its initial values if `keep_head` is false, or if the checkpoint has none or one of another shape; so does the
+    final norm of a ConvNeXt V2 if the checkpoint has none. GRN tensors may have 1, 2 or 4 axes.
+
+    Raises ValueError (`init_from`) with a table of every other name that is missing, unexpected or of a wrong shape;
+    the network is then unchanged.
+    """
+    wanted = network.state_dict()
+    found = _fit_grn(_take_encoder(state, wanted), wanted)
+    head, norm = _optional_prefixes(network)
+    left = set()
+    for prefixes, keep in ((head, keep_head), (norm, True)):
+        group = {name for name in wanted if name.startswith(prefixes)}
+        same_shapes = all(name in found and found[name].shape == wanted[name].shape for name in group)
+        absent = not any(name in found for name in group)
+        if not keep or absent or (prefixes == head and not same_shapes):
+            left |= group
+    # What the checkpoint has for a group that stays as it is, or that this network does not have, is of no use here.
+    given = {
+        name: tensor
+        for name, tensor in found.items()
+        if name not in left and (name in wanted or not name.startswith(head + norm))
+    }
+    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left})
+    network.load_state_dict(given, strict=False)
+    return [name for name in wanted if name in left]
+
+
+def _take_encoder(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the encoder out of the state of an FCMAE, unless the network is one itself; leave other states alone."""
+    prefix = "encoder."
+    if not any(name.startswith(prefix) for name in state) or any(name.startswith(prefix) for name in wanted):
+        return dict(state)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if not _FCMAE_ONLY.match(name)}
+
+
+def _fit_grn(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give GRN tensors of shape (C), (1, C) or (1, 1, 1, C) the shape that the network wants."""
+    fitted = dict(state)
+    for name, tensor in state.items():
+        if not (_GRN.search(name) and name in wanted):
+            continue
+        channels = wanted[name].shape[-1]
+        if tuple(tensor.shape) in {(channels,), (1, channels), (1, 1, 1, channels)}:
+            fitted[name] = tensor.reshape(wanted[name].shape)
+    return fitted
+
+
+def _optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the prefixes of the head and of the final norm, the only names that may stay unloaded."""
+    if isinstance(network, ConvNeXtV2):
+        return ("head.",), ("norm.",)
+    classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()  # timm: one name or several
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{name}." for name in names), ()
+
+
+def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with a table unless both have the same names and shapes."""
+    rows = []
+    for name in [*wanted, *(name for name in given if name not in wanted)]:
+        has = str(tuple(given[name].shape)) if name in given else "missing"
+        wants = str(tuple(wanted[name].shape)) if name in wanted else "unexpected"
+        if has != wants:
+            rows.append((name, has, wants))
+    if not rows:
+        return
+    shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
+    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown)
+    more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
+    raise ValueError(
+        f"init_from: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n"
+        "Set the model group (model.name, model.depths, model.dims, model.in_channels, model.stem_stride) to what the "
+        "checkpoint was trained with, or name another file in init_from."
+    )

@@ -1,0 +1,140 @@
+"""Configuration and building. Literal table (files of conf/model), refusals (each message), shapes of built networks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from models.build import build_network, check_image_size
+from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
+from models.convnextv2 import ConvNeXtV2
+
+FILES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge", "glyph")
+SMALL = {
+    "family": "convnextv2",
+    "name": "convnextv2_test",
+    "in_channels": 3,
+    "depths": [1, 1],
+    "dims": [4, 8],
+    "stem_stride": 4,
+    "drop_path_rate": 0,
+    "head_init_scale": 0.001,
+}
+TIMM = {"family": "timm", "name": "resnet18", "in_channels": 3, "drop_path_rate": None}
+
+
+def parse(values):
+    return TypeAdapter(ModelConfig).validate_python(values)
+
+
+def test_there_is_a_file_for_each_size_and_for_timm():
+    assert {f"convnextv2_{size}" for size in SIZES} | {"timm"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_builds_on_the_meta_device(path):
+    config = parse(yaml.safe_load(path.read_text()))
+    with torch.device("meta"):
+        network = build_network(config, 11)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    if isinstance(config, ConvNeXtV2Config):
+        assert config.name == path.stem
+        assert config.total_stride == network.total_stride == (8 if config.name == "convnextv2_glyph" else 32)
+
+
+def test_the_union_is_told_apart_by_family():
+    assert isinstance(parse(SMALL), ConvNeXtV2Config) and isinstance(parse(TIMM), TimmConfig)
+    with pytest.raises(ValidationError, match="family"):
+        parse({**TIMM, "family": "resnet"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"in_channels": 0}, "in_channels"),
+        ({"in_channels": True}, "in_channels"),
+        ({"depths": [1, 0]}, "depths"),
+        ({"depths": [1], "dims": [4]}, "depths"),
+        ({"depths": [1] * 6, "dims": [4] * 6}, "depths"),
+        ({"dims": [4, -8]}, "dims"),
+        ({"stem_stride": 3}, "stem_stride"),
+        ({"stem_stride": True}, "stem_stride"),
+        ({"stem_stride": 4.0}, "stem_stride"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate"),
+        ({"head_init_scale": float("nan")}, "head_init_scale"),
+        ({"name": ""}, "name"),
+        ({"pretrained": True}, "pretrained"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_key(changes, key):
+    with pytest.raises(ValidationError) as caught:
+        parse({**SMALL, **changes})
+    assert key in {location for error in caught.value.errors() for location in error["loc"]}
+
+
+def test_depths_and_dims_of_different_length_are_refused():
+    with pytest.raises(
+        ValidationError, match=r"model\.dims: 3 widths \[4, 8, 16\] for 2 stages \(model\.depths=\[1, 1"
+    ):
+        parse({**SMALL, "dims": [4, 8, 16]})
+
+
+def test_there_are_no_defaults():
+    for values in (SMALL, TIMM):
+        for key in values:
+            with pytest.raises(ValidationError):
+                parse({name: value for name, value in values.items() if name != key})
+
+
+def test_build_passes_every_value_on():
+    changes = {"in_channels": 4, "depths": [1, 2], "stem_stride": 1, "drop_path_rate": 0.2, "head_init_scale": 0}
+    network = build_network(parse({**SMALL, **changes}), 7)
+    assert isinstance(network, ConvNeXtV2)
+    assert (network.in_channels, network.depths, network.dims, network.stem_stride) == (4, (1, 2), (4, 8), 1)
+    assert network.stages[1][1].drop_path.rate == 0.2
+    assert network.head.weight.shape == (7, 8) and (network.head.weight == 0).all()
+
+
+def test_a_timm_network_is_built_with_its_channels_classes_and_drop_path():
+    network = build_network(parse({**TIMM, "in_channels": 1, "drop_path_rate": 0.5}), 5)
+    assert network(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+    assert network.layer4[1].drop_path.drop_prob == 0.5
+    assert build_network(parse(TIMM), 0)(torch.randn(2, 3, 32, 32)).shape == (2, 512)
+
+
+def test_an_unknown_timm_name_is_refused_with_close_names():
+    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'resnet81'; close names: .*resnet18"):
+        build_network(parse({**TIMM, "name": "resnet81"}), 5)
+    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model '0000'; timm [\d.]+ knows \d+ names"):
+        build_network(parse({**TIMM, "name": "0000"}), 5)
+
+
+def test_a_name_that_asks_for_the_internet_is_refused():
+    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'hf-hub:timm/resnet18'"):
+        build_network(parse({**TIMM, "name": "hf-hub:timm/resnet18"}), 5)
+
+
+def test_a_wrong_weight_tag_is_refused():
+    with pytest.raises(ValueError, match=r"^model\.name: 'resnet18\.none' names weights .* set resnet18$"):
+        build_network(parse({**TIMM, "name": "resnet18.none"}), 5)
+
+
+def test_drop_path_for_a_timm_network_without_it_is_refused():
+    with pytest.raises(ValueError, match=r"^model\.drop_path_rate: 0\.1 given, but timm's vgg11 .* set null"):
+        build_network(parse({**TIMM, "name": "vgg11", "drop_path_rate": 0.1}), 5)
+
+
+@pytest.mark.parametrize(("size", "nearest"), [((28, 16), "[32, 16]"), ((16, 3), "[16, 8]"), ((0, 8), "[8, 8]")])
+def test_an_image_size_off_the_stride_is_refused(size, nearest):
+    with pytest.raises(ValueError, match=r"^augment\.image_size_hw: ") as caught:
+        check_image_size(parse(SMALL), size)
+    assert f"total stride 8 of convnextv2_test on both sides; set {nearest}" in str(caught.value)
+
+
+def test_a_fitting_image_size_passes_and_timm_is_not_asked():
+    check_image_size(parse(SMALL), (8, 24))
+    check_image_size(parse(TIMM), (31, 33))

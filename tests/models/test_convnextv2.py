@@ -1,0 +1,241 @@
+"""ConvNeXt V2. Literal table (parameter counts), reference equality (masked form), properties (mask, shapes, batch)."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from models.build import build_network
+from models.config import ConvNeXtV2Config
+from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+
+# (with a 1000-class head, without head and final norm); counted from the published code
+PUBLISHED_COUNTS = {
+    "atto": (3_708_400, 3_386_760),
+    "femto": (5_233_240, 4_847_472),
+    "pico": (9_066_280, 8_552_256),
+    "nano": (15_623_800, 14_981_520),
+    "tiny": (28_635_496, 27_864_960),
+    "base": (88_717_800, 87_690_752),
+    "large": (197_956_840, 196_416_768),
+}
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def build_size(size, num_classes):
+    config = ConvNeXtV2Config(**yaml.safe_load((CONF / f"convnextv2_{size}.yaml").read_text()))
+    with torch.device("meta"):
+        return build_network(config, num_classes)
+
+
+def small(num_classes=0, **changes):
+    settings = {
+        "in_channels": 3,
+        "depths": [1, 2, 1],
+        "dims": [8, 12, 16],
+        "stem_stride": 2,
+        "drop_path_rate": 0.0,
+        "head_init_scale": 1.0,
+    }
+    return ConvNeXtV2(**{**settings, **changes}, num_classes=num_classes)
+
+
+def randomise(network, std=0.3):
+    """Draw every parameter, GRN and biases too, so that each takes part in the result."""
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=std)
+    return network
+
+
+@pytest.mark.parametrize("size", PUBLISHED_COUNTS)
+def test_parameter_counts_are_the_published_ones(size):
+    assert count(build_size(size, 1000)) == PUBLISHED_COUNTS[size][0]
+    assert count(build_size(size, 0)) == PUBLISHED_COUNTS[size][1]
+
+
+def test_huge_has_about_660_29_million_parameters():
+    assert round(count(build_size("huge", 1000)) / 1e6, 2) == 660.29
+
+
+def test_parameter_names_and_shapes_are_the_published_ones():
+    state = build_size("atto", 1000).state_dict()
+    assert len(state) == 140 and len(build_size("atto", 0).state_dict()) == 136
+    block = r"stages\.[0-3]\.\d+\.(dwconv|norm|pwconv1|pwconv2)\.(weight|bias)|stages\.[0-3]\.\d+\.grn\.(gamma|beta)"
+    pattern = rf"downsample_layers\.[0-3]\.[01]\.(weight|bias)|{block}|(norm|head)\.(weight|bias)"
+    assert [name for name in state if not re.fullmatch(pattern, name)] == []
+    assert state["downsample_layers.0.0.weight"].shape == (40, 3, 4, 4)
+    assert state["downsample_layers.1.0.weight"].shape == (40,)
+    assert state["downsample_layers.1.1.weight"].shape == (80, 40, 2, 2)
+    assert state["stages.2.5.dwconv.weight"].shape == (160, 1, 7, 7)
+    assert state["stages.2.5.pwconv1.weight"].shape == (640, 160)
+    assert state["stages.2.5.grn.gamma"].shape == (1, 1, 1, 640)
+    assert state["head.weight"].shape == (1000, 320)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    network = small(num_classes=50, dims=[32, 64, 128], head_init_scale=0.001)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            expected = 2e-5 if name == "head" else 0.02
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.15), name
+            assert (module.bias == 0).all(), name
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_stem_strides_and_images_that_are_not_square(stem_stride):
+    network = small(num_classes=5, in_channels=4, stem_stride=stem_stride)
+    images = torch.randn(2, 4, 32, 48)
+    assert network.total_stride == 4 * stem_stride and network.num_features == 16
+    assert network.forward_features(images).shape == (2, 16, 32 // network.total_stride, 48 // network.total_stride)
+    assert network(images).shape == (2, 5)
+
+
+def test_without_classes_there_is_no_head_and_no_norm():
+    network = small()
+    assert not any(name.startswith(("norm", "head")) for name in network.state_dict())
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(network(images), network.forward_features(images).mean(dim=(2, 3)))
+
+
+def test_drop_path_rates_grow_linearly_over_all_blocks():
+    network = small(drop_path_rate=0.3)
+    rates = [block.drop_path.rate for stage in network.stages for block in stage]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    images = torch.randn(2, 3, 16, 16)
+    network.eval()
+    assert torch.equal(network(images), network(images))
+
+
+def slow_masked_block(block, x, visible):
+    """The block in gathered form, sample by sample: the MLP sees the visible sites alone."""
+    out = torch.zeros_like(x)
+    for index in range(len(x)):
+        kept = visible[index]
+        spatial = block.dwconv((x[index] * kept)[None])[0].permute(1, 2, 0)[kept]  # [N, C]
+        hidden = F.gelu(block.pwconv1(block.norm(spatial)))
+        norms = hidden.square().sum(dim=0).sqrt()
+        share = norms / (norms.mean() + 1e-6)
+        hidden = block.grn.gamma[0, 0, 0] * (hidden * share) + block.grn.beta[0, 0, 0] + hidden
+        out[index].permute(1, 2, 0)[kept] = x[index].permute(1, 2, 0)[kept] + block.pwconv2(hidden)
+    return out
+
+
+@torch.no_grad()
+def test_masked_block_equals_the_gathered_form():
+    torch.manual_seed(0)
+    block = randomise(Block(6, 0.0)).double()
+    x, visible = torch.randn(3, 6, 5, 8, dtype=torch.float64), torch.rand(3, 5, 8) < 0.4
+    torch.testing.assert_close(block(x, visible), slow_masked_block(block, x, visible), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_masked_network_equals_the_gathered_form():
+    torch.manual_seed(0)
+    network = randomise(small()).double()
+    images, visible = torch.randn(2, 3, 24, 40, dtype=torch.float64), torch.rand(2, 3, 5) < 0.5
+    x = images * repeat_sites(visible, 8)[:, None]
+    for index, (downsample, stage) in enumerate(zip(network.downsample_layers, network.stages)):
+        sites = repeat_sites(visible, 4 >> index)
+        x = downsample(x) * sites[:, None]
+        for block in stage:
+            x = slow_masked_block(block, x, sites)
+    torch.testing.assert_close(network.forward_features(images, visible), x, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 1e30])
+def test_pixels_under_the_mask_change_nothing_to_the_bit(stem_stride, hidden):
+    torch.manual_seed(0)
+    network = randomise(small(stem_stride=stem_stride))
+    stride = network.total_stride
+    visible = torch.rand(2, 3, 5) < 0.5
+    images = torch.randn(2, 3, 3 * stride, 5 * stride)
+    outcomes = []
+    for content in (images, torch.where(repeat_sites(visible, stride)[:, None], images, hidden)):
+        network.zero_grad()
+        features = network.forward_features(content, visible)
+        features.square().sum().backward()
+        outcomes.append([features.detach(), *(parameter.grad.clone() for parameter in network.parameters())])
+    assert all(tensor.isfinite().all() for tensor in outcomes[0])
+    assert all(torch.equal(before, after) for before, after in zip(*outcomes))
+    assert (outcomes[0][0][~visible[:, None].expand(-1, 16, -1, -1)] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_everything_visible_equals_the_dense_network(stem_stride):
+    torch.manual_seed(0)
+    network = randomise(small(stem_stride=stem_stride))
+    images = torch.randn(2, 3, 2 * network.total_stride, 3 * network.total_stride)
+    visible = torch.ones(2, 2, 3, dtype=torch.bool)
+    assert torch.equal(network.forward_features(images, visible), network.forward_features(images))
+
+
+@torch.no_grad()
+def test_a_sample_does_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    network = randomise(small()).double()
+    images, visible = torch.randn(4, 3, 16, 24, dtype=torch.float64), torch.rand(4, 2, 3) < 0.5
+    together = network.forward_features(images, visible)
+    alone = torch.cat([network.forward_features(images[i : i + 1], visible[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    others = torch.cat([images[:1], torch.full_like(images[1:], 1e3)])
+    assert torch.equal(network.forward_features(others, visible)[0], together[0])
+
+
+def test_a_sample_without_a_visible_site_is_finite():
+    network = randomise(small())
+    features = network.forward_features(torch.randn(1, 3, 16, 16), torch.zeros(1, 2, 2, dtype=torch.bool))
+    features.sum().backward()
+    assert (features == 0).all() and all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.5])
+def test_constant_images_give_finite_gradients(fill):
+    network = small(num_classes=3)
+    F.cross_entropy(network(torch.full((2, 3, 16, 16), fill)), torch.tensor([0, 1])).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+def test_bf16_autocast_is_finite_and_near_float32():
+    torch.manual_seed(0)
+    network, images = small(num_classes=3), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(images)
+    logits.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    torch.testing.assert_close(logits.float(), network(images), rtol=0.1, atol=0.02)
+
+
+def test_channels_last_gives_the_same_result():
+    torch.manual_seed(0)
+    network, images = randomise(small(num_classes=3)).double().eval(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    expected = network(images)
+    network.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(images.to(memory_format=torch.channels_last)), expected)
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    network = small(num_classes=8, head_init_scale=0.001)
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(60):
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2.079, abs=0.01)  # log 8: the scaled head starts with no opinion
+    assert losses[-1] < 0.1

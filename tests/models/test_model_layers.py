@@ -1,0 +1,140 @@
+"""The layers. Reference equality (GRN, layer norm), properties (mask, drop path), gradients at blank inputs, dtypes."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, select_visible
+
+
+def random_grn(channels, dtype=torch.float64):
+    grn = GRN(channels).to(dtype)
+    nn.init.normal_(grn.gamma)
+    nn.init.normal_(grn.beta)
+    return grn
+
+
+def slow_grn(grn, sites):
+    """GRN of one sample's visible sites [N, C], channel by channel."""
+    norms = [sites[:, channel].square().sum().sqrt() for channel in range(sites.shape[1])]
+    mean = sum(norms) / len(norms)
+    columns = []
+    for channel, norm in enumerate(norms):
+        x = sites[:, channel]
+        columns.append(grn.gamma[0, 0, 0, channel] * x * norm / (mean + 1e-6) + grn.beta[0, 0, 0, channel] + x)
+    return torch.stack(columns, dim=1)
+
+
+def test_grn_starts_as_the_identity():
+    x = torch.randn(2, 3, 5, 8)
+    assert torch.equal(GRN(8)(x), x)
+    assert GRN(8).gamma.shape == GRN(8).beta.shape == (1, 1, 1, 8)
+
+
+def test_dense_grn_equals_the_formula():
+    torch.manual_seed(0)
+    grn, x = random_grn(6), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    for sample, result in zip(x, grn(x)):
+        torch.testing.assert_close(result.reshape(-1, 6), slow_grn(grn, sample.reshape(-1, 6)), rtol=0, atol=1e-12)
+
+
+def test_masked_grn_equals_the_formula_over_the_visible_sites():
+    torch.manual_seed(0)
+    grn, x = random_grn(6), torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    visible = torch.rand(3, 4, 5) < 0.4
+    result = grn(x, visible)
+    for index in range(3):
+        expected = slow_grn(grn, x[index][visible[index]])
+        torch.testing.assert_close(result[index][visible[index]], expected, rtol=0, atol=1e-12)
+
+
+def test_nan_at_masked_sites_changes_neither_grn_nor_its_gradients():
+    torch.manual_seed(0)
+    grn = random_grn(6, torch.float32)
+    clean, visible = torch.randn(2, 4, 4, 6), torch.rand(2, 4, 4) < 0.5
+    results = []
+    for hidden in (0.0, float("nan"), float("inf"), -3e38):
+        x = torch.where(visible[..., None], clean, hidden).requires_grad_()
+        y = grn(x, visible)[visible]
+        grn.zero_grad()
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad[visible], grn.gamma.grad[0, 0, 0].isfinite().all() if hidden == 0 else None))
+    for y, grad, _ in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e-30, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_grn_of_a_constant_input_has_finite_gradients(fill, masked):
+    grn = random_grn(6, torch.float32)
+    x = torch.full((2, 3, 3, 6), fill, requires_grad=True)
+    visible = torch.zeros(2, 3, 3, dtype=torch.bool) if masked else None
+    grn(x, visible).sum().backward()
+    assert x.grad.isfinite().all() and grn.gamma.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grn_reduces_in_float32(dtype):
+    """In fp16 the sum of squares, 4096 * 64^2, would be infinite; in bf16 a sum of ones would stop at 256."""
+    grn = random_grn(4, torch.float32)
+    x = torch.full((1, 64, 64, 4), 64.0, dtype=dtype, requires_grad=True)
+    y = grn(x)
+    expected = 64 * (1 + grn.gamma) + grn.beta  # all norms are equal, so every share is 1
+    assert y.dtype == dtype
+    torch.testing.assert_close(y[:, :1, :1].float(), expected, rtol=1e-2, atol=0.3)
+    y.float().mean().backward()
+    assert x.grad.isfinite().all() and grn.gamma.grad.dtype == torch.float32
+
+
+def test_grn_in_bf16_keeps_a_small_gamma():
+    """The correction is added to x, not folded into a factor near 1 that bf16 cannot tell from 1."""
+    grn = GRN(1)
+    nn.init.constant_(grn.gamma, 2.0**-9)
+    nn.init.constant_(grn.beta, -1.0)
+    y = grn(torch.ones(1, 2, 2, 1, dtype=torch.bfloat16))
+    assert torch.equal(y, torch.full_like(y, 2.0**-9))
+
+
+def test_channels_first_layer_norm_equals_the_formula():
+    torch.manual_seed(0)
+    norm, x = ChannelsFirstLayerNorm(7).double(), torch.randn(2, 7, 3, 5, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    centred = x - x.mean(dim=1, keepdim=True)
+    normal = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    expected = normal * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-12)
+    assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    drop, x = DropPath(0.3).train(), torch.ones(20_000, 2, 3)
+    y = drop(x)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    assert (y == y[:, :1, :1]).all()
+    assert abs(y.mean().item() - 1) < 0.02  # five standard deviations are 0.023
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y)
+
+
+def test_drop_path_is_nothing_in_evaluation_and_at_rate_0():
+    x = torch.randn(4, 2)
+    state = torch.get_rng_state()
+    assert DropPath(0.5).eval()(x) is x
+    assert DropPath(0.0).train()(x) is x
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drop_path_drops_a_sample_that_is_not_finite():
+    torch.manual_seed(0)
+    y = DropPath(0.9).train()(torch.full((64, 3), float("nan")))
+    assert (y == 0).any() and y.isnan().any()
+
+
+def test_select_visible_replaces_what_multiplication_would_keep():
+    x = torch.tensor([1.0, float("nan"), float("inf"), 2.0]).reshape(1, 1, 2, 2)
+    visible = torch.tensor([True, False, False, True]).reshape(1, 2, 2)
+    assert select_visible(x, visible).flatten().tolist() == [1.0, 0.0, 0.0, 2.0]
+    assert select_visible(x, None) is x

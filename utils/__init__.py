@@ -1,0 +1,1 @@
+"""What every room may use: configuration, ranks, logging, files, random keys, the run folder. Imports nothing of ours."""

@@ -1,0 +1,25 @@
+"""The errors and exit statuses that a user meets.
+
+`UserError` is what a user can cause and mend: it is shown as its message alone, without a traceback. Every other
+exception is a defect of ours and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_USER_ERROR = 2
+EXIT_LOST_RANK = 70
+EXIT_STOPPED = 75
+
+
+class UserError(ValueError):
+    """Tell the user which key or file is wrong, what was found, what is allowed and what to do."""
+
+
+def close_names(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Return `close: a, b` for the nearest known names, or all of them where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=most, cutoff=0.5)
+    return "close: " + ", ".join(near) if near else "known: " + ", ".join(known)

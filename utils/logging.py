@@ -1,0 +1,51 @@
+"""One logger for all rooms: rank 0 speaks, the others only warn, and the run folder keeps a copy."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+ROOT = "atelier"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module (`get_logger(__name__)`)."""
+    return logging.getLogger(f"{ROOT}.{name}")
+
+
+def environment_rank() -> int:
+    """Return this process's rank as its launcher states it, 0 where there is none. Works before any process group."""
+    for variable in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 0
+
+
+def setup_logging(rank: int | None = None) -> None:
+    """Send messages to stderr: everything from rank 0, warnings from the others, marked with their rank."""
+    rank = environment_rank() if rank is None else rank
+    logger = logging.getLogger(ROOT)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    stream.setFormatter(logging.Formatter(f"{mark}%(message)s"))
+    logger.addHandler(stream)
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """Copy rank 0's messages, with time and level, to a file; returns the handler for `stop_logging_to`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger(ROOT).addHandler(handler)
+    return handler
+
+
+def stop_logging_to(handler: logging.Handler) -> None:
+    """End a copy that `log_to_file` began."""
+    logging.getLogger(ROOT).removeHandler(handler)
+    handler.close()
