@@ -42,7 +42,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
-    """Return [B, width] float32 with ones where a sample's ragged ids point; runs on the ids' device, without a sync."""
+    """Return [B, width] float32 with ones where a sample's ragged ids point; on the ids' device, without a sync."""
     rows = torch.bucketize(torch.arange(len(values), device=values.device), offsets[1:], right=True)
     targets = torch.zeros(len(offsets) - 1, width, device=values.device)
     return targets.index_put_((rows, values), torch.ones((), device=values.device))

@@ -1,6 +1,6 @@
 """The shape of `data` and `augment`. Values and defaults stand in conf/data/ and conf/augment/."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,13 @@ class AugmentConfig(Strict):
     eval_crop: Annotated[float, Field(gt=0, le=1)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
+
+    def preprocessing(self, channels: int) -> dict[str, Any]:
+        """Return what evaluation does to an image, as it is written into weight files."""
+        return {
+            **self.model_dump(include={"image_size_hw", "interpolation", "eval_crop", "mean", "std"}),
+            "channels": channels,
+        }
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":

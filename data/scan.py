@@ -6,42 +6,24 @@ separated tags; the raw text is the caption) and `x.json` or `x.jpg.json` (a boo
 dot are passed over, links are followed.
 """
 
-import hashlib
 import json
 import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from data.table import SPLIT_NAMES, build_table
 from utils.errors import UserError
 
-SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),  # POSIX, relative to the root
-        ("size", pa.int64()),  # bytes
-        ("sha256", pa.string()),  # null unless prepare.py filled it in
-        ("split", pa.string()),
-        ("label", pa.string()),
-        ("tags", pa.list_(pa.string())),
-        ("rating", pa.string()),
-        ("caption", pa.string()),
-        ("weight", pa.float32()),
-    ]
-)
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-SPLITS = ("train", "val")
-# A test split is validation data here: nothing in this house trains on it, and nothing else needs a third kind.
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 
 
 class Sidecar(NamedTuple):
@@ -110,59 +92,6 @@ def scan_folder(root: Path) -> pa.Table:
     return build_table(columns)
 
 
-def build_table(columns: dict[str, list[Any]]) -> pa.Table:
-    """Build a table of SCHEMA, sorted by path, from its columns; one that is absent is null, a weight 1."""
-    count = len(columns["path"])
-    defaults = {"weight": [1.0] * count, "tags": [()] * count}
-    arrays = [
-        pa.array(columns.get(field.name, defaults.get(field.name, [None] * count)), field.type) for field in SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA).sort_by("path")
-
-
-def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
-    """Move a share of the rows to "val", where no row is there yet, by a hash of each path.
-
-    Which rows go does not depend on the others, so adding files moves none.
-    Raises UserError (`data.validation_fraction`) unless 0 <= fraction < 1.
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(f"data.validation_fraction: {fraction} is not allowed; set a number from 0 to below 1")
-    if fraction == 0 or "val" in table["split"].unique().to_pylist():
-        return table
-    limit = int(fraction * 2**64)
-    paths = table["path"].to_pylist()
-    chosen = [int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") < limit for path in paths]
-    split = pa.array(np.where(chosen, "val", "train"), pa.string())
-    return table.set_column(table.column_names.index("split"), "split", split)
-
-
-def hash_table(table: pa.Table) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of every column, the same however the table is cut into chunks."""
-    digest = hashlib.sha256()
-    for field in SCHEMA:
-        digest.update(f"{field.name} {field.type} {table.num_rows}\n".encode())
-        _hash_column(digest.update, table[field.name])
-    return digest.hexdigest()[:16]
-
-
-def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> None:
-    """Feed a column's nulls, lengths and values, each in one run over all chunks, to a hash."""
-    update(pc.is_null(column).to_numpy().tobytes())
-    column = column.drop_null()
-    if pa.types.is_list(column.type):
-        update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
-        _hash_column(update, pc.list_flatten(column))
-    elif pa.types.is_string(column.type):
-        update(pc.binary_length(column).to_numpy().astype("<i8").tobytes())
-        for chunk in column.chunks:
-            _, offsets, data = chunk.buffers()
-            ends = np.frombuffer(offsets, np.int32)[[chunk.offset, chunk.offset + len(chunk)]] if len(chunk) else (0, 0)
-            update(memoryview(data)[ends[0] : ends[1]] if data is not None else b"")
-    else:
-        update(column.to_numpy().tobytes())
-
-
 def _walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
     """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names."""
     stack = [("", (os.path.realpath(root),))]
@@ -195,7 +124,7 @@ def _read_image_entry(root: Path, folder: str, entry: os.DirEntry[str], names: s
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"data.root: the file name {path!r} is not UTF-8; rename the file (convmv does many)") from error
+        raise UserError(f"data.root: the file name {path!r} is not UTF-8; rename the file") from error
     try:
         status = entry.stat()
     except FileNotFoundError as error:
@@ -264,11 +193,22 @@ def _read_text(file: Path) -> str:
         raise UserError(f"data.root: the sidecar {str(file)!r} cannot be read ({error.strerror})") from error
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError for what is none, and for half a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _read_record(file: Path) -> dict[str, Any]:
     """Read a JSON sidecar, which must be one object."""
     try:
-        record = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = parse_json(_read_text(file))
+    except ValueError as error:
         raise UserError(f"data.root: the sidecar {str(file)!r} is broken JSON ({error}); mend or remove it") from error
     if not isinstance(record, dict):
         raise UserError(
@@ -309,5 +249,5 @@ def _tags_of_record(file: Path, record: dict[str, Any]) -> tuple[str, ...] | Non
 
 
 def _unique_tags(tags: list[str]) -> tuple[str, ...]:
-    """Strip tags and drop blank and repeated ones, keeping the order. Interned: a collection repeats them by millions."""
+    """Strip tags and drop blank and repeated ones, keeping the order. Interned, for a collection repeats them."""
     return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))

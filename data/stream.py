@@ -87,8 +87,10 @@ class BalancedSampler(_EpochSampler):
         picks = np.empty((rounds, classes), dtype=np.int64)
         for number, members in enumerate(self._members):
             turns = epoch * rounds + np.arange(rounds)
-            laps = [rng.permutation(self.seed, rng.hash_counters(number, int(lap)), len(members))
-                    for lap in range(turns[0] // len(members), turns[-1] // len(members) + 1)]
+            laps = [
+                rng.permutation(self.seed, rng.hash_counters(number, int(lap)), len(members))
+                for lap in range(turns[0] // len(members), turns[-1] // len(members) + 1)
+            ]
             flat = np.concatenate(laps)
             picks[:, number] = members[flat[turns - turns[0] // len(members) * len(members)]]
         columns = [rng.permutation(self.seed, rng.hash_counters(epoch, turn, 1), classes) for turn in range(rounds)]
@@ -180,7 +182,9 @@ class EvaluationBatches:
         """Yield the batches."""
         for number in range(self._count):
             mine = self._mine[number * self._batch_size : (number + 1) * self._batch_size]
-            draws = [Draw(place, int(self._rows[place]), rng.sample_key(self._seed, int(self._rows[place]), 1))
-                     for place in mine]
+            draws = [
+                Draw(place, int(self._rows[place]), rng.sample_key(self._seed, int(self._rows[place]), 1))
+                for place in mine
+            ]
             filler = Draw(-1, int(self._rows[0]), 0)
             yield draws + [filler] * (min(self._batch_size, len(self._rows)) - len(draws))

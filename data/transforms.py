@@ -4,6 +4,7 @@ The transforms are torchvision's v2; they draw from torch's global generator, wh
 Normalisation happens on the device (`Normalise` in models/layers.py): a batch carries bytes, a quarter of floats.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,11 +48,11 @@ class TrainTransform:
 class EvalTransform:
     """The shorter side to image size / eval_crop, then the centre."""
 
-    def __init__(self, config: AugmentConfig) -> None:
-        height, width = config.image_size_hw
+    def __init__(self, image_size_hw: Sequence[int], eval_crop: float, interpolation: str) -> None:
+        height, width = image_size_hw
         self._size_hw = (height, width)
-        self._resized_hw = (round(height / config.eval_crop), round(width / config.eval_crop))
-        self._interpolation = InterpolationMode(config.interpolation)
+        self._resized_hw = (round(height / eval_crop), round(width / eval_crop))
+        self._interpolation = InterpolationMode(interpolation)
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the resized centre."""

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from utils import distributed
 from utils.errors import UserError
 from utils.files import fsync_path, read_json, sha256_file, sha256_text
 from utils.logging import get_logger
+from utils.weights import write_tensors
 
 log = get_logger(__name__)
 
@@ -51,24 +50,9 @@ class Checkpoint:
         return self.state["step"]
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory with another."""
-    plain, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if pointer in seen or tensor.nbytes != tensor.untyped_storage().nbytes() else tensor
-        seen.add(pointer)
-    return plain
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file and flush it to the disk."""
-    save_file(_plain(tensors), path, metadata=dict(metadata or {}))
-    fsync_path(path)
-
-
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> Path:
     """Write `folder/step_XXXXXXXX` and return it; called on rank 0. Raises OSError where the disk does not take it."""
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
@@ -135,8 +119,8 @@ def find_checkpoint(folder: Path) -> Path | None:
         log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
     if found:
         raise UserError(
-            f"resume: all {len(found)} checkpoints in {folder} are damaged, see the warnings above; mend or remove them, "
-            "or start afresh in another folder with run_dir=..."
+            f"resume: all {len(found)} checkpoints in {folder} are damaged, see the warnings above; mend or remove "
+            "them, or start afresh in another folder with run_dir=..."
         )
     return None
 
@@ -189,43 +173,3 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
         state.setdefault(index[name], {})[key] = value
     current = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a weight file: tensors, and the metadata that Atelier wrote (`{}` for a foreign safetensors file).
-
-    Foreign `.pt` and `.pth` files are read without unpickling code. Raises UserError with the file's name.
-    """
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise UserError(f"init_from: {path} does not exist; name a run folder or a weight file")
-    try:
-        if path.suffix in (".pt", ".pth", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("model", "state_dict"):
-                content = content.get(key, content) if isinstance(content, dict) else content
-            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-                raise UserError(f"init_from: {path} holds no state dict of tensors; found {type(content).__name__}")
-            return content, {}
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return load_file(path), json.loads(metadata.get("atelier", "{}"))
-    except (SafetensorError, EOFError, RuntimeError, json.JSONDecodeError) as error:
-        raise UserError(f"init_from: {path} cannot be read as weights: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        if "weights_only" not in str(error) and "Unpickl" not in type(error).__name__:
-            raise
-        raise UserError(
-            f"init_from: {path} holds pickled objects beside tensors, which Atelier never loads; save its state dict as "
-            "safetensors where you trust it"
-        ) from None
-
-
-def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a weight file that can be used alone: its metadata says model, preprocessing, classes and step."""
-    from utils.files import write_atomically
-
-    text = {"atelier": json.dumps(metadata)}
-    if distributed.is_main():
-        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, text))

@@ -75,8 +75,8 @@ def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | 
         )
     if chunk is not None and global_batch_size % chunk != 0:
         raise UserError(
-            f"loop.global_batch_size: {global_batch_size} is not a multiple of the sampler's chunk of {chunk} samples of "
-            f"one shape; set it to a multiple of {chunk}"
+            f"loop.global_batch_size: {global_batch_size} is not a multiple of the sampler's chunk of {chunk} samples "
+            f"of one shape; set it to a multiple of {chunk}"
         )
     share = global_batch_size // world_size
     unit = share if chunk is None else math.gcd(share, chunk)

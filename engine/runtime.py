@@ -26,7 +26,6 @@ class Runtime:
 
     device: torch.device
     precision: str
-    compile: bool
     channels_last: bool
     workers: int
     prefetch_batches: int
@@ -43,12 +42,13 @@ class Runtime:
     def describe(self) -> str:
         """Return the choices in one line."""
         return (
-            f"device={self.device} precision={self.precision} compile={self.compile} "
+            f"device={self.device} precision={self.precision} "
             f"channels_last={self.channels_last} workers={self.workers} threads={torch.get_num_threads()}"
         )
 
 
-def _choose_device(wanted: str) -> str:
+def choose_device(wanted: str) -> str:
+    """Return cpu or cuda. Raises UserError where cuda was asked for and is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device: cuda was asked for and torch sees no GPU; set runtime.device=auto or cpu")
     if wanted != "auto":
@@ -75,15 +75,19 @@ def can_compile(device: str) -> bool:
     return compiler is not None
 
 
-def _choose_compile(wanted: str | bool, device: str, total_steps: int, deterministic: bool) -> bool:
-    if wanted is True and not can_compile(device):
+def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
+    """Return whether to compile: where a compiler is found and the run is long enough to earn it back.
+
+    Raises UserError where compilation was asked for and cannot be had.
+    """
+    if config.compile is True and not can_compile(device):
         raise UserError(
             "runtime.compile: true needs a C++ compiler (g++ or clang++), and none is on the PATH; "
             "install one or set runtime.compile=auto"
         )
-    if wanted != "auto":
-        return bool(wanted)
-    return can_compile(device) and total_steps >= COMPILE_PAYS_AFTER_STEPS and not deterministic
+    if config.compile != "auto":
+        return config.compile
+    return can_compile(device) and total_steps >= COMPILE_PAYS_AFTER_STEPS and not config.deterministic
 
 
 def _choose_workers(wanted: str | int, device: str) -> int:
@@ -93,16 +97,18 @@ def _choose_workers(wanted: str | int, device: str) -> int:
     if device == "cpu":
         return 0
     share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0])
+    local_size = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
+    )
     return max(1, min(12, share // local_size - 1))
 
 
-def choose_runtime(config: RuntimeConfig, total_steps: int = 0) -> Runtime:
+def choose_runtime(config: RuntimeConfig) -> Runtime:
     """Decide for this machine, apply thread counts and determinism, and return the choices.
 
     Raises UserError where what was asked for cannot be had here.
     """
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.deterministic:
@@ -112,7 +118,6 @@ def choose_runtime(config: RuntimeConfig, total_steps: int = 0) -> Runtime:
     return Runtime(
         device=torch.device("cuda", distributed.detect_world().local_rank) if device == "cuda" else torch.device("cpu"),
         precision=_choose_precision(config.precision, device),
-        compile=_choose_compile(config.compile, device, total_steps, config.deterministic),
         channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
         workers=_choose_workers(config.workers, device),
         prefetch_batches=config.prefetch_batches,

@@ -24,11 +24,13 @@ class StepResult:
 
     sums: log name -> (sum, count) over all samples of the step, float64; NaN is left out of a step that was skipped.
     applied: 1 where the optimiser made its step, 0 where it was left out.
+    stop: above 0 where a rank was asked to stop.
     """
 
     sums: dict[str, tuple[Tensor, Tensor]]
     grad_norm: Tensor
     applied: Tensor
+    stop: Tensor
 
 
 class LossScale:
@@ -83,20 +85,22 @@ def _forward_backward(
     return weighted.detach(), output
 
 
-def _reduce_logs(loss: Tensor, outputs: Sequence[StepOutput], denominator: Tensor, bad: Tensor) -> tuple[dict, Tensor]:
-    """Sum losses, logs and the not-finite flag over micro-batches and ranks in one collective."""
+def _reduce(
+    loss: Tensor, outputs: Sequence[StepOutput], denominator: Tensor, bad: Tensor, stop: bool
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """Sum loss, logs and flags over micro-batches and ranks in one collective: (sums, not finite, stop)."""
     names = sorted(outputs[0].logs)
-    columns = [loss, bad.to(loss.dtype)]
+    columns = [bad, torch.full_like(loss, float(stop)), loss]
     for name in names:
         columns.append(torch.stack([output.logs[name][0].double() for output in outputs]).sum())
         columns.append(torch.stack([output.logs[name][1].double() for output in outputs]).sum())
     total = distributed.all_reduce_sum(torch.stack([column.double() for column in columns]))
-    bad = total[1] > 0
+    bad, stop_asked = total[0] > 0, total[1]
     total = torch.where(bad, torch.zeros_like(total), total)
     count = torch.where(bad, 0.0, denominator.double())
-    sums = {"loss": (total[0], count)}
-    sums |= {name: (total[2 + 2 * index], total[3 + 2 * index]) for index, name in enumerate(names)}
-    return sums, bad
+    sums = {"loss": (total[2], count)}
+    sums |= {name: (total[3 + 2 * index], total[4 + 2 * index]) for index, name in enumerate(names)}
+    return sums, bad, stop_asked
 
 
 def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor) -> None:
@@ -119,11 +123,12 @@ def train_step(
     seed: int,
     clip_grad_norm: float | None,
     runtime: Runtime,
+    stop: bool = False,
 ) -> StepResult:
     """Make update number `step` (from 0) of the task from its micro-batches of this rank.
 
-    `model` is the task as the ranks share it (DDP or the task itself). No host synchronisation, except for timm's
-    optimisers, which cannot skip on the device: they cost one per step.
+    `model` is the task as the ranks share it (DDP or the task itself); `stop` says that this rank was asked to stop.
+    No host synchronisation, except for timm's optimisers, which cannot skip on the device: they cost one per step.
     """
     denominator = step_weight(batches)
     buffers = list(task.buffers())
@@ -141,7 +146,7 @@ def train_step(
     inverse_scale = 1.0 / scale.scale
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) * inverse_scale
     loss = torch.stack(losses).sum()
-    sums, bad = _reduce_logs(loss, outputs, denominator, ~(torch.isfinite(norm) & torch.isfinite(loss)))
+    sums, bad, stop_asked = _reduce(loss, outputs, denominator, ~(torch.isfinite(norm) & torch.isfinite(loss)), stop)
     _clip(grads, norm, clip_grad_norm, inverse_scale)
 
     applied = 1.0 - bad.float()
@@ -154,4 +159,4 @@ def train_step(
     for buffer, old in zip(buffers, before):
         buffer.copy_(torch.where(bad, old, buffer))
     scale.update(applied)
-    return StepResult(sums, torch.where(bad, 0.0, norm), applied)
+    return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked)

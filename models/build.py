@@ -7,12 +7,13 @@ from torch import nn
 
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
 from models.convnextv2 import ConvNeXtV2
+from utils.errors import UserError
 
 
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build the network with fresh weights; `num_classes` 0 makes no head.
 
-    Raises ValueError naming `model.name` or `model.drop_path_rate` where timm refuses them.
+    Raises UserError naming `model.name` or `model.drop_path_rate` where timm refuses them.
     """
     match config:
         case ConvNeXtV2Config():
@@ -37,7 +38,7 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
     if all(side >= stride and side % stride == 0 for side in image_size_hw):
         return
     nearest = [max(stride, round(side / stride) * stride) for side in image_size_hw]
-    raise ValueError(
+    raise UserError(
         f"augment.image_size_hw: {list(image_size_hw)} is not a multiple of the total stride {stride} of "
         f"{config.name} on both sides; set {nearest}, or choose a model of smaller stride"
     )
@@ -50,7 +51,7 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
         known = timm.list_models()
         close = difflib.get_close_matches(config.name, known, n=3, cutoff=0.4)
         hint = f"close names: {', '.join(close)}" if close else f"timm {timm.__version__} knows {len(known)} names"
-        raise ValueError(f"model.name: unknown timm model {config.name!r}; {hint}")
+        raise UserError(f"model.name: unknown timm model {config.name!r}; {hint}")
     extra = {} if config.drop_path_rate is None else {"drop_path_rate": config.drop_path_rate}
     try:
         return timm.create_model(
@@ -60,11 +61,11 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
         if "pretrained tag" not in str(error):
             raise
         bare = config.name.split(".")[0]
-        raise ValueError(f"model.name: {config.name!r} names weights that timm does not have; set {bare}") from error
+        raise UserError(f"model.name: {config.name!r} names weights that timm does not have; set {bare}") from error
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"model.drop_path_rate: {config.drop_path_rate} given, but timm's {config.name} has no stochastic depth; "
             "set null"
         ) from error

@@ -138,7 +138,7 @@ class ConvNeXtV2(nn.Module):
         x = images
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             sites = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
-            x = select_visible(downsample(x), sites)
+            x = downsample(x)  # fills masked sites with its biases; the block selects what it reads and returns
             for block in stage:
                 x = block(x, sites)
         return x

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
+from utils.errors import UserError
 
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
@@ -40,7 +41,7 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def count_removed(num_patches: int, mask_ratio: float) -> int:
     """Return how many of `num_patches` a mask removes: all but int(num_patches * (1 - mask_ratio)).
 
-    Raises ValueError (`task.mask_ratio`) unless at least one patch is kept and one removed.
+    Raises UserError (`task.mask_ratio`) unless at least one patch is kept and one removed.
     Source: facebookresearch/ConvNeXt-V2:models/fcmae.py. The rounding is theirs: 19 of 49 patches are kept at 0.6.
     """
     kept = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
@@ -50,7 +51,7 @@ def count_removed(num_patches: int, mask_ratio: float) -> int:
         advice = "there is nothing to mask; raise augment.image_size_hw or lower task.patch_px"
     else:
         advice = f"set it above 0 and below {math.floor(1000 * (1 - 1 / num_patches)) / 1000}"
-    raise ValueError(
+    raise UserError(
         f"task.mask_ratio: {mask_ratio} of {num_patches} patches does not keep at least one and remove at least one; "
         f"{advice}"
     )
@@ -59,7 +60,7 @@ def count_removed(num_patches: int, mask_ratio: float) -> int:
 def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -> Tensor:
     """Draw a mask, bool [L] on the generator's device, that removes exactly `count_removed` patches.
 
-    Raises ValueError (`task.mask_ratio`) as `count_removed` does.
+    Raises UserError (`task.mask_ratio`) as `count_removed` does.
     """
     removed = count_removed(num_patches, mask_ratio)
     order = torch.randperm(num_patches, generator=generator, device=generator.device)
@@ -71,12 +72,12 @@ def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -
 def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px: int) -> None:
     """Raise ValueError unless patches are whole encoder sites and the image is whole patches."""
     if patch_px < 1 or patch_px % total_stride != 0:
-        raise ValueError(
+        raise UserError(
             f"task.patch_px: {patch_px} is not a multiple of the encoder's total stride {total_stride}; "
             f"set it to {total_stride} or a multiple of it"
         )
     if any(side < 1 or side % patch_px != 0 for side in image_size_hw):
-        raise ValueError(
+        raise UserError(
             f"augment.image_size_hw: {list(image_size_hw)} is not a multiple of task.patch_px={patch_px} on both "
             f"sides; set both sides to multiples of {patch_px}, or task.patch_px to a multiple of {total_stride} "
             "that divides both"

@@ -37,16 +37,17 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [B, H, W, C] of the dtype of `x`; values at masked sites are finite but mean nothing.
+        """Return [B, H, W, C] of the dtype of `x`, beta at masked sites whatever stood there.
 
         x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is reduced in
         float32 or wider, under autocast too. Its gradient at norm 0 is 0, as `vector_norm` defines it.
         """
-        sites = x if visible is None else torch.where(visible[..., None], x, 0.0)
+        if visible is not None:
+            x = torch.where(visible[..., None], x, 0.0)
         wide = torch.promote_types(x.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(sites, dim=(1, 2), keepdim=True, dtype=wide)  # [B, 1, 1, C]
+        norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # [B, 1, 1, C]
         share = norms / (norms.mean(dim=-1, keepdim=True) + self.eps)
-        # In bf16 the factor 1 + gamma * share would round a small gamma away; the sum of two terms keeps it.
+        # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1 before it meets x.
         return x + torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * share).to(x.dtype))
 
 

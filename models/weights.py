@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
+from utils.errors import UserError
+from utils.logging import get_logger
+from utils.weights import find_weights, read_weights
+
+log = get_logger(__name__)
 
 # Anchored: a layer whose name merely contains `pred` or `proj` is no part of the decoder.
 _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
@@ -24,7 +29,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     its initial values if `keep_head` is false, or if the checkpoint has none or one of another shape; so does the
     final norm of a ConvNeXt V2 if the checkpoint has none. GRN tensors may have 1, 2 or 4 axes.
 
-    Raises ValueError (`init_from`) with a table of every other name that is missing, unexpected or of a wrong shape;
+    Raises UserError (`init_from`) with a table of every other name that is missing, unexpected or of a wrong shape;
     the network is then unchanged.
     """
     wanted = network.state_dict()
@@ -91,8 +96,21 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     widths = [max(len(row[column]) for row in shown) for column in range(3)]
     table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown)
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-    raise ValueError(
+    raise UserError(
         f"init_from: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n"
         "Set the model group (model.name, model.depths, model.dims, model.in_channels, model.stem_stride) to what the "
         "checkpoint was trained with, or name another file in init_from."
     )
+
+
+def initialise_from(network: nn.Module, source: str | None, *, keep_head: bool) -> None:
+    """Give a network the weights of a run or a file (`init_from`); None leaves it as it is.
+
+    Raises UserError that begins with `init_from:`.
+    """
+    if source is None:
+        return
+    path = find_weights(source, "last", "init_from")
+    state, _ = read_weights(path, "init_from")
+    fresh = load_into(network, state, keep_head=keep_head)
+    log.info("init_from: %s; left at their initial values: %s", path, ", ".join(fresh) or "none")

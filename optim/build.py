@@ -20,9 +20,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
         case AdanConfig():
             return Adan(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case SGDConfig():
-            optimizer = torch.optim.SGD(
-                groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
-            )
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
             if config.momentum > 0:
                 # A first step that is left out would leave torch's lazily made buffers uninitialised.
                 for group in optimizer.param_groups:

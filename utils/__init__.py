@@ -1,1 +1,1 @@
-"""What every room may use: configuration, ranks, logging, files, random keys, the run folder. Imports nothing of ours."""
+"""What every room may use: configuration, ranks, logging, files, random keys, the run folder. Imports no room."""

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 
 from utils import distributed
 from utils.config_errors import ConfigError, hydra_problem, validation_problems
-from utils.errors import EXIT_CRASH, EXIT_OK, EXIT_USER_ERROR, UserError
+from utils.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from utils.logging import environment_rank, get_logger, setup_logging
 from utils.schema import Strict
 
@@ -39,7 +39,7 @@ Schema = TypeVar("Schema", bound=Strict)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-# Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted first.
+# Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
 PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights")
 
 
@@ -50,7 +50,6 @@ class Job:
     script: str
     choices: dict[str, str]
     overrides: list[str]
-    sweep_dir: str | None = None
     sweep_name: str | None = None
 
 
@@ -100,18 +99,18 @@ def validate(values: Any, schema: type[Schema]) -> Schema:
 def _job_from_hydra(script: str) -> Job:
     state = HydraConfig.get()
     choices = {name: str(choice) for name, choice in state.runtime.choices.items() if not name.startswith("hydra/")}
-    sweep_dir = sweep_name = None
+    sweep_name = None
     if state.mode == RunMode.MULTIRUN:
         swept = [text for text in state.overrides.task if not text.startswith("run_dir=")]
-        sweep_dir = str(state.sweep.subdir) if state.sweep.subdir else None
         sweep_name = re.sub(r"[^\w.,=+-]+", "_", ",".join(sorted(swept)))[:180] or "job"
-    return Job(script, choices, list(state.overrides.task), sweep_dir, sweep_name)
+    return Job(script, choices, list(state.overrides.task), sweep_name)
 
 
 def _run_job(
     main: Callable[[Any, Job], str | None], schema: type[Schema], script: str, values: DictConfig
 ) -> JobResult:
     """Validate and run one job; every way it can end becomes an exit status."""
+    setup_logging()
     job = _job_from_hydra(script)
     name = " ".join(job.overrides)
     try:
@@ -123,11 +122,6 @@ def _run_job(
     except UserError as error:
         _say(f"{script}.py: {error}")
         return JobResult(name, EXIT_USER_ERROR, str(error).splitlines()[0])
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else EXIT_CRASH
-        if HydraConfig.get().mode != RunMode.MULTIRUN or status >= 64:
-            raise
-        return JobResult(name, status, f"exit status {status}")
     except (HydraException, OmegaConfBaseException) as error:
         _say(f"{script}.py: {ConfigError([hydra_problem(error)])}")
         return JobResult(name, EXIT_USER_ERROR, str(error).splitlines()[0])
@@ -173,7 +167,7 @@ def entry_point(
 
     def decorate(main: Callable[[Schema, Job], str | None]) -> Callable[[], None]:
         def command() -> None:
-            setup_logging()
+            setup_logging()  # again for each job of a sweep
             os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
             results: list[JobResult] = []
             arguments = sys.argv[1:]
@@ -192,6 +186,10 @@ def entry_point(
             except ConfigError as error:
                 _say(f"{config_name}.py: {error}")
                 _leave(EXIT_USER_ERROR)
+            except SystemExit as stop:
+                if stop.code == EXIT_STOPPED:
+                    _leave(EXIT_STOPPED)
+                raise
             if multirun and results and environment_rank() == 0:
                 log.info("%s", _table(results))
             _leave(max((result.status for result in results), default=EXIT_OK))

@@ -28,10 +28,13 @@ def _without_tags(location: tuple[int | str, ...], values: Any) -> list[str]:
     """Return a location's keys without what pydantic adds: a union's tag, a function's name."""
     keys: list[str] = []
     for index, part in enumerate(location):
-        if isinstance(values, dict) and part in values:
-            keys.append(str(part))
-            values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+        if (
+            isinstance(values, dict)
+            and part in values
+            or isinstance(values, list)
+            and isinstance(part, int)
+            and part < len(values)
+        ):
             keys.append(str(part))
             values = values[part]
         elif index == len(location) - 1 and isinstance(values, dict):

@@ -8,6 +8,18 @@ from pathlib import Path
 ROOT = "atelier"
 
 
+class _EarlyRecords(logging.Handler):
+    """Keep what is said before the run folder is open, for its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self.records.append(record)
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module (`get_logger(__name__)`)."""
     return logging.getLogger(f"{ROOT}.{name}")
@@ -27,6 +39,9 @@ def setup_logging(rank: int | None = None) -> None:
     logger = logging.getLogger(ROOT)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    for name in logging.root.manager.loggerDict:
+        if name.split(".")[0] == ROOT:  # Hydra's `disabled` logging switches off every logger that it finds
+            logging.getLogger(name).disabled = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
@@ -35,13 +50,22 @@ def setup_logging(rank: int | None = None) -> None:
     mark = "" if rank == 0 else f"[rank {rank}] "
     stream.setFormatter(logging.Formatter(f"{mark}%(message)s"))
     logger.addHandler(stream)
+    logger.addHandler(_EarlyRecords())
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Copy rank 0's messages, with time and level, to a file; returns the handler for `stop_logging_to`."""
+    """Copy rank 0's messages, with time and level, to a file, those said before as well.
+
+    Returns the handler for `stop_logging_to`.
+    """
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger(ROOT).addHandler(handler)
+    logger = logging.getLogger(ROOT)
+    for early in [kept for kept in logger.handlers if isinstance(kept, _EarlyRecords)]:
+        for record in early.records:
+            handler.handle(record)
+        logger.removeHandler(early)
+    logger.addHandler(handler)
     return handler
 
 

@@ -72,7 +72,11 @@ class MetricsLog:
         return list(names)
 
     def _write_csv(self) -> None:
-        rows = [{name: value for name, value in row.items() if name != "kind"} for row in self.rows if row["kind"] == "epoch"]
+        rows = [
+            {name: value for name, value in row.items() if name != "kind"}
+            for row in self.rows
+            if row["kind"] == "epoch"
+        ]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

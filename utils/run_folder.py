@@ -1,11 +1,11 @@
 """The run folder: everything about one run, explaining itself without the repository.
 
-    outputs/<script>/<model>-<data>-<recipe hash>/
-        config.json  overrides.txt  environment.json       what ran, and where
-        log.txt  metrics.jsonl  training_log.txt           what it said and found
-        checkpoints/step_00001200/                         what resumes
-        weights/{last,best,ema}_weights.safetensors        what is used further
-        plots/  unreadable.jsonl  samples/                 pictures, bad images, audited samples
+outputs/<script>/<model>-<data>-<recipe hash>/
+    config.json  overrides.txt  environment.json       what ran, and where
+    log.txt  metrics.jsonl  training_log.txt           what it said and found
+    checkpoints/step_00001200/                         what resumes
+    weights/{last,best,ema}_weights.safetensors        what is used further
+    plots/  unreadable.jsonl  samples/                 pictures, bad images, audited samples
 """
 
 import fcntl
@@ -61,7 +61,8 @@ def default_run_dir(config: dict[str, Any], job: Job) -> str:
         return f"{base}/{job.sweep_name}"
     if config["run_dir"] is not None:
         return config["run_dir"]
-    return f"outputs/{job.script}/{job.choices['model']}-{job.choices['data']}-{recipe_hash(config)}"
+    model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))
+    return f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}"
 
 
 def git_state() -> dict[str, Any]:

@@ -94,7 +94,9 @@ class Watchdog:
                 self._publish(count)
                 seen = {other: self._store.get(str(other)).decode() for other in self._watched}
                 verdict = self._judge(seen, time.monotonic())
-            except Exception as error:  # the store lives in rank 0's process or its launcher: without it the job is over
+            except (
+                Exception
+            ) as error:  # the store lives in rank 0's process or its launcher: without it the job is over
                 verdict = f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
             if verdict is not None and not self._stop.is_set():
                 self._end(verdict)

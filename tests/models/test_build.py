@@ -1,4 +1,4 @@
-"""Configuration and building. Literal table (files of conf/model), refusals (each message), shapes of built networks."""
+"""Configuration and building. Literal table (files of conf/model), refusals (each message), built shapes."""
 
 from pathlib import Path
 

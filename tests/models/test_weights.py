@@ -1,4 +1,4 @@
-"""Weights of earlier runs. Round trips (classifier, FCMAE, timm), the head's rules, GRN shapes, refusals with tables."""
+"""Weights of earlier runs. Round trips (classifier, FCMAE, timm), the head's rules, GRN shapes, refusals."""
 
 import pytest
 import torch

@@ -1,0 +1,113 @@
+"""From configuration to collection and loaders."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from data.collection import Collection, index_collection, open_collection
+from data.config import AugmentConfig, DataConfig, GlyphsConfig
+from data.glyphs import draw_glyphs, glyphs_ready
+from data.loader import EvaluationLoader, Fields, ImageReader, TrainLoader, UnreadableLog
+from data.stream import BalancedSampler, Sampler, ShuffledSampler
+from data.transforms import EvalTransform, TrainTransform, Transform
+from utils import distributed
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+CACHE = Path("outputs/cache/collections")
+
+
+def load_collection(config: DataConfig) -> Collection:
+    """Index the collection on rank 0 (drawing the glyphs first where they are missing) and open it on every rank."""
+
+    def index() -> str:
+        if isinstance(config, GlyphsConfig) and not glyphs_ready(Path(config.root)):
+            log.info("drawing the glyph collection into %s (once, some seconds)", config.root)
+            draw_glyphs(Path(config.root))
+        return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
+
+    collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
+    log.info(
+        "collection: %s, %s training and %s validation images",
+        config.root,
+        f"{len(collection.rows('train')):,}",
+        f"{len(collection.rows('val')):,}",
+    )
+    return collection
+
+
+def build_sampler(config: DataConfig, rows: np.ndarray, class_ids: np.ndarray, seed: int) -> Sampler:
+    """Return the order that `data.sampling` names; class_ids [len(rows)] are those of the rows."""
+    match config.sampling.name:
+        case "shuffled":
+            return ShuffledSampler(rows, seed)
+        case "balanced":
+            return BalancedSampler(rows, class_ids, seed)
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of the rows, evenly spread."""
+    return rows[:: max(1, -(-len(rows) // most))]
+
+
+def build_loaders(
+    collection: Collection,
+    config: DataConfig,
+    augment: AugmentConfig,
+    fields: Fields,
+    *,
+    train_rows: np.ndarray,
+    val_rows: np.ndarray,
+    channels: int,
+    seed: int,
+    batch_size: int,
+    runtime: Any,
+    run_path: Path,
+) -> tuple[TrainLoader, dict[str, EvaluationLoader]]:
+    """Return the endless training stream, and the validation rows under `val`, each once over all ranks.
+
+    `fields` adds what the task needs to a sample; `runtime` gives device, workers and prefetch_batches
+    (engine/runtime.py); unreadable images are listed in the run's folder.
+    """
+    unreadable = UnreadableLog(run_path / "unreadable.jsonl")
+
+    def reader(transform: Transform) -> ImageReader:
+        return ImageReader(collection, transform, fields, channels=channels, max_pixels=config.max_pixels)
+
+    class_ids = collection.class_ids(collection.class_names("train"))
+    loader = TrainLoader(
+        reader(TrainTransform(augment)),
+        build_sampler(config, train_rows, class_ids[train_rows], seed),
+        seed=seed,
+        device=runtime.device,
+        workers=runtime.workers,
+        prefetch_batches=runtime.prefetch_batches,
+        unreadable=unreadable,
+    )
+    evaluation = evaluation_loader(
+        reader(EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)),
+        val_rows,
+        seed=seed,
+        batch_size=batch_size,
+        runtime=runtime,
+        unreadable=unreadable,
+    )
+    return loader, {"val": evaluation}
+
+
+def evaluation_loader(
+    reader: Dataset, rows: np.ndarray, *, seed: int, batch_size: int, runtime: Any, unreadable: UnreadableLog
+) -> EvaluationLoader:
+    """Return a loader of each of the rows exactly once over all ranks."""
+    return EvaluationLoader(
+        reader,
+        rows,
+        seed=seed,
+        batch_size=batch_size,
+        device=runtime.device,
+        workers=runtime.workers,
+        unreadable=unreadable,
+    )

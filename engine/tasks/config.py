@@ -1,0 +1,28 @@
+"""The shape of `task`: what each kind of training is set by. Values stand in conf/task/."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from utils.schema import Strict
+
+
+class FCMAETaskConfig(Strict):
+    """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
+
+    name: Literal["fcmae"]
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)]
+    patch_px: Annotated[int, Field(ge=1)] | None
+    decoder_dim: Annotated[int, Field(ge=1)]
+    decoder_depth: Annotated[int, Field(ge=0)]
+    norm_pix_loss: bool
+
+
+class ClassificationTaskConfig(Strict):
+    """One class per image. `mixup_alpha` and `cutmix_alpha` are those of the beta distribution, 0 for off."""
+
+    name: Literal["classification"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    mixup_alpha: Annotated[float, Field(ge=0)]
+    cutmix_alpha: Annotated[float, Field(ge=0)]
+    keep_head: bool

@@ -1,0 +1,270 @@
+"""train: everything that a training script does after its task and its data stand.
+
+Optimiser and schedule, wrapping for ranks and compiler, resume, epochs, final weights. The script is left with what is
+its own: which collection, which task.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, load_optimizer_state
+from engine.config import TrainingConfig
+from engine.meters import Meter
+from engine.plan import Plan
+from engine.runtime import Runtime, choose_compile
+from engine.step import LossScale
+from engine.task import Batch, Task
+from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.training import Best, Training
+from optim.build import build_optimizer, skips_on_device
+from optim.ema import EMA
+from optim.groups import build_groups, groups_table
+from optim.schedules import Schedule
+from utils import distributed
+from utils.errors import EXIT_STOPPED, UserError, close_names
+from utils.logging import get_logger
+from utils.metrics_log import MetricsLog
+from utils.recipe import check_resumable
+from utils.run_folder import RunFolder, update_saved_config
+from utils.sample_log import SampleLog
+from utils.signals import StopRequest
+from utils.watchdog import Watchdog
+
+log = get_logger(__name__)
+
+
+def check_knobs(task: Task, config: TrainingConfig) -> None:
+    """Raise where schedule.knobs does not give exactly the scheduled values that the task reads."""
+    given, wanted = set(config.schedule.knobs), set(task.knob_names)
+    for name in sorted(given - wanted):
+        advice = close_names(name, wanted) if wanted else "it reads none"
+        raise UserError(f"schedule.knobs.{name}: {type(task).__name__} reads no such value; {advice}")
+    for name in sorted(wanted - given):
+        raise UserError(
+            f"schedule.knobs.{name}: {type(task).__name__} reads it; add schedule.knobs.{name}={{start: .., end: .., "
+            "curve: cosine}"
+        )
+
+
+def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime, depths: list[int] | None) -> None:
+    """Check what can be checked before any data is read, and say what will run."""
+    check_knobs(task, config)
+    groups = build_groups(task, config.optim, depths)
+    count = sum(parameter.numel() for parameter in task.network.parameters())
+    log.info("runtime: %s", runtime.describe())
+    log.info("plan: %s", plan.describe())
+    log.info("network: %s, %s parameters", type(task.network).__name__, f"{count:,}")
+    log.info("parameter groups:\n%s", groups_table(groups))
+
+
+def _choose_checkpoint(config: TrainingConfig, folder: RunFolder) -> str | None:
+    """Return the checkpoint to go on from; on rank 0."""
+    if config.resume == "auto":
+        found = find_checkpoint(folder.checkpoints)
+        return str(found) if found else None
+    if config.resume != "never":
+        return config.resume
+    existing = list_checkpoints(folder.checkpoints)
+    if existing:
+        raise UserError(
+            f"resume: never was asked for, but {folder.path} holds {len(existing)} checkpoints (up to "
+            f"{existing[-1].name}); nothing is overwritten: give another run_dir, or set resume=auto"
+        )
+    return None
+
+
+def _check_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, training: Training) -> None:
+    """Compare recipe, data and machine of a checkpoint with this run's."""
+    folder, state = training.folder, checkpoint.state
+    for line in check_resumable(state["config"], folder.config, config.resume_allow, str(folder.path)):
+        log.warning("resume_allow lets through %s", line)
+    for name, found in training.fingerprints.items():
+        saved = state["fingerprints"].get(name)
+        if saved != found and name not in config.resume_allow:
+            raise UserError(
+                f"resume: {name} of {folder.path} has changed since the checkpoint ({saved} then, {found} now), so the "
+                f"samples would no longer be the same; restore it, or start another run with run_dir=..."
+            )
+    if state["precision"] != training.runtime.precision and "runtime.precision" not in config.resume_allow:
+        raise UserError(
+            f"runtime.precision: auto chose {training.runtime.precision} here, the run began with {state['precision']}"
+            f"; set runtime.precision={state['precision']} or 'resume_allow=[runtime.precision]'"
+        )
+    if state["threads"] != torch.get_num_threads():
+        log.warning(
+            "resume: %d threads now, %d before: results agree to rounding, bit equality is not promised",
+            torch.get_num_threads(),
+            state["threads"],
+        )
+    if checkpoint.step > training.plan.total_steps:
+        raise UserError(
+            f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {training.plan.total_steps} "
+            "asked for; ask for more, or give another run_dir"
+        )
+
+
+def _restore(training: Training, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's state into the run."""
+    own = training.task.state_dict()
+    saved = checkpoint.tensors["task"]
+    wrong = [name for name in own if name not in saved or saved[name].shape != own[name].shape]
+    wrong += [name for name in saved if name not in own]
+    if wrong:
+        raise UserError(
+            f"resume: the checkpoint is of another model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
+            "give another run_dir, or use init_from=RUN to start from its weights"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+    load_optimizer_state(training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    training.scale.load(checkpoint.tensors["scale"])
+    if training.ema is not None:
+        training.ema.load(checkpoint.tensors["ema"])
+    training.log_meter.load(checkpoint.state["meters"]["log"])
+    training.epoch_meter.load(checkpoint.state["meters"]["epoch"])
+    training.best = Best(**checkpoint.state["best"])
+    training.last_report = checkpoint.state["last_report"]
+    training.step = checkpoint.step
+
+
+def _wrap(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> nn.Module:
+    """Compile the task in place and share it between ranks; the task itself keeps its names for every file."""
+    if runtime.sync_batchnorm and distributed.is_distributed():
+        if runtime.device.type != "cuda":
+            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if choose_compile(config.runtime, runtime.device.type, plan.total_steps):
+        log.info("compiling the task (the first steps take longer)")
+        task.compile()
+    if not distributed.is_distributed():
+        return task
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _build(
+    task: Task,
+    config: TrainingConfig,
+    plan: Plan,
+    runtime: Runtime,
+    folder: RunFolder,
+    evaluation: Mapping[str, Iterable[Batch]],
+    fingerprints: dict[str, str],
+    depths: list[int] | None,
+    stop: StopRequest,
+) -> Training:
+    task.to(runtime.device)
+    if runtime.channels_last:
+        task.to(memory_format=torch.channels_last)
+    task.train()
+    optimizer = build_optimizer(config.optim, build_groups(task, config.optim, depths), plan.lr)
+    if not skips_on_device(optimizer):
+        log.warning("optim.opt: timm's optimisers cannot skip a step on the device; each step waits for it once")
+    return Training(
+        task=task,
+        model=_wrap(task, config, plan, runtime),
+        optimizer=optimizer,
+        scale=LossScale(runtime),
+        ema=EMA(task.network) if config.loop.ema_decay is not None else None,
+        schedule=Schedule(config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps),
+        plan=plan,
+        loop=config.loop,
+        seed=config.seed,
+        runtime=runtime,
+        folder=folder,
+        evaluation=evaluation,
+        fingerprints=fingerprints,
+        metrics=None,
+        samples=None,
+        watchdog=Watchdog(runtime.hang_timeout_sec),
+        stop=stop,
+        log_meter=Meter(runtime.device),
+        epoch_meter=Meter(runtime.device),
+    )
+
+
+def train(
+    task: Task,
+    loader: Any,
+    evaluation: Mapping[str, Iterable[Batch]],
+    config: TrainingConfig,
+    plan: Plan,
+    runtime: Runtime,
+    folder: RunFolder,
+    *,
+    fingerprints: dict[str, str],
+    depths: list[int] | None = None,
+) -> str:
+    """Train the task to the end of the plan, or from where its run folder left off; returns a line with the result.
+
+    `loader.steps(start_step, plan)` yields micro-batches (data/loader.py); `fingerprints` name what must not change
+    under a run (the collection); `depths` are a ConvNeXt V2's, for layer decay. Raises UserError for what the user can
+    mend, SystemExit(75) after a stop signal.
+    """
+    describe_run(task, config, plan, runtime, depths)
+    with StopRequest() as stop:
+        training = _build(task, config, plan, runtime, folder, evaluation, fingerprints, depths, stop)
+        found = distributed.rank_zero_call(lambda: _choose_checkpoint(config, folder))
+        if found is not None:
+            checkpoint = load_checkpoint(Path(found))
+            _check_checkpoint(checkpoint, config, training)
+            _restore(training, checkpoint)
+            log.info("resumed from %s at step %d", found, training.step)
+        if distributed.is_main():
+            training.metrics = MetricsLog(folder.path, training.step)
+            update_saved_config(folder.path, folder.config, folder.job)
+        if config.tracking.samples:
+            training.samples = SampleLog(folder.path, training.step)
+        training.watchdog.start()
+        try:
+            finished = _run_epochs(training, loader)
+        except Exception:
+            lost = training.watchdog.name_lost_ranks()
+            if lost:
+                log.error("%s; the same command resumes from the last checkpoint", lost)
+            raise
+        training.watchdog.stop()
+        for record in (training.metrics, training.samples):
+            if record is not None:
+                record.close()
+    if not finished:
+        log.warning("stopped at step %d on request; the same command goes on from there", training.step)
+        raise SystemExit(EXIT_STOPPED)
+    return _result(training)
+
+
+def _run_epochs(training: Training, loader: Any) -> bool:
+    """Run the remaining epochs; returns False where the run was asked to stop."""
+    plan = training.plan
+    if training.step >= plan.total_steps:
+        log.info("the run is complete: %d of %d steps are done", training.step, plan.total_steps)
+        return True
+    started = time.perf_counter()
+    stream = loader.steps(training.step, plan)
+    vote = StopVote()
+    training.start_clock()
+    try:
+        while training.step < plan.total_steps:
+            if not train_one_epoch(training, stream, plan.epoch_of(training.step), vote):
+                return False
+    finally:
+        stream.close()
+    log.info("trained to step %d in %.1f s", training.step, time.perf_counter() - started)
+    return True
+
+
+def _result(training: Training) -> str:
+    """Return the run's line in a sweep's table."""
+    best = training.best
+    parts = [f"{name}={value:.4f}" for name, value in training.last_report.items() if math.isfinite(value)]
+    if best.value is not None:
+        parts.append(f"best {training.task.best_metric}={best.value:.4f} at step {best.step}")
+    return "  ".join(parts)

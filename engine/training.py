@@ -1,0 +1,215 @@
+"""The state of a training run, and what happens when something is due: log, evaluate, checkpoint, weights.
+
+`train_one_epoch` decides when; here stands what.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine.checkpoint import optimizer_state, remove_old, save_checkpoint
+from engine.config import LoopConfig
+from engine.meters import Meter
+from engine.plan import Plan
+from engine.runtime import Runtime
+from engine.step import LossScale
+from engine.task import Batch, Report, Task
+from optim.ema import EMA
+from optim.schedules import Schedule
+from utils import distributed, plots
+from utils.logging import get_logger
+from utils.metrics_log import MetricsLog
+from utils.run_folder import RunFolder
+from utils.sample_log import SampleLog
+from utils.signals import StopRequest
+from utils.watchdog import Watchdog
+from utils.weights import write_weights
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Best:
+    """The best evaluation so far: value of the task's best_metric, and its step."""
+
+    value: float | None = None
+    step: int | None = None
+
+
+@dataclass
+class Training:
+    """All that one run consists of. `step` counts the updates done."""
+
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    ema: EMA | None
+    schedule: Schedule
+    plan: Plan
+    loop: LoopConfig
+    seed: int
+    runtime: Runtime
+    folder: RunFolder
+    evaluation: Mapping[str, Iterable[Batch]]
+    fingerprints: dict[str, str]
+    metrics: MetricsLog | None
+    samples: SampleLog | None
+    watchdog: Watchdog
+    stop: StopRequest
+    log_meter: Meter
+    epoch_meter: Meter
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    last_report: dict[str, float] = field(default_factory=dict)
+    _window: tuple[int, float] = (0, 0.0)
+
+    # ------------------------------------------------------------------------------------------------------ figures
+
+    def start_clock(self) -> None:
+        """Begin to measure throughput at this step; called again after what is no training."""
+        self._window = (self.step, time.perf_counter())
+
+    def add_row(self, kind: str, figures: dict[str, Any]) -> None:
+        """Write a row of metrics, on rank 0."""
+        if self.metrics is not None:
+            self.metrics.add(self.step, kind, figures)
+
+    def log_step(self) -> None:
+        """Write the means since the last log; the loop's only regular host synchronisation."""
+        means = self.log_meter.means()
+        first, since = self._window
+        seconds = time.perf_counter() - since
+        values = self.schedule.at(self.step - 1)
+        speed = (self.step - first) * self.plan.global_batch_size / seconds
+        self.add_row(
+            "train", {"epoch": self.plan.epoch_at(self.step), **means, "lr": values.lr, "images_per_sec": speed}
+        )
+        log.info(
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.2f  %.0f images/s",
+            self.step, self.plan.total_steps, self.plan.epoch_at(self.step), means["loss"], values.lr,
+            means["grad_norm"], speed,
+        )  # fmt: skip
+        if means["skipped_steps"]:
+            log.warning("%d steps were not finite and were left out before step %d", means["skipped_steps"], self.step)
+        self.start_clock()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Write the epoch's row: its mean losses beside the newest evaluation."""
+        means = self.epoch_meter.means()
+        figures = {f"train/{name}": value for name, value in means.items()}
+        self.add_row(
+            "epoch", {"epoch": epoch + 1, **figures, "lr": self.schedule.at(self.step - 1).lr, **self.last_report}
+        )
+
+    # --------------------------------------------------------------------------------------------------- evaluation
+
+    def sync_buffers(self) -> None:
+        """Give every rank the batch statistics of rank 0, and their average."""
+        if distributed.is_distributed():
+            averages = [self.ema.tensors[name] for name, _ in self.task.network.named_buffers()] if self.ema else []
+            for tensor in [*self.task.buffers(), *averages]:
+                dist.broadcast(tensor, src=0)
+
+    @torch.no_grad()
+    def _report(self) -> Report:
+        self.task.eval()
+        try:
+            with self.runtime.autocast():
+                return self.task.evaluate(self._watched_loaders(), self.step)
+        finally:
+            self.task.train()
+
+    def _watched_loaders(self) -> dict[str, Iterable[Batch]]:
+        """Wrap the loaders so that every batch counts as progress."""
+
+        def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
+            for batch in loader:
+                self.watchdog.progress(f"step {self.step}: evaluating {name}")
+                yield batch
+
+        return {name: watched(name, loader) for name, loader in self.evaluation.items()}
+
+    def evaluate(self) -> None:
+        """Measure the weights and, where there is one, their average; keep the best of what is exported."""
+        self.watchdog.progress(f"step {self.step}: evaluating")
+        self.sync_buffers()
+        report = self._report()
+        scalars = dict(report.scalars)
+        decisive = scalars[self.task.best_metric]
+        if self.ema is not None:
+            with self.ema.swapped():
+                report = self._report()
+            scalars |= {f"ema/{name}": value for name, value in report.scalars.items()}
+            decisive = report.scalars[self.task.best_metric]
+        self.last_report = scalars
+        self.add_row("evaluate", {"epoch": self.plan.epoch_at(self.step), **scalars})
+        log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        better = self.best.value is None or (
+            decisive < self.best.value if self.task.best_is_lowest else decisive > self.best.value
+        )
+        if better:
+            self.best = Best(decisive, self.step)
+            self.write_weights("best", average=self.ema is not None)
+        if distributed.is_main():
+            for name, image in report.images.items():
+                plots.save_image(self.folder.plots / f"{name}.png", image)
+            plots.plot_curves(self.metrics, self.folder.plots / "curves.png")
+        self.start_clock()
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def write_weights(self, which: str, *, average: bool) -> None:
+        """Write weights/<which>_weights.safetensors from the weights or their average."""
+        tensors = self.ema.tensors if average and self.ema is not None else self.task.network.state_dict()
+        metadata = {
+            "format": 1,
+            "script": self.folder.job.script,
+            "task": self.folder.config["task"],
+            "model": self.folder.config["model"],
+            "step": self.step,
+            "average": average,
+            **self.task.metadata(),
+        }
+        write_weights(self.folder.weights / f"{which}_weights.safetensors", tensors, metadata)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, and the weights that go with it."""
+        self.watchdog.progress(f"step {self.step}: saving")
+        self.sync_buffers()
+        tensors, others = optimizer_state(self.optimizer)
+        state = {
+            "config": self.folder.config,
+            "precision": self.runtime.precision,
+            "threads": torch.get_num_threads(),
+            "world_size": self.plan.world_size,
+            "position": self.step * self.plan.global_batch_size,
+            "best": {"value": self.best.value, "step": self.best.step},
+            "last_report": self.last_report,
+            "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
+            "optimizer": others,
+            "fingerprints": self.fingerprints,
+        }
+        if self.metrics is not None:
+            self.metrics.sync()
+        if self.samples is not None:
+            self.samples.sync()
+        distributed.barrier()  # every rank's rows are on the disk before the checkpoint that lies beyond them
+        distributed.rank_zero_call(lambda: self._write(tensors, state))
+        self.write_weights("last", average=False)
+        if self.ema is not None:
+            self.write_weights("ema", average=True)
+        self.start_clock()
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        groups = {"task": self.task.state_dict(), "optimizer": tensors, "scale": self.scale.state()}
+        if self.ema is not None:
+            groups["ema"] = self.ema.tensors
+        path = save_checkpoint(self.folder.checkpoints, self.step, groups, state)
+        remove_old(self.folder.checkpoints, self.loop.keep_checkpoints, self.best.step)
+        log.info("saved %s", path)

@@ -1,0 +1,117 @@
+"""Measure a run's weights on its validation split: exact on any number of ranks.
+
+python evaluate.py run_dir=RUN weights=best            writes RUN/metrics.json
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, TypeAdapter
+
+from data.build import evaluation_loader, load_collection
+from data.collection import Collection
+from data.config import AugmentConfig, DataConfig
+from data.loader import Fields, ImageReader, UnreadableLog
+from data.transforms import EvalTransform
+from engine.config import RuntimeConfig
+from engine.runtime import choose_device, choose_runtime
+from engine.task import Task
+from engine.tasks.classification import ClassificationTask, LabelFields
+from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
+from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
+from models.config import ModelConfig
+from models.weights import load_into
+from utils import distributed, plots
+from utils.config import Job, entry_point
+from utils.errors import UserError
+from utils.files import write_json
+from utils.logging import get_logger, setup_logging
+from utils.run_folder import read_run_config
+from utils.schema import Strict
+from utils.weights import find_weights, read_weights
+
+log = get_logger(__name__)
+
+
+class EvaluateConfig(Strict):
+    """`weights` is best, last, ema or a file; `output` a JSON file (null: metrics.json in the run folder)."""
+
+    run_dir: str
+    weights: str
+    output: str | None
+    batch_size: Annotated[int, Field(ge=1)]
+    runtime: RuntimeConfig
+
+
+def rebuild_task(
+    saved: dict[str, Any], metadata: dict[str, Any], augment: AugmentConfig, collection: Collection
+) -> tuple[Task, Fields, Any]:
+    """Return a run's task, what its loader adds to a sample, and the rows that it is measured on."""
+    model = TypeAdapter(ModelConfig).validate_python(saved["model"])
+    rows = collection.rows("val")
+    match saved["task"]["name"]:
+        case "classification":
+            class_names = metadata["class_names"]
+            task = ClassificationTask(
+                model,
+                ClassificationTaskConfig.model_validate(saved["task"]),
+                class_names=class_names,
+                preprocessing=metadata["preprocessing"],
+            )
+            class_ids = collection.class_ids(class_names)
+            return task, LabelFields(class_ids), rows[class_ids[rows] >= 0]
+        case "fcmae":
+            config = FCMAETaskConfig.model_validate(saved["task"])
+            size_hw = augment.image_size_hw
+            task = FCMAETask(model, config, image_size_hw=size_hw, mean=augment.mean, std=augment.std)
+            return task, MaskFields(patch_count(model, config, size_hw), config.mask_ratio), rows
+        case other:
+            raise UserError(f"run_dir: the run's task is {other!r}; evaluate.py measures classification and fcmae")
+
+
+@entry_point("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig, job: Job) -> str:
+    """Evaluate."""
+    # 1. Ranks and machine.
+    world = distributed.init_process_group(choose_device(config.runtime.device), config.runtime.hang_timeout_sec)
+    setup_logging(world.rank)
+    runtime = choose_runtime(config.runtime)
+
+    # 2. The run: its settings, its weights, its collection.
+    run_dir = Path(config.run_dir)
+    saved = read_run_config(run_dir)
+    source = config.run_dir if config.weights in ("best", "last", "ema") else config.weights
+    path = find_weights(source, config.weights, "weights")
+    state, metadata = read_weights(path, "weights")
+    data = TypeAdapter(DataConfig).validate_python(saved["data"])
+    augment = AugmentConfig.model_validate(saved["augment"])
+    collection = load_collection(data)
+
+    # 3. The task, as it was, with those weights.
+    task, fields, rows = rebuild_task(saved, metadata, augment, collection)
+    load_into(task.network, state, keep_head=True)
+    task.to(runtime.device).eval()
+    transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
+    channels = saved["model"]["in_channels"]
+    reader = ImageReader(collection, transform, fields, channels=channels, max_pixels=data.max_pixels)
+    loader = evaluation_loader(
+        reader, rows, seed=saved["seed"], batch_size=config.batch_size, runtime=runtime, unreadable=UnreadableLog(None)
+    )
+
+    # 4. The figures.
+    with torch.inference_mode(), runtime.autocast():
+        report = task.evaluate({"val": loader}, metadata.get("step", 0))
+    if distributed.is_main():
+        output = run_dir / "metrics.json" if config.output is None else Path(config.output)
+        write_json(output, {"weights": str(path), "step": metadata.get("step"), **report.scalars})
+        for name, image in report.images.items():
+            plots.save_image(run_dir / "plots" / f"evaluate_{name}.png", image)
+        log.info("wrote %s", output)
+    line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
+    log.info("%s", line)
+    return line
+
+
+if __name__ == "__main__":
+    main()

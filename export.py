@@ -1,0 +1,47 @@
+"""From a run to the files that other tools read; each is compared with PyTorch before it is kept.
+
+python export.py format=onnx run_dir=RUN                    writes RUN/export/model.onnx
+python export.py format=onnx run_dir=RUN output=FOLDER weights=last
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from models.onnx_export import export_classifier
+from models.predictor import load_classifier
+from utils.config import Job, entry_point
+from utils.logging import get_logger
+from utils.schema import Strict
+from utils.weights import find_weights
+
+log = get_logger(__name__)
+
+
+class ExportConfig(Strict):
+    """`weights` is best, last, ema or a file; `output` a folder (null: export/ in the run folder)."""
+
+    format: Literal["onnx"]
+    run_dir: str
+    weights: str
+    output: str | None
+    tolerance: Annotated[float, Field(gt=0)]
+
+
+@entry_point("export", ExportConfig)
+def main(config: ExportConfig, job: Job) -> str:
+    """Export."""
+    source = config.run_dir if config.weights in ("best", "last", "ema") else config.weights
+    classifier, metadata = load_classifier(find_weights(source, config.weights, "run_dir"))
+    folder = Path(config.run_dir) / "export" if config.output is None else Path(config.output)
+    path = folder / "model.onnx"
+    difference = export_classifier(classifier, metadata, path, config.tolerance)
+    log.info(
+        "wrote %s (%d classes, greatest difference from PyTorch %.1e)", path, len(metadata["class_names"]), difference
+    )
+    return f"{path}  onnx_max_abs_diff={difference:.1e}"
+
+
+if __name__ == "__main__":
+    main()

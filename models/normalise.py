@@ -1,0 +1,35 @@
+"""From bytes to what a network takes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+class Normalise(nn.Module):
+    """Map uint8 images [B, C, H, W] to (x / 255 - mean) / std in float32; float images are taken as already in [0, 1].
+
+    mean, std: one number per channel, of values in [0, 1]. They are settings, not state, and stay out of state dicts.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+        super().__init__()
+        if len(mean) != channels:
+            raise UserError(
+                f"augment.mean: {len(mean)} numbers for a network of {channels} input channels (model.in_channels); "
+                "give one per channel, in augment.std too"
+            )
+        shape = (1, channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return float32 [B, C, H, W]."""
+        images = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+        return (images - self.mean) / self.std
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Return uint8 images from normalised ones, clipped."""
+        return ((images.float() * self.std + self.mean) * 255.0).round().clamp(0, 255).to(torch.uint8)

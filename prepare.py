@@ -1,0 +1,43 @@
+"""Slow offline work on a collection.
+
+python prepare.py job=glyphs                                          draw the embedded collection
+python prepare.py job=manifest data=image_folder data.root=PATH       check every image, write manifest.parquet
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from data.config import DataConfig
+from data.glyphs import draw_glyphs, glyphs_ready
+from data.manifest import write_manifest
+from utils.config import Job, entry_point
+from utils.logging import get_logger
+from utils.schema import Strict
+
+log = get_logger(__name__)
+
+
+class PrepareConfig(Strict):
+    """`verify` decodes every image; unreadable ones get weight 0 in the manifest."""
+
+    job: Literal["glyphs", "manifest"]
+    verify: bool
+    data: DataConfig
+
+
+@entry_point("prepare", PrepareConfig)
+def main(config: PrepareConfig, job: Job) -> str:
+    """Do the one job that was asked for."""
+    if config.job == "glyphs":
+        if glyphs_ready(Path(config.data.root)):
+            log.info("%s is there already", config.data.root)
+        else:
+            draw_glyphs(Path(config.data.root))
+        return f"glyphs in {config.data.root}"
+    report = write_manifest(config.data.root, validation_fraction=config.data.validation_fraction, verify=config.verify)
+    log.info("%s", report.describe())
+    return f"{report.rows} rows"
+
+
+if __name__ == "__main__":
+    main()
