@@ -27,8 +27,8 @@ from utils.errors import UserError
 from utils.files import sha256_file, write_atomically
 
 PARQUET, JSONL = "manifest.parquet", "manifest.jsonl"
-# Says in the Parquet metadata that the file is ours, so that nobody's own work is ever overwritten.
-_MARK = {b"atelier": b"written by write_manifest"}
+# The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.
+_MAKER = b"atelier.made_by"
 _COLUMNS = ", ".join(SCHEMA.names)
 _PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
@@ -132,13 +132,17 @@ def write_manifest(
     table = _replace(table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32()))
     unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
     counts = [count_values(table[name]) for name in ("split", "label", "tags")]
-    return ManifestReport(save_manifest(folder, table), table.num_rows, *counts, unreadable)
+    return ManifestReport(save_manifest(folder, table, "write_manifest"), table.num_rows, *counts, unreadable)
 
 
-def save_manifest(root: Path, table: pa.Table) -> Path:
-    """Write a table of SCHEMA as the root's `manifest.parquet`, atomically, and return its path."""
+def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
+    """Write a table of SCHEMA as the root's `manifest.parquet`, atomically, and return its path.
+
+    Only what the maker "write_manifest" wrote is ever overwritten by it. Raises UserError (`data.root`) where the
+    folder is not writable.
+    """
     assert table.schema.equals(SCHEMA), table.schema
-    table = table.replace_schema_metadata(_MARK)
+    table = table.replace_schema_metadata({_MAKER: maker.encode()})
     try:
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
     except PermissionError as error:
@@ -147,14 +151,16 @@ def save_manifest(root: Path, table: pa.Table) -> Path:
 
 
 def _refuse_foreign(root: Path) -> None:
-    """Raise UserError where the root has a manifest that `save_manifest` did not write."""
+    """Raise UserError where the root has a manifest that `write_manifest` did not make."""
     file = find_manifest(root)
-    if file is None or (file.name == PARQUET and _MARK.items() <= (_read_parquet(file).schema.metadata or {}).items()):
+    if file is None:
         return
-    raise UserError(
-        f"data.root: {str(file)!r} was not made by prepare.py and is not overwritten; training reads it as it is. To "
-        "have one made from the folder, move it away"
-    )
+    made_by = (_read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
+    if made_by != b"write_manifest":
+        raise UserError(
+            f"data.root: {str(file)!r} was not made from this folder and is not overwritten; it is read as it is. To "
+            "have one made from the folder, move it away"
+        )
 
 
 def _inspect_all(

@@ -43,7 +43,10 @@ class Adan(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """Make one update of all groups."""
-        loss = closure() if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
@@ -57,7 +60,9 @@ class Adan(torch.optim.Optimizer):
             [state[name] for state in states]
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "step")
         )
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
         keep = torch.ones((), device=grads[0].device) if self.found_inf is None else 1.0 - self.found_inf
+        keep = keep.to(wide)
         skip = keep == 0
         # NaN times zero is NaN, so a step that is left out gets finite gradients before anything is multiplied.
         grads = [grad.masked_fill(skip, 0.0) for grad in grads]
@@ -72,8 +77,8 @@ class Adan(torch.optim.Optimizer):
         self._average(square, torch._foreach_mul(corrected, corrected), (1 - beta3) * keep)
         self._average(previous, grads, keep)
 
-        corrections = [1 - beta ** steps[0] for beta in (beta1, beta2, beta3)]
-        corrections = [torch.where(steps[0] > 0, correction, 1.0) for correction in corrections]
+        count = steps[0].double()  # in float32, 1 - beta ** count would lose two digits in the first steps
+        corrections = [torch.where(count > 0, 1 - beta**count, 1.0).to(wide) for beta in (beta1, beta2, beta3)]
         denominator = torch._foreach_sqrt(square)
         torch._foreach_div_(denominator, corrections[2].sqrt())
         torch._foreach_add_(denominator, group["eps"])

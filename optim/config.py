@@ -63,14 +63,26 @@ class TimmOptimConfig(_Optim):
     opt: str
     extra: dict[str, Any]
 
+    def extra_arguments(self) -> list[str]:
+        """Return the arguments of its own that the optimiser takes."""
+        try:
+            made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
+        except AssertionError as error:  # apex and bitsandbytes without a GPU
+            raise ValueError(f"optim.opt: {self.opt} cannot be used here ({error}); choose another") from error
+        taken = {"params", "lr", "weight_decay"}
+        return [name for name in inspect.signature(made).parameters if name not in taken]
+
     @model_validator(mode="after")
     def _extra_fits(self) -> "TimmOptimConfig":
         known = timm.optim.list_optimizers()
         if self.opt not in known:
             raise ValueError(f"optim.opt: unknown timm optimiser {self.opt!r}; {close_names(self.opt, known)}")
-        made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
-        taken = {"params", "lr", "weight_decay"}
-        allowed = [name for name in inspect.signature(made).parameters if name not in taken]
+        if timm.optim.get_optimizer_info(self.opt).second_order:
+            raise ValueError(
+                f"optim.opt: {self.opt} wants second derivatives, which train_step does not make; take one of the "
+                "first order, such as optim.opt=nadamw"
+            )
+        allowed = self.extra_arguments()
         for name in self.extra:
             if name not in allowed:
                 raise ValueError(f"optim.extra.{name}: {self.opt} takes no such argument; {close_names(name, allowed)}")

@@ -173,6 +173,8 @@ def entry_point(
             arguments = sys.argv[1:]
             multirun = "--multirun" in arguments or "-m" in arguments
             sys.argv[1:] = quote_paths(arguments, multirun)
+            if config_dir != CONF:  # a stranger's primary file finds our groups
+                sys.argv.append(f"hydra.searchpath=['file://{CONF}']")
 
             def job(values: DictConfig) -> None:
                 results.append(_run_job(main, schema, config_name, values))
@@ -194,6 +196,8 @@ def entry_point(
                 log.info("%s", _table(results))
             _leave(max((result.status for result in results), default=EXIT_OK))
 
+        # What the command is made of, for callers that compose and run it in their own process (tests, notebooks).
+        command.main, command.schema, command.config_dir = main, schema, config_dir
         return command
 
     return decorate

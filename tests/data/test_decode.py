@@ -1,0 +1,215 @@
+"""Decoding: literal pixels for each odd kind of image, refusals for each bad one, round trip through pickling."""
+
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image
+
+from data.decode import UnreadableImage, pillow_version, read_image, why_unreadable
+
+MAX_PIXELS = 10_000_000
+
+
+def read(path, channels=3):
+    return read_image(path, channels, MAX_PIXELS)
+
+
+def picture(mode="RGB", size=(6, 4)):
+    """Four plain quarters: red, green, blue, white (in grey: their luma)."""
+    image = Image.new("RGB", size, "white")
+    width, height = size[0] // 2, size[1] // 2
+    image.paste("red", (0, 0, width, height))
+    image.paste("lime", (width, 0, size[0], height))
+    image.paste("blue", (0, height, width, size[1]))
+    return image.convert(mode)
+
+
+RED, LIME, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def corners(pixels):
+    return [tuple(int(value) for value in pixels[y, x]) for y in (0, -1) for x in (0, -1)]
+
+
+def near(pixels, colours, tolerance):
+    return np.abs(np.array(corners(pixels)) - np.array(colours)).max() <= tolerance
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "gif"])
+def test_lossless_formats_come_back_as_they_were(tmp_path, suffix):
+    picture().save(tmp_path / f"x.{suffix}")
+    pixels = read(tmp_path / f"x.{suffix}")
+    assert pixels.dtype == np.uint8 and pixels.shape == (4, 6, 3) and pixels.flags.writeable
+    assert np.array_equal(pixels, np.array(picture()))
+
+
+def test_the_name_does_not_decide_the_format(tmp_path):
+    picture().save(tmp_path / "x.jpg", format="PNG")
+    assert corners(read(tmp_path / "x.jpg")) == [RED, LIME, BLUE, WHITE]
+
+
+def test_one_channel_is_luma(tmp_path):
+    picture().save(tmp_path / "x.png")
+    pixels = read(tmp_path / "x.png", 1)
+    assert pixels.shape == (4, 6, 1) and corners(pixels) == [(76,), (150,), (29,), (255,)]
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_becomes_three_equal_channels(tmp_path, mode):
+    Image.new(mode, (5, 3), 255).save(tmp_path / "x.png")
+    assert read(tmp_path / "x.png").shape == (3, 5, 3) and (read(tmp_path / "x.png") == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
+    upright = picture(size=(32, 16))
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(inverse[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{suffix}", exif=exif, quality=95)
+    pixels = read(tmp_path / f"x.{suffix}")
+    assert pixels.shape == (16, 32, 3)
+    assert near(pixels, [RED, LIME, BLUE, WHITE], 12)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_on_white(tmp_path, mode):
+    image = Image.new(mode, (3, 1), 0)  # black: clear, half, opaque
+    image.putalpha(Image.frombytes("L", (3, 1), bytes([0, 128, 255])))
+    image.save(tmp_path / "x.png")
+    assert read(tmp_path / "x.png")[0, :, 0].tolist() == [255, 127, 0]
+    assert read(tmp_path / "x.png", 1)[0, :, 0].tolist() == [255, 127, 0]
+
+
+@pytest.mark.parametrize("clear", [0, b"\x00\xff\xff"], ids=["index", "bytes"])
+def test_transparent_palette_entry_is_white(tmp_path, clear):
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "x.png", transparency=clear)
+    assert [tuple(pixel) for pixel in read(tmp_path / "x.png")[0].tolist()] == [WHITE, RED, BLUE]
+
+
+@pytest.mark.parametrize("mode,colour", [("L", 7), ("RGB", (0, 255, 0))])
+def test_transparent_colour_is_white(tmp_path, mode, colour):
+    Image.new(mode, (2, 2), colour).save(tmp_path / "x.png", transparency=colour)
+    assert (read(tmp_path / "x.png") == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    expected = [0, 0, 1, 1, 128, 255]
+    assert read(tmp_path / f"x.{suffix}", 1)[0, :, 0].tolist() == expected
+    assert read(tmp_path / f"x.{suffix}")[0, :, 2].tolist() == expected
+
+
+def test_sixteen_bit_grey_with_a_transparent_value(tmp_path):
+    rows = b"\0" + struct.pack(">HHH", 0, 5000, 65535)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", 5000)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    data = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    assert read(tmp_path / "x.png", 1)[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_cmyk_jpeg_is_converted(tmp_path):
+    picture("CMYK", (32, 32)).save(tmp_path / "x.jpg", quality=95)
+    assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_animations_give_their_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.n_frames == 2
+    assert corners(read(tmp_path / f"x.{suffix}")) == [RED] * 4
+
+
+def refused(path, pattern, max_pixels=MAX_PIXELS):
+    with pytest.raises(UnreadableImage, match=pattern) as caught:
+        read_image(path, 3, max_pixels)
+    assert caught.value.path == str(path) and str(caught.value) == f"{path}: {caught.value.reason}"
+    assert why_unreadable(path, max_pixels) == caught.value.reason
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tiff"])
+def test_truncated_images_are_refused(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"x.{suffix}")
+    data = (tmp_path / f"x.{suffix}").read_bytes()
+    (tmp_path / f"x.{suffix}").write_bytes(data[: len(data) // 2])
+    refused(tmp_path / f"x.{suffix}", "Error|not an image")
+
+
+def test_bad_files_are_refused(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("this is no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    refused(tmp_path / "empty.png", r"the file is empty \(0 bytes\)")
+    refused(tmp_path / "text.jpg", "not an image of a known format .PNG, JPEG")
+    refused(tmp_path / "page.jpg", "not an image of a known format")  # Pillow alone would run Ghostscript
+    refused(tmp_path / "folder.png", "IsADirectoryError")
+    refused(tmp_path / "absent.png", "FileNotFoundError")
+
+
+def png_header(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the filter in decode.py
+def test_huge_images_are_refused_from_their_header(tmp_path):
+    """The files end after the header: a reader that decoded would say truncated."""
+    idat = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    (tmp_path / "large.png").write_bytes(png_header(5000, 3000) + idat)
+    (tmp_path / "warned.png").write_bytes(png_header(10_000, 10_000) + idat)
+    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000) + idat)
+    refused(tmp_path / "large.png", "5000 x 3000 pixels is more than the 10,000,000 allowed")
+    refused(tmp_path / "warned.png", "10000 x 10000 pixels is more than")
+    refused(tmp_path / "bomb.png", "more pixels than Pillow opens", 10**12)
+
+
+def test_the_pixel_limit_is_inclusive(tmp_path):
+    picture().save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", 3, 24).shape == (4, 6, 3)
+    refused(tmp_path / "x.png", "6 x 4 pixels is more than the 23 allowed", 23)
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.array([[0.0, 1e9]], np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.array([[-1, 70000]], np.int32)).save(tmp_path / "integer.tiff")
+    refused(tmp_path / "float.tiff", "floating-point pixels have no fixed range")
+    refused(tmp_path / "integer.tiff", "integer pixels from -1 to 70000")
+
+
+def test_the_exception_survives_pickling():
+    error = pickle.loads(pickle.dumps(UnreadableImage("a.png", "broken")))
+    assert (error.path, error.reason, str(error)) == ("a.png", "broken", "a.png: broken")
+
+
+@pytest.mark.parametrize("version,name", [("11.3.0", "pillow 11.3.0"), ("9.5.0.post2", "pillow-simd 9.5.0.post2")])
+def test_pillow_version(monkeypatch, version, name):
+    monkeypatch.setattr(PIL, "__version__", version)
+    assert pillow_version() == name

@@ -1,0 +1,123 @@
+"""Exactness, for the two real tasks and the three thin ones: equality of whole runs, as real processes.
+
+Kinds: resume equals the undisturbed run to the bit; ranks and accumulation equal one rank to summation order; another
+number of ranks sees the same samples.
+"""
+
+import pytest
+import torch
+
+from tests.support import SCRIPTS, checkpoint_tensors, common, make_collection, rows, run, samples_by_step
+
+TASKS = sorted(SCRIPTS)
+# What draws inside the forward pass, so that resume has to bring it back; per task, where it has such a setting.
+NOISY = {
+    "fcmae": ["model.drop_path_rate=0.3"],
+    "classification": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
+    "tagging": ["model.drop_path_rate=0.3"],
+    "diffusion": [],
+    "teacher": ["model.drop_path_rate=0.3"],
+}
+
+
+def assert_same_tensors(first, second, tolerance=0.0):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        difference = (tensor.double() - second[name].double()).abs().max() if tensor.numel() else torch.tensor(0.0)
+        assert difference <= tolerance, f"{name} differs by {difference:.3e}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_killed_and_resumed_equals_undisturbed_to_the_bit(task, collection, tmp_path):
+    """20 steps against 10 and some, SIGKILL of the process group, the same command again."""
+    settings = [
+        "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
+        "loop.checkpoint_every_steps=4", "loop.evaluate_every_epochs=1.0", "loop.clip_grad_norm=1.0",
+        "runtime.workers=2", *NOISY[task],
+    ]  # fmt: skip
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run(SCRIPTS[task], common(task, collection, undisturbed, *settings), tmp_path)
+    run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=10)
+    assert rows(killed / "metrics.jsonl")[-1]["step"] == 10, "the kill came elsewhere"
+    printed = run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
+    assert "at step 8" in printed  # two steps beyond the checkpoint are made again: mid-epoch, 54 images by 8
+
+    assert_same_tensors(checkpoint_tensors(undisturbed, 20), checkpoint_tensors(killed, 20))
+    assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert (undisturbed / "training_log.txt").read_text() == (killed / "training_log.txt").read_text()
+    assert rows(undisturbed / "samples/rank_00000.jsonl") == rows(killed / "samples/rank_00000.jsonl")
+    assert [row["step"] for row in rows(killed / "metrics.jsonl", "train")] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_ranks_equal_one_at_the_same_global_batch(task, collection, tmp_path):
+    """One rank with one micro-batch, one with four, two ranks: the same weights to summation order."""
+    settings = ["loop.total_steps=12", "loop.global_batch_size=16", "loop.checkpoint_every_steps=12", "optim.lr=0.001"]
+    variants = {"one": (1, 16), "accumulated": (1, 4), "two": (2, 8)}
+    for name, (ranks, cap) in variants.items():
+        overrides = common(task, collection, tmp_path / name, *settings, f"loop.batch_size={cap}")
+        run(SCRIPTS[task], overrides, tmp_path, ranks=ranks)
+    one = checkpoint_tensors(tmp_path / "one", 12)
+    for name in ("accumulated", "two"):
+        # Adam divides by the root of tiny second moments, so a parameter may move by 1e-4 of a learning rate more.
+        assert_same_tensors(one, checkpoint_tensors(tmp_path / name, 12), tolerance=2e-5)
+        assert samples_by_step(tmp_path / name) == samples_by_step(tmp_path / "one")
+        for a, b in zip(rows(tmp_path / name / "metrics.jsonl"), rows(tmp_path / "one/metrics.jsonl")):
+            assert a["step"] == b["step"] and a["kind"] == b["kind"]
+            assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-5)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", TASKS)
+def test_killed_on_four_ranks_resumes_on_two_three_and_one(task, collection, tmp_path):
+    """100 steps: the sample ids of every step equal the undisturbed run's as sets, losses within 1e-5 in float32."""
+    settings = [
+        "loop.total_steps=100", "loop.global_batch_size=24", "loop.batch_size=6", "loop.checkpoint_every_steps=10",
+        "loop.evaluate_every_epochs=5", "optim.lr=0.001", "loop.ema_decay=0.95",
+    ]  # fmt: skip
+    undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
+    run(SCRIPTS[task], common(task, collection, undisturbed, *settings), tmp_path, ranks=4)
+    overrides = common(task, collection, moved, *settings)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=4, expect=-9, kill_at_step=27)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=2, expect=-9, kill_at_step=55)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=3, expect=-9, kill_at_step=78)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=1)
+
+    assert samples_by_step(moved) == samples_by_step(undisturbed)
+    assert sorted(samples_by_step(moved)) == list(range(1, 101))
+    pairs = list(zip(rows(moved / "metrics.jsonl"), rows(undisturbed / "metrics.jsonl"), strict=True))
+    assert [a["step"] for a, _ in pairs] == [b["step"] for _, b in pairs]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in a) < 1e-5
+
+
+def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
+    """Three unreadable files weigh 0, are listed once, and change nothing about exact resume."""
+    data = make_collection(tmp_path / "images", broken=3)
+    settings = [
+        "data.sampling.name=balanced", "loop.total_steps=16", "loop.global_batch_size=8", "loop.batch_size=8",
+        "loop.checkpoint_every_steps=3",
+    ]  # fmt: skip
+    script, undisturbed, killed = SCRIPTS["classification"], tmp_path / "undisturbed", tmp_path / "killed"
+    printed = run(script, common("classification", data, undisturbed, *settings), tmp_path)
+    run(script, common("classification", data, killed, *settings), tmp_path, expect=-9, kill_at_step=11)
+    run(script, common("classification", data, killed, *settings), tmp_path)
+    assert_same_tensors(checkpoint_tensors(undisturbed, 16), checkpoint_tensors(killed, 16))
+    for folder in (undisturbed, killed):
+        listed = [line.split('"')[3] for line in (folder / "unreadable.jsonl").read_text().splitlines()]
+        assert sorted(listed) == [f"train/A/broken{number}.png" for number in range(3)]
+    assert "train/A/broken0.png" in printed and "weighs 0" in printed
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", ["classification", "fcmae"])
+def test_evaluation_is_exact_on_any_number_of_ranks(task, collection, tmp_path):
+    """The same figures on 1, 2 and 3 ranks, with a last batch that is not full (15 images by 4)."""
+    figures = []
+    settings = ["loop.total_steps=1", "loop.global_batch_size=12", "loop.batch_size=4", "optim.lr=0.0"]
+    for ranks in (1, 2, 3):
+        run(SCRIPTS[task], common(task, collection, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
+        figures.append(rows(tmp_path / f"{ranks}/metrics.jsonl", "evaluate")[-1])
+    for other in figures[1:]:
+        assert other.keys() == figures[0].keys()
+        for name, value in figures[0].items():
+            assert other[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name

@@ -1,0 +1,216 @@
+"""Layer decay. Literal tables for every published size, worked values, reference equality (timm's groups), refusals."""
+
+import re
+
+import pytest
+import timm
+import timm.optim
+import torch
+import yaml
+
+from models.convnextv2 import ConvNeXtV2
+from optim.layer_decay import last_layer, layer_id, layer_scale
+from utils.config import CONF
+from utils.errors import UserError
+
+# The eight published sizes: ours of three stages is not among them.
+SIZES = {
+    path.stem.removeprefix("convnextv2_"): values["depths"]
+    for path in sorted((CONF / "model").glob("convnextv2_*.yaml"))
+    if len((values := yaml.safe_load(path.read_text()))["depths"]) == 4
+}
+SMALL = {  # depths 2, 2, 6, 2
+    "last": 12,
+    "downsample": [1, 3, 5, 11],  # stem, then each the id of the first block of the stage that it opens
+    "stages": [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]],
+}
+NANO = {"last": 14, "downsample": [1, 3, 5, 13], "stages": [[1, 2], [3, 4], [*range(5, 13)], [13, 14]]}
+TINY = {"last": 18, "downsample": [1, 4, 7, 16], "stages": [[1, 2, 3], [4, 5, 6], [*range(7, 16)], [16, 17, 18]]}
+LARGE = {"last": 36, "downsample": [1, 4, 7, 34], "stages": [[1, 2, 3], [4, 5, 6], [*range(7, 34)], [34, 35, 36]]}
+SINGLE = {
+    **dict.fromkeys(("atto", "femto", "pico"), SMALL),
+    "nano": NANO,
+    "tiny": TINY,
+    **dict.fromkeys(("base", "large", "huge"), LARGE),
+}
+# `group` counts to 12 whatever the depths: stage 2 in threes from 3 on, downsample 3 and stage 3 at 12.
+GROUP_STAGE_2 = {
+    **dict.fromkeys(("atto", "femto", "pico"), [3, 3, 3, 4, 4, 4]),
+    "nano": [3, 3, 3, 4, 4, 4, 5, 5],
+    "tiny": [3, 3, 3, 4, 4, 4, 5, 5, 5],
+    **dict.fromkeys(("base", "large", "huge"), [id for id in range(3, 12) for _ in range(3)]),
+}
+HEAD = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+def block_ids(depths, kind, prefix=""):
+    """The ids of all blocks, one list per stage; all tensors of a block must agree."""
+    tensors = ["dwconv.weight", "norm.bias", "pwconv1.weight", "grn.gamma", "pwconv2.bias"]
+    stages = []
+    for stage, depth in enumerate(depths):
+        names = [[f"{prefix}stages.{stage}.{block}.{tensor}" for tensor in tensors] for block in range(depth)]
+        ids = [{layer_id(name, depths, kind) for name in block} for block in names]
+        assert all(len(found) == 1 for found in ids)
+        stages.append([found.pop() for found in ids])
+    return stages
+
+
+def downsample_ids(depths, kind, prefix=""):
+    ids = [
+        {layer_id(f"{prefix}downsample_layers.{stage}.{part}.weight", depths, kind) for part in (0, 1)}
+        for stage in range(len(depths))
+    ]
+    assert all(len(found) == 1 for found in ids)
+    return [found.pop() for found in ids]
+
+
+def test_all_eight_published_sizes_are_here():
+    assert sorted(SIZES) == sorted(SINGLE) == sorted(GROUP_STAGE_2)
+
+
+@pytest.mark.parametrize("prefix", ["", "network.", "network.encoder."], ids=["bare", "classifier", "fcmae"])
+@pytest.mark.parametrize("size", SINGLE)
+def test_single_ids(size, prefix):
+    depths, table = SIZES[size], SINGLE[size]
+    assert last_layer(depths, "single") == table["last"]
+    assert downsample_ids(depths, "single", prefix) == table["downsample"]
+    assert block_ids(depths, "single", prefix) == table["stages"]
+    assert {layer_id(prefix + name, depths, "single") for name in HEAD} == {table["last"] + 1}
+
+
+@pytest.mark.parametrize("prefix", ["", "network.", "network.encoder."], ids=["bare", "classifier", "fcmae"])
+@pytest.mark.parametrize("size", GROUP_STAGE_2)
+def test_group_ids(size, prefix):
+    depths = SIZES[size]
+    assert last_layer(depths, "group") == 12
+    assert downsample_ids(depths, "group", prefix) == [0, 2, 3, 12]
+    first, second, third, fourth = block_ids(depths, "group", prefix)
+    assert (set(first), set(second), set(fourth)) == ({1}, {2}, {12})
+    assert third == GROUP_STAGE_2[size]
+    assert {layer_id(prefix + name, depths, "group") for name in HEAD} == {13}
+
+
+@pytest.mark.parametrize("size", SINGLE)
+def test_timm_ids_are_those_of_single_with_the_stem_below(size):
+    depths, table = SIZES[size], SINGLE[size]
+    assert last_layer(depths, "timm") == table["last"]
+    assert downsample_ids(depths, "timm") == [0, *table["downsample"][1:]]
+    assert block_ids(depths, "timm") == table["stages"]
+
+
+STEM, HEAD_WEIGHT = "network.downsample_layers.0.0.weight", "network.head.weight"
+
+
+@pytest.mark.parametrize(
+    "size, kind, decay, name, scale",
+    [
+        ("base", "group", 0.6, STEM, 0.00131),  # 0.6^13
+        ("base", "group", 0.6, "network.stages.3.0.dwconv.weight", 0.6),
+        ("base", "group", 0.6, "network.downsample_layers.3.1.weight", 0.6),
+        ("base", "group", 0.6, "network.stages.2.26.pwconv1.weight", 0.36),  # id 11
+        ("base", "group", 0.6, HEAD_WEIGHT, 1.0),
+        ("atto", "single", 0.9, STEM, 0.282),  # 0.9^12: id 0 is never used
+        ("atto", "single", 0.9, "network.stages.0.0.grn.beta", 0.282),
+        ("atto", "single", 0.9, "network.stages.3.1.pwconv2.weight", 0.9),
+        ("atto", "single", 0.9, HEAD_WEIGHT, 1.0),
+        ("atto", "timm", 0.9, STEM, 0.254),  # 0.9^13
+        ("tiny", "single", 0.9, STEM, 0.1501),  # 0.9^18
+        ("huge", "group", 0.75, STEM, 0.02376),  # 0.75^13
+    ],
+)
+def test_worked_values(size, kind, decay, name, scale):
+    assert layer_scale(name, SIZES[size], kind, decay) == pytest.approx(scale, rel=4e-3)  # three digits
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "network.mask_token",
+        "network.proj.weight",
+        "network.decoder.0.dwconv.weight",
+        "network.pred.bias",
+        "network.norm.weight",
+        "projector.stages_of_mine.weight",
+        "network.my_stages.0.0.weight",  # only a whole part of the name counts
+    ],
+)
+@pytest.mark.parametrize("kind", ["single", "group", "timm"])
+def test_what_is_no_encoder_has_the_full_rate(name, kind):
+    assert layer_scale(name, SIZES["base"], kind, 0.5) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["single", "group", "timm"])
+@pytest.mark.parametrize("depths", [[2, 2, 6], [3, 3, 9, 3], [1, 1], [2, 2, 30, 2]])
+def test_any_depths_have_scales_that_rise_towards_the_head(kind, depths):
+    order = []
+    for stage, depth in enumerate(depths):
+        order.append(f"downsample_layers.{stage}.0.weight")
+        order.extend(f"stages.{stage}.{block}.dwconv.weight" for block in range(depth))
+    scales = [layer_scale(name, depths, kind, 0.8) for name in [*order, "head.weight"]]
+    assert scales == sorted(scales)
+    assert scales[-1] == 1.0 and scales[-2] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("kind", ["single", "group", "timm"])
+def test_every_parameter_of_the_network_but_norm_and_head_is_scaled(kind):
+    network = ConvNeXtV2(
+        in_channels=3,
+        num_classes=5,
+        depths=[2, 2, 6, 2],
+        dims=[4, 8, 8, 8],
+        stem_stride=4,
+        drop_path_rate=0.0,
+        head_init_scale=1.0,
+    )
+    full = [name for name, _ in network.named_parameters() if layer_scale(name, [2, 2, 6, 2], kind, 0.9) == 1.0]
+    assert sorted(full) == sorted(HEAD)
+
+
+# --- timm
+
+TO_OFFICIAL = [  # (timm's name, the published one); research/convnextv2.md, 6.2
+    (r"^stem\.(\d)\.", r"downsample_layers.0.\1."),
+    (r"^stages\.(\d+)\.downsample\.(\d)\.", r"downsample_layers.\1.\2."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.norm\.", r"stages.\1.\2.norm."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.weight", r"stages.\1.\2.grn.gamma"),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.bias", r"stages.\1.\2.grn.beta"),
+    (r"^head\.norm\.", r"norm."),
+    (r"^head\.fc\.", r"head."),
+]
+
+
+def official_name(name):
+    found = [re.sub(pattern, replacement, name) for pattern, replacement in TO_OFFICIAL if re.search(pattern, name)]
+    assert len(found) == 1, name
+    return found[0]
+
+
+@pytest.mark.parametrize("size", ["atto", "nano"])
+def test_timm_kind_equals_timms_own_groups(size):
+    network = timm.create_model(f"convnextv2_{size}", pretrained=False)
+    groups = timm.optim.param_groups_layer_decay(network, weight_decay=0.05, layer_decay=0.8)
+    theirs = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    names = dict(network.named_parameters())
+    assert len(theirs) == len(names)
+    for name, parameter in names.items():
+        ours = layer_scale(official_name(name), SIZES[size], "timm", 0.8)
+        assert ours == pytest.approx(theirs[id(parameter)], rel=1e-12), name
+
+
+# --- off, and refusals
+
+
+@pytest.mark.parametrize("depths", [None, [2, 2, 6, 2]])
+def test_a_decay_of_one_is_off_for_any_network(depths):
+    assert layer_scale("network.layer1.0.conv1.weight", depths, "single", 1.0) == 1.0
+
+
+def test_layer_decay_of_a_network_without_stages_is_refused():
+    with pytest.raises(UserError, match=r"^optim\.layer_decay: 0\.75 needs a ConvNeXt V2 .* set optim\.layer_decay=1"):
+        layer_scale("network.layer1.0.conv1.weight", None, "single", 0.75)
+
+
+def test_depths_are_plain_numbers_whatever_sequence_holds_them():
+    assert layer_id("stages.2.1.norm.weight", torch.Size([2, 2, 6, 2]), "single") == 6

@@ -1,0 +1,251 @@
+"""build_optimizer. Bit equality of skipped steps, reference equality (unfused torch), every timm name, refusals."""
+
+import pytest
+import timm.optim
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from optim.adan import Adan
+from optim.build import build_optimizer, skips_on_device
+from optim.config import OptimConfig
+from optim.groups import build_groups, set_group_values
+from utils.config import CONF
+from utils.errors import UserError
+
+STEPS = 10
+
+
+def config(file, **changes):
+    values = yaml.safe_load((CONF / "optim" / f"{file}.yaml").read_text()) | changes
+    return TypeAdapter(OptimConfig).validate_python(values)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+
+
+def build(file, model, lr=0.05, weight_decay=0.1, **changes):
+    settings = config(file, **changes)
+    optimizer = build_optimizer(settings, build_groups(model, settings, None), lr)
+    set_group_values(optimizer, lr, weight_decay, None)
+    return optimizer
+
+
+def set_gradients(model, step, poison=None):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    if poison is not None:
+        next(model.parameters()).grad[0, 0] = poison
+
+
+def bits(model, optimizer):
+    tensors = dict(model.named_parameters())
+    for name, parameter in model.named_parameters():
+        tensors |= {f"{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    return {name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+# --- what is built
+
+
+def test_names_build_their_classes():
+    model = network()
+    adamw, adan, sgd = (build(name, model) for name in ("adamw", "adan", "sgd"))
+    assert type(adamw) is torch.optim.AdamW and all(group["fused"] for group in adamw.param_groups)
+    assert type(sgd) is torch.optim.SGD and all(group["fused"] for group in sgd.param_groups)
+    assert type(adan) is Adan
+    assert all(skips_on_device(optimizer) for optimizer in (adamw, adan, sgd))
+
+
+def test_settings_reach_the_groups():
+    groups = build("adamw", network(), lr=0.3, betas=[0.8, 0.95], eps=1e-6).param_groups
+    assert all((group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-6, 0.3) for group in groups)
+    groups = build("adan", network(), betas=[0.9, 0.8, 0.7], eps=1e-5).param_groups
+    assert all((group["betas"], group["eps"]) == ((0.9, 0.8, 0.7), 1e-5) for group in groups)
+    groups = build("sgd", network(), momentum=0.8, nesterov=False).param_groups
+    assert all((group["momentum"], group["nesterov"]) == (0.8, False) for group in groups)
+
+
+# --- fused equals plain
+
+
+def plain(name, model):
+    """torch's unfused form with the settings of conf/optim, over the same groups."""
+    settings = config(name)
+    groups = build_groups(model, settings, None)
+    if name == "adamw":
+        made = torch.optim.AdamW(groups, lr=0.05, betas=tuple(settings.betas), eps=settings.eps, foreach=False)
+    else:
+        made = torch.optim.SGD(
+            groups, lr=0.05, momentum=settings.momentum, nesterov=settings.nesterov, foreach=False, fused=False
+        )
+    set_group_values(made, 0.05, 0.1, None)
+    return made
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_equals_unfused_torch(name):
+    ours, theirs = network(), network()
+    mine, other = build(name, ours), plain(name, theirs)
+    for step in range(STEPS):
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            set_gradients(model, step)
+            optimizer.step()
+        for left, right in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+# --- steps that are left out
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), None], ids=["nan", "inf", "finite"])
+@pytest.mark.parametrize("steps_before", [0, 1, 4])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adan"])
+def test_found_inf_leaves_parameters_and_state_to_the_bit(name, steps_before, poison):
+    model = network()
+    optimizer = build(name, model)
+    optimizer.found_inf = torch.tensor(0.0)
+    for step in range(steps_before):
+        set_gradients(model, step)
+        optimizer.step()
+    before = bits(model, optimizer)
+    set_gradients(model, 99, poison)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    after = bits(model, optimizer)
+    assert {key: after[key] for key in before} == before
+    # A state that the first step makes is that of no step at all.
+    assert all(not any(value) for key, value in after.items() if key not in before)
+    assert steps_before == 0 or after.keys() == before.keys()
+
+
+@pytest.mark.parametrize("left_out", [[0], [0, 1], [2, 7]])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adan"])
+def test_left_out_steps_are_as_if_they_had_never_been(name, left_out):
+    skipping, straight = network(), network()
+    mine, other = build(name, skipping), build(name, straight)
+    for step in range(STEPS):
+        skip = step in left_out
+        set_gradients(skipping, step, float("nan") if skip else None)
+        mine.found_inf = torch.tensor(float(skip))
+        mine.step()
+        if not skip:
+            set_gradients(straight, step)
+            other.step()
+    assert bits(skipping, mine) == bits(straight, other)
+
+
+def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_step_left_out():
+    """torch makes momentum buffers in the first step, and leaves them uninitialised where that one is left out."""
+    model = network()
+    optimizer = build("sgd", model, momentum=0.0, nesterov=False)
+    set_group_values(optimizer, 0.05, 0.0, 0.95)  # as a one-cycle schedule does
+    set_gradients(model, 0, float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(not optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())
+
+
+# --- timm's
+
+
+@pytest.mark.parametrize(
+    "opt, made",
+    [
+        ("nadamw", "NAdamW"),
+        ("lamb", "Lamb"),
+        ("lion", "Lion"),
+        ("adopt", "Adopt"),
+        ("adafactorbv", "AdafactorBigVision"),
+    ],
+)
+def test_timm_optimisers_are_built_by_name(opt, made):
+    model = network()
+    optimizer = build("timm", model, opt=opt)
+    assert type(optimizer).__name__ == made
+    assert not skips_on_device(optimizer)
+    assert {name for group in optimizer.param_groups for name in group["names"]} == {
+        name for name, _ in model.named_parameters()
+    }
+    set_gradients(model, 0)
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_extra_arguments_reach_timms_optimiser_and_win_over_its_defaults():
+    groups = build("timm", network(), opt="lamb", extra={"betas": [0.8, 0.9], "trust_clip": True}).param_groups
+    assert all((list(group["betas"]), group["trust_clip"]) == ([0.8, 0.9], True) for group in groups)
+
+
+# kron compiles itself at its first step, for half a minute.
+@pytest.mark.parametrize("opt", [name for name in timm.optim.list_optimizers() if not name.startswith("kron")])
+def test_every_timm_name_makes_a_step_or_is_refused_with_its_key(opt):
+    model = network()
+    try:
+        optimizer = build("timm", model, opt=opt)
+    except ValidationError as error:
+        assert "optim.opt: " in str(error)
+        assert opt == "adahessian" or opt.startswith(("bnb", "fused"))  # second derivatives; a GPU and a package
+        return
+    except UserError as error:
+        assert str(error).startswith(f"optim.extra: timm's {opt} cannot be made with {{}} (Nesterov momentum requires")
+        optimizer = build("timm", model, opt=opt, extra={"momentum": 0.9})
+    set_gradients(model, 0)
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# --- refusals
+
+REFUSED = [
+    ("timm", {"opt": "nadamv"}, "optim.opt: unknown timm optimiser 'nadamv'; close: ", "a slip of the pen"),
+    ("timm", {"opt": "qqqq"}, "known: ", "nothing is near: all names"),
+    ("timm", {"opt": "adahessian"}, "wants second derivatives", "train_step has none"),
+    (
+        "timm",
+        {"opt": "lamb", "extra": {"beta": [0.9, 0.99]}},
+        "optim.extra.beta: lamb takes no such argument; close: betas",
+        "a misspelt argument",
+    ),
+    ("timm", {"opt": "lamb", "extra": {"lr": 1.0}}, "optim.extra.lr: lamb takes no such", "optim.lr says it"),
+    ("timm", {"opt": "lamb", "extra": {"weight_decay": 1.0}}, "optim.extra.weight_decay: ", "optim.weight_decay does"),
+    ("sgd", {"momentum": 0.0}, "set optim.momentum=0.9", "nesterov is true in the file"),
+    ("sgd", {"momentum": 1.0}, "less than 1", "never forgets"),
+    ("adamw", {"betas": [0.9]}, "at least 2 items", "Adam has two"),
+    ("adamw", {"betas": [0.9, 0.99, 0.999]}, "at most 2 items", "Adam has two"),
+    ("adan", {"betas": [0.9, 0.99]}, "at least 3 items", "Adan has three"),
+    ("adamw", {"eps": 0.0}, "greater than 0", "0 / 0 where a gradient is 0"),
+    ("adamw", {"layer_decay": 0.0}, "greater than 0", "would freeze silently"),
+    ("adamw", {"layer_decay": 1.1}, "less than or equal to 1", "would grow towards the stem"),
+    ("adamw", {"layer_decay_kind": "double"}, "'single', 'group' or 'timm'", "no such rule"),
+    ("adamw", {"weight_decay": -0.1}, "greater than or equal to 0", "grows weights"),
+    ("adamw", {"momentum": 0.9}, "Extra inputs are not permitted", "a key of SGD"),
+    ("adamw", {"name": "adamv"}, "'adamw', 'adan', 'sgd', 'timm'", "an unknown name lists the known"),
+]
+
+
+@pytest.mark.parametrize("name, changes, message, why", REFUSED)
+def test_wrong_settings_are_refused(name, changes, message, why):
+    with pytest.raises(ValidationError) as caught:
+        config(name, **changes)
+    assert message in str(caught.value), why
+
+
+@pytest.mark.parametrize(
+    "opt, extra, reason",
+    [
+        ("sgdw", {}, "Nesterov momentum requires a momentum"),  # timm's own default
+        ("nadamw", {"betas": [1.5, 0.9]}, "Invalid beta parameter at index 0: 1.5"),
+        ("nadamw", {"eps": "small"}, "not supported between"),
+    ],
+)
+def test_what_timm_itself_refuses_is_a_users_error(opt, extra, reason):
+    with pytest.raises(UserError) as caught:
+        build("timm", network(), opt=opt, extra=extra)
+    message = str(caught.value)
+    assert message.startswith(f"optim.extra: timm's {opt} cannot be made with {extra} (") and reason in message
+    assert "set another of its arguments: " in message

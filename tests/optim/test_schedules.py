@@ -1,0 +1,266 @@
+"""Schedules. Literal tables at every step of 10-step runs, reference equality (torch's OneCycleLR), properties."""
+
+import random
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from optim.config import KnobConfig, ScheduleConfig
+from optim.schedules import Schedule, cosine, linear
+from utils.config import CONF
+
+STEPS = 10
+
+
+def make(name, *, lr=1.0, weight_decay=0.5, total=STEPS, warmup=0, **changes):
+    """A schedule of conf/schedule/<name>.yaml with some keys changed."""
+    values = yaml.safe_load((CONF / "schedule" / f"{name}.yaml").read_text()) | changes
+    return Schedule(TypeAdapter(ScheduleConfig).validate_python(values), lr, weight_decay, total, warmup)
+
+
+def rates(schedule):
+    return [schedule.at(step).lr for step in range(schedule.total_steps)]
+
+
+def close(found, expected, tolerance=1e-12):
+    assert len(found) == len(expected)
+    for step, (have, want) in enumerate(zip(found, expected)):
+        assert have == pytest.approx(want, rel=tolerance, abs=tolerance), f"step {step}"
+
+
+# --- cosine
+
+COSINE_WARMUP_3 = [
+    (1 / 3, "the first update has a third of the rate, not 0 as in the official code"),
+    (2 / 3, "linear"),
+    (1.0, "the last step of the warm-up has the full rate"),
+    (1.0, "the cosine begins at its top, 0 of 7"),
+    (0.9504844339512095, "(1 + cos(pi 1/7)) / 2"),
+    (0.8117449009293668, "(1 + cos(pi 2/7)) / 2"),
+    (0.6112604669781572, "(1 + cos(pi 3/7)) / 2"),
+    (0.3887395330218428, "4/7, mirrors 3/7 round one half"),
+    (0.1882550990706332, "5/7, mirrors 2/7"),
+    (0.0495155660487905, "6/7: min_lr would be reached by the update after the last"),
+]
+COSINE_NO_WARMUP = [
+    (1.0, "no warm-up: the first update has the full rate"),
+    (0.9755282581475768, "(1 + cos(pi/10)) / 2"),
+    (0.9045084971874737, "(1 + cos(pi/5)) / 2 = (5 + sqrt 5) / 8"),
+    (0.7938926261462366, ""),
+    (0.6545084971874737, ""),
+    (0.5, "half way"),
+    (0.3454915028125263, "mirrors step 4"),
+    (0.2061073738537634, ""),
+    (0.0954915028125263, ""),
+    (0.0244717418524232, ""),
+]
+COSINE_MIN_LR = [
+    (0.2, "lr 0.4 of a warm-up of 2: half the rate; min_lr plays no part in the warm-up"),
+    (0.4, "full rate"),
+    (0.4, "top of the cosine from 0.4 to 0.1 in 8 steps"),
+    (0.3885819298766930, "0.1 + 0.3 (1 + cos(pi 1/8)) / 2"),
+    (0.3560660171779821, "0.1 + 0.3 (2 + sqrt 2) / 4"),
+    (0.3074025148547635, ""),
+    (0.25, "half way between 0.4 and 0.1"),
+    (0.1925974851452365, ""),
+    (0.1439339828220179, "0.1 + 0.3 (2 - sqrt 2) / 4"),
+    (0.1114180701233070, "above min_lr to the last step"),
+]
+COSINE_ALL_WARMUP = [(step / 10, "a warm-up as long as the run never leaves the line") for step in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    "settings, table",
+    [
+        ({"warmup": 3}, COSINE_WARMUP_3),
+        ({"warmup": 0}, COSINE_NO_WARMUP),
+        ({"lr": 0.4, "warmup": 2, "min_lr": 0.1}, COSINE_MIN_LR),
+        ({"warmup": 10}, COSINE_ALL_WARMUP),
+    ],
+    ids=["warmup", "no_warmup", "min_lr", "all_warmup"],
+)
+def test_cosine_at_every_step(settings, table):
+    close(rates(make("cosine", **settings)), [rate for rate, _ in table], 1e-14)
+
+
+def test_the_rate_reaches_min_lr_at_the_end_of_the_last_step():
+    schedule = make("cosine", lr=0.4, min_lr=0.1, warmup=2)
+    assert schedule.at(STEPS).lr == pytest.approx(0.1, abs=1e-15)
+    assert schedule.at(STEPS + 5).lr == pytest.approx(0.1, abs=1e-15)
+
+
+def test_weight_decay_stays_where_no_end_is_given():
+    schedule = make("cosine", weight_decay=0.05, warmup=3)
+    assert [schedule.at(step).weight_decay for step in range(STEPS)] == [0.05] * STEPS
+
+
+def test_weight_decay_goes_to_its_end_along_a_cosine_without_warmup():
+    schedule = make("cosine", weight_decay=0.04, weight_decay_end=0.4, warmup=3)
+    shares = [rate for rate, _ in COSINE_NO_WARMUP]  # it moves from the first step on, warm-up or not
+    close([schedule.at(step).weight_decay for step in range(STEPS)], [0.4 + (0.04 - 0.4) * share for share in shares])
+
+
+def test_weight_decay_can_end_at_zero():
+    """0 is a value: it must not read as "not set"."""
+    schedule = make("cosine", weight_decay=0.5, weight_decay_end=0.0)
+    close([schedule.at(step).weight_decay for step in range(STEPS)], [0.5 * share for share, _ in COSINE_NO_WARMUP])
+
+
+def test_cosine_and_constant_leave_momentum_alone():
+    assert all(make(name, warmup=3).at(step).momentum is None for name in ("cosine", "constant") for step in range(10))
+
+
+# --- constant
+
+CONSTANT_WARMUP_4 = [
+    *[(0.5, "lr 2, a quarter of it"), (1.0, ""), (1.5, ""), (2.0, "full rate")],
+    *[(2.0, "and there it stays")] * 6,
+]
+
+
+def test_constant_at_every_step():
+    schedule = make("constant", lr=2.0, warmup=4)
+    close(rates(schedule), [rate for rate, _ in CONSTANT_WARMUP_4])
+    assert [schedule.at(step).weight_decay for step in range(STEPS)] == [0.5] * STEPS
+    assert rates(make("constant", lr=2.0)) == [2.0] * STEPS
+
+
+# --- one cycle
+
+ONE_CYCLE = [
+    (0.04, 0.95, "1 / 25, momentum high"),
+    (0.52, 0.90, "half way up: (0.04 + 1) / 2"),
+    (1.0, 0.85, "peak at 0.3 x 10 - 1 = step 2, momentum low"),
+    (0.9504846320134737, 0.8549515566048790, "1/7 of the way down to 4e-6"),
+    (0.8117456539497631, 0.8688255099070633, "2/7"),
+    (0.6112620219362892, 0.8888739533021843, "3/7"),
+    (0.3887419780637108, 0.9111260466978157, "4/7"),
+    (0.1882583460502369, 0.9311744900929367, "5/7"),
+    (0.0495193679865263, 0.9450484433951210, "6/7"),
+    (4e-6, 0.95, "1 / 25 / 10000 at the last step, momentum high again"),
+]
+
+
+def test_onecycle_at_every_step():
+    values = [make("onecycle").at(step) for step in range(STEPS)]
+    close([value.lr for value in values], [rate for rate, _, _ in ONE_CYCLE], 1e-14)
+    close([value.momentum for value in values], [momentum for _, momentum, _ in ONE_CYCLE], 1e-14)
+    assert all(value.weight_decay == 0.5 for value in values)
+
+
+@pytest.mark.parametrize(
+    "total, peak_fraction",
+    [(10, 0.3), (7, 0.3), (100, 0.25), (101, 0.5), (12, 0.9), (3, 0.4), (2, 0.3)],  # the last: a peak before step 0
+)
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_onecycle_equals_torch(total, peak_fraction, optimizer_class):
+    shape = {"div_factor": 10.0, "final_div_factor": 50.0}
+    optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.3, total_steps=total, pct_start=peak_fraction, base_momentum=0.8, max_momentum=0.9, **shape
+    )
+    ours = make(
+        "onecycle", lr=0.3, total=total, peak_fraction=peak_fraction, momentum_low=0.8, momentum_high=0.9, **shape
+    )
+    for step in range(total):
+        group = optimizer.param_groups[0]
+        momentum = group["betas"][0] if "betas" in group else group["momentum"]
+        assert ours.at(step).lr == pytest.approx(group["lr"], rel=1e-12, abs=1e-12), step
+        assert ours.at(step).momentum == pytest.approx(momentum, rel=1e-12, abs=1e-12), step
+        optimizer.step()
+        if step < total - 1:
+            theirs.step()
+
+
+@pytest.mark.parametrize("total, peak_fraction", [(10, 0.1), (1, 0.3), (1, 0.9)])
+def test_onecycle_has_values_where_the_peak_is_the_first_step(total, peak_fraction):
+    """torch divides by zero at 10 steps and 0.1."""
+    schedule = make("onecycle", total=total, peak_fraction=peak_fraction)
+    for step in range(total):
+        assert 0 < schedule.at(step).lr <= 1 and 0.85 <= schedule.at(step).momentum <= 0.95
+
+
+# --- knobs
+
+KNOB_TABLE = {
+    "linear": [0.0, 1 / 9, 2 / 9, 3 / 9, 4 / 9, 5 / 9, 6 / 9, 7 / 9, 8 / 9, 1.0],  # the last step has the end value
+    "cosine": [
+        0.0,
+        0.0301536896070458,  # (1 - cos(pi 1/9)) / 2
+        0.1169777784405110,
+        0.25,  # a third of the way: (1 - 1/2) / 2
+        0.4131759111665348,
+        0.5868240888334652,
+        0.75,
+        0.8830222215594890,
+        0.9698463103929542,
+        1.0,
+    ],
+    "constant": [0.0] * 10,  # the start value throughout
+}
+
+
+@pytest.mark.parametrize("curve", KNOB_TABLE)
+@pytest.mark.parametrize("name", ["cosine", "constant", "onecycle"])
+@pytest.mark.parametrize("start, end", [(0.0, 1.0), (0.996, 1.0), (4.0, -2.0)])
+def test_knobs_at_every_step(name, curve, start, end):
+    schedule = make(name, knobs={"gamma": {"start": start, "end": end, "curve": curve}})
+    found = [schedule.knobs_at(step) for step in range(STEPS)]
+    assert all(set(values) == {"gamma"} for values in found)
+    close([values["gamma"] for values in found], [start + (end - start) * share for share in KNOB_TABLE[curve]])
+
+
+def test_a_run_of_one_step_has_its_knobs_at_their_start():
+    knobs = {"gamma": {"start": 3.0, "end": 5.0, "curve": "linear"}}
+    assert make("constant", total=1, knobs=knobs).knobs_at(0) == {"gamma": 3.0}
+
+
+# --- properties
+
+
+@pytest.mark.parametrize("curve", [cosine, linear])
+def test_curves_are_clamped_outside_the_run(curve):
+    assert [curve(2.0, 5.0, fraction) for fraction in (-1.0, 0.0, 1.0, 7.0)] == pytest.approx([2.0, 2.0, 5.0, 5.0])
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant", "onecycle"])
+def test_values_do_not_depend_on_what_was_asked_before(name):
+    schedule = make(name, warmup=3)
+    in_order = [schedule.at(step) for step in range(STEPS)]
+    for step in random.Random(0).choices(range(STEPS), k=50):
+        assert schedule.at(step) == in_order[step] == make(name, warmup=3).at(step)
+
+
+@pytest.mark.parametrize("warmup", range(12))
+def test_no_update_of_a_cosine_is_lost_to_a_rate_of_zero(warmup):
+    assert min(rates(make("cosine", warmup=min(warmup, STEPS)))) > 0
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "name, key, value, message",
+    [
+        ("cosine", "min_lr", -0.1, "greater than or equal to 0"),
+        ("cosine", "warmup_epochs", float("nan"), "finite number"),
+        ("cosine", "warmup_steps", 1.5, "valid integer"),
+        ("constant", "min_lr", 0.1, "Extra inputs are not permitted"),
+        ("onecycle", "peak_fraction", 1.0, "less than 1"),
+        ("onecycle", "momentum_high", 1.0, "less than 1"),
+        ("onecycle", "div_factor", 0.5, "greater than or equal to 1"),
+        ("onecycle", "warmup_epochs", 1.0, "Extra inputs are not permitted"),  # its way up is its warm-up
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_key(name, key, value, message):
+    with pytest.raises(ValidationError) as caught:
+        make(name, **{key: value})
+    assert caught.value.errors()[0]["loc"][-1] == key
+    assert message in str(caught.value)
+
+
+def test_an_unknown_curve_is_refused():
+    with pytest.raises(ValidationError, match="'cosine', 'linear' or 'constant'"):
+        KnobConfig(start=0.0, end=1.0, curve="square")

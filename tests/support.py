@@ -1,0 +1,196 @@
+"""What tests share: a tiny collection, and scripts run as real processes that start in a tenth of a second.
+
+A script's start costs seconds, nearly all of them imports. `start` runs it in processes forked from a server that has
+imported everything once, with the variables that torchrun would set. What is tested of torchrun itself uses `torchrun`.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.preload"])
+
+SCRIPTS = {
+    "fcmae": "pretrain_fcmae.py",
+    "classification": "finetune.py",
+    "tagging": "tests/tasks/tagging.py",
+    "diffusion": "tests/tasks/diffusion.py",
+    "teacher": "tests/tasks/teacher.py",
+}
+TINY = {
+    "fcmae": ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16"],
+    "classification": ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "model.head_init_scale=1.0"],
+    "tagging": [],
+    "diffusion": [],
+    "teacher": [],
+}
+
+
+def make_collection(root, per_class=18, classes="ABC", validation=5, broken=0, seed=0):
+    """Write class folders of small PNGs with .txt tags, some of them unreadable."""
+    draw = random.Random(seed)
+    for split, count in (("train", per_class), ("val", validation)):
+        for letter in classes:
+            folder = root / split / letter
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (draw.randint(36, 60), draw.randint(36, 60)), (255, draw.randint(0, 255), 255))
+                ImageDraw.Draw(image).text((draw.randint(2, 20), draw.randint(2, 20)), letter, fill="black")
+                image.save(folder / f"{number:03}.png")
+                tags = draw.sample([f"tag {tag}" for tag in range(40)], draw.randint(1, 6))
+                (folder / f"{number:03}.txt").write_text(", ".join(tags))
+    for number in range(broken):
+        (root / "train" / classes[0] / f"broken{number}.png").write_bytes(b"" if number == 0 else b"no image at all")
+    return root
+
+
+def common(task, data, run_dir, *more):
+    """Return the overrides of a tiny run of a task."""
+    return [
+        *TINY[task],
+        *(["data=image_folder"] if task in ("fcmae", "classification") else []),
+        f"data.root={data}",
+        f"run_dir={run_dir}",
+        "runtime=reference",
+        "runtime.threads=1",
+        *([] if task == "diffusion" else ["augment.image_size_hw=[32,32]"]),
+        "optim.lr=0.005",
+        "schedule.warmup_steps=2",
+        "loop.log_every_steps=1",
+        "tracking.samples=true",
+        *more,
+    ]
+
+
+def free_port():
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(script, overrides, cwd, variables, output, kill_at_step):
+    """Be one rank: in a session of its own, so that its loader's workers die with it."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # the loader's workers start as in a process of a user's
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    os.chdir(cwd)
+    if kill_at_step is not None:
+        import engine.train_one_epoch as loop
+
+        train_step = loop.train_step
+
+        def fatal(*arguments, step, **named):
+            if step == kill_at_step:
+                os.killpg(0, signal.SIGKILL)
+            return train_step(*arguments, step=step, **named)
+
+        loop.train_step = fatal
+    sys.argv = [script, *overrides]
+    sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+class Started:
+    """The processes of one command; `output` is what all of them printed."""
+
+    def __init__(self, processes, output):
+        self.processes, self._output = processes, output
+
+    def wait(self, timeout=240):
+        """Wait for all; returns their exit codes."""
+        for process in self.processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
+            self.signal(signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}")
+        return codes
+
+    def signal(self, number, ranks=None):
+        """Send a signal to the sessions of some ranks."""
+        for index, process in enumerate(self.processes):
+            if process.is_alive() and (ranks is None or index in ranks):
+                os.killpg(process.pid, number)
+
+    @property
+    def output(self):
+        """What was printed so far."""
+        return self._output.read_text() if self._output.exists() else ""
+
+
+def start(script, overrides, cwd, ranks=1, kill_at_step=None):
+    """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0)."""
+    output = Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        variables = {}
+        if ranks > 1:
+            variables = {
+                "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+        process = _FORKS.Process(
+            target=_run_rank, args=(script, overrides, str(cwd), variables, str(output), kill_at_step)
+        )
+        process.start()
+        processes.append(process)
+    return Started(processes, output)
+
+
+def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None):
+    """Run a script to its end and check its exit codes; returns what it printed."""
+    started = start(script, overrides, cwd, ranks, kill_at_step)
+    codes = started.wait()
+    assert codes == [expect] * ranks, f"{script} on {ranks} ranks ended with {codes}:\n{started.output[-6000:]}"
+    return started.output
+
+
+def command(*arguments, cwd=ROOT, timeout=300, **variables):
+    """Run a real command of the virtual environment (`python`, `torchrun`) as a user would."""
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    return subprocess.run(
+        list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def rows(path, kind=None):
+    """Return a JSONL file's rows, without what measures time."""
+    found = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for row in found:
+        row.pop("images_per_sec", None)
+    return [row for row in found if kind is None or row["kind"] == kind]
+
+
+def samples_by_step(run_dir):
+    """Return step -> sorted (id, key) pairs over all ranks, from a run's samples/."""
+    steps = {}
+    for path in sorted((Path(run_dir) / "samples").glob("rank_*.jsonl")):
+        for row in rows(path):
+            steps.setdefault(row["step"], []).extend(zip(row["ids"], row["keys"]))
+    return {step: sorted(pairs) for step, pairs in steps.items()}
+
+
+def checkpoint_tensors(run_dir, step):
+    """Return all tensors of a checkpoint under file/name."""
+    folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"{folder} has no tensors"
+    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
