@@ -12,6 +12,7 @@ from pydantic import Field
 from models.onnx_export import export_classifier
 from models.predictor import load_classifier
 from utils.config import Job, entry_point
+from utils.files import write_json
 from utils.logging import get_logger
 from utils.schema import Strict
 from utils.weights import find_weights
@@ -37,9 +38,8 @@ def main(config: ExportConfig, job: Job) -> str:
     folder = Path(config.run_dir) / "export" if config.output is None else Path(config.output)
     path = folder / "model.onnx"
     difference = export_classifier(classifier, metadata, path, config.tolerance)
-    log.info(
-        "wrote %s (%d classes, greatest difference from PyTorch %.1e)", path, len(metadata["class_names"]), difference
-    )
+    write_json(folder / "export.json", {"file": path.name, "step": metadata["step"], "onnx_max_abs_diff": difference})
+    log.info("wrote %s (greatest difference from PyTorch %.1e)", path, difference)
     return f"{path}  onnx_max_abs_diff={difference:.1e}"
 
 

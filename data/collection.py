@@ -126,7 +126,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
         if place.exists():
             return place
     target = places[0] if manifest is None or os.access(folder, os.W_OK) else places[1]
-    table = table.combine_chunks().replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
+    table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
     write_atomically(target, lambda file: _write_index(file, table))
     return target
 

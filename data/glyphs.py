@@ -82,7 +82,9 @@ class _Ink(NamedTuple):
 def glyphs_ready(root: Path) -> bool:
     """Tell whether `root` holds this version's glyphs, completely drawn."""
     about = root / _ABOUT
-    return about.is_file() and (root / "manifest.parquet").is_file() and read_json(about)["version"] == GLYPHS_VERSION
+    return (
+        about.is_file() and (root / "manifest.parquet").is_file() and read_json(about).get("version") == GLYPHS_VERSION
+    )
 
 
 def draw_glyphs(root: Path, progress: Callable[[int, int], None] | None = None) -> None:

@@ -100,6 +100,7 @@ def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, 
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
+        generator=torch.Generator(),  # the workers' base seed would else be drawn from torch's global generator
     )
 
 

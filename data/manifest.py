@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from data.decode import DEFAULT_MAX_PIXELS, why_unreadable
 from data.scan import check_root, list_folder, parse_json, scan_folder
-from data.table import SCHEMA, SPLIT_NAMES, assign_validation, count_values
+from data.table import SCHEMA, SPLIT_NAMES, assign_validation, count_values, sort_rows
 from utils.errors import UserError
 from utils.files import sha256_file, write_atomically
 
@@ -84,7 +84,7 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         known = table["size"].to_pylist()
         sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
         table = _replace(table, "size", pa.array(sizes, pa.int64()))
-    return table.sort_by("path")
+    return sort_rows(table)
 
 
 def find_files(root: Path, paths: Iterable[str], describe: Locate) -> list[os.DirEntry[str]]:
@@ -262,7 +262,11 @@ def _read_jsonl(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
     """Read a JSONL manifest into columns, and the line of each row. Raises UserError naming the first line at fault."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     lines = []
-    with open(file, "rb") as stream:
+    try:
+        stream = open(file, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error.strerror})") from error
+    with stream:
         for number, raw in enumerate(stream, start=1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -297,7 +301,8 @@ def _fault_of_record(record: Any) -> str | None:
             "number": type(value) in (int, float) and abs(value) < 3e38,
         }
         if not fits[kind]:
-            return f"{name} is {json.dumps(value)[:60]}; write a {kind}"
+            article = "an" if kind == "integer" else "a"
+            return f"{name} is {json.dumps(value)[:60]}; write {article} {kind}"
     return None
 
 

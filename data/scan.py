@@ -70,8 +70,9 @@ def scan_folder(root: Path) -> pa.Table:
     """
     images, others = [], []
     for folder, entries, names in _walk(root):
-        suffixed = [entry for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
-        images += [_read_image_entry(root, folder, entry, names) for entry in suffixed]
+        place = root / folder
+        suffixed = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
+        images += [_read_image_entry(place, folder, entry, names) for entry in suffixed]
         others += names.difference(entry.name for entry in suffixed)
     if not images:
         seen = f"{len(others)} other files (such as {min(others)!r})" if others else "no file at all"
@@ -118,7 +119,7 @@ def _extend_chain(entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str,
     return (*chain, target)
 
 
-def _read_image_entry(root: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
+def _read_image_entry(place: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
     """Take an image's path, size and sidecars. Raises UserError for a dangling link and for a name that is no UTF-8."""
     path = folder + entry.name
     try:
@@ -131,7 +132,7 @@ def _read_image_entry(root: Path, folder: str, entry: os.DirEntry[str], names: s
         raise UserError(f"data.root: {entry.path!r} is a link to nothing; remove it, or restore its target") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"data.root: {entry.path!r} is neither a file nor a folder; remove it")
-    return _Image(path, status.st_size, read_sidecars(root / folder, entry.name, names))
+    return _Image(path, status.st_size, read_sidecars(place, entry.name, names))
 
 
 def _place_images(root: Path, paths: list[str]) -> list[tuple[str, str | None]]:

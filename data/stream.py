@@ -83,25 +83,31 @@ class BalancedSampler(_EpochSampler):
 
     def _make_order(self, epoch: int) -> np.ndarray:
         classes = len(self._members)
-        rounds = -(-self.epoch_length // classes)
-        picks = np.empty((rounds, classes), dtype=np.int64)
+        rounds, extra = divmod(self.epoch_length, classes)
+        # The `extra` classes that come once more are the next ones in turn, so that a class's turns have no gap.
+        given = epoch * extra
+        picks = np.empty((rounds + 1, classes), dtype=np.int64)
         for number, members in enumerate(self._members):
-            turns = epoch * rounds + np.arange(rounds)
+            turns = epoch * rounds + (given + classes - 1 - number) // classes + np.arange(rounds + 1)
             laps = [
                 rng.permutation(self.seed, rng.hash_counters(number, int(lap)), len(members))
                 for lap in range(turns[0] // len(members), turns[-1] // len(members) + 1)
             ]
             flat = np.concatenate(laps)
             picks[:, number] = members[flat[turns - turns[0] // len(members) * len(members)]]
-        columns = [rng.permutation(self.seed, rng.hash_counters(epoch, turn, 1), classes) for turn in range(rounds)]
-        return np.take_along_axis(picks, np.stack(columns), axis=1).ravel()[: self.epoch_length]
+        order = [
+            picks[turn, rng.permutation(self.seed, rng.hash_counters(epoch, turn, 1), classes)]
+            for turn in range(rounds)
+        ]
+        last = (given + rng.permutation(self.seed, rng.hash_counters(epoch, rounds, 1), extra)) % classes
+        return np.concatenate([*order, picks[rounds, last]])
 
 
 class GroupedSampler(_EpochSampler):
     """Samples in chunks of one group (one shape) and fixed size, the chunks in a random order.
 
     A group that does not fill its last chunk fills it with its first samples of the epoch again: at most chunk - 1
-    samples per group come twice in an epoch, none is left out.
+    positions per group and epoch repeat a sample, none is left out.
     """
 
     def __init__(self, rows: np.ndarray, groups: np.ndarray, chunk: int, seed: int) -> None:

@@ -23,6 +23,9 @@ SCHEMA = pa.schema(
         ("weight", pa.float32()),  # of the loss; 0 = not to be trained on
     ]
 )
+_LARGE = {pa.string(): pa.large_string(), SCHEMA.field("tags").type: pa.large_list(pa.large_string())}
+_WIDE = pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in SCHEMA])
+_CHUNK_ROWS = 131_072
 SPLITS = ("train", "val")
 # A test split is validation data here: nothing in this house trains on it, and nothing needs a third kind.
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
@@ -35,7 +38,18 @@ def build_table(columns: dict[str, list[Any]]) -> pa.Table:
     arrays = [
         pa.array(columns.get(field.name, defaults.get(field.name, [None] * count)), field.type) for field in SCHEMA
     ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA).sort_by("path")
+    return sort_rows(pa.Table.from_arrays(arrays, schema=SCHEMA))
+
+
+def sort_rows(table: pa.Table) -> pa.Table:
+    """Return a table of SCHEMA sorted by path, in chunks of a fixed number of rows.
+
+    By way of 64-bit offsets: Arrow cannot reorder a column whose texts together pass 2 GiB otherwise.
+    """
+    wide = table.cast(_WIDE).combine_chunks()
+    order = pc.sort_indices(wide, [("path", "ascending")])
+    starts = range(0, max(table.num_rows, 1), _CHUNK_ROWS)
+    return pa.concat_tables([wide.take(order[start : start + _CHUNK_ROWS]).cast(SCHEMA) for start in starts])
 
 
 def assign_validation(table: pa.Table, fraction: float) -> pa.Table:

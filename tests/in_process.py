@@ -1,7 +1,7 @@
-"""Root scripts in the test's own process: compose, validate, run, and tiny collections to run them on.
+"""Root scripts in the test's own process: compose, validate and run them without paying for their imports each time.
 
-A script's start costs seconds of imports; here they are paid once. `run("finetune", [...])` is the body of
-`python finetune.py ...` without Hydra's own command line.
+`run("finetune", [...], folder)` is the body of `python finetune.py ...` without Hydra's command line, `run_command` the
+whole command. What only a process can show (status, traceback, files left open) uses tests/support.py.
 """
 
 import importlib
@@ -12,24 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
-from PIL import Image
 
+from data.glyphs import GLYPHS_VERSION
+from data.manifest import write_manifest
+from tests.support import make_collection
 from utils.config import CONF, ROOT, Job, quote_paths, validate
+from utils.files import write_json
 
-SCRIPTS = ("pretrain_fcmae", "finetune", "prepare", "evaluate", "predict", "export")
-# Small enough that an update takes milliseconds.
-TINY = [
-    "model=convnextv2_glyph",
-    "model.depths=[1,1]",
-    "model.dims=[8,16]",
-    "augment=glyphs",
+TRAINING = ("pretrain_fcmae", "finetune")
+SCRIPTS = (*TRAINING, "prepare", "evaluate", "predict", "export")
+
+# An update of this takes milliseconds.
+SMALL_MODEL = ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]"]
+SHORT = [
     "augment.image_size_hw=[16,16]",
-    "data=image_folder",
     "loop.total_steps=2",
     "loop.global_batch_size=4",
     "loop.batch_size=2",
@@ -37,38 +37,37 @@ TINY = [
     "loop.checkpoint_every_steps=1",
     "runtime=reference",
     "runtime.device=cpu",
+    "runtime.threads=1",
 ]
-TINY_FCMAE = ["task.decoder_dim=8"]
+TINY = [*SMALL_MODEL, *SHORT, "data=image_folder"]
 
 
-def write_images(
-    root: Path, classes: Sequence[str] = ("cat", "dog"), *, train: int = 4, val: int = 2, side_px: int = 16
-) -> Path:
-    """Write class folders of random PNG files below root/train and root/val; returns root."""
-    draws = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for name in classes:
-            folder = root / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                pixels = draws.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+def make_images(root: Path, classes: str = "AB") -> Path:
+    """Write 4 training and 2 validation images for each class; returns the folder."""
+    return make_collection(root, per_class=4, classes=classes, validation=2)
+
+
+def make_glyph_folder(root: Path) -> Path:
+    """Write a few images that pass for the embedded collection, so that `data=glyphs` draws nothing."""
+    write_manifest(str(make_images(root)), validation_fraction=0.0, verify=False)
+    write_json(root / "glyphs.json", {"version": GLYPHS_VERSION})
     return root
 
 
 def load_command(script: str) -> Any:
-    """Return the command that a root script's `main` is."""
+    """Return the command that the `main` of a root script, or of `tests.tasks.teacher`, is."""
     return importlib.import_module(script).main
 
 
-def compose(script: str, overrides: Sequence[str] = (), config_dir: Path = CONF) -> tuple[DictConfig, Job]:
+def compose(script: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, Job]:
     """Compose a script's configuration as its command line would; returns the values and the job."""
-    quoted = quote_paths(list(overrides), multirun=False)
+    quoted, config_dir = quote_paths(list(overrides), multirun=False), load_command(script).config_dir
+    search = [] if config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]
+    script = script.rpartition(".")[2]
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        values = hydra_compose(script, overrides=quoted, return_hydra_config=True)
-    choices = {group: str(choice) for group, choice in values.hydra.runtime.choices.items() if "hydra" not in group}
-    values = DictConfig({key: values._get_node(key) for key in values if key != "hydra"})
-    return values, Job(script, choices, quoted)
+        values = hydra_compose(script, overrides=[*quoted, *search], return_hydra_config=True)
+    choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
+    return DictConfig({key: values._get_node(key) for key in values if key != "hydra"}), Job(script, choices, quoted)
 
 
 def configure(script: str, overrides: Sequence[str] = ()) -> tuple[Any, Job]:
@@ -79,7 +78,7 @@ def configure(script: str, overrides: Sequence[str] = ()) -> tuple[Any, Job]:
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Change the working directory, and put torch's global settings back."""
+    """Change the working directory, and put back what a run sets for its process."""
     before = Path.cwd(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     os.chdir(folder)
     try:
@@ -91,14 +90,14 @@ def working_in(folder: Path) -> Iterator[None]:
 
 
 def run(script: str, overrides: Sequence[str], folder: Path) -> str:
-    """Run a script's body in `folder` and return its line of result. Its errors are raised as they are."""
+    """Run a script's body in `folder` and return its line of result; its errors are raised as they are."""
     config, job = configure(script, overrides)
     with working_in(folder):
         return load_command(script).main(config, job)
 
 
 def run_command(script: str, arguments: Sequence[str], folder: Path, monkeypatch: Any) -> int:
-    """Run a script's command, Hydra's command line included, in `folder`; returns the exit status."""
+    """Run a script's command, Hydra's command line included, in `folder`; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *arguments])
     with working_in(folder):
         try:

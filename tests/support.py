@@ -31,7 +31,12 @@ SCRIPTS = {
 }
 TINY = {
     "fcmae": ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16"],
-    "classification": ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "model.head_init_scale=1.0"],
+    "classification": [
+        "model=convnextv2_glyph",
+        "model.depths=[1,1]",
+        "model.dims=[8,16]",
+        "model.head_init_scale=1.0",
+    ],
     "tagging": [],
     "diffusion": [],
     "teacher": [],
@@ -134,21 +139,22 @@ class Started:
         return self._output.read_text() if self._output.exists() else ""
 
 
-def start(script, overrides, cwd, ranks=1, kill_at_step=None):
-    """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0)."""
+def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None):
+    """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
+
+    Several ranks get torchrun's variables; `variables` replaces them (one process then).
+    """
     output = Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"
     port = str(free_port())
     processes = []
     for rank in range(ranks):
-        variables = {}
+        own = dict(variables or {})
         if ranks > 1:
-            variables = {
+            own = {
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        process = _FORKS.Process(
-            target=_run_rank, args=(script, overrides, str(cwd), variables, str(output), kill_at_step)
-        )
+        process = _FORKS.Process(target=_run_rank, args=(script, overrides, str(cwd), own, str(output), kill_at_step))
         process.start()
         processes.append(process)
     return Started(processes, output)

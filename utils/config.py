@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,8 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from utils import distributed
-from utils.config_errors import ConfigError, hydra_problem, validation_problems
+from utils.config_errors import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
 from utils.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from utils.files import sha256_text
 from utils.logging import environment_rank, get_logger, setup_logging
 from utils.schema import Strict
 
@@ -40,6 +42,7 @@ Schema = TypeVar("Schema", bound=Strict)
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 # Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
+_NAME_BYTES = 200  # of a sweep job's folder; file systems take 255
 PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights")
 
 
@@ -63,47 +66,54 @@ class JobResult:
 
 
 def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
-    """Quote the values of path keys so that Hydra takes them as they are.
+    """Quote the values of path keys so that Hydra takes them as they are; what is quoted already stays.
 
     In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        plain = (
-            not equals
-            or key.lstrip("+") not in PATH_KEYS
-            or value in ("", "null", "???")
-            or (value[0] == value[-1] and value[0] in "'\"" and len(value) > 1)
-            or (multirun and "," in value and not Path(value).exists())
-        )
-        if not plain:
-            # Inside quotes Hydra reads \' as a quote, and backslashes as such except before the closing quote.
-            escaped = value.replace("'", "\\'")
-            if escaped.endswith("\\"):
-                escaped += "\\"
-            argument = f"{key}='{escaped}'"
+        if equals and key.lstrip("+") in PATH_KEYS:
+            sweeps = multirun and not Path(value).exists() and not set("'\"") & set(value)
+            argument = f"{key}={','.join(map(_quote, value.split(',') if sweeps else [value]))}"
         quoted.append(argument)
     return quoted
+
+
+def _quote(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    plain = is_quoted or value in ("", "null", "???")
+    return value if plain else QuotedString(value, Quote.single).with_quotes()
 
 
 def validate(values: Any, schema: type[Schema]) -> Schema:
     """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
     container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    problems = missing_problems(container)  # a text field would take `???` for a text
     try:
-        return schema.model_validate(container)
+        config = schema.model_validate(container)
     except ValidationError as error:
-        raise ConfigError(validation_problems(error, container, schema)) from None
+        problems += validation_problems(error, container, schema)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return config
 
 
 def _job_from_hydra(script: str) -> Job:
     state = HydraConfig.get()
+    overrides = OmegaConf.to_container(state.overrides.task, resolve=False)  # `${...}` is resolved with the values
     choices = {name: str(choice) for name, choice in state.runtime.choices.items() if not name.startswith("hydra/")}
     sweep_name = None
     if state.mode == RunMode.MULTIRUN:
-        swept = [text for text in state.overrides.task if not text.startswith("run_dir=")]
-        sweep_name = re.sub(r"[^\w.,=+-]+", "_", ",".join(sorted(swept)))[:180] or "job"
-    return Job(script, choices, list(state.overrides.task), sweep_name)
+        sweep_name = name_sweep_job(overrides)
+    return Job(script, choices, overrides, sweep_name)
+
+
+def name_sweep_job(overrides: list[str]) -> str:
+    """Return the folder name of a sweep's job: its overrides; with a hash where they had to be changed or cut."""
+    full = ",".join(sorted(text for text in overrides if not re.match(r"(run_dir|sweep\.name)=", text)))
+    clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
+    return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
 
 
 def _run_job(
@@ -114,26 +124,29 @@ def _run_job(
     job = _job_from_hydra(script)
     name = " ".join(job.overrides)
     try:
-        # A resolver or a `???` is Hydra's to report; both come as OmegaConf errors.
         return JobResult(name, EXIT_OK, main(validate(values, schema), job) or "done")
     except ConfigError as error:
         _say(f"{script}.py: {error}")
         return JobResult(name, EXIT_USER_ERROR, error.problems[0])
     except UserError as error:
-        _say(f"{script}.py: {error}")
+        _say(f"{script}.py: {error}", other_ranks=True)
         return JobResult(name, EXIT_USER_ERROR, str(error).splitlines()[0])
     except (HydraException, OmegaConfBaseException) as error:
-        _say(f"{script}.py: {ConfigError([hydra_problem(error)])}")
-        return JobResult(name, EXIT_USER_ERROR, str(error).splitlines()[0])
+        problem = hydra_problem(error, schema, CONF)
+        _say(f"{script}.py: {ConfigError([problem])}")
+        return JobResult(name, EXIT_USER_ERROR, problem)
     except Exception as error:  # a defect: its traceback, and the sweep goes on
         traceback.print_exc()
         return JobResult(name, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _say(message: str) -> None:
-    """Show an error once, from rank 0 (every rank finds the same)."""
-    if environment_rank() == 0:
+def _say(message: str, *, other_ranks: bool = False) -> None:
+    """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
+    rank = environment_rank()
+    if rank == 0:
         sys.stderr.write(message + "\n")
+    elif other_ranks:
+        sys.stderr.write(f"[rank {rank}] {message.splitlines()[0]}\n")
 
 
 def _table(results: list[JobResult]) -> str:
@@ -155,9 +168,13 @@ def _leave(status: int) -> None:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Refuse Hydra's rerun option: it reads a pickle."""
-    if any(argument.startswith("--experimental-rerun") for argument in arguments):
-        raise ConfigError(["--experimental-rerun: reads a pickled file, which Atelier never does; give the overrides"])
+    """Refuse Hydra's rerun option, which reads a pickle, and a group set to null, which Hydra refuses unnamed."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.startswith("--experimental-rerun"):
+            raise ConfigError([f"{key}: reads a pickled file, which Atelier never does; give the overrides"])
+        if value == "null" and (options := list_options(key, CONF)):
+            raise ConfigError([f"{key}: null chooses no file; leave it out, or choose {', '.join(options)}"])
 
 
 def entry_point(
@@ -182,17 +199,18 @@ def entry_point(
             try:
                 _check_arguments(sys.argv[1:])
                 hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(job)()
-            except (HydraException, OmegaConfBaseException) as error:
-                _say(f"{config_name}.py: {ConfigError([hydra_problem(error)])}")
-                _leave(EXIT_USER_ERROR)
             except ConfigError as error:
                 _say(f"{config_name}.py: {error}")
+                _leave(EXIT_USER_ERROR)
+            # Jobs raise nothing, so a ValueError is Hydra's too: `optim=null`, options that exclude each other.
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                _say(f"{config_name}.py: {ConfigError([hydra_problem(error, schema, CONF)])}")
                 _leave(EXIT_USER_ERROR)
             except SystemExit as stop:
                 if stop.code == EXIT_STOPPED:
                     _leave(EXIT_STOPPED)
                 raise
-            if multirun and results and environment_rank() == 0:
+            if (multirun or len(results) > 1) and results and environment_rank() == 0:
                 log.info("%s", _table(results))
             _leave(max((result.status for result in results), default=EXIT_OK))
 

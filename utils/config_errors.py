@@ -1,13 +1,19 @@
 """Turn the errors of Hydra, OmegaConf and pydantic into lines of `dotted.key: what is wrong and what to do`."""
 
+import difflib
 import re
 import typing
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError, close_names
+
+_MOST = 3  # keys that an advice names
+_MISSING = "???"
 
 
 class ConfigError(UserError):
@@ -24,17 +30,74 @@ class ConfigError(UserError):
         return type(self), (self.problems,)
 
 
+# ------------------------------------------------------------------------------------------------- keys that there are
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """Return the texts by which unions tell a model from the others: those of its single-valued literals."""
+    choices = [typing.get_args(field.annotation) for field in model.model_fields.values()]
+    return {values[0] for values in choices if len(values) == 1 and isinstance(values[0], str)}
+
+
+def _models(annotation: Any, values: Any = None) -> list[type[BaseModel]]:
+    """Return the models that an annotation admits; of a union those whose tag stands in `values`, if any does."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    options = [] if typing.get_origin(annotation) is dict else typing.get_args(annotation)  # a dict's keys are free
+    found = [model for option in options for model in _models(option)]
+    texts = {value for value in values.values() if isinstance(value, str)} if isinstance(values, dict) else set()
+    return [model for model in found if texts & _tags(model)] or found
+
+
+def known_keys(schema: type[BaseModel], values: Any = None, prefix: str = "") -> list[str]:
+    """Return a schema's dotted keys, groups and leaves; of a union all models' keys, or those that `values` choose."""
+    keys: dict[str, None] = {}
+    for name, field in schema.model_fields.items():
+        keys[f"{prefix}{name}"] = None
+        inner = values.get(name) if isinstance(values, dict) else None
+        for model in _models(field.annotation, inner):
+            keys |= dict.fromkeys(known_keys(model, inner, f"{prefix}{name}."))
+    return list(keys)
+
+
+def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
+    """Return the line for an unknown key: the same name in another group is meant, or a near one on its level."""
+    known = known_keys(schema, values)
+    parts = dotted.split(".")
+    elsewhere = [key for key in known if key.rpartition(".")[2] == parts[-1]]
+    if elsewhere:
+        near = difflib.get_close_matches(dotted, elsewhere, n=_MOST, cutoff=0.0)
+        return f"{dotted}: unknown key; did you mean {' or '.join(near)}?"
+    while ".".join(parts[:-1]) not in ("", *known):
+        parts.pop()
+    level = ".".join(parts[:-1])
+    beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == level]
+    return f"{dotted}: unknown key; {close_names(parts[-1], beside) if beside else f'{level} holds a value, no keys'}"
+
+
+def _not_given(dotted: str) -> str:
+    return f"{dotted}: must be given; add {dotted}=VALUE"
+
+
+def missing_problems(values: Any, prefix: str = "") -> list[str]:
+    """Return a line for each `???` that nobody replaced."""
+    if isinstance(values, dict):
+        return [line for key, value in values.items() for line in missing_problems(value, f"{prefix}{key}.")]
+    if isinstance(values, list):
+        return [line for index, value in enumerate(values) for line in missing_problems(value, f"{prefix}{index}.")]
+    return [_not_given(prefix.removesuffix("."))] if values == _MISSING else []
+
+
+# ------------------------------------------------------------------------------------------------------------ pydantic
+
+
 def _without_tags(location: tuple[int | str, ...], values: Any) -> list[str]:
     """Return a location's keys without what pydantic adds: a union's tag, a function's name."""
     keys: list[str] = []
     for index, part in enumerate(location):
-        if (
-            isinstance(values, dict)
-            and part in values
-            or isinstance(values, list)
-            and isinstance(part, int)
-            and part < len(values)
-        ):
+        in_dict = isinstance(values, dict) and part in values
+        in_list = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if in_dict or in_list:
             keys.append(str(part))
             values = values[part]
         elif index == len(location) - 1 and isinstance(values, dict):
@@ -42,75 +105,48 @@ def _without_tags(location: tuple[int | str, ...], values: Any) -> list[str]:
     return keys
 
 
-def _field_names(annotation: Any, tag_values: set[str]) -> set[str]:
-    """Return the field names of the models that an annotation admits (those whose tag matches, in a union)."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return set(annotation.model_fields)
-    names: set[str] = set()
-    options = [option for option in typing.get_args(annotation) if not isinstance(option, str)]
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel) and tag_values:
-            tags = {tag for field in option.model_fields.values() for tag in typing.get_args(field.annotation)}
-            if not tag_values & {tag for tag in tags if isinstance(tag, str)}:
-                continue
-        names |= _field_names(option, tag_values)
-    return names
-
-
-def _known_keys(keys: list[str], values: Any, schema: type[BaseModel]) -> list[str]:
-    """Return the dotted keys that could stand where an unknown one was found."""
-    names = set(schema.model_fields)
-    annotation: Any = schema
-    prefix = keys[:-1]
-    for key in prefix:
-        values = values.get(key, {}) if isinstance(values, dict) else {}
-        fields = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
-        if key not in fields:
-            return []
-        annotation = fields[key].annotation
-        tags = {value for value in values.values() if isinstance(value, str)} if isinstance(values, dict) else set()
-        names = _field_names(annotation, tags)
-    return [".".join([*prefix, name]) for name in names]
-
-
-def _close_key(keys: list[str], values: Any, schema: type[BaseModel]) -> str:
-    """Return advice for an unknown key: near ones of its level, or the same name elsewhere in the configuration."""
-    dotted = ".".join(keys)
-    elsewhere = [
-        f"{group}.{keys[-1]}" for group, inner in values.items() if isinstance(inner, dict) and keys[-1] in inner
-    ]
-    if elsewhere:
-        return "did you mean " + " or ".join(elsewhere) + "?"
-    known = _known_keys(keys, values, schema)
-    return close_names(dotted, known) if known else "remove it"
-
-
 def _problem(error: dict[str, Any], values: Any, schema: type[BaseModel]) -> str:
     """Return one pydantic error as a line."""
-    keys = _without_tags(error["loc"], values)
-    dotted = ".".join(keys)
+    dotted = ".".join(_without_tags(error["loc"], values))
     kind, context, found = error["type"], error.get("ctx", {}), error["input"]
-    if kind == "value_error":
-        message = str(context["error"])
-        return message if re.match(r"[a-z_0-9.]+: ", message) else f"{dotted}: {message}"
-    if kind == "extra_forbidden":
-        return f"{dotted}: unknown key; {_close_key(keys, values, schema)}"
-    if found == "???":
-        return f"{dotted}: must be given; add {dotted}=VALUE"
-    if kind == "missing":
-        return f"{dotted}: missing; add {dotted}=VALUE or the file of its group"
-    if kind == "union_tag_invalid":
-        tag = context["discriminator"].strip("'")
-        allowed = [word.strip().strip("'") for word in context["expected_tags"].split(",")]
-        return f"{dotted}.{tag}: unknown {context['tag']!r}; {close_names(str(context['tag']), allowed)}"
+    if found == _MISSING:
+        return _not_given(dotted)
+    match kind:
+        case "value_error":
+            message = str(context["error"])
+            return message if re.match(r"[a-z_0-9.]+: ", message) else f"{dotted}: {message}"
+        case "extra_forbidden":
+            return _unknown(dotted, schema, values)
+        case "missing":
+            return f"{dotted}: missing; add {dotted}=VALUE or the file of its group"
+        case "union_tag_not_found":
+            dotted += "." + context["discriminator"].strip("'")
+            return f"{dotted}: missing; add {dotted}=VALUE or the file of its group"
+        case "union_tag_invalid":
+            allowed = [word.strip().strip("'") for word in context["expected_tags"].split(",")]
+            advice = close_names(str(context["tag"]), allowed)
+            return f"{dotted}.{context['discriminator'].strip(chr(39))}: unknown {context['tag']!r}; {advice}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{dotted}: must be a group of keys, found {found!r}"
+        case "too_short":
+            return f"{dotted}: must have at least {context['min_length']} items, found {found!r}"
+        case "too_long":
+            return f"{dotted}: must have at most {context['max_length']} items, found {found!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{dotted}: {message.replace('input should be', 'must be')}, found {found!r}"
 
 
 def validation_problems(error: ValidationError, values: Any, schema: type[BaseModel]) -> list[str]:
-    """Return one line per wrong key; a union without tags (`auto` or a number) reports its key once."""
+    """Return one line per wrong key; a union without tags (`auto` or a number) reports its key once.
+
+    Where a group is of another kind (`task=fcmae` in finetune.py) its `name` alone is reported, not each key of it.
+    """
     lines: dict[str, str] = {}
-    for item in error.errors():
+    items = error.errors()
+    strange = {item["loc"][:-1] for item in items if item["type"] == "literal_error" and item["loc"][-1] == "name"}
+    for item in items:
+        if item["type"] in ("missing", "extra_forbidden") and item["loc"][:-1] in strange:
+            continue
         line = _problem(item, values, schema)
         key, _, message = line.partition(": ")
         if key in lines and lines[key].partition(", found ")[1] and ", found " in message:
@@ -120,23 +156,39 @@ def validation_problems(error: ValidationError, values: Any, schema: type[BaseMo
     return list(lines.values())
 
 
-def hydra_problem(error: Exception) -> str:
-    """Return what Hydra or OmegaConf refused, as a line."""
+# -------------------------------------------------------------------------------------------------- Hydra and OmegaConf
+
+
+def hydra_problem(error: Exception, schema: type[BaseModel], conf: Path) -> str:
+    """Return what Hydra or OmegaConf refused, as a line; `conf` is the folder of the groups' files."""
     if isinstance(error, MissingConfigException):
-        options = list(getattr(error, "options", None) or [])
-        missing = error.missing_cfg_file or ""
-        if options:
-            group, _, name = missing.rpartition("/")
-            return f"{group}: unknown {name!r}; {close_names(name, options)} (files of conf/{group}/)"
-        return f"{missing}: no such file in conf/; see conf/ for what there is"
+        return _missing_file(error, conf)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not readable as KEY=VALUE; quote what is special: 'key=\"a, b\"'"
+        key, equals, value = error.override.partition("=")
+        if not equals:
+            return f"{key}: no value is given; write {key}=VALUE"
+        return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     text = str(error)
-    found = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([\w.]+)", text)
-    if found is None:
-        found = re.search(r"Could not override '([^']+)'", text)
-        if found is None:
-            return text
-        full = re.search(r"full_key: ([\w.]+)", text)
-        return f"{full.group(1) if full else found.group(1)}: unknown key; --cfg job prints the known ones"
-    return f"{found.group(2)}: unknown key; --cfg job prints the known ones"
+    full_key = re.search(r"full_key: ([\w.]+)", text)
+    if refused := re.search(r"(?:Could not override|Could not delete from config\.|Key) '([^']+)'", text):
+        return _unknown(full_key.group(1) if full_key else refused.group(1), schema)
+    if twice := re.match(r"Multiple values for ([\w/]+)", text):
+        return f"{twice.group(1)}: is chosen already; write {twice.group(1)}=NAME, without +"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {text.splitlines()[0]}"
+    return text
+
+
+def _missing_file(error: MissingConfigException, conf: Path) -> str:
+    """Say which file of conf/ was not found, and which there are instead."""
+    missing = error.missing_cfg_file or ""
+    group, _, name = missing.partition("/")
+    known = list_options(group, conf) if name else []
+    if not known:
+        return f"{missing}: no such file in {conf}"
+    return f"{group}: unknown {name!r}; {close_names(name, known)} (files of {conf / group})"
+
+
+def list_options(group: str, conf: Path) -> list[str]:
+    """Return the options of a group: its files, those of subfolders as `folder/name`."""
+    return sorted(file.relative_to(conf / group).with_suffix("").as_posix() for file in (conf / group).rglob("*.yaml"))

@@ -44,7 +44,7 @@ def _draw_and_count(root, barrier):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Return a folder for 164,000 files: in memory where there is room, since some disks take minutes to delete them."""
+    """Return a folder for 164,000 files: in memory where there is room, for some disks take minutes to delete them."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 2 * 2**30:
         yield tmp_path_factory.mktemp("glyphs")

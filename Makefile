@@ -1,0 +1,38 @@
+# Everything runs in a virtual environment that this file makes; PYTHON chooses the interpreter (3.11 or 3.12).
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint bench simd clean
+
+install: $(STAMP)  ## make .venv and install requirements.txt
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; run: make PYTHON=/path/to/python3.12" % v)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(STAMP)
+
+demo: install  ## the whole main job on the embedded glyphs, some minutes on two CPU cores
+	$(PY) bench/demo.py
+
+test: install lint  ## all tests but the slow ones, at most ten minutes on two cores
+	$(PY) -m pytest -m "not slow"
+
+test-slow: install  ## what takes longer
+	$(PY) -m pytest -m slow
+
+lint: install  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: install  ## side-by-side measurements; run it on an idle machine
+	$(PY) bench/step_overhead.py
+
+simd: install  ## replace Pillow by pillow-simd (needs a C compiler and the zlib and libjpeg headers)
+	$(PY) -m pip uninstall --quiet --yes pillow
+	$(PY) -m pip install --quiet --no-deps --no-binary pillow-simd pillow-simd
+
+clean:  ## remove environment, outputs and drawn collections
+	rm -rf $(VENV) outputs collections .pytest_cache .ruff_cache

@@ -1,0 +1,135 @@
+"""Every file of conf/ is used. Each primary, each option of each group and each experiment composes, validates against
+its script's schema, and its task builds on the meta device; the numbers of files are exact, so that none is passed over.
+"""
+
+import re
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from engine.start import build_task
+from models.build import build_network
+from tests.in_process import SCRIPTS, TRAINING, compose, configure, make_glyph_folder, run
+from utils.config import CONF
+from utils.config_errors import ConfigError
+from utils.errors import UserError
+
+# What `???` stands for, by script; a test that needs the files behind them makes its own.
+MANDATORY = {
+    "evaluate": ["run_dir=RUN"],
+    "predict": ["weights=RUN", "input=IMAGES", "output=found.csv"],
+    "export": ["run_dir=RUN"],
+}
+SHARED = {"common", "folders"}  # files that primaries include
+GROUPS = {
+    "model": TRAINING,
+    "data": (*TRAINING, "prepare"),
+    "augment": TRAINING,
+    "optim": TRAINING,
+    "schedule": TRAINING,
+    "loop": TRAINING,
+    "runtime": (*TRAINING, "evaluate"),
+    "tracking": TRAINING,
+}
+# A task belongs to one script.
+TASKS = {"fcmae": "pretrain_fcmae", "classification": "finetune"}
+
+
+def list_yaml(folder):
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+OPTIONS = [(script, group, name) for group, scripts in GROUPS.items() for name in list_yaml(CONF / group)
+           for script in scripts]  # fmt: skip
+OPTIONS += [(script, "task", name) for name, script in TASKS.items()]
+EXPERIMENTS = list_yaml(CONF / "experiment")
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory):
+    return make_glyph_folder(tmp_path_factory.mktemp("compose") / "glyphs")
+
+
+def read_header(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    return "\n".join(line for line in text.splitlines() if line.startswith("#"))
+
+
+def script_of(experiment):
+    """The script of an experiment, as the command in its header states it."""
+    return re.search(rf"python (\w+)\.py experiment={experiment}\b", read_header(experiment)).group(1)
+
+
+def test_no_file_is_passed_over():
+    primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
+    assert primaries == set(SCRIPTS) and len(primaries) == 6
+    covered = {f"{group}/{name}" for _, group, name in OPTIONS}
+    assert len(covered) == 29 and len(OPTIONS) == 60 and len(EXPERIMENTS) == 2
+    everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
+    assert set(list_yaml(CONF)) == everything and len(everything) == 39
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
+    configure(script, MANDATORY.get(script, []))
+    if script in MANDATORY:
+        with pytest.raises(ConfigError) as refused:
+            configure(script)
+        keys = [override.partition("=")[0] for override in MANDATORY[script]]
+        assert refused.value.problems == [f"{key}: must be given; add {key}=VALUE" for key in keys]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_primary_file_leaves_folders_to_us(script):
+    """Hydra makes no folder but its own for sweeps, changes no directory and configures no logging."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = hydra_compose(script, return_hydra_config=True, overrides=["hydra.job.num=0"]).hydra
+    assert (hydra.run.dir, hydra.output_subdir, hydra.sweep.dir) == (".", None, "outputs/sweeps/.hydra")
+    assert hydra.runtime.choices["hydra/job_logging"] == hydra.runtime.choices["hydra/hydra_logging"] == "disabled"
+
+
+@pytest.mark.parametrize(("script", "group", "name"), OPTIONS)
+def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
+    overrides = [f"{group}={name}"]
+    if script not in TRAINING:
+        configure(script, [*overrides, *MANDATORY.get(script, []), *(["data.root=IMAGES"] if group == "data" else [])])
+        return
+    overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu"]
+    if (script, group, name) == ("pretrain_fcmae", "model", "timm"):
+        with pytest.raises(UserError, match=r"^model: FCMAE pretrains ConvNeXt V2, not resnet18; set model=convnextv2"):
+            run(script, overrides, tmp_path)
+        return
+    assert run(script, overrides, tmp_path).startswith("dry run: ")
+    assert not (tmp_path / "outputs/pretrain_fcmae").exists() and not (tmp_path / "outputs/finetune").exists()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs, tmp_path):
+    overrides = [f"experiment={name}", f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu"]
+    assert run(script_of(name), overrides, tmp_path).startswith("dry run: ")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_opens_with_its_evidence(name):
+    header = read_header(name)
+    assert header.startswith("# @package _global_\n")
+    for word in ("Source:", "Command:", "Hardware:", "xpected", "easured"):
+        assert word in header, f"experiment/{name} does not state its {word}"
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_dry_run_builds_on_the_meta_device(script):
+    config, _ = configure(script, ["dry_run=true", "model=convnextv2_huge"])
+    network = build_task(lambda: build_network(config.model, num_classes=10), config)
+    assert all(parameter.is_meta for parameter in network.parameters())
+
+
+def test_the_command_line_beats_the_experiment_the_experiment_the_file_and_the_file_its_group():
+    def read(*overrides):
+        values = compose("pretrain_fcmae", overrides)[0]
+        return values.optim.lr, values.task.decoder_dim, values.optim.base_lr, values.optim.betas[1]
+
+    assert read() == (None, 512, 1.5e-4, 0.95)  # adamw_fcmae's over adamw's
+    assert read("experiment=glyphs/demo_pretrain") == (1e-3, 128, 1.5e-4, 0.95)
+    assert read("experiment=glyphs/demo_pretrain", "optim.lr=2e-3", "task.decoder_dim=64")[:2] == (2e-3, 64)

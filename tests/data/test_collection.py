@@ -1,0 +1,611 @@
+"""Collections. Literal tables per layout and sidecar, refusals (each message), round trips through index and pickle."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import data.manifest
+import data.table
+from data.collection import Row, check_classes, index_collection, open_collection
+from data.manifest import find_manifest, write_manifest
+from data.table import SCHEMA, build_table, hash_table
+from utils.errors import UserError
+
+
+def put(root, *paths, text=None, record=None):
+    """Write small images, and sidecars for them; return the root."""
+    for number, path in enumerate(paths):
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 10 * number).save(file, format="PNG")
+        if text is not None:
+            file.with_suffix(".txt").write_text(text, encoding="utf-8")
+        if record is not None:
+            file.with_suffix(".json").write_text(json.dumps(record))
+    return root
+
+
+def index(root, cache, fraction=0.0):
+    return index_collection(str(root), validation_fraction=fraction, cache=cache)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def load(cache):
+    def load(root, fraction=0.0):
+        return open_collection(str(root), index(root, cache, fraction))
+
+    return load
+
+
+@pytest.fixture
+def refuse(cache):
+    def refuse(root, pattern, fraction=0.0):
+        with pytest.raises(UserError, match=r"^data\.") as caught:
+            index(root, cache, fraction)
+        assert pattern in str(caught.value), caught.value
+        assert not cache.exists()
+
+    return refuse
+
+
+def columns(collection, *names):
+    return [tuple(row) for row in zip(*(collection.table[name].to_pylist() for name in names))]
+
+
+# Layouts.
+
+
+def test_class_folders_with_splits(load, root):
+    put(root, "train/cat/b.png", "train/cat/deep/er/a.png", "train/dog/a.png", "val/cat/a.png", "val/dog/a.png")
+    collection = load(root)
+    assert columns(collection, "path", "split", "label") == [
+        ("train/cat/b.png", "train", "cat"),
+        ("train/cat/deep/er/a.png", "train", "cat"),
+        ("train/dog/a.png", "train", "dog"),
+        ("val/cat/a.png", "val", "cat"),
+        ("val/dog/a.png", "val", "dog"),
+    ]
+    assert collection.rows("train").tolist() == [0, 1, 2] and collection.rows("val").dtype == np.int64
+    assert collection.absolute_path(3) == root / "val/cat/a.png"
+    assert collection.table["size"][0].as_py() == (root / "train/cat/b.png").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Val"])
+def test_names_of_the_validation_split(load, root, name):
+    put(root, "train/a.png", f"{name}/b.png")
+    assert sorted(columns(load(root), "split", "label")) == [("train", None), ("val", None)]
+
+
+def test_class_folders_without_splits(load, root):
+    put(root, "cat/a.png", "dog/x/a.png")
+    assert columns(load(root), "path", "split", "label") == [
+        ("cat/a.png", "train", "cat"),
+        ("dog/x/a.png", "train", "dog"),
+    ]
+
+
+def test_flat_folder(load, root):
+    put(root, "b.PNG", "a.png")
+    (root / "notes.md").write_text("not an image")
+    assert columns(load(root), "path", "split", "label") == [("a.png", "train", None), ("b.PNG", "train", None)]
+
+
+def test_hidden_files_are_passed_over(load, root):
+    put(root, "a.png", "._a.png", ".trash/b.png")
+    assert columns(load(root), "path") == [("a.png",)]
+
+
+def test_names_in_any_script_with_spaces_and_commas(load, root):
+    names = ["猫, 白/été 1.png", "猫, 白/x=1&[2].png", "собака/я.png"]
+    put(root, *names, text="тег один, 二")
+    collection = load(root)
+    assert [collection.row(i).path for i in range(3)] == sorted(names)
+    assert all(collection.absolute_path(i).is_file() for i in range(3))
+    assert collection.row(0).tags == ("тег один", "二")
+    assert collection.class_names("train") == ["собака", "猫, 白"]
+
+
+def test_links_are_followed_in_a_scanned_folder(load, root, tmp_path):
+    put(tmp_path / "elsewhere", "x.png")
+    put(root, "cat/a.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    assert columns(load(root), "path", "label") == [("cat/a.png", "cat"), ("dog/x.png", "dog")]
+
+
+@pytest.mark.parametrize(
+    "paths,message",
+    [
+        (["a.png", "cat/b.png"], "'cat/b.png' lies in a class folder, 'a.png' does not; move every image into a class"),
+        (["train/a.png", "train/cat/b.png"], "mixes layouts: 'train/cat/b.png' lies in a class folder, 'train/a.png'"),
+        (["train/cat/a.png", "val/b.png"], "'train/cat/a.png' lies in a class folder, 'val/b.png' does not"),
+        (["train/a.png", "extra/b.png"], "'train/a.png' lies in a split folder, 'extra/b.png' does not; move every"),
+        (["cat/a.png", "test/b.png"], "'test/b.png' lies in a split folder, 'cat/a.png' does not"),
+    ],
+)
+def test_mixed_layouts_are_refused(refuse, root, paths, message):
+    refuse(put(root, *paths), message)
+
+
+# The root.
+
+
+def test_roots_that_are_none(refuse, root, tmp_path):
+    refuse(tmp_path / "absent", f"data.root: {str(tmp_path / 'absent')!r} does not exist (looked from ")
+    refuse("", "data.root: '' does not exist")
+    (tmp_path / "file").write_text("")
+    refuse(tmp_path / "file", "is a file, not a folder; set data.root to the folder that holds the images")
+    refuse(root, "holds no image, but no file at all; allowed are .png .jpg .jpeg")
+    (root / "a.heic").write_text("")
+    (root / "b.doc").write_text("")
+    refuse(root, "holds no image, but 2 other files (such as 'a.heic'); allowed are .png")
+
+
+def test_a_folder_without_permission_is_refused(refuse, root, monkeypatch):
+    put(root, "cat/a.png", "dog/a.png")
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    refuse(root, f"{str(root / 'dog')!r} cannot be read (Permission denied); give this user the right to list it")
+
+
+def test_bad_links_and_names_are_refused(refuse, root):
+    put(root, "cat/a.png")
+    (root / "cat" / "loop").symlink_to(root)
+    refuse(root, f"{str(root / 'cat' / 'loop')!r} is a link back to {str(root)!r}, a circle; remove the link")
+    (root / "cat" / "loop").unlink()
+    (root / "cat" / "b.png").symlink_to(root / "nowhere.png")
+    refuse(root, f"{str(root / 'cat' / 'b.png')!r} is a link to nothing; remove it, or restore its target")
+    (root / "cat" / "b.png").unlink()
+    os.mkfifo(root / "cat" / "b.png")
+    refuse(root, "is neither a file nor a folder")
+    (root / "cat" / "b.png").unlink()
+    (root / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    refuse(root, r"the file name 'cat/\udcff.png' is not UTF-8; rename the file")
+
+
+# Validation split.
+
+
+def test_validation_fraction_is_stable(load, root):
+    put(root, *(f"{number:04}.png" for number in range(400)))
+    before = load(root, 0.25)
+    chosen = {before.row(i).path for i in before.rows("val")}
+    assert 70 < len(chosen) < 130
+    put(root, *(f"new{number}.png" for number in range(50)))
+    after = load(root, 0.25)
+    assert {after.row(i).path for i in after.rows("val") if not after.row(i).path.startswith("new")} == chosen
+    assert chosen < {row for (row, split) in columns(load(root, 0.5), "path", "split") if split == "val"}
+    assert len(load(root).rows("val")) == 0
+
+
+def test_validation_fraction_leaves_a_given_split_alone(load, refuse, root):
+    put(root, "train/a.png", "train/b.png", "val/c.png")
+    assert load(root, 0.9).rows("val").tolist() == [2]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_validation_fraction_out_of_range(refuse, root, fraction):
+    message = f"data.validation_fraction: {fraction} is not allowed; set a number from 0 to below 1"
+    refuse(put(root, "a.png"), message, fraction)
+
+
+# Sidecars.
+
+
+@pytest.mark.parametrize(
+    "text,tags,caption",
+    [
+        ("1girl, long hair ,1girl,\n", ("1girl", "long hair"), "1girl, long hair ,1girl,"),
+        ("\ufeffa cat on a mat\n", ("a cat on a mat",), "a cat on a mat"),
+        ("one\ntwo", ("one", "two"), "one\ntwo"),
+        (" \n", (), None),
+    ],
+)
+def test_text_sidecars(load, root, text, tags, caption):
+    row = load(put(root, "a.png", text=text)).row(0)
+    assert (row.tags, row.caption) == (tags, caption)
+
+
+@pytest.mark.parametrize(
+    "record,tags,rating,caption",
+    [
+        ({"tags": ["a b", "c"], "rating": "s", "caption": "cap"}, ("a b", "c"), "s", "cap"),
+        ({"tags": "long_hair  1girl"}, ("long_hair", "1girl"), None, "text, side"),
+        ({"tags": "long hair, 1girl"}, ("long hair", "1girl"), None, "text, side"),
+        ({"tags": {"general": ["a"], "species": ["b"]}}, ("a", "b"), None, "text, side"),
+        ({"tag_string": "a b", "tag_string_general": "a", "rating": None}, ("a", "b"), None, "text, side"),
+        ({"tag_string_general": "a", "tag_string_artist": "b"}, ("a", "b"), None, "text, side"),
+        ({"tags": [], "id": 5}, (), None, "text, side"),
+        ({"rating": "e"}, ("text", "side"), "e", "text, side"),
+    ],
+)
+def test_booru_sidecars(load, root, record, tags, rating, caption):
+    row = load(put(root, "a.png", text="text, side", record=record)).row(0)
+    assert (row.tags, row.rating, row.caption) == (tags, rating, caption)
+
+
+def test_sidecars_with_the_whole_name_come_first(load, root):
+    put(root, "a.png", "a.jpg", text="stem", record={"rating": "stem"})
+    (root / "a.png.txt").write_text("whole")
+    (root / "a.png.json").write_text('{"rating": "whole"}')
+    collection = load(root)
+    assert [(row.caption, row.rating) for row in map(collection.row, range(2))] == [
+        ("stem", "stem"),
+        ("whole", "whole"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "data,message",
+    [
+        (b'{"tags": [', "a.json' is broken JSON (Expecting value"),
+        (b"[1]", "a.json' holds a JSON list; an object with tags, rating or caption is allowed"),
+        (b'{"tags": 5}', "the tags in the sidecar"),
+        (b'{"tags": ["a", 5]}', "are ['a', 5]; write a list of texts, or one text with spaces"),
+        (b'{"rating": 5}', "'rating' in the sidecar"),
+        (b"\xff", "a.json' is not UTF-8"),
+        (b'{"caption": "\\ud800"}', "a.json' is broken JSON ("),
+        (b"[" * 100_000, "a.json' is broken JSON (nested too deeply)"),
+    ],
+)
+def test_broken_sidecars_are_refused_by_name(refuse, root, data, message):
+    put(root, "a.png")
+    (root / "a.json").write_bytes(data)
+    refuse(root, message)
+    refuse(root, str(root / "a.json"))
+
+
+# The index.
+
+
+def test_index_of_a_folder(load, root, cache):
+    put(root, "cat/a.png", "dog/b.png", text="x, y")
+    collection = load(root)
+    assert collection.arrow == cache / f"{collection.fingerprint}.arrow"
+    assert list(cache.iterdir()) == [collection.arrow] and len(collection.fingerprint) == 16
+    assert collection.table.schema.equals(SCHEMA)
+    assert collection.row(1) == Row("dog/b.png", "dog", ("x", "y"), None, "x, y", 1.0)
+    assert collection.row(np.int64(1)) == collection.row(1)
+    with pytest.raises(IndexError):
+        collection.row(2)
+    before = collection.arrow.stat()
+    assert load(root).arrow.stat() == before
+
+
+def test_fingerprint_follows_the_content(load, root):
+    put(root, "cat/a.png", "dog/b.png", text="x")
+    seen = {load(root).fingerprint}
+    (root / "cat/a.txt").write_text("y")
+    seen.add(load(root).fingerprint)
+    (root / "dog").rename(root / "horse")
+    seen.add(load(root).fingerprint)
+    Image.new("L", (90, 70)).save(root / "cat/a.png")
+    seen.add(load(root).fingerprint)
+    seen.add(load(root, 0.5).fingerprint)
+    (root / "cat/a.txt").write_text("x")
+    assert len(seen) >= 4 and load(root).fingerprint not in seen
+
+
+@pytest.mark.parametrize("name", SCHEMA.names)
+def test_every_column_is_in_the_hash(name):
+    base = {"path": ["a", "b"], "size": [1, 2], "tags": [["x", "y"], []], "label": ["l", None], "weight": [1, 0.5]}
+    other = {"path": ["a", "c"], "size": [1, 3], "tags": [["x"], ["y"]], "label": [None, "l"], "weight": [1, 0.25]}
+    changed = {**base, name: other.get(name, ["new", None])}
+    assert hash_table(build_table(base)) != hash_table(build_table(changed))
+
+
+def test_the_hash_does_not_see_chunks():
+    table = build_table(
+        {"path": ["a", "b", "c"], "tags": [["x"], [], ["yy", "z"]], "caption": [None, "é", "f"], "size": [1, None, 3]}
+    )
+    cut = pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1, 2)])
+    assert cut["path"].num_chunks > 1 and hash_table(cut) == hash_table(table)
+    # A literal, so that no release of pyarrow changes it unseen: every index is named by it.
+    assert hash_table(table) == "ea333e738e8eed9e"
+
+
+def test_a_collection_of_many_chunks(load, root, monkeypatch):
+    put(root, *(f"{name}/{number}.png" for name in "ab" for number in range(5)), text="t")
+    whole = load(root, 0.5)
+    whole.arrow.unlink()
+    monkeypatch.setattr(data.table, "_CHUNK_ROWS", 3)
+    cut = load(root, 0.5)
+    assert cut.table["path"].num_chunks == 4 and cut.fingerprint == whole.fingerprint
+    assert [cut.row(i) for i in range(10)] == [whole.row(i) for i in range(10)]
+    assert np.array_equal(cut.rows("val"), whole.rows("val")) and cut.tag_counts("val") == whole.tag_counts("val")
+    assert np.array_equal(cut.class_ids("ab"), whole.class_ids("ab")) and len(cut.weights()) == 10
+
+
+def test_a_collection_is_pickled_by_its_paths(load, root):
+    collection = load(put(root, "cat/a.png", "dog/b.png"))
+    collection.row(0)
+    data = pickle.dumps(collection)
+    assert len(data) < 1000
+    copy = pickle.loads(data)
+    assert copy._table is None and copy.row(1) == collection.row(1)
+    assert (len(copy), copy.fingerprint) == (2, collection.fingerprint)
+
+
+def test_a_damaged_index_is_refused(load, root):
+    collection = load(put(root, "a.png"))
+    collection.arrow.write_bytes(collection.arrow.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"^data\.root: the index '.*' cannot be read \(.*delete it, it is made again"):
+        open_collection(str(root), collection.arrow)
+
+
+def test_columns_as_arrays(load, root):
+    rows = [
+        {"path": "a.png", "label": "x", "tags": ["t", "u"], "weight": 0.5},
+        {"path": "b.png", "label": "y", "tags": ["u"]},
+        {"path": "c.png", "split": "val", "label": "x", "tags": ["u", "v"]},
+        {"path": "d.png"},
+    ]
+    collection = load(jsonl(put(root, "a.png", "b.png", "c.png", "d.png"), rows))
+    ids = collection.class_ids(["y", "x"])
+    assert ids.tolist() == [1, 0, 1, -1] and ids.dtype == np.int64
+    assert collection.class_ids(["y"]).tolist() == [-1, 0, -1, -1]
+    assert collection.labels() == ["x", "y", "x", None]
+    assert collection.class_names("train") == ["x", "y"] and collection.class_names("val") == ["x"]
+    assert collection.weights().tolist() == [0.5, 1, 1, 1] and collection.weights().dtype == np.float32
+    assert list(collection.tag_counts("train").items()) == [("u", 2), ("t", 1)]
+    assert collection.tag_counts("val") == {"u": 1, "v": 1}
+
+
+# Classes.
+
+
+def classes(load, root, train, val):
+    put(root, *(f"train/{name}/a.png" for name in train), *(f"val/{name}/a.png" for name in val))
+    return load(root)
+
+
+def test_check_classes(load, root):
+    collection = classes(load, root, "abc", "ab")
+    assert check_classes(collection, allow_missing=True) == ["a", "b", "c"]
+    message = (
+        rf"^data\.root: 1 class \('c'\) of '{root}' without a validation image; add images of them, "
+        r"or set data\.allow_missing_classes=true$"
+    )
+    with pytest.raises(UserError, match=message):
+        check_classes(collection, allow_missing=False)
+
+
+def test_many_missing_classes_are_counted(load, root):
+    with pytest.raises(UserError, match=r"7 classes \('a', 'b', 'c', 'd', 'e', \.\.\.\) of .* without a validation"):
+        check_classes(classes(load, root, "abcdefgh", "h"), allow_missing=False)
+
+
+@pytest.mark.parametrize("allow", [True, False])
+def test_a_validation_class_without_training_is_refused(load, root, allow):
+    with pytest.raises(UserError, match=r"^data\.root: 1 class \('z'\) of .* in the validation split only; add train"):
+        check_classes(classes(load, root, "ab", "abz"), allow)
+
+
+@pytest.mark.parametrize("train,found", [("a", "has the class 'a' alone"), ("", "has no class")])
+def test_fewer_than_two_classes_are_refused(load, root, train, found):
+    put(root, *[f"train/{name}/x.png" for name in train] or ["x.png"])
+    with pytest.raises(UserError, match=rf"^data\.root: .*{found} in its training split; classification needs two"):
+        check_classes(load(root), allow_missing=True)
+
+
+# Manifests.
+
+
+def jsonl(root, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (root / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def parquet(root, **arrays):
+    pq.write_table(pa.table(arrays), root / "manifest.parquet")
+    return root
+
+
+def test_a_jsonl_manifest_wins_over_the_layout(load, root):
+    put(root, "one/a.png", "two/b, ü.png", "three/c.png", text="ignored")
+    rows = [
+        {"path": "two/b, ü.png", "split": "validation", "label": "B", "tags": ["t"], "rating": "g", "caption": "C"},
+        "",
+        {"path": "one/a.png", "label": "A", "weight": 2, "size": 77, "sha256": "ab", "caption": None},
+    ]
+    collection = load(jsonl(root, rows))
+    assert [collection.row(i) for i in range(len(collection))] == [
+        Row("one/a.png", "A", (), None, None, 2.0),
+        Row("two/b, ü.png", "B", ("t",), "g", "C", 1.0),
+    ]
+    assert columns(collection, "size", "sha256", "split") == [
+        (77, "ab", "train"),
+        ((root / "two/b, ü.png").stat().st_size, None, "val"),
+    ]
+    assert collection.arrow == root / f"manifest.{collection.fingerprint}.arrow"
+
+
+def test_a_parquet_manifest_of_other_string_types(load, root):
+    put(root, "b.png", "a.png")
+    parquet(
+        root,
+        path=pa.array(["b.png", "a.png"], pa.large_string()),
+        label=pa.array(["x", "y"]).dictionary_encode(),
+        tags=pa.array([["t"], None], pa.large_list(pa.large_string())),
+        weight=pa.array([1, 0], pa.int64()),
+        caption=pa.nulls(2),
+    )
+    collection = load(root)
+    assert collection.row(0) == Row("a.png", "y", (), None, None, 0.0)
+    assert collection.row(1) == Row("b.png", "x", ("t",), None, None, 1.0)
+    assert load(root).arrow == collection.arrow
+
+
+def test_the_same_manifest_in_both_formats_is_the_same_collection(load, root):
+    put(root, "b.png", "a.png")
+    first = load(jsonl(root, [{"path": "b.png", "label": "x"}, {"path": "a.png", "label": "y", "split": "val"}]))
+    (root / "manifest.jsonl").unlink()
+    second = load(parquet(root, split=["valid", None], label=["y", "x"], path=["a.png", "b.png"]))
+    assert first.fingerprint == second.fingerprint and first.arrow == second.arrow
+
+
+def test_validation_fraction_of_a_manifest(load, root):
+    put(root, *(f"{number}.png" for number in range(40)))
+    jsonl(root, [{"path": f"{number}.png"} for number in range(40)])
+    assert 2 < len(load(root, 0.25).rows("val")) < 20
+
+
+def test_a_root_that_cannot_be_written_uses_the_cache(load, root, cache, monkeypatch):
+    jsonl(put(root, "a.png"), [{"path": "a.png"}])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert load(root).arrow.parent == cache
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        ('{"path": "a.png"', "manifest.jsonl', line 2: broken JSON ("),
+        ('"a.png"', 'line 2: "a.png" is no object; write one as in'),
+        ({"label": "x"}, "line 2: path is missing; name the image"),
+        ({"path": None}, "line 2: path is missing"),
+        ({"path": "b.png", "file": 1}, "line 2: unknown key 'file'; allowed are path, size, sha256, split, label"),
+        ({"path": "b.png", "label": 3}, "line 2: label is 3; write a text"),
+        ({"path": "b.png", "tags": "x y"}, 'line 2: tags is "x y"; write a list of text'),
+        ({"path": "b.png", "size": 1.5}, "line 2: size is 1.5; write an integer"),
+        ({"path": "b.png", "weight": True}, "line 2: weight is true; write a number"),
+        ({"path": "b.png", "weight": -1}, "line 2: weight is -1.0; write a number from 0 up"),
+        ({"path": "b.png", "weight": float("nan")}, "line 2: weight is NaN; write a number"),
+        ({"path": "b.png", "split": "dev"}, "line 2: split is 'dev'; allowed are train, val, valid, validation, test"),
+        ({"path": "a.png"}, "line 2: path 'a.png' stands at line 1 already; keep one of them"),
+        ({"path": "absent.png"}, "line 2: path 'absent.png' does not exist; allowed are files inside the collection"),
+        ({"path": "no/b.png"}, "line 2: path 'no/b.png' does not exist"),
+        ({"path": "sub"}, "line 2: path 'sub' is no file"),
+        ({"path": "/etc/passwd"}, "line 2: path '/etc/passwd' is absolute"),
+        ({"path": "C:\\b.png"}, "is absolute"),
+        ({"path": "sub/../b.png"}, "line 2: path 'sub/../b.png' leads out of the collection, by '..'"),
+        ({"path": "./b.png"}, "line 2: path './b.png' is not in normal form (that is 'b.png')"),
+        ({"path": ""}, "line 2: path '' is not in normal form"),
+        ({"path": "sub\\b.png"}, "with / between folders"),
+        ({"path": "out.png"}, "line 2: path 'out.png' is a link out of the collection, to "),
+        ({"path": "away/b.png"}, "line 2: path 'away/b.png' lies in a link out of the collection, to "),
+        ({"path": "dangling.png"}, "line 2: path 'dangling.png' is no file, or a link to nothing"),
+    ],
+)
+def test_jsonl_manifests_are_refused_by_line(refuse, root, tmp_path, row, message):
+    put(root, "a.png", "b.png", "sub/b.png")
+    put(tmp_path / "elsewhere", "b.png")
+    (root / "out.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    (root / "away").symlink_to(tmp_path / "elsewhere")
+    (root / "dangling.png").symlink_to(root / "nowhere.png")
+    refuse(jsonl(root, [{"path": "a.png"}, row]), message)
+    assert not list(root.glob("*.arrow"))
+
+
+def test_links_inside_the_root_are_fine_in_a_manifest(load, root):
+    put(root, "real/a.png")
+    (root / "b.png").symlink_to(root / "real" / "a.png")
+    (root / "link").symlink_to(root / "real")
+    assert len(load(jsonl(root, [{"path": "b.png"}, {"path": "link/a.png"}]))) == 2
+
+
+@pytest.mark.parametrize(
+    "arrays,message",
+    [
+        ({"file": ["a.png"]}, "manifest.parquet' has the columns file; path must be there, allowed are path, size"),
+        ({"path": ["a.png"], "x": [1], "y": [1]}, "each once; remove or rename x, y"),
+        ({"path": ["a.png"], "label": [3]}, "column 'label' of "),
+        ({"path": ["a.png"], "tags": ["x"]}, "is string; write it as list<item: string>"),
+        ({"path": ["a.png"], "tags": [["x", None]]}, "holds lists with a null"),
+        ({"path": ["a.png"], "tags": [[1]]}, "is list<"),
+        ({"path": ["a.png", None]}, "row 1: path is null; name the image or drop the row"),
+        ({"path": ["a.png"], "weight": [float("inf")]}, "row 0: weight is inf; write a number from 0 up"),
+        ({"path": ["a.png", "../a.png"]}, "row 1: path '../a.png' leads out of the collection"),
+        ({"path": pa.array([], pa.string())}, "has no row; name at least one image, or remove the file"),
+    ],
+)
+def test_parquet_manifests_are_refused_by_row(refuse, root, arrays, message):
+    put(root, "a.png")
+    refuse(parquet(root, **arrays), message)
+
+
+def test_broken_and_double_manifests_are_refused(refuse, root):
+    put(root, "a.png")
+    (root / "manifest.parquet").write_bytes(b"no Parquet")
+    refuse(root, f"data.root: {str(root / 'manifest.parquet')!r} cannot be read as Parquet (")
+    jsonl(root, [{"path": "a.png"}])
+    refuse(root, "holds both manifest.parquet and manifest.jsonl; keep the one that is right")
+    (root / "manifest.parquet").unlink()
+    (root / "manifest.jsonl").write_text("\n")
+    refuse(root, "has no row")
+
+
+# Writing a manifest.
+
+
+def test_write_manifest_round_trip(load, root):
+    put(root, "train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/ä, d.png", text="t, u")
+    scanned = load(root)
+    report = write_manifest(str(root), validation_fraction=0.5, verify=True)
+    assert (report.path, report.rows, report.unreadable) == (root / "manifest.parquet", 4, [])
+    assert report.splits == {"train": 2, "val": 2} and report.classes == {"cat": 2, "dog": 2}
+    assert report.tags == {"t": 4, "u": 4}
+    collection = load(root)
+    assert [collection.row(i) for i in range(4)] == [scanned.row(i) for i in range(4)]
+    assert collection.fingerprint != scanned.fingerprint
+    assert all(len(digest) == 64 for digest in collection.table["sha256"].to_pylist())
+    again = write_manifest(str(root), validation_fraction=0, verify=False)  # its own manifest it may write again
+    assert again.rows == 4 and load(root).fingerprint == collection.fingerprint
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel):
+    monkeypatch.setattr(data.manifest, "_PARALLEL_FROM", 2 if parallel else 100)
+    put(root, "a.png", "b.png", "c.png", "d.png")
+    (root / "b.png").write_bytes(b"")
+    (root / "d.png").write_bytes((root / "c.png").read_bytes()[:40])
+    calls = []
+    report = write_manifest(
+        str(root), validation_fraction=0, verify=True, progress=lambda done, total: calls.append((done, total))
+    )
+    assert [path for path, _ in report.unreadable] == ["b.png", "d.png"] and calls[-1] == (4, 4)
+    assert report.unreadable[0][1] == "the file is empty (0 bytes)"
+    assert load(root).weights().tolist() == [1, 0, 1, 0]
+    assert write_manifest(str(root), validation_fraction=0, verify=False).unreadable == []
+
+
+@pytest.mark.parametrize(
+    "write", [lambda root: jsonl(root, [{"path": "a.png"}]), lambda root: parquet(root, path=["a.png"])]
+)
+def test_nobodys_manifest_is_overwritten(root, write):
+    write(put(root, "a.png"))
+    before = find_manifest(root).read_bytes()
+    with pytest.raises(UserError, match=r"^data\.root: '.*manifest\..*' was not made from this folder and is not over"):
+        write_manifest(str(root), validation_fraction=0, verify=False)
+    assert find_manifest(root).read_bytes() == before
+
+
+def test_a_manifest_is_not_made_of_links_out_of_the_root(root, tmp_path):
+    put(tmp_path / "elsewhere", "x.png")
+    put(root, "cat/a.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a manifest cannot name this image: path 'dog/x.png' lies in a link out of"):
+        write_manifest(str(root), validation_fraction=0, verify=False)
+    assert find_manifest(root) is None

@@ -1,0 +1,506 @@
+"""Readers and loaders. Purity over workers, ranks and stray draws, unreadable images, ragged fields, transforms."""
+
+import hashlib
+import json
+import logging
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
+from data.collection import index_collection, open_collection
+from data.config import AugmentConfig
+from data.loader import EvaluationLoader, ImageReader, TrainLoader, UnreadableLog
+from data.stream import BalancedSampler, Draw, ShuffledSampler
+from data.transforms import EvalTransform, TrainTransform
+from utils import rng
+from utils.config import CONF
+
+# More workers than cores are wanted here.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+CPU = torch.device("cpu")
+GLOBAL = 32
+SIZE = [24, 16]
+
+
+def augment(**changes):
+    values = yaml.safe_load((CONF / "augment" / "light.yaml").read_text())
+    return AugmentConfig.model_validate(values | {"image_size_hw": SIZE} | changes)
+
+
+def write_image(path, seed, size_wh=(30, 22)):
+    """Write a PNG of noise: any crop of it differs from any other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size_wh[1], size_wh[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def open_folder(root, cache):
+    return open_collection(str(root), index_collection(str(root), validation_fraction=0.0, cache=cache))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 training images, class sizes 1, 9 and 30, and 7 for validation."""
+    root = tmp_path_factory.mktemp("noise")
+    seed = 0
+    for letter, count in (("a", 1), ("b", 9), ("c", 30)):
+        for number in range(count):
+            write_image(root / "train" / letter / f"{number:02}.png", seed, (20 + seed % 13, 40 - seed % 7))
+            seed += 1
+    for number in range(7):
+        write_image(root / "val" / "c" / f"{number}.png", seed)
+        seed += 1
+    return open_folder(root, root.parent / "cache")
+
+
+class DrawnFields:
+    """What a task adds: a number drawn from the sample's generator, and a ragged field."""
+
+    def __call__(self, index, row, generator):
+        drawn = torch.rand((), generator=generator)
+        return {"drawn": drawn, "tag_ids": Ragged(torch.arange(index % 4))}
+
+
+def plan(micro=GLOBAL, world_size=1):
+    accum = GLOBAL // world_size // micro
+    return SimpleNamespace(global_batch_size=GLOBAL, micro_batch_size=micro, accum_steps=accum, world_size=world_size)
+
+
+def train_loader(collection, *, workers=0, prefetch=2, sampler=None, file=None, fields=None, seed=0, **changes):
+    reader = ImageReader(
+        collection, TrainTransform(augment(**changes)), fields or DrawnFields(), channels=3, max_pixels=10**6
+    )
+    return TrainLoader(
+        reader,
+        sampler or ShuffledSampler(collection.rows("train"), seed),
+        seed=seed,
+        device=CPU,
+        workers=workers,
+        prefetch_batches=prefetch,
+        unreadable=UnreadableLog(file),
+    )
+
+
+def take(loader, steps, micro=GLOBAL, start_step=0, between=lambda: None):
+    """Return so many steps, lists of micro-batches."""
+    stream = loader.steps(start_step, plan(micro))
+    found = []
+    for _ in range(steps):
+        found.append(next(stream))
+        between()
+    stream.close()
+    return found
+
+
+def fingerprints(steps):
+    """Per step and sample, in order: a hash of everything that it holds."""
+    found = []
+    for batches in steps:
+        samples = []
+        for batch in batches:
+            offsets = batch["tag_ids_offsets"]
+            for place in range(len(batch["key"])):
+                digest = hashlib.sha256(batch["images"][place].numpy().tobytes())
+                for name in (*ALWAYS, "drawn"):
+                    digest.update(batch[name][place].numpy().tobytes())
+                digest.update(batch["tag_ids"][offsets[place] : offsets[place + 1]].numpy().tobytes())
+                samples.append(digest.hexdigest())
+        found.append(samples)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """Three steps as one process reads them, in one batch each."""
+    found = fingerprints(take(train_loader(folder), 3))
+    assert all(len(step) == GLOBAL for step in found)
+    return found
+
+
+# --- purity: "the augmented samples' hashes do not change"
+
+
+@pytest.mark.parametrize("workers, prefetch", [(0, 2), (1, 1), (7, 1), (7, 4)])
+def test_samples_do_not_change_with_workers_or_prefetch(folder, expected, workers, prefetch):
+    assert fingerprints(take(train_loader(folder, workers=workers, prefetch=prefetch), 3)) == expected
+
+
+@pytest.mark.parametrize("micro, workers", [(32, 0), (8, 0), (8, 2), (1, 0)])
+def test_samples_do_not_change_with_micro_batches(folder, expected, micro, workers):
+    steps = take(train_loader(folder, workers=workers), 3, micro)
+    assert all(len(batches) == GLOBAL // micro for batches in steps)
+    assert all(len(batch["key"]) == micro for batches in steps for batch in batches)
+    assert fingerprints(steps) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_do_not_change_with_stray_draws_from_global_random_state(folder, expected, workers):
+    def stray():
+        torch.rand(random.randint(1, 50))
+        np.random.rand(3)
+        random.random()
+
+    random.seed(workers)
+    torch.manual_seed(1234)
+    stray()
+    assert fingerprints(take(train_loader(folder, workers=workers), 3, between=stray)) == expected
+
+
+@pytest.mark.parametrize("start_step", [1, 2])
+def test_a_start_at_any_step_reads_the_same_samples(folder, expected, start_step):
+    found = fingerprints(take(train_loader(folder), 3 - start_step, 8, start_step))
+    assert found == expected[start_step:]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_a_steps_samples_among_them(folder, expected, world, monkeypatch):
+    steps = [[] for _ in range(3)]
+    for rank in range(world):
+        monkeypatch.setattr("utils.distributed.rank", lambda rank=rank: rank)
+        stream = train_loader(folder).steps(0, plan(8, world))
+        for step in steps:
+            step.extend(next(stream))
+    assert fingerprints(steps) == expected
+
+
+def test_another_seed_is_another_stream(folder, expected):
+    assert not set(sum(fingerprints(take(train_loader(folder, seed=1), 2)), [])) & set(sum(expected, []))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_global_random_state_alone(folder, workers):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    take(train_loader(folder, workers=workers), 2)
+    assert list(evaluation_loader(folder, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+def test_an_image_that_a_balanced_epoch_draws_often_is_augmented_anew_each_time(folder):
+    rows = folder.rows("train")
+    ids = folder.class_ids(folder.class_names("train"))[rows]
+    sampler = BalancedSampler(rows, ids, 0)
+    loader = train_loader(folder, sampler=sampler, horizontal_flip=0.0)
+    samples = [
+        (int(index), image.numpy().tobytes(), float(drawn))
+        for batches in take(loader, 2, 8)
+        for batch in batches
+        for index, image, drawn in zip(batch["sample_id"], batch["images"], batch["drawn"])
+    ][: sampler.epoch_length]
+    alone = int(rows[ids == 0][0])  # the class of one image: a third of the epoch
+    mine = [sample for sample in samples if sample[0] == alone]
+    assert len(mine) >= 13
+    assert len({image for _, image, _ in mine}) == len({drawn for _, _, drawn in mine}) == len(mine)
+
+
+# --- what a batch holds
+
+
+def test_a_batch_holds_bytes_ids_keys_and_weights(folder):
+    ((batch,),) = take(train_loader(folder), 1)
+    assert batch["images"].shape == (32, 3, *SIZE) and batch["images"].dtype == torch.uint8
+    assert batch["images"].is_contiguous()
+    dtypes = {name: batch[name].dtype for name in ALWAYS}
+    assert dtypes == {"sample_id": torch.int64, "key": torch.int64, "weight": torch.float32}
+    assert batch["key"].tolist() == [rng.sample_key(0, position) for position in range(32)]
+    assert batch["sample_id"].tolist() == [ShuffledSampler(folder.rows("train"), 0).at(n)[0] for n in range(32)]
+    assert batch["weight"].tolist() == [1.0] * 32
+
+
+def test_grey_images_have_one_channel(folder):
+    reader = ImageReader(
+        folder, TrainTransform(augment(mean=[0.5], std=[0.5])), DrawnFields(), channels=1, max_pixels=10**6
+    )
+    sample, problem = reader[Draw(0, 0, 1)]
+    assert problem is None and sample["images"].shape == (1, *SIZE)
+
+
+def test_weights_of_the_manifest_reach_the_batch(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / "images" / f"{number}.png", number)
+    lines = [{"path": f"{number}.png", "weight": number / 2} for number in range(3)]
+    (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    collection = open_folder(tmp_path / "images", tmp_path / "cache")
+    reader = ImageReader(collection, TrainTransform(augment()), DrawnFields(), channels=3, max_pixels=10**6)
+    assert [float(reader[Draw(0, row, 1)][0]["weight"]) for row in range(3)] == [0.0, 0.5, 1.0]
+    assert float(reader[Draw(-1, 2, 1)][0]["weight"]) == 0.0  # padding
+
+
+# --- evaluation
+
+
+def evaluation_loader(collection, *, workers=0, batch_size=4, split="val"):
+    reader = ImageReader(
+        collection, EvalTransform(SIZE, 0.875, "bilinear"), DrawnFields(), channels=3, max_pixels=10**6
+    )
+    return EvaluationLoader(
+        reader,
+        collection.rows(split),
+        seed=0,
+        batch_size=batch_size,
+        device=CPU,
+        workers=workers,
+        unreadable=UnreadableLog(None),
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_weighs_each_row_once_and_padding_nothing(folder, workers):
+    loader = evaluation_loader(folder, workers=workers)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 2
+    counted = [
+        int(index) for batch in batches for index, weight in zip(batch["sample_id"], batch["weight"]) if weight > 0
+    ]
+    assert sorted(counted) == folder.rows("val").tolist()
+    assert sum(float(batch["weight"].sum()) for batch in batches) == 7.0
+
+
+def test_an_evaluation_reads_the_same_again_with_any_batch_size(folder):
+    def images(loader):
+        return {
+            int(index): (image.numpy().tobytes(), float(drawn))
+            for batch in loader
+            for index, image, drawn, weight in zip(batch["sample_id"], batch["images"], batch["drawn"], batch["weight"])
+            if weight > 0
+        }
+
+    loader = evaluation_loader(folder)
+    assert images(loader) == images(loader) == images(evaluation_loader(folder, batch_size=3))
+
+
+# --- unreadable images
+
+
+class Kept(logging.Handler):
+    """Keep a logger's messages, whatever other tests did to logging."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def warnings_said():
+    logger, handler = logging.getLogger("atelier.data.loader"), Kept()
+    logger.addHandler(handler)
+    before, logger.disabled = logger.disabled, False
+    yield handler.messages
+    logger.removeHandler(handler)
+    logger.disabled = before
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Eight images, three of which cannot be read: empty, cut off, and gone since the collection was indexed."""
+    root = tmp_path / "images"
+    for number in range(8):
+        write_image(root / "train" / f"{number}.png", number)
+    (root / "train" / "2.png").write_bytes(b"")
+    whole = (root / "train" / "4.png").read_bytes()
+    (root / "train" / "4.png").write_bytes(whole[: len(whole) // 2])
+    collection = open_folder(root, tmp_path / "cache")
+    (root / "train" / "7.png").unlink()
+    return collection
+
+
+BROKEN = ["train/2.png", "train/4.png", "train/7.png"]
+
+
+def listed(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damaged, tmp_path, warnings_said, workers):
+    file = tmp_path / "unreadable.jsonl"
+    loader = train_loader(damaged, workers=workers, file=file)
+    steps = take(loader, 3, 8)  # 96 samples: each file a dozen times
+    batches = [batch for step in steps for batch in step]
+    assert len(batches) == 12 and all(len(batch["weight"]) == 8 for batch in batches)
+    paths = {row: damaged.row(row).path for row in range(8)}
+    for batch in batches:
+        for index, image, weight in zip(batch["sample_id"].tolist(), batch["images"], batch["weight"]):
+            broken = paths[index] in BROKEN
+            assert float(weight) == (0.0 if broken else 1.0)
+            assert bool(image.any()) != broken
+    assert sorted(row["path"] for row in listed(file)) == BROKEN
+    reasons = {row["path"]: row["reason"] for row in listed(file)}
+    assert "empty" in reasons["train/2.png"] and "No such file" in reasons["train/7.png"]
+    assert all(reasons.values())
+    assert loader.unreadable.count == 3
+    assert len(warnings_said) == 3
+    for path in BROKEN:
+        (line,) = [line for line in warnings_said if path in line]
+        assert line.startswith(f"unreadable image {path}: ") and line.endswith("; it weighs 0")
+
+
+def test_an_unreadable_image_gets_its_fields_all_the_same(damaged):
+    reader = train_loader(damaged).reader
+    row = [damaged.row(number).path for number in range(8)].index(BROKEN[0])
+    sample, problem = reader[Draw(0, row, 77)]
+    assert problem is not None and problem[0] == BROKEN[0]
+    other, _ = reader[Draw(0, 0, 77)]
+    assert sample.keys() == other.keys() and sample["images"].shape == other["images"].shape
+    assert sample["drawn"] == other["drawn"]  # drawn from the key, not from the image
+
+
+def test_a_run_that_goes_on_does_not_tell_again(damaged, tmp_path, warnings_said):
+    file = tmp_path / "unreadable.jsonl"
+    take(train_loader(damaged, file=file), 1)
+    first = file.read_text()
+    resumed = train_loader(damaged, file=file)
+    warnings_said.clear()
+    take(resumed, 1)
+    assert file.read_text() == first and not warnings_said and resumed.unreadable.count == 3
+
+
+def test_without_a_run_folder_unreadable_images_are_counted_and_told(damaged, warnings_said):
+    loader = train_loader(damaged)
+    take(loader, 1)
+    assert loader.unreadable.count == 3 and len(warnings_said) == 3
+
+
+def test_an_image_above_max_pixels_is_unreadable(folder):
+    reader = ImageReader(folder, TrainTransform(augment()), DrawnFields(), channels=3, max_pixels=10)
+    sample, problem = reader[Draw(0, 0, 1)]
+    assert "more than the 10 allowed" in problem[1] and sample["weight"] == 0
+
+
+# --- ragged fields
+
+RAGGED = [
+    ([[1, 2], [0], [3, 1, 4]], "usual"),
+    ([[], [2], []], "empty ones first and last"),
+    ([[], [], []], "nothing at all"),
+    ([[4]], "one sample"),
+    ([[0, 0, 3], [3]], "an id twice counts once"),
+]
+
+
+def ragged_batch(lists):
+    samples = [{"tags": Ragged(torch.tensor(ids, dtype=torch.int64)), "n": torch.tensor(len(ids))} for ids in lists]
+    return collate(samples)
+
+
+@pytest.mark.parametrize("lists, why", RAGGED)
+def test_ragged_values_come_back_by_their_offsets(lists, why):
+    batch = ragged_batch(lists)
+    offsets = batch["tags_offsets"].tolist()
+    assert offsets[0] == 0 and len(offsets) == len(lists) + 1
+    assert [batch["tags"][a:b].tolist() for a, b in zip(offsets, offsets[1:])] == lists, why
+    assert batch["n"].tolist() == [len(ids) for ids in lists]
+
+
+@pytest.mark.parametrize("lists, why", RAGGED)
+def test_multi_hot_equals_a_slow_reference(lists, why):
+    batch = ragged_batch(lists)
+    slow = torch.zeros(len(lists), 5)
+    for row, ids in enumerate(lists):
+        for column in ids:
+            slow[row, column] = 1.0
+    targets = multi_hot(batch["tags"], batch["tags_offsets"], 5)
+    assert targets.dtype == torch.float32 and torch.equal(targets, slow), why
+
+
+def test_multi_hot_of_many_samples_equals_a_slow_reference():
+    draw = random.Random(0)
+    lists = [draw.sample(range(300), draw.choice([0, 0, 1, 5, 40])) for _ in range(64)]
+    batch = ragged_batch(lists)
+    targets = multi_hot(batch["tags"], batch["tags_offsets"], 300)
+    assert [row.nonzero().flatten().tolist() for row in targets] == [sorted(ids) for ids in lists]
+
+
+def test_to_device_keeps_every_field():
+    batch = ragged_batch([[1], [2, 3]])
+    moved = to_device(batch, torch.device("meta"))
+    assert moved.keys() == batch.keys() and all(tensor.device.type == "meta" for tensor in moved.values())
+
+
+# --- transforms
+
+SIZES_HW = [(1, 1), (7, 90), (90, 7), (33, 50), (224, 160)]
+
+
+@pytest.mark.parametrize("target_hw", [(24, 16), (16, 24), (8, 8)])
+@pytest.mark.parametrize("image_hw", SIZES_HW)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_transform_gives_the_stated_height_and_width(image_hw, target_hw, channels):
+    image = torch.randint(0, 256, (channels, *image_hw), dtype=torch.uint8)
+    train = TrainTransform(augment(image_size_hw=list(target_hw)))(image, Draw(0, 0, 0))
+    evaluation = EvalTransform(target_hw, 0.875, "bicubic")(image)
+    for result in (train, evaluation):
+        assert result.shape == (channels, *target_hw) and result.dtype == torch.uint8
+
+
+# (image, target, eval_crop) -> the rectangle (top, left, bottom, right) of the image that evaluation sees
+SEEN = [
+    ((40, 40), (20, 20), 1.0, (0, 0, 40, 40), "all of a square"),
+    ((40, 80), (20, 20), 1.0, (0, 20, 40, 60), "the middle of a wide one"),
+    ((80, 40), (20, 20), 1.0, (20, 0, 60, 40), "the middle of a tall one"),
+    ((40, 80), (20, 40), 1.0, (0, 0, 40, 80), "all where the shapes agree"),
+    ((80, 80), (20, 40), 1.0, (20, 0, 60, 80), "a wide target sees a band"),
+    ((80, 80), (40, 20), 1.0, (0, 20, 80, 60), "a tall target a column"),
+    ((80, 80), (20, 20), 0.5, (20, 20, 60, 60), "crop 0.5: half of each side"),
+]
+
+
+@pytest.mark.parametrize("image_hw, target_hw, eval_crop, seen, why", SEEN)
+def test_evaluation_sees_the_centre(image_hw, target_hw, eval_crop, seen, why):
+    height, width = image_hw
+    ramps = torch.stack(
+        [
+            torch.arange(height)[:, None].expand(height, width) * 255 / (height - 1),
+            torch.arange(width)[None].expand(height, width) * 255 / (width - 1),
+        ]
+    ).to(torch.uint8)
+    top, left, bottom, right = seen
+    result = EvalTransform(target_hw, eval_crop, "bilinear")(ramps).float()
+    rows, columns = result[0, :, 0] * (height - 1) / 255, result[1, 0] * (width - 1) / 255
+    step_y, step_x = (bottom - top) / target_hw[0], (right - left) / target_hw[1]
+    centres_y = top + (torch.arange(target_hw[0]) + 0.5) * step_y - 0.5
+    centres_x = left + (torch.arange(target_hw[1]) + 0.5) * step_x - 0.5
+    assert (rows - centres_y).abs().max() < 0.8, why
+    assert (columns - centres_x).abs().max() < 0.8, why
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_of_a_square_equals_torchvisions_resize_and_centre_crop(interpolation):
+    image = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    theirs = v2.Compose([v2.Resize(32, InterpolationMode(interpolation), antialias=True), v2.CenterCrop(28)])
+    assert torch.equal(EvalTransform((28, 28), 0.875, interpolation)(image), theirs(image))
+
+
+@pytest.mark.parametrize("flip, mirrored", [(0.0, False), (1.0, True)])
+def test_a_whole_crop_at_its_own_size_is_the_image_or_its_mirror(flip, mirrored):
+    image = torch.randint(0, 256, (3, 24, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    config = augment(crop_scale=[1.0, 1.0], crop_ratio=[16 / 24, 16 / 24], horizontal_flip=flip)
+    result = TrainTransform(config)(image, Draw(0, 0, 0))
+    assert torch.equal(result, image.flip(-1) if mirrored else image)
+
+
+def test_crops_stay_within_the_stated_share_of_the_area():
+    """A ramp from 0 to 255 shows how wide a crop was."""
+    ramp = torch.arange(200)[None, None].expand(1, 200, 200).to(torch.uint8)
+    transform = TrainTransform(augment(crop_scale=[0.25, 0.25], crop_ratio=[1.0, 1.0], horizontal_flip=0.0))
+    starts = []
+    for key in range(50):
+        with rng.seeded(key):
+            row = transform(ramp, Draw(0, 0, key))[0, 0].float()
+        assert abs(float(row[-1] - row[0]) - 100 * 15 / 16) < 3  # half of the side, between pixel centres
+        starts.append(float(row[0]))
+    assert min(starts) < 20 and max(starts) > 80

@@ -1,0 +1,458 @@
+"""The stream. Properties of every sampler, purity of positions, exactness over ranks and micro-batches, hash tables."""
+
+import random
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from data.stream import BalancedSampler, Draw, EvaluationBatches, GroupedSampler, RankBatches, ShuffledSampler
+from engine.plan import split_batch
+from utils import rng
+from utils.errors import UserError
+
+# Rows of a collection are no 0..n-1: the other split lies in between.
+ROWS = np.arange(3, 3 + 2 * 37, 2)
+CLASS_SIZES = [1, 3, 20, 13]
+CLASS_IDS = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES)), CLASS_SIZES))
+GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13, 15]))
+CHUNK = 4
+SAMPLERS = {
+    "shuffled": lambda seed: ShuffledSampler(ROWS, seed),
+    "balanced": lambda seed: BalancedSampler(ROWS, CLASS_IDS, seed),
+    "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
+}
+
+
+def epoch_rows(sampler, epoch):
+    length = sampler.epoch_length
+    return [sampler.at(position)[0] for position in range(epoch * length, (epoch + 1) * length)]
+
+
+# --- all samplers
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_position_does_not_depend_on_what_was_asked_before(name):
+    positions = range(5 * SAMPLERS[name](0).epoch_length + 3)
+    in_order = [SAMPLERS[name](0).at(position) for position in positions]
+    one = SAMPLERS[name](0)
+    for position in random.Random(0).choices(positions, k=1000):
+        assert one.at(position) == in_order[position]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_epochs_and_seeds_have_orders_of_their_own(name):
+    orders = [tuple(epoch_rows(SAMPLERS[name](seed), epoch)) for seed in range(3) for epoch in range(4)]
+    assert len(set(orders)) == len(orders)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_far_position_is_found_at_once(name):
+    """A run that resumes at its millionth epoch must not build the ones before."""
+    sampler = SAMPLERS[name](0)
+    row, _ = sampler.at(10**6 * sampler.epoch_length + 1)
+    assert row in ROWS
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_are_python_numbers(name):
+    row, group = SAMPLERS[name](0).at(7)
+    assert type(row) is int and type(group) is int
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda none: ShuffledSampler(none, 0),
+        lambda none: BalancedSampler(none, none, 0),
+        lambda none: GroupedSampler(none, none, 4, 0),
+    ],
+    ids=SAMPLERS,
+)
+def test_an_empty_split_is_refused(make):
+    with pytest.raises(UserError, match=r"^data\.root: no sample is left to train on"):
+        make(np.empty(0, dtype=np.int64))
+
+
+# --- shuffled
+
+
+@pytest.mark.parametrize("count", [1, 2, 37, 1000])
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_every_epoch_of_a_shuffled_stream_is_a_permutation(count, seed):
+    rows = np.arange(count) * 5
+    sampler = ShuffledSampler(rows, seed)
+    assert sampler.epoch_length == count and sampler.chunk is None
+    for epoch in (0, 1, 2, 999):
+        assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
+
+
+def test_every_row_comes_first_equally_often():
+    """Chi-square over 4,000 epochs of 8 rows: 7 degrees of freedom, 24.3 is the 0.1 % point."""
+    sampler = ShuffledSampler(np.arange(8), seed=0)
+    for place in (0, 7):
+        counts = Counter(sampler.at(epoch * 8 + place)[0] for epoch in range(4000))
+        assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 24.3
+
+
+# --- balanced
+
+
+def balanced_cases():
+    """(class ids, name): epochs that are whole rounds and that are not, classes of one sample, one class."""
+    draws = np.random.default_rng(2)
+    return {
+        "mixed": CLASS_IDS,
+        "whole_rounds": draws.permutation(np.repeat([0, 1, 2], [1, 5, 6])),  # 12 = 4 rounds of 3
+        "remainder": draws.permutation(np.repeat([0, 1, 2], [2, 5, 7])),  # 14 = 4 rounds of 3 and 2 more
+        "one_class": np.zeros(9, dtype=np.int64),
+        "all_single": np.arange(6),
+        "numbers_with_gaps": draws.permutation(np.repeat([7, -1, 100], [4, 3, 4])),
+    }
+
+
+@pytest.mark.parametrize("name", balanced_cases())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_class_counts_of_a_balanced_epoch_differ_by_at_most_one(name, seed):
+    ids = balanced_cases()[name]
+    sampler = BalancedSampler(np.arange(len(ids)), ids, seed)
+    assert sampler.epoch_length == len(ids)
+    for epoch in (0, 1, 2, 3, 50):
+        counts = Counter(int(ids[row]) for row in epoch_rows(sampler, epoch))
+        assert set(counts) == set(ids.tolist())
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("name", balanced_cases())
+def test_class_counts_from_the_start_differ_by_at_most_one_at_every_epochs_end(name):
+    """Which classes come once more takes turns."""
+    ids = balanced_cases()[name]
+    sampler = BalancedSampler(np.arange(len(ids)), ids, 0)
+    counts = Counter(dict.fromkeys(ids.tolist(), 0))
+    for epoch in range(20):
+        counts.update(int(ids[row]) for row in epoch_rows(sampler, epoch))
+        assert max(counts.values()) - min(counts.values()) <= 1, epoch
+
+
+@pytest.mark.parametrize("name", balanced_cases())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_class_shows_all_its_samples_before_it_repeats_one(name, seed):
+    """Over epochs' ends too: the draws of a class are whole laps, each a permutation of its samples."""
+    ids = balanced_cases()[name]
+    sampler = BalancedSampler(np.arange(len(ids)), ids, seed)
+    drawn = {number: [] for number in set(ids.tolist())}
+    for epoch in range(12):
+        for row in epoch_rows(sampler, epoch):
+            drawn[int(ids[row])].append(row)
+    for number, rows in drawn.items():
+        members = np.flatnonzero(ids == number).tolist()
+        laps = [rows[start : start + len(members)] for start in range(0, len(rows), len(members))]
+        assert all(sorted(lap) == members for lap in laps[:-1])
+        assert len(set(laps[-1])) == len(laps[-1])
+    long = [rows for number, rows in drawn.items() if (ids == number).sum() >= 5]
+    assert all(rows[:5] != rows[5:10] for rows in long)  # each lap has an order of its own
+
+
+def test_every_round_of_a_balanced_epoch_has_every_class_in_an_order_of_its_own():
+    sampler = BalancedSampler(np.arange(len(CLASS_IDS)), CLASS_IDS, 0)
+    classes = [int(CLASS_IDS[row]) for row in epoch_rows(sampler, 0)]
+    rounds = [tuple(classes[start : start + 4]) for start in range(0, 36, 4)]
+    assert all(sorted(each) == [0, 1, 2, 3] for each in rounds)
+    assert len(set(rounds)) > 4
+
+
+# --- grouped
+
+
+def grouped_epochs(count=4):
+    sampler = SAMPLERS["grouped"](0)
+    length = sampler.epoch_length
+    return [[sampler.at(epoch * length + offset) for offset in range(length)] for epoch in range(count)]
+
+
+def test_a_chunk_holds_one_group_at_every_multiple_of_its_size():
+    sampler = SAMPLERS["grouped"](0)
+    assert sampler.chunk == CHUNK and sampler.epoch_length == 4 + 8 + 16 + 16  # 1, 8, 13, 15 rounded up
+    for epoch in grouped_epochs():
+        for start in range(0, len(epoch), CHUNK):
+            assert len({group for _, group in epoch[start : start + CHUNK]}) == 1
+
+
+def test_a_row_has_its_own_group():
+    of_row = dict(zip(ROWS.tolist(), GROUPS.tolist()))
+    assert all(of_row[row] == group for epoch in grouped_epochs() for row, group in epoch)
+
+
+def test_a_grouped_epoch_leaves_nothing_out_and_repeats_little():
+    of_row = dict(zip(ROWS.tolist(), GROUPS.tolist()))
+    for epoch in grouped_epochs():
+        counts = Counter(row for row, _ in epoch)
+        assert sorted(counts) == ROWS.tolist()
+        for group, size in Counter(GROUPS.tolist()).items():
+            in_group = [count for row, count in counts.items() if of_row[row] == group]
+            assert sum(in_group) - size <= CHUNK - 1
+            assert max(in_group) - min(in_group) <= 1
+
+
+def test_chunks_of_the_groups_are_mixed_and_rows_meet_other_rows_each_epoch():
+    first, second = grouped_epochs(2)
+    assert [group for _, group in first[::CHUNK]] != [group for _, group in second[::CHUNK]]
+    neighbours = [
+        {frozenset(row for row, _ in epoch[start : start + CHUNK]) for start in range(0, len(epoch), CHUNK)}
+        for epoch in (first, second)
+    ]
+    assert len(neighbours[0] & neighbours[1]) <= 1  # the group of one sample meets itself
+
+
+# --- ranks and micro-batches
+
+GLOBAL = 24
+STEPS = 7
+
+
+def batches(sampler, *, rank, world, micro, start_step=0, count, seed=3):
+    made = RankBatches(
+        sampler,
+        seed=seed,
+        global_batch_size=GLOBAL,
+        micro_batch_size=micro,
+        rank=rank,
+        world_size=world,
+        start_step=start_step,
+    )
+    return list(islice(made, count))
+
+
+def steps_over_ranks(name, world, micro, start_step=0, steps=STEPS):
+    """Per step, the draws of all ranks in rank order."""
+    accum = GLOBAL // world // micro
+    found = [[] for _ in range(steps)]
+    for rank in range(world):
+        mine = batches(
+            SAMPLERS[name](0), rank=rank, world=world, micro=micro, start_step=start_step, count=accum * steps
+        )
+        assert all(len(batch) == micro for batch in mine)
+        for number, batch in enumerate(mine):
+            found[number // accum].extend(batch)
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_step_takes_the_same_samples_on_any_number_of_ranks_and_micro_batches(name, world):
+    alone = steps_over_ranks(name, 1, GLOBAL)
+    positions = [draw.position for step in alone for draw in step]
+    assert positions == list(range(GLOBAL * STEPS))
+    share = GLOBAL // world
+    for micro in [size for size in range(1, share + 1) if share % size == 0]:
+        assert steps_over_ranks(name, world, micro) == alone
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("world, micro", [(1, 8), (2, 12), (3, 2)])
+def test_a_start_at_any_step_goes_on_with_the_same_samples(name, world, micro):
+    whole = steps_over_ranks(name, world, micro)
+    for start_step in (1, 2, 5):
+        rest = steps_over_ranks(name, world, micro, start_step, STEPS - start_step)
+        assert rest == whole[start_step:]
+
+
+def test_a_start_may_use_another_number_of_ranks():
+    whole = steps_over_ranks("shuffled", 4, 6)
+    assert steps_over_ranks("shuffled", 3, 4, start_step=4, steps=3) == whole[4:]
+
+
+def test_a_draw_holds_position_row_key_and_group():
+    sampler = SAMPLERS["grouped"](0)
+    (batch,) = batches(sampler, rank=1, world=2, micro=12, start_step=5, count=1, seed=11)
+    for offset, draw in enumerate(batch):
+        position = 5 * GLOBAL + 12 + offset
+        row, group = sampler.at(position)
+        assert draw == Draw(position, row, rng.sample_key(11, position), group)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("cap", [1, 3, 4, 24])
+def test_a_micro_batch_never_spans_two_shapes(world, cap):
+    micro, accum = split_batch(GLOBAL, world, cap, CHUNK)
+    for rank in range(world):
+        mine = batches(SAMPLERS["grouped"](0), rank=rank, world=world, micro=micro, count=accum * STEPS)
+        assert all(len({draw.group for draw in batch}) == 1 for batch in mine)
+
+
+def test_an_index_drawn_twice_has_two_keys():
+    draws = [draw for batch in batches(SAMPLERS["balanced"](0), rank=0, world=1, micro=24, count=8) for draw in batch]
+    assert len({draw.key for draw in draws}) == len(draws) > len({draw.index for draw in draws})
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 37])
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_evaluation_takes_each_row_once_in_equally_many_batches(world, count, batch_size):
+    rows = np.arange(count) * 3 + 1
+    ranks = [
+        EvaluationBatches(rows, seed=0, batch_size=batch_size, rank=rank, world_size=world) for rank in range(world)
+    ]
+    made = [list(each) for each in ranks]
+    assert len({len(each) for each in made}) == 1
+    assert all(len(each) == len(batches) for each, batches in zip(made, ranks))
+    draws = [draw for each in made for batch in each for draw in batch]
+    real = [draw for draw in draws if draw.position >= 0]
+    assert sorted(draw.index for draw in real) == rows.tolist()
+    assert all(rows[draw.position] == draw.index for draw in real)
+    padding = [draw for draw in draws if draw.position < 0]
+    assert all(draw.position == -1 and draw.index in rows for draw in padding)
+    assert len({len(batch) for each in made for batch in each}) == 1  # one size: nothing is compiled twice
+    assert len(made[0][0]) <= batch_size
+
+
+def test_evaluation_pads_only_what_is_left_over():
+    draws = [
+        draw
+        for rank in range(3)
+        for batch in EvaluationBatches(np.arange(37), seed=0, batch_size=6, rank=rank, world_size=3)
+        for draw in batch
+    ]
+    assert len(draws) == 3 * 18 and sum(draw.position == -1 for draw in draws) == 54 - 37
+
+
+def test_a_rows_key_in_evaluation_depends_on_the_row_alone():
+    def keys(rows, world, batch_size):
+        return {
+            draw.index: draw.key
+            for rank in range(world)
+            for batch in EvaluationBatches(rows, seed=5, batch_size=batch_size, rank=rank, world_size=world)
+            for draw in batch
+            if draw.position >= 0
+        }
+
+    alone = keys(np.arange(20), 1, 4)
+    assert len(set(alone.values())) == 20
+    assert keys(np.arange(20), 3, 7) == alone
+    assert keys(np.arange(10, 20), 2, 3) == {row: alone[row] for row in range(10, 20)}
+    assert not {rng.sample_key(5, position) for position in range(1000)} & set(alone.values())  # no training key
+
+
+def test_an_evaluation_can_be_read_again():
+    made = EvaluationBatches(np.arange(7), seed=0, batch_size=3, rank=0, world_size=1)
+    assert list(made) == list(made)
+
+
+def test_an_empty_validation_split_is_refused():
+    with pytest.raises(UserError, match=r"^data\.root: the validation split is empty; .*data\.validation_fraction"):
+        EvaluationBatches(np.empty(0, dtype=np.int64), seed=0, batch_size=3, rank=0, world_size=1)
+
+
+# --- hashes
+
+# Changing one of these changes every run: saved ones no longer resume to the same samples.
+KNOWN = [
+    ((), 5700357409661599242, "nothing hashed"),
+    ((0,), 6467540162864785327, "0 is a counter like others"),
+    ((1,), 8702843941935282423, ""),
+    ((0, 0), 3828582881644381438, "another length, another hash"),
+    ((0, 1), 185151156520619842, ""),
+    ((1, 0), 866938649145782109, "the order matters"),
+    ((-1,), 6832720693624013390, "negative counters wrap round 64 bits"),
+    ((3, 1, 4, 1, 5), 4166843669786820992, ""),
+]
+
+
+@pytest.mark.parametrize("counters, expected, why", KNOWN)
+def test_known_hashes(counters, expected, why):
+    assert rng.hash_counters(*counters) == expected, why
+
+
+@pytest.mark.parametrize(
+    "seed, position, view, expected",
+    [
+        (0, 0, 0, 5115939743139180319),
+        (0, 1, 0, 5656945921754971575),
+        (0, 2, 0, 1350151823620711279),
+        (0, 0, 1, 2794863612905254196),
+        (7, 10**9, 0, 2448313011511004704),
+    ],
+)
+def test_known_keys(seed, position, view, expected):
+    assert rng.sample_key(seed, position, view) == expected
+
+
+def test_known_orders():
+    assert rng.permutation(0, 0, 8).tolist() == [2, 0, 5, 7, 3, 6, 4, 1]
+    assert rng.permutation(0, 1, 8).tolist() == [1, 3, 5, 7, 4, 2, 6, 0]
+    assert rng.permutation(1, 0, 8).tolist() == [5, 4, 6, 3, 0, 2, 7, 1]
+
+
+def test_mix64_is_the_finaliser_of_splitmix64():
+    """The published first outputs of the generator seeded with 1234567."""
+    state, found = 1234567, []
+    for _ in range(3):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        found.append(rng.mix64(state))
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_the_vectorised_hash_equals_the_plain_one():
+    base = rng.hash_counters(5, 6)
+    plain = [rng.mix64((base + number * 0x9E3779B97F4A7C15) % 2**64) for number in range(100)]
+    assert rng.hash_range(5, 6, 100).tolist() == plain
+
+
+def test_keys_do_not_collide_and_have_63_bits():
+    keys = [rng.sample_key(seed, position, view) for seed in (0, 1) for position in range(25_000) for view in (0, 1)]
+    assert len(set(keys)) == len(keys) == 100_000
+    assert all(0 <= key < 2**63 for key in keys)
+    together = np.array(keys)
+    ones = [float((together >> bit & 1).mean()) for bit in range(63)]
+    assert all(abs(share - 0.5) < 0.01 for share in ones)  # 6 standard deviations
+    torch.tensor(keys[:10])  # int64 holds them
+    torch.Generator().manual_seed(max(keys))  # and so do generators
+
+
+@pytest.mark.parametrize("position", range(0, 64, 9))
+def test_one_bit_of_a_counter_changes_half_of_the_key(position):
+    flips = [(rng.sample_key(0, position) ^ rng.sample_key(0, position ^ 1 << bit)).bit_count() for bit in range(40)]
+    assert 26 < sum(flips) / len(flips) < 37  # 31.5 +- 4 standard deviations of the mean
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_permutation_is_one(count):
+    order = rng.permutation(3, 4, count)
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(count))
+
+
+# --- generators
+
+
+def test_seeded_draws_as_a_generator_of_its_own_would():
+    with rng.seeded(123):
+        inside = torch.rand(5)
+    assert torch.equal(inside, torch.rand(5, generator=rng.generator_for(123)))
+
+
+def test_seeded_gives_the_global_state_back_after_an_error_too():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with rng.seeded(1):
+        torch.rand(7)
+    with pytest.raises(ZeroDivisionError), rng.seeded(2):
+        torch.rand(7)
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_micro_step_is_seeded_by_seed_step_micro_step_and_rank():
+    def drawn(*counters):
+        rng.seed_micro_step(*counters, torch.device("cpu"))
+        return torch.rand(4).tolist()
+
+    first = drawn(1, 2, 3, 4)
+    assert drawn(1, 2, 3, 4) == first
+    others = [drawn(*counters) for counters in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (2, 1, 3, 4))]
+    assert first not in others and len({tuple(each) for each in others}) == 5

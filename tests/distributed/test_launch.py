@@ -1,0 +1,138 @@
+"""Launching and ending: torchrun's own command, ranks that die, hang or are asked to stop. Properties of whole jobs."""
+
+import signal
+import time
+
+import pytest
+
+from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, start
+
+pytestmark = pytest.mark.ddp
+
+
+def wait_for(condition, seconds=90):
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def has_rows(run_dir, count):
+    path = run_dir / "metrics.jsonl"
+    return lambda: path.exists() and path.read_text().count("\n") >= count
+
+
+def test_torchrun_with_two_processes_runs_through(tmp_path):
+    """The issue's command, on the embedded glyphs, which the first run draws."""
+    done = command(
+        "torchrun", "--nproc_per_node=2", ROOT / "finetune.py", "model=convnextv2_atto", "loop.total_steps=4",
+        "loop.global_batch_size=8", "loop.batch_size=4", f"run_dir={tmp_path}/run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
+    assert "2 ranks x 1 accum_steps x 4 batch_size" in done.stderr
+    assert rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["samples"] == 3509.0
+
+
+def test_eight_processes_compose_and_agree_with_nothing_else_given(tmp_path):
+    done = command(
+        "torchrun", "--nproc_per_node=8", ROOT / "finetune.py", "model=convnextv2_base", "dry_run=true",
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 ranks x 1 accum_steps x 32 batch_size" in done.stderr
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(collection, tmp_path):
+    overrides = common("classification", collection, tmp_path / "run", "loop.global_batch_size=8")
+    printed = run("finetune.py", overrides, tmp_path, ranks=3, expect=2)
+    refused = "loop.global_batch_size: 8 does not divide by the 3 ranks; set it to 6, 9"
+    lines = [line for line in printed.splitlines() if refused in line]
+    assert sorted(line.split("finetune.py")[0] for line in lines) == ["", "[rank 1] ", "[rank 2] "]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_divide_the_validation_set_end_cleanly(collection, tmp_path):
+    """A successful job ends with status 0, five times in a row (gloo aborts at exit now and then if it is let)."""
+    for number in range(5):
+        overrides = common(
+            "classification", collection, tmp_path / f"{number}", "loop.total_steps=1", "loop.global_batch_size=4"
+        )
+        run("finetune.py", overrides, tmp_path, ranks=4)
+
+
+def endless(collection, run_dir, *more):
+    settings = ["loop.total_steps=100000", "loop.global_batch_size=8", "loop.checkpoint_every_steps=5"]
+    return common("classification", collection, run_dir, *settings, *more)
+
+
+def test_a_rank_that_dies_ends_the_job_and_is_named(collection, tmp_path):
+    started = start("finetune.py", endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=16"), tmp_path, 2)
+    wait_for(has_rows(tmp_path / "run", 6))
+    started.signal(signal.SIGKILL, ranks=[1])
+    codes = started.wait(120)
+    assert codes[1] == -9 and codes[0] not in (0, None)
+    assert "rank 1 has died: no sign of life" in started.output
+
+
+def test_a_rank_that_stops_is_named_and_ends_the_job(collection, tmp_path):
+    started = start("finetune.py", endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6"), tmp_path, 2)
+    wait_for(has_rows(tmp_path / "run", 6))
+    started.signal(signal.SIGSTOP, ranks=[1])
+    started.processes[0].join(60)
+    assert started.processes[0].exitcode == 70
+    assert "rank 1 has died or was stopped: no sign of life" in started.output
+    started.signal(signal.SIGKILL)
+
+
+def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_path):
+    """A sleeping loader is alive but makes no progress."""
+    overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6")
+    started = start("tests/tasks/sleepy.py", overrides, tmp_path, 2)
+    codes = started.wait(120)
+    assert codes[0] == 70
+    assert "rank 1 hangs in 'step 3: loading': no progress for 6 s" in started.output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(ranks, collection, tmp_path):
+    settings = ["loop.total_steps=400", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
+    overrides = common("classification", collection, tmp_path / "run", *settings)
+    started = start("finetune.py", overrides, tmp_path, ranks)
+    wait_for(has_rows(tmp_path / "run", 10))
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [75] * ranks
+    assert "finishing the step, then saving" in started.output
+    stopped = int(rows(tmp_path / "run/metrics.jsonl")[-1]["step"])
+    assert 10 <= stopped < 400
+    printed = run("finetune.py", overrides, tmp_path, ranks=ranks)
+    assert f"at step {stopped}" in printed
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 401))
+
+
+def test_slurm_variables_start_the_same_job(collection, tmp_path):
+    """Two tasks of one step, told so by SLURM's variables alone."""
+    from tests.support import free_port
+
+    port = free_port()
+    started = []
+    for rank in range(2):
+        variables = {
+            "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": 77,
+            "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        overrides = common(
+            "classification", collection, tmp_path / "run", "loop.total_steps=3", "loop.global_batch_size=8"
+        )
+        started.append(
+            start("finetune.py", overrides, tmp_path, variables={name: str(value) for name, value in variables.items()})
+        )
+    assert [job.wait() for job in started] == [[0], [0]]
+    assert "2 ranks x 1 accum_steps x 4 batch_size" in started[0].output
+    assert checkpoint_tensors(tmp_path / "run", 3)
+
+
+def test_every_script_of_the_rule_of_three_is_known():
+    assert all((ROOT / script).is_file() for script in SCRIPTS.values())

@@ -1,0 +1,538 @@
+"""train_step and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality (clip)."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter
+from torch import nn
+
+from engine.meters import Meter
+from engine.runtime import Runtime
+from engine.step import LossScale, StepResult, train_step
+from engine.task import StepOutput, Task, log_mean
+from optim.build import build_optimizer
+from optim.config import OptimConfig
+from optim.groups import build_groups, set_group_values
+from utils.config import CONF
+
+CPU = torch.device("cpu")
+OPTIMISERS = ["adamw", "adan", "sgd", "timm nadamw", "timm lamb"]
+
+
+def runtime(precision="fp32"):
+    return Runtime(
+        device=CPU,
+        precision=precision,
+        channels_last=False,
+        workers=0,
+        prefetch_batches=2,
+        deterministic=False,
+        sync_batchnorm=False,
+        hang_timeout_sec=60.0,
+    )
+
+
+class Poisoned(torch.autograd.Function):
+    """0 forward; backward a gradient that is not finite, where `poison` is not."""
+
+    @staticmethod
+    def forward(ctx, weight, poison):
+        ctx.save_for_backward(weight, poison)
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, poison = ctx.saved_tensors
+        return torch.where(poison.isfinite(), torch.zeros_like(weight), poison), None
+
+
+class Regression(Task):
+    """Squared error of a small network; a batch may poison its losses or its gradient."""
+
+    def __init__(self, *, norm=False, dropout=0.0, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        middle = [nn.BatchNorm1d(6)] if norm else []
+        layers = [nn.Linear(4, 6), *middle, nn.GELU(), nn.Dropout(dropout), nn.Linear(6, 1)]
+        self.network = nn.Sequential(*layers).to(dtype)
+        self.knobs_seen = []
+
+    def forward(self, batch, knobs):
+        self.knobs_seen.append(knobs)
+        error = self.network(batch["x"]).squeeze(1) - batch["y"]
+        loss = error.square()
+        if "poison_loss" in batch:
+            loss = loss + batch["poison_loss"]
+        if "poison_gradient" in batch:
+            loss = loss + Poisoned.apply(self.network[0].weight, batch["poison_gradient"])
+        return StepOutput(loss, {"error": log_mean(error.abs(), batch["weight"])})
+
+
+def make_batch(size=8, seed=0, weight=None, dtype=torch.float32, **more):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample_id": torch.arange(size),
+        "key": torch.arange(size),
+        "weight": torch.ones(size) if weight is None else torch.tensor(weight),
+        "x": torch.randn(size, 4, generator=generator, dtype=dtype),
+        "y": torch.randn(size, generator=generator, dtype=dtype),
+        **more,
+    }
+
+
+def split(batch, micro):
+    """Cut a batch into micro-batches."""
+    size = len(batch["weight"])
+    return [{name: tensor[start : start + micro] for name, tensor in batch.items()} for start in range(0, size, micro)]
+
+
+def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
+    group, _, opt = name.partition(" ")
+    values = yaml.safe_load((CONF / "optim" / f"{group}.yaml").read_text()) | ({"opt": opt} if opt else {}) | changes
+    config = TypeAdapter(OptimConfig).validate_python(values)
+    optimizer = build_optimizer(config, build_groups(task, config, None), lr)
+    set_group_values(optimizer, lr, weight_decay, None)
+    return optimizer
+
+
+def descent(task, lr=1.0):
+    """An optimiser whose update is the gradient itself."""
+    return make_optimizer("sgd", task, lr=lr, weight_decay=0.0, momentum=0.0, nesterov=False)
+
+
+def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, knobs=None, seed=0, **more):
+    run = more.pop("runtime", runtime())
+    return train_step(
+        model or task,
+        task,
+        batches,
+        optimizer,
+        scale or LossScale(run),
+        knobs or {},
+        step=step,
+        seed=seed,
+        clip_grad_norm=clip,
+        runtime=run,
+        **more,
+    )
+
+
+def update_of(task, batches, **settings):
+    """(what the step subtracted from each parameter, its result) of one step of plain descent."""
+    before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
+    result = make_step(task, batches, descent(task), **settings)
+    return {name: before[name] - parameter.detach() for name, parameter in task.named_parameters()}, result
+
+
+def expected_gradient(batch):
+    """Gradient, in float64, of the weighted mean loss over a whole batch."""
+    task = Regression(dtype=torch.float64)
+    error = task.network(batch["x"].double()).squeeze(1) - batch["y"].double()
+    weight = batch["weight"].double()
+    loss = (error.square() * weight).sum() / weight.sum()
+    loss.backward()
+    gradient = {name: parameter.grad for name, parameter in task.named_parameters()}
+    return gradient, loss.detach(), (error.abs() * weight).sum().detach(), weight.sum()
+
+
+def bits(task, optimizer=None):
+    """Parameters, buffers and optimiser state, as bytes."""
+    tensors = dict(task.state_dict())
+    for name, parameter in task.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    return {name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+# --- the weighted mean
+
+WEIGHTS = [
+    ([1.0] * 8, "plain"),
+    ([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0], "unreadable images"),
+    ([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], "micro-batches that weigh nothing"),
+    ([0.5, 2.0, 0.25, 3.0, 0.1, 1.0, 7.0, 0.0], "weights of all kinds"),
+    ([1e-6] * 8, "small weights are a mean like others"),
+]
+
+
+@pytest.mark.parametrize("weight, why", WEIGHTS)
+@pytest.mark.parametrize("micro", [8, 4, 2, 1])
+def test_a_step_is_the_weighted_mean_whatever_the_micro_batch(weight, micro, why):
+    batch = make_batch(weight=weight)
+    gradient, loss, error, count = expected_gradient(batch)
+    update, result = update_of(Regression(), split(batch, micro))
+    for name, expected in gradient.items():
+        torch.testing.assert_close(update[name].double(), expected, rtol=1e-5, atol=3e-7, msg=f"{why}: {name}")
+    norm = torch.stack([each.norm() for each in gradient.values()]).norm()
+    torch.testing.assert_close(result.grad_norm.double(), norm, rtol=1e-5, atol=1e-7)
+    assert result.applied == 1
+    total, denominator = result.sums["loss"]
+    assert total.dtype == denominator.dtype == torch.float64
+    torch.testing.assert_close(total / denominator, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.sums["error"][0], error, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.sums["error"][1], count, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_ten_steps_of_one_micro_batch_equal_ten_of_four(name):
+    whole, cut = Regression(), Regression()
+    one, other = make_optimizer(name, whole), make_optimizer(name, cut)
+    for step in range(10):
+        batch = make_batch(seed=step, weight=WEIGHTS[3][0])
+        make_step(whole, [batch], one, step=step, clip=1.0)
+        make_step(cut, split(batch, 2), other, step=step, clip=1.0)
+    for left, right in zip(whole.parameters(), cut.parameters()):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro", [8, 2, 1])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_sample_of_weight_0_changes_nothing_even_where_its_loss_is_nan(micro, poison):
+    weight = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    clean, dirty = make_batch(weight=weight), make_batch(weight=weight)
+    clean["poison_loss"] = torch.zeros(8)
+    dirty["poison_loss"] = torch.where(dirty["weight"] > 0, 0.0, poison)
+    update, result = update_of(Regression(), split(clean, micro))
+    other_update, other = update_of(Regression(), split(dirty, micro))
+    assert other.applied == 1
+    assert all(torch.equal(update[name], other_update[name]) for name in update)
+    assert all(map(torch.equal, result.sums["loss"], other.sums["loss"]))
+    assert torch.equal(result.grad_norm, other.grad_norm)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("poison", [0.0, float("nan")])
+def test_a_step_that_weighs_nothing_has_a_gradient_of_zero(precision, poison):
+    task = Regression()
+    batch = make_batch(weight=[0.0] * 8, poison_loss=torch.full((8,), poison))
+    update, result = update_of(task, split(batch, 4), runtime=runtime(precision))
+    assert result.applied == 1 and result.grad_norm == 0
+    assert not any(each.any() for each in update.values())
+    total, count = result.sums["loss"]
+    assert total == 0 and 0 < count < 1e-30
+    meter = Meter(CPU)
+    meter.add(result)
+    assert meter.means()["loss"] == 0.0
+
+
+def test_a_loss_of_another_shape_than_the_weights_is_our_mistake():
+    class Mean(Regression):
+        def forward(self, batch, knobs):
+            output = super().forward(batch, knobs)
+            return StepOutput(output.loss.mean(), output.logs)
+
+    task = Mean()
+    with pytest.raises(AssertionError, match=r"loss \(\), weights \(8,\)"):
+        make_step(task, [make_batch()], descent(task))
+
+
+# --- steps that are not finite
+
+POISONS = {
+    "a loss is NaN": {"poison_loss": torch.tensor([0.0, float("nan"), 0, 0, 0, 0, 0, 0])},
+    "a loss is infinite": {"poison_loss": torch.tensor([0.0, 0, 0, 0, 0, 0, 0, float("inf")])},
+    "a gradient is NaN": {"poison_gradient": torch.full((8,), float("nan"))},
+    "a gradient is infinite": {"poison_gradient": torch.full((8,), float("-inf"))},
+    "an input is NaN": {"x": torch.full((8, 4), float("nan"))},  # and so the batch statistics
+}
+
+
+def poisoned(kind, seed=50):
+    batch = make_batch(seed=seed, **POISONS[kind])
+    batches = split(batch, 4)
+    for each in batches:
+        if "poison_gradient" in each:
+            each["poison_gradient"] = each["poison_gradient"][0]
+    return batches
+
+
+@pytest.mark.parametrize("kind", POISONS)
+@pytest.mark.parametrize("steps_before", [0, 3])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_step_that_is_not_finite_leaves_every_tensor_to_the_bit(name, steps_before, kind):
+    task = Regression(norm=True)
+    optimizer = make_optimizer(name, task)
+    for step in range(steps_before):
+        assert make_step(task, split(make_batch(seed=step), 4), optimizer, step=step, clip=1.0).applied == 1
+    before, groups = bits(task, optimizer), copy.deepcopy([group | {"params": 0} for group in optimizer.param_groups])
+    result = make_step(task, poisoned(kind), optimizer, step=steps_before, clip=1.0)
+    after = bits(task, optimizer)
+    assert result.applied == 0 and result.grad_norm == 0
+    assert all(total == 0 and count == 0 for total, count in result.sums.values())
+    assert {key: after[key] for key in before} == before
+    # A state that the first step makes is that of no step at all.
+    assert all(not any(value) for key, value in after.items() if key not in before)
+    assert steps_before == 0 or after.keys() == before.keys()
+    assert [group | {"params": 0} for group in optimizer.param_groups] == groups
+    assert all(parameter.grad is None for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("kind", ["a gradient is NaN", "an input is NaN"])
+@pytest.mark.parametrize("left_out", [{0}, {0, 1, 4}])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_training_goes_on_as_if_a_step_left_out_had_never_been(name, left_out, kind):
+    skipping, straight = Regression(norm=True), Regression(norm=True)
+    one, other = make_optimizer(name, skipping), make_optimizer(name, straight)
+    for step in range(6):
+        if step in left_out:
+            make_step(skipping, poisoned(kind), one, step=step)
+        else:
+            make_step(skipping, split(make_batch(seed=step), 4), one, step=step)
+            make_step(straight, split(make_batch(seed=step), 4), other, step=step)
+    assert bits(skipping, one) == bits(straight, other)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_finite_step_moves_parameters_and_batch_statistics(name):
+    task = Regression(norm=True)
+    before = bits(task)
+    optimizer = make_optimizer(name, task)
+    assert make_step(task, [make_batch()], optimizer).applied == 1
+    after = bits(task)
+    assert all(after[key] != before[key] for key in before)
+
+
+# --- clipping
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.1, 1.0, 1e6])
+@pytest.mark.parametrize("micro", [8, 2])
+def test_clipping_equals_torchs(limit, micro):
+    batch = make_batch(weight=WEIGHTS[3][0])
+    reference = Regression()
+    error = reference.network(batch["x"]).squeeze(1) - batch["y"]
+    ((error.square() * batch["weight"]).sum() / batch["weight"].sum()).backward()
+    norm = nn.utils.clip_grad_norm_(reference.parameters(), limit)
+    update, result = update_of(Regression(), split(batch, micro), clip=limit)
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)  # before clipping
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(update[name], parameter.grad, rtol=1e-4, atol=2e-7)
+    clipped = torch.stack([each.norm() for each in update.values()]).norm()
+    assert clipped <= min(limit, float(norm)) * (1 + 1e-4)
+
+
+def test_without_a_limit_nothing_is_clipped():
+    update, _ = update_of(Regression(), [make_batch()])
+    gradient = expected_gradient(make_batch())[0]
+    for name in update:
+        torch.testing.assert_close(update[name].double(), gradient[name], rtol=1e-5, atol=3e-7)
+
+
+# --- what else a step does
+
+
+def test_gradients_are_gone_after_a_step_and_stale_ones_are_the_callers():
+    task = Regression()
+    optimizer = descent(task)
+    make_step(task, [make_batch()], optimizer)
+    assert all(parameter.grad is None for parameter in task.parameters())
+
+
+def test_frozen_parameters_stay():
+    task = Regression()
+    task.network[0].requires_grad_(False)
+    before = task.network[0].weight.clone()
+    optimizer = make_optimizer("adamw", task)
+    assert make_step(task, [make_batch()], optimizer).applied == 1
+    assert torch.equal(task.network[0].weight, before)
+
+
+def test_knobs_reach_every_forward_pass():
+    task = Regression()
+    knobs = {"gamma": torch.tensor(0.5)}
+    make_step(task, split(make_batch(), 2), descent(task), knobs=knobs)
+    assert task.knobs_seen == [knobs] * 4
+
+
+def test_draws_of_the_forward_pass_depend_on_seed_step_and_micro_step_alone():
+    def update(batches=None, **settings):
+        torch.rand(int(torch.randint(1, 50, ())))  # stray draws
+        return update_of(Regression(dropout=0.5), batches or [make_batch()], **settings)[0]["network.4.weight"]
+
+    first = update(step=3, seed=1)
+    assert torch.equal(update(step=3, seed=1), first)
+    assert not torch.equal(update(step=4, seed=1), first)
+    assert not torch.equal(update(step=3, seed=2), first)
+    twice = update([make_batch(), make_batch()], step=3, seed=1)  # the same samples under two masks
+    assert not torch.allclose(twice, first)
+
+
+def test_a_request_to_stop_is_in_the_result():
+    task = Regression()
+    assert make_step(task, [make_batch()], descent(task)).stop == 0
+    assert make_step(task, [make_batch()], descent(task), stop=True).stop > 0
+    skipped = make_step(task, poisoned("a loss is NaN"), descent(task), stop=True)
+    assert skipped.applied == 0 and skipped.stop > 0
+
+
+@pytest.mark.parametrize("micro, without_sync", [(8, 0), (4, 1), (2, 3)])
+def test_gradients_are_shared_in_the_last_micro_batch_alone(micro, without_sync):
+    class Shared(nn.Module):
+        """Stands in for DDP."""
+
+        def __init__(self, task):
+            super().__init__()
+            self.task, self.inside, self.passes = task, False, []
+
+        def forward(self, batch, knobs):
+            self.passes.append(self.inside)
+            return self.task(batch, knobs)
+
+        @contextmanager
+        def no_sync(self):
+            self.inside = True
+            yield
+            self.inside = False
+
+    task = Regression()
+    model = Shared(task)
+    make_step(task, split(make_batch(), micro), descent(task), model=model)
+    assert model.passes == [True] * without_sync + [False]
+
+
+def test_bf16_autocast_gives_losses_of_float32():
+    update, result = update_of(Regression(), split(make_batch(), 4), runtime=runtime("bf16"))
+    gradient, loss, *_ = expected_gradient(make_batch())
+    assert all(each.dtype == torch.float32 for each in update.values())
+    total, count = result.sums["loss"]
+    torch.testing.assert_close(total / count, loss, rtol=3e-2, atol=0)
+    torch.testing.assert_close(update["network.4.weight"].double(), gradient["network.4.weight"], rtol=0.1, atol=0.02)
+
+
+# --- the loss scale of fp16
+
+
+class InFloat32(Regression):
+    """Computes in float32 under any autocast, so that a scale of a power of 2 leaves no trace."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, batch, knobs):
+        with torch.autocast("cpu", enabled=False):
+            output = super().forward(batch, knobs)
+        return StepOutput(output.loss * self.factor, output.logs)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_loss_scale_leaves_no_trace(clip):
+    plain, plain_result = update_of(InFloat32(), split(make_batch(), 4), clip=clip)
+    scaled, result = update_of(InFloat32(), split(make_batch(), 4), clip=clip, runtime=runtime("fp16"))
+    assert torch.equal(result.grad_norm, plain_result.grad_norm)
+    for name in plain:
+        torch.testing.assert_close(scaled[name], plain[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_scale_that_overflows_is_halved_until_it_fits():
+    task = InFloat32(factor=1e33)  # times 65536 beyond 3.4e38
+    optimizer, scale = make_optimizer("adamw", task), LossScale(runtime("fp16"))
+    before = bits(task)
+    applied, scales = [], []
+    for step in range(8):
+        result = make_step(task, [make_batch()], optimizer, step=step, scale=scale, runtime=runtime("fp16"))
+        applied.append(int(result.applied))
+        scales.append(float(scale.scale))
+        if not any(applied):
+            assert bits(task) == before
+    skipped = applied.count(0)
+    assert 1 <= skipped < 8 and applied == [0] * skipped + [1] * (8 - skipped)
+    assert scales == [65536.0 / 2 ** min(step + 1, skipped) for step in range(8)]
+    assert bits(task) != before
+
+
+def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
+    assert LossScale.growth_interval == 2000
+    monkeypatch.setattr(LossScale, "growth_interval", 3)
+    scale = LossScale(runtime("fp16"))
+    applied = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1]
+    expected = [1, 1, 2, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1]  # a step left out begins the count anew
+    found = []
+    for each in applied:
+        scale.update(torch.tensor(float(each)))
+        found.append(float(scale.scale) / 65536)
+    assert found == expected
+
+
+def test_the_scale_of_other_precisions_is_one_and_stays():
+    for precision in ("fp32", "bf16"):
+        scale = LossScale(runtime(precision))
+        for applied in (1.0, 0.0, 1.0):
+            scale.update(torch.tensor(applied))
+        assert scale.scale == 1
+
+
+def test_a_saved_scale_goes_on_where_it_was(monkeypatch):
+    monkeypatch.setattr(LossScale, "growth_interval", 3)
+    through, resumed = LossScale(runtime("fp16")), LossScale(runtime("fp16"))
+    for _ in range(2):
+        through.update(torch.tensor(1.0))
+    resumed.load({name: tensor.clone() for name, tensor in through.state().items()})
+    for scale in (through, resumed):
+        scale.update(torch.tensor(1.0))
+        assert scale.scale == 2 * 65536
+
+
+# --- meters
+
+
+def result(loss, count, applied=1.0, norm=2.0, **logs):
+    def scalar(value):
+        return torch.tensor(value, dtype=torch.float64)
+
+    sums = {"loss": (scalar(loss), scalar(count))} | {name: tuple(map(scalar, pair)) for name, pair in logs.items()}
+    return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.zeros(()))
+
+
+def test_means_weigh_steps_by_their_counts():
+    meter = Meter(CPU)
+    meter.add(result(8.0, 4.0, accuracy=(3.0, 4.0), norm=1.0))
+    meter.add(result(1.0, 1.0, accuracy=(0.0, 1.0), norm=4.0))
+    assert meter.means() == {"loss": 9 / 5, "accuracy": 3 / 5, "grad_norm": 2.5, "skipped_steps": 0.0}
+
+
+def test_steps_left_out_count_as_skipped_and_nowhere_else():
+    meter = Meter(CPU)
+    meter.add(result(8.0, 4.0, accuracy=(3.0, 4.0)))
+    for _ in range(3):
+        meter.add(result(0.0, 0.0, accuracy=(0.0, 0.0), applied=0.0))
+    assert meter.means() == {"loss": 2.0, "accuracy": 0.75, "grad_norm": 2.0, "skipped_steps": 3.0}
+
+
+def test_a_mean_over_nothing_is_nan_and_means_begin_anew():
+    meter = Meter(CPU)
+    assert meter.means() == {}
+    meter.add(result(0.0, 0.0, applied=0.0))
+    means = meter.means()
+    assert means["loss"] != means["loss"] and means["skipped_steps"] == 1.0
+    meter.add(result(3.0, 1.0))
+    assert meter.means()["loss"] == 3.0
+
+
+def test_meters_of_real_steps_equal_the_exact_means():
+    task, meter = Regression(), Meter(CPU)
+    batches = [make_batch(seed=step, weight=weight) for step, (weight, _) in enumerate(WEIGHTS[:4])]
+    losses = weights = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            loss = (task.network(batch["x"]).squeeze(1) - batch["y"]).square()
+        losses += float((loss * batch["weight"]).sum())
+        weights += float(batch["weight"].sum())
+        meter.add(make_step(task, split(batch, 4), make_optimizer("sgd", task, lr=0.0, weight_decay=0.0)))
+    assert meter.means()["loss"] == pytest.approx(losses / weights, rel=1e-6)
+
+
+def test_a_saved_meter_goes_on_to_the_bit():
+    through, resumed = Meter(CPU), Meter(CPU)
+    for step in range(5):
+        through.add(result(1 / 3 + step, 1 / 7, accuracy=(0.1, 0.3)))
+    resumed.load(through.state())
+    for meter in (through, resumed):
+        meter.add(result(1 / 11, 1 / 13, accuracy=(0.7, 0.9)))
+    assert resumed.state() == through.state() and resumed.means() == through.means()
+    empty = Meter(CPU)
+    empty.load(Meter(CPU).state())
+    assert empty.means() == {}
