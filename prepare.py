@@ -35,8 +35,14 @@ def main(config: PrepareConfig, job: Job) -> str:
             draw_glyphs(Path(config.data.root))
         return f"glyphs in {config.data.root}"
     report = write_manifest(config.data.root, validation_fraction=config.data.validation_fraction, verify=config.verify)
-    log.info("%s", report.describe())
-    return f"{report.rows} rows"
+    for path, reason in report.unreadable:
+        log.warning("unreadable image %s: %s; it weighs 0 in the manifest", path, reason)
+    splits = ", ".join(f"{count:,} {split}" for split, count in report.splits.items())
+    log.info(
+        "wrote %s: %s images (%s), %d classes, %d tags, %d unreadable",
+        report.path, f"{report.rows:,}", splits, len(report.classes), len(report.tags), len(report.unreadable),
+    )  # fmt: skip
+    return f"{report.rows} images"
 
 
 if __name__ == "__main__":

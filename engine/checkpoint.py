@@ -62,10 +62,14 @@ def save_checkpoint(
     try:
         checksums = {}
         for name, group in tensors.items():
+            if not group:  # plain SGD has no state, and safetensors writes no file without tensors that it can read
+                continue
             file = temporary / f"{name}.safetensors"
             write_tensors(file, group)
             checksums[file.name] = sha256_file(file)
-        text = json.dumps({"format": FORMAT, "step": step, **state, "checksums": checksums}, indent=1)
+        text = json.dumps(
+            {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}, indent=1
+        )
         for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
             (temporary / name).write_text(content, encoding="utf-8")
             fsync_path(temporary / name)
@@ -133,7 +137,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if problem is not None:
         raise UserError(f"resume: {path} is damaged: {problem}; name another one or set resume=auto")
     state = read_json(path / "state.json")
-    tensors = {Path(name).stem: load_file(path / name) for name in state["checksums"]}
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in state["groups"]}
+    tensors |= {Path(name).stem: load_file(path / name) for name in state["checksums"]}
     return Checkpoint(tensors, state)
 
 

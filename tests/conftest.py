@@ -17,3 +17,8 @@ torch.set_num_threads(1)
 def collection(tmp_path_factory):
     """Return a collection of 54 training and 15 validation images in three class folders, with tags."""
     return make_collection(tmp_path_factory.mktemp("collection") / "images")
+
+
+def pytest_addoption(parser):
+    """Add the flag that rewrites the golden curves; the diff is for review."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,21 @@ TINY = {
 }
 
 
+def draw_shape(letter, draw):
+    """Return [H, W, 3] uint8: a square (A), a disc (B), a cross (C) or stripes, anywhere; the same on every machine."""
+    height, width = draw.randint(36, 60), draw.randint(36, 60)
+    y, x = np.mgrid[:height, :width]
+    radius = draw.randint(6, 14)
+    dy, dx = np.abs(y - draw.randint(14, height - 15)), np.abs(x - draw.randint(14, width - 15))
+    inside = {
+        "A": np.maximum(dy, dx) < radius,
+        "B": dy**2 + dx**2 < radius**2,
+        "C": (np.minimum(dy, dx) < 3) & (np.maximum(dy, dx) < radius),
+    }.get(letter, (dy % 4 < 2) & (dx < radius))
+    background = np.array([255, draw.randint(0, 255), 255])
+    return np.where(inside[..., None], np.array([0, 0, 0]), background).astype(np.uint8)
+
+
 def make_collection(root, per_class=18, classes="ABC", validation=5, broken=0, seed=0):
     """Write class folders of small PNGs with .txt tags, some of them unreadable."""
     draw = random.Random(seed)
@@ -51,9 +67,7 @@ def make_collection(root, per_class=18, classes="ABC", validation=5, broken=0, s
             folder = root / split / letter
             folder.mkdir(parents=True)
             for number in range(count):
-                image = Image.new("RGB", (draw.randint(36, 60), draw.randint(36, 60)), (255, draw.randint(0, 255), 255))
-                ImageDraw.Draw(image).text((draw.randint(2, 20), draw.randint(2, 20)), letter, fill="black")
-                image.save(folder / f"{number:03}.png")
+                Image.fromarray(draw_shape(letter, draw)).save(folder / f"{number:03}.png")
                 tags = draw.sample([f"tag {tag}" for tag in range(40)], draw.randint(1, 6))
                 (folder / f"{number:03}.txt").write_text(", ".join(tags))
     for number in range(broken):

@@ -211,6 +211,7 @@ def entry_point(
                     _leave(EXIT_STOPPED)
                 raise
             if (multirun or len(results) > 1) and results and environment_rank() == 0:
+                setup_logging()  # Hydra has switched our loggers off again
                 log.info("%s", _table(results))
             _leave(max((result.status for result in results), default=EXIT_OK))
 

@@ -1,5 +1,6 @@
-"""Every file of conf/ is used. Each primary, each option of each group and each experiment composes, validates against
-its script's schema, and its task builds on the meta device; the numbers of files are exact, so that none is passed over.
+"""Composition of every file of conf/. Each primary, each option of each group and each experiment composes, validates
+against its script's schema, and its task builds on the meta device; the numbers of files are exact, so that none is
+passed over.
 """
 
 import re

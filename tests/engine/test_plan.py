@@ -1,4 +1,4 @@
-"""The plan. Properties (splitting a batch, ends of epochs), literal tables (steps, warm-up, rate), messages, refusals."""
+"""The plan. Properties (splitting a batch, ends of epochs), literal tables (steps, warm-up, rate), refusals."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""train_step and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality (clip)."""
+"""train_step and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality."""
 
 import copy
 from contextlib import contextmanager
@@ -324,7 +324,7 @@ def test_without_a_limit_nothing_is_clipped():
 # --- what else a step does
 
 
-def test_gradients_are_gone_after_a_step_and_stale_ones_are_the_callers():
+def test_gradients_are_gone_after_a_step():
     task = Regression()
     optimizer = descent(task)
     make_step(task, [make_batch()], optimizer)
@@ -350,7 +350,7 @@ def test_knobs_reach_every_forward_pass():
 def test_draws_of_the_forward_pass_depend_on_seed_step_and_micro_step_alone():
     def update(batches=None, **settings):
         torch.rand(int(torch.randint(1, 50, ())))  # stray draws
-        return update_of(Regression(dropout=0.5), batches or [make_batch()], **settings)[0]["network.4.weight"]
+        return update_of(Regression(dropout=0.5), batches or [make_batch()], **settings)[0]["network.3.weight"]
 
     first = update(step=3, seed=1)
     assert torch.equal(update(step=3, seed=1), first)
@@ -399,7 +399,7 @@ def test_bf16_autocast_gives_losses_of_float32():
     assert all(each.dtype == torch.float32 for each in update.values())
     total, count = result.sums["loss"]
     torch.testing.assert_close(total / count, loss, rtol=3e-2, atol=0)
-    torch.testing.assert_close(update["network.4.weight"].double(), gradient["network.4.weight"], rtol=0.1, atol=0.02)
+    torch.testing.assert_close(update["network.3.weight"].double(), gradient["network.3.weight"], rtol=0.1, atol=0.02)
 
 
 # --- the loss scale of fp16
@@ -428,7 +428,7 @@ def test_a_loss_scale_leaves_no_trace(clip):
 
 
 def test_a_scale_that_overflows_is_halved_until_it_fits():
-    task = InFloat32(factor=1e33)  # times 65536 beyond 3.4e38
+    task = InFloat32(factor=1e15)  # times 65536, squared for the norm: beyond 3.4e38
     optimizer, scale = make_optimizer("adamw", task), LossScale(runtime("fp16"))
     before = bits(task)
     applied, scales = [], []

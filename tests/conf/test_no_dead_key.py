@@ -1,0 +1,284 @@
+"""No key of the configuration is dead. Refusals: every leaf of every primary and of every alternative, given a value of
+a wrong type, is refused by its dotted key. Reads: every leaf is read by the program in real short runs, seen through
+`Strict.__getattribute__`; what is read while the configuration is validated does not count.
+"""
+
+import copy
+import sys
+import typing
+from collections import defaultdict
+
+import pytest
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from engine.runtime import Runtime
+from engine.tasks.classification import ClassificationTask
+from tests.in_process import (
+    SCRIPTS,
+    SHORT,
+    SMALL_MODEL,
+    compose,
+    configure,
+    load_command,
+    make_glyph_folder,
+    make_images,
+    run,
+)
+from utils.config import Job, validate
+from utils.config_errors import ConfigError
+from utils.run_folder import default_run_dir
+from utils.schema import Strict
+from utils.weights import read_weights
+
+KNOBS = "+schedule.knobs.momentum={start: 0.5, end: 1.0, curve: linear}"
+# Each primary, and of each group of a training script every kind that its union knows.
+CONFIGURATIONS = [
+    ("pretrain_fcmae", []),
+    ("finetune", []),
+    ("finetune", ["data=image_folder", "data.root=IMAGES", "model=timm", "optim=adan", "schedule=constant", KNOBS]),
+    ("finetune", ["optim=sgd", "schedule=onecycle", KNOBS]),
+    ("finetune", ["optim=timm", KNOBS]),
+    ("prepare", []),
+    ("prepare", ["data=image_folder", "data.root=IMAGES"]),
+    ("evaluate", ["run_dir=RUN"]),
+    ("predict", ["weights=RUN", "input=IMAGES", "output=found.csv"]),
+    ("export", ["run_dir=RUN"]),
+]
+# Keys that a script has because it shares a group, and does not read. The list may only become shorter.
+KNOWN_DEAD = {
+    "pretrain_fcmae": {"_Data.allow_missing_classes"},  # pretraining has no classes
+    "prepare": {"_Data.allow_missing_classes", "_Data.max_pixels", "SamplingConfig.name"},
+    "evaluate": {
+        f"RuntimeConfig.{name}" for name in ("channels_last", "compile", "prefetch_batches", "sync_batchnorm")
+    },
+}
+
+
+def values_of(script, overrides):
+    return OmegaConf.to_container(compose(script, overrides)[0], resolve=True)
+
+
+def list_leaves(values, path=()):
+    """Yield the path of each leaf: scalars, empty groups, lists and their items."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from list_leaves(value, (*path, key))
+        return
+    yield path
+    if isinstance(values, list):
+        yield from ((*path, index) for index in range(len(values)))
+
+
+def replaced(values, path, value):
+    values = copy.deepcopy(values)
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return values
+
+
+def look_up(values, path):
+    for key in path:
+        values = values[key]
+    return values
+
+
+def problems_of(script, values):
+    with pytest.raises(ConfigError) as refused:
+        validate(values, load_command(script).schema)
+    return refused.value.problems
+
+
+@pytest.mark.parametrize(("script", "overrides"), CONFIGURATIONS)
+def test_a_value_of_a_wrong_type_is_refused_by_its_key(script, overrides):
+    values = values_of(script, overrides)
+    for path in list_leaves(values):
+        found = look_up(values, path)
+        wrong = [{"sentinel": 1}, ["sentinel", 1]] if found != {} else ["sentinel", 1]
+        if type(found) is int:
+            wrong += [True, found + 0.5]
+        if type(found) is float:
+            wrong += [True, float("nan"), float("inf"), "sentinel"]
+        if isinstance(found, bool):
+            wrong += [1, "true"]
+        if isinstance(found, list):
+            wrong = ["sentinel", {"sentinel": 1}]
+        dotted = ".".join(map(str, path))
+        for value in wrong:
+            problems = problems_of(script, replaced(values, path, value))
+            # A list in place of a value is refused as such or by its items.
+            assert any(line.startswith((f"{dotted}: ", f"{dotted}.")) for line in problems), (dotted, value, problems)
+
+
+@pytest.mark.parametrize(("script", "overrides"), CONFIGURATIONS)
+def test_an_unknown_key_is_refused_in_every_group(script, overrides):
+    values = values_of(script, overrides)
+    groups = {path[:end] for path in list_leaves(values) for end in range(len(path))}
+    groups = [path for path in groups if isinstance(look_up(values, path), dict)]
+    assert () in groups
+    for path in groups:
+        if path in (("optim", "extra"), ("schedule", "knobs")):
+            continue  # their keys are free, and checked against the optimiser and the task
+        problems = problems_of(script, replaced(values, (*path, "bogus"), 1))
+        assert [line.partition(";")[0] for line in problems] == [".".join((*path, "bogus")) + ": unknown key"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+def list_models(annotation):
+    """Return the models that a schema reaches."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inner = [list_models(field.annotation) for field in annotation.model_fields.values()]
+        return {annotation}.union(*inner)
+    return set().union(*map(list_models, typing.get_args(annotation)))
+
+
+def owner_of(model, name):
+    """Return the class that states a field: `allow_missing_classes` is one key for every kind of data."""
+    return next(cls for cls in reversed(model.__mro__) if name in getattr(cls, "model_fields", ())).__name__
+
+
+def list_fields(schema):
+    """Return `Model.field` of every leaf that a schema reaches, but those with one allowed value.
+
+    A field of one allowed value (a union's tag, `parallel: ddp`) cannot be ignored: another value is refused.
+    """
+    found = set()
+    for model in list_models(schema):
+        for name, field in model.model_fields.items():
+            one = typing.get_origin(field.annotation) is typing.Literal and len(typing.get_args(field.annotation)) == 1
+            if not list_models(field.annotation) and not one:
+                found.add(f"{owner_of(model, name)}.{name}")
+    return found
+
+
+class Recorder:
+    """See which fields the program reads of its configuration, and of the `Runtime` that it makes of one group."""
+
+    def __init__(self, monkeypatch):
+        self.seen = set()
+        for cls, fields in ((Strict, lambda cls: cls.model_fields), (Runtime, lambda cls: cls.__dataclass_fields__)):
+            monkeypatch.setattr(cls, "__getattribute__", self._reader(fields), raising=False)
+
+    def _reader(self, fields):
+        def read(owner, name):
+            if not name.startswith("_") and name in fields(type(owner)):
+                caller = sys._getframe(1).f_code
+                # Validators stand in the rooms' config.py; a description is no use of a value.
+                if not caller.co_filename.endswith("config.py") and caller.co_name != "describe":
+                    cls = owner_of(type(owner), name) if isinstance(owner, Strict) else "Runtime"
+                    self.seen.add((f"{cls}.{name}", caller.co_name))
+            return object.__getattribute__(owner, name)
+
+        return read
+
+    def take(self):
+        """Return what was read since the last call. What `choose_runtime` only copies into Runtime must be read there.
+
+        It applies `deterministic` itself.
+        """
+        seen, self.seen = self.seen, set()
+        copies = {(f"RuntimeConfig.{name}", "choose_runtime") for name in Runtime.__dataclass_fields__}
+        copies.remove(("RuntimeConfig.deterministic", "choose_runtime"))
+        reads = {name for name, where in seen - copies}
+        return reads | {name.replace("Runtime.", "RuntimeConfig.") for name in reads}
+
+
+def run_all(recorder, folder):
+    """Run every script so that every kind of every group is used once; returns script -> what it read."""
+    glyphs, images = make_glyph_folder(folder / "glyphs"), make_images(folder / "images")
+    reads = defaultdict(set)
+
+    def go(script, *overrides):
+        run(script, overrides, folder)
+        reads[script] |= recorder.take()
+
+    small, folders = [*SMALL_MODEL, *SHORT], ["data=image_folder", f"data.root={images}"]
+    on_glyphs = f"data.root={glyphs}"
+    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae")
+    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae", "loop.total_steps=3",
+       "optim.lr=0.1", "resume_allow=[optim.lr]")  # fmt: skip
+    others = {
+        "adan": ["optim=adan", "schedule=constant", "data.sampling.name=balanced"],
+        "sgd": ["optim=sgd", "schedule=onecycle"],
+        "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
+    }
+    for script in ("pretrain_fcmae", "finetune"):
+        more = [] if script == "finetune" else ["task.decoder_dim=8"]
+        for name, overrides in others.items():
+            if script == "pretrain_fcmae":
+                overrides = [text for text in overrides if not text.startswith("model")]
+            model = SHORT if any(text.startswith("model") for text in overrides) else small
+            go(script, *model, *folders, *more, *overrides, f"run_dir={script}_{name}")
+    go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
+    go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
+       "resume_allow=[optim.lr]")  # fmt: skip
+    go("tests.tasks.teacher", *SHORT, f"data.root={images}", "run_dir=teacher")
+    go("evaluate", "run_dir=tuned", "runtime=reference", "runtime.device=cpu", "runtime.threads=1")
+    go("export", "run_dir=tuned")
+    go("predict", "weights=tuned", f"input={images}", "output=found.csv")
+    go("prepare", "job=manifest", *folders)
+    go("prepare", "job=glyphs", on_glyphs)
+    return reads
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reads")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        reads = run_all(Recorder(monkeypatch), folder)
+    return reads, folder
+
+
+# Read from the dumped values, not through an attribute: proved below.
+PROVED = {
+    "TrainingConfig.run_dir",
+    "SweepConfig.name",
+    "ConvNeXtV2Config.name",
+    "AugmentConfig.mean",
+    "AugmentConfig.std",
+}
+# Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
+REFUSED = {"finetune": ("KnobConfig.",), "pretrain_fcmae": ("KnobConfig.", "TimmConfig.")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_leaf_is_read(script, runs):
+    fields, reads = list_fields(load_command(script).schema), runs[0][script]
+    dead = {name for name in fields - reads - PROVED if not name.startswith(REFUSED.get(script, ()))}
+    assert dead == KNOWN_DEAD.get(script, set())
+
+
+def test_every_knob_is_read(runs):
+    assert {"KnobConfig.start", "KnobConfig.end", "KnobConfig.curve"} <= runs[0]["tests.tasks.teacher"]
+
+
+def test_the_recorder_sees_what_is_not_read(runs):
+    reads = runs[0]
+    assert "AdamWConfig.betas" in reads["finetune"] and "AdamWConfig.betas" not in reads["evaluate"]
+    assert "RuntimeConfig.threads" in reads["evaluate"]
+    assert len(list_fields(load_command("finetune").schema)) > 70
+
+
+def test_run_dir_and_the_name_of_the_sweep_say_where_a_run_lies():
+    config, job = configure("finetune", ["run_dir=here", "sweep.name=first"])
+    values, sweep = config.model_dump(mode="json"), Job("finetune", {}, [], "seed=1")
+    assert default_run_dir(values, job) == "here"
+    assert default_run_dir(values | {"run_dir": None}, sweep) == "outputs/sweeps/first/seed=1"
+
+
+def test_the_name_of_a_model_stands_in_its_weights(runs):
+    path = runs[1] / "tuned/weights/last_weights.safetensors"
+    assert read_weights(path, "weights")[1]["model"]["name"] == "convnextv2_glyph"
+
+
+def test_mean_and_std_reach_the_network(tmp_path):
+    config, _ = configure("finetune", [*SMALL_MODEL, "augment.mean=[0.1,0.2,0.3]", "augment.std=[0.4,0.5,0.6]"])
+    task = ClassificationTask(
+        config.model, config.task, class_names=["a", "b"], preprocessing=config.augment.preprocessing(3)
+    )
+    assert task.normalise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert task.normalise.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])

@@ -1,0 +1,145 @@
+"""Checkpoints: round trips, what damage is noticed, retention, and refusals."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+from engine.checkpoint import (
+    damage,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    remove_old,
+    save_checkpoint,
+)
+from utils.errors import UserError
+from utils.logging import ROOT
+
+
+@pytest.fixture
+def log(caplog):
+    """Let pytest see our logger's messages."""
+    logger = logging.getLogger(ROOT)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def make(folder, step, value=1.0):
+    tensors = {"task": {"w": torch.full((3, 2), value), "n": torch.tensor(step)}, "optimizer": {"m": torch.ones(2)}}
+    return save_checkpoint(folder, step, tensors, {"config": {"seed": 0}, "best": {"value": 0.5, "step": 1}})
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    shared = torch.arange(12.0).reshape(3, 4)
+    last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    tensors = {"task": {"a": shared, "b": shared[1], "c": shared.t(), "last": last}, "optimizer": {}}
+    path = save_checkpoint(tmp_path, 7, tensors, {"best": {"value": 0.1 + 0.2, "step": 3}})
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.step == 7 and checkpoint.state["best"] == {"value": 0.1 + 0.2, "step": 3}
+    for name, tensor in tensors["task"].items():
+        assert torch.equal(checkpoint.tensors["task"][name], tensor)
+    assert checkpoint.tensors["optimizer"] == {}  # plain SGD has no state
+    assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.sha256", "task.safetensors"]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: flip_a_bit(path / "task.safetensors"), "task.safetensors does not agree with its checksum"),
+        (lambda path: (path / "task.safetensors").write_bytes(b"short"), "task.safetensors does not agree"),
+        (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+        (lambda path: flip_a_bit(path / "state.json"), "state.json does not agree with its checksum"),
+        (lambda path: (path / "state.sha256").unlink(), "state.sha256 is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, said, tmp_path, log):
+    good, newest = make(tmp_path, 10), make(tmp_path, 20)
+    harm(newest)
+    assert find_checkpoint(tmp_path) == good
+    assert f"checkpoint {newest} is damaged: {said}" in log.text
+    with pytest.raises(UserError, match=r"resume: .* is damaged: .*; name another one or set resume=auto"):
+        load_checkpoint(newest)
+
+
+def test_all_damaged_is_an_error_never_a_start_from_zero(tmp_path):
+    for step in (1, 2):
+        flip_a_bit(make(tmp_path, step) / "state.json")
+    with pytest.raises(UserError, match="resume: all 2 checkpoints in .* are damaged"):
+        find_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path / "none") is None
+
+
+def test_another_format_is_not_guessed_at(tmp_path):
+    from utils.files import sha256_text
+
+    path = make(tmp_path, 1)
+    text = json.dumps(json.loads((path / "state.json").read_text()) | {"format": 99})
+    (path / "state.json").write_text(text)
+    (path / "state.sha256").write_text(sha256_text(text))
+    assert damage(path) == "state.json has format 99, this version reads 1"
+
+
+def test_a_half_written_checkpoint_is_none_and_is_removed_later(tmp_path):
+    half = tmp_path / ".step_00000030.tmp-1"
+    shutil.copytree(make(tmp_path, 10), half)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010"]
+    remove_old(tmp_path, keep=2, best_step=None)
+    assert not half.exists()
+
+
+def test_an_error_while_writing_leaves_the_old_ones_and_nothing_else(tmp_path, monkeypatch):
+    make(tmp_path, 10)
+
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine.checkpoint.write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(tmp_path, 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step)
+    remove_old(tmp_path, keep=2, best_step=10)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000030", "step_00000040"]
+
+
+def test_the_same_step_is_written_again(tmp_path):
+    make(tmp_path, 10, value=1.0)
+    assert float(load_checkpoint(make(tmp_path, 10, value=2.0)).tensors["task"]["w"][0, 0]) == 2.0
+
+
+def test_optimiser_state_is_kept_by_name_whatever_the_groups(tmp_path):
+    """A state saved over one grouping comes back over another: names, not positions, say what belongs where."""
+    torch.manual_seed(0)
+    parameters = {name: torch.nn.Parameter(torch.randn(3)) for name in "abc"}
+
+    def optimizer(*groups):
+        made = [{"params": [parameters[name] for name in group], "names": list(group)} for group in groups]
+        return torch.optim.AdamW(made, lr=0.1)
+
+    first = optimizer("abc")
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(3)
+    first.step()
+    second = optimizer("c", "ba")
+    load_optimizer_state(second, *optimizer_state(first))
+    for parameter in parameters.values():
+        for key, value in first.state[parameter].items():
+            assert torch.equal(second.state[parameter][key], value)
+    with pytest.raises(UserError, match="resume: the checkpoint's optimiser knows 'c', which this model does not have"):
+        load_optimizer_state(optimizer("ab"), *optimizer_state(first))

@@ -1,0 +1,152 @@
+"""The two real tasks: convergence (one batch is learned by heart), properties of their losses, knobs, and refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import RuntimeConfig
+from engine.runtime import choose_runtime
+from engine.step import LossScale, train_step
+from engine.task import Task
+from engine.tasks.classification import ClassificationTask, LabelFields
+from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
+from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
+from engine.train import check_knobs
+from models.config import ConvNeXtV2Config, TimmConfig
+from utils.errors import UserError
+from utils.rng import generator_for
+
+MODEL = ConvNeXtV2Config(
+    family="convnextv2", name="tiny", in_channels=3, depths=[1, 1], dims=[16, 32], stem_stride=2, drop_path_rate=0.0,
+    head_init_scale=1.0,
+)  # fmt: skip
+FCMAE = FCMAETaskConfig(
+    name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True
+)
+CLASSIFY = ClassificationTaskConfig(
+    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, keep_head=False
+)
+PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return choose_runtime(
+        RuntimeConfig(
+            device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1, threads=1,
+            parallel="ddp", deterministic=False, sync_batchnorm=False, hang_timeout_sec=60.0,
+        )
+    )  # fmt: skip
+
+
+def make_batch(size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample_id": torch.arange(size),
+        "key": torch.arange(size),
+        "weight": torch.ones(size),
+        "images": torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
+    }
+
+
+def make_fcmae():
+    torch.manual_seed(0)
+    return FCMAETask(MODEL, FCMAE, image_size_hw=[32, 32], mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def make_classifier(config=CLASSIFY, classes=4):
+    torch.manual_seed(0)
+    return ClassificationTask(MODEL, config, class_names=[f"c{k}" for k in range(classes)], preprocessing=PREPROCESSING)
+
+
+def learn(task, batch, runtime, steps, lr):
+    """Make so many updates on one batch; returns first and last loss."""
+    optimizer = torch.optim.AdamW(task.parameters(), lr=lr, fused=True)
+    losses = []
+    for step in range(steps):
+        result = train_step(
+            task, task, [batch], optimizer, LossScale(runtime), {}, step=step, seed=0, clip_grad_norm=None,
+            runtime=runtime,
+        )  # fmt: skip
+        total, count = result.sums["loss"]
+        losses.append(float(total / count))
+    return losses[0], losses[-1]
+
+
+def test_classification_learns_one_batch_by_heart(runtime):
+    batch = make_batch() | {"labels": torch.arange(8) % 4}
+    first, last = learn(make_classifier(), batch, runtime, steps=60, lr=3e-3)
+    assert last < first / 10
+
+
+def test_fcmae_learns_one_batch(runtime):
+    """Noise cannot be guessed, so the images are stripes that continue into the masked patches."""
+    batch = make_batch()
+    stripes = (torch.arange(32) // 3 % 2 * 255).to(torch.uint8)
+    batch["images"] = stripes.expand(8, 3, 32, 32).clone()
+    fields = MaskFields(patch_count(MODEL, FCMAE, [32, 32]), 0.6)
+    batch["mask"] = torch.stack([fields(0, None, generator_for(key))["mask"] for key in range(8)])
+    first, last = learn(make_fcmae(), batch, runtime, steps=60, lr=3e-3)
+    assert first > 0.5 and last < first / 10
+
+
+def test_masks_follow_the_key_alone():
+    fields = MaskFields(64, 0.6)
+    first, again, other = (fields(0, None, generator_for(key))["mask"] for key in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert int(first.sum()) == 64 - int(64 * 0.4)
+
+
+def test_evaluation_leaves_out_weight_zero_and_counts_the_rest():
+    task = make_classifier().eval()
+    batch = make_batch() | {"labels": torch.arange(8) % 4}
+    padded = {name: torch.cat([tensor, tensor[:3]]) for name, tensor in batch.items()}
+    padded["weight"][8:] = 0.0
+    with torch.no_grad():
+        plain, with_padding = (task.evaluate({"val": [given]}, 0).scalars for given in (batch, padded))
+    assert with_padding == pytest.approx(plain) and plain["samples"] == 8
+    assert set(plain) == {"loss", "top1", "top4", "samples"}  # top-5 of four classes is top-4
+
+
+def test_mixing_accepts_an_odd_batch_and_only_trains(runtime):
+    task = make_classifier(CLASSIFY.model_copy(update={"mixup_alpha": 0.8, "cutmix_alpha": 1.0}))
+    batch = make_batch(7) | {"labels": torch.arange(7) % 4}
+    torch.manual_seed(3)
+    mixed = task(batch, {}).loss
+    assert mixed.shape == (7,) and torch.isfinite(mixed).all()
+    task.eval()
+    assert torch.equal(task(batch, {}).loss, task(batch, {}).loss)
+
+
+def test_labels_are_those_of_the_row():
+    fields = LabelFields(np.array([3, -1, 0]))
+    assert [int(fields(index, None, None)["labels"]) for index in (0, 2)] == [3, 0]
+
+
+def test_fcmae_refuses_another_network():
+    config = TimmConfig(family="timm", name="resnet18", in_channels=3, drop_path_rate=None)
+    with pytest.raises(UserError, match="model: FCMAE pretrains ConvNeXt V2, not resnet18"):
+        patch_count(config, FCMAE, [32, 32])
+
+
+def test_a_mean_for_other_channels_is_refused():
+    with pytest.raises(UserError, match=r"augment.mean: 1 numbers for a network of 3 input channels"):
+        FCMAETask(MODEL, FCMAE, image_size_hw=[32, 32], mean=[0.5], std=[0.5])
+
+
+class _Schedule:
+    def __init__(self, knobs):
+        self.schedule = type("S", (), {"knobs": knobs})
+
+
+class _Momentum(Task):
+    knob_names = frozenset({"teacher_momentum"})
+
+
+def test_knobs_must_be_those_that_the_task_reads():
+    with pytest.raises(UserError, match="schedule.knobs.teacher_momentum: _Momentum reads it; add"):
+        check_knobs(_Momentum(), _Schedule({}))
+    with pytest.raises(UserError, match="schedule.knobs.teacher_momentun: .* close: teacher_momentum"):
+        check_knobs(_Momentum(), _Schedule({"teacher_momentum": 1, "teacher_momentun": 1}))
+    with pytest.raises(UserError, match="schedule.knobs.gamma: FCMAETask reads no such value; it reads none"):
+        check_knobs(make_fcmae(), _Schedule({"gamma": 1}))
