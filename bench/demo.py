@@ -1,9 +1,9 @@
 """The demo: the whole main job on the embedded glyphs, by the commands that a user types.
 
-python bench/demo.py            (`make demo`)
+python bench/demo.py [out=FOLDER] [KEY=VALUE ...]            (`make demo`; the values go to both trainings)
 
 Draws the glyphs, pretrains, fine-tunes, evaluates on a typeface never trained on, exports, predicts; ends with a table,
-outputs/demo/summary.json and the paths of its pictures. An earlier outputs/demo is replaced.
+outputs/demo/summary.json and the paths of its pictures. An earlier demo in the same folder is replaced.
 """
 
 import json
@@ -14,21 +14,28 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = Path("outputs/demo")
 
-STAGES = {
-    "glyphs": ["prepare.py", "job=glyphs"],
-    "pretrain": ["pretrain_fcmae.py", "experiment=glyphs/demo_pretrain", f"run_dir={OUT}/pretrain"],
-    "finetune": [
-        "finetune.py", "experiment=glyphs/demo_finetune", f"init_from={OUT}/pretrain", f"run_dir={OUT}/finetune",
-    ],
-    "evaluate": ["evaluate.py", f"run_dir={OUT}/finetune", "weights=best"],
-    "export": ["export.py", "format=onnx", f"run_dir={OUT}/finetune"],
-    "predict": [
-        "predict.py", f"weights={OUT}/finetune/export/model.onnx", "input=collections/glyphs/images/STIXGeneral",
-        f"output={OUT}/predictions.csv",
-    ],
-}  # fmt: skip
+
+def stages(out, overrides):
+    """Return the commands in order; `overrides` go to the two that train."""
+    return {
+        "glyphs": ["prepare.py", "job=glyphs"],
+        "pretrain": [
+            "pretrain_fcmae.py", "experiment=glyphs/demo_pretrain", f"run_dir={out}/pretrain", *overrides,
+        ],
+        "finetune": [
+            "finetune.py", "experiment=glyphs/demo_finetune", f"init_from={out}/pretrain", f"run_dir={out}/finetune",
+            *overrides,
+        ],
+        "evaluate": ["evaluate.py", f"run_dir={out}/finetune", "weights=best"],
+        "export": ["export.py", "format=onnx", f"run_dir={out}/finetune"],
+        "predict": [
+            "predict.py", f"weights={out}/finetune/export/model.onnx",
+            "input=collections/glyphs/images/STIXGeneral", f"output={out}/predictions.csv",
+        ],
+    }  # fmt: skip
+
+
 # Keys that only the full demo fills (its controls need more than the demo's minutes).
 CONTROLS = (
     "top1_from_scratch",
@@ -48,11 +55,10 @@ def run_stage(name, arguments):
     return time.perf_counter() - started
 
 
-def summarise(seconds):
+def summarise(out, seconds):
     """Return what the runs found, from their own files."""
-    out = ROOT / OUT
-    losses = [json.loads(line) for line in (out / "pretrain/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in losses if row["kind"] == "train"]
+    rows = [json.loads(line) for line in (out / "pretrain/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
     metrics = json.loads((out / "finetune/metrics.json").read_text())
     return {
         "pretrain_loss_first": losses[0],
@@ -65,19 +71,23 @@ def summarise(seconds):
 
 
 def main():
-    shutil.rmtree(ROOT / OUT, ignore_errors=True)
-    seconds = {name: run_stage(name, arguments) for name, arguments in STAGES.items()}
-    summary = summarise(seconds)
-    (ROOT / OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    arguments = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    out = Path(arguments.pop("out", "outputs/demo"))
+    whole = ROOT / out
+    shutil.rmtree(whole, ignore_errors=True)
+    commands = stages(out, [f"{key}={value}" for key, value in arguments.items()])
+    seconds = {name: run_stage(name, words) for name, words in commands.items()}
+    summary = summarise(whole, seconds)
+    (whole / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     lines = [
         f"pretraining loss      {summary['pretrain_loss_first']:.3f} -> {summary['pretrain_loss_last']:.3f}",
         f"top-1, unseen face    {summary['top1']:.3f}   (958 characters; guessing 0.001, 1-NN on pixels 0.31)",
         f"ONNX against PyTorch  {summary['onnx_max_abs_diff']:.1e}",
         *(f"{name:<21} {value:.0f} s" for name, value in seconds.items()),
         f"{'all stages':<21} {sum(seconds.values()):.0f} s",
-        f"pictures              {OUT}/pretrain/plots/reconstructions.png",
-        f"                      {OUT}/pretrain/plots/curves.png  {OUT}/finetune/plots/curves.png",
-        f"figures               {OUT}/summary.json",
+        f"pictures              {out}/pretrain/plots/reconstructions.png",
+        f"                      {out}/pretrain/plots/curves.png  {out}/finetune/plots/curves.png",
+        f"figures               {out}/summary.json",
     ]
     sys.stdout.write("\n" + "\n".join(lines) + "\n")
 

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import AugmentConfig, DataConfig, GlyphsConfig
+from data.decode import pillow_version
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, ImageReader, TrainLoader, UnreadableLog
 from data.stream import BalancedSampler, Sampler, ShuffledSampler
@@ -31,10 +32,11 @@ def load_collection(config: DataConfig) -> Collection:
 
     collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
     log.info(
-        "collection: %s, %s training and %s validation images",
+        "collection: %s, %s training and %s validation images, read by %s",
         config.root,
         f"{len(collection.rows('train')):,}",
         f"{len(collection.rows('val')):,}",
+        pillow_version(),
     )
     return collection
 

@@ -72,7 +72,8 @@ class UnreadableLog:
         self._file = file
         self._seen: set[str] = set()
         if file is not None and file.exists():
-            self._seen = {json.loads(line)["path"] for line in file.read_text(encoding="utf-8").splitlines()}
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._seen = {json.loads(line)["path"] for line in lines if line.endswith("\n")}  # a kill may tear the last
 
     @property
     def count(self) -> int:

@@ -34,6 +34,8 @@ from utils.weights import write_tensors
 log = get_logger(__name__)
 
 FORMAT = 1
+# What optim/groups.py puts into a group: settings, which follow from the configuration.
+_GROUP_SETTINGS = {"params", "names", "lr_scale", "decays", "weight_decay", "lr"}
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -156,10 +158,16 @@ def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimiser's state by parameter name: tensors, and what is no tensor."""
+    """Return the optimiser's state by parameter name: tensors, and what is no tensor.
+
+    What an optimiser keeps in its groups beside its settings (timm's lamb and adan count steps there) stands under
+    `<first parameter's name>//<key>`.
+    """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     for group in optimizer.param_groups:
+        for key in group.keys() - optimizer.defaults.keys() - _GROUP_SETTINGS:
+            others[f"{group['names'][0]}//{key}"] = group[key]
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
                 (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
@@ -171,8 +179,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
     names = [name for group in optimizer.param_groups for name in group["names"]]
     index = {name: position for position, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
+    groups = {group["names"][0]: group for group in optimizer.param_groups}
     for full, value in [*tensors.items(), *others.items()]:
         name, _, key = full.rpartition("/")
+        if name.endswith("/"):
+            if name[:-1] not in groups:
+                raise UserError("resume: the checkpoint's optimiser groups its parameters in another way (optim.*)")
+            groups[name[:-1]][key] = value
+            continue
         if name not in index:
             raise UserError(f"resume: the checkpoint's optimiser knows {name!r}, which this model does not have")
         state.setdefault(index[name], {})[key] = value

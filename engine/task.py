@@ -39,9 +39,7 @@ class Report:
     """What an evaluation found: figures, and pictures as [H, W, 3] uint8 arrays."""
 
     scalars: dict[str, float] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 class Task(nn.Module):

@@ -82,6 +82,11 @@ class TimmOptimConfig(_Optim):
                 f"optim.opt: {self.opt} wants second derivatives, which train_step does not make; take one of the "
                 "first order, such as optim.opt=nadamw"
             )
+        if self.opt.startswith("kron"):
+            raise ValueError(
+                f"optim.opt: {self.opt} keeps lists of tensors and draws random numbers of its own, so a run could not "
+                "be resumed exactly; take another, such as optim.opt=nadamw"
+            )
         allowed = self.extra_arguments()
         for name in self.extra:
             if name not in allowed:

@@ -20,33 +20,27 @@ class EMA:
     """Follow the floating-point parameters and buffers of a network; other buffers are copied."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self.tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-    def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-        averages, current, copied = [], [], []
-        for name, tensor in self._network.state_dict().items():
-            if tensor.is_floating_point():
-                averages.append(self.tensors[name])
-                current.append(tensor.detach())
-            else:
-                copied.append((self.tensors[name], tensor))
-        return averages, current, copied
+        # The network's tensors are changed in place only, so they are looked up once.
+        self._current = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+        self.tensors = {name: tensor.clone() for name, tensor in self._current.items()}
+        followed = [name for name, tensor in self._current.items() if tensor.is_floating_point()]
+        self._followed = [self.tensors[name] for name in followed], [self._current[name] for name in followed]
+        self._copied = [name for name in self._current if name not in set(followed)]
 
     @torch.no_grad()
     def update(self, decay: float, applied: torch.Tensor) -> None:
         """Move the average towards the weights by 1 - decay; not at all where `applied` (device scalar) is 0."""
-        averages, current, copied = self._pairs()
+        averages, current = self._followed
         change = torch._foreach_sub(current, averages)
         torch._foreach_mul_(change, applied * (1.0 - decay))
         torch._foreach_add_(averages, change)
-        for average, tensor in copied:
-            average.copy_(tensor)
+        for name in self._copied:
+            self.tensors[name].copy_(self._current[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Let the network hold the averaged weights for a while; its own come back to the bit."""
-        own = {name: tensor.detach().clone() for name, tensor in self._network.state_dict().items()}
+        own = {name: tensor.clone() for name, tensor in self._current.items()}
         self._copy_in(self.tensors)
         try:
             yield
@@ -55,7 +49,7 @@ class EMA:
 
     @torch.no_grad()
     def _copy_in(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in self._network.state_dict().items():
+        for name, tensor in self._current.items():
             tensor.copy_(tensors[name])
 
     @torch.no_grad()

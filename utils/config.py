@@ -80,6 +80,11 @@ def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
     return quoted
 
 
+def order_arguments(arguments: list[str]) -> list[str]:
+    """Put the overrides behind the flags: argparse takes no override behind a flag that follows another override."""
+    return sorted(arguments, key=lambda argument: not argument.startswith("-") and "=" in argument)
+
+
 def _quote(value: str) -> str:
     is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     plain = is_quoted or value in ("", "null", "???")
@@ -189,7 +194,7 @@ def entry_point(
             results: list[JobResult] = []
             arguments = sys.argv[1:]
             multirun = "--multirun" in arguments or "-m" in arguments
-            sys.argv[1:] = quote_paths(arguments, multirun)
+            sys.argv[1:] = quote_paths(order_arguments(arguments), multirun)
             if config_dir != CONF:  # a stranger's primary file finds our groups
                 sys.argv.append(f"hydra.searchpath=['file://{CONF}']")
 

@@ -35,12 +35,11 @@ class World:
 
 
 def _first_host(node_list: str) -> str:
-    """Return the first host of a SLURM node list: `gpu[03-05,9],x1` gives `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", node_list)
+    """Return the first host of a SLURM node list: `gpu[03-05,9]-ib,x1` gives `gpu03-ib`."""
+    match = re.match(r"[^,\[](?:[^,\[]|\[[^\]]+\])*", node_list)
     if match is None:
         raise UserError(f"SLURM_JOB_NODELIST: {node_list!r} names no host; set MASTER_ADDR to the first node's name")
-    prefix, numbers = match.groups()
-    return prefix + (re.split(r"[,-]", numbers)[0] if numbers else "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
 
 
 def detect_world(environment: dict[str, str] | None = None) -> World:

@@ -56,24 +56,28 @@ def read_weights(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("atelier", "{}"))
         return load_file(path), metadata
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{key}: {path} is no readable safetensors file ({str(error).splitlines()[0]})") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{key}: {path} is no readable safetensors file ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _read_torch(path: Path, key: str) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{key}: {path} holds pickled objects beside tensors, which Atelier never loads; where you trust it, save "
-            "its state dict as safetensors"
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        raise UserError(f"{key}: {path} is no readable torch file ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged file brings torch's reader to KeyError, IndexError, struct.error and more
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(
+                f"{key}: {path} holds pickled objects beside tensors, which Atelier never loads; where you trust it, "
+                "save its state dict as safetensors"
+            ) from None
+        raise UserError(f"{key}: {path} is no readable torch file ({_first_line(error)})") from None
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
         raise UserError(f"{key}: {path} holds no state dict of tensors but a {type(content).__name__}")
     return content
 
@@ -81,13 +85,15 @@ def _read_torch(path: Path, key: str) -> dict[str, Tensor]:
 def find_weights(run_or_file: str, which: str, key: str) -> Path:
     """Return a weight file: the file itself, or weights/<which>_weights.safetensors of a run folder.
 
-    Raises UserError that begins with `key` and lists what the run has.
+    Where `which` is no name but again the folder (`weights=RUN`), its best ones. Raises UserError that begins with
+    `key` and lists what the run has.
     """
     path = Path(run_or_file)
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
         return path
+    which = "best" if which == run_or_file else which
     file = path / "weights" / f"{which}_weights.safetensors"
     if not file.is_file():
         there = sorted(found.name.removesuffix("_weights.safetensors") for found in path.glob("weights/*_weights.*"))

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from engine.checkpoint import (
     damage,
@@ -17,6 +18,9 @@ from engine.checkpoint import (
     remove_old,
     save_checkpoint,
 )
+from optim.build import build_optimizer
+from optim.config import OptimConfig
+from optim.groups import build_groups
 from utils.errors import UserError
 from utils.logging import ROOT
 
@@ -143,3 +147,45 @@ def test_optimiser_state_is_kept_by_name_whatever_the_groups(tmp_path):
             assert torch.equal(second.state[parameter][key], value)
     with pytest.raises(UserError, match="resume: the checkpoint's optimiser knows 'c', which this model does not have"):
         load_optimizer_state(optimizer("ab"), *optimizer_state(first))
+
+
+TIMM = {"name": "timm", "extra": {}, "lr": 0.01, "base_lr": 0.0, "weight_decay": 0.05, "layer_decay": 1.0,
+        "layer_decay_kind": "single", "no_decay": []}  # fmt: skip
+
+
+def make_optimizer(name):
+    """Return a small network and the optimiser over it, both alike each time."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 2))
+    config = TypeAdapter(OptimConfig).validate_python({**TIMM, **OPTIMISERS[name]})
+    return network, build_optimizer(config, build_groups(network, config, None), 0.01)
+
+
+OPTIMISERS = {name: {"opt": name} for name in ("nadamw", "lamb", "lambc", "adanw", "lion", "muon", "adafactor")}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMISERS))
+def test_timms_optimisers_go_on_to_the_bit(name, tmp_path):
+    """Six updates equal three, a checkpoint, and three more; some of timm's count their steps in the group."""
+
+    def update(network, optimizer, step):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+
+    network, optimizer = make_optimizer(name)
+    for step in range(3):
+        update(network, optimizer, step)
+    tensors, others = optimizer_state(optimizer)
+    path = save_checkpoint(tmp_path, 3, {"task": network.state_dict(), "optimizer": tensors}, {"optimizer": others})
+    for step in range(3, 6):
+        update(network, optimizer, step)
+
+    checkpoint = load_checkpoint(path)
+    again, resumed = make_optimizer(name)
+    again.load_state_dict(checkpoint.tensors["task"])
+    load_optimizer_state(resumed, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    for step in range(3, 6):
+        update(again, resumed, step)
+    for one, other in zip(network.parameters(), again.parameters()):
+        assert torch.equal(one, other)

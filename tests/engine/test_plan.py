@@ -134,7 +134,7 @@ def test_a_batch_that_is_no_multiple_of_the_chunk_is_refused():
         (2.5, 10, 4, 7, "25 samples"),
         (20.0, 5, 256, 1, "100 samples are one step"),
         (0.001, 10, 10, 1, "at least one step"),
-        (0.1, 30, 1, 3, "0.1 x 30 is 3.0000000000000004 as a float"),
+        (1.1, 50, 1, 55, "1.1 x 50 is 55.00000000000001 as a float"),
         (300.0, 1_281_167, 1024, 375_342, "300 epochs of ImageNet: 375,341.9 steps"),
     ],
 )

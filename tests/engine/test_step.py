@@ -448,8 +448,8 @@ def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
     assert LossScale.growth_interval == 2000
     monkeypatch.setattr(LossScale, "growth_interval", 3)
     scale = LossScale(runtime("fp16"))
-    applied = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1]
-    expected = [1, 1, 2, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1]  # a step left out begins the count anew
+    applied = [1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
+    expected = [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1]  # a step left out begins the count anew
     found = []
     for each in applied:
         scale.update(torch.tensor(float(each)))
@@ -508,8 +508,9 @@ def test_a_mean_over_nothing_is_nan_and_means_begin_anew():
     meter.add(result(0.0, 0.0, applied=0.0))
     means = meter.means()
     assert means["loss"] != means["loss"] and means["skipped_steps"] == 1.0
-    meter.add(result(3.0, 1.0))
-    assert meter.means()["loss"] == 3.0
+    for total, count in ((3.0, 1.0), (10.0, 5.0)):
+        meter.add(result(total, count))
+        assert meter.means() == {"loss": total / count, "grad_norm": 2.0, "skipped_steps": 0.0}
 
 
 def test_meters_of_real_steps_equal_the_exact_means():

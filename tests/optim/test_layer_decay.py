@@ -151,6 +151,12 @@ def test_any_depths_have_scales_that_rise_towards_the_head(kind, depths):
     assert scales[-1] == 1.0 and scales[-2] == pytest.approx(0.8)
 
 
+def test_group_keeps_a_third_stage_deeper_than_published_below_the_fourth():
+    first, second, third, fourth = block_ids([3, 3, 40, 3], "group")
+    assert third == [*(id for id in range(3, 11) for _ in range(3)), *[11] * 16]
+    assert set(fourth) == {12}
+
+
 @pytest.mark.parametrize("kind", ["single", "group", "timm"])
 def test_every_parameter_of_the_network_but_norm_and_head_is_scaled(kind):
     network = ConvNeXtV2(

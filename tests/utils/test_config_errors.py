@@ -83,7 +83,7 @@ MESSAGES = {
     ),
     "a key of many other groups": (
         {"loop.name": "x"},
-        "loop.name: unknown key; did you mean model.name or optim.name or data.name?",
+        "loop.name: unknown key; did you mean optim.name or sweep.name or model.name?",
     ),
     "an unknown group": ({"optm": {"lr": 1.0}}, "optm: unknown key; close: optim, loop"),
     "auto or an integer: a text": (
@@ -218,6 +218,8 @@ def test_known_keys_are_those_of_the_chosen_kind():
 def test_close_names():
     assert close_names("adamm", ["adamw", "sgd"]) == "close: adamw"
     assert close_names("bogus", ["sgd", "adamw"]) == "known: adamw, sgd"
+    many = close_names("bogus", [f"layer{number:03}" for number in range(300)])
+    assert many.startswith("known: layer000, layer001, ") and many.endswith(", layer019, ... (300 in all)")
 
 
 def test_the_options_of_a_group_are_its_files_and_those_below():
@@ -246,8 +248,8 @@ FROM_HYDRA = {
     "no option": (["tracking=null"], "tracking: null chooses no file; leave it out, or choose jsonl"),
     "a second option": (["+optim=adan"], "optim: is chosen already; write optim=NAME, without +"),
     "a value that is not read": (
-        ["augment.image_size_hw=[32"],
-        "augment.image_size_hw: '[32' cannot be read; put special characters in quotes: augment.image_size_hw='\"a, b\"'",
+        ["optim.betas=[0.9"],
+        "optim.betas: '[0.9' cannot be read; put special characters in quotes: optim.betas='\"a, b\"'",
     ),
     "no value": (["optim.lr"], "optim.lr: no value is given; write optim.lr=VALUE"),
     "an interpolation of nothing": (["seed=${nothing}"], "seed: Interpolation key 'nothing' not found"),

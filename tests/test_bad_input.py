@@ -1,0 +1,394 @@
+"""Refusals of what users get wrong. Each begins with the key, names the file, says what to do, leaves nothing behind.
+
+The scripts' bodies run in the test's own process. What the command line refuses: tests/utils/test_config_errors.py.
+"""
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.plan import split_batch
+from tests.in_process import SHORT, TINY, make_images, run
+from utils.config_errors import ConfigError
+from utils.errors import UserError
+from utils.files import read_json
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, a pretraining and a fine-tuning run on them, and files that are none of ours."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    make_images(folder / "images")
+    run("pretrain_fcmae", [*TINY, "task.decoder_dim=8", "data.root=images", "run_dir=pretrained"], folder)
+    run("finetune", [*TINY, "data.root=images", "run_dir=tuned"], folder)
+    (folder / "empty").mkdir()
+    (folder / "texts").mkdir()
+    (folder / "texts/readme.txt").write_text("no image")
+    (folder / "file").write_text("a file")
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, folder / "foreign.pth")
+    save_file({"conv1.weight": torch.zeros(3)}, folder / "foreign.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"x")
+    (folder / "broken.onnx").write_bytes(b"x")
+    shutil.copytree(folder / "tuned/checkpoints/step_00000002", folder / "damaged")
+    (folder / "damaged/task.safetensors").write_bytes(b"x")
+    return folder
+
+
+def refusal(script, overrides, folder):
+    before = sorted(path for path in folder.iterdir() if path.name != "outputs")
+    with pytest.raises(UserError) as refused:
+        run(script, overrides, folder)
+    assert not isinstance(refused.value, ConfigError), refused.value
+    assert sorted(path for path in folder.iterdir() if path.name != "outputs") == before, "something was left behind"
+    return str(refused.value)
+
+
+def matches(message, pattern):
+    """A message begins with a pattern, in which ` ... ` stands for anything."""
+    assert re.match(".*".join(map(re.escape, pattern.split(" ... "))), message, re.DOTALL), message
+
+
+# --------------------------------------------------------------------------------------------------- images and classes
+
+DATA = {
+    "nowhere": "data.root: 'nowhere' does not exist (looked from / ... ); set data.root to the folder that holds",
+    "file": "data.root: 'file' is a file, not a folder; set data.root to the folder that holds the images",
+    "empty": "data.root: 'empty' holds no image, but no file at all; allowed are .png ... , or a manifest.parquet",
+    "texts": "data.root: 'texts' holds no image, but 1 other files (such as 'readme.txt'); allowed are .png",
+}
+
+
+@pytest.mark.parametrize("script", ["pretrain_fcmae", "finetune", "prepare"])
+@pytest.mark.parametrize("root", DATA)
+def test_a_folder_without_a_collection(script, root, place):
+    overrides = ["job=manifest", "data=image_folder"] if script == "prepare" else TINY
+    matches(refusal(script, [*overrides, f"data.root={root}"], place), DATA[root])
+
+
+def test_a_folder_that_may_not_be_read(place, monkeypatch):
+    """Root may read everything: the error is made here."""
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("data.scan.os.scandir", forbidden)
+    message = refusal("finetune", [*TINY, "data.root=images"], place)
+    matches(message, "data.root: 'images' cannot be read (Permission denied); give this user the right to list it")
+
+
+CLASSES = {
+    "val/B": (
+        "data.root: 1 class ('B') of 'images' without a validation image; add images of them, or set "
+        "data.allow_missing_classes=true"
+    ),
+    "train/C": (
+        "data.root: 1 class ('C') of 'images' in the validation split only; add training images of them, rename them "
+        "as in training"
+    ),
+    "train/B train/C val/B val/C": (
+        "data.root: 'images' has the class 'A' alone in its training split; classification needs two. Set data.root to"
+    ),
+    "val": "data.root: 3 classes ('A', 'B', 'C') of 'images' without a validation image; add images of them, or set",
+}
+
+
+@pytest.mark.parametrize("gone", CLASSES)
+def test_classes_that_do_not_fit(gone, tmp_path):
+    make_images(tmp_path / "images", "ABC")
+    for name in gone.split():
+        shutil.rmtree(tmp_path / "images" / name)
+    overrides = [*TINY, "data.root=images", "data.validation_fraction=0"]
+    matches(refusal("finetune", overrides, tmp_path), CLASSES[gone])
+
+
+def test_a_class_may_miss_from_validation_where_that_is_allowed(tmp_path):
+    make_images(tmp_path / "images", "ABC")
+    shutil.rmtree(tmp_path / "images/val/B")
+    run("finetune", [*TINY, "data.root=images", "data.allow_missing_classes=true", "dry_run=true"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gone", "pattern"),
+    [
+        ("val", "data.root: the validation split is empty; add one or set data.validation_fraction"),
+        ("train", "data.root: no sample is left to train on; see the collection's splits and labels"),
+    ],
+)
+def test_a_split_without_images(gone, pattern, tmp_path):
+    make_images(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / gone)
+    overrides = [*TINY, "task.decoder_dim=8", "data.root=images", "data.validation_fraction=0"]
+    matches(refusal("pretrain_fcmae", overrides, tmp_path), pattern)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="engine/tasks divide by the count of readable images")
+@pytest.mark.parametrize("script", ["pretrain_fcmae", "finetune"])
+def test_a_validation_split_of_which_nothing_can_be_read(script, tmp_path):
+    make_images(tmp_path / "images")
+    for path in (tmp_path / "images/val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^data.root: "):
+        run(script, [*TINY, "data.root=images", "run_dir=run"], tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- sizes, models, machines
+
+WRONG = {
+    "augment.image_size_hw=[15,16]": (
+        "augment.image_size_hw: [15, 16] is not a multiple of the total stride 4 of convnextv2_glyph ... ; set [16, 16]"
+    ),
+    "augment.mean=[0.5] augment.std=[0.5]": (
+        "augment.mean: 1 numbers for a network of 3 input channels (model.in_channels); give one per channel"
+    ),
+    "model=timm model.name=resnt18": "model.name: unknown timm model 'resnt18'; close names: resnet18, ",
+    "model=timm model.name=hf-hub:x/y": "model.name: unknown timm model 'hf-hub:x/y'; ",
+    "model=timm model.name=vgg11 model.drop_path_rate=0.1": (
+        "model.drop_path_rate: 0.1 given, but timm's vgg11 has no stochastic depth; set null"
+    ),
+    "model=timm model.name=test_resnet optim.layer_decay=0.9": (
+        "optim.layer_decay: 0.9 needs a ConvNeXt V2 network ... ; set optim.layer_decay=1.0 or model=convnextv2_tiny"
+    ),
+    "optim.no_decay=[network.head.wieght]": (
+        "optim.no_decay: 'network.head.wieght' matches no parameter; close: network.head.weight"
+    ),
+    "+schedule.knobs.teacher={start:0.5,end:1.0,curve:cosine}": (
+        "schedule.knobs.teacher: ClassificationTask reads no such value; it reads none"
+    ),
+    "runtime.device=cuda": "runtime.device: cuda was asked for and torch sees no GPU; set runtime.device=auto or cpu",
+    "runtime.precision=fp16": (
+        "runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto"
+    ),
+    "run_dir=file": "run_dir: file cannot be written (File exists); give another run_dir",
+    "init_from=nowhere": "init_from: nowhere does not exist; name a run folder or a weight file",
+    "init_from=images": (
+        "init_from: the run images has no last weights; is it a run folder that has saved a checkpoint?"
+    ),
+    "init_from=broken.safetensors": "init_from: broken.safetensors is no readable safetensors file (",
+    "init_from=foreign.pth": (
+        "init_from: ... tensors do not fit the network: ... stages.0.0.grn.gamma  ... missing ... Set the model"
+    ),
+    "init_from=pretrained model.dims=[8,24]": (
+        "init_from: 12 of ... downsample_layers.1.1.weight  (16, 8, 2, 2)      (24, 8, 2, 2) ... Set the model group"
+    ),
+}
+WRONG_PRETRAINING = {
+    "augment.image_size_hw=[15,16]": (
+        "augment.image_size_hw: [15, 16] is not a multiple of task.patch_px=4 on both sides; set both sides to"
+    ),
+    "task.patch_px=3": (
+        "task.patch_px: 3 is not a multiple of the encoder's total stride 4; set it to 4 or a multiple of it"
+    ),
+    "task.mask_ratio=0.999": (
+        "task.mask_ratio: 0.999 of 16 patches does not keep at least one ... ; set it above 0 and below 0.937"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_fine_tuning_that_cannot_be(command, place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    own = SHORT if "model=timm" in command else TINY
+    overrides = [*own, "data=image_folder", "data.root=images", "run_dir=refused", *command.split()]
+    matches(refusal("finetune", overrides, place), WRONG[command])
+
+
+@pytest.mark.parametrize("command", WRONG_PRETRAINING)
+def test_a_pretraining_that_cannot_be(command, place):
+    overrides = [*TINY, "data.root=images", "run_dir=refused", *command.split()]
+    matches(refusal("pretrain_fcmae", overrides, place), WRONG_PRETRAINING[command])
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="models/config.py admits what data/decode.py asserts away"
+)
+def test_a_number_of_channels_that_no_image_has(place, tmp_path):
+    overrides = ["model.in_channels=2", "augment.mean=[0.5,0.5]", "augment.std=[0.5,0.5]", f"run_dir={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"^model.in_channels: "):
+        run("finetune", [*TINY, "data.root=images", *overrides], place)
+
+
+def test_a_compiler_that_is_not_there(place, monkeypatch):
+    monkeypatch.setattr("engine.runtime.can_compile", lambda device: False)
+    message = refusal("finetune", [*TINY, "data.root=images", "runtime.compile=true", "run_dir=refused"], place)
+    matches(message, "runtime.compile: true needs a C++ compiler ... ; install one or set runtime.compile=auto")
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "chunk", "message"),
+    [
+        (10, 4, None, "loop.global_batch_size: 10 does not divide by the 4 ranks; set it to 8, 12, or start another"),
+        (
+            3,
+            8,
+            None,
+            "loop.global_batch_size: 3 does not divide by the 8 ranks; set it to 8, or start another number of",
+        ),
+        (
+            10,
+            1,
+            4,
+            "loop.global_batch_size: 10 is not a multiple of the sampler's chunk of 4 samples of one shape; set",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_divide(batch, ranks, chunk, message):
+    with pytest.raises(UserError) as refused:
+        split_batch(batch, ranks, 4, chunk)
+    assert str(refused.value).startswith(message)
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+RESUME = {
+    "resume=never": (
+        "resume: never was asked for, but tuned holds 2 checkpoints (up to step_00000002); nothing is overwritten: "
+        "give another run_dir, or set resume=auto"
+    ),
+    "resume=nowhere": "resume: nowhere is no checkpoint folder; name one like RUN/checkpoints/step_00001200",
+    "resume=foreign.pth": "resume: foreign.pth is no checkpoint folder; name one like RUN/checkpoints/step_00001200",
+    "resume=empty": "resume: empty is ... ; name another one",
+    "resume=damaged": (
+        "resume: damaged is damaged: task.safetensors does not agree with its checksum; name another one"
+    ),
+    "seed=1 optim.lr=0.5 loop.total_steps=3": (
+        "resume: tuned was made with another recipe:\n  optim.lr: None in the run, 0.5 now\n  seed: 0 in the run, 1 "
+        "now\nStart another run with run_dir=..., or let these through with 'resume_allow=[optim.lr,seed]'."
+    ),
+    "seed=1 optim.lr=0.5 resume_allow=[optim.lr]": (
+        "resume: tuned was made with another recipe:\n  seed: 0 in the run, 1 now\nStart another run with run_dir="
+    ),
+    "resume_allow=[optim.lrr]": (
+        "resume_allow: 'optim.lrr' is no key of this configuration; --cfg job prints the keys"
+    ),
+    "model.dims=[8,24] resume_allow=[model.dims]": (
+        "resume: the checkpoint is of another model: 15 tensors differ, first 'network. ... use init_from=RUN to start"
+    ),
+    "loop.total_steps=1": (
+        "loop.total_steps: the run is already at step 2, beyond the 1 asked for; ask for more, or give another run_dir"
+    ),
+    "run_dir=pretrained": (
+        "resume: pretrained was made with another recipe: ... task.name: 'fcmae' in the run, 'classification' now"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", RESUME)
+def test_a_resumption_that_cannot_be(command, place):
+    before = {path: path.read_bytes() for path in (place / "tuned").rglob("*.json*")}
+    overrides = [*TINY, "data.root=images", "run_dir=tuned", *command.split()]
+    matches(refusal("finetune", overrides, place), RESUME[command])
+    assert {path: path.read_bytes() for path in (place / "tuned").rglob("*.json*")} == before, "the run was changed"
+
+
+@pytest.fixture
+def copied_run(place, tmp_path):
+    for name in ("images", "tuned"):
+        shutil.copytree(place / name, tmp_path / name)
+    return tmp_path
+
+
+def test_an_allowed_difference_goes_through_and_is_logged_and_kept(copied_run):
+    overrides = ["optim.lr=0.5", "resume_allow=[optim.lr]", "loop.total_steps=3"]
+    run("finetune", [*TINY, "data.root=images", "run_dir=tuned", *overrides], copied_run)
+    said = (copied_run / "tuned/log.txt").read_text()
+    assert "WARNING resume_allow lets through optim.lr: None in the run, 0.5 now" in said
+    assert read_json(copied_run / "tuned/config.json")["optim"]["lr"] == 0.5
+    assert read_json(copied_run / "tuned/config.before_resume.json")["optim"]["lr"] is None
+
+
+def test_a_collection_that_has_changed_under_a_run(copied_run):
+    (copied_run / "images/train/A/000.png").unlink()
+    overrides = [*TINY, "data.root=images", "run_dir=tuned", "loop.total_steps=3"]
+    message = refusal("finetune", overrides, copied_run)
+    matches(message, "resume: data.root of tuned has changed since the checkpoint ( ... ; restore it, or start another")
+    run("finetune", [*overrides, "resume_allow=[data.root]"], copied_run)
+
+
+def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew(copied_run):
+    for path in (copied_run / "tuned/checkpoints").rglob("state.json"):
+        path.write_text("{}")
+    message = refusal("finetune", [*TINY, "data.root=images", "run_dir=tuned", "loop.total_steps=3"], copied_run)
+    matches(
+        message, "resume: all 2 checkpoints in tuned/checkpoints are damaged ... start afresh in another folder with"
+    )
+
+
+# ------------------------------------------------------------------------------------- evaluation, export, prediction
+
+OTHERS = {
+    "evaluate run_dir=nowhere": "run_dir: nowhere is no run folder: it has no config.json; name a folder",
+    "evaluate run_dir=images": "run_dir: images is no run folder: it has no config.json; name a folder",
+    "evaluate run_dir=file": "run_dir: file is no run folder: it has no config.json; name a folder",
+    "evaluate run_dir=tuned weights=ema": "weights: the run tuned has no ema weights; it has best, last",
+    "evaluate run_dir=tuned weights=nowhere": "weights: nowhere does not exist; name a run folder or a weight file",
+    "export run_dir=nowhere": "run_dir: nowhere does not exist; name a run folder or a weight file",
+    "export run_dir=empty": "run_dir: the run empty has no best weights; is it a run folder that has saved",
+    "export run_dir=tuned weights=ema": "run_dir: the run tuned has no ema weights; it has best, last",
+    "export run_dir=pretrained": "weights: pretrained/weights/best_weights.safetensors holds no class names",
+    "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors holds no class names ... ; fine",
+    "predict weights=nowhere input=images": "weights: nowhere does not exist; name a run folder or a weight file",
+    "predict weights=empty input=images": "weights: the run empty has no best weights; is it a run folder that has",
+    "predict weights=pretrained input=images": "weights: pretrained/weights/ ... holds no class names ... ; fine-tune",
+    "predict weights=foreign.pth input=images": "weights: foreign.pth holds no class names ... ; fine-tune it first",
+    "predict weights=broken.onnx input=images": "weights: broken.onnx is no readable ONNX file (",
+    "predict weights=broken.safetensors input=images": "weights: broken.safetensors is no readable safetensors file (",
+    "predict weights=tuned input=nowhere": "input: nowhere does not exist; name an image or a folder",
+    "predict weights=tuned input=texts": "input: texts holds no image; known endings: .png",
+    "predict weights=tuned input=images output=x.txt": "output: x.txt ends in '.txt'; name a .jsonl or .csv file",
+}
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_what_is_given_to_the_scripts_after_training(command, place):
+    script, *overrides = command.split()
+    if script == "predict" and "output" not in command:
+        overrides.append("output=found.csv")
+    matches(refusal(script, overrides, place), OTHERS[command])
+
+
+def test_a_collection_that_has_moved_is_named_when_a_run_is_evaluated(copied_run):
+    (copied_run / "images").rename(copied_run / "moved")
+    matches(refusal("evaluate", ["run_dir=tuned"], copied_run), "data.root: 'images' does not exist (looked from /")
+
+
+def test_a_pretraining_may_be_evaluated_with_the_best_weights_of_a_folder(place, tmp_path):
+    run(
+        "evaluate",
+        ["run_dir=pretrained", "weights=pretrained", f"output={tmp_path}/m.json", "runtime.device=cpu"],
+        place,
+    )
+    assert read_json(tmp_path / "m.json")["weights"] == "pretrained/weights/best_weights.safetensors"
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="evaluate.py takes class_names of any weight file")
+def test_weights_of_something_else_cannot_be_evaluated(place):
+    with pytest.raises(UserError, match=r"^weights: foreign.pth "):
+        run("evaluate", ["run_dir=tuned", "weights=foreign.pth"], place)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="export.py names run_dir where weights is wrong")
+def test_weights_that_are_not_there_cannot_be_exported(place):
+    matches(refusal("export", ["run_dir=tuned", "weights=nowhere"], place), "weights: nowhere does not exist")
+
+
+@pytest.mark.xfail(strict=True, raises=OSError, reason="predict.py and export.py let the error of the output through")
+@pytest.mark.parametrize("script", ["predict", "export"])
+def test_an_output_that_cannot_be_written(script, place):
+    given = (
+        ["weights=tuned", "input=images", "output=file/found.csv"]
+        if script == "predict"
+        else ["run_dir=tuned", "output=file"]
+    )
+    with pytest.raises(UserError, match=r"^output: file"):
+        run(script, given, place)
+
+
+def test_an_image_that_cannot_be_read_is_a_line_of_the_prediction(place, tmp_path):
+    make_images(tmp_path / "images", "A")
+    (tmp_path / "images/val/A/000.png").write_bytes(b"no image")
+    run("predict", [f"weights={place}/tuned", "input=images", "output=found.csv"], tmp_path)
+    lines = (tmp_path / "found.csv").read_text().splitlines()
+    assert len(lines) == 1 + 6 and sum("images/val/A/000.png,,," in line for line in lines) == 1

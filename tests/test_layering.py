@@ -1,0 +1,221 @@
+"""Who may import whom (docs/design.md): every import statement of every file, those inside functions too, follows the
+arrows between rooms; no module imports itself by a detour. The check itself is tested on planted wrong arrows.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from utils.config import ROOT
+
+SCRIPT = "root scripts"  # the room of the files at the root
+# What each room may import beside itself. Root scripts are not a room: not even another script imports one.
+ALLOWED = {
+    "utils": set(),
+    "models": {"utils"},
+    "data": {"utils"},
+    "optim": {"utils"},
+    "engine": {"utils", "optim"},
+    "engine/tasks": {"utils", "optim", "engine", "models", "data.batch"},
+    SCRIPT: {"utils", "models", "data", "optim", "engine", "engine/tasks"},
+    "submit": {"utils"},
+}
+FREE = {"tests", "bench"}  # may import anything, and are imported by each other at most
+
+
+def list_files(root):
+    """The project's own Python files; folders of tools and outputs begin with a dot or are made by runs."""
+    skipped = {"outputs", "collections"}
+    folders = [
+        path for path in root.iterdir() if path.is_dir() and path.name not in skipped and path.name[0] not in "._"
+    ]
+    return sorted([*root.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))])
+
+
+def module_of(file, root):
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module):
+    parts = module.split(".")
+    if parts[0] in FREE or len(parts) > 1 or module in ALLOWED:
+        return "engine/tasks" if parts[:2] == ["engine", "tasks"] else parts[0]
+    return SCRIPT
+
+
+def list_imports(file, modules, root):
+    """Yield (line, own module) of each import: statements anywhere, and import_module with a literal name."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module_of(file, root).split(".")
+            base = package[: len(package) - node.level + (file.name == "__init__.py")] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            # `from room import module` is an import of the module
+            names = [full if (full := f"{base}.{alias.name}") in modules else base for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+        for name in names:
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name:
+                yield node.lineno, name
+
+
+def read_arrows(root):
+    """Return (file, line, module, imported module) of each import of one of our modules by another."""
+    files = list_files(root)
+    modules = {module_of(file, root) for file in files}
+    modules |= {module.rpartition(".")[0] for module in modules if "." in module}
+    return [
+        (file.relative_to(root).as_posix(), line, module_of(file, root), target)
+        for file in files
+        for line, target in list_imports(file, modules, root)
+        if target != module_of(file, root)
+    ]
+
+
+def find_wrong_arrows(root):
+    wrong = []
+    for file, line, module, target in read_arrows(root):
+        here, there = room_of(module), room_of(target)
+        if here in FREE or (here == there and here != SCRIPT):
+            continue
+        if here not in ALLOWED:
+            wrong.append(f"{file}:{line}: {here} is no room that tests/test_layering.py knows")
+        elif there not in ALLOWED[here] and target not in ALLOWED[here]:
+            wrong.append(f"{file}:{line}: {here} may not import {target}")
+    return wrong
+
+
+def find_cycle(root):
+    """Return a circle of modules that import each other, if there is one."""
+    graph = {}
+    for _, _, module, target in read_arrows(root):
+        graph.setdefault(module, set()).add(target)
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        path.append(module)
+        for target in sorted(graph.get(module, ())):
+            if circle := visit(target):
+                return circle
+        path.pop()
+        done.add(module)
+        return None
+
+    for module in sorted(graph):
+        if circle := visit(module):
+            return circle
+    return None
+
+
+def test_every_arrow_is_allowed():
+    assert find_wrong_arrows(ROOT) == []
+
+
+def test_no_module_imports_itself_by_a_detour():
+    assert find_cycle(ROOT) is None
+
+
+def test_nothing_is_passed_over():
+    """Every room is there with its files, and the arrows that must exist are seen."""
+    arrows = {(module, target) for _, _, module, target in read_arrows(ROOT)}
+    rooms = {room_of(module_of(file, ROOT)) for file in list_files(ROOT)}
+    assert set(ALLOWED) - {"submit"} | {"tests"} <= rooms <= set(ALLOWED) | FREE
+    assert len(list_files(ROOT)) > 60 and len(arrows) > 200
+    assert {("finetune", "engine.tasks.classification"), ("engine.config", "optim.config")} <= arrows
+    assert ("engine.tasks.fcmae", "models.fcmae") in arrows
+    assert ("tests.test_layering", "utils.config") in arrows
+
+
+PLANTED = {
+    "utils imports a room": ("utils/files.py", "import optim\n", "utils may not import optim"),
+    "models import data": ("models/build.py", "from data.loader import x\n", "models may not import data.loader"),
+    "a lazy import": ("data/loader.py", "def f():\n    from models import build\n", "data may not import models.build"),
+    "an import by name": (
+        "data/loader.py",
+        "import importlib\nimportlib.import_module('engine.step')\n",
+        "data may not import engine.step",
+    ),
+    "an import for types": (
+        "optim/build.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import engine.step as s\n",
+        "optim may not import engine.step",
+    ),
+    "a relative import": ("data/loader.py", "from ..optim import build\n", "data may not import optim.build"),
+    "the engine imports a task": (
+        "engine/step.py",
+        "import engine.tasks.fcmae\n",
+        "engine may not import engine.tasks.fcmae",
+    ),
+    "the engine imports data": ("engine/step.py", "from data import batch\n", "engine may not import data.batch"),
+    "a task imports a loader": (
+        "engine/tasks/fcmae.py",
+        "import data.loader\n",
+        "engine/tasks may not import data.loader",
+    ),
+    "a room imports a script": ("data/loader.py", "import finetune\n", "data may not import finetune"),
+    "a script imports a script": ("finetune.py", "from evaluate import x\n", "root scripts may not import evaluate"),
+    "a script imports tests": ("finetune.py", "import tests.support\n", "root scripts may not import tests.support"),
+    "submit imports data": ("submit/launch.py", "import data.loader\n", "submit may not import data.loader"),
+    "a new room": ("viewer/app.py", "import utils.files\n", "viewer is no room that tests/test_layering.py knows"),
+}
+RIGHT = {
+    "utils/files.py": "import os\nimport torch.optim\n",
+    "models/build.py": "from utils import files\n",
+    "data/loader.py": "import utils.files, data.batch\n",
+    "data/batch.py": "",
+    "optim/build.py": "from utils.files import x\n",
+    "engine/step.py": "import optim.build\n",
+    "engine/tasks/fcmae.py": "from data import batch\nfrom data.batch import x\nimport models.build, engine.step\n",
+    "finetune.py": "import engine.tasks.fcmae, data.loader, models.build\n",
+    "evaluate.py": "import engine.step\n",
+    "submit/launch.py": "import utils.files\n",
+    "tests/support.py": "import finetune, evaluate, data.loader\n",
+}  # fmt: skip
+
+
+def plant(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_right_arrows_pass(tmp_path):
+    root = plant(tmp_path, RIGHT)
+    assert find_wrong_arrows(root) == [] and find_cycle(root) is None
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_wrong_arrow_is_found(case, tmp_path):
+    name, text, complaint = PLANTED[case]
+    (found,) = find_wrong_arrows(plant(tmp_path, RIGHT | {name: text}))
+    assert found == f"{name}:{text.count(chr(10))}: {complaint}"
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    circle = {
+        "utils/a.py": "import utils.b\n",
+        "utils/b.py": "def f():\n    from utils import c\n",
+        "utils/c.py": "from utils.a import x\n",
+    }
+    assert find_cycle(plant(tmp_path, circle)) == ["utils.a", "utils.b", "utils.c", "utils.a"]
+
+
+def test_folders_of_tools_are_left_out(tmp_path):
+    plant(tmp_path, {".venv/x.py": "", "outputs/y.py": "", "__pycache__/z.py": "", "data/a.py": ""})
+    assert list_files(tmp_path) == [Path(tmp_path / "data/a.py")]
