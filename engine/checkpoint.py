@@ -167,7 +167,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     others: dict[str, Any] = {}
     for group in optimizer.param_groups:
         for key in group.keys() - optimizer.defaults.keys() - _GROUP_SETTINGS:
-            others[f"{group['names'][0]}//{key}"] = group[key]
+            value = group[key]
+            (tensors if isinstance(value, Tensor) else others)[f"{group['names'][0]}//{key}"] = value
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
                 (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
@@ -185,7 +186,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
         if name.endswith("/"):
             if name[:-1] not in groups:
                 raise UserError("resume: the checkpoint's optimiser groups its parameters in another way (optim.*)")
-            groups[name[:-1]][key] = value
+            group = groups[name[:-1]]
+            group[key] = value.to(group["params"][0].device) if isinstance(value, Tensor) else value
             continue
         if name not in index:
             raise UserError(f"resume: the checkpoint's optimiser knows {name!r}, which this model does not have")

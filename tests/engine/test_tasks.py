@@ -33,8 +33,8 @@ PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 def runtime():
     return choose_runtime(
         RuntimeConfig(
-            device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1, threads=1,
-            parallel="ddp", deterministic=False, sync_batchnorm=False, hang_timeout_sec=60.0,
+            device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1,
+            threads=1, parallel="ddp", deterministic=False, sync_batchnorm=False, hang_timeout_sec=60.0,
         )
     )  # fmt: skip
 
