@@ -5,6 +5,7 @@ whole command. What only a process can show (status, traceback, files left open)
 """
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,9 @@ def configure(script: str, overrides: Sequence[str] = ()) -> tuple[Any, Job]:
 def working_in(folder: Path) -> Iterator[None]:
     """Change the working directory, and put back what a run sets for its process."""
     before = Path.cwd(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    logger = logging.getLogger("atelier")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    loggers = {name: logging.getLogger(name).disabled for name in logging.root.manager.loggerDict}
     os.chdir(folder)
     try:
         yield
@@ -87,6 +91,9 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before[0])
         torch.set_num_threads(before[1])
         torch.use_deterministic_algorithms(before[2])
+        logger.handlers[:], logger.propagate = handlers, propagate
+        for name, disabled in loggers.items():  # Hydra's `disabled` logging switches off every logger that it finds
+            logging.getLogger(name).disabled = disabled
 
 
 def run(script: str, overrides: Sequence[str], folder: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tests.in_process import TINY, configure, make_images, working_in
 from tests.in_process import run_command as run_in_process
 from tests.support import ROOT, command, start
-from utils.config import ConfigError, Job, entry_point, name_sweep_job, order_arguments, quote_paths
+from utils.config import PATH_KEYS, ConfigError, Job, entry_point, name_sweep_job, order_arguments, quote_paths
 from utils.errors import UserError
 from utils.run_folder import default_run_dir
 from utils.schema import Strict
@@ -79,6 +79,11 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
     seen = []
     assert start_command(lambda config, job: seen.append(config.input), "input=été/a b,x=y", *PATHS[::2], "-m") == 0
     assert seen == ["été/a b", "x=y"]
+
+
+def test_every_key_that_names_a_path_is_quoted():
+    assert set(PATH_KEYS) == {"run_dir", "data.root", "init_from", "resume", "input", "output", "weights"}
+    assert quote_paths([f"{key}=a b" for key in PATH_KEYS], multirun=False) == [f"{key}='a b'" for key in PATH_KEYS]
 
 
 def test_what_is_quoted_or_null_stays():

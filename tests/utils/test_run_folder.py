@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_process import working_in
 from utils.config import ROOT, Job
 from utils.errors import UserError
 from utils.files import read_json
@@ -31,10 +32,10 @@ def config_for(path, **more):
 
 
 @pytest.fixture(autouse=True)
-def fresh_logging():
-    setup_logging()
-    yield
-    setup_logging()
+def fresh_logging(tmp_path):
+    with working_in(tmp_path):
+        setup_logging()
+        yield
 
 
 def test_what_a_new_folder_holds(tmp_path):

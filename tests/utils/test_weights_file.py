@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from utils.errors import UserError
 from utils.weights import find_weights, read_weights, write_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}
 
 
