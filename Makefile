@@ -18,7 +18,7 @@ demo: install  ## the whole main job on the embedded glyphs, some minutes on two
 	$(PY) bench/demo.py
 
 test: install lint  ## all tests but the slow ones, at most ten minutes on two cores
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: install  ## what takes longer
 	$(PY) -m pytest -m slow

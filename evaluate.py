@@ -14,7 +14,7 @@ from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.loader import Fields, ImageReader, UnreadableLog
 from data.transforms import EvalTransform
-from engine.config import RuntimeConfig
+from engine.config import MachineConfig
 from engine.runtime import choose_device, choose_runtime
 from engine.task import Task
 from engine.tasks.classification import ClassificationTask, LabelFields
@@ -25,11 +25,11 @@ from models.weights import load_into
 from utils import distributed, plots
 from utils.config import Job, entry_point
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import output_errors, write_json
 from utils.logging import get_logger, setup_logging
 from utils.run_folder import read_run_config
 from utils.schema import Strict
-from utils.weights import find_weights, read_weights
+from utils.weights import choose_weights, read_weights
 
 log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ class EvaluateConfig(Strict):
     weights: str
     output: str | None
     batch_size: Annotated[int, Field(ge=1)]
-    runtime: RuntimeConfig
+    runtime: MachineConfig
 
 
 def rebuild_task(
@@ -52,6 +52,8 @@ def rebuild_task(
     rows = collection.rows("val")
     match saved["task"]["name"]:
         case "classification":
+            if "class_names" not in metadata:
+                raise UserError("weights: the file names no classes; name weights of a fine-tuned run")
             class_names = metadata["class_names"]
             task = ClassificationTask(
                 model,
@@ -81,9 +83,10 @@ def main(config: EvaluateConfig, job: Job) -> str:
     # 2. The run: its settings, its weights, its collection.
     run_dir = Path(config.run_dir)
     saved = read_run_config(run_dir)
-    source = config.run_dir if config.weights in ("best", "last", "ema") else config.weights
-    path = find_weights(source, config.weights, "weights")
+    path = choose_weights(config.run_dir, config.weights)
     state, metadata = read_weights(path, "weights")
+    if "model" not in metadata:
+        raise UserError(f"weights: {path} was not written by a run of Atelier; name best, last, ema or such a file")
     data = TypeAdapter(DataConfig).validate_python(saved["data"])
     augment = AugmentConfig.model_validate(saved["augment"])
     collection = load_collection(data)
@@ -92,6 +95,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
     task, fields, rows = rebuild_task(saved, metadata, augment, collection)
     load_into(task.network, state, keep_head=True)
     task.to(runtime.device).eval()
+    if runtime.channels_last:
+        task.to(memory_format=torch.channels_last)
     transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
     channels = saved["model"]["in_channels"]
     reader = ImageReader(collection, transform, fields, channels=channels, max_pixels=data.max_pixels)
@@ -104,7 +109,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
         report = task.evaluate({"val": loader}, metadata.get("step", 0))
     if distributed.is_main():
         output = run_dir / "metrics.json" if config.output is None else Path(config.output)
-        write_json(output, {"weights": str(path), "step": metadata.get("step"), **report.scalars})
+        with output_errors("output", output):
+            write_json(output, {"weights": str(path), "step": metadata.get("step"), **report.scalars})
         for name, image in report.images.items():
             plots.save_image(run_dir / "plots" / f"evaluate_{name}.png", image)
         log.info("wrote %s", output)

@@ -12,10 +12,10 @@ from pydantic import Field
 from models.onnx_export import export_classifier
 from models.predictor import load_classifier
 from utils.config import Job, entry_point
-from utils.files import write_json
+from utils.files import output_errors, write_json
 from utils.logging import get_logger
 from utils.schema import Strict
-from utils.weights import find_weights
+from utils.weights import choose_weights
 
 log = get_logger(__name__)
 
@@ -33,12 +33,13 @@ class ExportConfig(Strict):
 @entry_point("export", ExportConfig)
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
-    source = config.run_dir if config.weights in ("best", "last", "ema") else config.weights
-    classifier, metadata = load_classifier(find_weights(source, config.weights, "run_dir"))
+    classifier, metadata = load_classifier(choose_weights(config.run_dir, config.weights))
     folder = Path(config.run_dir) / "export" if config.output is None else Path(config.output)
     path = folder / "model.onnx"
-    difference = export_classifier(classifier, metadata, path, config.tolerance)
-    write_json(folder / "export.json", {"file": path.name, "step": metadata["step"], "onnx_max_abs_diff": difference})
+    with output_errors("output", folder):
+        difference = export_classifier(classifier, metadata, path, config.tolerance)
+        report = {"file": path.name, "step": metadata["step"], "onnx_max_abs_diff": difference}
+        write_json(folder / "export.json", report)
     log.info("wrote %s (greatest difference from PyTorch %.1e)", path, difference)
     return f"{path}  onnx_max_abs_diff={difference:.1e}"
 

@@ -37,7 +37,7 @@ def main(config: FinetuneConfig, job: Job) -> str:
     # --------------------------------------------------------------------------------------------------- 2. The data
     # Labelled images only; the training split's classes are the classes.
     collection = load_collection(config.data)
-    class_names = check_classes(collection, config.data.allow_missing_classes)
+    class_names = check_classes(collection, config.task.allow_missing_classes)
     class_ids = collection.class_ids(class_names)
     train_rows, val_rows = (rows[class_ids[rows] >= 0] for rows in map(collection.rows, ("train", "val")))
     loader, evaluation = build_loaders(
@@ -49,8 +49,9 @@ def main(config: FinetuneConfig, job: Job) -> str:
         val_rows=val_rows,
         channels=config.model.in_channels,
         seed=config.seed,
-        batch_size=config.loop.batch_size,
+        loop=config.loop,
         runtime=runtime,
+        prefetch_batches=config.runtime.prefetch_batches,
         run_path=run_path(config, job),
     )
 

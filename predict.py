@@ -23,7 +23,7 @@ from engine.runtime import choose_device
 from models.predictor import Predictor, load_predictor
 from utils.config import Job, entry_point
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import output_errors, write_atomically
 from utils.logging import get_logger
 from utils.schema import Strict
 from utils.weights import find_weights
@@ -104,7 +104,8 @@ def main(config: PredictConfig, job: Job) -> str:
     )
     paths = find_images(config.input)
     rows = list(predict_all(predictor, paths, config))
-    write_atomically(output, lambda temporary: write_rows(rows, temporary, output.suffix))
+    with output_errors("output", output):
+        write_atomically(output, lambda temporary: write_rows(rows, temporary, output.suffix))
     failed = sum("error" in row for row in rows)
     log.info("wrote %s: %d images, %d unreadable", output, len(rows), failed)
     return f"{len(rows)} images"

@@ -34,7 +34,12 @@ def main(config: PrepareConfig, job: Job) -> str:
         else:
             draw_glyphs(Path(config.data.root))
         return f"glyphs in {config.data.root}"
-    report = write_manifest(config.data.root, validation_fraction=config.data.validation_fraction, verify=config.verify)
+    report = write_manifest(
+        config.data.root,
+        validation_fraction=config.data.validation_fraction,
+        verify=config.verify,
+        max_pixels=config.data.max_pixels,
+    )
     for path, reason in report.unreadable:
         log.warning("unreadable image %s: %s; it weighs 0 in the manifest", path, reason)
     splits = ", ".join(f"{count:,} {split}" for split, count in report.splits.items())

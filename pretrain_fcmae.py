@@ -49,8 +49,9 @@ def main(config: PretrainConfig, job: Job) -> str:
         val_rows=spread(collection.rows("val"), VALIDATION_IMAGES),
         channels=config.model.in_channels,
         seed=config.seed,
-        batch_size=config.loop.batch_size,
+        loop=config.loop,
         runtime=runtime,
+        prefetch_batches=config.runtime.prefetch_batches,
         run_path=run_path(config, job),
     )
 

@@ -32,11 +32,16 @@ MODEL = ConvNeXtV2Config(
     stem_stride=4, drop_path_rate=0.1, head_init_scale=0.001,
 )  # fmt: skip
 TASK = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, keep_head=False
+    name="classification",
+    label_smoothing=0.0,
+    mixup_alpha=0.0,
+    cutmix_alpha=0.0,
+    allow_missing_classes=False,
+    keep_head=False,
 )
 RUNTIME = RuntimeConfig(
     device="auto", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1, threads=None,
-    parallel="ddp", deterministic=False, sync_batchnorm=False, hang_timeout_sec=1800.0,
+    deterministic=False, sync_batchnorm=False, hang_timeout_sec=1800.0,
 )  # fmt: skip
 
 

@@ -41,9 +41,9 @@ def load_collection(config: DataConfig) -> Collection:
     return collection
 
 
-def build_sampler(config: DataConfig, rows: np.ndarray, class_ids: np.ndarray, seed: int) -> Sampler:
-    """Return the order that `data.sampling` names; class_ids [len(rows)] are those of the rows."""
-    match config.sampling.name:
+def build_sampler(name: str, rows: np.ndarray, class_ids: np.ndarray, seed: int) -> Sampler:
+    """Return the order that `loop.sampling` names; class_ids [len(rows)] are those of the rows."""
+    match name:
         case "shuffled":
             return ShuffledSampler(rows, seed)
         case "balanced":
@@ -65,14 +65,15 @@ def build_loaders(
     val_rows: np.ndarray,
     channels: int,
     seed: int,
-    batch_size: int,
+    loop: Any,
     runtime: Any,
+    prefetch_batches: int,
     run_path: Path,
 ) -> tuple[TrainLoader, dict[str, EvaluationLoader]]:
     """Return the endless training stream, and the validation rows under `val`, each once over all ranks.
 
-    `fields` adds what the task needs to a sample; `runtime` gives device, workers and prefetch_batches
-    (engine/runtime.py); unreadable images are listed in the run's folder.
+    `fields` adds what the task needs to a sample; `loop` gives sampling and batch_size (engine/config.py), `runtime`
+    device and workers (engine/runtime.py); unreadable images are listed in the run's folder.
     """
     unreadable = UnreadableLog(run_path / "unreadable.jsonl")
 
@@ -82,18 +83,18 @@ def build_loaders(
     class_ids = collection.class_ids(collection.class_names("train"))
     loader = TrainLoader(
         reader(TrainTransform(augment)),
-        build_sampler(config, train_rows, class_ids[train_rows], seed),
+        build_sampler(loop.sampling, train_rows, class_ids[train_rows], seed),
         seed=seed,
         device=runtime.device,
         workers=runtime.workers,
-        prefetch_batches=runtime.prefetch_batches,
+        prefetch_batches=prefetch_batches,
         unreadable=unreadable,
     )
     evaluation = evaluation_loader(
         reader(EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)),
         val_rows,
         seed=seed,
-        batch_size=batch_size,
+        batch_size=loop.batch_size,
         runtime=runtime,
         unreadable=unreadable,
     )

@@ -167,7 +167,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     if missing and not allow_missing:
         raise UserError(
             f"data.root: {_name_classes(missing)} of {root!r} without a validation image; add images of them, or set "
-            "data.allow_missing_classes=true"
+            "task.allow_missing_classes=true"
         )
     return train
 

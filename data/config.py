@@ -10,20 +10,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
-class SamplingConfig(Strict):
-    """How the endless stream picks samples: every one once per epoch, or every class equally often."""
-
-    name: Literal["shuffled", "balanced"]
-
-
 class _Data(Strict):
     """What every collection has. `validation_fraction` is used only where the collection has no validation split."""
 
     root: str
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
-    allow_missing_classes: bool
     max_pixels: PositiveInt
-    sampling: SamplingConfig
 
 
 class ImageFolderConfig(_Data):

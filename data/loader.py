@@ -19,6 +19,7 @@ from data.decode import UnreadableImage, read_image
 from data.stream import Draw, EvaluationBatches, RankBatches
 from data.transforms import Transform
 from utils import distributed, rng
+from utils.errors import UserError
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -35,6 +36,10 @@ class ImageReader(Dataset):
     def __init__(
         self, collection: Collection, transform: Transform, fields: Fields, *, channels: int, max_pixels: int
     ) -> None:
+        if channels not in (1, 3):
+            raise UserError(
+                f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
+            )
         self.collection, self.transform, self.fields = collection, transform, fields
         self.channels, self.max_pixels = channels, max_pixels
 

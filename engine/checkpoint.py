@@ -41,8 +41,9 @@ _NAME = re.compile(r"step_(\d{8})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's content: tensors by file and name, and the JSON state."""
+    """A checkpoint's content: where it was read, tensors by file and name, and the JSON state."""
 
+    path: str
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
@@ -141,7 +142,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     state = read_json(path / "state.json")
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in state["groups"]}
     tensors |= {Path(name).stem: load_file(path / name) for name in state["checksums"]}
-    return Checkpoint(tensors, state)
+    return Checkpoint(str(path), tensors, state)
 
 
 def remove_old(folder: Path, keep: int, best_step: int | None) -> None:

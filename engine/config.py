@@ -17,6 +17,7 @@ class LoopConfig(Strict):
     total_steps: Positive | None
     global_batch_size: Positive
     batch_size: Positive
+    sampling: Literal["shuffled", "balanced"]
     clip_grad_norm: Annotated[float, Field(gt=0)] | None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None
     log_every_steps: Positive
@@ -25,20 +26,24 @@ class LoopConfig(Strict):
     keep_checkpoints: Positive
 
 
-class RuntimeConfig(Strict):
+class MachineConfig(Strict):
     """The machine: `auto` probes it, and the start-up lines say what was chosen."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    compile: Literal["auto"] | bool
     channels_last: Literal["auto"] | bool
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
-    prefetch_batches: Positive
     threads: Positive | None
-    parallel: Literal["ddp"]
     deterministic: bool
-    sync_batchnorm: bool
     hang_timeout_sec: Annotated[float, Field(gt=0)]
+
+
+class RuntimeConfig(MachineConfig):
+    """The machine as training uses it."""
+
+    compile: Literal["auto"] | bool
+    prefetch_batches: Positive
+    sync_batchnorm: bool
 
 
 class TrackingConfig(Strict):

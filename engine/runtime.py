@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from engine.config import RuntimeConfig
+from engine.config import MachineConfig, RuntimeConfig
 from utils import distributed
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -28,10 +28,6 @@ class Runtime:
     precision: str
     channels_last: bool
     workers: int
-    prefetch_batches: int
-    deterministic: bool
-    sync_batchnorm: bool
-    hang_timeout_sec: float
 
     def autocast(self) -> AbstractContextManager:
         """Return the context of the forward pass; a new one each time."""
@@ -103,7 +99,7 @@ def _choose_workers(wanted: str | int, device: str) -> int:
     return max(1, min(12, share // local_size - 1))
 
 
-def choose_runtime(config: RuntimeConfig) -> Runtime:
+def choose_runtime(config: MachineConfig) -> Runtime:
     """Decide for this machine, apply thread counts and determinism, and return the choices.
 
     Raises UserError where what was asked for cannot be had here.
@@ -120,8 +116,4 @@ def choose_runtime(config: RuntimeConfig) -> Runtime:
         precision=_choose_precision(config.precision, device),
         channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
         workers=_choose_workers(config.workers, device),
-        prefetch_batches=config.prefetch_batches,
-        deterministic=config.deterministic,
-        sync_batchnorm=config.sync_batchnorm,
-        hang_timeout_sec=config.hang_timeout_sec,
     )

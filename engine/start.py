@@ -12,10 +12,9 @@ from torch import nn
 
 from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
-from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
+from engine.runtime import Runtime, choose_device, choose_runtime
 from engine.task import Batch, Task
-from engine.train import check_knobs, describe_run, train
-from optim.groups import build_groups
+from engine.train import describe_run, train
 from utils import distributed
 from utils.config import Job
 from utils.logging import get_logger, setup_logging
@@ -81,14 +80,10 @@ def run_training(
     `initialise` gives the task's network weights of another run (`init_from`). Other arguments as in `train`.
     """
     plan = derive_plan(config, loader)
+    describe_run(task, config, plan, runtime, depths)  # refuses what it can before a folder is made
     if config.dry_run:
-        describe_run(task, config, plan, runtime, depths)
         log.info("dry run: the run folder would be %s", run_path(config, job))
         return f"dry run: {plan.total_steps} steps"
-    # What `train` would refuse is refused here, before a folder is made.
-    check_knobs(task, config)
-    build_groups(task, config.optim, depths)
-    choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     if initialise is not None:
         initialise(task.network)
     values = config.model_dump(mode="json")

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 Batch = dict[str, Tensor]
 Knobs = dict[str, Tensor]
 
@@ -68,6 +70,13 @@ class Task(nn.Module):
     def metadata(self) -> dict[str, Any]:
         """Return what a weight file must say to be used alone: preprocessing, class names (JSON values)."""
         return {}
+
+
+def mean_over_readable(total: float, count: float) -> float:
+    """Return an evaluation's mean. Raises UserError where no image of the validation split could be read."""
+    if count == 0:
+        raise UserError("data.root: no image of the validation split could be read; see the warnings above")
+    return total / count
 
 
 @torch.no_grad()

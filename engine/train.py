@@ -58,7 +58,8 @@ def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtim
     check_knobs(task, config)
     groups = build_groups(task, config.optim, depths)
     count = sum(parameter.numel() for parameter in task.network.parameters())
-    log.info("runtime: %s", runtime.describe())
+    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+    log.info("runtime: %s compile=%s", runtime.describe(), compiles)
     log.info("plan: %s", plan.describe())
     log.info("network: %s, %s parameters", type(task.network).__name__, f"{count:,}")
     log.info("parameter groups:\n%s", groups_table(groups))
@@ -83,7 +84,7 @@ def _choose_checkpoint(config: TrainingConfig, folder: RunFolder) -> str | None:
 def _check_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, training: Training) -> None:
     """Compare recipe, data and machine of a checkpoint with this run's."""
     folder, state = training.folder, checkpoint.state
-    for line in check_resumable(state["config"], folder.config, config.resume_allow, str(folder.path)):
+    for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
         log.warning("resume_allow lets through %s", line)
     for name, found in training.fingerprints.items():
         saved = state["fingerprints"].get(name)
@@ -124,7 +125,11 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-    load_optimizer_state(training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    made_by, now = checkpoint.state["config"]["optim"], training.folder.config["optim"]
+    if (made_by["name"], made_by.get("opt")) == (now["name"], now.get("opt")):
+        load_optimizer_state(training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    else:
+        log.warning("resume: %s begins with no state: the checkpoint's is that of %s", now["name"], made_by["name"])
     training.scale.load(checkpoint.tensors["scale"])
     if training.ema is not None:
         training.ema.load(checkpoint.tensors["ema"])
@@ -137,7 +142,7 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
 
 def _wrap(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> nn.Module:
     """Compile the task in place and share it between ranks; the task itself keeps its names for every file."""
-    if runtime.sync_batchnorm and distributed.is_distributed():
+    if config.runtime.sync_batchnorm and distributed.is_distributed():
         if runtime.device.type != "cuda":
             raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
         nn.SyncBatchNorm.convert_sync_batchnorm(task)
@@ -184,7 +189,7 @@ def _build(
         fingerprints=fingerprints,
         metrics=None,
         samples=None,
-        watchdog=Watchdog(runtime.hang_timeout_sec),
+        watchdog=Watchdog(config.runtime.hang_timeout_sec),
         stop=stop,
         log_meter=Meter(runtime.device),
         epoch_meter=Meter(runtime.device),
@@ -209,7 +214,6 @@ def train(
     under a run (the collection); `depths` are a ConvNeXt V2's, for layer decay. Raises UserError for what the user can
     mend, SystemExit(75) after a stop signal.
     """
-    describe_run(task, config, plan, runtime, depths)
     with StopRequest() as stop:
         training = _build(task, config, plan, runtime, folder, evaluation, fingerprints, depths, stop)
         found = distributed.rank_zero_call(lambda: _choose_checkpoint(config, folder))

@@ -3,6 +3,7 @@
 `train_one_epoch` decides when; here stands what.
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from engine.task import Batch, Report, Task
 from optim.ema import EMA
 from optim.schedules import Schedule
 from utils import distributed, plots
+from utils.errors import UserError
 from utils.logging import get_logger
 from utils.metrics_log import MetricsLog
 from utils.run_folder import RunFolder
@@ -95,6 +97,11 @@ class Training:
             self.step, self.plan.total_steps, self.plan.epoch_at(self.step), means["loss"], values.lr,
             means["grad_norm"], speed,
         )  # fmt: skip
+        if math.isnan(means["loss"]) and not means["skipped_steps"]:
+            raise UserError(
+                f"data.root: no image of the steps up to {self.step} could be read, see the warnings above; "
+                "prepare.py job=manifest lists what is unreadable"
+            )
         if means["skipped_steps"]:
             log.warning("%d steps were not finite and were left out before step %d", means["skipped_steps"], self.step)
         self.start_clock()

@@ -5,10 +5,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402 (the threads first)
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests.support import make_collection  # noqa: E402
+from tests.support import make_collection
 
 torch.set_num_threads(1)
 

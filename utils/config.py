@@ -60,7 +60,7 @@ class Job:
 class JobResult:
     """A row of the table at a sweep's end."""
 
-    overrides: str
+    overrides: list[str]
     status: int
     result: str
 
@@ -127,22 +127,21 @@ def _run_job(
     """Validate and run one job; every way it can end becomes an exit status."""
     setup_logging()
     job = _job_from_hydra(script)
-    name = " ".join(job.overrides)
     try:
-        return JobResult(name, EXIT_OK, main(validate(values, schema), job) or "done")
+        return JobResult(job.overrides, EXIT_OK, main(validate(values, schema), job) or "done")
     except ConfigError as error:
         _say(f"{script}.py: {error}")
-        return JobResult(name, EXIT_USER_ERROR, error.problems[0])
+        return JobResult(job.overrides, EXIT_USER_ERROR, error.problems[0])
     except UserError as error:
         _say(f"{script}.py: {error}", other_ranks=True)
-        return JobResult(name, EXIT_USER_ERROR, str(error).splitlines()[0])
+        return JobResult(job.overrides, EXIT_USER_ERROR, str(error).splitlines()[0])
     except (HydraException, OmegaConfBaseException) as error:
         problem = hydra_problem(error, schema, CONF)
         _say(f"{script}.py: {ConfigError([problem])}")
-        return JobResult(name, EXIT_USER_ERROR, problem)
+        return JobResult(job.overrides, EXIT_USER_ERROR, problem)
     except Exception as error:  # a defect: its traceback, and the sweep goes on
         traceback.print_exc()
-        return JobResult(name, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
+        return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _say(message: str, *, other_ranks: bool = False) -> None:
@@ -155,9 +154,17 @@ def _say(message: str, *, other_ranks: bool = False) -> None:
 
 
 def _table(results: list[JobResult]) -> str:
-    """Return the jobs of a sweep as a table."""
+    """Return the jobs of a sweep as a table; overrides that all of them have are left out."""
+    everywhere = set.intersection(*(set(result.overrides) for result in results))
     rows = [("job", "status", "result")]
-    rows += [(r.overrides, "ok" if r.status == EXIT_OK else f"failed ({r.status})", r.result) for r in results]
+    rows += [
+        (
+            " ".join(o for o in r.overrides if o not in everywhere) or "-",
+            "ok" if r.status == EXIT_OK else f"failed ({r.status})",
+            r.result,
+        )
+        for r in results
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows)
 

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from utils.errors import UserError
 
 
 def fsync_path(path: Path) -> None:
@@ -31,6 +34,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+@contextmanager
+def output_errors(key: str, path: Path) -> Iterator[None]:
+    """Turn what the system refuses while an output is written into a UserError that names the key and the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be written ({error.strerror}); name another place") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -85,15 +85,13 @@ def _read_torch(path: Path, key: str) -> dict[str, Tensor]:
 def find_weights(run_or_file: str, which: str, key: str) -> Path:
     """Return a weight file: the file itself, or weights/<which>_weights.safetensors of a run folder.
 
-    Where `which` is no name but again the folder (`weights=RUN`), its best ones. Raises UserError that begins with
-    `key` and lists what the run has.
+    Raises UserError that begins with `key` and lists what the run has.
     """
     path = Path(run_or_file)
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
         return path
-    which = "best" if which == run_or_file else which
     file = path / "weights" / f"{which}_weights.safetensors"
     if not file.is_file():
         there = sorted(found.name.removesuffix("_weights.safetensors") for found in path.glob("weights/*_weights.*"))
@@ -102,3 +100,10 @@ def find_weights(run_or_file: str, which: str, key: str) -> Path:
             + (f"it has {', '.join(there)}" if there else "is it a run folder that has saved a checkpoint?")
         )
     return file
+
+
+def choose_weights(run_dir: str, weights: str) -> Path:
+    """Return the weights of a run by their name (best, last, ema), or the file or run that `weights` names itself."""
+    if weights in ("best", "last", "ema"):
+        return find_weights(run_dir, weights, "weights" if Path(run_dir).is_dir() else "run_dir")
+    return find_weights(weights, "best", "weights")

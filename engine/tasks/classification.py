@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from engine.task import Batch, Knobs, Report, StepOutput, Task, log_mean
+from engine.task import Batch, Knobs, Report, StepOutput, Task, log_mean, mean_over_readable
 from engine.tasks.config import ClassificationTaskConfig
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
@@ -86,7 +86,9 @@ class ClassificationTask(Task):
             figures = torch.stack([torch.ones_like(loss), loss, hits[:, 0].float(), hits.any(dim=1).float()])
             total += torch.where(valid, figures, 0.0).double().sum(dim=1)
         count, loss, top1, top5 = distributed.all_reduce_sum(total).tolist()
-        return Report({"loss": loss / count, "top1": top1 / count, f"top{most}": top5 / count, "samples": count})
+        figures = {"loss": loss, "top1": top1, f"top{most}": top5}
+        means = {name: mean_over_readable(total, count) for name, total in figures.items()}
+        return Report({**means, "samples": count})
 
     def metadata(self) -> dict[str, Any]:
         """Return what a prediction needs."""

@@ -25,4 +25,5 @@ class ClassificationTaskConfig(Strict):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     mixup_alpha: Annotated[float, Field(ge=0)]
     cutmix_alpha: Annotated[float, Field(ge=0)]
+    allow_missing_classes: bool
     keep_head: bool

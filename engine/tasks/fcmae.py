@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.task import Batch, Knobs, Report, StepOutput, Task
+from engine.task import Batch, Knobs, Report, StepOutput, Task, mean_over_readable
 from engine.tasks.config import FCMAETaskConfig
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
@@ -95,7 +95,7 @@ class FCMAETask(Task):
             if picture is None:
                 picture = self._picture(images, pred, batch["mask"])
         total = distributed.all_reduce_sum(total.to(self.normalise.mean.device)).tolist()
-        return Report({"loss": total[0] / total[1]}, images={"reconstructions": picture})
+        return Report({"loss": mean_over_readable(*total)}, images={"reconstructions": picture})
 
     def _picture(self, images: Tensor, pred: Tensor, mask: Tensor) -> np.ndarray:
         """Return rows of originals, masked inputs and reconstructions."""

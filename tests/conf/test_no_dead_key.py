@@ -45,14 +45,6 @@ CONFIGURATIONS = [
     ("predict", ["weights=RUN", "input=IMAGES", "output=found.csv"]),
     ("export", ["run_dir=RUN"]),
 ]
-# Keys that a script has because it shares a group, and does not read. The list may only become shorter.
-KNOWN_DEAD = {
-    "pretrain_fcmae": {"_Data.allow_missing_classes"},  # pretraining has no classes
-    "prepare": {"_Data.allow_missing_classes", "_Data.max_pixels", "SamplingConfig.name"},
-    "evaluate": {
-        f"RuntimeConfig.{name}" for name in ("channels_last", "compile", "prefetch_batches", "sync_batchnorm")
-    },
-}
 
 
 def values_of(script, overrides):
@@ -137,14 +129,14 @@ def list_models(annotation):
 
 
 def owner_of(model, name):
-    """Return the class that states a field: `allow_missing_classes` is one key for every kind of data."""
+    """Return the class that states a field: `max_pixels` is one key for every kind of data."""
     return next(cls for cls in reversed(model.__mro__) if name in getattr(cls, "model_fields", ())).__name__
 
 
 def list_fields(schema):
     """Return `Model.field` of every leaf that a schema reaches, but those with one allowed value.
 
-    A field of one allowed value (a union's tag, `parallel: ddp`) cannot be ignored: another value is refused.
+    A field of one allowed value (a union's tag) cannot be ignored: another value is refused.
     """
     found = set()
     for model in list_models(schema):
@@ -176,15 +168,11 @@ class Recorder:
         return read
 
     def take(self):
-        """Return what was read since the last call. What `choose_runtime` only copies into Runtime must be read there.
-
-        It applies `deterministic` itself.
-        """
+        """Return what was read since the last call; what `choose_runtime` copies into Runtime must be read there."""
         seen, self.seen = self.seen, set()
-        copies = {(f"RuntimeConfig.{name}", "choose_runtime") for name in Runtime.__dataclass_fields__}
-        copies.remove(("RuntimeConfig.deterministic", "choose_runtime"))
+        copies = {(f"MachineConfig.{name}", "choose_runtime") for name in Runtime.__dataclass_fields__}
         reads = {name for name, where in seen - copies}
-        return reads | {name.replace("Runtime.", "RuntimeConfig.") for name in reads}
+        return reads | {name.replace("Runtime.", "MachineConfig.") for name in reads}
 
 
 def run_all(recorder, folder):
@@ -202,7 +190,7 @@ def run_all(recorder, folder):
     go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae", "loop.total_steps=3",
        "optim.lr=0.1", "resume_allow=[optim.lr]")  # fmt: skip
     others = {
-        "adan": ["optim=adan", "schedule=constant", "data.sampling.name=balanced"],
+        "adan": ["optim=adan", "schedule=constant", "loop.sampling=balanced"],
         "sgd": ["optim=sgd", "schedule=onecycle"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
     }
@@ -217,7 +205,7 @@ def run_all(recorder, folder):
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
        "resume_allow=[optim.lr]")  # fmt: skip
     go("tests.tasks.teacher", *SHORT, f"data.root={images}", "run_dir=teacher")
-    go("evaluate", "run_dir=tuned", "runtime=reference", "runtime.device=cpu", "runtime.threads=1")
+    go("evaluate", "run_dir=tuned", "runtime.device=cpu", "runtime.threads=1")
     go("export", "run_dir=tuned")
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("prepare", "job=manifest", *folders)
@@ -249,7 +237,7 @@ REFUSED = {"finetune": ("KnobConfig.",), "pretrain_fcmae": ("KnobConfig.", "Timm
 def test_every_leaf_is_read(script, runs):
     fields, reads = list_fields(load_command(script).schema), runs[0][script]
     dead = {name for name in fields - reads - PROVED if not name.startswith(REFUSED.get(script, ()))}
-    assert dead == KNOWN_DEAD.get(script, set())
+    assert dead == set()
 
 
 def test_every_knob_is_read(runs):
@@ -259,7 +247,7 @@ def test_every_knob_is_read(runs):
 def test_the_recorder_sees_what_is_not_read(runs):
     reads = runs[0]
     assert "AdamWConfig.betas" in reads["finetune"] and "AdamWConfig.betas" not in reads["evaluate"]
-    assert "RuntimeConfig.threads" in reads["evaluate"]
+    assert "MachineConfig.threads" in reads["evaluate"]
     assert len(list_fields(load_command("finetune").schema)) > 70
 
 

@@ -386,7 +386,7 @@ def test_check_classes(load, root):
     assert check_classes(collection, allow_missing=True) == ["a", "b", "c"]
     message = (
         rf"^data\.root: 1 class \('c'\) of '{root}' without a validation image; add images of them, "
-        r"or set data\.allow_missing_classes=true$"
+        r"or set task\.allow_missing_classes=true$"
     )
     with pytest.raises(UserError, match=message):
         check_classes(collection, allow_missing=False)

@@ -94,7 +94,7 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
     """Three unreadable files weigh 0, are listed once, and change nothing about exact resume."""
     data = make_collection(tmp_path / "images", broken=3)
     settings = [
-        "data.sampling.name=balanced", "loop.total_steps=16", "loop.global_batch_size=8", "loop.batch_size=8",
+        "loop.sampling=balanced", "loop.total_steps=16", "loop.global_batch_size=8", "loop.batch_size=8",
         "loop.checkpoint_every_steps=3",
     ]  # fmt: skip
     script, undisturbed, killed = SCRIPTS["classification"], tmp_path / "undisturbed", tmp_path / "killed"

@@ -24,7 +24,12 @@ FCMAE = FCMAETaskConfig(
     name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True
 )
 CLASSIFY = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, keep_head=False
+    name="classification",
+    label_smoothing=0.0,
+    mixup_alpha=0.0,
+    cutmix_alpha=0.0,
+    allow_missing_classes=False,
+    keep_head=False,
 )
 PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -34,7 +39,7 @@ def runtime():
     return choose_runtime(
         RuntimeConfig(
             device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1,
-            threads=1, parallel="ddp", deterministic=False, sync_batchnorm=False, hang_timeout_sec=60.0,
+            threads=1, deterministic=False, sync_batchnorm=False, hang_timeout_sec=60.0,
         )
     )  # fmt: skip
 

@@ -21,7 +21,12 @@ CONVNEXT = ConvNeXtV2Config(
 )  # fmt: skip
 RESNET = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_rate=None)
 TASK = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, keep_head=False
+    name="classification",
+    label_smoothing=0.0,
+    mixup_alpha=0.0,
+    cutmix_alpha=0.0,
+    allow_missing_classes=False,
+    keep_head=False,
 )
 CPU = torch.device("cpu")
 

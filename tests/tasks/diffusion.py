@@ -113,7 +113,7 @@ def main(config, job):
     )  # fmt: skip
     loader = TrainLoader(
         reader, GroupedSampler(rows, rows % len(SHAPES_HW), config.task.chunk, config.seed), seed=config.seed,
-        device=runtime.device, workers=runtime.workers, prefetch_batches=runtime.prefetch_batches,
+        device=runtime.device, workers=runtime.workers, prefetch_batches=config.runtime.prefetch_batches,
         unreadable=unreadable,
     )  # fmt: skip
     evaluation = evaluation_loader(

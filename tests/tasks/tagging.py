@@ -87,7 +87,8 @@ def main(config, job):
     loader, evaluation = build_loaders(
         collection, config.data, config.augment, TagFields(vocabulary),
         train_rows=collection.rows("train"), val_rows=collection.rows("val"), channels=config.model.in_channels,
-        seed=config.seed, batch_size=config.loop.batch_size, runtime=runtime, run_path=run_path(config, job),
+        seed=config.seed, loop=config.loop, runtime=runtime, prefetch_batches=config.runtime.prefetch_batches,
+        run_path=run_path(config, job),
     )  # fmt: skip
     task = build_task(lambda: TaggingTask(config, vocabulary), config)
     return run_training(

@@ -209,7 +209,7 @@ def test_missing_values_are_found_at_every_depth():
 def test_known_keys_are_those_of_the_chosen_kind():
     schema = load_command("finetune").schema
     every = known_keys(schema)
-    assert {"seed", "optim", "optim.lr", "optim.betas", "optim.momentum", "data.sampling.name"} <= set(every)
+    assert {"seed", "optim", "optim.lr", "optim.betas", "optim.momentum", "loop.sampling"} <= set(every)
     assert len(every) == len(set(every)) and "schedule.knobs.start" not in every
     chosen = known_keys(schema, {"optim": {"name": "sgd"}})
     assert "optim.momentum" in chosen and "optim.betas" not in chosen

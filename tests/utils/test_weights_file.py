@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.errors import UserError
-from utils.weights import find_weights, read_weights, write_weights
+from utils.weights import choose_weights, find_weights, read_weights, write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}
@@ -162,7 +162,8 @@ def test_a_run_s_weights_are_found_by_name(tmp_path):
     write_weights(tmp_path / "weights/best_weights.safetensors", TENSORS, {})
     write_weights(tmp_path / "weights/last_weights.safetensors", TENSORS, {})
     assert find_weights(str(tmp_path), "last", "weights") == tmp_path / "weights/last_weights.safetensors"
-    assert find_weights(str(tmp_path), str(tmp_path), "weights") == tmp_path / "weights/best_weights.safetensors"
+    assert choose_weights(str(tmp_path), "last") == tmp_path / "weights/last_weights.safetensors"
+    assert choose_weights("nowhere near", str(tmp_path)) == tmp_path / "weights/best_weights.safetensors"
     assert find_weights(str(tmp_path / "weights/best_weights.safetensors"), "last", "w").name.startswith("best")
     with pytest.raises(UserError) as refused:
         find_weights(str(tmp_path), "ema", "weights")
