@@ -28,10 +28,6 @@ def runtime(precision="fp32"):
         precision=precision,
         channels_last=False,
         workers=0,
-        prefetch_batches=2,
-        deterministic=False,
-        sync_batchnorm=False,
-        hang_timeout_sec=60.0,
     )
 
 
