@@ -132,5 +132,5 @@ def test_the_command_line_beats_the_experiment_the_experiment_the_file_and_the_f
         return values.optim.lr, values.task.decoder_dim, values.optim.base_lr, values.optim.betas[1]
 
     assert read() == (None, 512, 1.5e-4, 0.95)  # adamw_fcmae's over adamw's
-    assert read("experiment=glyphs/demo_pretrain") == (1e-3, 128, 1.5e-4, 0.95)
+    assert read("experiment=glyphs/demo_pretrain") == (3e-3, 128, 1.5e-4, 0.95)
     assert read("experiment=glyphs/demo_pretrain", "optim.lr=2e-3", "task.decoder_dim=64")[:2] == (2e-3, 64)
