@@ -4,6 +4,7 @@ Optimiser and schedule, wrapping for ranks and compiler, resume, epochs, final w
 its own: which collection, which task.
 """
 
+import inspect
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -152,7 +153,11 @@ def _wrap(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> n
     if not distributed.is_distributed():
         return task
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # No broadcast of buffers in every forward pass: Training.sync_buffers does it where they are read. Newer torch
+    # releases have another name for the setting.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    per_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{per_forward: False})
 
 
 def _build(
