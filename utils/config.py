@@ -41,8 +41,8 @@ Schema = TypeVar("Schema", bound=Strict)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-# Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
 _NAME_BYTES = 200  # of a sweep job's folder; file systems take 255
+# Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
 PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights")
 
 
