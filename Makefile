@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 install: $(STAMP)  ## make .venv and install requirements.txt
 
 $(STAMP): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "Python 3.11 or 3.12 is needed and none was found; run: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -24,7 +24,7 @@ test: install lint  ## all tests but the slow ones, at most ten minutes on two c
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: install  ## what takes longer
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n 2 --dist worksteal -m slow
 
 lint: install  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -77,10 +77,6 @@ class Collection:
         assert split in SPLITS, split
         return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy()).astype(np.int64)
 
-    def labels(self) -> list[str | None]:
-        """Return every row's label, N of them."""
-        return self.table["label"].to_pylist()
-
     def class_names(self, split: str) -> list[str]:
         """Return the distinct labels of a split, sorted."""
         return sorted(count_values(self._column("label", split)))
@@ -89,10 +85,6 @@ class Collection:
         """Return every row's position in `names`, int64 [N]; -1 where it has no label or one not among them."""
         ids = pc.index_in(self.table["label"], value_set=pa.array(names, pa.string()))
         return ids.fill_null(-1).to_numpy().astype(np.int64)
-
-    def weights(self) -> np.ndarray:
-        """Return every row's weight, float32 [N], a copy."""
-        return np.array(self.table["weight"].to_numpy())
 
     def tag_counts(self, split: str) -> dict[str, int]:
         """Return how many images of a split carry each tag: the most frequent first, then by name."""

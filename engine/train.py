@@ -215,9 +215,9 @@ def train(
 ) -> str:
     """Train the task to the end of the plan, or from where its run folder left off; returns a line with the result.
 
-    `loader.steps(start_step, plan)` yields micro-batches (data/loader.py); `fingerprints` name what must not change
-    under a run (the collection); `depths` are a ConvNeXt V2's, for layer decay. Raises UserError for what the user can
-    mend, SystemExit(75) after a stop signal.
+    `loader.steps(start_step, plan)` yields micro-batches, `loader.unreadable` counts what could not be read
+    (data/loader.py); `fingerprints` name what must not change under a run (the collection); `depths` are a ConvNeXt
+    V2's, for layer decay. Raises UserError for what the user can mend, SystemExit(75) after a stop signal.
     """
     with StopRequest() as stop:
         training = _build(task, config, plan, runtime, folder, evaluation, fingerprints, depths, stop)
@@ -235,10 +235,11 @@ def train(
         training.watchdog.start()
         try:
             finished = _run_epochs(training, loader)
-        except Exception:
-            lost = training.watchdog.name_lost_ranks()
+        except Exception as error:
+            lost = None if isinstance(error, UserError) else training.watchdog.name_lost_ranks()
             if lost:
                 log.error("%s; the same command resumes from the last checkpoint", lost)
+            training.watchdog.abandon()
             raise
         training.watchdog.stop()
         for record in (training.metrics, training.samples):
@@ -267,6 +268,8 @@ def _run_epochs(training: Training, loader: Any) -> bool:
     finally:
         stream.close()
     log.info("trained to step %d in %.1f s", training.step, time.perf_counter() - started)
+    if loader.unreadable.count:
+        log.warning("%d images could not be read and weighed 0; see unreadable.jsonl", loader.unreadable.count)
     return True
 
 

@@ -67,6 +67,10 @@ class Watchdog:
         self._thread = None
         distributed.barrier()
 
+    def abandon(self) -> None:
+        """End this rank's watch alone, after an error; the others find it out."""
+        self._stop.set()
+
     def name_lost_ranks(self) -> str | None:
         """Return which ranks gave no sign of life in two rounds, after a collective has failed; None when unknown.
 

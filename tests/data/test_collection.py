@@ -335,7 +335,7 @@ def test_a_collection_of_many_chunks(load, root, monkeypatch):
     assert cut.table["path"].num_chunks == 4 and cut.fingerprint == whole.fingerprint
     assert [cut.row(i) for i in range(10)] == [whole.row(i) for i in range(10)]
     assert np.array_equal(cut.rows("val"), whole.rows("val")) and cut.tag_counts("val") == whole.tag_counts("val")
-    assert np.array_equal(cut.class_ids("ab"), whole.class_ids("ab")) and len(cut.weights()) == 10
+    assert np.array_equal(cut.class_ids("ab"), whole.class_ids("ab")) and len(cut.table["weight"]) == 10
 
 
 def test_a_collection_is_pickled_by_its_paths(load, root):
@@ -366,9 +366,9 @@ def test_columns_as_arrays(load, root):
     ids = collection.class_ids(["y", "x"])
     assert ids.tolist() == [1, 0, 1, -1] and ids.dtype == np.int64
     assert collection.class_ids(["y"]).tolist() == [-1, 0, -1, -1]
-    assert collection.labels() == ["x", "y", "x", None]
+    assert collection.table["label"].to_pylist() == ["x", "y", "x", None]
     assert collection.class_names("train") == ["x", "y"] and collection.class_names("val") == ["x"]
-    assert collection.weights().tolist() == [0.5, 1, 1, 1] and collection.weights().dtype == np.float32
+    assert collection.table["weight"].to_pylist() == [0.5, 1, 1, 1]
     assert list(collection.tag_counts("train").items()) == [("u", 2), ("t", 1)]
     assert collection.tag_counts("val") == {"u": 1, "v": 1}
 
@@ -587,7 +587,7 @@ def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel)
     )
     assert [path for path, _ in report.unreadable] == ["b.png", "d.png"] and calls[-1] == (4, 4)
     assert report.unreadable[0][1] == "the file is empty (0 bytes)"
-    assert load(root).weights().tolist() == [1, 0, 1, 0]
+    assert load(root).table["weight"].to_pylist() == [1, 0, 1, 0]
     assert write_manifest(str(root), validation_fraction=0, verify=False).unreadable == []
 
 

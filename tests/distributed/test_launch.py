@@ -1,5 +1,6 @@
 """Launching and ending: torchrun's own command, ranks that die, hang or are asked to stop. Properties of whole jobs."""
 
+import json
 import signal
 import time
 
@@ -136,3 +137,31 @@ def test_slurm_variables_start_the_same_job(collection, tmp_path):
 
 def test_every_script_of_the_rule_of_three_is_known():
     assert all((ROOT / script).is_file() for script in SCRIPTS.values())
+
+
+def test_a_multirun_keeps_one_process_group_over_its_jobs(collection, tmp_path):
+    """Two ranks, three jobs, one of them refused: the group is made once and the good jobs end well."""
+    settings = ["loop.total_steps=2", "loop.global_batch_size=4", "optim.lr=0.001,-1,0.002", "--multirun"]
+    overrides = [
+        text for text in common("classification", collection, tmp_path / "sweep") if not text.startswith("optim.lr")
+    ]
+    printed = run("finetune.py", [*overrides, *settings], tmp_path, ranks=2, expect=2)
+    runs = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/weights"))
+    assert len(runs) == 2
+    table = printed[printed.rindex("job ") :].splitlines()
+    assert [line.split()[:2] for line in table[1:4]] == [
+        ["optim.lr=0.001", "ok"], ["optim.lr=-1", "failed"], ["optim.lr=0.002", "ok"],
+    ]  # fmt: skip
+
+
+def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collection, tmp_path):
+    settings = ["loop.total_steps=4", "loop.global_batch_size=6", "loop.batch_size=4", "optim.lr=0.001"]
+    run("finetune.py", common("classification", collection, tmp_path / "run", *settings), tmp_path)
+    trained = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]
+    for ranks in (1, 3):
+        arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=4"]
+        run("evaluate.py", [f"run_dir={tmp_path}/run", *arguments], tmp_path, ranks=ranks)
+        found = json.loads((tmp_path / "run/metrics.json").read_text())
+        assert found["step"] == 4 and found["samples"] == 15.0
+        for name in ("loss", "top1", "top3"):
+            assert found[name] == pytest.approx(trained[name], rel=1e-6)

@@ -6,12 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.config import ClassificationTaskConfig
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.onnx_export import export_classifier
 from models.predictor import load_classifier, load_predictor
+from utils.config import CONF
 from utils.errors import UserError
 from utils.weights import write_weights
 
@@ -98,3 +100,19 @@ def test_foreign_and_broken_onnx_files_are_refused(tmp_path):
     onnx.save(proto, tmp_path / "foreign.onnx")
     with pytest.raises(UserError, match="weights: .*foreign.onnx was not exported by Atelier"):
         load_predictor(tmp_path / "foreign.onnx", CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base"])
+def test_every_published_size_exports(size, tmp_path):
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
+    model = ConvNeXtV2Config.model_validate({**values, "head_init_scale": 1.0})
+    torch.manual_seed(0)
+    preprocessing = {"image_size_hw": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3}
+    task = ClassificationTask(model, TASK, class_names=["a", "b", "c"], preprocessing=preprocessing)
+    write_weights(
+        tmp_path / "w.safetensors",
+        task.network.state_dict(),
+        {"model": model.model_dump(), "step": 0, **task.metadata()},
+    )
+    assert export_classifier(*load_classifier(tmp_path / "w.safetensors"), tmp_path / "m.onnx", tolerance=1e-3) < 1e-3
