@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from engine.checkpoint import list_checkpoints
 from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
 from engine.runtime import Runtime, choose_device, choose_runtime
@@ -63,6 +64,13 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
         return make()
 
 
+def _resumes(config: TrainingConfig, job: Job) -> bool:
+    """Return whether the run goes on from a checkpoint, so that the weights it once began with are not asked for."""
+    if config.resume == "auto":
+        return bool(list_checkpoints(run_path(config, job) / "checkpoints"))
+    return config.resume != "never"
+
+
 def run_training(
     task: Task,
     loader: Any,
@@ -77,14 +85,15 @@ def run_training(
 ) -> str:
     """Open the run folder and train, or describe the run and stop where dry_run is set.
 
-    `initialise` gives the task's network weights of another run (`init_from`). Other arguments as in `train`.
+    `initialise` gives the task's network weights of another run (`init_from`) where this one begins. Other arguments
+    as in `train`.
     """
     plan = derive_plan(config, loader)
     describe_run(task, config, plan, runtime, depths)  # refuses what it can before a folder is made
     if config.dry_run:
         log.info("dry run: the run folder would be %s", run_path(config, job))
         return f"dry run: {plan.total_steps} steps"
-    if initialise is not None:
+    if initialise is not None and not distributed.rank_zero_call(lambda: _resumes(config, job)):
         initialise(task.network)
     values = config.model_dump(mode="json")
     with open_run_folder(values, job, environment_state(runtime=runtime.describe())) as folder:
