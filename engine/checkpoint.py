@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,13 +57,16 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step_XXXXXXXX` and return it; called on rank 0. Raises OSError where the disk does not take it."""
+    """Write `folder/step_XXXXXXXX` and return it; called on rank 0.
+
+    Raises UserError (`run_dir`) with the bytes needed where the disk does not take it; older checkpoints stay.
+    """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         checksums = {}
         for name, group in tensors.items():
             if not group:  # plain SGD has no state, and safetensors writes no file without tensors that it can read
@@ -80,10 +84,18 @@ def save_checkpoint(
         if final.exists():  # made by the run before a kill; the same step has the same content
             shutil.rmtree(final)
         os.rename(temporary, final)
+        fsync_path(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        raise UserError(
+            f"run_dir: {folder} does not take the checkpoint of step {step}: {needed / 2**20:.1f} MiB are needed, "
+            f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free ({error}). Earlier checkpoints are whole; make "
+            "room and give the same command again"
+        ) from None
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-    fsync_path(folder)
     return final
 
 

@@ -162,7 +162,9 @@ def read_run_config(path: Path) -> dict[str, Any]:
 
 
 def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:
-    """Replace the saved configuration by that of the resumption, and keep the old one beside it."""
-    saved = path / "config.json"
+    """Replace the saved configuration by that of the resumption where they differ; the old one stays beside it."""
+    saved, now = path / "config.json", {"script": job.script, **config}
+    if read_json(saved) == now:
+        return
     os.replace(saved, path / "config.before_resume.json")
-    write_json(saved, {"script": job.script, **config})
+    write_json(saved, now)
