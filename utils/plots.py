@@ -40,7 +40,7 @@ def plot_curves(metrics: MetricsLog | None, path: Path) -> None:
     if metrics is None:
         return
     evaluated = [name for name in metrics.names("evaluate") if name != "epoch" and not name.startswith("ema/")]
-    others = [name for name in evaluated if name != "loss"]
+    others = [name for name in evaluated if name not in ("loss", "samples")]
     figure, axes = plt.subplots(1, 1 + len(others), figsize=(5.2 * (1 + len(others)), 3.8), squeeze=False)
     axes = axes[0]
     for label, name, kind in (("training", "loss", "train"), ("validation", "loss", "evaluate"),
