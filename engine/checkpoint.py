@@ -94,8 +94,7 @@ def save_checkpoint(
             "room and give the same command again"
         ) from None
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 

@@ -35,12 +35,11 @@ class Plan:
 
     def epoch_end(self, epoch: int) -> int:
         """Return the step that completes epoch number `epoch`, counted from 0; the last one ends with the run."""
-        return min(math.ceil((epoch + 1) * self.epoch_length / self.global_batch_size), self.total_steps)
+        return min(-(-(epoch + 1) * self.epoch_length // self.global_batch_size), self.total_steps)
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch that the update after `step` updates belongs to."""
-        epoch = step * self.global_batch_size // self.epoch_length
-        return epoch + 1 if self.epoch_end(epoch) <= step < self.total_steps else epoch
+        return step * self.global_batch_size // self.epoch_length
 
     def is_due(self, step: int, every_epochs: float) -> bool:
         """Return whether update number `step` crosses a multiple of `every_epochs` or ends the run."""
