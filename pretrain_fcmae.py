@@ -7,10 +7,11 @@ r"""FCMAE pretraining of ConvNeXt V2, without labels.
 The same command resumes.
 """
 
-from data.build import build_loaders, load_collection, spread
+from data.build import build_loaders, build_probe_loaders, load_collection, spread
 from data.config import AugmentConfig, DataConfig
 from engine.config import TrainingConfig
 from engine.start import build_task, run_path, run_training, start_ranks
+from engine.tasks.classification import LabelFields
 from engine.tasks.config import FCMAETaskConfig
 from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
 from models.config import ModelConfig
@@ -54,6 +55,21 @@ def main(config: PretrainConfig, job: Job) -> str:
         prefetch_batches=config.runtime.prefetch_batches,
         run_path=run_path(config, job),
     )
+    # Labels, where there are some, serve to probe the encoder now and then; it is never trained on them.
+    probe, probe_loaders = config.task.probe, {}
+    if probe.every_epochs is not None:
+        probe_loaders = build_probe_loaders(
+            collection,
+            config.data,
+            config.augment,
+            LabelFields,
+            probe,
+            channels=config.model.in_channels,
+            seed=config.seed,
+            batch_size=config.loop.batch_size,
+            runtime=runtime,
+            unreadable=loader.unreadable,
+        )
 
     # --------------------------------------------------------------------------------------------------- 3. The task
     augment = config.augment
@@ -68,13 +84,14 @@ def main(config: PretrainConfig, job: Job) -> str:
     return run_training(
         task,
         loader,
-        evaluation,
+        evaluation | probe_loaders,
         config,
         job,
         runtime,
         fingerprints={"data.root": collection.fingerprint},
         depths=getattr(config.model, "depths", None),
         initialise=lambda network: initialise_from(network, config.init_from, keep_head=True),
+        rare_loaders=dict.fromkeys(probe_loaders, probe.every_epochs),
     )
 
 

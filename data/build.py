@@ -1,5 +1,6 @@
 """From configuration to collection and loaders."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,65 @@ def build_loaders(
         unreadable=unreadable,
     )
     return loader, {"val": evaluation}
+
+
+def choose_probe_rows(
+    class_ids: np.ndarray, train_rows: np.ndarray, val_rows: np.ndarray, train_images: int, val_images: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows to fit a probe of features to and rows to measure it on, both evenly spread over the classes.
+
+    class_ids [N] are those of all rows, -1 for none. The second are of classes that the first show; either may be
+    empty.
+    """
+
+    def pick(rows: np.ndarray, most: int) -> np.ndarray:
+        return spread(rows[np.argsort(class_ids[rows], kind="stable")], most)
+
+    train = pick(train_rows[class_ids[train_rows] >= 0], train_images)
+    val = pick(val_rows[np.isin(class_ids[val_rows], class_ids[train])], val_images)
+    return train, val
+
+
+def build_probe_loaders(
+    collection: Collection,
+    config: DataConfig,
+    augment: AugmentConfig,
+    label_fields: Callable[[np.ndarray], Fields],
+    probe: Any,
+    *,
+    channels: int,
+    seed: int,
+    batch_size: int,
+    runtime: Any,
+    unreadable: UnreadableLog,
+) -> dict[str, EvaluationLoader]:
+    """Return `probe_train` and `probe_val`; where there are too few labels, nothing, and a line in the log says so.
+
+    `label_fields` makes of class ids [N] what adds a label to a sample; `probe` gives train_images and val_images
+    (engine/tasks/config.py).
+    """
+    class_ids = collection.class_ids(collection.class_names("train"))
+    train, val = choose_probe_rows(
+        class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images
+    )
+    classes = len(np.unique(class_ids[train]))
+    if classes < 2 or len(val) == 0:
+        found = (
+            f"{len(train):,} labelled training images of {classes} classes and {len(val):,} validation images of them"
+        )
+        log.info(
+            "probe: off, since %s gives it %s; task.probe.every_epochs=null leaves out this line", config.root, found
+        )
+        return {}
+    log.info("probe: %s training and %s validation images of %d classes", f"{len(train):,}", f"{len(val):,}", classes)
+    transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
+    reader = ImageReader(
+        collection, transform, label_fields(class_ids), channels=channels, max_pixels=config.max_pixels
+    )
+    return {
+        name: evaluation_loader(reader, rows, seed=seed, batch_size=batch_size, runtime=runtime, unreadable=unreadable)
+        for name, rows in (("probe_train", train), ("probe_val", val))
+    }
 
 
 def evaluation_loader(

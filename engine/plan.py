@@ -1,6 +1,7 @@
 """All derived values, computed in one place: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from engine.config import LoopConfig
@@ -45,10 +46,22 @@ class Plan:
         """Return whether update number `step` crosses a multiple of `every_epochs` or ends the run."""
         if step == self.total_steps:
             return True
-        every = every_epochs * self.epoch_length
-        before, after = ((step - 1) * self.global_batch_size, step * self.global_batch_size)
         # A multiple is crossed by the first step at or beyond it.
-        return math.floor(after / every + 1e-9) > math.floor(before / every + 1e-9)
+        return self._multiples(step, every_epochs) > self._multiples(step - 1, every_epochs)
+
+    def is_due_among(self, step: int, every_epochs: float, among_every_epochs: float) -> bool:
+        """Return whether `step` is the first of those due every `among_every_epochs` that is at or beyond a multiple
+        of `every_epochs`, or ends the run; `step` must be one of them.
+        """
+        if step == self.total_steps:
+            return True
+        crossed = self._multiples(step - 1, among_every_epochs)
+        previous = bisect_left(range(step), crossed, key=lambda earlier: self._multiples(earlier, among_every_epochs))
+        return self._multiples(step, every_epochs) > self._multiples(previous, every_epochs)
+
+    def _multiples(self, step: int, every_epochs: float) -> int:
+        """Return how many multiples of `every_epochs` above 0 lie at or before `step`."""
+        return math.floor(step * self.global_batch_size / (every_epochs * self.epoch_length) + 1e-9)
 
     def describe(self) -> str:
         """Return the plan in one line."""

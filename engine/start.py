@@ -82,6 +82,7 @@ def run_training(
     fingerprints: dict[str, str],
     depths: list[int] | None = None,
     initialise: Callable[[nn.Module], None] | None = None,
+    rare_loaders: Mapping[str, float] | None = None,
 ) -> str:
     """Open the run folder and train, or describe the run and stop where dry_run is set.
 
@@ -97,4 +98,7 @@ def run_training(
         initialise(task.network)
     values = config.model_dump(mode="json")
     with open_run_folder(values, job, environment_state(runtime=runtime.describe())) as folder:
-        return train(task, loader, evaluation, config, plan, runtime, folder, fingerprints=fingerprints, depths=depths)
+        return train(
+            task, loader, evaluation, config, plan, runtime, folder, fingerprints=fingerprints, depths=depths,
+            rare_loaders=rare_loaders,
+        )  # fmt: skip

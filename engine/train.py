@@ -212,15 +212,19 @@ def train(
     *,
     fingerprints: dict[str, str],
     depths: list[int] | None = None,
+    rare_loaders: Mapping[str, float] | None = None,
 ) -> str:
     """Train the task to the end of the plan, or from where its run folder left off; returns a line with the result.
 
     `loader.steps(start_step, plan)` yields micro-batches, `loader.unreadable` counts what could not be read
     (data/loader.py); `fingerprints` name what must not change under a run (the collection); `depths` are a ConvNeXt
-    V2's, for layer decay. Raises UserError for what the user can mend, SystemExit(75) after a stop signal.
+    V2's, for layer decay; `rare_loaders` gives the epochs between two uses of an evaluation loader that not every
+    evaluation needs: the first one at or after each multiple uses it, and the last. Raises UserError for what the user
+    can mend, SystemExit(75) after a stop signal.
     """
     with StopRequest() as stop:
         training = _build(task, config, plan, runtime, folder, evaluation, fingerprints, depths, stop)
+        training.rare_loaders = rare_loaders or {}
         found = distributed.rank_zero_call(lambda: _choose_checkpoint(config, folder))
         if found is not None:
             checkpoint = load_checkpoint(Path(found))

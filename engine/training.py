@@ -45,7 +45,10 @@ class Best:
 
 @dataclass
 class Training:
-    """All that one run consists of. `step` counts the updates done."""
+    """All that one run consists of. `step` counts the updates done.
+
+    `rare_loaders` names loaders of `evaluation` that are used only every so many epochs.
+    """
 
     task: Task
     model: nn.Module
@@ -69,6 +72,7 @@ class Training:
     step: int = 0
     best: Best = field(default_factory=Best)
     last_report: dict[str, float] = field(default_factory=dict)
+    rare_loaders: Mapping[str, float] = field(default_factory=dict)
     _window: tuple[int, float] = (0, 0.0)
 
     # ------------------------------------------------------------------------------------------------------ figures
@@ -133,14 +137,18 @@ class Training:
             self.task.train()
 
     def _watched_loaders(self) -> dict[str, Iterable[Batch]]:
-        """Wrap the loaders so that every batch counts as progress."""
+        """Return the loaders that are due, each of their batches counting as progress."""
 
         def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
             for batch in loader:
                 self.watchdog.progress(f"step {self.step}: evaluating {name}")
                 yield batch
 
-        return {name: watched(name, loader) for name, loader in self.evaluation.items()}
+        def due(name: str) -> bool:
+            every = self.rare_loaders.get(name)
+            return every is None or self.plan.is_due_among(self.step, every, self.loop.evaluate_every_epochs)
+
+        return {name: watched(name, loader) for name, loader in self.evaluation.items() if due(name)}
 
     def evaluate(self) -> None:
         """Measure the weights and, where there is one, their average; keep the best of what is exported."""

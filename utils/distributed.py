@@ -146,6 +146,16 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks, in the ranks' order, on every rank; all ranks give tensors of one shape."""
+    if not is_distributed():
+        return tensor
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
 def rank_zero_call(call: Callable[[], T]) -> T:
     """Run `call` on rank 0 alone and return its value on every rank.
 

@@ -1,8 +1,8 @@
 """What makes two runs the same recipe, and what may differ between a run and its resumption.
 
 The recipe is the whole configuration but an allow-list: length, cadence, workers, ranks, micro-batch, machine (except
-precision and determinism), tracking, folders. Its hash names the default run folder, so another recipe gets another
-folder; on resume everything outside the list must be equal.
+precision and determinism), tracking, the probe, folders. Its hash names the default run folder, so another recipe gets
+another folder; on resume everything outside the list must be equal.
 """
 
 import fnmatch
@@ -30,6 +30,7 @@ FREE_KEYS = (
     "loop.evaluate_every_epochs",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",
+    "task.probe.*",
 )
 
 

@@ -7,6 +7,15 @@ from pydantic import Field
 from utils.schema import Strict
 
 
+class ProbeConfig(Strict):
+    """How often frozen features are probed (null: never in training), on at most how many images, with k neighbours."""
+
+    every_epochs: Annotated[float, Field(gt=0)] | None
+    train_images: Annotated[int, Field(ge=1)]
+    val_images: Annotated[int, Field(ge=1)]
+    k: Annotated[int, Field(ge=1)]
+
+
 class FCMAETaskConfig(Strict):
     """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
 
@@ -16,6 +25,7 @@ class FCMAETaskConfig(Strict):
     decoder_dim: Annotated[int, Field(ge=1)]
     decoder_depth: Annotated[int, Field(ge=0)]
     norm_pix_loss: bool
+    probe: ProbeConfig
 
 
 class ClassificationTaskConfig(Strict):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.task import Batch, Knobs, Report, StepOutput, Task, mean_over_readable
 from engine.tasks.config import FCMAETaskConfig
+from engine.tasks.probe import measure_features
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
@@ -74,6 +75,7 @@ class FCMAETask(Task):
             norm_pix_loss=config.norm_pix_loss,
         )
         self.normalise = Normalise(mean, std, model.in_channels)
+        self.probe_k = config.probe.k
         self._preprocessing = {"image_size_hw": [height, width], "mean": list(mean), "std": list(std)}
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
@@ -83,7 +85,10 @@ class FCMAETask(Task):
         return StepOutput(self.network.loss_per_sample(images, pred, batch["mask"]))
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Return the loss over all samples of `val`, and reconstructions of the first ones."""
+        """Return the loss over all samples of `val`, and reconstructions of the first ones.
+
+        With `probe_train` and `probe_val`, whose samples carry labels, also what a probe of the encoder recognises.
+        """
         total = torch.zeros(2, dtype=torch.float64)
         picture: np.ndarray | None = None
         for batch in loaders["val"]:
@@ -95,7 +100,14 @@ class FCMAETask(Task):
             if picture is None:
                 picture = self._picture(images, pred, batch["mask"])
         total = distributed.all_reduce_sum(total.to(self.normalise.mean.device)).tolist()
-        return Report({"loss": mean_over_readable(*total)}, images={"reconstructions": picture})
+        scalars = {"loss": mean_over_readable(*total)}
+        if "probe_train" in loaders:
+            scalars |= measure_features(self._encode, loaders["probe_train"], loaders["probe_val"], k=self.probe_k)
+        return Report(scalars, images={"reconstructions": picture})
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Return the features [B, C] of whole images: the encoder's mean over sites."""
+        return self.network.encoder(self.normalise(images))
 
     def _picture(self, images: Tensor, pred: Tensor, mask: Tensor) -> np.ndarray:
         """Return rows of originals, masked inputs and reconstructions."""

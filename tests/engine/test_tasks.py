@@ -9,7 +9,7 @@ from engine.runtime import choose_runtime
 from engine.step import LossScale, train_step
 from engine.task import Task
 from engine.tasks.classification import ClassificationTask, LabelFields
-from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
+from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig, ProbeConfig
 from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
 from engine.train import check_knobs
 from models.config import ConvNeXtV2Config, TimmConfig
@@ -21,7 +21,13 @@ MODEL = ConvNeXtV2Config(
     head_init_scale=1.0,
 )  # fmt: skip
 FCMAE = FCMAETaskConfig(
-    name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True
+    name="fcmae",
+    mask_ratio=0.6,
+    patch_px=None,
+    decoder_dim=32,
+    decoder_depth=1,
+    norm_pix_loss=True,
+    probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )
 CLASSIFY = ClassificationTaskConfig(
     name="classification",
