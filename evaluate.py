@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter
 
-from data.build import evaluation_loader, load_collection
+from data.build import build_probe_loaders, evaluation_loader, load_collection
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.loader import Fields, ImageReader, UnreadableLog
@@ -104,9 +104,16 @@ def main(config: EvaluateConfig, job: Job) -> str:
         reader, rows, seed=saved["seed"], batch_size=config.batch_size, runtime=runtime, unreadable=UnreadableLog(None)
     )
 
+    loaders = {"val": loader}
+    if isinstance(task, FCMAETask):
+        loaders |= build_probe_loaders(
+            collection, data, augment, LabelFields, task.probe, channels=channels, seed=saved["seed"],
+            batch_size=config.batch_size, runtime=runtime, unreadable=loader.unreadable,
+        )  # fmt: skip
+
     # 4. The figures.
     with torch.inference_mode(), runtime.autocast():
-        report = task.evaluate({"val": loader}, metadata.get("step", 0))
+        report = task.evaluate(loaders, metadata.get("step", 0))
     if distributed.is_main():
         output = run_dir / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):

@@ -75,7 +75,7 @@ class FCMAETask(Task):
             norm_pix_loss=config.norm_pix_loss,
         )
         self.normalise = Normalise(mean, std, model.in_channels)
-        self.probe_k = config.probe.k
+        self.probe = config.probe
         self._preprocessing = {"image_size_hw": [height, width], "mean": list(mean), "std": list(std)}
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
@@ -102,7 +102,7 @@ class FCMAETask(Task):
         total = distributed.all_reduce_sum(total.to(self.normalise.mean.device)).tolist()
         scalars = {"loss": mean_over_readable(*total)}
         if "probe_train" in loaders:
-            scalars |= measure_features(self._encode, loaders["probe_train"], loaders["probe_val"], k=self.probe_k)
+            scalars |= measure_features(self._encode, loaders["probe_train"], loaders["probe_val"], k=self.probe.k)
         return Report(scalars, images={"reconstructions": picture})
 
     def _encode(self, images: Tensor) -> Tensor:

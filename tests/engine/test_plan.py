@@ -326,6 +326,38 @@ def test_due_steps(length, batch, total, every, due, why):
     assert walk(small_plan(length, batch, total), every)[1] == due, why
 
 
+@pytest.mark.parametrize(
+    "length, batch, total, among, every, due, why",
+    [
+        (10, 5, 12, 1.0, 2.0, [4, 8, 12], "every second evaluation"),
+        (10, 5, 11, 1.0, 2.0, [4, 8, 11], "and the last one"),
+        (10, 5, 12, 1.0, 1.5, [4, 6, 10, 12], "15 30 45 60, each at the first whole epoch at or beyond it"),
+        (10, 5, 12, 1.5, 1.0, [3, 6, 9, 12], "at every evaluation where it is wanted more often"),
+        (10, 4, 8, 0.5, 1.0, [3, 5, 8], "epochs that end within a step"),
+        (10, 5, 6, 1.0, 100.0, [6], "never but at the end"),
+        (10, 40, 3, 0.5, 2.0, [1, 2, 3], "once a step, though each crosses two multiples"),
+    ],
+)
+def test_due_among_evaluations(length, batch, total, among, every, due, why):
+    plan = small_plan(length, batch, total)
+    assert [step for step in walk(plan, among)[1] if plan.is_due_among(step, every, among)] == due, why
+
+
+@pytest.mark.parametrize("every", ["0.3", "1", "1.5", "3", "1000"])
+@pytest.mark.parametrize("among", ["0.1", "0.5", "1", "2"])
+def test_due_among_evaluations_is_the_first_at_or_beyond_each_multiple(every, among):
+    for plan in awkward():
+        evaluations = walk(plan, float(among))[1]
+        samples = Fraction(every) * plan.epoch_length
+        expected = [
+            step
+            for earlier, step in zip([0, *evaluations], evaluations)
+            if step == plan.total_steps
+            or step * plan.global_batch_size // samples > earlier * plan.global_batch_size // samples
+        ]
+        assert [step for step in evaluations if plan.is_due_among(step, float(every), float(among))] == expected, plan
+
+
 def test_ten_evaluations_an_epoch_of_imagenet():
     length, batch = 1_281_167, 1024
     plan = small_plan(length, batch, math.ceil(3 * length / batch))

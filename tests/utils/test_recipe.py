@@ -38,7 +38,8 @@ def test_flatten_keeps_lists_and_empty_groups():
         ("loop.total_steps", True), ("loop.batch_size", True), ("loop.global_batch_size", False), ("seed", False),
         ("runtime.workers", True), ("runtime.precision", False), ("runtime.deterministic", False),
         ("tracking.samples", True), ("sweep.name", True), ("run_dir", True), ("init_from", False), ("optim.lr", False),
-        ("loop.ema_decay", False), ("loop", False), ("data.root", False),
+        ("loop.ema_decay", False), ("loop", False), ("data.root", False), ("task.probe.k", True),
+        ("task.mask_ratio", False),
     ],
 )  # fmt: skip
 def test_what_is_free(key, free):

@@ -1,0 +1,233 @@
+"""The probe of frozen features: equality with scikit-learn, degenerate features, and whole pretraining runs: the same
+figures on any number of ranks, the same run with and without, and after a kill.
+"""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import RidgeCV
+from sklearn.neighbors import KNeighborsClassifier
+
+from engine.tasks.probe import PENALTIES, TEMPERATURE, fit_linear, knn_scores, measure_features, standardise
+from tests.support import checkpoint_tensors, common, make_collection, rows, run
+
+
+def make_features(count, width, classes=4, seed=0, noise=1.0):
+    """Return features [count, width], float64, and labels: a cloud for each class."""
+    draw = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    return torch.from_numpy(centres[labels] + noise * draw.normal(size=(count, width))), torch.from_numpy(labels)
+
+
+def make_batches(features, labels, size, weight=None):
+    """Return what a loader gives, with the features for images."""
+    count = len(labels)
+    weight = torch.ones(count) if weight is None else weight
+    batch = {"images": features, "labels": labels, "sample_id": torch.arange(count), "weight": weight}
+    return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in range(0, count, size)]
+
+
+def measure(train, val, k=5, size=7):
+    return measure_features(lambda images: images, make_batches(*train, size), make_batches(*val, size), k=k)
+
+
+@pytest.fixture
+def warnings_said():
+    """Return the warnings that the probe logs, as they come."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("atelier.engine.tasks.probe")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+# ------------------------------------------------------------------------------------------- equality with scikit-learn
+
+
+@pytest.mark.parametrize("k", [1, 5, 60, 1000])
+def test_votes_of_neighbours_are_those_of_scikit_learn(k):
+    """k above the number of training images means all of them."""
+    train, labels = make_features(60, 12, noise=2.0)
+    val, _ = make_features(2100, 12, seed=1, noise=2.0)  # more than are compared at once
+    reference = KNeighborsClassifier(
+        min(k, 60), metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
+    ).fit(train.numpy(), labels.numpy())
+    scores = knn_scores(train, labels, val, k, 4)
+    shares = (scores / scores.sum(dim=1, keepdim=True)).numpy()
+    np.testing.assert_allclose(shares, reference.predict_proba(val.numpy()), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "width"), [(60, 12), (20, 50), (30, 30)])
+@pytest.mark.parametrize("noise", [0.1, 2.0, 20.0])
+def test_the_linear_classifier_is_scikit_learns_ridge_with_its_leave_one_out_penalty(count, width, noise):
+    features, labels = make_features(count, width, noise=noise)
+    features, _ = standardise(features, features)
+    targets = torch.nn.functional.one_hot(labels, 4).double()
+    reference = RidgeCV([penalty * count for penalty in PENALTIES]).fit(features.numpy(), targets.numpy())
+    weight, bias = fit_linear(features, targets)
+    np.testing.assert_allclose(weight.T.numpy(), reference.coef_, rtol=1e-6, atol=1e-10)
+    np.testing.assert_allclose(bias.numpy(), reference.intercept_, atol=1e-12)
+
+
+def test_the_penalty_follows_the_noise():
+    """Clear features want a small one, noise a large one: the choice is made, not fixed."""
+
+    def norm(noise):
+        features, labels = make_features(60, 40, noise=noise)
+        features, _ = standardise(features, features)
+        return float(fit_linear(features, torch.nn.functional.one_hot(labels, 4).double())[0].norm())
+
+    assert norm(20.0) < norm(0.1) / 2
+
+
+def test_clear_features_are_recognised_and_noise_is_guessed():
+    clear = measure(make_features(60, 12, noise=0.1), make_features(40, 12, seed=1, noise=0.1))
+    assert clear == {"probe/knn": 1.0, "probe/linear": 1.0}
+    noise = measure(make_features(400, 12, noise=50.0), make_features(400, 12, seed=1, noise=50.0))
+    assert all(0.15 < value < 0.35 for value in noise.values())
+
+
+def test_units_and_offsets_of_features_do_not_matter():
+    train, val = make_features(60, 12, noise=2.0), make_features(40, 12, seed=1, noise=2.0)
+    scale, offset = 10.0 ** torch.arange(-6.0, 6.0), 1e3
+    moved = [((features + offset) * scale, labels) for features, labels in (train, val)]
+    assert measure(*moved) == measure(train, val)
+
+
+# ------------------------------------------------------------------------------------------------- degenerate features
+
+
+def test_constant_features_give_the_most_frequent_class():
+    labels = torch.tensor([0, 1, 1, 1, 2])
+    found = measure((torch.full((5, 3), 0.1), labels), (torch.full((4, 3), 0.1), torch.tensor([1, 1, 0, 2])))
+    assert found == {"probe/knn": 0.5, "probe/linear": 0.5}
+
+
+def test_a_class_of_one_image_and_classes_never_shown():
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.2]]), torch.tensor([3, 3, 7])
+    val = torch.tensor([[1.0, 0.05], [-1.0, 0.2], [0.5, 0.5]]), torch.tensor([3, 7, 5])
+    assert measure(train, val, k=1) == pytest.approx({"probe/knn": 2 / 3, "probe/linear": 2 / 3})
+
+
+def test_a_single_training_image():
+    found = measure((torch.ones(1, 3), torch.tensor([2])), (torch.zeros(2, 3), torch.tensor([2, 1])))
+    assert found == {"probe/knn": 0.5, "probe/linear": 0.5}
+
+
+def test_padding_and_unreadable_images_are_left_out_and_batches_do_not_matter():
+    train, val = make_features(41, 12, noise=3.0), make_features(30, 12, seed=1, noise=3.0)
+    whole = measure(train, val)
+    blank = torch.full((9, 12), 1e6, dtype=torch.float64)
+    padded = [
+        make_batches(
+            torch.cat([features, blank]),
+            torch.cat([labels, torch.zeros(9, dtype=torch.int64)]),
+            4,
+            (torch.arange(len(labels) + 9) < len(labels)).float() * 0.5,  # a weight above 0 counts as one image
+        )
+        for features, labels in (train, val)
+    ]
+    assert measure_features(lambda images: images, *padded, k=5) == whole
+    assert measure_features(lambda images: images, *[list(reversed(batches)) for batches in padded], k=5) == whole
+
+
+def test_features_that_are_not_finite_are_told_and_end_nothing(warnings_said):
+    train, val = make_features(20, 3), make_features(10, 3, seed=1)
+    train[0][3, 1] = torch.nan
+    assert measure(train, val) == {}
+    assert warnings_said == ["probe: left out, since the encoder's features are not finite"]
+
+
+def test_without_a_readable_image_nothing_ends(warnings_said):
+    features, labels = make_features(8, 3)
+    unreadable = make_batches(features, labels, 4, torch.zeros(8))
+    assert measure_features(lambda images: images, unreadable, make_batches(features, labels, 4), k=2) == {}
+    assert warnings_said == ["probe: left out, since no image of one of its two sets could be read"]
+
+
+def test_nothing_is_drawn_from_global_random_state():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    measure(make_features(20, 3), make_features(10, 3, seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def probed(run_dir):
+    """Return step -> (kNN, linear) of a run's evaluations with a probe."""
+    found = rows(run_dir / "metrics.jsonl", "evaluate")
+    return {row["step"]: (row["probe/knn"], row["probe/linear"]) for row in found if "probe/knn" in row}
+
+
+@pytest.mark.ddp
+def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
+    """Sets that no number of ranks divides, one image of them unreadable."""
+    data = make_collection(tmp_path / "images", per_class=17, validation=7, broken=1)
+    settings = [
+        "loop.total_steps=1",
+        "loop.global_batch_size=12",
+        "loop.batch_size=4",
+        "optim.lr=0.0",
+        "task.probe.k=4",
+    ]
+    found = []
+    for ranks in (1, 2, 3):
+        run("pretrain_fcmae.py", common("fcmae", data, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
+        found.append(probed(tmp_path / f"{ranks}"))
+    assert list(found[0]) == [1] and found[0][1][0] > 1 / 3  # shapes differ in random features too
+    assert found[1] == found[0] and found[2] == found[0]
+    for ranks in (1, 2):
+        arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=5"]
+        run("evaluate.py", [f"run_dir={tmp_path}/1", *arguments], tmp_path, ranks=ranks)
+        metrics = json.loads((tmp_path / "1/metrics.json").read_text())
+        assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0][1]
+
+
+def test_a_run_with_a_probe_is_the_same_run_and_resumes_to_the_bit(collection, tmp_path):
+    """54 images by 8: evaluations at 7, 14 and 20; one and a half epochs end in step 11, so the probe comes at 14."""
+    settings = [
+        "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
+        "loop.checkpoint_every_steps=4", "loop.evaluate_every_epochs=1.0", "model.drop_path_rate=0.3",
+    ]  # fmt: skip
+    often, never = [*settings, "task.probe.every_epochs=1.5"], [*settings, "task.probe.every_epochs=null"]
+    undisturbed, killed, without = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "without"
+    run("pretrain_fcmae.py", common("fcmae", collection, undisturbed, *often), tmp_path)
+    run("pretrain_fcmae.py", common("fcmae", collection, killed, *often), tmp_path, expect=-9, kill_at_step=15)
+    assert list(probed(killed)) == [14]
+    assert "at step 12" in run("pretrain_fcmae.py", common("fcmae", collection, killed, *often), tmp_path)
+    run("pretrain_fcmae.py", common("fcmae", collection, without, *never), tmp_path)
+
+    assert list(probed(undisturbed)) == [14, 20] and probed(without) == {}
+    assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert (undisturbed / "training_log.txt").read_text() == (killed / "training_log.txt").read_text()
+    tensors = [checkpoint_tensors(folder, 20) for folder in (undisturbed, killed, without)]
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]) and torch.equal(tensor, tensors[2][name]), name
+    header, *lines = (undisturbed / "training_log.txt").read_text().splitlines()
+    column = header.split(",").index("ema/probe/linear")
+    assert [bool(line.split(",")[column]) for line in lines] == [False, True, True]
+    assert (undisturbed / "plots/curves.png").stat().st_size > 0
+
+
+def test_without_labels_one_line_says_that_the_probe_is_off(collection, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        for path in collection.glob(f"{split}/*/*.png"):
+            shutil.copy(path, tmp_path / "flat" / split / f"{path.parent.name}{path.name}")
+    settings = ["loop.total_steps=2", "loop.global_batch_size=8"]
+    printed = run("pretrain_fcmae.py", common("fcmae", tmp_path / "flat", tmp_path / "run", *settings), tmp_path)
+    lines = [line for line in printed.splitlines() if "probe" in line]
+    assert len(lines) == 1 and lines[0].endswith(
+        "gives it 0 labelled training images of 0 classes and 0 validation images of them; "
+        "task.probe.every_epochs=null leaves out this line"
+    )
+    assert "loss" in rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1] and probed(tmp_path / "run") == {}
