@@ -41,7 +41,7 @@ TASK = ClassificationTaskConfig(
 )
 RUNTIME = RuntimeConfig(
     device="auto", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1, threads=None,
-    deterministic=False, sync_batchnorm=False, hang_timeout_sec=1800.0,
+    deterministic=False, sync_batchnorm=False, grad_checkpointing=False, hang_timeout_sec=1800.0,
 )  # fmt: skip
 
 

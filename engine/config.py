@@ -22,6 +22,7 @@ class LoopConfig(Strict):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None
     log_every_steps: Positive
     evaluate_every_epochs: Annotated[float, Field(gt=0)]
+    plot_every_steps: Positive | None
     checkpoint_every_steps: Positive
     keep_checkpoints: Positive
 
@@ -44,13 +45,40 @@ class RuntimeConfig(MachineConfig):
     compile: Literal["auto"] | bool
     prefetch_batches: Positive
     sync_batchnorm: bool
+    grad_checkpointing: bool
 
 
-class TrackingConfig(Strict):
-    """Where figures go; `samples` also records which samples each step took, for audits and for loss spikes."""
+class _Tracking(Strict):
+    """metrics.jsonl is written in any case; `samples` also records which samples each step took, for audits."""
+
+    samples: bool
+
+
+class JsonlTrackingConfig(_Tracking):
+    """metrics.jsonl alone."""
 
     name: Literal["jsonl"]
-    samples: bool
+
+
+class WandbTrackingConfig(_Tracking):
+    """Weights & Biases; `entity` null is the account's default. Bounds are W&B's own."""
+
+    name: Literal["wandb"]
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
+    entity: str | None
+    mode: Literal["online", "offline"]
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
+
+
+class TensorboardTrackingConfig(_Tracking):
+    """TensorBoard event files in the run folder."""
+
+    name: Literal["tensorboard"]
+
+
+TrackingConfig = Annotated[
+    JsonlTrackingConfig | WandbTrackingConfig | TensorboardTrackingConfig, Field(discriminator="name")
+]
 
 
 class SweepConfig(Strict):

@@ -32,10 +32,12 @@ from utils import distributed
 from utils.errors import EXIT_STOPPED, UserError, close_names
 from utils.logging import get_logger
 from utils.metrics_log import MetricsLog
+from utils.progress import Bar
 from utils.recipe import check_resumable
 from utils.run_folder import RunFolder, update_saved_config
 from utils.sample_log import SampleLog
 from utils.signals import StopRequest
+from utils.trackers import check_tracker, start_tracker
 from utils.watchdog import Watchdog
 
 log = get_logger(__name__)
@@ -57,6 +59,7 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
 def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime, depths: list[int] | None) -> None:
     """Check what can be checked before any data is read, and say what will run."""
     check_knobs(task, config)
+    distributed.rank_zero_call(lambda: check_tracker(config.tracking))
     groups = build_groups(task, config.optim, depths)
     count = sum(parameter.numel() for parameter in task.network.parameters())
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
@@ -147,6 +150,13 @@ def _wrap(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> n
         if runtime.device.type != "cuda":
             raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
         nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if config.runtime.grad_checkpointing:
+        try:
+            task.network.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):  # timm's networks: without the method, or refusing
+            raise UserError(
+                "runtime.grad_checkpointing: true, but this network cannot recompute its blocks; set it to false"
+            ) from None
     if choose_compile(config.runtime, runtime.device.type, plan.total_steps):
         log.info("compiling the task (the first steps take longer)")
         task.compile()
@@ -196,9 +206,18 @@ def _build(
         samples=None,
         watchdog=Watchdog(config.runtime.hang_timeout_sec),
         stop=stop,
+        bar=Bar("training", plan.total_steps),
         log_meter=Meter(runtime.device),
         epoch_meter=Meter(runtime.device),
     )
+
+
+def _start_tracker(training: Training, config: TrainingConfig) -> None:
+    """Start what `tracking` names, on rank 0; a run that is complete already needs none."""
+    folder = training.folder
+    if training.step < training.plan.total_steps:
+        saved = {"script": folder.job.script, **folder.config}
+        training.tracker = start_tracker(config.tracking, folder.path, saved, training.step)
 
 
 def train(
@@ -234,6 +253,7 @@ def train(
         if distributed.is_main():
             training.metrics = MetricsLog(folder.path, training.step)
             update_saved_config(folder.path, folder.config, folder.job)
+        distributed.rank_zero_call(lambda: _start_tracker(training, config))
         if config.tracking.samples:
             training.samples = SampleLog(folder.path, training.step)
         training.watchdog.start()
@@ -244,9 +264,11 @@ def train(
             if lost:
                 log.error("%s; the same command resumes from the last checkpoint", lost)
             training.watchdog.abandon()
+            if training.tracker is not None:
+                training.tracker.close(failed=True)
             raise
         training.watchdog.stop()
-        for record in (training.metrics, training.samples):
+        for record in (training.metrics, training.samples, training.tracker):
             if record is not None:
                 record.close()
     if not finished:
@@ -266,9 +288,10 @@ def _run_epochs(training: Training, loader: Any) -> bool:
     vote = StopVote()
     training.start_clock()
     try:
-        while training.step < plan.total_steps:
-            if not train_one_epoch(training, stream, plan.epoch_of(training.step), vote):
-                return False
+        with training.bar.opened(training.step):
+            while training.step < plan.total_steps:
+                if not train_one_epoch(training, stream, plan.epoch_of(training.step), vote):
+                    return False
     finally:
         stream.close()
     log.info("trained to step %d in %.1f s", training.step, time.perf_counter() - started)

@@ -7,12 +7,14 @@ Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors: mas
 reads them, and GRN sees visible sites only, so that nothing under the mask can reach a visible output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from models.depthwise import DepthwiseConv2d
 from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, select_visible
 
 
@@ -43,7 +45,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, drop_path_rate: float) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim, kernel_size=7)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.grn = GRN(4 * dim)
@@ -88,6 +90,7 @@ class ConvNeXtV2(nn.Module):
         super().__init__()
         assert len(depths) == len(dims), (depths, dims)
         self.in_channels = in_channels
+        self.grad_checkpointing = False
         self.num_classes = num_classes
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.stem_stride = stem_stride
@@ -143,6 +146,18 @@ class ConvNeXtV2(nn.Module):
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             sites = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
             x = downsample(x)  # fills masked sites with its biases; the block selects what it reads and returns
-            for block in stage:
-                x = block(x, sites)
+            x = self.run_stage(stage, lambda block, x, sites=sites: block(x, sites), x)
+        return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let blocks keep only their input for the backward pass and compute the rest a second time (timm's name)."""
+        self.grad_checkpointing = enable
+
+    def run_stage(self, stage: nn.Sequential, run: Callable[[Block, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return `x` after `run(block, x)` for each block of a stage, recomputed in the backward pass where set so."""
+        for block in stage:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, block, x, use_reentrant=False)
+            else:
+                x = run(block, x)
         return x

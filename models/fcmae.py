@@ -5,11 +5,15 @@ the order row, column, channel: P = patch_px * patch_px * C. Train it with `pret
 """
 
 import math
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
+from models.layers import GRN
+from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
 
 
@@ -88,11 +92,13 @@ class FCMAE(nn.Module):
     """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict every patch.
 
     Encoder and decoder work on the grid of the total stride; a patch may be several sites wide, and each site predicts
-    its own pixels. The decoder starts like the encoder (std .02), the mask token normal with std .02.
+    its own pixels. The decoder starts like the encoder (std .02), the mask token normal with std .02. `execution` is
+    "sparse" (models/sparse.py: visible sites are computed, removed patches predicted, nothing else) or "dense" (all
+    sites, with the masked ones selected away): the same function, slower. `grn_over` is "sample" or "batch".
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
-    Differs: dense tensors with selection for sparse ones, GRN per sample, any channels and image shape, patches wider
-    than the stride, and one initialisation (the published code draws the encoder a second time, with std 1).
+    Differs: plain tensors for MinkowskiEngine's, GRN per sample unless asked otherwise, any channels and image shape,
+    patches wider than the stride, and one initialisation (the published code draws the encoder again, with std 1).
     """
 
     def __init__(
@@ -101,9 +107,12 @@ class FCMAE(nn.Module):
         encoder: ConvNeXtV2,
         image_size_hw: tuple[int, int],
         patch_px: int,
+        mask_ratio: float,
         decoder_dim: int,
         decoder_depth: int,
         norm_pix_loss: bool,
+        execution: Literal["sparse", "dense"],
+        grn_over: Literal["sample", "batch"],
     ) -> None:
         super().__init__()
         check_patch_grid(encoder.total_stride, image_size_hw, patch_px)
@@ -112,7 +121,9 @@ class FCMAE(nn.Module):
         self.image_size_hw = (image_size_hw[0], image_size_hw[1])
         self.patch_px = patch_px
         self.grid_hw = (image_size_hw[0] // patch_px, image_size_hw[1] // patch_px)
+        self.num_removed = count_removed(self.num_patches, mask_ratio)
         self.norm_pix_loss = norm_pix_loss
+        self.execution = execution
 
         self.encoder = encoder
         self.proj = nn.Conv2d(encoder.num_features, decoder_dim, kernel_size=1)
@@ -123,36 +134,70 @@ class FCMAE(nn.Module):
         for part in (self.proj, self.decoder, self.pred):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
+        for module in encoder.modules():
+            if isinstance(module, GRN):
+                module.over_batch = grn_over == "batch"
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let the encoder's blocks be computed a second time in the backward pass instead of being kept."""
+        self.encoder.set_grad_checkpointing(enable)
 
     @property
     def num_patches(self) -> int:
         """Return L, the number of patches of an image."""
         return self.grid_hw[0] * self.grid_hw[1]
 
+    @property
+    def patch_sites(self) -> int:
+        """Return how many sites of the encoder's last map a patch has per side."""
+        return self.patch_px // self.encoder.total_stride
+
+    def split(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the visible patches, int64 [B, V], and of the removed, [B, M], both ascending.
+
+        mask: bool [B, L] with exactly M = `num_removed` patches removed in each sample (`draw_mask`).
+        """
+        assert mask.dtype == torch.bool and mask.shape[1] == self.num_patches, (mask.dtype, mask.shape, self.grid_hw)
+        order = mask.int().argsort(dim=1, stable=True)
+        return order.split([self.num_patches - self.num_removed, self.num_removed], dim=1)
+
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Predict every patch, [B, L, P] in the units of the target; visible ones too, though they are not trained.
+        """Predict the removed patches in ascending order, [B, M, P] in the units of the target.
 
         images: float [B, C, H, W] of `image_size_hw`, where masked pixels may hold anything; mask: bool [B, L].
         """
         assert images.shape[-2:] == self.image_size_hw, (images.shape, self.image_size_hw)
-        visible = self._visible_sites(mask)
-        x = self.proj(self.encoder.forward_features(images, visible))
-        x = torch.where(visible[:, None], x, self.mask_token.to(x.dtype))
-        return self._sites_to_patches(self.pred(self.decoder(x)))
+        visible, removed = self.split(mask)
+        gaps = repeat_sites(mask.view(-1, *self.grid_hw), self.patch_sites)[:, None]
+        token, targets = self.mask_token, place_sites(removed, self.grid_hw, self.patch_sites)
+        if self.execution == "sparse":
+            tokens = encode_visible(self.encoder, images, visible, self.patch_px)
+            tokens = F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
+            x = place_sites(visible, self.grid_hw, self.patch_sites).to_map(tokens)
+            x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
+            pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
+        else:
+            x = self.proj(self.encoder.forward_features(images, ~gaps[:, 0]))
+            x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
+            pixels = targets.from_map(self.pred(x))
+        return self._join_sites(pixels)
 
     def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean squared error over each sample's masked patches, float32 [B]; 0 where none is masked.
+        """Return the mean squared error over each sample's removed patches, float32 [B].
 
-        images: [B, C, H, W]; pred: [B, L, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
-        by its own mean and deviation. Neither the loss nor its gradient sees the values at visible patches.
+        images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
+        by its own mean and deviation. The loss does not see the values at visible patches.
         """
-        target = patchify(images.float(), self.patch_px)
-        if self.norm_pix_loss:
-            mean, std = patch_statistics(target)
-            target = (target - mean) / std
-        # The difference is selected, not its square: the square's gradient would multiply 0 by a visible NaN.
-        difference = torch.where(mask[..., None], pred.float() - target, 0.0)
-        return difference.square().mean(dim=-1).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return (pred.float() - self._target(images, mask)[0]).square().mean(dim=(1, 2))
+
+    def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the removed patches as they are to be predicted, and the mean and deviation taken from them."""
+        patches = patchify(images.float(), self.patch_px)
+        target = patches.take_along_dim(self.split(mask)[1][..., None], dim=1)
+        if not self.norm_pix_loss:
+            return target, torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
+        mean, std = patch_statistics(target)
+        return (target - mean) / std, mean, std
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,24 +205,18 @@ class FCMAE(nn.Module):
 
         Where the target was normalised, the prediction is scaled back by the target patch's own mean and deviation.
         """
-        patches, painting = patchify(images.float(), self.patch_px), pred.float()
-        if self.norm_pix_loss:
-            mean, std = patch_statistics(patches)
-            painting = painting * std + mean
+        patches, size = patchify(images.float(), self.patch_px), self.image_size_hw
+        _, mean, std = self._target(images, mask)
+        places = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
         masked = torch.where(mask[..., None], 0.0, patches)
-        painted = torch.where(mask[..., None], painting, patches)
-        size = self.image_size_hw
+        painted = patches.scatter(1, places, pred.float() * std + mean)
         return unpatchify(masked, self.patch_px, size), unpatchify(painted, self.patch_px, size)
 
-    def _visible_sites(self, mask: Tensor) -> Tensor:
-        """Turn a mask over patches, bool [B, L], into the visible sites of the encoder's grid, bool [B, h, w]."""
-        assert mask.dtype == torch.bool and mask.shape[1] == self.num_patches, (mask.dtype, mask.shape, self.grid_hw)
-        return repeat_sites(~mask.reshape(-1, *self.grid_hw), self.patch_px // self.encoder.total_stride)
+    def _join_sites(self, pixels: Tensor) -> Tensor:
+        """Join what the sites of the removed patches predict, [B * M * side * side, stride * stride * C], to [B, M, P].
 
-    def _sites_to_patches(self, sites: Tensor) -> Tensor:
-        """Gather the pixels [B, stride * stride * C, h, w] that sites predict into patches [B, L, P]."""
-        stride, (grid_h, grid_w) = self.encoder.total_stride, self.grid_hw
-        side = self.patch_px // stride  # sites per side of a patch
-        x = sites.permute(0, 2, 3, 1).reshape(-1, grid_h, side, grid_w, side, stride, stride, self.encoder.in_channels)
-        # A pixel's row in its patch is (site row, row in the site), its column likewise.
-        return x.permute(0, 1, 3, 2, 5, 4, 6, 7).reshape(sites.shape[0], grid_h * grid_w, -1)
+        A pixel's row in its patch is (site row, row in the site), its column likewise.
+        """
+        stride, side = self.encoder.total_stride, self.patch_sites
+        x = pixels.reshape(-1, self.num_removed, side, side, stride, stride, self.encoder.in_channels)
+        return x.transpose(3, 4).flatten(2)

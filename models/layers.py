@@ -25,14 +25,18 @@ class GRN(nn.Module):
     With g[c] the L2 norm of channel c over the sites of one sample: y = x + gamma * x * g / (mean(g) + eps) + beta.
     gamma and beta start at 0, so that the layer starts as the identity.
 
+    With `over_batch` the norm runs over the sites of all samples of the micro-batch, as the published sparse layer has
+    it: a sample's output then depends on its neighbours.
+
     Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
     Differs: the mean over channels stands in the denominator as in the published code, not the sum of equation 2; with
-    a mask the norm runs over the visible sites of each sample, where the published sparse layer mixes the batch.
+    a mask the norm runs over visible sites only.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
+        self.over_batch = False
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
@@ -45,7 +49,8 @@ class GRN(nn.Module):
         if visible is not None:
             x = torch.where(visible[..., None], x, 0.0)
         wide = torch.promote_types(x.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # [B, 1, 1, C]
+        sites = (0, 1, 2) if self.over_batch else (1, 2)
+        norms = torch.linalg.vector_norm(x, dim=sites, keepdim=True, dtype=wide)  # [B or 1, 1, 1, C]
         share = norms / (norms.mean(dim=-1, keepdim=True) + self.eps)
         # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1 before it meets x.
         return x + torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * share).to(x.dtype))

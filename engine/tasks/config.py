@@ -23,8 +23,10 @@ class FCMAETaskConfig(Strict):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)]
     patch_px: Annotated[int, Field(ge=1)] | None
     decoder_dim: Annotated[int, Field(ge=1)]
-    decoder_depth: Annotated[int, Field(ge=0)]
+    decoder_depth: Annotated[int, Field(ge=1)]  # without a block, nothing of the image would reach a gap
     norm_pix_loss: bool
+    execution: Literal["sparse", "dense"]
+    grn_over: Literal["sample", "batch"]
     probe: ProbeConfig
 
 

@@ -17,8 +17,10 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.normalise import Normalise
-from utils import distributed, plots
+from utils import distributed, pictures
 from utils.errors import UserError
+
+_MASK_GREY = 160
 
 
 class MaskFields:
@@ -52,7 +54,7 @@ class FCMAETask(Task):
     """Own the masked autoencoder; the encoder in it is what fine-tuning takes on."""
 
     best_metric: ClassVar[str] = "loss"
-    pictures = 8
+    pictures = 10
 
     def __init__(
         self,
@@ -70,9 +72,12 @@ class FCMAETask(Task):
             encoder=build_network(model, num_classes=0),
             image_size_hw=(height, width),
             patch_px=patch_px,
+            mask_ratio=config.mask_ratio,
             decoder_dim=config.decoder_dim,
             decoder_depth=config.decoder_depth,
             norm_pix_loss=config.norm_pix_loss,
+            execution=config.execution,
+            grn_over=config.grn_over,
         )
         self.normalise = Normalise(mean, std, model.in_channels)
         self.probe = config.probe
@@ -110,12 +115,16 @@ class FCMAETask(Task):
         return self.network.encoder(self.normalise(images))
 
     def _picture(self, images: Tensor, pred: Tensor, mask: Tensor) -> np.ndarray:
-        """Return rows of originals, masked inputs and reconstructions."""
-        few = slice(0, self.pictures)
+        """Return rows of originals, inputs with the masked patches grey, and reconstructions of some of a batch."""
+        few = torch.linspace(0, len(images) - 1, min(self.pictures, len(images)), device=images.device).round().long()
         images, pred, mask = images[few], pred[few].float(), mask[few]
-        masked, painted = self.network.reconstruct(images, pred, mask)
-        rows = [self.normalise.undo(row).permute(0, 2, 3, 1).cpu().numpy() for row in (images, masked, painted)]
-        return plots.image_grid(rows, scale=max(1, 96 // images.shape[-1]))
+        _, painted = self.network.reconstruct(images, pred, mask)
+        grid, patch_px = mask.reshape(-1, *self.network.grid_hw), self.network.patch_px
+        removed = grid.repeat_interleave(patch_px, dim=1).repeat_interleave(patch_px, dim=2)
+        original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
+        seen = torch.where(removed[..., None], _MASK_GREY, original)
+        rows = [row.cpu().numpy() for row in (original, seen, painted)]
+        return pictures.image_rows(rows, ["original", "masked input", "reconstruction"])
 
     def metadata(self) -> dict[str, Any]:
         """Return the preprocessing."""

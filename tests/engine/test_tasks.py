@@ -27,6 +27,8 @@ FCMAE = FCMAETaskConfig(
     decoder_dim=32,
     decoder_depth=1,
     norm_pix_loss=True,
+    execution="sparse",
+    grn_over="sample",
     probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )
 CLASSIFY = ClassificationTaskConfig(
@@ -45,7 +47,7 @@ def runtime():
     return choose_runtime(
         RuntimeConfig(
             device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1,
-            threads=1, deterministic=False, sync_batchnorm=False, hang_timeout_sec=60.0,
+            threads=1, deterministic=False, sync_batchnorm=False, grad_checkpointing=False, hang_timeout_sec=60.0,
         )
     )  # fmt: skip
 

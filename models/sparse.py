@@ -1,0 +1,153 @@
+"""Sparse execution of a ConvNeXt V2: only the visible patches are computed, in plain tensors.
+
+A mask removes whole patches, and every sample keeps the same number of them, so the visible sites of a batch are an
+ordinary tensor of tokens. All that treats a site by itself or a cell of sites by itself (stem, layer norm, pointwise
+layers, GRN, 2x2 downsampling) runs on the tokens. Only the depthwise 7x7 looks at neighbours: it runs on the dense map,
+where masked sites hold 0, and its visible sites are gathered again.
+
+Legend of shapes
+    B samples, C channels; L patches per image, V of them visible, numbered by row
+    r sites per side of a patch: 8, 4, 2, 1 over four stages where a patch is one site of the last map
+    tokens [B, V, r, r, C]: patch by patch in ascending order, the sites of a patch by row
+
+Nothing under the mask is ever read, so it may be NaN. `ConvNeXtV2.forward_features(images, visible)` is the same
+network executed on dense tensors, the reference of the tests and of bench/pretrain_step.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
+from models.layers import ChannelsFirstLayerNorm, select_visible
+
+
+class _Scatter(torch.autograd.Function):
+    """Lay rows [N, C] out at their places among `size` rows of zeros; the gradient is gathered back.
+
+    torch's own gradient of `index_select` adds up (slowly, and in any order on GPUs): here no place occurs twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Take the rows at `places`, which names none twice; the gradient is laid out among zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, places, grad), None
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the tokens of one stage stand in the dense map: row numbers, int64 [B * V * r * r]."""
+
+    places: Tensor
+    batch: int
+    height: int
+    width: int
+
+    def to_map(self, tokens: Tensor) -> Tensor:
+        """Lay tokens [B, V, r, r, C] out on a map of zeros [B, C, H, W] (channels_last in memory)."""
+        channels = tokens.shape[-1]
+        rows = _Scatter.apply(tokens.reshape(-1, channels), self.places, self.batch * self.height * self.width)
+        return rows.view(self.batch, self.height, self.width, channels).permute(0, 3, 1, 2)
+
+    def from_map(self, x: Tensor) -> Tensor:
+        """Gather a map [B, C, H, W] at these sites: rows [B * V * r * r, C]."""
+        return _Gather.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), self.places)
+
+
+def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
+    """Return where the sites of some patches, int64 [B, V], stand when a patch is side x side of them.
+
+    grid_hw: the patches of an image by column and row.
+    """
+    (grid_h, grid_w), batch = grid_hw, patches.shape[0]
+    height, width = grid_h * side, grid_w * side
+    steps = torch.arange(side, device=patches.device)
+    rows = (patches // grid_w * side)[..., None, None] + steps[:, None]  # [B, V, r, 1]
+    columns = (patches % grid_w * side)[..., None, None] + steps  # [B, V, 1, r]
+    samples = torch.arange(batch, device=patches.device)[:, None, None, None]
+    return Sites(((samples * height + rows) * width + columns).flatten(), batch, height, width)
+
+
+def block_on_tokens(block: Block, tokens: Tensor, sites: Sites) -> Tensor:
+    """Run a block on the visible tokens [B, V, r, r, C] alone; returns as many."""
+    spread = block.dwconv(sites.to_map(tokens))
+    branch = sites.from_map(spread).view(sites.batch, -1, 1, tokens.shape[-1])
+    # GRN takes its norm over dimensions 1 and 2: the sites that are there, which are the visible ones.
+    branch = block.pwconv2(block.grn(F.gelu(block.pwconv1(block.norm(branch)))))
+    return tokens + block.drop_path(branch).view(tokens.shape)
+
+
+def _cells_to_channels(tokens: Tensor, size: int) -> Tensor:
+    """Join size x size neighbours within each patch: [B, V, r, r, C] to [B, V, r / size, r / size, size * size * C]."""
+    batch, count, side, _, channels = tokens.shape
+    cells = tokens.reshape(batch, count, side // size, size, side // size, size, channels)
+    return cells.transpose(3, 4).flatten(4)
+
+
+def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
+    """Apply a convolution whose kernel is its stride, within the patches: a linear layer on joined neighbours."""
+    weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # [C', k * k * C]
+    return F.linear(_cells_to_channels(tokens, convolution.stride[0]), weight, convolution.bias)
+
+
+def _normalise(norm: ChannelsFirstLayerNorm, tokens: Tensor) -> Tensor:
+    return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
+    """Return the tokens of the first stage from the pixels of the visible patches."""
+    convolution, norm = encoder.downsample_layers[0]
+    batch, _, height, width = images.shape
+    grid_hw = (height // patch_px, width // patch_px)
+    if encoder.stem_stride == 1:  # a 3x3 kernel looks beyond its patch, so it runs on the map
+        visible = torch.zeros(batch, grid_hw[0] * grid_hw[1], dtype=torch.bool, device=images.device)
+        visible = visible.scatter(1, patches, True).view(batch, *grid_hw)
+        x = convolution(select_visible(images, repeat_sites(visible, patch_px)))
+        rows = place_sites(patches, grid_hw, patch_px).from_map(x)
+        tokens = rows.view(batch, -1, patch_px, patch_px, rows.shape[1])
+    else:
+        pixels = images.unflatten(3, (-1, patch_px)).unflatten(2, (-1, patch_px))  # [B, C, h, S, w, S]
+        pixels = pixels.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # [B, L, S, S, C]
+        tokens = _strided_convolution(convolution, pixels.take_along_dim(patches[:, :, None, None, None], dim=1))
+    return _normalise(norm, tokens)
+
+
+def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
+    """Return the last feature map at the visible patches, tokens [B, V, r, r, C_last].
+
+    images: float [B, C, H, W] in whole patches, anything under the mask; patches: int64 [B, V], the numbers of the
+    visible ones; patch_px: a multiple of the encoder's total stride.
+    """
+    height, width = images.shape[-2:]
+    assert height % patch_px == width % patch_px == patch_px % encoder.total_stride == 0, (images.shape, patch_px)
+    tokens = _stem(encoder, images, patches, patch_px)
+    for index, stage in enumerate(encoder.stages):
+        if index > 0:
+            norm, convolution = encoder.downsample_layers[index]
+            tokens = _strided_convolution(convolution, _normalise(norm, tokens))
+        sites = place_sites(patches, (height // patch_px, width // patch_px), tokens.shape[2])
+        tokens = encoder.run_stage(stage, lambda block, x, sites=sites: block_on_tokens(block, x, sites), tokens)
+    return tokens

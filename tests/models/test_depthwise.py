@@ -1,0 +1,70 @@
+"""The depthwise convolution. Reference equality with torch's, forward and backward, in float64 and under autocast."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.depthwise import DepthwiseConv2d, depthwise_weight_grad
+
+
+def pair(dim, kernel=7, dtype=torch.float64):
+    """Ours and torch's with the same weights."""
+    torch.manual_seed(0)
+    ours = DepthwiseConv2d(dim, kernel).to(dtype)
+    theirs = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (3, 2, 1, 1), (2, 4, 16, 16), (2, 4, 17, 33), (1, 2, 50, 16)])
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_gradients_equal_torch(shape, kernel):
+    ours, theirs = pair(shape[1], kernel)
+    x, grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [module(image) for module, image in zip((ours, theirs), inputs)]
+    for output in outputs:
+        output.backward(grad)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck():
+    module = DepthwiseConv2d(2, 3).double()
+    assert torch.autograd.gradcheck(module, torch.randn(2, 2, 4, 18, dtype=torch.float64, requires_grad=True))
+
+
+def test_weight_gradient_of_bf16_is_summed_in_float32():
+    torch.manual_seed(0)
+    x, grad = torch.randn(64, 8, 8, 8), torch.randn(64, 8, 8, 8)
+    exact = depthwise_weight_grad(x.bfloat16().double(), grad.bfloat16().double(), 7)
+    found = depthwise_weight_grad(x.bfloat16(), grad.bfloat16(), 7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=4e-3 * exact.abs().max().item())
+
+
+def test_autocast_and_frozen_parts():
+    ours, theirs = pair(4, dtype=torch.float32)
+    x = torch.randn(2, 4, 9, 9)
+    for module in (ours, theirs):
+        module.bias.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(x)
+        assert output.dtype == torch.bfloat16
+        output.float().square().sum().backward()
+    assert ours.bias.grad is None and ours.weight.grad.dtype == torch.float32
+    scale = theirs.weight.grad.abs().max().item()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=0, atol=0.01 * scale)
+
+
+def test_it_is_one_graph_with_its_surroundings():
+    ours, _ = pair(4, dtype=torch.float32)
+    compiled = torch.compile(lambda x: ours(x * 2).sum(), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, 9, 9)
+    compiled(x).backward()
+    found = ours.weight.grad.clone()
+    ours.weight.grad = None
+    ours(x * 2).sum().backward()
+    torch.testing.assert_close(found, ours.weight.grad)

@@ -1,0 +1,150 @@
+"""Sparse execution. Reference equality in float64 (masked dense, forward and gradients), properties (batch, memory)."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from models.layers import GRN
+from tests.models.test_fcmae import build, draw_masks, randomise
+
+VARIANTS = {
+    "plain": {},
+    "three channels of another shape": {"size": (48, 32), "in_channels": 1},
+    "patches of 2 x 2 sites": {"patch_px": 16},
+    "stem stride 1": {"encoder": {"stem_stride": 1}},
+    "stem stride 4, two stages": {"encoder": {"stem_stride": 4, "depths": [1, 2], "dims": [8, 12]}},
+    "four stages, wide map": {
+        "patch_px": 16, "size": (64, 160), "encoder": {"depths": [1, 1, 2, 1], "dims": [4, 8, 12, 16]}
+    },
+    "GRN over the batch": {"grn_over": "batch"},
+    "two decoder blocks, plain pixels": {"decoder_depth": 2, "norm_pix_loss": False},
+    "mask ratio .3": {"mask_ratio": 0.3},
+}  # fmt: skip
+
+
+def both(variant, **changes):
+    """One network in sparse and in dense execution, all parameters drawn, float64; images and masks."""
+    torch.manual_seed(0)
+    settings = {**VARIANTS[variant], **changes}
+    sparse = randomise(build(**settings)).double()
+    dense = copy.deepcopy(sparse)
+    dense.execution = "dense"
+    size = settings.get("size", (32, 48))
+    images = torch.randn(3, settings.get("in_channels", 3), *size, dtype=torch.float64)
+    return sparse, dense, images, draw_masks(3, sparse, settings.get("mask_ratio", 0.6))
+
+
+def run(fcmae, images, mask):
+    """Prediction, loss, and every gradient by name."""
+    pred = fcmae(images, mask)
+    loss = fcmae.loss_per_sample(images, pred, mask)
+    (loss.double() * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in fcmae.named_parameters()}
+    return pred, loss, gradients
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sparse_equals_masked_dense_forward_and_gradients(variant):
+    sparse, dense, images, mask = both(variant)
+    found, expected = run(sparse, images, mask), run(dense, images, mask)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=0)  # the loss is float32
+    for name, gradient in expected[2].items():
+        scale = gradient.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=3e-7 * scale, msg=name)
+
+
+def test_a_step_by_step_reference_of_one_sample():
+    """Visible sites alone, by lists of coordinates: nothing of models/sparse.py or of the masked form is used."""
+    sparse, _, images, mask = both("plain")
+    encoder, image = sparse.encoder, images[0]
+    kept = [divmod(number, 6) for number in (~mask[0]).nonzero().flatten().tolist()]
+    visible = torch.zeros(4, 6, dtype=torch.bool)
+    for row, column in kept:
+        visible[row, column] = True
+    x = image[None]
+    for index, (downsample, stage) in enumerate(zip(encoder.downsample_layers, encoder.stages)):
+        side = 4 >> index
+        sites = visible.repeat_interleave(side, 0).repeat_interleave(side, 1)
+        x = torch.where(sites, downsample(x), 0.0)
+        for block in stage:
+            rows = block.norm(block.dwconv(x)[0].permute(1, 2, 0)[sites])
+            hidden = torch.nn.functional.gelu(block.pwconv1(rows))
+            share = hidden.norm(dim=0) / (hidden.norm(dim=0).mean() + 1e-6)
+            hidden = block.grn.gamma.flatten() * hidden * share + block.grn.beta.flatten() + hidden
+            out = x.clone()
+            out[0].permute(1, 2, 0)[sites] += block.pwconv2(hidden)
+            x = out
+    expected = x[0].permute(1, 2, 0)[visible]
+    from models.sparse import encode_visible
+
+    found = encode_visible(encoder, images[:1], sparse.split(mask[:1])[0], 8)
+    torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_drop_path_drops_the_same_samples():
+    sparse, dense, images, mask = both("plain", encoder={"drop_path_rate": 0.5, "depths": [2, 2, 2]})
+    outcomes = []
+    for fcmae in (sparse, dense):
+        torch.manual_seed(3)
+        outcomes.append(fcmae.train()(images, mask))
+    torch.testing.assert_close(*outcomes, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
+def test_gradient_checkpointing_changes_nothing_and_keeps_less(execution):
+    outcomes, kept = [], []
+    for enable in (False, True):
+        sparse, dense, images, mask = both("plain", encoder={"drop_path_rate": 0.3, "depths": [2, 2, 2]})
+        fcmae = sparse if execution == "sparse" else dense
+        fcmae.set_grad_checkpointing(enable)
+        saved: list[int] = []
+
+        def note(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            torch.manual_seed(5)
+            outcomes.append(run(fcmae, images, mask))
+        kept.append(sum(saved))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert all(torch.equal(gradient, outcomes[1][2][name]) for name, gradient in outcomes[0][2].items())
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_grn_over_the_batch_mixes_samples_and_over_samples_does_not():
+    for grn_over, mixes in (("sample", False), ("batch", True)):
+        sparse, _, images, mask = both("plain", grn_over=grn_over)
+        assert {module.over_batch for module in sparse.encoder.modules() if isinstance(module, GRN)} == {mixes}
+        assert not any(module.over_batch for module in sparse.decoder.modules() if isinstance(module, GRN))
+        others = torch.cat([images[:1], 5 * images[1:]])
+        assert torch.equal(sparse(others, mask)[0], sparse(images, mask)[0]) is not mixes
+
+
+def test_every_mask_of_a_small_grid():
+    """All 70 ways to keep four of eight patches, in one batch."""
+    torch.manual_seed(0)
+    sparse = randomise(build(size=(16, 32), mask_ratio=0.5)).double()
+    dense = copy.deepcopy(sparse)
+    dense.execution = "dense"
+    masks = torch.ones(70, 8, dtype=torch.bool)
+    for mask, kept in zip(masks, itertools.combinations(range(8), 4)):
+        mask[list(kept)] = False
+    images = torch.randn(70, 3, 16, 32, dtype=torch.float64)
+    torch.testing.assert_close(sparse(images, masks), dense(images, masks), rtol=1e-9, atol=1e-9)
+
+
+def test_bf16_agrees_with_dense_execution_to_its_precision():
+    torch.manual_seed(0)
+    sparse = build(encoder={"dims": [16, 32, 64]})
+    dense = copy.deepcopy(sparse)
+    dense.execution = "dense"
+    images, mask = torch.randn(4, 3, 32, 48), draw_masks(4, sparse)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = sparse(images, mask), dense(images, mask)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-3)
