@@ -38,9 +38,13 @@ class StepOutput:
 
 @dataclass
 class Report:
-    """What an evaluation found: figures, and pictures as [H, W, 3] uint8 arrays."""
+    """What an evaluation found: figures on every rank; on rank 0 also tables, as rows of equal keys, and pictures.
+
+    A row's None is an empty cell; an image is [H, W, 3] uint8. Other ranks may leave both out.
+    """
 
     scalars: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
 

@@ -5,7 +5,7 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     log.txt  metrics.jsonl  training_log.txt           what it said and found
     checkpoints/step_00001200/                         what resumes
     weights/{last,best,ema}_weights.safetensors        what is used further
-    plots/  unreadable.jsonl  samples/                 pictures, bad images, audited samples
+    plots/  tables/  unreadable.jsonl  samples/        pictures, tables, bad images, audited samples
 """
 
 import fcntl

@@ -1,0 +1,268 @@
+"""What evaluation says of a classifier: literal tables, equality with scikit-learn and torchmetrics and over ranks, and
+the edges: two classes, one without a sample, no mistake, very many classes, names of every script.
+"""
+
+import csv
+import io
+import math
+import multiprocessing
+import pickle
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from sklearn import metrics as reference
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from engine.tasks.classification import ClassificationTask
+from engine.tasks.config import ClassificationTaskConfig
+from engine.tasks.confusion import Confusion, TopSamples, gather_confusion
+from models.config import ConvNeXtV2Config
+from tests.in_process import TINY, run
+from tests.support import free_port, make_collection
+from utils.lettering import fit, legible, text_width
+from utils.report_files import write_report, write_table
+
+MODEL = ConvNeXtV2Config(
+    family="convnextv2", name="tiny", in_channels=1, depths=[1, 1], dims=[8, 16], stem_stride=2, drop_path_rate=0.0,
+    head_init_scale=1.0,
+)  # fmt: skip
+CONFIG = ClassificationTaskConfig(
+    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, allow_missing_classes=True,
+    keep_head=False,
+)  # fmt: skip
+
+
+class Lookup(nn.Module):
+    """A network without arithmetic: the first pixel names the row of logits, so ranks and batches agree to the bit."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, images):
+        return self.logits[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def make_task(logits, names):
+    task = ClassificationTask(
+        MODEL, CONFIG, class_names=names, preprocessing={"image_size_hw": [8, 8], "mean": [0.0], "std": [1.0]}
+    )
+    task.network = Lookup(logits)
+    return task.eval()
+
+
+def make_batch(ids, labels, weight=None):
+    """Return a batch whose images hold their sample_id (below 256); keys are any fixed order."""
+    ids = torch.as_tensor(ids)
+    return {
+        "sample_id": ids,
+        "key": (ids * 7919 + 13) % 1009,
+        "weight": torch.ones(len(ids)) if weight is None else torch.as_tensor(weight),
+        "images": ids.to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).clone(),
+        "labels": torch.as_tensor(labels),
+    }
+
+
+def confusion_of(labels, predicted, classes):
+    labels, predicted = torch.as_tensor(labels), torch.as_tensor(predicted)
+    return gather_confusion([(labels, predicted, torch.ones(len(labels), dtype=torch.bool))], classes)
+
+
+def test_a_literal_table():
+    found = confusion_of([0, 0, 0, 0, 1, 1, 3], [0, 1, 1, 2, 1, 0, 3], 4)
+    assert found.class_rows("abcd") == [
+        {"class": "a", "samples": 4, "predicted": 2, "correct": 1, "recall": 0.25, "precision": 0.5, "f1": 2 / 6,
+         "confused_with": "b", "confused_count": 2},
+        {"class": "b", "samples": 2, "predicted": 3, "correct": 1, "recall": 0.5, "precision": 1 / 3, "f1": 2 / 5,
+         "confused_with": "a", "confused_count": 1},
+        {"class": "c", "samples": 0, "predicted": 1, "correct": 0, "recall": None, "precision": 0.0, "f1": None,
+         "confused_with": None, "confused_count": None},
+        {"class": "d", "samples": 1, "predicted": 1, "correct": 1, "recall": 1.0, "precision": 1.0, "f1": 1.0,
+         "confused_with": None, "confused_count": None},
+    ]  # fmt: skip
+    assert found.pair_rows("abcd", 2) == [
+        {"true": "a", "predicted": "b", "count": 2, "share": 0.5},
+        {"true": "a", "predicted": "c", "count": 1, "share": 0.25},
+    ]
+    assert found.macro_scalars() == pytest.approx(
+        {"mean_class_accuracy": (0.25 + 0.5 + 1) / 3, "macro_f1": (2 / 6 + 2 / 5 + 1) / 3}
+    )
+    assert found.matrix([1, 0]).tolist() == [[1, 1], [2, 1]]
+    assert found.most_confused(4) == [0, 1, 2] and found.most_confused(2) == [0, 1]
+
+
+@pytest.mark.parametrize("classes, samples", [(2, 50), (7, 400), (300, 500)])
+def test_figures_equal_those_of_scikit_learn_and_torchmetrics(classes, samples):
+    """300 classes of 500 samples: many have none, and many are never predicted."""
+    generator = torch.Generator().manual_seed(classes)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    guesses = torch.randint(classes, (samples,), generator=generator)
+    predicted = torch.where(torch.rand(samples, generator=generator) < 0.5, labels, guesses)
+    found = confusion_of(labels, predicted, classes)
+    every, held = range(classes), np.unique(labels)
+
+    assert (found.matrix(every) == reference.confusion_matrix(labels, predicted, labels=every)).all()
+    precision, recall, f1, support = reference.precision_recall_fscore_support(
+        labels, predicted, labels=every, zero_division=np.nan
+    )
+    rows = found.class_rows([str(number) for number in every])
+    for name, expected in {"precision": precision, "recall": recall, "samples": support}.items():
+        column = np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
+        np.testing.assert_allclose(column, expected, rtol=1e-12)
+    assert [rows[number]["f1"] for number in held] == pytest.approx(np.nan_to_num(f1[held]).tolist())
+    scalars = found.macro_scalars()
+    assert scalars["macro_f1"] == pytest.approx(
+        reference.f1_score(labels, predicted, labels=held, average="macro", zero_division=0)
+    )
+    assert scalars["mean_class_accuracy"] == pytest.approx(
+        reference.recall_score(labels, predicted, labels=held, average="macro")
+    )
+    per_class = [
+        metric(classes, average=None)(predicted, labels)[held].double().mean().item()
+        for metric in (MulticlassAccuracy, MulticlassF1Score)
+    ]
+    assert [scalars["mean_class_accuracy"], scalars["macro_f1"]] == pytest.approx(per_class, rel=1e-5)
+
+
+def test_top_k_equals_that_of_scikit_learn():
+    logits = torch.randn(200, 12, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 12
+    scalars = make_task(logits, [f"c{number}" for number in range(12)]).evaluate(
+        {"val": [make_batch(range(start, start + 40), labels[start : start + 40]) for start in range(0, 200, 40)]}, 0
+    ).scalars  # fmt: skip
+    for name, k in {"top1": 1, "top5": 5}.items():
+        assert scalars[name] == pytest.approx(reference.top_k_accuracy_score(labels, logits.numpy(), k=k))
+    assert scalars["loss"] == pytest.approx(reference.log_loss(labels, logits.softmax(1).numpy()), rel=1e-5)
+
+
+def _be_rank(rank, ranks, port, path):
+    """Evaluate a rank's share, in batches of three with a padded last one, and write what it found."""
+    if ranks > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        )
+    logits = torch.randn(101, 60, generator=torch.Generator().manual_seed(3))
+    logits[40:60] = logits[40]  # ties, which any number of ranks must break alike
+    batches, mine = [], list(range(rank, 101, ranks))
+    for number in range(math.ceil(math.ceil(101 / ranks) / 3)):
+        ids = mine[number * 3 : number * 3 + 3]
+        padded = ids + [0] * (3 - len(ids))
+        weight = [1.0] * len(ids) + [0.0] * (3 - len(ids))
+        batches.append(make_batch(padded, [number % 50 for number in padded], weight))
+    with torch.inference_mode():
+        report = make_task(logits, [f"c{number}" for number in range(60)]).evaluate({"val": batches}, 0)
+    path.with_name(f"{path.name}_{rank}").write_bytes(
+        pickle.dumps((report.scalars, report.tables, {name: image.tobytes() for name, image in report.images.items()}))
+    )
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_tables_and_pictures_are_the_same_on_one_two_and_three_ranks(tmp_path):
+    forks = multiprocessing.get_context("forkserver")
+    found = {}
+    for ranks in (1, 2, 3):
+        port = free_port()
+        processes = [
+            forks.Process(target=_be_rank, args=(rank, ranks, port, tmp_path / f"of_{ranks}")) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * ranks
+        found[ranks] = [pickle.loads((tmp_path / f"of_{ranks}_{rank}").read_bytes()) for rank in range(ranks)]
+    scalars, tables, images = found[1][0]
+    assert scalars["samples"] == 101 and sum(row["samples"] for row in tables["classes"]) == 101
+    assert set(images) == {"confusion", "mistakes", "predictions"}
+    for ranks in (2, 3):
+        first, *others = found[ranks]
+        assert first[0] == pytest.approx(scalars, rel=1e-12)
+        assert first[1:] == (tables, images)
+        assert all(other == (first[0], {}, {}) for other in others)
+
+
+def test_kept_samples_are_the_best_of_all_batches():
+    generator = torch.Generator().manual_seed(0)
+    score, eligible = torch.rand(50, generator=generator).round(decimals=1), torch.rand(50, generator=generator) < 0.7
+    top = TopSamples(8)
+    for ids in torch.arange(50).split(7):
+        top.add(score[ids], eligible[ids], {"sample_id": ids, "square": ids**2})
+    expected = sorted(np.flatnonzero(eligible).tolist(), key=lambda number: (-float(score[number]), number))[:8]
+    found = top.gather()
+    assert found["sample_id"].tolist() == expected and found["square"].tolist() == [n**2 for n in expected]
+
+
+@pytest.mark.parametrize(
+    "names, labels",
+    [
+        (["cat", "dog"], [0, 1, 1]),
+        (["猫", "собака", "قطة"], [0, 2, 2]),  # none of the second
+        (["a name\nof two lines", "x" * 500, "U+0041", "U+0301"], [0, 1, 2]),
+        ([f"c{number}" for number in range(41)], [0, 1, 40]),
+    ],
+    ids=["two classes", "scripts, one class without a sample", "odd names", "more than a whole matrix"],
+)
+@pytest.mark.parametrize("right", [True, False])
+def test_edges_are_drawn(names, labels, right):
+    logits = torch.full((3, len(names)), -5.0)
+    logits[range(3), [label if right else (label + 1) % len(names) for label in labels]] = 5.0
+    report = make_task(logits, names).evaluate({"val": [make_batch(range(3), labels)]}, 0)
+    most = min(5, len(names))
+    assert set(report.scalars) == {"loss", "top1", f"top{most}", "mean_class_accuracy", "macro_f1", "samples"}
+    assert report.scalars["macro_f1"] == report.scalars["top1"] == float(right)
+    assert len(report.tables["classes"]) == len(names) and bool(report.tables["confusions"]) != right
+    for image in report.images.values():
+        assert image.dtype == np.uint8 and image.shape[2] == 3 and min(image.shape[:2]) > 60
+        assert max(image.shape[:2]) < 2500, "a long name widens the picture"
+
+
+def test_twenty_two_thousand_classes_hold_no_square():
+    labels = torch.arange(30_000) % 22_000
+    found = confusion_of(labels, (labels * 3) % 22_000, 22_000)
+    assert found.counts.sum() == 30_000 and len(found.counts) == 22_000
+    assert found.matrix(found.most_confused(24)).sum() > 0 and len(found.class_rows([""] * 22_000)) == 22_000
+
+
+def test_names_are_written_so_that_they_can_be_read():
+    assert [legible(name) for name in ("U+0041", "U+2192", "cat", "猫 x")] == ["A", "→", "cat", legible("猫") + " x"]
+    assert legible("U+0301") == "◌\u0301" and legible("U+0020") == "U+0020" and legible("U+E000F") == "U+E000F"
+    assert legible("\U000e0123") == "U+E0123"  # no font has it
+    cut = fit("American Staffordshire terrier 7", 16, 120)
+    assert text_width(cut, 16) <= 120 and cut.startswith("Ameri") and "…" in cut and cut.endswith("7")
+
+
+def test_a_table_is_written_and_an_empty_one_leaves_no_older_one(tmp_path):
+    path = tmp_path / "tables/x.csv"
+    write_table(path, [{"class": 'a, "b"', "f1": None}, {"class": "猫", "f1": 0.5}])
+    assert list(csv.reader(io.StringIO(path.read_text()))) == [["class", "f1"], ['a, "b"', ""], ["猫", "0.5"]]
+    write_table(path, [])
+    write_table(path, [])
+    assert not path.exists()
+    write_report(tmp_path, {"t": [{"n": 1}]}, {"p": np.zeros((3, 4, 3), np.uint8)}, prefix="evaluate_")
+    assert (tmp_path / "tables/evaluate_t.csv").read_text() == "n\n1\n"
+    assert Image.open(tmp_path / "plots/evaluate_p.png").size == (4, 3)
+
+
+def test_training_and_evaluate_write_the_same_tables(tmp_path):
+    data = make_collection(tmp_path / "images", per_class=4, validation=3)
+    one_channel = ["model.in_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]"]
+    run("finetune", [*TINY, *one_channel, f"data.root={data}", "run_dir=run"], tmp_path)
+    run("evaluate", ["run_dir=run", "weights=last", "runtime.threads=1", "runtime.precision=fp32"], tmp_path)
+    for name in ("classes", "confusions"):
+        files = [tmp_path / f"run/tables/{prefix}{name}.csv" for prefix in ("", "evaluate_")]
+        assert files[0].read_text() == files[1].read_text()
+    for name in ("confusion", "mistakes", "predictions"):
+        assert all((tmp_path / f"run/plots/{prefix}{name}.png").exists() for prefix in ("", "evaluate_"))
+
+
+def test_confusion_of_nothing_wrong_shows_the_first_classes():
+    found = confusion_of([5, 6, 9], [5, 6, 9], 100)
+    assert found.most_confused(2) == [5, 6] and found.pair_rows([""] * 100, 10) == []
+    assert isinstance(found, Confusion)
