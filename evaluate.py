@@ -1,6 +1,8 @@
 """Measure a run's weights on its validation split: exact on any number of ranks.
 
-python evaluate.py run_dir=RUN weights=best            writes RUN/metrics.json
+python evaluate.py run_dir=RUN weights=best
+
+Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder.
 """
 
 from pathlib import Path
@@ -22,11 +24,12 @@ from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
 from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
 from models.config import ModelConfig
 from models.weights import load_into
-from utils import distributed, plots
+from utils import distributed
 from utils.config import Job, entry_point
 from utils.errors import UserError
 from utils.files import output_errors, write_json
 from utils.logging import get_logger, setup_logging
+from utils.report_files import write_report
 from utils.run_folder import read_run_config
 from utils.schema import Strict
 from utils.weights import choose_weights, read_weights
@@ -118,8 +121,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         output = run_dir / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
             write_json(output, {"weights": str(path), "step": metadata.get("step"), **report.scalars})
-        for name, image in report.images.items():
-            plots.save_image(run_dir / "plots" / f"evaluate_{name}.png", image)
+        write_report(run_dir, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)
     line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
     log.info("%s", line)

@@ -26,6 +26,7 @@ from utils import distributed, plots
 from utils.errors import UserError
 from utils.logging import get_logger
 from utils.metrics_log import MetricsLog
+from utils.report_files import write_report
 from utils.run_folder import RunFolder
 from utils.sample_log import SampleLog
 from utils.signals import StopRequest
@@ -172,8 +173,7 @@ class Training:
             self.best = Best(decisive, self.step)
             self.write_weights("best", average=self.ema is not None)
         if distributed.is_main():
-            for name, image in report.images.items():
-                plots.save_image(self.folder.plots / f"{name}.png", image)
+            write_report(self.folder.path, report.tables, report.images)
             plots.plot_curves(self.metrics, self.folder.plots / "curves.png")
         self.start_clock()
 

@@ -24,17 +24,6 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def image_grid(rows: list[np.ndarray], gap: int = 2, scale: int = 1) -> np.ndarray:
-    """Join rows of images, each [N, H, W, C] uint8 with one N, H, W, to one [H', W', 3] picture."""
-    lines = []
-    for row in rows:
-        row = np.repeat(row, 3, axis=3) if row.shape[3] == 1 else row[..., :3]
-        row = row.repeat(scale, axis=1).repeat(scale, axis=2)
-        padded = np.pad(row, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
-        lines.append(np.concatenate(list(padded), axis=1))
-    return np.concatenate(lines, axis=0)
-
-
 def plot_curves(metrics: MetricsLog | None, path: Path) -> None:
     """Draw every figure of the run over its steps: training losses together, each evaluated figure on its own."""
     if metrics is None:

@@ -118,7 +118,8 @@ def test_evaluation_leaves_out_weight_zero_and_counts_the_rest():
     with torch.no_grad():
         plain, with_padding = (task.evaluate({"val": [given]}, 0).scalars for given in (batch, padded))
     assert with_padding == pytest.approx(plain) and plain["samples"] == 8
-    assert set(plain) == {"loss", "top1", "top4", "mean_class_accuracy", "macro_f1", "samples"}  # top-5 of four classes is top-4
+    # Top-5 of four classes is top-4.
+    assert set(plain) == {"loss", "top1", "top4", "mean_class_accuracy", "macro_f1", "samples"}
 
 
 def test_mixing_accepts_an_odd_batch_and_only_trains(runtime):
