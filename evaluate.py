@@ -29,6 +29,7 @@ from utils.config import Job, entry_point
 from utils.errors import UserError
 from utils.files import output_errors, write_json
 from utils.logging import get_logger, setup_logging
+from utils.progress import track
 from utils.report_files import write_report
 from utils.run_folder import read_run_config
 from utils.schema import Strict
@@ -116,7 +117,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
 
     # 4. The figures.
     with torch.inference_mode(), runtime.autocast():
-        report = task.evaluate(loaders, metadata.get("step", 0))
+        tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
+        report = task.evaluate(tracked, metadata.get("step", 0))
     if distributed.is_main():
         output = run_dir / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):

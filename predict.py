@@ -25,6 +25,7 @@ from utils.config import Job, entry_point
 from utils.errors import UserError
 from utils.files import output_errors, write_atomically
 from utils.logging import get_logger
+from utils.progress import track
 from utils.schema import Strict
 from utils.weights import find_weights
 
@@ -103,7 +104,7 @@ def main(config: PredictConfig, job: Job) -> str:
         find_weights(config.weights, "best", "weights"), torch.device(choose_device(config.device))
     )
     paths = find_images(config.input)
-    rows = list(predict_all(predictor, paths, config))
+    rows = list(track(predict_all(predictor, paths, config), len(paths), "predicting"))
     with output_errors("output", output):
         write_atomically(output, lambda temporary: write_rows(rows, temporary, output.suffix))
     failed = sum("error" in row for row in rows)

@@ -16,6 +16,7 @@ from data.stream import BalancedSampler, Sampler, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform, Transform
 from utils import distributed
 from utils.logging import get_logger
+from utils.progress import counting
 
 log = get_logger(__name__)
 
@@ -28,7 +29,8 @@ def load_collection(config: DataConfig) -> Collection:
     def index() -> str:
         if isinstance(config, GlyphsConfig) and not glyphs_ready(Path(config.root)):
             log.info("drawing the glyph collection into %s (once, some seconds)", config.root)
-            draw_glyphs(Path(config.root))
+            with counting("drawing the glyphs") as progress:
+                draw_glyphs(Path(config.root), progress)
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
 
     collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))

@@ -79,12 +79,15 @@ def train_one_epoch(training: Training, stream: Iterator[list[Batch]], epoch: in
         training.log_meter.add(result)
         training.epoch_meter.add(result)
         training.step += 1
+        training.bar.advance(training.step)
 
         # 3. What is due. Figures come before the checkpoint, so that a resumed run has them.
         last = training.step == plan.total_steps
         stopping = vote.read(result, training.stop.requested)
         if training.step % loop.log_every_steps == 0 or last:
             training.log_step()
+        if loop.plot_every_steps is not None and training.step % loop.plot_every_steps == 0:
+            training.plot()
         if plan.is_due(training.step, loop.evaluate_every_epochs):
             training.evaluate()
         if training.step == end:

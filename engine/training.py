@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,12 @@ from utils import distributed, plots
 from utils.errors import UserError
 from utils.logging import get_logger
 from utils.metrics_log import MetricsLog
+from utils.progress import Bar, format_duration, track
 from utils.report_files import write_report
 from utils.run_folder import RunFolder
 from utils.sample_log import SampleLog
 from utils.signals import StopRequest
+from utils.trackers import Tracker
 from utils.watchdog import Watchdog
 from utils.weights import write_weights
 
@@ -68,12 +70,14 @@ class Training:
     samples: SampleLog | None
     watchdog: Watchdog
     stop: StopRequest
+    bar: Bar
     log_meter: Meter
     epoch_meter: Meter
     step: int = 0
     best: Best = field(default_factory=Best)
     last_report: dict[str, float] = field(default_factory=dict)
     rare_loaders: Mapping[str, float] = field(default_factory=dict)
+    tracker: Tracker | None = None
     _window: tuple[int, float] = (0, 0.0)
 
     # ------------------------------------------------------------------------------------------------------ figures
@@ -86,6 +90,8 @@ class Training:
         """Write a row of metrics, on rank 0."""
         if self.metrics is not None:
             self.metrics.add(self.step, kind, figures)
+        if self.tracker is not None:
+            self.tracker.add_row(self.step, kind, figures)
 
     def log_step(self) -> None:
         """Write the means since the last log; the loop's only regular host synchronisation."""
@@ -97,11 +103,15 @@ class Training:
         self.add_row(
             "train", {"epoch": self.plan.epoch_at(self.step), **means, "lr": values.lr, "images_per_sec": speed}
         )
+        left_sec = self.bar.remaining_sec(self.step)
         log.info(
-            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.2f  %.0f images/s",
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.2f  %.0f images/s  ETA %s",
             self.step, self.plan.total_steps, self.plan.epoch_at(self.step), means["loss"], values.lr,
-            means["grad_norm"], speed,
+            means["grad_norm"], speed, format_duration(left_sec),
         )  # fmt: skip
+        epochs = [self.plan.epoch_of(step - 1) + 1 for step in (self.step, self.plan.total_steps)]
+        figures = f"loss {means['loss']:.4f}  lr {values.lr:.2e}  {speed:,.0f} images/s"
+        self.bar.show(f"epoch {epochs[0]}/{epochs[1]}", figures, left_sec)
         if math.isnan(means["loss"]) and not means["skipped_steps"]:
             raise UserError(
                 f"data.root: no image of the steps up to {self.step} could be read, see the warnings above; "
@@ -145,11 +155,15 @@ class Training:
                 self.watchdog.progress(f"step {self.step}: evaluating {name}")
                 yield batch
 
+        def tracked(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
+            total = len(loader) if isinstance(loader, Sized) else None
+            return track(watched(name, loader), total, f"evaluating {name}")
+
         def due(name: str) -> bool:
             every = self.rare_loaders.get(name)
             return every is None or self.plan.is_due_among(self.step, every, self.loop.evaluate_every_epochs)
 
-        return {name: watched(name, loader) for name, loader in self.evaluation.items() if due(name)}
+        return {name: tracked(name, loader) for name, loader in self.evaluation.items() if due(name)}
 
     def evaluate(self) -> None:
         """Measure the weights and, where there is one, their average; keep the best of what is exported."""
@@ -174,7 +188,16 @@ class Training:
             self.write_weights("best", average=self.ema is not None)
         if distributed.is_main():
             write_report(self.folder.path, report.tables, report.images)
-            plots.plot_curves(self.metrics, self.folder.plots / "curves.png")
+        if self.tracker is not None:
+            for name, image in report.images.items():
+                self.tracker.add_image(self.step, name, image)
+        self.plot()
+
+    def plot(self) -> None:
+        """Draw the curves of the run so far, on rank 0."""
+        if self.metrics is not None:
+            self.watchdog.progress(f"step {self.step}: plotting")
+            plots.plot_curves(self.metrics, self.folder.plots / "curves.png", self.folder.path.resolve().name)
         self.start_clock()
 
     # -------------------------------------------------------------------------------------------------- checkpoints

@@ -3,9 +3,26 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = "atelier"
+
+_printer: Callable[[str], None] | None = None  # what prints lines while a progress bar holds the terminal
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Write to stderr, or above the progress bar where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        if _printer is None:
+            super().emit(record)
+            return
+        try:
+            _printer(self.format(record))
+        except Exception:  # as every handler of the standard library: a message that fails ends no run
+            self.handleError(record)
 
 
 class _EarlyRecords(logging.Handler):
@@ -45,12 +62,18 @@ def setup_logging(rank: int | None = None) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    stream = logging.StreamHandler(sys.stderr)
+    stream = _StderrHandler(sys.stderr)
     stream.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     mark = "" if rank == 0 else f"[rank {rank}] "
     stream.setFormatter(logging.Formatter(f"{mark}%(message)s"))
     logger.addHandler(stream)
     logger.addHandler(_EarlyRecords())
+
+
+def print_through(printer: Callable[[str], None] | None) -> None:
+    """Give the lines meant for stderr to `printer` from now on; None: to stderr again."""
+    global _printer
+    _printer = printer
 
 
 def log_to_file(path: Path) -> logging.Handler:

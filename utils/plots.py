@@ -1,5 +1,6 @@
 """Pictures by matplotlib and Pillow, written atomically, never on a display."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,12 @@ from utils.metrics_log import MetricsLog
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+_INK, _BLUE, _ORANGE, _GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
+_PANEL_POINTS = 1500
+_LAST = ("lr", "images_per_sec")
+_TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
@@ -24,29 +31,109 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_curves(metrics: MetricsLog | None, path: Path) -> None:
-    """Draw every figure of the run over its steps: training losses together, each evaluated figure on its own."""
-    if metrics is None:
+def smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """Return the mean of each value and its neighbours, `width` in all (an odd number), fewer at the ends."""
+    padded = np.ones(width)
+    sums, counts = (np.convolve(row, padded, mode="full") for row in (values, np.ones(len(values))))
+    inside = slice(width // 2, width // 2 + len(values))
+    return sums[inside] / counts[inside]
+
+
+def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most so many points as a panel can show: the least and the greatest of each stretch, in order."""
+    steps, values = np.asarray(steps), np.asarray(values, dtype=float)
+    if len(values) <= _PANEL_POINTS:
+        return steps, values
+    bounds = np.linspace(0, len(values), _PANEL_POINTS // 2 + 1).astype(int)
+    kept = [
+        start + part(values[start:end])
+        for start, end in zip(bounds[:-1], bounds[1:])
+        for part in (np.argmin, np.argmax)
+    ]
+    kept = np.unique(kept)
+    return steps[kept], values[kept]
+
+
+def _draw_training(axis: plt.Axes, steps: list[int], values: list[float], label: str) -> None:
+    """Draw a noisy series lightly, and its running mean over it."""
+    width = 2 * (len(values) // 60) + 1
+    if width == 1:
+        axis.plot(steps, values, color=_BLUE, linewidth=1.5, label=label)
         return
-    evaluated = [name for name in metrics.names("evaluate") if name != "epoch" and not name.startswith("ema/")]
-    others = [name for name in evaluated if name not in ("loss", "samples")]
-    figure, axes = plt.subplots(1, 1 + len(others), figsize=(5.2 * (1 + len(others)), 3.8), squeeze=False)
-    axes = axes[0]
-    for label, name, kind in (("training", "loss", "train"), ("validation", "loss", "evaluate"),
-                              ("validation, average", "ema/loss", "evaluate")):  # fmt: skip
-        steps, values = metrics.series(name, kind)
-        if steps:
-            axes[0].plot(steps, values, label=label, marker="." if kind == "evaluate" else None, linewidth=1.2)
-    axes[0].set_ylabel("loss")
-    for axis, name in zip(axes[1:], others):
-        for label, full in (("weights", name), ("average", f"ema/{name}")):
-            steps, values = metrics.series(full, "evaluate")
-            if steps:
-                axis.plot(steps, values, label=label, marker=".", linewidth=1.2)
-        axis.set_ylabel(name)
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
+    axis.plot(*thin(steps, values), color=_BLUE, linewidth=0.7, alpha=0.3)
+    axis.plot(*thin(steps, smooth(values, width)), color=_BLUE, linewidth=1.8, label=label)
+
+
+def _draw_evaluated(axis: plt.Axes, metrics: MetricsLog, name: str) -> None:
+    """Draw what evaluations found, of the weights and of their average."""
+    series = (("validation", name, _ORANGE, "o"), ("validation, average", f"ema/{name}", _GREEN, "D"))
+    for label, full, color, marker in series:
+        steps, values = metrics.series(full, "evaluate")
+        # Few points show as such; many would hide their line.
+        size = 5 if len(steps) <= 30 else 0
+        axis.plot(
+            steps, values, color=color, linewidth=1.4, marker=marker, markersize=size, label=label if steps else None
+        )
+
+
+def _is_steep(axis: plt.Axes) -> bool:
+    """Return whether only a logarithmic axis shows the low end of what is drawn, noise aside."""
+    lines = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines if line.get_alpha() is None]
+    values = np.concatenate([np.ones(1), *lines])[1:]
+    return len(values) > 0 and values.min() > 0 and values.max() > 30 * values.min()
+
+
+def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
+    """Give a panel its title, axes and a legend beside its title, outside the data."""
+    axis.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axis.set_xlabel("step", fontsize=9, color=_INK)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.tick_params(labelsize=9, colors=_INK, length=3)
+    axis.grid(color="#dee2e6", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.set_xlim(0, 1.02 * last_step)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#868e96")
+    labels = [line.get_label() for line in axis.lines if not line.get_label().startswith("_")]
+    if len(labels) > 1:
+        axis.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels), frameon=False, fontsize=8.5,
+            borderaxespad=0.2, handlelength=1.4, columnspacing=1.0,
+        )  # fmt: skip
+
+
+def plot_curves(metrics: MetricsLog, path: Path, title: str) -> None:
+    """Draw every figure of the run over its steps: loss, then what evaluations found, then rate and speed."""
+    if not metrics.rows:
+        return
+    evaluated = [name.removeprefix("ema/") for name in metrics.names("evaluate")]
+    trained = metrics.names("train")
+    # A number of samples or of epochs says nothing as a curve, left-out steps only where there are any.
+    hidden = {"epoch", "samples", *_LAST}
+    if not any(metrics.series("skipped_steps", "train")[1]):
+        hidden.add("skipped_steps")
+    names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden]
+    names = sorted(names, key=lambda name: name != "loss") + [name for name in _LAST if name in trained]
+    columns = len(names) if len(names) <= 3 else 2 if len(names) == 4 else 3
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    last_step = max(row["step"] for row in metrics.rows)
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    for axis, name in zip(axes.flat, names):
+        steps, values = metrics.series(name, "train")
+        if name == "lr":
+            axis.plot(steps, values, color=_BLUE, linewidth=1.8)
+        elif steps:
+            _draw_training(axis, steps, values, "training")
+        _draw_evaluated(axis, metrics, name)
+        if name not in _LAST and _is_steep(axis):
+            axis.set_yscale("log")
+        if name == "images_per_sec":
+            axis.set_ylim(0, 1.15 * max(values))
+        _finish_panel(axis, _TITLES.get(name, name), last_step)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
     save_figure(figure, path)

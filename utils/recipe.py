@@ -28,6 +28,7 @@ FREE_KEYS = (
     "loop.batch_size",
     "loop.log_every_steps",
     "loop.evaluate_every_epochs",
+    "loop.plot_every_steps",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",
     "task.probe.*",
