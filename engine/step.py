@@ -8,8 +8,10 @@ decision for all ranks that stays on the device; a step that is not leaves every
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.runtime import Runtime
@@ -31,6 +33,16 @@ class StepResult:
     grad_norm: Tensor
     applied: Tensor
     stop: Tensor
+
+    @cached_property
+    def figures(self) -> tuple[list[str], Tensor]:
+        """Return what meters add up: sorted names, and their (sum, count) as one tensor [N, 2], float64."""
+        pairs = self.sums | {
+            "grad_norm": (self.grad_norm, self.applied),
+            "skipped_steps": (1.0 - self.applied, torch.ones_like(self.applied)),
+        }
+        names = sorted(pairs)
+        return names, torch.stack([part for name in names for part in pairs[name]]).double().view(-1, 2)
 
 
 class LossScale:
@@ -64,51 +76,89 @@ class LossScale:
         self.scale, self.good_steps = (state[name].to(self.scale.device) for name in ("scale", "good_steps"))
 
 
+class _BuffersBefore:
+    """A task's buffers as they were before a step, packed by dtype: a few kernels for any number of them.
+
+    Only buffers that are saved: what a checkpoint does not keep is no state (constants such as a normalisation's mean).
+    """
+
+    def __init__(self, task: nn.Module) -> None:
+        self._flat: dict[torch.dtype, list[Tensor]] = {}
+        for module in task.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    self._flat.setdefault(buffer.dtype, []).append(_flat_view(buffer))
+        self._before = [torch.cat(flat) for flat in self._flat.values()]
+
+    def put_back(self, where: Tensor) -> None:
+        """Undo what the step did to the buffers where a device scalar says so."""
+        for flat, before in zip(self._flat.values(), self._before):
+            chosen = torch.where(where, before, torch.cat(flat))
+            torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
+
+
+def _flat_view(buffer: Tensor) -> Tensor:
+    """Return a buffer's memory as a vector that shares it, whatever the order of its axes."""
+    if buffer.is_contiguous():
+        return buffer.view(-1)
+    return buffer.permute(sorted(range(buffer.ndim), key=buffer.stride, reverse=True)).view(-1)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum over micro-batches; of one, the tensor itself."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
+
+
 def step_weight(batches: Sequence[Batch]) -> Tensor:
     """Return the sum of the weights of a step's samples over all ranks, at least the smallest positive number."""
-    total = torch.stack([batch["weight"].sum() for batch in batches]).sum()
+    total = _sum([batch["weight"].sum() for batch in batches])
     return distributed.all_reduce_sum(total).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _forward_backward(
-    model: nn.Module, batch: Batch, knobs: Knobs, denominator: Tensor, scale: Tensor, runtime: Runtime
+    model: nn.Module, batch: Batch, knobs: Knobs, factor: Tensor, runtime: Runtime
 ) -> tuple[Tensor, StepOutput]:
-    """Run one micro-batch; returns its weighted loss sum (detached) and the task's output."""
+    """Run one micro-batch, its gradient times `factor`; returns its weighted loss sum (detached) and the output."""
     with runtime.autocast():
         output = model(batch, knobs)
     weight = batch["weight"]
     assert output.loss.shape == weight.shape, f"loss {tuple(output.loss.shape)}, weights {tuple(weight.shape)}"
     # Select, so that a blank sample of weight 0 cannot bring a NaN in.
     weighted = torch.where(weight > 0, output.loss.float() * weight, 0.0).sum()
-    # DDP averages over ranks where the mean over all samples is wanted: hence the world size.
-    (weighted * (scale * distributed.world_size() / denominator)).backward()
+    (weighted * factor).backward()
     return weighted.detach(), output
 
 
+def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
+    """Return a micro-batch's loss and logs as one float64 tensor [1 + 2 N]."""
+    parts = [loss, *(part for name in names for part in logs[name])]
+    # stack finds the common type, which for float32 and an integer would be too narrow.
+    return torch.stack([part if part.dtype == torch.float32 else part.double() for part in parts]).double()
+
+
 def _reduce(
-    loss: Tensor, outputs: Sequence[StepOutput], denominator: Tensor, bad: Tensor, stop: bool
+    figures: Tensor, names: Sequence[str], denominator: Tensor, norm: Tensor, stop: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Sum loss, logs and flags over micro-batches and ranks in one collective: (sums, not finite, stop)."""
-    names = sorted(outputs[0].logs)
-    columns = [bad, torch.full_like(loss, float(stop)), loss]
-    for name in names:
-        columns.append(torch.stack([output.logs[name][0].double() for output in outputs]).sum())
-        columns.append(torch.stack([output.logs[name][1].double() for output in outputs]).sum())
-    total = distributed.all_reduce_sum(torch.stack([column.double() for column in columns]))
+    """Sum figures and flags over ranks in one collective: (sums, not finite, stop). `figures` begin with the loss."""
+    total = F.pad(figures, (2, 0), value=float(stop))
+    # In float64 the sum of two finite float32 is finite, and any other is not.
+    total[0] = ~torch.isfinite(norm + figures[0])
+    total = distributed.all_reduce_sum(total)
     bad, stop_asked = total[0] > 0, total[1]
-    total = torch.where(bad, torch.zeros_like(total), total)
-    count = torch.where(bad, 0.0, denominator.double())
-    sums = {"loss": (total[2], count)}
-    sums |= {name: (total[3 + 2 * index], total[4 + 2 * index]) for index, name in enumerate(names)}
+    kept = torch.where(bad, 0.0, total).unbind()
+    sums = {"loss": (kept[2], torch.where(bad, 0.0, denominator.double()))}
+    sums |= {name: (kept[3 + 2 * index], kept[4 + 2 * index]) for index, name in enumerate(names)}
     return sums, bad, stop_asked
 
 
-def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor) -> None:
+def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:
     """Undo the loss scale and shrink the gradients to the limit, without asking the host."""
     factor = inverse_scale
     if limit is not None:
-        factor = factor * (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor)
+        shrink = (limit / (norm + 1e-6)).clamp(max=1.0)
+        factor = shrink if factor is None else factor * shrink
+    if factor is not None:
+        torch._foreach_mul_(grads, factor)
 
 
 def train_step(
@@ -131,32 +181,36 @@ def train_step(
     No host synchronisation, except for timm's optimisers, which cannot skip on the device: they cost one per step.
     """
     denominator = step_weight(batches)
-    buffers = list(task.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    losses, outputs = [], []
+    # DDP averages over ranks where the mean over all samples is wanted: hence the world size.
+    factor = scale.scale * distributed.world_size() / denominator
+    before = _BuffersBefore(task)
+    rows, names = [], []
     for micro_step, batch in enumerate(batches):
         rng.seed_micro_step(seed, step, micro_step, distributed.rank(), runtime.device)
         last = micro_step == len(batches) - 1
         with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-            loss, output = _forward_backward(model, batch, knobs, denominator, scale.scale, runtime)
-        losses.append(loss)
-        outputs.append(output)
+            loss, output = _forward_backward(model, batch, knobs, factor, runtime)
+        names = names or sorted(output.logs)
+        rows.append(_pack(loss, output.logs, names))
 
-    grads = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
-    inverse_scale = 1.0 / scale.scale
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) * inverse_scale
-    loss = torch.stack(losses).sum()
-    sums, bad, stop_asked = _reduce(loss, outputs, denominator, ~(torch.isfinite(norm) & torch.isfinite(loss)), stop)
+    # The optimiser's parameters are all that are trained (optim/groups.py): its lists spare a walk over the modules.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    inverse_scale = 1.0 / scale.scale if scale.enabled else None
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if inverse_scale is not None:
+        norm = norm * inverse_scale
+    sums, bad, stop_asked = _reduce(_sum(rows), names, denominator, norm, stop)
     _clip(grads, norm, clip_grad_norm, inverse_scale)
 
-    applied = 1.0 - bad.float()
+    found_inf = bad.float()
+    applied = 1.0 - found_inf
     if skips_on_device(optimizer):
-        optimizer.found_inf = bad.float()
+        optimizer.found_inf = found_inf
         optimizer.step()
     elif not bad:  # a host synchronisation
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for buffer, old in zip(buffers, before):
-        buffer.copy_(torch.where(bad, old, buffer))
+    before.put_back(bad)
     scale.update(applied)
     return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked)
