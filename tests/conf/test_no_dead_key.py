@@ -38,7 +38,8 @@ CONFIGURATIONS = [
     ("finetune", []),
     ("finetune", ["data=image_folder", "data.root=IMAGES", "model=timm", "optim=adan", "schedule=constant", KNOBS]),
     ("finetune", ["optim=sgd", "schedule=onecycle", KNOBS]),
-    ("finetune", ["optim=timm", KNOBS]),
+    ("finetune", ["optim=timm", KNOBS, "tracking=tensorboard"]),
+    ("finetune", ["tracking=wandb", "tracking.tags=[small]"]),
     ("prepare", []),
     ("prepare", ["data=image_folder", "data.root=IMAGES"]),
     ("evaluate", ["run_dir=RUN"]),
@@ -190,8 +191,14 @@ def run_all(recorder, folder):
     go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae", "loop.total_steps=3",
        "optim.lr=0.1", "resume_allow=[optim.lr]")  # fmt: skip
     others = {
-        "adan": ["optim=adan", "schedule=constant", "loop.sampling=balanced"],
-        "sgd": ["optim=sgd", "schedule=onecycle"],
+        "adan": [
+            "optim=adan",
+            "schedule=constant",
+            "loop.sampling=balanced",
+            "tracking=wandb",
+            "tracking.mode=offline",
+        ],
+        "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
     }
     for script in ("pretrain_fcmae", "finetune"):
