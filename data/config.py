@@ -33,11 +33,28 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
+class RandAugmentConfig(Strict):
+    """So many of RandAugment's operations in a row, at a magnitude of 0 to 30 (torchvision's bins; 9 is usual)."""
+
+    num_ops: PositiveInt
+    magnitude: Annotated[int, Field(ge=0, le=30)]
+
+
+class AffineConfig(Strict):
+    """A random turn of up to `degrees`, shift of up to `translate` of the sides, zoom within `scale`, and shear."""
+
+    degrees: Annotated[float, Field(ge=0, le=180)]
+    translate: Fraction
+    scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+    shear_degrees: Annotated[float, Field(ge=0, lt=90)]
+
+
 class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
-    Training: a random crop of `crop_scale` of the area and `crop_ratio` width / height, resized, and mirrored with
-    probability `horizontal_flip`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
+    Training, in this order: a random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a
+    mirror image with probability `horizontal_flip`; `affine` and `rand_augment` where they are not null, what they
+    uncover filled with the grey level `fill`; random erasing with probability `random_erasing`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
     `mean` and `std` (of values in [0, 1], one per channel) are applied on the device.
     """
 
@@ -45,6 +62,10 @@ class AugmentConfig(Strict):
     crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
     crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
+    affine: AffineConfig | None
+    rand_augment: RandAugmentConfig | None
+    random_erasing: Fraction
+    fill: Annotated[int, Field(ge=0, le=255)]
     interpolation: Literal["bilinear", "bicubic"]
     eval_crop: Annotated[float, Field(gt=0, le=1)]
     mean: list[float]
@@ -59,8 +80,10 @@ class AugmentConfig(Strict):
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
+        ranges = {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio}
+        if self.affine is not None:
+            ranges["affine.scale"] = self.affine.scale
+        for name, (low, high) in ranges.items():
             if low > high:
                 raise ValueError(f"augment.{name}: {low:g} to {high:g} does not rise; give the smaller number first")
         if len(self.mean) != len(self.std):

@@ -5,7 +5,7 @@ Normalisation happens on the device (`Normalise` in models/layers.py): a batch c
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,24 @@ class Transform(Protocol):
         ...
 
 
+class NoiseErasing(v2.RandomErasing):
+    """Erase a rectangle of 2 to 33 % of the image with noise, as `pixel` mode does: torchvision's noise is of floats."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p=p, value=0)
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Return the image with noise in the drawn rectangle, or as it was where none was drawn."""
+        if params["v"] is not None:
+            params = {**params, "v": torch.randint(0, 256, (inpt.shape[-3], params["h"], params["w"])).to(inpt)}
+        return super().transform(inpt, params)
+
+
 class TrainTransform:
-    """Random resized crop and mirror, as `augment` says."""
+    """Random resized crop, mirror, affine map, RandAugment and erasing, as `augment` says.
+
+    Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
+    """
 
     def __init__(self, config: AugmentConfig) -> None:
         steps: list[torch.nn.Module] = [
@@ -38,6 +54,23 @@ class TrainTransform:
         ]
         if config.horizontal_flip > 0:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        if config.affine is not None:
+            affine = config.affine
+            steps.append(
+                v2.RandomAffine(
+                    affine.degrees,
+                    translate=(affine.translate, affine.translate),
+                    scale=tuple(affine.scale),
+                    shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
+                    interpolation=InterpolationMode.BILINEAR,
+                    fill=config.fill,
+                )
+            )
+        if config.rand_augment is not None:
+            steps.append(v2.RandAugment(config.rand_augment.num_ops, config.rand_augment.magnitude, fill=config.fill))
+        if config.random_erasing > 0:
+            # Before normalisation, hence with bytes: a rectangle of evenly distributed noise.
+            steps.append(NoiseErasing(config.random_erasing))
         self._steps = v2.Compose(steps)
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:

@@ -197,6 +197,8 @@ def run_all(recorder, folder):
             "loop.sampling=balanced",
             "tracking=wandb",
             "tracking.mode=offline",
+            "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
+            "augment.rand_augment={num_ops: 1, magnitude: 9}",
         ],
         "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
