@@ -24,7 +24,7 @@ class Transform(Protocol):
 
 
 class NoiseErasing(v2.RandomErasing):
-    """Erase a rectangle of 2 to 33 % of the image with noise, as `pixel` mode does: torchvision's noise is of floats."""
+    """Erase a rectangle of 2 to 33 % of the image with noise, for which torchvision's own takes floats only."""
 
     def __init__(self, p: float) -> None:
         super().__init__(p=p, value=0)
