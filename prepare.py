@@ -12,6 +12,7 @@ from data.glyphs import draw_glyphs, glyphs_ready
 from data.manifest import write_manifest
 from utils.config import Job, entry_point
 from utils.logging import get_logger
+from utils.progress import counting
 from utils.schema import Strict
 
 log = get_logger(__name__)
@@ -32,22 +33,27 @@ def main(config: PrepareConfig, job: Job) -> str:
         if glyphs_ready(Path(config.data.root)):
             log.info("%s is there already", config.data.root)
         else:
-            draw_glyphs(Path(config.data.root))
+            with counting("drawing the glyphs") as progress:
+                draw_glyphs(Path(config.data.root), progress)
         return f"glyphs in {config.data.root}"
-    report = write_manifest(
-        config.data.root,
-        validation_fraction=config.data.validation_fraction,
-        verify=config.verify,
-        max_pixels=config.data.max_pixels,
-    )
-    for path, reason in report.unreadable:
-        log.warning("unreadable image %s: %s; it weighs 0 in the manifest", path, reason)
+    with counting("reading the images") as progress:
+        report = write_manifest(
+            config.data.root,
+            validation_fraction=config.data.validation_fraction,
+            verify=config.verify,
+            max_pixels=config.data.max_pixels,
+            progress=progress,
+        )
+    for line in report.unreadable_lines(most=20):
+        log.warning("%s", line)
+    for line in report.trait_lines():
+        log.info("%s", line)
     splits = ", ".join(f"{count:,} {split}" for split, count in report.splits.items())
     log.info(
         "wrote %s: %s images (%s), %d classes, %d tags, %d unreadable",
         report.path, f"{report.rows:,}", splits, len(report.classes), len(report.tags), len(report.unreadable),
     )  # fmt: skip
-    return f"{report.rows} images"
+    return f"{report.rows} images, {len(report.unreadable)} unreadable"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import functools
 import os
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -24,23 +26,85 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_VARIANTS = {"MPO": "JPEG", "DIB": "BMP"}  # MPO: JPEGs with a preview or a second view behind the first
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
+_TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
 
-# Pillow warns at half of what it refuses; `max_pixels` decides here, and a warning per image would bury a log.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# The kinds of what makes a file unreadable, by which `prepare.py job=manifest` counts.
+EMPTY = "the file is empty"
+CUT_OFF = "the file is cut off"
+DAMAGED = "the file is damaged"
+UNKNOWN = "not an image of a known format"
+UNSUPPORTED = "a kind of image that is not supported"
+TOO_LARGE = "too many pixels"
+NOT_OPENED = "the file cannot be opened"
+NO_MEMORY = "too little memory"
+
+# What files that are no images of FORMATS begin with: (offset, bytes, name).
+_FOREIGN = (
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the image; fetch it with `git lfs pull`"),
+    (0, b"<!doctype html", "a web page, perhaps of a failed download"),
+    (0, b"<html", "a web page, perhaps of a failed download"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "an XML document, perhaps an SVG drawing"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftyp", "a video or an unknown kind of HEIF"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"jxl ", "JPEG XL"),
+    (4, b"jp  ", "JPEG 2000"),
+    (0, b"%pdf", "a PDF document"),
+    (0, b"%!ps", "PostScript"),
+    (0, b"8bps", "a Photoshop document"),
+    (0, b"pk\x03\x04", "a ZIP archive"),
+)
+_KNOWN = (
+    (0, b"\x89png\r\n\x1a\n", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"gif8", "GIF"),
+    (8, b"webp", "WEBP"),
+    (0, b"bm", "BMP"),
+    (0, b"ii*\0", "TIFF"),
+    (0, b"mm\0*", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+)
+
+# What a viewer would not mention (EXIF that is cut off, a palette with transparency, a broken animation) would bury a
+# training log, a line per image and worker; `inspect_image` keeps it. As for sizes, `max_pixels` decides.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+Used = TypeVar("Used")
 
 
 class UnreadableImage(Exception):
-    """One image that cannot be decoded: `path`, and `reason` in a few words. Survives pickling between processes."""
+    """One image that cannot be decoded: its path, the kind of fault, and details. Survives pickling."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        """Keep both as arguments, which is what pickling restores an exception from."""
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
+    def __init__(self, path: str, kind: str, detail: str) -> None:
+        """Keep all as arguments, which is what pickling restores an exception from."""
+        super().__init__(path, kind, detail)
+        self.path, self.kind, self.detail = path, kind, detail
+
+    @property
+    def reason(self) -> str:
+        """Return `kind (detail)`."""
+        return f"{self.kind} ({self.detail})"
 
     def __str__(self) -> str:
-        """Return `path: reason`."""
+        """Return `path: kind (detail)`."""
         return f"{self.path}: {self.reason}"
+
+
+class _Unsupported(ValueError):
+    """An image that is whole, but of a kind that has no 8-bit form."""
+
+
+class Inspection(NamedTuple):
+    """What is known of one file: `kind` and `reason` are None where it can be read; traits may surprise its owner."""
+
+    kind: str | None
+    reason: str | None
+    traits: tuple[str, ...]
 
 
 def pillow_version() -> str:
@@ -55,27 +119,85 @@ def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int) -> 
     bit, CMYK converted. max_pixels: a larger image is refused from its header, before anything is decoded; Pillow's
     own limit (DEFAULT_MAX_PIXELS) holds as well.
 
-    Raises UnreadableImage whatever the reason: absent, empty, truncated, no image, too large, unknown pixel range.
+    Raises UnreadableImage whatever the reason: absent, empty, cut off, damaged, no image, too large, unsupported.
     """
     assert channels in (1, 3), channels
+    return _open(path, max_pixels, functools.partial(_to_array, channels=channels))
+
+
+def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Inspection:
+    """Decode a file and say why it cannot be read, or else what about it is converted, dropped or odd."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            traits = _open(path, max_pixels, functools.partial(_find_traits, name=os.fspath(path)))
+        except UnreadableImage as error:
+            return Inspection(error.kind, error.reason, ())
+    if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in traits:
+        traits = (*traits, "broken metadata")
+    return Inspection(None, None, traits)
+
+
+def _open(path: str | os.PathLike[str], max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
+    """Return what `use` makes of an opened image that is not decoded yet; any failure becomes UnreadableImage."""
     try:
         with open(path, "rb") as stream:
             if os.fstat(stream.fileno()).st_size == 0:
-                raise UnreadableImage(os.fspath(path), "the file is empty (0 bytes)")
-            with Image.open(stream, formats=_formats()) as image:
+                raise UnreadableImage(os.fspath(path), EMPTY, "0 bytes")
+            try:
+                image = Image.open(stream, formats=_formats())
+            except UnidentifiedImageError as error:
+                stream.seek(0)
+                raise UnreadableImage(os.fspath(path), *_explain_header(stream.read(65536))) from error
+            with image:
                 if image.width * image.height > max_pixels:
                     size = f"{image.width} x {image.height} pixels"
-                    raise UnreadableImage(os.fspath(path), f"{size} is more than the {max_pixels:,} allowed")
-                image.load()
-                return _to_array(_turn_upright(image), channels)
+                    raise UnreadableImage(os.fspath(path), TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
+                return use(image)
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(os.fspath(path), f"not an image of a known format ({', '.join(_formats())})") from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(os.fspath(path), f"more pixels than Pillow opens ({DEFAULT_MAX_PIXELS:,})") from error
     except Exception as error:  # decoders meet damaged bytes with any exception: OSError, SyntaxError, struct.error...
-        raise UnreadableImage(os.fspath(path), f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(os.fspath(path), *_explain(error)) from error
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """Return the kind of fault that an exception of the decoder stands for, and its details."""
+    said = " ".join(str(error).split())
+    match error:
+        case Image.DecompressionBombError():
+            return TOO_LARGE, f"more pixels than Pillow opens, {DEFAULT_MAX_PIXELS:,}"
+        case _Unsupported():
+            return UNSUPPORTED, said
+        case MemoryError():
+            return NO_MEMORY, "it could not be decoded in what is left"
+        case OSError(errno=int()):
+            return NOT_OPENED, f"{type(error).__name__}: {error.strerror}"
+    return CUT_OFF if "truncated" in said.lower() else DAMAGED, f"{type(error).__name__}: {said}"
+
+
+def _explain_header(head: bytes) -> tuple[str, str]:
+    """Return the kind of fault of a file that no reader took, and its details, from the file's first bytes."""
+    lower = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
+    for offset, mark, name in _KNOWN:
+        if lower[offset:].startswith(mark) and name in _formats():
+            if name == "JPEG" and (bits := _bits_of_jpeg(head)) not in (None, 8):
+                return UNSUPPORTED, f"a JPEG of {bits} bits a channel; save the image with 8"
+            return DAMAGED, f"it begins as {name}, but what follows is broken or cut off"
+    for offset, mark, name in _FOREIGN:
+        if lower[offset:].startswith(mark):
+            return UNKNOWN, f"{name}; allowed are {', '.join(_formats())}"
+    return UNKNOWN, ", ".join(_formats())
+
+
+def _bits_of_jpeg(head: bytes) -> int | None:
+    """Return the bits a channel that a JPEG's frame header states, None where the header is not among these bytes."""
+    at = 2
+    while at + 5 <= len(head) and head[at] == 0xFF:
+        marker = head[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return head[at + 4]
+        at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
+    return None
 
 
 @functools.cache
@@ -85,35 +207,80 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Turn and mirror a loaded image as its EXIF orientation asks. (Pillow's TIFF reader has done so on loading.)"""
-    method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    return image if method is None else image.transpose(method)
-
-
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    """Decode an opened image of any mode to uint8 [H, W, channels]."""
+    return _convert(_load_upright(image)[0], channels)
+
+
+def _load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
+    """Decode an opened image, turn and mirror it as EXIF asks; returns the orientation as well, None if EXIF is broken.
+
+    Pillow's TIFF reader turns on loading, and forgets the orientation.
+    """
+    if "transparency" in image.info:
+        _scale_transparency(image)
+    image.load()
+    orientation = _orientation(image)
+    method = _UPRIGHT.get(orientation)
+    return (image if method is None else image.transpose(method)), orientation
+
+
+def _convert(image: Image.Image, channels: int) -> np.ndarray:
     """Convert a loaded image of any mode to uint8 [H, W, channels]."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; save the image with 8 or 16 bits a channel")
+        raise _Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits a channel")
+    if image.mode == "LAB":
+        raise _Unsupported("L*a*b* colours; save the image as RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _to_eight_bit(image)
     elif image.mode in _ALPHA or "transparency" in image.info:
         image = _on_white(image)
-    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))  # a copy: Pillow's own buffer is read-only
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which copies even where there is nothing to do
+    pixels = np.array(image)  # a copy: Pillow's own buffer is read-only
     return pixels[:, :, None] if channels == 1 else pixels
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the file stores the pixels of an image that is not decoded yet, such as `L;4`; "" if not known."""
+    arguments = image.tile[0][3] if image.tile else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the transparent grey or colour of a PNG to the 8 bits that its pixels will have; Pillow leaves it.
+
+    Of 16 bits the high byte is compared, which is what Pillow keeps of the pixels.
+    """
+    clear, raw = image.info["transparency"], _raw_mode(image)
+    if raw in ("L;2", "L;4"):
+        top = 2 ** int(raw[2:]) - 1
+        image.info["transparency"] = (clear & top) * (255 // top)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 1 where none is given, None where EXIF is broken; asked again, it is 1 then."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # any, as for pixels; these are as good without it, and every viewer shows them
+        return None
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to white.
 
-    Raises ValueError for 32-bit integers that do not fit 16 bits, whose range nobody states.
+    Raises _Unsupported for 32-bit integers that do not fit 16 bits, whose range nobody states.
     """
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
+    pixels = np.asarray(image)
+    if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
+        raise _Unsupported(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
+    grey = _TO_EIGHT_BIT[pixels]
     if isinstance(clear := image.info.get("transparency"), int):
-        pixels[pixels == clear] = 65535
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        grey[pixels == clear] = 255
+    return Image.fromarray(grey)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -123,10 +290,32 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def why_unreadable(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> str | None:
-    """Decode a file and return the reason why it cannot be read, or None where it can."""
+def _find_traits(image: Image.Image, name: str) -> tuple[str, ...]:
+    """Decode an opened image and return what about it its owner may not expect."""
+    raw, turned = _raw_mode(image), image.format == "TIFF" and _orientation(image) in _UPRIGHT
+    upright, orientation = _load_upright(image)
+    _convert(upright, 3)
+    found = {
+        "several frames": _has_frames(image),
+        "CMYK": image.mode == "CMYK",
+        "16 bits a channel": image.mode.startswith("I") or ";16" in raw,
+        "rotated by EXIF": turned or orientation in _UPRIGHT,
+        "transparent": image.mode in _ALPHA or "transparency" in image.info,
+        "named as another format": _is_misnamed(image, name),
+        "broken metadata": orientation is None,
+    }
+    return tuple(trait for trait, there in found.items() if there)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Tell whether a decoded image has more than one frame; one that breaks after the first has."""
     try:
-        read_image(path, 3, max_pixels)
-    except UnreadableImage as error:
-        return error.reason
-    return None
+        return getattr(image, "is_animated", False)
+    except Exception:  # any, as for pixels; the first frame, which is all that is read, was decoded
+        return True
+
+
+def _is_misnamed(image: Image.Image, name: str) -> bool:
+    """Tell whether the ending of a file's name stands for another format than the file's."""
+    stated = Image.EXTENSION.get(os.path.splitext(name)[1].lower(), image.format)
+    return _VARIANTS.get(stated, stated) != _VARIANTS.get(image.format, image.format)

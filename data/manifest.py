@@ -11,7 +11,6 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -20,11 +19,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.decode import DEFAULT_MAX_PIXELS, why_unreadable
+from data.decode import DEFAULT_MAX_PIXELS
+from data.inspection import (
+    UNREADABLE,
+    Inspected,
+    ManifestReport,
+    count_kinds,
+    count_traits,
+    inspect_file,
+    list_unreadable,
+)
 from data.scan import check_root, list_folder, parse_json, scan_folder
 from data.table import SCHEMA, SPLIT_NAMES, assign_validation, count_values, sort_rows
 from utils.errors import UserError
-from utils.files import sha256_file, write_atomically
+from utils.files import write_atomically
 
 PARQUET, JSONL = "manifest.parquet", "manifest.jsonl"
 # The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.
@@ -33,18 +41,6 @@ _COLUMNS = ", ".join(SCHEMA.names)
 _PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
 Locate = Callable[[int], str]
-
-
-@dataclass(frozen=True)
-class ManifestReport:
-    """What `write_manifest` found; the counts have the most frequent first, `unreadable` holds (path, reason)."""
-
-    path: Path
-    rows: int
-    splits: dict[str, int]
-    classes: dict[str, int]
-    tags: dict[str, int]
-    unreadable: list[tuple[str, str]]
 
 
 def find_manifest(root: Path) -> Path | None:
@@ -115,8 +111,9 @@ def write_manifest(
 ) -> ManifestReport:
     """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file.
 
-    verify: decode every image too; one that is unreadable stays in the manifest with weight 0 and is reported. A file
-    that cannot even be read is treated so in any case. progress: called with the images done and their number.
+    verify: decode every image too; one that is unreadable stays in the manifest with weight 0 and is reported, by name
+    in `manifest.unreadable.jsonl`. A file that cannot even be opened is treated so in any case. progress: called with
+    the images done and their number.
 
     Raises UserError (`data.root`) as `scan_folder` does, for a link out of the root, for a folder that cannot be
     written, and for a manifest already there that this function did not write.
@@ -127,12 +124,20 @@ def write_manifest(
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
     found = _inspect_all([str(folder / path) for path in paths], verify, max_pixels, progress)
-    reasons = [reason for _, reason in found]
+    reasons = [inspection.reason for _, inspection in found]
     table = _replace(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
     table = _replace(table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32()))
     unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
     counts = [count_values(table[name]) for name in ("split", "label", "tags")]
-    return ManifestReport(save_manifest(folder, table, "write_manifest"), table.num_rows, *counts, unreadable)
+    return ManifestReport(
+        save_manifest(folder, table, "write_manifest"),
+        table.num_rows,
+        *counts,
+        unreadable,
+        count_kinds(found),
+        count_traits(paths, found),
+        list_unreadable(folder / UNREADABLE, unreadable),
+    )
 
 
 def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
@@ -165,9 +170,9 @@ def _refuse_foreign(root: Path) -> None:
 
 def _inspect_all(
     files: list[str], verify: bool, max_pixels: int, progress: Callable[[int, int], None] | None
-) -> list[tuple[str | None, str | None]]:
-    """Return SHA-256 and fault of each file; with many files, in one process per core."""
-    inspect = functools.partial(_inspect, verify=verify, max_pixels=max_pixels)
+) -> list[Inspected]:
+    """Return SHA-256 and findings of each file; with many files, in one process per core."""
+    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
     if len(files) < _PARALLEL_FROM or (os.cpu_count() or 1) == 1:
         return _count_off(map(inspect, files), len(files), progress)
     # Spawned: by now the process may run threads, which a fork does not survive. An executor, since a decoder that
@@ -185,15 +190,6 @@ def _count_off(results: Iterable[Any], total: int, progress: Callable[[int, int]
         if progress is not None:
             progress(len(found), total)
     return found
-
-
-def _inspect(file: str, verify: bool, max_pixels: int) -> tuple[str | None, str | None]:
-    """Return a file's SHA-256 (None if it cannot be read) and, where it is no good, the reason."""
-    try:
-        digest = sha256_file(Path(file))
-    except OSError as error:
-        return None, f"{type(error).__name__}: {error.strerror}"
-    return digest, why_unreadable(file, max_pixels) if verify else None
 
 
 def _read_parquet(file: Path) -> pa.Table:

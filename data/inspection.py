@@ -1,0 +1,107 @@
+"""What was found in the files of a collection: checksums, unreadable images, and what of the others may surprise.
+
+`write_manifest` (data/manifest.py) inspects every file and returns the report; prepare.py job=manifest says it.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data.decode import NOT_OPENED, Inspection, inspect_image
+from utils.files import sha256_file, write_atomically
+
+UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
+# What becomes of the traits that `data.decode.inspect_image` finds.
+_TREATMENT = {
+    "several frames": "only the first is read",
+    "CMYK": "converted to RGB without an ink profile",
+    "16 bits a channel": "scaled to 8",
+    "rotated by EXIF": "turned upright",
+    "transparent": "laid on white",
+    "named as another format": "read as what they are",
+    "broken metadata": "passed over",
+}
+
+
+class Inspected(NamedTuple):
+    """One file's SHA-256, None where it cannot be opened, and what else was found."""
+
+    digest: str | None
+    inspection: Inspection
+
+
+@dataclass(frozen=True)
+class ManifestReport:
+    """What `write_manifest` found; the counts have the most frequent first, `unreadable` holds (path, reason).
+
+    kinds: of the unreadable images, by the kind of fault. traits: of the readable ones, what is converted, dropped or
+    odd (an image may have several), each with the first image that has it. Both need verify. listing: the file that
+    names every unreadable image, None where there is none.
+    """
+
+    path: Path
+    rows: int
+    splits: dict[str, int]
+    classes: dict[str, int]
+    tags: dict[str, int]
+    unreadable: list[tuple[str, str]]
+    kinds: dict[str, int]
+    traits: dict[str, tuple[int, str]]
+    listing: Path | None
+
+    def unreadable_lines(self, most: int) -> list[str]:
+        """Say which images are unreadable, up to `most` by name, how many by kind, and what to do."""
+        if not self.unreadable:
+            return []
+        kinds = ", ".join(f"{kind}: {count:,}" for kind, count in self.kinds.items())
+        lines = [f"unreadable image {path}: {reason}" for path, reason in self.unreadable[:most]]
+        if len(self.unreadable) > most:
+            lines.append(f"... and {len(self.unreadable) - most:,} more")
+        lines.append(
+            f"{len(self.unreadable):,} of {self.rows:,} images are unreadable ({kinds}) and weigh 0 in the manifest; "
+            f"{self.listing} names each: replace or remove them, then make the manifest again"
+        )
+        return lines
+
+    def trait_lines(self) -> list[str]:
+        """Say what of the readable images is not as their owner may expect."""
+        return [
+            f"{trait}: {count:,} image{'' if count == 1 else 's'}, {_TREATMENT[trait]} (such as {path})"
+            for trait, (count, path) in self.traits.items()
+        ]
+
+
+def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:
+    """Return a file's SHA-256 (None if it cannot be read) and what else was found."""
+    try:
+        digest = sha256_file(Path(file))
+    except OSError as error:
+        return Inspected(None, Inspection(NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})", ()))
+    return Inspected(digest, inspect_image(file, max_pixels) if verify else Inspection(None, None, ()))
+
+
+def count_kinds(found: list[Inspected]) -> dict[str, int]:
+    """Return how many files are unreadable, by the kind of fault; the most frequent first."""
+    kinds = Counter(file.inspection.kind for file in found if file.inspection.kind is not None)
+    return dict(kinds.most_common())
+
+
+def count_traits(paths: list[str], found: list[Inspected]) -> dict[str, tuple[int, str]]:
+    """Return how many images have each trait, and the first of them; the most frequent first."""
+    bearers: dict[str, list[str]] = {}
+    for path, file in zip(paths, found):
+        for trait in file.inspection.traits:
+            bearers.setdefault(trait, []).append(path)
+    return {trait: (len(named), named[0]) for trait, named in sorted(bearers.items(), key=lambda item: -len(item[1]))}
+
+
+def list_unreadable(file: Path, unreadable: list[tuple[str, str]]) -> Path | None:
+    """Write one JSON line for each unreadable image; without any, remove what an earlier call has left."""
+    if not unreadable:
+        file.unlink(missing_ok=True)
+        return None
+    lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) + "\n" for path, reason in unreadable]
+    write_atomically(file, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+    return file
