@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 _INK, _BLUE, _ORANGE, _GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
 _PANEL_POINTS = 1500
+_PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
 _LAST = ("lr", "images_per_sec")
 _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 
@@ -27,7 +28,7 @@ def save_image(path: Path, image: np.ndarray) -> None:
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write and close a figure."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
 
 
@@ -88,6 +89,8 @@ def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
     axis.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color=_INK)
     axis.set_xlabel("step", fontsize=9, color=_INK)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axis.get_yscale() == "linear":
+        axis.yaxis.set_major_formatter("{x:.6g}")  # matplotlib's own puts a factor where the title stands
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.tick_params(labelsize=9, colors=_INK, length=3)
     axis.grid(color="#dee2e6", linewidth=0.7)
@@ -118,10 +121,15 @@ def plot_curves(metrics: MetricsLog, path: Path, title: str) -> None:
     names = sorted(names, key=lambda name: name != "loss") + [name for name in _LAST if name in trained]
     columns = len(names) if len(names) <= 3 else 2 if len(names) == 4 else 3
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + _HEAD_INCHES
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    # Margins in inches: matplotlib's layout engines draw everything again to measure it.
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - 0.2 / width, bottom=0.55 / height, top=1 - (_HEAD_INCHES + 0.4) / height,
+        wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=0.95 / (_PANEL_INCHES[1] - 0.95),
+    )  # fmt: skip
     last_step = max(row["step"] for row in metrics.rows)
-    figure.suptitle(title, fontsize=13, color=_INK)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, color=_INK, va="center")
     for axis, name in zip(axes.flat, names):
         steps, values = metrics.series(name, "train")
         if name == "lr":

@@ -245,7 +245,10 @@ FROM_HYDRA = {
         "experiment: unknown 'glyphs/demo_fintune'; close: glyphs/demo_finetune, glyphs/demo_pretrain (files of "
         f"{CONF}/experiment)",
     ),
-    "no option": (["tracking=null"], "tracking: null chooses no file; leave it out, or choose jsonl, tensorboard, wandb"),
+    "no option": (
+        ["tracking=null"],
+        "tracking: null chooses no file; leave it out, or choose jsonl, tensorboard, wandb",
+    ),
     "a second option": (["+optim=adan"], "optim: is chosen already; write optim=NAME, without +"),
     "a value that is not read": (
         ["optim.betas=[0.9"],
