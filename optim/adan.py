@@ -132,7 +132,7 @@ class Adan(torch.optim.Optimizer):
         self._descend(square, corrected, beta3 - 1, decay=-1.0)
         denominator = torch._foreach_sqrt(square)
         torch._foreach_mul_(denominator, of_root)
-        torch._foreach_add_(denominator, eps)
+        torch.ops.aten._foreach_add_.Tensor(denominator, eps)  # torch._foreach_add_ would read the scalar on the host
         update = torch._foreach_mul(difference, of_difference)
         torch._foreach_add_(update, average)
         torch._foreach_div_(update, denominator)

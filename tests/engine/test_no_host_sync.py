@@ -1,0 +1,268 @@
+"""No host synchronisation per step: whatever would make the host wait for a GPU is counted over ten steps of the loop.
+
+On a CPU nothing waits, so the operations themselves are counted: reading a number (`item`, `bool`, `int`, `tolist`),
+and what must know it to give its result a shape (`nonzero`, a boolean index). On a GPU torch's own sync debug mode
+raises. Steps that log, evaluate or save are left out: those may wait.
+"""
+
+import sys
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.config import LoopConfig, RuntimeConfig
+from engine.meters import Meter
+from engine.plan import Plan
+from engine.runtime import choose_runtime
+from engine.step import LossScale
+from engine.tasks.classification import ClassificationTask
+from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
+from engine.tasks.fcmae import FCMAETask, patch_count
+from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.training import Training
+from models.config import ModelConfig
+from models.fcmae import draw_mask
+from optim.build import build_optimizer, skips_on_device
+from optim.config import OptimConfig, ScheduleConfig
+from optim.ema import EMA
+from optim.groups import build_groups
+from optim.schedules import Schedule
+from utils.config import CONF
+from utils.progress import Bar
+from utils.rng import generator_for
+from utils.signals import StopRequest
+from utils.watchdog import Watchdog
+
+STEPS, CLASSES, SIZE, BATCH = 10, 5, 64, 4
+aten = torch.ops.aten
+
+# What must read device memory on the host, or the shape of whose result depends on it.
+READS = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
+    aten.masked_select.default, aten.repeat_interleave.Tensor, aten._unique2.default, aten.bincount.default,
+}  # fmt: skip
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+# Reads that no operation shows, and tensors made of Python numbers, which are copied to the device.
+FUNCTIONS = {
+    torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.cpu, torch.tensor, torch.as_tensor,
+    torch.from_numpy,
+}  # fmt: skip
+# Where torchvision draws from the CPU's generator: those tensors are the host's own.
+HOST_DRAWS = {("_augment.py", "make_params"), ("_container.py", "forward")}
+
+
+def draws_on_host():
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (frame.f_code.co_filename.rpartition("/")[2], frame.f_code.co_name) in HOST_DRAWS:
+            return "torchvision" in frame.f_code.co_filename
+        if frame.f_code.co_filename.endswith("classification.py"):
+            return False
+        frame = frame.f_back
+    return False
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self, found):
+        super().__init__()
+        self.found, self.inside_one_hot = found, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func in INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if (func in READS or masks) and not self.inside_one_hot and not draws_on_host():
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self, found, operations):
+        super().__init__()
+        self.found, self.operations = found, operations
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in FUNCTIONS and not draws_on_host():
+            self.found.append(getattr(func, "__name__", str(func)))
+        # On the CPU alone one_hot looks whether its classes are within bounds.
+        self.operations.inside_one_hot = func is torch.nn.functional.one_hot
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.operations.inside_one_hot = False
+
+
+def count(body):
+    """The names of all that would have waited while `body` ran."""
+    found = []
+    operations = Operations(found)
+    with operations, Functions(found, operations):
+        body()
+    return found
+
+
+def read_group(kind, group, option, **changes):
+    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) | changes
+    return TypeAdapter(kind).validate_python(values)
+
+
+def make_task(kind, **changes):
+    if kind == "batch statistics":
+        model = read_group(ModelConfig, "model", "timm", name="resnet10t")
+    else:
+        model = read_group(
+            ModelConfig, "model", "convnextv2_atto", depths=[1, 1], dims=[8, 16], stem_stride=2, drop_path_rate=0.1
+        )
+    torch.manual_seed(0)
+    if kind == "fcmae":
+        config = read_group(FCMAETaskConfig, "task", "fcmae", decoder_dim=16, **changes)
+        return FCMAETask(model, config, image_size_hw=[SIZE, SIZE], mean=[0.5] * 3, std=[0.5] * 3), model, config
+    config = read_group(ClassificationTaskConfig, "task", "classification", **changes)
+    preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}
+    names = [str(index) for index in range(CLASSES)]
+    return ClassificationTask(model, config, class_names=names, preprocessing=preprocessing), model, config
+
+
+def make_batch(kind, model, config, device, seed):
+    generator = generator_for(seed)
+    batch = {
+        "sample_id": torch.arange(BATCH),
+        "key": torch.arange(BATCH),
+        "weight": torch.tensor([1.0, 1.0, 0.0, 1.0]),
+        "images": torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator),
+        "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
+    }
+    if kind == "fcmae":
+        patches = patch_count(model, config, [SIZE, SIZE])
+        batch["mask"] = torch.stack([draw_mask(generator, patches, config.mask_ratio) for _ in range(BATCH)])
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def make_training(kind, optim, *, device="cpu", accum=1, precision="fp32", **changes):
+    """(a run as engine/train.py builds it, of which nothing falls due; a function that makes its stream)."""
+    task, model, config = make_task(kind, **changes)
+    runtime = choose_runtime(
+        read_group(RuntimeConfig, "runtime", "reference", device=device, precision=precision, deterministic=False)
+    )
+    task.to(runtime.device).train()
+    group, _, opt = optim.partition(" ")
+    optim_config = read_group(OptimConfig, "optim", group, **({"opt": opt} if opt else {}))
+    plan = Plan(1, BATCH * accum, BATCH, accum, 10**9, 10**6, 100, 1e-3)
+    loop = read_group(
+        LoopConfig, "loop", "default", clip_grad_norm=1.0, ema_decay=0.99, log_every_steps=10**6,
+        evaluate_every_epochs=1e6, checkpoint_every_steps=10**6,
+    )  # fmt: skip
+    schedule = read_group(ScheduleConfig, "schedule", "cosine")
+    optimizer = build_optimizer(optim_config, build_groups(task, optim_config, None), plan.lr)
+    training = Training(
+        task=task, model=task, optimizer=optimizer, scale=LossScale(runtime), ema=EMA(task.network),
+        schedule=Schedule(schedule, plan.lr, 0.05, plan.total_steps, plan.warmup_steps), plan=plan, loop=loop, seed=0,
+        runtime=runtime, folder=None, evaluation={}, fingerprints={}, metrics=None, samples=None,
+        watchdog=Watchdog(60.0), stop=StopRequest(), bar=Bar("training", plan.total_steps),
+        log_meter=Meter(runtime.device), epoch_meter=Meter(runtime.device),
+    )  # fmt: skip
+    batches = [make_batch(kind, model, config, runtime.device, seed) for seed in range(accum)]
+    return training, batches
+
+
+def run_steps(training, batches, steps):
+    """Run the loop itself until its stream ends."""
+    before = training.step
+    with pytest.raises(StopIteration):
+        train_one_epoch(training, iter([batches] * steps), 0, StopVote())
+    assert training.step == before + steps
+
+
+CASES = [
+    ("fcmae", "adamw", {}),
+    ("fcmae", "adamw", {"execution": "dense", "grn_over": "batch"}),
+    ("classification", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}),
+    ("classification", "adan", {}),
+    ("classification", "sgd", {}),
+    ("batch statistics", "adamw", {}),
+]
+IDS = [" ".join([kind, optim, *map(str, changes.values())]) for kind, optim, changes in CASES]
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("kind, optim, changes", CASES, ids=IDS)
+def test_no_step_waits_for_the_device(kind, optim, changes, accum):
+    training, batches = make_training(kind, optim, accum=accum, **changes)
+    assert count(lambda: run_steps(training, batches, STEPS)) == []  # the first step, too
+
+
+def test_the_loss_scale_of_fp16_does_not_wait():
+    training, batches = make_training("classification", "adamw")
+    training.scale.enabled = True
+    assert count(lambda: run_steps(training, batches, STEPS)) == []
+
+
+@pytest.mark.parametrize("opt", ["lion", "adanw", "adafactor"])  # others read numbers of their own beside
+def test_timms_optimisers_wait_once_in_a_step(opt):
+    training, batches = make_training("classification", f"timm {opt}")
+    assert not skips_on_device(training.optimizer)
+    assert count(lambda: run_steps(training, batches, STEPS)) == ["aten._local_scalar_dense.default"] * STEPS
+
+
+def test_means_wait_once():
+    training, batches = make_training("classification", "adamw")
+    run_steps(training, batches, 3)
+    assert count(training.log_meter.means) == ["tolist"]
+
+
+VALUES = torch.arange(4.0)
+WAITS = {
+    "item": lambda: VALUES.sum().item(),
+    "bool": lambda: bool(VALUES.sum() > 0),
+    "if": lambda: 1 if VALUES[0] > 0 else 0,
+    "float": lambda: float(VALUES[0]),
+    "int": lambda: int(VALUES[0]),
+    "tolist": VALUES.tolist,
+    "cpu": VALUES.cpu,
+    "numpy": VALUES.numpy,
+    "nonzero": lambda: (VALUES > 1).nonzero(),
+    "where with one argument": lambda: torch.where(VALUES > 1),
+    "a boolean index": lambda: VALUES[VALUES > 1],
+    "an assignment by a boolean index": lambda: VALUES.clone().index_put_((VALUES > 1,), torch.zeros(2)),
+    "masked_select": lambda: VALUES.masked_select(VALUES > 1),
+    "unique": VALUES.unique,
+    "a tensor of a number": lambda: VALUES * torch.tensor(2.0),
+    "equal": lambda: torch.equal(VALUES, VALUES),
+}
+FREE = {
+    "where": lambda: torch.where(VALUES > 1, VALUES, 0.0),
+    "an index of integers": lambda: VALUES[torch.arange(2)],
+    "a slice": lambda: VALUES[1:3],
+    "a comparison": lambda: (VALUES > 1).float().sum(),
+    "full": lambda: torch.full((), 2.0),
+    "one_hot": lambda: torch.nn.functional.one_hot(torch.arange(3), 4),
+    "argsort": VALUES.argsort,
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_counted(name):
+    assert count(WAITS[name])
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_does_not_is_not(name):
+    assert count(FREE[name]) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the tests above count on the CPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind, optim, changes", CASES, ids=IDS)
+def test_on_a_gpu_torchs_own_check_is_silent(kind, optim, changes, precision):
+    training, batches = make_training(kind, optim, device="cuda", accum=2, precision=precision, **changes)
+    run_steps(training, batches, 2)  # kernels are loaded and chosen, state is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_steps(training, batches, STEPS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
