@@ -7,7 +7,7 @@ r"""Fine-tuning of a classifier, from an FCMAE or another run, or from scratch w
 The same command resumes.
 """
 
-from data.build import build_loaders, load_collection
+from data.build import build_loaders, load_collection, training_rows
 from data.collection import check_classes
 from data.config import AugmentConfig, DataConfig
 from engine.config import TrainingConfig
@@ -39,7 +39,8 @@ def main(config: FinetuneConfig, job: Job) -> str:
     collection = load_collection(config.data)
     class_names = check_classes(collection, config.task.allow_missing_classes)
     class_ids = collection.class_ids(class_names)
-    train_rows, val_rows = (rows[class_ids[rows] >= 0] for rows in map(collection.rows, ("train", "val")))
+    train_rows, val_rows = training_rows(collection, config.loop.train_paths), collection.rows("val")
+    train_rows, val_rows = (rows[class_ids[rows] >= 0] for rows in (train_rows, val_rows))
     loader, evaluation = build_loaders(
         collection,
         config.data,

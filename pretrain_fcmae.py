@@ -7,7 +7,7 @@ r"""FCMAE pretraining of ConvNeXt V2, without labels.
 The same command resumes.
 """
 
-from data.build import build_loaders, build_probe_loaders, load_collection, spread
+from data.build import build_loaders, build_probe_loaders, load_collection, spread, training_rows
 from data.config import AugmentConfig, DataConfig
 from engine.config import TrainingConfig
 from engine.start import build_task, run_path, run_training, start_ranks
@@ -46,7 +46,7 @@ def main(config: PretrainConfig, job: Job) -> str:
         config.data,
         config.augment,
         MaskFields(patches, config.task.mask_ratio),
-        train_rows=collection.rows("train"),
+        train_rows=training_rows(collection, config.loop.train_paths),
         val_rows=spread(collection.rows("val"), VALIDATION_IMAGES),
         channels=config.model.in_channels,
         seed=config.seed,

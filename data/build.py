@@ -1,5 +1,6 @@
 """From configuration to collection and loaders."""
 
+import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from data.loader import EvaluationLoader, Fields, ImageReader, TrainLoader, Unre
 from data.stream import BalancedSampler, Sampler, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform, Transform
 from utils import distributed
+from utils.errors import UserError
 from utils.logging import get_logger
 from utils.progress import counting
 
@@ -42,6 +44,28 @@ def load_collection(config: DataConfig) -> Collection:
         pillow_version(),
     )
     return collection
+
+
+def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndarray:
+    """Return the rows of the training split whose path matches a pattern (`loop.train_paths`), ascending; None for all.
+
+    Raises UserError where a pattern matches none of them.
+    """
+    rows = collection.rows("train")
+    if patterns is None or len(rows) == 0:
+        return rows
+    paths = collection.table["path"].take(rows).to_pylist()
+    chosen = np.zeros(len(rows), dtype=bool)
+    for pattern in patterns:
+        matches = np.array([fnmatch.fnmatchcase(path, pattern) for path in paths])
+        if not matches.any():
+            raise UserError(
+                f"loop.train_paths: {pattern!r} matches none of the {len(rows):,} training images; a path reads like "
+                f"{paths[0]!r} (* also matches /)"
+            )
+        chosen |= matches
+    log.info("loop.train_paths: %s of %s training images", f"{chosen.sum():,}", f"{len(rows):,}")
+    return rows[chosen]
 
 
 def build_sampler(name: str, rows: np.ndarray, class_ids: np.ndarray, seed: int) -> Sampler:

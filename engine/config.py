@@ -18,6 +18,7 @@ class LoopConfig(Strict):
     global_batch_size: Positive
     batch_size: Positive
     sampling: Literal["shuffled", "balanced"]
+    train_paths: Annotated[list[str], Field(min_length=1)] | None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None
     log_every_steps: Positive

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
+from data.build import training_rows
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.loader import EvaluationLoader, ImageReader, TrainLoader, UnreadableLog
@@ -21,6 +22,7 @@ from data.stream import BalancedSampler, Draw, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from utils import rng
 from utils.config import CONF
+from utils.errors import UserError
 
 # More workers than cores are wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -504,3 +506,21 @@ def test_crops_stay_within_the_stated_share_of_the_area():
         assert abs(float(row[-1] - row[0]) - 100 * 15 / 16) < 3  # half of the side, between pixel centres
         starts.append(float(row[0]))
     assert min(starts) < 20 and max(starts) > 80
+
+
+def test_train_paths_choose_the_training_images(tmp_path):
+    for name in ("cats/one", "cats/two", "dogs/one", "birds/one"):
+        write_image(tmp_path / "images" / "train" / f"{name}.png", seed=len(name))
+    write_image(tmp_path / "images" / "val" / "cats" / "three.png", seed=9)
+    collection = open_folder(tmp_path / "images", tmp_path / "cache")
+
+    def chosen(*patterns):
+        return [collection.row(int(row)).path for row in training_rows(collection, list(patterns) or None)]
+
+    assert chosen() == chosen("*") and len(chosen()) == 4
+    assert chosen("train/cats/*") == ["train/cats/one.png", "train/cats/two.png"]
+    assert chosen("*/one.png", "train/cats/*") == chosen()
+    assert chosen("train/birds/*", "*dogs*") == ["train/birds/one.png", "train/dogs/one.png"]
+    message = r"loop\.train_paths: 'fish/\*' matches none of the 4 training images; a path reads like 'train/birds/one"
+    with pytest.raises(UserError, match=message):
+        chosen("train/cats/*", "fish/*")
