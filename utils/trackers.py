@@ -120,8 +120,9 @@ class WandbTracker:
         self._run.log({"step": step, f"images/{name}": self._wandb.Image(image)})
 
     def close(self, failed: bool = False) -> None:
-        """Upload what is left (online), and end W&B's run."""
+        """Upload what is left (online), end W&B's run, and wait until its process has written everything and left."""
         self._run.finish(exit_code=1 if failed else 0)
+        self._wandb.teardown()
 
 
 class TensorboardTracker:
