@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from optim.fused import descend
+
 _AVERAGES = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
 _CPU_ELEMENTS = 1 << 17  # of 2**14 to 2**20 the fastest on convnextv2_atto: 5 MiB for all that one part touches
 
@@ -81,7 +83,7 @@ class Adan(torch.optim.Optimizer):
             for (_, parameters), own in zip(members, grads)
         ]
         steps = [state["step"] for own in states for state in own]
-        self._descend(steps, [torch.ones((), device=device)] * len(steps), -1.0)
+        descend(steps, [torch.ones((), device=device)] * len(steps), -1.0, found_inf=self.found_inf)
         scalars = self._scalars(torch.stack([own[0]["step"] for own in states]), betas, eps)
         for index, ((group, parameters), own, state) in enumerate(zip(members, grads, states)):
             lists = [parameters, own, *([each[name] for each in state] for name in _AVERAGES)]
@@ -127,9 +129,9 @@ class Adan(torch.optim.Optimizer):
         corrected = torch._foreach_add(grads, delta, alpha=beta2)
         torch._foreach_mul_(corrected, corrected)
         torch._foreach_mul_(average, shrink)
-        self._descend(average, grads, beta1 - 1, copy_to=previous)
-        self._descend(difference, delta, beta2 - 1, decay=-1.0)
-        self._descend(square, corrected, beta3 - 1, decay=-1.0)
+        descend(average, grads, beta1 - 1, copy_to=previous, found_inf=self.found_inf)
+        descend(difference, delta, beta2 - 1, decay=-1.0, found_inf=self.found_inf)
+        descend(square, corrected, beta3 - 1, decay=-1.0, found_inf=self.found_inf)
         denominator = torch._foreach_sqrt(square)
         torch._foreach_mul_(denominator, of_root)
         torch.ops.aten._foreach_add_.Tensor(denominator, eps)  # torch._foreach_add_ would read the scalar on the host
@@ -138,36 +140,7 @@ class Adan(torch.optim.Optimizer):
         torch._foreach_div_(update, denominator)
         # (theta - lr * u) / (1 + lr * decay) = theta - rate * (u + decay * theta), with
         rate = group["lr"] / (1 + group["lr"] * group["weight_decay"])
-        self._descend(parameters, update, rate, decay=group["weight_decay"])
-
-    def _descend(
-        self,
-        target: list[torch.Tensor],
-        source: list[torch.Tensor],
-        rate: float,
-        *,
-        decay: float = 0.0,
-        copy_to: list[torch.Tensor] | None = None,
-    ) -> None:
-        """Take rate * (source + decay * target) off the target in one pass, and copy the source, but where found_inf.
-
-        It is torch's kernel of fused SGD, the one elementwise kernel that leaves out a step on the device, also one
-        that is not finite. As its momentum of a first step it keeps a copy of the gradient.
-        """
-        torch._fused_sgd_(
-            target,
-            source,
-            copy_to or [],
-            weight_decay=decay,
-            momentum=0.0 if copy_to is None else 1.0,
-            lr=rate,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=copy_to is not None,
-            grad_scale=None,
-            found_inf=self.found_inf,
-        )
+        descend(parameters, update, rate, decay=group["weight_decay"], found_inf=self.found_inf)
 
 
 def _aligned_grad(parameter: torch.Tensor) -> torch.Tensor:

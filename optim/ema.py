@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from optim.fused import descend
+
 
 def ema_decay_at(step: int, decay: float) -> float:
     """Return the decay for the average that follows update number `step`, counted from 0."""
@@ -24,16 +26,20 @@ class EMA:
         self._current = {name: tensor.detach() for name, tensor in network.state_dict().items()}
         self.tensors = {name: tensor.clone() for name, tensor in self._current.items()}
         followed = [name for name, tensor in self._current.items() if tensor.is_floating_point()]
-        self._followed = [self.tensors[name] for name in followed], [self._current[name] for name in followed]
+        # Averages and weights, by dtype: one kernel takes one.
+        self._followed: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for name in followed:
+            averages, current = self._followed.setdefault(self._current[name].dtype, ([], []))
+            averages.append(self.tensors[name])
+            current.append(self._current[name])
         self._copied = [name for name in self._current if name not in set(followed)]
 
     @torch.no_grad()
     def update(self, decay: float, applied: torch.Tensor) -> None:
         """Move the average towards the weights by 1 - decay; not at all where `applied` (device scalar) is 0."""
-        averages, current = self._followed
-        change = torch._foreach_sub(current, averages)
-        torch._foreach_mul_(change, applied * (1.0 - decay))
-        torch._foreach_add_(averages, change)
+        left_out = 1.0 - applied.float()
+        for averages, current in self._followed.values():
+            descend(averages, current, decay - 1.0, decay=-1.0, found_inf=left_out)
         for name in self._copied:
             self.tensors[name].copy_(self._current[name])
 

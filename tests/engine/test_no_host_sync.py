@@ -9,33 +9,18 @@ import sys
 
 import pytest
 import torch
-import yaml
-from pydantic import TypeAdapter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import LoopConfig, RuntimeConfig
-from engine.meters import Meter
-from engine.plan import Plan
-from engine.runtime import choose_runtime
-from engine.step import LossScale
+from bench.measure import build_training, read_group
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
 from engine.tasks.fcmae import FCMAETask, patch_count
 from engine.train_one_epoch import StopVote, train_one_epoch
-from engine.training import Training
 from models.config import ModelConfig
 from models.fcmae import draw_mask
-from optim.build import build_optimizer, skips_on_device
-from optim.config import OptimConfig, ScheduleConfig
-from optim.ema import EMA
-from optim.groups import build_groups
-from optim.schedules import Schedule
-from utils.config import CONF
-from utils.progress import Bar
+from optim.build import skips_on_device
 from utils.rng import generator_for
-from utils.signals import StopRequest
-from utils.watchdog import Watchdog
 
 STEPS, CLASSES, SIZE, BATCH = 10, 5, 64, 4
 aten = torch.ops.aten
@@ -105,11 +90,6 @@ def count(body):
     return found
 
 
-def read_group(kind, group, option, **changes):
-    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) | changes
-    return TypeAdapter(kind).validate_python(values)
-
-
 def make_task(kind, **changes):
     if kind == "batch statistics":
         model = read_group(ModelConfig, "model", "timm", name="resnet10t")
@@ -143,30 +123,20 @@ def make_batch(kind, model, config, device, seed):
 
 
 def make_training(kind, optim, *, device="cpu", accum=1, precision="fp32", **changes):
-    """(a run as engine/train.py builds it, of which nothing falls due; a function that makes its stream)."""
+    """(a run as engine/train.py builds it, of which nothing falls due; one step's micro-batches)."""
     task, model, config = make_task(kind, **changes)
-    runtime = choose_runtime(
-        read_group(RuntimeConfig, "runtime", "reference", device=device, precision=precision, deterministic=False)
-    )
-    task.to(runtime.device).train()
     group, _, opt = optim.partition(" ")
-    optim_config = read_group(OptimConfig, "optim", group, **({"opt": opt} if opt else {}))
-    plan = Plan(1, BATCH * accum, BATCH, accum, 10**9, 10**6, 100, 1e-3)
-    loop = read_group(
-        LoopConfig, "loop", "default", clip_grad_norm=1.0, ema_decay=0.99, log_every_steps=10**6,
-        evaluate_every_epochs=1e6, checkpoint_every_steps=10**6,
-    )  # fmt: skip
-    schedule = read_group(ScheduleConfig, "schedule", "cosine")
-    optimizer = build_optimizer(optim_config, build_groups(task, optim_config, None), plan.lr)
-    training = Training(
-        task=task, model=task, optimizer=optimizer, scale=LossScale(runtime), ema=EMA(task.network),
-        schedule=Schedule(schedule, plan.lr, 0.05, plan.total_steps, plan.warmup_steps), plan=plan, loop=loop, seed=0,
-        runtime=runtime, folder=None, evaluation={}, fingerprints={}, metrics=None, samples=None,
-        watchdog=Watchdog(60.0), stop=StopRequest(), bar=Bar("training", plan.total_steps),
-        log_meter=Meter(runtime.device), epoch_meter=Meter(runtime.device),
-    )  # fmt: skip
-    batches = [make_batch(kind, model, config, runtime.device, seed) for seed in range(accum)]
-    return training, batches
+    training = build_training(
+        task,
+        runtime="reference",
+        runtime_changes={"device": device, "precision": precision, "deterministic": False},
+        batch_size=BATCH,
+        accum_steps=accum,
+        optim=group,
+        optim_changes={"opt": opt} if opt else {},
+        ema_decay=0.99,
+    )
+    return training, [make_batch(kind, model, config, training.runtime.device, seed) for seed in range(accum)]
 
 
 def run_steps(training, batches, steps):

@@ -1,0 +1,34 @@
+"""torch's fused SGD kernel as plain arithmetic: the one elementwise kernel that leaves a step out on the device."""
+
+import torch
+
+
+def descend(
+    target: list[torch.Tensor],
+    source: list[torch.Tensor],
+    rate: float,
+    *,
+    decay: float = 0.0,
+    copy_to: list[torch.Tensor] | None = None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """Take rate * (source + decay * target) off the target in one pass, and copy the source into `copy_to`.
+
+    Where `found_inf` (a float32 scalar on the device) is 1, nothing is changed, whatever stands in the source. The
+    lists hold tensors of one device and dtype; those of one index share shape and layout, since the kernel walks
+    through memory. As the momentum of a first step, SGD keeps a copy of its gradient: that is `copy_to`.
+    """
+    torch._fused_sgd_(
+        target,
+        source,
+        copy_to or [],
+        weight_decay=decay,
+        momentum=0.0 if copy_to is None else 1.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=copy_to is not None,
+        grad_scale=None,
+        found_inf=found_inf,
+    )
