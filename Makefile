@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint bench simd clean
+.PHONY: install demo demo-full test test-slow lint bench simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -19,6 +19,9 @@ $(STAMP): requirements.txt
 
 demo: install  ## the whole main job on the embedded glyphs, some minutes on two CPU cores
 	$(PY) bench/demo.py
+
+demo-full: install  ## the demo and its controls from scratch and with few labels, half an hour
+	$(PY) bench/demo.py full
 
 test: install lint  ## all tests but the slow ones, at most ten minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"

@@ -1,12 +1,15 @@
 """The demo: the whole main job on the embedded glyphs, by the commands that a user types.
 
-python bench/demo.py [out=FOLDER] [KEY=VALUE ...]            (`make demo`; the values go to both trainings)
+python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]     (`make demo`, `make demo-full`; the values go to all trainings)
 
 Draws the glyphs, pretrains, fine-tunes, evaluates on a typeface never trained on, exports, predicts; ends with a table,
-outputs/demo/summary.json and the paths of its pictures. An earlier demo in the same folder is replaced.
+outputs/demo/summary.json and the paths of its pictures. `full` also runs the controls that tell what pretraining gave:
+from scratch at equal fine-tuning steps and at equal seconds, with all labels and with those of two faces. An earlier
+demo in the same folder is replaced.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,35 +17,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def stages(out, overrides):
-    """Return the commands in order; `overrides` go to the two that train."""
-    return {
-        "glyphs": ["prepare.py", "job=glyphs"],
-        "pretrain": [
-            "pretrain_fcmae.py", "experiment=glyphs/demo_pretrain", f"run_dir={out}/pretrain", *overrides,
-        ],
-        "finetune": [
-            "finetune.py", "experiment=glyphs/demo_finetune", f"init_from={out}/pretrain", f"run_dir={out}/finetune",
-            *overrides,
-        ],
-        "evaluate": ["evaluate.py", f"run_dir={out}/finetune", "weights=best"],
-        "export": ["export.py", "format=onnx", f"run_dir={out}/finetune"],
-        "predict": [
-            "predict.py", f"weights={out}/finetune/export/model.onnx",
-            "input=collections/glyphs/images/STIXGeneral", f"output={out}/predictions.csv",
-        ],
-    }  # fmt: skip
-
-
+RESULTS = ROOT / "docs/results.md"
+TWO_FACES = 'loop.train_paths=["images/DejaVuSans/*","images/DejaVuSerif/*"]'
+FEW_LABELS_STEPS = 2  # fine-tuning with few labels is that many times as long: it learns at less cost per label
 # Keys that only the full demo fills (its controls need more than the demo's minutes).
-CONTROLS = (
-    "top1_from_scratch",
-    "top1_from_scratch_equal_seconds",
-    "top1_few_labels",
-    "top1_few_labels_from_scratch_equal_seconds",
-)
+CONTROLS = {
+    "top1_from_scratch": "from scratch, equal fine-tuning steps",
+    "top1_from_scratch_equal_seconds": "from scratch, given pretraining's seconds too",
+    "top1_few_labels": "labels of two faces",
+    "top1_few_labels_from_scratch_equal_seconds": "labels of two faces, from scratch, equal seconds",
+}
 
 
 def run_stage(name, arguments):
@@ -52,44 +36,130 @@ def run_stage(name, arguments):
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
     if code != 0:
         sys.exit(f"demo: {name} ended with status {code}; its output above says why")
-    return time.perf_counter() - started
+    return round(time.perf_counter() - started, 1)
 
 
-def summarise(out, seconds):
-    """Return what the runs found, from their own files."""
-    rows = [json.loads(line) for line in (out / "pretrain/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "train"]
-    metrics = json.loads((out / "finetune/metrics.json").read_text())
-    return {
-        "pretrain_loss_first": losses[0],
-        "pretrain_loss_last": losses[-1],
-        "top1": metrics["top1"],
-        **dict.fromkeys(CONTROLS),
-        "onnx_max_abs_diff": json.loads((out / "finetune/export/export.json").read_text())["onnx_max_abs_diff"],
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-    }
+class Demo:
+    """The stages of one demo in folder `out`; `overrides` go to what trains. `seconds` are filled as they run."""
+
+    def __init__(self, out, overrides):
+        self.out, self.overrides = out, overrides
+        self.seconds = {}
+
+    def run(self, name, *arguments):
+        """Run a stage and note its seconds."""
+        self.seconds[name] = run_stage(name, list(arguments))
+
+    def finetune(self, name, *arguments):
+        """Fine-tune into the folder of that name."""
+        self.run(
+            name, "finetune.py", "experiment=glyphs/demo_finetune", f"run_dir={self.out}/{name}", *arguments,
+            *self.overrides,
+        )  # fmt: skip
+
+    def read(self, name):
+        """Return a JSON file of the demo's folder."""
+        return json.loads((ROOT / self.out / name).read_text())
+
+    def rows(self, run, kind):
+        """Return a run's rows of metrics of one kind."""
+        rows = map(json.loads, (ROOT / self.out / run / "metrics.jsonl").read_text().splitlines())
+        return [row for row in rows if row["kind"] == kind]
+
+    def top1(self, run):
+        """Return top-1 of a training's last evaluation."""
+        return self.rows(run, "evaluate")[-1]["top1"]
+
+    def main_line(self):
+        """Run what `make demo` shows."""
+        self.run("glyphs", "prepare.py", "job=glyphs")
+        self.run(
+            "pretrain", "pretrain_fcmae.py", "experiment=glyphs/demo_pretrain", f"run_dir={self.out}/pretrain",
+            *self.overrides,
+        )  # fmt: skip
+        self.finetune("finetune", f"init_from={self.out}/pretrain")
+        self.run("evaluate", "evaluate.py", f"run_dir={self.out}/finetune", "weights=last")
+        self.run("export", "export.py", "format=onnx", f"run_dir={self.out}/finetune", "weights=last")
+        self.run(
+            "predict", "predict.py", f"weights={self.out}/finetune/export/model.onnx",
+            "input=collections/glyphs/images/STIXGeneral", f"output={self.out}/predictions.csv",
+        )  # fmt: skip
+
+    def controls(self):
+        """Run the controls; returns what they reached. Steps from scratch follow from measured seconds per step."""
+        steps = self.rows("finetune", "train")[-1]["step"]
+        pretrain, finetune = self.seconds["pretrain"], self.seconds["finetune"]
+        few = steps * FEW_LABELS_STEPS
+        self.finetune("scratch")
+        self.finetune("scratch_equal_seconds", f"loop.total_steps={round(steps * (1 + pretrain / finetune))}")
+        self.finetune("few_labels", f"init_from={self.out}/pretrain", TWO_FACES, f"loop.total_steps={few}")
+        more = pretrain / self.seconds["few_labels"]
+        self.finetune("few_labels_scratch", TWO_FACES, f"loop.total_steps={round(few * (1 + more))}")
+        runs = ("scratch", "scratch_equal_seconds", "few_labels", "few_labels_scratch")
+        return dict(zip(CONTROLS, map(self.top1, runs)))
+
+    def summary(self, controls):
+        """Return what the runs found, from their own files."""
+        losses = [row["loss"] for row in self.rows("pretrain", "train")]
+        return {
+            "pretrain_loss_first": losses[0],
+            "pretrain_loss_last": losses[-1],
+            "top1": self.read("finetune/metrics.json")["top1"],
+            **controls,
+            "onnx_max_abs_diff": self.read("finetune/export/export.json")["onnx_max_abs_diff"],
+            "seconds": self.seconds,
+        }
+
+    def pictures(self):
+        """Return the pictures of the main line, relative to the repository."""
+        names = ("pretrain/plots/curves", "pretrain/plots/reconstructions", "finetune/plots/curves",
+                 "finetune/plots/evaluate_confusion", "finetune/plots/evaluate_mistakes")  # fmt: skip
+        paths = [Path(self.out) / f"{name}.png" for name in names]
+        missing = [str(path) for path in paths if not (ROOT / path).is_file()]
+        if missing:
+            sys.exit(f"demo: no picture was made at {', '.join(missing)}")
+        return paths
+
+
+def last_full_figures():
+    """Return control -> text as docs/results.md tells it: rows such as | `top1_few_labels` | ... | 0.61 |."""
+    found = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", RESULTS.read_text(), flags=re.MULTILINE)
+    return {name: text for name, text in found if name in CONTROLS}
+
+
+def table(summary, pictures, out):
+    """Return the closing table."""
+    lines = [
+        ("pretraining loss", f"{summary['pretrain_loss_first']:.3f} -> {summary['pretrain_loss_last']:.3f}"),
+        ("top-1, unseen typeface", f"{summary['top1']:.3f}   (958 characters; guessing 0.001, 1-NN on pixels 0.31)"),
+    ]
+    known = last_full_figures()
+    for name, title in CONTROLS.items():
+        if summary[name] is not None:
+            lines.append((f"  {title}", f"{summary[name]:.3f}"))
+        elif name in known:
+            lines.append((f"  {title}", f"{known[name]}   (not run now: from docs/results.md; make demo-full runs it)"))
+    lines.append(("ONNX against PyTorch", f"{summary['onnx_max_abs_diff']:.1e}"))
+    lines += [(f"  {name}", f"{value:.0f} s") for name, value in summary["seconds"].items()]
+    lines.append(("all stages", f"{sum(summary['seconds'].values()):.0f} s"))
+    lines += [("picture", path) for path in pictures]
+    lines.append(("figures", f"{out}/summary.json"))
+    width = max(len(title) for title, _ in lines)
+    return "\n".join(f"{title:<{width}}  {text}" for title, text in lines)
 
 
 def main():
-    arguments = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    out = Path(arguments.pop("out", "outputs/demo"))
-    whole = ROOT / out
-    shutil.rmtree(whole, ignore_errors=True)
-    commands = stages(out, [f"{key}={value}" for key, value in arguments.items()])
-    seconds = {name: run_stage(name, words) for name, words in commands.items()}
-    summary = summarise(whole, seconds)
-    (whole / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    lines = [
-        f"pretraining loss      {summary['pretrain_loss_first']:.3f} -> {summary['pretrain_loss_last']:.3f}",
-        f"top-1, unseen face    {summary['top1']:.3f}   (958 characters; guessing 0.001, 1-NN on pixels 0.31)",
-        f"ONNX against PyTorch  {summary['onnx_max_abs_diff']:.1e}",
-        *(f"{name:<21} {value:.0f} s" for name, value in seconds.items()),
-        f"{'all stages':<21} {sum(seconds.values()):.0f} s",
-        f"pictures              {out}/pretrain/plots/reconstructions.png",
-        f"                      {out}/pretrain/plots/curves.png  {out}/finetune/plots/curves.png",
-        f"figures               {out}/summary.json",
-    ]
-    sys.stdout.write("\n" + "\n".join(lines) + "\n")
+    words = sys.argv[1:]
+    full = "full" in words
+    arguments = dict(word.split("=", 1) for word in words if word != "full")
+    out = arguments.pop("out", "outputs/demo")
+    shutil.rmtree(ROOT / out, ignore_errors=True)
+    demo = Demo(out, [f"{key}={value}" for key, value in arguments.items()])
+    demo.main_line()
+    controls = demo.controls() if full else dict.fromkeys(CONTROLS)
+    summary = demo.summary(controls)
+    (ROOT / out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    sys.stdout.write("\n" + table(summary, demo.pictures(), out) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """README: every command in it runs, and every file that it names is there. Refusals if one is neither run nor known."""
 
+import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from bench import demo
 from tests.support import ROOT, command, make_collection, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +23,7 @@ SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
-MAKE = ("demo", "test", "lint", "bench", "test-slow", "simd", "clean")
+MAKE = ("demo", "demo-full", "test", "lint", "bench", "test-slow", "simd", "clean")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
     assert scripts == {"prepare.py", "pretrain_fcmae.py", "finetune.py", "evaluate.py", "export.py", "predict.py"}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == set(MAKE)
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 19
 
 
 def test_every_python_command_runs_in_the_order_of_the_readme(folder):
@@ -74,14 +77,33 @@ def test_every_make_target_is_there(target):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_demo_runs_through(tmp_path):
-    """`make demo` without its installation, on two updates; the table and the summary come out whole."""
-    done = command("python", "bench/demo.py", f"out={tmp_path}/demo", *SHORT)
+def test_the_full_demo_runs_through(tmp_path):
+    """`make demo-full` without its installation, on two updates; the table and the summary come out whole."""
+    out = tmp_path / "demo"
+    done = command("python", "bench/demo.py", "full", f"out={out}", *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
-    for words in ("pretraining loss", "top-1, unseen face", "ONNX against PyTorch", "all stages"):
+    for words in ("pretraining loss", "top-1, unseen typeface", "ONNX against PyTorch", "all stages", "two faces"):
         assert words in done.stdout
-    assert (tmp_path / "demo/summary.json").exists()
-    assert (tmp_path / "demo/pretrain/plots/reconstructions.png").exists()
+    pictures = re.findall(r"^picture +(\S+)$", done.stdout, flags=re.MULTILINE)
+    assert len(pictures) == 5 and all(Path(path).is_file() for path in pictures)
+    summary = json.loads((out / "summary.json").read_text())
+    stages = ("glyphs", "pretrain", "finetune", "evaluate", "export", "predict", "scratch", "scratch_equal_seconds",
+              "few_labels", "few_labels_scratch")  # fmt: skip
+    assert tuple(summary["seconds"]) == stages and all(type(value) is float for value in summary["seconds"].values())
+    figures = ("pretrain_loss_first", "pretrain_loss_last", "top1", "onnx_max_abs_diff", *demo.CONTROLS)
+    assert set(summary) == {*figures, "seconds"} and all(type(summary[name]) is float for name in figures)
+    few = (out / "few_labels/log.txt").read_text()
+    assert re.search(r"loop.train_paths: [\d,]+ of 47,495 training images", few)
+
+
+def test_the_demo_tells_the_last_full_figures_as_what_they_are(tmp_path):
+    known = demo.last_full_figures()
+    assert set(known) == set(demo.CONTROLS)
+    summary = {"pretrain_loss_first": 1.0, "pretrain_loss_last": 0.5, "top1": 0.5, "onnx_max_abs_diff": 1e-6,
+               "seconds": {"glyphs": 1.0}, **dict.fromkeys(demo.CONTROLS)}  # fmt: skip
+    text = demo.table(summary, [], "outputs/demo")
+    for name, title in demo.CONTROLS.items():
+        assert re.search(rf"^  {title} +{re.escape(known[name])}   \(not run now: from docs/results\.md", text, re.M)
 
 
 def test_every_link_leads_somewhere():

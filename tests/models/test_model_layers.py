@@ -87,6 +87,24 @@ def test_grn_reduces_in_float32(dtype):
     assert x.grad.isfinite().all() and grn.gamma.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("over_batch", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_grn_gradients_are_those_of_the_formula(over_batch, masked):
+    """The gradient is written by hand (models/layers.py); here by finite differences, in float64."""
+    torch.manual_seed(0)
+    grn = GRN(5).double()
+    grn.over_batch = over_batch
+    for parameter in grn.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    visible = torch.rand(3, 2, 4) < 0.6 if masked else None
+
+    def run(x, gamma, beta):
+        return torch.func.functional_call(grn, {"gamma": gamma, "beta": beta}, (x, visible))
+
+    assert torch.autograd.gradcheck(run, (x, grn.gamma, grn.beta))
+
+
 def test_grn_in_bf16_rounds_about_once():
     torch.manual_seed(0)
     grn = GRN(16)

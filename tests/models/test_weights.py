@@ -9,6 +9,7 @@ from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights import load_into
+from tests.models.test_fcmae import SETTINGS
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]
 
@@ -29,8 +30,7 @@ def build(num_classes=5, dims=(8, 12), depths=(1, 2), in_channels=3):
 
 
 def build_fcmae():
-    settings = {"patch_px": 4, "decoder_dim": 8, "decoder_depth": 1, "norm_pix_loss": True}
-    return FCMAE(encoder=build(0), image_size_hw=(8, 8), **settings)
+    return FCMAE(encoder=build(0), image_size_hw=(8, 8), **{**SETTINGS, "patch_px": 4})
 
 
 def copy_state(network):
