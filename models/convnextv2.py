@@ -52,11 +52,17 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, visible: Tensor | None = None, execute: Callable[["Block", Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Return [B, C, H, W], 0 at masked sites.
 
-        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map.
+        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map. `execute(self, x)` stands
+        in for all that follows (models/sparse.py): whoever runs a block calls it, since the call is where the ranks'
+        shares of its weights come together (engine/parallel.py).
         """
+        if execute is not None:
+            return execute(self, x)
         branch = self.dwconv(select_visible(x, visible)).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
         branch = F.gelu(self.pwconv1(self.norm(branch)))
         branch = self.pwconv2(self.grn(branch, visible)).permute(0, 3, 1, 2)

@@ -15,6 +15,7 @@ network executed on dense tensors, the reference of the tests and of bench/pretr
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,5 +150,6 @@ def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_p
             norm, convolution = encoder.downsample_layers[index]
             tokens = _strided_convolution(convolution, _normalise(norm, tokens))
         sites = place_sites(patches, (height // patch_px, width // patch_px), tokens.shape[2])
-        tokens = encoder.run_stage(stage, lambda block, x, sites=sites: block_on_tokens(block, x, sites), tokens)
+        execute = partial(block_on_tokens, sites=sites)
+        tokens = encoder.run_stage(stage, lambda block, x, execute=execute: block(x, execute=execute), tokens)
     return tokens

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from optim.adan import Adan
-from optim.build import build_optimizer, skips_on_device
+from optim.build import build_optimizer, check_shardable, skips_on_device, steps_on_rows
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
 from utils.config import CONF
@@ -249,3 +249,27 @@ def test_what_timm_itself_refuses_is_a_users_error(opt, extra, reason):
     message = str(caught.value)
     assert message.startswith(f"optim.extra: timm's {opt} cannot be made with {extra} (") and reason in message
     assert "set another of its arguments: " in message
+
+
+# --- rows of parameters, as sharded training gives them to a rank
+
+
+@pytest.mark.parametrize("file", ["adamw", "adan", "sgd"])
+def test_ours_step_on_rows_as_on_the_whole(file):
+    assert steps_on_rows(config(file, weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("opt", "taken"),
+    # By norms of a parameter, by a mean over it, by factored moments, by an orthogonal update: not.
+    [("nadamw", True), ("lion", True), ("adan", True), ("lamb", False), ("cadamw", False), ("adafactor", False),
+     ("adafactorbv", False), ("muon", False), ("novograd", False)],
+)  # fmt: skip
+def test_what_must_see_a_whole_parameter_is_found_out_and_refused(opt, taken):
+    settings = config("timm", opt=opt)
+    assert steps_on_rows(settings) is taken
+    if taken:
+        check_shardable(settings)
+        return
+    with pytest.raises(UserError, match=rf"^runtime.parallel: fsdp .* optim.opt={opt} must see .* parallel=ddp, or"):
+        check_shardable(settings)
