@@ -5,6 +5,7 @@ cannot be read is blank, weighs 0, and is reported by path; it never ends a run.
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from data.transforms import Transform
 from utils import distributed, rng
 from utils.errors import UserError
 from utils.logging import get_logger
+from utils.signals import SIGNALS
 
 log = get_logger(__name__)
 
@@ -97,6 +99,15 @@ class UnreadableLog:
                     stream.write(json.dumps({"path": path, "reason": reason}) + "\n")
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """Let a worker outlive what asks a job to stop: a scheduler signals all processes, and the rank still needs it.
+
+    A worker ends when its rank does.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, device: torch.device) -> DataLoader:
     return DataLoader(
         reader,
@@ -104,6 +115,7 @@ def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, 
         num_workers=workers,
         prefetch_factor=prefetch if workers > 0 else None,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
         generator=torch.Generator(),  # the workers' base seed would else be drawn from torch's global generator
@@ -127,6 +139,10 @@ class TrainLoader:
         self.reader, self.sampler, self.seed = reader, sampler, seed
         self.device, self.workers, self.prefetch_batches = device, workers, prefetch_batches
         self.unreadable = unreadable
+
+    def path_of(self, sample_id: int) -> str:
+        """Return the path of a sample as the collection states it, for messages."""
+        return self.reader.collection.row(sample_id).path
 
     def steps(self, start_step: int, plan: Any) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step after step, from `start_step` on.

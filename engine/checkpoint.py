@@ -17,7 +17,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,25 @@ class Checkpoint:
         return self.state["step"]
 
 
+@contextmanager
+def refusals(folder: Path, what: str, needed: int) -> Iterator[None]:
+    """Turn what the system refuses while `what`, of so many bytes, is written into a UserError (`run_dir`)."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        raise UserError(
+            f"run_dir: {folder} does not take {what}: {needed / 2**20:.1f} MiB are needed, "
+            f"{shutil.disk_usage(there).free / 2**20:.1f} MiB are free ({error}). Earlier checkpoints are whole; make "
+            "room and give the same command again"
+        ) from None
+
+
+def count_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Return the size of groups of tensors."""
+    return sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+
+
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
 ) -> Path:
@@ -65,37 +85,37 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     if temporary.exists():
         shutil.rmtree(temporary)
-    try:
-        temporary.mkdir(parents=True)
-        checksums = {}
-        for name, group in tensors.items():
-            if not group:  # plain SGD has no state, and safetensors writes no file without tensors that it can read
-                continue
-            file = temporary / f"{name}.safetensors"
-            write_tensors(file, group)
-            checksums[file.name] = sha256_file(file)
-        text = json.dumps(
-            {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}, indent=1
-        )
-        for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
-            (temporary / name).write_text(content, encoding="utf-8")
-            fsync_path(temporary / name)
-        fsync_path(temporary)
-        if final.exists():  # made by the run before a kill; the same step has the same content
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        fsync_path(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        raise UserError(
-            f"run_dir: {folder} does not take the checkpoint of step {step}: {needed / 2**20:.1f} MiB are needed, "
-            f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free ({error}). Earlier checkpoints are whole; make "
-            "room and give the same command again"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with refusals(folder, f"the checkpoint of step {step}", count_bytes(tensors)):
+        try:
+            temporary.mkdir(parents=True)
+            checksums = {}
+            for name, group in tensors.items():
+                if not group:  # plain SGD has no state, and safetensors writes no file without tensors that it can read
+                    continue
+                file = temporary / f"{name}.safetensors"
+                write_tensors(file, group)
+                checksums[file.name] = sha256_file(file)
+            text = json.dumps(
+                {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}, indent=1
+            )
+            for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
+                (temporary / name).write_text(content, encoding="utf-8")
+                fsync_path(temporary / name)
+            fsync_path(temporary)
+            if final.exists():  # made by the run before a kill; the same step has the same content
+                hide(final)
+            os.rename(temporary, final)
+            fsync_path(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def hide(path: Path) -> None:
+    """Remove a checkpoint: first out of sight, so that a kill halfway leaves no damaged one."""
+    hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def damage(path: Path) -> str | None:
@@ -143,6 +163,24 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def find_checkpoint_before(folder: Path, step: int) -> Path | None:
+    """Return the newest undamaged checkpoint of fewer than `step` updates, and remove those beyond; None without one.
+
+    For a roll-back: were the process killed, the ones beyond would be resumed from.
+    """
+    beyond = [path for path in list_checkpoints(folder) if _step_of(path) >= step]
+    before = [path for path in list_checkpoints(folder) if _step_of(path) < step and damage(path) is None]
+    if not before:
+        return None
+    for path in beyond:
+        hide(path)
+    return before[-1]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint that `find_checkpoint` returned, or one that the user named."""
     if not path.is_dir():
@@ -159,14 +197,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
     """Keep the newest checkpoints and the best one; remove the rest and what a kill left half-written."""
     for path in folder.glob(".step_*.tmp-*"):
-        if not path.name.endswith(f"-{os.getpid()}"):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(folder)[:-keep]:
         if _NAME.fullmatch(path.name).group(1) != f"{best_step or 0:08d}":
-            # First out of sight, so that a kill halfway leaves no damaged checkpoint.
-            hidden = folder / f".{path.name}.tmp-{os.getpid()}"
-            os.rename(path, hidden)
-            shutil.rmtree(hidden)
+            hide(path)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

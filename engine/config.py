@@ -26,6 +26,10 @@ class LoopConfig(Strict):
     plot_every_steps: Positive | None
     checkpoint_every_steps: Positive
     keep_checkpoints: Positive
+    save_in_background: bool
+    on_failed_save: Literal["stop", "retry"]
+    max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
+    on_too_many_skipped: Literal["stop", "rollback"]
 
 
 class MachineConfig(Strict):

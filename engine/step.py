@@ -27,12 +27,14 @@ class StepResult:
     sums: log name -> (sum, count) over all samples of the step, float64; NaN is left out of a step that was skipped.
     applied: 1 where the optimiser made its step, 0 where it was left out.
     stop: above 0 where a rank was asked to stop.
+    losses: the losses [B] of this rank's micro-batches, detached.
     """
 
     sums: dict[str, tuple[Tensor, Tensor]]
     grad_norm: Tensor
     applied: Tensor
     stop: Tensor
+    losses: Sequence[Tensor] = ()
 
     @cached_property
     def figures(self) -> tuple[list[str], Tensor]:
@@ -184,13 +186,14 @@ def train_step(
     # DDP averages over ranks where the mean over all samples is wanted: hence the world size.
     factor = scale.scale * distributed.world_size() / denominator
     before = _BuffersBefore(task)
-    rows, names = [], []
+    rows, names, losses = [], [], []
     for micro_step, batch in enumerate(batches):
         rng.seed_micro_step(seed, step, micro_step, distributed.rank(), runtime.device)
         last = micro_step == len(batches) - 1
         with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
             loss, output = _forward_backward(model, batch, knobs, factor, runtime)
         names = names or sorted(output.logs)
+        losses.append(output.loss.detach())
         rows.append(_pack(loss, output.logs, names))
 
     # The optimiser's parameters are all that are trained (optim/groups.py): its lists spare a walk over the modules.
@@ -213,4 +216,4 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     before.put_back(bad)
     scale.update(applied)
-    return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked)
+    return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked, losses)

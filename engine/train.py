@@ -15,21 +15,30 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, load_optimizer_state
+from engine.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    find_checkpoint_before,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_state,
+)
 from engine.config import TrainingConfig
 from engine.meters import Meter
 from engine.plan import Plan
 from engine.runtime import Runtime, choose_compile
+from engine.skips import SkipWatch, TooManySkipped
 from engine.step import LossScale
 from engine.task import Batch, Task
 from engine.train_one_epoch import StopVote, train_one_epoch
 from engine.training import Best, Training
+from engine.writer import CheckpointWriter
 from optim.build import build_optimizer, skips_on_device
 from optim.ema import EMA
 from optim.groups import build_groups, groups_table
 from optim.schedules import Schedule
 from utils import distributed
-from utils.errors import EXIT_STOPPED, UserError, close_names
+from utils.errors import EXIT_STOPPED, UserError, close_names, lost_worker
 from utils.logging import get_logger
 from utils.metrics_log import MetricsLog
 from utils.progress import Bar
@@ -41,6 +50,8 @@ from utils.trackers import check_tracker, start_tracker
 from utils.watchdog import Watchdog
 
 log = get_logger(__name__)
+
+MOST_ROLLBACKS = 3  # of one process: what four stretches of samples have in common is not the samples
 
 
 def check_knobs(task: Task, config: TrainingConfig) -> None:
@@ -142,6 +153,9 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
     training.best = Best(**checkpoint.state["best"])
     training.last_report = checkpoint.state["last_report"]
     training.step = checkpoint.step
+    # Checkpoints made before steps were followed have neither.
+    training.passed_over = checkpoint.state.get("passed_over", 0)
+    training.skips.load(checkpoint.state.get("skipped", []))
 
 
 def _wrap(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> nn.Module:
@@ -209,6 +223,10 @@ def _build(
         bar=Bar("training", plan.total_steps),
         log_meter=Meter(runtime.device),
         epoch_meter=Meter(runtime.device),
+        writer=CheckpointWriter(
+            in_background=config.loop.save_in_background, retries=config.loop.on_failed_save == "retry"
+        ),
+        skips=SkipWatch(config.loop.max_skipped_steps, rolls_back=config.loop.on_too_many_skipped == "rollback"),
     )
 
 
@@ -235,11 +253,11 @@ def train(
 ) -> str:
     """Train the task to the end of the plan, or from where its run folder left off; returns a line with the result.
 
-    `loader.steps(start_step, plan)` yields micro-batches, `loader.unreadable` counts what could not be read
-    (data/loader.py); `fingerprints` name what must not change under a run (the collection); `depths` are a ConvNeXt
-    V2's, for layer decay; `rare_loaders` gives the epochs between two uses of an evaluation loader that not every
-    evaluation needs: the first one at or after each multiple uses it, and the last. Raises UserError for what the user
-    can mend, SystemExit(75) after a stop signal.
+    `loader.steps(start_step, plan)` yields micro-batches, `loader.unreadable` counts what could not be read,
+    `loader.path_of(sample_id)` names a sample (data/loader.py); `fingerprints` name what must not change under a run
+    (the collection); `depths` are a ConvNeXt V2's, for layer decay; `rare_loaders` gives the epochs between two uses of
+    an evaluation loader that not every evaluation needs: the first one at or after each multiple uses it, and the last.
+    Raises UserError for what the user can mend, SystemExit(75) after a stop signal.
     """
     with StopRequest() as stop:
         training = _build(task, config, plan, runtime, folder, evaluation, fingerprints, depths, stop)
@@ -251,30 +269,91 @@ def train(
             _restore(training, checkpoint)
             log.info("resumed from %s at step %d", found, training.step)
         if distributed.is_main():
-            training.metrics = MetricsLog(folder.path, training.step)
             update_saved_config(folder.path, folder.config, folder.job)
         distributed.rank_zero_call(lambda: _start_tracker(training, config))
-        if config.tracking.samples:
-            training.samples = SampleLog(folder.path, training.step)
+        _open_records(training, config, loader)
         training.watchdog.start()
         try:
-            finished = _run_epochs(training, loader)
+            finished = _run(training, config, loader)
         except Exception as error:
-            lost = None if isinstance(error, UserError) else training.watchdog.name_lost_ranks()
+            known = isinstance(error, UserError) or lost_worker(error) is not None
+            lost = None if known else training.watchdog.name_lost_ranks()
             if lost:
                 log.error("%s; the same command resumes from the last checkpoint", lost)
             training.watchdog.abandon()
+            training.writer.close()
             if training.tracker is not None:
                 training.tracker.close(failed=True)
             raise
         training.watchdog.stop()
-        for record in (training.metrics, training.samples, training.tracker):
+        for record in (training.metrics, training.samples, training.skips, training.tracker):
             if record is not None:
                 record.close()
     if not finished:
         log.warning("stopped at step %d on request; the same command goes on from there", training.step)
         raise SystemExit(EXIT_STOPPED)
     return _result(training)
+
+
+def _open_records(training: Training, config: TrainingConfig, loader: Any) -> None:
+    """Open what is written row by row, without the rows beyond this step; again after a roll-back."""
+    path, step = training.folder.path, training.step
+    for record in (training.metrics, training.samples):
+        if record is not None:
+            record.close()
+    if distributed.is_main():
+        training.metrics = MetricsLog(path, step)
+    if config.tracking.samples:
+        training.samples = SampleLog(path, step)
+    training.skips.open(path, loader.path_of, step)
+
+
+def _run(training: Training, config: TrainingConfig, loader: Any) -> bool:
+    """Run to the end, rolling back where that is asked for; returns False where the run was asked to stop."""
+    rollbacks = 0
+    while True:
+        try:
+            return _run_epochs(training, loader)
+        except TooManySkipped as request:
+            rollbacks += 1
+            if rollbacks > MOST_ROLLBACKS:
+                raise UserError(
+                    f"{request.message}the run has rolled back {MOST_ROLLBACKS} times, past other samples each time; "
+                    "set a lower optim.lr, loop.clip_grad_norm or runtime.precision=fp32"
+                ) from None
+            _roll_back(training, config, loader, request)
+
+
+def _roll_back(training: Training, config: TrainingConfig, loader: Any, request: TooManySkipped) -> None:
+    """Go back to the newest checkpoint before the steps left out, and past the samples read since.
+
+    The same samples would meet the same fate. The best weights stay: they were measured, whatever came after them.
+    """
+    reached, best = training.step, training.best
+    passed_over = training.passed_over
+
+    def find() -> str | None:
+        training.writer.close()
+        found = find_checkpoint_before(training.folder.checkpoints, request.first)
+        return str(found) if found else None
+
+    found = distributed.rank_zero_call(find)
+    if found is None:
+        raise UserError(
+            f"{request.message}no checkpoint was made before them to roll back to; set a lower optim.lr or "
+            "loop.checkpoint_every_steps"
+        )
+    _restore(training, load_checkpoint(Path(found)))
+    training.best, training.passed_over = best, passed_over + reached - training.step
+    _open_records(training, config, loader)
+    if training.metrics is not None:
+        # Of the step to come, so that a resumption from this checkpoint drops it and makes it again.
+        figures = {"from_step": reached, "passed_over_steps": training.passed_over}
+        training.metrics.add(training.step + 1, "rollback", figures)
+    log.warning(
+        "%srolled back to step %d; the samples of %d steps are passed over",
+        request.message, training.step, reached - training.step,
+    )  # fmt: skip
 
 
 def _run_epochs(training: Training, loader: Any) -> bool:
@@ -284,7 +363,7 @@ def _run_epochs(training: Training, loader: Any) -> bool:
         log.info("the run is complete: %d of %d steps are done", training.step, plan.total_steps)
         return True
     started = time.perf_counter()
-    stream = loader.steps(training.step, plan)
+    stream = loader.steps(training.step + training.passed_over, plan)
     vote = StopVote()
     training.start_clock()
     try:

@@ -52,6 +52,7 @@ def _knobs(training: Training) -> Knobs:
 def train_one_epoch(training: Training, stream: Iterator[list[Batch]], epoch: int, vote: StopVote) -> bool:
     """Run the stream to the end of an epoch; returns False where the run was asked to stop (and has saved).
 
+    Raises UserError where a checkpoint was refused or too many steps were left out, TooManySkipped for a roll-back.
     `stream` yields this rank's micro-batches of step after step, beginning with the step that `training` is at.
     """
     plan, loop = training.plan, training.loop
@@ -71,7 +72,7 @@ def train_one_epoch(training: Training, stream: Iterator[list[Batch]], epoch: in
         result = train_step(
             training.model, training.task, batches, training.optimizer, training.scale, knobs,
             step=training.step, seed=training.seed, clip_grad_norm=loop.clip_grad_norm, runtime=training.runtime,
-            stop=training.stop.requested,
+            stop=training.must_stop,
         )  # fmt: skip
         training.task.after_step(training.step, knobs, result.applied)
         if training.ema is not None:
@@ -79,11 +80,12 @@ def train_one_epoch(training: Training, stream: Iterator[list[Batch]], epoch: in
         training.log_meter.add(result)
         training.epoch_meter.add(result)
         training.step += 1
+        training.skips.add(training.step, batches, result)
         training.bar.advance(training.step)
 
         # 3. What is due. Figures come before the checkpoint, so that a resumed run has them.
         last = training.step == plan.total_steps
-        stopping = vote.read(result, training.stop.requested)
+        stopping = vote.read(result, training.must_stop)
         if training.step % loop.log_every_steps == 0 or last:
             training.log_step()
         if loop.plot_every_steps is not None and training.step % loop.plot_every_steps == 0:
@@ -93,7 +95,7 @@ def train_one_epoch(training: Training, stream: Iterator[list[Batch]], epoch: in
         if training.step == end:
             training.end_epoch(epoch)
         if training.step % loop.checkpoint_every_steps == 0 or last or stopping:
-            training.save()
+            training.save(last=last or stopping)
         if stopping and not last:
             return False
     return True

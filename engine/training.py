@@ -13,17 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.checkpoint import optimizer_state, remove_old, save_checkpoint
+from engine.checkpoint import count_bytes, optimizer_state, refusals, remove_old, save_checkpoint
 from engine.config import LoopConfig
 from engine.meters import Meter
 from engine.plan import Plan
 from engine.runtime import Runtime
+from engine.skips import SkipWatch
 from engine.step import LossScale
 from engine.task import Batch, Report, Task
+from engine.writer import CheckpointWriter, Groups
 from optim.ema import EMA
 from optim.schedules import Schedule
 from utils import distributed, plots
 from utils.errors import UserError
+from utils.files import spared
 from utils.logging import get_logger
 from utils.metrics_log import MetricsLog
 from utils.progress import Bar, format_duration, track
@@ -50,6 +53,7 @@ class Best:
 class Training:
     """All that one run consists of. `step` counts the updates done.
 
+    `passed_over` counts the steps' worth of samples that roll-backs have left out of the stream.
     `rare_loaders` names loaders of `evaluation` that are used only every so many epochs.
     """
 
@@ -73,12 +77,20 @@ class Training:
     bar: Bar
     log_meter: Meter
     epoch_meter: Meter
+    writer: CheckpointWriter
+    skips: SkipWatch
     step: int = 0
+    passed_over: int = 0
     best: Best = field(default_factory=Best)
     last_report: dict[str, float] = field(default_factory=dict)
     rare_loaders: Mapping[str, float] = field(default_factory=dict)
     tracker: Tracker | None = None
     _window: tuple[int, float] = (0, 0.0)
+
+    @property
+    def must_stop(self) -> bool:
+        """Return whether this rank asks for the end of the run: a signal came, or a checkpoint was refused."""
+        return self.stop.requested or self.writer.failed
 
     # ------------------------------------------------------------------------------------------------------ figures
 
@@ -119,6 +131,10 @@ class Training:
             )
         if means["skipped_steps"]:
             log.warning("%d steps were not finite and were left out before step %d", means["skipped_steps"], self.step)
+            self.skips.read(self.step)
+            self.skips.check(self.step)
+        else:
+            self.skips.forget(self.step)
         self.start_clock()
 
     def end_epoch(self, epoch: int) -> None:
@@ -183,11 +199,11 @@ class Training:
         better = self.best.value is None or (
             decisive < self.best.value if self.task.best_is_lowest else decisive > self.best.value
         )
-        if better:
+        if better and self._write_best():
             self.best = Best(decisive, self.step)
-            self.write_weights("best", average=self.ema is not None)
         if distributed.is_main():
-            write_report(self.folder.path, report.tables, report.images)
+            with spared(self.folder.path / "tables"):
+                write_report(self.folder.path, report.tables, report.images)
         if self.tracker is not None:
             for name, image in report.images.items():
                 self.tracker.add_image(self.step, name, image)
@@ -197,57 +213,121 @@ class Training:
         """Draw the curves of the run so far, on rank 0."""
         if self.metrics is not None:
             self.watchdog.progress(f"step {self.step}: plotting")
-            plots.plot_curves(self.metrics, self.folder.plots / "curves.png", self.folder.path.resolve().name)
+            path = self.folder.plots / "curves.png"
+            with spared(path):
+                plots.plot_curves(self.metrics, path, self.folder.path.resolve().name)
         self.start_clock()
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
-    def write_weights(self, which: str, *, average: bool) -> None:
-        """Write weights/<which>_weights.safetensors from the weights or their average."""
-        tensors = self.ema.tensors if average and self.ema is not None else self.task.network.state_dict()
+    def _write_weights(self, which: str, tensors: Mapping[str, torch.Tensor], *, average: bool, step: int) -> None:
+        """Write weights/<which>_weights.safetensors; on rank 0, from any thread."""
         metadata = {
             "format": 1,
             "script": self.folder.job.script,
             "task": self.folder.config["task"],
             "model": self.folder.config["model"],
-            "step": self.step,
+            "step": step,
             "average": average,
             **self.task.metadata(),
         }
-        write_weights(self.folder.weights / f"{which}_weights.safetensors", tensors, metadata)
+        with refusals(self.folder.weights, f"the {which} weights of step {step}", count_bytes({"": tensors})):
+            write_weights(self.folder.weights / f"{which}_weights.safetensors", tensors, metadata)
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, and the weights that go with it."""
+    def _write_best(self) -> bool:
+        """Write the best weights; returns whether the disk took them where the run goes on without. On all ranks."""
+        average = self.ema is not None
+        tensors = self.ema.tensors if average else self.task.network.state_dict()
+        return distributed.rank_zero_call(lambda: self._try_best(tensors, average))
+
+    def _try_best(self, tensors: Mapping[str, torch.Tensor], average: bool) -> bool:
+        try:
+            self._write_weights("best", tensors, average=average, step=self.step)
+        except UserError as error:
+            if not self.writer.retries:
+                raise
+            log.error("%s\nThe run goes on; the best weights stay those of before (loop.on_failed_save=retry)", error)
+            return False
+        return True
+
+    def _groups(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Return the run's tensors by group and name, and what of the optimiser's state is no tensor; on all ranks.
+
+        Shared tensors are whole on rank 0 and absent elsewhere.
+        """
+        tensors, others = optimizer_state(self.optimizer)
+        groups = {"task": self.task.state_dict(), "optimizer": tensors, "scale": self.scale.state()}
+        if self.ema is not None:
+            groups["ema"] = self.ema.tensors
+        return groups, others
+
+    def save(self, *, last: bool) -> None:
+        """Write a checkpoint of this step, and the weights that go with it: all of it is on the disk when it is the
+        run's last, else it is written while training goes on.
+
+        Raises UserError where the disk refused the last one, or an earlier one that the run must not go on without.
+        """
         self.watchdog.progress(f"step {self.step}: saving")
         self.sync_buffers()
-        tensors, others = optimizer_state(self.optimizer)
+        self.skips.read(self.step)
+        groups, others = self._groups()
         state = {
             "config": self.folder.config,
             "precision": self.runtime.precision,
             "threads": torch.get_num_threads(),
             "world_size": self.plan.world_size,
-            "position": self.step * self.plan.global_batch_size,
+            "position": (self.step + self.passed_over) * self.plan.global_batch_size,
+            "passed_over": self.passed_over,
+            "skipped": self.skips.steps,
             "best": {"value": self.best.value, "step": self.best.step},
             "last_report": self.last_report,
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "optimizer": others,
             "fingerprints": self.fingerprints,
         }
-        if self.metrics is not None:
-            self.metrics.sync()
-        if self.samples is not None:
-            self.samples.sync()
-        distributed.barrier()  # every rank's rows are on the disk before the checkpoint that lies beyond them
-        distributed.rank_zero_call(lambda: self._write(tensors, state))
-        self.write_weights("last", average=False)
-        if self.ema is not None:
-            self.write_weights("ema", average=True)
+        if self.samples is not None and not self._sync_samples(last):
+            return
+        if distributed.is_main():
+            step, best_step = self.step, self.best.step
+            self.writer.submit(
+                groups,
+                lambda groups: self._write(step, groups, state, best_step),
+                f"saved {self.folder.checkpoints}/step_{step:08d}",
+            )
+        if last:
+            distributed.rank_zero_call(self.writer.finish)
         self.start_clock()
 
-    def _write(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        groups = {"task": self.task.state_dict(), "optimizer": tensors, "scale": self.scale.state()}
+    def _sync_samples(self, last: bool) -> bool:
+        """Bring every rank's record of samples to the disk before the checkpoint that lies beyond it.
+
+        Returns whether that went well, where the run goes on without.
+        """
+        problem = None
+        try:
+            with refusals(self.folder.path / "samples", "the record of samples", 0):
+                self.samples.sync()
+        except UserError as error:
+            problem = error
+        problems = [found for found in distributed.gather_objects(problem) if found is not None]
+        if problems and (last or not self.writer.retries):
+            raise problems[0]
+        if problems:
+            log.error("%s\nThe run goes on and tries again at its next save (loop.on_failed_save=retry)", problems[0])
+        return not problems
+
+    def _write(self, step: int, groups: Groups, state: dict[str, Any], best_step: int | None) -> None:
+        """Bring a state to the disk; on rank 0, in the writer's thread."""
+        with refusals(self.folder.checkpoints, f"the checkpoint of step {step}", count_bytes(groups)):
+            for rows in (self.metrics, self.skips):
+                rows.sync()
+            save_checkpoint(self.folder.checkpoints, step, groups, state)
+            remove_old(self.folder.checkpoints, self.loop.keep_checkpoints, best_step)
+        network = {
+            name.removeprefix("network."): tensor
+            for name, tensor in groups["task"].items()
+            if name.startswith("network.")
+        }
+        self._write_weights("last", network, average=False, step=step)
         if self.ema is not None:
-            groups["ema"] = self.ema.tensors
-        path = save_checkpoint(self.folder.checkpoints, self.step, groups, state)
-        remove_old(self.folder.checkpoints, self.loop.keep_checkpoints, self.best.step)
-        log.info("saved %s", path)
+            self._write_weights("ema", groups["ema"], average=True, step=step)

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from utils import distributed
 from utils.config_errors import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
-from utils.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError, lost_worker
 from utils.files import sha256_text
 from utils.logging import environment_rank, get_logger, setup_logging
 from utils.schema import Strict
@@ -139,7 +139,11 @@ def _run_job(
         problem = hydra_problem(error, schema, CONF)
         _say(f"{script}.py: {ConfigError([problem])}")
         return JobResult(job.overrides, EXIT_USER_ERROR, problem)
-    except Exception as error:  # a defect: its traceback, and the sweep goes on
+    except Exception as error:
+        if (lost := lost_worker(error)) is not None:
+            _say(f"{script}.py: {lost}", other_ranks=True)
+            return JobResult(job.overrides, EXIT_LOST_RANK, lost)
+        # A defect: its traceback, and the sweep goes on.
         traceback.print_exc()
         return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 

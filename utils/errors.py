@@ -5,12 +5,13 @@ exception is a defect of ours and keeps its traceback.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
-EXIT_LOST_RANK = 70
+EXIT_LOST_RANK = 70  # or a loader's worker: a process of the job was ended from outside
 EXIT_STOPPED = 75
 
 _SHOWN = 20  # names in a message
@@ -18,6 +19,23 @@ _SHOWN = 20  # names in a message
 
 class UserError(ValueError):
     """Tell the user which key or file is wrong, what was found, what is allowed and what to do."""
+
+
+def lost_worker(error: Exception) -> str | None:
+    """Return what to tell the user where torch says that a loader's worker process has ended, None for other errors.
+
+    torch raises it in the main thread wherever that is, so no place that reads a loader could catch it.
+    """
+    found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
+    if found is None or not isinstance(error, RuntimeError):
+        return None
+    said = " ".join(found.group(2).split()).rstrip(". ")
+    return (
+        f"runtime.workers: loader worker {found.group(1)} of this rank has ended ({said}). Most often the machine ran "
+        "out of memory (see dmesg or the scheduler's report) or out of shared memory (/dev/shm): set a lower "
+        "runtime.workers, runtime.prefetch_batches or loop.batch_size. The same command resumes from the last "
+        "checkpoint"
+    )
 
 
 def close_names(name: str, known: Iterable[str], most: int = 3) -> str:

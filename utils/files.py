@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 
 def fsync_path(path: Path) -> None:
@@ -43,6 +47,54 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be written ({error.strerror}); name another place") from None
+
+
+@contextmanager
+def spared(path: Path) -> Iterator[None]:
+    """Let a file be missing that is made anew before long: what the system refuses is a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s cannot be written (%s); it is made anew when it is next due", path, error.strerror or error)
+
+
+class AppendFile:
+    """Append text to a file. What the disk refuses is kept, and written before what follows; `sync` raises it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._pending = bytearray()
+        self._lock = threading.Lock()  # a checkpoint's writer syncs from its thread
+        self._warned = False
+
+    def write(self, text: str) -> None:
+        """Append a text; a refusal is a warning, said once."""
+        with self._lock:
+            self._pending += text.encode("utf-8")
+            try:
+                self._push()
+            except OSError as error:
+                if not self._warned:
+                    log.warning("%s cannot be written (%s); its rows are kept meanwhile", self._path, error.strerror)
+                self._warned = True
+
+    def _push(self) -> None:
+        while self._pending:
+            del self._pending[: self._file.write(self._pending)]
+
+    def sync(self) -> None:
+        """Bring everything to the disk. Raises OSError where it does not take it."""
+        with self._lock:
+            self._push()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what the disk still refuses is lost, with a warning."""
+        self.write("")
+        if self._pending:
+            log.warning("%s lacks its last %d bytes, which the disk did not take", self._path, len(self._pending))
+        self._file.close()
 
 
 def write_text(path: Path, text: str) -> None:

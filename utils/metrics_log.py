@@ -9,11 +9,10 @@ import csv
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from utils.files import write_text
+from utils.files import AppendFile, spared, write_text
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -38,7 +37,7 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         self._csv = folder / "training_log.txt"
         self.rows = keep_rows(self._path, last_step)
-        self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._stream = AppendFile(self._path)
 
     def add(self, step: int, kind: str, figures: dict[str, Any]) -> dict[str, Any]:
         """Write a row; a figure that is not finite becomes null (JSON knows no NaN)."""
@@ -49,15 +48,14 @@ class MetricsLog:
         row = {"step": step, "kind": kind, **clean}
         self.rows.append(row)
         self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
         if kind == "epoch":
-            self._write_csv()
+            with spared(self._csv):
+                self._write_csv()
         return row
 
     def sync(self) -> None:
         """Bring the rows to the disk; called before a checkpoint that lies beyond them is published."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        self._stream.sync()
 
     def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:
         """Return the steps and values of one figure."""

@@ -31,6 +31,10 @@ FREE_KEYS = (
     "loop.plot_every_steps",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",
+    "loop.save_in_background",
+    "loop.on_failed_save",
+    "loop.max_skipped_steps",
+    "loop.on_too_many_skipped",
     "task.probe.*",
 )
 

@@ -100,6 +100,18 @@ def environment_state(**more: Any) -> dict[str, Any]:
     }
 
 
+_locks: set[Any] = set()
+
+
+def _forget_locks() -> None:
+    """Close the locks in a forked process: a loader's worker that outlives a killed rank would hold the folder on."""
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 def _lock(path: Path) -> Any:
     """Hold the run folder for this run alone; the kernel lets go when the process ends, however it ends."""
     stream = open(path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
@@ -108,6 +120,7 @@ def _lock(path: Path) -> Any:
     except OSError:
         stream.close()
         raise UserError(f"run_dir: another run is writing to {path}; wait for it or give another run_dir") from None
+    _locks.add(stream)
     return stream
 
 
@@ -147,6 +160,7 @@ def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any
         if handler is not None:
             stop_logging_to(handler)
         for lock in held:
+            _locks.discard(lock)
             lock.close()
 
 

@@ -8,13 +8,13 @@ host synchronisation per step.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from utils import distributed
+from utils.files import AppendFile
 from utils.metrics_log import keep_rows
 
 
@@ -37,8 +37,7 @@ class SampleLog:
             for path in folder.glob("rank_*.jsonl"):
                 keep_rows(path, last_step)
         distributed.barrier()
-        path = folder / f"rank_{distributed.rank():05d}.jsonl"
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._stream = AppendFile(folder / f"rank_{distributed.rank():05d}.jsonl")
 
     def add(self, step: int, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Record the micro-batches that update number `step` (from 1) is made of."""
@@ -49,11 +48,10 @@ class SampleLog:
             "hash": hashlib.sha256("".join(batch_hash(batch) for batch in batches).encode()).hexdigest()[:16],
         }
         self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
 
     def sync(self) -> None:
         """Bring the rows to the disk."""
-        os.fsync(self._stream.fileno())
+        self._stream.sync()
 
     def close(self) -> None:
         """Close the file."""
