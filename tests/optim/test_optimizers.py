@@ -271,5 +271,5 @@ def test_what_must_see_a_whole_parameter_is_found_out_and_refused(opt, taken):
     if taken:
         check_shardable(settings)
         return
-    with pytest.raises(UserError, match=rf"^runtime.parallel: fsdp .* optim.opt={opt} must see .* parallel=ddp, or"):
+    with pytest.raises(UserError, match=rf"^runtime.parallel: fsdp .* optim.opt={opt} must see .*parallel=ddp, or"):
         check_shardable(settings)
