@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine.parallel import Part
+from utils import distributed
 from utils.errors import UserError
 from utils.files import fsync_path, read_json, sha256_file, sha256_text
 from utils.logging import get_logger
@@ -206,6 +208,7 @@ def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the optimiser's state by parameter name: tensors, and what is no tensor.
 
+    What is shaped like a part of a parameter is shared as the parameter is (optim/build.py: check_shardable).
     What an optimiser keeps in its groups beside its settings (timm's lamb and adan count steps there) stands under
     `<first parameter's name>//<key>`.
     """
@@ -217,6 +220,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
             (tensors if isinstance(value, Tensor) else others)[f"{group['names'][0]}//{key}"] = value
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
+                    value = distributed.as_shared(value, parameter.whole)
                 (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
     return tensors, others
 
@@ -224,6 +229,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
     """Give the optimiser a saved state. Raises UserError where it belongs to other parameters."""
     names = [name for group in optimizer.param_groups for name in group["names"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = {name: position for position, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     groups = {group["names"][0]: group for group in optimizer.param_groups}
@@ -237,6 +243,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
             continue
         if name not in index:
             raise UserError(f"resume: the checkpoint's optimiser knows {name!r}, which this model does not have")
+        parameter = parameters[index[name]]
+        if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
+            value = distributed.take_part(value, parameter.whole)
         state.setdefault(index[name], {})[key] = value
     current = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

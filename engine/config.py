@@ -47,6 +47,7 @@ class MachineConfig(Strict):
 class RuntimeConfig(MachineConfig):
     """The machine as training uses it."""
 
+    parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
     prefetch_batches: Positive
     sync_batchnorm: bool

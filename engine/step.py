@@ -6,7 +6,6 @@ decision for all ranks that stays on the device; a step that is not leaves every
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.parallel import holding_back, holds_rows, take_gradients
 from engine.runtime import Runtime
 from engine.task import Batch, Knobs, StepOutput, Task
 from optim.build import skips_on_device
@@ -139,18 +139,25 @@ def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[
 
 
 def _reduce(
-    figures: Tensor, names: Sequence[str], denominator: Tensor, norm: Tensor, stop: bool
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Sum figures and flags over ranks in one collective: (sums, not finite, stop). `figures` begin with the loss."""
-    total = F.pad(figures, (2, 0), value=float(stop))
+    figures: Tensor, names: Sequence[str], denominator: Tensor, norm: Tensor, stop: bool, *, rows_only: bool
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
+    """Sum figures and flags over ranks in one collective: (sums, gradient's norm, not finite, stop).
+
+    `figures` begin with the loss; `rows_only`: the norm is that of this rank's rows, whose squares add up to the whole.
+    """
+    total = F.pad(figures, (2, 1 if rows_only else 0), value=float(stop))
     # In float64 the sum of two finite float32 is finite, and any other is not.
     total[0] = ~torch.isfinite(norm + figures[0])
+    if rows_only:
+        total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
     bad, stop_asked = total[0] > 0, total[1]
     kept = torch.where(bad, 0.0, total).unbind()
     sums = {"loss": (kept[2], torch.where(bad, 0.0, denominator.double()))}
     sums |= {name: (kept[3 + 2 * index], kept[4 + 2 * index]) for index, name in enumerate(names)}
-    return sums, bad, stop_asked
+    if rows_only:
+        norm = kept[-1].sqrt().to(norm.dtype)
+    return sums, norm, bad, stop_asked
 
 
 def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:
@@ -179,18 +186,17 @@ def train_step(
 ) -> StepResult:
     """Make update number `step` (from 0) of the task from its micro-batches of this rank.
 
-    `model` is the task as the ranks share it (DDP or the task itself); `stop` says that this rank was asked to stop.
+    `model` is the task as the ranks share it (engine/parallel.py); `stop` says that this rank was asked to stop.
     No host synchronisation, except for timm's optimisers, which cannot skip on the device: they cost one per step.
     """
     denominator = step_weight(batches)
-    # DDP averages over ranks where the mean over all samples is wanted: hence the world size.
+    # DDP and fully_shard average over ranks where the mean over all samples is wanted: hence the world size.
     factor = scale.scale * distributed.world_size() / denominator
     before = _BuffersBefore(task)
     rows, names, losses = [], [], []
     for micro_step, batch in enumerate(batches):
         rng.seed_micro_step(seed, step, micro_step, distributed.rank(), runtime.device)
-        last = micro_step == len(batches) - 1
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+        with holding_back(model, last=micro_step == len(batches) - 1):
             loss, output = _forward_backward(model, batch, knobs, factor, runtime)
         names = names or sorted(output.logs)
         losses.append(output.loss.detach())
@@ -198,12 +204,12 @@ def train_step(
 
     # The optimiser's parameters are all that are trained (optim/groups.py): its lists spare a walk over the modules.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = take_gradients(parameters)
     inverse_scale = 1.0 / scale.scale if scale.enabled else None
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if inverse_scale is not None:
         norm = norm * inverse_scale
-    sums, bad, stop_asked = _reduce(_sum(rows), names, denominator, norm, stop)
+    sums, norm, bad, stop_asked = _reduce(_sum(rows), names, denominator, norm, stop, rows_only=holds_rows(parameters))
     _clip(grads, norm, clip_grad_norm, inverse_scale)
 
     found_inf = bad.float()

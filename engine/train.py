@@ -4,7 +4,6 @@ Optimiser and schedule, wrapping for ranks and compiler, resume, epochs, final w
 its own: which collection, which task.
 """
 
-import inspect
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from engine.checkpoint import (
     Checkpoint,
@@ -25,6 +22,7 @@ from engine.checkpoint import (
 )
 from engine.config import TrainingConfig
 from engine.meters import Meter
+from engine.parallel import own_parts, share_task
 from engine.plan import Plan
 from engine.runtime import Runtime, choose_compile
 from engine.skips import SkipWatch, TooManySkipped
@@ -33,7 +31,7 @@ from engine.task import Batch, Task
 from engine.train_one_epoch import StopVote, train_one_epoch
 from engine.training import Best, Training
 from engine.writer import CheckpointWriter
-from optim.build import build_optimizer, skips_on_device
+from optim.build import build_optimizer, check_shardable, skips_on_device
 from optim.ema import EMA
 from optim.groups import build_groups, groups_table
 from optim.schedules import Schedule
@@ -70,6 +68,8 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
 def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime, depths: list[int] | None) -> None:
     """Check what can be checked before any data is read, and say what will run."""
     check_knobs(task, config)
+    if config.runtime.parallel == "fsdp":
+        check_shardable(config.optim)
     distributed.rank_zero_call(lambda: check_tracker(config.tracking))
     groups = build_groups(task, config.optim, depths)
     count = sum(parameter.numel() for parameter in task.network.parameters())
@@ -139,7 +139,7 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            distributed.own_part(tensor).copy_(distributed.take_part(saved[name], tensor))
     made_by, now = checkpoint.state["config"]["optim"], training.folder.config["optim"]
     if (made_by["name"], made_by.get("opt")) == (now["name"], now.get("opt")):
         load_optimizer_state(training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
@@ -158,32 +158,6 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
     training.skips.load(checkpoint.state.get("skipped", []))
 
 
-def _wrap(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> nn.Module:
-    """Compile the task in place and share it between ranks; the task itself keeps its names for every file."""
-    if config.runtime.sync_batchnorm and distributed.is_distributed():
-        if runtime.device.type != "cuda":
-            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
-        nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    if config.runtime.grad_checkpointing:
-        try:
-            task.network.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):  # timm's networks: without the method, or refusing
-            raise UserError(
-                "runtime.grad_checkpointing: true, but this network cannot recompute its blocks; set it to false"
-            ) from None
-    if choose_compile(config.runtime, runtime.device.type, plan.total_steps):
-        log.info("compiling the task (the first steps take longer)")
-        task.compile()
-    if not distributed.is_distributed():
-        return task
-    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    # No broadcast of buffers in every forward pass: Training.sync_buffers does it where they are read. Newer torch
-    # releases have another name for the setting.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    per_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{per_forward: False})
-
-
 def _build(
     task: Task,
     config: TrainingConfig,
@@ -195,16 +169,17 @@ def _build(
     depths: list[int] | None,
     stop: StopRequest,
 ) -> Training:
-    task.to(runtime.device)
-    if runtime.channels_last:
-        task.to(memory_format=torch.channels_last)
+    model = share_task(task, config, plan, runtime)
     task.train()
-    optimizer = build_optimizer(config.optim, build_groups(task, config.optim, depths), plan.lr)
+    groups = build_groups(task, config.optim, depths)
+    for group in groups:
+        group["params"] = own_parts(group["params"])
+    optimizer = build_optimizer(config.optim, groups, plan.lr)
     if not skips_on_device(optimizer):
         log.warning("optim.opt: timm's optimisers cannot skip a step on the device; each step waits for it once")
     return Training(
         task=task,
-        model=_wrap(task, config, plan, runtime),
+        model=model,
         optimizer=optimizer,
         scale=LossScale(runtime),
         ema=EMA(task.network) if config.loop.ema_decay is not None else None,

@@ -16,6 +16,7 @@ from torch import nn
 from engine.checkpoint import count_bytes, optimizer_state, refusals, remove_old, save_checkpoint
 from engine.config import LoopConfig
 from engine.meters import Meter
+from engine.parallel import part_again
 from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.skips import SkipWatch
@@ -162,6 +163,7 @@ class Training:
                 return self.task.evaluate(self._watched_loaders(), self.step)
         finally:
             self.task.train()
+            part_again(self.model)
 
     def _watched_loaders(self) -> dict[str, Iterable[Batch]]:
         """Return the loaders that are due, each of their batches counting as progress."""
@@ -237,7 +239,7 @@ class Training:
     def _write_best(self) -> bool:
         """Write the best weights; returns whether the disk took them where the run goes on without. On all ranks."""
         average = self.ema is not None
-        tensors = self.ema.tensors if average else self.task.network.state_dict()
+        tensors = distributed.gather_parts(self.ema.tensors if average else self.task.network.state_dict())
         return distributed.rank_zero_call(lambda: self._try_best(tensors, average))
 
     def _try_best(self, tensors: Mapping[str, torch.Tensor], average: bool) -> bool:
@@ -259,7 +261,7 @@ class Training:
         groups = {"task": self.task.state_dict(), "optimizer": tensors, "scale": self.scale.state()}
         if self.ema is not None:
             groups["ema"] = self.ema.tensors
-        return groups, others
+        return {name: distributed.gather_parts(group) for name, group in groups.items()}, others
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint of this step, and the weights that go with it: all of it is on the disk when it is the

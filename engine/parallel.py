@@ -1,0 +1,188 @@
+"""How ranks share a task: each holds all of it (`ddp`), or the rows of each parameter are dealt out (`fsdp`).
+
+`ddp` is torch's DistributedDataParallel. `fsdp` is torch's fully_shard: a rank holds some rows of every parameter, of
+its gradient, of the optimiser's state and of the average, and the whole of a unit's parameters only while the unit is
+computed. Units are found by structure: what is stacked in a network (blocks) comes together block by block, the rest
+with the task itself, for the length of a forward and backward pass.
+
+A unit comes together where it is called, so a network calls its blocks and reads none of their weights from outside;
+one that does fails ("mixed torch.Tensor and DTensor") and never computes with some of the rows. Evaluation and whatever
+else is a method of the task sees all parameters outside the units.
+
+The optimiser, clipping and the average work on the rows that a rank holds, as plain tensors (`Part`): their kernels and
+arithmetic are those of a single process.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
+
+from engine.config import RuntimeConfig, TrainingConfig
+from engine.plan import Plan
+from engine.runtime import Runtime, choose_compile
+from engine.task import StepOutput, Task
+from utils import distributed
+from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+# A stacked module with less than this share of all parameters is not worth collectives of its own.
+_UNIT_SHARE = 1 / 256
+_STACKS = (nn.Sequential, nn.ModuleList)
+
+_pytree.register_dataclass(StepOutput)  # torch before 2.15 finds the loss in it by this alone
+
+
+class Part(nn.Parameter):
+    """The rows of a parameter that this rank holds, as the optimiser knows them: the memory of `whole`, a DTensor."""
+
+    whole: nn.Parameter
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def share_task(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> nn.Module:
+    """Bring the task to the device, share it between ranks and compile it; returns what train_step calls.
+
+    The task keeps its names for every file. Raises UserError where `runtime` asks for what the task cannot have.
+    """
+    shards = config.runtime.parallel == "fsdp" and distributed.is_distributed()
+    _prepare(task, config.runtime, runtime)
+    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+    if shards:
+        return _shard(task, runtime, compiles)  # brings one unit after another to the device
+    task.to(runtime.device)
+    if runtime.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if compiles:
+        log.info("compiling the task (the first steps take longer)")
+        task.compile()
+    if not distributed.is_distributed():
+        return task
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    # No broadcast of buffers in every forward pass: Training.sync_buffers does it where they are read. Newer torch
+    # releases have another name for the setting.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    per_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{per_forward: False})
+
+
+def _prepare(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
+    """Change the network's layers as `runtime` asks for."""
+    if config.sync_batchnorm and distributed.is_distributed():
+        if runtime.device.type != "cuda":
+            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if config.grad_checkpointing:
+        try:
+            task.network.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):  # timm's networks: without the method, or refusing
+            raise UserError(
+                "runtime.grad_checkpointing: true, but this network cannot recompute its blocks; set it to false"
+            ) from None
+
+
+def find_units(task: nn.Module) -> list[nn.Module]:
+    """Return the modules that come together by themselves, inner ones first.
+
+    A unit is a member of a stack (nn.Sequential, nn.ModuleList) that is neither a stack nor a bare layer, has
+    parameters enough beside those of units inside it, and has none that is used outside of it too.
+    """
+    everything = sum(parameter.numel() for parameter in task.parameters())
+    uses: dict[nn.Parameter, int] = {}
+    for module in task.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[parameter] = uses.get(parameter, 0) + 1
+    stacked = {member for stack in task.modules() if type(stack) in _STACKS for member in stack.children()}
+    units: list[nn.Module] = []
+    taken: set[nn.Parameter] = set()
+    for module in reversed(list(task.modules())):  # what lies inside a module comes before it
+        if module not in stacked or type(module) in _STACKS or not any(True for _ in module.children()):
+            continue
+        own = set(module.parameters()) - taken
+        alone = all(uses[parameter] == 1 for parameter in own)
+        if alone and own and sum(parameter.numel() for parameter in own) >= _UNIT_SHARE * everything:
+            units.append(module)
+            taken |= own
+    return units
+
+
+def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
+    """Deal a task's parameters out to the ranks, in place."""
+    for name, parameter in task.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(
+                f"runtime.parallel: fsdp deals out rows, and {name} is a single number without any; make it a vector "
+                "of one element, or set runtime.parallel=ddp"
+            )
+    whole = sum(parameter.nbytes for parameter in task.parameters())
+    units = find_units(task)
+    mesh = init_device_mesh(runtime.device.type, (distributed.world_size(),))
+    for unit in units:
+        if compiles:
+            unit.compile()
+        fully_shard(unit, mesh=mesh)
+    fully_shard(task, mesh=mesh)
+    # An evaluation calls parts of the network, not the task: its weights come together for the length of it.
+    register_fsdp_forward_method(task, "evaluate")
+    own = sum(distributed.own_part(parameter).nbytes for parameter in task.parameters())
+    log.info(
+        "fsdp: %d units and the rest; %.1f of %.1f MiB of parameters on this rank%s",
+        len(units), own / 2**20, whole / 2**20, "; compiling the units" if compiles else "",
+    )  # fmt: skip
+    return task
+
+
+def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return parameters as an optimiser takes them: of shared ones this rank's rows."""
+    return [_part(parameter) if distributed.is_shared(parameter) else parameter for parameter in parameters]
+
+
+def _part(parameter: nn.Parameter) -> Part:
+    part = Part(distributed.own_part(parameter), requires_grad=parameter.requires_grad)
+    part.whole = parameter
+    return part
+
+
+# --------------------------------------------------------------------------------------------------------- stepping
+
+
+def holding_back(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Return the context of a micro-batch: gradients are summed over ranks in the last one of a step alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif hasattr(model, "no_sync") and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients of an optimiser's parameters; a part's is moved over from its shared parameter."""
+    for part in parameters:
+        if isinstance(part, Part) and part.whole.grad is not None:
+            assert part.data_ptr() == distributed.own_part(part.whole).data_ptr(), "the rows have moved"
+            part.grad, part.whole.grad = part.whole.grad.to_local(), None
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def holds_rows(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether an optimiser's parameters are rows of shared ones, so that norms are summed over ranks."""
+    return isinstance(parameters[0], Part)
+
+
+def part_again(model: nn.Module) -> None:
+    """Let go of whatever came together without a backward pass behind it, such as in an evaluation."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
