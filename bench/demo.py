@@ -1,6 +1,6 @@
 """The demo: the whole main job on the embedded glyphs, by the commands that a user types.
 
-python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]     (`make demo`, `make demo-full`; the values go to all trainings)
+python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]     (`make demo`, `make demo-full`; values go to all trainings)
 
 Draws the glyphs, pretrains, fine-tunes, evaluates on a typeface never trained on, exports, predicts; ends with a table,
 outputs/demo/summary.json and the paths of its pictures. `full` also runs the controls that tell what pretraining gave:
@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results.md"
 TWO_FACES = 'loop.train_paths=["images/DejaVuSans/*","images/DejaVuSerif/*"]'
 FEW_LABELS_STEPS = 2  # fine-tuning with few labels is that many times as long: it learns at less cost per label
+# A network from scratch learns nothing at its first layers at the rates that a pretrained one is tuned by.
+SCRATCH = ("optim.layer_decay=1.0", "optim.lr=2.0e-3")
 # Keys that only the full demo fills (its controls need more than the demo's minutes).
 CONTROLS = {
     "top1_from_scratch": "from scratch, equal fine-tuning steps",
@@ -90,11 +92,11 @@ class Demo:
         steps = self.rows("finetune", "train")[-1]["step"]
         pretrain, finetune = self.seconds["pretrain"], self.seconds["finetune"]
         few = steps * FEW_LABELS_STEPS
-        self.finetune("scratch")
-        self.finetune("scratch_equal_seconds", f"loop.total_steps={round(steps * (1 + pretrain / finetune))}")
+        self.finetune("scratch", *SCRATCH)
+        self.finetune("scratch_equal_seconds", *SCRATCH, f"loop.total_steps={round(steps * (1 + pretrain / finetune))}")
         self.finetune("few_labels", f"init_from={self.out}/pretrain", TWO_FACES, f"loop.total_steps={few}")
         more = pretrain / self.seconds["few_labels"]
-        self.finetune("few_labels_scratch", TWO_FACES, f"loop.total_steps={round(few * (1 + more))}")
+        self.finetune("few_labels_scratch", *SCRATCH, TWO_FACES, f"loop.total_steps={round(few * (1 + more))}")
         runs = ("scratch", "scratch_equal_seconds", "few_labels", "few_labels_scratch")
         return dict(zip(CONTROLS, map(self.top1, runs)))
 

@@ -1,11 +1,11 @@
-"""FCMAE in sparse against dense execution of the same network at 224 px: seconds of a whole step, and activation memory.
+"""FCMAE in sparse against dense execution of the same network at 224 px: a whole step's seconds, activation memory.
 
 python bench/pretrain_step.py [SIZE ...] [quick]       (sizes: atto tiny base; default all three; on an idle machine)
 
-Both sides run `train_step` with AdamW on the same weights, images and masks, in turns, after a warm-up. The bound is the
-ratio of their multiply-adds, counted by torch's flop counter over the forward pass. Activation memory is what autograd
-keeps for the backward pass: bytes of saved tensors, each storage counted once, parameters left out; on a GPU also the
-peak of the allocator. The profile of the sparse step says what remains.
+Both sides run `train_step` with AdamW on the same weights, images and masks, in turns, after a warm-up. The bound is
+the ratio of their multiply-adds, counted by torch's flop counter over the forward pass. Activation memory is what
+autograd keeps for the backward pass: bytes of saved tensors, each storage counted once, parameters left out. The
+profile of the sparse step says what remains.
 """
 
 import sys

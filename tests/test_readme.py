@@ -3,13 +3,16 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from bench import demo
-from tests.support import ROOT, command, make_collection, run
+from tests.support import ROOT, make_collection, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -77,23 +80,55 @@ def test_every_make_target_is_there(target):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_full_demo_runs_through(tmp_path):
-    """`make demo-full` without its installation, on two updates; the table and the summary come out whole."""
+def few_glyphs(root):
+    """Copy some glyphs of a training and the validation typefaces into a collection that passes for the whole."""
+    source = ROOT / "collections/glyphs"
+    table = pq.read_table(source / "manifest.parquet")
+    wanted = re.compile(r"images/(DejaVuSans|DejaVuSerif|DejaVuSans-Bold|STIXGeneral)/U\+004\d\.png")
+    rows = [number for number, path in enumerate(table["path"].to_pylist()) if wanted.fullmatch(path)]
+    for path in table["path"].take(rows).to_pylist():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / path, root / path)
+    pq.write_table(table.take(rows), root / "manifest.parquet")
+    shutil.copy(source / "glyphs.json", root)
+    return root
+
+
+def test_the_full_demo_runs_through(tmp_path, monkeypatch, capsys):
+    """`make demo-full` without its installation, on few glyphs and two updates; table and summary come out whole."""
     out = tmp_path / "demo"
-    done = command("python", "bench/demo.py", "full", f"out={out}", *SHORT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    stages = []
+
+    def run_stage(name, arguments):
+        stages.append(name)
+        run(arguments[0], arguments[1:], ROOT)
+        return 1.0
+
+    monkeypatch.setattr(demo, "run_stage", run_stage)
+    root = few_glyphs(tmp_path / "glyphs")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "full", f"out={out}", *SHORT, f"data.root={root}"])
+    demo.main()
+    text = capsys.readouterr().out
     for words in ("pretraining loss", "top-1, unseen typeface", "ONNX against PyTorch", "all stages", "two faces"):
-        assert words in done.stdout
-    pictures = re.findall(r"^picture +(\S+)$", done.stdout, flags=re.MULTILINE)
+        assert words in text
+    pictures = re.findall(r"^picture +(\S+)$", text, flags=re.MULTILINE)
     assert len(pictures) == 5 and all(Path(path).is_file() for path in pictures)
     summary = json.loads((out / "summary.json").read_text())
-    stages = ("glyphs", "pretrain", "finetune", "evaluate", "export", "predict", "scratch", "scratch_equal_seconds",
-              "few_labels", "few_labels_scratch")  # fmt: skip
-    assert tuple(summary["seconds"]) == stages and all(type(value) is float for value in summary["seconds"].values())
+    assert stages == ["glyphs", "pretrain", "finetune", "evaluate", "export", "predict", "scratch",
+                      "scratch_equal_seconds", "few_labels", "few_labels_scratch"]  # fmt: skip
+    assert summary["seconds"] == dict.fromkeys(stages, 1.0)
     figures = ("pretrain_loss_first", "pretrain_loss_last", "top1", "onnx_max_abs_diff", *demo.CONTROLS)
     assert set(summary) == {*figures, "seconds"} and all(type(summary[name]) is float for name in figures)
-    few = (out / "few_labels/log.txt").read_text()
-    assert re.search(r"loop.train_paths: [\d,]+ of 47,495 training images", few)
+    assert re.search(r"loop.train_paths: 20 of 30 training images", (out / "few_labels/log.txt").read_text())
+    for name, pretrained in (("few_labels", True), ("few_labels_scratch", False), ("scratch", False)):
+        config = json.loads((out / name / "config.json").read_text())
+        assert (config["init_from"] is not None) == pretrained
+
+
+def test_a_stage_that_fails_ends_the_demo(capfd):
+    with pytest.raises(SystemExit, match=r"demo: finetune ended with status 2; its output above says why"):
+        demo.run_stage("finetune", ["finetune.py", "bogus=1"])
+    assert demo.run_stage("nothing", ["-c", "pass"]) >= 0
 
 
 def test_the_demo_tells_the_last_full_figures_as_what_they_are(tmp_path):

@@ -66,9 +66,9 @@ def test_no_file_is_passed_over():
     primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
     assert primaries == set(SCRIPTS) and len(primaries) == 6
     covered = {f"{group}/{name}" for _, group, name in OPTIONS}
-    assert len(covered) == 32 and len(OPTIONS) == 64 and len(EXPERIMENTS) == 2
+    assert len(covered) == 32 and len(OPTIONS) == 64 and len(EXPERIMENTS) == 4
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
-    assert set(list_yaml(CONF)) == everything and len(everything) == 42
+    assert set(list_yaml(CONF)) == everything and len(everything) == 44
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
