@@ -94,14 +94,14 @@ def few_glyphs(root):
     return root
 
 
-def test_the_full_demo_runs_through(tmp_path, monkeypatch, capsys):
+def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
     """`make demo-full` without its installation, on few glyphs and two updates; table and summary come out whole."""
     out = tmp_path / "demo"
     stages = []
 
     def run_stage(name, arguments):
         stages.append(name)
-        run(arguments[0], arguments[1:], ROOT)
+        run(arguments[0], arguments[1:], folder)
         return 1.0
 
     monkeypatch.setattr(demo, "run_stage", run_stage)
