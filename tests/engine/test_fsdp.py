@@ -1,0 +1,249 @@
+"""Sharded training (runtime.parallel=fsdp). Equality of whole runs, as real processes, with one rank and with ddp to
+summation order; resume to the bit; checkpoints of either resume in the other on any number of ranks; refusals.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from engine.parallel import _shard, find_units
+from engine.runtime import Runtime
+from engine.tasks.fcmae import FCMAETask
+from tests.engine.test_exactness import NOISY, assert_same_tensors
+from tests.in_process import SMALL_MODEL, configure
+from tests.in_process import run as run_here
+from tests.support import SCRIPTS, checkpoint_tensors, common, rows, run, samples_by_step
+from utils.errors import UserError
+
+FSDP = "runtime.parallel=fsdp"
+QUICK = ["fcmae", "diffusion"]  # blocks of units and plain layers; the network in one piece
+
+
+def slow_but(quick, names):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def assert_same_rows(first, second, tolerance=1e-5):
+    """All rows of two runs' metrics.jsonl, the evaluations' too."""
+    for a, b in zip(rows(first / "metrics.jsonl"), rows(second / "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == (pytest.approx(value, rel=tolerance) if isinstance(value, float) else value), name
+
+
+def compare(task, collection, folder, *settings, steps=12, tolerance=2e-5):
+    """One rank, two ranks by ddp, two by fsdp: the same weights, optimiser state, average, losses and evaluations."""
+    settings = [
+        f"loop.total_steps={steps}", "loop.global_batch_size=16", f"loop.checkpoint_every_steps={steps}",
+        "optim.lr=0.001", "loop.ema_decay=0.9", "loop.clip_grad_norm=0.05", "loop.evaluate_every_epochs=2", *settings,
+    ]  # fmt: skip
+    variants = {"one": (1, 16, []), "ddp": (2, 4, []), "fsdp": (2, 4, [FSDP])}  # two ranks take two micro-batches each
+    for name, (ranks, cap, more) in variants.items():
+        overrides = common(task, collection, folder / name, *settings, f"loop.batch_size={cap}", *more)
+        printed = run(SCRIPTS[task], overrides, folder, ranks=ranks)
+        assert ("MiB of parameters on this rank" in printed) is (name == "fsdp")
+    sharded = checkpoint_tensors(folder / "fsdp", steps)
+    for name in ("one", "ddp"):
+        assert_same_tensors(checkpoint_tensors(folder / name, steps), sharded, tolerance)
+        assert_same_rows(folder / name, folder / "fsdp")
+        assert samples_by_step(folder / name) == samples_by_step(folder / "fsdp")
+    norms = [row["grad_norm"] for row in rows(folder / "fsdp/metrics.jsonl", "train")]
+    assert min(norms) > 0.05, "nothing was clipped"
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", slow_but(QUICK, sorted(SCRIPTS)))
+def test_sharded_equals_replicated_equals_one_rank(task, collection, tmp_path):
+    compare(task, collection, tmp_path)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("classification", ["optim=adan"]),
+        ("classification", ["optim=sgd"]),
+        ("classification", ["optim=timm", "optim.opt=nadamw"]),
+        ("classification", ["optim.layer_decay=0.7"]),
+        ("fcmae", ["task.execution=dense"]),
+        ("fcmae", ["runtime.grad_checkpointing=true"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_with_other_optimisers_and_executions_too(task, settings, collection, tmp_path):
+    compare(task, collection, tmp_path, *settings)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", slow_but(["classification"], sorted(SCRIPTS)))
+def test_killed_and_resumed_equals_undisturbed_to_the_bit(task, collection, tmp_path):
+    settings = [
+        "loop.total_steps=14", "loop.global_batch_size=8", "loop.batch_size=2", "loop.ema_decay=0.95",
+        "loop.checkpoint_every_steps=4", "loop.clip_grad_norm=1.0", *NOISY[task], FSDP,
+    ]  # fmt: skip
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run(SCRIPTS[task], common(task, collection, undisturbed, *settings), tmp_path, ranks=2)
+    overrides = common(task, collection, killed, *settings)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=2, expect=-9, kill_at_step=10)
+    assert "at step 8" in run(SCRIPTS[task], overrides, tmp_path, ranks=2)
+    assert_same_tensors(checkpoint_tensors(undisturbed, 14), checkpoint_tensors(killed, 14))
+    assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+
+
+def moved(task, collection, folder, legs, *settings):
+    """One run carried on by one (ranks, way) after another, six steps each; returns it and its like on one rank."""
+    settings = ["loop.global_batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001", "loop.ema_decay=0.9",
+                "loop.clip_grad_norm=0.5", "schedule=constant", *settings]  # fmt: skip
+    for index, (ranks, way) in enumerate(legs):
+        overrides = common(
+            task, collection, folder / "moved", *settings, f"loop.total_steps={6 * (index + 1)}", "loop.batch_size=3",
+            f"runtime.parallel={way}",
+        )  # fmt: skip
+        printed = run(SCRIPTS[task], overrides, folder, ranks=ranks)
+        assert index == 0 or f"at step {6 * index}" in printed
+    overrides = common(task, collection, folder / "one", *settings, f"loop.total_steps={6 * len(legs)}")
+    run(SCRIPTS[task], overrides, folder)
+    return folder / "moved", folder / "one", 6 * len(legs)
+
+
+LEGS = [(2, "ddp"), (2, "fsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
+MORE_LEGS = [(1, "fsdp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), (1, "ddp"), (2, "fsdp")]
+
+
+def assert_moves(task, collection, folder, legs, *settings):
+    there, here, step = moved(task, collection, folder, legs, *settings)
+    assert_same_tensors(checkpoint_tensors(there, step), checkpoint_tensors(here, step), tolerance=2e-5)
+    assert samples_by_step(there) == samples_by_step(here)
+    losses = [[row["loss"] for row in rows(path / "metrics.jsonl", "train")] for path in (there, here)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == step
+
+
+@pytest.mark.ddp
+def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(collection, tmp_path):
+    assert_moves("classification", collection, tmp_path, LEGS)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [(task, []) for task in sorted(SCRIPTS)]
+    + [("classification", [optim]) for optim in ("optim=adan", "optim=sgd", "optim=timm")]
+    + [("classification", ["optim=timm", "optim.opt=adan"])],
+)
+def test_a_run_moves_to_and_fro(task, settings, collection, tmp_path):
+    assert_moves(task, collection, tmp_path, MORE_LEGS, *settings)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("optim", slow_but(["adamw"], ["adamw", "adan", "sgd", "timm"]))
+def test_a_step_that_is_not_finite_changes_no_rank(optim, collection, tmp_path):
+    """A loss of one rank, then one element of the gradient, which one rank alone holds."""
+    settings = [
+        "loop.total_steps=8", "loop.global_batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", f"optim={optim}", "optim.lr=0.001", FSDP,
+    ]  # fmt: skip
+    path = tmp_path / "run"
+    run("tests/tasks/poisoned.py", common("classification", collection, path, *settings), tmp_path, ranks=3)
+    states = [checkpoint_tensors(path, step) for step in range(1, 9)]
+    for before, after in ((3, 4), (5, 6)):
+        assert_same_tensors(states[before - 1], states[after - 1])
+    for before, after in ((2, 3), (4, 5), (6, 7), (7, 8)):
+        assert any(not torch.equal(states[before - 1][name], states[after - 1][name]) for name in states[0])
+    skipped = [row["skipped_steps"] for row in rows(path / "metrics.jsonl", "train")]
+    assert skipped == [0, 0, 0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_batch_statistics_and_a_network_of_timm(collection, tmp_path):
+    """Batch norm keeps each rank's own statistics, as under ddp, and weights can be used alone."""
+    settings = ["loop.total_steps=6", "loop.global_batch_size=8", "loop.ema_decay=0.9", "optim.lr=0.001"]
+    network = ["model=timm", "model.name=test_resnet"]
+    for way in ("ddp", "fsdp"):
+        overrides = common("classification", collection, tmp_path / way, *settings, f"runtime.parallel={way}")
+        overrides = [*(text for text in overrides if not text.startswith("model")), *network]
+        run("finetune.py", overrides, tmp_path, ranks=2)
+    assert_same_tensors(checkpoint_tensors(tmp_path / "ddp", 6), checkpoint_tensors(tmp_path / "fsdp", 6), 2e-5)
+    run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=ema", "runtime.threads=1"], tmp_path)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_in_bfloat16_and_compiled(collection, tmp_path):
+    settings = ["loop.total_steps=6", "loop.global_batch_size=8", "optim.lr=0.001", "runtime.precision=bf16"]
+    losses = {}
+    for way, more in (("ddp", []), ("fsdp", []), ("compiled", ["runtime.compile=true", "runtime.deterministic=false"])):
+        parallel = "ddp" if way == "ddp" else "fsdp"
+        overrides = common("fcmae", collection, tmp_path / way, *settings, f"runtime.parallel={parallel}", *more)
+        run("pretrain_fcmae.py", overrides, tmp_path, ranks=2)
+        losses[way] = [row["loss"] for row in rows(tmp_path / way / "metrics.jsonl", "train")]
+    assert losses["fsdp"] == pytest.approx(losses["ddp"], rel=1e-3)
+    assert losses["compiled"] == pytest.approx(losses["ddp"], rel=1e-2)
+
+
+# --- what is a unit, and what is refused
+
+
+class Pair(nn.Module):
+    """A block of two layers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+
+class Nested(nn.Module):
+    """A block with a stack of blocks inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.ModuleList([Pair(8), Pair(8)]), nn.Linear(8, 8)
+
+
+def test_units_are_blocks_in_stacks_and_nothing_else():
+    block, small, nested = Pair(8), Pair(1), Nested()
+    network = nn.Module()
+    network.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8))  # bare layers
+    network.stages = nn.Sequential(nn.Sequential(block, small), nn.ModuleList([nested]))
+    network.head = Pair(16)  # in no stack
+    found = find_units(network)
+    assert set(found) == {block, nested, *nested.inner}  # `small` is not worth a collective
+    assert found.index(nested) > max(found.index(inner) for inner in nested.inner)
+
+
+def test_a_parameter_of_two_blocks_belongs_to_neither():
+    first, second, third = Pair(8), Pair(8), Pair(8)
+    second.first.weight = first.first.weight
+    assert find_units(nn.Sequential(first, second, third)) == [third]
+
+
+def test_the_units_of_fcmae_are_its_blocks():
+    config, _ = configure("pretrain_fcmae", [*SMALL_MODEL, "task.decoder_dim=16"])
+    task = FCMAETask(config.model, config.task, image_size_hw=[32, 32], mean=[0.5] * 3, std=[0.5] * 3)
+    network = task.network
+    assert set(find_units(task)) == {*network.encoder.stages[0], *network.encoder.stages[1], *network.decoder}
+
+
+def test_a_single_number_is_refused_as_a_parameter():
+    task = nn.Module()
+    task.temperature = nn.Parameter(torch.tensor(0.1))
+    machine = Runtime(torch.device("cpu"), "fp32", False, 0)
+    with pytest.raises(UserError, match=r"^runtime.parallel: fsdp deals out rows, and temperature is a single number"):
+        _shard(task, machine, compiles=False)
+
+
+def test_an_optimiser_of_whole_parameters_is_refused_before_a_folder_is_made(collection, tmp_path):
+    overrides = [
+        "data=image_folder",
+        f"data.root={collection}",
+        "optim=timm",
+        "optim.opt=lamb",
+        f"run_dir={tmp_path}/run",
+    ]
+    with pytest.raises(
+        UserError, match=r"^runtime.parallel: fsdp gives each rank some rows .* optim.opt=lamb must see"
+    ):
+        run_here("finetune", [*SMALL_MODEL, *overrides, FSDP], tmp_path)
+    assert not (tmp_path / "run").exists()
