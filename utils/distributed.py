@@ -7,6 +7,8 @@ group too, where it is the identity of a world of one.
 import gc
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,6 +72,31 @@ def detect_world(environment: dict[str, str] | None = None) -> World:
     return World()
 
 
+def _meet(store: dist.Store, world: World, timeout_sec: float) -> str:
+    """Return a name that the ranks of this start alone share.
+
+    torchrun's store outlives the ranks that it starts again (torch 2.15): without a name of their own, they would now
+    and then read the addresses of the dead. Each rank says hello with a word that nobody had before; rank 0 answers
+    every hello that it sees, an old one too, until all have taken their answer.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"hello/{world.rank}", own)
+    if world.rank != 0:
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"arrived/{name}/{world.rank}", "")
+        return name
+    missing, end = set(range(1, world.size)), time.monotonic() + timeout_sec
+    while missing:
+        for other in sorted(missing):
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"arrived/{own}/{other}"]):
+                missing.remove(other)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"ranks {sorted(missing)} have not come within {timeout_sec:.0f} s")
+        time.sleep(0.01)
+    return own
+
+
 def init_process_group(device_type: str, timeout_sec: float) -> World:
     """Join the ranks once per process: NCCL on GPUs, gloo on CPUs. A second call returns what the first made."""
     world = detect_world()
@@ -85,8 +112,12 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
             )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec)))
+    if world.launcher == "torchrun":
+        store = dist.PrefixStore(f"atelier/{_meet(store, world, timeout_sec)}", store)
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
+        store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=timeout_sec),
@@ -192,14 +223,15 @@ def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors whole on rank 0: shared ones are gathered one by one, each to the CPU before the next.
 
-    Every rank calls it with the same names in the same order; other ranks get what is not shared.
+    Every rank calls it with the same names in the same order. One is gathered after another, so that rank 0 holds no
+    more than one of them on its device.
     """
     whole = {name: _gather(tensor) if is_shared(tensor) else tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return a shared tensor on the CPU of rank 0, None on other ranks."""
+    """Return a shared tensor on the CPU on rank 0, None on other ranks."""
     own, rows = own_part(tensor), tensor.shape[0]
     share = -(-rows // world_size())
     if len(own) < share:
