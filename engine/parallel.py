@@ -159,7 +159,7 @@ def _part(parameter: nn.Parameter) -> Part:
 
 def holding_back(model: nn.Module, last: bool) -> AbstractContextManager:
     """Return the context of a micro-batch: gradients are summed over ranks in the last one of a step alone."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_requires_gradient_sync(last)
     elif hasattr(model, "no_sync") and not last:
         return model.no_sync()
@@ -174,6 +174,11 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
             assert part.data_ptr() == distributed.own_part(part.whole).data_ptr(), "the rows have moved"
             part.grad, part.whole.grad = part.whole.grad.to_local(), None
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether the ranks share the rows of what train_step calls."""
+    return isinstance(model, FSDPModule)
 
 
 def holds_rows(parameters: Sequence[nn.Parameter]) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from engine.checkpoint import count_bytes, optimizer_state, refusals, remove_old, save_checkpoint
 from engine.config import LoopConfig
 from engine.meters import Meter
-from engine.parallel import part_again
+from engine.parallel import is_sharded, part_again
 from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.skips import SkipWatch
@@ -255,7 +255,7 @@ class Training:
     def _groups(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """Return the run's tensors by group and name, and what of the optimiser's state is no tensor; on all ranks.
 
-        Shared tensors are whole on rank 0 and absent elsewhere.
+        Where ranks share the task, the tensors are copies on rank 0 and absent elsewhere.
         """
         tensors, others = optimizer_state(self.optimizer)
         groups = {"task": self.task.state_dict(), "optimizer": tensors, "scale": self.scale.state()}
@@ -295,6 +295,7 @@ class Training:
                 groups,
                 lambda groups: self._write(step, groups, state, best_step),
                 f"saved {self.folder.checkpoints}/step_{step:08d}",
+                copied=is_sharded(self.model),
             )
         if last:
             distributed.rank_zero_call(self.writer.finish)

@@ -69,9 +69,10 @@ class CheckpointWriter:
         self._forgive()
         return self._error is not None
 
-    def submit(self, groups: Groups, write: Callable[[Groups], None], said: str) -> None:
+    def submit(self, groups: Groups, write: Callable[[Groups], None], said: str, *, copied: bool) -> None:
         """Have `write` called with the groups as they are now; `said` is logged when that is done.
 
+        `copied`: nobody else holds the groups' tensors, so they need no copying here.
         Does nothing where an earlier write has failed and the run is about to end.
         """
         self._join()
@@ -83,7 +84,7 @@ class CheckpointWriter:
             self._run(groups, None, write)
             self._say()
             return
-        copies, event = self._copies.take(groups)
+        copies, event = (groups, None) if copied else self._copies.take(groups)
         self._thread = threading.Thread(target=self._run, args=(copies, event, write), name="checkpoint writer")
         self._thread.start()
 

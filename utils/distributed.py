@@ -221,13 +221,20 @@ def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors whole on rank 0: shared ones are gathered one by one, each to the CPU before the next.
+    """Return tensors whole: themselves where none is shared, else copies on the CPU of rank 0 and nothing elsewhere.
 
     Every rank calls it with the same names in the same order. One is gathered after another, so that rank 0 holds no
     more than one of them on its device.
     """
-    whole = {name: _gather(tensor) if is_shared(tensor) else tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in whole.items() if tensor is not None}
+    if not any(map(is_shared, tensors.values())):
+        return dict(tensors)
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_shared(tensor):
+            whole[name] = _gather(tensor)
+        elif is_main():
+            whole[name] = tensor.detach().to("cpu", copy=True)
+    return whole if is_main() else {}
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor | None:
