@@ -11,11 +11,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter
 
-from data.build import build_probe_loaders, evaluation_loader, load_collection
+from data.build import build_probe_loaders, load_collection, plain_loader
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
-from data.loader import Fields, ImageReader, UnreadableLog
-from data.transforms import EvalTransform
+from data.loader import Fields, UnreadableLog
 from engine.config import MachineConfig
 from engine.runtime import choose_device, choose_runtime
 from engine.task import Task
@@ -23,7 +22,7 @@ from engine.tasks.classification import ClassificationTask, LabelFields
 from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
 from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
 from models.config import ModelConfig
-from models.weights import load_into
+from models.weights import check_fit, load_into
 from utils import distributed
 from utils.config import Job, entry_point
 from utils.errors import UserError
@@ -33,7 +32,7 @@ from utils.progress import track
 from utils.report_files import write_report
 from utils.run_folder import read_run_config
 from utils.schema import Strict
-from utils.weights import choose_weights, read_weights
+from utils.weights import choose_weights, read_metadata, read_weights
 
 log = get_logger(__name__)
 
@@ -88,7 +87,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     run_dir = Path(config.run_dir)
     saved = read_run_config(run_dir)
     path = choose_weights(config.run_dir, config.weights)
-    state, metadata = read_weights(path, "weights")
+    metadata = read_metadata(path, "weights")
     if "model" not in metadata:
         raise UserError(f"weights: {path} was not written by a run of Atelier; name best, last, ema or such a file")
     data = TypeAdapter(DataConfig).validate_python(saved["data"])
@@ -97,16 +96,16 @@ def main(config: EvaluateConfig, job: Job) -> str:
 
     # 3. The task, as it was, with those weights.
     task, fields, rows = rebuild_task(saved, metadata, augment, collection)
+    state, _ = read_weights(path, "weights", lambda shapes, _: check_fit(task.network, shapes, keep_head=True))
     load_into(task.network, state, keep_head=True)
     task.to(runtime.device).eval()
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
-    transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
     channels = saved["model"]["in_channels"]
-    reader = ImageReader(collection, transform, fields, channels=channels, max_pixels=data.max_pixels)
-    loader = evaluation_loader(
-        reader, rows, seed=saved["seed"], batch_size=config.batch_size, runtime=runtime, unreadable=UnreadableLog(None)
-    )
+    loader = plain_loader(
+        collection, data, augment, fields, rows, channels=channels, seed=saved["seed"], batch_size=config.batch_size,
+        runtime=runtime, unreadable=UnreadableLog(None),
+    )  # fmt: skip
 
     loaders = {"val": loader}
     if isinstance(task, FCMAETask):

@@ -7,16 +7,22 @@ r"""Fine-tuning of a classifier, from an FCMAE or another run, or from scratch w
 The same command resumes.
 """
 
-from data.build import build_loaders, load_collection, training_rows
+from torch import nn
+
+from data.build import build_loaders, load_collection, plain_loader, spread, training_rows
 from data.collection import check_classes
 from data.config import AugmentConfig, DataConfig
 from engine.config import TrainingConfig
 from engine.start import build_task, run_path, run_training, start_ranks
 from engine.tasks.classification import ClassificationTask, LabelFields
 from engine.tasks.config import ClassificationTaskConfig
+from engine.tasks.head import fit_head
 from models.config import ModelConfig
 from models.weights import initialise_from
 from utils.config import Job, entry_point
+
+# A linear head is fitted well by so many images, in seconds.
+HEAD_IMAGES = 16384
 
 
 class FinetuneConfig(TrainingConfig):
@@ -68,6 +74,23 @@ def main(config: FinetuneConfig, job: Job) -> str:
     )
 
     # ----------------------------------------------------------------------------------------------- 4. The training
+    def initialise(network: nn.Module) -> None:
+        initialise_from(network, config.init_from, keep_head=config.task.keep_head)
+        if config.task.fit_head:
+            images = plain_loader(
+                collection,
+                config.data,
+                config.augment,
+                LabelFields(class_ids),
+                spread(train_rows, HEAD_IMAGES),
+                channels=config.model.in_channels,
+                seed=config.seed,
+                batch_size=config.loop.batch_size,
+                runtime=runtime,
+                unreadable=loader.unreadable,
+            )
+            fit_head(task, images, runtime)
+
     return run_training(
         task,
         loader,
@@ -77,7 +100,7 @@ def main(config: FinetuneConfig, job: Job) -> str:
         runtime,
         fingerprints={"data.root": collection.fingerprint},
         depths=getattr(config.model, "depths", None),
-        initialise=lambda network: initialise_from(network, config.init_from, keep_head=config.task.keep_head),
+        initialise=initialise,
     )
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import AugmentConfig, DataConfig, GlyphsConfig
@@ -14,7 +13,7 @@ from data.decode import pillow_version
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, ImageReader, TrainLoader, UnreadableLog
 from data.stream import BalancedSampler, Sampler, ShuffledSampler
-from data.transforms import EvalTransform, TrainTransform, Transform
+from data.transforms import EvalTransform, TrainTransform
 from utils import distributed
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -104,12 +103,9 @@ def build_loaders(
     """
     unreadable = UnreadableLog(run_path / "unreadable.jsonl")
 
-    def reader(transform: Transform) -> ImageReader:
-        return ImageReader(collection, transform, fields, channels=channels, max_pixels=config.max_pixels)
-
     class_ids = collection.class_ids(collection.class_names("train"))
     loader = TrainLoader(
-        reader(TrainTransform(augment)),
+        ImageReader(collection, TrainTransform(augment), fields, channels=channels, max_pixels=config.max_pixels),
         build_sampler(loop.sampling, train_rows, class_ids[train_rows], seed),
         seed=seed,
         device=runtime.device,
@@ -117,14 +113,10 @@ def build_loaders(
         prefetch_batches=prefetch_batches,
         unreadable=unreadable,
     )
-    evaluation = evaluation_loader(
-        reader(EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)),
-        val_rows,
-        seed=seed,
-        batch_size=loop.batch_size,
-        runtime=runtime,
-        unreadable=unreadable,
-    )
+    evaluation = plain_loader(
+        collection, config, augment, fields, val_rows, channels=channels, seed=seed, batch_size=loop.batch_size,
+        runtime=runtime, unreadable=unreadable,
+    )  # fmt: skip
     return loader, {"val": evaluation}
 
 
@@ -177,22 +169,32 @@ def build_probe_loaders(
         )
         return {}
     log.info("probe: %s training and %s validation images of %d classes", f"{len(train):,}", f"{len(val):,}", classes)
-    transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
-    reader = ImageReader(
-        collection, transform, label_fields(class_ids), channels=channels, max_pixels=config.max_pixels
-    )
     return {
-        name: evaluation_loader(reader, rows, seed=seed, batch_size=batch_size, runtime=runtime, unreadable=unreadable)
+        name: plain_loader(
+            collection, config, augment, label_fields(class_ids), rows, channels=channels, seed=seed,
+            batch_size=batch_size, runtime=runtime, unreadable=unreadable,
+        )
         for name, rows in (("probe_train", train), ("probe_val", val))
-    }
+    }  # fmt: skip
 
 
-def evaluation_loader(
-    reader: Dataset, rows: np.ndarray, *, seed: int, batch_size: int, runtime: Any, unreadable: UnreadableLog
+def plain_loader(
+    collection: Collection,
+    config: DataConfig,
+    augment: AugmentConfig,
+    fields: Fields,
+    rows: np.ndarray,
+    *,
+    channels: int,
+    seed: int,
+    batch_size: int,
+    runtime: Any,
+    unreadable: UnreadableLog,
 ) -> EvaluationLoader:
-    """Return a loader of each of the rows exactly once over all ranks."""
+    """Return a loader of some rows, each exactly once over all ranks, prepared as validation images are."""
+    transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
     return EvaluationLoader(
-        reader,
+        ImageReader(collection, transform, fields, channels=channels, max_pixels=config.max_pixels),
         rows,
         seed=seed,
         batch_size=batch_size,

@@ -37,11 +37,11 @@ def measure_features(
     of the same sizes, and gets the same figures; a class without a training image counts as missed. Without a readable
     image in both, or with features that are not finite, it warns and returns nothing.
     """
-    gathered = [_gather(encode, batches) for batches in (train, val)]
+    gathered = [gather_features(encode, batches) for batches in (train, val)]
     return distributed.rank_zero_call(lambda: _measure(*gathered[0], *gathered[1], k))
 
 
-def _gather(encode: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def gather_features(encode: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Return features [N, C] and labels [N] of all ranks' readable samples, in the order of their ids, on the CPU."""
     columns = [(encode(batch["images"]).float(), batch["labels"], batch["sample_id"], batch["weight"])
                for batch in batches]  # fmt: skip
@@ -59,7 +59,8 @@ def _measure(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tenso
     if not (train.isfinite().all() and val.isfinite().all()):
         log.warning("probe: left out, since the encoder's features are not finite")
         return {}
-    train, val = standardise(train, val)
+    mean, scale = standardise(train)
+    train, val = (train - mean) / scale, (val - mean) / scale
     classes, targets = torch.unique(train_labels, return_inverse=True)
     weight, bias = fit_linear(train, F.one_hot(targets, len(classes)).double())
     found = {
@@ -69,12 +70,11 @@ def _measure(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tenso
     return {name: (classes[index] == val_labels).double().mean().item() for name, index in found.items()}
 
 
-def standardise(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both with the training features' mean taken off, in units of their deviation; a constant one becomes 0."""
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation [C] of features [N, C]; infinity for a constant one, which division makes 0."""
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     # What rounding leaves of a constant is no signal.
-    scale = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
-    return (train - mean) / scale, (val - mean) / scale
+    return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
 
 
 def knn_scores(train: Tensor, targets: Tensor, val: Tensor, k: int, num_classes: int) -> Tensor:

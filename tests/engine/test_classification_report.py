@@ -34,6 +34,7 @@ MODEL = ConvNeXtV2Config(
 CONFIG = ClassificationTaskConfig(
     name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, allow_missing_classes=True,
     keep_head=False,
+    fit_head=False,
 )  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def test_the_linear_classifier_is_scikit_learns_ridge_with_the_penalty_of_leavin
     chosen = set()
     for noise in (0.1, 2.0, 5.0, 20.0):
         features, labels = make_features(count, width, noise=noise)
-        features, _ = standardise(features, features)
+        mean, scale = standardise(features)
+        features = (features - mean) / scale
         targets = torch.nn.functional.one_hot(labels, 4).double()
         penalty = choose_penalty(features.numpy(), targets.numpy())
         reference = Ridge(penalty).fit(features.numpy(), targets.numpy())

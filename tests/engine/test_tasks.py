@@ -38,6 +38,7 @@ CLASSIFY = ClassificationTaskConfig(
     cutmix_alpha=0.0,
     allow_missing_classes=False,
     keep_head=False,
+    fit_head=False,
 )
 PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -47,7 +48,7 @@ def runtime():
     return choose_runtime(
         RuntimeConfig(
             device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1,
-            threads=1, deterministic=False, sync_batchnorm=False, grad_checkpointing=False, hang_timeout_sec=60.0,
+            threads=1, deterministic=False, sync_batchnorm=False, grad_checkpointing=False, parallel="ddp", hang_timeout_sec=60.0,
         )
     )  # fmt: skip
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from data.build import evaluation_loader, load_collection
+from data.build import load_collection
 from data.config import AugmentConfig, DataConfig
-from data.loader import ImageReader, TrainLoader, UnreadableLog
+from data.loader import EvaluationLoader, ImageReader, TrainLoader, UnreadableLog
 from data.stream import GroupedSampler
 from engine.config import TrainingConfig
 from engine.start import build_task, run_path, run_training, start_ranks
@@ -116,9 +116,9 @@ def main(config, job):
         device=runtime.device, workers=runtime.workers, prefetch_batches=config.runtime.prefetch_batches,
         unreadable=unreadable,
     )  # fmt: skip
-    evaluation = evaluation_loader(
-        reader, collection.rows("val"), seed=config.seed, batch_size=config.loop.batch_size, runtime=runtime,
-        unreadable=unreadable,
+    evaluation = EvaluationLoader(
+        reader, collection.rows("val"), seed=config.seed, batch_size=config.loop.batch_size, device=runtime.device,
+        workers=runtime.workers, unreadable=unreadable,
     )  # fmt: skip
     task = build_task(lambda: DiffusionTask(config), config)
     return run_training(

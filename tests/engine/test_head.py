@@ -1,0 +1,104 @@
+"""The fitted head. Property (recognises what a linear layer can), equality (ranks), refusals, an end-to-end run."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.tasks.head import find_head, fit_head
+from models.build import build_network
+from models.config import TimmConfig
+from tests.engine.test_tasks import make_batch, make_classifier
+from tests.engine.test_tasks import runtime as runtime  # a fixture
+from tests.support import common, make_collection, run
+
+
+def make_batches(classes=4, count=6):
+    """Images whose class shows in their brightness."""
+    batches = []
+    for number in range(count):
+        batch = make_batch(size=8, seed=number)
+        batch["sample_id"] = batch["sample_id"] + 8 * number
+        batch["labels"] = torch.arange(8) % classes
+        batch["images"] = (batch["images"] // 8 + (220 // classes * batch["labels"]).view(-1, 1, 1, 1)).to(torch.uint8)
+        batches.append(batch)
+    return batches
+
+
+def measure(task, batches):
+    """Cross-entropy and share recognised."""
+    with torch.no_grad():
+        logits = torch.cat([task.network(task.normalise(batch["images"])) for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
+    task, batches = make_classifier(), make_batches()
+    before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
+    loss_before, _ = measure(task, batches)
+    state = torch.random.get_rng_state()
+    fit_head(task, batches, runtime)
+    assert torch.equal(state, torch.random.get_rng_state())
+    loss, share = measure(task, batches)
+    assert share > 0.9 and loss < 0.5 * loss_before and task.training
+    after = task.network.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight", "head.bias"}
+
+
+def test_padding_and_unreadable_images_are_left_out(runtime):
+    heads = []
+    for junk in (False, True):
+        task, batches = make_classifier(), make_batches()
+        if junk:
+            bad = make_batch(size=8, seed=99) | {"labels": torch.zeros(8, dtype=torch.int64)}
+            batches.append(bad | {"weight": torch.zeros(8), "sample_id": torch.arange(8) + 1000})
+        fit_head(task, batches, runtime)
+        heads.append(task.network.head.weight.clone())
+    assert torch.equal(*heads)
+
+
+def test_no_readable_image_is_an_error(runtime):
+    task = make_classifier()
+    batches = [batch | {"weight": torch.zeros(8)} for batch in make_batches()]
+    with pytest.raises(ValueError, match=r"^task\.fit_head: 0 images could be read .* set task\.fit_head=false"):
+        fit_head(task, batches, runtime)
+
+
+def test_timm_networks_and_those_without_a_linear_head():
+    config = TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)
+    assert find_head(build_network(config, 7)).out_features == 7
+    with pytest.raises(ValueError, match=r"^task\.fit_head: true needs a network that ends in one linear layer"):
+        find_head(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def test_a_run_begins_with_it_and_resumes_without_it(tmp_path):
+    collection = make_collection(tmp_path / "images", per_class=8)
+    overrides = common("classification", collection, tmp_path / "run", "task.fit_head=true")
+    text = run("finetune.py", [*overrides, "loop.total_steps=2"], tmp_path)
+    assert "task.fit_head: the head fitted to" in text
+    assert "task.fit_head" not in run("finetune.py", [*overrides, "loop.total_steps=4"], tmp_path)
+    assert json.loads((tmp_path / "run/config.json").read_text())["task"]["fit_head"] is True
+
+
+def test_one_head_on_any_number_of_ranks(tmp_path):
+    collection = make_collection(tmp_path / "images", per_class=8)
+    losses = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"run{ranks}"
+        run(
+            "finetune.py", common("classification", collection, folder, "task.fit_head=true", "loop.total_steps=1"),
+            tmp_path, ranks=ranks,
+        )  # fmt: skip
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append(next(row["loss"] for row in rows if row["kind"] == "train"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_head_is_kept_or_fitted(tmp_path):
+    collection = make_collection(tmp_path / "images")
+    both = ["task.fit_head=true", "task.keep_head=true"]
+    text = run("finetune.py", common("classification", collection, tmp_path / "run", *both), tmp_path, expect=2)
+    assert "task.fit_head: true makes a new head and task.keep_head=true keeps the old; set one false" in text
