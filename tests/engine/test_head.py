@@ -101,4 +101,4 @@ def test_a_head_is_kept_or_fitted(tmp_path):
     collection = make_collection(tmp_path / "images")
     both = ["task.fit_head=true", "task.keep_head=true"]
     text = run("finetune.py", common("classification", collection, tmp_path / "run", *both), tmp_path, expect=2)
-    assert "task.fit_head: true makes a new head and task.keep_head=true keeps the old; set one false" in text
+    assert "task.fit_head: true makes a new head, and task.keep_head=true keeps the old; set one false" in text
