@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.batch import Batch, Ragged, Sample, collate, to_device
-from data.collection import Collection, Row
+from data.collection import Collection, Row, RowView
 from data.decode import UnreadableImage, read_image
 from data.stream import Draw, EvaluationBatches, RankBatches
 from data.transforms import Transform
@@ -27,7 +27,7 @@ from utils.signals import SIGNALS
 log = get_logger(__name__)
 
 # What a task adds to a sample, drawn from the sample's own generator: labels, tag ids, a mask, a timestep.
-Fields = Callable[[int, Row, torch.Generator], dict[str, Tensor | Ragged]]
+Fields = Callable[[int, Row | RowView, torch.Generator], dict[str, Tensor | Ragged]]
 Loaded = tuple[Batch, list[tuple[str, str]]]
 _FIELDS_VIEW = 1
 
@@ -47,13 +47,13 @@ class ImageReader(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (path, reason) where its image could not be read."""
-        row = self.collection.row(draw.index)
-        problem = None
+        row, problem = self.collection.view(draw.index), None
+        path = row.path
         try:
-            pixels = read_image(self.collection.absolute_path(draw.index), self.channels, self.max_pixels)
+            pixels = read_image(self.collection.root / path, self.channels, self.max_pixels)
             image = torch.from_numpy(pixels).permute(2, 0, 1)
         except UnreadableImage as error:
-            problem = (row.path, error.reason)
+            problem = (path, error.reason)
             image = torch.zeros(self.channels, 64, 64, dtype=torch.uint8)
         with rng.seeded(draw.key):
             image = self.transform(image, draw)
