@@ -1,26 +1,437 @@
-"""Survival, the long form: killed again and again at random steps, a run ends as an undisturbed one does."""
+"""Survival: whole runs that are killed, signalled, refused by the disk, fed what is not finite, and end as they should.
+
+Equality of whole runs to the bit, exit statuses, and messages. The long form, fifty kills, is bench/kill_trials.py;
+tests/tasks/troubled.py is the fine-tuning that meets the trouble.
+"""
 
 import random
+import re
+import signal
+import subprocess
+import time
 
 import pytest
+import torch
 
 from tests.engine.test_exactness import assert_same_tensors
-from tests.support import SCRIPTS, checkpoint_tensors, common, rows, run
+from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, samples_by_step, start
+
+TROUBLED = "tests/tasks/troubled.py"
+SMALL = ["loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95"]
+
+
+def wait_for(started, condition, seconds=90):
+    """Wait until a condition holds while the run goes on."""
+    end = time.monotonic() + seconds
+    while not condition():
+        alive = any(process.is_alive() for process in started.processes)
+        assert alive and time.monotonic() < end, f"it did not happen:\n{started.output[-3000:]}"
+        time.sleep(0.01)
+
+
+def has_step(run_dir, step):
+    """Return a function that says whether a row of a step is written."""
+    path = run_dir / "metrics.jsonl"
+    return lambda: path.exists() and f'{{"step": {step}, ' in path.read_text()
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def undisturbed(collection, tmp_path):
+    """Return a function that makes the undisturbed run of some settings and returns its folder."""
+
+    def make(*settings, task="classification"):
+        run(SCRIPTS[task], common(task, collection, tmp_path / "undisturbed", *settings), tmp_path)
+        return tmp_path / "undisturbed"
+
+    return make
+
+
+def assert_equal_runs(one, other, steps):
+    assert_same_tensors(checkpoint_tensors(one, steps), checkpoint_tensors(other, steps))
+    assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
+
+
+# --- kills
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "fcmae"])
-def test_fifteen_kills_leave_no_trace(task, collection, tmp_path):
+def test_fifteen_kills_leave_no_trace(task, collection, undisturbed, tmp_path):
     settings = [
-        "loop.total_steps=120", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
-        "loop.checkpoint_every_steps=4", "runtime.workers=2", "model.drop_path_rate=0.2",
+        *SMALL, "loop.total_steps=120", "loop.checkpoint_every_steps=4", "runtime.workers=2",
+        "model.drop_path_rate=0.2",
     ]  # fmt: skip
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    run(SCRIPTS[task], common(task, collection, undisturbed, *settings), tmp_path)
+    straight, killed = undisturbed(*settings, task=task), tmp_path / "killed"
     draw, step = random.Random(0), 0
     for _ in range(15):
         step = min(118, step + draw.randint(3, 10))
         run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=step)
     run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
-    assert_same_tensors(checkpoint_tensors(undisturbed, 120), checkpoint_tensors(killed, 120))
-    assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert_equal_runs(straight, killed, 120)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collection, undisturbed, tmp_path):
+    settings = [
+        *SMALL, "loop.total_steps=12", "loop.checkpoint_every_steps=4", f"loop.save_in_background={background}",
+    ]  # fmt: skip
+    straight, killed = undisturbed(*settings), tmp_path / "killed"
+    overrides = common("classification", collection, killed, *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "slow_save 0.5"})
+    wait_for(started, lambda: (killed / "checkpoints/step_00000004").exists() and "saving slowly" in
+             started.output.partition("saved ")[2])  # fmt: skip
+    started.signal(signal.SIGKILL)
+    assert started.wait() == [-9]
+    half, whole = checkpoints(killed)
+    assert re.fullmatch(r"\.step_00000008\.tmp-\d+", half) and whole == "step_00000004"
+    assert "at step 4" in run(SCRIPTS["classification"], overrides, tmp_path)
+    assert_equal_runs(straight, killed, 12)
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_exactness.py does the same on a CPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", ["classification", "fcmae"])
+def test_on_a_gpu_killed_and_resumed_equals_undisturbed_to_the_bit(task, precision, collection, tmp_path):
+    """With runtime.deterministic=true, which runtime=reference sets."""
+    settings = [
+        *SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4", "loop.clip_grad_norm=1.0", "runtime.workers=2",
+        "runtime.device=cuda", f"runtime.precision={precision}", "runtime.deterministic=true",
+        "model.drop_path_rate=0.3",
+    ]  # fmt: skip
+    straight, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run(SCRIPTS[task], common(task, collection, straight, *settings), tmp_path)
+    run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=10)
+    run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
+    assert_equal_runs(straight, killed, 20)
+
+
+# --- signals
+
+
+STOPPED = [*SMALL, "loop.total_steps=40", "loop.checkpoint_every_steps=10", "loop.evaluate_every_epochs=3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection, undisturbed, tmp_path):
+    """A scheduler signals the loader's workers too: they go on until their rank has saved."""
+    settings = [*STOPPED, "runtime.workers=2"]
+    straight, stopped = undisturbed(*settings), tmp_path / "stopped"
+    overrides = common("classification", collection, stopped, *settings)
+    started = start("finetune.py", overrides, tmp_path)
+    wait_for(started, has_step(stopped, 5))
+    started.signal(number)
+    assert started.wait() == [75]
+    assert started.output.count(f"{number.name}: finishing the step, then saving") == 1
+    step = rows(stopped / "metrics.jsonl")[-1]["step"]
+    assert checkpoints(stopped)[-1] == f"step_{step:08d}" and step < 40
+    run("finetune.py", overrides, tmp_path)
+    assert_equal_runs(straight, stopped, 40)
+
+
+@pytest.mark.parametrize("trouble", ["slow_evaluation 0.3", "slow_save 0.3"])
+def test_a_signal_within_an_evaluation_or_a_save_waits_for_it(trouble, collection, undisturbed, tmp_path):
+    straight, stopped = undisturbed(*STOPPED), tmp_path / "stopped"
+    overrides = common("classification", collection, stopped, *STOPPED)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": trouble})
+    wait_for(started, lambda: "ing slowly" in started.output)
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [75]
+    assert not list((stopped / "checkpoints").glob(".*"))
+    run("finetune.py", overrides, tmp_path)
+    assert_equal_runs(straight, stopped, 40)
+
+
+@pytest.mark.parametrize("trouble", ["slow_evaluation 30", "slow_save 30"])
+def test_a_second_signal_leaves_at_once(trouble, collection, tmp_path):
+    started = start(
+        TROUBLED, common("classification", collection, tmp_path / "run", *STOPPED), tmp_path,
+        variables={"TROUBLE": trouble},
+    )  # fmt: skip
+    wait_for(started, lambda: "ing slowly" in started.output)
+    started.signal(signal.SIGUSR1)
+    wait_for(started, lambda: "finishing the step" in started.output)
+    begun, before = time.monotonic(), checkpoints(tmp_path / "run")
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [75] and time.monotonic() - begun < 5
+    assert "SIGTERM again: leaving at once, without saving" in started.output
+    assert checkpoints(tmp_path / "run") == before
+
+
+# --- the disk
+
+
+def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collection, undisturbed, tmp_path):
+    settings = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4"]
+    straight, refused = undisturbed(*settings), tmp_path / "refused"
+    overrides = common("classification", collection, refused, *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 99"})
+    assert started.wait() == [2]
+    said = re.search(
+        r"finetune\.py: run_dir: (\S+)/checkpoints does not take the checkpoint of step 8: (\d+\.\d) MiB are needed, "
+        r"\d+\.\d MiB are free \(.*No space left on device\)",
+        started.output,
+    )
+    assert said.group(1) == str(refused) and float(said.group(2)) > 0
+    assert "Traceback" not in started.output
+    assert checkpoints(refused) == ["step_00000004"]
+    # Found within a few steps of the save, not at the next one.
+    assert rows(refused / "metrics.jsonl")[-1]["step"] < 12
+    run("finetune.py", overrides, tmp_path)
+    assert_equal_runs(straight, refused, 20)
+
+
+def test_on_failed_save_retry_goes_on_and_saves_when_it_can(collection, undisturbed, tmp_path):
+    settings = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4", "loop.on_failed_save=retry"]
+    straight, retried = undisturbed(*settings), tmp_path / "retried"
+    overrides = common("classification", collection, retried, *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 12"})
+    assert started.wait() == [0]
+    assert started.output.count("The run goes on and tries again at its next save (loop.on_failed_save=retry)") == 2
+    assert checkpoints(retried) == ["step_00000016", "step_00000020"]
+    assert_equal_runs(straight, retried, 20)
+
+
+def test_the_last_save_is_not_forgiven(collection, tmp_path):
+    settings = [*SMALL, "loop.total_steps=8", "loop.checkpoint_every_steps=4", "loop.on_failed_save=retry"]
+    overrides = common("classification", collection, tmp_path / "run", *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 8"})
+    assert started.wait() == [2] and "does not take the checkpoint of step 8" in started.output
+    assert checkpoints(tmp_path / "run") == ["step_00000004"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a file system of its own, of 1 MiB; unmounted at the end."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here ({mounted.stderr.strip()}); the tests above raise its error")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder, mode):
+    subprocess.run(["mount", "-o", f"remount,{mode},size=1m", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_disk_that_is_full(retry, small_disk, collection, undisturbed, tmp_path):
+    """Everything in the run folder meets the full disk: rows, log, curves, tables, weights, checkpoints."""
+    settings = [*SMALL, "loop.total_steps=60", "loop.checkpoint_every_steps=3", "loop.evaluate_every_epochs=1"]
+    settings += ["loop.on_failed_save=retry"] if retry else []
+    straight, full = undisturbed(*settings), small_disk / "run"
+    overrides = common("classification", collection, full, *settings)
+    filler = small_disk / "filler"
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "slow_evaluation 0.1"})
+    wait_for(started, lambda: list((full / "checkpoints").glob("step_*")) if full.exists() else False)
+    with open(filler, "wb", buffering=0) as stream:  # to the last byte
+        while True:
+            try:
+                stream.write(bytes(4096))
+            except OSError:
+                break
+    if retry:
+        wait_for(started, lambda: "tries again at its next save" in started.output)
+        filler.unlink()
+        assert started.wait() == [0]
+    else:
+        assert started.wait() == [2]
+        assert re.search(
+            r"does not take the .* of step \d+: .* MiB are needed, .*No space left on device", started.output
+        )
+        assert [name for name in checkpoints(full) if name.startswith("step_")]
+        filler.unlink()
+        run("finetune.py", overrides, tmp_path)
+    assert "Traceback" not in started.output
+    assert_equal_runs(straight, full, 60)
+
+
+def test_a_disk_that_becomes_read_only(small_disk, collection, tmp_path):
+    settings = [*SMALL, "loop.total_steps=100000", "loop.checkpoint_every_steps=3", "loop.evaluate_every_epochs=1000"]
+    overrides = common("classification", collection, small_disk / "run", *settings)
+    started = start("finetune.py", overrides, tmp_path)
+    wait_for(started, lambda: list(small_disk.glob("run/checkpoints/step_*")))
+    # A mount with files open for writing refuses to become read-only; an immutable folder is as good.
+    frozen = subprocess.run(["chattr", "+i", str(small_disk / "run/checkpoints")], capture_output=True, text=True)
+    if frozen.returncode != 0:
+        started.signal(signal.SIGKILL)
+        started.wait()
+        pytest.skip(f"folders cannot be frozen here ({frozen.stderr.strip()})")
+    try:
+        assert started.wait() == [2]
+    finally:
+        subprocess.run(["chattr", "-i", str(small_disk / "run/checkpoints")], check=True)
+    assert re.search(r"run_dir: .* does not take the checkpoint of step \d+: .* are needed", started.output)
+    assert [name for name in checkpoints(small_disk / "run") if name.startswith("step_")]
+
+
+# --- processes
+
+
+@pytest.mark.ddp
+def test_a_killed_worker_is_named_with_what_to_do(collection, undisturbed, tmp_path):
+    settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=2"]
+    straight, killed = undisturbed(*settings), tmp_path / "killed"
+    overrides = common("classification", collection, killed, *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": f"kill_worker 7 {tmp_path}/marker"})
+    assert started.wait() == [70]
+    assert re.search(
+        r"finetune\.py: runtime\.workers: loader worker \d+ of this rank has ended \((is killed by signal: Killed|"
+        r"exited unexpectedly)\)\. Most often the machine ran out of memory .* set a lower runtime\.workers",
+        started.output,
+    )
+    run("finetune.py", overrides, tmp_path)
+    assert_equal_runs(straight, killed, 16)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_rank 1 14", "kill_worker 14"])
+def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
+    """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""
+    settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=1",
+                "runtime.hang_timeout_sec=16"]  # fmt: skip
+    straight, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run("finetune.py", common("classification", collection, straight, *settings), tmp_path, ranks=2)
+    done = command(
+        "torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=2", ROOT / TROUBLED,
+        *common("classification", collection, killed, *settings), TROUBLE=f"{trouble} {tmp_path}/marker",
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "marker").exists() and "resumed from" in done.stderr
+    assert_equal_runs(straight, killed, 16)
+
+
+# --- what is not finite
+
+
+BAD = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=5", "loop.log_every_steps=5"]
+
+
+def poison(amounts):
+    return {"TROUBLE": f"nan {amounts}"}
+
+
+def test_steps_left_out_are_counted_and_listed_with_their_samples(collection, tmp_path):
+    bad = tmp_path / "bad"
+    overrides = common("classification", collection, bad, *BAD)
+    started = start(TROUBLED, overrides, tmp_path, variables=poison("7 8"))
+    assert started.wait() == [0]
+    assert "2 steps were not finite and were left out before step 10" in started.output
+    assert re.search(
+        r"step 7 was left out: its loss was not finite on rank 0; samples: train/\w/\d+\.png, ", started.output
+    )
+    listed = rows(bad / "skipped_steps.jsonl")
+    assert [(row["step"], row["ranks"], row["what"], len(row["paths"])) for row in listed] == [
+        (7, [0], "loss", 8), (8, [0], "loss", 8),
+    ]  # fmt: skip
+    assert [row["skipped_steps"] for row in rows(bad / "metrics.jsonl", "train")] == [0.0, 2.0, 0.0, 0.0]
+
+
+def test_a_kill_between_changes_nothing_about_what_is_listed(collection, tmp_path):
+    """Steps 7 and 8 are left out, the checkpoint is of step 8, the log of step 20."""
+    settings = [*BAD[:3], "loop.total_steps=20", "loop.checkpoint_every_steps=8", "loop.log_every_steps=20"]
+    for name in ("straight", "killed"):
+        overrides = common("classification", collection, tmp_path / name, *settings)
+        started = start(TROUBLED, overrides, tmp_path, kill_at_step=12 if name == "killed" else None,
+                        variables=poison("7 8"))  # fmt: skip
+        assert started.wait() == [-9 if name == "killed" else 0]
+    assert start(TROUBLED, overrides, tmp_path, variables=poison("7 8")).wait() == [0]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert rows(straight / "skipped_steps.jsonl") == rows(killed / "skipped_steps.jsonl")
+    assert_equal_runs(straight, killed, 20)
+
+
+def test_too_many_stop_the_run_with_step_and_rank(collection, tmp_path):
+    overrides = common("classification", collection, tmp_path / "bad", *BAD, "loop.max_skipped_steps=3")
+    started = start(TROUBLED, overrides, tmp_path, variables=poison("7 12"))
+    assert started.wait() == [2]
+    assert (
+        "loop.max_skipped_steps: 4 of the last 10 steps before step 10 were not finite (losses on rank 0), first step "
+        "7; 3 are allowed" in started.output
+    )
+    assert "Traceback" not in started.output and checkpoints(tmp_path / "bad") == ["step_00000005"]
+
+
+@pytest.mark.ddp
+def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch):
+    monkeypatch.setenv("TROUBLE", "nan 7 12 1")
+    overrides = common("classification", collection, tmp_path / "bad", *BAD, "loop.max_skipped_steps=3")
+    done = command("torchrun", "--standalone", "--nproc_per_node=2", ROOT / TROUBLED, *overrides, OMP_NUM_THREADS="1")
+    assert done.returncode != 0
+    assert "step 7 was left out: its loss was not finite on rank 1; samples: train/" in done.stderr
+    assert "were not finite (losses on rank 1), first step 7" in done.stderr
+
+
+def test_a_roll_back_goes_on_past_the_samples(collection, tmp_path):
+    """Steps 7 to 9 read bad samples; from step 10 the run goes back to step 5 and reads those of step 11 on."""
+    bad = tmp_path / "bad"
+    settings = [*BAD, "loop.max_skipped_steps=2", "loop.on_too_many_skipped=rollback"]
+    overrides = common("classification", collection, bad, *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables=poison("7 9"))
+    assert started.wait() == [0]
+    assert "rolled back to step 5; the samples of 5 steps are passed over" in started.output
+    taken = samples_by_step(bad)
+    assert sorted(taken) == list(range(1, 21))
+    run(
+        "finetune.py",
+        common("classification", collection, tmp_path / "straight", *BAD, "loop.total_steps=25"),
+        tmp_path,
+    )
+    straight = samples_by_step(tmp_path / "straight")
+    assert all(taken[step] == straight[step if step <= 5 else step + 5] for step in taken)
+    rolled = rows(bad / "metrics.jsonl", "rollback")
+    assert rolled == [{"step": 6, "kind": "rollback", "from_step": 10, "passed_over_steps": 5}]
+    assert [row["step"] for row in rows(bad / "metrics.jsonl", "train")] == [5, 10, 15, 20]
+    assert sum(row["skipped_steps"] for row in rows(bad / "metrics.jsonl", "train")) == 0
+
+    # A kill after the roll-back, before and after the next checkpoint, changes nothing.
+    for step in (7, 12):
+        killed = tmp_path / f"killed{step}"
+        overrides = common("classification", collection, killed, *settings)
+        started = start(TROUBLED, overrides, tmp_path, variables=poison("7 9"))
+        wait_for(started, lambda path=killed / "metrics.jsonl", step=step: path.exists()
+                 and '"rollback"' in path.read_text() and (step < 10 or '"step": 10' in path.read_text()))  # fmt: skip
+        started.signal(signal.SIGKILL)
+        started.wait()
+        assert start(TROUBLED, overrides, tmp_path, variables=poison("7 9")).wait() == [0]
+        assert_equal_runs(bad, killed, 20)
+
+
+def test_roll_backs_are_bounded(collection, tmp_path):
+    settings = [*BAD, "loop.max_skipped_steps=2", "loop.on_too_many_skipped=rollback"]
+    overrides = common("classification", collection, tmp_path / "bad", *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables=poison("7 200"))
+    assert started.wait() == [2]
+    assert started.output.count("rolled back to step 5") == 3
+    assert "the run has rolled back 3 times, past other samples each time" in started.output
+
+
+def test_without_a_checkpoint_before_them_there_is_nothing_to_roll_back_to(collection, tmp_path):
+    settings = [*BAD, "loop.max_skipped_steps=1", "loop.on_too_many_skipped=rollback"]
+    overrides = common("classification", collection, tmp_path / "bad", *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables=poison("3 5"))
+    assert started.wait() == [2]
+    assert "no checkpoint was made before them to roll back to" in started.output
+
+
+# --- a second run
+
+
+def test_two_runs_on_one_folder_the_second_is_refused(collection, tmp_path):
+    overrides = common("classification", collection, tmp_path / "run", *SMALL, "loop.total_steps=100000")
+    started = start("finetune.py", overrides, tmp_path)
+    wait_for(started, has_step(tmp_path / "run", 2))
+    printed = run("finetune.py", overrides, tmp_path, expect=2)
+    assert f"run_dir: another run is writing to {tmp_path}/run; wait for it or give another run_dir" in printed
+    started.signal(signal.SIGKILL)
+    started.wait()

@@ -1,0 +1,154 @@
+"""A run killed fifty times at random moments against the undisturbed run: do they end with the same bits?
+
+    python bench/kill_trials.py [kills=50] [ranks=1] [seed=0] [script=finetune.py] [out=FOLDER] [KEY=VALUE ...]
+
+Each start of the run gets SIGKILL, all ranks and their loader's workers at once, at a moment drawn by the clock; every
+third one is aimed at a save: it comes at a random moment after a checkpoint's temporary folder has appeared. A kill
+counts as inside a save where that folder is left behind. At the end every tensor of the last checkpoint, the rows of
+metrics.jsonl and the samples of every step are compared with the undisturbed run's. With accumulation, EMA, drop path
+and loader workers; other keys (`runtime.parallel=fsdp`, `loop.save_in_background=false`) go to both runs. The result
+goes to outputs/bench/kill_trials.json, a row for each command.
+"""
+
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.measure import OUT, report
+from tests.support import checkpoint_tensors, common, make_collection, rows, run, samples_by_step, start
+
+STEPS_PER_KILL = 6  # on average between two kills, so that the run does not end before the last
+SETTINGS = [
+    "loop.global_batch_size=8",
+    "loop.batch_size=2",  # so that one rank accumulates over four micro-batches, two ranks over two
+    "loop.ema_decay=0.95",
+    "loop.checkpoint_every_steps=3",
+    "loop.evaluate_every_epochs=2",
+    "loop.clip_grad_norm=1.0",
+    "runtime.workers=2",
+    "model.drop_path_rate=0.2",
+    "schedule.warmup_steps=5",
+]
+
+
+def read_arguments(arguments):
+    """Return the bench's own values, and the overrides that go to the runs."""
+    values = {"kills": "50", "ranks": "1", "seed": "0", "script": "finetune.py", "out": None}
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in values:
+            values[key] = value
+        else:
+            overrides.append(argument)
+    return values, overrides
+
+
+def last_step(folder):
+    """Return the last step that a run has a row of."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def half_written(folder):
+    """Return the temporary folders of checkpoints."""
+    return list((folder / "checkpoints").glob(".step_*.tmp-*"))
+
+
+def wait_while_alive(started, condition, seconds):
+    """Wait for a condition, the end of the run, or the time to be up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition() and any(process.is_alive() for process in started.processes):
+        time.sleep(0.002)
+
+
+def kill_once(started, folder, draw, seconds, aimed):
+    """Kill a run at a random moment; returns whether that was inside a save, None where it had ended before."""
+    begun = last_step(folder)
+    wait_while_alive(started, lambda: last_step(folder) > begun, 120)
+    left = set(half_written(folder))  # of an earlier kill
+    wait_while_alive(started, lambda: False, draw.uniform(0, seconds))
+    if aimed:
+        wait_while_alive(started, lambda: set(half_written(folder)) - left, 60)
+        time.sleep(draw.uniform(0, 0.01))
+    started.signal(signal.SIGKILL)
+    codes = started.wait()
+    if codes == [0] * len(codes):
+        return None
+    assert codes == [-signal.SIGKILL] * len(codes), f"ended with {codes}:\n{started.output[-4000:]}"
+    return bool(set(half_written(folder)) - left)
+
+
+def compare(straight, killed, steps):
+    """Return what differs between two runs that ended: nothing, where all went well."""
+    one, other = checkpoint_tensors(straight, steps), checkpoint_tensors(killed, steps)
+    different = [name for name in one.keys() | other.keys()
+                 if name not in one or name not in other or not torch.equal(one[name], other[name])]  # fmt: skip
+    for name in ("train", "evaluate", "epoch"):
+        if rows(straight / "metrics.jsonl", name) != rows(killed / "metrics.jsonl", name):
+            different.append(f"metrics.jsonl: {name}")
+    if samples_by_step(straight) != samples_by_step(killed):
+        different.append("samples")
+    return different
+
+
+def main():
+    values, overrides = read_arguments(sys.argv[1:])
+    kills, ranks, draw = int(values["kills"]), int(values["ranks"]), random.Random(int(values["seed"]))
+    steps = STEPS_PER_KILL * kills
+    folder = Path(values["out"] or tempfile.mkdtemp(prefix="kill_trials_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    data = make_collection(folder / "images")
+    task = "fcmae" if values["script"].startswith("pretrain") else "classification"
+    straight, killed = folder / "undisturbed", folder / "killed"
+    settings = [*SETTINGS, f"loop.total_steps={steps}", *overrides]
+
+    began = time.monotonic()
+    run(values["script"], common(task, data, straight, *settings), folder, ranks=ranks)
+    inside, done, aimed, ended = 0, 0, 0, 0
+    command = common(task, data, killed, *settings)
+    while done < kills and not ended:
+        remaining = max(1, steps - last_step(killed))
+        # Twice the mean, of what is left: a drawn moment is uniform from 0.
+        seconds = 2 * remaining / (kills - done) * 0.05
+        aims = done % 3 == 2
+        found = kill_once(start(values["script"], command, folder, ranks), killed, draw, seconds, aims)
+        ended += found is None
+        done += found is not None
+        aimed += aims and found is not None
+        inside += bool(found)
+    run(values["script"], command, folder, ranks=ranks)
+    different = compare(straight, killed, steps)
+    row = {
+        "script": values["script"],
+        "ranks": ranks,
+        "overrides": overrides,
+        "steps": steps,
+        "kills": done,
+        "inside_a_save": inside,
+        "aimed_at_a_save": aimed,
+        "equal_to_the_bit": not different,
+        "different": different[:10],
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / "kill_trials.json"
+    table = [] if not path.exists() else json.loads(path.read_text())
+    same = {key: row[key] for key in ("script", "ranks", "overrides")}
+    table = [old for old in table if {key: old[key] for key in same} != same] + [row]
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    report(row)
+    sys.exit(0 if not different and done == kills else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The checkpoint writer, and what it stands on. Properties: a state is that of the moment it was given, one write at a
+time, what the disk refuses is raised or retried, rows that it refuses come later and in order.
+"""
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import find_checkpoint_before, list_checkpoints
+from engine.writer import CheckpointWriter, HostCopies
+from tests.engine.test_checkpoint import flip_a_bit, make
+from utils.errors import UserError, lost_worker
+from utils.files import AppendFile, spared
+from utils.logging import ROOT
+
+
+@pytest.fixture
+def log(caplog):
+    """Let pytest see our logger's messages."""
+    logger = logging.getLogger(ROOT)
+    level, propagate = logger.level, logger.propagate
+    logger.propagate = False  # else a message comes twice
+    logger.setLevel(logging.INFO)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+    logger.propagate = propagate
+
+
+def groups(value):
+    return {"task": {"w": torch.full((4, 3), value)}, "optimizer": {}}
+
+
+def submit(writer, given, write, said="saved"):
+    writer.submit(given, write, said, copied=False)
+
+
+class Held:
+    """A write that takes until it is let go."""
+
+    def __init__(self):
+        self.seen, self.go = [], threading.Event()
+
+    def __call__(self, given):
+        assert self.go.wait(20)
+        self.seen.append(float(given["task"]["w"][0, 0]))
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_what_is_written_is_the_state_of_the_moment(in_background):
+    writer, held, state = CheckpointWriter(in_background=in_background, retries=False), Held(), groups(1.0)
+    if not in_background:
+        held.go.set()
+    submit(writer, state, held)
+    state["task"]["w"].fill_(2.0)  # training goes on, in place
+    held.go.set()
+    writer.finish()
+    assert held.seen == [1.0]
+
+
+def test_one_write_is_under_way_at_most_and_memory_is_used_again():
+    writer, held, order = CheckpointWriter(in_background=True, retries=False), Held(), []
+    submit(writer, groups(1.0), held)
+    kept = writer._copies._kept["task", "w"].data_ptr()
+    threading.Timer(0.2, held.go.set).start()
+    begun = time.monotonic()
+    submit(writer, groups(2.0), lambda given: order.append(float(given["task"]["w"].sum())))
+    assert time.monotonic() - begun >= 0.15 and held.seen == [1.0]
+    writer.finish()
+    assert order == [24.0] and writer._copies._kept["task", "w"].data_ptr() == kept
+
+
+def refuse(given):
+    raise UserError("run_dir: /x does not take it")
+
+
+def test_a_refusal_is_raised_by_finish_and_stops_what_follows(log):
+    writer, written = CheckpointWriter(in_background=True, retries=False), []
+    assert not writer.failed
+    submit(writer, groups(1.0), refuse)
+    writer._thread.join()
+    assert writer.failed
+    submit(writer, groups(2.0), written.append)
+    assert written == [] and "saved" not in log.text
+    with pytest.raises(UserError, match="/x does not take it"):
+        writer.finish()
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_refusal_is_forgiven_where_the_run_retries_but_not_at_the_end(in_background, log):
+    writer, written = CheckpointWriter(in_background=in_background, retries=True), []
+    submit(writer, groups(1.0), refuse)
+    submit(writer, groups(2.0), written.append, "saved the second")
+    assert not writer.failed and "tries again at its next save (loop.on_failed_save=retry)" in log.text
+    submit(writer, groups(3.0), refuse)
+    assert len(written) == 1 and "saved the second" in log.text
+    with pytest.raises(UserError):
+        writer.finish()
+
+
+def test_a_defect_is_never_forgiven():
+    writer = CheckpointWriter(in_background=True, retries=True)
+    submit(writer, groups(1.0), lambda given: given["nothing"])
+    writer._thread.join()
+    assert writer.failed
+    with pytest.raises(KeyError):
+        writer.finish()
+
+
+def test_close_says_what_nobody_will_raise(log):
+    writer = CheckpointWriter(in_background=True, retries=False)
+    submit(writer, groups(1.0), refuse)
+    writer.close()
+    assert "/x does not take it" in log.text and not writer.failed
+
+
+def test_copies_are_contiguous_whatever_the_order_of_axes():
+    last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    copies, event = HostCopies().take({"task": {"x": last, "n": torch.tensor(3), "b": last.bfloat16()}})
+    assert event is None and copies["task"]["x"].is_contiguous() and torch.equal(copies["task"]["x"], last)
+    assert copies["task"]["n"] == 3 and copies["task"]["b"].dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the first test does the same on a CPU")
+def test_copies_from_a_gpu_are_of_the_moment_though_nobody_waits():
+    weights = torch.ones(4096, 4096, device="cuda")
+    copies, event = HostCopies().take({"task": {"w": weights}})
+    weights.fill_(2.0)
+    event.synchronize()
+    assert copies["task"]["w"].is_pinned() and bool((copies["task"]["w"] == 1).all())
+
+
+# --- rows
+
+
+def test_rows_that_the_disk_refuses_come_later_and_in_order(tmp_path, monkeypatch, log):
+    path = tmp_path / "rows"
+    rows = AppendFile(path)
+    rows.write("a\n")
+    real, rows._file = rows._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (every write: no space left)
+    rows.write("b\n")
+    rows.write("c\n")
+    with pytest.raises(OSError, match="No space left"):
+        rows.sync()
+    assert path.read_text() == "a\n" and log.text.count("cannot be written (No space left on device)") == 1
+    rows._file.close()
+    rows._file = real
+    rows.write("d\n")
+    rows.sync()
+    rows.close()
+    assert path.read_text() == "a\nb\nc\nd\n"
+
+
+def test_what_the_disk_never_took_is_said_at_the_end(log):
+    rows = AppendFile(Path("/dev/full"))
+    rows.write("abc\n")
+    rows.close()
+    assert "/dev/full lacks its last 4 bytes, which the disk did not take" in log.text
+
+
+def test_a_file_that_is_made_anew_is_spared(tmp_path, log):
+    with spared(tmp_path / "curves.png"):
+        raise OSError(28, "No space left on device")
+    assert "curves.png cannot be written (No space left on device); it is made anew" in log.text
+
+
+# --- a roll-back's checkpoint
+
+
+def test_a_roll_back_takes_the_newest_whole_one_before_and_removes_those_beyond(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step)
+    flip_a_bit(tmp_path / "step_00000020/task.safetensors")
+    assert find_checkpoint_before(tmp_path, 30).name == "step_00000010"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000020"]
+    assert find_checkpoint_before(tmp_path, 10) is None
+    assert len(list_checkpoints(tmp_path)) == 2  # where nothing is before, nothing is removed
+
+
+# --- a loader's worker
+
+
+DEAD = {
+    "DataLoader worker (pid 12) is killed by signal: Killed. ": "worker 12 of this rank has ended (is killed by",
+    "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "worker 12, 13 of this rank has ended (exited un",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    "shared memory.": "(is killed by signal: Bus error. It is possible",
+}
+
+
+@pytest.mark.parametrize(("said", "named"), DEAD.items())
+def test_what_torch_says_of_a_dead_worker_becomes_advice(said, named):
+    message = lost_worker(RuntimeError(said))
+    assert named in message and message.startswith("runtime.workers: ") and "The same command resumes" in message
+
+
+def test_other_errors_are_none_of_it():
+    assert lost_worker(RuntimeError("shapes differ")) is None and lost_worker(KeyError("DataLoader worker")) is None

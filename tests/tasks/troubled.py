@@ -1,0 +1,108 @@
+"""Fine-tuning in trouble: for the tests of survival. The variable TROUBLE says which, what comes after it how much.
+
+slow_evaluation SECONDS          each batch of an evaluation takes so long, and says so on stderr
+slow_save SECONDS                each file of a checkpoint takes so long
+full_disk FIRST LAST             the disk refuses checkpoints of these steps
+nan FIRST LAST [RANK]            the losses of the samples that these steps (from 1) read are NaN; only one rank's
+kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1), unless MARKER is there
+kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import data.loader
+import engine.checkpoint
+import engine.tasks.classification
+import engine.train_one_epoch
+import finetune
+from utils import distributed, rng
+
+
+def slow_evaluation(seconds):
+    batches = data.loader.EvaluationLoader.__iter__
+
+    def slow(self):
+        for batch in batches(self):
+            os.write(2, b"evaluating slowly\n")
+            time.sleep(float(seconds))
+            yield batch
+
+    data.loader.EvaluationLoader.__iter__ = slow
+
+
+def slow_save(seconds):
+    checksum = engine.checkpoint.sha256_file
+
+    def slow(path):
+        os.write(2, b"saving slowly\n")
+        time.sleep(float(seconds))
+        return checksum(path)
+
+    engine.checkpoint.sha256_file = slow
+
+
+def full_disk(first, last):
+    write = engine.checkpoint.write_tensors
+
+    def full(path, *arguments):
+        if int(first) <= int(path.parent.name.split(".")[1].removeprefix("step_")) <= int(last):
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments)
+
+    engine.checkpoint.write_tensors = full
+
+
+def nan(first, last, rank=None):
+    forward = engine.tasks.classification.ClassificationTask.forward
+    seed, batch_size = 0, 8  # of the tests that use it
+    positions = range((int(first) - 1) * batch_size, int(last) * batch_size)
+    keys = torch.tensor([rng.sample_key(seed, position) for position in positions])
+
+    def poisoned(self, batch, knobs):
+        output = forward(self, batch, knobs)
+        bad = torch.isin(batch["key"], keys)
+        if rank is not None and distributed.rank() != int(rank):
+            bad = torch.zeros_like(bad)
+        output.loss = output.loss + torch.where(bad, float("nan"), 0.0)
+        return output
+
+    engine.tasks.classification.ClassificationTask.forward = poisoned
+
+
+def _before_step(step, marker, act):
+    train_step = engine.train_one_epoch.train_step
+
+    def troubled(*arguments, **named):
+        if named["step"] == int(step) - 1 and not Path(marker).exists():
+            Path(marker).touch()
+            act()
+        return train_step(*arguments, **named)
+
+    engine.train_one_epoch.train_step = troubled
+
+
+def kill_rank(rank, step, marker):
+    if int(os.environ.get("RANK", "0")) == int(rank):
+        _before_step(step, marker, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_worker(step, marker):
+    if int(os.environ.get("RANK", "0")) == 0:
+        _before_step(step, marker, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
+
+
+if __name__ == "__main__":
+    name, *amounts = os.environ["TROUBLE"].split()
+    {kind.__name__: kind for kind in (slow_evaluation, slow_save, full_disk, nan, kill_rank, kill_worker)}[name](
+        *amounts
+    )
+    finetune.main()
