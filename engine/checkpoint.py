@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.parallel import Part
@@ -33,7 +32,8 @@ from utils import distributed
 from utils.errors import UserError
 from utils.files import fsync_path, read_json, sha256_file, sha256_text
 from utils.logging import get_logger
-from utils.weights import write_tensors
+from utils.safetensors_header import read_header
+from utils.weights import read_tensors, write_tensors
 
 log = get_logger(__name__)
 
@@ -129,12 +129,15 @@ def damage(path: Path) -> str | None:
         state = json.loads(text)
         if state["format"] != FORMAT:
             return f"state.json has format {state['format']}, this version reads {FORMAT}"
+        named = {f"{group}.safetensors" for group in state["groups"] if re.fullmatch(r"[a-z_]+", group)}
         for name, checksum in state["checksums"].items():
+            if name not in named:  # and so no path to another place
+                return f"state.json names {name!a}, which is no group of tensors"
             if sha256_file(path / name) != checksum:
                 return f"{name} does not agree with its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # or JSON of another shape
         return f"it cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -183,16 +186,23 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `find_checkpoint` returned, or one that the user named."""
+def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
+    """Read a checkpoint that `find_checkpoint` returned, or one that the user named.
+
+    check: called with the checkpoint's state and its tensors on the meta device, before any of them is read, so that
+    one of another recipe or of other shapes is refused for the price of its headers.
+    """
     if not path.is_dir():
         raise UserError(f"resume: {path} is no checkpoint folder; name one like RUN/checkpoints/step_00001200")
     problem = damage(path)
     if problem is not None:
         raise UserError(f"resume: {path} is damaged: {problem}; name another one or set resume=auto")
     state = read_json(path / "state.json")
-    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in state["groups"]}
-    tensors |= {Path(name).stem: load_file(path / name) for name in state["checksums"]}
+    files = {Path(name).stem: path / name for name in state["checksums"]}
+    shapes = {name: read_header(files[name], "resume").tensors if name in files else {} for name in state["groups"]}
+    if check is not None:
+        check(Checkpoint(str(path), shapes, state))
+    tensors = {name: read_tensors(files[name], "resume") if name in files else {} for name in state["groups"]}
     return Checkpoint(str(path), tensors, state)
 
 

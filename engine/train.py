@@ -42,6 +42,7 @@ from utils.metrics_log import MetricsLog
 from utils.progress import Bar
 from utils.recipe import check_resumable
 from utils.run_folder import RunFolder, update_saved_config
+from utils.safe_text import Lines
 from utils.sample_log import SampleLog
 from utils.signals import StopRequest
 from utils.trackers import check_tracker, start_tracker
@@ -77,7 +78,7 @@ def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtim
     log.info("runtime: %s compile=%s", runtime.describe(), compiles)
     log.info("plan: %s", plan.describe())
     log.info("network: %s, %s parameters", type(task.network).__name__, f"{count:,}")
-    log.info("parameter groups:\n%s", groups_table(groups))
+    log.info("parameter groups:\n%s", Lines(groups_table(groups)))
 
 
 def _choose_checkpoint(config: TrainingConfig, folder: RunFolder) -> str | None:
@@ -97,7 +98,7 @@ def _choose_checkpoint(config: TrainingConfig, folder: RunFolder) -> str | None:
 
 
 def _check_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, training: Training) -> None:
-    """Compare recipe, data and machine of a checkpoint with this run's."""
+    """Compare recipe, data, machine and tensors of a checkpoint with this run's."""
     folder, state = training.folder, checkpoint.state
     for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
         log.warning("resume_allow lets through %s", line)
@@ -124,19 +125,33 @@ def _check_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, training: 
             f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {training.plan.total_steps} "
             "asked for; ask for more, or give another run_dir"
         )
+    _check_tensors(checkpoint, training)
+
+
+def _check_tensors(checkpoint: Checkpoint, training: Training) -> None:
+    """Compare names, shapes and dtypes of a checkpoint's tensors with those that this run has."""
+    wanted: dict[str, Mapping[str, torch.Tensor]] = {"task": training.task.state_dict()}
+    wanted["scale"] = training.scale.state()
+    if training.ema is not None:
+        wanted["ema"] = training.ema.tensors
+    for group, own in wanted.items():
+        saved = checkpoint.tensors.get(group, {})
+        wrong = [name for name in own if name not in saved or not _are_alike(saved[name], own[name])]
+        wrong += [name for name in saved if name not in own]
+        if wrong:
+            raise UserError(
+                f"resume: the checkpoint is of another model: {len(wrong)} tensors of {group} differ, first "
+                f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
+            )
+
+
+def _are_alike(saved: torch.Tensor, own: torch.Tensor) -> bool:
+    return saved.shape == own.shape and saved.dtype == own.dtype
 
 
 def _restore(training: Training, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's state into the run."""
-    own = training.task.state_dict()
-    saved = checkpoint.tensors["task"]
-    wrong = [name for name in own if name not in saved or saved[name].shape != own[name].shape]
-    wrong += [name for name in saved if name not in own]
-    if wrong:
-        raise UserError(
-            f"resume: the checkpoint is of another model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
-            "give another run_dir, or use init_from=RUN to start from its weights"
-        )
+    own, saved = training.task.state_dict(), checkpoint.tensors["task"]
     with torch.no_grad():
         for name, tensor in own.items():
             distributed.own_part(tensor).copy_(distributed.take_part(saved[name], tensor))
@@ -239,8 +254,7 @@ def train(
         training.rare_loaders = rare_loaders or {}
         found = distributed.rank_zero_call(lambda: _choose_checkpoint(config, folder))
         if found is not None:
-            checkpoint = load_checkpoint(Path(found))
-            _check_checkpoint(checkpoint, config, training)
+            checkpoint = load_checkpoint(Path(found), lambda described: _check_checkpoint(described, config, training))
             _restore(training, checkpoint)
             log.info("resumed from %s at step %d", found, training.step)
         if distributed.is_main():

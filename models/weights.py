@@ -7,6 +7,7 @@ cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 230
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
@@ -29,9 +30,21 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     its initial values if `keep_head` is false, or if the checkpoint has none or one of another shape; so does the
     final norm of a ConvNeXt V2 if the checkpoint has none. GRN tensors may have 1, 2 or 4 axes.
 
-    Raises UserError (`init_from`) with a table of every other name that is missing, unexpected or of a wrong shape;
-    the network is then unchanged.
+    Raises UserError (`init_from`) with a table of every other name that is missing, unexpected, of a wrong shape or of
+    another kind of number; the network is then unchanged.
     """
+    given, left = _fit(network, state, keep_head)
+    network.load_state_dict(given, strict=False)
+    return left
+
+
+def check_fit(network: nn.Module, shapes: Mapping[str, Tensor], *, keep_head: bool) -> None:
+    """Raise what `load_into` would, for tensors on the meta device: before a file's tensors are read."""
+    _fit(network, shapes, keep_head)
+
+
+def _fit(network: nn.Module, state: Mapping[str, Tensor], keep_head: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Return what of a state the network is to be given, and the names that it keeps; raises as `load_into` says."""
     wanted = network.state_dict()
     found = _fit_grn(_take_encoder(state, wanted), wanted)
     head, norm = _optional_prefixes(network)
@@ -49,8 +62,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
         if name not in left and (name in wanted or not name.startswith(head + norm))
     }
     _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left})
-    network.load_state_dict(given, strict=False)
-    return [name for name in wanted if name in left]
+    return given, [name for name in wanted if name in left]
 
 
 def _take_encoder(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,11 +95,13 @@ def _optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError with a table unless both have the same names and shapes."""
+    """Raise UserError with a table unless both have the same names and shapes, and numbers of one kind."""
     rows = []
     for name in [*wanted, *(name for name in given if name not in wanted)]:
         has = str(tuple(given[name].shape)) if name in given else "missing"
         wants = str(tuple(wanted[name].shape)) if name in wanted else "unexpected"
+        if name in given and name in wanted and not _are_of_one_kind(given[name].dtype, wanted[name].dtype):
+            has, wants = (f"{text} {made[name].dtype}" for text, made in ((has, given), (wants, wanted)))
         if has != wants:
             rows.append((name, has, wants))
     if not rows:
@@ -103,6 +117,11 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     )
 
 
+def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Tell whether numbers may be copied: floating point of any precision into floating point, else the same dtype."""
+    return given == wanted or (given.is_floating_point and wanted.is_floating_point)
+
+
 def initialise_from(network: nn.Module, source: str | None, *, keep_head: bool) -> None:
     """Give a network the weights of a run or a file (`init_from`); None leaves it as it is.
 
@@ -111,6 +130,6 @@ def initialise_from(network: nn.Module, source: str | None, *, keep_head: bool) 
     if source is None:
         return
     path = find_weights(source, "last", "init_from")
-    state, _ = read_weights(path, "init_from")
+    state, _ = read_weights(path, "init_from", lambda shapes, _: check_fit(network, shapes, keep_head=keep_head))
     fresh = load_into(network, state, keep_head=keep_head)
     log.info("init_from: %s; left at their initial values: %s", path, ", ".join(fresh) or "none")

@@ -262,7 +262,8 @@ RESUME = {
         "resume_allow: 'optim.lrr' is no key of this configuration; --cfg job prints the keys"
     ),
     "model.dims=[8,24] resume_allow=[model.dims]": (
-        "resume: the checkpoint is of another model: 15 tensors differ, first 'network. ... use init_from=RUN to start"
+        "resume: the checkpoint is of another model: 15 tensors of task differ, first 'network. ... "
+        "use init_from=RUN to start"
     ),
     "loop.total_steps=1": (
         "loop.total_steps: the run is already at step 2, beyond the 1 asked for; ask for more, or give another run_dir"

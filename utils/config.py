@@ -34,6 +34,7 @@ from utils.config_errors import ConfigError, hydra_problem, list_options, missin
 from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError, lost_worker
 from utils.files import sha256_text
 from utils.logging import environment_rank, get_logger, setup_logging
+from utils.safe_text import Lines, safe_lines
 from utils.schema import Strict
 
 log = get_logger(__name__)
@@ -144,13 +145,13 @@ def _run_job(
             _say(f"{script}.py: {lost}", other_ranks=True)
             return JobResult(job.overrides, EXIT_LOST_RANK, lost)
         # A defect: its traceback, and the sweep goes on.
-        traceback.print_exc()
+        sys.stderr.write(safe_lines(traceback.format_exc()))
         return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _say(message: str, *, other_ranks: bool = False) -> None:
     """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
-    rank = environment_rank()
+    rank, message = environment_rank(), safe_lines(message)
     if rank == 0:
         sys.stderr.write(message + "\n")
     elif other_ranks:
@@ -228,7 +229,7 @@ def entry_point(
                 raise
             if (multirun or len(results) > 1) and results and environment_rank() == 0:
                 setup_logging()  # Hydra has switched our loggers off again
-                log.info("%s", _table(results))
+                log.info("%s", Lines(_table(results)))
             _leave(max((result.status for result in results), default=EXIT_OK))
 
         # What the command is made of, for callers that compose and run it in their own process (tests, notebooks).

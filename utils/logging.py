@@ -1,14 +1,43 @@
-"""One logger for all rooms: rank 0 speaks, the others only warn, and the run folder keeps a copy."""
+"""One logger for all rooms: rank 0 speaks, the others only warn, and the run folder keeps a copy.
 
+What is put into a message (a path, an error) cannot begin a line of its own, move the terminal's cursor or show a
+secret. A table of our own making is wrapped in `Lines`.
+"""
+
+import copy
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from utils.safe_text import Lines, escape_controls, safe_lines
 
 ROOT = "atelier"
 
 _printer: Callable[[str], None] | None = None  # what prints lines while a progress bar holds the terminal
+
+
+class _SafeFormatter(logging.Formatter):
+    """Format a record without the control characters and the secrets of what was put into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or the lines where the message itself has several."""
+        record = copy.copy(record)
+        record.exc_text = None  # of another formatter
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_on_one_line, record.args))
+        elif isinstance(record.args, dict):
+            record.args = {name: _on_one_line(value) for name, value in record.args.items()}
+        return safe_lines(super().format(record))
+
+
+def _on_one_line(value: Any) -> Any:
+    """Escape the control characters of a text, a path or an error; leave numbers, and what shows its parts quoted."""
+    if isinstance(value, Lines) or not isinstance(value, str | os.PathLike | BaseException):
+        return value
+    return escape_controls(str(value))
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -65,7 +94,7 @@ def setup_logging(rank: int | None = None) -> None:
     stream = _StderrHandler(sys.stderr)
     stream.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     mark = "" if rank == 0 else f"[rank {rank}] "
-    stream.setFormatter(logging.Formatter(f"{mark}%(message)s"))
+    stream.setFormatter(_SafeFormatter(f"{mark}%(message)s"))
     logger.addHandler(stream)
     logger.addHandler(_EarlyRecords())
 
@@ -81,8 +110,8 @@ def log_to_file(path: Path) -> logging.Handler:
 
     Returns the handler for `stop_logging_to`.
     """
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(ROOT)
     for early in [kept for kept in logger.handlers if isinstance(kept, _EarlyRecords)]:
         for record in early.records:

@@ -26,6 +26,7 @@ from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.logging import get_logger, log_to_file, stop_logging_to
 from utils.recipe import recipe_hash
+from utils.safe_text import hide_secrets, hide_secrets_in
 
 log = get_logger(__name__)
 
@@ -86,7 +87,7 @@ def environment_state(**more: Any) -> dict[str, Any]:
     import torchvision
 
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -132,7 +133,7 @@ def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, A
         for name, value in (("config.json", {"script": job.script, **config}), ("environment.json", environment)):
             if not (path / name).exists():
                 write_json(path / name, value)
-        write_text(path / "overrides.txt", "".join(f"{text}\n" for text in job.overrides))
+        write_text(path / "overrides.txt", "".join(f"{hide_secrets(text)}\n" for text in job.overrides))
     except OSError as error:
         raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); give another run_dir") from None
     return lock
@@ -142,9 +143,11 @@ def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, A
 def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Iterator[RunFolder]:
     """Make or find the folder on rank 0, lock it, and copy the log into it while it is open.
 
-    Raises UserError where it cannot be written or another run holds it.
+    What is kept of the configuration, the command and the environment is kept without secrets. Raises UserError where
+    it cannot be written or another run holds it.
     """
     path = Path(default_run_dir(config, job))
+    config = hide_secrets_in(config)
     held: list[Any] = []
 
     def open_on_main() -> str:

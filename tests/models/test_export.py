@@ -108,7 +108,10 @@ def test_every_published_size_exports(size, tmp_path):
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
     model = ConvNeXtV2Config.model_validate({**values, "head_init_scale": 1.0})
     torch.manual_seed(0)
-    preprocessing = {"image_size_hw": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3}
+    preprocessing = {
+        "image_size_hw": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3, "eval_crop": 1.0,
+        "interpolation": "bilinear",
+    }  # fmt: skip
     task = ClassificationTask(model, TASK, class_names=["a", "b", "c"], preprocessing=preprocessing)
     write_weights(
         tmp_path / "w.safetensors",

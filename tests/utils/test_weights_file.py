@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import random
+import re
+import resource
 import zipfile
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.errors import UserError
-from utils.weights import choose_weights, find_weights, read_weights, write_weights
+from utils.weights import choose_weights, find_weights, read_metadata, read_weights, write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}
@@ -79,8 +81,94 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"model": TENSORS, "args": Bomb(tmp_path / "bomb")}, path)
     message = message_of(path)
-    assert message.startswith(f"init_from: {path} holds pickled objects beside tensors, which Atelier never loads")
+    assert message.startswith(
+        f"init_from: {path} holds pickled objects beside tensors, which Atelier never loads: it asks for "
+        "'posix.mkdir', and nothing of it was run. "
+    )
     assert message.endswith("save its state dict as safetensors") and not (tmp_path / "bomb").exists()
+
+
+class Expression:
+    """Evaluates text when it is unpickled."""
+
+    def __init__(self, path):
+        self.text = f"__import__('os').mkdir({str(path)!r})"
+
+    def __reduce__(self):
+        return eval, (self.text,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(Bomb, "posix.mkdir"), (Expression, "eval"), (lambda path: torch.nn.Linear(1, 1), "torch.nn.mod")],
+)
+def test_what_a_pickle_asks_for_is_named(make, name, legacy, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"a": make(tmp_path / "bomb")}, path, _use_new_zipfile_serialization=not legacy)
+    message = message_of(path)
+    assert f"it asks for '{name}" in message and "weights_only" not in message and not (tmp_path / "bomb").exists()
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused_unread(tmp_path):
+    """256 MiB of zeros in 260 kB: torch's own reader would unpack them."""
+    path, plain = tmp_path / "w.pt", tmp_path / "plain.pt"
+    torch.save({"a": torch.zeros(1)}, plain)
+    with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            with packed.open(entry.filename, "w") as stream:
+                for _ in range(256 if entry.filename.endswith("data/0") else 0):
+                    stream.write(bytes(2**20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = message_of(path)
+    assert re.search(r" has 2\d\d,\d{3} bytes and unpacks to 268,435,\d{3}; .* it is not read\.", message), message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
+
+
+def test_an_older_file_that_promises_more_than_it_holds_is_refused(tmp_path):
+    buffer, path = io.BytesIO(), tmp_path / "w.pt"
+    torch.save({"a": torch.zeros(7)}, buffer, _use_new_zipfile_serialization=False)
+    path.write_bytes(buffer.getvalue().replace(b"K\x07", b"J\x00\x00\x00\x40"))  # 2**30 numbers
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert message_of(path).startswith(f"init_from: {path} is no readable torch file (storage has wrong byte size")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(10**12), torch.eye(3).to_sparse(), torch.empty(10**12, device="meta")]
+)
+def test_tensors_of_more_elements_than_are_stored_are_refused(tensor, tmp_path):
+    torch.save({"a": tensor}, tmp_path / "w.pt")
+    assert "holds 'a', a tensor that is sparse, quantised, without data, or of more elements" in message_of(
+        tmp_path / "w.pt"
+    )
+
+
+def test_names_that_are_no_texts_are_refused(tmp_path):
+    torch.save({3: torch.ones(2)}, tmp_path / "w.pt")
+    assert message_of(tmp_path / "w.pt").endswith("holds no state dict of tensors but a dict")
+
+
+def test_metadata_that_are_no_object_are_refused(tmp_path):
+    save_file(TENSORS, tmp_path / "w.safetensors", metadata={"atelier": "[1]"})
+    assert message_of(tmp_path / "w.safetensors").endswith("(its metadata are a JSON list, no object)")
+
+
+def test_a_check_comes_before_any_tensor_is_read(tmp_path, monkeypatch):
+    write_weights(tmp_path / "w.safetensors", TENSORS, {"step": 3})
+    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+
+    def refuse(shapes, metadata):
+        assert {name: (tuple(tensor.shape), tensor.is_meta) for name, tensor in shapes.items()} == {
+            "a.weight": ((2, 3), True), "a.bias": ((2,), True),
+        }  # fmt: skip
+        raise UserError(f"no step {metadata['step']}")
+
+    with pytest.raises(UserError, match="no step 3"):
+        read_weights(tmp_path / "w.safetensors", "init_from", refuse)
+    assert read_metadata(tmp_path / "w.safetensors", "weights") == {"step": 3}
+    assert read_metadata(tmp_path / "w.pt", "weights") == {}
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
