@@ -5,10 +5,11 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +124,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     A manifest at the root wins over the folder's layout. Where no row is in the validation split,
     `validation_fraction` of them go there by a hash of the path. The index stands beside the manifest
     (`manifest.<hash>.arrow`), or in `cache` for a scanned folder or a root that cannot be written; one that is there
-    already is used again.
+    already is used again where it is, byte for byte, what would be written: it may have come with the collection.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `scan_folder` do.
     """
@@ -135,11 +136,11 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     places = [cache / f"{fingerprint}.arrow"]
     if manifest is not None:
         places.insert(0, folder / f"manifest.{fingerprint}.arrow")
+    table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
     for place in places:
-        if place.exists():
+        if place.is_file() and _is_index_of(place, table):
             return place
     target = places[0] if manifest is None or os.access(folder, os.W_OK) else places[1]
-    table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
     write_atomically(target, lambda file: _write_index(file, table))
     return target
 
@@ -195,6 +196,34 @@ def _write_index(file: Path, table: pa.Table) -> None:
     """Write a table as an Arrow IPC file, uncompressed, so that it can be mapped."""
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+
+
+class _Comparison(io.RawIOBase):
+    """Compare what is written to it with a file."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Take a stream at its beginning."""
+        super().__init__()
+        self.is_same, self._stream = True, stream
+
+    def writable(self) -> bool:
+        """Say that it takes bytes."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Compare a piece."""
+        view = memoryview(data).cast("B")  # Arrow's buffers are of signed bytes, which equal no others
+        self.is_same = self.is_same and self._stream.read(view.nbytes) == view
+        return view.nbytes
+
+
+def _is_index_of(file: Path, table: pa.Table) -> bool:
+    """Tell whether a file is the index of a table; nothing of it is interpreted."""
+    with open(file, "rb") as stream:
+        sink = _Comparison(stream)
+        with pa.PythonFile(sink, "w") as out, pa.ipc.new_file(out, table.schema) as writer:
+            writer.write_table(table)
+        return sink.is_same and not stream.read(1)
 
 
 def _map_index(arrow: Path) -> pa.Table:

@@ -26,6 +26,9 @@ IMAGE_SUFFIXES = (
 )
 
 
+_MAX_SIDECAR_BYTES = 16 * 2**20
+
+
 class Sidecar(NamedTuple):
     """What the files beside an image say of it."""
 
@@ -72,7 +75,7 @@ def scan_folder(root: Path) -> pa.Table:
     for folder, entries, names in _walk(root):
         place = root / folder
         suffixed = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
-        images += [_read_image_entry(place, folder, entry, names) for entry in suffixed]
+        images += [_read_image_entry(root, place, folder, entry, names) for entry in suffixed]
         others += names.difference(entry.name for entry in suffixed)
     if not images:
         seen = f"{len(others)} other files (such as {min(others)!r})" if others else "no file at all"
@@ -119,7 +122,7 @@ def _extend_chain(entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str,
     return (*chain, target)
 
 
-def _read_image_entry(place: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
+def _read_image_entry(root: Path, place: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
     """Take an image's path, size and sidecars. Raises UserError for a dangling link and for a name that is no UTF-8."""
     path = folder + entry.name
     try:
@@ -132,7 +135,7 @@ def _read_image_entry(place: Path, folder: str, entry: os.DirEntry[str], names: 
         raise UserError(f"data.root: {entry.path!r} is a link to nothing; remove it, or restore its target") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"data.root: {entry.path!r} is neither a file nor a folder; remove it")
-    return _Image(path, status.st_size, read_sidecars(place, entry.name, names))
+    return _Image(path, status.st_size, read_sidecars(root, place, entry.name, names))
 
 
 def _place_images(root: Path, paths: list[str]) -> list[tuple[str, str | None]]:
@@ -162,8 +165,8 @@ def _refuse_mixture(root: Path, paths: list[str], marks: list[bool], what: str, 
         )
 
 
-def read_sidecars(folder: Path, name: str, names: set[str]) -> Sidecar:
-    """Read what stands beside the image `name` in a folder whose file names are `names`.
+def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidecar:
+    """Read what stands beside the image `name` in a folder of the collection `root` whose file names are `names`.
 
     The JSON file decides what it states, the text file fills in the rest; `x.jpg.txt` comes before `x.txt`.
     Raises UserError (`data.root`) naming the sidecar where it cannot be read.
@@ -171,6 +174,8 @@ def read_sidecars(folder: Path, name: str, names: set[str]) -> Sidecar:
     stem = os.path.splitext(name)[0]
     texts = [folder / file for file in (f"{name}.txt", f"{stem}.txt") if file in names]
     records = [folder / file for file in (f"{name}.json", f"{stem}.json") if file in names]
+    for file in (*texts[:1], *records[:1]):
+        _check_sidecar(root, file, folder / name)
     caption = _read_text(texts[0]).strip() or None if texts else None
     tags = _unique_tags(re.split(r"[,\n]", caption)) if caption else ()
     if not records:
@@ -182,6 +187,29 @@ def read_sidecars(folder: Path, name: str, names: set[str]) -> Sidecar:
         _text_of_record(records[0], record, "rating"),
         _text_of_record(records[0], record, "caption") or caption,
     )
+
+
+def _check_sidecar(root: Path, file: Path, image: Path) -> None:
+    """Raise UserError for a sidecar that is no file, too large to be one, or a link to what belongs elsewhere.
+
+    A link may lead into the collection, or to a file beside the image's own target, as in a folder of links to pairs:
+    any other text of this machine would become a caption.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UserError(f"data.root: the sidecar {str(file)!r} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_SIDECAR_BYTES:
+        raise UserError(
+            f"data.root: the sidecar {str(file)!r} is no file of up to {_MAX_SIDECAR_BYTES:,} bytes; mend or remove it"
+        )
+    if file.is_symlink():
+        target, allowed = os.path.realpath(file), (os.path.realpath(root), os.path.dirname(os.path.realpath(image)))
+        if os.path.dirname(target) != allowed[1] and not target.startswith(allowed[0].rstrip("/") + "/"):
+            raise UserError(
+                f"data.root: the sidecar {str(file)!r} is a link out of the collection, to {target!r}; put the file "
+                "in its place, or remove the link"
+            )
 
 
 def _read_text(file: Path) -> str:

@@ -280,6 +280,56 @@ def test_broken_sidecars_are_refused_by_name(refuse, root, data, message):
 # The index.
 
 
+@pytest.mark.parametrize("ending", [".txt", ".png.txt", ".json"])
+def test_a_sidecar_may_not_be_a_link_out_of_the_root(load, refuse, root, tmp_path, ending):
+    put(root, "cat/a.png", "cat/b.png")
+    secret = tmp_path / f"secret{ending}"
+    secret.write_text('{"tags": ["secret"]}')
+    link = root / f"cat/a{ending}"
+    link.symlink_to(secret)
+    refuse(root, f"the sidecar {str(link)!r} is a link out of the collection, to {str(secret)!r}; put the file in its")
+    link.unlink()
+    link.symlink_to(f"../../{secret.name}")
+    refuse(root, "is a link out of the collection")
+    link.unlink()
+    (root / f"inside{ending}").write_text('{"tags": ["ours"]}')
+    link.symlink_to(f"../inside{ending}")
+    assert "ours" in str(load(root).row(0).tags)
+
+
+def test_links_to_pairs_of_image_and_sidecar_are_followed(load, root, tmp_path):
+    put(tmp_path / "pool", "x.png", text="one, two")
+    for name in ("x.png", "x.txt"):
+        (root / name).symlink_to(tmp_path / "pool" / name)
+    assert load(root).row(0).tags == ("one", "two")
+
+
+def test_sidecars_that_are_no_files_or_too_large_are_refused(refuse, root):
+    put(root, "a.png")
+    os.mkfifo(root / "a.txt")
+    refuse(root, "a.txt' is no file of up to 16,777,216 bytes; mend or remove it")
+    (root / "a.txt").unlink()
+    with open(root / "a.txt", "wb") as stream:
+        stream.truncate(2**40)
+    refuse(root, "is no file of up to 16,777,216 bytes")
+    (root / "a.txt").unlink()
+    (root / "a.txt").symlink_to(root / "nowhere.txt")
+    refuse(root, "a.txt' cannot be read (No such file or directory)")
+
+
+def test_nothing_of_a_json_sidecar_names_a_file(load, root):
+    record = {
+        "file": "/etc/passwd",
+        "path": "../../x",
+        "file_name": "../b.png",
+        "file_url": "file:///etc",
+        "tags": ["t"],
+    }
+    put(root, "a.png", record=record)
+    row = load(root).row(0)
+    assert (row.path, row.tags, row.caption) == ("a.png", ("t",), None)
+
+
 def test_index_of_a_folder(load, root, cache):
     put(root, "cat/a.png", "dog/b.png", text="x, y")
     collection = load(root)
@@ -353,6 +403,28 @@ def test_a_damaged_index_is_refused(load, root):
     collection.arrow.write_bytes(collection.arrow.read_bytes()[:100])
     with pytest.raises(UserError, match=r"^data\.root: the index '.*' cannot be read \(.*delete it, it is made again"):
         open_collection(str(root), collection.arrow)
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest"])
+def test_an_index_that_came_with_a_collection_is_not_believed(load, root, kind):
+    """It has the right name and the right fingerprint, and names a file outside."""
+    put(root, "a.png", "b.png")
+    if kind == "manifest":
+        jsonl(root, [{"path": "a.png"}, {"path": "b.png"}])
+    whole = load(root)
+    before, paths = whole.arrow.read_bytes(), [whole.row(index).path for index in range(2)]
+    columns = {"path": ["../../etc/passwd", "b.png"], "size": [1, 1], "split": ["train"] * 2}
+    forged = build_table(columns).replace_schema_metadata({b"fingerprint": whole.fingerprint.encode()})
+    with pa.OSFile(str(whole.arrow), "wb") as sink, pa.ipc.new_file(sink, forged.schema) as writer:
+        writer.write_table(forged)
+    again = load(root)
+    assert again.arrow == whole.arrow and again.arrow.read_bytes() == before
+    assert [again.row(index).path for index in range(2)] == paths == ["a.png", "b.png"]
+    modified = again.arrow.stat().st_mtime_ns
+    assert load(root).arrow.stat().st_mtime_ns == modified  # the right one is used again
+    for damage in (before[:-1], before + b"x", b""):
+        whole.arrow.write_bytes(damage)
+        assert load(root).arrow.read_bytes() == before
 
 
 def test_columns_as_arrays(load, root):
