@@ -38,6 +38,9 @@ PARQUET, JSONL = "manifest.parquet", "manifest.jsonl"
 # The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.
 _MAKER = b"atelier.made_by"
 _COLUMNS = ", ".join(SCHEMA.names)
+# What a Parquet manifest may unpack to. Of a million numbered paths the densest writers put 18 rows into a byte, and
+# pack text 150-fold.
+_ROWS_PER_BYTE, _MOST_PACKED, _PACKED_FREE_BYTES = 64, 500, 64 * 2**20
 _PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
 Locate = Callable[[int], str]
@@ -196,9 +199,21 @@ def _read_parquet(file: Path) -> pa.Table:
     """Read a Parquet file. Raises UserError where it is none."""
     try:
         with pq.ParquetFile(file) as parquet:  # not read_table, which takes folders named a=b for columns
+            _refuse_bomb(file, parquet.metadata)
             return parquet.read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read as Parquet ({error}); make it again") from error
+
+
+def _refuse_bomb(file: Path, metadata: pq.FileMetaData) -> None:
+    """Raise UserError where a Parquet file unpacks to more than paths that differ can be packed into."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    unpacked, size = sum(group.total_byte_size for group in groups), file.stat().st_size
+    if metadata.num_rows > _ROWS_PER_BYTE * size or unpacked > _PACKED_FREE_BYTES + _MOST_PACKED * size:
+        raise UserError(
+            f"data.root: {str(file)!r} has {size:,} bytes and says that it holds {metadata.num_rows:,} rows and "
+            f"{unpacked:,} bytes unpacked, more than a list of different images does; make it again"
+        )
 
 
 def _conform(file: Path, table: pa.Table) -> pa.Table:

@@ -18,8 +18,9 @@ class ConvNeXtV2Config(Strict):
     family: Literal["convnextv2"]
     name: str = Field(min_length=1)
     in_channels: PositiveInt
-    depths: list[PositiveInt] = Field(min_length=2, max_length=5)
-    dims: list[PositiveInt] = Field(min_length=2, max_length=5)
+    # A weight file states these too, and may come from a stranger.
+    depths: list[Annotated[int, Field(ge=1, le=1000)]] = Field(min_length=2, max_length=5)
+    dims: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(min_length=2, max_length=5)
     stem_stride: Literal[1, 2, 4]
     drop_path_rate: float = Field(ge=0, lt=1)
     head_init_scale: float = Field(ge=0)

@@ -103,7 +103,11 @@ def load_classifier(path: Path, key: str = "weights") -> tuple[Classifier, dict[
                 network = build(metadata)
         except ValidationError as error:
             raise _wrong_metadata(path, key, error) from None
-        check_fit(network, shapes, keep_head=True)
+        if left := check_fit(network, shapes, keep_head=True):
+            raise UserError(
+                f"{key}: {path} has no {', '.join(left)} for its {len(metadata['class_names'])} classes; "
+                "make the file anew"
+            )
 
     state, metadata = read_weights(path, key, check)
     network = build(metadata)

@@ -38,9 +38,9 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     return left
 
 
-def check_fit(network: nn.Module, shapes: Mapping[str, Tensor], *, keep_head: bool) -> None:
-    """Raise what `load_into` would, for tensors on the meta device: before a file's tensors are read."""
-    _fit(network, shapes, keep_head)
+def check_fit(network: nn.Module, shapes: Mapping[str, Tensor], *, keep_head: bool) -> list[str]:
+    """Return and raise what `load_into` would, for tensors on the meta device: before a file's tensors are read."""
+    return _fit(network, shapes, keep_head)[1]
 
 
 def _fit(network: nn.Module, state: Mapping[str, Tensor], keep_head: bool) -> tuple[dict[str, Tensor], list[str]]:

@@ -22,6 +22,7 @@ from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups
 from utils.errors import UserError
+from utils.files import sha256_file, sha256_text
 from utils.logging import ROOT
 
 
@@ -113,6 +114,65 @@ def test_an_error_while_writing_leaves_the_old_ones_and_nothing_else(tmp_path, m
     with pytest.raises(UserError, match=r"run_dir: .* does not take the checkpoint of step 20: 0\.0 MiB are needed, "):
         make(tmp_path, 20)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+
+
+def forge(path, change):
+    """Change a checkpoint's state as somebody would who makes its checksums right."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    text = json.dumps(state)
+    (path / "state.json").write_text(text)
+    (path / "state.sha256").write_text(sha256_text(text))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda state: state["checksums"].update({"../x.safetensors": "0"}),
+            "names '../x.safetensors', which is no group",
+        ),
+        (
+            lambda state: state["checksums"].update({"/etc/passwd": "0"}),
+            "names '/etc/passwd', which is no group of tensors",
+        ),
+        (lambda state: state.update(groups=["../x"], checksums={"../x.safetensors": "0"}), "names '../x.safetensors'"),
+        (lambda state: state.update(checksums=[]), "cannot be read (AttributeError"),
+        (lambda state: state.update(groups=[1]), "cannot be read (TypeError"),
+        (lambda state: state.pop("groups"), "cannot be read (KeyError"),
+    ],
+    ids=["parent", "absolute", "group", "list", "number", "none"],
+)
+def test_a_state_that_names_other_places_is_refused(change, said, tmp_path):
+    path = make(tmp_path, 10)
+    forge(path, change)
+    with pytest.raises(UserError) as refused:
+        load_checkpoint(path)
+    assert str(refused.value).startswith(f"resume: {path} is damaged: ") and said in str(refused.value)
+
+
+def test_a_header_that_lies_is_refused_though_its_checksum_is_right(tmp_path):
+    path = make(tmp_path, 10)
+    file = path / "task.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"shape":[3,2]', b'"shape":[9,9]'))
+    forge(path, lambda state: state["checksums"].update({file.name: sha256_file(file)}))
+    with pytest.raises(
+        UserError, match=r"^resume: .*task\.safetensors is no readable .* takes 324 bytes, but is given 24"
+    ):
+        load_checkpoint(path)
+
+
+def test_the_check_comes_before_any_tensor_is_read(tmp_path, monkeypatch):
+    path = make(tmp_path, 10)
+    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+
+    def refuse(checkpoint):
+        assert checkpoint.step == 10 and checkpoint.tensors["task"]["w"].is_meta
+        assert checkpoint.tensors["task"]["w"].shape == (3, 2)
+        raise UserError("of another model")
+
+    with pytest.raises(UserError, match="of another model"):
+        load_checkpoint(path, refuse)
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path):

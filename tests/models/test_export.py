@@ -1,6 +1,7 @@
 """Export and prediction: round trips through the files that users hold, and refusals."""
 
 import json
+import resource
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from models.onnx_export import export_classifier
 from models.predictor import load_classifier, load_predictor
 from utils.config import CONF
 from utils.errors import UserError
-from utils.weights import write_weights
+from utils.weights import read_weights, write_weights
 
 CONVNEXT = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 2], dims=[16, 32], stem_stride=2, drop_path_rate=0.1,
@@ -29,6 +30,7 @@ TASK = ClassificationTaskConfig(
     cutmix_alpha=0.0,
     allow_missing_classes=False,
     keep_head=False,
+    fit_head=False,
 )
 CPU = torch.device("cpu")
 
@@ -100,6 +102,114 @@ def test_foreign_and_broken_onnx_files_are_refused(tmp_path):
     onnx.save(proto, tmp_path / "foreign.onnx")
     with pytest.raises(UserError, match="weights: .*foreign.onnx was not exported by Atelier"):
         load_predictor(tmp_path / "foreign.onnx", CPU)
+
+
+def save_graph(path, metadata=None, location=None, outputs=("y",), inner=False):
+    """Write an ONNX file x + w, w in another file where `location` names it, or within the branch of an If."""
+    weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [8], [0.0] * 8)
+    if location is not None:
+        weights.ClearField("float_data")
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", "0"), ("length", "32")):
+            entry = weights.external_data.add()
+            entry.key, entry.value = key, value
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [8]) for name in ("x", *outputs)]
+    nodes, kept = [onnx.helper.make_node("Add", ["x", "w"], [outputs[0]])], [weights]
+    if inner:
+        branch = onnx.helper.make_graph(
+            [onnx.helper.make_node("Constant", [], ["b"], value=weights)], "b", [], [value[1]]
+        )
+        nodes = [onnx.helper.make_node("If", ["x"], [outputs[0]], then_branch=branch, else_branch=branch)]
+        kept = []
+    graph = onnx.helper.make_graph(nodes, "g", value[:1], value[1:], kept)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    if metadata is not None:
+        onnx.helper.set_model_props(proto, {"atelier": metadata})
+    path.write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["initializer", "branch"])
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "link.bin", "beside.bin"])
+def test_an_onnx_file_that_names_other_files_is_refused(location, inner, tmp_path):
+    """export.py writes one file. ONNX Runtime would read what lies beside it, older versions what lies elsewhere."""
+    (tmp_path / "secret.bin").write_bytes(bytes(32))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "beside.bin").write_bytes(bytes(32))
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    save_graph(folder / "m.onnx", "{}", location, inner=inner)
+    with pytest.raises(UserError) as refused:
+        load_predictor(folder / "m.onnx", CPU)
+    assert str(refused.value) == (
+        f"weights: {folder / 'm.onnx'} takes data from another file, {location!r}, which is not read; export it as one "
+        "file (export.py does)"
+    )
+
+
+PREPROCESSING = {
+    "image_size_hw": [24, 32], "mean": [0.4] * 3, "std": [0.3] * 3, "eval_crop": 1.0, "interpolation": "bilinear",
+    "channels": 3,
+}  # fmt: skip
+METADATA = {"class_names": ["a", "b"], "preprocessing": PREPROCESSING}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{broken", "is no readable ONNX file (Expecting property name"),
+        ("[" * 100_000, "is no readable ONNX file ("),
+        ("[1]", "has wrong metadata (: Input should be"),
+        (
+            json.dumps({**METADATA, "class_names": [1]}),
+            "has wrong metadata (class_names.0: Input should be a valid string)",
+        ),
+        (
+            json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "image_size_hw": [10**6, 10**6]}}),
+            "has wrong metadata (preprocessing.image_size_hw.0: Input should be less than or equal to 16384)",
+        ),
+        (
+            json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.0] * 3}}),
+            "has wrong metadata (preprocessing.std.0: Input should be greater than 0)",
+        ),
+        (json.dumps(METADATA), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; a classifier"),
+    ],
+)
+def test_metadata_of_strangers_are_checked(metadata, message, tmp_path):
+    save_graph(tmp_path / "m.onnx", metadata, outputs=("probs",))
+    with pytest.raises(UserError) as refused:
+        load_predictor(tmp_path / "m.onnx", CPU)
+    assert str(refused.value).startswith(f"weights: {tmp_path / 'm.onnx'} {message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dims": [2**31, 2**31]}, r"has wrong metadata \(convnextv2\.dims\.0: Input should be less than or equal to"),
+        ({"depths": [10**9, 1]}, r"has wrong metadata \(convnextv2\.depths\.0: Input should be less than or equal to"),
+        ({"dims": [8192, 8192]}, "tensors do not fit the network"),
+        ({"family": "other"}, "has wrong metadata"),
+    ],
+    ids=["overflow", "deep", "wide", "family"],
+)
+def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path):
+    """The metadata ask for gigabytes: they are compared with the header before anything is allocated."""
+    path = tmp_path / "w.safetensors"
+    write_classifier(path, CONVNEXT)
+    tensors, metadata = read_weights(path, "weights")
+    write_weights(path, tensors, {**metadata, "model": {**metadata["model"], **change}})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message):
+        load_classifier(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+def test_class_names_that_do_not_fit_the_head_are_refused(tmp_path):
+    """A head of its initial values would give classes at random."""
+    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
+    tensors, metadata = read_weights(tmp_path / "w.safetensors", "weights")
+    write_weights(tmp_path / "w.safetensors", tensors, {**metadata, "class_names": ["a", "b"]})
+    with pytest.raises(UserError, match="has no head.weight, head.bias for its 2 classes; make the file anew"):
+        load_classifier(tmp_path / "w.safetensors")
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ from models.build import build_network
 from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights import load_into
+from models.weights import initialise_from, load_into
 from tests.models.test_fcmae import SETTINGS
+from utils.errors import UserError
+from utils.weights import write_weights
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]
 
@@ -176,3 +178,24 @@ def test_half_precision_weights_load_into_float32():
     load_into(target, {name: tensor.bfloat16() for name, tensor in source.state_dict().items()}, keep_head=True)
     assert target.head.weight.dtype == torch.float32
     torch.testing.assert_close(target.head.weight, source.head.weight, rtol=1e-2, atol=1e-2)
+
+
+def test_another_kind_of_number_is_refused_before_anything_is_copied():
+    """Copying would turn integers into floats in silence."""
+    network = build()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in before.items()}
+    name = next(iter(state))
+    state[name] = state[name].to(torch.int32)
+    with pytest.raises(UserError, match="1 of the checkpoint's tensors do not fit") as refused:
+        load_into(network, state, keep_head=True)
+    (row,) = (line for line in str(refused.value).splitlines() if name in line)
+    assert "torch.int32" in row and "torch.float32" in row
+    assert all(torch.equal(network.state_dict()[name], before[name]) for name in before)
+
+
+def test_shapes_alone_are_enough_to_refuse_a_file(tmp_path, monkeypatch):
+    write_weights(tmp_path / "w.safetensors", {"other": torch.ones(3)}, {})
+    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+    with pytest.raises(UserError, match="tensors do not fit the network"):
+        initialise_from(build(), str(tmp_path / "w.safetensors"), keep_head=True)

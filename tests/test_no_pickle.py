@@ -1,0 +1,94 @@
+"""Nothing in the house unpickles, evaluates text, or unpacks an archive: every call in every room, by its syntax tree.
+
+The check itself is tested on planted calls.
+"""
+
+import ast
+
+import pytest
+
+from tests.test_layering import FREE, list_files
+from utils.config import ROOT
+
+# Modules whose import is enough to ask why.
+_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}
+# What may stand where: the error that torch raises for a pickle that it refuses.
+ALLOWED = {("utils/weights.py", "import pickle"): "pickle.UnpicklingError is caught"}
+# torch.save is among them: what is written is safetensors, JSON, Arrow, PNG and text.
+_CALLS = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.save", "torch.jit.load", "torch.package",
+    "np.save", "numpy.save", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "pd.read_pickle", "pandas.read_pickle",
+    "pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "pickle.Unpickler", "shutil.unpack_archive",
+}  # fmt: skip
+_METHODS = {"extractall", "read_pickle", "to_pickle"}
+
+
+def _name(node):
+    """Return the dotted name of what is called, `?` where it is no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{_name(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def _given(call, name):
+    return next((getattr(word.value, "value", "?") for word in call.keywords if word.arg == name), None)
+
+
+def find_unsafe(source):
+    """Return `what` of each unsafe line of a source, with its line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(f"import {name.name}", node.lineno) for name in node.names if name.name in _MODULES]
+        elif isinstance(node, ast.ImportFrom) and node.module in _MODULES:
+            found.append((f"from {node.module}", node.lineno))
+        elif isinstance(node, ast.Call):
+            name = _name(node.func)
+            if name in _CALLS or name.rpartition(".")[2] in _METHODS:
+                found.append((name, node.lineno))
+            if name == "torch.load" and _given(node, "weights_only") is not True:
+                found.append(("torch.load without weights_only=True", node.lineno))
+            if name.rpartition(".")[2] == "load" and _given(node, "allow_pickle") not in (None, False):
+                found.append(("load with allow_pickle", node.lineno))
+            if _given(node, "shell") not in (None, False):
+                found.append(("a shell", node.lineno))
+    return found
+
+
+def test_no_room_unpickles_or_evaluates():
+    files = [file for file in list_files(ROOT) if file.relative_to(ROOT).parts[0] not in FREE]
+    assert len(files) > 60
+    unsafe = [
+        (file.relative_to(ROOT).as_posix(), what, line)
+        for file in files
+        for what, line in find_unsafe(file.read_text())
+    ]
+    assert [(file, what) for file, what, _ in unsafe] == list(ALLOWED), unsafe
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from pickle import loads", "import tarfile", "torch.load(p)",
+        "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p, allow_pickle=True)",
+        "np.load(p, allow_pickle=flag)", "yaml.load(t, yaml.Loader)", "eval(t)", "exec(t)", "subprocess.run(c, shell=True)", "archive.extractall(p)",
+        "torch.save(x, p)", "def f():\n    if x:\n        return eval(t)", "pd.read_pickle(p)",
+    ],
+)  # fmt: skip
+def test_a_planted_call_is_found(source):
+    assert len(find_unsafe(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "task.eval()",
+        "torch.load(p, weights_only=True)",
+        "np.load(p)",
+        "re.compile(t)",
+        "torch.compile(m)",
+        "json.load(f)",
+    ],
+)
+def test_what_is_right_passes(source):
+    assert find_unsafe(source) == []
