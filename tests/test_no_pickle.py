@@ -71,8 +71,9 @@ def test_no_room_unpickles_or_evaluates():
     [
         "import pickle", "from pickle import loads", "import tarfile", "torch.load(p)",
         "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p, allow_pickle=True)",
-        "np.load(p, allow_pickle=flag)", "yaml.load(t, yaml.Loader)", "eval(t)", "exec(t)", "subprocess.run(c, shell=True)", "archive.extractall(p)",
-        "torch.save(x, p)", "def f():\n    if x:\n        return eval(t)", "pd.read_pickle(p)",
+        "np.load(p, allow_pickle=flag)", "yaml.load(t, yaml.Loader)", "eval(t)", "exec(t)",
+        "subprocess.run(c, shell=True)", "archive.extractall(p)", "torch.save(x, p)",
+        "def f():\n    if x:\n        return eval(t)", "pd.read_pickle(p)",
     ],
 )  # fmt: skip
 def test_a_planted_call_is_found(source):
