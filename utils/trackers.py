@@ -11,6 +11,7 @@ A tracker that fails while the run goes on is named in one warning and left alon
 
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.files import write_text
 from utils.logging import get_logger
+from utils.safe_text import hide_secrets_in
 
 log = get_logger(__name__)
 
@@ -86,6 +88,8 @@ class WandbTracker:
         id_file = folder / ID_FILE
         if not id_file.exists():
             write_text(id_file, secrets.token_hex(4) + "\n")
+        command = sys.argv
+        sys.argv = hide_secrets_in(command)  # W&B keeps the command line
         try:
             self._run = wandb.init(
                 project=options.project, entity=options.entity, mode=options.mode, tags=options.tags or None,
@@ -104,6 +108,8 @@ class WandbTracker:
                 f"{str(error).splitlines()[0]}); mend that, or set tracking.mode=offline and send the run later with "
                 "`wandb sync`"
             ) from None
+        finally:
+            sys.argv = command
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         if options.mode == "online":

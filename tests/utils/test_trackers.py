@@ -5,6 +5,7 @@ TensorBoard's event files; that a tracker changes no run and ends none; refusals
 import json
 import re
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -151,8 +152,10 @@ def test_wandb_has_the_pictures_of_an_evaluation(images, tmp_path):
     assert file.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_no_file_holds_the_key(images, tmp_path):
+def test_no_file_holds_the_key(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["finetune.py", f"data.token={KEY}", "optim.lr=1"])
     fine_tune(images, tmp_path, *WANDB)
+    assert sys.argv[1] == f"data.token={KEY}"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if KEY.encode() in path.read_bytes()]
 
