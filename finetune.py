@@ -88,6 +88,7 @@ def main(config: FinetuneConfig, job: Job) -> str:
                 batch_size=config.loop.batch_size,
                 runtime=runtime,
                 unreadable=loader.unreadable,
+                augmented=True,
             )
             fit_head(task, images, runtime)
 

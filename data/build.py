@@ -190,9 +190,16 @@ def plain_loader(
     batch_size: int,
     runtime: Any,
     unreadable: UnreadableLog,
+    augmented: bool = False,
 ) -> EvaluationLoader:
-    """Return a loader of some rows, each exactly once over all ranks, prepared as validation images are."""
-    transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
+    """Return a loader of some rows, each exactly once over all ranks, prepared as validation images are.
+
+    With `augmented` as training images are: the draw of a row is the same each time.
+    """
+    if augmented:
+        transform = TrainTransform(augment)
+    else:
+        transform = EvalTransform(augment.image_size_hw, augment.eval_crop, augment.interpolation)
     return EvaluationLoader(
         ImageReader(collection, transform, fields, channels=channels, max_pixels=config.max_pixels),
         rows,

@@ -23,6 +23,9 @@ from utils.logging import get_logger
 
 log = get_logger(__name__)
 
+# A smaller one recognises more and leans on directions of the features that hardly vary: training then begins with
+# gradients a hundred times as large, which undo it.
+_PENALTY = 1e-2
 _SCALES = tuple(2.0 ** (step / 2) for step in range(25))  # 1 to 4096; a regression's scores lie between 0 and 1
 
 
@@ -41,8 +44,9 @@ def find_head(network: nn.Module) -> nn.Linear:
 def fit_head(task: ClassificationTask, loader: Iterable[Batch], runtime: Runtime) -> None:
     """Give the head the weights of a ridge regression of the classes on what it is given for the loader's images.
 
-    Every rank calls it, with batches of the same sizes, and gets the same head. The images are prepared as for
-    validation; their labels are those trained on. Raises UserError where none could be read, or for an unfit network.
+    Every rank calls it, with batches of the same sizes, and gets the same head. The images must be augmented as in
+    training: a head fitted to plain ones is too sure of them, and the first steps tear the network apart. Raises
+    UserError where none could be read, or for an unfit network.
     """
     head = find_head(task.network)
     task.to(runtime.device).eval()
@@ -74,7 +78,7 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
         )
     mean, scale = standardise(features)
     standard = (features - mean) / scale
-    weight, bias = fit_linear(standard, F.one_hot(labels, num_classes).double())
+    weight, bias = fit_linear(standard, F.one_hot(labels, num_classes).double(), [_PENALTY])
     scores = standard @ weight + bias
     factor = min(_SCALES, key=lambda factor: float(F.cross_entropy(factor * scores, labels)))
     weight = weight / scale[:, None]

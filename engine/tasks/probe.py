@@ -9,7 +9,7 @@ a number of iterations to set, and one decomposition tells for every penalty how
 when each is left out of the fit, by which the penalty is chosen.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,10 +91,10 @@ def knn_scores(train: Tensor, targets: Tensor, val: Tensor, k: int, num_classes:
     return torch.cat(scores)
 
 
-def fit_linear(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def fit_linear(features: Tensor, targets: Tensor, penalties: Sequence[float] = PENALTIES) -> tuple[Tensor, Tensor]:
     """Return weight [C, K] and bias [K] of the ridge regression of one-hot targets [N, K] on centred features [N, C].
 
-    The bias bears no penalty. The penalty is the one of PENALTIES, times N, that recognises most samples when each is
+    The bias bears no penalty. The penalty is the one of `penalties`, times N, that recognises most samples when each is
     predicted by a fit to all others; of equals the one of the least squared error.
     Source: Golub, Heath, Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
     Technometrics 1979, section 1 (the ordinary form, Allen's PRESS).
@@ -106,7 +106,7 @@ def fit_linear(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     left, singular, right = torch.linalg.svd(features, full_matrices=False)
     projected = left.T @ (targets - bias)
     found = []
-    for penalty in PENALTIES:
+    for penalty in penalties:
         shrink = singular.square() / (singular.square() + penalty * count)
         # A sample's own pull on its prediction; 1 at most, and that only where it is the one sample.
         leverage = left.square() @ shrink + 1 / count
