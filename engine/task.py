@@ -2,7 +2,8 @@
 
 A task is an nn.Module that owns its network and whatever else is state (a teacher, frozen encoders, running centres),
 so that DDP wraps it, compile sees forward and loss in one graph, and its state is checkpointed with it. It is the only
-thing that a new kind of training writes.
+thing that a new kind of training writes. Its networks enter their stacked blocks by calling them, which is where ranks
+that share a block's rows bring them together (engine/parallel.py).
 
     task(batch, knobs) -> StepOutput          one loss per sample
     task.network                              what EMA follows and export writes
