@@ -25,7 +25,8 @@ import torch
 from bench.measure import OUT, report
 from tests.support import checkpoint_tensors, common, make_collection, rows, run, samples_by_step, start
 
-STEPS_PER_KILL = 6  # on average between two kills, so that the run does not end before the last
+STEPS_PER_KILL = 8  # on average between two kills, so that the run does not end before the last
+STEP_SEC = 0.025  # about what a step takes on a free core; on a busy one the kills come closer together
 SETTINGS = [
     "loop.global_batch_size=8",
     "loop.batch_size=2",  # so that one rank accumulates over four micro-batches, two ranks over two
@@ -117,9 +118,9 @@ def main():
     inside, done, aimed, ended = 0, 0, 0, 0
     command = common(task, data, killed, *settings)
     while done < kills and not ended:
-        remaining = max(1, steps - last_step(killed))
-        # Twice the mean, of what is left: a drawn moment is uniform from 0.
-        seconds = 2 * remaining / (kills - done) * 0.05
+        # Twice the mean of what is left, since a moment is drawn from 0 on, but never so much that the run might end.
+        remaining = max(0, steps - last_step(killed) - STEPS_PER_KILL)
+        seconds = min(2 * remaining / (kills - done), remaining / 2) * STEP_SEC
         aims = done % 3 == 2
         found = kill_once(start(values["script"], command, folder, ranks), killed, draw, seconds, aims)
         ended += found is None
