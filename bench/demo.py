@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results.md"
 TWO_FACES = 'loop.train_paths=["images/DejaVuSans/*","images/DejaVuSerif/*"]'
 FEW_LABELS_STEPS = 2  # fine-tuning with few labels is that many times as long: it learns at less cost per label
-# From scratch the first layers must learn as fast as the last, and there are no features to fit a head to.
-SCRATCH = ("optim.layer_decay=1.0", "task.fit_head=false")
+# From scratch there are no features to fit a head to.
+SCRATCH = ("task.fit_head=false",)
 # Keys that only the full demo fills (its controls need more than the demo's minutes).
 CONTROLS = {
     "top1_from_scratch": "from scratch, equal fine-tuning steps",

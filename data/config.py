@@ -52,11 +52,11 @@ class AffineConfig(Strict):
 class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
-    Training, in this order: a random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a
-    mirror image with probability `horizontal_flip`; `affine` and `rand_augment` where they are not null, what they
-    uncover filled with the grey level `fill`; random erasing with probability `random_erasing`. Evaluation: the shorter
-    side resized to image size / `eval_crop`, centre crop. `mean` and `std` (of values in [0, 1], one per channel) are
-    applied on the device.
+    Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
+    random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
+    `horizontal_flip`; `rand_augment` where it is not null; random erasing with probability `random_erasing`. What is
+    uncovered has the grey level `fill`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
+    `mean` and `std` (of values in [0, 1], one per channel) are applied on the device.
     """
 
     image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]

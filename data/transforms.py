@@ -37,24 +37,15 @@ class NoiseErasing(v2.RandomErasing):
 
 
 class TrainTransform:
-    """Random resized crop, mirror, affine map, RandAugment and erasing, as `augment` says.
+    """Affine map, random resized crop, mirror, RandAugment and erasing, as `augment` says.
 
     Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
     """
 
     def __init__(self, config: AugmentConfig) -> None:
-        steps: list[torch.nn.Module] = [
-            v2.RandomResizedCrop(
-                tuple(config.image_size_hw),
-                scale=tuple(config.crop_scale),
-                ratio=tuple(config.crop_ratio),
-                interpolation=InterpolationMode(config.interpolation),
-                antialias=True,
-            )
-        ]
-        if config.horizontal_flip > 0:
-            steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        steps: list[torch.nn.Module] = []
         if config.affine is not None:
+            # Before the resize: after it, training images would be blurred and validation images not.
             affine = config.affine
             steps.append(
                 v2.RandomAffine(
@@ -66,6 +57,17 @@ class TrainTransform:
                     fill=config.fill,
                 )
             )
+        steps.append(
+            v2.RandomResizedCrop(
+                tuple(config.image_size_hw),
+                scale=tuple(config.crop_scale),
+                ratio=tuple(config.crop_ratio),
+                interpolation=InterpolationMode(config.interpolation),
+                antialias=True,
+            )
+        )
+        if config.horizontal_flip > 0:
+            steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
         if config.rand_augment is not None:
             steps.append(v2.RandAugment(config.rand_augment.num_ops, config.rand_augment.magnitude, fill=config.fill))
         if config.random_erasing > 0:
