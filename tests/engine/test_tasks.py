@@ -48,7 +48,8 @@ def runtime():
     return choose_runtime(
         RuntimeConfig(
             device="cpu", precision="fp32", compile=False, channels_last=False, workers=0, prefetch_batches=1,
-            threads=1, deterministic=False, sync_batchnorm=False, grad_checkpointing=False, parallel="ddp", hang_timeout_sec=60.0,
+            threads=1, deterministic=False, sync_batchnorm=False, grad_checkpointing=False, parallel="ddp",
+            hang_timeout_sec=60.0,
         )
     )  # fmt: skip
 
