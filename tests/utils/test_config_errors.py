@@ -242,7 +242,8 @@ FROM_HYDRA = {
     ),
     "an unknown experiment": (
         ["experiment=glyphs/demo_fintune"],
-        "experiment: unknown 'glyphs/demo_fintune'; close: glyphs/demo_finetune, glyphs/demo_pretrain (files of "
+        "experiment: unknown 'glyphs/demo_fintune'; close: glyphs/demo_finetune, glyphs/demo_pretrain, "
+        "glyphs/best (files of "
         f"{CONF}/experiment)",
     ),
     "no option": (
