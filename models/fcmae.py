@@ -1,7 +1,7 @@
 """FCMAE: a ConvNeXt V2 that learns without labels by painting the patches that a mask removed.
 
-A mask is bool [B, L] over the patch grid in row-major order, True = removed. A patch is the vector of its pixels in
-the order row, column, channel: P = patch_px * patch_px * C. Train it with `pretrain_fcmae.py`.
+A mask is bool [B, L] over the patch grid in row-major order, True = removed; a patch is a vector [P]
+(models/patches.py). Train it with `pretrain_fcmae.py`.
 """
 
 import math
@@ -13,24 +13,9 @@ from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
 from models.layers import GRN
+from models.patches import patchify, unpatchify
 from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
-
-
-def patchify(images: Tensor, patch_px: int) -> Tensor:
-    """Cut images [B, C, H, W] into patches [B, L, P]; `patch_px` divides H and W."""
-    batch, channels, height, width = images.shape
-    grid_h, grid_w = height // patch_px, width // patch_px
-    cells = images.reshape(batch, channels, grid_h, patch_px, grid_w, patch_px)
-    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid_h * grid_w, patch_px * patch_px * channels)
-
-
-def unpatchify(patches: Tensor, patch_px: int, image_size_hw: tuple[int, int]) -> Tensor:
-    """Lay patches [B, L, P] back into images [B, C, H, W]: the inverse of `patchify`."""
-    height, width = image_size_hw
-    grid_h, grid_w = height // patch_px, width // patch_px
-    cells = patches.reshape(patches.shape[0], grid_h, grid_w, patch_px, patch_px, -1)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +74,7 @@ def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px
 
 
 class FCMAE(nn.Module):
-    """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict every patch.
+    """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict the removed ones.
 
     Encoder and decoder work on the grid of the total stride; a patch may be several sites wide, and each site predicts
     its own pixels. The decoder starts like the encoder (std .02), the mask token normal with std .02. `execution` is
@@ -174,11 +159,12 @@ class FCMAE(nn.Module):
             tokens = encode_visible(self.encoder, images, visible, self.patch_px)
             tokens = F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
             x = place_sites(visible, self.grid_hw, self.patch_sites).to_map(tokens)
-            x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
-            pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
         else:
             x = self.proj(self.encoder.forward_features(images, ~gaps[:, 0]))
-            x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
+        x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
+        if self.execution == "sparse":
+            pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
+        else:
             pixels = targets.from_map(self.pred(x))
         return self._join_sites(pixels)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
 from models.layers import ChannelsFirstLayerNorm, select_visible
+from models.patches import patchify
 
 
 class _Scatter(torch.autograd.Function):
@@ -130,8 +131,7 @@ def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -
         rows = place_sites(patches, grid_hw, patch_px).from_map(x)
         tokens = rows.view(batch, -1, patch_px, patch_px, rows.shape[1])
     else:
-        pixels = images.unflatten(3, (-1, patch_px)).unflatten(2, (-1, patch_px))  # [B, C, h, S, w, S]
-        pixels = pixels.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # [B, L, S, S, C]
+        pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
         tokens = _strided_convolution(convolution, pixels.take_along_dim(patches[:, :, None, None, None], dim=1))
     return _normalise(norm, tokens)
 

@@ -15,6 +15,7 @@ from engine.tasks.config import FCMAETaskConfig
 from engine.tasks.probe import measure_features
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
+from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.normalise import Normalise
 from utils import distributed, pictures
@@ -119,8 +120,7 @@ class FCMAETask(Task):
         few = torch.linspace(0, len(images) - 1, min(self.pictures, len(images)), device=images.device).round().long()
         images, pred, mask = images[few], pred[few].float(), mask[few]
         _, painted = self.network.reconstruct(images, pred, mask)
-        grid, patch_px = mask.reshape(-1, *self.network.grid_hw), self.network.patch_px
-        removed = grid.repeat_interleave(patch_px, dim=1).repeat_interleave(patch_px, dim=2)
+        removed = repeat_sites(mask.reshape(-1, *self.network.grid_hw), self.network.patch_px)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
         seen = torch.where(removed[..., None], _MASK_GREY, original)
         rows = [row.cpu().numpy() for row in (original, seen, painted)]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
-from models.fcmae import FCMAE, count_removed, draw_mask, patchify, unpatchify
+from models.fcmae import FCMAE, count_removed, draw_mask
+from models.patches import patchify, unpatchify
 
 SETTINGS = {
     "patch_px": 8, "mask_ratio": 0.6, "decoder_dim": 24, "decoder_depth": 1, "norm_pix_loss": True,
