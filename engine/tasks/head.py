@@ -3,8 +3,13 @@
 A head of random weights sends random gradients into a network that has learned something, and takes hundreds of steps
 to stop. The closed solution takes seconds, and fine-tuning then has nothing to unlearn.
 
+The features of a network that was trained without labels differ little: what all images have in common is many times
+what tells them apart. A head learns such a difference as slowly as it is small. So where a norm layer comes just before
+the head, its scale and shift become those by which each feature has mean 0 and deviation 1 over the images.
+
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data of another
-kind than that trained on. Differs: the probe is ridge regression, and its scale the one of the least cross-entropy.
+kind than that trained on; standardised features, He et al. 2021 (arXiv 2111.06377), section A.1, linear probing.
+Differs: the probe is ridge regression, its scale the one of the least cross-entropy, and the norm is an affine map.
 """
 
 from collections.abc import Iterable
@@ -24,9 +29,10 @@ from utils.logging import get_logger
 log = get_logger(__name__)
 
 # A smaller one recognises more and leans on directions of the features that hardly vary: training then begins with
-# gradients a hundred times as large, which undo it.
-_PENALTY = 1e-2
-_SCALES = tuple(2.0 ** (step / 2) for step in range(25))  # 1 to 4096; a regression's scores lie between 0 and 1
+# gradients a hundred times as large, which undo it (docs/results.md has a trial).
+_PENALTY = 1e-1
+_NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+_SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; a regression's scores lie between 0 and 1
 
 
 def find_head(network: nn.Module) -> nn.Linear:
@@ -50,27 +56,53 @@ def fit_head(task: ClassificationTask, loader: Iterable[Batch], runtime: Runtime
     """
     head = find_head(task.network)
     task.to(runtime.device).eval()
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].float()))
+    made: list[tuple[nn.Module, Tensor]] = []
+    given: list[Tensor] = []
+    before: list[nn.Module] = []  # the norm layer that makes what the head is given, if one does
+
+    def note(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.numel() == len(out) * head.in_features:
+            made.append((module, out))
 
     def encode(images: Tensor) -> Tensor:
+        made.clear()
         with runtime.autocast():
             task.network(task.normalise(images))
-        return seen.pop()
+        features = given.pop()
+        # Between the two may stand what passes its input on (dropout, flatten): it is the same memory.
+        before[:] = [module for module, out in made if out.data_ptr() == features.data_ptr()]
+        return features.float()
+
+    norms = [module for module in task.network.modules() if isinstance(module, _NORMS) and module.weight is not None]
+    hooks = [norm.register_forward_hook(note) for norm in norms]
+    hooks.append(head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])))
 
     try:
         features, labels = gather_features(encode, loader)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         task.train()
-    weight, bias, found = distributed.rank_zero_call(lambda: _fit(features, labels, head.out_features))
+    weight, bias, mean, scale, found = distributed.rank_zero_call(lambda: _fit(features, labels, head.out_features))
+    if before:
+        norm = before[0]
+        # A constant feature (scale infinite) stays as it is; the head gives it no weight.
+        mean, scale = (torch.where(scale.isfinite(), value, other) for value, other in ((mean, 0.0), (scale, 1.0)))
+        norm.weight.copy_(norm.weight.cpu() / scale)
+        norm.bias.copy_((norm.bias.cpu() - mean) / scale)
+    else:
+        weight = weight / scale
+        bias = bias - weight @ mean
     head.weight.copy_(weight)
     head.bias.copy_(bias)
     log.info("task.fit_head: the head fitted to %s images recognises %.3f of them", f"{len(labels):,}", found)
 
 
-def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float]:
-    """Return weight [K, C] and bias [K] of the fitted head, and the share of the images that it recognises."""
+def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Return weight [K, C] and bias [K] of the head of standardised features, their mean and scale [C], the share hit.
+
+    The share is that of the images that it recognises.
+    """
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
             f"task.fit_head: {len(features)} images could be read to fit the head to, or their features are not finite;"
@@ -81,6 +113,5 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
     weight, bias = fit_linear(standard, F.one_hot(labels, num_classes).double(), [_PENALTY])
     scores = standard @ weight + bias
     factor = min(_SCALES, key=lambda factor: float(F.cross_entropy(factor * scores, labels)))
-    weight = weight / scale[:, None]
-    bias = bias - mean @ weight
-    return factor * weight.T, factor * bias, (scores.argmax(dim=1) == labels).double().mean().item()
+    found = (scores.argmax(dim=1) == labels).double().mean().item()
+    return factor * weight.T, factor * bias, mean, scale, found

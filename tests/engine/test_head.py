@@ -45,7 +45,40 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
     loss, share = measure(task, batches)
     assert share > 0.75 and loss < 0.7 * loss_before and task.training
     after = task.network.state_dict()
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight", "head.bias"}
+    changed = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    assert {name for name in after if not torch.equal(after[name], before[name])} == changed
+
+
+def features_of(task, batches):
+    """What the head is given, all images."""
+    given = []
+    hook = find_head(task.network).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    measure(task.eval(), batches)
+    hook.remove()
+    return torch.cat(given)
+
+
+def test_the_norm_before_the_head_then_gives_standardised_features(runtime):
+    task, batches = make_classifier(), make_batches()
+    task.network.norm.weight.data[0] = 0.0  # a feature that is constant
+    raw = features_of(task, batches)
+    fit_head(task, batches, runtime)
+    features = features_of(task, batches)
+    assert torch.allclose(features.mean(dim=0), torch.zeros(features.shape[1]), atol=1e-4)
+    assert torch.allclose(features.std(dim=0, correction=0)[1:], torch.ones(features.shape[1] - 1), atol=1e-3)
+    assert raw.mean(dim=0).abs().max() > 0.05 and torch.equal(features[:, 0], torch.zeros(len(features)))
+
+
+def test_without_a_norm_before_it_the_head_alone_changes(runtime):
+    batches = make_batches()
+    task = make_classifier()
+    task.network = build_network(TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None), 4)
+    before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
+    fit_head(task, batches, runtime)
+    _, share = measure(task.eval(), batches)
+    after = task.network.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert share > 0.75 and changed == {"fc.weight", "fc.bias"}
 
 
 def test_padding_and_unreadable_images_are_left_out(runtime):
