@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results.md"
 TWO_FACES = 'loop.train_paths=["images/DejaVuSans/*","images/DejaVuSerif/*"]'
-FEW_LABELS_STEPS = 2  # fine-tuning with few labels is that many times as long: it learns at less cost per label
 # Keys that only the full demo fills (its controls need more than the demo's minutes).
 CONTROLS = {
     "top1_from_scratch": "from scratch, equal fine-tuning steps",
@@ -89,12 +88,11 @@ class Demo:
         """Run the controls; returns what they reached. Steps from scratch follow from measured seconds per step."""
         steps = self.rows("finetune", "train")[-1]["step"]
         pretrain, finetune = self.seconds["pretrain"], self.seconds["finetune"]
-        few = steps * FEW_LABELS_STEPS
+        more = round(steps * (1 + pretrain / finetune))
         self.finetune("scratch")
-        self.finetune("scratch_equal_seconds", f"loop.total_steps={round(steps * (1 + pretrain / finetune))}")
-        self.finetune("few_labels", f"init_from={self.out}/pretrain", TWO_FACES, f"loop.total_steps={few}")
-        more = pretrain / self.seconds["few_labels"]
-        self.finetune("few_labels_scratch", TWO_FACES, f"loop.total_steps={round(few * (1 + more))}")
+        self.finetune("scratch_equal_seconds", f"loop.total_steps={more}")
+        self.finetune("few_labels", f"init_from={self.out}/pretrain", TWO_FACES)
+        self.finetune("few_labels_scratch", TWO_FACES, f"loop.total_steps={more}")
         runs = ("scratch", "scratch_equal_seconds", "few_labels", "few_labels_scratch")
         return dict(zip(CONTROLS, map(self.top1, runs)))
 
