@@ -139,3 +139,7 @@ def main():
         for setting in SETTINGS:
             torch.compiler.reset()
             report(measure_size(size, setting, "quick" in words))
+
+
+if __name__ == "__main__":
+    main()
