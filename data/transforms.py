@@ -3,15 +3,13 @@
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
 Each runs on what it is fastest with, by a factor of 2 to 4 (one thread, 64 and 224 px): crops and resizes on tensors,
 affine maps and RandAugment on Pillow's images.
-Normalisation happens on the device (`Normalise` in models/layers.py): a batch carries bytes, a quarter of floats.
+Normalisation happens on the device (models/normalise.py): a batch carries bytes, a quarter of floats.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -40,18 +38,9 @@ class NoiseErasing(v2.RandomErasing):
         return super().transform(inpt, params)
 
 
-class OnPillow(torch.nn.Module):
-    """Apply a transform to the image as Pillow has it; from and to uint8 [C, H, W], C 1 or 3."""
-
-    def __init__(self, transform: v2.Transform) -> None:
-        super().__init__()
-        self.transform = transform
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the transformed image."""
-        pixels = image.permute(1, 2, 0).numpy()
-        result = self.transform(Image.fromarray(pixels[:, :, 0] if len(image) == 1 else np.ascontiguousarray(pixels)))
-        return torch.from_numpy(np.array(result).reshape(result.height, result.width, len(image))).permute(2, 0, 1)
+def on_pillow(transform: v2.Transform) -> list[torch.nn.Module]:
+    """Return the steps that apply a transform to the image as Pillow has it; from and to uint8 [C, H, W], C 1 or 3."""
+    return [v2.ToPILImage(), transform, v2.PILToTensor()]
 
 
 class TrainTransform:
@@ -73,7 +62,7 @@ class TrainTransform:
                 interpolation=InterpolationMode.BILINEAR,
                 fill=config.fill,
             )
-            steps.append(OnPillow(move))
+            steps += on_pillow(move)
         steps.append(
             v2.RandomResizedCrop(
                 tuple(config.image_size_hw),
@@ -87,7 +76,7 @@ class TrainTransform:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
         if config.rand_augment is not None:
             operations, magnitude = config.rand_augment.num_ops, config.rand_augment.magnitude
-            steps.append(OnPillow(v2.RandAugment(operations, magnitude, fill=config.fill)))
+            steps += on_pillow(v2.RandAugment(operations, magnitude, fill=config.fill))
         if config.random_erasing > 0:
             # Before normalisation, hence with bytes: a rectangle of evenly distributed noise.
             steps.append(NoiseErasing(config.random_erasing))

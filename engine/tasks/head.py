@@ -4,7 +4,7 @@ A head of random weights sends random gradients into a network that has learned 
 to stop. The closed solution takes seconds, and fine-tuning then has nothing to unlearn.
 
 The features of a network that was trained without labels differ little: what all images have in common is many times
-what tells them apart. A head learns such a difference as slowly as it is small. So where a norm layer comes just before
+what tells them apart. A head learns such a difference as slowly as it is small. So where a layer norm comes just before
 the head, its scale and shift become those by which each feature has mean 0 and deviation 1 over the images.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data of another
@@ -31,7 +31,6 @@ log = get_logger(__name__)
 # A smaller one recognises more and leans on directions of the features that hardly vary: training then begins with
 # gradients a hundred times as large, which undo it (docs/results.md has a trial).
 _PENALTY = 1e-1
-_NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; a regression's scores lie between 0 and 1
 
 
@@ -58,7 +57,7 @@ def fit_head(task: ClassificationTask, loader: Iterable[Batch], runtime: Runtime
     task.to(runtime.device).eval()
     made: list[tuple[nn.Module, Tensor]] = []
     given: list[Tensor] = []
-    before: list[nn.Module] = []  # the norm layer that makes what the head is given, if one does
+    before: list[nn.Module] = []  # the layer norm that makes what the head is given, if one does
 
     def note(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
         if out.numel() == len(out) * head.in_features:
@@ -73,8 +72,9 @@ def fit_head(task: ClassificationTask, loader: Iterable[Batch], runtime: Runtime
         before[:] = [module for module, out in made if out.data_ptr() == features.data_ptr()]
         return features.float()
 
-    norms = [module for module in task.network.modules() if isinstance(module, _NORMS) and module.weight is not None]
-    hooks = [norm.register_forward_hook(note) for norm in norms]
+    # Layer norms with a scale and a shift; a batch norm standardises by itself, by its batch.
+    norms = [module for module in task.network.modules() if isinstance(module, nn.LayerNorm)]
+    hooks = [norm.register_forward_hook(note) for norm in norms if norm.weight is not None and norm.bias is not None]
     hooks.append(head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])))
 
     try:

@@ -69,6 +69,14 @@ def test_the_norm_before_the_head_then_gives_standardised_features(runtime):
     assert raw.mean(dim=0).abs().max() > 0.05 and torch.equal(features[:, 0], torch.zeros(len(features)))
 
 
+def test_a_norm_that_cannot_shift_is_left_as_it_is(runtime):
+    task, batches = make_classifier(), make_batches()
+    task.network.norm = nn.LayerNorm(task.network.num_features, bias=False)
+    fit_head(task, batches, runtime)
+    _, share = measure(task.eval(), batches)
+    assert share > 0.75 and torch.equal(task.network.norm.weight, torch.ones(task.network.num_features))
+
+
 def test_without_a_norm_before_it_the_head_alone_changes(runtime):
     batches = make_batches()
     task = make_classifier()
