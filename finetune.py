@@ -16,7 +16,7 @@ from engine.config import TrainingConfig
 from engine.start import build_task, run_path, run_training, start_ranks
 from engine.tasks.classification import ClassificationTask, LabelFields
 from engine.tasks.config import ClassificationTaskConfig
-from engine.tasks.head import fit_head
+from engine.tasks.head import prepare_head
 from models.config import ModelConfig
 from models.weights import initialise_from
 from utils.config import Job, entry_point
@@ -75,8 +75,8 @@ def main(config: FinetuneConfig, job: Job) -> str:
 
     # ----------------------------------------------------------------------------------------------- 4. The training
     def initialise(network: nn.Module) -> None:
-        initialise_from(network, config.init_from, keep_head=config.task.keep_head)
-        if config.task.fit_head:
+        initialise_from(network, config.init_from, keep_head=config.task.head == "kept")
+        if config.task.head in ("standardised", "fitted"):
             images = plain_loader(
                 collection,
                 config.data,
@@ -90,7 +90,7 @@ def main(config: FinetuneConfig, job: Job) -> str:
                 unreadable=loader.unreadable,
                 augmented=True,
             )
-            fit_head(task, images, runtime)
+            prepare_head(task, images, runtime, fit=config.task.head == "fitted")
 
     return run_training(
         task,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from utils.schema import Strict
 
@@ -38,13 +38,4 @@ class ClassificationTaskConfig(Strict):
     mixup_alpha: Annotated[float, Field(ge=0)]
     cutmix_alpha: Annotated[float, Field(ge=0)]
     allow_missing_classes: bool
-    keep_head: bool
-    fit_head: bool
-
-    @model_validator(mode="after")
-    def _a_head_is_kept_or_fitted(self) -> "ClassificationTaskConfig":
-        if self.keep_head and self.fit_head:
-            raise ValueError(
-                "task.fit_head: true makes a new head, and task.keep_head=true keeps the old; set one false"
-            )
-        return self
+    head: Literal["drawn", "standardised", "fitted", "kept"]

@@ -33,8 +33,7 @@ MODEL = ConvNeXtV2Config(
 )  # fmt: skip
 CONFIG = ClassificationTaskConfig(
     name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, allow_missing_classes=True,
-    keep_head=False,
-    fit_head=False,
+    head="drawn",
 )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(task, collection, tmp_
     run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=10)
     assert rows(killed / "metrics.jsonl")[-1]["step"] == 10, "the kill came elsewhere"
     printed = run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
-    assert "at step 8" in printed  # two steps beyond the checkpoint are made again: mid-epoch, 54 images by 8
+    # Steps beyond the checkpoint are made again, mid-epoch (54 images by 8); the one of step 8 may not be written yet.
+    assert "at step 8" in printed or "at step 4" in printed
 
     assert_same_tensors(checkpoint_tensors(undisturbed, 20), checkpoint_tensors(killed, 20))
     assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
@@ -125,7 +126,10 @@ def test_evaluation_is_exact_on_any_number_of_ranks(task, collection, tmp_path):
 
 def test_a_resumed_run_does_not_ask_for_the_weights_it_began_with(collection, tmp_path):
     """init_from is read once: the pretraining run may be gone when the fine-tuning resumes."""
-    settings = ["loop.total_steps=6", "loop.global_batch_size=8", "loop.checkpoint_every_steps=2"]
+    settings = [
+        "loop.total_steps=6", "loop.global_batch_size=8", "loop.checkpoint_every_steps=2",
+        "loop.save_in_background=false",
+    ]  # fmt: skip
     run(SCRIPTS["fcmae"], common("fcmae", collection, tmp_path / "pretrained", *settings), tmp_path)
     overrides = common("classification", collection, tmp_path / "tuned", *settings, f"init_from={tmp_path}/pretrained")
     printed = run(SCRIPTS["classification"], overrides, tmp_path, expect=-9, kill_at_step=5)

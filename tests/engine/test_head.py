@@ -1,4 +1,4 @@
-"""The fitted head. Property (recognises what a linear layer can), equality (ranks), refusals, an end-to-end run."""
+"""How a head begins. Property (recognises what a linear layer can), equality (ranks), refusals, an end-to-end run."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.tasks.head import find_head, fit_head
+from engine.tasks.head import find_head, prepare_head
 from models.build import build_network
 from models.config import TimmConfig
 from tests.engine.test_tasks import make_batch, make_classifier
@@ -40,7 +40,7 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
     loss_before, _ = measure(task, batches)
     state = torch.random.get_rng_state()
-    fit_head(task, batches, runtime)
+    prepare_head(task, batches, runtime, fit=True)
     assert torch.equal(state, torch.random.get_rng_state())
     loss, share = measure(task, batches)
     assert share > 0.75 and loss < 0.7 * loss_before and task.training
@@ -62,17 +62,34 @@ def test_the_norm_before_the_head_then_gives_standardised_features(runtime):
     task, batches = make_classifier(), make_batches()
     task.network.norm.weight.data[0] = 0.0  # a feature that is constant
     raw = features_of(task, batches)
-    fit_head(task, batches, runtime)
+    prepare_head(task, batches, runtime, fit=True)
     features = features_of(task, batches)
     assert torch.allclose(features.mean(dim=0), torch.zeros(features.shape[1]), atol=1e-4)
     assert torch.allclose(features.std(dim=0, correction=0)[1:], torch.ones(features.shape[1] - 1), atol=1e-3)
     assert raw.mean(dim=0).abs().max() > 0.05 and torch.equal(features[:, 0], torch.zeros(len(features)))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_features(norm, runtime):
+    task, batches = make_classifier(), make_batches()
+    if not norm:
+        task.network.norm = nn.Identity()
+    head = task.network.head
+    weight, bias = head.weight.clone(), head.bias.clone()
+    raw = features_of(task, batches)
+    prepare_head(task, batches, runtime, fit=False)
+    standard = (raw - raw.mean(dim=0)) / raw.std(dim=0, correction=0)
+    expected = standard @ weight.T + bias
+    with torch.no_grad():
+        found = head(features_of(task, batches))
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.equal(head.weight, weight) == norm
+
+
 def test_a_norm_that_cannot_shift_is_left_as_it_is(runtime):
     task, batches = make_classifier(), make_batches()
     task.network.norm = nn.LayerNorm(task.network.num_features, bias=False)
-    fit_head(task, batches, runtime)
+    prepare_head(task, batches, runtime, fit=True)
     _, share = measure(task.eval(), batches)
     assert share > 0.75 and torch.equal(task.network.norm.weight, torch.ones(task.network.num_features))
 
@@ -82,7 +99,7 @@ def test_without_a_norm_before_it_the_head_alone_changes(runtime):
     task = make_classifier()
     task.network = build_network(TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None), 4)
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
-    fit_head(task, batches, runtime)
+    prepare_head(task, batches, runtime, fit=True)
     _, share = measure(task.eval(), batches)
     after = task.network.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
@@ -96,7 +113,7 @@ def test_padding_and_unreadable_images_are_left_out(runtime):
         if junk:
             bad = make_batch(size=8, seed=99) | {"labels": torch.zeros(8, dtype=torch.int64)}
             batches.append(bad | {"weight": torch.zeros(8), "sample_id": torch.arange(8) + 1000})
-        fit_head(task, batches, runtime)
+        prepare_head(task, batches, runtime, fit=True)
         heads.append(task.network.head.weight.clone())
     assert torch.equal(*heads)
 
@@ -104,24 +121,26 @@ def test_padding_and_unreadable_images_are_left_out(runtime):
 def test_no_readable_image_is_an_error(runtime):
     task = make_classifier()
     batches = [batch | {"weight": torch.zeros(8)} for batch in make_batches()]
-    with pytest.raises(ValueError, match=r"^task\.fit_head: 0 images could be read .* set task\.fit_head=false"):
-        fit_head(task, batches, runtime)
+    with pytest.raises(ValueError, match=r"^task\.head: 0 images could be read .* set task\.head=drawn"):
+        prepare_head(task, batches, runtime, fit=True)
 
 
 def test_timm_networks_and_those_without_a_linear_head():
     config = TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)
     assert find_head(build_network(config, 7)).out_features == 7
-    with pytest.raises(ValueError, match=r"^task\.fit_head: true needs a network that ends in one linear layer"):
+    with pytest.raises(ValueError, match=r"^task\.head: .* need a network that ends in one linear layer"):
         find_head(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
-def test_a_run_begins_with_it_and_resumes_without_it(tmp_path):
+@pytest.mark.parametrize("kind", ["fitted", "standardised"])
+def test_a_run_begins_with_it_and_resumes_without_it(kind, tmp_path):
     collection = make_collection(tmp_path / "images", per_class=8)
-    overrides = common("classification", collection, tmp_path / "run", "task.fit_head=true")
+    overrides = common("classification", collection, tmp_path / "run", f"task.head={kind}")
     text = run("finetune.py", [*overrides, "loop.total_steps=2"], tmp_path)
-    assert "task.fit_head: the head fitted to" in text
-    assert "task.fit_head" not in run("finetune.py", [*overrides, "loop.total_steps=4"], tmp_path)
-    assert json.loads((tmp_path / "run/config.json").read_text())["task"]["fit_head"] is True
+    assert "task.head: its features standardised over 24 images; " in text
+    assert ("fitted, recognises" in text) == (kind == "fitted")
+    assert "task.head" not in run("finetune.py", [*overrides, "loop.total_steps=4"], tmp_path)
+    assert json.loads((tmp_path / "run/config.json").read_text())["task"]["head"] == kind
 
 
 def test_one_head_on_any_number_of_ranks(tmp_path):
@@ -130,16 +149,9 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
     for ranks in (1, 2):
         folder = tmp_path / f"run{ranks}"
         run(
-            "finetune.py", common("classification", collection, folder, "task.fit_head=true", "loop.total_steps=1"),
+            "finetune.py", common("classification", collection, folder, "task.head=fitted", "loop.total_steps=1"),
             tmp_path, ranks=ranks,
         )  # fmt: skip
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append(next(row["loss"] for row in rows if row["kind"] == "train"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_a_head_is_kept_or_fitted(tmp_path):
-    collection = make_collection(tmp_path / "images")
-    both = ["task.fit_head=true", "task.keep_head=true"]
-    text = run("finetune.py", common("classification", collection, tmp_path / "run", *both), tmp_path, expect=2)
-    assert "task.fit_head: true makes a new head, and task.keep_head=true keeps the old; set one false" in text

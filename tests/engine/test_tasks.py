@@ -37,8 +37,7 @@ CLASSIFY = ClassificationTaskConfig(
     mixup_alpha=0.0,
     cutmix_alpha=0.0,
     allow_missing_classes=False,
-    keep_head=False,
-    fit_head=False,
+    head="drawn",
 )
 PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 

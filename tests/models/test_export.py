@@ -29,8 +29,7 @@ TASK = ClassificationTaskConfig(
     mixup_alpha=0.0,
     cutmix_alpha=0.0,
     allow_missing_classes=False,
-    keep_head=False,
-    fit_head=False,
+    head="drawn",
 )
 CPU = torch.device("cpu")
 
