@@ -7,6 +7,9 @@ r"""Fine-tuning of a classifier, from an FCMAE or another run, or from scratch w
 The same command resumes.
 """
 
+from typing import Self
+
+from pydantic import model_validator
 from torch import nn
 
 from data.build import build_loaders, load_collection, plain_loader, spread, training_rows
@@ -32,6 +35,15 @@ class FinetuneConfig(TrainingConfig):
     task: ClassificationTaskConfig
     data: DataConfig
     augment: AugmentConfig
+
+    @model_validator(mode="after")
+    def _a_kept_head_comes_from_somewhere(self) -> Self:
+        if self.task.head == "kept" and self.init_from is None:
+            raise ValueError(
+                "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in "
+                "init_from, or set task.head=drawn or standardised"
+            )
+        return self
 
 
 @entry_point("finetune", FinetuneConfig)
@@ -75,7 +87,7 @@ def main(config: FinetuneConfig, job: Job) -> str:
 
     # ----------------------------------------------------------------------------------------------- 4. The training
     def initialise(network: nn.Module) -> None:
-        initialise_from(network, config.init_from, keep_head=config.task.head == "kept")
+        initialise_from(network, config.init_from, keep_head=config.task.head == "kept", class_names=class_names)
         if config.task.head in ("standardised", "fitted"):
             images = plain_loader(
                 collection,

@@ -5,7 +5,7 @@ python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]     (`make demo`, `make
 Draws the glyphs, pretrains, fine-tunes, evaluates on a typeface never trained on, exports, predicts; ends with a table,
 outputs/demo/summary.json and the paths of its pictures. `full` also runs the controls that tell what pretraining gave:
 from scratch at equal fine-tuning steps and at equal seconds, with all labels and with those of two faces. An earlier
-demo in the same folder is replaced.
+demo in the same folder is replaced; a folder that holds anything else is refused.
 """
 
 import json
@@ -18,9 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results.md"
+USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"
 TWO_FACES = 'loop.train_paths=["images/DejaVuSans/*","images/DejaVuSerif/*"]'
 # What serves a network without features best: there is nothing to fit a head to, it does not bear fine-tuning's rate,
-# and learns more from twice the steps of half the batch, which see as many images (docs/results.md).
+# and takes twice the steps of half the batch, which see as many images (docs/results.md).
 SCRATCH = ("task.head=standardised", "optim.lr=5.0e-4", "loop.global_batch_size=64")
 # Keys that only the full demo fills (its controls need more than the demo's minutes).
 CONTROLS = {
@@ -148,12 +149,33 @@ def table(summary, pictures, out):
     return "\n".join(f"{title:<{width}}  {text}" for title, text in lines)
 
 
-def main():
-    words = sys.argv[1:]
-    full = "full" in words
+def read_arguments(words):
+    """Return (full, out, the values for all trainings) of the command line."""
+    for word in words:
+        if word != "full" and "=" not in word:
+            sys.exit(f"demo: {word!r} is neither full nor KEY=VALUE; usage: {USAGE}")
     arguments = dict(word.split("=", 1) for word in words if word != "full")
-    out = arguments.pop("out", "outputs/demo")
-    shutil.rmtree(ROOT / out, ignore_errors=True)
+    return "full" in words, arguments.pop("out", "outputs/demo"), arguments
+
+
+def clear(out):
+    """Empty the folder of an earlier demo; any other that is not empty is left alone, and ends this one."""
+    folder = ROOT / out
+    if not folder.exists():
+        return
+    there = list(folder.iterdir()) if folder.is_dir() else [folder]
+    if there and not any((folder / name).is_file() for name in ("pretrain/config.json", "summary.json")):
+        sys.exit(f"demo: out={out} holds other things than an earlier demo ({folder.resolve()}); name another folder")
+    for path in there:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def main():
+    full, out, arguments = read_arguments(sys.argv[1:])
+    clear(out)
     demo = Demo(out, [f"{key}={value}" for key, value in arguments.items()])
     demo.main_line()
     controls = demo.controls() if full else dict.fromkeys(CONTROLS)

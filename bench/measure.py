@@ -166,11 +166,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(cell, widths)).rstrip() for cell in cells)
 
 
-def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Print the table and write outputs/bench/<name>.json."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / f"{name}.json"
-    path.write_text(json.dumps({**more, "rows": rows}, indent=2) + "\n")
+def write(name: str, rows: list[dict[str, Any]], *, quick: bool, **more: Any) -> Path:
+    """Print the table and write outputs/bench/<name>.json; what a quick run finds lies apart, in quick/."""
+    path = (OUT / "quick" if quick else OUT) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**more, "quick": quick, "rows": rows}, indent=2) + "\n")
     sys.stdout.write(f"{table(rows)}\n{path.relative_to(ROOT)}\n")
     return path
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from data.decode import NOT_OPENED, Inspection, inspect_image
 from utils.files import sha256_file, write_atomically
 
+FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
 # What becomes of the traits that `data.decode.inspect_image` finds.
 _TREATMENT = {
@@ -80,6 +81,12 @@ def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:
     except OSError as error:
         return Inspected(None, Inspection(NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})", ()))
     return Inspected(digest, inspect_image(file, max_pixels) if verify else Inspection(None, None, ()))
+
+
+def fatal_file(file: str) -> Inspected:
+    """Return what is known of a file whose reading has ended the process: training would not survive it either."""
+    reason = "reading it ended the process that read it: a crash of its decoder, or more memory than there is"
+    return Inspected(inspect_file(file, False, 0).digest, Inspection(FATAL, reason, ()))
 
 
 def count_kinds(found: list[Inspected]) -> dict[str, int]:

@@ -6,11 +6,9 @@ Columns are those of `data.table.SCHEMA`; only `path` must be there. `write_mani
 
 import functools
 import json
-import multiprocessing
 import os
 import posixpath
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -26,6 +24,7 @@ from data.inspection import (
     ManifestReport,
     count_kinds,
     count_traits,
+    fatal_file,
     inspect_file,
     list_unreadable,
 )
@@ -33,6 +32,7 @@ from data.scan import check_root, list_folder, parse_json, scan_folder
 from data.table import SCHEMA, SPLIT_NAMES, assign_validation, count_values, sort_rows
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.processes import map_in_processes
 
 PARQUET, JSONL = "manifest.parquet", "manifest.jsonl"
 # The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.
@@ -178,11 +178,7 @@ def _inspect_all(
     inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
     if len(files) < _PARALLEL_FROM or (os.cpu_count() or 1) == 1:
         return _count_off(map(inspect, files), len(files), progress)
-    # Spawned: by now the process may run threads, which a fork does not survive. An executor, since a decoder that
-    # dies of a damaged file leaves multiprocessing.Pool waiting for ever.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        return _count_off(pool.map(inspect, files, chunksize=64), len(files), progress)
+    return _count_off(map_in_processes(inspect, files, fatal_file), len(files), progress)
 
 
 def _count_off(results: Iterable[Any], total: int, progress: Callable[[int, int], None] | None) -> list[Any]:

@@ -6,6 +6,7 @@ affine maps and RandAugment on Pillow's images.
 Normalisation happens on the device (models/normalise.py): a batch carries bytes, a quarter of floats.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
 from data.stream import Draw
+
+# Of an image so many times as long as what evaluation resizes to, the middle alone is resized: a strip of 1 x 50,000
+# pixels would become one of 256 x 12,800,000.
+_LONGEST = 8
 
 
 class Transform(Protocol):
@@ -100,6 +105,18 @@ class EvalTransform:
         """Return the resized centre."""
         height, width = image.shape[-2:]
         factor = max(self._resized_hw[0] / height, self._resized_hw[1] / width)
+        image = _cut_middle(image, [math.ceil(_LONGEST * side / factor) for side in self._resized_hw])
+        height, width = image.shape[-2:]
         size = [max(self._size_hw[0], round(height * factor)), max(self._size_hw[1], round(width * factor))]
         image = v2.functional.resize(image, size, interpolation=self._interpolation, antialias=True)
         return v2.functional.center_crop(image, list(self._size_hw))
+
+
+def _cut_middle(image: Tensor, most_hw: Sequence[int]) -> Tensor:
+    """Return the middle of what is longer than `most_hw`, by one pixel more where the centre would move by a half."""
+    for axis, most in zip((-2, -1), most_hw):
+        side = image.shape[axis]
+        kept = most + (side - most) % 2
+        if side > kept:
+            image = image.narrow(axis, (side - kept) // 2, kept)
+    return image

@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import sys
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -63,27 +66,45 @@ def _choose_precision(wanted: str, device: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def can_compile(device: str) -> bool:
-    """Return whether torch.compile finds what it needs: a C compiler, and on GPUs Triton."""
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+def missing_for_compile(device: str) -> list[str]:
+    """Return what torch.compile needs and would not find, looked for where inductor (CPU) and Triton (GPU) look."""
+    missing = []
     if device == "cuda":
-        return bool(shutil.which("gcc") or shutil.which("cc") or compiler) and find_spec("triton") is not None
-    return compiler is not None
+        variable, compilers = "CC", ("gcc", "clang")
+    else:
+        variable, compilers = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    named = os.environ.get(variable)
+    if named is None and not any(map(shutil.which, compilers)):
+        missing.append(f"a compiler on the PATH ({' or '.join(compilers)})")
+    if named is not None and not any(map(shutil.which, named.split()[:1])):  # flags may follow
+        missing.append(f"the compiler that {variable} names ({named!r})")
+    # A Debian Python's own scheme names a folder of /usr/local, where its headers are not.
+    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        missing.append("Python's headers (Python.h, of the package python3-dev or python3-devel)")
+    if device == "cuda" and find_spec("triton") is None:
+        missing.append("the package triton")
+    return missing
+
+
+def can_compile(device: str) -> bool:
+    """Return whether torch.compile finds what it needs."""
+    return not missing_for_compile(device)
 
 
 def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
-    """Return whether to compile: where a compiler is found and the run is long enough to earn it back.
+    """Return whether to compile: where that can be had and the run is long enough to earn it back.
 
     Raises UserError where compilation was asked for and cannot be had.
     """
-    if config.compile is True and not can_compile(device):
+    if config.compile is True and (missing := missing_for_compile(device)):
         raise UserError(
-            "runtime.compile: true needs a C++ compiler (g++ or clang++), and none is on the PATH; "
-            "install one or set runtime.compile=auto"
+            f"runtime.compile: true needs {' and '.join(missing)}, not found here; install that or set "
+            "runtime.compile=auto"
         )
     if config.compile != "auto":
         return config.compile
-    return can_compile(device) and total_steps >= COMPILE_PAYS_AFTER_STEPS and not config.deterministic
+    return total_steps >= COMPILE_PAYS_AFTER_STEPS and not config.deterministic and can_compile(device)
 
 
 def _choose_workers(wanted: str | int, device: str) -> int:

@@ -2,7 +2,7 @@
 
 import difflib
 
-import timm
+import torch
 from torch import nn
 
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
@@ -31,8 +31,13 @@ def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> None:
-    """Raise ValueError (`augment.image_size_hw`) unless both sides are multiples of a ConvNeXt V2's total stride."""
-    if not isinstance(config, ConvNeXtV2Config):
+    """Raise UserError (`augment.image_size_hw`) where the network does not take images of this size.
+
+    A ConvNeXt V2's total stride must divide both sides; a timm network is tried on the meta device, where it takes
+    neither memory nor arithmetic.
+    """
+    if isinstance(config, TimmConfig):
+        _try_timm(config, tuple(image_size_hw))
         return
     stride = config.total_stride
     if all(side >= stride and side % stride == 0 for side in image_size_hw):
@@ -44,8 +49,43 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
     )
 
 
+def _try_timm(config: TimmConfig, image_size_hw: tuple[int, int]) -> None:
+    """Raise as `check_image_size` says, where the network refuses this size and takes the one that it is made for."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            network = _build_timm(config, num_classes=1).eval()
+    except UserError:
+        raise
+    except Exception:  # it cannot be built on the meta device
+        return
+    own_hw = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    own_hw = tuple(own_hw or network.pretrained_cfg["input_size"][1:])
+    refusal = _refusal(network, config.in_channels, image_size_hw)
+    # Where its own size is refused too, the meta device is what it does not take.
+    if refusal is None or own_hw == image_size_hw or _refusal(network, config.in_channels, own_hw) is not None:
+        return
+    raise UserError(
+        f"augment.image_size_hw: {list(image_size_hw)} is no size for {config.name} ({refusal}); set "
+        f"augment.image_size_hw=[{own_hw[0]},{own_hw[1]}], for which it is made, or choose a network that takes other "
+        "sizes (model=convnextv2_tiny, model.name=resnet18)"
+    )
+
+
+@torch.no_grad()
+def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) -> str | None:
+    """Return what a network on the meta device says against images of a size, None where it takes them."""
+    try:
+        with torch.device("meta"):
+            network(torch.zeros(1, channels, *image_size_hw))
+    except Exception as error:  # timm's networks assert, and those that do not fail where shapes do not fit
+        return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return None
+
+
 def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     """Build a timm network without weights, hence without network access; raise as `build_network` says."""
+    import timm  # 0.8 s, for those who use it
+
     # Names such as hf-hub:... are no registered names either: timm would look them up on the internet.
     if not timm.is_model(config.name):
         known = timm.list_models()

@@ -75,7 +75,7 @@ class ConvNeXtV2(nn.Module):
 
     The stem is a convolution whose kernel is its stride (2x2 or 4x4 pixels). With `stem_stride` 1 it is 3x3 with
     padding 1: the layer norm behind a 1x1 stem would forget each pixel's brightness. Stochastic depth grows linearly
-    from 0 at the first block to `drop_path_rate` at the last. Initial weights are truncated normal with std .02,
+    from 0 at the first block to `drop_path_rate` at the last. Initial weights are normal with std .02 (`init_weights`),
     biases 0, and the head is scaled by `head_init_scale`. `num_classes` 0 makes neither head nor final norm.
 
     Source: Woo et al. 2023 (arXiv 2301.00808); facebookresearch/ConvNeXt-V2:models/convnextv2.py.

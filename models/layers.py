@@ -55,7 +55,9 @@ def respond(
     """Return GRN's output [B, H, W, C] in the dtype of `x`, and the norms over `sites` and their shares, wide."""
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = x.square() if x.dtype == wide else x.to(wide).square_()
-    norms = squares.sum(dim=sites, keepdim=True).sqrt()  # [B or 1, 1, 1, C]
+    total = squares.sum(dim=sites, keepdim=True)  # [B or 1, 1, 1, C]
+    # The root's gradient at 0 is infinite; chosen on both sides of the root, none of it comes back (compiled graphs).
+    norms = torch.where(total == 0, 0.0, torch.where(total == 0, 1.0, total).sqrt())
     share = norms / (norms.mean(dim=-1, keepdim=True) + eps)
     # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1 before it meets x.
     return x + torch.addcmul(beta.to(x.dtype), x, (gamma * share).to(x.dtype)), norms, share

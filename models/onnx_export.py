@@ -22,6 +22,7 @@ from models.predictor import Classifier
 from utils.errors import UserError
 
 OPSET = 18
+_MOST_BYTES = 2**31 - 2**22  # protobuf takes 2 GiB; the graph itself is given 4 MiB
 # Sizes that a dynamic batch must serve.
 _CHECKED_BATCHES = (1, 5)
 
@@ -31,8 +32,10 @@ def export_classifier(
 ) -> float:
     """Write the file and return the greatest difference of logits and probabilities from PyTorch's.
 
-    Raises UserError (`tolerance`) where they differ by more; then no file is left and an old one stays.
+    Raises UserError (`tolerance`) where they differ by more; then no file is left and an old one stays. Raises
+    UserError (`run_dir`) before any work where the weights are larger than an ONNX file may be.
     """
+    _refuse_large(classifier, metadata, path)
     preprocessing = metadata["preprocessing"]
     height, width = preprocessing["image_size_hw"]
     generator = torch.Generator().manual_seed(seed)
@@ -51,6 +54,17 @@ def export_classifier(
             )
         os.replace(temporary, path)
     return difference
+
+
+def _refuse_large(classifier: Classifier, metadata: dict[str, Any], path: Path) -> None:
+    size = sum(tensor.nbytes for tensor in classifier.state_dict().values())
+    if size > _MOST_BYTES:
+        name = metadata.get("model", {}).get("name", "the network")
+        raise UserError(
+            f"run_dir: {name} has {size / 2**30:.2f} GiB of weights and one ONNX file holds at most 2 GiB, so {path} "
+            "cannot be written; export a smaller network (model=convnextv2_large, say), or predict with the weights "
+            "themselves: predict.py weights=RUN"
+        )
 
 
 def _write(classifier: Classifier, sample: torch.Tensor, metadata: dict[str, Any], path: Path) -> None:

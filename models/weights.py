@@ -5,7 +5,9 @@ cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 230
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ log = get_logger(__name__)
 _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
 _GRN = re.compile(r"(^|\.)grn\.(gamma|beta)$")
 _MAX_ROWS = 20
+_MAX_NAME = 120  # characters of a class name that a file brings
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> list[str]:
@@ -122,14 +125,46 @@ def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
     return given == wanted or (given.is_floating_point and wanted.is_floating_point)
 
 
-def initialise_from(network: nn.Module, source: str | None, *, keep_head: bool) -> None:
+def initialise_from(
+    network: nn.Module, source: str | None, *, keep_head: bool, class_names: Sequence[str] | None = None
+) -> None:
     """Give a network the weights of a run or a file (`init_from`); None leaves it as it is.
 
-    Raises UserError that begins with `init_from:`.
+    With `keep_head` and `class_names`, the file must have a head of these classes; where it does not name its classes,
+    as many. Raises UserError that begins with `init_from:`, or with `task.head:` for the head.
     """
     if source is None:
         return
     path = find_weights(source, "last", "init_from")
-    state, _ = read_weights(path, "init_from", lambda shapes, _: check_fit(network, shapes, keep_head=keep_head))
+
+    def check(shapes: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        left = check_fit(network, shapes, keep_head=keep_head)
+        if keep_head and class_names is not None:
+            _check_head(network, left, path, metadata.get("class_names"), class_names)
+
+    state, _ = read_weights(path, "init_from", check)
     fresh = load_into(network, state, keep_head=keep_head)
     log.info("init_from: %s; left at their initial values: %s", path, ", ".join(fresh) or "none")
+
+
+def _check_head(network: nn.Module, left: Sequence[str], path: Path, known: Any, wanted: Sequence[str]) -> None:
+    """Raise UserError (`task.head`) where a file has no head of the classes wanted.
+
+    left: what `check_fit` returned; known: the classes that the file names, None where it names none.
+    """
+    mend = "set task.head=drawn or fitted"
+    if known is not None and known != list(wanted):
+        known = known if isinstance(known, list) else []
+        pairs = enumerate(zip(known, wanted))
+        index = next((index for index, (theirs, ours) in pairs if theirs != ours), min(len(known), len(wanted)))
+        raise UserError(
+            f"task.head: kept, but {path} is of {len(known)} classes and this run of {len(wanted)}, and class {index} "
+            f"is {_name(known, index)} there and {_name(wanted, index)} here; {mend}, or give it the same classes in "
+            "the same order"
+        )
+    if any(name.startswith(_optional_prefixes(network)[0]) for name in left):
+        raise UserError(f"task.head: kept, but {path} has no head of these {len(wanted)} classes; {mend}")
+
+
+def _name(class_names: Sequence[Any], index: int) -> str:
+    return repr(class_names[index])[:_MAX_NAME] if index < len(class_names) else "none"

@@ -1,7 +1,7 @@
 """Adan: adaptive Nesterov momentum.
 
 Source: Xie et al., arXiv:2208.06677, algorithm 1, with decoupled weight decay after the step's own proximal form:
-theta <- (theta - lr * (m + (1 - beta2) * v) / (sqrt(n) + eps)) / (1 + lr * weight_decay).
+theta <- (theta - lr * (m + beta2 * v) / (sqrt(n) + eps)) / (1 + lr * weight_decay).
 Betas are those of the exponential averages (0.98, 0.92, 0.99), as in the authors' code, not their complements.
 """
 

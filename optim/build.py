@@ -1,6 +1,5 @@
 """From configuration to optimiser: one visible table."""
 
-import timm.optim
 import torch
 from torch import nn
 
@@ -69,6 +68,8 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimizer
         case TimmOptimConfig():
+            import timm.optim
+
             made = timm.optim.get_optimizer_class(config.opt, bind_defaults=True)
             try:
                 return made(groups, lr=lr, **config.extra)

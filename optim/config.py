@@ -3,7 +3,6 @@
 import inspect
 from typing import Annotated, Any, Literal
 
-import timm.optim
 from pydantic import Field, model_validator
 
 from utils.errors import close_names
@@ -65,6 +64,8 @@ class TimmOptimConfig(_Optim):
 
     def extra_arguments(self) -> list[str]:
         """Return the arguments of its own that the optimiser takes."""
+        import timm.optim  # 0.8 s, for those who use it
+
         try:
             made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
         except AssertionError as error:  # apex and bitsandbytes without a GPU
@@ -74,6 +75,8 @@ class TimmOptimConfig(_Optim):
 
     @model_validator(mode="after")
     def _extra_fits(self) -> "TimmOptimConfig":
+        import timm.optim
+
         known = timm.optim.list_optimizers()
         if self.opt not in known:
             raise ValueError(f"optim.opt: unknown timm optimiser {self.opt!r}; {close_names(self.opt, known)}")

@@ -207,9 +207,9 @@ def test_a_number_of_channels_that_no_image_has(place, tmp_path):
 
 
 def test_a_compiler_that_is_not_there(place, monkeypatch):
-    monkeypatch.setattr("engine.runtime.can_compile", lambda device: False)
+    monkeypatch.setattr("engine.runtime.missing_for_compile", lambda device: ["a compiler on the PATH (g++)"])
     message = refusal("finetune", [*TINY, "data.root=images", "runtime.compile=true", "run_dir=refused"], place)
-    matches(message, "runtime.compile: true needs a C++ compiler ... ; install one or set runtime.compile=auto")
+    matches(message, "runtime.compile: true needs a compiler on the PATH (g++), not found here; install that or set")
 
 
 @pytest.mark.parametrize(

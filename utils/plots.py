@@ -119,6 +119,8 @@ def plot_curves(metrics: MetricsLog, path: Path, title: str) -> None:
         hidden.add("skipped_steps")
     names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden]
     names = sorted(names, key=lambda name: name != "loss") + [name for name in _LAST if name in trained]
+    if not names:  # an epoch ended before the first log
+        return
     columns = len(names) if len(names) <= 3 else 2 if len(names) == 4 else 3
     rows = -(-len(names) // columns)
     width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + _HEAD_INCHES

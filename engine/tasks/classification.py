@@ -69,16 +69,24 @@ class ClassificationTask(Task):
         """Return each sample's cross-entropy; targets are mixed where the images are."""
         images, targets = self.normalise(batch["images"]), batch["labels"]
         if self._mix is not None and self.training:
-            images, targets = self._mix_images(images, targets)
+            images, targets = self._mix_images(images, targets, batch["weight"])
         logits = self.network(images).float()
         loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
         return StepOutput(loss, {"accuracy": log_mean(correct, batch["weight"])})
 
     @torch.compiler.disable
-    def _mix_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images and soft targets [B, K]; train_step has seeded the draws."""
-        return self._mix(images, labels)
+    def _mix_images(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mixed images and soft targets [B, K]; train_step has seeded the draws.
+
+        torchvision mixes each sample with the one before it, the first with the last. Where that one weighs 0 (a blank
+        image for one that could not be read), the sample stays as it is.
+        """
+        mixed, targets = self._mix(images, labels)
+        mixes = weight.roll(1) > 0
+        plain = F.one_hot(labels, targets.shape[1]).to(targets.dtype)
+        # The mixed ones first: they give the result its memory format.
+        return torch.where(mixes.view(-1, 1, 1, 1), mixed, images), torch.where(mixes[:, None], targets, plain)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.

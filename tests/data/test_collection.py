@@ -678,6 +678,22 @@ def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel)
     assert write_manifest(str(root), validation_fraction=0, verify=False).unreadable == []
 
 
+def test_a_file_that_ends_its_reader_is_listed_with_weight_0(load, root, monkeypatch):
+    """tests/utils/test_processes.py kills the processes; here every second file does."""
+
+    def all_but_every_second(inspect, files, fatal):
+        return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
+
+    monkeypatch.setattr(data.manifest, "_PARALLEL_FROM", 2)
+    monkeypatch.setattr(data.manifest, "map_in_processes", all_but_every_second)
+    put(root, "a.png", "b.png", "c.png")
+    report = write_manifest(str(root), validation_fraction=0, verify=True)
+    assert [path for path, _ in report.unreadable] == ["b.png"] and list(report.kinds.values()) == [1]
+    assert report.unreadable[0][1].startswith("reading it ended the process")
+    assert load(root).table["weight"].to_pylist() == [1, 0, 1]
+    assert all(len(digest) == 64 for digest in load(root).table["sha256"].to_pylist())
+
+
 @pytest.mark.parametrize(
     "write", [lambda root: jsonl(root, [{"path": "a.png"}]), lambda root: parquet(root, path=["a.png"])]
 )

@@ -1,12 +1,14 @@
-"""Transforms. Properties: shape and bytes, draws from the seed alone, each option changes the image it should."""
+"""Transforms. Properties: shape and bytes, draws from the seed alone, each option changes the image it should;
+evaluation is what it is by definition, of strips too."""
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
 from data.stream import Draw
-from data.transforms import TrainTransform
+from data.transforms import EvalTransform, TrainTransform
 from utils import rng
 
 PLAIN = {
@@ -70,3 +72,47 @@ def test_values_out_of_range_are_refused(change, message):
         AugmentConfig(**{**PLAIN, **change})
     found = ".".join(str(part) for part in caught.value.errors()[0]["loc"]) + caught.value.errors()[0]["msg"]
     assert message in found
+
+
+def by_definition(image, size_hw, eval_crop, interpolation):
+    """The whole image to image size / eval_crop by its shorter side, then the centre."""
+    wanted = [round(side / eval_crop) for side in size_hw]
+    factor = max(target / side for target, side in zip(wanted, image.shape[-2:]))
+    resized_hw = [max(least, round(side * factor)) for least, side in zip(size_hw, image.shape[-2:])]
+    mode = InterpolationMode(interpolation)
+    return v2.functional.center_crop(v2.functional.resize(image, resized_hw, mode, antialias=True), list(size_hw))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("image_hw", [(300, 100), (37, 111), (24, 160), (2000, 250), (5, 5)])
+def test_evaluation_of_ordinary_images_is_of_the_whole(image_hw, interpolation):
+    """Up to a resized side of eight times 32 or 27."""
+    image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = EvalTransform((28, 24), 0.875, interpolation)(image)
+    assert torch.equal(found, by_definition(image, (28, 24), 0.875, interpolation))
+
+
+@pytest.mark.parametrize(("image_hw", "axis"), [((8, 401), -1), ((402, 8), -2), ((100, 2999), -1)])
+def test_evaluation_of_a_strip_sees_the_same_centre(image_hw, axis):
+    ramp = torch.linspace(0, 255 * 20, image_hw[axis]).sin().mul(100).add(128).round().to(torch.uint8)
+    image = ramp.view(-1, 1) if axis == -2 else ramp.view(1, -1)
+    image = image.expand(3, *image_hw).contiguous()
+    found = EvalTransform((28, 24), 0.875, "bilinear")(image)
+    whole = by_definition(image, (28, 24), 0.875, "bilinear")
+    assert (found.int() - whole.int()).abs().float().mean() < 2
+
+
+@pytest.mark.parametrize("image_hw", [(1, 50_000), (50_000, 1), (3, 40_001), (100, 100_000)])
+def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw, monkeypatch):
+    resize, made = v2.functional.resize, []
+
+    def noted(image, size, **options):
+        made.append((tuple(image.shape[-2:]), tuple(size)))
+        return resize(image, size, **options)
+
+    monkeypatch.setattr(v2.functional, "resize", noted)
+    result = EvalTransform((224, 224), 0.875, "bicubic")(torch.full((3, *image_hw), 77, dtype=torch.uint8))
+    assert result.shape == (3, 224, 224) and (result == 77).all()
+    (((height, width), resized),) = made
+    assert min(resized) == 256 and max(resized) <= 9 * 256
+    assert min(height, width) == min(image_hw) and max(height, width) <= 9 * min(image_hw)

@@ -1,6 +1,7 @@
 """How a head begins. Property (recognises what a linear layer can), equality (ranks), refusals, an end-to-end run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from models.build import build_network
 from models.config import TimmConfig
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
-from tests.support import common, make_collection, run
+from tests.in_process import TINY, configure
+from tests.support import common, make_collection, rows, run
+from utils.config_errors import ConfigError
 
 
 def make_batches(classes=4, count=6):
@@ -155,3 +158,36 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append(next(row["loss"] for row in rows if row["kind"] == "train"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def last_evaluation(run_dir):
+    return rows(run_dir / "metrics.jsonl", "evaluate")[-1]["loss"]
+
+
+def test_a_kept_head_goes_on_where_its_run_ended(tmp_path):
+    collection = make_collection(tmp_path / "images", per_class=8)
+    run("finetune.py", common("classification", collection, tmp_path / "first", "loop.total_steps=12"), tmp_path)
+    given = ["loop.total_steps=1", "optim.lr=1e-12", f"init_from={tmp_path}/first"]
+    text = run(
+        "finetune.py", common("classification", collection, tmp_path / "kept", "task.head=kept", *given), tmp_path
+    )
+    assert "left at their initial values: none" in text
+    assert last_evaluation(tmp_path / "kept") == pytest.approx(last_evaluation(tmp_path / "first"), rel=1e-5)
+    # Where it resumes, what it began with is not asked for.
+    shutil.rmtree(tmp_path / "first")
+    more = common("classification", collection, tmp_path / "kept", "task.head=kept", "loop.total_steps=2", *given[1:])
+    run("finetune.py", more, tmp_path)
+
+
+def test_a_kept_head_of_other_classes_ends_the_start(tmp_path):
+    first, other = (make_collection(tmp_path / classes, per_class=4, classes=classes) for classes in ("ABC", "ABD"))
+    run("finetune.py", common("classification", first, tmp_path / "first", "loop.total_steps=1"), tmp_path)
+    kept = ["task.head=kept", f"init_from={tmp_path}/first"]
+    text = run("finetune.py", common("classification", other, tmp_path / "run", *kept), tmp_path, expect=2)
+    assert "is of 3 classes and this run of 3, and class 2 is 'C' there and 'D' here; set task.head=drawn" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_of_nothing_is_not_kept(tmp_path):
+    with pytest.raises(ConfigError, match=r"task\.head: kept keeps the head of init_from, and init_from is null; name"):
+        configure("finetune", [*TINY, f"data.root={tmp_path}", "task.head=kept"])

@@ -133,6 +133,41 @@ def test_mixing_accepts_an_odd_batch_and_only_trains(runtime):
     assert torch.equal(task(batch, {}).loss, task(batch, {}).loss)
 
 
+@pytest.mark.parametrize("mix", ["mixup_alpha", "cutmix_alpha"])
+def test_an_unreadable_image_is_mixed_into_no_other(mix):
+    """torchvision mixes each sample with the one before it, a blank image of weight 0 and its label too."""
+    task = make_classifier(CLASSIFY.model_copy(update={mix: 5.0}))
+    batch = make_batch(7) | {"labels": torch.tensor([0, 1, 2, 3, 0, 1, 2])}
+    images = task.normalise(batch["images"]).contiguous(memory_format=torch.channels_last)
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0])
+    torch.manual_seed(3)
+    mixed, targets = task._mix(images, batch["labels"])
+    for given in (torch.ones(7), weight):
+        torch.manual_seed(3)
+        found, soft = task._mix_images(images, batch["labels"], given)
+        assert found.stride() == mixed.stride() and soft.dtype == targets.dtype
+        for index in range(7):
+            partner = (index - 1) % 7
+            if given[partner] > 0:
+                assert torch.equal(found[index], mixed[index]) and torch.equal(soft[index], targets[index])
+                assert not torch.equal(found[index], images[index])
+            else:
+                assert torch.equal(found[index], images[index])
+                assert torch.equal(soft[index], torch.eye(4)[batch["labels"][index]])
+
+
+def test_what_could_not_be_read_does_not_reach_the_loss_of_a_mixed_batch():
+    task = make_classifier(CLASSIFY.model_copy(update={"mixup_alpha": 0.8, "cutmix_alpha": 1.0}))
+    batch = make_batch(7) | {"labels": torch.arange(7) % 4}
+    batch["weight"][2] = 0.0
+    losses = []
+    for level, label in ((0, 2), (255, 1)):
+        batch["images"][2], batch["labels"][2] = level, label
+        torch.manual_seed(3)
+        losses.append(task(batch, {}).loss[batch["weight"] > 0])
+    assert torch.equal(*losses)
+
+
 def test_labels_are_those_of_the_row():
     fields = LabelFields(np.array([3, -1, 0]))
     assert [int(fields(index, None, None)["labels"]) for index in (0, 2)] == [3, 0]
@@ -165,3 +200,9 @@ def test_knobs_must_be_those_that_the_task_reads():
         check_knobs(_Momentum(), _Schedule({"teacher_momentum": 1, "teacher_momentun": 1}))
     with pytest.raises(UserError, match="schedule.knobs.gamma: FCMAETask reads no such value; it reads none"):
         check_knobs(make_fcmae(), _Schedule({"gamma": 1}))
+
+
+def test_a_timm_network_of_another_image_size_is_refused():
+    config = TimmConfig(family="timm", name="vit_tiny_patch16_224", in_channels=3, drop_path_rate=None)
+    with pytest.raises(UserError, match=r"^augment.image_size_hw: \[32, 32\] is no size for vit_tiny_patch16_224 "):
+        ClassificationTask(config, CLASSIFY, class_names=["a", "b"], preprocessing=PREPROCESSING)

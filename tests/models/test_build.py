@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from models.build import build_network, check_image_size
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
 from models.convnextv2 import ConvNeXtV2
+from utils.errors import UserError
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge", "glyph")
@@ -135,6 +136,46 @@ def test_an_image_size_off_the_stride_is_refused(size, nearest):
     assert f"total stride 8 of convnextv2_test on both sides; set {nearest}" in str(caught.value)
 
 
-def test_a_fitting_image_size_passes_and_timm_is_not_asked():
+def test_a_fitting_image_size_passes():
     check_image_size(parse(SMALL), (8, 24))
-    check_image_size(parse(TIMM), (31, 33))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", (31, 33)),
+        ("vit_tiny_patch16_224", [224, 224]),
+        ("xcit_nano_12_p16_224", (64, 96)),
+        ("test_vit", (64, 64)),
+    ],
+)
+def test_a_size_that_a_timm_network_takes_passes_and_draws_nothing(name, size):
+    """timm calls the last two of fixed size, and they take others."""
+    state = torch.random.get_rng_state()
+    check_image_size(parse({**TIMM, "name": name}), size)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("name", "size", "reason", "own"),
+    [
+        ("vit_tiny_patch16_224", (64, 64), "Input height (64) doesn't match model (224)", "[224,224]"),
+        ("vit_tiny_patch16_224", (224, 96), "Input width (96) doesn't match model (224)", "[224,224]"),
+        ("mixer_s32_224", (64, 64), "Input height (64) doesn't match model (224)", "[224,224]"),
+        ("levit_128s", (64, 64), "", "[224,224]"),
+    ],
+)
+def test_a_size_that_a_timm_network_refuses_is_refused(name, size, reason, own, device):
+    with torch.device(device), pytest.raises(UserError) as refused:
+        check_image_size(parse({**TIMM, "name": name}), size)
+    assert str(refused.value).startswith(f"augment.image_size_hw: {list(size)} is no size for {name} ({reason}")
+    assert f"; set augment.image_size_hw={own}, for which it is made, or choose a network that" in str(refused.value)
+
+
+def test_what_cannot_be_tried_on_the_meta_device_passes(monkeypatch):
+    forward = "timm.models.vision_transformer.VisionTransformer.forward"
+    monkeypatch.setattr(forward, lambda self, images: images.sum().item())
+    check_image_size(parse({**TIMM, "name": "test_vit"}), (64, 64))
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: torch.zeros(()).item())
+    check_image_size(parse({**TIMM, "name": "test_vit"}), (64, 64))

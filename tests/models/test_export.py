@@ -11,9 +11,11 @@ from omegaconf import OmegaConf
 
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.config import ClassificationTaskConfig
+from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
+from models.normalise import Normalise
 from models.onnx_export import export_classifier
-from models.predictor import load_classifier, load_predictor
+from models.predictor import Classifier, load_classifier, load_predictor
 from utils.config import CONF
 from utils.errors import UserError
 from utils.weights import read_weights, write_weights
@@ -212,8 +214,8 @@ def test_class_names_that_do_not_fit_the_head_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base"])
-def test_every_published_size_exports(size, tmp_path):
+@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base", "large"])
+def test_every_published_size_that_fits_exports(size, tmp_path):
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
     model = ConvNeXtV2Config.model_validate({**values, "head_init_scale": 1.0})
     torch.manual_seed(0)
@@ -228,3 +230,28 @@ def test_every_published_size_exports(size, tmp_path):
         {"model": model.model_dump(), "step": 0, **task.metadata()},
     )
     assert export_classifier(*load_classifier(tmp_path / "w.safetensors"), tmp_path / "m.onnx", tolerance=1e-3) < 1e-3
+
+
+@pytest.mark.parametrize("size", sorted(path.stem for path in (CONF / "model").glob("convnextv2_*.yaml")))
+def test_a_network_above_two_gibibytes_is_refused_before_any_work(size, tmp_path, monkeypatch):
+    """Of the published sizes that is huge alone; each on the meta device, where nothing has a value."""
+
+    def begin(*_):
+        raise UserError("the export began")
+
+    monkeypatch.setattr("models.onnx_export._write", begin)
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{size}.yaml"))
+    with torch.device("meta"):
+        network = build_network(ConvNeXtV2Config.model_validate(values), 1000)
+    classifier = Classifier(network, Normalise([0.5] * 3, [0.5] * 3, 3))
+    metadata = {"preprocessing": PREPROCESSING, "model": values}
+    with pytest.raises(UserError) as refused:
+        export_classifier(classifier, metadata, tmp_path / "export/model.onnx", tolerance=1e-4)
+    if size != "convnextv2_huge":
+        assert str(refused.value) == "the export began"
+        return
+    assert str(refused.value).startswith(
+        "run_dir: convnextv2_huge has 2.46 GiB of weights and one ONNX file holds at most 2 GiB, so "
+        f"{tmp_path}/export/model.onnx cannot be written; export a smaller network (model=convnextv2_large, say), or"
+    )
+    assert not list(tmp_path.iterdir())

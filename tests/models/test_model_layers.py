@@ -74,6 +74,24 @@ def test_grn_of_a_constant_input_has_finite_gradients(fill, masked):
     assert x.grad.isfinite().all() and grn.gamma.grad.isfinite().all()
 
 
+def test_a_compiled_grn_has_the_same_gradients_where_a_norm_is_zero_too():
+    """The compiler differentiates the formula itself, root and all."""
+    torch.manual_seed(0)
+    clean = torch.randn(2, 3, 3, 6)
+    clean[0, :, :, 2] = 0.0
+    clean[1] = 0.0
+    outcomes, grn = [], random_grn(6, torch.float32)
+    for run in (grn, torch.compile(grn, backend="aot_eager", fullgraph=True)):
+        grn.zero_grad()
+        x = clean.clone().requires_grad_()
+        y = run(x)
+        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+        outcomes.append([y.detach(), x.grad, grn.gamma.grad, grn.beta.grad])
+    for eager, compiled in zip(*outcomes):
+        assert compiled.isfinite().all()
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_grn_reduces_in_float32(dtype):
     """In fp16 the sum of squares, 4096 * 64^2, would be infinite; in bf16 a sum of ones would stop at 256."""

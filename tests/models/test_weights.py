@@ -199,3 +199,67 @@ def test_shapes_alone_are_enough_to_refuse_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
     with pytest.raises(UserError, match="tensors do not fit the network"):
         initialise_from(build(), str(tmp_path / "w.safetensors"), keep_head=True)
+
+
+def save(path, network, classes=None):
+    write_weights(path, network.state_dict(), {} if classes is None else {"class_names": classes})
+    return str(path)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_kept_head_of_the_same_classes_is_loaded(named, tmp_path):
+    source, target = build(num_classes=3), build(num_classes=3)
+    path = save(tmp_path / "w.safetensors", source, ["a", "b", "c"] if named else None)
+    initialise_from(target, path, keep_head=True, class_names=("a", "b", "c"))
+    assert loaded_names(target, source.state_dict()) == set(target.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("known", "difference"),
+    [
+        (["a", "c", "b"], "of 3 classes and this run of 3, and class 1 is 'c' there and 'b' here"),
+        (["a", "b"], "of 2 classes and this run of 3, and class 2 is none there and 'c' here"),
+        (["a", "b", "c", "ä"], "of 4 classes and this run of 3, and class 3 is 'ä' there and none here"),
+        (5, "of 0 classes and this run of 3, and class 0 is none there and 'a' here"),
+        (
+            [["b" * 1000], "b", "c"],
+            "of 3 classes and this run of 3, and class 0 is ['" + "b" * 118 + " there and 'a' here",
+        ),
+        (["a", "b", "c", None], "of 4 classes and this run of 3, and class 3 is None there and none here"),
+    ],
+)
+def test_a_kept_head_of_other_classes_is_refused(known, difference, tmp_path):
+    target = build(num_classes=3)
+    before = copy_state(target)
+    path = save(tmp_path / "w.safetensors", build(num_classes=len(known) if isinstance(known, list) else 3), known)
+    with pytest.raises(UserError) as refused:
+        initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])
+    assert str(refused.value) == (
+        f"task.head: kept, but {path} is {difference}; set task.head=drawn or fitted, or give it the same classes in "
+        "the same order"
+    )
+    assert loaded_names(target, before) == set(before)
+    initialise_from(target, path, keep_head=False, class_names=["a", "b", "c"])  # a head that is drawn anew
+
+
+@pytest.mark.parametrize("make", [build_fcmae, lambda: build(0), lambda: build(num_classes=7)])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_kept_head_that_the_file_has_not_is_refused(make, suffix, tmp_path):
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "pth":
+        torch.save(make().state_dict(), path)
+    else:
+        save(path, make())
+    with pytest.raises(UserError) as refused:
+        initialise_from(build(num_classes=3), str(path), keep_head=True, class_names=["a", "b", "c"])
+    assert str(refused.value) == (
+        f"task.head: kept, but {path} has no head of these 3 classes; set task.head=drawn or fitted"
+    )
+
+
+def test_a_kept_head_of_a_timm_network(tmp_path):
+    config = TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)
+    path = save(tmp_path / "w.safetensors", build_network(config, 4))
+    initialise_from(build_network(config, 4), path, keep_head=True, class_names=list("abcd"))
+    with pytest.raises(UserError, match=r"^task\.head: kept, but .* has no head of these 3 classes"):
+        initialise_from(build_network(config, 3), path, keep_head=True, class_names=list("abc"))

@@ -50,7 +50,10 @@ def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
 
 
 def test_without_a_row_there_is_no_picture(tmp_path):
-    plot_curves(fill(tmp_path, 0, 0, False), tmp_path / "curves.png", "run")
+    metrics = fill(tmp_path, 0, 0, False)
+    plot_curves(metrics, tmp_path / "curves.png", "run")
+    metrics.rows.append({"step": 10, "kind": "epoch", "epoch": 1})  # the first log is due later
+    plot_curves(metrics, tmp_path / "curves.png", "run")
     assert not (tmp_path / "curves.png").exists()
 
 
