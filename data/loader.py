@@ -4,9 +4,14 @@ A worker reads an image, augments it with the sample's key, and adds the fields 
 cannot be read is blank, weighs 0, and is reported by path; it never ends a run.
 """
 
+import ctypes
 import json
+import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from data.stream import Draw, EvaluationBatches, RankBatches
 from data.transforms import Transform
 from utils import distributed, rng
 from utils.errors import UserError
+from utils.files import AppendFile
 from utils.logging import get_logger
 from utils.signals import SIGNALS
 
@@ -30,6 +36,7 @@ log = get_logger(__name__)
 Fields = Callable[[int, Row | RowView, torch.Generator], dict[str, Tensor | Ragged]]
 Loaded = tuple[Batch, list[tuple[str, str]]]
 _FIELDS_VIEW = 1
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ImageReader(Dataset):
@@ -47,13 +54,15 @@ class ImageReader(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (path, reason) where its image could not be read."""
-        row, problem = self.collection.view(draw.index), None
-        path = row.path
-        try:
-            pixels = read_image(self.collection.root / path, self.channels, self.max_pixels)
-            image = torch.from_numpy(pixels).permute(2, 0, 1)
-        except UnreadableImage as error:
-            problem = (path, error.reason)
+        row, problem, image = self.collection.view(draw.index), None, None
+        path, weight = row.path, row.weight
+        if weight != 0:  # one that weighs 0 may be so because it kills its decoder
+            try:
+                pixels = read_image(self.collection.root / path, self.channels, self.max_pixels)
+                image = torch.from_numpy(pixels).permute(2, 0, 1)
+            except UnreadableImage as error:
+                problem = (path, error.reason)
+        if image is None:
             image = torch.zeros(self.channels, 64, 64, dtype=torch.uint8)
         with rng.seeded(draw.key):
             image = self.transform(image, draw)
@@ -61,7 +70,7 @@ class ImageReader(Dataset):
         sample: Sample = {
             "sample_id": torch.tensor(draw.index),
             "key": torch.tensor(draw.key),
-            "weight": torch.tensor(0.0 if problem or padding else row.weight),
+            "weight": torch.tensor(0.0 if problem or padding else weight),
             "images": image.contiguous(),
         }
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_VIEW))
@@ -73,14 +82,21 @@ def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
 
 
 class UnreadableLog:
-    """Count unreadable images, warn of each path once, and list them in the run folder's unreadable.jsonl."""
+    """Count unreadable images, warn of each path once, and list them in the run folder's unreadable.jsonl.
+
+    Rows wait where the folder is not made yet or its disk takes none. Ranks append to one file.
+    """
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
+        self._stream: AppendFile | None = None
+        self._waiting, self._warned = "", False
         self._seen: set[str] = set()
         if file is not None and file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._seen = {json.loads(line)["path"] for line in lines if line.endswith("\n")}  # a kill may tear the last
+            text = file.read_bytes().decode("utf-8", errors="replace")
+            self._seen = {path for line in text.split("\n") if (path := _listed_path(line)) is not None}
+            if text and not text.endswith("\n"):
+                self._waiting = "\n"  # so that the next row is none of the torn one
 
     @property
     def count(self) -> int:
@@ -94,21 +110,59 @@ class UnreadableLog:
                 continue
             self._seen.add(path)
             log.warning("unreadable image %s: %s; it weighs 0", path, reason)
-            if self._file is not None:
-                with open(self._file, "a", encoding="utf-8") as stream:  # one write: ranks share the file
-                    stream.write(json.dumps({"path": path, "reason": reason}) + "\n")
+            self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
+        if self._file is not None:
+            self._write(self._file)
+
+    def _write(self, file: Path) -> None:
+        """Append the rows that wait; a refusal is a warning, said once."""
+        if self._stream is None and self._waiting and file.parent.is_dir():
+            try:
+                self._stream = AppendFile(file)
+            except OSError as error:
+                if not self._warned:
+                    log.warning("%s cannot be written (%s); its rows are kept meanwhile", file, error.strerror)
+                self._warned = True
+        if self._stream is not None:
+            self._stream.write(self._waiting)  # also nothing: what was refused before is tried again
+            self._waiting = ""
+
+
+def _listed_path(line: str) -> str | None:
+    """Return the path of a row; None for a line that a kill or a full disk has torn."""
+    try:
+        return str(json.loads(line)["path"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _leave_signals_to_parent(worker: int) -> None:
     """Let a worker outlive what asks a job to stop: a scheduler signals all processes, and the rank still needs it.
 
-    A worker ends when its rank does.
+    A worker ends when its rank does, however either of them hangs.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's worker looks for its parent, but only between two batches
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+class _WorkerPopen(Popen):
+    """A forked process that ignores SIGTERM: torch and multiprocessing, which wait for its end, kill it."""
+
+    terminate = Popen.kill
+
+
+class _WorkerProcess(ForkProcess):
+    _Popen = staticmethod(_WorkerPopen)
+
+
+class _WorkerContext(ForkContext):
+    Process = _WorkerProcess
 
 
 def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, device: torch.device) -> DataLoader:
+    forks = workers > 0 and multiprocessing.get_start_method() == "fork"
     return DataLoader(
         reader,
         batch_sampler=batches,
@@ -116,6 +170,7 @@ def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, 
         prefetch_factor=prefetch if workers > 0 else None,
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_parent,
+        multiprocessing_context=_WorkerContext() if forks else None,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
         generator=torch.Generator(),  # the workers' base seed would else be drawn from torch's global generator

@@ -7,7 +7,7 @@
             ema.safetensors         where an average is kept
             state.json              step, config, fingerprints, best metric, meters, checksums of the files above
             state.sha256            checksum of state.json
-        .step_00001300.tmp-<pid>/   being written; removed when found later
+        .step_00001300.tmp-<pid>/   being written, or out of sight; removed by a later save
 
 Written by rank 0 under a temporary name, flushed, renamed. Nothing is pickled. There is no random state to keep: all
 randomness is a function of (seed, step, position) (utils/rng.py).
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.parallel import Part
+from optim.build import skips_on_device
 from utils import distributed
 from utils.errors import UserError
 from utils.files import fsync_path, read_json, sha256_file, sha256_text
@@ -40,7 +41,9 @@ log = get_logger(__name__)
 FORMAT = 1
 # What optim/groups.py puts into a group: settings, which follow from the configuration.
 _GROUP_SETTINGS = {"params", "names", "lr_scale", "decays", "weight_decay", "lr"}
+_GROUP_STATE = {"step"}  # what timm's optimisers add to a group in their first step
 _NAME = re.compile(r"step_(\d{8})")
+_ELSEWHERE = "give another run_dir, or use init_from=RUN to start from its weights"
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,23 @@ def save_checkpoint(
 
 def hide(path: Path) -> None:
     """Remove a checkpoint: first out of sight, so that a kill halfway leaves no damaged one."""
+    shutil.rmtree(_put_out_of_sight(path))
+
+
+def _put_out_of_sight(path: Path) -> Path:
     hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+    shutil.rmtree(hidden, ignore_errors=True)  # an earlier process of the same number left it
     os.rename(path, hidden)
-    shutil.rmtree(hidden)
+    return hidden
+
+
+def set_aside_beyond(folder: Path, step: int) -> list[Path]:
+    """Put the checkpoints of more than `step` updates out of sight; returns where they lie until the next save.
+
+    For a run that goes on from `step`: they are damaged or of another continuation, so neither a later start nor
+    retention may count them.
+    """
+    return [_put_out_of_sight(path) for path in list_checkpoints(folder) if _step_of(path) > step]
 
 
 def damage(path: Path) -> str | None:
@@ -149,23 +166,37 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
+def find_undamaged(folder: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, if any; damaged ones beyond it are named in warnings."""
+    for path in reversed(list_checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
+    return None
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint, None where there is none at all.
 
     A damaged one is named in a warning and the one before it taken; all damaged is an error, never a start from zero.
     """
-    found = list_checkpoints(folder)
-    for path in reversed(found):
-        problem = damage(path)
-        if problem is None:
-            return path
-        log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
-    if found:
+    found = find_undamaged(folder)
+    if found is None and (damaged := list_checkpoints(folder)):
         raise UserError(
-            f"resume: all {len(found)} checkpoints in {folder} are damaged, see the warnings above; mend or remove "
+            f"resume: all {len(damaged)} checkpoints in {folder} are damaged, see the warnings above; mend or remove "
             "them, or start afresh in another folder with run_dir=..."
         )
-    return None
+    return found
+
+
+def find_continuation(folder: Path, resume: str) -> Path | None:
+    """Return the newest undamaged checkpoint where it was made by a run that began with the same `resume=PATH`."""
+    found = find_undamaged(folder)
+    if found is None:
+        return None
+    made_with = read_json(found / "state.json")["config"]["resume"]
+    return found if Path(made_with) == Path(resume) else None
 
 
 def find_checkpoint_before(folder: Path, step: int) -> Path | None:
@@ -206,12 +237,15 @@ def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = Non
     return Checkpoint(str(path), tensors, state)
 
 
-def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
-    """Keep the newest checkpoints and the best one; remove the rest and what a kill left half-written."""
+def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> None:
+    """Keep the newest checkpoints up to `step`, the one just saved, and the best one; remove those before them.
+
+    Removes also what a kill left half-written and what a resumption put out of sight.
+    """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in list_checkpoints(folder)[:-keep]:
-        if _NAME.fullmatch(path.name).group(1) != f"{best_step or 0:08d}":
+    for path in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
+        if _step_of(path) != best_step:
             hide(path)
 
 
@@ -236,8 +270,51 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, others
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
-    """Give the optimiser a saved state. Raises UserError where it belongs to other parameters."""
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], others: Mapping[str, Any], path: str
+) -> None:
+    """Raise UserError where a saved state, which may be on the meta device, is none that this optimiser could have.
+
+    Fused kernels (torch's, and those of Adan) walk through memory by the size of the parameter alone, so their state is
+    a float32 scalar `step` and else of the parameter's whole shape and dtype. timm's optimisers and torch's others may
+    keep what they like (adafactor rows and columns): they call torch's operations, which compare shapes themselves, so
+    that a wrong one is an error at worst. Not so bitsandbytes', which timm can name too: take them from nobody else.
+    """
+    parameters = {
+        name: parameter for group in optimizer.param_groups for name, parameter in zip(group["names"], group["params"])
+    }
+    groups = {group["names"][0]: group for group in optimizer.param_groups}
+    fused = skips_on_device(optimizer)
+    for full, value in [*tensors.items(), *others.items()]:
+        name, _, key = full.rpartition("/")
+        if name.endswith("/"):
+            group = groups.get(name[:-1])
+            if group is None:
+                raise UserError(f"resume: the optimiser of {path} groups its parameters in another way (optim.*)")
+            settings = optimizer.defaults.keys() | _GROUP_SETTINGS
+            if fused or key in settings or key not in group.keys() | _GROUP_STATE:
+                raise UserError(f"resume: {path} holds {full!r}, which is no state of this optimiser; {_ELSEWHERE}")
+            continue
+        if name not in parameters:
+            raise UserError(f"resume: the optimiser of {path} knows {name!r}, which this model does not have")
+        if not fused:
+            continue
+        own = getattr(parameters[name], "whole", parameters[name])
+        wanted = ((), torch.float32) if key == "step" else (tuple(own.shape), own.dtype)
+        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value).__name__, "no tensor")
+        if found != wanted:
+            raise UserError(
+                f"resume: {full!r} of the optimiser of {path} is {found[0]} ({found[1]}), where this model's takes "
+                f"{wanted[0]} ({wanted[1]}); {_ELSEWHERE}"
+            )
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any], path: str = "the checkpoint"
+) -> None:
+    """Give the optimiser a saved state. Raises UserError where it is none of this optimiser over these parameters."""
+    check_optimizer_state(optimizer, tensors, others, path)
+    fused = skips_on_device(optimizer)
     names = [name for group in optimizer.param_groups for name in group["names"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = {name: position for position, name in enumerate(names)}
@@ -246,16 +323,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
     for full, value in [*tensors.items(), *others.items()]:
         name, _, key = full.rpartition("/")
         if name.endswith("/"):
-            if name[:-1] not in groups:
-                raise UserError("resume: the checkpoint's optimiser groups its parameters in another way (optim.*)")
             group = groups[name[:-1]]
             group[key] = value.to(group["params"][0].device) if isinstance(value, Tensor) else value
             continue
-        if name not in index:
-            raise UserError(f"resume: the checkpoint's optimiser knows {name!r}, which this model does not have")
         parameter = parameters[index[name]]
         if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
             value = distributed.take_part(value, parameter.whole)
+        if fused:
+            # A file keeps neither layout nor device, and load_state_dict gives back the one only for groups that say
+            # `fused` (Adan's do not), the other never; the kernels ask for neither.
+            value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         state.setdefault(index[name], {})[key] = value
     current = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

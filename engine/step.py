@@ -1,8 +1,9 @@
 """train_step: the only forward, backward, clip and optimiser step in the repository.
 
 The loss of a step is the weighted mean over all its samples, on all ranks and micro-batches: the sum of the weights is
-known before the first backward pass, so accumulation and uneven weights are exact. Whether the step is finite is one
-decision for all ranks that stays on the device; a step that is not leaves every tensor unchanged.
+known before the first backward pass, so accumulation and uneven weights are exact. Whether the step is finite, and
+weighs anything, is one decision for all ranks that stays on the device; a step that is not leaves every tensor
+unchanged.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ class StepResult:
     sums: log name -> (sum, count) over all samples of the step, float64; NaN is left out of a step that was skipped.
     applied: 1 where the optimiser made its step, 0 where it was left out.
     stop: above 0 where a rank was asked to stop.
+    weight: the sum of the samples' weights; 0, which leaves the step out, where no image could be read.
     losses: the losses [B] of this rank's micro-batches, detached.
     """
 
@@ -34,6 +36,7 @@ class StepResult:
     grad_norm: Tensor
     applied: Tensor
     stop: Tensor
+    weight: Tensor
     losses: Sequence[Tensor] = ()
 
     @cached_property
@@ -60,14 +63,15 @@ class LossScale:
         self.scale = torch.full((), 65536.0 if self.enabled else 1.0, device=runtime.device)
         self.good_steps = torch.zeros((), device=runtime.device)
 
-    def update(self, applied: Tensor) -> None:
-        """Learn from one step."""
+    def update(self, applied: Tensor, weight: Tensor) -> None:
+        """Learn from one step; from one of weight 0, which was left out for another reason, nothing."""
         if not self.enabled:
             return
-        self.good_steps = (self.good_steps + 1) * applied
-        grow = self.good_steps >= self.growth_interval
-        self.scale = torch.where(applied == 0, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
-        self.good_steps = torch.where(grow, 0.0, self.good_steps)
+        good_steps = (self.good_steps + 1) * applied
+        grow = good_steps >= self.growth_interval
+        scale = torch.where(applied == 0, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+        self.scale = torch.where(weight == 0, self.scale, scale)
+        self.good_steps = torch.where(weight == 0, self.good_steps, torch.where(grow, 0.0, good_steps))
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps."""
@@ -112,9 +116,8 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def step_weight(batches: Sequence[Batch]) -> Tensor:
-    """Return the sum of the weights of a step's samples over all ranks, at least the smallest positive number."""
-    total = _sum([batch["weight"].sum() for batch in batches])
-    return distributed.all_reduce_sum(total).clamp_min(torch.finfo(torch.float32).tiny)
+    """Return the sum of the weights of a step's samples over all ranks."""
+    return distributed.all_reduce_sum(_sum([batch["weight"].sum() for batch in batches]))
 
 
 def _forward_backward(
@@ -139,11 +142,12 @@ def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[
 
 
 def _reduce(
-    figures: Tensor, names: Sequence[str], denominator: Tensor, norm: Tensor, stop: bool, *, rows_only: bool
+    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, stop: bool, *, rows_only: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
-    """Sum figures and flags over ranks in one collective: (sums, gradient's norm, not finite, stop).
+    """Sum figures and flags over ranks in one collective: (sums, gradient's norm, left out, stop).
 
-    `figures` begin with the loss; `rows_only`: the norm is that of this rank's rows, whose squares add up to the whole.
+    A step is left out that is not finite or whose `weight` is 0. `figures` begin with the loss; `rows_only`: the norm
+    is that of this rank's rows, whose squares add up to the whole.
     """
     total = F.pad(figures, (2, 1 if rows_only else 0), value=float(stop))
     # In float64 the sum of two finite float32 is finite, and any other is not.
@@ -151,9 +155,9 @@ def _reduce(
     if rows_only:
         total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
-    bad, stop_asked = total[0] > 0, total[1]
+    bad, stop_asked = (total[0] > 0) | (weight == 0), total[1]
     kept = torch.where(bad, 0.0, total).unbind()
-    sums = {"loss": (kept[2], torch.where(bad, 0.0, denominator.double()))}
+    sums = {"loss": (kept[2], torch.where(bad, 0.0, weight.double()))}
     sums |= {name: (kept[3 + 2 * index], kept[4 + 2 * index]) for index, name in enumerate(names)}
     if rows_only:
         norm = kept[-1].sqrt().to(norm.dtype)
@@ -189,7 +193,8 @@ def train_step(
     `model` is the task as the ranks share it (engine/parallel.py); `stop` says that this rank was asked to stop.
     No host synchronisation, except for timm's optimisers, which cannot skip on the device: they cost one per step.
     """
-    denominator = step_weight(batches)
+    weight = step_weight(batches)
+    denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
     # DDP and fully_shard average over ranks where the mean over all samples is wanted: hence the world size.
     factor = scale.scale * distributed.world_size() / denominator
     before = _BuffersBefore(task)
@@ -209,7 +214,7 @@ def train_step(
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if inverse_scale is not None:
         norm = norm * inverse_scale
-    sums, norm, bad, stop_asked = _reduce(_sum(rows), names, denominator, norm, stop, rows_only=holds_rows(parameters))
+    sums, norm, bad, stop_asked = _reduce(_sum(rows), names, weight, norm, stop, rows_only=holds_rows(parameters))
     _clip(grads, norm, clip_grad_norm, inverse_scale)
 
     found_inf = bad.float()
@@ -221,5 +226,5 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     before.put_back(bad)
-    scale.update(applied)
-    return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked, losses)
+    scale.update(applied, weight)
+    return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked, weight, losses)

@@ -14,11 +14,14 @@ import torch
 
 from engine.checkpoint import (
     Checkpoint,
+    check_optimizer_state,
     find_checkpoint,
     find_checkpoint_before,
+    find_continuation,
     list_checkpoints,
     load_checkpoint,
     load_optimizer_state,
+    set_aside_beyond,
 )
 from engine.config import TrainingConfig
 from engine.meters import Meter
@@ -87,7 +90,12 @@ def _choose_checkpoint(config: TrainingConfig, folder: RunFolder) -> str | None:
         found = find_checkpoint(folder.checkpoints)
         return str(found) if found else None
     if config.resume != "never":
-        return config.resume
+        # Given again after a kill, the same command goes on from what it has made since.
+        found = find_continuation(folder.checkpoints, folder.config["resume"])
+        if found is None:
+            return config.resume
+        log.info("resume: %s was made by this command, so it goes on from there, not from %s", found, config.resume)
+        return str(found)
     existing = list_checkpoints(folder.checkpoints)
     if existing:
         raise UserError(
@@ -97,6 +105,17 @@ def _choose_checkpoint(config: TrainingConfig, folder: RunFolder) -> str | None:
     return None
 
 
+def _leave_behind(folder: RunFolder, step: int) -> None:
+    """Put the folder's checkpoints beyond the one that is resumed out of sight; on rank 0."""
+    hidden = set_aside_beyond(folder.checkpoints, step)
+    if hidden:
+        log.warning(
+            "resume: the checkpoints beyond step %d are put out of sight and removed by the next save; until then they "
+            "lie in %s",
+            step, ", ".join(map(str, hidden)),
+        )  # fmt: skip
+
+
 def _check_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, training: Training) -> None:
     """Compare recipe, data, machine and tensors of a checkpoint with this run's."""
     folder, state = training.folder, checkpoint.state
@@ -104,16 +123,24 @@ def _check_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, training: 
         log.warning("resume_allow lets through %s", line)
     for name, found in training.fingerprints.items():
         saved = state["fingerprints"].get(name)
-        if saved != found and name not in config.resume_allow:
+        if saved == found:
+            continue
+        if name not in config.resume_allow:
             raise UserError(
                 f"resume: {name} of {folder.path} has changed since the checkpoint ({saved} then, {found} now), so the "
                 f"samples would no longer be the same; restore it, or start another run with run_dir=..."
             )
-    if state["precision"] != training.runtime.precision and "runtime.precision" not in config.resume_allow:
-        raise UserError(
-            f"runtime.precision: auto chose {training.runtime.precision} here, the run began with {state['precision']}"
-            f"; set runtime.precision={state['precision']} or 'resume_allow=[runtime.precision]'"
+        log.warning(
+            "resume_allow lets through a changed %s: its fingerprint is %s in the run, %s now", name, saved, found
         )
+    saved, found = state["precision"], training.runtime.precision
+    if saved != found:
+        if "runtime.precision" not in config.resume_allow:
+            raise UserError(
+                f"runtime.precision: auto chose {found} here, the run began with {saved}; set "
+                f"runtime.precision={saved} or 'resume_allow=[runtime.precision]'"
+            )
+        log.warning("resume_allow lets through runtime.precision: %s was chosen in the run, %s now", saved, found)
     if state["threads"] != torch.get_num_threads():
         log.warning(
             "resume: %d threads now, %d before: results agree to rounding, bit equality is not promised",
@@ -143,6 +170,16 @@ def _check_tensors(checkpoint: Checkpoint, training: Training) -> None:
                 f"resume: the checkpoint is of another model: {len(wrong)} tensors of {group} differ, first "
                 f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
             )
+    if _has_own_state(checkpoint, training):
+        check_optimizer_state(
+            training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"], checkpoint.path
+        )
+
+
+def _has_own_state(checkpoint: Checkpoint, training: Training) -> bool:
+    """Return whether a checkpoint's optimiser is of this run's kind, so that its state is taken over."""
+    made_by, now = checkpoint.state["config"]["optim"], training.folder.config["optim"]
+    return (made_by["name"], made_by.get("opt")) == (now["name"], now.get("opt"))
 
 
 def _are_alike(saved: torch.Tensor, own: torch.Tensor) -> bool:
@@ -155,22 +192,26 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             distributed.own_part(tensor).copy_(distributed.take_part(saved[name], tensor))
-    made_by, now = checkpoint.state["config"]["optim"], training.folder.config["optim"]
-    if (made_by["name"], made_by.get("opt")) == (now["name"], now.get("opt")):
-        load_optimizer_state(training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    if _has_own_state(checkpoint, training):
+        load_optimizer_state(
+            training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"], checkpoint.path
+        )
     else:
-        log.warning("resume: %s begins with no state: the checkpoint's is that of %s", now["name"], made_by["name"])
+        made_by, now = (config["optim"]["name"] for config in (checkpoint.state["config"], training.folder.config))
+        log.warning("resume: %s begins with no state: the checkpoint's is that of %s", now, made_by)
     training.scale.load(checkpoint.tensors["scale"])
     if training.ema is not None:
         training.ema.load(checkpoint.tensors["ema"])
     training.log_meter.load(checkpoint.state["meters"]["log"])
     training.epoch_meter.load(checkpoint.state["meters"]["epoch"])
-    training.best = Best(**checkpoint.state["best"])
+    best = Best(**checkpoint.state["best"])
+    # Of a run before figures that are not finite were passed over: nothing would ever be better.
+    training.best = best if best.value is not None and math.isfinite(best.value) else Best()
     training.last_report = checkpoint.state["last_report"]
     training.step = checkpoint.step
-    # Checkpoints made before steps were followed have neither.
+    # Checkpoints made before steps were followed have none of these.
     training.passed_over = checkpoint.state.get("passed_over", 0)
-    training.skips.load(checkpoint.state.get("skipped", []))
+    training.skips.load(checkpoint.state.get("skipped", []), checkpoint.state.get("skipped_empty", []))
 
 
 def _build(
@@ -257,6 +298,7 @@ def train(
             checkpoint = load_checkpoint(Path(found), lambda described: _check_checkpoint(described, config, training))
             _restore(training, checkpoint)
             log.info("resumed from %s at step %d", found, training.step)
+            distributed.rank_zero_call(lambda: _leave_behind(folder, training.step))
         if distributed.is_main():
             update_saved_config(folder.path, folder.config, folder.job)
         distributed.rank_zero_call(lambda: _start_tracker(training, config))

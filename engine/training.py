@@ -125,15 +125,10 @@ class Training:
         epochs = [self.plan.epoch_of(step - 1) + 1 for step in (self.step, self.plan.total_steps)]
         figures = f"loss {means['loss']:.4f}  lr {values.lr:.2e}  {speed:,.0f} images/s"
         self.bar.show(f"epoch {epochs[0]}/{epochs[1]}", figures, left_sec)
-        if math.isnan(means["loss"]) and not means["skipped_steps"]:
-            raise UserError(
-                f"data.root: no image of the steps up to {self.step} could be read, see the warnings above; "
-                "prepare.py job=manifest lists what is unreadable"
-            )
         if means["skipped_steps"]:
-            log.warning("%d steps were not finite and were left out before step %d", means["skipped_steps"], self.step)
+            log.warning("%d steps were left out before step %d", means["skipped_steps"], self.step)
             self.skips.read(self.step)
-            self.skips.check(self.step)
+            self.skips.check(self.step, last=self.step == self.plan.total_steps)
         else:
             self.skips.forget(self.step)
         self.start_clock()
@@ -151,7 +146,9 @@ class Training:
     def sync_buffers(self) -> None:
         """Give every rank the batch statistics of rank 0, and their average."""
         if distributed.is_distributed():
-            averages = [self.ema.tensors[name] for name, _ in self.task.network.named_buffers()] if self.ema else []
+            kept = self.ema.tensors if self.ema is not None else {}
+            # What is no state, such as a table of positions, has no average.
+            averages = [kept[name] for name, _ in self.task.network.named_buffers() if name in kept]
             for tensor in [*self.task.buffers(), *averages]:
                 dist.broadcast(tensor, src=0)
 
@@ -201,7 +198,7 @@ class Training:
         better = self.best.value is None or (
             decisive < self.best.value if self.task.best_is_lowest else decisive > self.best.value
         )
-        if better and self._write_best():
+        if better and math.isfinite(decisive) and self._write_best():
             self.best = Best(decisive, self.step)
         if distributed.is_main():
             with spared(self.folder.path / "tables"):
@@ -213,8 +210,8 @@ class Training:
 
     def plot(self) -> None:
         """Draw the curves of the run so far, on rank 0."""
+        self.watchdog.progress(f"step {self.step}: plotting")  # on all ranks: the watchdog compares their counts
         if self.metrics is not None:
-            self.watchdog.progress(f"step {self.step}: plotting")
             path = self.folder.plots / "curves.png"
             with spared(path):
                 plots.plot_curves(self.metrics, path, self.folder.path.resolve().name)
@@ -281,6 +278,7 @@ class Training:
             "position": (self.step + self.passed_over) * self.plan.global_batch_size,
             "passed_over": self.passed_over,
             "skipped": self.skips.steps,
+            "skipped_empty": self.skips.empty,
             "best": {"value": self.best.value, "step": self.best.step},
             "last_report": self.last_report,
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
@@ -325,7 +323,7 @@ class Training:
             for rows in (self.metrics, self.skips):
                 rows.sync()
             save_checkpoint(self.folder.checkpoints, step, groups, state)
-            remove_old(self.folder.checkpoints, self.loop.keep_checkpoints, best_step)
+            remove_old(self.folder.checkpoints, self.loop.keep_checkpoints, step, best_step)
         network = {
             name.removeprefix("network."): tensor
             for name, tensor in groups["task"].items()

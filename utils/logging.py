@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,27 @@ class _StderrHandler(logging.StreamHandler):
             _printer(self.format(record))
         except Exception:  # as every handler of the standard library: a message that fails ends no run
             self.handleError(record)
+
+
+class _FileHandler(logging.FileHandler):
+    """Write to a file. What the disk refuses is lost, with a warning said once; it ends no run."""
+
+    _refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Warn of a disk that takes no more; show the traceback of other errors, which are defects."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._refused:
+            self._refused = True
+            text = "%s cannot be written (%s); messages are on stderr alone meanwhile"
+            get_logger(__name__).warning(text, self.baseFilename, error.strerror or error)
+
+    def close(self) -> None:
+        """Close the file, which writes what its buffer still holds."""
+        with suppress(OSError):
+            super().close()
 
 
 class _EarlyRecords(logging.Handler):
@@ -110,7 +132,7 @@ def log_to_file(path: Path) -> logging.Handler:
 
     Returns the handler for `stop_logging_to`.
     """
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(ROOT)
     for early in [kept for kept in logger.handlers if isinstance(kept, _EarlyRecords)]:

@@ -19,13 +19,10 @@ def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drop a JSONL file's rows beyond `last_step`, and a last line that a kill has torn; returns the rest."""
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        row = json.loads(line)
-        if row["step"] <= last_step:
-            rows.append(row)
+    # Not splitlines: a path in a row may hold one of the other characters that it takes for an end. As bytes: the last
+    # line may be torn within a character.
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [row for row in map(json.loads, lines) if row["step"] <= last_step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

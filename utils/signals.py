@@ -2,34 +2,57 @@
 
 import os
 import signal
-import sys
+import time
+from contextlib import suppress
 from types import FrameType
 
 from utils.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A launcher passes on to its ranks the signal that they were sent as well: one request, milliseconds apart. Who asks a
+# second time, and a scheduler that means it, waits longer.
+REPEAT_SEC = 2.0
+
+_current: "StopRequest | None" = None
+
+
+def stop_requested_sec() -> float | None:
+    """Return for how many seconds the run under way has been asked to stop; None where it has not. From any thread."""
+    request = _current
+    return None if request is None or not request.requested else time.monotonic() - request.since
+
+
+def _tell(number: int, text: str) -> None:
+    """Write to stderr past its buffer, which the signal may have interrupted; nobody may be there to read."""
+    with suppress(OSError):
+        os.write(2, f"{signal.Signals(number).name}{text}\n".encode())
 
 
 class StopRequest:
     """Remember that a signal came; use it as a context, so that the old handlers come back."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.since = False, 0.0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
+        global _current
+        _current = self
         for number in SIGNALS:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
+        global _current
+        _current = None
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            sys.stderr.write(f"{signal.Signals(number).name} again: leaving at once, without saving\n")
-            sys.stderr.flush()
+        now = time.monotonic()
+        if not self.requested:
+            self.since, self.requested = now, True
+            _tell(number, ": finishing the step, then saving")
+        elif now - self.since >= REPEAT_SEC:
+            _tell(number, " again: leaving at once, without saving")
             os._exit(EXIT_STOPPED)
-        self.requested = True
-        os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving\n".encode())

@@ -1,4 +1,4 @@
-"""The watchdog: when a rank dies or hangs, end the job with a message that names it.
+"""The watchdog: when a rank dies or hangs, the only one too, end the job with a message that names it.
 
 Every rank's thread writes a sign of life and its progress to the key-value store that the ranks met at. Rank 0 watches
 all, all watch rank 0 (so the store serves 2N reads a round, not N x N). A rank without signs of life is dead or
@@ -10,7 +10,6 @@ stopped; a rank whose progress stays behind the others' hangs.
 """
 
 import os
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -20,12 +19,18 @@ import torch.distributed as dist
 from utils import distributed
 from utils.errors import EXIT_LOST_RANK
 from utils.logging import get_logger
+from utils.signals import stop_requested_sec
 
 log = get_logger(__name__)
 
+# Intervals without an answer of the store. A signal may end the launcher, whose store it is, before this rank's main
+# thread comes out of the call that it is in and sees the same signal.
+_STORE_PATIENCE = 3
+_LAST_WORDS_SEC = 5.0
+
 
 class Watchdog:
-    """Watch the ranks of one job from a thread; without a process group it does nothing."""
+    """Watch the ranks of one job from a thread; without a process group, this process's own progress."""
 
     def __init__(self, timeout_sec: float) -> None:
         self.timeout_sec = timeout_sec
@@ -33,22 +38,24 @@ class Watchdog:
         self._progress, self._phase = 0, "starting"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._store: dist.Store | None = None  # None: one rank
+        self._rank = 0
+        self._watched: list[int] = []
         # What was last seen of each rank, and when it last changed: rank -> (text, time).
         self._life: dict[int, tuple[str, float]] = {}
         self._moves: dict[int, tuple[int, float, str]] = {}
 
     def start(self) -> None:
         """Begin to watch. All ranks call it together."""
-        if not distributed.is_distributed():
-            return
-        rank, size = distributed.rank(), distributed.world_size()
-        # A client of its own: the process group's is not ours to block.
-        self._store = dist.PrefixStore("atelier/watchdog", dist.distributed_c10d._get_default_store().clone())
-        self._store.set_timeout(timedelta(seconds=self.timeout_sec))
-        self._rank = rank
-        self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
-        self._publish(0)
-        distributed.barrier()
+        if distributed.is_distributed():
+            rank, size = distributed.rank(), distributed.world_size()
+            # A client of its own: the process group's is not ours to block.
+            self._store = dist.PrefixStore("atelier/watchdog", dist.distributed_c10d._get_default_store().clone())
+            self._store.set_timeout(timedelta(seconds=self.timeout_sec))
+            self._rank = rank
+            self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
+            self._publish(0)
+            distributed.barrier()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -76,7 +83,7 @@ class Watchdog:
 
         Takes up to three intervals: the survivors keep publishing meanwhile.
         """
-        if self._thread is None:
+        if self._thread is None or self._store is None:
             return None
         others = [other for other in range(distributed.world_size()) if other != self._rank]
         try:
@@ -90,20 +97,42 @@ class Watchdog:
     def _publish(self, count: int) -> None:
         self._store.set(str(self._rank), f"{count}|{self._progress}|{self._phase}")
 
+    def _exchange(self, count: int) -> dict[int, str]:
+        """Publish this rank's state and return that of the watched ranks."""
+        if self._store is None:
+            return {}
+        self._publish(count)
+        return {other: self._store.get(str(other)).decode() for other in self._watched}
+
     def _watch(self) -> None:
-        count = 0
+        count, clock = 0, 0.0
+        looked = answered = time.monotonic()
         while not self._stop.wait(self.interval_sec):
             count += 1
+            now = time.monotonic()
+            clock += min(now - looked, 2 * self.interval_sec)  # the time that this process was stopped for is nobody's
+            looked = now
             try:
-                self._publish(count)
-                seen = {other: self._store.get(str(other)).decode() for other in self._watched}
-                verdict = self._judge(seen, time.monotonic())
-            except (
-                Exception
-            ) as error:  # the store lives in rank 0's process or its launcher: without it the job is over
-                verdict = f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
+                seen = self._exchange(count)
+                answered = time.monotonic()
+                verdict = self._judge(seen, clock)
+            except Exception as error:
+                verdict = self._judge_silence(time.monotonic() - answered, error)
             if verdict is not None and not self._stop.is_set():
                 self._end(verdict)
+
+    def _judge_silence(self, silent_sec: float, error: Exception) -> str | None:
+        """Return what is wrong where the store does not answer: it lives in rank 0's process or its launcher.
+
+        A launcher may leave on the signal that asks the ranks to stop: they need the time to save, and no store.
+        """
+        asked_sec = stop_requested_sec()
+        if asked_sec is not None:
+            # The store is not asked again meanwhile: torch shows each failure on 25 lines.
+            self._stop.wait(max(0.0, self.timeout_sec - asked_sec))
+        elif silent_sec < _STORE_PATIENCE * self.interval_sec:
+            return None
+        return f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
 
     def _judge(self, seen: dict[int, str], now: float) -> str | None:
         """Return what is wrong with the watched ranks, if anything."""
@@ -127,13 +156,15 @@ class Watchdog:
         return f"rank {', '.join(map(str, behind))} hangs in {where!r}: no progress for {self.timeout_sec:.0f} s"
 
     def _end(self, verdict: str) -> None:
-        log.error(
+        said = (
             "%s. Ending the job with status %d; the same command resumes from the last checkpoint "
-            "(runtime.hang_timeout_sec=%g).",
-            verdict,
-            EXIT_LOST_RANK,
-            self.timeout_sec,
+            "(runtime.hang_timeout_sec=%g)."
         )
-        sys.stderr.flush()
+        # The disk that a rank hangs on may hold the log too.
+        last_words = threading.Thread(
+            target=log.error, args=(said, verdict, EXIT_LOST_RANK, self.timeout_sec), daemon=True
+        )
+        last_words.start()
+        last_words.join(_LAST_WORDS_SEC)
         # Threads of a hung process cannot be joined: leave at once.
         os._exit(EXIT_LOST_RANK)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import os
 import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,8 @@ from data.config import AugmentConfig
 from data.loader import EvaluationLoader, ImageReader, TrainLoader, UnreadableLog
 from data.stream import BalancedSampler, Draw, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
+from tests.in_process import TINY, run
+from tests.support import make_collection
 from utils import rng
 from utils.config import CONF
 from utils.errors import UserError
@@ -381,6 +385,108 @@ def test_an_image_above_max_pixels_is_unreadable(folder):
     reader = ImageReader(folder, TrainTransform(augment()), DrawnFields(), channels=3, max_pixels=10)
     sample, problem = reader[Draw(0, 0, 1)]
     assert "more than the 10 allowed" in problem[1] and sample["weight"] == 0
+
+
+def test_an_image_that_weighs_nothing_is_not_decoded(tmp_path, monkeypatch):
+    """It may weigh 0 because it kills its decoder."""
+    for number in range(2):
+        write_image(tmp_path / "images" / f"{number}.png", number)
+    lines = [{"path": "0.png", "weight": 0}, {"path": "1.png"}]
+    (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loader = train_loader(open_folder(tmp_path / "images", tmp_path / "cache"))
+    read = []
+    monkeypatch.setattr("data.loader.read_image", lambda path, *_: read.append(path.name) or np.ones((9, 9, 3), "u1"))
+    samples, problems = zip(*[loader.reader[Draw(0, row, 5)] for row in range(2)])
+    assert read == ["1.png"] and problems == (None, None)
+    assert [float(sample["weight"]) for sample in samples] == [0.0, 1.0]
+    assert [bool(sample["images"].any()) for sample in samples] == [False, True]
+    assert samples[0].keys() == samples[1].keys() and samples[0]["drawn"] == samples[1]["drawn"]
+
+
+def test_an_unreadable_image_met_before_the_run_folder_is_made_is_listed(tmp_path):
+    """task.head=fitted reads images before the folder is opened."""
+    make_collection(tmp_path / "images", per_class=4, classes="AB", validation=2, broken=1)
+    run("finetune", [*TINY, "data.root=images", "run_dir=run", "task.head=fitted"], tmp_path)
+    assert [row["path"] for row in listed(tmp_path / "run/unreadable.jsonl")] == ["train/A/broken0.png"]
+    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
+
+
+def test_rows_wait_for_their_folder(tmp_path):
+    log = UnreadableLog(tmp_path / "run/unreadable.jsonl")
+    log.add([("a.png", "empty")])
+    log.add([])
+    assert not (tmp_path / "run").exists() and log.count == 1
+    (tmp_path / "run").mkdir()
+    log.add([])
+    assert listed(tmp_path / "run/unreadable.jsonl") == [{"path": "a.png", "reason": "empty"}]
+
+
+def test_a_full_disk_ends_nothing_and_rows_wait_for_space(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("atelier.utils.files"), "disabled", False)
+    log = UnreadableLog(tmp_path / "unreadable.jsonl")
+    (tmp_path / "unreadable.jsonl").symlink_to("/dev/full")
+    for path in ("a.png", "b.png"):
+        log.add([(path, "empty")])
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+    with open(tmp_path / "space.jsonl", "wb") as space:
+        os.dup2(space.fileno(), log._stream._file.fileno())
+    log.add([])
+    assert [row["path"] for row in listed(tmp_path / "space.jsonl")] == ["a.png", "b.png"]
+
+
+def test_a_file_that_cannot_be_opened_ends_nothing(tmp_path, warnings_said):
+    file = tmp_path / "unreadable.jsonl"
+    log = UnreadableLog(file)
+    file.mkdir()
+    log.add([("a.png", "empty")])
+    log.add([("b.png", "empty")])
+    assert len([line for line in warnings_said if "cannot be written (Is a directory)" in line]) == 1
+    file.rmdir()
+    log.add([])
+    assert [row["path"] for row in listed(file)] == ["a.png", "b.png"]
+
+
+def test_torn_rows_are_passed_over_and_stay_apart_from_those_that_follow(tmp_path):
+    file = tmp_path / "unreadable.jsonl"
+    file.write_bytes('{"path": "a\u2028.png", "reason": "x"}\n'.encode() + b'\xff\0\n3\n{}\n\n{"path": "b.png", "rea')
+    log = UnreadableLog(file)
+    assert log.count == 1
+    log.add([("a\u2028.png", "x"), ("b.png", "y")])
+    assert file.read_bytes().endswith(b'\n{"path": "b.png", "rea\n{"path": "b.png", "reason": "y"}\n')
+    before = file.read_bytes()
+    again = UnreadableLog(file)
+    again.add([("b.png", "y")])
+    assert again.count == 2 and file.read_bytes() == before
+
+
+class HangingFields(DrawnFields):
+    """Never come back for one row; tell the process first."""
+
+    def __init__(self, row, file):
+        self.row, self.file = row, file
+
+    def __call__(self, index, row, generator):
+        if index == self.row:
+            self.file.write_text(str(os.getpid()))
+            time.sleep(3600)
+        return super().__call__(index, row, generator)
+
+
+def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
+    """torch waits 5 s for it and sends SIGTERM, which workers ignore."""
+    file, sampler = tmp_path / "pid", ShuffledSampler(folder.rows("train"), 0)
+    first = {sampler.at(position)[0] for position in range(GLOBAL)}
+    later = next(row for row in folder.rows("train").tolist() if row not in first)
+    stream = train_loader(folder, workers=1, fields=HangingFields(later, file)).steps(0, plan())
+    next(stream)
+    end = time.monotonic() + 30
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    stream.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
 
 
 # --- ragged fields

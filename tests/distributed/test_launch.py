@@ -1,8 +1,13 @@
 """Launching and ending: torchrun's own command, ranks that die, hang or are asked to stop. Properties of whole jobs."""
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +27,23 @@ def wait_for(condition, seconds=90):
 def has_rows(run_dir, count):
     path = run_dir / "metrics.jsonl"
     return lambda: path.exists() and path.read_text().count("\n") >= count
+
+
+def processes():
+    """Return the parent and the state of each process."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found[int(path.parent.name)] = (int(parent), state)
+    return found
+
+
+def has_ended(*pids):
+    """Return a function that says whether processes are gone, or ended and not yet waited for."""
+    return lambda: all(processes().get(pid, (0, "Z"))[1] == "Z" for pid in pids)
 
 
 def test_torchrun_with_two_processes_runs_through(tmp_path):
@@ -97,6 +119,15 @@ def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_p
     assert "rank 1 hangs in 'step 3: loading': no progress for 6 s" in started.output
 
 
+def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collection, tmp_path):
+    overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6", "runtime.workers=1")
+    started = start("tests/tasks/troubled.py", overrides, tmp_path, variables={"TROUBLE": "hang_reading 30"})
+    assert started.wait(120) == [70]
+    assert "rank 0 hangs in 'step 3: loading': no progress for 6 s" in started.output
+    worker = int(re.search(r"process (\d+) reads for ever", started.output).group(1))
+    wait_for(has_ended(worker), 10)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(ranks, collection, tmp_path):
     settings = ["loop.total_steps=400", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
@@ -111,6 +142,36 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(ranks, collection
     printed = run("finetune.py", overrides, tmp_path, ranks=ranks)
     assert f"at step {stopped}" in printed
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 401))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_goes_on(number, collection, tmp_path):
+    """As srun, systemd and cgroups do it: each rank gets SIGTERM twice, and SIGUSR1 ends torchrun with its store.
+
+    The save lasts longer than the watchdog waits for a store.
+    """
+    settings = ["loop.total_steps=200", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
+    overrides = common("classification", collection, tmp_path / "run", *settings, "runtime.hang_timeout_sec=16")
+    script, output = ROOT / "tests/tasks/troubled.py", tmp_path / "output.txt"
+    with open(output, "wb") as stream:
+        agent = subprocess.Popen(
+            [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", script, *overrides],
+            cwd=tmp_path, env={**os.environ, "TROUBLE": "slow_save 2.5"}, stdout=stream, stderr=stream,
+            start_new_session=True,
+        )  # fmt: skip
+    wait_for(has_rows(tmp_path / "run", 10))
+    ranks = [pid for pid, (parent, _) in processes().items() if parent == agent.pid]
+    for pid in (agent.pid, *ranks):  # torchrun gives each rank a session of its own
+        os.killpg(pid, number)
+    assert agent.wait(60) != 0
+    wait_for(has_ended(*ranks))
+    said = output.read_text()
+    assert len(ranks) == 2 and said.count(f"{number.name}: finishing the step, then saving") == 2
+    assert "leaving at once" not in said and "rank 0 is gone" not in said
+    stopped = int(rows(tmp_path / "run/metrics.jsonl")[-1]["step"])
+    assert (tmp_path / f"run/checkpoints/step_{stopped:08d}").is_dir() and stopped < 200
+    assert f"at step {stopped}" in run("finetune.py", overrides, tmp_path, ranks=2)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 201))
 
 
 def test_slurm_variables_start_the_same_job(collection, tmp_path):

@@ -6,21 +6,26 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter
 
 from engine.checkpoint import (
+    check_optimizer_state,
     damage,
     find_checkpoint,
+    find_continuation,
     list_checkpoints,
     load_checkpoint,
     load_optimizer_state,
     optimizer_state,
     remove_old,
     save_checkpoint,
+    set_aside_beyond,
 )
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups
+from utils.config import CONF
 from utils.errors import UserError
 from utils.files import sha256_file, sha256_text
 from utils.logging import ROOT
@@ -100,7 +105,7 @@ def test_a_half_written_checkpoint_is_none_and_is_removed_later(tmp_path):
     half = tmp_path / ".step_00000030.tmp-1"
     shutil.copytree(make(tmp_path, 10), half)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010"]
-    remove_old(tmp_path, keep=2, best_step=None)
+    remove_old(tmp_path, keep=2, step=10, best_step=None)
     assert not half.exists()
 
 
@@ -178,8 +183,53 @@ def test_the_check_comes_before_any_tensor_is_read(tmp_path, monkeypatch):
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
     for step in (10, 20, 30, 40):
         make(tmp_path, step)
-    remove_old(tmp_path, keep=2, best_step=10)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000030", "step_00000040"]
+    remove_old(tmp_path, keep=2, step=40, best_step=10)
+    assert steps_in(tmp_path) == [10, 30, 40]
+
+
+def steps_in(folder):
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("there", "keep", "step", "left"),
+    [([1200, 1300, 1400], 1, 1300, [1300, 1400]), ([400, 600, 1000, 1200], 2, 600, [400, 600, 1000, 1200])],
+)
+def test_retention_counts_no_checkpoint_beyond_the_one_just_saved(there, keep, step, left, tmp_path):
+    for number in there:
+        make(tmp_path, number)
+    remove_old(tmp_path, keep=keep, step=step, best_step=None)
+    assert steps_in(tmp_path) == left
+
+
+def test_what_lies_beyond_is_out_of_sight_until_the_next_save(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    flip_a_bit(tmp_path / "step_00000030/task.safetensors")
+    hidden = set_aside_beyond(tmp_path, 10)
+    assert steps_in(tmp_path) == [10] and all(path.is_dir() for path in hidden) and len(hidden) == 2
+    assert damage(hidden[0]) is None  # whole: it may be renamed back
+    make(tmp_path, 20)
+    set_aside_beyond(tmp_path, 10)  # by a process of the same number
+    make(tmp_path, 15)
+    remove_old(tmp_path, keep=1, step=15, best_step=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000015"]
+
+
+def test_a_continuation_is_the_newest_and_of_the_same_command(tmp_path, log):
+    def saved(step, resume):
+        return save_checkpoint(tmp_path, step, {"task": {"n": torch.tensor(step)}}, {"config": {"resume": resume}})
+
+    assert find_continuation(tmp_path, "run/step_00000010") is None
+    saved(10, "auto")
+    assert find_continuation(tmp_path, "run/step_00000010") is None
+    made = saved(20, "run/step_00000010")
+    flip_a_bit(saved(30, "run/step_00000010") / "task.safetensors")
+    assert find_continuation(tmp_path, "run/step_00000010/") == made
+    assert find_continuation(tmp_path, "run/step_00000020") is None
+    assert "step_00000030 is damaged" in log.text
+    saved(40, "auto")
+    assert find_continuation(tmp_path, "run/step_00000010") is None
 
 
 def test_the_same_step_is_written_again(tmp_path):
@@ -205,7 +255,7 @@ def test_optimiser_state_is_kept_by_name_whatever_the_groups(tmp_path):
     for parameter in parameters.values():
         for key, value in first.state[parameter].items():
             assert torch.equal(second.state[parameter][key], value)
-    with pytest.raises(UserError, match="resume: the checkpoint's optimiser knows 'c', which this model does not have"):
+    with pytest.raises(UserError, match="resume: the optimiser of the checkpoint knows 'c', which this model does not"):
         load_optimizer_state(optimizer("ab"), *optimizer_state(first))
 
 
@@ -216,7 +266,8 @@ TIMM = {"name": "timm", "extra": {}, "lr": 0.01, "base_lr": 0.0, "weight_decay":
 def make_optimizer(name):
     """Return a small network and the optimiser over it, both alike each time."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 2))
+    # Wide enough for adafactor to keep rows and columns of the first weight.
+    network = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.GELU(), torch.nn.Linear(24, 2))
     config = TypeAdapter(OptimConfig).validate_python({**TIMM, **OPTIMISERS[name]})
     return network, build_optimizer(config, build_groups(network, config, None), 0.01)
 
@@ -249,3 +300,126 @@ def test_timms_optimisers_go_on_to_the_bit(name, tmp_path):
         update(again, resumed, step)
     for one, other in zip(network.parameters(), again.parameters()):
         assert torch.equal(one, other)
+
+
+# --- what an optimiser's state may be
+
+OURS = ("adamw", "adan", "sgd")
+
+
+def make_ours(name, network):
+    config = TypeAdapter(OptimConfig).validate_python(yaml.safe_load((CONF / "optim" / f"{name}.yaml").read_text()))
+    return build_optimizer(config, build_groups(network, config, None), 0.01)
+
+
+def stepped(name, device="cpu", memory_format=torch.contiguous_format):
+    """A small network of a layout, one of our optimisers over it, and what makes a step of both."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4))
+    network.to(device=device, memory_format=memory_format)
+    optimizer = make_ours(name, network)
+
+    def update(step):
+        for parameter in network.parameters():
+            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+
+    return network, optimizer, update
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", OURS)
+def test_fused_optimisers_go_on_to_the_bit_in_any_layout(name, memory_format, tmp_path):
+    """Six updates equal three, a checkpoint, and three more: a file keeps no layout, and their kernels ask for none."""
+    network, optimizer, update = stepped(name, memory_format=memory_format)
+    for step in range(3):
+        update(step)
+    tensors, others = optimizer_state(optimizer)
+    path = save_checkpoint(tmp_path, 3, {"task": network.state_dict(), "optimizer": tensors}, {"optimizer": others})
+    for step in range(3, 6):
+        update(step)
+
+    checkpoint = load_checkpoint(path)
+    again, resumed, update = stepped(name, memory_format=memory_format)
+    again.load_state_dict(checkpoint.tensors["task"])
+    load_optimizer_state(resumed, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    for step in range(3, 6):
+        update(step)
+    for one, other in zip(network.parameters(), again.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_optimisers_state_comes_to_the_device_of_its_parameters(name):
+    _, optimizer, update = stepped(name)
+    update(0)
+    network, resumed, _ = stepped(name, device="meta")
+    load_optimizer_state(resumed, *optimizer_state(optimizer))
+    for parameter in network.parameters():
+        assert resumed.state[parameter] and all(value.is_meta for value in resumed.state[parameter].values())
+
+
+FORGED = {  # what stands under the name in place of the whole shape (4, 3, 2, 2), or of a float32 scalar
+    "one number": ("0.weight/exp_avg", torch.zeros(1), r"is \(1,\) \(torch.float32\), where this model's takes \(4, 3"),
+    "a scalar": ("0.weight/exp_avg_sq", torch.zeros(()), r"is \(\) \(torch.float32\)"),
+    "another order": ("0.weight/exp_avg", torch.zeros(3, 4, 2, 2), r"is \(3, 4, 2, 2\)"),
+    "as many numbers": ("0.weight/exp_avg", torch.zeros(48), r"is \(48,\)"),
+    "another dtype": ("0.weight/exp_avg", torch.zeros(4, 3, 2, 2).half(), r"is \(4, 3, 2, 2\) \(torch.float16\)"),
+    "a list of steps": ("0.weight/step", torch.zeros(2), r"is \(2,\) .*takes \(\) \(torch.float32\)"),
+    "steps of one byte": ("0.weight/step", torch.zeros((), dtype=torch.int8), r"is \(\) \(torch.int8\)"),
+    "no tensor": ("0.weight/exp_avg", 0.5, r"is float \(no tensor\)"),
+    "a new one": ("0.weight/more", torch.zeros(1), r"is \(1,\)"),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", FORGED)
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_a_state_of_another_shape_is_refused_where_kernels_would_not_notice(name, kind, device):
+    network, optimizer, update = stepped(name)
+    update(0)
+    before = {key: value.clone() for key, value in optimizer_state(optimizer)[0].items()}
+    tensors, others = optimizer_state(optimizer)
+    full, value, said = FORGED[kind]
+    (tensors if isinstance(value, torch.Tensor) else others)[full] = value
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+    with pytest.raises(UserError, match=rf"^resume: '{full}' of the optimiser of run/step_1 {said}"):
+        check_optimizer_state(optimizer, tensors, others, "run/step_1")
+    with pytest.raises(UserError, match=rf"^resume: '{full}' of the optimiser of the checkpoint {said}"):
+        load_optimizer_state(optimizer, tensors, others)
+    after = optimizer_state(optimizer)[0]
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+GROUP_KEYS = {"lr": 9.0, "weight_decay": 0.5, "params": [], "names": ["x"], "betas": [0, 0], "eps": 1.0, "new": 1}
+
+
+@pytest.mark.parametrize("key", GROUP_KEYS)
+@pytest.mark.parametrize("name", ["lamb", "adanw", "muon"])
+def test_a_state_may_not_change_a_groups_settings(name, key):
+    _, optimizer = make_optimizer(name)
+    first = optimizer.param_groups[0]["names"][0]
+    with pytest.raises(UserError, match=rf"^resume: run/step_1 holds '{first}//{key}', which is no state of this"):
+        load_optimizer_state(optimizer, {}, {f"{first}//{key}": GROUP_KEYS[key]}, "run/step_1")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_fused_optimisers_keep_nothing_in_their_groups(name):
+    _, optimizer, _ = stepped(name)
+    first = optimizer.param_groups[0]["names"][0]
+    for key in ("step", "lr", "fused"):
+        with pytest.raises(UserError, match="which is no state of this optimiser"):
+            load_optimizer_state(optimizer, {}, {f"{first}//{key}": 1})
+    with pytest.raises(UserError, match="groups its parameters in another way"):
+        load_optimizer_state(optimizer, {}, {"elsewhere//step": 1})
+
+
+def test_adafactor_keeps_rows_and_columns():
+    """What the tests above leave to timm: without it they would prove less."""
+    network, optimizer = make_optimizer("adafactor")
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    shapes = {tuple(value.shape) for value in optimizer_state(optimizer)[0].values()}
+    assert (24,) in shapes and (20,) in shapes

@@ -143,20 +143,21 @@ def test_a_run_moves_to_and_fro(task, settings, collection, tmp_path):
 @pytest.mark.ddp
 @pytest.mark.parametrize("optim", slow_but(["adamw"], ["adamw", "adan", "sgd", "timm"]))
 def test_a_step_that_is_not_finite_changes_no_rank(optim, collection, tmp_path):
-    """A loss of one rank, then one element of the gradient, which one rank alone holds."""
+    """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
     settings = [
-        "loop.total_steps=8", "loop.global_batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
+        "loop.total_steps=9", "loop.global_batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
         "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", f"optim={optim}", "optim.lr=0.001", FSDP,
     ]  # fmt: skip
     path = tmp_path / "run"
     run("tests/tasks/poisoned.py", common("classification", collection, path, *settings), tmp_path, ranks=3)
-    states = [checkpoint_tensors(path, step) for step in range(1, 9)]
-    for before, after in ((3, 4), (5, 6)):
+    states = [checkpoint_tensors(path, step) for step in range(1, 10)]
+    for before, after in ((3, 4), (5, 6), (7, 8)):
         assert_same_tensors(states[before - 1], states[after - 1])
-    for before, after in ((2, 3), (4, 5), (6, 7), (7, 8)):
+    for before, after in ((2, 3), (4, 5), (6, 7), (8, 9)):
         assert any(not torch.equal(states[before - 1][name], states[after - 1][name]) for name in states[0])
     skipped = [row["skipped_steps"] for row in rows(path / "metrics.jsonl", "train")]
-    assert skipped == [0, 0, 0, 1, 0, 1, 0, 0]
+    assert skipped == [0, 0, 0, 1, 0, 1, 0, 1, 0]
+    assert [row["what"] for row in rows(path / "skipped_steps.jsonl")] == ["loss", "gradient", "weight"]
 
 
 @pytest.mark.ddp

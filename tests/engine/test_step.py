@@ -11,12 +11,14 @@ from torch import nn
 
 from engine.meters import Meter
 from engine.runtime import Runtime
+from engine.skips import EMPTY_STEPS, SkipWatch
 from engine.step import LossScale, StepResult, train_step
 from engine.task import StepOutput, Task, log_mean
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
 from utils.config import CONF
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 OPTIMISERS = ["adamw", "adan", "sgd", "timm nadamw", "timm lamb"]
@@ -199,19 +201,29 @@ def test_a_sample_of_weight_0_changes_nothing_even_where_its_loss_is_nan(micro, 
     assert torch.equal(result.grad_norm, other.grad_norm)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("poison", [0.0, float("nan")])
-def test_a_step_that_weighs_nothing_has_a_gradient_of_zero(precision, poison):
-    task = Regression()
+def test_a_step_that_weighs_nothing_is_left_out(precision, poison):
+    """And no loss scale learns from it; what each optimiser keeps of such a step: POISONS below."""
+    task, run = Regression(), runtime(precision)
+    optimizer, scale = make_optimizer("adamw", task), LossScale(run)
+    make_step(task, [make_batch()], optimizer, scale=scale, runtime=run)
+    before, learnt = bits(task, optimizer), {name: tensor.clone() for name, tensor in scale.state().items()}
     batch = make_batch(weight=[0.0] * 8, poison_loss=torch.full((8,), poison))
-    update, result = update_of(task, split(batch, 4), runtime=runtime(precision))
-    assert result.applied == 1 and result.grad_norm == 0
-    assert not any(each.any() for each in update.values())
-    total, count = result.sums["loss"]
-    assert total == 0 and 0 < count < 1e-30
+    result = make_step(task, split(batch, 4), optimizer, step=1, scale=scale, runtime=run)
+    assert result.applied == result.weight == result.grad_norm == 0
+    assert bits(task, optimizer) == before
+    assert all(torch.equal(scale.state()[name], tensor) for name, tensor in learnt.items())
     meter = Meter(CPU)
     meter.add(result)
-    assert meter.means()["loss"] == 0.0
+    means = meter.means()
+    assert means["loss"] != means["loss"] and means["skipped_steps"] == 1.0
+
+
+@pytest.mark.parametrize("weight", [1e-30, 1e-3])
+def test_a_step_that_weighs_little_is_none_that_weighs_nothing(weight):
+    update, result = update_of(Regression(), [make_batch(weight=[0.0] * 7 + [weight])])
+    assert result.applied == 1 and all(each.any() for each in update.values())
 
 
 def test_a_loss_of_another_shape_than_the_weights_is_our_mistake():
@@ -233,6 +245,7 @@ POISONS = {
     "a gradient is NaN": {"poison_gradient": torch.full((8,), float("nan"))},
     "a gradient is infinite": {"poison_gradient": torch.full((8,), float("-inf"))},
     "an input is NaN": {"x": torch.full((8, 4), float("nan"))},  # and so the batch statistics
+    "nothing could be read": {"weight": [0.0] * 8},
 }
 
 
@@ -266,7 +279,7 @@ def test_a_step_that_is_not_finite_leaves_every_tensor_to_the_bit(name, steps_be
     assert all(parameter.grad is None for parameter in task.parameters())
 
 
-@pytest.mark.parametrize("kind", ["a gradient is NaN", "an input is NaN"])
+@pytest.mark.parametrize("kind", ["a gradient is NaN", "an input is NaN", "nothing could be read"])
 @pytest.mark.parametrize("left_out", [{0}, {0, 1, 4}])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_training_goes_on_as_if_a_step_left_out_had_never_been(name, left_out, kind):
@@ -308,6 +321,24 @@ def test_clipping_equals_torchs(limit, micro):
         torch.testing.assert_close(update[name], parameter.grad, rtol=1e-4, atol=2e-7)
     clipped = torch.stack([each.norm() for each in update.values()]).norm()
     assert clipped <= min(limit, float(norm)) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("limit", [1e-2, 0.1])
+def test_clipping_under_bf16_autocast(limit):
+    """The gradients are float32, of bf16 products: clipped to the limit, with the norm from before in the log."""
+
+    def length(update):
+        return torch.stack([each.norm() for each in update.values()]).norm()
+
+    run = runtime("bf16")
+    whole, before = update_of(Regression(), split(make_batch(), 4), runtime=run)
+    update, result = update_of(Regression(), split(make_batch(), 4), runtime=run, clip=limit)
+    assert result.grad_norm == before.grad_norm > limit
+    assert result.grad_norm != update_of(Regression(), split(make_batch(), 4))[1].grad_norm  # autocast was on
+    torch.testing.assert_close(length(whole), before.grad_norm, rtol=1e-4, atol=0)
+    torch.testing.assert_close(length(update), torch.tensor(limit), rtol=1e-3, atol=0)
+    for name, each in whole.items():
+        torch.testing.assert_close(update[name], each * (limit / before.grad_norm), rtol=1e-3, atol=2e-7)
 
 
 def test_without_a_limit_nothing_is_clipped():
@@ -448,7 +479,7 @@ def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
     expected = [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1]  # a step left out begins the count anew
     found = []
     for each in applied:
-        scale.update(torch.tensor(float(each)))
+        scale.update(torch.tensor(float(each)), torch.ones(()))
         found.append(float(scale.scale) / 65536)
     assert found == expected
 
@@ -457,7 +488,7 @@ def test_the_scale_of_other_precisions_is_one_and_stays():
     for precision in ("fp32", "bf16"):
         scale = LossScale(runtime(precision))
         for applied in (1.0, 0.0, 1.0):
-            scale.update(torch.tensor(applied))
+            scale.update(torch.tensor(applied), torch.ones(()))
         assert scale.scale == 1
 
 
@@ -465,10 +496,10 @@ def test_a_saved_scale_goes_on_where_it_was(monkeypatch):
     monkeypatch.setattr(LossScale, "growth_interval", 3)
     through, resumed = LossScale(runtime("fp16")), LossScale(runtime("fp16"))
     for _ in range(2):
-        through.update(torch.tensor(1.0))
+        through.update(torch.tensor(1.0), torch.ones(()))
     resumed.load({name: tensor.clone() for name, tensor in through.state().items()})
     for scale in (through, resumed):
-        scale.update(torch.tensor(1.0))
+        scale.update(torch.tensor(1.0), torch.ones(()))
         assert scale.scale == 2 * 65536
 
 
@@ -480,7 +511,7 @@ def result(loss, count, applied=1.0, norm=2.0, **logs):
         return torch.tensor(value, dtype=torch.float64)
 
     sums = {"loss": (scalar(loss), scalar(count))} | {name: tuple(map(scalar, pair)) for name, pair in logs.items()}
-    return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.zeros(()))
+    return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.zeros(()), torch.tensor(count))
 
 
 def test_means_weigh_steps_by_their_counts():
@@ -533,3 +564,68 @@ def test_a_saved_meter_goes_on_to_the_bit():
     empty = Meter(CPU)
     empty.load(Meter(CPU).state())
     assert empty.means() == {}
+
+
+# --- steps of which nothing could be read
+
+
+def watched(results, limit=None, rolls_back=False):
+    """A watch over steps from 1 on, given as (applied, weight), and how many of them there are."""
+    watch = SkipWatch(limit, rolls_back=rolls_back)
+    for number, (applied, weight) in enumerate(results, start=1):
+        watch.add(number, [make_batch(2)], result(0.0, weight, applied=applied))
+    watch.read(len(results))
+    return watch, len(results)
+
+
+GOOD, EMPTY, BAD = (1.0, 8.0), (0.0, 0.0), (0.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("results", "last", "ends"),
+    [
+        ([GOOD] * 5 + [EMPTY] * EMPTY_STEPS, False, True),
+        ([EMPTY] * EMPTY_STEPS, False, True),
+        ([GOOD] * 5 + [EMPTY] * (EMPTY_STEPS - 1), False, False),
+        ([GOOD] * 5 + [EMPTY] * (EMPTY_STEPS - 1), True, False),
+        ([EMPTY] * 3, False, False),  # a few small steps of unreadable images do not end a run,
+        ([EMPTY] * 3, True, True),  # unless it was all of them
+        ([EMPTY] * 2 + [GOOD], True, False),
+        ([GOOD] * 5 + [EMPTY] * 5 + [BAD] + [EMPTY] * 5, False, False),
+        ([BAD] * 20, True, False),
+    ],
+)
+def test_a_run_of_which_nothing_can_be_read_ends_whatever_the_limit(results, last, ends):
+    watch, step = watched(results)
+    if not ends:
+        watch.check(step, last=last)
+        return
+    with pytest.raises(UserError, match=rf"^data\.root: no image of the steps \d+ to {step} could be read") as ended:
+        watch.check(step, last=last)
+    assert f"the steps {max(1, step - EMPTY_STEPS + 1)} to" in str(ended.value)
+
+
+def test_steps_of_which_nothing_could_be_read_count_among_the_skipped():
+    watch, step = watched([EMPTY, GOOD, EMPTY, GOOD], limit=1)
+    assert (watch.steps, watch.empty) == ([1, 3], [1, 3])
+    with pytest.raises(UserError) as ended:
+        watch.check(step, last=False)
+    assert str(ended.value).startswith(
+        "loop.max_skipped_steps: 2 of the last 4 steps before step 4 were without an image that could be read (2 of "
+        "them), first step 1; 1 are allowed. "
+    )
+    assert "mend the images" in str(ended.value)
+    watch, step = watched([EMPTY, BAD, GOOD], limit=1)
+    with pytest.raises(UserError, match=r"were not finite \(.*\) or without an image that could be read \(1 of them\)"):
+        watch.check(step, last=True)
+
+
+def test_a_resumed_watch_knows_them_still():
+    watch, step = watched([EMPTY] * 6)
+    resumed = SkipWatch(None, rolls_back=False)
+    resumed.load(watch.steps, watch.empty)
+    for number in range(step + 1, EMPTY_STEPS + 1):
+        resumed.add(number, [make_batch(2)], result(0.0, 0.0, applied=0.0))
+    resumed.read(EMPTY_STEPS)
+    with pytest.raises(UserError, match="^data.root: no image of the steps 1 to 10"):
+        resumed.check(EMPTY_STEPS, last=False)

@@ -14,7 +14,19 @@ import pytest
 import torch
 
 from tests.engine.test_exactness import assert_same_tensors
-from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, samples_by_step, start
+from tests.support import (
+    ROOT,
+    SCRIPTS,
+    checkpoint_tensors,
+    command,
+    common,
+    make_collection,
+    rows,
+    run,
+    samples_by_step,
+    start,
+)
+from utils.signals import REPEAT_SEC
 
 TROUBLED = "tests/tasks/troubled.py"
 SMALL = ["loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95"]
@@ -156,6 +168,7 @@ def test_a_second_signal_leaves_at_once(trouble, collection, tmp_path):
     wait_for(started, lambda: "ing slowly" in started.output)
     started.signal(signal.SIGUSR1)
     wait_for(started, lambda: "finishing the step" in started.output)
+    time.sleep(REPEAT_SEC)  # before, it would be taken for the same request
     begun, before = time.monotonic(), checkpoints(tmp_path / "run")
     started.signal(signal.SIGTERM)
     assert started.wait() == [75] and time.monotonic() - begun < 5
@@ -326,7 +339,7 @@ def test_steps_left_out_are_counted_and_listed_with_their_samples(collection, tm
     overrides = common("classification", collection, bad, *BAD)
     started = start(TROUBLED, overrides, tmp_path, variables=poison("7 8"))
     assert started.wait() == [0]
-    assert "2 steps were not finite and were left out before step 10" in started.output
+    assert "2 steps were left out before step 10" in started.output
     assert re.search(
         r"step 7 was left out: its loss was not finite on rank 0; samples: train/\w/\d+\.png, ", started.output
     )
@@ -422,6 +435,45 @@ def test_without_a_checkpoint_before_them_there_is_nothing_to_roll_back_to(colle
     started = start(TROUBLED, overrides, tmp_path, variables=poison("3 5"))
     assert started.wait() == [2]
     assert "no checkpoint was made before them to roll back to" in started.output
+
+
+# --- images that go away
+
+
+def test_a_run_that_loses_its_images_stops_training_and_ends(tmp_path):
+    """Before step 12, with one rank's loader in line: steps 13 on weigh nothing, and step 25 is the next log after ten
+    of them. The images come back, and the same command goes on.
+    """
+    data, lost = make_collection(tmp_path / "images"), tmp_path / "lost"
+    settings = [*BAD, "loop.total_steps=40"]
+    overrides = common("classification", data, lost, *settings)
+    started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": f"lose_images 12 {data}/train"})
+    assert started.wait() == [2]
+    assert "data.root: no image of the steps 16 to 25 could be read, see the warnings above" in started.output
+    assert "Traceback" not in started.output
+    assert "step 13 was left out: none of its images could be read, or all of them weigh 0; samples: train/" in (
+        started.output
+    )
+    train = rows(lost / "metrics.jsonl", "train")
+    assert [row["skipped_steps"] for row in train] == [0.0, 0.0, 3.0, 5.0, 5.0] and train[-1]["loss"] is None
+    listed = rows(lost / "skipped_steps.jsonl")
+    assert [row["step"] for row in listed] == list(range(13, 26)) and {row["what"] for row in listed} == {"weight"}
+    assert checkpoints(lost) == ["step_00000015", "step_00000020"]
+    assert_same_tensors(checkpoint_tensors(lost, 15), checkpoint_tensors(lost, 20))
+
+    (data / "train.lost").rename(data / "train")
+    assert "at step 20" in run("finetune.py", overrides, tmp_path)
+    assert [row["skipped_steps"] for row in rows(lost / "metrics.jsonl", "train")] == [0.0, 0.0, 3.0, 5.0, *[0.0] * 4]
+
+
+def test_a_short_run_of_which_nothing_can_be_read_ends_too(tmp_path):
+    data = make_collection(tmp_path / "images")
+    for path in (data / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    overrides = common("classification", data, tmp_path / "run", *SMALL, "loop.total_steps=4")
+    printed = run("finetune.py", overrides, tmp_path, expect=2)
+    assert "data.root: no image of the steps 1 to 4 could be read" in printed and "Traceback" not in printed
+    assert not checkpoints(tmp_path / "run")
 
 
 # --- a second run

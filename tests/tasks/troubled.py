@@ -6,6 +6,8 @@ full_disk FIRST LAST             the disk refuses checkpoints of these steps
 nan FIRST LAST [RANK]            the losses of the samples that these steps (from 1) read are NaN; only one rank's
 kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1), unless MARKER is there
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
+lose_images STEP FOLDER          this folder of images is renamed to FOLDER.lost before this step
+hang_reading POSITION            reading the sample at this position of the stream never ends; its process is told
 """
 
 import multiprocessing
@@ -100,9 +102,31 @@ def kill_worker(step, marker):
         _before_step(step, marker, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
 
 
+def lose_images(step, folder):
+    train_step = engine.train_one_epoch.train_step
+
+    def troubled(*arguments, **named):
+        if named["step"] == int(step) - 1:
+            os.rename(folder, f"{folder}.lost")
+        return train_step(*arguments, **named)
+
+    engine.train_one_epoch.train_step = troubled
+
+
+def hang_reading(position):
+    read = data.loader.ImageReader.__getitem__
+
+    def hanging(self, draw):
+        if draw.position == int(position):
+            os.write(2, f"process {os.getpid()} reads for ever\n".encode())
+            time.sleep(3600)
+        return read(self, draw)
+
+    data.loader.ImageReader.__getitem__ = hanging
+
+
 if __name__ == "__main__":
     name, *amounts = os.environ["TROUBLE"].split()
-    {kind.__name__: kind for kind in (slow_evaluation, slow_save, full_disk, nan, kill_rank, kill_worker)}[name](
-        *amounts
-    )
+    kinds = (slow_evaluation, slow_save, full_disk, nan, kill_rank, kill_worker, lose_images, hang_reading)
+    {kind.__name__: kind for kind in kinds}[name](*amounts)
     finetune.main()

@@ -51,6 +51,16 @@ def test_a_torn_last_line_is_dropped(folder, torn):
     assert path.read_text() == "".join(lines[:2])
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c", "\r", "\n", "é"])
+def test_a_path_may_hold_what_ends_a_line_elsewhere(character, tmp_path):
+    """skipped_steps.jsonl names paths as they are."""
+    path, made = tmp_path / "rows.jsonl", [{"step": step, "paths": [f"a{character}b.png"]} for step in (1, 2, 3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+    path.write_bytes(text.encode() + '{"step": 4, "paths": ["é'.encode()[:-1])  # torn within a character
+    assert keep_rows(path, 2) == made[:2]
+    assert keep_rows(path, 2) == made[:2]
+
+
 def test_without_a_file_there_is_nothing_to_keep(tmp_path):
     assert keep_rows(tmp_path / "metrics.jsonl", 5) == [] and not list(tmp_path.iterdir())
 

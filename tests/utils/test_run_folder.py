@@ -131,6 +131,20 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path, monkeypatch):
     assert refusal(config_for(tmp_path)) == message
 
 
+def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
+    """Neither while it is written nor when it is closed; and what was to be written is not shown either."""
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    for _ in range(2):  # the folder is let go of
+        setup_logging()
+        with pytest.raises(UserError, match="^the mistake$"), open_run_folder(config_for(tmp_path), JOB, {}):
+            get_logger("during").warning("password=%s", "a-secret-of-mine")
+            raise UserError("the mistake")
+        said = capsys.readouterr().err
+        assert said.count("log.txt cannot be written (No space left on device)") == 1
+        assert "password=***" in said and "a-secret" not in said
+        assert "Traceback" not in said and "Logging error" not in said
+
+
 @pytest.mark.parametrize(
     ("job", "run_dir", "expected"),
     [

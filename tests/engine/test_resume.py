@@ -1,0 +1,223 @@
+"""What a run goes on from: which checkpoint, what it may find changed, what of its state is refused or passed over.
+
+Runs in the test's own process; equality of killed runs as real processes: test_exactness.py, test_survival.py.
+"""
+
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine.train_one_epoch as loop
+from engine.tasks.classification import ClassificationTask
+from tests.engine.test_checkpoint import flip_a_bit, forge, steps_in
+from tests.engine.test_exactness import assert_same_tensors
+from tests.engine.test_no_host_sync import make_training
+from tests.in_process import TINY, make_images, run
+from tests.support import checkpoint_tensors, rows
+from utils import distributed
+from utils.errors import UserError
+from utils.files import read_json, sha256_file
+
+# Two steps an epoch; the last step evaluates in any case.
+QUIET = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=100"]
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Return a folder with images."""
+    make_images(tmp_path / "images")
+    return tmp_path
+
+
+def finetune(place, *overrides, kill_at_step=None):
+    """Fine-tune, and die before update `kill_at_step` (counted from 0); returns the log since the last start."""
+    file = place / "run/log.txt"
+    before = len(file.read_text()) if file.exists() else 0
+    train_step = loop.train_step
+
+    def fatal(*arguments, step, **named):
+        if step == kill_at_step:
+            raise Killed
+        return train_step(*arguments, step=step, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", fatal)
+        if kill_at_step is None:
+            run("finetune", [*QUIET, *overrides], place)
+        else:
+            with pytest.raises(Killed):
+                run("finetune", [*QUIET, *overrides], place)
+    return file.read_text()[before:]
+
+
+def left(place):
+    return steps_in(place / "run/checkpoints")
+
+
+# --- which checkpoint
+
+
+def test_a_save_between_a_whole_checkpoint_and_a_damaged_one_stays(place):
+    """The folder holds 2 and a damaged 4; the run goes on at 2, saves 3 and keeps one checkpoint."""
+    finetune(place, "loop.total_steps=4", "loop.checkpoint_every_steps=2", "loop.keep_checkpoints=2")
+    flip_a_bit(place / "run/checkpoints/step_00000004/task.safetensors")
+    settings = ["loop.checkpoint_every_steps=9", "loop.keep_checkpoints=1"]
+    said = finetune(place, "loop.total_steps=3", *settings)
+    assert "step_00000004 is damaged" in said and "at step 2" in said
+    assert "WARNING resume: the checkpoints beyond step 2 are put out of sight and removed by the next save" in said
+    assert left(place) == [3]
+    assert "at step 3" in finetune(place, "loop.total_steps=5", *settings)
+    assert left(place) == [3, 5]  # 3 is the best
+    assert not list((place / "run/checkpoints").glob(".*"))
+
+
+def test_the_same_command_with_a_checkpoint_named_goes_on_from_what_it_has_made(place):
+    """The folder holds 2 to 8, the command names 4, and is killed twice: before its first save and after it."""
+    length = ["loop.total_steps=9", "loop.checkpoint_every_steps=2"]
+    finetune(place, *length, "loop.keep_checkpoints=9", kill_at_step=8)
+    assert left(place) == [2, 4, 6, 8]
+    named = [*length, "loop.keep_checkpoints=2", "resume=run/checkpoints/step_00000004"]
+
+    assert "resumed from run/checkpoints/step_00000004" in finetune(place, *named, kill_at_step=5)
+    assert left(place) == [2, 4]
+    assert len(list((place / "run/checkpoints").glob(".step_*"))) == 2  # 6 and 8, until the next save
+    assert "resumed from run/checkpoints/step_00000004" in finetune(place, *named, kill_at_step=7)
+    assert left(place) == [4, 6] and not list((place / "run/checkpoints").glob(".step_*"))
+    said = finetune(place, *named)
+    assert "step_00000006 was made by this command, so it goes on from there, not from run/checkpoints/" in said
+    assert "at step 6" in said and "out of sight" not in said
+    assert left(place) == [8, 9]
+    assert [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == list(range(1, 10))
+
+    finetune(place, *length, "run_dir=straight")
+    assert_same_tensors(checkpoint_tensors(place / "straight", 9), checkpoint_tensors(place / "run", 9))
+
+
+def test_another_checkpoint_named_is_taken(place):
+    length = ["loop.total_steps=6", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9"]
+    finetune(place, *length)
+    finetune(place, *length, "resume=run/checkpoints/step_00000002", kill_at_step=4)
+    assert "at step 3" in finetune(place, *length, "resume=run/checkpoints/step_00000003", kill_at_step=4)
+    assert "at step 4" in finetune(place, *length)  # resume=auto
+
+
+# --- what has changed
+
+
+def test_a_changed_collection_that_is_let_through_is_said(place):
+    finetune(place, "loop.total_steps=1")
+    (place / "images/train/A/000.png").unlink()
+    said = finetune(place, "loop.total_steps=2", "resume_allow=[data.root]")
+    line = next(line for line in said.splitlines() if "resume_allow lets through a changed data.root" in line)
+    state = read_json(place / "run/checkpoints/step_00000001/state.json")
+    now = read_json(place / "run/checkpoints/step_00000002/state.json")
+    before, after = (each["fingerprints"]["data.root"] for each in (state, now))
+    assert " WARNING " in line and before != after
+    assert line.endswith(f"its fingerprint is {before} in the run, {after} now")
+
+
+def test_another_precision_that_is_let_through_is_said(place):
+    finetune(place, "loop.total_steps=1")
+    said = finetune(place, "loop.total_steps=2", "runtime.precision=bf16", "resume_allow=[runtime.precision]")
+    assert "WARNING resume_allow lets through runtime.precision: fp32 was chosen in the run, bf16 now" in said
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        ([], "network.head.weight/exp_avg", torch.zeros(1)),
+        (["optim=adan"], "network.head.weight/previous_grad", torch.zeros(3)),
+        (["optim=sgd"], "network.head.bias/momentum_buffer", torch.zeros(())),
+    ],
+)
+def test_a_forged_state_of_the_optimiser_is_refused_before_any_tensor_is_read(
+    settings, name, value, place, monkeypatch
+):
+    finetune(place, "loop.total_steps=1", *settings)
+    path = place / "run/checkpoints/step_00000001"
+    file = path / "optimizer.safetensors"
+    tensors = load_file(file)
+    assert name in tensors
+    save_file({**tensors, name: value}, file)
+    forge(path, lambda state: state["checksums"].update({file.name: sha256_file(file)}))
+    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+    with pytest.raises(UserError, match=rf"^resume: '{name}' of the optimiser of run/checkpoints/step_00000001 is \("):
+        finetune(place, "loop.total_steps=2", *settings)
+
+
+# --- the best figure
+
+
+def spoil(monkeypatch, step):
+    """Let the evaluation at a step find NaN."""
+    evaluate = ClassificationTask.evaluate
+
+    def spoilt(self, loaders, at):
+        report = evaluate(self, loaders, at)
+        if at == step:
+            report.scalars[self.best_metric] = math.nan
+        return report
+
+    monkeypatch.setattr(ClassificationTask, "evaluate", spoilt)
+
+
+def best_of(place, step):
+    return read_json(place / f"run/checkpoints/step_{step:08d}/state.json")["best"]
+
+
+def test_a_first_figure_that_is_not_finite_is_not_the_best(place, monkeypatch):
+    spoil(monkeypatch, 2)
+    finetune(place, "loop.total_steps=4", "loop.evaluate_every_epochs=1", "loop.keep_checkpoints=9")
+    assert best_of(place, 2) == {"value": None, "step": None}
+    assert best_of(place, 4)["step"] == 4 and math.isfinite(best_of(place, 4)["value"])
+    assert (place / "run/weights/best_weights.safetensors").exists()
+
+
+def test_a_later_one_leaves_the_best_as_it_is(place, monkeypatch):
+    spoil(monkeypatch, 4)
+    finetune(place, "loop.total_steps=4", "loop.evaluate_every_epochs=1", "loop.keep_checkpoints=9")
+    assert best_of(place, 4) == best_of(place, 2) and best_of(place, 2)["step"] == 2
+
+
+def test_a_checkpoint_whose_best_is_not_finite_has_none(place):
+    finetune(place, "loop.total_steps=2")
+    shutil.rmtree(place / "run/weights")
+    forge(place / "run/checkpoints/step_00000002", lambda state: state.update(best={"value": math.nan, "step": 2}))
+    finetune(place, "loop.total_steps=4")
+    assert best_of(place, 4)["step"] == 4 and math.isfinite(best_of(place, 4)["value"])
+
+
+# --- ranks, as far as one process can tell
+
+
+def test_buffers_that_are_no_state_have_no_average(monkeypatch):
+    """Such as a table of positions: the network's own goes to all ranks, and there is no average of it to go."""
+    training, _ = make_training("batch statistics", "adamw")
+    training.task.network.register_buffer("table", torch.arange(3.0), persistent=False)
+    sent = []
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr("engine.training.dist.broadcast", lambda tensor, src: sent.append(id(tensor)))
+    training.sync_buffers()
+    averages = [tensor for name, tensor in training.ema.tensors.items() if "running_" in name]
+    assert averages and all(id(tensor) in sent for tensor in averages)
+    assert all(id(tensor) in sent for tensor in training.task.buffers())
+    assert len(sent) == len(set(sent))
+
+
+def test_a_plot_is_progress_on_ranks_that_draw_nothing():
+    """The watchdog compares the ranks' counts: one that ran ahead would never be found to hang."""
+    training, _ = make_training("classification", "adamw")
+    assert training.metrics is None
+    before = training.watchdog._progress
+    training.plot()
+    assert training.watchdog._progress == before + 1
