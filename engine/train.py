@@ -306,8 +306,8 @@ def train(
         training.watchdog.start()
         try:
             finished = _run(training, config, loader)
-        except Exception as error:
-            known = isinstance(error, UserError) or lost_worker(error) is not None
+        except BaseException as error:  # an interrupt too: the process may be a notebook's and live on
+            known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
             lost = None if known else training.watchdog.name_lost_ranks()
             if lost:
                 log.error("%s; the same command resumes from the last checkpoint", lost)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -206,6 +207,11 @@ def samples_by_step(run_dir):
         for row in rows(path):
             steps.setdefault(row["step"], []).extend(zip(row["ids"], row["keys"]))
     return {step: sorted(pairs) for step, pairs in steps.items()}
+
+
+def slow_but(quick, values):
+    """Return the values of a parametrised test, all but `quick` marked slow (`make test-slow`)."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def checkpoint_tensors(run_dir, step):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, start
+from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, slow_but, start
 
 pytestmark = pytest.mark.ddp
 
@@ -144,7 +144,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(ranks, collection
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 401))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]))
 def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_goes_on(number, collection, tmp_path):
     """As srun, systemd and cgroups do it: each rank gets SIGTERM twice, and SIGUSR1 ends torchrun with its store.
 

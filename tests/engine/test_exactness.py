@@ -7,7 +7,16 @@ number of ranks sees the same samples.
 import pytest
 import torch
 
-from tests.support import SCRIPTS, checkpoint_tensors, common, make_collection, rows, run, samples_by_step
+from tests.support import (
+    SCRIPTS,
+    checkpoint_tensors,
+    common,
+    make_collection,
+    rows,
+    run,
+    samples_by_step,
+    slow_but,
+)
 
 TASKS = sorted(SCRIPTS)
 # What draws inside the forward pass, so that resume has to bring it back; per task, where it has such a setting.
@@ -69,7 +78,7 @@ def test_two_ranks_equal_one_at_the_same_global_batch(task, collection, tmp_path
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_but(["classification", "fcmae"], TASKS))
 def test_killed_on_four_ranks_resumes_on_two_three_and_one(task, collection, tmp_path):
     """100 steps: the sample ids of every step equal the undisturbed run's as sets, losses within 1e-5 in float32."""
     settings = [

@@ -12,15 +12,11 @@ from engine.tasks.fcmae import FCMAETask
 from tests.engine.test_exactness import NOISY, assert_same_tensors
 from tests.in_process import SMALL_MODEL, configure
 from tests.in_process import run as run_here
-from tests.support import SCRIPTS, checkpoint_tensors, common, rows, run, samples_by_step, start
+from tests.support import SCRIPTS, checkpoint_tensors, common, rows, run, samples_by_step, slow_but, start
 from utils.errors import UserError
 
 FSDP = "runtime.parallel=fsdp"
 QUICK = ["fcmae", "diffusion"]  # blocks of units and plain layers; the network in one piece
-
-
-def slow_but(quick, names):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def assert_same_rows(first, second, tolerance=1e-5):
