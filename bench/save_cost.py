@@ -7,6 +7,7 @@ AdamW, EMA, accumulation 1. A turn ends when its write has ended, so what the wr
 cores while steps run is within the figure, and what it still writes after them counts in full. The ratio is that of 100
 steps with one save: 1 + (with - without) / (100 steps without). Whole turns of 100 steps would measure the same, with
 four times the noise.
+
 timm's side is our loop with its CheckpointSaver in our writer's place, as its train.py saves within an epoch
 (`--recovery-interval`): weights, average and optimiser, pickled in line, not flushed to the disk.
 """
@@ -56,10 +57,9 @@ def make_side(name, size, kind, steps, folder, device):
     training.skips = SkipWatch(None, rolls_back=False)
     batch = make_batch(size, BATCH[device.type], device)
     stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
-    network = training.task.network
-    saver = CheckpointSaver(
-        network, training.optimizer, model_ema=ModelEmaV3(network), recovery_dir=str(path / "checkpoints")
-    )
+    if kind == "timm":
+        network, folder = training.task.network, str(path / "checkpoints")
+        saver = CheckpointSaver(network, training.optimizer, model_ema=ModelEmaV3(network), recovery_dir=folder)
 
     def turn():
         if kind == "timm":

@@ -43,7 +43,7 @@ FORMAT = 1
 _GROUP_SETTINGS = {"params", "names", "lr_scale", "decays", "weight_decay", "lr"}
 _GROUP_STATE = {"step"}  # what timm's optimisers add to a group in their first step
 _NAME = re.compile(r"step_(\d{8})")
-_ELSEWHERE = "give another run_dir, or use init_from=RUN to start from its weights"
+ELSEWHERE = "give another run_dir, or use init_from=RUN to start from its weights"
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def check_optimizer_state(
                 raise UserError(f"resume: the optimiser of {path} groups its parameters in another way (optim.*)")
             settings = optimizer.defaults.keys() | _GROUP_SETTINGS
             if fused or key in settings or key not in group.keys() | _GROUP_STATE:
-                raise UserError(f"resume: {path} holds {full!r}, which is no state of this optimiser; {_ELSEWHERE}")
+                raise UserError(f"resume: {path} holds {full!r}, which is no state of this optimiser; {ELSEWHERE}")
             continue
         if name not in parameters:
             raise UserError(f"resume: the optimiser of {path} knows {name!r}, which this model does not have")
@@ -305,7 +305,7 @@ def check_optimizer_state(
         if found != wanted:
             raise UserError(
                 f"resume: {full!r} of the optimiser of {path} is {found[0]} ({found[1]}), where this model's takes "
-                f"{wanted[0]} ({wanted[1]}); {_ELSEWHERE}"
+                f"{wanted[0]} ({wanted[1]}); {ELSEWHERE}"
             )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint import (
+    ELSEWHERE,
     Checkpoint,
     check_optimizer_state,
     find_checkpoint,
@@ -168,7 +169,7 @@ def _check_tensors(checkpoint: Checkpoint, training: Training) -> None:
         if wrong:
             raise UserError(
                 f"resume: the checkpoint is of another model: {len(wrong)} tensors of {group} differ, first "
-                f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
+                f"{wrong[0]!r}; {ELSEWHERE}"
             )
     if _has_own_state(checkpoint, training):
         check_optimizer_state(
