@@ -18,6 +18,7 @@ from engine.parallel import holding_back, holds_rows, take_gradients
 from engine.runtime import Runtime
 from engine.task import Batch, Knobs, StepOutput, Task
 from optim.build import skips_on_device
+from optim.fused import flat_view
 from utils import distributed, rng
 
 
@@ -93,7 +94,7 @@ class _BuffersBefore:
         for module in task.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    self._flat.setdefault(buffer.dtype, []).append(_flat_view(buffer))
+                    self._flat.setdefault(buffer.dtype, []).append(flat_view(buffer))
         self._before = [torch.cat(flat) for flat in self._flat.values()]
 
     def put_back(self, where: Tensor) -> None:
@@ -101,13 +102,6 @@ class _BuffersBefore:
         for flat, before in zip(self._flat.values(), self._before):
             chosen = torch.where(where, before, torch.cat(flat))
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
-
-
-def _flat_view(buffer: Tensor) -> Tensor:
-    """Return a buffer's memory as a vector that shares it, whatever the order of its axes."""
-    if buffer.is_contiguous():
-        return buffer.view(-1)
-    return buffer.permute(sorted(range(buffer.ndim), key=buffer.stride, reverse=True)).view(-1)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -16,12 +16,14 @@ def descend(
 
     Where `found_inf` (a float32 scalar on the device) is 1, nothing is changed, whatever stands in the source. The
     lists hold tensors of one device and dtype; those of one index share shape and layout, since the kernel walks
-    through memory. As the momentum of a first step, SGD keeps a copy of its gradient: that is `copy_to`.
+    through memory: of channels-last tensors the CPU's would first make a copy that it does not use, hence the vectors.
+    As the momentum of a first step, SGD keeps a copy of its gradient: that is `copy_to`.
     """
+    target, source, copies = (list(map(flat_view, tensors)) for tensors in (target, source, copy_to or []))
     torch._fused_sgd_(
         target,
         source,
-        copy_to or [],
+        copies,
         weight_decay=decay,
         momentum=0.0 if copy_to is None else 1.0,
         lr=rate,
@@ -32,3 +34,10 @@ def descend(
         grad_scale=None,
         found_inf=found_inf,
     )
+
+
+def flat_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor's memory as a vector that shares it, whatever the order of its axes."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
