@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.batch import Batch, Ragged, Sample, collate, to_device
 from data.collection import Collection, Row, RowView
 from data.decode import UnreadableImage, read_image
+from data.read_ahead import ReadAhead
 from data.stream import Draw, EvaluationBatches, RankBatches
 from data.transforms import Transform
 from utils import distributed, rng
@@ -51,6 +52,10 @@ class ImageReader(Dataset):
             )
         self.collection, self.transform, self.fields = collection, transform, fields
         self.channels, self.max_pixels = channels, max_pixels
+
+    def file_of(self, draw: Draw) -> Path:
+        """Return the file that a draw reads."""
+        return self.collection.absolute_path(draw.index)
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (path, reason) where its image could not be read."""
@@ -161,11 +166,11 @@ class _WorkerContext(ForkContext):
     Process = _WorkerProcess
 
 
-def _data_loader(reader: Dataset, batches: Any, *, workers: int, prefetch: int, device: torch.device) -> DataLoader:
+def _data_loader(reader: ImageReader, batches: Any, *, workers: int, prefetch: int, device: torch.device) -> DataLoader:
     forks = workers > 0 and multiprocessing.get_start_method() == "fork"
     return DataLoader(
         reader,
-        batch_sampler=batches,
+        batch_sampler=ReadAhead(batches, reader.file_of),
         num_workers=workers,
         prefetch_factor=prefetch if workers > 0 else None,
         collate_fn=_collate,
@@ -182,7 +187,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        reader: Dataset,
+        reader: ImageReader,
         sampler: Any,
         *,
         seed: int,
@@ -230,7 +235,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        reader: Dataset,
+        reader: ImageReader,
         rows: Any,
         *,
         seed: int,

@@ -1,0 +1,65 @@
+"""Ask the system for the files of batches to come, many at a time, and hand the batches on.
+
+    for batch in ReadAhead(batches, lambda draw: files[draw.index]):
+
+A reader opens one file after another. A disk or a file server that is slow to answer answers many requests in nearly
+the time of one: threads make them, the system keeps what comes in its page cache, and the reader finds it there. What
+is read, and in which order, does not change. Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data.stream import Draw
+
+_FILES = 512  # asked for before they are needed, at least
+_THREADS = 16
+
+
+class ReadAhead:
+    """Batches of draws, their files asked for some batches before; `file_of` names a draw's file.
+
+    Where the system cannot be asked (macOS, Windows), the batches alone.
+    """
+
+    def __init__(self, batches: Iterable[list[Draw]], file_of: Callable[[Draw], Path]) -> None:
+        self._batches, self._file_of = batches, file_of
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield the batches in their order."""
+        if not hasattr(os, "posix_fadvise"):
+            yield from self._batches
+            return
+        waiting: deque[list[Draw]] = deque()
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
+        try:
+            for batch in self._batches:
+                for first in range(min(_THREADS, len(batch))):
+                    pool.submit(self._ask, batch[first::_THREADS])
+                waiting.append(batch)
+                if (len(waiting) - 1) * len(batch) >= _FILES:
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, draws: list[Draw]) -> None:
+        for draw in draws:
+            will_need(self._file_of(draw))
+
+
+def will_need(path: Path) -> None:
+    """Ask the system to read a file in the background; one that cannot be opened is left to its reader."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes must not hold the thread
+    except OSError:
+        return
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    except OSError:  # of a pipe: there is nothing to read ahead
+        pass
+    finally:
+        os.close(descriptor)

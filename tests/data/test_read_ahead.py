@@ -1,0 +1,96 @@
+"""Reading ahead changes neither batches nor their order, asks in time, survives any file, and ends with its reader."""
+
+import itertools
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from data import read_ahead
+from data.read_ahead import ReadAhead, will_need
+from data.stream import Draw
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
+
+
+def batches(size, count=None):
+    """Yield batches of draws whose index counts on."""
+    numbers = itertools.count() if count is None else range(count)
+    return ([Draw(index, index, 0) for index in range(n * size, (n + 1) * size)] for n in numbers)
+
+
+def file_of(draw):
+    return Path(f"{draw.index}.png")
+
+
+class Asked:
+    """Stands for the system: notes what it is asked for."""
+
+    def __init__(self):
+        self.files, self.changed = set(), threading.Condition()
+
+    def __call__(self, path):
+        with self.changed:
+            self.files.add(int(path.stem))
+            self.changed.notify()
+
+    def wait_for(self, indices):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.files >= set(indices), timeout=30)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    asked = Asked()
+    monkeypatch.setattr(read_ahead, "will_need", asked)
+    return asked
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 1000])
+def test_batches_are_handed_on_as_they_are(asked, size):
+    assert list(ReadAhead(batches(size, 9), file_of)) == list(batches(size, 9))
+    assert list(ReadAhead([], file_of)) == []
+
+
+@pytest.mark.parametrize("size", [1, 64, 300])
+def test_files_are_asked_for_some_hundred_before_they_are_read(asked, size):
+    stream = iter(ReadAhead(batches(size), file_of))
+    for number in range(3):
+        first = next(stream)[0].index
+        assert first == number * size
+        asked.wait_for(range(first + read_ahead._FILES))
+        assert max(asked.files) < first + read_ahead._FILES + 2 * size, "no more than a batch beyond"
+    stream.close()
+
+
+def test_its_threads_end_with_the_stream(asked):
+    def ours():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+    stream = iter(ReadAhead(batches(64), file_of))
+    next(stream)
+    threads = ours()
+    assert threads
+    stream.close()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not ours()
+
+
+def test_any_file_may_be_asked_for(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    for name in ("empty", "folder", "pipe", "loop", "absent"):
+        will_need(tmp_path / f"{name}.png")
+    if open_before is not None:
+        assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_system_that_cannot_be_asked_gets_the_batches(asked, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert list(ReadAhead(batches(5, 3), file_of)) == list(batches(5, 3))
+    assert not asked.files
