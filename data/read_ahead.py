@@ -37,8 +37,9 @@ class ReadAhead:
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
         try:
             for batch in self._batches:
-                for first in range(min(_THREADS, len(batch))):
-                    pool.submit(self._ask, batch[first::_THREADS])
+                files = list(map(self._file_of, batch))  # here: the threads make system calls alone, so a fork is safe
+                for first in range(min(_THREADS, len(files))):
+                    pool.submit(_ask_for, files[first::_THREADS])
                 waiting.append(batch)
                 if (len(waiting) - 1) * len(batch) >= _FILES:
                     yield waiting.popleft()
@@ -46,9 +47,10 @@ class ReadAhead:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, draws: list[Draw]) -> None:
-        for draw in draws:
-            will_need(self._file_of(draw))
+
+def _ask_for(files: list[Path]) -> None:
+    for file in files:
+        will_need(file)
 
 
 def will_need(path: Path) -> None:
