@@ -78,10 +78,15 @@ def _draw_evaluated(axis: plt.Axes, metrics: MetricsLog, name: str) -> None:
 
 
 def _is_steep(axis: plt.Axes) -> bool:
-    """Return whether only a logarithmic axis shows the low end of what is drawn, noise aside."""
+    """Return whether only a logarithmic axis shows the low end that a curve falls to, noise aside.
+
+    What rises, such as an accuracy, is read at its high end.
+    """
     lines = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines if line.get_alpha() is None]
-    values = np.concatenate([np.ones(1), *lines])[1:]
-    return len(values) > 0 and values.min() > 0 and values.max() > 30 * values.min()
+    if not any(len(line) > 1 and line[-1] < line[0] for line in lines):
+        return False
+    values = np.concatenate(lines)
+    return bool(values.min() > 0 and values.max() > 30 * values.min())
 
 
 def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:

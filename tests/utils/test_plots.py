@@ -1,12 +1,13 @@
 """The curves of a run: smoothing and thinning (properties), and pictures of runs of every age."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.in_process import TINY, make_images, run
 from utils.metrics_log import MetricsLog
-from utils.plots import plot_curves, smooth, thin
+from utils.plots import _is_steep, plot_curves, smooth, thin
 
 
 def test_a_running_mean_keeps_a_constant_and_narrows_at_the_ends():
@@ -22,6 +23,17 @@ def test_thinning_keeps_spikes_and_order():
     assert len(kept) <= 1500 and 9.0 in kept and -9.0 in kept
     assert (np.diff(steps) > 0).all() and (values[steps] == kept).all()
     assert thin([1, 2], [3.0, 4.0])[1].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "values, steep",
+    [([600.0, 5.0, 4.0], True), ([5.0, 1.0], False), ([0.02, 0.3, 0.7], False), ([9.0, 0.0], False), ([1.0], False)],
+)
+def test_only_what_falls_far_gets_a_logarithmic_axis(values, steep):
+    figure, axis = plt.subplots()
+    axis.plot(range(len(values)), values)
+    assert _is_steep(axis) is steep
+    plt.close(figure)
 
 
 def fill(folder, rows, evaluations, ema):
