@@ -58,8 +58,8 @@ def make_side(name, size, kind, steps, folder, device):
     batch = make_batch(size, BATCH[device.type], device)
     stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
     if kind == "timm":
-        network, folder = training.task.network, str(path / "checkpoints")
-        saver = CheckpointSaver(network, training.optimizer, model_ema=ModelEmaV3(network), recovery_dir=folder)
+        network, recovery = training.task.network, str(path / "checkpoints")
+        saver = CheckpointSaver(network, training.optimizer, model_ema=ModelEmaV3(network), recovery_dir=recovery)
 
     def turn():
         if kind == "timm":

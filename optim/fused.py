@@ -16,10 +16,14 @@ def descend(
 
     Where `found_inf` (a float32 scalar on the device) is 1, nothing is changed, whatever stands in the source. The
     lists hold tensors of one device and dtype; those of one index share shape and layout, since the kernel walks
-    through memory: of channels-last tensors the CPU's would first make a copy that it does not use, hence the vectors.
-    As the momentum of a first step, SGD keeps a copy of its gradient: that is `copy_to`.
+    through memory: of channels-last tensors the CPU's would first make a copy that it does not use, hence the vectors
+    (of those alone: a view of each tensor is much on a hot path). As the momentum of a first step, SGD keeps a copy of
+    its gradient: that is `copy_to`.
     """
-    target, source, copies = (list(map(flat_view, tensors)) for tensors in (target, source, copy_to or []))
+    target, source, copies = (
+        [tensor if tensor.is_contiguous() else flat_view(tensor) for tensor in tensors]
+        for tensors in (target, source, copy_to or [])
+    )
     torch._fused_sgd_(
         target,
         source,
