@@ -23,16 +23,16 @@ from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
 from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
 from models.config import ModelConfig
 from models.weights import check_fit, load_into
-from utils import distributed
-from utils.config import Job, entry_point
+from utils.config.entry_point import Job, entry_point
+from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.files import output_errors, write_json
-from utils.logging import get_logger, setup_logging
-from utils.progress import track
-from utils.report_files import write_report
-from utils.run_folder import read_run_config
-from utils.schema import Strict
-from utils.weights import choose_weights, read_metadata, read_weights
+from utils.io.files import output_errors, write_json
+from utils.io.weights import choose_weights, read_metadata, read_weights
+from utils.ranks import distributed
+from utils.record.logging import get_logger, setup_logging
+from utils.record.progress import track
+from utils.record.report_files import write_report
+from utils.record.run_folder import read_run_config
 
 log = get_logger(__name__)
 

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from models.onnx_export import export_classifier
 from models.predictor import load_classifier
-from utils.config import Job, entry_point
-from utils.files import output_errors, write_json
-from utils.logging import get_logger
-from utils.schema import Strict
-from utils.weights import choose_weights
+from utils.config.entry_point import Job, entry_point
+from utils.config.schema import Strict
+from utils.io.files import output_errors, write_json
+from utils.io.weights import choose_weights
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -22,7 +22,7 @@ from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.head import prepare_head
 from models.config import ModelConfig
 from models.weights import initialise_from
-from utils.config import Job, entry_point
+from utils.config.entry_point import Job, entry_point
 
 # A linear head is fitted well by so many images, in seconds.
 HEAD_IMAGES = 16384

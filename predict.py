@@ -21,13 +21,13 @@ from data.scan import IMAGE_SUFFIXES
 from data.transforms import EvalTransform
 from engine.runtime import choose_device
 from models.predictor import Predictor, load_predictor
-from utils.config import Job, entry_point
+from utils.config.entry_point import Job, entry_point
+from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.files import output_errors, write_atomically
-from utils.logging import get_logger
-from utils.progress import track
-from utils.schema import Strict
-from utils.weights import find_weights
+from utils.io.files import output_errors, write_atomically
+from utils.io.weights import find_weights
+from utils.record.logging import get_logger
+from utils.record.progress import track
 
 log = get_logger(__name__)
 

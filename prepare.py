@@ -10,10 +10,10 @@ from typing import Literal
 from data.config import DataConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.manifest import write_manifest
-from utils.config import Job, entry_point
-from utils.logging import get_logger
-from utils.progress import counting
-from utils.schema import Strict
+from utils.config.entry_point import Job, entry_point
+from utils.config.schema import Strict
+from utils.record.logging import get_logger
+from utils.record.progress import counting
 
 log = get_logger(__name__)
 

@@ -16,7 +16,7 @@ from engine.tasks.config import FCMAETaskConfig
 from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
 from models.config import ModelConfig
 from models.weights import initialise_from
-from utils.config import Job, entry_point
+from utils.config.entry_point import Job, entry_point
 
 # A loss is exact to a percent on so many images; all of a large split would take longer than an epoch of training.
 VALIDATION_IMAGES = 4096

@@ -22,8 +22,8 @@ from engine.plan import Plan
 from engine.runtime import Runtime, choose_runtime
 from engine.train import _build
 from engine.training import Training
-from utils.config import CONF, ROOT
-from utils.signals import StopRequest
+from utils.config.entry_point import CONF, ROOT
+from utils.ranks.signals import StopRequest
 
 OUT = ROOT / "outputs/bench"
 

@@ -28,9 +28,9 @@ from engine.checkpoint import count_bytes
 from engine.skips import SkipWatch
 from engine.train_one_epoch import StopVote, train_one_epoch
 from engine.writer import CheckpointWriter
-from utils.config import Job
-from utils.metrics_log import MetricsLog
-from utils.run_folder import RunFolder
+from utils.config.entry_point import Job
+from utils.record.metrics_log import MetricsLog
+from utils.record.run_folder import RunFolder
 
 NETWORKS = {"convnextv2_atto": 64, "resnet18": 64}
 BATCH = {"cpu": 16, "cuda": 128}

@@ -14,10 +14,10 @@ from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, ImageReader, TrainLoader, UnreadableLog
 from data.stream import BalancedSampler, Sampler, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
-from utils import distributed
 from utils.errors import UserError
-from utils.logging import get_logger
-from utils.progress import counting
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.progress import counting
 
 log = get_logger(__name__)
 

@@ -19,7 +19,7 @@ from data.manifest import find_manifest, read_manifest
 from data.scan import check_root, scan_folder
 from data.table import SCHEMA, SPLITS, assign_validation, count_values, hash_table
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.io.files import write_atomically
 
 _FINGERPRINT = b"fingerprint"
 _NAMED = 5  # classes that a message names

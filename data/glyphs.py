@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from data.manifest import save_manifest
 from data.table import build_table
 from utils.errors import UserError
-from utils.files import fsync_path, read_json, write_json
+from utils.io.files import fsync_path, read_json, write_json
 
 GLYPHS_VERSION = 1
 # The hash of all pixels, and what drew them. Another FreeType may round an edge otherwise; glyphs.json keeps what was

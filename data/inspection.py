@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.decode import NOT_OPENED, Inspection, inspect_image
-from utils.files import sha256_file, write_atomically
+from utils.io.files import sha256_file, write_atomically
 
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line

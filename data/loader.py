@@ -25,11 +25,12 @@ from data.decode import UnreadableImage, read_image
 from data.read_ahead import ReadAhead
 from data.stream import Draw, EvaluationBatches, RankBatches
 from data.transforms import Transform
-from utils import distributed, rng
+from utils import rng
 from utils.errors import UserError
-from utils.files import AppendFile
-from utils.logging import get_logger
-from utils.signals import SIGNALS
+from utils.io.files import AppendFile
+from utils.ranks import distributed
+from utils.ranks.signals import SIGNALS
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -31,8 +31,8 @@ from data.inspection import (
 from data.scan import check_root, list_folder, parse_json, scan_folder
 from data.table import SCHEMA, SPLIT_NAMES, assign_validation, count_values, sort_rows
 from utils.errors import UserError
-from utils.files import write_atomically
-from utils.processes import map_in_processes
+from utils.io.files import write_atomically
+from utils.ranks.processes import map_in_processes
 
 PARQUET, JSONL = "manifest.parquet", "manifest.jsonl"
 # The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.

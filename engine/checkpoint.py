@@ -29,12 +29,12 @@ from torch import Tensor
 
 from engine.parallel import Part
 from optim.build import skips_on_device
-from utils import distributed
 from utils.errors import UserError
-from utils.files import fsync_path, read_json, sha256_file, sha256_text
-from utils.logging import get_logger
-from utils.safetensors_header import read_header
-from utils.weights import read_tensors, write_tensors
+from utils.io.files import fsync_path, read_json, sha256_file, sha256_text
+from utils.io.untrusted.safetensors_header import read_header
+from utils.io.weights import read_tensors, write_tensors
+from utils.ranks import distributed
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
-from utils.schema import Strict
+from utils.config.schema import Strict
 
 Positive = Annotated[int, Field(ge=1)]
 

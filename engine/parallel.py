@@ -28,9 +28,9 @@ from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
 from engine.runtime import Runtime, choose_compile
 from engine.task import StepOutput, Task
-from utils import distributed
 from utils.errors import UserError
-from utils.logging import get_logger
+from utils.ranks import distributed
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.config import LoopConfig
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from utils.errors import UserError
-from utils.logging import get_logger
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from engine.config import MachineConfig, RuntimeConfig
-from utils import distributed
 from utils.errors import UserError
-from utils.logging import get_logger
+from utils.ranks import distributed
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from engine.step import StepResult
 from engine.task import Batch
-from utils import distributed
 from utils.errors import UserError
-from utils.files import AppendFile
-from utils.logging import get_logger
-from utils.metrics_log import keep_rows
+from utils.io.files import AppendFile
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.metrics_log import keep_rows
 
 log = get_logger(__name__)
 

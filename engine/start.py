@@ -16,11 +16,11 @@ from engine.plan import Plan, make_plan
 from engine.runtime import Runtime, choose_device, choose_runtime
 from engine.task import Batch, Task
 from engine.train import describe_run, train
-from utils import distributed
-from utils.config import Job
-from utils.logging import get_logger, setup_logging
-from utils.recipe import recipe_hash
-from utils.run_folder import default_run_dir, environment_state, open_run_folder
+from utils.config.entry_point import Job
+from utils.config.recipe import recipe_hash
+from utils.ranks import distributed
+from utils.record.logging import get_logger, setup_logging
+from utils.record.run_folder import default_run_dir, environment_state, open_run_folder
 
 log = get_logger(__name__)
 AnyTask = TypeVar("AnyTask", bound=Task)

@@ -19,7 +19,8 @@ from engine.runtime import Runtime
 from engine.task import Batch, Knobs, StepOutput, Task
 from optim.build import skips_on_device
 from optim.fused import flat_view
-from utils import distributed, rng
+from utils import rng
+from utils.ranks import distributed
 
 
 @dataclass

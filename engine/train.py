@@ -39,18 +39,18 @@ from optim.build import build_optimizer, check_shardable, skips_on_device
 from optim.ema import EMA
 from optim.groups import build_groups, groups_table
 from optim.schedules import Schedule
-from utils import distributed
+from utils.config.recipe import check_resumable
 from utils.errors import EXIT_STOPPED, UserError, close_names, lost_worker
-from utils.logging import get_logger
-from utils.metrics_log import MetricsLog
-from utils.progress import Bar
-from utils.recipe import check_resumable
-from utils.run_folder import RunFolder, update_saved_config
-from utils.safe_text import Lines
-from utils.sample_log import SampleLog
-from utils.signals import StopRequest
-from utils.trackers import check_tracker, start_tracker
-from utils.watchdog import Watchdog
+from utils.io.safe_text import Lines
+from utils.ranks import distributed
+from utils.ranks.signals import StopRequest
+from utils.ranks.watchdog import Watchdog
+from utils.record.logging import get_logger
+from utils.record.metrics_log import MetricsLog
+from utils.record.progress import Bar
+from utils.record.run_folder import RunFolder, update_saved_config
+from utils.record.sample_log import SampleLog
+from utils.record.trackers import check_tracker, start_tracker
 
 log = get_logger(__name__)
 

@@ -13,7 +13,7 @@ from engine.task import Batch, Knobs
 from engine.training import Training
 from optim.ema import ema_decay_at
 from optim.groups import set_group_values
-from utils import distributed
+from utils.ranks import distributed
 
 
 class StopVote:

@@ -25,19 +25,20 @@ from engine.task import Batch, Report, Task
 from engine.writer import CheckpointWriter, Groups
 from optim.ema import EMA
 from optim.schedules import Schedule
-from utils import distributed, plots
 from utils.errors import UserError
-from utils.files import spared
-from utils.logging import get_logger
-from utils.metrics_log import MetricsLog
-from utils.progress import Bar, format_duration, track
-from utils.report_files import write_report
-from utils.run_folder import RunFolder
-from utils.sample_log import SampleLog
-from utils.signals import StopRequest
-from utils.trackers import Tracker
-from utils.watchdog import Watchdog
-from utils.weights import write_weights
+from utils.io.files import spared
+from utils.io.weights import write_weights
+from utils.ranks import distributed
+from utils.ranks.signals import StopRequest
+from utils.ranks.watchdog import Watchdog
+from utils.record import plots
+from utils.record.logging import get_logger
+from utils.record.metrics_log import MetricsLog
+from utils.record.progress import Bar, format_duration, track
+from utils.record.report_files import write_report
+from utils.record.run_folder import RunFolder
+from utils.record.sample_log import SampleLog
+from utils.record.trackers import Tracker
 
 log = get_logger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.logging import get_logger
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

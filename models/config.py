@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from utils.schema import Strict
+from utils.config.schema import Strict
 
 PositiveInt = Annotated[int, Field(ge=1)]
 

@@ -22,7 +22,7 @@ from models.config import ModelConfig
 from models.normalise import Normalise
 from models.weights import check_fit, load_into
 from utils.errors import UserError
-from utils.weights import read_weights
+from utils.io.weights import read_weights
 
 _MAX_SIDE = 16_384  # pixels, of what a file asks images to be resized to
 _RUNTIME_REFUSALS = (

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from utils.errors import UserError
-from utils.logging import get_logger
-from utils.weights import find_weights, read_weights
+from utils.io.weights import find_weights, read_weights
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from utils.config.schema import Strict
 from utils.errors import close_names
-from utils.schema import Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 from data.glyphs import GLYPHS_VERSION
 from data.manifest import write_manifest
 from tests.support import make_collection
-from utils.config import CONF, ROOT, Job, quote_paths, validate
-from utils.files import write_json
+from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
+from utils.io.files import write_json
 
 TRAINING = ("pretrain_fcmae", "finetune")
 SCRIPTS = (*TRAINING, "prepare", "evaluate", "predict", "export")

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from engine.plan import split_batch
 from tests.in_process import SHORT, TINY, make_images, run
-from utils.config_errors import ConfigError
+from utils.config.messages import ConfigError
 from utils.errors import UserError
-from utils.files import read_json
+from utils.io.files import read_json
 
 
 @pytest.fixture(scope="module")

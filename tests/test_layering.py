@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import ROOT
+from utils.config.entry_point import ROOT
 
 SCRIPT = "root scripts"  # the room of the files at the root
 # What each room may import beside itself. Root scripts are not a room: not even another script imports one.
@@ -137,11 +137,11 @@ def test_nothing_is_passed_over():
     assert len(list_files(ROOT)) > 60 and len(arrows) > 200
     assert {("finetune", "engine.tasks.classification"), ("engine.config", "optim.config")} <= arrows
     assert ("engine.tasks.fcmae", "models.fcmae") in arrows
-    assert ("tests.test_layering", "utils.config") in arrows
+    assert ("tests.test_layering", "utils.config.entry_point") in arrows
 
 
 PLANTED = {
-    "utils imports a room": ("utils/files.py", "import optim\n", "utils may not import optim"),
+    "utils imports a room": ("utils/io/files.py", "import optim\n", "utils may not import optim"),
     "models import data": ("models/build.py", "from data.loader import x\n", "models may not import data.loader"),
     "a lazy import": ("data/loader.py", "def f():\n    from models import build\n", "data may not import models.build"),
     "an import by name": (
@@ -170,19 +170,19 @@ PLANTED = {
     "a script imports a script": ("finetune.py", "from evaluate import x\n", "root scripts may not import evaluate"),
     "a script imports tests": ("finetune.py", "import tests.support\n", "root scripts may not import tests.support"),
     "submit imports data": ("submit/launch.py", "import data.loader\n", "submit may not import data.loader"),
-    "a new room": ("viewer/app.py", "import utils.files\n", "viewer is no room that tests/test_layering.py knows"),
+    "a new room": ("viewer/app.py", "import utils.io.files\n", "viewer is no room that tests/test_layering.py knows"),
 }
 RIGHT = {
-    "utils/files.py": "import os\nimport torch.optim\n",
+    "utils/io/files.py": "import os\nimport torch.optim\n",
     "models/build.py": "from utils import files\n",
-    "data/loader.py": "import utils.files, data.batch\n",
+    "data/loader.py": "import utils.io.files, data.batch\n",
     "data/batch.py": "",
-    "optim/build.py": "from utils.files import x\n",
+    "optim/build.py": "from utils.io.files import x\n",
     "engine/step.py": "import optim.build\n",
     "engine/tasks/fcmae.py": "from data import batch\nfrom data.batch import x\nimport models.build, engine.step\n",
     "finetune.py": "import engine.tasks.fcmae, data.loader, models.build\n",
     "evaluate.py": "import engine.step\n",
-    "submit/launch.py": "import utils.files\n",
+    "submit/launch.py": "import utils.io.files\n",
     "tests/support.py": "import finetune, evaluate, data.loader\n",
 }  # fmt: skip
 

@@ -15,7 +15,8 @@ from engine.tasks.confusion import Confusion, TopSamples, gather_confusion
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.normalise import Normalise
-from utils import distributed, pictures
+from utils.ranks import distributed
+from utils.record import pictures
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
 _WHOLE_MATRIX, _PART_OF_MATRIX = 40, 24  # up to so many classes all are drawn, else so many of them

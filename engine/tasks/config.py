@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils.schema import Strict
+from utils.config.schema import Strict
 
 
 class ProbeConfig(Strict):

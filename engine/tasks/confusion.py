@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import distributed
+from utils.ranks import distributed
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.normalise import Normalise
-from utils import distributed, pictures
 from utils.errors import UserError
+from utils.ranks import distributed
+from utils.record import pictures
 
 _MASK_GREY = 160
 

@@ -23,9 +23,9 @@ from engine.runtime import Runtime
 from engine.task import Batch
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.probe import fit_linear, gather_features, standardise
-from utils import distributed
 from utils.errors import UserError
-from utils.logging import get_logger
+from utils.ranks import distributed
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.task import Batch
-from utils import distributed
-from utils.logging import get_logger
+from utils.ranks import distributed
+from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 

@@ -12,8 +12,8 @@ from hydra import initialize_config_dir
 from engine.start import build_task
 from models.build import build_network
 from tests.in_process import SCRIPTS, TRAINING, compose, configure, make_glyph_folder, run
-from utils.config import CONF
-from utils.config_errors import ConfigError
+from utils.config.entry_point import CONF
+from utils.config.messages import ConfigError
 from utils.errors import UserError
 
 # What `???` stands for, by script; a test that needs the files behind them makes its own.

@@ -25,11 +25,11 @@ from tests.in_process import (
     make_images,
     run,
 )
-from utils.config import Job, validate
-from utils.config_errors import ConfigError
-from utils.run_folder import default_run_dir
-from utils.schema import Strict
-from utils.weights import read_weights
+from utils.config.entry_point import Job, validate
+from utils.config.messages import ConfigError
+from utils.config.schema import Strict
+from utils.io.weights import read_weights
+from utils.record.run_folder import default_run_dir
 
 KNOBS = "+schedule.knobs.momentum={start: 0.5, end: 1.0, curve: linear}"
 # Each primary, and of each group of a training script every kind that its union knows.

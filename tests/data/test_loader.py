@@ -26,7 +26,7 @@ from data.transforms import EvalTransform, TrainTransform
 from tests.in_process import TINY, run
 from tests.support import make_collection
 from utils import rng
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
 
 # More workers than cores are wanted here.
@@ -170,7 +170,7 @@ def test_a_start_at_any_step_reads_the_same_samples(folder, expected, start_step
 def test_ranks_share_a_steps_samples_among_them(folder, expected, world, monkeypatch):
     steps = [[] for _ in range(3)]
     for rank in range(world):
-        monkeypatch.setattr("utils.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("utils.ranks.distributed.rank", lambda rank=rank: rank)
         stream = train_loader(folder).steps(0, plan(8, world))
         for step in steps:
             step.extend(next(stream))

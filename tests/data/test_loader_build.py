@@ -14,7 +14,7 @@ from data.config import AugmentConfig, ImageFolderConfig
 from data.loader import UnreadableLog
 from engine.tasks.classification import LabelFields
 from tests.support import make_collection
-from utils.config import CONF
+from utils.config.entry_point import CONF
 
 IDS = np.array([2, 0, 1, 0, -1, 2, 0, 1, 2, -1, 0, 3])
 TRAIN, VAL = np.arange(0, 8), np.arange(8, 12)

@@ -25,10 +25,10 @@ from engine.checkpoint import (
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
-from utils.files import sha256_file, sha256_text
-from utils.logging import ROOT
+from utils.io.files import sha256_file, sha256_text
+from utils.record.logging import ROOT
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_all_damaged_is_an_error_never_a_start_from_zero(tmp_path):
 
 
 def test_another_format_is_not_guessed_at(tmp_path):
-    from utils.files import sha256_text
+    from utils.io.files import sha256_text
 
     path = make(tmp_path, 1)
     text = json.dumps(json.loads((path / "state.json").read_text()) | {"format": 99})
@@ -169,7 +169,7 @@ def test_a_header_that_lies_is_refused_though_its_checksum_is_right(tmp_path):
 
 def test_the_check_comes_before_any_tensor_is_read(tmp_path, monkeypatch):
     path = make(tmp_path, 10)
-    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+    monkeypatch.setattr("utils.io.weights.load_file", lambda path: pytest.fail("the tensors were read"))
 
     def refuse(checkpoint):
         assert checkpoint.step == 10 and checkpoint.tensors["task"]["w"].is_meta

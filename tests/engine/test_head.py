@@ -15,7 +15,7 @@ from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
 from tests.in_process import TINY, configure
 from tests.support import common, make_collection, rows, run
-from utils.config_errors import ConfigError
+from utils.config.messages import ConfigError
 
 
 def make_batches(classes=4, count=6):

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from engine.config import LoopConfig
 from engine.plan import Plan, make_plan, split_batch
 from optim.config import OptimConfig, ScheduleConfig
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
 
 

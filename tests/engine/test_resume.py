@@ -17,9 +17,9 @@ from tests.engine.test_exactness import assert_same_tensors
 from tests.engine.test_no_host_sync import make_training
 from tests.in_process import TINY, make_images, run
 from tests.support import checkpoint_tensors, rows
-from utils import distributed
 from utils.errors import UserError
-from utils.files import read_json, sha256_file
+from utils.io.files import read_json, sha256_file
+from utils.ranks import distributed
 
 # Two steps an epoch; the last step evaluates in any case.
 QUIET = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=100"]
@@ -150,7 +150,7 @@ def test_a_forged_state_of_the_optimiser_is_refused_before_any_tensor_is_read(
     assert name in tensors
     save_file({**tensors, name: value}, file)
     forge(path, lambda state: state["checksums"].update({file.name: sha256_file(file)}))
-    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+    monkeypatch.setattr("utils.io.weights.load_file", lambda path: pytest.fail("the tensors were read"))
     with pytest.raises(UserError, match=rf"^resume: '{name}' of the optimiser of run/checkpoints/step_00000001 is \("):
         finetune(place, "loop.total_steps=2", *settings)
 

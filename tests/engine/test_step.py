@@ -17,7 +17,7 @@ from engine.task import StepOutput, Task, log_mean
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from tests.support import (
     samples_by_step,
     start,
 )
-from utils.signals import REPEAT_SEC
+from utils.ranks.signals import REPEAT_SEC
 
 TROUBLED = "tests/tasks/troubled.py"
 SMALL = ["loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95"]

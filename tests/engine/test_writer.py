@@ -14,8 +14,8 @@ from engine.checkpoint import find_checkpoint_before, list_checkpoints
 from engine.writer import CheckpointWriter, HostCopies
 from tests.engine.test_checkpoint import flip_a_bit, make
 from utils.errors import UserError, lost_worker
-from utils.files import AppendFile, spared
-from utils.logging import ROOT
+from utils.io.files import AppendFile, spared
+from utils.record.logging import ROOT
 
 
 @pytest.fixture

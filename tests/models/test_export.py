@@ -16,9 +16,9 @@ from models.config import ConvNeXtV2Config, TimmConfig
 from models.normalise import Normalise
 from models.onnx_export import export_classifier
 from models.predictor import Classifier, load_classifier, load_predictor
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
-from utils.weights import read_weights, write_weights
+from utils.io.weights import read_weights, write_weights
 
 CONVNEXT = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 2], dims=[16, 32], stem_stride=2, drop_path_rate=0.1,

@@ -11,7 +11,7 @@ from models.fcmae import FCMAE
 from models.weights import initialise_from, load_into
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
-from utils.weights import write_weights
+from utils.io.weights import write_weights
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]
 
@@ -196,7 +196,7 @@ def test_another_kind_of_number_is_refused_before_anything_is_copied():
 
 def test_shapes_alone_are_enough_to_refuse_a_file(tmp_path, monkeypatch):
     write_weights(tmp_path / "w.safetensors", {"other": torch.ones(3)}, {})
-    monkeypatch.setattr("utils.weights.load_file", lambda path: pytest.fail("the tensors were read"))
+    monkeypatch.setattr("utils.io.weights.load_file", lambda path: pytest.fail("the tensors were read"))
     with pytest.raises(UserError, match="tensors do not fit the network"):
         initialise_from(build(), str(tmp_path / "w.safetensors"), keep_head=True)
 

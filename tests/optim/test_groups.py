@@ -10,7 +10,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
 from optim.groups import build_groups, groups_table, is_exempt, set_group_values, trainable_parameters
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
 
 DEPTHS = [1, 2, 3, 1]

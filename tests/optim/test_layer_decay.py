@@ -10,7 +10,7 @@ import yaml
 
 from models.convnextv2 import ConvNeXtV2
 from optim.layer_decay import last_layer, layer_id, layer_scale
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
 
 # The eight published sizes: ours of three stages is not among them.

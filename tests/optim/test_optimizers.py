@@ -11,7 +11,7 @@ from optim.adan import Adan
 from optim.build import build_optimizer, check_shardable, skips_on_device, steps_on_rows
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
-from utils.config import CONF
+from utils.config.entry_point import CONF
 from utils.errors import UserError
 
 STEPS = 10

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from optim.config import KnobConfig, ScheduleConfig
 from optim.schedules import Schedule, cosine, linear
-from utils.config import CONF
+from utils.config.entry_point import CONF
 
 STEPS = 10
 

@@ -21,9 +21,10 @@ from engine.config import TrainingConfig
 from engine.start import build_task, run_path, run_training, start_ranks
 from engine.task import Report, StepOutput, Task, log_mean
 from models.normalise import Normalise
-from utils import distributed, rng
-from utils.config import entry_point
-from utils.schema import Strict
+from utils import rng
+from utils.config.entry_point import entry_point
+from utils.config.schema import Strict
+from utils.ranks import distributed
 
 STEPS = 1000
 SHAPES_HW = [(32, 32), (24, 40)]

@@ -14,7 +14,7 @@ import torch
 import engine.train_one_epoch as loop
 import finetune
 from engine.tasks.classification import ClassificationTask
-from utils import distributed
+from utils.ranks import distributed
 
 _forward, _train_step = ClassificationTask.forward, loop.train_step
 _now = {"step": -1}

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data.loader
 import finetune
-from utils import distributed
+from utils.ranks import distributed
 
 _steps = data.loader.TrainLoader.steps
 

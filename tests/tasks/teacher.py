@@ -20,9 +20,9 @@ from engine.task import Report, StepOutput, Task, log_mean
 from models.build import build_network
 from models.config import ModelConfig
 from models.normalise import Normalise
-from utils import distributed
-from utils.config import entry_point
-from utils.schema import Strict
+from utils.config.entry_point import entry_point
+from utils.config.schema import Strict
+from utils.ranks import distributed
 
 
 class TeacherTaskConfig(Strict):

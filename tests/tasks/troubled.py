@@ -26,7 +26,8 @@ import engine.checkpoint
 import engine.tasks.classification
 import engine.train_one_epoch
 import finetune
-from utils import distributed, rng
+from utils import rng
+from utils.ranks import distributed
 
 
 def slow_evaluation(seconds):

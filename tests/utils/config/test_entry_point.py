@@ -1,0 +1,304 @@
+"""The command line. Exit statuses and what is printed; paths of every kind arrive unchanged; multiruns; default run
+folders; most in the test's own process, some as real processes.
+"""
+
+import json
+import os
+
+import pytest
+
+from tests.in_process import TINY, configure, make_images, working_in
+from tests.in_process import run_command as run_in_process
+from tests.support import ROOT, command, start
+from utils.config.entry_point import (
+    PATH_KEYS,
+    ConfigError,
+    Job,
+    entry_point,
+    name_sweep_job,
+    order_arguments,
+    quote_paths,
+)
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.record.run_folder import default_run_dir
+
+# One of each kind that Hydra's grammar refuses or reads as something else.
+NAMES = [
+    "données", "データ", "with space", "a,b", "[x]", "{x}", "(x)", "a=b", "a&b", "a;b", "a:b", "a#b", "100%", "$HOME",
+    "~x", "!x", "*?", "it's", "'", '"', 'say "hi"', "back\\slash", "end\\", "end\\\\", "a\\'b", "\\'", "x\\\\'y'\\",
+    "null.png", "true", "1e3", "-x", "a  b", " x", "x ", "a|b", "<x>", "@x", "%20", "`x`",
+]  # fmt: skip
+
+
+class PathsConfig(Strict):
+    """The schema of conf/predict.yaml, loosely."""
+
+    weights: str
+    input: str
+    output: str
+    top: int
+    batch_size: int
+    max_pixels: int
+    device: str
+
+
+@pytest.fixture
+def start_command(tmp_path, monkeypatch):
+    """Run a command with a body of the test's own in `tmp_path`; returns its exit status."""
+
+    def go(body, *arguments):
+        monkeypatch.setattr("sys.argv", ["predict.py", *arguments])
+        with working_in(tmp_path), pytest.raises(SystemExit) as stop:
+            entry_point("predict", PathsConfig)(body)()
+        return stop.value.code
+
+    return go
+
+
+PATHS = ["weights=w", "input=i", "output=o"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_arrives_unchanged(name, start_command):
+    seen = []
+    status = start_command(
+        lambda config, job: seen.append(config), f"weights={name}", f"input=a/{name}", f"output={name}/b"
+    )
+    assert status == 0
+    assert (seen[0].weights, seen[0].input, seen[0].output) == (name, f"a/{name}", f"{name}/b")
+
+
+@pytest.mark.parametrize("name", ["données, [a=b] & 'c' \\", "x\\\\'y'\\"])
+def test_a_path_arrives_unchanged_in_a_multirun(name, start_command, tmp_path):
+    seen = []
+    (tmp_path / name).mkdir()
+    assert (
+        start_command(lambda config, job: seen.append(config), f"input={name}", *PATHS[::2], "top=1,2", "--multirun")
+        == 0
+    )
+    assert [(config.input, config.top) for config in seen] == [(name, 1), (name, 2)]
+
+
+def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
+    seen = []
+    assert start_command(lambda config, job: seen.append(config.input), "input=été/a b,x=y", *PATHS[::2], "-m") == 0
+    assert seen == ["été/a b", "x=y"]
+
+
+def test_every_key_that_names_a_path_is_quoted():
+    assert set(PATH_KEYS) == {"run_dir", "data.root", "init_from", "resume", "input", "output", "weights"}
+    assert quote_paths([f"{key}=a b" for key in PATH_KEYS], multirun=False) == [f"{key}='a b'" for key in PATH_KEYS]
+
+
+def test_what_is_quoted_or_null_stays():
+    given = ["run_dir=null", "init_from='a b'", 'resume="x"', "data.root=???", "seed=a b", "weights=", "--multirun"]
+    assert quote_paths(given, multirun=False) == given
+    assert quote_paths(["+run_dir=a b", "run_dir='"], multirun=False) == ["+run_dir='a b'", "run_dir='\\''"]
+
+
+def test_flags_may_stand_between_overrides():
+    given = ["a=1", "--multirun", "b=2,3", "--cfg", "job", "~c=4", "--config-dir=x=y"]
+    assert order_arguments(given) == ["--multirun", "--cfg", "job", "--config-dir=x=y", "a=1", "b=2,3", "~c=4"]
+
+
+def test_an_interpolation_is_resolved(start_command):
+    seen = []
+    assert (
+        start_command(lambda config, job: seen.append((config, job)), "weights=w", "input=i", "output=${input}.csv")
+        == 0
+    )
+    assert seen[0][0].output == "i.csv" and seen[0][1].overrides[-1] == "output='${input}.csv'"
+
+
+# ------------------------------------------------------------------------------------------------------------- statuses
+
+
+def test_the_job_knows_its_script_and_choices(start_command):
+    seen = []
+    assert start_command(lambda config, job: seen.append(job), *PATHS) == 0
+    assert (seen[0].script, seen[0].choices, seen[0].sweep_name) == ("predict", {}, None)
+    assert seen[0].overrides == ["weights='w'", "input='i'", "output='o'"]
+
+
+def test_a_mistake_of_the_user_is_status_2_without_traceback(start_command, capsys):
+    def body(config, job):
+        raise UserError("input: x does not exist;\ngive another")
+
+    assert start_command(body, *PATHS) == 2
+    assert capsys.readouterr().err == "predict.py: input: x does not exist;\ngive another\n"
+
+
+def test_a_defect_is_status_1_with_its_traceback(start_command, capsys):
+    assert start_command(lambda config, job: 1 // 0, *PATHS) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.rstrip().endswith(
+        "ZeroDivisionError: integer division or modulo by zero"
+    )
+
+
+def test_a_stopped_run_is_status_75(start_command):
+    def body(config, job):
+        raise SystemExit(75)
+
+    assert start_command(body, *PATHS) == 75
+
+
+def test_only_rank_0_shows_what_every_rank_finds(start_command, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert start_command(lambda config, job: None, *PATHS, "top=x") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_another_rank_shows_what_it_may_be_alone_with(start_command, capsys, monkeypatch):
+    def body(config, job):
+        raise UserError("runtime.device: rank 1 wants GPU 1\nand more")
+
+    monkeypatch.setenv("RANK", "1")
+    assert start_command(body, *PATHS) == 2
+    assert capsys.readouterr().err == "[rank 1] predict.py: runtime.device: rank 1 wants GPU 1\n"
+
+
+def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
+    assert start_command(lambda config, job: 1 // 0, *PATHS, "--cfg", "job") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("weights: w\ninput: i\noutput: o\ntop: 5\n") and printed.err == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ multiruns
+
+
+def test_a_failed_job_does_not_end_a_multirun(start_command, capsys):
+    def body(config, job):
+        if config.top == 2:
+            raise UserError("top: two is odd\nreally")
+        return f"top={config.top}" if config.top < 4 else 1 // 0
+
+    assert start_command(body, *PATHS, "top=1,2,3,x,4", "--multirun") == 2
+    rows = capsys.readouterr().err.splitlines()[-6:]
+    assert [row.split(None, 1) for row in rows] == [
+        ["job", "status      result"],
+        ["top=1", "ok          top=1"],
+        ["top=2", "failed (2)  top: two is odd"],
+        ["top=3", "ok          top=3"],
+        ["top=x", "failed (2)  top: must be a valid integer, found 'x'"],
+        ["top=4", "failed (1)  ZeroDivisionError: integer division or modulo by zero"],
+    ]
+
+
+def test_an_unknown_option_in_a_multirun_is_refused_before_any_job(tmp_path, monkeypatch, capsys):
+    arguments = ["--multirun", "model=convnextv2_atto,convnextv2_tny"]
+    assert run_in_process("finetune", arguments, tmp_path, monkeypatch) == 2
+    assert "  model: unknown 'convnextv2_tny'; close: convnextv2_tiny" in capsys.readouterr().err
+
+
+def test_a_job_of_a_multirun_is_named_by_its_overrides():
+    assert name_sweep_job(["seed=1", "optim.lr=0.1"]) == "optim.lr=0.1,seed=1"
+    assert name_sweep_job(["seed=1", "run_dir=here", "sweep.name=first"]) == "seed=1"
+    assert name_sweep_job([]) == "job"
+
+
+def test_names_of_jobs_differ_where_characters_were_changed_or_cut():
+    long = [f"optim.no_decay=[{'x' * 300}]"]
+    names = [
+        name_sweep_job(overrides)
+        for overrides in (["data.root=a/b"], ["data.root=a b"], ["data.root=a_b"], [*long, "seed=1"], [*long, "seed=2"])
+    ]
+    assert len(set(names)) == 5 and names[2] == "data.root=a_b" and names[0].startswith("data.root=a_b-")
+    assert all("/" not in name and len(name.encode()) <= 255 for name in [*names, name_sweep_job(["x=" + "日" * 200])])
+
+
+def list_runs(folder):
+    return sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("config.json"))
+
+
+def test_a_multirun_of_a_real_script(tmp_path):
+    """Each job has a run folder of its own, a wrong one is named in the table; run_dir is the sweep's folder."""
+    make_images(tmp_path / "images")
+    shared = [*TINY, "data.root=images", "--multirun"]
+    first = start("finetune.py", [*shared, "seed=0,1,2", "sweep.name=seeds", "optim.lr=0.1,-1"], tmp_path)
+    assert first.wait() == [2] and "Traceback" not in first.output
+    runs = list_runs(tmp_path / "outputs/sweeps")
+    assert len(runs) == 3 and all(path.startswith("seeds/") for path in runs)
+    assert [finished_steps(tmp_path / "outputs/sweeps" / path) for path in runs] == [[1, 2]] * 3
+    table = first.output[first.output.index("\njob ") :].splitlines()[2:]
+    refused = "failed (2)  optim.lr: must be greater than or equal to 0, found -1"
+    assert [("ok" in row.split(), refused in row) for row in table] == [(True, False), (False, True)] * 3
+
+    second = start("finetune.py", [*shared, "seed=0,1", "run_dir=chosen"], tmp_path)
+    assert second.wait() == [0], second.output
+    assert len(list_runs(tmp_path / "chosen")) == 2 and list_runs(tmp_path / "outputs/sweeps") == runs
+
+
+def finished_steps(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row["kind"] == "train"]
+
+
+# --------------------------------------------------------------------------------------------------------- real scripts
+
+
+def test_a_wrong_key_ends_a_real_process_with_status_2(tmp_path):
+    done = start("finetune.py", ["optim.lrr=1"], tmp_path)
+    assert done.wait() == [2]
+    assert done.output == "finetune.py: 1 configuration error\n  optim.lrr: unknown key; close: lr\n"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".txt"]  # the output
+
+
+def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(tmp_path):
+    """As a user would start it, in a folder whose name has characters of every kind."""
+    name = "données, [a=b] & 'q' \"d\" \\"
+    make_images(tmp_path / name)
+    done = command(
+        "python", ROOT / "finetune.py", *TINY, f"data.root={name}", f"run_dir={name}/run", "dry_run=true",
+        cwd=tmp_path, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"collection: {name}, 8 training and 4 validation images" in done.stderr
+    assert "plan: steps=2 warmup_steps=2 lr=7.81e-06 global_batch_size=4 = 1 ranks x 2 accum_steps x 2" in done.stderr
+    assert "network: ConvNeXtV2, 4,850 parameters\n" in done.stderr
+    assert done.stderr.endswith(f"dry run: the run folder would be {name}/run\n")
+    assert sorted(os.listdir(tmp_path)) == [name, "outputs"] and not (tmp_path / name / "run").exists()
+    assert os.listdir(tmp_path / "outputs") == ["cache"]
+
+
+def test_a_run_folder_of_any_name_is_found_again(tmp_path, monkeypatch):
+    name = "données, [a=b] & 'q' \"d\" \\"
+    make_images(tmp_path / name)
+    arguments = [*TINY, f"data.root={name}", f"run_dir=runs/{name}"]
+    assert run_in_process("finetune", arguments, tmp_path, monkeypatch) == 0
+    assert run_in_process("evaluate", [f"run_dir=runs/{name}", "runtime.device=cpu"], tmp_path, monkeypatch) == 0
+    found = [f"weights=runs/{name}", f"input={name}/val", f"output=runs/{name}/found.csv"]
+    assert run_in_process("predict", found, tmp_path, monkeypatch) == 0
+    assert json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["samples"] == 4
+    assert len((tmp_path / "runs" / name / "found.csv").read_text().splitlines()) == 1 + 4
+
+
+# -------------------------------------------------------------------------------------------------- default run folders
+
+
+def folder_of(*overrides):
+    config, job = configure("finetune", list(overrides))
+    return default_run_dir(config.model_dump(mode="json"), job)
+
+
+def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
+    plain = folder_of()
+    assert plain.startswith("outputs/finetune/convnextv2_atto-glyphs-") and len(plain.rpartition("-")[2]) == 8
+    assert folder_of() == plain
+    free = ["loop.total_steps=7", "loop.batch_size=3", "loop.log_every_steps=1", "loop.keep_checkpoints=5", "resume=x",
+            "runtime.workers=3", "runtime.compile=true", "runtime.device=cpu", "tracking.samples=true", "sweep.name=x",
+            "resume_allow=[optim.lr]", "dry_run=true", "loop.evaluate_every_epochs=2"]  # fmt: skip
+    assert folder_of(*free) == plain
+    others = [["seed=1"], ["optim.lr=0.1"], ["runtime.precision=bf16"], ["loop.global_batch_size=8"], ["init_from=x"],
+              ["runtime.deterministic=true"], ["loop.ema_decay=0.9"]]  # fmt: skip
+    assert len({plain, *(folder_of(*overrides) for overrides in others)}) == 1 + len(others)
+    assert folder_of("model=convnextv2_tiny").startswith("outputs/finetune/convnextv2_tiny-glyphs-")
+    assert folder_of("run_dir=a/b") == "a/b"
+
+
+def test_errors_of_a_configuration_are_the_user_s():
+    assert issubclass(ConfigError, UserError) and Job("x", {}, []).sweep_name is None

@@ -1,0 +1,131 @@
+"""The recipe: what its hash sees, what a resumption may change. Properties and messages."""
+
+import copy
+import fnmatch
+
+import pytest
+
+from utils.config.recipe import FREE_KEYS, check_resumable, flatten, is_free, recipe_hash
+from utils.errors import UserError
+
+CONFIG = {
+    "seed": 0,
+    "run_dir": None,
+    "loop": {"total_steps": 10, "global_batch_size": 8, "batch_size": 4},
+    "optim": {"lr": 0.1, "betas": [0.9, 0.99], "extra": {}},
+    "runtime": {"precision": "fp32", "workers": 0, "deterministic": False},
+    "tracking": {"samples": False},
+}
+
+
+def changed(**keys):
+    config = copy.deepcopy(CONFIG)
+    for dotted, value in keys.items():
+        group, _, name = dotted.partition("__")
+        if name:
+            config[group][name] = value
+        else:
+            config[group] = value
+    return config
+
+
+def test_flatten_keeps_lists_and_empty_groups():
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
+
+
+@pytest.mark.parametrize(
+    ("key", "free"),
+    [
+        ("loop.total_steps", True), ("loop.batch_size", True), ("loop.global_batch_size", False), ("seed", False),
+        ("runtime.workers", True), ("runtime.precision", False), ("runtime.deterministic", False),
+        ("tracking.samples", True), ("sweep.name", True), ("run_dir", True), ("init_from", False), ("optim.lr", False),
+        ("loop.ema_decay", False), ("loop", False), ("data.root", False), ("task.probe.k", True),
+        ("task.mask_ratio", False),
+    ],
+)  # fmt: skip
+def test_what_is_free(key, free):
+    assert is_free(key) is free
+
+
+def test_allowing_a_key_makes_it_free_and_patterns_hold():
+    assert is_free("optim.lr", ["optim.lr"]) and not is_free("optim.base_lr", ["optim.lr"])
+    assert is_free("optim.base_lr", ["optim.*"])
+    assert is_free("runtime.precision", ["runtime.precision"])
+
+
+def test_the_hash_sees_the_recipe_alone():
+    own = recipe_hash(CONFIG)
+    assert len(own) == 8 and int(own, 16) >= 0
+    free = [
+        changed(loop__total_steps=99),
+        changed(run_dir="x"),
+        changed(runtime__workers=7),
+        changed(loop__batch_size=1),
+    ]
+    assert {recipe_hash(config) for config in free} == {own}
+    bound = [
+        changed(seed=1),
+        changed(optim__lr=0.2),
+        changed(optim__betas=[0.9, 0.999]),
+        changed(runtime__precision="bf16"),
+    ]
+    assert len({own, *map(recipe_hash, bound)}) == 5
+    assert recipe_hash(dict(reversed(CONFIG.items()))) == own
+
+
+def test_the_hash_is_the_same_on_every_machine():
+    """A run is found again by it, so it is part of the format."""
+    assert recipe_hash({"seed": 0, "name": "é"}) == "882cc0ca"
+
+
+def test_equal_and_free_differences_pass():
+    assert check_resumable(CONFIG, copy.deepcopy(CONFIG), [], "RUN") == []
+    assert check_resumable(CONFIG, changed(loop__total_steps=99, run_dir="x"), [], "RUN") == []
+
+
+def test_a_changed_recipe_is_refused_with_every_difference():
+    now = changed(seed=1, optim__lr=0.2, loop__total_steps=99)
+    del now["optim"]["betas"]
+    with pytest.raises(UserError) as refused:
+        check_resumable(CONFIG, now, [], "outputs/RUN")
+    assert str(refused.value) == (
+        "resume: outputs/RUN was made with another recipe:\n"
+        "  optim.betas: [0.9, 0.99] in the run, '(absent)' now\n"
+        "  optim.lr: 0.1 in the run, 0.2 now\n"
+        "  seed: 0 in the run, 1 now\n"
+        "Start another run with run_dir=..., or let these through with 'resume_allow=[optim.betas,optim.lr,seed]'."
+    )
+
+
+def test_allowed_differences_are_returned_and_the_others_still_refused():
+    now = changed(seed=1, optim__lr=0.2)
+    assert check_resumable(CONFIG, now, ["optim.*", "seed"], "RUN") == [
+        "optim.lr: 0.1 in the run, 0.2 now",
+        "seed: 0 in the run, 1 now",
+    ]
+    with pytest.raises(UserError, match=r"another recipe:\n  seed: 0 in the run, 1 now\nStart"):
+        check_resumable(CONFIG, now, ["optim.lr"], "RUN")
+
+
+def test_an_unknown_key_cannot_be_allowed():
+    with pytest.raises(
+        UserError, match=r"^resume_allow: 'optim.lrr' is no key of this configuration; --cfg job prints"
+    ):
+        check_resumable(CONFIG, CONFIG, ["optim.lr", "optim.lrr"], "RUN")
+
+
+def test_a_key_that_is_gone_can_be_allowed():
+    now = changed()
+    del now["optim"]["betas"]
+    assert check_resumable(CONFIG, now, ["optim.betas"], "RUN") == [
+        "optim.betas: [0.9, 0.99] in the run, '(absent)' now"
+    ]
+
+
+def test_the_free_keys_exist():
+    """A pattern that matches no key of a training configuration would be a slip of the pen."""
+    from tests.in_process import TRAINING, configure
+
+    keys = {key for script in TRAINING for key in flatten(configure(script)[0].model_dump(mode="json"))}
+    for pattern in FREE_KEYS:
+        assert fnmatch.filter(keys, pattern.removeprefix("!")), pattern

@@ -1,0 +1,130 @@
+"""Who am I? Literal tables of launchers' variables and SLURM node lists, and helpers in a world of one."""
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.ranks import distributed
+from utils.ranks.distributed import World, detect_world
+from utils.record.logging import environment_rank
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "1234",
+    "TORCHELASTIC_RUN_ID": "none",
+}  # fmt: skip
+STEP = {
+    "SLURM_JOB_ID": "41007", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_NODELIST": "gpu[01-08]",
+}  # fmt: skip
+WORLDS = {
+    "plain python": ({}, World()),
+    "torchrun": (TORCHRUN, World(3, 4, 1, "torchrun", "node1", 1234)),
+    "torchrun with one process": (
+        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        World(0, 1, 0, "torchrun", "node1", 1234),
+    ),
+    "torchrun's variables by hand": (
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        World(1, 2, 0, "environment", "127.0.0.1", 29500),
+    ),
+    "torchrun inside a SLURM step": ({**STEP, **TORCHRUN}, World(3, 4, 1, "torchrun", "node1", 1234)),
+    "a SLURM step": (STEP, World(5, 8, 1, "slurm", "gpu03", 21007)),
+    "a SLURM step with an address": (
+        {**STEP, "MASTER_ADDR": "node9", "MASTER_PORT": "77"},
+        World(5, 8, 1, "slurm", "node9", 77),
+    ),
+    "a SLURM step without its own node list": (
+        {name: value for name, value in STEP.items() if name != "SLURM_STEP_NODELIST"},
+        World(5, 8, 1, "slurm", "gpu01", 21007),
+    ),
+    "a SLURM step of one task": ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, World()),
+    # sbatch's own shell has the job's variables, and even a rank, but is no step: `python` in it is one process.
+    "a SLURM batch shell": (
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+         "SLURM_JOB_NODELIST": "gpu[01-08]"},
+        World(),
+    ),
+    "salloc's shell": ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n1"}, World()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORLDS)
+def test_the_world_of_a_launcher(case):
+    environment, expected = WORLDS[case]
+    assert detect_world(environment) == expected
+
+
+def test_the_processes_of_a_job_choose_one_port():
+    ports = {detect_world({**STEP, "SLURM_PROCID": str(rank)}).port for rank in range(8)}
+    assert len(ports) == 1
+    assert all(
+        1024 < detect_world({**STEP, "SLURM_JOB_ID": str(job)}).port < 65536 for job in (0, 1, 19999, 20000, 9**9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu03", "gpu03"),
+        ("gpu03,gpu04", "gpu03"),
+        ("gpu[03-05,9],x1", "gpu03"),
+        ("gpu[3,7]", "gpu3"),
+        ("rack-1-node[001-128]", "rack-1-node001"),
+        ("n1.example.org,n2.example.org", "n1.example.org"),
+        ("a1,gpu[03-05]", "a1"),
+        ("rack[1-2]-node[01-04]", "rack1-node01"),
+        ("gpu[03-05]-ib,x", "gpu03-ib"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert detect_world({**STEP, "SLURM_STEP_NODELIST": nodes}).address == first
+
+
+def test_a_node_list_without_a_host_says_what_to_set():
+    with pytest.raises(UserError, match=r"^SLURM_JOB_NODELIST: '\[1\]' names no host; set MASTER_ADDR to the first"):
+        detect_world({**STEP, "SLURM_STEP_NODELIST": "[1]"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [({}, 0), ({"RANK": "3"}, 3), ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, 2), ({"RANK": "x"}, 0)],
+)
+def test_the_rank_before_there_is_a_group(environment, rank, monkeypatch):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert environment_rank() == rank
+
+
+def test_the_rank_before_there_is_a_group_is_that_of_the_world(monkeypatch):
+    """Otherwise a process would be silent, or all would speak."""
+    for environment, world in WORLDS.values():
+        for name in set(TORCHRUN) | set(STEP):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert environment_rank() == world.rank
+
+
+def test_a_world_of_one_needs_no_group(monkeypatch):
+    for name in set(TORCHRUN) | set(STEP):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.init_process_group("cpu", 10.0) == World()
+    assert not distributed.is_distributed() and distributed.is_main()
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    tensor = torch.tensor([1.0, 2.0])
+    assert distributed.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
+    assert distributed.broadcast_object({"a": 1}) == {"a": 1} and distributed.gather_objects("x") == ["x"]
+    assert distributed.rank_zero_call(lambda: 7) == 7
+    distributed.barrier()
+    distributed.check_same("x", 1)
+    assert distributed.shutdown() is False
+
+
+def test_an_error_of_rank_0_alone_keeps_its_kind():
+    def fail():
+        raise UserError("data.root: no")
+
+    with pytest.raises(UserError, match=r"^data.root: no$"):
+        distributed.rank_zero_call(fail)

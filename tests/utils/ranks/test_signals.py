@@ -1,0 +1,39 @@
+"""Stop on request. Properties of a process that gets signals; exit statuses and messages."""
+
+import subprocess
+import sys
+
+from tests.support import ROOT
+
+BEGIN = """
+import os, signal, time
+from utils.ranks import signals
+def send(number):
+    os.kill(os.getpid(), number)
+with signals.StopRequest() as stop:
+    assert signals.stop_requested_sec() is None
+    send(signal.SIGTERM)
+    assert stop.requested and signals.stop_requested_sec() < 1
+"""
+
+
+def run(code):
+    """Return the exit status and what was said."""
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_signal_that_a_launcher_passes_on_is_no_second_request():
+    status, said = run("    send(signal.SIGTERM); send(signal.SIGUSR1)\nassert signals.stop_requested_sec() is None")
+    assert (status, said) == (0, "SIGTERM: finishing the step, then saving\n")
+
+
+def test_a_second_request_leaves_at_once():
+    status, said = run("    signals.REPEAT_SEC = 0.2; time.sleep(0.3); send(signal.SIGUSR1); time.sleep(60)")
+    assert status == 75 and said.splitlines()[1:] == ["SIGUSR1 again: leaving at once, without saving"]
+
+
+def test_nobody_needs_to_listen():
+    """Whoever read stderr may have got the signal too."""
+    status, _ = run("    signals.REPEAT_SEC = 0; os.close(2); send(signal.SIGTERM)")
+    assert status == 75

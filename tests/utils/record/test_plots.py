@@ -1,0 +1,80 @@
+"""The curves of a run: smoothing and thinning (properties), and pictures of runs of every age."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.in_process import TINY, make_images, run
+from utils.record.metrics_log import MetricsLog
+from utils.record.plots import _is_steep, plot_curves, smooth, thin
+
+
+def test_a_running_mean_keeps_a_constant_and_narrows_at_the_ends():
+    assert smooth([3.0] * 7, 5).tolist() == pytest.approx([3.0] * 7)
+    assert smooth([0, 3, 6, 9], 3).tolist() == pytest.approx([1.5, 3, 6, 7.5])
+    assert smooth([1, 2, 3], 1).tolist() == [1, 2, 3]
+
+
+def test_thinning_keeps_spikes_and_order():
+    values = np.sin(np.arange(50_000) / 900)
+    values[[17, 31_234]] = 9.0, -9.0
+    steps, kept = thin(np.arange(50_000), values)
+    assert len(kept) <= 1500 and 9.0 in kept and -9.0 in kept
+    assert (np.diff(steps) > 0).all() and (values[steps] == kept).all()
+    assert thin([1, 2], [3.0, 4.0])[1].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "values, steep",
+    [([600.0, 5.0, 4.0], True), ([5.0, 1.0], False), ([0.02, 0.3, 0.7], False), ([9.0, 0.0], False), ([1.0], False)],
+)
+def test_only_what_falls_far_gets_a_logarithmic_axis(values, steep):
+    figure, axis = plt.subplots()
+    axis.plot(range(len(values)), values)
+    assert _is_steep(axis) is steep
+    plt.close(figure)
+
+
+def fill(folder, rows, evaluations, ema):
+    metrics = MetricsLog(folder, 0)
+    for number in range(1, rows + 1):
+        figures = {
+            "epoch": number / 10,
+            "loss": 5.0 / number,
+            "lr": 1e-3,
+            "images_per_sec": 100.0,
+            "skipped_steps": 0.0,
+        }
+        metrics.add(20 * number, "train", figures | {"grad_norm": float("nan") if number == 2 else 1.0})
+    for number in range(1, evaluations + 1):
+        figures = {"loss": 4.0 / number, "top1": number / 50, "samples": 10.0}
+        metrics.add(100 * number, "evaluate", figures | ({f"ema/{name}": 0.5 for name in figures} if ema else {}))
+    metrics.close()
+    return metrics
+
+
+@pytest.mark.parametrize("rows, evaluations, ema", [(1, 0, False), (0, 1, False), (3, 1, True), (4000, 40, True)])
+def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
+    plot_curves(fill(tmp_path, rows, evaluations, ema), tmp_path / "curves.png", "run")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size[0] > 500 and len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def test_without_a_row_there_is_no_picture(tmp_path):
+    metrics = fill(tmp_path, 0, 0, False)
+    plot_curves(metrics, tmp_path / "curves.png", "run")
+    metrics.rows.append({"step": 10, "kind": "epoch", "epoch": 1})  # the first log is due later
+    plot_curves(metrics, tmp_path / "curves.png", "run")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_are_redrawn_between_evaluations(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "utils.record.plots.plot_curves", lambda metrics, path, title: drawn.append((len(metrics.rows), title))
+    )
+    images = make_images(tmp_path / "images")
+    often = ["loop.total_steps=5", "loop.plot_every_steps=2", "loop.evaluate_every_epochs=100", "run_dir=run"]
+    run("finetune", [*TINY, f"data.root={images}", *often], tmp_path)
+    assert drawn == [(2, "run"), (5, "run"), (8, "run")]  # epochs' rows too, and the evaluation at the end

@@ -1,0 +1,222 @@
+"""The progress bar. What a terminal shows (a pseudo-terminal, a real run too), that nothing is shown elsewhere, the
+estimate of the time left, and that a forked worker leaves the terminal to its parent.
+"""
+
+import io
+import logging
+import multiprocessing
+import os
+import pty
+import re
+import sys
+import threading
+
+import pytest
+
+from tests.in_process import TINY, make_images, run
+from utils.record import progress
+from utils.record.logging import get_logger, setup_logging
+from utils.record.progress import Bar, counting, format_duration, track
+
+
+class Terminal:
+    """A pseudo-terminal in place of stderr; `text` is what reached it."""
+
+    def __init__(self):
+        self._master, slave = pty.openpty()
+        self.stream, self._seen = os.fdopen(slave, "w"), []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        try:
+            while data := os.read(self._master, 65536):
+                self._seen.append(data)
+        except OSError:  # the other end is closed
+            return
+
+    def __enter__(self):
+        # In the test's body, not in a fixture: pytest puts its own stderr in place between the two.
+        logger = logging.getLogger("atelier")
+        self._before = sys.stderr, list(logger.handlers), logger.propagate
+        sys.stderr, logger.handlers[:] = self.stream, []
+        setup_logging(0)
+        return self
+
+    def __exit__(self, *error):
+        logger = logging.getLogger("atelier")
+        sys.stderr, logger.handlers[:], logger.propagate = self._before
+        self.stream.close()
+        self._reader.join(5)
+
+    @property
+    def text(self):
+        return b"".join(self._seen).decode()
+
+    def screen(self):
+        """Return the lines that stay on the screen: cursor moves and erasures are carried out, colours dropped."""
+        lines, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", self.text):
+            if part == "\n":
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+            elif part == "\r":
+                column = 0
+            elif part.startswith("\x1b"):
+                count = int(re.sub(r"\D", "", part) or 1)
+                if part[-1] == "A":
+                    row = max(0, row - count)
+                elif part[-1] == "K":
+                    lines[row] = "" if "2" in part else lines[row][:column]
+            else:
+                lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+                column += len(part)
+        return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Return a terminal of 120 columns, on which every change is drawn."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(progress, "_REDRAW_SEC", 0.0)
+    return Terminal()
+
+
+def drawn(terminal):
+    """Return the text of every drawing, without colours."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text)
+
+
+def test_a_bar_shows_epoch_count_figures_and_time_left(terminal):
+    bar = Bar("training", 1200)
+    with terminal, bar.opened(40):
+        bar.advance(60)
+        bar.show("epoch 3/20", "loss 0.1234  lr 1.00e-03  512 images/s", 754.0)
+    last = [line for line in drawn(terminal).splitlines() if line][-1]
+    assert "epoch 3/20" in last and "60/1,200" in last and "loss 0.1234  lr 1.00e-03  512 images/s" in last
+    assert last.rstrip().endswith("ETA 0:12:34")
+    assert terminal.screen() == []  # it is gone when it is closed
+
+
+def test_log_lines_and_warnings_stand_whole_above_the_bar(terminal):
+    bar, long = Bar("training", 10), "saved /" + "x" * 200
+    with terminal:
+        with bar.opened():
+            for step in range(1, 4):
+                bar.advance(step)
+                get_logger("test").info("step %d  [bold]loss[/bold] 0.5", step)
+            get_logger("test").info(long)
+            print("a library's own warning", file=sys.stderr)
+        get_logger("test").info("the end")
+        assert sys.stderr is terminal.stream
+    lines = terminal.screen()
+    assert lines[:3] == [f"step {step}  [bold]loss[/bold] 0.5" for step in (1, 2, 3)]
+    assert lines[3:] == [long, "a library's own warning", "the end"]  # the terminal wraps a long line, not we
+    assert "ETA" in drawn(terminal)
+
+
+def test_a_job_within_a_job_has_a_line_of_its_own(terminal):
+    bar = Bar("training", 10)
+    with terminal, bar.opened():
+        bar.advance(5)
+        assert list(track("abc", 3, "evaluating val")) == ["a", "b", "c"]
+        bar.advance(6)
+    text = drawn(terminal)
+    assert "evaluating val" in text and "3/3" in text and "5/10" in text
+    assert text.rindex("6/10") > text.rindex("evaluating val")
+
+
+def test_the_cursor_is_never_left_hidden(terminal):
+    with terminal, Bar("training", 10).opened():
+        pass
+    assert 0 < terminal.text.index("\x1b[?25h") - terminal.text.index("\x1b[?25l") < 10
+
+
+def test_a_count_without_an_end(terminal):
+    with terminal, counting("reading the images") as report:
+        report(7, None)
+        report(1024, 4096)
+    assert "reading the images" in drawn(terminal) and "1,024/4,096" in drawn(terminal)
+
+
+def test_an_error_gives_the_terminal_back(terminal):
+    with terminal:
+        with pytest.raises(RuntimeError), Bar("training", 10).opened():
+            raise RuntimeError
+        get_logger("test").info("after")
+        assert progress._display is None and sys.stderr is terminal.stream
+    assert terminal.screen() == ["after"]
+
+
+def write_from_worker():
+    sys.stderr.write("from the worker\n")
+    get_logger("test").warning("logged by the worker")
+    sys.stderr.flush()
+    os._exit(0 if progress._display is None else 1)
+
+
+def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
+    with terminal, Bar("training", 10).opened():
+        worker = multiprocessing.get_context("fork").Process(target=write_from_worker)
+        worker.start()
+        worker.join(30)
+        assert worker.exitcode == 0 and progress._display is not None
+    assert "from the worker" in terminal.text and "logged by the worker" in terminal.text
+
+
+@pytest.mark.parametrize("where", ["no terminal", "another rank", "dumb"])
+def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
+    variables = {"no terminal": {}, "another rank": {"RANK": "1"}, "dumb": {"TERM": "dumb"}}
+    for name, value in variables[where].items():
+        monkeypatch.setenv(name, value)
+    bar = Bar("training", 10)
+    with terminal:
+        stderr = sys.stderr = io.StringIO() if where == "no terminal" else terminal.stream
+        with bar.opened():
+            bar.advance(1)
+            bar.show("epoch 1/1", "loss 1", 1.0)
+            assert list(track(range(3), 3, "evaluating")) == [0, 1, 2]
+            assert sys.stderr is stderr
+    assert terminal.text == "" and (where != "no terminal" or stderr.getvalue() == "")
+
+
+def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_LOG_SEC", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    logging.getLogger("atelier").propagate = True
+    with caplog.at_level(logging.INFO, "atelier"):
+        assert list(track(range(2), 2, "evaluating val")) == [0, 1]
+    assert caplog.messages == ["evaluating val: 1 of 2", "evaluating val: 2 of 2"]
+
+
+def test_the_time_left_follows_the_mean_speed_and_forgets_the_first_window(monkeypatch):
+    moments = iter([100.0, 160.0, 170.0, 190.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(moments))
+    bar = Bar("training", 100)
+    with bar.opened(10):
+        assert bar.remaining_sec(20) == 60 / 10 * 80  # a compiler's minute
+        assert bar.remaining_sec(30) == 10 / 10 * 70
+        assert bar.remaining_sec(40) == 30 / 20 * 60
+    monkeypatch.undo()
+    with bar.opened(10):
+        assert bar.remaining_sec(10) is None
+
+
+def test_durations_are_readable():
+    assert [format_duration(value) for value in (None, 0.4, 754, 97445)] == [
+        "-:--:--", "0:00:00", "0:12:34", "27:04:05",
+    ]  # fmt: skip
+
+
+def test_a_run_on_a_terminal_shows_its_bar_and_leaves_its_log(terminal, tmp_path):
+    images = make_images(tmp_path / "images")
+    with terminal:
+        run("finetune", [*TINY, f"data.root={images}", "run_dir=run"], tmp_path)
+    text, lines = drawn(terminal), terminal.screen()
+    assert re.search(r"epoch 1/1 .*2/2 +loss \d\.\d{4}  lr \d\.\d\de-\d\d  [\d,]+ images/s", text)
+    assert "evaluating val" in text
+    steps = [line for line in lines if line.startswith("step ") and "ETA" in line]
+    assert len(steps) == 2 and all(re.fullmatch(r"step \d/2  epoch .* ETA \d:\d\d:\d\d", line) for line in steps)
+    assert sum("ETA" in line for line in lines) == 2  # no torn bar between them
+    assert "\x1b" not in (tmp_path / "run/log.txt").read_text()

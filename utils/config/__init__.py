@@ -1,0 +1,1 @@
+"""The configuration: from the command line to one validated object, and what makes a recipe."""

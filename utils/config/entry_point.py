@@ -1,0 +1,239 @@
+"""From the command line to one validated configuration object.
+
+Hydra composes plain YAML from conf/; a pydantic model (the entry script's schema) checks the whole of it once; from
+there on nobody sees a DictConfig. Errors of either are shown as a list of dotted keys with what to do, exit status 2
+and no traceback.
+
+    @entry_point("finetune", FinetuneConfig)
+    def main(config: FinetuneConfig, job: Job) -> None: ...
+
+    if __name__ == "__main__":
+        main()
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from utils.config.messages import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
+from utils.config.schema import Strict
+from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError, lost_worker
+from utils.io.files import sha256_text
+from utils.io.safe_text import Lines, safe_lines
+from utils.ranks import distributed
+from utils.record.logging import environment_rank, get_logger, setup_logging
+
+log = get_logger(__name__)
+Schema = TypeVar("Schema", bound=Strict)
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+_NAME_BYTES = 200  # of a sweep job's folder; file systems take 255
+# Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
+PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line says beside the values: script, chosen groups, overrides, place in a sweep."""
+
+    script: str
+    choices: dict[str, str]
+    overrides: list[str]
+    sweep_name: str | None = None
+
+
+@dataclass
+class JobResult:
+    """A row of the table at a sweep's end."""
+
+    overrides: list[str]
+    status: int
+    result: str
+
+
+def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
+    """Quote the values of path keys so that Hydra takes them as they are; what is quoted already stays.
+
+    In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key.lstrip("+") in PATH_KEYS:
+            sweeps = multirun and not Path(value).exists() and not set("'\"") & set(value)
+            argument = f"{key}={','.join(map(_quote, value.split(',') if sweeps else [value]))}"
+        quoted.append(argument)
+    return quoted
+
+
+def order_arguments(arguments: list[str]) -> list[str]:
+    """Put the overrides behind the flags: argparse takes no override behind a flag that follows another override."""
+    return sorted(arguments, key=lambda argument: not argument.startswith("-") and "=" in argument)
+
+
+def _quote(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    plain = is_quoted or value in ("", "null", "???")
+    return value if plain else QuotedString(value, Quote.single).with_quotes()
+
+
+def validate(values: Any, schema: type[Schema]) -> Schema:
+    """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
+    container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    problems = missing_problems(container)  # a text field would take `???` for a text
+    try:
+        config = schema.model_validate(container)
+    except ValidationError as error:
+        problems += validation_problems(error, container, schema)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return config
+
+
+def _job_from_hydra(script: str) -> Job:
+    state = HydraConfig.get()
+    overrides = OmegaConf.to_container(state.overrides.task, resolve=False)  # `${...}` is resolved with the values
+    choices = {name: str(choice) for name, choice in state.runtime.choices.items() if not name.startswith("hydra/")}
+    sweep_name = None
+    if state.mode == RunMode.MULTIRUN:
+        sweep_name = name_sweep_job(overrides)
+    return Job(script, choices, overrides, sweep_name)
+
+
+def name_sweep_job(overrides: list[str]) -> str:
+    """Return the folder name of a sweep's job: its overrides; with a hash where they had to be changed or cut."""
+    full = ",".join(sorted(text for text in overrides if not re.match(r"(run_dir|sweep\.name)=", text)))
+    clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
+    return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
+
+
+def _run_job(
+    main: Callable[[Any, Job], str | None], schema: type[Schema], script: str, values: DictConfig
+) -> JobResult:
+    """Validate and run one job; every way it can end becomes an exit status."""
+    setup_logging()
+    job = _job_from_hydra(script)
+    try:
+        return JobResult(job.overrides, EXIT_OK, main(validate(values, schema), job) or "done")
+    except ConfigError as error:
+        _say(f"{script}.py: {error}")
+        return JobResult(job.overrides, EXIT_USER_ERROR, error.problems[0])
+    except UserError as error:
+        _say(f"{script}.py: {error}", other_ranks=True)
+        return JobResult(job.overrides, EXIT_USER_ERROR, str(error).splitlines()[0])
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = hydra_problem(error, schema, CONF)
+        _say(f"{script}.py: {ConfigError([problem])}")
+        return JobResult(job.overrides, EXIT_USER_ERROR, problem)
+    except Exception as error:
+        if (lost := lost_worker(error)) is not None:
+            _say(f"{script}.py: {lost}", other_ranks=True)
+            return JobResult(job.overrides, EXIT_LOST_RANK, lost)
+        # A defect: its traceback, and the sweep goes on.
+        sys.stderr.write(safe_lines(traceback.format_exc()))
+        return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _say(message: str, *, other_ranks: bool = False) -> None:
+    """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
+    rank, message = environment_rank(), safe_lines(message)
+    if rank == 0:
+        sys.stderr.write(message + "\n")
+    elif other_ranks:
+        sys.stderr.write(f"[rank {rank}] {message.splitlines()[0]}\n")
+
+
+def _table(results: list[JobResult]) -> str:
+    """Return the jobs of a sweep as a table; overrides that all of them have are left out."""
+    everywhere = set.intersection(*(set(result.overrides) for result in results))
+    rows = [("job", "status", "result")]
+    rows += [
+        (
+            " ".join(o for o in r.overrides if o not in everywhere) or "-",
+            "ok" if r.status == EXIT_OK else f"failed ({r.status})",
+            r.result,
+        )
+        for r in results
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows)
+
+
+def _leave(status: int) -> None:
+    """End the process; with a process group, without the interpreter's own end, which gloo may abort."""
+    grouped = distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if grouped:
+        os._exit(status)
+    sys.exit(status)
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse Hydra's rerun option, which reads a pickle, and a group set to null, which Hydra refuses unnamed."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.startswith("--experimental-rerun"):
+            raise ConfigError([f"{key}: reads a pickled file, which Atelier never does; give the overrides"])
+        if value == "null" and (options := list_options(key, CONF)):
+            raise ConfigError([f"{key}: null chooses no file; leave it out, or choose {', '.join(options)}"])
+
+
+def entry_point(
+    config_name: str, schema: type[Schema], config_dir: Path = CONF
+) -> Callable[[Callable[[Schema, Job], str | None]], Callable[[], None]]:
+    """Turn `main(config, job)` into a command; what it returns is its line in a sweep's table."""
+
+    def decorate(main: Callable[[Schema, Job], str | None]) -> Callable[[], None]:
+        def command() -> None:
+            setup_logging()  # again for each job of a sweep
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
+            results: list[JobResult] = []
+            arguments = sys.argv[1:]
+            multirun = "--multirun" in arguments or "-m" in arguments
+            sys.argv[1:] = quote_paths(order_arguments(arguments), multirun)
+            if config_dir != CONF:  # a stranger's primary file finds our groups
+                sys.argv.append(f"hydra.searchpath=['file://{CONF}']")
+
+            def job(values: DictConfig) -> None:
+                results.append(_run_job(main, schema, config_name, values))
+
+            try:
+                _check_arguments(sys.argv[1:])
+                hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(job)()
+            except ConfigError as error:
+                _say(f"{config_name}.py: {error}")
+                _leave(EXIT_USER_ERROR)
+            # Jobs raise nothing, so a ValueError is Hydra's too: `optim=null`, options that exclude each other.
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                _say(f"{config_name}.py: {ConfigError([hydra_problem(error, schema, CONF)])}")
+                _leave(EXIT_USER_ERROR)
+            except SystemExit as stop:
+                if stop.code == EXIT_STOPPED:
+                    _leave(EXIT_STOPPED)
+                raise
+            if (multirun or len(results) > 1) and results and environment_rank() == 0:
+                setup_logging()  # Hydra has switched our loggers off again
+                log.info("%s", Lines(_table(results)))
+            _leave(max((result.status for result in results), default=EXIT_OK))
+
+        # What the command is made of, for callers that compose and run it in their own process (tests, notebooks).
+        command.main, command.schema, command.config_dir = main, schema, config_dir
+        return command
+
+    return decorate

@@ -1,0 +1,93 @@
+"""What makes two runs the same recipe, and what may differ between a run and its resumption.
+
+The recipe is the whole configuration but an allow-list: length, cadence, workers, ranks, micro-batch, machine (except
+precision and determinism), tracking, the probe, folders. Its hash names the default run folder, so another recipe gets
+another folder; on resume everything outside the list must be equal.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from utils.errors import UserError
+from utils.io.files import canonical_json, sha256_text
+
+# Patterns over dotted keys. The first that matches decides: "!" keeps a key in the recipe.
+FREE_KEYS = (
+    "!runtime.precision",
+    "!runtime.deterministic",
+    "runtime.*",
+    "tracking.*",
+    "sweep.*",
+    "run_dir",
+    "resume",
+    "resume_allow",
+    "dry_run",
+    "loop.total_epochs",
+    "loop.total_steps",
+    "loop.batch_size",
+    "loop.log_every_steps",
+    "loop.evaluate_every_epochs",
+    "loop.plot_every_steps",
+    "loop.checkpoint_every_steps",
+    "loop.keep_checkpoints",
+    "loop.save_in_background",
+    "loop.on_failed_save",
+    "loop.max_skipped_steps",
+    "loop.on_too_many_skipped",
+    "task.probe.*",
+)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values under dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
+    """Return whether a dotted key may differ between a run and its resumption."""
+    for pattern in (*allowed, *FREE_KEYS):
+        if fnmatch.fnmatchcase(key, pattern.removeprefix("!")):
+            return not pattern.startswith("!")
+    return False
+
+
+def recipe_hash(config: Mapping[str, Any]) -> str:
+    """Return 8 hexadecimal digits that stand for the recipe."""
+    kept = {key: value for key, value in flatten(config).items() if not is_free(key)}
+    return sha256_text(canonical_json(kept))[:8]
+
+
+def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], folder: str) -> list[str]:
+    """Compare the configuration of a run with that of its resumption; returns the differences that are let through.
+
+    Raises UserError where another key differs, and where resume_allow names a key that does not exist.
+    """
+    old, new = flatten(saved), flatten(now)
+    for pattern in allowed:
+        if not any(fnmatch.fnmatchcase(key, pattern) for key in old | new):
+            raise UserError(f"resume_allow: {pattern!r} is no key of this configuration; --cfg job prints the keys")
+    refused, passed = [], []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if before == after:
+            continue
+        line = f"{key}: {before!r} in the run, {after!r} now"
+        if not is_free(key, allowed):
+            refused.append(line)
+        elif not is_free(key):
+            passed.append(line)
+    if refused:
+        keys = ",".join(line.partition(":")[0] for line in refused)
+        raise UserError(
+            f"resume: {folder} was made with another recipe:\n  " + "\n  ".join(refused) + "\nStart another run with "
+            f"run_dir=..., or let these through with 'resume_allow=[{keys}]'."
+        )
+    return passed

@@ -1,0 +1,1 @@
+"""Files: atomic writes, weight files, and checks of files that strangers made."""

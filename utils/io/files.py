@@ -1,0 +1,128 @@
+"""Files that are whole or absent: atomic writes, hashes, JSON with one spelling."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of `path`, flush it, and move it into place.
+
+    A reader sees the old file or the new one, never a part. The temporary file is removed when `write` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+@contextmanager
+def output_errors(key: str, path: Path) -> Iterator[None]:
+    """Turn what the system refuses while an output is written into a UserError that names the key and the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be written ({error.strerror}); name another place") from None
+
+
+@contextmanager
+def spared(path: Path) -> Iterator[None]:
+    """Let a file be missing that is made anew before long: what the system refuses is a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s cannot be written (%s); it is made anew when it is next due", path, error.strerror or error)
+
+
+class AppendFile:
+    """Append text to a file. What the disk refuses is kept, and written before what follows; `sync` raises it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._pending = bytearray()
+        self._lock = threading.Lock()  # a checkpoint's writer syncs from its thread
+        self._warned = False
+
+    def write(self, text: str) -> None:
+        """Append a text; a refusal is a warning, said once."""
+        with self._lock:
+            self._pending += text.encode("utf-8")
+            try:
+                self._push()
+            except OSError as error:
+                if not self._warned:
+                    log.warning("%s cannot be written (%s); its rows are kept meanwhile", self._path, error.strerror)
+                self._warned = True
+
+    def _push(self) -> None:
+        while self._pending:
+            del self._pending[: self._file.write(self._pending)]
+
+    def sync(self) -> None:
+        """Bring everything to the disk. Raises OSError where it does not take it."""
+        with self._lock:
+            self._push()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what the disk still refuses is lost, with a warning."""
+        self.write("")
+        if self._pending:
+            log.warning("%s lacks its last %d bytes, which the disk did not take", self._path, len(self._pending))
+        self._file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically, as UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically. NaN is refused: it is no JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one spelling of a value that hashes are taken of: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    """Return the hexadecimal SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,190 @@
+"""Weight files: safetensors that can be used alone, and foreign files read without unpickling code."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.io.files import fsync_path, write_atomically
+from utils.io.untrusted.safetensors_header import read_header
+from utils.ranks import distributed
+
+_SHOWN_CHARACTERS = 120  # of a name that a file brings
+# What torch's reader says of a name that it does not let a file use: `GLOBAL os.system was not an allowed global`,
+# `Trying to call reduce for unrecognized function <...>`, `Trying to load unsupported GLOBAL posix.mkdir whose module`.
+_REFUSED = re.compile(r"(?:GLOBAL|function) (<[^>]*>|[\w.]+)")
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory with another."""
+    plain, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        plain[name] = (
+            tensor.clone() if pointer in seen or tensor.nbytes != tensor.untyped_storage().nbytes() else tensor
+        )
+        seen.add(pointer)
+    return plain
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file and flush it to the disk."""
+    save_file(_plain(tensors), path, metadata=dict(metadata or {}))
+    fsync_path(path)
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a weight file on rank 0; its metadata says model, preprocessing, classes and step."""
+    text = {"atelier": json.dumps(metadata)}
+    if distributed.is_main():
+        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, text))
+
+
+def read_weights(
+    path: Path, key: str, check: Callable[[Mapping[str, Tensor], dict[str, Any]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
+
+    check: called with the tensors, on the meta device, and the metadata of a safetensors file before any tensor is
+    read, so that what does not fit is refused for the price of the header. `.pt`, `.pth` and `.bin` are read by torch
+    with weights_only, so no code in them runs, and checked afterwards. Raises UserError that begins with `key`, the
+    configuration key that named the file.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
+    if path.suffix in (".pt", ".pth", ".bin"):
+        content = _read_torch(path, key)
+        if check is not None:
+            check(content, {})
+        return content, {}
+    shapes, metadata = _describe(path, key)
+    if check is not None:
+        check(shapes, metadata)
+    return read_tensors(path, key), metadata
+
+
+def read_metadata(path: Path, key: str) -> dict[str, Any]:
+    """Read the metadata that Atelier wrote into a safetensors file, `{}` for any other file; no tensor is read.
+
+    Raises UserError that begins with `key`.
+    """
+    return _describe(path, key)[1] if path.suffix == ".safetensors" else {}
+
+
+def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a safetensors file's tensors, on the meta device, and its metadata."""
+    shapes, texts = read_header(path, key)
+    try:
+        metadata = json.loads(texts.get("atelier", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, key, f"its metadata are no JSON: {_first_line(error)}") from None
+    if not isinstance(metadata, dict):
+        raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, no object")
+    return shapes, metadata
+
+
+def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file whose header `read_header` has found right."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, key, _first_line(error)) from None
+
+
+def _unreadable(path: Path, key: str, why: str) -> UserError:
+    return UserError(f"{key}: {path} is no readable safetensors file ({why})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _read_torch(path: Path, key: str) -> dict[str, Tensor]:
+    _refuse_bomb(path, key)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file brings torch's reader to KeyError, IndexError, struct.error and more
+        if isinstance(error, pickle.UnpicklingError) and (what := _REFUSED.search(str(error))):
+            raise UserError(
+                f"{key}: {path} holds pickled objects beside tensors, which Atelier never loads: it asks for "
+                f"{what.group(1)[:_SHOWN_CHARACTERS]!a}, and nothing of it was run. Take the weights from a "
+                ".safetensors file where there is one; where you trust this file, load it yourself, in a program of "
+                "its own, and save its state dict as safetensors"
+            ) from None
+        # Before its reason torch advises to switch its guard off.
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        raise UserError(f"{key}: {path} is no readable torch file ({said.splitlines()[0]})") from None
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, *zip(*content.items()))):
+        raise UserError(f"{key}: {path} holds no state dict of tensors but a {type(content).__name__}")
+    for name, tensor in content.items():
+        # Strides of 0 would let one number pass for a tensor of any size.
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or _is_repeated(tensor):
+            raise UserError(
+                f"{key}: {path} holds {str(name)[:_SHOWN_CHARACTERS]!a}, a tensor that is sparse, quantised, without "
+                "data, or of more elements than are stored; save plain tensors"
+            )
+    return content
+
+
+def _is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _is_repeated(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
+def _refuse_bomb(path: Path, key: str) -> None:
+    """Raise UserError where a torch archive unpacks to more than the file's size: torch itself never compresses."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's older format, or none
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{key}: {path} is no readable torch file ({_first_line(error)})") from None
+    if unpacked > path.stat().st_size:
+        raise UserError(
+            f"{key}: {path} has {path.stat().st_size:,} bytes and unpacks to {unpacked:,}; torch writes its files "
+            "unpacked, so this one was made by something else: it is not read. Get it from where it was made"
+        )
+
+
+def find_weights(run_or_file: str, which: str, key: str) -> Path:
+    """Return a weight file: the file itself, or weights/<which>_weights.safetensors of a run folder.
+
+    Raises UserError that begins with `key` and lists what the run has.
+    """
+    path = Path(run_or_file)
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
+        return path
+    file = path / "weights" / f"{which}_weights.safetensors"
+    if not file.is_file():
+        there = sorted(found.name.removesuffix("_weights.safetensors") for found in path.glob("weights/*_weights.*"))
+        raise UserError(
+            f"{key}: the run {path} has no {which} weights; "
+            + (f"it has {', '.join(there)}" if there else "is it a run folder that has saved a checkpoint?")
+        )
+    return file
+
+
+def choose_weights(run_dir: str, weights: str) -> Path:
+    """Return the weights of a run by their name (best, last, ema), or the file or run that `weights` names itself."""
+    if weights in ("best", "last", "ema"):
+        return find_weights(run_dir, weights, "weights" if Path(run_dir).is_dir() else "run_dir")
+    return find_weights(weights, "best", "weights")

@@ -1,0 +1,1 @@
+"""Processes: ranks and their collectives, signals, the watchdog, process pools."""

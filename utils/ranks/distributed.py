@@ -1,0 +1,291 @@
+"""Ranks: who am I, and how do we agree.
+
+Started by torchrun, by srun or submitit (SLURM variables), or as plain `python`. Every helper works without a process
+group too, where it is the identity of a world of one.
+"""
+
+import gc
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place: `rank` of `size`, `local_rank` on its node, and where the ranks meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "python"
+    address: str | None = None
+    port: int | None = None
+
+
+def _first_host(node_list: str) -> str:
+    """Return the first host of a SLURM node list: `gpu[03-05,9]-ib,x1` gives `gpu03-ib`."""
+    match = re.match(r"[^,\[](?:[^,\[]|\[[^\]]+\])*", node_list)
+    if match is None:
+        raise UserError(f"SLURM_JOB_NODELIST: {node_list!r} names no host; set MASTER_ADDR to the first node's name")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
+
+
+def detect_world(environment: dict[str, str] | None = None) -> World:
+    """Read the launcher's variables: torchrun's first, then those of a SLURM step, else a world of one.
+
+    A batch script's own shell has SLURM_NTASKS but is no step, so only SLURM_STEP_NUM_TASKS counts.
+    """
+    env = dict(os.environ) if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(
+            rank=int(env["RANK"]),
+            size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+            address=env.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(env.get("MASTER_PORT", "29500")),
+        )
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        job = int(env.get("SLURM_JOB_ID", "0"))
+        return World(
+            rank=int(env["SLURM_PROCID"]),
+            size=int(env["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(env.get("SLURM_LOCALID", "0")),
+            launcher="slurm",
+            address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]),
+            port=int(env.get("MASTER_PORT") or 20000 + job % 20000),
+        )
+    return World()
+
+
+def _meet(store: dist.Store, world: World, timeout_sec: float) -> str:
+    """Return a name that the ranks of this start alone share.
+
+    torchrun's store outlives the ranks that it starts again (torch 2.15): without a name of their own, they would now
+    and then read the addresses of the dead. Each rank says hello with a word that nobody had before; rank 0 answers
+    every hello that it sees, an old one too, until all have taken their answer.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"hello/{world.rank}", own)
+    if world.rank != 0:
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"arrived/{name}/{world.rank}", "")
+        return name
+    missing, end = set(range(1, world.size)), time.monotonic() + timeout_sec
+    while missing:
+        for other in sorted(missing):
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"arrived/{own}/{other}"]):
+                missing.remove(other)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"ranks {sorted(missing)} have not come within {timeout_sec:.0f} s")
+        time.sleep(0.01)
+    return own
+
+
+def init_process_group(device_type: str, timeout_sec: float) -> World:
+    """Join the ranks once per process: NCCL on GPUs, gloo on CPUs. A second call returns what the first made."""
+    world = detect_world()
+    if world.size == 1 or dist.is_initialized():
+        return world
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
+    device = None
+    if device_type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"runtime.device: rank {world.rank} wants GPU {world.local_rank} of its node, which has "
+                f"{torch.cuda.device_count()}; start at most that many processes per node (--nproc_per_node)"
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec)))
+    if world.launcher == "torchrun":
+        store = dist.PrefixStore(f"atelier/{_meet(store, world, timeout_sec)}", store)
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout_sec),
+        device_id=device,
+    )
+    return world
+
+
+def is_distributed() -> bool:
+    """Return whether a process group of more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Return this process's rank, 0 without a group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Return whether this is rank 0: the only one that writes shared files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the ranks, in place, and return it."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value on every rank."""
+    if not is_distributed():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, in their order, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks, in the ranks' order, on every rank; all ranks give tensors of one shape."""
+    if not is_distributed():
+        return tensor
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Return whether each rank holds some of a tensor's rows: a DTensor, told without the 0.4 s of its import."""
+    return hasattr(tensor, "placements")
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's rows of a shared tensor, any other tensor as it is; both detached, neither copied."""
+    return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()
+
+
+def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the shared tensor of which this rank holds `part` as it holds its rows of `like`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the rows of `whole` that this rank holds of `like`, as a view; all of them where `like` is not shared.
+
+    torch's fully_shard gives a rank ceil(rows / ranks) rows, the last ones fewer or none.
+    """
+    if not is_shared(like):
+        return whole
+    rows = whole.shape[0]
+    share = -(-rows // world_size())
+    part = whole[min(rank() * share, rows) : min((rank() + 1) * share, rows)]
+    assert part.shape == own_part(like).shape, (part.shape, like.shape, like.placements)
+    return part
+
+
+def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors whole: themselves where none is shared, else copies on the CPU of rank 0 and nothing elsewhere.
+
+    Every rank calls it with the same names in the same order. One is gathered after another, so that rank 0 holds no
+    more than one of them on its device.
+    """
+    if not any(map(is_shared, tensors.values())):
+        return dict(tensors)
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_shared(tensor):
+            whole[name] = _gather(tensor)
+        elif is_main():
+            whole[name] = tensor.detach().to("cpu", copy=True)
+    return whole if is_main() else {}
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return a shared tensor on the CPU on rank 0, None on other ranks."""
+    own, rows = own_part(tensor), tensor.shape[0]
+    share = -(-rows // world_size())
+    if len(own) < share:
+        own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
+    parts = [torch.empty_like(own) for _ in range(world_size())] if is_main() else None
+    dist.gather(own, parts)
+    return torch.cat(parts)[:rows].cpu() if parts is not None else None
+
+
+def rank_zero_call(call: Callable[[], T]) -> T:
+    """Run `call` on rank 0 alone and return its value on every rank.
+
+    An error on rank 0 is raised on all of them, so none is left waiting; a user's error keeps its kind.
+    """
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (call(), None)
+        except Exception as error:  # passed on to every rank below
+            if not is_distributed():
+                raise
+            outcome = (None, error)
+    value, error = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return value
+
+
+def check_same(name: str, value: Any) -> None:
+    """Raise where the ranks do not hold the same value (another version of the code, another config)."""
+    values = gather_objects(value)
+    odd = [index for index, other in enumerate(values) if other != values[0]]
+    if odd:
+        raise UserError(
+            f"{name}: ranks {odd} differ from rank 0 ({values[odd[0]]!r} against {values[0]!r}); "
+            "start all ranks with one command, one code version and one set of files"
+        )
+
+
+def shutdown() -> bool:
+    """Leave the process group, if there is one, and say whether there was.
+
+    Models wrapped for DDP must be dead before: gloo's worker threads otherwise abort the interpreter at exit now and
+    then (torch 2.13 to 2.15), after a run that went well. So callers let go of theirs, and the garbage is collected.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    gc.collect()
+    dist.destroy_process_group()
+    return True

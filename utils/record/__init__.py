@@ -1,0 +1,1 @@
+"""What a run leaves behind: log, metrics, pictures, trackers, the run folder."""

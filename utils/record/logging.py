@@ -1,0 +1,149 @@
+"""One logger for all rooms: rank 0 speaks, the others only warn, and the run folder keeps a copy.
+
+What is put into a message (a path, an error) cannot begin a line of its own, move the terminal's cursor or show a
+secret. A table of our own making is wrapped in `Lines`.
+"""
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from utils.io.safe_text import Lines, escape_controls, safe_lines
+
+ROOT = "atelier"
+
+_printer: Callable[[str], None] | None = None  # what prints lines while a progress bar holds the terminal
+
+
+class _SafeFormatter(logging.Formatter):
+    """Format a record without the control characters and the secrets of what was put into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or the lines where the message itself has several."""
+        record = copy.copy(record)
+        record.exc_text = None  # of another formatter
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_on_one_line, record.args))
+        elif isinstance(record.args, dict):
+            record.args = {name: _on_one_line(value) for name, value in record.args.items()}
+        return safe_lines(super().format(record))
+
+
+def _on_one_line(value: Any) -> Any:
+    """Escape the control characters of a text, a path or an error; leave numbers, and what shows its parts quoted."""
+    if isinstance(value, Lines) or not isinstance(value, str | os.PathLike | BaseException):
+        return value
+    return escape_controls(str(value))
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Write to stderr, or above the progress bar where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        if _printer is None:
+            super().emit(record)
+            return
+        try:
+            _printer(self.format(record))
+        except Exception:  # as every handler of the standard library: a message that fails ends no run
+            self.handleError(record)
+
+
+class _FileHandler(logging.FileHandler):
+    """Write to a file. What the disk refuses is lost, with a warning said once; it ends no run."""
+
+    _refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Warn of a disk that takes no more; show the traceback of other errors, which are defects."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._refused:
+            self._refused = True
+            text = "%s cannot be written (%s); messages are on stderr alone meanwhile"
+            get_logger(__name__).warning(text, self.baseFilename, error.strerror or error)
+
+    def close(self) -> None:
+        """Close the file, which writes what its buffer still holds."""
+        with suppress(OSError):
+            super().close()
+
+
+class _EarlyRecords(logging.Handler):
+    """Keep what is said before the run folder is open, for its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self.records.append(record)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module (`get_logger(__name__)`)."""
+    return logging.getLogger(f"{ROOT}.{name}")
+
+
+def environment_rank() -> int:
+    """Return this process's rank as its launcher states it, 0 where there is none. Works before any process group."""
+    for variable in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 0
+
+
+def setup_logging(rank: int | None = None) -> None:
+    """Send messages to stderr: everything from rank 0, warnings from the others, marked with their rank."""
+    rank = environment_rank() if rank is None else rank
+    logger = logging.getLogger(ROOT)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for name in logging.root.manager.loggerDict:
+        if name.split(".")[0] == ROOT:  # Hydra's `disabled` logging switches off every logger that it finds
+            logging.getLogger(name).disabled = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    stream = _StderrHandler(sys.stderr)
+    stream.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    stream.setFormatter(_SafeFormatter(f"{mark}%(message)s"))
+    logger.addHandler(stream)
+    logger.addHandler(_EarlyRecords())
+
+
+def print_through(printer: Callable[[str], None] | None) -> None:
+    """Give the lines meant for stderr to `printer` from now on; None: to stderr again."""
+    global _printer
+    _printer = printer
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """Copy rank 0's messages, with time and level, to a file, those said before as well.
+
+    Returns the handler for `stop_logging_to`.
+    """
+    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger(ROOT)
+    for early in [kept for kept in logger.handlers if isinstance(kept, _EarlyRecords)]:
+        for record in early.records:
+            handler.handle(record)
+        logger.removeHandler(early)
+    logger.addHandler(handler)
+    return handler
+
+
+def stop_logging_to(handler: logging.Handler) -> None:
+    """End a copy that `log_to_file` began."""
+    logging.getLogger(ROOT).removeHandler(handler)
+    handler.close()

@@ -1,0 +1,84 @@
+"""metrics.jsonl and training_log.txt: what a run found, without gap or repeat over any number of resumes.
+
+A row is a JSON object with `step`, `kind` ("train", "evaluate" or "epoch") and figures. A resumed run first drops the
+rows beyond its checkpoint, which it is about to make again. training_log.txt is the epoch rows as CSV, written anew at
+each epoch, so that its columns are always those of all rows.
+"""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from utils.io.files import AppendFile, spared, write_text
+
+
+def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drop a JSONL file's rows beyond `last_step`, and a last line that a kill has torn; returns the rest."""
+    if not path.exists():
+        return []
+    # Not splitlines: a path in a row may hold one of the other characters that it takes for an end. As bytes: the last
+    # line may be torn within a character.
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [row for row in map(json.loads, lines) if row["step"] <= last_step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+class MetricsLog:
+    """Append rows to a run folder's metrics.jsonl; only rank 0 holds one."""
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._csv = folder / "training_log.txt"
+        self.rows = keep_rows(self._path, last_step)
+        self._stream = AppendFile(self._path)
+
+    def add(self, step: int, kind: str, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write a row; a figure that is not finite becomes null (JSON knows no NaN)."""
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in figures.items()
+        }
+        row = {"step": step, "kind": kind, **clean}
+        self.rows.append(row)
+        self._stream.write(json.dumps(row) + "\n")
+        if kind == "epoch":
+            with spared(self._csv):
+                self._write_csv()
+        return row
+
+    def sync(self) -> None:
+        """Bring the rows to the disk; called before a checkpoint that lies beyond them is published."""
+        self._stream.sync()
+
+    def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:
+        """Return the steps and values of one figure."""
+        found = [(row["step"], row[name]) for row in self.rows if row["kind"] == kind and row.get(name) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names of the numeric figures of a kind of row, in order of appearance."""
+        names = dict.fromkeys(
+            name for row in self.rows if row["kind"] == kind for name, value in row.items() if isinstance(value, float)
+        )
+        return list(names)
+
+    def _write_csv(self) -> None:
+        rows = [
+            {name: value for name, value in row.items() if name != "kind"}
+            for row in self.rows
+            if row["kind"] == "epoch"
+        ]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._csv, text.getvalue())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()

@@ -1,0 +1,39 @@
+"""An evaluation's tables and pictures as files of a run folder: tables/<name>.csv and plots/<name>.png."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.io.files import write_text
+from utils.record.plots import save_image
+
+TableRow = Mapping[str, Any]
+
+
+def write_table(path: Path, rows: Sequence[TableRow]) -> None:
+    """Write rows as CSV, atomically; the first row's keys are the columns, None is an empty cell.
+
+    A table without rows is no file, and one of an earlier evaluation goes: it would pass for this one's.
+    """
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_report(
+    folder: Path, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray], prefix: str = ""
+) -> None:
+    """Write what a report holds beside its figures; images are [H, W, 3] uint8. For rank 0 alone."""
+    for name, rows in tables.items():
+        write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
+    for name, image in images.items():
+        save_image(folder / "plots" / f"{prefix}{name}.png", image)

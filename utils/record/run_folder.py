@@ -1,0 +1,187 @@
+"""The run folder: everything about one run, explaining itself without the repository.
+
+outputs/<script>/<model>-<data>-<recipe hash>/
+    config.json  overrides.txt  environment.json       what ran, and where
+    log.txt  metrics.jsonl  training_log.txt           what it said and found
+    checkpoints/step_00001200/                         what resumes
+    weights/{last,best,ema}_weights.safetensors        what is used further
+    plots/  tables/  unreadable.jsonl  samples/        pictures, tables, bad images, audited samples
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.config.entry_point import ROOT, Job
+from utils.config.recipe import recipe_hash
+from utils.errors import UserError
+from utils.io.files import read_json, write_json, write_text
+from utils.io.safe_text import hide_secrets, hide_secrets_in
+from utils.ranks import distributed
+from utils.record.logging import get_logger, log_to_file, stop_logging_to
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and the configuration that it was opened with."""
+
+    path: Path
+    config: dict[str, Any]
+    job: Job
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """Where weight files lie."""
+        return self.path / "weights"
+
+    @property
+    def plots(self) -> Path:
+        """Where pictures lie."""
+        return self.path / "plots"
+
+
+def default_run_dir(config: dict[str, Any], job: Job) -> str:
+    """Return the folder of a recipe: the same command finds its run again, another recipe gets another folder."""
+    if job.sweep_name is not None:
+        base = config["run_dir"] or f"outputs/sweeps/{config['sweep']['name']}"
+        return f"{base}/{job.sweep_name}"
+    if config["run_dir"] is not None:
+        return config["run_dir"]
+    model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))
+    return f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}"
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit of the code and whether it was changed; nulls where this is no checkout."""
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = ask("status", "--porcelain", "--untracked-files=no")
+    return {"commit": ask("rev-parse", "HEAD"), "changed_files": None if status is None else status.splitlines()}
+
+
+def environment_state(**more: Any) -> dict[str, Any]:
+    """Return what a reader needs to judge a run's figures: versions, platform, command."""
+    import numpy
+    import torch
+    import torchvision
+
+    return {
+        "command": hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "world_size": distributed.world_size(),
+        "git": git_state(),
+        **more,
+    }
+
+
+_locks: set[Any] = set()
+
+
+def _forget_locks() -> None:
+    """Close the locks in a forked process: a loader's worker that outlives a killed rank would hold the folder on."""
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _lock(path: Path) -> Any:
+    """Hold the run folder for this run alone; the kernel lets go when the process ends, however it ends."""
+    stream = open(path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise UserError(f"run_dir: another run is writing to {path}; wait for it or give another run_dir") from None
+    _locks.add(stream)
+    return stream
+
+
+def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Any:
+    try:
+        for folder in (path, path / "checkpoints", path / "weights", path / "plots"):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        for name, value in (("config.json", {"script": job.script, **config}), ("environment.json", environment)):
+            if not (path / name).exists():
+                write_json(path / name, value)
+        write_text(path / "overrides.txt", "".join(f"{hide_secrets(text)}\n" for text in job.overrides))
+    except OSError as error:
+        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); give another run_dir") from None
+    return lock
+
+
+@contextmanager
+def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Iterator[RunFolder]:
+    """Make or find the folder on rank 0, lock it, and copy the log into it while it is open.
+
+    What is kept of the configuration, the command and the environment is kept without secrets. Raises UserError where
+    it cannot be written or another run holds it.
+    """
+    path = Path(default_run_dir(config, job))
+    config = hide_secrets_in(config)
+    held: list[Any] = []
+
+    def open_on_main() -> str:
+        held.append(_open(path, config, job, environment))
+        return str(path)
+
+    path = Path(distributed.rank_zero_call(open_on_main))
+    handler = log_to_file(path / "log.txt") if distributed.is_main() else None
+    try:
+        log.info("run folder: %s", path)
+        yield RunFolder(path, config, job)
+    finally:
+        if handler is not None:
+            stop_logging_to(handler)
+        for lock in held:
+            _locks.discard(lock)
+            lock.close()
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run folder was made with (`script` beside the schema's keys)."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"run_dir: {path} is no run folder: it has no config.json; name a folder that training made")
+    try:
+        return read_json(file)
+    except json.JSONDecodeError as error:
+        raise UserError(f"run_dir: {file} is damaged ({error})") from None
+
+
+def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:
+    """Replace the saved configuration by that of the resumption where they differ; the old one stays beside it."""
+    saved, now = path / "config.json", {"script": job.script, **config}
+    if read_json(saved) == now:
+        return
+    os.replace(saved, path / "config.before_resume.json")
+    write_json(saved, now)
