@@ -7,16 +7,19 @@ Words: a *key* is the 63-bit random number of one sample at one position of the 
 one sample needs (two crops of one image are views 0 and 1).
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 _WORD = (1 << 64) - 1
+_WORD32 = (1 << 32) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_A = 0xBF58476D1CE4E5B9
 _MIX_B = 0x94D049BB133111EB
+_TABLE, _ROUNDS = 256, 6  # of Permutation
 
 
 def mix64(word: int) -> int:
@@ -52,9 +55,87 @@ def permutation(seed: int, stream: int, count: int) -> np.ndarray:
     return np.argsort(hash_range(seed, stream, count), kind="stable")
 
 
+class Permutation:
+    """A random order of 0..count-1, computed one position at a time: no table, however large the count.
+
+    A Feistel network permutes 0..2**bits-1, the smallest such range that holds the count. A result beyond the count is
+    permuted again until it lies within (cycle walking), fewer than two times on average. Up to `_TABLE` members the
+    order is a table: a Feistel network of few bits reaches few orders.
+    Source: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3 and 4.
+    """
+
+    def __init__(self, seed: int, stream: int, count: int) -> None:
+        self.count = count
+        self._table = permutation(seed, stream, count).tolist() if count <= _TABLE else None
+        bits = max(count - 1, 1).bit_length()
+        self._low_bits = bits // 2
+        self._low, self._high = (1 << self._low_bits) - 1, (1 << (bits - self._low_bits)) - 1
+        self._keys = [hash_counters(seed, stream, number) for number in range(_ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        """Return the member at a position, 0 <= index < count."""
+        assert 0 <= index < self.count, (index, self.count)
+        if self._table is not None:
+            return self._table[index]
+        index = self._permute(index)
+        while index >= self.count:
+            index = self._permute(index)
+        return index
+
+    def _permute(self, index: int) -> int:
+        high, low = index >> self._low_bits, index & self._low
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                low ^= mix64(high ^ key) & self._low
+            else:
+                high ^= mix64(low ^ key) & self._high
+        return high << self._low_bits | low
+
+
 def sample_key(seed: int, position: int, view: int = 0) -> int:
     """Return the random key of the sample at a position of the stream."""
     return hash_counters(seed, position, view)
+
+
+def _hash32(word: torch.Tensor) -> torch.Tensor:
+    """Scramble 32-bit words held in int64. Both products stay below 2**63, so nothing depends on overflow.
+
+    Source: github.com/skeeto/hash-prospector, the two-round function 16 21f0aaad 15 735a2d97 15.
+    """
+    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _WORD32
+    word = ((word ^ (word >> 15)) * 0x735A2D97) & _WORD32
+    return word ^ (word >> 15)
+
+
+def _random_words(keys: torch.Tensor, count: int, draw: int) -> torch.Tensor:
+    """Return 32-bit random words, int64 [B, count], from keys [B] on their device."""
+    low, high = (keys & _WORD32)[:, None], (keys >> 32)[:, None]
+    salt = hash_counters(draw) & _WORD32
+    counter = torch.arange(count, device=keys.device)
+    return _hash32((_hash32(_hash32(counter ^ salt) ^ low) + high) & _WORD32)
+
+
+def uniform(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
+    """Return float32 [B, *shape], uniform in [0, 1), from keys [B] (int64, a batch's `key`) on their device.
+
+    A sample's numbers depend on its key and `draw` alone: they are the same however a batch is split and on any device.
+    Another `draw` gives other numbers for the same key. No host synchronisation.
+    """
+    words = _random_words(keys, math.prod(shape), draw)
+    return ((words >> 8).float() * 2.0**-24).view(len(keys), *shape)
+
+
+def normal(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
+    """Return float32 [B, *shape] of the standard normal distribution; as `uniform`, and equal to rounding across devices.
+
+    Source: Box, Muller 1958: two uniform numbers make two normal ones.
+    """
+    count = math.prod(shape)
+    pairs = -(-count // 2)
+    first, second = _random_words(keys, 2 * pairs, draw).split(pairs, dim=1)
+    radius = (-2.0 * ((first.float() + 1.0) * 2.0**-32).clamp(max=1.0).log()).sqrt()
+    angle = second.float() * (2.0 * math.pi * 2.0**-32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].reshape(len(keys), *shape)
 
 
 def generator_for(key: int, device: torch.device | str = "cpu") -> torch.Generator:
