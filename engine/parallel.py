@@ -14,7 +14,7 @@ arithmetic are those of a single process.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -29,7 +29,8 @@ from engine.plan import Plan
 from engine.runtime import Runtime, choose_compile
 from engine.task import StepOutput, Task
 from utils.errors import UserError
-from utils.ranks import distributed
+from utils.ranks import distributed, sharded
+from utils.ranks.sharded import Part
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -39,12 +40,6 @@ _UNIT_SHARE = 1 / 256
 _STACKS = (nn.Sequential, nn.ModuleList)
 
 _pytree.register_dataclass(StepOutput)  # torch before 2.15 finds the loss in it by this alone
-
-
-class Part(nn.Parameter):
-    """The rows of a parameter that this rank holds, as the optimiser knows them: the memory of `whole`, a DTensor."""
-
-    whole: nn.Parameter
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -135,23 +130,12 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     fully_shard(task, mesh=mesh)
     # An evaluation calls parts of the network, not the task: its weights come together for the length of it.
     register_fsdp_forward_method(task, "evaluate")
-    own = sum(distributed.own_part(parameter).nbytes for parameter in task.parameters())
+    own = sum(sharded.own_part(parameter).nbytes for parameter in task.parameters())
     log.info(
         "fsdp: %d units and the rest; %.1f of %.1f MiB of parameters on this rank%s",
         len(units), own / 2**20, whole / 2**20, "; compiling the units" if compiles else "",
     )  # fmt: skip
     return task
-
-
-def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return parameters as an optimiser takes them: of shared ones this rank's rows."""
-    return [_part(parameter) if distributed.is_shared(parameter) else parameter for parameter in parameters]
-
-
-def _part(parameter: nn.Parameter) -> Part:
-    part = Part(distributed.own_part(parameter), requires_grad=parameter.requires_grad)
-    part.whole = parameter
-    return part
 
 
 # --------------------------------------------------------------------------------------------------------- stepping
@@ -171,7 +155,7 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return the gradients of an optimiser's parameters; a part's is moved over from its shared parameter."""
     for part in parameters:
         if isinstance(part, Part) and part.whole.grad is not None:
-            assert part.data_ptr() == distributed.own_part(part.whole).data_ptr(), "the rows have moved"
+            assert part.data_ptr() == sharded.own_part(part.whole).data_ptr(), "the rows have moved"
             part.grad, part.whole.grad = part.whole.grad.to_local(), None
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
@@ -179,11 +163,6 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def is_sharded(model: nn.Module) -> bool:
     """Return whether the ranks share the rows of what train_step calls."""
     return isinstance(model, FSDPModule)
-
-
-def holds_rows(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether an optimiser's parameters are rows of shared ones, so that norms are summed over ranks."""
-    return isinstance(parameters[0], Part)
 
 
 def part_again(model: nn.Module) -> None:

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.parallel import holding_back, holds_rows, take_gradients
+from engine.parallel import holding_back, take_gradients
 from engine.runtime import Runtime
 from engine.task import Batch, Knobs, StepOutput, Task
 from optim.build import skips_on_device
 from optim.fused import flat_view
 from utils import rng
 from utils.ranks import distributed
+from utils.ranks.sharded import holds_rows
 
 
 @dataclass

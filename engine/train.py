@@ -15,18 +15,16 @@ import torch
 from engine.checkpoint import (
     ELSEWHERE,
     Checkpoint,
-    check_optimizer_state,
     find_checkpoint,
     find_checkpoint_before,
     find_continuation,
     list_checkpoints,
     load_checkpoint,
-    load_optimizer_state,
     set_aside_beyond,
 )
 from engine.config import TrainingConfig
 from engine.meters import Meter
-from engine.parallel import own_parts, share_task
+from engine.parallel import share_task
 from engine.plan import Plan
 from engine.runtime import Runtime, choose_compile
 from engine.skips import SkipWatch, TooManySkipped
@@ -39,10 +37,12 @@ from optim.build import build_optimizer, check_shardable, skips_on_device
 from optim.ema import EMA
 from optim.groups import build_groups, groups_table
 from optim.schedules import Schedule
+from optim.state import check_optimizer_state, load_optimizer_state
 from utils.config.recipe import check_resumable
 from utils.errors import EXIT_STOPPED, UserError, close_names, lost_worker
 from utils.io.safe_text import Lines
-from utils.ranks import distributed
+from utils.ranks import distributed, sharded
+from utils.ranks.sharded import own_parts
 from utils.ranks.signals import StopRequest
 from utils.ranks.watchdog import Watchdog
 from utils.record.logging import get_logger
@@ -192,7 +192,7 @@ def _restore(training: Training, checkpoint: Checkpoint) -> None:
     own, saved = training.task.state_dict(), checkpoint.tensors["task"]
     with torch.no_grad():
         for name, tensor in own.items():
-            distributed.own_part(tensor).copy_(distributed.take_part(saved[name], tensor))
+            sharded.own_part(tensor).copy_(sharded.take_part(saved[name], tensor))
     if _has_own_state(checkpoint, training):
         load_optimizer_state(
             training.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"], checkpoint.path

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.checkpoint import count_bytes, optimizer_state, refusals, remove_old, save_checkpoint
+from engine.checkpoint import count_bytes, refusals, remove_old, save_checkpoint
 from engine.config import LoopConfig
 from engine.meters import Meter
 from engine.parallel import is_sharded, part_again
@@ -25,10 +25,11 @@ from engine.task import Batch, Report, Task
 from engine.writer import CheckpointWriter, Groups
 from optim.ema import EMA
 from optim.schedules import Schedule
+from optim.state import optimizer_state
 from utils.errors import UserError
 from utils.io.files import spared
 from utils.io.weights import write_weights
-from utils.ranks import distributed
+from utils.ranks import distributed, sharded
 from utils.ranks.signals import StopRequest
 from utils.ranks.watchdog import Watchdog
 from utils.record import plots
@@ -237,7 +238,7 @@ class Training:
     def _write_best(self) -> bool:
         """Write the best weights; returns whether the disk took them where the run goes on without. On all ranks."""
         average = self.ema is not None
-        tensors = distributed.gather_parts(self.ema.tensors if average else self.task.network.state_dict())
+        tensors = sharded.gather_parts(self.ema.tensors if average else self.task.network.state_dict())
         return distributed.rank_zero_call(lambda: self._try_best(tensors, average))
 
     def _try_best(self, tensors: Mapping[str, torch.Tensor], average: bool) -> bool:
@@ -259,7 +260,7 @@ class Training:
         groups = {"task": self.task.state_dict(), "optimizer": tensors, "scale": self.scale.state()}
         if self.ema is not None:
             groups["ema"] = self.ema.tensors
-        return {name: distributed.gather_parts(group) for name, group in groups.items()}, others
+        return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint of this step, and the weights that go with it: all of it is on the disk when it is the

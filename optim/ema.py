@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optim.fused import descend
-from utils.ranks.distributed import own_part, take_part
+from utils.ranks.sharded import own_part, take_part
 
 
 def ema_decay_at(step: int, decay: float) -> float:

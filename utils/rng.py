@@ -126,7 +126,7 @@ def uniform(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Te
 
 
 def normal(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
-    """Return float32 [B, *shape] of the standard normal distribution; as `uniform`, and equal to rounding across devices.
+    """Return standard normal numbers, float32 [B, *shape]; as `uniform`, but equal only to rounding across devices.
 
     Source: Box, Muller 1958: two uniform numbers make two normal ones.
     """

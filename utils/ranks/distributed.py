@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -185,67 +185,6 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
-
-
-def is_shared(tensor: torch.Tensor) -> bool:
-    """Return whether each rank holds some of a tensor's rows: a DTensor, told without the 0.4 s of its import."""
-    return hasattr(tensor, "placements")
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's rows of a shared tensor, any other tensor as it is; both detached, neither copied."""
-    return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()
-
-
-def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the shared tensor of which this rank holds `part` as it holds its rows of `like`."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
-def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `whole` that this rank holds of `like`, as a view; all of them where `like` is not shared.
-
-    torch's fully_shard gives a rank ceil(rows / ranks) rows, the last ones fewer or none.
-    """
-    if not is_shared(like):
-        return whole
-    rows = whole.shape[0]
-    share = -(-rows // world_size())
-    part = whole[min(rank() * share, rows) : min((rank() + 1) * share, rows)]
-    assert part.shape == own_part(like).shape, (part.shape, like.shape, like.placements)
-    return part
-
-
-def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors whole: themselves where none is shared, else copies on the CPU of rank 0 and nothing elsewhere.
-
-    Every rank calls it with the same names in the same order. One is gathered after another, so that rank 0 holds no
-    more than one of them on its device.
-    """
-    if not any(map(is_shared, tensors.values())):
-        return dict(tensors)
-    whole: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if is_shared(tensor):
-            whole[name] = _gather(tensor)
-        elif is_main():
-            whole[name] = tensor.detach().to("cpu", copy=True)
-    return whole if is_main() else {}
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return a shared tensor on the CPU on rank 0, None on other ranks."""
-    own, rows = own_part(tensor), tensor.shape[0]
-    share = -(-rows // world_size())
-    if len(own) < share:
-        own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
-    parts = [torch.empty_like(own) for _ in range(world_size())] if is_main() else None
-    dist.gather(own, parts)
-    return torch.cat(parts)[:rows].cpu() if parts is not None else None
 
 
 def rank_zero_call(call: Callable[[], T]) -> T:

@@ -1,0 +1,106 @@
+"""An optimiser's state by parameter name: what a checkpoint keeps of it, and how it is checked and given back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.build import skips_on_device
+from utils.errors import UserError
+from utils.ranks import sharded
+from utils.ranks.sharded import Part
+
+_ELSEWHERE = "give another run_dir, or use init_from=RUN to start from its weights"
+# What optim/groups.py puts into a group: settings, which follow from the configuration.
+_GROUP_SETTINGS = {"params", "names", "lr_scale", "decays", "weight_decay", "lr"}
+_GROUP_STATE = {"step"}  # what timm's optimisers add to a group in their first step
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimiser's state by parameter name: tensors, and what is no tensor.
+
+    What is shaped like a part of a parameter is shared as the parameter is (optim/build.py: check_shardable).
+    What an optimiser keeps in its groups beside its settings (timm's lamb and adan count steps there) stands under
+    `<first parameter's name>//<key>`.
+    """
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        for key in group.keys() - optimizer.defaults.keys() - _GROUP_SETTINGS:
+            value = group[key]
+            (tensors if isinstance(value, Tensor) else others)[f"{group['names'][0]}//{key}"] = value
+        for name, parameter in zip(group["names"], group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
+                    value = sharded.as_shared(value, parameter.whole)
+                (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
+    return tensors, others
+
+
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], others: Mapping[str, Any], path: str
+) -> None:
+    """Raise UserError where a saved state, which may be on the meta device, is none that this optimiser could have.
+
+    Fused kernels (torch's, and those of Adan) walk through memory by the size of the parameter alone, so their state is
+    a float32 scalar `step` and else of the parameter's whole shape and dtype. timm's optimisers and torch's others may
+    keep what they like (adafactor rows and columns): they call torch's operations, which compare shapes themselves, so
+    that a wrong one is an error at worst. Not so bitsandbytes', which timm can name too: take them from nobody else.
+    """
+    parameters = {
+        name: parameter for group in optimizer.param_groups for name, parameter in zip(group["names"], group["params"])
+    }
+    groups = {group["names"][0]: group for group in optimizer.param_groups}
+    fused = skips_on_device(optimizer)
+    for full, value in [*tensors.items(), *others.items()]:
+        name, _, key = full.rpartition("/")
+        if name.endswith("/"):
+            group = groups.get(name[:-1])
+            if group is None:
+                raise UserError(f"resume: the optimiser of {path} groups its parameters in another way (optim.*)")
+            settings = optimizer.defaults.keys() | _GROUP_SETTINGS
+            if fused or key in settings or key not in group.keys() | _GROUP_STATE:
+                raise UserError(f"resume: {path} holds {full!r}, which is no state of this optimiser; {_ELSEWHERE}")
+            continue
+        if name not in parameters:
+            raise UserError(f"resume: the optimiser of {path} knows {name!r}, which this model does not have")
+        if not fused:
+            continue
+        own = getattr(parameters[name], "whole", parameters[name])
+        wanted = ((), torch.float32) if key == "step" else (tuple(own.shape), own.dtype)
+        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value).__name__, "no tensor")
+        if found != wanted:
+            raise UserError(
+                f"resume: {full!r} of the optimiser of {path} is {found[0]} ({found[1]}), where this model's takes "
+                f"{wanted[0]} ({wanted[1]}); {_ELSEWHERE}"
+            )
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any], path: str = "the checkpoint"
+) -> None:
+    """Give the optimiser a saved state. Raises UserError where it is none of this optimiser over these parameters."""
+    check_optimizer_state(optimizer, tensors, others, path)
+    fused = skips_on_device(optimizer)
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {name: position for position, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    groups = {group["names"][0]: group for group in optimizer.param_groups}
+    for full, value in [*tensors.items(), *others.items()]:
+        name, _, key = full.rpartition("/")
+        if name.endswith("/"):
+            group = groups[name[:-1]]
+            group[key] = value.to(group["params"][0].device) if isinstance(value, Tensor) else value
+            continue
+        parameter = parameters[index[name]]
+        if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
+            value = sharded.take_part(value, parameter.whole)
+        if fused:
+            # A file keeps neither layout nor device, and load_state_dict gives back the one only for groups that say
+            # `fused` (Adan's do not), the other never; the kernels ask for neither.
+            value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+        state.setdefault(index[name], {})[key] = value
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
