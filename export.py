@@ -1,4 +1,4 @@
-"""From a run to the files that other tools read; each is compared with PyTorch before it is kept.
+"""Export a run's weights to files that other tools read; each is compared with PyTorch before it is kept.
 
 python export.py format=onnx run_dir=RUN                    writes RUN/export/model.onnx
 python export.py format=onnx run_dir=RUN output=FOLDER weights=last
@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from models.onnx_export import export_classifier
-from models.predictor import load_classifier
+from engine.tasks.rebuild import load_image_model
+from models.onnx_export import export_model
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.io.files import output_errors, write_json
@@ -33,11 +33,11 @@ class ExportConfig(Strict):
 @entry_point("export", ExportConfig)
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
-    classifier, metadata = load_classifier(choose_weights(config.run_dir, config.weights))
+    model, metadata = load_image_model(choose_weights(config.run_dir, config.weights))
     folder = Path(config.run_dir) / "export" if config.output is None else Path(config.output)
     path = folder / "model.onnx"
     with output_errors("output", folder):
-        difference = export_classifier(classifier, metadata, path, config.tolerance)
+        difference = export_model(model, metadata, path, config.tolerance)
         report = {"file": path.name, "step": metadata["step"], "onnx_max_abs_diff": difference}
         write_json(folder / "export.json", report)
     log.info("wrote %s (greatest difference from PyTorch %.1e)", path, difference)

@@ -1,9 +1,9 @@
-"""Images to classes, from a run, a weight file or an ONNX file.
+"""Predict classes, tags or features of images, from a run, a weight file or an ONNX file.
 
     python predict.py weights=RUN input=PATH output=predictions.jsonl
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
 
-`input` is an image or a folder, read with its subfolders. An image that cannot be read gets a line with the reason.
+`input` is an image or a folder, read with its subfolders. An image that cannot be read gets a row with the reason.
 """
 
 import csv
@@ -20,7 +20,8 @@ from data.decode import UnreadableImage, read_image
 from data.scan import IMAGE_SUFFIXES
 from data.transforms import EvalTransform
 from engine.runtime import choose_device
-from models.predictor import Predictor, load_predictor
+from engine.tasks.rebuild import load_image_model
+from models.predictor import OnnxPredictor, Predictor, TorchPredictor
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.errors import UserError
@@ -31,17 +32,26 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
+# The columns of a CSV file by the model's output; vectors do not fit one.
+_COLUMNS = {"classes": ["path", "class", "prob", "error"], "tags": ["path", "tags", "error"]}
+
 
 class PredictConfig(Strict):
-    """`weights` is a run folder or a file, `output` a .jsonl or .csv file."""
+    """`weights` is a run folder or a file, `output` a .jsonl or .csv file; `top` of classes, `threshold` of tags."""
 
     weights: str
     input: str
     output: str
     top: Annotated[int, Field(ge=1)]
+    threshold: Annotated[float, Field(ge=0, le=1)]
     batch_size: Annotated[int, Field(ge=1)]
     max_pixels: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
+
+
+def load_predictor(path: Path, device: torch.device) -> Predictor:
+    """Return the predictor of a weight file or an ONNX file, by its suffix."""
+    return OnnxPredictor(path, device) if path.suffix == ".onnx" else TorchPredictor(*load_image_model(path), device)
 
 
 def find_images(source: str) -> list[Path]:
@@ -60,36 +70,46 @@ def find_images(source: str) -> list[Path]:
     return found
 
 
+def describe(values: np.ndarray, predictor: Predictor, config: PredictConfig) -> dict[str, Any]:
+    """Return what is written of one image's output [K]."""
+    match predictor.output:
+        case "classes":
+            order = np.argsort(-values)[: config.top]
+            classes = [{"class": predictor.names[index], "prob": round(float(values[index]), 6)} for index in order]
+            return {**classes[0], "top": classes}
+        case "tags":
+            order = [index for index in np.argsort(-values) if values[index] >= config.threshold]
+            probs = {predictor.names[index]: round(float(values[index]), 6) for index in order}
+            return {"tags": ", ".join(probs), "probs": probs}
+        case "features":
+            return {"features": [float(value) for value in values]}
+
+
 def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) -> Iterator[dict[str, Any]]:
-    """Yield a row per image, in order: path, class and probability of the `top` classes, or an error."""
-    settings = predictor.preprocessing
-    transform = EvalTransform(settings["image_size_hw"], settings["eval_crop"], settings["interpolation"])
+    """Yield a row per image, in order: its path, and its prediction or an error."""
+    preprocessing = predictor.preprocessing
+    transform = EvalTransform.of(preprocessing)
     for start in range(0, len(paths), config.batch_size):
         images, errors = [], {}
         for path in paths[start : start + config.batch_size]:
             try:
-                pixels = read_image(path, settings["channels"], config.max_pixels)
+                pixels = read_image(path, preprocessing["channels"], config.max_pixels)
                 images.append(transform(torch.from_numpy(pixels).permute(2, 0, 1)))
             except UnreadableImage as error:
                 errors[path] = error.reason
-        probs = iter(predictor.probs(torch.stack(images)) if images else ())
+        predicted = iter(predictor.predict(torch.stack(images)) if images else ())
         for path in paths[start : start + config.batch_size]:
-            if path in errors:
-                yield {"path": str(path), "error": errors[path]}
-                continue
-            row = next(probs)
-            order = np.argsort(-row)[: config.top]
-            classes = [{"class": predictor.class_names[k], "prob": round(float(row[k]), 6)} for k in order]
-            yield {"path": str(path), **classes[0], "top": classes}
+            row = {"error": errors[path]} if path in errors else describe(next(predicted), predictor, config)
+            yield {"path": str(path), **row}
 
 
-def write_rows(rows: list[dict[str, Any]], temporary: Path, ending: str) -> None:
-    """Write rows as JSON lines, or as CSV with path, class, prob and error."""
+def write_rows(rows: list[dict[str, Any]], temporary: Path, columns: list[str] | None) -> None:
+    """Write rows as CSV with these columns, or as JSON lines."""
     with open(temporary, "w", encoding="utf-8", newline="") as stream:
-        if ending == ".jsonl":
+        if columns is None:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return
-        writer = csv.DictWriter(stream, ["path", "class", "prob", "error"], restval="", extrasaction="ignore")
+        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -97,16 +117,21 @@ def write_rows(rows: list[dict[str, Any]], temporary: Path, ending: str) -> None
 @entry_point("predict", PredictConfig)
 def main(config: PredictConfig, job: Job) -> str:
     """Predict."""
+    # -------------------------------------------------------------------------------------------------- 1. The model
     output = Path(config.output)
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"output: {output} ends in {output.suffix!r}; name a .jsonl or .csv file")
-    predictor = load_predictor(
-        find_weights(config.weights, "best", "weights"), torch.device(choose_device(config.device))
-    )
+    weights = find_weights(config.weights, "best", "weights")
+    predictor = load_predictor(weights, torch.device(choose_device(config.device)))
+    if output.suffix == ".csv" and predictor.output not in _COLUMNS:
+        raise UserError(f"output: {weights} outputs {predictor.output}, which CSV does not hold; name a .jsonl file")
+
+    # --------------------------------------------------------------------------------------------- 2. The predictions
     paths = find_images(config.input)
     rows = list(track(predict_all(predictor, paths, config), len(paths), "predicting"))
+    columns = _COLUMNS[predictor.output] if output.suffix == ".csv" else None
     with output_errors("output", output):
-        write_atomically(output, lambda temporary: write_rows(rows, temporary, output.suffix))
+        write_atomically(output, lambda temporary: write_rows(rows, temporary, columns))
     failed = sum("error" in row for row in rows)
     log.info("wrote %s: %d images, %d unreadable", output, len(rows), failed)
     return f"{len(rows)} images"

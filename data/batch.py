@@ -1,11 +1,11 @@
-"""What travels from the loader to a task: a dictionary of tensors, and what it always holds.
+"""Batches: a dictionary of tensors, and what it always holds.
 
     sample_id  [B] int64     the row in the collection
-    key        [B] int64     the sample's random key: noise is generated from it where it is used
+    key        [B] int64     the sample's random key, from which noise is drawn on the device
     weight     [B] float32   its weight in the loss; 0 for an unreadable image (blank) and for padding
 
-Shapes may differ from batch to batch. A field of ragged length, such as tag ids, travels as `<name>` [N] (all values in
-a row) and `<name>_offsets` [B + 1].
+Shapes may differ from batch to batch. A field of ragged length, such as tag ids, becomes `<name>` [N] (all values,
+sample after sample) and `<name>_offsets` [B + 1].
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+from utils.contracts import Batch
+
 ALWAYS = ("sample_id", "key", "weight")
 
 

@@ -1,6 +1,7 @@
-"""Decoding one image file: 8 bit, upright, on white, or an `UnreadableImage` that says why not."""
+"""Decode one image file: 8 bit, upright, on white; or raise an `UnreadableImage` with the reason."""
 
 import functools
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -10,9 +11,11 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
-# What a file may hold, whatever its name says. A closed list: some of Pillow's other readers start programs (EPS runs
-# Ghostscript), and a collection may come from strangers.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+# The formats that are read, whatever the file's suffix. A closed list: some of Pillow's other readers start programs
+# (EPS runs Ghostscript), and a collection may come from strangers. TGA has no signature, so it is tried last and only
+# for files with its suffix.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "JPEG2000")
+_TGA_SUFFIX = ".tga"
 # Above this Pillow itself refuses a file as a decompression bomb (twice Image.MAX_IMAGE_PIXELS).
 DEFAULT_MAX_PIXELS = 178_956_970
 
@@ -53,7 +56,6 @@ _FOREIGN = (
     (4, b"ftyp", "a video or an unknown kind of HEIF"),
     (0, b"\xff\x0a", "JPEG XL"),
     (4, b"jxl ", "JPEG XL"),
-    (4, b"jp  ", "JPEG 2000"),
     (0, b"%pdf", "a PDF document"),
     (0, b"%!ps", "PostScript"),
     (0, b"8bps", "a Photoshop document"),
@@ -68,6 +70,9 @@ _KNOWN = (
     (0, b"ii*\0", "TIFF"),
     (0, b"mm\0*", "TIFF"),
     (4, b"ftypavi", "AVIF"),
+    (4, b"jp  ", "JPEG2000"),
+    (0, b"\xff\x4f\xff\x51".lower(), "JPEG2000"),
+    (0, b"\0\0\1\0", "ICO"),
 )
 
 # What a viewer would not mention (EXIF that is cut off, a palette with transparency, a broken animation) would bury a
@@ -113,16 +118,30 @@ def pillow_version() -> str:
 
 
 def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int) -> np.ndarray:
-    """Decode the first frame of a file to uint8 [H, W, channels], range 0-255, writable.
+    """Read and decode an image file, as `decode_image` does."""
+    return decode_image(read_file(path), os.fspath(path), channels, max_pixels)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return a file's bytes. Raises UnreadableImage where it cannot be opened."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except (OSError, ValueError, MemoryError) as error:
+        raise UnreadableImage(os.fspath(path), *_explain(error)) from error
+
+
+def decode_image(content: bytes, name: str, channels: int, max_pixels: int) -> np.ndarray:
+    """Decode the first frame of a file's bytes to uint8 [H, W, channels], range 0-255, writable.
 
     channels: 1 (grey) or 3 (RGB). EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8
-    bit, CMYK converted. max_pixels: a larger image is refused from its header, before anything is decoded; Pillow's
-    own limit (DEFAULT_MAX_PIXELS) holds as well.
+    bit, CMYK converted; of an icon the largest image is taken. max_pixels: a larger image is refused from its header,
+    before anything is decoded; Pillow's own limit (DEFAULT_MAX_PIXELS) applies as well. name: of the file.
 
-    Raises UnreadableImage whatever the reason: absent, empty, cut off, damaged, no image, too large, unsupported.
+    Raises UnreadableImage for any reason: empty, cut off, damaged, not an image, too large, unsupported.
     """
     assert channels in (1, 3), channels
-    return _open(path, max_pixels, functools.partial(_to_array, channels=channels))
+    return _open(content, name, max_pixels, functools.partial(_to_array, channels=channels))
 
 
 def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Inspection:
@@ -130,7 +149,8 @@ def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PI
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            traits = _open(path, max_pixels, functools.partial(_find_traits, name=os.fspath(path)))
+            name = os.fspath(path)
+            traits = _open(read_file(path), name, max_pixels, functools.partial(_find_traits, name=name))
         except UnreadableImage as error:
             return Inspection(error.kind, error.reason, ())
     if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in traits:
@@ -138,26 +158,24 @@ def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PI
     return Inspection(None, None, traits)
 
 
-def _open(path: str | os.PathLike[str], max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
+def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
     """Return what `use` makes of an opened image that is not decoded yet; any failure becomes UnreadableImage."""
+    if not content:
+        raise UnreadableImage(name, EMPTY, "0 bytes")
     try:
-        with open(path, "rb") as stream:
-            if os.fstat(stream.fileno()).st_size == 0:
-                raise UnreadableImage(os.fspath(path), EMPTY, "0 bytes")
-            try:
-                image = Image.open(stream, formats=_formats())
-            except UnidentifiedImageError as error:
-                stream.seek(0)
-                raise UnreadableImage(os.fspath(path), *_explain_header(stream.read(65536))) from error
-            with image:
-                if image.width * image.height > max_pixels:
-                    size = f"{image.width} x {image.height} pixels"
-                    raise UnreadableImage(os.fspath(path), TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
-                return use(image)
+        try:
+            image = Image.open(io.BytesIO(content), formats=_formats_of(name))
+        except UnidentifiedImageError as error:
+            raise UnreadableImage(name, *_explain_header(content[:65536])) from error
+        with image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height} pixels"
+                raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
+            return use(image)
     except UnreadableImage:
         raise
-    except Exception as error:  # decoders meet damaged bytes with any exception: OSError, SyntaxError, struct.error...
-        raise UnreadableImage(os.fspath(path), *_explain(error)) from error
+    except Exception as error:  # decoders raise any exception on damaged bytes: OSError, SyntaxError, struct.error...
+        raise UnreadableImage(name, *_explain(error)) from error
 
 
 def _explain(error: Exception) -> tuple[str, str]:
@@ -179,7 +197,9 @@ def _explain_header(head: bytes) -> tuple[str, str]:
     """Return the kind of fault of a file that no reader took, and its details, from the file's first bytes."""
     lower = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
     for offset, mark, name in _KNOWN:
-        if lower[offset:].startswith(mark) and name in _formats():
+        if lower[offset:].startswith(mark):
+            if name not in _formats():
+                return UNSUPPORTED, f"{name}, which this build of Pillow does not read"
             if name == "JPEG" and (bits := _bits_of_jpeg(head)) not in (None, 8):
                 return UNSUPPORTED, f"a JPEG of {bits} bits a channel; save the image with 8"
             return DAMAGED, f"it begins as {name}, but what follows is broken or cut off"
@@ -198,6 +218,12 @@ def _bits_of_jpeg(head: bytes) -> int | None:
             return head[at + 4]
         at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
     return None
+
+
+def _formats_of(name: str) -> tuple[str, ...]:
+    """Return the formats that a file of this name may have."""
+    is_tga = name.lower().endswith(_TGA_SUFFIX) and "TGA" in Image.OPEN
+    return (*_formats(), "TGA") if is_tga else _formats()
 
 
 @functools.cache

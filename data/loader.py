@@ -1,7 +1,8 @@
 """Readers and loaders: from draws to batches on the device.
 
-A worker reads an image, augments it with the sample's key, and adds the fields that the task asked for. An image that
-cannot be read is blank, weighs 0, and is reported by path; it never ends a run.
+A worker reads a sample's bytes from the source, decodes them once, makes the named views of it with the sample's key,
+and adds the fields of the task. A sample that cannot be read is blank, has weight 0 and is reported by name; it never
+ends a run.
 """
 
 import ctypes
@@ -9,24 +10,25 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.batch import Batch, Ragged, Sample, collate, to_device
-from data.collection import Collection, Row, RowView
-from data.decode import UnreadableImage, read_image
+from data.batch import Ragged, Sample, collate, to_device
+from data.collection import Collection, RowView
+from data.decode import UnreadableImage
 from data.read_ahead import ReadAhead
-from data.stream import Draw, EvaluationBatches, RankBatches
+from data.source import Decoder, Source
+from data.stream import Draw, EvaluationBatches, RankBatches, Sampler
 from data.transforms import Transform
 from utils import rng
-from utils.errors import UserError
+from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
 from utils.io.files import AppendFile
 from utils.ranks import distributed
 from utils.ranks.signals import SIGNALS
@@ -34,53 +36,78 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# What a task adds to a sample, drawn from the sample's own generator: labels, tag ids, a mask, a timestep.
-Fields = Callable[[int, Row | RowView, torch.Generator], dict[str, Tensor | Ragged]]
 Loaded = tuple[Batch, list[tuple[str, str]]]
-_FIELDS_VIEW = 1
+# Counters of the keys that are hashed from a sample's key.
+_FIELDS_KEY, _VIEW_KEY = 1, 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class ImageReader(Dataset):
-    """Read the sample that a draw names. Picklable; workers open the collection themselves."""
+class Example(NamedTuple):
+    """What a field may look at: the row, the decoded array before any transform, and the views made of it.
+
+    index: the row's number. generator: seeded with the sample's key, for the fields alone. training: False in
+    evaluation streams, so that label dropout, say, does not reach the validation split.
+    """
+
+    index: int
+    row: RowView
+    generator: torch.Generator
+    training: bool
+    image: Tensor
+    views: Mapping[str, Tensor]
+
+
+# What a task adds to a sample: labels, tag ids, a mask.
+Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
+
+
+class SampleReader(Dataset):
+    """Read the sample of a draw. Picklable; workers open the collection themselves.
+
+    views: the transforms that make the named tensors of a sample. The first is seeded with the sample's key, the others
+    with keys hashed from it, so another view changes none of those before it.
+    """
 
     def __init__(
-        self, collection: Collection, transform: Transform, fields: Fields, *, channels: int, max_pixels: int
+        self,
+        collection: Collection,
+        source: Source,
+        decoder: Decoder,
+        views: Mapping[str, Transform],
+        fields: Fields,
+        *,
+        training: bool,
     ) -> None:
-        if channels not in (1, 3):
-            raise UserError(
-                f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
-            )
-        self.collection, self.transform, self.fields = collection, transform, fields
-        self.channels, self.max_pixels = channels, max_pixels
-
-    def file_of(self, draw: Draw) -> Path:
-        """Return the file that a draw reads."""
-        return self.collection.absolute_path(draw.index)
+        self.collection, self.source, self.decoder = collection, source, decoder
+        self.views, self.fields, self.training = dict(views), fields, training
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
-        """Return the sample, and (path, reason) where its image could not be read."""
+        """Return the sample, and (name, reason) where it could not be read."""
         row, problem, image = self.collection.view(draw.index), None, None
-        path, weight = row.path, row.weight
-        if weight != 0:  # one that weighs 0 may be so because it kills its decoder
+        weight = row.weight
+        if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
+            name = self.source.name_of(draw)
             try:
-                pixels = read_image(self.collection.root / path, self.channels, self.max_pixels)
-                image = torch.from_numpy(pixels).permute(2, 0, 1)
+                image = self.decoder(self.source.read(draw), name)
             except UnreadableImage as error:
-                problem = (path, error.reason)
+                problem = (name, error.reason)
         if image is None:
-            image = torch.zeros(self.channels, 64, 64, dtype=torch.uint8)
-        with rng.seeded(draw.key):
-            image = self.transform(image, draw)
+            image = self.decoder.blank()
+        views = {}
+        for number, (name, transform) in enumerate(self.views.items()):
+            key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
+            with rng.seeded(key):
+                views[name] = transform(image, draw).contiguous()
         padding = draw.position < 0
         sample: Sample = {
             "sample_id": torch.tensor(draw.index),
             "key": torch.tensor(draw.key),
             "weight": torch.tensor(0.0 if problem or padding else weight),
-            "images": image.contiguous(),
+            **views,
         }
-        generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_VIEW))
-        return sample | self.fields(draw.index, row, generator), problem
+        generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_KEY))
+        example = Example(draw.index, row, generator, self.training, image, views)
+        return {**sample, **self.fields(example)}, problem
 
 
 def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
@@ -88,9 +115,9 @@ def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
 
 
 class UnreadableLog:
-    """Count unreadable images, warn of each path once, and list them in the run folder's unreadable.jsonl.
+    """Count unreadable images, warn of each once, and list them in the run folder's unreadable.jsonl.
 
-    Rows wait where the folder is not made yet or its disk takes none. Ranks append to one file.
+    Rows are kept until the folder exists and its disk accepts them. Ranks append to one file.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -102,7 +129,7 @@ class UnreadableLog:
             text = file.read_bytes().decode("utf-8", errors="replace")
             self._seen = {path for line in text.split("\n") if (path := _listed_path(line)) is not None}
             if text and not text.endswith("\n"):
-                self._waiting = "\n"  # so that the next row is none of the torn one
+                self._waiting = "\n"  # the next row starts on a line of its own
 
     @property
     def count(self) -> int:
@@ -110,27 +137,27 @@ class UnreadableLog:
         return len(self._seen)
 
     def add(self, problems: list[tuple[str, str]]) -> None:
-        """Take what a batch reports."""
+        """Take the problems of a batch."""
         for path, reason in problems:
             if path in self._seen:
                 continue
             self._seen.add(path)
-            log.warning("unreadable image %s: %s; it weighs 0", path, reason)
+            log.warning("unreadable image %s: %s; its weight is 0", path, reason)
             self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
         if self._file is not None:
             self._write(self._file)
 
     def _write(self, file: Path) -> None:
-        """Append the rows that wait; a refusal is a warning, said once."""
+        """Append the waiting rows; a write error is one warning."""
         if self._stream is None and self._waiting and file.parent.is_dir():
             try:
                 self._stream = AppendFile(file)
             except OSError as error:
                 if not self._warned:
-                    log.warning("%s cannot be written (%s); its rows are kept meanwhile", file, error.strerror)
+                    log.warning("%s cannot be written (%s); its rows are kept in memory", file, error.strerror)
                 self._warned = True
         if self._stream is not None:
-            self._stream.write(self._waiting)  # also nothing: what was refused before is tried again
+            self._stream.write(self._waiting)  # an empty text too: it retries what failed before
             self._waiting = ""
 
 
@@ -143,9 +170,9 @@ def _listed_path(line: str) -> str | None:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Let a worker outlive what asks a job to stop: a scheduler signals all processes, and the rank still needs it.
+    """Ignore stop signals in a worker: a scheduler sends them to all processes, and the rank still needs the worker.
 
-    A worker ends when its rank does, however either of them hangs.
+    A worker is killed when its rank ends, even if either of them hangs.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -154,7 +181,7 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 
 class _WorkerPopen(Popen):
-    """A forked process that ignores SIGTERM: torch and multiprocessing, which wait for its end, kill it."""
+    """A forked process that ignores SIGTERM, so terminate() kills it: torch and multiprocessing wait for its end."""
 
     terminate = Popen.kill
 
@@ -167,88 +194,111 @@ class _WorkerContext(ForkContext):
     Process = _WorkerProcess
 
 
-def _data_loader(reader: ImageReader, batches: Any, *, workers: int, prefetch: int, device: torch.device) -> DataLoader:
+def _data_loader(reader: SampleReader, batches: Iterable[list[Draw]], machine: Machine) -> DataLoader:
+    workers = machine.workers
     forks = workers > 0 and multiprocessing.get_start_method() == "fork"
     return DataLoader(
         reader,
-        batch_sampler=ReadAhead(batches, reader.file_of),
+        batch_sampler=ReadAhead(batches, reader.source.file_of),
         num_workers=workers,
-        prefetch_factor=prefetch if workers > 0 else None,
+        prefetch_factor=machine.prefetch_batches if workers > 0 else None,
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_parent,
         multiprocessing_context=_WorkerContext() if forks else None,
-        pin_memory=device.type == "cuda",
+        pin_memory=machine.device.type == "cuda",
         persistent_workers=False,
-        generator=torch.Generator(),  # the workers' base seed would else be drawn from torch's global generator
+        generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
     )
 
 
-class TrainLoader:
-    """The endless stream as steps: each a list of this rank's micro-batches on the device."""
+class _Loader:
+    """What both loaders do: load, report unreadable samples, copy to the device, call the hook."""
+
+    def __init__(
+        self, reader: SampleReader, machine: Machine, unreadable: UnreadableLog, on_device: DeviceHook | None
+    ) -> None:
+        self.reader, self.unreadable = reader, unreadable
+        self._machine, self._on_device = machine, on_device
+
+    def _load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:
+        """Yield batches on the device."""
+        for loaded, problems in _data_loader(self.reader, batches, self._machine):
+            self.unreadable.add(problems)
+            batch = to_device(loaded, self._machine.device)
+            yield batch if self._on_device is None else self._on_device(batch)
+
+
+class TrainLoader(_Loader):
+    """The endless stream as steps: each a list of this rank's micro-batches on the device.
+
+    on_device: called with each micro-batch after the copy; it draws from batch["key"] (utils/rng.py: normal, uniform).
+    """
 
     def __init__(
         self,
-        reader: ImageReader,
-        sampler: Any,
+        reader: SampleReader,
+        sampler: Sampler,
+        machine: Machine,
         *,
         seed: int,
-        device: torch.device,
-        workers: int,
-        prefetch_batches: int,
         unreadable: UnreadableLog,
+        on_device: DeviceHook | None = None,
     ) -> None:
-        self.reader, self.sampler, self.seed = reader, sampler, seed
-        self.device, self.workers, self.prefetch_batches = device, workers, prefetch_batches
-        self.unreadable = unreadable
+        super().__init__(reader, machine, unreadable, on_device)
+        self.sampler, self._seed = sampler, seed
+
+    @property
+    def epoch_length(self) -> int:
+        """Positions per epoch."""
+        return self.sampler.epoch_length
+
+    @property
+    def chunk(self) -> int | None:
+        """Neighbouring positions of one shape; None where the sampler groups nothing."""
+        return self.sampler.chunk
+
+    @property
+    def unreadable_count(self) -> int:
+        """Samples that could not be read so far, on this rank."""
+        return self.unreadable.count
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
         return self.reader.collection.row(sample_id).path
 
-    def steps(self, start_step: int, plan: Any) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of step after step, from `start_step` on.
-
-        `plan` gives global_batch_size, micro_batch_size and accum_steps (engine/plan.py).
-        """
+    def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of step after step, from `start_step` on."""
         batches = RankBatches(
             self.sampler,
-            seed=self.seed,
+            seed=self._seed,
             global_batch_size=plan.global_batch_size,
             micro_batch_size=plan.micro_batch_size,
             rank=distributed.rank(),
             world_size=plan.world_size,
             start_step=start_step,
         )
-        loader = _data_loader(
-            self.reader, batches, workers=self.workers, prefetch=self.prefetch_batches, device=self.device
-        )
         step: list[Batch] = []
-        for batch, problems in loader:
-            self.unreadable.add(problems)
-            step.append(to_device(batch, self.device))
+        for batch in self._load(batches):
+            step.append(batch)
             if len(step) == plan.accum_steps:
                 yield step
                 step = []
 
 
-class EvaluationLoader:
+class EvaluationLoader(_Loader):
     """Some rows, each exactly once over all ranks; iterate it as often as needed."""
 
     def __init__(
         self,
-        reader: ImageReader,
-        rows: Any,
+        reader: SampleReader,
+        batches: EvaluationBatches,
+        machine: Machine,
         *,
-        seed: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
         unreadable: UnreadableLog,
+        on_device: DeviceHook | None = None,
     ) -> None:
-        self.batches = EvaluationBatches(
-            rows, seed=seed, batch_size=batch_size, rank=distributed.rank(), world_size=distributed.world_size()
-        )
-        self.reader, self.device, self.workers, self.unreadable = reader, device, workers, unreadable
+        super().__init__(reader, machine, unreadable, on_device)
+        self.batches = batches
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
@@ -256,7 +306,4 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the device."""
-        loader = _data_loader(self.reader, self.batches, workers=self.workers, prefetch=2, device=self.device)
-        for batch, problems in loader:
-            self.unreadable.add(problems)
-            yield to_device(batch, self.device)
+        yield from self._load(self.batches)

@@ -1,17 +1,29 @@
 """The endless stream: position -> sample, a pure function.
 
-Epochs are concatenated orders; there is no partial batch, an epoch boundary is a position, and resuming is a matter of
-starting at another position. Nothing depends on the number of ranks, workers or micro-batches: step t of a run takes
-positions [t * G, (t + 1) * G), of which every rank takes an equal, contiguous share.
+Epochs are concatenated orders; there is no partial batch, an epoch boundary is a position, and resuming is starting at
+another position. Nothing depends on the number of ranks, workers or micro-batches: step t of a run takes positions
+[t * G, (t + 1) * G), of which every rank takes an equal, contiguous share.
+
+A position costs the same in a collection of any size: orders are keyed permutations (utils/rng.py), not tables.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data.collection import Collection
 from utils import rng
 from utils.errors import UserError
+
+
+@lru_cache(maxsize=4096)
+def _order(seed: int, stream: int, count: int) -> rng.Permutation:
+    """Return a permutation; those of recent epochs, classes and groups are kept."""
+    return rng.Permutation(seed, stream, count)
 
 
 class Draw(NamedTuple):
@@ -24,7 +36,7 @@ class Draw(NamedTuple):
 
 
 class Sampler(Protocol):
-    """An order of samples. `chunk` is None where neighbours need not have one shape."""
+    """An order of samples. `chunk`: neighbouring positions of one shape; None where nothing is grouped."""
 
     epoch_length: int
     chunk: int | None
@@ -34,106 +46,94 @@ class Sampler(Protocol):
         ...
 
 
-class _EpochSampler:
-    """Keep the order of the epoch that was asked for last; subclasses make an epoch's order."""
+def _check_rows(rows: Sequence[int]) -> None:
+    if len(rows) == 0:
+        raise UserError("data.root: there is no sample to train on; see the collection's splits and labels")
+
+
+class ShuffledSampler:
+    """Every sample once per epoch, in another order each epoch. `rows`: an array or a range."""
 
     chunk: int | None = None
 
-    def __init__(self, rows: np.ndarray, seed: int) -> None:
-        if len(rows) == 0:
-            raise UserError("data.root: no sample is left to train on; see the collection's splits and labels")
+    def __init__(self, rows: Sequence[int], seed: int) -> None:
+        _check_rows(rows)
         self.rows, self.seed = rows, seed
         self.epoch_length = len(rows)
-        self._epoch = -1
-        self._order: np.ndarray = rows[:0]
-
-    def _make_order(self, epoch: int) -> np.ndarray:
-        """Return an epoch's indices into `rows`."""
-        raise NotImplementedError
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, self.epoch_length)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._make_order(epoch)
-        return int(self._order[offset])
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
-        return int(self.rows[self._index(position)]), 0
+        epoch, offset = divmod(position, self.epoch_length)
+        return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
 
 
-class ShuffledSampler(_EpochSampler):
-    """Every sample once per epoch, in an order of its own each epoch."""
+class BalancedSampler:
+    """Every class equally often; within a class its samples in turn, in another order each lap.
 
-    def _make_order(self, epoch: int) -> np.ndarray:
-        return rng.permutation(self.seed, epoch, len(self.rows))
-
-
-class BalancedSampler(_EpochSampler):
-    """Every class equally often; within a class its samples in turn, in an order of its own each time round.
-
-    An epoch has as many positions as there are samples, so samples of small classes come several times in it (with an
-    augmentation of their own each time) and not all of the large classes do.
+    An epoch has as many positions as there are samples, so samples of small classes occur several times in it (with
+    another augmentation each time) and not all samples of large classes do.
     """
 
-    def __init__(self, rows: np.ndarray, class_ids: np.ndarray, seed: int) -> None:
-        super().__init__(rows, seed)
+    chunk: int | None = None
+
+    def __init__(self, rows: Sequence[int], class_ids: np.ndarray, seed: int) -> None:
+        _check_rows(rows)
+        self.rows, self.seed = rows, seed
+        self.epoch_length = len(rows)
         order = np.argsort(class_ids, kind="stable")
         self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
 
-    def _make_order(self, epoch: int) -> np.ndarray:
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, 0). Each round takes one sample of every class, the classes in a random order."""
         classes = len(self._members)
-        rounds, extra = divmod(self.epoch_length, classes)
-        # The `extra` classes that come once more are the next ones in turn, so that a class's turns have no gap.
-        given = epoch * extra
-        picks = np.empty((rounds + 1, classes), dtype=np.int64)
-        for number, members in enumerate(self._members):
-            turns = epoch * rounds + (given + classes - 1 - number) // classes + np.arange(rounds + 1)
-            laps = [
-                rng.permutation(self.seed, rng.hash_counters(number, int(lap)), len(members))
-                for lap in range(turns[0] // len(members), turns[-1] // len(members) + 1)
-            ]
-            flat = np.concatenate(laps)
-            picks[:, number] = members[flat[turns - turns[0] // len(members) * len(members)]]
-        order = [
-            picks[turn, rng.permutation(self.seed, rng.hash_counters(epoch, turn, 1), classes)]
-            for turn in range(rounds)
-        ]
-        last = (given + rng.permutation(self.seed, rng.hash_counters(epoch, rounds, 1), extra)) % classes
-        return np.concatenate([*order, picks[rounds, last]])
+        turn, place = divmod(position, classes)
+        number = _order(self.seed, rng.hash_counters(turn, 1), classes)(place)
+        members = self._members[number]
+        lap, offset = divmod(turn, len(members))
+        return int(self.rows[members[_order(self.seed, rng.hash_counters(number, lap, 2), len(members))(offset)]]), 0
 
 
-class GroupedSampler(_EpochSampler):
+class GroupedSampler:
     """Samples in chunks of one group (one shape) and fixed size, the chunks in a random order.
 
-    A group that does not fill its last chunk fills it with its first samples of the epoch again: at most chunk - 1
-    positions per group and epoch repeat a sample, none is left out.
+    A group whose last chunk is not full fills it with its first samples of the epoch: at most chunk - 1 positions per
+    group and epoch repeat a sample, and no sample is skipped. groups: [len(rows)].
     """
 
-    def __init__(self, rows: np.ndarray, groups: np.ndarray, chunk: int, seed: int) -> None:
-        super().__init__(rows, seed)
-        self.chunk = chunk
-        self._groups = groups
-        self._members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-        self.epoch_length = sum(-(-len(members) // chunk) * chunk for members in self._members)
-
-    def _make_order(self, epoch: int) -> np.ndarray:
-        chunks = []
-        for number, members in enumerate(self._members):
-            order = members[rng.permutation(self.seed, rng.hash_counters(epoch, number), len(members))]
-            filled = np.resize(order, -(-len(order) // self.chunk) * self.chunk)
-            chunks.append(filled.reshape(-1, self.chunk))
-        table = np.concatenate(chunks)
-        return table[rng.permutation(self.seed, rng.hash_counters(epoch, -1), len(table))].ravel()
+    def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
+        _check_rows(rows)
+        self.rows, self.seed, self.chunk = rows, seed, chunk
+        self._groups = np.unique(groups)
+        self._members = [np.flatnonzero(groups == group) for group in self._groups]
+        # Chunks up to and including each group.
+        self._ends = list(accumulate(-(-len(members) // chunk) for members in self._members))
+        self.epoch_length = self._ends[-1] * chunk
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group)."""
-        index = self._index(position)
-        return int(self.rows[index]), int(self._groups[index])
+        epoch, offset = divmod(position, self.epoch_length)
+        chunk = _order(self.seed, rng.hash_counters(epoch, -1), self._ends[-1])(offset // self.chunk)
+        number = bisect_right(self._ends, chunk)
+        members = self._members[number]
+        first = self._ends[number - 1] if number > 0 else 0
+        index = ((chunk - first) * self.chunk + offset % self.chunk) % len(members)
+        member = members[_order(self.seed, rng.hash_counters(epoch, number), len(members))(index)]
+        return int(self.rows[member]), int(self._groups[number])
+
+
+def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
+    """Return the order that `loop.sampling` names: shuffled, or balanced over the training split's classes."""
+    match name:
+        case "shuffled":
+            return ShuffledSampler(rows, seed)
+        case "balanced":
+            class_ids = collection.class_ids(collection.class_names("train"))
+            return BalancedSampler(rows, class_ids[rows], seed)
+    raise AssertionError(name)
 
 
 class RankBatches:
-    """The micro-batches of one rank from a step on, without end: lists of draws for the loader."""
+    """The endless micro-batches of one rank from a step on: lists of draws for the loader."""
 
     def __init__(
         self,
@@ -152,12 +152,12 @@ class RankBatches:
         self._rank = rank
 
     def draw(self, position: int) -> Draw:
-        """Return what is read at a position."""
+        """Return the draw of a position."""
         index, group = self._sampler.at(position)
         return Draw(position, index, rng.sample_key(self._seed, position), group)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield micro-batches in the order in which train_step takes them."""
+        """Yield micro-batches in the order of train_step."""
         step = self._start_step
         while True:
             first = step * self._global + self._rank * self._share
@@ -167,17 +167,17 @@ class RankBatches:
 
 
 class EvaluationBatches:
-    """A rank's share of some rows, each exactly once: all ranks make as many batches, the last padded.
+    """A rank's share of some rows, each exactly once. All ranks make the same number of batches; the last is padded.
 
-    Padding repeats a row with `position` -1, which the reader turns into weight 0. A row's key depends on the row
-    alone, so that masks and noise of an evaluation are the same at every step and on any number of ranks.
+    Padding repeats a row with `position` -1, to which the reader gives weight 0. A row's key depends on the row alone,
+    so masks and noise of an evaluation are the same at every step and on any number of ranks.
     """
 
-    def __init__(self, rows: np.ndarray, *, seed: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, rows: Sequence[int], *, seed: int, batch_size: int, rank: int, world_size: int) -> None:
         if len(rows) == 0:
             raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
         self._rows, self._seed, self._batch_size = rows, seed, batch_size
-        self._mine = list(range(rank, len(rows), world_size))
+        self._mine = range(rank, len(rows), world_size)
         self._count = -(-len(range(0, len(rows), world_size)) // batch_size)
 
     def __len__(self) -> int:

@@ -7,8 +7,8 @@ Normalisation happens on the device (models/normalise.py): a batch carries bytes
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -100,6 +100,11 @@ class EvalTransform:
         self._size_hw = (height, width)
         self._resized_hw = (round(height / eval_crop), round(width / eval_crop))
         self._interpolation = InterpolationMode(interpolation)
+
+    @classmethod
+    def of(cls, preprocessing: Mapping[str, Any]) -> Self:
+        """Return the transform that a weight file's preprocessing states (AugmentConfig.preprocessing)."""
+        return cls(preprocessing["image_size_hw"], preprocessing["eval_crop"], preprocessing["interpolation"])
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the resized centre."""

@@ -2,15 +2,17 @@
 
     checkpoints/
         step_00001200/
-            task.safetensors        the task's state by name
-            optimizer.safetensors   `<parameter name>/<state name>`
-            ema.safetensors         where an average is kept
-            state.json              step, config, fingerprints, best metric, meters, checksums of the files above
-            state.sha256            checksum of state.json
-        .step_00001300.tmp-<pid>/   being written, or out of sight; removed by a later save
+            weights.safetensors          the exported networks, a complete weight file
+            task.safetensors             the rest of the task's state by name
+            average_weights.safetensors  averages of the exported networks; averages.safetensors: of other networks
+            optimizer.safetensors        `<parameter name>/<state name>`
+            scale.safetensors            the loss scale
+            state.json                   step, config, fingerprints, best metric, meters, checksums of the files above
+            state.sha256                 checksum of state.json
+        .step_00001300.tmp-<pid>/        being written, or moved aside; removed by a later save
 
-Written by rank 0 under a temporary name, flushed, renamed. Nothing is pickled. There is no random state to keep: all
-randomness is a function of (seed, step, position) (utils/rng.py).
+Rank 0 writes each under a temporary name, flushes it and renames it. Nothing is pickled. There is no random state to
+save: all randomness is a function of (seed, step, position) (utils/rng.py).
 """
 
 import json
@@ -34,14 +36,13 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
-ELSEWHERE = "give another run_dir, or use init_from=RUN to start from its weights"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's content: where it was read, tensors by file and name, and the JSON state."""
+    """A checkpoint's content: its path, tensors by group and name, and the JSON state."""
 
     path: str
     tensors: dict[str, dict[str, Tensor]]
@@ -54,54 +55,53 @@ class Checkpoint:
 
 
 @contextmanager
-def refusals(folder: Path, what: str, needed: int) -> Iterator[None]:
-    """Turn what the system refuses while `what`, of so many bytes, is written into a UserError (`run_dir`)."""
+def write_errors(folder: Path, what: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Turn a write error into a UserError (`run_dir`) that names `what` and how many bytes the tensors need."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         raise UserError(
-            f"run_dir: {folder} does not take {what}: {needed / 2**20:.1f} MiB are needed, "
-            f"{shutil.disk_usage(there).free / 2**20:.1f} MiB are free ({error}). Earlier checkpoints are whole; make "
-            "room and give the same command again"
+            f"run_dir: {what} cannot be written to {folder}: it needs {needed / 2**20:.1f} MiB, "
+            f"{shutil.disk_usage(existing).free / 2**20:.1f} MiB are free ({error}). Earlier checkpoints are complete; "
+            "free some space and give the same command again"
         ) from None
 
 
-def count_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Return the size of groups of tensors."""
-    return sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-
-
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    metadata: Mapping[str, Mapping[str, str]],
 ) -> Path:
-    """Write `folder/step_XXXXXXXX` and return it; called on rank 0.
+    """Write `folder/step_XXXXXXXX` and return it; called on rank 0. `metadata`: of some groups' files.
 
-    Raises UserError (`run_dir`) with the bytes needed where the disk does not take it; older checkpoints stay.
+    Raises UserError (`run_dir`) with the bytes needed where the disk refuses it; older checkpoints remain.
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     if temporary.exists():
         shutil.rmtree(temporary)
-    with refusals(folder, f"the checkpoint of step {step}", count_bytes(tensors)):
+    with write_errors(folder, f"the checkpoint of step {step}", tensors):
         try:
             temporary.mkdir(parents=True)
             checksums = {}
             for name, group in tensors.items():
-                if not group:  # plain SGD has no state, and safetensors writes no file without tensors that it can read
+                if not group:  # plain SGD has no state, and safetensors cannot read a file without tensors
                     continue
                 file = temporary / f"{name}.safetensors"
-                write_tensors(file, group)
+                write_tensors(file, group, metadata.get(name))
                 checksums[file.name] = sha256_file(file)
-            text = json.dumps(
-                {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}, indent=1
-            )
+            content = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
+            text = json.dumps(content, indent=1)
             for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
                 (temporary / name).write_text(content, encoding="utf-8")
                 fsync_path(temporary / name)
             fsync_path(temporary)
             if final.exists():  # made by the run before a kill; the same step has the same content
-                hide(final)
+                remove_checkpoint(final)
             os.rename(temporary, final)
             fsync_path(folder)
         finally:
@@ -109,42 +109,42 @@ def save_checkpoint(
     return final
 
 
-def hide(path: Path) -> None:
-    """Remove a checkpoint: first out of sight, so that a kill halfway leaves no damaged one."""
-    shutil.rmtree(_put_out_of_sight(path))
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint: rename it first, so that a kill halfway leaves no damaged one."""
+    shutil.rmtree(_move_aside(path))
 
 
-def _put_out_of_sight(path: Path) -> Path:
+def _move_aside(path: Path) -> Path:
     hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
-    shutil.rmtree(hidden, ignore_errors=True)  # an earlier process of the same number left it
+    shutil.rmtree(hidden, ignore_errors=True)  # from an earlier process with the same number
     os.rename(path, hidden)
     return hidden
 
 
-def set_aside_beyond(folder: Path, step: int) -> list[Path]:
-    """Put the checkpoints of more than `step` updates out of sight; returns where they lie until the next save.
+def move_aside_beyond(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of more than `step` updates so that nothing finds them; returns their new paths.
 
-    For a run that goes on from `step`: they are damaged or of another continuation, so neither a later start nor
-    retention may count them.
+    For a run that continues from `step`: they are damaged or belong to another continuation, so neither a later start
+    nor retention may count them. The next save removes them.
     """
-    return [_put_out_of_sight(path) for path in list_checkpoints(folder) if _step_of(path) > step]
+    return [_move_aside(path) for path in list_checkpoints(folder) if _step_of(path) > step]
 
 
-def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, None where all agree with their checksums."""
+def find_damage(path: Path) -> str | None:
+    """Return the first error in a checkpoint's files, None where all agree with their checksums."""
     try:
         text = (path / "state.json").read_text(encoding="utf-8")
         if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
-            return "state.json does not agree with its checksum"
+            return "state.json does not match its checksum"
         state = json.loads(text)
         if state["format"] != FORMAT:
             return f"state.json has format {state['format']}, this version reads {FORMAT}"
         named = {f"{group}.safetensors" for group in state["groups"] if re.fullmatch(r"[a-z_]+", group)}
         for name, checksum in state["checksums"].items():
-            if name not in named:  # and so no path to another place
-                return f"state.json names {name!a}, which is no group of tensors"
+            if name not in named:  # this also refuses a path to another folder
+                return f"state.json names {name!a}, which is not a group of tensors"
             if sha256_file(path / name) != checksum:
-                return f"{name} does not agree with its checksum"
+                return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # or JSON of another shape
@@ -160,9 +160,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_undamaged(folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, if any; damaged ones beyond it are named in warnings."""
+    """Return the newest undamaged checkpoint, if any; a warning names each damaged one beyond it."""
     for path in reversed(list_checkpoints(folder)):
-        problem = damage(path)
+        problem = find_damage(path)
         if problem is None:
             return path
         log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
@@ -172,19 +172,19 @@ def find_undamaged(folder: Path) -> Path | None:
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint, None where there is none at all.
 
-    A damaged one is named in a warning and the one before it taken; all damaged is an error, never a start from zero.
+    Raises UserError where all checkpoints are damaged: the run never starts again from step 0 unasked.
     """
     found = find_undamaged(folder)
     if found is None and (damaged := list_checkpoints(folder)):
         raise UserError(
-            f"resume: all {len(damaged)} checkpoints in {folder} are damaged, see the warnings above; mend or remove "
-            "them, or start afresh in another folder with run_dir=..."
+            f"resume: all {len(damaged)} checkpoints in {folder} are damaged, see the warnings above; restore or "
+            "remove them, or start in another folder with run_dir=..."
         )
     return found
 
 
 def find_continuation(folder: Path, resume: str) -> Path | None:
-    """Return the newest undamaged checkpoint where it was made by a run that began with the same `resume=PATH`."""
+    """Return the newest undamaged checkpoint if it was made by a run that began with the same `resume=PATH`."""
     found = find_undamaged(folder)
     if found is None:
         return None
@@ -193,16 +193,16 @@ def find_continuation(folder: Path, resume: str) -> Path | None:
 
 
 def find_checkpoint_before(folder: Path, step: int) -> Path | None:
-    """Return the newest undamaged checkpoint of fewer than `step` updates, and remove those beyond; None without one.
+    """Return the newest undamaged checkpoint of fewer than `step` updates and remove those beyond; None without one.
 
-    For a roll-back: were the process killed, the ones beyond would be resumed from.
+    For a roll-back: a process killed after it would otherwise resume from one beyond.
     """
     beyond = [path for path in list_checkpoints(folder) if _step_of(path) >= step]
-    before = [path for path in list_checkpoints(folder) if _step_of(path) < step and damage(path) is None]
+    before = [path for path in list_checkpoints(folder) if _step_of(path) < step and find_damage(path) is None]
     if not before:
         return None
     for path in beyond:
-        hide(path)
+        remove_checkpoint(path)
     return before[-1]
 
 
@@ -213,12 +213,12 @@ def _step_of(path: Path) -> int:
 def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
     """Read a checkpoint that `find_checkpoint` returned, or one that the user named.
 
-    check: called with the checkpoint's state and its tensors on the meta device, before any of them is read, so that
-    one of another recipe or of other shapes is refused for the price of its headers.
+    check: called with the state and the tensors on the meta device before any tensor is read, so that a checkpoint of
+    another recipe or of other shapes is refused at the cost of its headers.
     """
     if not path.is_dir():
-        raise UserError(f"resume: {path} is no checkpoint folder; name one like RUN/checkpoints/step_00001200")
-    problem = damage(path)
+        raise UserError(f"resume: {path} is not a checkpoint folder; name one like RUN/checkpoints/step_00001200")
+    problem = find_damage(path)
     if problem is not None:
         raise UserError(f"resume: {path} is damaged: {problem}; name another one or set resume=auto")
     state = read_json(path / "state.json")
@@ -231,12 +231,12 @@ def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = Non
 
 
 def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> None:
-    """Keep the newest checkpoints up to `step`, the one just saved, and the best one; remove those before them.
+    """Keep the newest `keep` checkpoints up to `step`, the one just saved, and the best one; remove those before them.
 
-    Removes also what a kill left half-written and what a resumption put out of sight.
+    Also removes half-written folders of killed runs and checkpoints that a resumed run has moved aside.
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
         if _step_of(path) != best_step:
-            hide(path)
+            remove_checkpoint(path)

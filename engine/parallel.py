@@ -1,16 +1,16 @@
-"""How ranks share a task: each holds all of it (`ddp`), or the rows of each parameter are dealt out (`fsdp`).
+"""How ranks work on one task: each holds all of it (`ddp`), or each holds some rows of every parameter (`fsdp`).
 
 `ddp` is torch's DistributedDataParallel. `fsdp` is torch's fully_shard: a rank holds some rows of every parameter, of
-its gradient, of the optimiser's state and of the average, and the whole of a unit's parameters only while the unit is
-computed. Units are found by structure: what is stacked in a network (blocks) comes together block by block, the rest
-with the task itself, for the length of a forward and backward pass.
+its gradient, of the optimiser's state and of the average, and all-gathers a unit's parameters only while the unit is
+computed. Units are found by structure: the stacked blocks of a network are units of their own; everything else belongs
+to the task's unit, which is gathered for a whole forward and backward pass.
 
-A unit comes together where it is called, so a network calls its blocks and reads none of their weights from outside;
-one that does fails ("mixed torch.Tensor and DTensor") and never computes with some of the rows. Evaluation and whatever
-else is a method of the task sees all parameters outside the units.
+A unit's parameters are gathered in its forward call. A network must therefore call its blocks and not read their
+weights from outside; one that does fails ("mixed torch.Tensor and DTensor") instead of computing with some of the rows.
+Evaluation sees all parameters outside the units.
 
-The optimiser, clipping and the average work on the rows that a rank holds, as plain tensors (`Part`): their kernels and
-arithmetic are those of a single process.
+The optimiser, clipping and the average work on the rows that a rank holds, as plain tensors (utils/ranks/sharded.py),
+with the kernels and arithmetic of a single process.
 """
 
 import inspect
@@ -24,8 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
-from engine.config import RuntimeConfig, TrainingConfig
-from engine.plan import Plan
+from engine.config import RuntimeConfig
 from engine.runtime import Runtime, choose_compile
 from engine.task import StepOutput, Task
 from utils.errors import UserError
@@ -35,7 +34,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# A stacked module with less than this share of all parameters is not worth collectives of its own.
+# A stacked module with a smaller share of all parameters is not worth its own collectives.
 _UNIT_SHARE = 1 / 256
 _STACKS = (nn.Sequential, nn.ModuleList)
 
@@ -45,16 +44,16 @@ _pytree.register_dataclass(StepOutput)  # torch before 2.15 finds the loss in it
 # --------------------------------------------------------------------------------------------------------- building
 
 
-def share_task(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> nn.Module:
-    """Bring the task to the device, share it between ranks and compile it; returns what train_step calls.
+def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runtime) -> nn.Module:
+    """Move the task to the device, wrap it for the ranks and compile it; returns what train_step calls.
 
-    The task keeps its names for every file. Raises UserError where `runtime` asks for what the task cannot have.
+    The task keeps its parameter names. Raises UserError where `runtime` asks for what the task does not support.
     """
-    shards = config.runtime.parallel == "fsdp" and distributed.is_distributed()
-    _prepare(task, config.runtime, runtime)
-    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+    shards = config.parallel == "fsdp" and distributed.is_distributed()
+    _change_layers(task, config, runtime)
+    compiles = choose_compile(config, runtime.device.type, total_steps)
     if shards:
-        return _shard(task, runtime, compiles)  # brings one unit after another to the device
+        return _shard(task, runtime, compiles)  # moves one unit after another to the device
     task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
@@ -64,33 +63,38 @@ def share_task(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime)
     if not distributed.is_distributed():
         return task
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    # No broadcast of buffers in every forward pass: Training.sync_buffers does it where they are read. Newer torch
+    # Buffers are not broadcast in every forward pass: Learner.sync_buffers does it where they are read. Newer torch
     # releases have another name for the setting.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     per_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{per_forward: False})
 
 
-def _prepare(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
-    """Change the network's layers as `runtime` asks for."""
-    if config.sync_batchnorm and distributed.is_distributed():
-        if runtime.device.type != "cuda":
-            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
-        nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    if config.grad_checkpointing:
-        try:
-            task.network.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):  # timm's networks: without the method, or refusing
-            raise UserError(
-                "runtime.grad_checkpointing: true, but this network cannot recompute its blocks; set it to false"
-            ) from None
+def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
+    """Change the trained networks' layers as `runtime` asks."""
+    for name in task.roles.trained:
+        network = task.get_submodule(name)
+        if config.sync_batchnorm and distributed.is_distributed():
+            if runtime.device.type != "cuda":
+                raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
+            from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
+
+            setattr(task, name, convert_sync_batchnorm(network))
+        if config.grad_checkpointing:
+            try:
+                network.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError):  # timm's networks: without the method, or refusing
+                raise UserError(
+                    f"runtime.grad_checkpointing: true, but {type(network).__name__} cannot recompute its blocks; set "
+                    "it to false"
+                ) from None
 
 
 def find_units(task: nn.Module) -> list[nn.Module]:
-    """Return the modules that come together by themselves, inner ones first.
+    """Return the modules that become FSDP units, inner ones first.
 
-    A unit is a member of a stack (nn.Sequential, nn.ModuleList) that is neither a stack nor a bare layer, has
-    parameters enough beside those of units inside it, and has none that is used outside of it too.
+    A unit is a member of a stack (nn.Sequential, nn.ModuleList) that is neither a stack nor a single layer. It must
+    have enough parameters beside those of the units inside it, and share none with modules outside it.
     """
     everything = sum(parameter.numel() for parameter in task.parameters())
     uses: dict[nn.Parameter, int] = {}
@@ -101,7 +105,7 @@ def find_units(task: nn.Module) -> list[nn.Module]:
     stacked = {member for stack in task.modules() if type(stack) in _STACKS for member in stack.children()}
     units: list[nn.Module] = []
     taken: set[nn.Parameter] = set()
-    for module in reversed(list(task.modules())):  # what lies inside a module comes before it
+    for module in reversed(list(task.modules())):  # inner modules first
         if module not in stacked or type(module) in _STACKS or not any(True for _ in module.children()):
             continue
         own = set(module.parameters()) - taken
@@ -113,12 +117,12 @@ def find_units(task: nn.Module) -> list[nn.Module]:
 
 
 def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
-    """Deal a task's parameters out to the ranks, in place."""
+    """Shard a task's parameters over the ranks, in place."""
     for name, parameter in task.named_parameters():
         if parameter.ndim == 0:
             raise UserError(
-                f"runtime.parallel: fsdp deals out rows, and {name} is a single number without any; make it a vector "
-                "of one element, or set runtime.parallel=ddp"
+                f"runtime.parallel: fsdp shards rows, and {name} is a scalar without rows; make it a vector of one "
+                "element, or set runtime.parallel=ddp"
             )
     whole = sum(parameter.nbytes for parameter in task.parameters())
     units = find_units(task)
@@ -128,7 +132,7 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
             unit.compile()
         fully_shard(unit, mesh=mesh)
     fully_shard(task, mesh=mesh)
-    # An evaluation calls parts of the network, not the task: its weights come together for the length of it.
+    # An evaluation calls parts of the network, not the task: the task's weights are gathered for all of it.
     register_fsdp_forward_method(task, "evaluate")
     own = sum(sharded.own_part(parameter).nbytes for parameter in task.parameters())
     log.info(
@@ -141,8 +145,8 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
 # --------------------------------------------------------------------------------------------------------- stepping
 
 
-def holding_back(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Return the context of a micro-batch: gradients are summed over ranks in the last one of a step alone."""
+def no_sync(model: nn.Module, *, last: bool) -> AbstractContextManager:
+    """Return the context of a micro-batch: gradients are reduced over ranks only in the last one of a step."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)
     elif hasattr(model, "no_sync") and not last:
@@ -152,7 +156,7 @@ def holding_back(model: nn.Module, last: bool) -> AbstractContextManager:
 
 @torch.no_grad()
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients of an optimiser's parameters; a part's is moved over from its shared parameter."""
+    """Return the gradients of an optimiser's parameters; a part takes its gradient from its sharded parameter."""
     for part in parameters:
         if isinstance(part, Part) and part.whole.grad is not None:
             assert part.data_ptr() == sharded.own_part(part.whole).data_ptr(), "the rows have moved"
@@ -161,12 +165,12 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the ranks share the rows of what train_step calls."""
+    """Return whether each rank holds some rows of what train_step calls."""
     return isinstance(model, FSDPModule)
 
 
-def part_again(model: nn.Module) -> None:
-    """Let go of whatever came together without a backward pass behind it, such as in an evaluation."""
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that were gathered without a backward pass after it, such as in an evaluation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""Probe the machine and decide what `auto` means on it; say so in one place."""
+"""Probe the machine and decide what `auto` means on it."""
 
 import os
 import shutil
@@ -18,19 +18,25 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# Compilation takes half a minute on two CPU cores and saves a quarter of a 0.5 s step: a shorter run would lose by it.
-COMPILE_PAYS_AFTER_STEPS = 300
+# Steps after which compiling pays off. Two CPU cores, measured: half a minute of compiling saves a quarter of a 0.5 s
+# step. GPU, estimated: one to two minutes save 10 to 20 ms of a step.
+COMPILE_PAYS_AFTER_STEPS = {"cpu": 300, "cuda": 3000}
+# Of a training loop and of an evaluation, per worker process.
+_EVALUATION_PREFETCH = 2
+# Loader processes that still speed up a rank; more only take memory.
+_MOST_WORKERS = 24
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What was decided: device, precision of the forward pass, and the rest of `runtime`."""
+    """The choices: device, precision of the forward pass, memory format, and loader processes of this rank."""
 
     device: torch.device
     precision: str
     channels_last: bool
     workers: int
+    prefetch_batches: int
 
     def autocast(self) -> AbstractContextManager:
         """Return the context of the forward pass; a new one each time."""
@@ -47,9 +53,9 @@ class Runtime:
 
 
 def choose_device(wanted: str) -> str:
-    """Return cpu or cuda. Raises UserError where cuda was asked for and is not there."""
+    """Return cpu or cuda. Raises UserError where cuda was requested and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device: cuda was asked for and torch sees no GPU; set runtime.device=auto or cpu")
+        raise UserError("runtime.device: cuda was requested and torch sees no GPU; set runtime.device=auto or cpu")
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +73,7 @@ def _choose_precision(wanted: str, device: str) -> str:
 
 
 def missing_for_compile(device: str) -> list[str]:
-    """Return what torch.compile needs and would not find, looked for where inductor (CPU) and Triton (GPU) look."""
+    """Return what torch.compile needs and does not find, searched where inductor (CPU) and Triton (GPU) search."""
     missing = []
     if device == "cuda":
         variable, compilers = "CC", ("gcc", "clang")
@@ -93,9 +99,9 @@ def can_compile(device: str) -> bool:
 
 
 def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
-    """Return whether to compile: where that can be had and the run is long enough to earn it back.
+    """Return whether to compile: where it is possible and the run is long enough to pay for it.
 
-    Raises UserError where compilation was asked for and cannot be had.
+    Raises UserError where it was requested and is not possible.
     """
     if config.compile is True and (missing := missing_for_compile(device)):
         raise UserError(
@@ -104,37 +110,54 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
         )
     if config.compile != "auto":
         return config.compile
-    return total_steps >= COMPILE_PAYS_AFTER_STEPS and not config.deterministic and can_compile(device)
+    return total_steps >= COMPILE_PAYS_AFTER_STEPS[device] and not config.deterministic and can_compile(device)
 
 
 def _choose_workers(wanted: str | int, device: str) -> int:
-    """Return loader processes per rank: a share of the cores, none on a CPU where training needs them itself."""
+    """Return loader processes per rank: a share of the cores, none on a CPU, where training needs them itself."""
     if wanted != "auto":
         return int(wanted)
     if device == "cpu":
         return 0
-    share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    machine = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    # A scheduler that binds each task to its own cores has already divided them.
     local_size = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
     )
-    return max(1, min(12, share // local_size - 1))
+    share = usable // local_size if usable == machine else usable
+    return max(1, min(_MOST_WORKERS, share - 1))
+
+
+def _set_backends(config: MachineConfig, device: str) -> None:
+    """Set determinism and float32 matrix products of this process explicitly: a sweep runs several jobs in one.
+
+    TF32 is off where float32 is meant as a reference (`precision: fp32` stated) or the run is deterministic.
+    """
+    torch.use_deterministic_algorithms(config.deterministic)
+    if device != "cuda":
+        return
+    # torch reads this once, before the first deterministic matrix product of the process.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = not config.deterministic
+    precision = "ieee" if config.deterministic or config.precision == "fp32" else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
 
 
 def choose_runtime(config: MachineConfig) -> Runtime:
     """Decide for this machine, apply thread counts and determinism, and return the choices.
 
-    Raises UserError where what was asked for cannot be had here.
+    Raises UserError where a request cannot be met here.
     """
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(config.deterministic)
+    _set_backends(config, device)
     return Runtime(
-        device=torch.device("cuda", distributed.detect_world().local_rank) if device == "cuda" else torch.device("cpu"),
+        device=torch.device("cuda", distributed.local_device_index()) if device == "cuda" else torch.device("cpu"),
         precision=_choose_precision(config.precision, device),
         channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
         workers=_choose_workers(config.workers, device),
+        prefetch_batches=config.prefetch_batches if isinstance(config, RuntimeConfig) else _EVALUATION_PREFETCH,
     )

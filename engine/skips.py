@@ -1,11 +1,11 @@
-"""Steps that were left out, not finite or without weight: which, on whose samples, and how many are too many.
+"""Skipped steps, not finite or without weight: which they are, on which samples, and how many are too many.
 
-Nothing is asked of the device between two reports: the last steps' flags, sample ids and losses stay where they are,
-as references.
+Nothing is read from the device between two reports: flags, sample ids and losses of the last steps are kept there by
+reference.
 
     {"step": 12, "ranks": [1], "what": "loss", "paths": ["cats/a.png"]}     a row of skipped_steps.jsonl
 
-`what` was not finite, `loss` or `gradient`; or `weight`: no image of the step could be read.
+`what` is `loss` or `gradient`, the one that was not finite, or `weight`: no image of the step could be read.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.step import StepResult
-from engine.task import Batch
+from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.files import AppendFile
 from utils.ranks import distributed
@@ -27,14 +27,14 @@ from utils.record.metrics_log import keep_rows
 
 log = get_logger(__name__)
 
-WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be left out
-EMPTY_STEPS = 10  # in a row, of which no image could be read: the collection is gone, whatever the limit
-_DETAILED = 10  # steps of one report whose samples are listed
+WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
+EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, whatever the limit
+_DETAILED = 10  # steps of a report whose samples are listed
 _SHOWN = 8  # paths in a message; the file has all
 
 
 class TooManySkipped(Exception):
-    """Ask for a roll-back: more steps were left out than `loop.max_skipped_steps`, the first of them `first`."""
+    """Ask for a roll-back: more steps were skipped than `loop.max_skipped_steps`, the first of them `first`."""
 
     def __init__(self, first: int, message: str) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class TooManySkipped(Exception):
 
 @dataclass(frozen=True)
 class _Update:
-    """What one update, number `step` from 1, leaves on the device: [B] ids, weights, losses for each micro-batch."""
+    """Device tensors of update number `step` (from 1): [B] ids, weights and losses of each micro-batch."""
 
     step: int
     applied: Tensor
@@ -65,9 +65,9 @@ class _Update:
 
 
 class SkipWatch:
-    """Follow the steps left out.
+    """Count skipped steps.
 
-    `steps` are the numbers (from 1) of those among the last WINDOW_STEPS, `empty` those of them that weighed nothing.
+    `steps`: the numbers (from 1) of the skipped steps among the last WINDOW_STEPS; `empty`: those without weight.
     """
 
     def __init__(self, limit: int | None, *, rolls_back: bool) -> None:
@@ -81,7 +81,7 @@ class SkipWatch:
         self._file: AppendFile | None = None
 
     def open(self, folder: Path, path_of: Callable[[int], str], last_step: int) -> None:
-        """Say where the rows go and how a sample's path is found; rows beyond `last_step` are dropped."""
+        """Open the file of rows, without rows beyond `last_step`. `path_of` returns the path of a sample."""
         self.close()
         self._path_of = path_of
         if distributed.is_main():
@@ -94,7 +94,7 @@ class SkipWatch:
             self._file.close()
 
     def load(self, steps: list[int], empty: list[int]) -> None:
-        """Take over the steps that a checkpoint knows of."""
+        """Restore the steps of a checkpoint."""
         self.steps, self.empty = list(steps), list(empty)
         self.forget(0)
 
@@ -104,14 +104,14 @@ class SkipWatch:
         self._unread.append(_Update(step, result.applied, result.weight, ids, weights, result.losses))
 
     def forget(self, step: int) -> None:
-        """Let go of the steps since the last report, of which the meters know that none was left out."""
+        """Release the steps since the last report, when the meters know that none was skipped."""
         self._unread.clear()
         self.steps, self.empty = (
             [number for number in numbers if number > step - WINDOW_STEPS] for numbers in (self.steps, self.empty)
         )
 
     def read(self, step: int) -> int:
-        """Find out which steps since the last call were left out, report them, and return how many; all ranks together.
+        """Report the skipped steps since the last call and return their number; called on all ranks.
 
         A host synchronisation.
         """
@@ -128,17 +128,17 @@ class SkipWatch:
         return len(skipped)
 
     def check(self, step: int, *, last: bool) -> None:
-        """Raise where too much was left out by step `step`, the run's last one or not.
+        """Raise where too many steps were skipped up to `step`; `last` marks the run's last step.
 
-        UserError where no image could be read for EMPTY_STEPS steps, or in the whole of a shorter run; where more steps
-        than the limit were left out UserError too, or TooManySkipped for a roll-back.
+        UserError where no image could be read for EMPTY_STEPS steps, or in all of a shorter run. Where more steps than
+        the limit were skipped, UserError, or TooManySkipped for a roll-back.
         """
         newest = range(max(1, step - EMPTY_STEPS + 1), step + 1)
         if (last or len(newest) == EMPTY_STEPS) and set(newest) <= set(self.empty):
             raise UserError(
-                f"data.root: no image of the steps {newest[0]} to {step} could be read, see the warnings above and "
-                "unreadable.jsonl; the weights are those of before. Bring the images back and give the same command "
-                "again; prepare.py job=manifest lists what is unreadable"
+                f"data.root: no image of steps {newest[0]} to {step} could be read, see the warnings above and "
+                "unreadable.jsonl; these steps changed no weight. Restore the images and give the same command again; "
+                "prepare.py job=manifest lists unreadable images"
             )
         if self.limit is None or len(self.steps) <= self.limit:
             return
@@ -155,13 +155,13 @@ class SkipWatch:
             raise TooManySkipped(self.steps[0], message)
         remedy = "set a lower optim.lr, loop.clip_grad_norm, runtime.precision=fp32,"
         if len(self.steps) == len(self.empty):
-            remedy = "mend the images (prepare.py job=manifest lists what is unreadable); or set"
+            remedy = "fix the images (prepare.py job=manifest lists unreadable ones), or set"
         raise UserError(
             f"{message}{remedy} a higher limit or null, or loop.on_too_many_skipped=rollback to go on past them"
         )
 
     def _report(self, skipped: list[_Update]) -> None:
-        """Say on rank 0 which samples the steps were made of: those with a bad loss, all where every loss is finite."""
+        """Log on rank 0 the samples of skipped steps: those with a bad loss, or all where every loss is finite."""
         empty = set(self.empty)
         own = [(update.not_finite(), update.all_ids()) for update in skipped]
         every = distributed.gather_objects(own)
@@ -175,11 +175,11 @@ class SkipWatch:
             if ranks:
                 what, reason = "loss", f"its loss was not finite on rank {', '.join(map(str, ranks))}"
             elif update.step in empty:
-                what, reason = "weight", "none of its images could be read, or all of them weigh 0"
+                what, reason = "weight", "none of its images could be read, or all have weight 0"
             else:
                 what, reason = "gradient", "its gradient was not finite (every loss was)"
             log.warning(
-                "step %d was left out: %s; samples: %s%s",
+                "step %d was skipped: %s; samples: %s%s",
                 update.step, reason, ", ".join(paths[:_SHOWN]),
                 f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "",
             )  # fmt: skip
@@ -190,6 +190,6 @@ class SkipWatch:
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def sync(self) -> None:
-        """Bring the rows to the disk."""
+        """Flush the rows to the disk."""
         if self._file is not None:
             self._file.sync()

@@ -2,8 +2,7 @@
 
 The loss of a step is the weighted mean over all its samples, on all ranks and micro-batches: the sum of the weights is
 known before the first backward pass, so accumulation and uneven weights are exact. Whether the step is finite, and
-weighs anything, is one decision for all ranks that stays on the device; a step that is not leaves every tensor
-unchanged.
+has weight, is one decision for all ranks that stays on the device; a skipped step leaves every tensor unchanged.
 """
 
 from collections.abc import Sequence
@@ -14,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.parallel import holding_back, take_gradients
+from engine.parallel import no_sync, take_gradients
 from engine.runtime import Runtime
-from engine.task import Batch, Knobs, StepOutput, Task
+from engine.task import Knobs, StepOutput, Task
 from optim.build import skips_on_device
 from optim.fused import flat_view
+from optim.groups import drop_frozen_gradients
 from utils import rng
+from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.ranks.sharded import holds_rows
 
@@ -28,10 +29,10 @@ from utils.ranks.sharded import holds_rows
 class StepResult:
     """Device scalars of one step, equal on all ranks.
 
-    sums: log name -> (sum, count) over all samples of the step, float64; NaN is left out of a step that was skipped.
-    applied: 1 where the optimiser made its step, 0 where it was left out.
+    sums: log name -> (sum, count) over all samples of the step, float64; 0 for a skipped step.
+    applied: 1 where the optimiser stepped, 0 where the step was skipped.
     stop: above 0 where a rank was asked to stop.
-    weight: the sum of the samples' weights; 0, which leaves the step out, where no image could be read.
+    weight: the sum of the samples' weights; 0, which skips the step, where no image could be read.
     losses: the losses [B] of this rank's micro-batches, detached.
     """
 
@@ -67,7 +68,7 @@ class LossScale:
         self.good_steps = torch.zeros((), device=runtime.device)
 
     def update(self, applied: Tensor, weight: Tensor) -> None:
-        """Learn from one step; from one of weight 0, which was left out for another reason, nothing."""
+        """Adapt to one step; a step of weight 0 was skipped for another reason and changes nothing."""
         if not self.enabled:
             return
         good_steps = (self.good_steps + 1) * applied
@@ -81,14 +82,14 @@ class LossScale:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved state."""
+        """Restore a saved state."""
         self.scale, self.good_steps = (state[name].to(self.scale.device) for name in ("scale", "good_steps"))
 
 
 class _BuffersBefore:
     """A task's buffers as they were before a step, packed by dtype: a few kernels for any number of them.
 
-    Only buffers that are saved: what a checkpoint does not keep is no state (constants such as a normalisation's mean).
+    Only persistent buffers: the others are constants, such as the mean of a normalisation.
     """
 
     def __init__(self, task: nn.Module) -> None:
@@ -124,7 +125,7 @@ def _forward_backward(
         output = model(batch, knobs)
     weight = batch["weight"]
     assert output.loss.shape == weight.shape, f"loss {tuple(output.loss.shape)}, weights {tuple(weight.shape)}"
-    # Select, so that a blank sample of weight 0 cannot bring a NaN in.
+    # Select, do not multiply: the loss of a blank sample may be NaN.
     weighted = torch.where(weight > 0, output.loss.float() * weight, 0.0).sum()
     (weighted * factor).backward()
     return weighted.detach(), output
@@ -140,10 +141,10 @@ def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[
 def _reduce(
     figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, stop: bool, *, rows_only: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
-    """Sum figures and flags over ranks in one collective: (sums, gradient's norm, left out, stop).
+    """Sum figures and flags over ranks in one collective: (sums, gradient norm, skip, stop).
 
-    A step is left out that is not finite or whose `weight` is 0. `figures` begin with the loss; `rows_only`: the norm
-    is that of this rank's rows, whose squares add up to the whole.
+    A step that is not finite, or whose `weight` is 0, is skipped. `figures` begin with the loss. `rows_only`: the norm
+    is that of this rank's rows, so the squares are summed over ranks.
     """
     total = F.pad(figures, (2, 1 if rows_only else 0), value=float(stop))
     # In float64 the sum of two finite float32 is finite, and any other is not.
@@ -161,7 +162,7 @@ def _reduce(
 
 
 def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:
-    """Undo the loss scale and shrink the gradients to the limit, without asking the host."""
+    """Undo the loss scale and clip the gradients, without a host synchronisation."""
     factor = inverse_scale
     if limit is not None:
         shrink = (limit / (norm + 1e-6)).clamp(max=1.0)
@@ -186,8 +187,8 @@ def train_step(
 ) -> StepResult:
     """Make update number `step` (from 0) of the task from its micro-batches of this rank.
 
-    `model` is the task as the ranks share it (engine/parallel.py); `stop` says that this rank was asked to stop.
-    No host synchronisation, except for timm's optimisers, which cannot skip on the device: they cost one per step.
+    `model` is the wrapped task (engine/parallel.py); `stop`: this rank was asked to stop. No host synchronisation,
+    except for timm's optimisers, which cannot skip on the device and cost one per step.
     """
     weight = step_weight(batches)
     denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
@@ -197,14 +198,15 @@ def train_step(
     rows, names, losses = [], [], []
     for micro_step, batch in enumerate(batches):
         rng.seed_micro_step(seed, step, micro_step, distributed.rank(), runtime.device)
-        with holding_back(model, last=micro_step == len(batches) - 1):
+        with no_sync(model, last=micro_step == len(batches) - 1):
             loss, output = _forward_backward(model, batch, knobs, factor, runtime)
         names = names or sorted(output.logs)
         losses.append(output.loss.detach())
         rows.append(_pack(loss, output.logs, names))
 
-    # The optimiser's parameters are all that are trained (optim/groups.py): its lists spare a walk over the modules.
+    # The optimiser's parameters are all trained ones (optim/groups.py), so no walk over the modules is needed.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    drop_frozen_gradients(optimizer, step)
     grads = take_gradients(parameters)
     inverse_scale = 1.0 / scale.scale if scale.enabled else None
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

@@ -1,27 +1,30 @@
 """The contract between a kind of training and the engine.
 
-A task is an nn.Module that owns its network and whatever else is state (a teacher, frozen encoders, running centres),
-so that DDP wraps it, compile sees forward and loss in one graph, and its state is checkpointed with it. It is the only
-thing that a new kind of training writes. Its networks enter their stacked blocks by calling them, which is where ranks
-that share a block's rows bring them together (engine/parallel.py).
+A task is an nn.Module that owns its networks and all other state (a teacher, frozen encoders, a running centre). DDP
+and FSDP therefore wrap the task, compile sees forward and loss in one graph, and its state is checkpointed with it. Its
+networks run stacked blocks by calling them: FSDP all-gathers a block's weights in its forward call
+(engine/parallel.py).
 
     task(batch, knobs) -> StepOutput          one loss per sample
-    task.network                              what EMA follows and export writes
+    task.roles                                which networks are trained, averaged, frozen
+    task.initialise(source)                   initial weights from `init_from`
+    task.exported() -> Exported               what weight files and exports hold, and what is judged best
     task.after_step(step, knobs, applied)     optional: a teacher's update
     task.evaluate(loaders, step) -> Report    exact over ranks
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.contracts import Batch
 from utils.errors import UserError
 
-Batch = dict[str, Tensor]
 Knobs = dict[str, Tensor]
 
 
@@ -39,9 +42,9 @@ class StepOutput:
 
 @dataclass
 class Report:
-    """What an evaluation found: figures on every rank; on rank 0 also tables, as rows of equal keys, and pictures.
+    """The result of an evaluation: scalars on every rank; on rank 0 also tables (rows with equal keys) and images.
 
-    A row's None is an empty cell; an image is [H, W, 3] uint8. Other ranks may leave both out.
+    A None in a table row is an empty cell; an image is [H, W, 3] uint8. Other ranks may leave tables and images empty.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -49,39 +52,123 @@ class Report:
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class Task(nn.Module):
-    """Base of all tasks: the names that the engine uses, and what is optional.
+@dataclass(frozen=True)
+class Roles:
+    """What each network of a task is for. Names are attributes of the task.
 
-    `knob_names` are the scheduled values that the task reads (schedule.knobs must give exactly these).
-    `best_metric` names the scalar that decides which weights are best, `best_is_lowest` its direction.
+    trained: networks that receive gradients.
+    averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
+    frozen: networks that are never trained and never checkpointed. They are rebuilt at every start and compared by
+        fingerprint on resume.
+
+    A network in none of these, such as an EMA teacher, is checkpointed but gets no gradient.
+    """
+
+    trained: tuple[str, ...] = ("network",)
+    averaged: Mapping[str, Literal["device", "cpu"]] = field(default_factory=lambda: {"network": "device"})
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What weight files and exports hold: attribute names of the task's networks, and metadata (JSON values).
+
+    The tensors of a single network keep their own names in the file; those of several are prefixed with the network's.
+    """
+
+    networks: tuple[str, ...] = ("network",)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(nn.Module):
+    """Base of all tasks: the names that the engine uses, and defaults for what is optional.
+
+    knob_names: the scheduled values that the task reads; `schedule.knobs` must give exactly these.
+    best_metric: the scalar of a report that decides which weights are best; `best_is_lowest` is its direction.
     """
 
     knob_names: ClassVar[frozenset[str]] = frozenset()
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
-    network: nn.Module
+    roles: Roles = Roles()
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
         """Return one loss per sample."""
         raise NotImplementedError
 
+    def initialise(self, source: str | None) -> None:
+        """Load initial weights from a run or file (`init_from`); called on a new run, not on resume.
+
+        A task that keeps a copy of its network (a teacher) copies it again here. None keeps the drawn weights.
+        """
+        if source is not None:
+            raise UserError(f"init_from: {type(self).__name__} loads no weights; set init_from=null")
+
     def after_step(self, step: int, knobs: Knobs, applied: Tensor) -> None:
-        """Update what follows the network; `applied` is a device scalar, 0 where the step was left out."""
+        """Update what follows the network; `applied` is a device scalar, 0 where the step was skipped."""
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure on the loaders' samples, exact over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
 
-    def metadata(self) -> dict[str, Any]:
-        """Return what a weight file must say to be used alone: preprocessing, class names (JSON values)."""
-        return {}
+    def exported(self) -> Exported:
+        """Return what weight files and exports hold."""
+        return Exported()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all networks but the frozen ones, which stay in eval mode."""
+        super().train(mode)
+        for name in self.roles.frozen:
+            self.get_submodule(name).eval()
+        return self
 
 
-def mean_over_readable(total: float, count: float) -> float:
-    """Return an evaluation's mean. Raises UserError where no image of the validation split could be read."""
-    if count == 0:
-        raise UserError("data.root: no image of the validation split could be read; see the warnings above")
-    return total / count
+def trained_networks(task: Task) -> dict[str, nn.Module]:
+    """Return the networks that receive gradients, by name."""
+    return {name: task.get_submodule(name) for name in task.roles.trained}
+
+
+def checkpointed_state(task: Task) -> dict[str, Tensor]:
+    """Return the task's state without its frozen networks."""
+    frozen = tuple(f"{name}." for name in task.roles.frozen)
+    return {name: tensor for name, tensor in task.state_dict().items() if not name.startswith(frozen)}
+
+
+def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split tensors by full name into those of a weight file, under the file's names, and the rest."""
+    networks = task.exported().networks
+    exported, rest = {}, {}
+    for name, tensor in tensors.items():
+        network = next((network for network in networks if name.startswith(f"{network}.")), None)
+        if network is None:
+            rest[name] = tensor
+        else:
+            exported[name.removeprefix(f"{network}.") if len(networks) == 1 else name] = tensor
+    return exported, rest
+
+
+def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `split_exported`."""
+    networks = task.exported().networks
+    prefix = f"{networks[0]}." if len(networks) == 1 else ""
+    return {f"{prefix}{name}": tensor for name, tensor in exported.items()} | dict(rest)
+
+
+def exports_average(task: Task) -> bool:
+    """Return whether all exported networks are averaged, so that their average is what is judged and exported."""
+    return set(task.exported().networks) <= set(task.roles.averaged)
+
+
+def fingerprint_frozen(task: Task) -> dict[str, str]:
+    """Return a hash of each frozen network's tensors (names, shapes, dtypes and bytes), by network."""
+    fingerprints = {}
+    for network in task.roles.frozen:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(task.get_submodule(network).state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        fingerprints[network] = digest.hexdigest()[:16]
+    return fingerprints
 
 
 @torch.no_grad()

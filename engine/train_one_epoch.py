@@ -1,25 +1,24 @@
 """train_one_epoch: the only loop. Every entry point runs it.
 
-One pass of the body is one optimiser update; what is due after it is a question of the step alone, so a resumed run
-does the same things at the same steps.
+One pass of the body is one optimiser update. What is due after it depends on the step alone, so a resumed run does the
+same things at the same steps.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from engine.step import StepResult, train_step
-from engine.task import Batch, Knobs
-from engine.training import Training
-from optim.ema import ema_decay_at
-from optim.groups import set_group_values
+from engine.config import LoopConfig
+from engine.run_parts import Run
+from engine.step import StepResult
+from utils.contracts import Batch
 from utils.ranks import distributed
 
 
 class StopVote:
     """Learn, without waiting for the device, whether any rank was asked to stop.
 
-    On a GPU the sum over ranks is copied in the background and read one step later; all ranks read the same number, so
+    On a GPU the sum over ranks is copied in the background and read one step later. All ranks read the same number, so
     all stop at the same step.
     """
 
@@ -43,59 +42,41 @@ class StopVote:
         return bool(earlier[0] > 0)
 
 
-def _knobs(training: Training) -> Knobs:
-    """Return this step's scheduled values as device scalars; a fill needs no host synchronisation."""
-    values = training.schedule.knobs_at(training.step)
-    return {name: torch.full((), value, device=training.runtime.device) for name, value in values.items()}
-
-
-def train_one_epoch(training: Training, stream: Iterator[list[Batch]], epoch: int, vote: StopVote) -> bool:
+def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: StopVote) -> bool:
     """Run the stream to the end of an epoch; returns False where the run was asked to stop (and has saved).
 
-    Raises UserError where a checkpoint was refused or too many steps were left out, TooManySkipped for a roll-back.
-    `stream` yields this rank's micro-batches of step after step, beginning with the step that `training` is at.
+    Raises UserError where a checkpoint could not be written or too many steps were skipped, TooManySkipped for a
+    roll-back. `stream` yields this rank's micro-batches of step after step, beginning with the run's next step.
     """
-    plan, loop = training.plan, training.loop
+    learner, recorder, plan = run.learner, run.recorder, run.plan
     end = plan.epoch_end(epoch)
-    while training.step < end:
-        # 1. Data and this step's scheduled values.
-        training.watchdog.progress(f"step {training.step}: loading")
+    while learner.step < end:
+        # 1. Data.
+        recorder.phase(learner.step, "loading")
         batches = next(stream)
-        if training.samples is not None:
-            training.samples.add(training.step + 1, batches)
-        training.watchdog.progress(f"step {training.step}: computing")
-        knobs = _knobs(training)
-        values = training.schedule.at(training.step)
-        set_group_values(training.optimizer, values.lr, values.weight_decay, values.momentum)
+        recorder.add_samples(learner.step + 1, batches)
 
-        # 2. The update, and what follows the weights.
-        result = train_step(
-            training.model, training.task, batches, training.optimizer, training.scale, knobs,
-            step=training.step, seed=training.seed, clip_grad_norm=loop.clip_grad_norm, runtime=training.runtime,
-            stop=training.must_stop,
-        )  # fmt: skip
-        training.task.after_step(training.step, knobs, result.applied)
-        if training.ema is not None:
-            training.ema.update(ema_decay_at(training.step, loop.ema_decay), result.applied)
-        training.log_meter.add(result)
-        training.epoch_meter.add(result)
-        training.step += 1
-        training.skips.add(training.step, batches, result)
-        training.bar.advance(training.step)
+        # 2. The update.
+        recorder.phase(learner.step, "computing")
+        result = learner.update(batches, stop=run.must_stop)
 
-        # 3. What is due. Figures come before the checkpoint, so that a resumed run has them.
-        last = training.step == plan.total_steps
-        stopping = vote.read(result, training.must_stop)
-        if training.step % loop.log_every_steps == 0 or last:
-            training.log_step()
-        if loop.plot_every_steps is not None and training.step % loop.plot_every_steps == 0:
-            training.plot()
-        if plan.is_due(training.step, loop.evaluate_every_epochs):
-            training.evaluate()
-        if training.step == end:
-            training.end_epoch(epoch)
-        if training.step % loop.checkpoint_every_steps == 0 or last or stopping:
-            training.save(last=last or stopping)
+        # 3. The record.
+        recorder.add_step(learner.step, batches, result)
+
+        # 4. What is due. Figures come before the checkpoint, so that a resumed run has them.
+        step = learner.step
+        last = step == plan.total_steps
+        stopping = vote.read(result, run.must_stop)
+        if step % loop.log_every_steps == 0 or last:
+            recorder.log_step(step)
+        if loop.plot_every_steps is not None and step % loop.plot_every_steps == 0:
+            recorder.plot(step)
+        if plan.is_due(step, loop.evaluate_every_epochs):
+            run.evaluator.evaluate(learner)
+        if step == end:
+            recorder.end_epoch(step, epoch, run.evaluator.last_report)
+        if step % loop.checkpoint_every_steps == 0 or last or stopping:
+            run.save(last=last or stopping)
         if stopping and not last:
             return False
     return True

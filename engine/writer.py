@@ -1,7 +1,7 @@
-"""The checkpoint writer: a run's state is copied at once and written while training goes on.
+"""The checkpoint writer: a run's state is copied at once and written while training continues.
 
-One write is under way at most; the next one waits for it. The thread writes and nothing else: what it met is said and
-raised by the main thread, so that a process forked meanwhile inherits no lock of the log's.
+At most one write is running; the next one waits for it. The thread only writes: its errors are logged and raised in the
+main thread, so that a process forked meanwhile inherits no lock of the logger.
 """
 
 import threading
@@ -19,15 +19,15 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class HostCopies:
-    """Memory on the host that tensors are copied to; kept from one save to the next, pinned for those of a GPU."""
+    """Host memory that tensors are copied to; reused by the next save, and pinned for tensors of a GPU."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def take(self, groups: Groups) -> tuple[dict[str, dict[str, Tensor]], torch.cuda.Event | None]:
-        """Return contiguous copies, and the event after which those from a GPU are complete.
+        """Return contiguous copies, and the event after which copies from a GPU are complete.
 
-        Copies from a GPU are queued behind the work before them and ahead of the next step; nobody waits for them here.
+        Copies from a GPU are queued before the next step; this call does not wait for them.
         """
         copies: dict[str, dict[str, Tensor]] = {}
         on_gpu = False
@@ -48,10 +48,10 @@ class HostCopies:
 
 
 class CheckpointWriter:
-    """Write one state after another, in the background or not; rank 0's alone is used.
+    """Write one state after another, in the background or not; only rank 0 uses it.
 
-    With `retries` a state that the disk refuses is a warning and the run goes on; without, `failed` says that it must
-    end, and `finish` raises why.
+    With `retries` a failed write is logged and the run continues. Without, `failed` is true, so that the run ends, and
+    `finish` raises the error.
     """
 
     def __init__(self, *, in_background: bool, retries: bool) -> None:
@@ -59,44 +59,44 @@ class CheckpointWriter:
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._said = ""
+        self._message = ""
 
     @property
     def failed(self) -> bool:
-        """Return whether the run must end for what the last write met; costs nothing."""
+        """Whether the run must end because a write failed; cheap."""
         if self._thread is not None and not self._thread.is_alive():
             self._join()
-        self._forgive()
+        self._log_and_forget()
         return self._error is not None
 
-    def submit(self, groups: Groups, write: Callable[[Groups], None], said: str, *, copied: bool) -> None:
-        """Have `write` called with the groups as they are now; `said` is logged when that is done.
+    def submit(self, groups: Groups, write: Callable[[Groups], None], message: str, *, copied: bool) -> None:
+        """Call `write` with the groups as they are now, and log `message` when it is done.
 
-        `copied`: nobody else holds the groups' tensors, so they need no copying here.
-        Does nothing where an earlier write has failed and the run is about to end.
+        `copied`: nothing else holds the groups' tensors, so they need no copy here. Does nothing after a write that
+        failed, because the run is about to end.
         """
         self._join()
-        self._forgive()
+        self._log_and_forget()
         if self._error is not None:
             return
-        self._said = said
+        self._message = message
         if not self.in_background:
             self._run(groups, None, write)
-            self._say()
+            self._log_done()
             return
         copies, event = (groups, None) if copied else self._copies.take(groups)
         self._thread = threading.Thread(target=self._run, args=(copies, event, write), name="checkpoint writer")
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the write under way. Raises what it met, even where the run would retry: no other save follows."""
+        """Wait for the running write. Raises its error, even where the run would retry: no other save follows."""
         self._join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def close(self) -> None:
-        """Wait for the write under way, and only say what it met: for a run that ends by another error."""
+        """Wait for the running write and only log its error: for a run that ends by another error."""
         self._join()
         if self._error is not None:
             log.error("%s", self._error)
@@ -111,18 +111,18 @@ class CheckpointWriter:
             self._error = error
 
     def _join(self) -> None:
-        """Wait for the write under way."""
+        """Wait for the running write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._say()
+            self._log_done()
 
-    def _say(self) -> None:
+    def _log_done(self) -> None:
         if self._error is None:
-            log.info("%s", self._said)
+            log.info("%s", self._message)
 
-    def _forgive(self) -> None:
-        """Where the run retries, make a warning of what the disk refused."""
+    def _log_and_forget(self) -> None:
+        """Where the run retries, log a failed write and forget it."""
         if self.retries and isinstance(self._error, UserError):
-            log.error("%s\nThe run goes on and tries again at its next save (loop.on_failed_save=retry)", self._error)
+            log.error("%s\nThe run continues and tries again at its next save (loop.on_failed_save=retry)", self._error)
             self._error = None

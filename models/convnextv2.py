@@ -7,6 +7,7 @@ Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors: mas
 reads them, and GRN sees visible sites only, so that nothing under the mask can reach a visible output.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.depthwise import DepthwiseConv2d
 from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, select_visible
+
+_GROUP_LAST = 12  # of the `group` kind of layer decay
 
 
 def init_weights(module: nn.Module) -> None:
@@ -154,6 +157,33 @@ class ConvNeXtV2(nn.Module):
             x = downsample(x)  # fills masked sites with its biases; the block selects what it reads and returns
             x = self.run_stage(stage, lambda block, x, sites=sites: block(x, sites), x)
         return x
+
+    def last_layer(self, kind: str) -> int:
+        """Return the highest layer below the head, for layer decay: the number of blocks, or 12 for `group`."""
+        return _GROUP_LAST if kind == "group" else sum(self.depths)
+
+    def layer_of(self, name: str, kind: str) -> int:
+        """Return the layer of a parameter, for layer decay; head and final norm are `last_layer` + 1.
+
+        kind: `single` numbers each block, `group` counts in twelve groups, `timm` is `single` with the stem one below.
+        Source: facebookresearch/ConvNeXt-V2:optim_factory.py (`single`, `group`);
+        huggingface/pytorch-image-models:timm/models/convnext.py group_matcher (`timm`).
+        """
+        if match := re.match(r"downsample_layers\.(\d+)\.", name):
+            stage = int(match[1])
+            if stage == 0:
+                return 1 if kind == "single" else 0
+            if kind == "group":
+                return stage + 1 if stage < len(self.depths) - 1 else _GROUP_LAST
+            return sum(self.depths[:stage]) + 1
+        if match := re.match(r"stages\.(\d+)\.(\d+)\.", name):
+            stage, block = int(match[1]), int(match[2])
+            if kind != "group":
+                return sum(self.depths[:stage]) + block + 1
+            if stage == len(self.depths) - 1:
+                return _GROUP_LAST
+            return stage + 1 if stage < 2 else min(3 + block // 3, _GROUP_LAST - 1)
+        return self.last_layer(kind) + 1
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let blocks keep only their input for the backward pass and compute the rest a second time (timm's name)."""

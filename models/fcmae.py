@@ -127,6 +127,16 @@ class FCMAE(nn.Module):
         """Let the encoder's blocks be computed a second time in the backward pass instead of being kept."""
         self.encoder.set_grad_checkpointing(enable)
 
+    def last_layer(self, kind: str) -> int:
+        """Return the encoder's highest layer, for layer decay."""
+        return self.encoder.last_layer(kind)
+
+    def layer_of(self, name: str, kind: str) -> int:
+        """Return the layer of a parameter, for layer decay; the decoder's is above the encoder's last."""
+        if name.startswith("encoder."):
+            return self.encoder.layer_of(name.removeprefix("encoder."), kind)
+        return self.last_layer(kind) + 1
+
     @property
     def num_patches(self) -> int:
         """Return L, the number of patches of an image."""

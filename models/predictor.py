@@ -1,34 +1,25 @@
-"""From images to class probabilities, by a weight file or by an ONNX file: the same preprocessing, the same names.
+"""Predictions from a weight file or an ONNX file: the same preprocessing, the same names.
 
-Both kinds of file carry class names and preprocessing in their metadata, so nothing else is needed.
+Both kinds of file carry names and preprocessing in their metadata, so nothing else is needed.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
-from google.protobuf.message import DecodeError, Message
-from onnxruntime.capi import onnxruntime_pybind11_state as refusals
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
-from models.build import build_network
-from models.config import ModelConfig
-from models.normalise import Normalise
-from models.weights import check_fit, load_into
+from models.image_model import OUTPUT_NAMES, ImageModel, Output
 from utils.errors import UserError
-from utils.io.weights import read_weights
+from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
 
-_MAX_SIDE = 16_384  # pixels, of what a file asks images to be resized to
-_RUNTIME_REFUSALS = (
-    refusals.Fail, refusals.InvalidGraph, refusals.InvalidProtobuf, refusals.NoSuchFile, refusals.InvalidArgument,
-    refusals.NotImplemented, refusals.RuntimeException,
-)  # fmt: skip
+_MAX_SIDE = 16_384  # pixels that a file may ask images to be resized to
+# The metadata key of the names of a model's outputs.
+NAME_KEYS: dict[Output, str] = {"classes": "class_names", "tags": "tag_names"}
 
 
 class _Preprocessing(BaseModel):
@@ -45,176 +36,110 @@ class _Preprocessing(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """What of a file's metadata prediction needs; more may stand there."""
+    """The metadata that a prediction needs; a file may have more."""
 
     model_config = ConfigDict(strict=True)
 
-    class_names: Annotated[list[str], Field(min_length=1)]
     preprocessing: _Preprocessing
 
 
-def _check_metadata(path: Path, key: str, metadata: Any) -> None:
-    """Raise UserError that names the first wrong value of a file's metadata."""
+class _Classes(_Metadata):
+    class_names: Annotated[list[str], Field(min_length=1)]
+
+
+class _Tags(_Metadata):
+    tag_names: Annotated[list[str], Field(min_length=1)]
+
+
+_SCHEMAS = {"classes": _Classes, "tags": _Tags}
+
+
+def check_metadata(path: Path, key: str, metadata: Any) -> None:
+    """Raise UserError (`key`) that names the first wrong value of a file's metadata."""
+    output = metadata.get("output") if isinstance(metadata, dict) else None
     try:
-        _Metadata.model_validate(metadata)
+        _SCHEMAS.get(output, _Metadata).model_validate(metadata)
     except ValidationError as error:
-        raise _wrong_metadata(path, key, error) from None
+        raise wrong_metadata(path, key, error) from None
 
 
-def _wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
+def wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
+    """Return the error for wrong metadata of a file."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
-    return UserError(f"{key}: {path} has wrong metadata ({where}: {first['msg']}); make the file anew")
-
-
-class Classifier(nn.Module):
-    """A trained network with its normalisation: uint8, or float in [0, 1], [B, C, H, W] to logits [B, K]."""
-
-    def __init__(self, network: nn.Module, normalise: Normalise) -> None:
-        super().__init__()
-        self.network, self.normalise = network, normalise
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (logits, probs), both float32 [B, K]."""
-        logits = self.network(self.normalise(images)).float()
-        return logits, logits.softmax(dim=1)
-
-
-def load_classifier(path: Path, key: str = "weights") -> tuple[Classifier, dict[str, Any]]:
-    """Rebuild a classifier from a weight file alone; returns it in eval mode, with the file's metadata.
-
-    Raises UserError (`key`) where the file is no classifier of Atelier's.
-    """
-
-    def build(metadata: dict[str, Any]) -> nn.Module:
-        model = TypeAdapter(ModelConfig).validate_python(metadata.get("model"))
-        return build_network(model, num_classes=len(metadata["class_names"]))
-
-    def check(shapes: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Refuse what is no classifier's, before anything as large as the metadata ask for is allocated."""
-        if "class_names" not in metadata:
-            raise UserError(
-                f"{key}: {path} holds no class names, so it is no classifier that Atelier wrote (a pretrained "
-                "network?); fine-tune it first: finetune.py init_from=..."
-            )
-        _check_metadata(path, key, metadata)
-        try:
-            with torch.device("meta"):
-                network = build(metadata)
-        except ValidationError as error:
-            raise _wrong_metadata(path, key, error) from None
-        if left := check_fit(network, shapes, keep_head=True):
-            raise UserError(
-                f"{key}: {path} has no {', '.join(left)} for its {len(metadata['class_names'])} classes; "
-                "make the file anew"
-            )
-
-    state, metadata = read_weights(path, key, check)
-    network = build(metadata)
-    load_into(network, state, keep_head=True)
-    preprocessing = metadata["preprocessing"]
-    normalise = Normalise(preprocessing["mean"], preprocessing["std"], preprocessing["channels"])
-    return Classifier(network, normalise).eval(), metadata
+    return UserError(f"{key}: {path} has wrong metadata ({where}: {first['msg']}); make the file again")
 
 
 class Predictor:
-    """Class probabilities of batches of uint8 images; `class_names` and `preprocessing` as in training."""
+    """Predictions for batches of uint8 images; `names` of the outputs and `preprocessing` as in training."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.class_names: list[str] = list(metadata["class_names"])
+        self.output: Output = metadata["output"]
+        name_key = NAME_KEYS.get(self.output)
+        self.names: list[str] = [] if name_key is None else list(metadata[name_key])
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
 
-    def probs(self, images: Tensor) -> np.ndarray:
-        """Return float32 [B, K] for uint8 [B, C, H, W] of the preprocessing's size."""
+    def predict(self, images: Tensor) -> np.ndarray:
+        """Return probabilities float32 [B, K], or features [B, C], of uint8 images [B, C, H, W]."""
         raise NotImplementedError
 
 
 class TorchPredictor(Predictor):
-    """Predict with a weight file."""
+    """Predict with a model that was rebuilt from a weight file."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        classifier, metadata = load_classifier(path)
+    def __init__(self, model: ImageModel, metadata: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(metadata)
-        self._classifier, self._device = classifier.to(device), device
+        self._model, self._device = model.to(device), device
 
     @torch.inference_mode()
-    def probs(self, images: Tensor) -> np.ndarray:
-        """Return the probabilities."""
-        return self._classifier(images.to(self._device))[1].cpu().numpy()
+    def predict(self, images: Tensor) -> np.ndarray:
+        """Return the predictions."""
+        return self._model(images.to(self._device))[-1].cpu().numpy()
 
 
 class OnnxPredictor(Predictor):
     """Predict with an exported file in ONNX Runtime."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
         # ONNX Runtime lists the providers that it was built with, not those that work here: torch knows that.
         providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-        _refuse_external_data(path)
+        refuse_external_data(path, "weights")
         try:
             self._session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
-        except _RUNTIME_REFUSALS as error:
-            raise _unreadable(path, error) from None
+        except (
+            errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile, errors.InvalidArgument,
+            errors.NotImplemented, errors.RuntimeException,
+        ) as error:  # fmt: skip
+            raise unreadable_onnx(path, "weights", error) from None
         found = self._session.get_modelmeta().custom_metadata_map
         if "atelier" not in found:
-            raise UserError(f"weights: {path} was not exported by Atelier: it names no classes; use export.py")
+            raise UserError(f"weights: {path} was not exported by Atelier: it has no metadata; use export.py")
         try:
             metadata = json.loads(found["atelier"])
         except (ValueError, RecursionError) as error:
-            raise _unreadable(path, error) from None
-        _check_metadata(path, "weights", metadata)
-        self._check_graph(path, len(metadata["class_names"]))
+            raise unreadable_onnx(path, "weights", error) from None
+        check_metadata(path, "weights", metadata)
+        if metadata.get("output") not in OUTPUT_NAMES:
+            raise UserError(f"weights: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
         super().__init__(metadata)
+        self._name = OUTPUT_NAMES[self.output][-1]
+        self._check_graph(path)
 
-    def _check_graph(self, path: Path, classes: int) -> None:
-        """Raise UserError where the graph is not images -> probs of so many classes."""
+    def _check_graph(self, path: Path) -> None:
+        """Raise UserError where the graph is not images -> outputs of the metadata's names."""
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = {value.name: value.shape for value in self._session.get_outputs()}
-        if inputs != [("images", "tensor(float)")] or outputs.get("probs", [])[1:] != [classes]:
+        shape = outputs.get(self._name, [])
+        if inputs != [("images", "tensor(float)")] or len(shape) != 2 or (self.names and shape[1] != len(self.names)):
+            wanted = len(self.names) if self.names else "C"
             raise UserError(
-                f"weights: {path} has the inputs {inputs} and the outputs {outputs}; a classifier that export.py made "
-                f"takes 'images', tensor(float), and gives 'probs', [batch, {classes}]"
+                f"weights: {path} has the inputs {inputs} and the outputs {outputs}; a file that export.py made takes "
+                f"'images', tensor(float), and gives '{self._name}', [batch, {wanted}]"
             )
 
-    def probs(self, images: Tensor) -> np.ndarray:
-        """Return the probabilities."""
-        return self._session.run(["probs"], {"images": images.numpy().astype(np.float32) / 255.0})[0]
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"weights: {path} is no readable ONNX file ({(str(error) or 'damaged').splitlines()[0]})")
-
-
-def _refuse_external_data(path: Path) -> None:
-    """Raise UserError where an ONNX file takes data from other files: export.py puts all into one.
-
-    ONNX Runtime reads what such a file names below its own folder, and older versions whatever it names.
-    """
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    for tensor in _find_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            named = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            raise UserError(
-                f"weights: {path} takes data from another file, {named[:200]!a}, which is not read; export it as one "
-                "file (export.py does)"
-            )
-
-
-def _find_tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Yield every tensor of an ONNX message: of the graph, of graphs in attributes, of functions."""
-    stack = [message]
-    while stack:
-        found = stack.pop()
-        if isinstance(found, onnx.TensorProto):
-            yield found
-            continue
-        for field, value in found.ListFields():
-            if field.message_type is not None:
-                stack += [value] if isinstance(value, Message) else value
-
-
-def load_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor for a file, by its ending."""
-    return OnnxPredictor(path, device) if path.suffix == ".onnx" else TorchPredictor(path, device)
+    def predict(self, images: Tensor) -> np.ndarray:
+        """Return the predictions."""
+        return self._session.run([self._name], {"images": images.numpy().astype(np.float32) / 255.0})[0]

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from optim.fused import descend, flat_view
+from optim.fused import flat_view, subtract_scaled_
 
 _AVERAGES = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
-_CPU_ELEMENTS = 1 << 17  # of 2**14 to 2**20 the fastest on convnextv2_atto: 5 MiB for all that one part touches
+# Elements updated at once. CPU: of 2**14 to 2**20 the fastest on convnextv2_atto (5 MiB for all that one part touches).
+# GPU: 256 MiB of float32, so that the four temporaries of a part take 1 GiB however large the model is.
+_PART_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
 class Adan(torch.optim.Optimizer):
@@ -21,7 +23,7 @@ class Adan(torch.optim.Optimizer):
 
     State of a parameter: `exp_avg`, `exp_avg_diff`, `exp_avg_sq`, `previous_grad`, all of its shape, and `step` (a
     float32 scalar on its device). `found_inf` (a device scalar set by train_step, 1 where a gradient is not finite)
-    makes the step leave every tensor unchanged without a host synchronisation.
+    makes the step change no tensor, without a host synchronisation.
     """
 
     _step_supports_amp_scaling = True
@@ -83,20 +85,20 @@ class Adan(torch.optim.Optimizer):
             for (_, parameters), own in zip(members, grads)
         ]
         steps = [state["step"] for own in states for state in own]
-        descend(steps, [torch.ones((), device=device)] * len(steps), -1.0, found_inf=self.found_inf)
+        subtract_scaled_(steps, [torch.ones((), device=device)] * len(steps), -1.0, found_inf=self.found_inf)
         scalars = self._scalars(torch.stack([own[0]["step"] for own in states]), betas, eps)
         for index, ((group, parameters), own, state) in enumerate(zip(members, grads, states)):
             lists = [parameters, own, *([each[name] for each in state] for name in _AVERAGES)]
             wide = torch.promote_types(own[0].dtype, torch.float32)
             factors = scalars[:, index].to(wide).unbind()
-            for chunk in _cut(lists) if device.type == "cpu" else [lists]:
+            for chunk in _cut(lists, _PART_ELEMENTS[device.type]):
                 self._update_chunk(group, factors, *chunk)
 
     def _scalars(self, count: torch.Tensor, betas: list[float], eps: float) -> torch.Tensor:
-        """Return what depends on the steps made, `count` [G], and on this one being left out, as float64 [5, G].
+        """Return the factors that depend on the steps made, `count` [G], and on a skip of this one: float64 [5, G].
 
-        A factor that is 1 in a step left out, one that is 0 in the first, and, with c = 1 - beta ** count, those of the
-        update (m / c1 + beta2 * v / c2) / (sqrt(n / c3) + eps), above and below multiplied by c1.
+        The first is 1 in a skipped step, the second 0 in the first step. With c = 1 - beta ** count, the others belong
+        to the update (m / c1 + beta2 * v / c2) / (sqrt(n / c3) + eps), numerator and denominator multiplied by c1.
         """
         count = count.double()  # in float32, 1 - beta ** count would lose two digits in the first steps
         keep = torch.ones_like(count) if self.found_inf is None else (1.0 - self.found_inf.double()).expand_as(count)
@@ -129,9 +131,9 @@ class Adan(torch.optim.Optimizer):
         corrected = torch._foreach_add(grads, delta, alpha=beta2)
         torch._foreach_mul_(corrected, corrected)
         torch._foreach_mul_(average, shrink)
-        descend(average, grads, beta1 - 1, copy_to=previous, found_inf=self.found_inf)
-        descend(difference, delta, beta2 - 1, decay=-1.0, found_inf=self.found_inf)
-        descend(square, corrected, beta3 - 1, decay=-1.0, found_inf=self.found_inf)
+        subtract_scaled_(average, grads, beta1 - 1, copy_to=previous, found_inf=self.found_inf)
+        subtract_scaled_(difference, delta, beta2 - 1, decay=-1.0, found_inf=self.found_inf)
+        subtract_scaled_(square, corrected, beta3 - 1, decay=-1.0, found_inf=self.found_inf)
         denominator = torch._foreach_sqrt(square)
         torch._foreach_mul_(denominator, of_root)
         torch.ops.aten._foreach_add_.Tensor(denominator, eps)  # torch._foreach_add_ would read the scalar on the host
@@ -140,7 +142,7 @@ class Adan(torch.optim.Optimizer):
         torch._foreach_div_(update, denominator)
         # (theta - lr * u) / (1 + lr * decay) = theta - rate * (u + decay * theta), with
         rate = group["lr"] / (1 + group["lr"] * group["weight_decay"])
-        descend(parameters, update, rate, decay=group["weight_decay"], found_inf=self.found_inf)
+        subtract_scaled_(parameters, update, rate, decay=group["weight_decay"], found_inf=self.found_inf)
 
 
 def _aligned_grad(parameter: torch.Tensor) -> torch.Tensor:
@@ -150,17 +152,17 @@ def _aligned_grad(parameter: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter).copy_(parameter.grad)
 
 
-def _cut(lists: list[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
-    """Cut lists of tensors into parts that stay in a CPU's cache from one operation to the next."""
+def _cut(lists: list[list[torch.Tensor]], limit: int) -> Iterator[list[list[torch.Tensor]]]:
+    """Cut lists of tensors into parts of at most `limit` elements; on a CPU they stay in its cache."""
     part, size = [[] for _ in lists], 0
     for tensors in zip(*lists):
         count = tensors[0].numel()
-        if count > _CPU_ELEMENTS:
+        if count > limit:
             flat = list(map(flat_view, tensors))
-            for start in range(0, count, _CPU_ELEMENTS):
-                yield [[vector[start : start + _CPU_ELEMENTS]] for vector in flat]
+            for start in range(0, count, limit):
+                yield [[vector[start : start + limit]] for vector in flat]
             continue
-        if size + count > _CPU_ELEMENTS:
+        if size + count > limit:
             yield part
             part, size = [[] for _ in lists], 0
         for members, tensor in zip(part, tensors):

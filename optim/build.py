@@ -1,59 +1,40 @@
-"""From configuration to optimiser: one visible table."""
+"""Build optimisers from the configuration."""
 
 import torch
-from torch import nn
 
 from optim.adan import Adan
 from optim.config import AdamWConfig, AdanConfig, OptimConfig, SGDConfig, TimmOptimConfig
 from utils.errors import UserError
 
+# timm's optimisers that work element by element: steps on rows of a parameter are the steps on the whole. Others use
+# norms of whole parameters, factored moments or random draws (tests/optim/test_optimizers.py tries each).
+ELEMENTWISE = frozenset(
+    (
+        *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adamwlegacy", "adan", "adanw"),
+        *("adopt", "adoptc", "adoptw", "laprop", "lapropc", "lion", "lionc", "madgrad", "madgradw", "momentum"),
+        *("nadam", "nadamc", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radabelief", "radam", "radamlegacy"),
+        *("radamw", "rmsprop", "rmsproptf", "rmsproptfc", "rmsproptfw", "sgd", "sgdc", "sgdw"),
+    )
+)
+
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimiser itself leaves out a step where `found_inf` is 1, without asking the host."""
+    """Return whether the optimiser itself skips a step where `found_inf` is 1, without a host synchronisation."""
     return isinstance(optimizer, Adan) or any(group.get("fused") for group in optimizer.param_groups)
 
 
 def check_shardable(config: OptimConfig) -> None:
-    """Raise UserError where a rank that holds some rows of a parameter could not make the optimiser's step on them.
-
-    Found out by trying: three steps on halves of a matrix, a kernel and a vector must be those on the whole. Norms of
-    a whole parameter, factored moments and random draws differ; so would state that is not shaped like its parameter.
-    """
-    if not isinstance(config, TimmOptimConfig):  # tests/optim/test_optimizers.py tries the others
-        return
-    if not steps_on_rows(config):
+    """Raise UserError where the optimiser cannot step on some rows of a parameter, as `runtime.parallel=fsdp` needs."""
+    if isinstance(config, TimmOptimConfig) and config.opt not in ELEMENTWISE:
         raise UserError(
-            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.opt={config.opt} must see "
-            "a parameter as a whole; set runtime.parallel=ddp, or an optimiser that works element by element, such as "
-            "optim=adamw, optim=adan or optim.opt=nadamw"
+            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.opt={config.opt} is not "
+            "known to work element by element; set runtime.parallel=ddp, or another optimiser, such as optim=adamw, "
+            "optim=adan or optim.opt=nadamw"
         )
 
 
-def steps_on_rows(config: OptimConfig) -> bool:
-    """Return whether steps on the rows of parameters, two halves each by itself, are the steps on the whole."""
-    generator = torch.Generator().manual_seed(0)
-    wholes = [torch.randn(shape, generator=generator) for shape in ((64, 48), (64, 32, 3, 3), (64,))]
-    gradients = [[torch.randn(whole.shape, generator=generator) for whole in wholes] for _ in range(3)]
-    runs = []
-    for count in (1, 2):
-        parts = [[nn.Parameter(part.clone()) for part in whole.chunk(count)] for whole in wholes]
-        groups = [{"params": sum(parts, []), "weight_decay": 0.05}]
-        optimizer = build_optimizer(config, groups, 0.01)
-        for step in gradients:
-            for own, gradient in zip(parts, step):
-                for part, rows in zip(own, gradient.chunk(count)):
-                    part.grad = rows.clone()
-            optimizer.step()
-        for part in groups[0]["params"]:
-            state = [value for value in optimizer.state[part].values() if isinstance(value, torch.Tensor)]
-            if any(value.ndim > 0 and value.shape != part.shape for value in state):
-                return False
-        runs.append([torch.cat([part.detach() for part in own]) for own in parts])
-    return all(torch.allclose(one, other, rtol=1e-6, atol=1e-6) for one, other in zip(*runs))
-
-
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    """Build the optimiser over groups of `build_groups`; lr is the peak rate before a group's scale."""
+    """Build the optimiser over groups of `build_groups`; lr is the peak learning rate before a group's scale."""
     match config:
         case AdamWConfig():
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
@@ -61,8 +42,8 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
             return Adan(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case SGDConfig():
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-            # A first step that is left out would leave torch's lazily made buffers uninitialised. Without momentum too:
-            # a one-cycle schedule sets one.
+            # torch makes the buffers in the first step, and would leave them uninitialised if that step is skipped.
+            # Without momentum too: a one-cycle schedule sets one.
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -76,6 +57,6 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
             except (TypeError, ValueError) as error:
                 arguments = ", ".join(config.extra_arguments())
                 raise UserError(
-                    f"optim.extra: timm's {config.opt} cannot be made with {config.extra} ({error}); set another of "
-                    f"its arguments: {arguments}"
+                    f"optim.extra: timm's {config.opt} cannot be built with {config.extra} ({error}); its other "
+                    f"arguments are {arguments}"
                 ) from error

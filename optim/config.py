@@ -11,8 +11,28 @@ from utils.errors import close_names
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class RuleConfig(Strict):
+    """Settings of the parameters whose name matches the pattern `match`, such as `network.head.*`.
+
+    lr_scale multiplies the scale of layer decay. weight_decay is fixed, not scheduled, and also applies to vectors.
+    freeze_steps: updates at the start during which the parameters do not change. A field that is absent changes
+    nothing.
+    """
+
+    match: Annotated[str, Field(min_length=1)]
+    lr_scale: Annotated[float, Field(ge=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    freeze_steps: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _states_something(self) -> "RuleConfig":
+        if self.lr_scale is None and self.weight_decay is None and self.freeze_steps is None:
+            raise ValueError(f"{self.match!r} sets nothing; give lr_scale, weight_decay or freeze_steps")
+        return self
+
+
 class _Optim(Strict):
-    """What every optimiser has: a rate, decay, layer decay.
+    """What every optimiser has: a learning rate, weight decay, layer decay, rules.
 
     `lr` wins over `base_lr` when set; base_lr is stated for 256 samples per step.
     """
@@ -22,7 +42,7 @@ class _Optim(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     layer_decay_kind: Literal["single", "group", "timm"]
-    no_decay: list[str]
+    rules: list[RuleConfig]
 
 
 class AdamWConfig(_Optim):
@@ -82,8 +102,8 @@ class TimmOptimConfig(_Optim):
             raise ValueError(f"optim.opt: unknown timm optimiser {self.opt!r}; {close_names(self.opt, known)}")
         if timm.optim.get_optimizer_info(self.opt).second_order:
             raise ValueError(
-                f"optim.opt: {self.opt} wants second derivatives, which train_step does not make; take one of the "
-                "first order, such as optim.opt=nadamw"
+                f"optim.opt: {self.opt} needs second derivatives, which train_step does not compute; take a "
+                "first-order one, such as optim.opt=nadamw"
             )
         if self.opt.startswith("kron"):
             raise ValueError(
@@ -100,12 +120,44 @@ class TimmOptimConfig(_Optim):
 OptimConfig = Annotated[AdamWConfig | AdanConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")]
 
 
+class PhaseConfig(Strict):
+    """A phase of a knob: from its value so far to `to` by a curve, in `steps`, `epochs` or a `fraction` of the run.
+
+    Without a duration the phase lasts to the end of the run.
+    """
+
+    to: float
+    curve: Literal["cosine", "linear"]
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @property
+    def has_duration(self) -> bool:
+        """Whether the phase states how long it lasts."""
+        return any(value is not None for value in (self.steps, self.epochs, self.fraction))
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> "PhaseConfig":
+        if sum(value is not None for value in (self.steps, self.epochs, self.fraction)) > 1:
+            raise ValueError("a phase has one duration; give steps, epochs or fraction")
+        return self
+
+
 class KnobConfig(Strict):
-    """A scheduled value that a task reads by name: from `start` to `end` over the run, by a curve."""
+    """A scheduled value that a task reads by name: it starts at `start` and goes through `phases` in their order.
+
+    After the last phase the value is held; a phase from a value to the same value holds it too.
+    """
 
     start: float
-    end: float
-    curve: Literal["cosine", "linear", "constant"]
+    phases: list[PhaseConfig]
+
+    @model_validator(mode="after")
+    def _only_the_last_phase_is_open(self) -> "KnobConfig":
+        if any(not phase.has_duration for phase in self.phases[:-1]):
+            raise ValueError("phases: only the last may have no duration; give the others steps, epochs or fraction")
+        return self
 
 
 class _Schedule(Strict):

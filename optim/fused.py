@@ -1,9 +1,9 @@
-"""torch's fused SGD kernel as plain arithmetic: the one elementwise kernel that leaves a step out on the device."""
+"""torch's fused SGD kernel as plain arithmetic: the one elementwise kernel that can skip a step on the device."""
 
 import torch
 
 
-def descend(
+def subtract_scaled_(
     target: list[torch.Tensor],
     source: list[torch.Tensor],
     rate: float,
@@ -12,13 +12,12 @@ def descend(
     copy_to: list[torch.Tensor] | None = None,
     found_inf: torch.Tensor | None = None,
 ) -> None:
-    """Take rate * (source + decay * target) off the target in one pass, and copy the source into `copy_to`.
+    """Compute target -= rate * (source + decay * target) in one pass, and copy the source into `copy_to`.
 
-    Where `found_inf` (a float32 scalar on the device) is 1, nothing is changed, whatever stands in the source. The
-    lists hold tensors of one device and dtype; those of one index share shape and layout, since the kernel walks
-    through memory: of channels-last tensors the CPU's would first make a copy that it does not use, hence the vectors
-    (of those alone: a view of each tensor is much on a hot path). As the momentum of a first step, SGD keeps a copy of
-    its gradient: that is `copy_to`.
+    Where `found_inf` (a float32 scalar on the device) is 1, nothing changes, even if the source holds NaN. The lists
+    hold tensors of one device and dtype; those of one index share shape and memory layout, because the kernel walks
+    through memory. Tensors that are not contiguous are passed as vectors: for channels-last ones the CPU kernel would
+    make a copy that it does not use. SGD keeps a copy of its first gradient as momentum: that is `copy_to`.
     """
     target, source, copies = (
         [tensor if tensor.is_contiguous() else flat_view(tensor) for tensor in tensors]

@@ -1,75 +1,133 @@
-"""Parameter groups that refuse to guess: every trainable parameter in exactly one, and no pattern without a match."""
+"""Parameter groups: every trainable parameter is in exactly one, and every rule matches something.
+
+A parameter's group follows from three things: layer decay, its shape (vectors are exempt from weight decay), and the
+rules of `optim.rules`, which win.
+"""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from optim.config import OptimConfig
-from optim.layer_decay import layer_scale
+from optim.config import OptimConfig, RuleConfig
+from optim.layer_decay import layer_scales
+from optim.schedules import GroupValues
 from utils.errors import UserError, close_names
 
+_RULE_FIELDS = ("lr_scale", "weight_decay", "freeze_steps")
 
-def is_exempt(name: str, parameter: nn.Parameter, patterns: Sequence[str]) -> bool:
-    """Return whether a parameter is spared weight decay: vectors by logical shape (biases, norms, GRN), or a pattern.
 
-    The logical shape leaves out axes of size 1, so that GRN's (1, 1, 1, C) counts as the vector that it is.
+class _Settings(NamedTuple):
+    """What the parameters of a group share. fixed_decay: the weight decay of a rule; None for the scheduled one."""
+
+    lr_scale: float
+    decays: bool
+    fixed_decay: float | None
+    freeze_steps: int
+
+
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a vector (biases, norms, GRN), which is exempt from weight decay.
+
+    Axes of size 1 do not count: GRN's (1, 1, 1, C) is a vector.
     """
-    logical = [size for size in parameter.shape if size > 1]
-    return len(logical) <= 1 or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return len([size for size in parameter.shape if size > 1]) <= 1
 
 
-def trainable_parameters(task: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that receive gradients, by name."""
-    return {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: OptimConfig) -> list[dict]:
+    """Return optimiser groups of a task's trainable parameters.
 
-
-def build_groups(task: nn.Module, config: OptimConfig, depths: Sequence[int] | None) -> list[dict]:
-    """Return optimiser groups with `names`, `lr_scale` and `decays`, one per (layer scale, decay or not).
-
-    Raises UserError where a pattern of optim.no_decay matches nothing or where nothing is trainable.
+    networks: the trained networks by attribute name in the task; layer decay applies within each. Parameters outside
+    of them have scale 1. Beside the optimiser's own keys, a group has `names`, `lr_scale`, `decays`, `fixed_decay` and
+    `freeze_steps`. Raises UserError (`optim.rules`) where a rule matches nothing or two rules contradict each other.
     """
-    parameters = trainable_parameters(task)
+    parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
-        raise UserError("model: no parameter of the task is trainable; nothing to optimise")
-    for pattern in config.no_decay:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
-            raise UserError(f"optim.no_decay: {pattern!r} matches no parameter; {close_names(pattern, parameters)}")
-    groups: dict[tuple[float, bool], dict] = {}
+        raise UserError("model: the task has no trainable parameter; nothing to optimise")
+    scales = {
+        f"{network_name}.{name}": scale
+        for network_name, network in networks.items()
+        for name, scale in layer_scales(network, config.layer_decay_kind, config.layer_decay).items()
+    }
+    stated = _apply_rules(list(parameters), config.rules)
+    groups: dict[_Settings, dict] = {}
     for name, parameter in parameters.items():
-        scale = layer_scale(name, depths, config.layer_decay_kind, config.layer_decay)
-        decays = not is_exempt(name, parameter, config.no_decay)
-        group = groups.setdefault(
-            (scale, decays), {"params": [], "names": [], "lr_scale": scale, "decays": decays, "weight_decay": 0.0}
+        rule, scale = stated[name], scales.get(name, 1.0)
+        fixed = rule.get("weight_decay")
+        settings = _Settings(
+            scale * rule.get("lr_scale", 1.0),
+            fixed is None and not is_vector(parameter),
+            fixed,
+            int(rule.get("freeze_steps", 0)),
         )
+        group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
         group["params"].append(parameter)
         group["names"].append(name)
-    ordered = [groups[key] for key in sorted(groups)]
-    assert sum(len(group["names"]) for group in ordered) == len(parameters)
-    return ordered
+    ordered = sorted(groups, key=lambda settings: (settings[0], settings[1], settings[2] or 0.0, settings[3]))
+    assert sum(len(group["names"]) for group in groups.values()) == len(parameters)
+    return [groups[settings] for settings in ordered]
+
+
+def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, dict[str, float]]:
+    """Return what the rules state for each parameter, by field."""
+    stated: dict[str, dict[str, float]] = {name: {} for name in names}
+    sources: dict[tuple[str, str], str] = {}
+    for index, rule in enumerate(rules):
+        matched = [name for name in names if fnmatch.fnmatchcase(name, rule.match)]
+        if not matched:
+            raise UserError(
+                f"optim.rules.{index}.match: {rule.match!r} matches no parameter; {close_names(rule.match, names)}"
+            )
+        given = {field: value for field in _RULE_FIELDS if (value := getattr(rule, field)) is not None}
+        for name in matched:
+            for field, value in given.items():
+                if field in stated[name]:
+                    raise UserError(
+                        f"optim.rules.{index}.{field}: {rule.match!r} and {sources[name, field]!r} both set it for "
+                        f"{name}; make their patterns disjoint"
+                    )
+                stated[name][field], sources[name, field] = value, rule.match
+    return stated
 
 
 def groups_table(groups: list[dict]) -> str:
-    """Return the groups as a table: scale of the rate, decayed or not, tensors, parameters, an example."""
-    lines = [f"{'lr scale':>9}  {'decay':<5}  {'tensors':>7}  {'parameters':>12}  first"]
+    """Return the groups as a table: rate scale, weight decay, frozen steps, tensors, parameters, an example."""
+    lines = [f"{'lr scale':>9}  {'decay':<7}  {'frozen':>6}  {'tensors':>7}  {'parameters':>12}  first"]
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
-        decays = "yes" if group["decays"] else "no"
+        fixed = group["fixed_decay"]
+        decay = f"{fixed:g}" if fixed is not None else "yes" if group["decays"] else "no"
         lines.append(
-            f"{group['lr_scale']:>9.5f}  {decays:<5}  {len(group['names']):>7}  {count:>12,}  {group['names'][0]}"
+            f"{group['lr_scale']:>9.5f}  {decay:<7}  {group['freeze_steps']:>6}  {len(group['names']):>7}  "
+            f"{count:>12,}  {group['names'][0]}"
         )
     return "\n".join(lines)
 
 
-def set_group_values(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, momentum: float | None) -> None:
-    """Give every group its scheduled values: lr times its scale, weight decay where it decays, momentum or beta1."""
+def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:
+    """Give every group its scheduled values: lr times its scale, weight decay, momentum or beta1."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        if momentum is None:
+        group["lr"] = values.lr * group["lr_scale"]
+        fixed = group["fixed_decay"]
+        group["weight_decay"] = fixed if fixed is not None else values.weight_decay if group["decays"] else 0.0
+        if values.momentum is None:
             continue
         if "betas" in group:
-            group["betas"] = (momentum, *group["betas"][1:])
+            group["betas"] = (values.momentum, *group["betas"][1:])
         else:
-            group["momentum"] = momentum
+            group["momentum"] = values.momentum
+
+
+def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Drop the gradients of groups that are frozen in update number `step` (from 0).
+
+    The optimiser passes over parameters without a gradient: neither they nor their state change.
+    """
+    for group in optimizer.param_groups:
+        if step < group.get("freeze_steps", 0):
+            for parameter in group["params"]:
+                parameter.grad = None
+                if hasattr(parameter, "whole"):
+                    parameter.whole.grad = None

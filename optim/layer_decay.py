@@ -1,53 +1,45 @@
-"""Layer-wise learning-rate decay of ConvNeXt: which layer a parameter belongs to, and its rate's scale.
+"""Layer-wise learning-rate decay: the scale of each parameter's learning rate.
 
-A parameter with id k has scale decay ** (last + 1 - k); the ids come from published parameter names
-(`downsample_layers.i`, `stages.s.b`), for any depths.
+A parameter of layer k has the scale decay ** (last + 1 - k). The network numbers its layers: `layer_of(name, kind)` and
+`last_layer(kind)` (models/convnextv2.py), or timm's `group_matcher`.
 
 Source: facebookresearch/ConvNeXt-V2:optim_factory.py (`single`, `group`); huggingface/pytorch-image-models
-group_matcher (`timm`: as `single`, with the stem one below).
+timm/optim/_param_groups.py (`timm`).
 """
 
-import re
-from collections.abc import Sequence
+from torch import nn
 
 from utils.errors import UserError
 
-_GROUP_LAST = 12
 
+def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float]:
+    """Return the scale of the learning rate of each of a network's parameters, by name.
 
-def layer_id(name: str, depths: Sequence[int], kind: str) -> int:
-    """Return a parameter's layer id; head, final norm and whatever is not encoder have the highest (scale 1)."""
-    last = last_layer(depths, kind)
-    stem = {"single": 1, "group": 0, "timm": 0}[kind]
-    if match := re.search(r"(?:^|\.)downsample_layers\.(\d+)\.", name):
-        stage = int(match.group(1))
-        if stage == 0:
-            return stem
-        if kind == "group":
-            return stage + 1 if stage < len(depths) - 1 else _GROUP_LAST
-        return sum(depths[:stage]) + 1
-    if match := re.search(r"(?:^|\.)stages\.(\d+)\.(\d+)\.", name):
-        stage, block = int(match.group(1)), int(match.group(2))
-        if kind != "group":
-            return sum(depths[:stage]) + block + 1
-        if stage == len(depths) - 1:
-            return _GROUP_LAST
-        return stage + 1 if stage < 2 else min(3 + block // 3, _GROUP_LAST - 1)
-    return last + 1
-
-
-def last_layer(depths: Sequence[int], kind: str) -> int:
-    """Return the highest id below the head's: the number of blocks, or 12 for `group`."""
-    return _GROUP_LAST if kind == "group" else sum(depths)
-
-
-def layer_scale(name: str, depths: Sequence[int] | None, kind: str, decay: float) -> float:
-    """Return the rate's scale of a parameter. Raises where layer decay is asked of a network without stages."""
+    Raises UserError (`optim.layer_decay`) where the network does not number its layers, or not in this kind.
+    """
+    names = [name for name, _ in network.named_parameters()]
     if decay == 1.0:
-        return 1.0
-    if depths is None:
+        return dict.fromkeys(names, 1.0)
+    if hasattr(network, "layer_of"):
+        head = network.last_layer(kind) + 1
+        return {name: decay ** (head - network.layer_of(name, kind)) for name in names}
+    if not hasattr(network, "group_matcher"):
         raise UserError(
-            f"optim.layer_decay: {decay:g} needs a ConvNeXt V2 network, whose stages number the layers; "
-            "set optim.layer_decay=1.0 or model=convnextv2_tiny"
+            f"optim.layer_decay: {decay:g} needs a network that numbers its layers, and {type(network).__name__} does "
+            "not; set optim.layer_decay=1.0, or choose a ConvNeXt V2 or a network of timm"
         )
-    return decay ** (last_layer(depths, kind) + 1 - layer_id(name, depths, kind))
+    if kind != "timm":
+        raise UserError(
+            f"optim.layer_decay_kind: {kind} numbers the layers of ConvNeXt V2, and {type(network).__name__} is a "
+            "network of timm; set optim.layer_decay_kind=timm"
+        )
+    return _timm_scales(network, decay)
+
+
+def _timm_scales(network: nn.Module, decay: float) -> dict[str, float]:
+    """Return the scales by timm's own matcher, as timm.optim.param_groups_layer_decay computes them."""
+    from timm.models import group_parameters
+
+    layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}

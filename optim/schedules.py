@@ -1,13 +1,12 @@
 """Schedules: pure functions of the step.
 
-`step` counts the updates done so far, so the value for the first update is the one at step 0. Nothing here has state;
-resuming needs only the step.
+`step` counts the updates done so far: the first update uses the value at step 0. Nothing here has state.
 """
 
 import math
 from dataclasses import dataclass
 
-from optim.config import ConstantConfig, CosineConfig, KnobConfig, OneCycleConfig, ScheduleConfig
+from optim.config import ConstantConfig, CosineConfig, KnobConfig, OneCycleConfig, PhaseConfig, ScheduleConfig
 
 
 def cosine(start: float, end: float, fraction: float) -> float:
@@ -20,20 +19,9 @@ def linear(start: float, end: float, fraction: float) -> float:
     return start + (end - start) * min(max(fraction, 0.0), 1.0)
 
 
-def knob_value(knob: KnobConfig, fraction: float) -> float:
-    """Return a task's scheduled value at a fraction of the run."""
-    match knob.curve:
-        case "cosine":
-            return cosine(knob.start, knob.end, fraction)
-        case "linear":
-            return linear(knob.start, knob.end, fraction)
-        case "constant":
-            return knob.start
-
-
 @dataclass(frozen=True)
 class GroupValues:
-    """What the optimiser's groups get at a step: `lr` and `weight_decay` before a group's own scale."""
+    """Values of an update: `lr` and `weight_decay` before a group's own scale; momentum None stays as configured."""
 
     lr: float
     weight_decay: float
@@ -46,7 +34,7 @@ class Schedule:
 
     The rate follows the official ConvNeXt V2 rule (linear warm-up from 0, half a cosine to min_lr), per step.
     Source: facebookresearch/ConvNeXt-V2:utils.py adjust_learning_rate. Differs: warm-up counts from step + 1, so that
-    the first update is not lost to a rate of 0.
+    the first update does not have rate 0.
     """
 
     config: ScheduleConfig
@@ -54,6 +42,7 @@ class Schedule:
     weight_decay: float
     total_steps: int
     warmup_steps: int
+    steps_per_epoch: float
 
     def at(self, step: int) -> GroupValues:
         """Return the optimiser's values for the update that follows `step` updates."""
@@ -71,8 +60,30 @@ class Schedule:
 
     def knobs_at(self, step: int) -> dict[str, float]:
         """Return the task's scheduled values at a step."""
-        fraction = step / max(1, self.total_steps - 1)
-        return {name: knob_value(knob, fraction) for name, knob in self.config.knobs.items()}
+        return {name: self._knob_at(knob, step) for name, knob in self.config.knobs.items()}
+
+    def _knob_at(self, knob: KnobConfig, step: int) -> float:
+        """Return a knob's value. A phase that goes on beyond the run's end is cut there, not compressed."""
+        value, first = knob.start, 0.0
+        for phase in knob.phases:
+            length = self._length(phase, first)
+            if step < first + length:
+                curve = cosine if phase.curve == "cosine" else linear
+                # The last update of a phase without a duration has its end value.
+                end = length if phase.has_duration else max(length - 1, 1)
+                return curve(value, phase.to, (step - first) / end)
+            value, first = phase.to, first + length
+        return value
+
+    def _length(self, phase: PhaseConfig, first: float) -> float:
+        """Return a phase's length in steps."""
+        if phase.steps is not None:
+            return float(phase.steps)
+        if phase.epochs is not None:
+            return phase.epochs * self.steps_per_epoch
+        if phase.fraction is not None:
+            return phase.fraction * self.total_steps
+        return max(self.total_steps - first, 1.0)
 
     def _decay(self, step: int) -> float:
         end = self.config.weight_decay_end if isinstance(self.config, CosineConfig) else None

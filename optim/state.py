@@ -12,17 +12,20 @@ from utils.ranks import sharded
 from utils.ranks.sharded import Part
 
 _ELSEWHERE = "give another run_dir, or use init_from=RUN to start from its weights"
-# What optim/groups.py puts into a group: settings, which follow from the configuration.
-_GROUP_SETTINGS = {"params", "names", "lr_scale", "decays", "weight_decay", "lr"}
+# Settings that optim/groups.py puts into a group; they follow from the configuration.
+_GROUP_SETTINGS = {
+    *("params", "names", "lr_scale", "decays", "fixed_decay", "freeze_steps"),
+    *("weight_decay", "lr"),
+}
 _GROUP_STATE = {"step"}  # what timm's optimisers add to a group in their first step
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimiser's state by parameter name: tensors, and what is no tensor.
+    """Return the optimiser's state by parameter name, `<parameter>/<key>`: tensors, and other values.
 
-    What is shaped like a part of a parameter is shared as the parameter is (optim/build.py: check_shardable).
-    What an optimiser keeps in its groups beside its settings (timm's lamb and adan count steps there) stands under
-    `<first parameter's name>//<key>`.
+    State of the shape of a parameter's rows is sharded like the parameter (optim/build.py: check_shardable). State that
+    an optimiser keeps in its groups (timm's lamb and adan count steps there) is under `<first parameter's
+    name>//<key>`.
     """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
@@ -41,12 +44,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def check_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], others: Mapping[str, Any], path: str
 ) -> None:
-    """Raise UserError where a saved state, which may be on the meta device, is none that this optimiser could have.
+    """Raise UserError where a saved state, which may be on the meta device, cannot be this optimiser's.
 
-    Fused kernels (torch's, and those of Adan) walk through memory by the size of the parameter alone, so their state is
-    a float32 scalar `step` and else of the parameter's whole shape and dtype. timm's optimisers and torch's others may
-    keep what they like (adafactor rows and columns): they call torch's operations, which compare shapes themselves, so
-    that a wrong one is an error at worst. Not so bitsandbytes', which timm can name too: take them from nobody else.
+    Fused kernels (torch's, and those of Adan) walk through memory by the size of the parameter alone, so their state
+    must be a float32 scalar `step` and tensors of the parameter's whole shape and dtype. timm's optimisers may keep
+    other shapes (adafactor keeps rows and columns): torch's operations check these themselves. bitsandbytes' kernels,
+    which timm can name too, do not: load their state only from checkpoints that you trust.
     """
     parameters = {
         name: parameter for group in optimizer.param_groups for name, parameter in zip(group["names"], group["params"])
@@ -58,10 +61,10 @@ def check_optimizer_state(
         if name.endswith("/"):
             group = groups.get(name[:-1])
             if group is None:
-                raise UserError(f"resume: the optimiser of {path} groups its parameters in another way (optim.*)")
+                raise UserError(f"resume: the optimiser of {path} has other parameter groups (optim.*)")
             settings = optimizer.defaults.keys() | _GROUP_SETTINGS
             if fused or key in settings or key not in group.keys() | _GROUP_STATE:
-                raise UserError(f"resume: {path} holds {full!r}, which is no state of this optimiser; {_ELSEWHERE}")
+                raise UserError(f"resume: {path} holds {full!r}, which is not state of this optimiser; {_ELSEWHERE}")
             continue
         if name not in parameters:
             raise UserError(f"resume: the optimiser of {path} knows {name!r}, which this model does not have")
@@ -69,10 +72,12 @@ def check_optimizer_state(
             continue
         own = getattr(parameters[name], "whole", parameters[name])
         wanted = ((), torch.float32) if key == "step" else (tuple(own.shape), own.dtype)
-        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value).__name__, "no tensor")
+        found = (
+            (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value).__name__, "not a tensor")
+        )
         if found != wanted:
             raise UserError(
-                f"resume: {full!r} of the optimiser of {path} is {found[0]} ({found[1]}), where this model's takes "
+                f"resume: {full!r} of the optimiser of {path} is {found[0]} ({found[1]}), where this model needs "
                 f"{wanted[0]} ({wanted[1]}); {_ELSEWHERE}"
             )
 
@@ -80,7 +85,7 @@ def check_optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any], path: str = "the checkpoint"
 ) -> None:
-    """Give the optimiser a saved state. Raises UserError where it is none of this optimiser over these parameters."""
+    """Load a saved state. Raises UserError where it cannot be this optimiser's over these parameters."""
     check_optimizer_state(optimizer, tensors, others, path)
     fused = skips_on_device(optimizer)
     names = [name for group in optimizer.param_groups for name in group["names"]]
@@ -98,8 +103,8 @@ def load_optimizer_state(
         if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
             value = sharded.take_part(value, parameter.whole)
         if fused:
-            # A file keeps neither layout nor device, and load_state_dict gives back the one only for groups that say
-            # `fused` (Adan's do not), the other never; the kernels ask for neither.
+            # A file keeps neither memory layout nor device, and the kernels check neither. load_state_dict restores the
+            # device only for groups with `fused`, which Adan's do not have, and the layout never.
             value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         state.setdefault(index[name], {})[key] = value
     current = optimizer.state_dict()

@@ -1,1 +1,1 @@
-"""The kinds of training, one file each. May import models and data/batch.py beside what the engine may."""
+"""The kinds of training, one file each, and the table of them (kinds.py)."""

@@ -1,70 +1,80 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from engine.task import Batch, Knobs, Report, StepOutput, Task, log_mean, mean_over_readable
-from engine.tasks.config import ClassificationTaskConfig
-from engine.tasks.confusion import Confusion, TopSamples, gather_confusion
+from data.collection import Collection, check_classes
+from data.image_data import ImageData
+from data.loader import Fields
+from data.rows import spread, training_rows
+from engine.measures.confusion import ConfusionCounts
+from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
+from engine.measures.means import Means
+from engine.measures.top_samples import TopSamples
+from engine.runtime import Runtime
+from engine.task import Exported, Knobs, Report, StepOutput, Task, log_mean
+from engine.tasks.head import prepare_head
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup
+from engine.tasks.labels import LabelFields
 from models.build import build_network, check_image_size
-from models.config import ModelConfig
 from models.normalise import Normalise
+from models.weights import initialise_from
+from utils.config.schema import Strict
+from utils.contracts import Batch
 from utils.ranks import distributed
-from utils.record import pictures
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
-_WHOLE_MATRIX, _PART_OF_MATRIX = 40, 24  # up to so many classes all are drawn, else so many of them
 _PAIRS = 1000  # rows of the table of confusions
+HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
 
 
-class LabelFields:
-    """Add a sample's class index [], int64; `class_ids` [N] are the collection's, by row."""
+class ClassificationTaskConfig(Strict):
+    """`mixup_alpha` and `cutmix_alpha` are parameters of the beta distribution, 0 for off."""
 
-    def __init__(self, class_ids: Sequence[int]) -> None:
-        self._class_ids = torch.as_tensor(class_ids, dtype=torch.int64)
-
-    def __call__(self, index: int, row: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the label."""
-        return {"labels": self._class_ids[index]}
+    name: Literal["classification"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    mixup_alpha: Annotated[float, Field(ge=0)]
+    cutmix_alpha: Annotated[float, Field(ge=0)]
+    allow_missing_classes: bool
+    head: Literal["drawn", "standardised", "fitted", "kept"]
 
 
 class ClassificationTask(Task):
-    """Own a classifier.
-
-    `class_names` fix the order of its outputs; `preprocessing` (AugmentConfig.preprocessing) goes into weight files.
-    """
+    """Own a classifier of `facts["class_names"]`, which fix the order of its outputs."""
 
     best_metric: ClassVar[str] = "top1"
     best_is_lowest: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        config: ClassificationTaskConfig,
-        *,
-        class_names: Sequence[str],
-        preprocessing: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, setup: Setup[ClassificationTaskConfig]) -> None:
         super().__init__()
-        height, width = preprocessing["image_size_hw"]
-        check_image_size(model, (height, width))
-        self.class_names = list(class_names)
-        self.network = build_network(model, num_classes=len(self.class_names))
-        self.normalise = Normalise(preprocessing["mean"], preprocessing["std"], model.in_channels)
-        self.label_smoothing = config.label_smoothing
+        preprocessing, config = setup.preprocessing, setup.task
+        check_image_size(setup.model, tuple(preprocessing["image_size_hw"]))
+        self.class_names = list(setup.facts["class_names"])
+        self.network = build_network(setup.model, num_classes=len(self.class_names))
+        self.normalise = Normalise(preprocessing["mean"], preprocessing["std"], setup.model.in_channels)
+        self.label_smoothing, self.head = config.label_smoothing, config.head
         mixes = []
         if config.mixup_alpha > 0:
             mixes.append(v2.MixUp(alpha=config.mixup_alpha, num_classes=len(self.class_names)))
         if config.cutmix_alpha > 0:
             mixes.append(v2.CutMix(alpha=config.cutmix_alpha, num_classes=len(self.class_names)))
         self._mix = v2.RandomChoice(mixes) if mixes else None
-        self._preprocessing = dict(preprocessing)
+        self._metadata = setup.metadata()
+
+    def initialise(self, source: str | None) -> None:
+        """Load the network of a run or file; the head too where `task.head` is kept."""
+        initialise_from(self.network, source, keep_head=self.head == "kept", class_names=self.class_names)
+
+    def exported(self) -> Exported:
+        """Return the network, its class names and its preprocessing."""
+        return Exported(metadata=self._metadata)
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
         """Return each sample's cross-entropy; targets are mixed where the images are."""
@@ -80,96 +90,87 @@ class ClassificationTask(Task):
     def _mix_images(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return mixed images and soft targets [B, K]; train_step has seeded the draws.
 
-        torchvision mixes each sample with the one before it, the first with the last. Where that one weighs 0 (a blank
-        image for one that could not be read), the sample stays as it is.
+        torchvision mixes each sample with the one before it, the first with the last. A sample whose partner has
+        weight 0 (an unreadable image) is not mixed.
         """
         mixed, targets = self._mix(images, labels)
         mixes = weight.roll(1) > 0
         plain = F.one_hot(labels, targets.shape[1]).to(targets.dtype)
-        # The mixed ones first: they give the result its memory format.
+        # The mixed images first: torch.where takes the memory format of its first argument.
         return torch.where(mixes.view(-1, 1, 1, 1), mixed, images), torch.where(mixes[:, None], targets, plain)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.
 
-        Figures: loss, top-1, top-5 (of at most as many classes as there are), and the means over classes that have
-        samples of accuracy and F1. Tables: `classes`, `confusions`. Pictures: `confusion`, `mistakes`, `predictions`.
+        Scalars: loss, top-1, top-5 (of fewer classes, top-K), and the means of accuracy and F1 over classes that have
+        samples. Tables: `classes`, `confusions`. Images: `confusion`, `mistakes`, `predictions`.
         """
-        total = torch.zeros(4, dtype=torch.float64, device=self.normalise.mean.device)
-        most = min(5, len(self.class_names))
-        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        mistakes, chosen = TopSamples(_MISTAKES), TopSamples(_PREDICTIONS)
+        names, most = self.class_names, min(5, len(self.class_names))
+        means, counts = Means(), ConfusionCounts(len(names))
+        mistakes, shown = TopSamples(_MISTAKES), TopSamples(_PREDICTIONS)
         for batch in loaders["val"]:
             labels, valid = batch["labels"], batch["weight"] > 0
             logits = self.network(self.normalise(batch["images"])).float()
-            loss = F.cross_entropy(logits, labels, reduction="none")
             top = logits.topk(most, dim=1)
             hits, predicted = top.indices == labels[:, None], top.indices[:, 0]
-            figures = torch.stack([torch.ones_like(loss), loss, hits[:, 0].float(), hits.any(dim=1).float()])
-            total += torch.where(valid, figures, 0.0).double().sum(dim=1)
-            pairs.append((labels, predicted, valid))
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            means.add({"loss": loss, "top1": hits[:, 0], f"top{most}": hits.any(dim=1)}, valid)
+            counts.add(labels, predicted, valid)
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
             fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
             fields |= {"predicted": predicted, "prob": prob}
             mistakes.add(prob, valid & ~hits[:, 0], fields)
-            chosen.add(~batch["key"], valid, fields)  # a row's key is fixed and random: so is the choice of the lowest
-        count, loss, top1, top5 = distributed.all_reduce_sum(total).tolist()
-        figures = {"loss": loss, "top1": top1, f"top{most}": top5}
-        means = {name: mean_over_readable(total, count) for name, total in figures.items()}
-        confusion = gather_confusion(pairs, len(self.class_names))
-        report = Report({**means, **confusion.macro_scalars(), "samples": count})
-        shown = mistakes.gather(), chosen.gather()
+            shown.add(~batch["key"], valid, fields)  # a row's key is random and fixed, so the same rows are shown
+        scalars, confusion = means.reduce(), counts.reduce()
+        report = Report({**scalars, **confusion.macro_scalars()})
+        wrong, some = mistakes.reduce(), shown.reduce()
         if distributed.is_main():
-            report.tables["classes"] = confusion.class_rows(self.class_names)
-            report.tables["confusions"] = confusion.pair_rows(self.class_names, _PAIRS)
-            report.images["confusion"] = self._draw_confusion(confusion)
-            report.images["mistakes"], report.images["predictions"] = self._draw_samples(confusion, *shown)
+            report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
+            report.images = {
+                "confusion": draw_confusion(confusion, names),
+                "mistakes": draw_mistakes(wrong, confusion, names),
+                "predictions": draw_predictions(some, int(scalars["samples"]), names),
+            }
         return report
 
-    def _draw_confusion(self, confusion: Confusion) -> np.ndarray:
-        """Draw the whole confusion matrix of few classes, or that of the most confused ones of many."""
-        number, samples = len(self.class_names), confusion.samples
-        wrong, total = int((samples - confusion.correct).sum()), int(samples.sum())
-        if number <= _WHOLE_MATRIX:
-            title = f"Confusion matrix of {number} classes; images wrong: {wrong:,} of {total:,}\n"
-            title += "numbers are images, the shade is the share of the row; blue right, red wrong"
-            return pictures.confusion_matrix(confusion.matrix(range(number)), samples, self.class_names, title)
-        classes = confusion.most_confused(_PART_OF_MATRIX)
-        title = f"The {len(classes)} most confused of {number:,} classes; images wrong in all: {wrong:,} of {total:,}\n"
-        title += "numbers are per cent of the row's images; blue right, red wrong, other: classes that are not shown"
-        counts, names = confusion.matrix(classes), [self.class_names[number] for number in classes]
-        elsewhere = samples[classes] - counts.sum(axis=1)
-        return pictures.confusion_matrix(counts, samples[classes], names, title, percent=True, elsewhere=elsewhere)
 
-    def _draw_samples(self, confusion: Confusion, mistakes: Mapping, chosen: Mapping) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the most confident mistakes, and samples of every kind in the order of their rows."""
-        total = int(confusion.samples.sum())
-        wrong = total - int(confusion.correct.sum())
-        about = "true → predicted (probability)"
-        drawn = self._predictions(mistakes, np.arange(len(mistakes["sample_id"])))
-        title = f"Mistakes, the most confident first: {len(drawn)} of {wrong:,} (images: {total:,})\n{about}"
-        worst = pictures.prediction_grid(drawn, title)
-        drawn = self._predictions(chosen, chosen["sample_id"].argsort())
-        title = (
-            f"Predictions: {len(drawn)} of {total:,} images, the same ones each time\n{about}; blue right, red wrong"
+class ClassificationKind(Kind[ClassificationTaskConfig]):
+    """Labelled images; the training split's classes are the classes."""
+
+    config = ClassificationTaskConfig
+    output = "classes"
+    fact_names = ("class_names",)
+
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return the class names, checked against the validation split."""
+        return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
+
+    def build(self, setup: Setup[ClassificationTaskConfig]) -> ClassificationTask:
+        """Return the task."""
+        return ClassificationTask(setup)
+
+    def rows(self, collection: Collection, setup: Setup[ClassificationTaskConfig], rows: np.ndarray) -> np.ndarray:
+        """Return the rows of the known classes."""
+        return rows[collection.class_ids(setup.facts["class_names"])[rows] >= 0]
+
+    def fields(self, collection: Collection, setup: Setup[ClassificationTaskConfig]) -> Fields:
+        """Return what adds the label."""
+        return LabelFields(collection.class_ids(setup.facts["class_names"]))
+
+    def prepare(
+        self,
+        task: ClassificationTask,
+        data: ImageData,
+        setup: Setup[ClassificationTaskConfig],
+        config: ImageTrainingConfig,
+        runtime: Runtime,
+    ) -> None:
+        """Standardise the features of a new head, or fit it, as `task.head` says."""
+        if task.head not in ("standardised", "fitted"):
+            return
+        rows = self.rows(data.collection, setup, training_rows(data.collection, config.loop.train_paths))
+        # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
+        loader = data.evaluation(
+            spread(rows, HEAD_IMAGES), self.fields(data.collection, setup), self.views(setup, config.augment)
         )
-        return worst, pictures.prediction_grid(drawn, title)
-
-    def _predictions(self, kept: Mapping[str, np.ndarray], order: np.ndarray) -> list[pictures.Prediction]:
-        """Return kept samples in an order as a picture takes them."""
-        images = kept["images"]
-        if images.dtype != np.uint8:
-            images = (images * 255.0).round().clip(0, 255).astype(np.uint8)
-        return [
-            pictures.Prediction(
-                images[index].transpose(1, 2, 0),
-                self.class_names[kept["labels"][index]],
-                self.class_names[kept["predicted"][index]],
-                float(kept["prob"][index]),
-            )
-            for index in order
-        ]
-
-    def metadata(self) -> dict[str, Any]:
-        """Return what a prediction needs."""
-        return {"class_names": self.class_names, "preprocessing": self._preprocessing}
+        prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

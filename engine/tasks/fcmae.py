@@ -1,40 +1,79 @@
 """FCMAE pretraining: reconstruct the masked patches of an image.
 
-The mask is drawn by the loader's workers from each sample's key, so it is the same on any number of ranks.
+The loader's workers draw the mask from each sample's key, so it is the same on any number of ranks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from engine.task import Batch, Knobs, Report, StepOutput, Task, mean_over_readable
-from engine.tasks.config import FCMAETaskConfig
-from engine.tasks.probe import measure_features
+from data.collection import Collection
+from data.image_data import ImageData
+from data.loader import Example, Fields
+from data.rows import choose_probe_rows, spread
+from engine.measures.means import Means
+from engine.measures.probe import Probe
+from engine.streams import Streams
+from engine.task import Exported, Knobs, Report, StepOutput, Task
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, evaluation_views
+from engine.tasks.labels import LabelFields
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.normalise import Normalise
+from models.weights import initialise_from
+from utils.config.schema import Strict
+from utils.contracts import Batch
 from utils.errors import UserError
-from utils.ranks import distributed
 from utils.record import pictures
+from utils.record.logging import get_logger
 
+log = get_logger(__name__)
+
+# The loss of this number of images is exact to a percent; a large split would take longer than an epoch of training.
+VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
+_PICTURES = 10
+
+
+class ProbeConfig(Strict):
+    """When frozen features are probed (null: never in training), on how many images at most, with k neighbours."""
+
+    every_epochs: Annotated[float, Field(gt=0)] | None
+    train_images: Annotated[int, Field(ge=1)]
+    val_images: Annotated[int, Field(ge=1)]
+    k: Annotated[int, Field(ge=1)]
+
+
+class FCMAETaskConfig(Strict):
+    """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
+
+    name: Literal["fcmae"]
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)]
+    patch_px: Annotated[int, Field(ge=1)] | None
+    decoder_dim: Annotated[int, Field(ge=1)]
+    decoder_depth: Annotated[int, Field(ge=1)]  # without a block, nothing of the image would reach a masked site
+    norm_pix_loss: bool
+    execution: Literal["sparse", "dense"]
+    grn_over: Literal["sample", "batch"]
+    probe: ProbeConfig
 
 
 class MaskFields:
-    """Draw a sample's mask: what the loader adds to each sample, [L] bool, True where a patch is removed."""
+    """Add a sample's mask, bool [L], True where a patch is removed."""
 
     def __init__(self, num_patches: int, mask_ratio: float) -> None:
-        count_removed(num_patches, mask_ratio)  # refuses a ratio that leaves nothing to see or to guess
+        count_removed(num_patches, mask_ratio)  # refuses a ratio that keeps or removes nothing
         self.num_patches, self.mask_ratio = num_patches, mask_ratio
 
-    def __call__(self, index: int, row: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, example: Example) -> dict[str, Tensor]:
         """Return the mask."""
-        return {"mask": draw_mask(generator, self.num_patches, self.mask_ratio)}
+        return {"mask": draw_mask(example.generator, self.num_patches, self.mask_ratio)}
 
 
 def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
@@ -53,27 +92,16 @@ def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequ
 
 
 class FCMAETask(Task):
-    """Own the masked autoencoder; the encoder in it is what fine-tuning takes on."""
+    """Own the masked autoencoder; fine-tuning takes the encoder in it."""
 
-    best_metric: ClassVar[str] = "loss"
-    pictures = 10
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        config: FCMAETaskConfig,
-        *,
-        image_size_hw: Sequence[int],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
+    def __init__(self, setup: Setup[FCMAETaskConfig]) -> None:
         super().__init__()
-        height, width = image_size_hw
-        patch_px = _patch_px(model, config)
+        config, preprocessing = setup.task, setup.preprocessing
+        height, width = preprocessing["image_size_hw"]
         self.network = FCMAE(
-            encoder=build_network(model, num_classes=0),
+            encoder=build_network(setup.model, num_classes=0),
             image_size_hw=(height, width),
-            patch_px=patch_px,
+            patch_px=_patch_px(setup.model, config),
             mask_ratio=config.mask_ratio,
             decoder_dim=config.decoder_dim,
             decoder_depth=config.decoder_depth,
@@ -81,52 +109,126 @@ class FCMAETask(Task):
             execution=config.execution,
             grn_over=config.grn_over,
         )
-        self.normalise = Normalise(mean, std, model.in_channels)
-        self.probe = config.probe
-        self._preprocessing = {"image_size_hw": [height, width], "mean": list(mean), "std": list(std)}
+        self.normalise = Normalise(preprocessing["mean"], preprocessing["std"], setup.model.in_channels)
+        self.probe_k = config.probe.k
+        self._metadata = setup.metadata()
+
+    def initialise(self, source: str | None) -> None:
+        """Load the network of a run or file."""
+        initialise_from(self.network, source, keep_head=True)
+
+    def exported(self) -> Exported:
+        """Return encoder and decoder, and the preprocessing."""
+        return Exported(metadata=self._metadata)
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
         """Return each sample's mean squared error over its masked patches."""
+        return StepOutput(self._reconstruct(batch)[2])
+
+    def _reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normalised images, the predicted patches and the loss per sample [B]."""
         images = self.normalise(batch["images"])
         pred = self.network(images, batch["mask"])
-        return StepOutput(self.network.loss_per_sample(images, pred, batch["mask"]))
+        return images, pred, self.network.loss_per_sample(images, pred, batch["mask"])
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Return the loss over all samples of `val`, and reconstructions of the first ones.
 
-        With `probe_train` and `probe_val`, whose samples carry labels, also what a probe of the encoder recognises.
+        With labelled samples in `probe_train` and `probe_val`, also the accuracies of probes of the encoder.
         """
-        total = torch.zeros(2, dtype=torch.float64)
-        picture: np.ndarray | None = None
+        means, images = Means(), {}
         for batch in loaders["val"]:
-            images = self.normalise(batch["images"])
-            pred = self.network(images, batch["mask"])
-            loss = self.network.loss_per_sample(images, pred, batch["mask"])
-            valid = batch["weight"] > 0
-            total += torch.stack([torch.where(valid, loss, 0.0).double().sum(), valid.double().sum()]).cpu()
-            if picture is None:
-                picture = self._picture(images, pred, batch["mask"])
-        total = distributed.all_reduce_sum(total.to(self.normalise.mean.device)).tolist()
-        scalars = {"loss": mean_over_readable(*total)}
+            inputs, pred, loss = self._reconstruct(batch)
+            means.add({"loss": loss}, batch["weight"] > 0)
+            if not images:
+                images["reconstructions"] = self._draw(inputs, pred, batch["mask"])
+        scalars = means.reduce()
         if "probe_train" in loaders:
-            scalars |= measure_features(self._encode, loaders["probe_train"], loaders["probe_val"], k=self.probe.k)
-        return Report(scalars, images={"reconstructions": picture})
+            scalars |= self._probe(loaders)
+        return Report({name: value for name, value in scalars.items() if name != "samples"}, images=images)
 
-    def _encode(self, images: Tensor) -> Tensor:
-        """Return the features [B, C] of whole images: the encoder's mean over sites."""
-        return self.network.encoder(self.normalise(images))
+    def _probe(self, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
+        """Return the accuracies of probes of the encoder's mean features."""
+        probe = Probe(self.probe_k)
+        for name, features in (("probe_train", probe.train), ("probe_val", probe.val)):
+            for batch in loaders[name]:
+                encoded = self.network.encoder(self.normalise(batch["images"]))
+                features.add(encoded, batch["labels"], batch["sample_id"], batch["weight"])
+        return probe.reduce()
 
-    def _picture(self, images: Tensor, pred: Tensor, mask: Tensor) -> np.ndarray:
+    def _draw(self, images: Tensor, pred: Tensor, mask: Tensor) -> np.ndarray:
         """Return rows of originals, inputs with the masked patches grey, and reconstructions of some of a batch."""
-        few = torch.linspace(0, len(images) - 1, min(self.pictures, len(images)), device=images.device).round().long()
+        few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
         images, pred, mask = images[few], pred[few].float(), mask[few]
         _, painted = self.network.reconstruct(images, pred, mask)
         removed = repeat_sites(mask.reshape(-1, *self.network.grid_hw), self.network.patch_px)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
-        seen = torch.where(removed[..., None], _MASK_GREY, original)
-        rows = [row.cpu().numpy() for row in (original, seen, painted)]
+        masked = torch.where(removed[..., None], _MASK_GREY, original)
+        rows = [row.cpu().numpy() for row in (original, masked, painted)]
         return pictures.image_rows(rows, ["original", "masked input", "reconstruction"])
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the preprocessing."""
-        return {"preprocessing": self._preprocessing}
+
+class FCMAEKind(Kind[FCMAETaskConfig]):
+    """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it."""
+
+    config = FCMAETaskConfig
+    script = "pretrain_fcmae"
+    output = "features"
+
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return nothing, after checking that patches, image and network fit."""
+        patch_count(config.model, config.task, config.augment.image_size_hw)
+        return {}
+
+    def build(self, setup: Setup[FCMAETaskConfig]) -> FCMAETask:
+        """Return the task."""
+        return FCMAETask(setup)
+
+    def image_network(self, task: FCMAETask) -> nn.Module:
+        """Return the encoder."""
+        return task.network.encoder
+
+    def fields(self, collection: Collection, setup: Setup[FCMAETaskConfig]) -> Fields:
+        """Return what adds the mask."""
+        patches = patch_count(setup.model, setup.task, setup.preprocessing["image_size_hw"])
+        return MaskFields(patches, setup.task.mask_ratio)
+
+    def streams(self, data: ImageData, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
+        """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
+        streams, every = super().streams(data, setup, config), setup.task.probe.every_epochs
+        probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
+        return Streams(streams.train, streams.evaluation, streams.fingerprints, probes)
+
+    def evaluation(
+        self, data: ImageData, setup: Setup[FCMAETaskConfig], *, training: bool
+    ) -> dict[str, Iterable[Batch]]:
+        """Return `val`, of at most VALIDATION_IMAGES images within a run, and the probe's loaders."""
+        rows = data.collection.rows("val")
+        rows = spread(rows, VALIDATION_IMAGES) if training else rows
+        loaders = {"val": data.evaluation(rows, self.fields(data.collection, setup), evaluation_views(setup))}
+        if training and setup.task.probe.every_epochs is None:
+            return loaders
+        return loaders | self._probe_loaders(data, setup)
+
+    def _probe_loaders(self, data: ImageData, setup: Setup[FCMAETaskConfig]) -> dict[str, Iterable[Batch]]:
+        """Return `probe_train` and `probe_val`; nothing, and a line in the log, where there are too few labels."""
+        collection, probe = data.collection, setup.task.probe
+        class_ids = collection.class_ids(collection.class_names("train"))
+        train, val = choose_probe_rows(
+            class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images
+        )
+        classes = len(np.unique(class_ids[train]))
+        if classes < 2 or len(val) == 0:
+            log.info(
+                "probe: off, because the collection gives it %s labelled training images of %d classes and %s "
+                "validation images of them; task.probe.every_epochs=null silences this line",
+                f"{len(train):,}", classes, f"{len(val):,}",
+            )  # fmt: skip
+            return {}
+        log.info(
+            "probe: %s training and %s validation images of %d classes", f"{len(train):,}", f"{len(val):,}", classes
+        )
+        fields, views = LabelFields(class_ids), evaluation_views(setup)
+        return {
+            name: data.evaluation(rows, fields, views) for name, rows in (("probe_train", train), ("probe_val", val))
+        }

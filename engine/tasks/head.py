@@ -1,16 +1,16 @@
-"""How a new head begins (`task.head`): with standardised features, or where a linear probe of them ends.
+"""How a new head starts (`task.head`): with standardised features, or fitted to them like a linear probe.
 
-The features of a network that was trained without labels, or not at all, differ little: what all images have in common
-is many times what tells them apart. A head learns such a difference as slowly as it is small. So where a layer norm
-comes just before the head, its scale and shift become those by which each feature has mean 0 and deviation 1 over the
-images (`standardised`).
+The features of a network that was trained without labels, or not at all, differ little between images: their common
+part is many times larger than what tells images apart, and a head learns small differences slowly. Where a layer norm
+comes directly before the head, `standardised` sets its scale and shift so that each feature has mean 0 and standard
+deviation 1 over the images.
 
-A head of random weights sends random gradients into a network that has learned something, and takes hundreds of steps
-to stop. The closed solution takes seconds, and fine-tuning then has nothing to unlearn (`fitted`).
+A head of random weights sends random gradients into a trained network for hundreds of steps. `fitted` solves for the
+head in closed form, in seconds.
 
-Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data of another
-kind than that trained on; standardised features, He et al. 2021 (arXiv 2111.06377), section A.1, linear probing.
-Differs: the probe is ridge regression, its scale the one of the least cross-entropy, and the norm is an affine map.
+Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data unlike those
+of pretraining; standardised features, He et al. 2021 (arXiv 2111.06377), section A.1, linear probing.
+Differs: the probe is ridge regression, scaled for the least cross-entropy, and the norm is an affine map.
 """
 
 from collections.abc import Iterable
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.measures.probe import Features, fit_linear, standardise
 from engine.runtime import Runtime
-from engine.task import Batch
-from engine.tasks.classification import ClassificationTask
-from engine.tasks.probe import fit_linear, gather_features, standardise
+from models.normalise import Normalise
+from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# A smaller one recognises more and leans on directions of the features that hardly vary: training then begins with
-# gradients a hundred times as large, which undo it (docs/results.md has a trial).
+# A smaller penalty recognises more images but uses directions in which the features hardly vary: training then starts
+# with gradients a hundred times as large, which undo the fit (docs/results.md has a trial).
 _PENALTY = 1e-1
-_SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; a regression's scores lie between 0 and 1
+_SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores of the regression are between 0 and 1
 
 
 def find_head(network: nn.Module) -> nn.Linear:
-    """Return the layer that makes logits. Raises UserError (`task.head`) where it is not a linear layer."""
+    """Return the layer that outputs logits. Raises UserError (`task.head`) where it is not a linear layer."""
     head = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise UserError(
@@ -47,27 +47,28 @@ def find_head(network: nn.Module) -> nn.Linear:
 
 
 @torch.no_grad()
-def prepare_head(task: ClassificationTask, loader: Iterable[Batch], runtime: Runtime, *, fit: bool) -> None:
-    """Standardise what the head is given for the loader's images, and with `fit` fit the head to it.
+def prepare_head(
+    network: nn.Module, normalise: Normalise, loader: Iterable[Batch], runtime: Runtime, *, fit: bool
+) -> None:
+    """Standardise the head's input over the loader's images; with `fit`, also fit the head to their labels.
 
-    The fitted weights are a ridge regression of the classes; without, they stay those drawn. Every rank calls it, with
-    batches of the same sizes, and gets the same head. The images must be augmented as in training: a head fitted to
-    plain ones is too sure of them, and the first steps tear the network apart. Raises UserError where none could be
-    read, or for an unfit network.
+    The fitted weights are a ridge regression of the classes; otherwise the drawn weights stay. Every rank calls it,
+    with batches of the same sizes, and gets the same head. Raises UserError where no image could be read, or for a
+    network that does not end in one linear layer.
     """
-    head = find_head(task.network)
-    features, labels, norm = _gather(task, head, loader, runtime)
+    head = find_head(network)
+    features, labels, norm = _collect(network, normalise, head, loader, runtime)
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
-            f"task.head: {len(features)} images could be read to prepare the head for, or their features are not "
-            "finite; set task.head=drawn"
+            f"task.head: {len(features)} images could be read to prepare the head, or their features are not finite; "
+            "set task.head=drawn"
         )
     mean, scale = standardise(features)
-    weight, bias, said = head.weight.double().cpu(), head.bias.double().cpu(), "drawn"
+    weight, bias, result = head.weight.double().cpu(), head.bias.double().cpu(), "weights drawn"
     if fit:
         standard = (features - mean) / scale
-        weight, bias, found = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
-        said = f"fitted, recognises {found:.3f} of them"
+        weight, bias, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
+        result = f"weights fitted, accuracy {accuracy:.3f} on them"
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
@@ -78,48 +79,50 @@ def prepare_head(task: ClassificationTask, loader: Iterable[Batch], runtime: Run
         norm.bias.copy_((norm.bias.cpu() - mean) / scale)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
-    log.info("task.head: its features standardised over %s images; %s", f"{len(labels):,}", said)
+    log.info("task.head: features standardised over %s images; %s", f"{len(labels):,}", result)
 
 
-def _gather(
-    task: ClassificationTask, head: nn.Linear, loader: Iterable[Batch], runtime: Runtime
+def _collect(
+    network: nn.Module, normalise: Normalise, head: nn.Linear, loader: Iterable[Batch], runtime: Runtime
 ) -> tuple[Tensor, Tensor, nn.LayerNorm | None]:
-    """Return what the head is given [N, C], labels [N], and the layer norm that makes it (None where none does)."""
-    task.to(runtime.device).eval()
-    made: list[tuple[nn.LayerNorm, Tensor]] = []
-    given: list[Tensor] = []
+    """Return the head's input [N, C], labels [N], and the layer norm that makes this input (None without one)."""
+    network.to(runtime.device).eval()
+    normalise.to(runtime.device)
+    outputs: list[tuple[nn.LayerNorm, Tensor]] = []
+    inputs: list[Tensor] = []
     before: list[nn.LayerNorm] = []
+    collected = Features()
 
-    def note(module: nn.LayerNorm, _: tuple[Tensor, ...], out: Tensor) -> None:
-        if out.numel() == len(out) * head.in_features:
-            made.append((module, out))
+    def keep_output(module: nn.LayerNorm, _: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.numel() == len(output) * head.in_features:
+            outputs.append((module, output))
 
-    def encode(images: Tensor) -> Tensor:
-        made.clear()
-        with runtime.autocast():
-            task.network(task.normalise(images))
-        features = given.pop()
-        # Between the two may stand what passes its input on (dropout, flatten): it is the same memory.
-        before[:] = [module for module, out in made if out.data_ptr() == features.data_ptr()]
-        return features.float()
-
-    # Layer norms with a scale and a shift; a batch norm standardises by itself, by its batch.
-    norms = [module for module in task.network.modules() if isinstance(module, nn.LayerNorm)]
-    hooks = [norm.register_forward_hook(note) for norm in norms if norm.weight is not None and norm.bias is not None]
-    hooks.append(head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])))
+    # Layer norms with a scale and a shift; a batch norm standardises by itself, over its batch.
+    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm)]
+    affine = [norm for norm in norms if norm.weight is not None and norm.bias is not None]
+    hooks = [norm.register_forward_hook(keep_output) for norm in affine]
+    hooks.append(head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])))
     try:
-        features, labels = gather_features(encode, loader)
+        for batch in loader:
+            outputs.clear()
+            with runtime.autocast():
+                network(normalise(batch["images"]))
+            features = inputs.pop()
+            # Layers between the two that return their input (dropout, flatten) share its memory.
+            before[:] = [module for module, output in outputs if output.data_ptr() == features.data_ptr()]
+            collected.add(features, batch["labels"], batch["sample_id"], batch["weight"])
     finally:
         for hook in hooks:
             hook.remove()
-        task.train()
+        network.train()
+    features, labels = collected.reduce()
     return features, labels, before[0] if before else None
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float]:
-    """Return weight [K, C] and bias [K] of a head for standardised features [N, C], and the share recognised."""
+    """Return weight [K, C] and bias [K] of a head for standardised features [N, C], and its accuracy on them."""
     weight, bias = fit_linear(features, F.one_hot(labels, num_classes).double(), [_PENALTY])
     scores = features @ weight + bias
     factor = min(_SCALES, key=lambda factor: float(F.cross_entropy(factor * scores, labels)))
-    found = (scores.argmax(dim=1) == labels).double().mean().item()
-    return factor * weight.T, factor * bias, found
+    accuracy = (scores.argmax(dim=1) == labels).double().mean().item()
+    return factor * weight.T, factor * bias, accuracy

@@ -14,7 +14,7 @@ from engine.checkpoint import find_checkpoint_before, list_checkpoints
 from engine.writer import CheckpointWriter, HostCopies
 from tests.engine.test_checkpoint import flip_a_bit, make
 from utils.errors import UserError, lost_worker
-from utils.io.files import AppendFile, spared
+from utils.io.files import AppendFile, ignore_write_errors
 from utils.record.logging import ROOT
 
 
@@ -165,7 +165,7 @@ def test_what_the_disk_never_took_is_said_at_the_end(log):
 
 
 def test_a_file_that_is_made_anew_is_spared(tmp_path, log):
-    with spared(tmp_path / "curves.png"):
+    with ignore_write_errors(tmp_path / "curves.png"):
         raise OSError(28, "No space left on device")
     assert "curves.png cannot be written (No space left on device); it is made anew" in log.text
 

@@ -1,65 +1,68 @@
-"""A thin tagging task, written only to prove the contracts: ragged tag ids, multi-hot on the device, sample weights.
+"""Tagging, thin: ragged tag ids, multi-hot targets on the device, a sigmoid per tag.
 
 python tests/tasks/tagging.py data.root=COLLECTION
 """
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.nn import functional as F
 
+import finetune
 from data.batch import Ragged, multi_hot
-from data.build import build_loaders, load_collection
-from data.config import AugmentConfig, DataConfig
-from engine.config import TrainingConfig
-from engine.start import build_task, run_path, run_training, start_ranks
-from engine.task import Report, StepOutput, Task, log_mean
+from engine.measures.means import Means
+from engine.task import Exported, Report, StepOutput, Task, log_mean
+from engine.tasks.kind import ImageTrainingConfig, Kind
+from engine.tasks.kinds import KINDS
 from models.build import build_network
-from models.config import ModelConfig
 from models.normalise import Normalise
+from models.weights import initialise_from
 from utils.config.entry_point import entry_point
 from utils.config.schema import Strict
-from utils.ranks import distributed
 
 
 class TaggingTaskConfig(Strict):
-    name: str
+    name: Literal["tagging"]
     positive_weight: float
 
 
-class TaggingConfig(TrainingConfig):
-    model: ModelConfig
+class TaggingConfig(ImageTrainingConfig):
     task: TaggingTaskConfig
-    data: DataConfig
-    augment: AugmentConfig
 
 
 class TagFields:
     """Add a sample's tag ids, as many as it has."""
 
-    def __init__(self, vocabulary):
-        self._ids = {tag: number for number, tag in enumerate(vocabulary)}
+    def __init__(self, tag_names):
+        self._ids = {tag: number for number, tag in enumerate(tag_names)}
 
-    def __call__(self, index, row, generator):
-        return {
-            "tags": Ragged(torch.tensor([self._ids[tag] for tag in row.tags if tag in self._ids], dtype=torch.int64))
-        }
+    def __call__(self, example):
+        ids = [self._ids[tag] for tag in example.row.tags if tag in self._ids]
+        return {"tags": Ragged(torch.tensor(ids, dtype=torch.int64))}
 
 
 class TaggingTask(Task):
-    def __init__(self, config, vocabulary):
+    def __init__(self, setup):
         super().__init__()
-        self.vocabulary = vocabulary
-        self.network = build_network(config.model, num_classes=len(vocabulary))
-        self.normalise = Normalise(config.augment.mean, config.augment.std, config.model.in_channels)
-        self.register_buffer("positive_weight", torch.tensor(config.task.positive_weight))
+        self.tag_names = setup.facts["tag_names"]
+        self.network = build_network(setup.model, num_classes=len(self.tag_names))
+        self.normalise = Normalise(setup.preprocessing["mean"], setup.preprocessing["std"], setup.model.in_channels)
+        self.register_buffer("positive_weight", torch.tensor(setup.task.positive_weight))
+        self._metadata = setup.metadata()
+
+    def initialise(self, source):
+        initialise_from(self.network, source, keep_head=False)
+
+    def exported(self):
+        return Exported(metadata=self._metadata)
 
     def _losses(self, batch):
         logits = self.network(self.normalise(batch["images"])).float()
-        tag_targets = multi_hot(batch["tags"], batch["tags_offsets"], len(self.vocabulary))
+        tag_targets = multi_hot(batch["tags"], batch["tags_offsets"], len(self.tag_names))
         losses = F.binary_cross_entropy_with_logits(
             logits, tag_targets, reduction="none", pos_weight=self.positive_weight
         )
@@ -71,31 +74,29 @@ class TaggingTask(Task):
         return StepOutput(loss, {"recall": log_mean(recall, batch["weight"])})
 
     def evaluate(self, loaders, step):
-        total = torch.zeros(2, dtype=torch.float64, device=self.positive_weight.device)
+        means = Means()
         for batch in loaders["val"]:
-            loss, valid = self._losses(batch)[0].double(), batch["weight"] > 0
-            total += torch.stack([torch.where(valid, loss, 0.0).sum(), valid.double().sum()])
-        total = distributed.all_reduce_sum(total).tolist()
-        return Report({"loss": total[0] / total[1], "samples": total[1]})
+            means.add({"loss": self._losses(batch)[0]}, batch["weight"] > 0)
+        return Report(means.reduce())
 
 
-@entry_point("tagging", TaggingConfig, config_dir=Path(__file__).parent / "conf")
-def main(config, job):
-    runtime = start_ranks(config)
-    collection = load_collection(config.data)
-    vocabulary = sorted(collection.tag_counts("train"))
-    loader, evaluation = build_loaders(
-        collection, config.data, config.augment, TagFields(vocabulary),
-        train_rows=collection.rows("train"), val_rows=collection.rows("val"), channels=config.model.in_channels,
-        seed=config.seed, loop=config.loop, runtime=runtime, prefetch_batches=config.runtime.prefetch_batches,
-        run_path=run_path(config, job),
-    )  # fmt: skip
-    task = build_task(lambda: TaggingTask(config, vocabulary), config)
-    return run_training(
-        task, loader, evaluation, config, job, runtime, fingerprints={"data.root": collection.fingerprint},
-        depths=config.model.depths,
-    )  # fmt: skip
+class TaggingKind(Kind):
+    config = TaggingTaskConfig
+    output = "tags"
+    fact_names = ("tag_names",)
 
+    def find_facts(self, config, collection):
+        return {"tag_names": sorted(collection.tag_counts("train"))}
+
+    def build(self, setup):
+        return TaggingTask(setup)
+
+    def fields(self, collection, setup):
+        return TagFields(setup.facts["tag_names"])
+
+
+KINDS["tagging"] = TaggingKind()
+main = entry_point("tagging", TaggingConfig, config_dir=Path(__file__).parent / "conf")(finetune.main.main)
 
 if __name__ == "__main__":
     main()

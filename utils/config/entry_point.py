@@ -175,8 +175,8 @@ def _table(results: list[JobResult]) -> str:
 
 
 def _leave(status: int) -> None:
-    """End the process; with a process group, without the interpreter's own end, which gloo may abort."""
-    grouped = distributed.shutdown()
+    """End the process; with a process group, without the interpreter's shutdown, which gloo may abort."""
+    grouped = distributed.shutdown(failed=status != EXIT_OK)
     sys.stdout.flush()
     sys.stderr.flush()
     if grouped:

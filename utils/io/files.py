@@ -1,8 +1,10 @@
-"""Files that are whole or absent: atomic writes, hashes, JSON with one spelling."""
+"""Files that are complete or absent: atomic writes, hashes, canonical JSON."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,24 +44,38 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def output_errors(key: str, path: Path) -> Iterator[None]:
-    """Turn what the system refuses while an output is written into a UserError that names the key and the path."""
+    """Turn a write error into a UserError that names the key and the path."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{key}: {path} cannot be written ({error.strerror}); name another place") from None
+        raise UserError(f"{key}: {path} cannot be written ({error.strerror}); name another path") from None
 
 
 @contextmanager
-def spared(path: Path) -> Iterator[None]:
-    """Let a file be missing that is made anew before long: what the system refuses is a warning."""
+def ignore_write_errors(path: Path) -> Iterator[None]:
+    """Turn a write error into a warning, for a file that will be rewritten soon."""
     try:
         yield
     except OSError as error:
-        log.warning("%s cannot be written (%s); it is made anew when it is next due", path, error.strerror or error)
+        log.warning("%s cannot be written (%s); it will be rewritten when it is next due", path, error.strerror or error)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, atomically; a copy where the file system has no hard links."""
+
+    def fill(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
+                raise
+            shutil.copyfile(source, temporary)
+
+    write_atomically(target, fill)
 
 
 class AppendFile:
-    """Append text to a file. What the disk refuses is kept, and written before what follows; `sync` raises it."""
+    """Append text to a file. Text that the disk refuses is kept and written before the next; `sync` raises the error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -69,14 +85,14 @@ class AppendFile:
         self._warned = False
 
     def write(self, text: str) -> None:
-        """Append a text; a refusal is a warning, said once."""
+        """Append a text; a write error is one warning."""
         with self._lock:
             self._pending += text.encode("utf-8")
             try:
                 self._push()
             except OSError as error:
                 if not self._warned:
-                    log.warning("%s cannot be written (%s); its rows are kept meanwhile", self._path, error.strerror)
+                    log.warning("%s cannot be written (%s); its rows are kept in memory", self._path, error.strerror)
                 self._warned = True
 
     def _push(self) -> None:
@@ -84,16 +100,16 @@ class AppendFile:
             del self._pending[: self._file.write(self._pending)]
 
     def sync(self) -> None:
-        """Bring everything to the disk. Raises OSError where it does not take it."""
+        """Write everything and flush it to the disk. Raises OSError where the disk refuses it."""
         with self._lock:
             self._push()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; what the disk still refuses is lost, with a warning."""
+        """Close the file; text that the disk still refuses is lost, with a warning."""
         self.write("")
         if self._pending:
-            log.warning("%s lacks its last %d bytes, which the disk did not take", self._path, len(self._pending))
+            log.warning("%s lacks its last %d bytes, which the disk refused", self._path, len(self._pending))
         self._file.close()
 
 
@@ -103,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically. NaN is refused: it is no JSON."""
+    """Write a value as readable JSON, atomically. NaN is refused: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -113,7 +129,7 @@ def read_json(path: Path) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one spelling of a value that hashes are taken of: sorted keys, no spaces."""
+    """Return canonical JSON, of which hashes are taken: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 

@@ -45,9 +45,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a weight file on rank 0; its metadata says model, preprocessing, classes and step."""
-    text = {"atelier": json.dumps(metadata)}
     if distributed.is_main():
-        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, text))
+        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, weight_metadata(metadata)))
+
+
+def weight_metadata(metadata: dict[str, Any]) -> dict[str, str]:
+    """Return metadata as a safetensors header holds them: one entry, `atelier`, of JSON."""
+    return {"atelier": json.dumps(metadata)}
 
 
 def read_weights(

@@ -105,18 +105,14 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
     device = None
     if device_type == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"runtime.device: rank {world.rank} wants GPU {world.local_rank} of its node, which has "
-                f"{torch.cuda.device_count()}; start at most that many processes per node (--nproc_per_node)"
-            )
-        device = torch.device("cuda", world.local_rank)
+        device = torch.device("cuda", local_device_index(world))
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec)))
     if world.launcher == "torchrun":
         store = dist.PrefixStore(f"atelier/{_meet(store, world, timeout_sec)}", store)
     dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
+        # Host objects and tensors on the CPU go over gloo, so that they take no GPU memory.
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
         store=store,
         rank=world.rank,
         world_size=world.size,
@@ -124,6 +120,23 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
         device_id=device,
     )
     return world
+
+
+def local_device_index(world: World | None = None) -> int:
+    """Return the GPU of this process: its local rank, or 0 where the scheduler shows each process one GPU only.
+
+    Raises UserError where the node has fewer GPUs than processes.
+    """
+    world = detect_world() if world is None else world
+    count = torch.cuda.device_count()
+    if count == 1 and world.launcher == "slurm":  # srun --gpus-per-task=1
+        return 0
+    if world.local_rank >= count:
+        raise UserError(
+            f"runtime.device: rank {world.rank} needs GPU {world.local_rank} of its node, which has {count}; start at "
+            "most that many processes per node (--nproc_per_node)"
+        )
+    return world.local_rank
 
 
 def is_distributed() -> bool:
@@ -217,14 +230,16 @@ def check_same(name: str, value: Any) -> None:
         )
 
 
-def shutdown() -> bool:
-    """Leave the process group, if there is one, and say whether there was.
+def shutdown(*, failed: bool = False) -> bool:
+    """Leave the process group, if there is one, and return whether there was.
 
-    Models wrapped for DDP must be dead before: gloo's worker threads otherwise abort the interpreter at exit now and
-    then (torch 2.13 to 2.15), after a run that went well. So callers let go of theirs, and the garbage is collected.
+    Models wrapped for DDP must be freed before: otherwise gloo's worker threads sometimes abort the interpreter at exit
+    (torch 2.13 to 2.15), after a run that succeeded. Callers drop their references, and the garbage is collected here.
+    A failed rank with NCCL does not leave: that waits for peers, which may wait for this rank in a collective.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return False
     gc.collect()
-    dist.destroy_process_group()
+    if not (failed and "nccl" in str(dist.get_backend_config())):
+        dist.destroy_process_group()
     return True

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.io.files import AppendFile, spared, write_text
+from utils.io.files import AppendFile, ignore_write_errors, write_text
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ class MetricsLog:
         self.rows.append(row)
         self._stream.write(json.dumps(row) + "\n")
         if kind == "epoch":
-            with spared(self._csv):
+            with ignore_write_errors(self._csv):
                 self._write_csv()
         return row
 

@@ -1,7 +1,6 @@
-"""What a classifier took for what: exact counts over all ranks, and the figures that follow from them.
+"""The confusion matrix of a classifier: exact counts over all ranks, and the scores that follow from them.
 
-Only pairs that occur are held, so 22,000 classes cost no more than their samples. Nothing here waits for a device
-before `gather_confusion` and `TopSamples.gather`, which every rank calls once, at the end.
+Only pairs that occur are stored, so 22,000 classes need no more memory than their samples.
 """
 
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ class Confusion:
         }
 
     def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return a row for each class; None where a figure would divide by zero or there is no confusion."""
+        """Return a row for each class; None where a score would divide by zero or there is no confusion."""
         worst: dict[int, tuple[int, int]] = {}
         for label, prediction, count in zip(*(column.tolist() for column in self.mistakes())):
             worst.setdefault(label, (prediction, count))
@@ -69,7 +68,7 @@ class Confusion:
         for number, (samples, predicted, correct) in enumerate(
             zip(self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
         ):
-            taken_for, times = worst.get(number, (None, None))
+            confused_with, times = worst.get(number, (None, None))
             rows.append(
                 {
                     "class": names[number],
@@ -79,7 +78,7 @@ class Confusion:
                     "recall": correct / samples if samples else None,
                     "precision": correct / predicted if predicted else None,
                     "f1": 2 * correct / (samples + predicted) if samples else None,
-                    "confused_with": None if taken_for is None else names[taken_for],
+                    "confused_with": None if confused_with is None else names[confused_with],
                     "confused_count": times,
                 }
             )
@@ -103,10 +102,10 @@ class Confusion:
         return counts
 
     def most_confused(self, most: int) -> list[int]:
-        """Return at most so many classes, those of the most frequent confusions, so that partners are neighbours.
+        """Return at most `most` classes: those confused most often, ordered so that confused classes are neighbours.
 
-        A confusion of two classes counts both ways round; ties go to the lower class. Where nothing was confused, the
-        first classes that have samples.
+        Confusions of two classes count in both directions; ties go to the lower class. Without any confusion these are
+        the first classes that have samples.
         """
         links: dict[tuple[int, int], int] = {}
         for label, prediction, count in zip(*(column.tolist() for column in self.mistakes())):
@@ -133,56 +132,23 @@ class Confusion:
         return list(order) or np.flatnonzero(self.samples)[:most].tolist()
 
 
-def gather_confusion(batches: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int) -> Confusion:
-    """Count the pairs of all ranks. batches: (labels [B], predictions [B], valid [B] bool) of this one."""
-    codes = [torch.where(valid, labels * num_classes + predicted, -1) for labels, predicted, valid in batches]
-    own, counts = np.unique(torch.cat(codes).cpu().numpy(), return_counts=True)
-    gathered = distributed.gather_objects((own[own >= 0], counts[own >= 0]))
-    every = np.concatenate([codes for codes, _ in gathered])
-    unique, inverse = np.unique(every, return_inverse=True)
-    totals = np.zeros(len(unique), dtype=np.int64)
-    np.add.at(totals, inverse, np.concatenate([counts for _, counts in gathered]))
-    return Confusion(num_classes, unique // num_classes, unique % num_classes, totals)
+class ConfusionCounts:
+    """Count (label, prediction) pairs over batches and ranks."""
 
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._codes: list[Tensor] = []
 
-class TopSamples:
-    """Keep the samples of the highest score, over batches and then over ranks; ties go to the lower sample_id."""
+    def add(self, labels: Tensor, predictions: Tensor, valid: Tensor) -> None:
+        """Take a batch: labels, predictions [B] int64, and valid [B] bool."""
+        self._codes.append(torch.where(valid, labels * self.num_classes + predictions, -1))
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: dict[str, Tensor] = {}
-
-    def add(self, score: Tensor, eligible: Tensor, fields: dict[str, Tensor]) -> None:
-        """Take a batch: score [B], eligible [B] bool, and what to keep of each sample, sample_id [B] among it."""
-        order = _rank_samples(score, eligible, fields["sample_id"])[: self._size]
-        batch = {name: tensor[order] for name, tensor in {**fields, "score": score, "eligible": eligible}.items()}
-        if self._kept:
-            batch = {name: torch.cat([self._kept[name], tensor]) for name, tensor in batch.items()}
-            order = _rank_samples(batch["score"], batch["eligible"], batch["sample_id"])[: self._size]
-            batch = {name: tensor[order] for name, tensor in batch.items()}
-        self._kept = batch
-
-    def gather(self) -> dict[str, np.ndarray]:
-        """Return the kept samples' fields, best first, on every rank.
-
-        Only the scores travel at first; images go round once it is known which are chosen.
-        """
-        own = {name: tensor.cpu() for name, tensor in self._kept.items()}
-        marks = [own.pop(name) for name in ("score", "eligible")]
-        scores = distributed.gather_objects((*(mark.numpy() for mark in marks), own["sample_id"].numpy()))
-        score, eligible, ids = (torch.from_numpy(np.concatenate(column)) for column in zip(*scores))
-        chosen = _rank_samples(score, eligible, ids)[: self._size]
-        chosen = ids[chosen[eligible[chosen]]]
-        mine = torch.isin(own["sample_id"], chosen) & marks[1]
-        parts = distributed.gather_objects({name: tensor[mine].numpy() for name, tensor in own.items()})
-        every = {name: np.concatenate([part[name] for part in parts]) for name in own}
-        place = {number: index for index, number in enumerate(every["sample_id"].tolist())}
-        order = [place[number] for number in chosen.tolist()]
-        return {name: values[order] for name, values in every.items()}
-
-
-def _rank_samples(score: Tensor, eligible: Tensor, sample_id: Tensor) -> Tensor:
-    """Return the order of samples [B]: eligible ones first, by score from the top, then by id."""
-    order = sample_id.argsort(stable=True)
-    order = order[score[order].argsort(descending=True, stable=True)]
-    return order[eligible[order].to(torch.uint8).argsort(descending=True, stable=True)]
+    def reduce(self) -> Confusion:
+        """Return the counts of all ranks."""
+        own, counts = np.unique(torch.cat(self._codes).cpu().numpy(), return_counts=True)
+        gathered = distributed.gather_objects((own[own >= 0], counts[own >= 0]))
+        codes = np.concatenate([codes for codes, _ in gathered])
+        unique, inverse = np.unique(codes, return_inverse=True)
+        totals = np.zeros(len(unique), dtype=np.int64)
+        np.add.at(totals, inverse, np.concatenate([counts for _, counts in gathered]))
+        return Confusion(self.num_classes, unique // self.num_classes, unique % self.num_classes, totals)

@@ -1,0 +1,105 @@
+"""The data of a script: one object, made once and asked for training and evaluation streams.
+
+data = ImageData(config.data, runtime, seed=0, batch_size=128, decoder=ImageDecoder(3, max_pixels), run_path=run)
+train = data.train(rows, fields, {"images": TrainTransform(augment)})
+val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransform.of(preprocessing)})
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data.collection import Collection, index_collection, open_collection
+from data.config import DataConfig, GlyphsConfig
+from data.decode import pillow_version
+from data.glyphs import draw_glyphs, glyphs_ready
+from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog
+from data.source import Decoder, FileSource
+from data.stream import EvaluationBatches, Sampler, ShuffledSampler
+from data.transforms import Transform
+from utils.contracts import DeviceHook, Machine
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.progress import counting
+
+log = get_logger(__name__)
+
+CACHE = Path("outputs/cache/collections")
+
+
+def load_collection(config: DataConfig) -> Collection:
+    """Index the collection on rank 0 (drawing the glyphs first where they are missing) and open it on every rank."""
+
+    def index() -> str:
+        if isinstance(config, GlyphsConfig) and not glyphs_ready(Path(config.root)):
+            log.info("drawing the glyph collection into %s (once, some seconds)", config.root)
+            with counting("drawing the glyphs") as progress:
+                draw_glyphs(Path(config.root), progress)
+        return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
+
+    collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
+    log.info(
+        "collection: %s, %s training and %s validation images, read by %s",
+        config.root,
+        f"{len(collection.rows('train')):,}",
+        f"{len(collection.rows('val')):,}",
+        pillow_version(),
+    )
+    return collection
+
+
+class ImageData:
+    """A collection and how this process reads it.
+
+    batch_size: of evaluation. run_path: the folder whose unreadable.jsonl lists unreadable images; None for none.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        machine: Machine,
+        *,
+        seed: int,
+        batch_size: int,
+        decoder: Decoder,
+        run_path: Path | None,
+    ) -> None:
+        self.collection = load_collection(config)
+        self.fingerprints = {"data.root": self.collection.fingerprint}
+        self._source, self._decoder = FileSource(self.collection), decoder
+        self._machine, self._seed, self._batch_size = machine, seed, batch_size
+        self._unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
+
+    def train(
+        self,
+        rows: Sequence[int],
+        fields: Fields,
+        views: Mapping[str, Transform],
+        *,
+        sampler: Sampler | None = None,
+        on_device: DeviceHook | None = None,
+    ) -> TrainLoader:
+        """Return the endless stream of training samples; without a sampler, every row once per epoch."""
+        sampler = ShuffledSampler(rows, self._seed) if sampler is None else sampler
+        reader = self._reader(fields, views, training=True)
+        return TrainLoader(
+            reader, sampler, self._machine, seed=self._seed, unreadable=self._unreadable, on_device=on_device
+        )
+
+    def evaluation(
+        self,
+        rows: Sequence[int],
+        fields: Fields,
+        views: Mapping[str, Transform],
+        *,
+        on_device: DeviceHook | None = None,
+    ) -> EvaluationLoader:
+        """Return a loader of some rows, each exactly once over all ranks."""
+        batches = EvaluationBatches(
+            rows, seed=self._seed, batch_size=self._batch_size, rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )  # fmt: skip
+        reader = self._reader(fields, views, training=False)
+        return EvaluationLoader(reader, batches, self._machine, unreadable=self._unreadable, on_device=on_device)
+
+    def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
+        return SampleReader(self.collection, self._source, self._decoder, views, fields, training=training)

@@ -1,0 +1,118 @@
+"""The evaluator: measures a run's weights, and keeps the best of what is exported."""
+
+import math
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from engine.learner import Learner
+from engine.parallel import reshard
+from engine.plan import Plan
+from engine.recorder import Recorder
+from engine.saver import Saver
+from engine.streams import Streams
+from engine.task import Report
+from utils.contracts import Batch
+from utils.io.files import ignore_write_errors
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.progress import track
+from utils.record.report_files import write_report
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Best:
+    """The best evaluation so far: value of the task's best_metric, and its step."""
+
+    value: float | None = None
+    step: int | None = None
+
+
+@dataclass
+class Evaluator:
+    """Evaluate a learner on the evaluation streams, every `every_epochs`."""
+
+    streams: Streams
+    plan: Plan
+    every_epochs: float
+    recorder: Recorder
+    saver: Saver
+    best: Best = field(default_factory=Best)
+    last_report: dict[str, float] = field(default_factory=dict)
+
+    def evaluate(self, learner: Learner) -> None:
+        """Measure the weights and, where there is one, their average; write the best of what is exported.
+
+        The best weights are written while the network holds the weights that were measured.
+        """
+        step = learner.step
+        self.recorder.phase(step, "evaluating")
+        learner.sync_buffers()
+        report = self._measure(learner)
+        scalars = dict(report.scalars)
+        if learner.exports_average:
+            with learner.averages.swapped():
+                report = self._measure(learner)
+                scalars |= {f"ema/{name}": value for name, value in report.scalars.items()}
+                self._keep_best(learner, report)
+        else:
+            self._keep_best(learner, report)
+        self.last_report = scalars
+        self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
+        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        if distributed.is_main():
+            with ignore_write_errors(self.recorder.folder / "tables"):
+                write_report(self.recorder.folder, report.tables, report.images)
+        self.recorder.add_images(step, report.images)
+        self.recorder.plot(step)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps (JSON values)."""
+        return {"best": {"value": self.best.value, "step": self.best.step}, "last_report": self.last_report}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.best, self.last_report = Best(**state["best"]), state["last_report"]
+
+    @torch.no_grad()
+    def _measure(self, learner: Learner) -> Report:
+        learner.task.eval()
+        try:
+            with learner.runtime.autocast():
+                return learner.task.evaluate(self._due_loaders(learner.step), learner.step)
+        finally:
+            learner.task.train()
+            reshard(learner.model)
+
+    def _keep_best(self, learner: Learner, report: Report) -> None:
+        """Write the exported networks as they are now where the report is the best so far."""
+        task, value = learner.task, report.scalars[learner.task.best_metric]
+        if not math.isfinite(value):
+            return
+        best = self.best.value
+        if best is not None and (value >= best if task.best_is_lowest else value <= best):
+            return
+        if self.saver.write_best(learner):
+            self.best = Best(value, learner.step)
+
+    def _due_loaders(self, step: int) -> dict[str, Iterable[Batch]]:
+        """Return the loaders that are due; each of their batches counts as progress."""
+
+        def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
+            for batch in loader:
+                self.recorder.phase(step, f"evaluating {name}")
+                yield batch
+
+        def tracked(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
+            total = len(loader) if isinstance(loader, Sized) else None
+            return track(watched(name, loader), total, f"evaluating {name}")
+
+        def is_due(name: str) -> bool:
+            every = self.streams.every_epochs.get(name)
+            return every is None or self.plan.is_due_among(step, every, self.every_epochs)
+
+        return {name: tracked(name, loader) for name, loader in self.streams.evaluation.items() if is_due(name)}

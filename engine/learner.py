@@ -1,0 +1,160 @@
+"""The learner: a task with everything that an update needs. It needs no run folder.
+
+learner = Learner(task, config, plan, runtime)
+result = learner.update(batches)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config import TrainingConfig
+from engine.parallel import wrap_task
+from engine.plan import Plan
+from engine.runtime import Runtime
+from engine.step import LossScale, StepResult, train_step
+from engine.task import (
+    Knobs,
+    Task,
+    checkpointed_state,
+    exports_average,
+    join_exported,
+    split_exported,
+    trained_networks,
+)
+from optim.build import build_optimizer, skips_on_device
+from optim.ema import Averages, ema_decay_at
+from optim.groups import build_groups, set_group_values
+from optim.schedules import Schedule
+from optim.state import check_optimizer_state, load_optimizer_state, optimizer_state
+from utils.contracts import Batch
+from utils.errors import UserError
+from utils.ranks import distributed, sharded
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+Tensors = dict[str, dict[str, Tensor]]  # by group and name
+
+
+class Learner:
+    """Task, optimiser, loss scale, averages and schedule. `step` counts the updates done.
+
+    `model` is the task as wrapped for the ranks and the compiler. `exports_average`: the averaged weights are the ones
+    judged and exported.
+    """
+
+    def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
+        for name in task.roles.frozen:
+            task.get_submodule(name).requires_grad_(False)
+        self.task, self.runtime = task, runtime
+        self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
+        task.train()
+        groups = build_groups(task, trained_networks(task), config.optim)
+        for group in groups:
+            group["params"] = sharded.own_parts(group["params"])
+        self.optimizer = build_optimizer(config.optim, groups, plan.lr)
+        if not skips_on_device(self.optimizer):
+            log.warning("optim.opt: timm's optimisers cannot skip a step on the device; each step waits for it once")
+        self.scale = LossScale(runtime)
+        self.averages: Averages | None = None
+        if config.loop.ema_decay is not None:
+            averaged = task.roles.averaged
+            self.averages = Averages({name: task.get_submodule(name) for name in averaged}, averaged)
+        self.exports_average = self.averages is not None and exports_average(task)
+        self.schedule = Schedule(
+            config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps,
+            plan.epoch_length / plan.global_batch_size,
+        )  # fmt: skip
+        self.step = 0
+        self._seed, self._clip, self._ema_decay = config.seed, config.loop.clip_grad_norm, config.loop.ema_decay
+
+    def knobs(self) -> Knobs:
+        """Return the scheduled values of the next update as device scalars, without a host synchronisation."""
+        values = self.schedule.knobs_at(self.step)
+        return {name: torch.full((), value, device=self.runtime.device) for name, value in values.items()}
+
+    def update(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
+        """Make one update from this rank's micro-batches. `stop`: this rank asks to end the run."""
+        knobs = self.knobs()
+        set_group_values(self.optimizer, self.schedule.at(self.step))
+        result = train_step(
+            self.model, self.task, batches, self.optimizer, self.scale, knobs,
+            step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, stop=stop,
+        )  # fmt: skip
+        self.task.after_step(self.step, knobs, result.applied)
+        if self.averages is not None:
+            self.averages.update(ema_decay_at(self.step, self._ema_decay), result.applied)
+        self.step += 1
+        return result
+
+    def sync_buffers(self) -> None:
+        """Give every rank the buffers of rank 0 (batch statistics) and their averages; before they are read."""
+        if not distributed.is_distributed():
+            return
+        averages = {} if self.averages is None else self.averages.tensors()
+        for name, buffer in self.task.named_buffers():
+            dist.broadcast(buffer, src=0)
+            if name in averages:  # constants that are not in the state dict have none
+                dist.broadcast(averages[name], src=0)
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """Return the tensors by group and name, and the optimiser's state that is not tensors; on all ranks.
+
+        Groups: `weights`, the exported networks under a weight file's names, and `task`, the rest of the task;
+        `average_weights` and `averages` likewise; `optimizer`; `scale`. Sharded tensors are gathered on the CPU of
+        rank 0, and the groups are empty elsewhere.
+        """
+        tensors, others = optimizer_state(self.optimizer)
+        groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale.state()}
+        return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
+
+    def _task_groups(self) -> Tensors:
+        """Return the groups of the task and its averages."""
+        weights, rest = split_exported(self.task, checkpointed_state(self.task))
+        groups = {"weights": weights, "task": rest}
+        if self.averages is not None:
+            groups["average_weights"], groups["averages"] = split_exported(self.task, self.averages.tensors())
+        return groups
+
+    def exported_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a weight file as the networks hold them now; on rank 0, whole."""
+        return sharded.gather_parts(self._task_groups()["weights"])
+
+    def check_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
+        """Raise UserError unless saved tensors (on the meta device, say) have this learner's names, shapes and dtypes.
+
+        others: the optimiser's saved state that is not tensors; None skips the check of the optimiser.
+        """
+        for group, own in {**self._task_groups(), "scale": self.scale.state()}.items():
+            saved = tensors.get(group, {})
+            wrong = [name for name in own if name not in saved or not _are_alike(saved[name], own[name])]
+            wrong += [name for name in saved if name not in own]
+            if wrong:
+                raise UserError(
+                    f"resume: {source} is of another model: {len(wrong)} tensors of {group} differ, first "
+                    f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
+                )
+        if others is not None:
+            check_optimizer_state(self.optimizer, tensors["optimizer"], others, source)
+
+    @torch.no_grad()
+    def load_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
+        """Copy a saved state in. others: as in `check_state`; None keeps the optimiser's state."""
+        saved = join_exported(self.task, tensors["weights"], tensors["task"])
+        for name, tensor in checkpointed_state(self.task).items():
+            sharded.own_part(tensor).copy_(sharded.take_part(saved[name], tensor))
+        if others is not None:
+            load_optimizer_state(self.optimizer, tensors["optimizer"], dict(others), source)
+        self.scale.load(tensors["scale"])
+        if self.averages is not None:
+            self.averages.load(join_exported(self.task, tensors["average_weights"], tensors["averages"]))
+
+
+def _are_alike(saved: Tensor, own: Tensor) -> bool:
+    return saved.shape == own.shape and saved.dtype == own.dtype

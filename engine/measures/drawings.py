@@ -1,0 +1,67 @@
+"""Pictures of an evaluation: confusion matrices and grids of predictions."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from engine.measures.confusion import Confusion
+from utils.record import pictures
+
+_WHOLE_MATRIX = 40  # up to this number of classes all are drawn
+_PART_OF_MATRIX = 24  # of more classes, the most confused ones
+
+
+def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
+    """Draw the whole confusion matrix of few classes, or that of the most confused of many."""
+    samples = confusion.samples
+    wrong, total = int((samples - confusion.correct).sum()), int(samples.sum())
+    if len(class_names) <= _WHOLE_MATRIX:
+        title = (
+            f"Confusion matrix of {len(class_names)} classes; images wrong: {wrong:,} of {total:,}\n"
+            "numbers are images, the shade is the share of the row; blue right, red wrong"
+        )
+        counts = confusion.matrix(range(len(class_names)))
+        return pictures.confusion_matrix(counts, samples, class_names, title)
+    classes = confusion.most_confused(_PART_OF_MATRIX)
+    title = (
+        f"The {len(classes)} most confused of {len(class_names):,} classes; "
+        f"images wrong in all: {wrong:,} of {total:,}\n"
+        "numbers are per cent of the row's images; blue right, red wrong, other: classes that are not shown"
+    )
+    counts, names = confusion.matrix(classes), [class_names[index] for index in classes]
+    elsewhere = samples[classes] - counts.sum(axis=1)
+    return pictures.confusion_matrix(counts, samples[classes], names, title, percent=True, elsewhere=elsewhere)
+
+
+def draw_mistakes(kept: Mapping[str, np.ndarray], confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
+    """Draw the most confident mistakes, `kept` in that order."""
+    total = int(confusion.samples.sum())
+    wrong = total - int(confusion.correct.sum())
+    shown = _predictions(kept, np.arange(len(kept["sample_id"])), class_names)
+    title = f"Mistakes, the most confident first: {len(shown)} of {wrong:,} (images: {total:,})"
+    return pictures.prediction_grid(shown, f"{title}\ntrue → predicted (probability)")
+
+
+def draw_predictions(kept: Mapping[str, np.ndarray], total: int, class_names: Sequence[str]) -> np.ndarray:
+    """Draw samples and their predictions, in the order of their rows."""
+    shown = _predictions(kept, kept["sample_id"].argsort(), class_names)
+    title = f"Predictions: {len(shown)} of {total:,} images, the same ones each time"
+    return pictures.prediction_grid(shown, f"{title}\ntrue → predicted (probability); blue right, red wrong")
+
+
+def _predictions(
+    kept: Mapping[str, np.ndarray], order: np.ndarray, class_names: Sequence[str]
+) -> list[pictures.Prediction]:
+    """Return samples in an order; `kept` has images [N, C, H, W], labels, predicted and prob [N]."""
+    images = kept["images"]
+    if images.dtype != np.uint8:
+        images = (images * 255.0).round().clip(0, 255).astype(np.uint8)
+    return [
+        pictures.Prediction(
+            images[index].transpose(1, 2, 0),
+            class_names[kept["labels"][index]],
+            class_names[kept["predicted"][index]],
+            float(kept["prob"][index]),
+        )
+        for index in order
+    ]

@@ -1,0 +1,38 @@
+"""Exact means of per-sample values."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.ranks import distributed
+
+
+class Means:
+    """Average per-sample values over all valid samples of all ranks, in float64."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # [1 + N]: the count, then a sum for each name
+
+    def add(self, values: Mapping[str, Tensor], valid: Tensor) -> None:
+        """Take a batch: values [B] by name, the same names each time, and valid [B] bool."""
+        self._names = list(values)
+        rows = torch.stack(
+            [torch.ones_like(valid, dtype=torch.float64), *(value.double() for value in values.values())]
+        )
+        # Select, do not multiply: the loss of a blank image may be NaN.
+        sums = torch.where(valid, rows, 0.0).sum(dim=1)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def reduce(self) -> dict[str, float]:
+        """Return the means by name, and `samples`, the number of valid samples.
+
+        Raises UserError where there is no valid sample.
+        """
+        assert self._sums is not None, "no batch was added"
+        count, *sums = distributed.all_reduce_sum(self._sums).tolist()
+        if count == 0:
+            raise UserError("data.root: no image of the validation split could be read; see the warnings above")
+        return {name: total / count for name, total in zip(self._names, sums)} | {"samples": count}

@@ -1,0 +1,181 @@
+"""The recorder: what a run writes down about itself while it trains.
+
+Metrics, tracker, progress bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config import TrainingConfig
+from engine.meters import Meter
+from engine.plan import Plan
+from engine.runtime import Runtime
+from engine.skips import SkipWatch
+from engine.step import StepResult
+from optim.schedules import Schedule
+from utils.contracts import Batch
+from utils.io.files import ignore_write_errors
+from utils.ranks import distributed
+from utils.ranks.watchdog import Watchdog
+from utils.record.logging import get_logger
+from utils.record.metrics_log import MetricsLog
+from utils.record.progress import Bar, format_duration
+from utils.record.sample_log import SampleLog
+from utils.record.trackers import Tracker, start_tracker
+
+log = get_logger(__name__)
+
+
+class Recorder:
+    """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`."""
+
+    def __init__(self, config: TrainingConfig, plan: Plan, schedule: Schedule, runtime: Runtime, folder: Path) -> None:
+        self.folder = folder
+        self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
+        self.bar = Bar("training", plan.total_steps)
+        self.skips = SkipWatch(config.loop.max_skipped_steps, rolls_back=config.loop.on_too_many_skipped == "rollback")
+        self.log_meter, self.epoch_meter = Meter(runtime.device), Meter(runtime.device)
+        self._tracking, self._plan, self._schedule = config.tracking, plan, schedule
+        self._metrics: MetricsLog | None = None
+        self._samples: SampleLog | None = None
+        self._tracker: Tracker | None = None
+        self._clock = (0, 0.0)
+
+    # ------------------------------------------------------------------------------------------------- open and close
+
+    def start_tracker(self, run_config: dict[str, Any], step: int) -> None:
+        """Start what `tracking` names, on rank 0."""
+        self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
+
+    def open(self, step: int, path_of: Callable[[int], str]) -> None:
+        """Open the files that are written row by row, without rows beyond `step`; again after a roll-back."""
+        for record in (self._metrics, self._samples):
+            if record is not None:
+                record.close()
+        if distributed.is_main():
+            self._metrics = MetricsLog(self.folder, step)
+        if self._tracking.samples:
+            self._samples = SampleLog(self.folder, step)
+        self.skips.open(self.folder, path_of, step)
+
+    def close(self) -> None:
+        """Close all files at the end of a run."""
+        for record in (self._metrics, self._samples, self.skips, self._tracker):
+            if record is not None:
+                record.close()
+
+    def abandon(self) -> None:
+        """End the watch and the tracker of a run that failed."""
+        self.watchdog.abandon()
+        if self._tracker is not None:
+            self._tracker.close(failed=True)
+
+    def sync(self) -> None:
+        """Flush rank 0's rows to the disk; before a checkpoint beyond them is published. From any thread."""
+        for rows in (self._metrics, self.skips):
+            if rows is not None:
+                rows.sync()
+
+    def sync_samples(self) -> None:
+        """Flush this rank's record of samples. Raises OSError where the disk refuses it."""
+        if self._samples is not None:
+            self._samples.sync()
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def phase(self, step: int, name: str) -> None:
+        """Tell the watchdog what the main thread does next; each call counts as progress."""
+        self.watchdog.progress(f"step {step}: {name}")
+
+    def start_clock(self, step: int) -> None:
+        """Measure throughput from this step on; called again after anything that is not training."""
+        self._clock = (step, time.perf_counter())
+
+    def add_samples(self, step: int, batches: Sequence[Batch]) -> None:
+        """Record which samples update number `step` (from 1) takes, where `tracking.samples` is set."""
+        if self._samples is not None:
+            self._samples.add(step, batches)
+
+    def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
+        """Take the result of update number `step` (from 1); nothing is read from the device."""
+        self.log_meter.add(result)
+        self.epoch_meter.add(result)
+        self.skips.add(step, batches, result)
+        self.bar.advance(step)
+
+    def add_row(self, step: int, kind: str, figures: dict[str, Any]) -> None:
+        """Write a row of metrics, on rank 0."""
+        if self._metrics is not None:
+            self._metrics.add(step, kind, figures)
+        if self._tracker is not None:
+            self._tracker.add_row(step, kind, figures)
+
+    def add_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Send pictures to the tracker, on rank 0."""
+        if self._tracker is not None:
+            for name, image in images.items():
+                self._tracker.add_image(step, name, image)
+
+    def log_step(self, step: int) -> None:
+        """Write the means since the last log: the only regular host synchronisation.
+
+        Raises as `SkipWatch.check` does where too many steps were skipped.
+        """
+        plan, means = self._plan, self.log_meter.means()
+        first, since = self._clock
+        images_per_sec = (step - first) * plan.global_batch_size / (time.perf_counter() - since)
+        values = self._schedule.at(step - 1)
+        row = {"epoch": plan.epoch_at(step), **means, "lr": values.lr, "images_per_sec": images_per_sec}
+        self.add_row(step, "train", row)
+        left_sec = self.bar.remaining_sec(step)
+        log.info(
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.2f  %.0f images/s  ETA %s",
+            step, plan.total_steps, plan.epoch_at(step), means["loss"], values.lr, means["grad_norm"],
+            images_per_sec, format_duration(left_sec),
+        )  # fmt: skip
+        epochs = [plan.epoch_of(number - 1) + 1 for number in (step, plan.total_steps)]
+        figures = f"loss {means['loss']:.4f}  lr {values.lr:.2e}  {images_per_sec:,.0f} images/s"
+        self.bar.show(f"epoch {epochs[0]}/{epochs[1]}", figures, left_sec)
+        if means["skipped_steps"]:
+            log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
+            self.skips.read(step)
+            self.skips.check(step, last=step == plan.total_steps)
+        else:
+            self.skips.forget(step)
+        self.start_clock(step)
+
+    def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
+        """Write the epoch's row: its mean losses beside the newest evaluation."""
+        means = {f"train/{name}": value for name, value in self.epoch_meter.means().items()}
+        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, "lr": self._schedule.at(step - 1).lr, **last_report})
+
+    def plot(self, step: int) -> None:
+        """Draw the curves of the run so far, on rank 0."""
+        self.phase(step, "plotting")  # on all ranks: the watchdog compares their counts
+        if self._metrics is not None:
+            from utils.record.plots import plot_curves  # imports matplotlib
+
+            path = self.folder / "plots" / "curves.png"
+            with ignore_write_errors(path):
+                plot_curves(self._metrics, path, self.folder.resolve().name)
+        self.start_clock(step)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps (JSON values)."""
+        return {
+            "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
+            "skipped": self.skips.steps,
+            "skipped_empty": self.skips.empty,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.log_meter.load(state["meters"]["log"])
+        self.epoch_meter.load(state["meters"]["epoch"])
+        self.skips.load(state["skipped"], state["skipped_empty"])

@@ -1,0 +1,174 @@
+"""Resuming: choose a checkpoint, check it against this run, restore it, roll back to it."""
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    find_checkpoint_before,
+    find_continuation,
+    list_checkpoints,
+    load_checkpoint,
+    move_aside_beyond,
+)
+from engine.config import TrainingConfig
+from engine.run_parts import Run
+from engine.skips import TooManySkipped
+from utils.config.recipe import check_resumable
+from utils.errors import UserError
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.run_folder import RunFolder
+
+log = get_logger(__name__)
+
+
+def will_resume(config: TrainingConfig, folder: Path) -> bool:
+    """Return whether the run continues from a checkpoint, so that no initial weights are loaded."""
+    if config.resume == "auto":
+        return bool(list_checkpoints(folder / "checkpoints"))
+    return config.resume != "never"
+
+
+def resume(run: Run, config: TrainingConfig) -> None:
+    """Continue from the checkpoint that `resume` chooses, if there is one; on all ranks.
+
+    Raises UserError where that checkpoint does not fit this run.
+    """
+    folder = run.saver.folder
+    found = distributed.rank_zero_call(lambda: _choose(config, folder))
+    if found is None:
+        return
+    checkpoint = load_checkpoint(Path(found), lambda described: _check(described, run, config))
+    _restore(run, checkpoint)
+    log.info("resumed from %s at step %d", found, run.step)
+    distributed.rank_zero_call(lambda: _move_aside(folder, run.step))
+
+
+def roll_back(run: Run, request: TooManySkipped) -> None:
+    """Return to the newest checkpoint before the skipped steps, and pass over the samples read since.
+
+    The same samples would fail again. The best weights stay: they were measured before. Raises UserError where there
+    is no such checkpoint.
+    """
+    reached, best, passed_over = run.step, run.evaluator.best, run.passed_over_steps
+
+    def find() -> str | None:
+        run.saver.writer.close()
+        found = find_checkpoint_before(run.saver.folder.checkpoints, request.first)
+        return str(found) if found else None
+
+    found = distributed.rank_zero_call(find)
+    if found is None:
+        raise UserError(
+            f"{request.message}there is no checkpoint before them to roll back to; set a lower optim.lr or "
+            "loop.checkpoint_every_steps"
+        )
+    _restore(run, load_checkpoint(Path(found)))
+    run.evaluator.best, run.passed_over_steps = best, passed_over + reached - run.step
+    run.open_records()
+    # A row of the next step, so that a resume from this checkpoint drops it and writes it again.
+    figures = {"from_step": reached, "passed_over_steps": run.passed_over_steps}
+    run.recorder.add_row(run.step + 1, "rollback", figures)
+    log.warning(
+        "%srolled back to step %d; the samples of %d steps are passed over",
+        request.message, run.step, reached - run.step,
+    )  # fmt: skip
+
+
+def _choose(config: TrainingConfig, folder: RunFolder) -> str | None:
+    """Return the checkpoint to continue from; on rank 0."""
+    if config.resume == "auto":
+        found = find_checkpoint(folder.checkpoints)
+        return str(found) if found else None
+    if config.resume != "never":
+        # After a kill, the same command continues from what it has saved since.
+        found = find_continuation(folder.checkpoints, folder.config["resume"])
+        if found is None:
+            return config.resume
+        log.info("resume: %s was made by this command, so the run continues from it, not from %s", found, config.resume)
+        return str(found)
+    existing = list_checkpoints(folder.checkpoints)
+    if existing:
+        raise UserError(
+            f"resume: never was given, but {folder.path} holds {len(existing)} checkpoints (up to "
+            f"{existing[-1].name}); nothing is overwritten: give another run_dir, or set resume=auto"
+        )
+    return None
+
+
+def _move_aside(folder: RunFolder, step: int) -> None:
+    """Move checkpoints beyond the one that is resumed aside; on rank 0."""
+    hidden = move_aside_beyond(folder.checkpoints, step)
+    if hidden:
+        log.warning(
+            "resume: checkpoints beyond step %d are moved aside and removed by the next save; until then they are %s",
+            step, ", ".join(map(str, hidden)),
+        )  # fmt: skip
+
+
+def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
+    """Compare a checkpoint's recipe, data, machine and tensors with this run's."""
+    folder, state = run.saver.folder, checkpoint.state
+    for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
+        log.warning("resume_allow accepts %s", line)
+    _check_fingerprints(state["fingerprints"], run, config)
+    saved, found = state["precision"], run.learner.runtime.precision
+    if saved != found:
+        if "runtime.precision" not in config.resume_allow:
+            raise UserError(
+                f"runtime.precision: auto chose {found} here, the run began with {saved}; set "
+                f"runtime.precision={saved} or 'resume_allow=[runtime.precision]'"
+            )
+        log.warning("resume_allow accepts runtime.precision: %s in the run, %s now", saved, found)
+    if state["threads"] != torch.get_num_threads():
+        log.warning(
+            "resume: %d threads now, %d before: results agree to rounding, not bit for bit",
+            torch.get_num_threads(),
+            state["threads"],
+        )
+    if checkpoint.step > run.plan.total_steps:
+        raise UserError(
+            f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {run.plan.total_steps} "
+            "requested; request more, or give another run_dir"
+        )
+    others = state["optimizer"] if _has_own_optimizer(checkpoint, run) else None
+    run.learner.check_state(checkpoint.tensors, others, checkpoint.path)
+
+
+def _check_fingerprints(saved: dict[str, str], run: Run, config: TrainingConfig) -> None:
+    """Compare fingerprints of the data and of frozen networks."""
+    for name, found in run.fingerprints.items():
+        if saved.get(name) == found:
+            continue
+        if name not in config.resume_allow:
+            raise UserError(
+                f"resume: {name} of {run.saver.folder.path} has changed since the checkpoint (fingerprint "
+                f"{saved.get(name)} then, {found} now), so the run would not be the same; restore it, or start another "
+                "run with run_dir=..."
+            )
+        log.warning(
+            "resume_allow accepts a changed %s: fingerprint %s in the run, %s now", name, saved.get(name), found
+        )
+
+
+def _has_own_optimizer(checkpoint: Checkpoint, run: Run) -> bool:
+    """Return whether a checkpoint's optimiser is of this run's kind, so that its state can be loaded."""
+    saved, now = checkpoint.state["config"]["optim"], run.saver.folder.config["optim"]
+    return (saved["name"], saved.get("opt")) == (now["name"], now.get("opt"))
+
+
+def _restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into the run."""
+    state, others = checkpoint.state, checkpoint.state["optimizer"]
+    if not _has_own_optimizer(checkpoint, run):
+        names = (config["optim"]["name"] for config in (run.saver.folder.config, state["config"]))
+        log.warning("resume: %s starts without state: the checkpoint's optimiser is %s", *names)
+        others = None
+    run.learner.load_state(checkpoint.tensors, others, checkpoint.path)
+    run.learner.step = checkpoint.step
+    run.recorder.load_state(state)
+    run.evaluator.load_state(state)
+    run.passed_over_steps = state["passed_over"]

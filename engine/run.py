@@ -1,0 +1,235 @@
+"""What every training script calls: `start_ranks` first, `build_task`, and `run_training` last.
+
+The run folder is opened only after data and task are built, so a mistake leaves nothing behind.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from engine.config import MachineConfig, TrainingConfig
+from engine.plan import Plan, make_plan
+from engine.resume import resume, roll_back, will_resume
+from engine.run_parts import Run, build_run
+from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
+from engine.skips import TooManySkipped
+from engine.streams import Streams
+from engine.task import Task, trained_networks
+from engine.train_one_epoch import StopVote, train_one_epoch
+from optim.build import check_shardable
+from optim.groups import build_groups, groups_table
+from utils.config.entry_point import Job
+from utils.config.recipe import recipe_hash
+from utils.errors import EXIT_STOPPED, UserError, close_names, lost_worker
+from utils.io.safe_text import Lines
+from utils.ranks import distributed
+from utils.ranks.signals import StopRequest
+from utils.record.logging import get_logger, setup_logging
+from utils.record.run_folder import (
+    default_run_dir,
+    environment_state,
+    open_run_folder,
+    update_saved_config,
+)
+from utils.record.trackers import check_tracker
+
+log = get_logger(__name__)
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+# The watchdog names a rank that hangs; the time-out of the process group is a second line of defence.
+_GROUP_PATIENCE = 4
+MAX_ROLLBACKS = 3  # per process: if four stretches of samples fail, the samples are not the cause
+
+
+# ------------------------------------------------------------------------------------------------------------ starting
+
+
+def start_machine(config: MachineConfig) -> Runtime:
+    """Join the ranks and decide what `auto` means on this machine."""
+    device = choose_device(config.device)
+    world = distributed.init_process_group(device, _GROUP_PATIENCE * config.hang_timeout_sec)
+    setup_logging(world.rank)
+    return choose_runtime(config)
+
+
+def start_ranks(config: TrainingConfig) -> Runtime:
+    """Start the machine for training, and check that all ranks have the same configuration."""
+    runtime = start_machine(config.runtime)
+    distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
+    distributed.check_same("runtime.precision", runtime.precision)
+    return runtime
+
+
+def run_path(config: TrainingConfig, job: Job) -> Path:
+    """Return where the run's folder is, or will be."""
+    return Path(default_run_dir(config.model_dump(mode="json"), job))
+
+
+def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
+    """Build the task from the seed, equal on all ranks; on the meta device for a dry run."""
+    torch.manual_seed(config.seed)
+    with torch.device("meta" if config.dry_run else "cpu"):
+        return make()
+
+
+def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:
+    """Derive steps, micro-batch and learning rate from the configuration, the ranks and the length of an epoch."""
+    return make_plan(
+        config.loop,
+        config.optim,
+        config.schedule,
+        world_size=distributed.world_size(),
+        epoch_length=streams.train.epoch_length,
+        chunk=streams.train.chunk,
+    )
+
+
+# -------------------------------------------------------------------------------------------------- checks and dry run
+
+
+def check_knobs(task: Task, config: TrainingConfig) -> None:
+    """Raise UserError where schedule.knobs does not give exactly the scheduled values that the task reads."""
+    given, wanted = set(config.schedule.knobs), set(task.knob_names)
+    for name in sorted(given - wanted):
+        advice = close_names(name, wanted) if wanted else "it reads none"
+        raise UserError(f"schedule.knobs.{name}: {type(task).__name__} does not read it; {advice}")
+    for name in sorted(wanted - given):
+        raise UserError(
+            f"schedule.knobs.{name}: {type(task).__name__} reads it; add "
+            f"schedule.knobs.{name}={{start: .., phases: [{{to: .., curve: cosine}}]}}"
+        )
+
+
+def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
+    """Check what can be checked before any image is read, and log what will run."""
+    check_knobs(task, config)
+    if config.runtime.parallel == "fsdp":
+        check_shardable(config.optim)
+    distributed.rank_zero_call(lambda: check_tracker(config.tracking))
+    networks = trained_networks(task)
+    groups = build_groups(task, networks, config.optim)
+    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+    log.info("runtime: %s compile=%s", runtime.describe(), compiles)
+    log.info("plan: %s", plan.describe())
+    for name, network in networks.items():
+        count = sum(parameter.numel() for parameter in network.parameters())
+        log.info("%s: %s, %s parameters", name, type(network).__name__, f"{count:,}")
+    log.info("parameter groups:\n%s", Lines(groups_table(groups)))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def run_training(
+    task: Task,
+    streams: Streams,
+    config: TrainingConfig,
+    job: Job,
+    runtime: Runtime,
+    *,
+    prepare: Callable[[], None] | None = None,
+) -> str:
+    """Train to the end of the plan, or from where the run folder left off; returns a line with the result.
+
+    `prepare`: called on a new run after the task has loaded `init_from`, such as to fit a head. With dry_run set,
+    everything is checked and logged and nothing is made. Raises UserError for what the user can fix, SystemExit(75)
+    after a stop signal.
+    """
+    plan = derive_plan(config, streams)
+    describe_run(task, config, plan, runtime)  # refuses what it can before a folder is made
+    if config.dry_run:
+        log.info("dry run: the run folder would be %s", run_path(config, job))
+        return f"dry run: {plan.total_steps} steps"
+    if not distributed.rank_zero_call(lambda: will_resume(config, run_path(config, job))):
+        task.initialise(config.init_from)
+        if prepare is not None:
+            prepare()
+    values = config.model_dump(mode="json")
+    with (
+        open_run_folder(values, job, environment_state(runtime=runtime.describe())) as folder,
+        StopRequest() as stop,
+    ):
+        run = build_run(task, streams, config, plan, runtime, folder, stop)
+        resume(run, config)
+        if distributed.is_main():
+            update_saved_config(folder.path, folder.config, job)
+        finished = _train(run, config)
+    if not finished:
+        log.warning("stopped at step %d on request; the same command continues from there", run.step)
+        raise SystemExit(EXIT_STOPPED)
+    return _summarise(run)
+
+
+def _train(run: Run, config: TrainingConfig) -> bool:
+    """Train with all records open; returns False where the run was asked to stop."""
+    recorder = run.recorder
+    if run.step < run.plan.total_steps:  # a complete run needs no tracker
+        folder = run.saver.folder
+        saved = {"script": folder.job.script, **folder.config}
+        distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step))
+    run.open_records()
+    recorder.watchdog.start()
+    try:
+        finished = _train_with_rollbacks(run, config)
+    except BaseException as error:  # an interrupt too: in a notebook the process lives on
+        known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
+        lost = None if known else recorder.watchdog.name_lost_ranks()
+        if lost:
+            log.error("%s; the same command resumes from the last checkpoint", lost)
+        recorder.abandon()
+        run.saver.writer.close()
+        raise
+    recorder.watchdog.stop()
+    recorder.close()
+    return finished
+
+
+def _train_with_rollbacks(run: Run, config: TrainingConfig) -> bool:
+    rollbacks = 0
+    while True:
+        try:
+            return _train_epochs(run, config)
+        except TooManySkipped as request:
+            rollbacks += 1
+            if rollbacks > MAX_ROLLBACKS:
+                raise UserError(
+                    f"{request.message}the run has rolled back {MAX_ROLLBACKS} times, past other samples each time; "
+                    "set a lower optim.lr, loop.clip_grad_norm or runtime.precision=fp32"
+                ) from None
+            roll_back(run, request)
+
+
+def _train_epochs(run: Run, config: TrainingConfig) -> bool:
+    """Run the remaining epochs; returns False where the run was asked to stop."""
+    plan, streams = run.plan, run.streams
+    if run.step >= plan.total_steps:
+        log.info("the run is complete: %d of %d steps are done", run.step, plan.total_steps)
+        return True
+    started = time.perf_counter()
+    batches = streams.train.steps(run.step + run.passed_over_steps, plan)
+    vote = StopVote()
+    run.recorder.start_clock(run.step)
+    try:
+        with run.recorder.bar.opened(run.step):
+            while run.step < plan.total_steps:
+                if not train_one_epoch(run, batches, config.loop, plan.epoch_of(run.step), vote):
+                    return False
+    finally:
+        batches.close()
+    log.info("trained to step %d in %.1f s", run.step, time.perf_counter() - started)
+    if streams.train.unreadable_count:
+        log.warning("%d images could not be read and weighed 0; see unreadable.jsonl", streams.train.unreadable_count)
+    return True
+
+
+def _summarise(run: Run) -> str:
+    """Return the run's line in a sweep's table."""
+    best, report = run.evaluator.best, run.evaluator.last_report
+    parts = [f"{name}={value:.4f}" for name, value in report.items() if math.isfinite(value)]
+    if best.value is not None:
+        parts.append(f"best {run.learner.task.best_metric}={best.value:.4f} at step {best.step}")
+    return "  ".join(parts)

@@ -1,0 +1,135 @@
+"""The saver: checkpoints and weight files of a run.
+
+The weights of a checkpoint are a weight file of their own, which weights/last_weights.safetensors and
+weights/ema_weights.safetensors link to: no tensor is written twice.
+"""
+
+from typing import Any
+
+from engine.checkpoint import remove_old, save_checkpoint, write_errors
+from engine.config import LoopConfig
+from engine.learner import Learner, Tensors
+from engine.parallel import is_sharded
+from engine.recorder import Recorder
+from engine.writer import CheckpointWriter
+from utils.errors import UserError
+from utils.io.files import link_or_copy
+from utils.io.weights import weight_metadata, write_weights
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.run_folder import RunFolder
+
+log = get_logger(__name__)
+
+# Weight files that a checkpoint's groups of tensors are linked to.
+_LINKS = {"weights": "last", "average_weights": "ema"}
+
+
+class Saver:
+    """Write checkpoints and weights into a run folder. frozen: fingerprints of the task's frozen networks."""
+
+    def __init__(self, folder: RunFolder, loop: LoopConfig, frozen: dict[str, str]) -> None:
+        self.folder, self._frozen = folder, frozen
+        self.writer = CheckpointWriter(in_background=loop.save_in_background, retries=loop.on_failed_save == "retry")
+        self._keep = loop.keep_checkpoints
+
+    def save(
+        self, learner: Learner, recorder: Recorder, state: dict[str, Any], *, best_step: int | None, last: bool
+    ) -> None:
+        """Write a checkpoint of this step and link its weights.
+
+        `last`: the run ends here, so wait until everything is on the disk; otherwise it is written in the background.
+        Raises UserError where the disk refuses the last checkpoint, or an earlier one without which the run must stop.
+        """
+        step = learner.step
+        recorder.phase(step, "saving")
+        learner.sync_buffers()
+        recorder.skips.read(step)
+        groups, others = learner.state()
+        state = {"config": self.folder.config, **state, **recorder.state(), "optimizer": others}
+        if not self._sync_samples(recorder, last):
+            return
+        if distributed.is_main():
+            linked = ["weights", "average_weights"] if learner.exports_average else ["weights"]
+            metadata = {group: self._metadata(learner, averaged=group == "average_weights") for group in linked}
+            self.writer.submit(
+                groups,
+                lambda groups: self._write(step, groups, state, metadata, recorder, best_step),
+                f"saved {self.folder.checkpoints}/step_{step:08d}",
+                copied=is_sharded(learner.model),
+            )
+        if last:
+            distributed.rank_zero_call(self.writer.finish)
+        recorder.start_clock(step)
+
+    def write_best(self, learner: Learner) -> bool:
+        """Write the exported networks, as they are now, as the best weights; on all ranks.
+
+        Returns False where the disk refuses them and `loop.on_failed_save` is retry.
+        """
+        tensors = learner.exported_tensors()
+        metadata = self._metadata(learner, averaged=learner.exports_average)
+        path = self.folder.weights / "best_weights.safetensors"
+
+        def write() -> bool:
+            try:
+                with write_errors(self.folder.weights, f"the best weights of step {learner.step}", {"": tensors}):
+                    write_weights(path, tensors, metadata)
+            except UserError as error:
+                if not self.writer.retries:
+                    raise
+                log.error("%s\nThe run continues with the best weights of before (loop.on_failed_save=retry)", error)
+                return False
+            return True
+
+        return distributed.rank_zero_call(write)
+
+    def _metadata(self, learner: Learner, *, averaged: bool) -> dict[str, Any]:
+        """Return the metadata of a weight file."""
+        return {
+            "format": 1,
+            "script": self.folder.job.script,
+            "task": self.folder.config["task"],
+            "model": self.folder.config["model"],
+            "step": learner.step,
+            "average": averaged,
+            **({"frozen": self._frozen} if self._frozen else {}),
+            **learner.task.exported().metadata,
+        }
+
+    def _sync_samples(self, recorder: Recorder, last: bool) -> bool:
+        """Flush every rank's record of samples before the checkpoint that lies beyond it.
+
+        Returns False where a disk refuses it and the run continues without this checkpoint.
+        """
+        problem = None
+        try:
+            with write_errors(self.folder.path / "samples", "the record of samples", {}):
+                recorder.sync_samples()
+        except UserError as error:
+            problem = error
+        problems = [found for found in distributed.gather_objects(problem) if found is not None]
+        if problems and (last or not self.writer.retries):
+            raise problems[0]
+        if problems:
+            log.error("%s\nThe run continues and tries again at its next save (loop.on_failed_save=retry)", problems[0])
+        return not problems
+
+    def _write(
+        self,
+        step: int,
+        groups: Tensors,
+        state: dict[str, Any],
+        metadata: dict[str, dict[str, Any]],
+        recorder: Recorder,
+        best_step: int | None,
+    ) -> None:
+        """Write a state to the disk; on rank 0, in the writer's thread."""
+        with write_errors(self.folder.checkpoints, f"the checkpoint of step {step}", groups):
+            recorder.sync()
+            texts = {group: weight_metadata(values) for group, values in metadata.items()}
+            path = save_checkpoint(self.folder.checkpoints, step, groups, state, texts)
+            for group in metadata:
+                name = f"{_LINKS[group]}_weights.safetensors"
+                link_or_copy(path / f"{group}.safetensors", self.folder.weights / name)
+            remove_old(self.folder.checkpoints, self._keep, step, best_step)

@@ -1,0 +1,21 @@
+"""The data of a run, as a script hands it to the engine."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from utils.contracts import Batch, TrainStream
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Training and evaluation data.
+
+    fingerprints: what must not change while a run is resumed, by configuration key, such as the collection's content.
+    every_epochs: for evaluation loaders that not every evaluation needs (a probe), the epochs between two uses. The
+        first evaluation at or after each multiple uses them, and so does the last one.
+    """
+
+    train: TrainStream
+    evaluation: Mapping[str, Iterable[Batch]]
+    fingerprints: Mapping[str, str]
+    every_epochs: Mapping[str, float] = field(default_factory=dict)

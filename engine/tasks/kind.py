@@ -1,0 +1,156 @@
+"""What a kind of training tells the scripts: how to build its task and its data.
+
+    data = kind.open_data(config.data, config.model, runtime, seed=..., batch_size=..., run_path=...)
+    setup = kind.set_up(config, data.collection)
+    task = kind.build(setup)
+    streams = kind.streams(data, setup, config)
+
+A kind's config, fields, task and Kind are in one file; kinds.py has an entry for each.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from torch import nn
+
+from data.collection import Collection
+from data.config import AugmentConfig, DataConfig
+from data.image_data import ImageData
+from data.loader import Fields
+from data.rows import training_rows
+from data.source import ImageDecoder
+from data.stream import build_sampler
+from data.transforms import EvalTransform, TrainTransform, Transform
+from engine.config import TrainingConfig
+from engine.runtime import Runtime
+from engine.streams import Streams
+from engine.task import Task
+from models.config import ModelConfig
+from models.image_model import Output
+from utils.config.schema import Strict
+from utils.contracts import Batch
+
+Config = TypeVar("Config", bound=Strict)
+
+
+class ImageTrainingConfig(TrainingConfig):
+    """The schema of a training script on images; the script adds `task`."""
+
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig
+
+
+@dataclass(frozen=True)
+class Setup(Generic[Config]):
+    """What a task is built from. It follows from a run's configuration, and from a weight file's metadata alone.
+
+    preprocessing: what evaluation does to an image (AugmentConfig.preprocessing).
+    facts: what the task knows of the collection it was trained on, such as class names (JSON values).
+    """
+
+    model: ModelConfig
+    task: Config
+    preprocessing: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a weight file must say beside model and task."""
+        return {**self.facts, "preprocessing": dict(self.preprocessing)}
+
+
+class Kind(Generic[Config]):
+    """One kind of training on images. Subclasses override what differs.
+
+    config: the schema of its `task` group; model_schema: of its `model` group. script: the root script that trains it.
+    output: what its network makes of one image; None where it makes nothing of an image alone. fact_names: the facts
+    that its task reads.
+    """
+
+    config: ClassVar[type[Strict]]
+    model_schema: ClassVar[Any] = ModelConfig
+    script: ClassVar[str] = "finetune"
+    output: ClassVar[Output | None] = None
+    fact_names: ClassVar[tuple[str, ...]] = ()
+
+    # ----------------------------------------------------------------------------------------------------- the task
+
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return what the task must know of the collection. Raises UserError where the collection does not suit it."""
+        return {}
+
+    def build(self, setup: Setup[Config]) -> Task:
+        """Return the task with drawn weights."""
+        raise NotImplementedError
+
+    def image_network(self, task: Task) -> nn.Module:
+        """Return the network from normalised images to `output`: logits [B, K], or features [B, C]."""
+        return task.network
+
+    def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup[Config]:
+        """Return what the task of a new run is built from."""
+        preprocessing = config.augment.preprocessing(config.model.in_channels)
+        return Setup(config.model, config.task, preprocessing, self.find_facts(config, collection))
+
+    def prepare(
+        self, task: Task, data: ImageData, setup: Setup[Config], config: ImageTrainingConfig, runtime: Runtime
+    ) -> None:
+        """Change the initial weights by looking at the data, on a new run only."""
+
+    # ----------------------------------------------------------------------------------------------------- the data
+
+    def open_data(
+        self,
+        config: DataConfig,
+        model: ModelConfig,
+        runtime: Runtime,
+        *,
+        seed: int,
+        batch_size: int,
+        run_path: Path | None,
+    ) -> ImageData:
+        """Open the collection; unreadable images are listed in the folder `run_path`, where it is given."""
+        decoder = ImageDecoder(model.in_channels, config.max_pixels)
+        return ImageData(config, runtime, seed=seed, batch_size=batch_size, decoder=decoder, run_path=run_path)
+
+    def rows(self, collection: Collection, setup: Setup[Config], rows: np.ndarray) -> np.ndarray:
+        """Return those of some rows that the task can use."""
+        return rows
+
+    def fields(self, collection: Collection, setup: Setup[Config]) -> Fields:
+        """Return what a sample has beside its images."""
+        return no_fields
+
+    def views(self, setup: Setup[Config], augment: AugmentConfig) -> Mapping[str, Transform]:
+        """Return the named views of a training image."""
+        return {"images": TrainTransform(augment)}
+
+    def streams(self, data: ImageData, setup: Setup[Config], config: ImageTrainingConfig) -> Streams:
+        """Return the data of a run."""
+        collection = data.collection
+        rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
+        train = data.train(
+            rows,
+            self.fields(collection, setup),
+            self.views(setup, config.augment),
+            sampler=build_sampler(config.loop.sampling, rows, collection, config.seed),
+        )
+        return Streams(train, self.evaluation(data, setup, training=True), data.fingerprints)
+
+    def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
+        """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
+        rows = self.rows(data.collection, setup, data.collection.rows("val"))
+        return {"val": data.evaluation(rows, self.fields(data.collection, setup), evaluation_views(setup))}
+
+
+def no_fields(example: object) -> dict:
+    """Add nothing to a sample."""
+    return {}
+
+
+def evaluation_views(setup: Setup) -> dict[str, Transform]:
+    """Return the one view of an evaluation image."""
+    return {"images": EvalTransform.of(setup.preprocessing)}

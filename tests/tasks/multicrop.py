@@ -1,0 +1,117 @@
+"""Self-distillation with several crops, written as a stranger would: one file, one YAML, one entry in the table.
+
+Two global and four local crops of each image are named views. An EMA teacher, initialised with the student, is what is
+exported and judged; its outputs are centred, and its temperature is warmed up and then held.
+
+    python tests/tasks/multicrop.py data.root=COLLECTION
+"""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import finetune
+from data.transforms import TrainTransform
+from engine.measures.means import Means
+from engine.task import Exported, Report, Roles, StepOutput, Task
+from engine.tasks.kind import ImageTrainingConfig, Kind
+from engine.tasks.kinds import KINDS
+from models.build import build_network
+from models.normalise import Normalise
+from models.weights import initialise_from
+from utils.config.entry_point import entry_point
+from utils.config.schema import Strict
+from utils.ranks import distributed
+
+GLOBAL, LOCAL = ("global_1", "global_2"), ("local_1", "local_2", "local_3", "local_4")
+
+
+class MultiCropTaskConfig(Strict):
+    name: Literal["multicrop"]
+    dim: int
+    local_size_hw: list[int]
+    student_temperature: float
+    centre_momentum: float
+
+
+class MultiCropConfig(ImageTrainingConfig):
+    task: MultiCropTaskConfig
+
+
+class MultiCropTask(Task):
+    knob_names = frozenset({"teacher_momentum", "teacher_temperature"})
+    roles = Roles(trained=("student",), averaged={})
+
+    def __init__(self, setup):
+        super().__init__()
+        self.student = build_network(setup.model, num_classes=setup.task.dim)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.normalise = Normalise(setup.preprocessing["mean"], setup.preprocessing["std"], setup.model.in_channels)
+        self.register_buffer("centre", torch.zeros(setup.task.dim))
+        self.register_buffer("outputs", torch.zeros(setup.task.dim + 1), persistent=False)  # their sum, and number
+        self.config, self._metadata = setup.task, setup.metadata()
+
+    def initialise(self, source):
+        initialise_from(self.student, source, keep_head=False)
+        self.teacher.load_state_dict(self.student.state_dict())
+
+    def exported(self):
+        return Exported(("teacher",), self._metadata)
+
+    def forward(self, batch, knobs):
+        with torch.no_grad():
+            taught = [self.teacher(self.normalise(batch[name])).float() for name in GLOBAL]
+            valid = (batch["weight"] > 0)[:, None]
+            for logits in taught:
+                counted = torch.cat([logits, torch.ones_like(logits[:, :1])], dim=1)
+                self.outputs += torch.where(valid, counted, 0.0).sum(dim=0)
+            targets = [((logits - self.centre) / knobs["teacher_temperature"]).softmax(dim=1) for logits in taught]
+        students = [self.student(self.normalise(batch[name])).float() for name in GLOBAL + LOCAL]
+        logs = [(logits / self.config.student_temperature).log_softmax(dim=1) for logits in students]
+        pairs = [(target, log) for i, target in enumerate(targets) for j, log in enumerate(logs) if i != j]
+        return StepOutput(torch.stack([-(target * log).sum(dim=1) for target, log in pairs]).mean(dim=0))
+
+    @torch.no_grad()
+    def after_step(self, step, knobs, applied):
+        share = (1.0 - knobs["teacher_momentum"]) * applied
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters()):
+            teacher.add_((student - teacher) * share)
+        *total, count = distributed.all_reduce_sum(self.outputs).split([self.config.dim, 1])
+        mean = total[0] / count.clamp_min(1)
+        self.centre += (mean - self.centre) * (1.0 - self.config.centre_momentum) * applied
+        self.outputs.zero_()
+
+    def evaluate(self, loaders, step):
+        means = Means()
+        for batch in loaders["val"]:
+            images = self.normalise(batch["images"])
+            target, mirrored = (self.teacher(view).float().log_softmax(dim=1) for view in (images, images.flip(-1)))
+            means.add({"loss": -(target.exp() * mirrored).sum(dim=1)}, batch["weight"] > 0)
+        return Report(means.reduce())
+
+
+class MultiCropKind(Kind):
+    config = MultiCropTaskConfig
+    output = "features"
+
+    def build(self, setup):
+        return MultiCropTask(setup)
+
+    def image_network(self, task):
+        return task.teacher
+
+    def views(self, setup, augment):
+        small = augment.model_copy(update={"image_size_hw": setup.task.local_size_hw, "crop_scale": [0.05, 0.4]})
+        return {name: TrainTransform(augment) for name in GLOBAL} | {name: TrainTransform(small) for name in LOCAL}
+
+
+KINDS["multicrop"] = MultiCropKind()
+main = entry_point("multicrop", MultiCropConfig, config_dir=Path(__file__).parent / "conf")(finetune.main.main)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""A root script with the strangers' kinds in its table:  python tests/tasks/stranger.py evaluate run_dir=RUN"""
+
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tests.tasks.flow
+import tests.tasks.multicrop
+import tests.tasks.tagging
+
+if __name__ == "__main__":
+    importlib.import_module(sys.argv.pop(1)).main()
