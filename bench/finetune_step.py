@@ -28,10 +28,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 
-from bench.measure import build_training, describe_machine, read_group, row_of, runtime_of, take_turns, write
+from bench.measure import build_bench_run, describe_machine, read_group, row_of, runtime_of, take_turns, write
 from engine.runtime import can_compile
-from engine.tasks.classification import ClassificationTask
-from engine.tasks.config import ClassificationTaskConfig
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.train_one_epoch import StopVote, train_one_epoch
 from models.config import ModelConfig
 
@@ -73,7 +72,7 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
     """Return a function that makes `steps` updates by the loop of every entry point."""
     if runtime == "reference":
         machine = {"device": "auto", "deterministic": False, **machine}
-    training = build_training(
+    training = build_bench_run(
         task,
         runtime=runtime,
         batch_size=len(batch["weight"]),

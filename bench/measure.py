@@ -19,13 +19,16 @@ from pydantic import TypeAdapter
 
 from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
+from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_runtime
-from engine.train import _build
-from engine.training import Training
-from utils.config.entry_point import CONF, ROOT
+from engine.streams import Streams
+from utils.config.entry_point import CONF, ROOT, Job
 from utils.ranks.signals import StopRequest
+from utils.record.run_folder import RunFolder
 
 OUT = ROOT / "outputs/bench"
+# Nothing is due in a run with these values of `loop`.
+BENCH_LOOP = {"log_every_steps": 10**9, "evaluate_every_epochs": 1e9, "checkpoint_every_steps": 10**9}
 
 
 def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
@@ -34,7 +37,7 @@ def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
     return TypeAdapter(kind).validate_python(values)
 
 
-def build_training(
+def build_bench_run(
     task: Any,
     *,
     runtime: str,
@@ -46,8 +49,8 @@ def build_training(
     runtime_changes: dict[str, Any] | None = None,
     clip_grad_norm: float | None = 1.0,
     ema_decay: float | None = None,
-) -> Training:
-    """Build a run as engine/train.py does, of which nothing falls due: no log, evaluation or checkpoint.
+) -> Run:
+    """Build a run as engine/run.py does, in which nothing is due: no log, evaluation or checkpoint.
 
     An epoch has `epoch_steps` updates, so one call of train_one_epoch makes that many.
     """
@@ -58,8 +61,7 @@ def build_training(
         "tracking": ("jsonl", {}),
         "loop": (
             "default",
-            {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay, "log_every_steps": 10**9}
-            | {"evaluate_every_epochs": 1e9, "checkpoint_every_steps": 10**9},
+            {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay, **BENCH_LOOP},
         ),
     }
     values = {name: yaml.safe_load((CONF / name / f"{option}.yaml").read_text()) | new
@@ -69,7 +71,8 @@ def build_training(
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)
     chosen = choose_runtime(config.runtime)
-    return _build(task, config, plan, chosen, None, {}, {}, None, StopRequest())
+    folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
+    return build_run(task, Streams(None, {}, {}), config, plan, chosen, folder, StopRequest())
 
 
 def runtime_of(precision: str) -> Runtime:

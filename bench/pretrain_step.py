@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import compare, report, runtime_of
 from engine.step import LossScale, train_step
-from engine.tasks.config import FCMAETaskConfig, ProbeConfig
-from engine.tasks.fcmae import FCMAETask
+from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig
 from models.config import ConvNeXtV2Config
 from models.fcmae import draw_mask
 

@@ -23,7 +23,7 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from bench.finetune_step import make_batch, make_task
-from bench.measure import build_training, describe_machine, row_of, take_turns, write
+from bench.measure import build_bench_run, describe_machine, row_of, take_turns, write
 from engine.checkpoint import count_bytes
 from engine.skips import SkipWatch
 from engine.train_one_epoch import StopVote, train_one_epoch
@@ -40,7 +40,7 @@ SIDES = ("none", "background", "in line", "timm")
 
 def make_side(name, size, kind, steps, folder, device):
     """Return a turn of a side: a save where it has one, then `steps` steps; and what ends its write."""
-    training = build_training(
+    training = build_bench_run(
         make_task(name, size),
         runtime="reference",
         batch_size=BATCH[device.type],

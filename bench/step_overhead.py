@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from bench.measure import describe_machine, read_group, row_of, runtime_of, take_turns, write
 from engine.meters import Meter
 from engine.step import LossScale, train_step
-from engine.tasks.classification import ClassificationTask
-from engine.tasks.config import ClassificationTaskConfig
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from models.config import ModelConfig
 
 CLASSES, SIZE, BATCH, STEPS, TURNS = 100, 64, 32, 15, 5

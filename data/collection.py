@@ -5,11 +5,9 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
-import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -121,10 +119,9 @@ class Collection:
 def index_collection(root: str, *, validation_fraction: float, cache: Path) -> Path:
     """Read a collection, check it, and return its index: an uncompressed Arrow IPC file named by the content's hash.
 
-    A manifest at the root wins over the folder's layout. Where no row is in the validation split,
-    `validation_fraction` of them go there by a hash of the path. The index stands beside the manifest
-    (`manifest.<hash>.arrow`), or in `cache` for a scanned folder or a root that cannot be written; one that is there
-    already is used again where it is, byte for byte, what would be written: it may have come with the collection.
+    A manifest at the root takes precedence over the folder's layout. Where no row is in the validation split,
+    `validation_fraction` of them are moved there by a hash of the path. The index is kept in `cache`, outside the
+    collection, so that an index that came with a collection is never read.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `scan_folder` do.
     """
@@ -133,15 +130,10 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     table = scan_folder(folder) if manifest is None else read_manifest(folder, manifest)
     table = assign_validation(table, validation_fraction)
     fingerprint = hash_table(table)
-    places = [cache / f"{fingerprint}.arrow"]
-    if manifest is not None:
-        places.insert(0, folder / f"manifest.{fingerprint}.arrow")
-    table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
-    for place in places:
-        if place.is_file() and _is_index_of(place, table):
-            return place
-    target = places[0] if manifest is None or os.access(folder, os.W_OK) else places[1]
-    write_atomically(target, lambda file: _write_index(file, table))
+    target = cache / f"{fingerprint}.arrow"
+    if not target.is_file():
+        table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
+        write_atomically(target, lambda file: _write_index(file, table))
     return target
 
 
@@ -198,42 +190,16 @@ def _write_index(file: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
-class _Comparison(io.RawIOBase):
-    """Compare what is written to it with a file."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        """Take a stream at its beginning."""
-        super().__init__()
-        self.is_same, self._stream = True, stream
-
-    def writable(self) -> bool:
-        """Say that it takes bytes."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Compare a piece."""
-        view = memoryview(data).cast("B")  # Arrow's buffers are of signed bytes, which equal no others
-        self.is_same = self.is_same and self._stream.read(view.nbytes) == view
-        return view.nbytes
-
-
-def _is_index_of(file: Path, table: pa.Table) -> bool:
-    """Tell whether a file is the index of a table; nothing of it is interpreted."""
-    with open(file, "rb") as stream:
-        sink = _Comparison(stream)
-        with pa.PythonFile(sink, "w") as out, pa.ipc.new_file(out, table.schema) as writer:
-            writer.write_table(table)
-        return sink.is_same and not stream.read(1)
-
-
 def _map_index(arrow: Path) -> pa.Table:
     """Map an index. Raises UserError where it is absent, damaged or of another schema."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it, it is made again"
+            f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it, and it will be made again"
         ) from error
     if not table.schema.equals(SCHEMA):
-        raise UserError(f"data.root: the index {str(arrow)!r} is of another version; delete it, it is made again")
+        raise UserError(
+            f"data.root: the index {str(arrow)!r} is of another version; delete it: it will be made again"
+        )
     return table

@@ -1,14 +1,16 @@
-"""The manifest: one Parquet or JSONL file at the root of a collection that names every image and what is known of it.
+"""The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists every image and what is known of it.
+it.
 
-Columns are those of `data.table.SCHEMA`; only `path` must be there. `write_manifest` (prepare.py job=manifest) makes
-`manifest.parquet` out of a scanned folder. A manifest may come from a stranger, so its paths must stay in the root.
+Columns are those of `data.table.SCHEMA`; only `path` is required. `write_manifest` (prepare.py job=manifest) makes
+`manifest.parquet` from a scanned folder. A manifest may come from a stranger, so its paths must stay in the root.
 """
 
+import csv
 import functools
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -30,17 +32,15 @@ from data.inspection import (
 )
 from data.scan import check_root, list_folder, parse_json, scan_folder
 from data.table import SCHEMA, SPLIT_NAMES, assign_validation, count_values, sort_rows
-from utils.errors import UserError
+from utils.errors import UserError, close_names
 from utils.io.files import write_atomically
+from utils.io.untrusted.parquet import refuse_parquet_bomb
 from utils.ranks.processes import map_in_processes
 
-PARQUET, JSONL = "manifest.parquet", "manifest.jsonl"
+PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 # The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.
 _MAKER = b"atelier.made_by"
 _COLUMNS = ", ".join(SCHEMA.names)
-# What a Parquet manifest may unpack to. Of a million numbered paths the densest writers put 18 rows into a byte, and
-# pack text 150-fold.
-_ROWS_PER_BYTE, _MOST_PACKED, _PACKED_FREE_BYTES = 64, 500, 64 * 2**20
 _PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
 Locate = Callable[[int], str]
@@ -48,24 +48,25 @@ Locate = Callable[[int], str]
 
 def find_manifest(root: Path) -> Path | None:
     """Return the root's manifest, None where it has none. Raises UserError where it has two."""
-    found = [root / name for name in (PARQUET, JSONL) if (root / name).exists()]
-    if len(found) == 2:
-        raise UserError(f"data.root: {str(root)!r} holds both {PARQUET} and {JSONL}; keep the one that is right")
+    found = [root / name for name in (PARQUET, JSONL, CSV) if (root / name).exists()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")
     return found[0] if found else None
 
 
 def read_manifest(root: Path, file: Path) -> pa.Table:
     """Read a manifest into a table of SCHEMA, sorted by path, with every file's size filled in.
 
-    Raises UserError (`data.root`) naming the file, the column or the row (counted from 0; in JSONL the line, from 1):
-    broken file; unknown, missing or mistyped column; path that is absent, repeated, or leads out of the root; unknown
-    split; weight that is negative or not finite.
+    Raises UserError (`data.root`) naming the file, the column or the row (counted from 0; in JSONL and CSV the line,
+    from 1): broken file; unknown, missing or mistyped column; path that is absent, repeated, or leads out of the root;
+    unknown split; weight that is negative or not finite.
     """
     if file.name == PARQUET:
         table = _conform(file, _read_parquet(file))
         unit, numbers = "row", range(table.num_rows)
     else:
-        columns, numbers = _read_jsonl(file)
+        columns, numbers = _read_jsonl(file) if file.name == JSONL else _read_csv(file)
         table, unit = _table_of(columns), "line"
 
     def locate(index: int) -> str:
@@ -195,21 +196,10 @@ def _read_parquet(file: Path) -> pa.Table:
     """Read a Parquet file. Raises UserError where it is none."""
     try:
         with pq.ParquetFile(file) as parquet:  # not read_table, which takes folders named a=b for columns
-            _refuse_bomb(file, parquet.metadata)
+            refuse_parquet_bomb(file, parquet.metadata, "data.root")
             return parquet.read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read as Parquet ({error}); make it again") from error
-
-
-def _refuse_bomb(file: Path, metadata: pq.FileMetaData) -> None:
-    """Raise UserError where a Parquet file unpacks to more than paths that differ can be packed into."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    unpacked, size = sum(group.total_byte_size for group in groups), file.stat().st_size
-    if metadata.num_rows > _ROWS_PER_BYTE * size or unpacked > _PACKED_FREE_BYTES + _MOST_PACKED * size:
-        raise UserError(
-            f"data.root: {str(file)!r} has {size:,} bytes and says that it holds {metadata.num_rows:,} rows and "
-            f"{unpacked:,} bytes unpacked, more than a list of different images does; make it again"
-        )
 
 
 def _conform(file: Path, table: pa.Table) -> pa.Table:
@@ -279,7 +269,7 @@ def _read_jsonl(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 record = parse_json(text) if text else None
             except ValueError as error:
-                raise UserError(f"data.root: {str(file)!r}, line {number}: broken JSON ({error}); mend it") from error
+                raise UserError(f"data.root: {str(file)!r}, line {number}: broken JSON ({error}); fix it") from error
             if text:
                 if fault := _fault_of_record(record):
                     raise UserError(f"data.root: {str(file)!r}, line {number}: {fault}")
@@ -287,6 +277,62 @@ def _read_jsonl(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
                     columns[name].append(record.get(name))
                 lines.append(number)
     return columns, lines
+
+
+def _read_csv(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
+    """Read a CSV manifest into columns, and the line of each row. Raises UserError naming the first line at fault.
+
+    The first row names the columns. Empty fields are absent. Tags are separated by commas, so a list of several needs
+    quotes.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    lines = []
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            _check_csv_header(file, reader.fieldnames or [])
+            for row in reader:
+                record = _record_of_csv(file, reader.line_num, row)
+                if fault := _fault_of_record(record):
+                    raise UserError(f"data.root: {str(file)!r}, line {reader.line_num}: {fault}")
+                for name in SCHEMA.names:
+                    columns[name].append(record.get(name))
+                lines.append(reader.line_num)
+    except OSError as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error.strerror})") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        where = f"line {len(lines) + 2}"
+        raise UserError(f"data.root: {str(file)!r}, {where}: broken CSV ({error}); save it as UTF-8 CSV") from error
+    return columns, lines
+
+
+def _check_csv_header(file: Path, names: Sequence[str]) -> None:
+    """Raise UserError where the first row of a CSV manifest does not name its columns."""
+    advice = f"name the columns in the first row, path and any of {_COLUMNS}, each once"
+    if "path" not in names or len(set(names)) < len(names):
+        raise UserError(f"data.root: {str(file)!r}, line 1: the columns are {', '.join(names)}; {advice}")
+    for name in names:
+        if name not in SCHEMA.names:
+            close = close_names(name, SCHEMA.names)
+            raise UserError(f"data.root: {str(file)!r}, line 1: unknown column {name!r}; {close}")
+
+
+def _record_of_csv(file: Path, line: int, row: dict[str | None, Any]) -> dict[str, Any]:
+    """Return a CSV row as a JSONL record: numbers and lists parsed, empty fields None."""
+    if None in row or None in row.values():
+        raise UserError(f"data.root: {str(file)!r}, line {line}: it has another number of fields than the first row")
+    record: dict[str, Any] = {name: text or None for name, text in row.items()}
+    for name, parse in (("size", int), ("weight", float)):
+        if record.get(name) is not None:
+            try:
+                record[name] = parse(record[name])
+            except ValueError:
+                raise UserError(
+                    f"data.root: {str(file)!r}, line {line}: {name} is {record[name]!r}; write a number"
+                ) from None
+    if record.get("tags") is not None:
+        record["tags"] = [tag for part in record["tags"].split(",") if (tag := part.strip())]
+    return record
 
 
 def _fault_of_record(record: Any) -> str | None:
@@ -345,7 +391,7 @@ def _refuse_repeats(file: Path, paths: list[str], locate: Locate) -> None:
     for index, path in enumerate(paths):
         if first.setdefault(path, index) != index:
             raise UserError(
-                f"data.root: {str(file)!r}, {locate(index)}: path {path!r} stands at {locate(first[path])} already; "
+                f"data.root: {str(file)!r}, {locate(index)}: path {path!r} is at {locate(first[path])} already; "
                 "keep one of them"
             )
 

@@ -25,7 +25,7 @@ class ReadAhead:
     Where the system cannot be asked (macOS, Windows), the batches alone.
     """
 
-    def __init__(self, batches: Iterable[list[Draw]], file_of: Callable[[Draw], Path]) -> None:
+    def __init__(self, batches: Iterable[list[Draw]], file_of: Callable[[Draw], Path | None]) -> None:
         self._batches, self._file_of = batches, file_of
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -37,7 +37,8 @@ class ReadAhead:
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
         try:
             for batch in self._batches:
-                files = list(map(self._file_of, batch))  # here: the threads make system calls alone, so a fork is safe
+                # Here, not in the threads: they only make system calls, so a fork is safe.
+                files = [file for file in map(self._file_of, batch) if file is not None]
                 for first in range(min(_THREADS, len(files))):
                     pool.submit(_ask_for, files[first::_THREADS])
                 waiting.append(batch)

@@ -84,13 +84,26 @@ class BalancedSampler:
         self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
 
     def at(self, position: int) -> tuple[int, int]:
-        """Return (row, 0). Each round takes one sample of every class, the classes in a random order."""
+        """Return (row, 0).
+
+        An epoch has full rounds of all classes, in a random order each. The positions that are left go to the classes
+        that are next in turn, so that over the epochs every class occurs equally often.
+        """
         classes = len(self._members)
-        turn, place = divmod(position, classes)
-        number = _order(self.seed, rng.hash_counters(turn, 1), classes)(place)
+        rounds, extra = divmod(self.epoch_length, classes)
+        epoch, offset = divmod(position, self.epoch_length)
+        turn, place = divmod(offset, classes)
+        given = epoch * extra  # extra positions in the epochs before
+        key = rng.hash_counters(epoch, turn, 1)
+        if turn < rounds:
+            number = _order(self.seed, key, classes)(place)
+        else:
+            number = (given + _order(self.seed, key, extra)(place)) % classes
         members = self._members[number]
-        lap, offset = divmod(turn, len(members))
-        return int(self.rows[members[_order(self.seed, rng.hash_counters(number, lap, 2), len(members))(offset)]]), 0
+        turn += epoch * rounds + (given + classes - 1 - number) // classes  # of this class, since the first epoch
+        lap, index = divmod(turn, len(members))
+        order = _order(self.seed, rng.hash_counters(number, lap, 2), len(members))
+        return int(self.rows[members[order(index)]]), 0
 
 
 class GroupedSampler:

@@ -74,7 +74,7 @@ def save_checkpoint(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: dict[str, Any],
-    metadata: Mapping[str, Mapping[str, str]],
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Write `folder/step_XXXXXXXX` and return it; called on rank 0. `metadata`: of some groups' files.
 
@@ -92,7 +92,7 @@ def save_checkpoint(
                 if not group:  # plain SGD has no state, and safetensors cannot read a file without tensors
                     continue
                 file = temporary / f"{name}.safetensors"
-                write_tensors(file, group, metadata.get(name))
+                write_tensors(file, group, (metadata or {}).get(name))
                 checksums[file.name] = sha256_file(file)
             content = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
             text = json.dumps(content, indent=1)

@@ -21,6 +21,7 @@ from engine.task import (
     Task,
     checkpointed_state,
     exports_average,
+    freeze,
     join_exported,
     split_exported,
     trained_networks,
@@ -48,8 +49,7 @@ class Learner:
     """
 
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
-        for name in task.roles.frozen:
-            task.get_submodule(name).requires_grad_(False)
+        freeze(task)
         self.task, self.runtime = task, runtime
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
         task.train()

@@ -18,7 +18,7 @@ from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
 from engine.skips import TooManySkipped
 from engine.streams import Streams
-from engine.task import Task, trained_networks
+from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import StopVote, train_one_epoch
 from optim.build import check_shardable
 from optim.groups import build_groups, groups_table
@@ -73,7 +73,9 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     """Build the task from the seed, equal on all ranks; on the meta device for a dry run."""
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
-        return make()
+        task = make()
+    freeze(task)
+    return task
 
 
 def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:

@@ -123,6 +123,12 @@ class Task(nn.Module):
         return self
 
 
+def freeze(task: Task) -> None:
+    """Turn off the gradients of the frozen networks."""
+    for name in task.roles.frozen:
+        task.get_submodule(name).requires_grad_(False)
+
+
 def trained_networks(task: Task) -> dict[str, nn.Module]:
     """Return the networks that receive gradients, by name."""
     return {name: task.get_submodule(name) for name in task.roles.trained}

@@ -28,8 +28,8 @@ SCRIPTS = {
     "fcmae": "pretrain_fcmae.py",
     "classification": "finetune.py",
     "tagging": "tests/tasks/tagging.py",
-    "diffusion": "tests/tasks/diffusion.py",
-    "teacher": "tests/tasks/teacher.py",
+    "flow": "tests/tasks/flow.py",
+    "multicrop": "tests/tasks/multicrop.py",
 }
 TINY = {
     "fcmae": ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16"],
@@ -40,8 +40,8 @@ TINY = {
         "model.head_init_scale=1.0",
     ],
     "tagging": [],
-    "diffusion": [],
-    "teacher": [],
+    "flow": [],
+    "multicrop": [],
 }
 
 
@@ -85,7 +85,8 @@ def common(task, data, run_dir, *more):
         f"run_dir={run_dir}",
         "runtime=reference",
         "runtime.threads=1",
-        *([] if task == "diffusion" else ["augment.image_size_hw=[32,32]"]),
+        "runtime.device=cpu",
+        "augment.image_size_hw=[32,32]",
         "optim.lr=0.005",
         "schedule.warmup_steps=2",
         "loop.log_every_steps=1",
@@ -111,7 +112,7 @@ def _run_rank(script, overrides, cwd, variables, output, kill_at_step):
     os.environ.update(variables)
     os.chdir(cwd)
     if kill_at_step is not None:
-        import engine.train_one_epoch as loop
+        import engine.learner as loop
 
         train_step = loop.train_step
 

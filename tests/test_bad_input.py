@@ -114,7 +114,7 @@ def test_a_class_may_miss_from_validation_where_that_is_allowed(tmp_path):
     ("gone", "pattern"),
     [
         ("val", "data.root: the validation split is empty; add one or set data.validation_fraction"),
-        ("train", "data.root: no sample is left to train on; see the collection's splits and labels"),
+        ("train", "data.root: there is no sample to train on; see the collection's splits and labels"),
     ],
 )
 def test_a_split_without_images(gone, pattern, tmp_path):
@@ -154,7 +154,7 @@ WRONG = {
         "optim.no_decay: 'network.head.wieght' matches no parameter; close: network.head.weight"
     ),
     "+schedule.knobs.teacher={start:0.5,end:1.0,curve:cosine}": (
-        "schedule.knobs.teacher: ClassificationTask reads no such value; it reads none"
+        "schedule.knobs.teacher: ClassificationTask does not read it; it reads none"
     ),
     "runtime.device=cuda": "runtime.device: cuda was asked for and torch sees no GPU; set runtime.device=auto or cpu",
     "runtime.precision=fp16": (
@@ -243,12 +243,10 @@ RESUME = {
         "resume: never was asked for, but tuned holds 2 checkpoints (up to step_00000002); nothing is overwritten: "
         "give another run_dir, or set resume=auto"
     ),
-    "resume=nowhere": "resume: nowhere is no checkpoint folder; name one like RUN/checkpoints/step_00001200",
-    "resume=foreign.pth": "resume: foreign.pth is no checkpoint folder; name one like RUN/checkpoints/step_00001200",
+    "resume=nowhere": "resume: nowhere is not a checkpoint folder; name one like RUN/checkpoints/step_00001200",
+    "resume=foreign.pth": "resume: foreign.pth is not a checkpoint folder; name one like RUN/checkpoints/step_00001200",
     "resume=empty": "resume: empty is ... ; name another one",
-    "resume=damaged": (
-        "resume: damaged is damaged: task.safetensors does not agree with its checksum; name another one"
-    ),
+    "resume=damaged": ("resume: damaged is damaged: task.safetensors does not match its checksum; name another one"),
     "seed=1 optim.lr=0.5 loop.total_steps=3": (
         "resume: tuned/checkpoints/step_00000002 was made with another recipe:\n  "
         "optim.lr: None in the run, 0.5 now\n  seed: 0 in the run, 1 "

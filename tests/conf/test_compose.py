@@ -9,7 +9,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from engine.start import build_task
+from engine.run import build_task
 from models.build import build_network
 from tests.in_process import SCRIPTS, TRAINING, compose, configure, make_glyph_folder, run
 from utils.config.entry_point import CONF

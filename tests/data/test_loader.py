@@ -17,11 +17,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
-from data.build import training_rows
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
-from data.loader import EvaluationLoader, ImageReader, TrainLoader, UnreadableLog
-from data.stream import BalancedSampler, Draw, ShuffledSampler
+from data.decode import UnreadableImage
+from data.loader import EvaluationLoader, SampleReader, TrainLoader, UnreadableLog
+from data.rows import training_rows
+from data.source import FileSource, ImageDecoder
+from data.stream import BalancedSampler, Draw, EvaluationBatches, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from tests.in_process import TINY, run
 from tests.support import make_collection
@@ -70,9 +72,9 @@ def folder(tmp_path_factory):
 class DrawnFields:
     """What a task adds: a number drawn from the sample's generator, and a ragged field."""
 
-    def __call__(self, index, row, generator):
-        drawn = torch.rand((), generator=generator)
-        return {"drawn": drawn, "tag_ids": Ragged(torch.arange(index % 4))}
+    def __call__(self, example):
+        drawn = torch.rand((), generator=example.generator)
+        return {"drawn": drawn, "tag_ids": Ragged(torch.arange(example.index % 4))}
 
 
 def plan(micro=GLOBAL, world_size=1):
@@ -80,17 +82,23 @@ def plan(micro=GLOBAL, world_size=1):
     return SimpleNamespace(global_batch_size=GLOBAL, micro_batch_size=micro, accum_steps=accum, world_size=world_size)
 
 
+def machine(workers=0, prefetch=2):
+    return SimpleNamespace(device=CPU, workers=workers, prefetch_batches=prefetch)
+
+
+def make_reader(collection, transform, fields=None, *, channels=3, max_pixels=10**6, training=True, **views):
+    views = {"images": transform, **views}
+    decoder = ImageDecoder(channels, max_pixels)
+    return SampleReader(collection, FileSource(collection), decoder, views, fields or DrawnFields(), training=training)
+
+
 def train_loader(collection, *, workers=0, prefetch=2, sampler=None, file=None, fields=None, seed=0, **changes):
-    reader = ImageReader(
-        collection, TrainTransform(augment(**changes)), fields or DrawnFields(), channels=3, max_pixels=10**6
-    )
+    reader = make_reader(collection, TrainTransform(augment(**changes)), fields)
     return TrainLoader(
         reader,
         sampler or ShuffledSampler(collection.rows("train"), seed),
+        machine(workers, prefetch),
         seed=seed,
-        device=CPU,
-        workers=workers,
-        prefetch_batches=prefetch,
         unreadable=UnreadableLog(file),
     )
 
@@ -226,9 +234,7 @@ def test_a_batch_holds_bytes_ids_keys_and_weights(folder):
 
 
 def test_grey_images_have_one_channel(folder):
-    reader = ImageReader(
-        folder, TrainTransform(augment(mean=[0.5], std=[0.5])), DrawnFields(), channels=1, max_pixels=10**6
-    )
+    reader = make_reader(folder, TrainTransform(augment(mean=[0.5], std=[0.5])), channels=1)
     sample, problem = reader[Draw(0, 0, 1)]
     assert problem is None and sample["images"].shape == (1, *SIZE)
 
@@ -239,7 +245,7 @@ def test_weights_of_the_manifest_reach_the_batch(tmp_path):
     lines = [{"path": f"{number}.png", "weight": number / 2} for number in range(3)]
     (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     collection = open_folder(tmp_path / "images", tmp_path / "cache")
-    reader = ImageReader(collection, TrainTransform(augment()), DrawnFields(), channels=3, max_pixels=10**6)
+    reader = make_reader(collection, TrainTransform(augment()))
     assert [float(reader[Draw(0, row, 1)][0]["weight"]) for row in range(3)] == [0.0, 0.5, 1.0]
     assert float(reader[Draw(-1, 2, 1)][0]["weight"]) == 0.0  # padding
 
@@ -248,18 +254,9 @@ def test_weights_of_the_manifest_reach_the_batch(tmp_path):
 
 
 def evaluation_loader(collection, *, workers=0, batch_size=4, split="val"):
-    reader = ImageReader(
-        collection, EvalTransform(SIZE, 0.875, "bilinear"), DrawnFields(), channels=3, max_pixels=10**6
-    )
-    return EvaluationLoader(
-        reader,
-        collection.rows(split),
-        seed=0,
-        batch_size=batch_size,
-        device=CPU,
-        workers=workers,
-        unreadable=UnreadableLog(None),
-    )
+    reader = make_reader(collection, EvalTransform(SIZE, 0.875, "bilinear"), training=False)
+    batches = EvaluationBatches(collection.rows(split), seed=0, batch_size=batch_size, rank=0, world_size=1)
+    return EvaluationLoader(reader, batches, machine(workers), unreadable=UnreadableLog(None))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -353,7 +350,7 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
     assert len(warnings_said) == 3
     for path in BROKEN:
         (line,) = [line for line in warnings_said if path in line]
-        assert line.startswith(f"unreadable image {path}: ") and line.endswith("; it weighs 0")
+        assert line.startswith(f"unreadable image {path}: ") and line.endswith("; its weight is 0")
 
 
 def test_an_unreadable_image_gets_its_fields_all_the_same(damaged):
@@ -383,7 +380,7 @@ def test_without_a_run_folder_unreadable_images_are_counted_and_told(damaged, wa
 
 
 def test_an_image_above_max_pixels_is_unreadable(folder):
-    reader = ImageReader(folder, TrainTransform(augment()), DrawnFields(), channels=3, max_pixels=10)
+    reader = make_reader(folder, TrainTransform(augment()), max_pixels=10)
     sample, problem = reader[Draw(0, 0, 1)]
     assert "more than the 10 allowed" in problem[1] and sample["weight"] == 0
 
@@ -396,7 +393,8 @@ def test_an_image_that_weighs_nothing_is_not_decoded(tmp_path, monkeypatch):
     (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loader = train_loader(open_folder(tmp_path / "images", tmp_path / "cache"))
     read = []
-    monkeypatch.setattr("data.loader.read_image", lambda path, *_: read.append(path.name) or np.ones((9, 9, 3), "u1"))
+    decode = ImageDecoder.__call__
+    monkeypatch.setattr(ImageDecoder, "__call__", lambda *given: read.append(given[2]) or decode(*given))
     samples, problems = zip(*[loader.reader[Draw(0, row, 5)] for row in range(2)])
     assert read == ["1.png"] and problems == (None, None)
     assert [float(sample["weight"]) for sample in samples] == [0.0, 1.0]
@@ -467,11 +465,11 @@ class HangingFields(DrawnFields):
     def __init__(self, row, file):
         self.row, self.file = row, file
 
-    def __call__(self, index, row, generator):
-        if index == self.row:
+    def __call__(self, example):
+        if example.index == self.row:
             self.file.write_text(str(os.getpid()))
             time.sleep(3600)
-        return super().__call__(index, row, generator)
+        return super().__call__(example)
 
 
 def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
@@ -630,6 +628,105 @@ def test_train_paths_choose_the_training_images(tmp_path):
     assert chosen("train/cats/*") == ["train/cats/one.png", "train/cats/two.png"]
     assert chosen("*/one.png", "train/cats/*") == chosen()
     assert chosen("train/birds/*", "*dogs*") == ["train/birds/one.png", "train/dogs/one.png"]
-    message = r"loop\.train_paths: 'fish/\*' matches none of the 4 training images; a path reads like 'train/birds/one"
+    message = r"loop\.train_paths: 'fish/\*' matches none of the 4 training images; paths look like 'train/birds/one"
     with pytest.raises(UserError, match=message):
         chosen("train/cats/*", "fish/*")
+
+
+# --- views, fields, sources, hooks
+
+
+class Noise:
+    """A view that is nothing but its draws."""
+
+    def __call__(self, image, draw):
+        return torch.rand(4)
+
+
+def test_views_have_keys_of_their_own_and_another_view_changes_none(folder):
+    one = make_reader(folder, Noise())[Draw(0, 0, 7)][0]
+    two = make_reader(folder, Noise(), second=Noise())[Draw(0, 0, 7)][0]
+    three = make_reader(folder, Noise(), second=Noise(), third=Noise())[Draw(0, 0, 7)][0]
+    assert torch.equal(one["images"], two["images"]) and torch.equal(two["second"], three["second"])
+    assert len({tuple(three[name].tolist()) for name in ("images", "second", "third")}) == 3
+    assert one["drawn"] == three["drawn"]
+
+
+class Seen:
+    """What a field is told."""
+
+    def __call__(self, example):
+        return {
+            "training": torch.tensor(example.training),
+            "size_hw": torch.tensor(example.image.shape[1:]),
+            "view": example.views["images"].float().mean(),
+        }
+
+
+def test_fields_see_the_stream_the_decoded_image_and_the_views(folder):
+    for training in (True, False):
+        sample = make_reader(folder, TrainTransform(augment()), Seen(), training=training)[Draw(0, 0, 7)][0]
+        with Image.open(folder.absolute_path(0)) as image:
+            assert sample["size_hw"].tolist() == [image.height, image.width]
+        assert bool(sample["training"]) == training
+        assert sample["view"] == sample["images"].float().mean()
+
+
+class LatentSource:
+    """Four channels of float16 for each row, as a cache of latents holds them; row 3 is damaged."""
+
+    def read(self, draw):
+        size = 4 * 6 * 5 if draw.index != 3 else 7
+        return np.full(size, draw.index, dtype=np.float16).tobytes()
+
+    def name_of(self, draw):
+        return f"latent {draw.index}"
+
+    def file_of(self, draw):
+        return None
+
+
+class LatentDecoder:
+    def __call__(self, content, name):
+        if len(content) != 2 * 4 * 6 * 5:
+            raise UnreadableImage(name, "cut off", f"{len(content)} bytes")
+        return torch.frombuffer(bytearray(content), dtype=torch.float16).view(4, 6, 5)
+
+    def blank(self):
+        return torch.zeros(4, 6, 5, dtype=torch.float16)
+
+
+def keep(image, draw):
+    return image
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_source_and_decoder_go_through_reader_collate_and_loader(folder, workers):
+    reader = SampleReader(folder, LatentSource(), LatentDecoder(), {"latents": keep}, DrawnFields(), training=False)
+    batches = EvaluationBatches(folder.rows("train"), seed=0, batch_size=8, rank=0, world_size=1)
+    unreadable = UnreadableLog(None)
+    found = list(EvaluationLoader(reader, batches, machine(workers), unreadable=unreadable))
+    latents = torch.cat([batch["latents"] for batch in found])
+    ids, weights = (torch.cat([batch[name] for batch in found]) for name in ("sample_id", "weight"))
+    assert latents.shape == (40, 4, 6, 5) and latents.dtype == torch.float16 and unreadable.count == 1
+    expected = torch.where(ids == 3, 0, ids).half()
+    assert torch.equal(latents, expected.view(-1, 1, 1, 1).expand_as(latents))
+    assert weights.tolist() == [float(number != 3) for number in ids.tolist()]
+
+
+def add_noise(batch):
+    return {**batch, "noise": rng.normal(batch["key"], (3, 2))}
+
+
+def test_a_hook_on_the_device_draws_the_same_however_batches_are_split(folder):
+    def noise(workers, micro):
+        reader = make_reader(folder, TrainTransform(augment()))
+        sampler = ShuffledSampler(folder.rows("train"), 0)
+        loader = TrainLoader(
+            reader, sampler, machine(workers), seed=0, unreadable=UnreadableLog(None), on_device=add_noise
+        )
+        return torch.cat([batch["noise"] for step in take(loader, 2, micro) for batch in step])
+
+    whole = noise(0, GLOBAL)
+    assert whole.shape == (2 * GLOBAL, 3, 2) and len(torch.unique(whole)) == whole.numel()
+    assert torch.equal(noise(0, 8), whole) and torch.equal(noise(2, 4), whole)

@@ -6,15 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from data.build import build_probe_loaders, choose_probe_rows
-from data.collection import index_collection, open_collection
-from data.config import AugmentConfig, ImageFolderConfig
-from data.loader import UnreadableLog
-from engine.tasks.classification import LabelFields
+from data.rows import choose_probe_rows
+from engine.tasks.kinds import find_kind
+from tests.in_process import TINY, configure, working_in
 from tests.support import make_collection
-from utils.config.entry_point import CONF
 
 IDS = np.array([2, 0, 1, 0, -1, 2, 0, 1, 2, -1, 0, 3])
 TRAIN, VAL = np.arange(0, 8), np.arange(8, 12)
@@ -38,34 +34,36 @@ def test_probe_rows_without_labels():
     assert [len(rows) for rows in choose_probe_rows(np.full(12, -1), TRAIN, VAL, 5, 5)] == [0, 0]
 
 
-def build(root, tmp_path, train_images=100, val_images=100):
+def build(root, folder, train_images=100, val_images=100):
     """Return the probe's loaders for a collection, and what was logged."""
-    collection = open_collection(str(root), index_collection(str(root), validation_fraction=0.0, cache=tmp_path))
-    augment = yaml.safe_load((CONF / "augment" / "light.yaml").read_text()) | {"image_size_hw": [16, 16]}
+    config, _ = configure(
+        "pretrain_fcmae",
+        [
+            *TINY,
+            f"data.root={root}",
+            "loop.batch_size=4",
+            "augment.image_size_hw=[16,16]",
+            "task.probe.every_epochs=1.0",
+        ]
+        + [f"task.probe.train_images={train_images}", f"task.probe.val_images={val_images}"],
+    )
+    kind = find_kind("fcmae", "task.name")
     messages = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("atelier.data.build")
+    logger = logging.getLogger("atelier.engine.tasks.fcmae")
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
-        loaders = build_probe_loaders(
-            collection,
-            ImageFolderConfig(name="image_folder", root=str(root), validation_fraction=0.0, max_pixels=10**6),
-            AugmentConfig.model_validate(augment),
-            LabelFields,
-            SimpleNamespace(train_images=train_images, val_images=val_images),
-            channels=3,
-            seed=0,
-            batch_size=4,
-            runtime=SimpleNamespace(device=torch.device("cpu"), workers=0),
-            unreadable=UnreadableLog(None),
-        )
+        with working_in(folder):
+            machine = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
+            data = kind.open_data(config.data, config.model, machine, seed=0, batch_size=4, run_path=None)
+            loaders = kind.evaluation(data, kind.set_up(config, data.collection), training=True)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    return loaders, messages
+    return {name: loader for name, loader in loaders.items() if name != "val"}, messages
 
 
 def test_probe_loaders_give_labelled_images(tmp_path):
@@ -84,6 +82,6 @@ def test_a_probe_of_one_class_is_off(tmp_path):
     root = make_collection(tmp_path / "images", per_class=6, classes="A", validation=2)
     loaders, messages = build(root, tmp_path)
     assert loaders == {} and messages == [
-        f"probe: off, since {root} gives it 6 labelled training images of 1 classes and 2 validation images of them; "
-        "task.probe.every_epochs=null leaves out this line"
+        "probe: off, because the collection gives it 6 labelled training images of 1 classes and 2 validation images "
+        "of them; task.probe.every_epochs=null silences this line"
     ]

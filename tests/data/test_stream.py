@@ -73,7 +73,7 @@ def test_rows_are_python_numbers(name):
     ids=SAMPLERS,
 )
 def test_an_empty_split_is_refused(make):
-    with pytest.raises(UserError, match=r"^data\.root: no sample is left to train on"):
+    with pytest.raises(UserError, match=r"^data\.root: there is no sample to train on"):
         make(np.empty(0, dtype=np.int64))
 
 

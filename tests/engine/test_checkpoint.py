@@ -10,21 +10,19 @@ import yaml
 from pydantic import TypeAdapter
 
 from engine.checkpoint import (
-    check_optimizer_state,
-    damage,
     find_checkpoint,
     find_continuation,
+    find_damage,
     list_checkpoints,
     load_checkpoint,
-    load_optimizer_state,
-    optimizer_state,
+    move_aside_beyond,
     remove_old,
     save_checkpoint,
-    set_aside_beyond,
 )
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups
+from optim.state import check_optimizer_state, load_optimizer_state, optimizer_state
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 from utils.io.files import sha256_file, sha256_text
@@ -67,10 +65,10 @@ def flip_a_bit(path):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda path: flip_a_bit(path / "task.safetensors"), "task.safetensors does not agree with its checksum"),
+        (lambda path: flip_a_bit(path / "task.safetensors"), "task.safetensors does not match its checksum"),
         (lambda path: (path / "task.safetensors").write_bytes(b"short"), "task.safetensors does not agree"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
-        (lambda path: flip_a_bit(path / "state.json"), "state.json does not agree with its checksum"),
+        (lambda path: flip_a_bit(path / "state.json"), "state.json does not match its checksum"),
         (lambda path: (path / "state.sha256").unlink(), "state.sha256 is missing"),
     ],
 )
@@ -98,7 +96,7 @@ def test_another_format_is_not_guessed_at(tmp_path):
     text = json.dumps(json.loads((path / "state.json").read_text()) | {"format": 99})
     (path / "state.json").write_text(text)
     (path / "state.sha256").write_text(sha256_text(text))
-    assert damage(path) == "state.json has format 99, this version reads 1"
+    assert find_damage(path) == "state.json has format 99, this version reads 2"
 
 
 def test_a_half_written_checkpoint_is_none_and_is_removed_later(tmp_path):
@@ -116,7 +114,9 @@ def test_an_error_while_writing_leaves_the_old_ones_and_nothing_else(tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("engine.checkpoint.write_tensors", full)
-    with pytest.raises(UserError, match=r"run_dir: .* does not take the checkpoint of step 20: 0\.0 MiB are needed, "):
+    with pytest.raises(
+        UserError, match=r"run_dir: the checkpoint of step 20 cannot be written to .*: it needs 0\.0 MiB, "
+    ):
         make(tmp_path, 20)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
 
@@ -206,11 +206,11 @@ def test_what_lies_beyond_is_out_of_sight_until_the_next_save(tmp_path):
     for step in (10, 20, 30):
         make(tmp_path, step)
     flip_a_bit(tmp_path / "step_00000030/task.safetensors")
-    hidden = set_aside_beyond(tmp_path, 10)
+    hidden = move_aside_beyond(tmp_path, 10)
     assert steps_in(tmp_path) == [10] and all(path.is_dir() for path in hidden) and len(hidden) == 2
-    assert damage(hidden[0]) is None  # whole: it may be renamed back
+    assert find_damage(hidden[0]) is None  # whole: it may be renamed back
     make(tmp_path, 20)
-    set_aside_beyond(tmp_path, 10)  # by a process of the same number
+    move_aside_beyond(tmp_path, 10)  # by a process of the same number
     make(tmp_path, 15)
     remove_old(tmp_path, keep=1, step=15, best_step=None)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000015"]
@@ -260,7 +260,7 @@ def test_optimiser_state_is_kept_by_name_whatever_the_groups(tmp_path):
 
 
 TIMM = {"name": "timm", "extra": {}, "lr": 0.01, "base_lr": 0.0, "weight_decay": 0.05, "layer_decay": 1.0,
-        "layer_decay_kind": "single", "no_decay": []}  # fmt: skip
+        "layer_decay_kind": "single", "rules": []}  # fmt: skip
 
 
 def make_optimizer(name):
@@ -269,7 +269,7 @@ def make_optimizer(name):
     # Wide enough for adafactor to keep rows and columns of the first weight.
     network = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.GELU(), torch.nn.Linear(24, 2))
     config = TypeAdapter(OptimConfig).validate_python({**TIMM, **OPTIMISERS[name]})
-    return network, build_optimizer(config, build_groups(network, config, None), 0.01)
+    return network, build_optimizer(config, build_groups(network, {}, config), 0.01)
 
 
 OPTIMISERS = {name: {"opt": name} for name in ("nadamw", "lamb", "lambc", "adanw", "lion", "muon", "adafactor")}
@@ -309,7 +309,7 @@ OURS = ("adamw", "adan", "sgd")
 
 def make_ours(name, network):
     config = TypeAdapter(OptimConfig).validate_python(yaml.safe_load((CONF / "optim" / f"{name}.yaml").read_text()))
-    return build_optimizer(config, build_groups(network, config, None), 0.01)
+    return build_optimizer(config, build_groups(network, {}, config), 0.01)
 
 
 def stepped(name, device="cpu", memory_format=torch.contiguous_format):
@@ -361,14 +361,14 @@ def test_an_optimisers_state_comes_to_the_device_of_its_parameters(name):
 
 
 FORGED = {  # what stands under the name in place of the whole shape (4, 3, 2, 2), or of a float32 scalar
-    "one number": ("0.weight/exp_avg", torch.zeros(1), r"is \(1,\) \(torch.float32\), where this model's takes \(4, 3"),
+    "one number": ("0.weight/exp_avg", torch.zeros(1), r"is \(1,\) \(torch.float32\), where this model needs \(4, 3"),
     "a scalar": ("0.weight/exp_avg_sq", torch.zeros(()), r"is \(\) \(torch.float32\)"),
     "another order": ("0.weight/exp_avg", torch.zeros(3, 4, 2, 2), r"is \(3, 4, 2, 2\)"),
     "as many numbers": ("0.weight/exp_avg", torch.zeros(48), r"is \(48,\)"),
     "another dtype": ("0.weight/exp_avg", torch.zeros(4, 3, 2, 2).half(), r"is \(4, 3, 2, 2\) \(torch.float16\)"),
-    "a list of steps": ("0.weight/step", torch.zeros(2), r"is \(2,\) .*takes \(\) \(torch.float32\)"),
+    "a list of steps": ("0.weight/step", torch.zeros(2), r"is \(2,\) .*needs \(\) \(torch.float32\)"),
     "steps of one byte": ("0.weight/step", torch.zeros((), dtype=torch.int8), r"is \(\) \(torch.int8\)"),
-    "no tensor": ("0.weight/exp_avg", 0.5, r"is float \(no tensor\)"),
+    "no tensor": ("0.weight/exp_avg", 0.5, r"is float \(not a tensor\)"),
     "a new one": ("0.weight/more", torch.zeros(1), r"is \(1,\)"),
 }
 
@@ -400,7 +400,7 @@ GROUP_KEYS = {"lr": 9.0, "weight_decay": 0.5, "params": [], "names": ["x"], "bet
 def test_a_state_may_not_change_a_groups_settings(name, key):
     _, optimizer = make_optimizer(name)
     first = optimizer.param_groups[0]["names"][0]
-    with pytest.raises(UserError, match=rf"^resume: run/step_1 holds '{first}//{key}', which is no state of this"):
+    with pytest.raises(UserError, match=rf"^resume: run/step_1 holds '{first}//{key}', which is not state of this"):
         load_optimizer_state(optimizer, {}, {f"{first}//{key}": GROUP_KEYS[key]}, "run/step_1")
 
 
@@ -409,9 +409,9 @@ def test_fused_optimisers_keep_nothing_in_their_groups(name):
     _, optimizer, _ = stepped(name)
     first = optimizer.param_groups[0]["names"][0]
     for key in ("step", "lr", "fused"):
-        with pytest.raises(UserError, match="which is no state of this optimiser"):
+        with pytest.raises(UserError, match="which is not state of this optimiser"):
             load_optimizer_state(optimizer, {}, {f"{first}//{key}": 1})
-    with pytest.raises(UserError, match="groups its parameters in another way"):
+    with pytest.raises(UserError, match="has other parameter groups"):
         load_optimizer_state(optimizer, {}, {"elsewhere//step": 1})
 
 

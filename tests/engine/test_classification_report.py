@@ -18,9 +18,10 @@ from sklearn import metrics as reference
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from engine.tasks.classification import ClassificationTask
-from engine.tasks.config import ClassificationTaskConfig
-from engine.tasks.confusion import Confusion, TopSamples, gather_confusion
+from engine.measures.confusion import Confusion, ConfusionCounts
+from engine.measures.top_samples import TopSamples
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from tests.in_process import TINY, run
 from tests.support import free_port, make_collection
@@ -49,9 +50,8 @@ class Lookup(nn.Module):
 
 
 def make_task(logits, names):
-    task = ClassificationTask(
-        MODEL, CONFIG, class_names=names, preprocessing={"image_size_hw": [8, 8], "mean": [0.0], "std": [1.0]}
-    )
+    preprocessing = {"image_size_hw": [8, 8], "mean": [0.0], "std": [1.0]}
+    task = ClassificationTask(Setup(MODEL, CONFIG, preprocessing, {"class_names": names}))
     task.network = Lookup(logits)
     return task.eval()
 
@@ -70,7 +70,9 @@ def make_batch(ids, labels, weight=None):
 
 def confusion_of(labels, predicted, classes):
     labels, predicted = torch.as_tensor(labels), torch.as_tensor(predicted)
-    return gather_confusion([(labels, predicted, torch.ones(len(labels), dtype=torch.bool))], classes)
+    counts = ConfusionCounts(classes)
+    counts.add(labels, predicted, torch.ones(len(labels), dtype=torch.bool))
+    return counts.reduce()
 
 
 def test_a_literal_table():
@@ -195,7 +197,7 @@ def test_kept_samples_are_the_best_of_all_batches():
     for ids in torch.arange(50).split(7):
         top.add(score[ids], eligible[ids], {"sample_id": ids, "square": ids**2})
     expected = sorted(np.flatnonzero(eligible).tolist(), key=lambda number: (-float(score[number]), number))[:8]
-    found = top.gather()
+    found = top.reduce()
     assert found["sample_id"].tolist() == expected and found["square"].tolist() == [n**2 for n in expected]
 
 

@@ -243,7 +243,7 @@ def test_the_units_of_fcmae_are_its_blocks():
 def test_a_single_number_is_refused_as_a_parameter():
     task = nn.Module()
     task.temperature = nn.Parameter(torch.tensor(0.1))
-    machine = Runtime(torch.device("cpu"), "fp32", False, 0)
+    machine = Runtime(torch.device("cpu"), "fp32", False, 0, 2)
     with pytest.raises(UserError, match=r"^runtime.parallel: fsdp deals out rows, and temperature is a single number"):
         _shard(task, machine, compiles=False)
 

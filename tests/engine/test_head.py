@@ -43,7 +43,7 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
     loss_before, _ = measure(task, batches)
     state = torch.random.get_rng_state()
-    prepare_head(task, batches, runtime, fit=True)
+    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
     assert torch.equal(state, torch.random.get_rng_state())
     loss, share = measure(task, batches)
     assert share > 0.75 and loss < 0.7 * loss_before and task.training
@@ -65,7 +65,7 @@ def test_the_norm_before_the_head_then_gives_standardised_features(runtime):
     task, batches = make_classifier(), make_batches()
     task.network.norm.weight.data[0] = 0.0  # a feature that is constant
     raw = features_of(task, batches)
-    prepare_head(task, batches, runtime, fit=True)
+    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
     features = features_of(task, batches)
     assert torch.allclose(features.mean(dim=0), torch.zeros(features.shape[1]), atol=1e-4)
     assert torch.allclose(features.std(dim=0, correction=0)[1:], torch.ones(features.shape[1] - 1), atol=1e-3)
@@ -80,7 +80,7 @@ def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_feature
     head = task.network.head
     weight, bias = head.weight.clone(), head.bias.clone()
     raw = features_of(task, batches)
-    prepare_head(task, batches, runtime, fit=False)
+    prepare_head(task.network, task.normalise, batches, runtime, fit=False)
     standard = (raw - raw.mean(dim=0)) / raw.std(dim=0, correction=0)
     expected = standard @ weight.T + bias
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_feature
 def test_a_norm_that_cannot_shift_is_left_as_it_is(runtime):
     task, batches = make_classifier(), make_batches()
     task.network.norm = nn.LayerNorm(task.network.num_features, bias=False)
-    prepare_head(task, batches, runtime, fit=True)
+    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
     _, share = measure(task.eval(), batches)
     assert share > 0.75 and torch.equal(task.network.norm.weight, torch.ones(task.network.num_features))
 
@@ -102,7 +102,7 @@ def test_without_a_norm_before_it_the_head_alone_changes(runtime):
     task = make_classifier()
     task.network = build_network(TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None), 4)
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
-    prepare_head(task, batches, runtime, fit=True)
+    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
     _, share = measure(task.eval(), batches)
     after = task.network.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
@@ -116,7 +116,7 @@ def test_padding_and_unreadable_images_are_left_out(runtime):
         if junk:
             bad = make_batch(size=8, seed=99) | {"labels": torch.zeros(8, dtype=torch.int64)}
             batches.append(bad | {"weight": torch.zeros(8), "sample_id": torch.arange(8) + 1000})
-        prepare_head(task, batches, runtime, fit=True)
+        prepare_head(task.network, task.normalise, batches, runtime, fit=True)
         heads.append(task.network.head.weight.clone())
     assert torch.equal(*heads)
 
@@ -125,7 +125,7 @@ def test_no_readable_image_is_an_error(runtime):
     task = make_classifier()
     batches = [batch | {"weight": torch.zeros(8)} for batch in make_batches()]
     with pytest.raises(ValueError, match=r"^task\.head: 0 images could be read .* set task\.head=drawn"):
-        prepare_head(task, batches, runtime, fit=True)
+        prepare_head(task.network, task.normalise, batches, runtime, fit=True)
 
 
 def test_timm_networks_and_those_without_a_linear_head():

@@ -2,7 +2,7 @@
 
 On a CPU nothing waits, so the operations themselves are counted: reading a number (`item`, `bool`, `int`, `tolist`),
 and what must know it to give its result a shape (`nonzero`, a boolean index). On a GPU torch's own sync debug mode
-raises. Steps that log, evaluate or save are left out: those may wait.
+raises. Steps that log, evaluate or save are excluded: those may wait.
 """
 
 import sys
@@ -12,10 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import build_training, read_group
-from engine.tasks.classification import ClassificationTask
-from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
-from engine.tasks.fcmae import FCMAETask, patch_count
+from bench.measure import BENCH_LOOP, build_bench_run, read_group
+from engine.config import LoopConfig
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
+from engine.tasks.kind import Setup
 from engine.train_one_epoch import StopVote, train_one_epoch
 from models.config import ModelConfig
 from models.fcmae import draw_mask
@@ -23,6 +24,8 @@ from optim.build import skips_on_device
 from utils.rng import generator_for
 
 STEPS, CLASSES, SIZE, BATCH = 10, 5, 64, 4
+PREPROCESSING = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}
+LOOP = read_group(LoopConfig, "loop", "default", **BENCH_LOOP)
 aten = torch.ops.aten
 
 # What must read device memory on the host, or the shape of whose result depends on it.
@@ -100,11 +103,10 @@ def make_task(kind, **changes):
     torch.manual_seed(0)
     if kind == "fcmae":
         config = read_group(FCMAETaskConfig, "task", "fcmae", decoder_dim=16, **changes)
-        return FCMAETask(model, config, image_size_hw=[SIZE, SIZE], mean=[0.5] * 3, std=[0.5] * 3), model, config
+        return FCMAETask(Setup(model, config, PREPROCESSING)), model, config
     config = read_group(ClassificationTaskConfig, "task", "classification", **changes)
-    preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}
-    names = [str(index) for index in range(CLASSES)]
-    return ClassificationTask(model, config, class_names=names, preprocessing=preprocessing), model, config
+    facts = {"class_names": [str(index) for index in range(CLASSES)]}
+    return ClassificationTask(Setup(model, config, PREPROCESSING, facts)), model, config
 
 
 def make_batch(kind, model, config, device, seed):
@@ -123,10 +125,10 @@ def make_batch(kind, model, config, device, seed):
 
 
 def make_training(kind, optim, *, device="cpu", accum=1, precision="fp32", **changes):
-    """(a run as engine/train.py builds it, of which nothing falls due; one step's micro-batches)."""
+    """(a run as engine/run.py builds it, in which nothing is due; one step's micro-batches)."""
     task, model, config = make_task(kind, **changes)
     group, _, opt = optim.partition(" ")
-    training = build_training(
+    training = build_bench_run(
         task,
         runtime="reference",
         runtime_changes={"device": device, "precision": precision, "deterministic": False},
@@ -136,14 +138,14 @@ def make_training(kind, optim, *, device="cpu", accum=1, precision="fp32", **cha
         optim_changes={"opt": opt} if opt else {},
         ema_decay=0.99,
     )
-    return training, [make_batch(kind, model, config, training.runtime.device, seed) for seed in range(accum)]
+    return training, [make_batch(kind, model, config, training.learner.runtime.device, seed) for seed in range(accum)]
 
 
 def run_steps(training, batches, steps):
     """Run the loop itself until its stream ends."""
     before = training.step
     with pytest.raises(StopIteration):
-        train_one_epoch(training, iter([batches] * steps), 0, StopVote())
+        train_one_epoch(training, iter([batches] * steps), LOOP, 0, StopVote())
     assert training.step == before + steps
 
 
@@ -167,21 +169,21 @@ def test_no_step_waits_for_the_device(kind, optim, changes, accum):
 
 def test_the_loss_scale_of_fp16_does_not_wait():
     training, batches = make_training("classification", "adamw")
-    training.scale.enabled = True
+    training.learner.scale.enabled = True
     assert count(lambda: run_steps(training, batches, STEPS)) == []
 
 
 @pytest.mark.parametrize("opt", ["lion", "adanw", "adafactor"])  # others read numbers of their own beside
 def test_timms_optimisers_wait_once_in_a_step(opt):
     training, batches = make_training("classification", f"timm {opt}")
-    assert not skips_on_device(training.optimizer)
+    assert not skips_on_device(training.learner.optimizer)
     assert count(lambda: run_steps(training, batches, STEPS)) == ["aten._local_scalar_dense.default"] * STEPS
 
 
 def test_means_wait_once():
     training, batches = make_training("classification", "adamw")
     run_steps(training, batches, 3)
-    assert count(training.log_meter.means) == ["tolist"]
+    assert count(training.recorder.log_meter.means) == ["tolist"]
 
 
 VALUES = torch.arange(4.0)

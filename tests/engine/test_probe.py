@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
-from engine.tasks.probe import PENALTIES, TEMPERATURE, fit_linear, knn_scores, measure_features, standardise
+from engine.measures.probe import PENALTIES, TEMPERATURE, Probe, fit_linear, knn_scores, standardise
 from tests.support import checkpoint_tensors, common, make_collection, rows, run
 
 
@@ -34,7 +34,15 @@ def make_batches(features, labels, size, weight=None):
 
 
 def measure(train, val, k=5, size=7):
-    return measure_features(lambda images: images, make_batches(*train, size), make_batches(*val, size), k=k)
+    return measure_batches(make_batches(*train, size), make_batches(*val, size), k)
+
+
+def measure_batches(train, val, k):
+    probe = Probe(k)
+    for features, batches in ((probe.train, train), (probe.val, val)):
+        for batch in batches:
+            features.add(batch["images"], batch["labels"], batch["sample_id"], batch["weight"])
+    return probe.reduce()
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def warnings_said():
     messages = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("atelier.engine.tasks.probe")
+    logger = logging.getLogger("atelier.engine.measures.probe")
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
@@ -146,22 +154,22 @@ def test_padding_and_unreadable_images_are_left_out_and_batches_do_not_matter():
         )
         for features, labels in (train, val)
     ]
-    assert measure_features(lambda images: images, *padded, k=5) == whole
-    assert measure_features(lambda images: images, *[list(reversed(batches)) for batches in padded], k=5) == whole
+    assert measure_batches(*padded, 5) == whole
+    assert measure_batches(*[list(reversed(batches)) for batches in padded], 5) == whole
 
 
 def test_features_that_are_not_finite_are_told_and_end_nothing(warnings_said):
     train, val = make_features(20, 3), make_features(10, 3, seed=1)
     train[0][3, 1] = torch.nan
     assert measure(train, val) == {}
-    assert warnings_said == ["probe: left out, since the encoder's features are not finite"]
+    assert warnings_said == ["probe: skipped, because the encoder's features are not finite"]
 
 
 def test_without_a_readable_image_nothing_ends(warnings_said):
     features, labels = make_features(8, 3)
     unreadable = make_batches(features, labels, 4, torch.zeros(8))
-    assert measure_features(lambda images: images, unreadable, make_batches(features, labels, 4), k=2) == {}
-    assert warnings_said == ["probe: left out, since no image of one of its two sets could be read"]
+    assert measure_batches(unreadable, make_batches(features, labels, 4), 2) == {}
+    assert warnings_said == ["probe: skipped, because no image of one of its two sets could be read"]
 
 
 def test_nothing_is_drawn_from_global_random_state():
@@ -241,6 +249,6 @@ def test_without_labels_one_line_says_that_the_probe_is_off(collection, tmp_path
     lines = [line for line in printed.splitlines() if "probe" in line]
     assert len(lines) == 1 and lines[0].endswith(
         "gives it 0 labelled training images of 0 classes and 0 validation images of them; "
-        "task.probe.every_epochs=null leaves out this line"
+        "task.probe.every_epochs=null silences this line"
     )
     assert "loss" in rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1] and probed(tmp_path / "run") == {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import engine.train_one_epoch as loop
+import engine.learner as loop
 from engine.tasks.classification import ClassificationTask
 from tests.engine.test_checkpoint import flip_a_bit, forge, steps_in
 from tests.engine.test_exactness import assert_same_tensors

@@ -13,10 +13,11 @@ from engine.meters import Meter
 from engine.runtime import Runtime
 from engine.skips import EMPTY_STEPS, SkipWatch
 from engine.step import LossScale, StepResult, train_step
-from engine.task import StepOutput, Task, log_mean
+from engine.task import StepOutput, Task, log_mean, trained_networks
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
+from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 
@@ -30,6 +31,7 @@ def runtime(precision="fp32"):
         precision=precision,
         channels_last=False,
         workers=0,
+        prefetch_batches=2,
     )
 
 
@@ -91,8 +93,8 @@ def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
     group, _, opt = name.partition(" ")
     values = yaml.safe_load((CONF / "optim" / f"{group}.yaml").read_text()) | ({"opt": opt} if opt else {}) | changes
     config = TypeAdapter(OptimConfig).validate_python(values)
-    optimizer = build_optimizer(config, build_groups(task, config, None), lr)
-    set_group_values(optimizer, lr, weight_decay, None)
+    optimizer = build_optimizer(config, build_groups(task, trained_networks(task), config), lr)
+    set_group_values(optimizer, GroupValues(lr, weight_decay, None))
     return optimizer
 
 
@@ -614,7 +616,7 @@ def test_steps_of_which_nothing_could_be_read_count_among_the_skipped():
         "loop.max_skipped_steps: 2 of the last 4 steps before step 4 were without an image that could be read (2 of "
         "them), first step 1; 1 are allowed. "
     )
-    assert "mend the images" in str(ended.value)
+    assert "fix the images" in str(ended.value)
     watch, step = watched([EMPTY, BAD, GOOD], limit=1)
     with pytest.raises(UserError, match=r"were not finite \(.*\) or without an image that could be read \(1 of them\)"):
         watch.check(step, last=True)

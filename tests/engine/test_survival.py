@@ -186,7 +186,8 @@ def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collectio
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 99"})
     assert started.wait() == [2]
     said = re.search(
-        r"finetune\.py: run_dir: (\S+)/checkpoints does not take the checkpoint of step 8: (\d+\.\d) MiB are needed, "
+        r"finetune\.py: run_dir: the checkpoint of step 8 cannot be written to (\S+)/checkpoints: it needs "
+        r"(\d+\.\d) MiB, "
         r"\d+\.\d MiB are free \(.*No space left on device\)",
         started.output,
     )
@@ -214,7 +215,7 @@ def test_the_last_save_is_not_forgiven(collection, tmp_path):
     settings = [*SMALL, "loop.total_steps=8", "loop.checkpoint_every_steps=4", "loop.on_failed_save=retry"]
     overrides = common("classification", collection, tmp_path / "run", *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 8"})
-    assert started.wait() == [2] and "does not take the checkpoint of step 8" in started.output
+    assert started.wait() == [2] and "the checkpoint of step 8 cannot be written" in started.output
     assert checkpoints(tmp_path / "run") == ["step_00000004"]
 
 
@@ -258,9 +259,7 @@ def test_a_disk_that_is_full(retry, small_disk, collection, undisturbed, tmp_pat
         assert started.wait() == [0]
     else:
         assert started.wait() == [2]
-        assert re.search(
-            r"does not take the .* of step \d+: .* MiB are needed, .*No space left on device", started.output
-        )
+        assert re.search(r"the .* of step \d+ cannot be written .* MiB, .*No space left on device", started.output)
         assert [name for name in checkpoints(full) if name.startswith("step_")]
         filler.unlink()
         run("finetune.py", overrides, tmp_path)
@@ -283,7 +282,7 @@ def test_a_disk_that_becomes_read_only(small_disk, collection, tmp_path):
         assert started.wait() == [2]
     finally:
         subprocess.run(["chattr", "-i", str(small_disk / "run/checkpoints")], check=True)
-    assert re.search(r"run_dir: .* does not take the checkpoint of step \d+: .* are needed", started.output)
+    assert re.search(r"run_dir: the checkpoint of step \d+ cannot be written .* it needs ", started.output)
     assert [name for name in checkpoints(small_disk / "run") if name.startswith("step_")]
 
 
@@ -339,9 +338,9 @@ def test_steps_left_out_are_counted_and_listed_with_their_samples(collection, tm
     overrides = common("classification", collection, bad, *BAD)
     started = start(TROUBLED, overrides, tmp_path, variables=poison("7 8"))
     assert started.wait() == [0]
-    assert "2 steps were left out before step 10" in started.output
+    assert "2 steps were skipped before step 10" in started.output
     assert re.search(
-        r"step 7 was left out: its loss was not finite on rank 0; samples: train/\w/\d+\.png, ", started.output
+        r"step 7 was skipped: its loss was not finite on rank 0; samples: train/\w/\d+\.png, ", started.output
     )
     listed = rows(bad / "skipped_steps.jsonl")
     assert [(row["step"], row["ranks"], row["what"], len(row["paths"])) for row in listed] == [
@@ -381,7 +380,7 @@ def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch)
     overrides = common("classification", collection, tmp_path / "bad", *BAD, "loop.max_skipped_steps=3")
     done = command("torchrun", "--standalone", "--nproc_per_node=2", ROOT / TROUBLED, *overrides, OMP_NUM_THREADS="1")
     assert done.returncode != 0
-    assert "step 7 was left out: its loss was not finite on rank 1; samples: train/" in done.stderr
+    assert "step 7 was skipped: its loss was not finite on rank 1; samples: train/" in done.stderr
     assert "were not finite (losses on rank 1), first step 7" in done.stderr
 
 
@@ -451,7 +450,7 @@ def test_a_run_that_loses_its_images_stops_training_and_ends(tmp_path):
     assert started.wait() == [2]
     assert "data.root: no image of the steps 16 to 25 could be read, see the warnings above" in started.output
     assert "Traceback" not in started.output
-    assert "step 13 was left out: none of its images could be read, or all of them weigh 0; samples: train/" in (
+    assert "step 13 was skipped: none of its images could be read, or all have weight 0; samples: train/" in (
         started.output
     )
     train = rows(lost / "metrics.jsonl", "train")

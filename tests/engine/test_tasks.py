@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from data.loader import Example
 from engine.config import RuntimeConfig
+from engine.run import check_knobs
 from engine.runtime import choose_runtime
 from engine.step import LossScale, train_step
 from engine.task import Task
-from engine.tasks.classification import ClassificationTask, LabelFields
-from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig, ProbeConfig
-from engine.tasks.fcmae import FCMAETask, MaskFields, patch_count
-from engine.train import check_knobs
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, MaskFields, ProbeConfig, patch_count
+from engine.tasks.kind import Setup
+from engine.tasks.labels import LabelFields
 from models.config import ConvNeXtV2Config, TimmConfig
 from utils.errors import UserError
 from utils.rng import generator_for
@@ -63,14 +65,20 @@ def make_batch(size=8, seed=0):
     }
 
 
-def make_fcmae():
+def make_fcmae(preprocessing=PREPROCESSING):
     torch.manual_seed(0)
-    return FCMAETask(MODEL, FCMAE, image_size_hw=[32, 32], mean=[0.5] * 3, std=[0.5] * 3)
+    return FCMAETask(Setup(MODEL, FCMAE, preprocessing))
 
 
-def make_classifier(config=CLASSIFY, classes=4):
+def make_classifier(config=CLASSIFY, classes=4, model=MODEL):
     torch.manual_seed(0)
-    return ClassificationTask(MODEL, config, class_names=[f"c{k}" for k in range(classes)], preprocessing=PREPROCESSING)
+    facts = {"class_names": [f"c{k}" for k in range(classes)]}
+    return ClassificationTask(Setup(model, config, PREPROCESSING, facts))
+
+
+def example(key=0, index=0):
+    """What fields are given; these look at the index and the generator alone."""
+    return Example(index, None, generator_for(key), True, None, {})
 
 
 def learn(task, batch, runtime, steps, lr):
@@ -99,14 +107,14 @@ def test_fcmae_learns_one_batch(runtime):
     stripes = (torch.arange(32) // 3 % 2 * 255).to(torch.uint8)
     batch["images"] = stripes.expand(8, 3, 32, 32).clone()
     fields = MaskFields(patch_count(MODEL, FCMAE, [32, 32]), 0.6)
-    batch["mask"] = torch.stack([fields(0, None, generator_for(key))["mask"] for key in range(8)])
+    batch["mask"] = torch.stack([fields(example(key))["mask"] for key in range(8)])
     first, last = learn(make_fcmae(), batch, runtime, steps=60, lr=3e-3)
     assert first > 0.5 and last < first / 10
 
 
 def test_masks_follow_the_key_alone():
     fields = MaskFields(64, 0.6)
-    first, again, other = (fields(0, None, generator_for(key))["mask"] for key in (5, 5, 6))
+    first, again, other = (fields(example(key))["mask"] for key in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert int(first.sum()) == 64 - int(64 * 0.4)
 
@@ -170,7 +178,7 @@ def test_what_could_not_be_read_does_not_reach_the_loss_of_a_mixed_batch():
 
 def test_labels_are_those_of_the_row():
     fields = LabelFields(np.array([3, -1, 0]))
-    assert [int(fields(index, None, None)["labels"]) for index in (0, 2)] == [3, 0]
+    assert [int(fields(example(index=index))["labels"]) for index in (0, 2)] == [3, 0]
 
 
 def test_fcmae_refuses_another_network():
@@ -181,7 +189,7 @@ def test_fcmae_refuses_another_network():
 
 def test_a_mean_for_other_channels_is_refused():
     with pytest.raises(UserError, match=r"augment.mean: 1 numbers for a network of 3 input channels"):
-        FCMAETask(MODEL, FCMAE, image_size_hw=[32, 32], mean=[0.5], std=[0.5])
+        make_fcmae({**PREPROCESSING, "mean": [0.5], "std": [0.5]})
 
 
 class _Schedule:
@@ -198,11 +206,11 @@ def test_knobs_must_be_those_that_the_task_reads():
         check_knobs(_Momentum(), _Schedule({}))
     with pytest.raises(UserError, match="schedule.knobs.teacher_momentun: .* close: teacher_momentum"):
         check_knobs(_Momentum(), _Schedule({"teacher_momentum": 1, "teacher_momentun": 1}))
-    with pytest.raises(UserError, match="schedule.knobs.gamma: FCMAETask reads no such value; it reads none"):
+    with pytest.raises(UserError, match="schedule.knobs.gamma: FCMAETask does not read it; it reads none"):
         check_knobs(make_fcmae(), _Schedule({"gamma": 1}))
 
 
 def test_a_timm_network_of_another_image_size_is_refused():
     config = TimmConfig(family="timm", name="vit_tiny_patch16_224", in_channels=3, drop_path_rate=None)
     with pytest.raises(UserError, match=r"^augment.image_size_hw: \[32, 32\] is no size for vit_tiny_patch16_224 "):
-        ClassificationTask(config, CLASSIFY, class_names=["a", "b"], preprocessing=PREPROCESSING)
+        make_classifier(model=config)

@@ -161,13 +161,13 @@ def test_what_the_disk_never_took_is_said_at_the_end(log):
     rows = AppendFile(Path("/dev/full"))
     rows.write("abc\n")
     rows.close()
-    assert "/dev/full lacks its last 4 bytes, which the disk did not take" in log.text
+    assert "/dev/full lacks its last 4 bytes, which the disk refused" in log.text
 
 
 def test_a_file_that_is_made_anew_is_spared(tmp_path, log):
     with ignore_write_errors(tmp_path / "curves.png"):
         raise OSError(28, "No space left on device")
-    assert "curves.png cannot be written (No space left on device); it is made anew" in log.text
+    assert "curves.png cannot be written (No space left on device); it will be rewritten" in log.text
 
 
 # --- a roll-back's checkpoint

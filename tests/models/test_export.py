@@ -9,13 +9,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from engine.tasks.classification import ClassificationTask
-from engine.tasks.config import ClassificationTaskConfig
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.kind import Setup
+from engine.tasks.rebuild import load_image_model
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
+from models.image_model import ImageModel
 from models.normalise import Normalise
-from models.onnx_export import export_classifier
-from models.predictor import Classifier, load_classifier, load_predictor
+from models.onnx_export import export_model
+from predict import load_predictor
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights
@@ -43,8 +45,8 @@ def write_classifier(path, model):
         "image_size_hw": [24, 32], "mean": [0.4] * channels, "std": [0.3] * channels, "eval_crop": 1.0,
         "interpolation": "bilinear", "channels": channels,
     }  # fmt: skip
-    task = ClassificationTask(model, TASK, class_names=["ä", "b,c", "d"], preprocessing=preprocessing)
-    metadata = {"model": model.model_dump(), "step": 3, **task.metadata()}
+    task = ClassificationTask(Setup(model, TASK, preprocessing, {"class_names": ["ä", "b,c", "d"]}))
+    metadata = {"task": TASK.model_dump(), "model": model.model_dump(), "step": 3, **task.exported().metadata}
     write_weights(path, task.network.state_dict(), metadata)
     return task.eval()
 
@@ -52,22 +54,22 @@ def write_classifier(path, model):
 @pytest.mark.parametrize("model", [CONVNEXT, RESNET], ids=["convnextv2", "timm"])
 def test_weight_file_and_onnx_file_predict_alike(model, tmp_path):
     task = write_classifier(tmp_path / "w.safetensors", model)
-    classifier, metadata = load_classifier(tmp_path / "w.safetensors")
-    difference = export_classifier(classifier, metadata, tmp_path / "model.onnx", tolerance=1e-4)
+    model_of_file, metadata = load_image_model(tmp_path / "w.safetensors")
+    difference = export_model(model_of_file, metadata, tmp_path / "model.onnx", tolerance=1e-4)
     assert difference < 1e-4
     images = torch.randint(0, 256, (3, model.in_channels, 24, 32), dtype=torch.uint8)
     with torch.no_grad():
         wanted = task.network(task.normalise(images)).softmax(1).numpy()
     for name in ("w.safetensors", "model.onnx"):
         predictor = load_predictor(tmp_path / name, CPU)
-        assert predictor.class_names == ["ä", "b,c", "d"]
+        assert predictor.names == ["ä", "b,c", "d"]
         assert predictor.preprocessing["image_size_hw"] == [24, 32]
-        np.testing.assert_allclose(predictor.probs(images), wanted, atol=1e-5)
+        np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
 
 
 def test_the_onnx_file_says_what_it_takes_and_gives(tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
-    export_classifier(*load_classifier(tmp_path / "w.safetensors"), tmp_path / "model.onnx", tolerance=1e-4)
+    export_model(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", tolerance=1e-4)
     proto = onnx.load(tmp_path / "model.onnx")
     assert [value.name for value in proto.graph.input] == ["images"]
     assert [value.name for value in proto.graph.output] == ["logits", "probs"]
@@ -81,20 +83,38 @@ def test_a_file_that_differs_too_much_is_not_kept(tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
     (tmp_path / "model.onnx").write_bytes(b"the old one")
     with pytest.raises(UserError, match="tolerance: ONNX Runtime differs from PyTorch by .* the file was not kept"):
-        export_classifier(*load_classifier(tmp_path / "w.safetensors"), tmp_path / "model.onnx", tolerance=1e-30)
+        export_model(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", tolerance=1e-30)
     assert (tmp_path / "model.onnx").read_bytes() == b"the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "w.safetensors"]
 
 
-def test_pretrained_weights_are_no_classifier(tmp_path):
+def test_weights_that_no_run_wrote_are_refused(tmp_path):
     write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"model": {}})
-    with pytest.raises(UserError, match="weights: .* holds no class names, .* fine-tune it first"):
-        load_classifier(tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="weights: .* was not written by a run of Atelier"):
+        load_image_model(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": {"name": "classificatoin"}}, "unknown task 'classificatoin'; close: classification"),
+        ({"task": {"name": 1}}, "unknown task 1; known: "),
+        ({"task": {"name": "classification"}}, r"has wrong metadata \(label_smoothing: Field required\)"),
+        ({"class_names": None}, r"has wrong metadata \(class_names: Input should be a valid list\)"),
+        ({"preprocessing": {}}, r"has wrong metadata \(preprocessing.image_size_hw: Field required\)"),
+    ],
+)
+def test_metadata_of_a_weight_file_are_checked(change, message, tmp_path):
+    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
+    tensors, metadata = read_weights(tmp_path / "w.safetensors", "weights")
+    write_weights(tmp_path / "w.safetensors", tensors, {**metadata, **change})
+    with pytest.raises(UserError, match=rf"^weights: .*w\.safetensors:? {message}"):
+        load_image_model(tmp_path / "w.safetensors")
 
 
 def test_foreign_and_broken_onnx_files_are_refused(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no protobuf")
-    with pytest.raises(UserError, match="weights: .*broken.onnx is no readable ONNX file"):
+    with pytest.raises(UserError, match="weights: .*broken.onnx is not a readable ONNX file"):
         load_predictor(tmp_path / "broken.onnx", CPU)
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
@@ -151,14 +171,14 @@ PREPROCESSING = {
     "image_size_hw": [24, 32], "mean": [0.4] * 3, "std": [0.3] * 3, "eval_crop": 1.0, "interpolation": "bilinear",
     "channels": 3,
 }  # fmt: skip
-METADATA = {"class_names": ["a", "b"], "preprocessing": PREPROCESSING}
+METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PREPROCESSING}
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ("{broken", "is no readable ONNX file (Expecting property name"),
-        ("[" * 100_000, "is no readable ONNX file ("),
+        ("{broken", "is not a readable ONNX file (Expecting property name"),
+        ("[" * 100_000, "is not a readable ONNX file ("),
         ("[1]", "has wrong metadata (: Input should be"),
         (
             json.dumps({**METADATA, "class_names": [1]}),
@@ -172,7 +192,7 @@ METADATA = {"class_names": ["a", "b"], "preprocessing": PREPROCESSING}
             json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.0] * 3}}),
             "has wrong metadata (preprocessing.std.0: Input should be greater than 0)",
         ),
-        (json.dumps(METADATA), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; a classifier"),
+        (json.dumps(METADATA), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; a file that"),
     ],
 )
 def test_metadata_of_strangers_are_checked(metadata, message, tmp_path):
@@ -200,7 +220,7 @@ def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path
     write_weights(path, tensors, {**metadata, "model": {**metadata["model"], **change}})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=message):
-        load_classifier(path)
+        load_image_model(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
 
 
@@ -209,8 +229,8 @@ def test_class_names_that_do_not_fit_the_head_are_refused(tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
     tensors, metadata = read_weights(tmp_path / "w.safetensors", "weights")
     write_weights(tmp_path / "w.safetensors", tensors, {**metadata, "class_names": ["a", "b"]})
-    with pytest.raises(UserError, match="has no head.weight, head.bias for its 2 classes; make the file anew"):
-        load_classifier(tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="lacks head.weight, head.bias; "):
+        load_image_model(tmp_path / "w.safetensors")
 
 
 @pytest.mark.slow
@@ -223,13 +243,13 @@ def test_every_published_size_that_fits_exports(size, tmp_path):
         "image_size_hw": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3, "eval_crop": 1.0,
         "interpolation": "bilinear",
     }  # fmt: skip
-    task = ClassificationTask(model, TASK, class_names=["a", "b", "c"], preprocessing=preprocessing)
+    task = ClassificationTask(Setup(model, TASK, preprocessing, {"class_names": ["a", "b", "c"]}))
     write_weights(
         tmp_path / "w.safetensors",
         task.network.state_dict(),
-        {"model": model.model_dump(), "step": 0, **task.metadata()},
+        {"task": TASK.model_dump(), "model": model.model_dump(), "step": 0, **task.exported().metadata},
     )
-    assert export_classifier(*load_classifier(tmp_path / "w.safetensors"), tmp_path / "m.onnx", tolerance=1e-3) < 1e-3
+    assert export_model(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "m.onnx", tolerance=1e-3) < 1e-3
 
 
 @pytest.mark.parametrize("size", sorted(path.stem for path in (CONF / "model").glob("convnextv2_*.yaml")))
@@ -243,10 +263,10 @@ def test_a_network_above_two_gibibytes_is_refused_before_any_work(size, tmp_path
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{size}.yaml"))
     with torch.device("meta"):
         network = build_network(ConvNeXtV2Config.model_validate(values), 1000)
-    classifier = Classifier(network, Normalise([0.5] * 3, [0.5] * 3, 3))
+    model = ImageModel(network, Normalise([0.5] * 3, [0.5] * 3, 3), "classes")
     metadata = {"preprocessing": PREPROCESSING, "model": values}
     with pytest.raises(UserError) as refused:
-        export_classifier(classifier, metadata, tmp_path / "export/model.onnx", tolerance=1e-4)
+        export_model(model, metadata, tmp_path / "export/model.onnx", tolerance=1e-4)
     if size != "convnextv2_huge":
         assert str(refused.value) == "the export began"
         return

@@ -3,13 +3,15 @@
 import pytest
 import torch
 import yaml
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
-from optim.groups import build_groups, groups_table, is_exempt, set_group_values, trainable_parameters
+from optim.groups import build_groups as build
+from optim.groups import drop_frozen_gradients, groups_table, is_vector, set_group_values
+from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 
@@ -38,6 +40,10 @@ def owner(network):
     task = nn.Module()
     task.network = network
     return task
+
+
+def build_groups(task, config):
+    return build(task, {"network": task.network} if hasattr(task, "network") else {}, config)
 
 
 def classifier():
@@ -80,7 +86,7 @@ def by_name(groups):
 def test_groups_partition_the_trainable_parameters(make, decay, kind):
     task = make()
     named = dict(task.named_parameters())
-    groups = build_groups(task, config(layer_decay=decay, layer_decay_kind=kind), DEPTHS)
+    groups = build_groups(task, config(layer_decay=decay, layer_decay_kind=kind))
     found = by_name(groups)
     assert set(found) == set(named)
     ids = [id(parameter) for group in groups for parameter in group["params"]]
@@ -91,14 +97,14 @@ def test_groups_partition_the_trainable_parameters(make, decay, kind):
 
 
 def test_groups_come_in_one_order_from_the_lowest_rate_up():
-    groups = build_groups(classifier(), config(layer_decay=0.7), DEPTHS)
+    groups = build_groups(classifier(), config(layer_decay=0.7))
     keys = [(group["lr_scale"], group["decays"]) for group in groups]
     assert keys == sorted(keys)
     assert keys[0][0] == pytest.approx(0.7**7) and keys[-1] == (1.0, True)
 
 
 def test_without_layer_decay_there_are_two_groups():
-    groups = build_groups(classifier(), config(), None)
+    groups = build_groups(classifier(), config())
     assert [(group["lr_scale"], group["decays"]) for group in groups] == [(1.0, False), (1.0, True)]
 
 
@@ -106,8 +112,8 @@ def test_frozen_parameters_are_left_out():
     task = classifier()
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(name.startswith("network.head."))
-    found = by_name(build_groups(task, config(layer_decay=0.5), DEPTHS))
-    assert set(found) == set(trainable_parameters(task)) == {"network.head.weight", "network.head.bias"}
+    found = by_name(build_groups(task, config(layer_decay=0.5)))
+    assert set(found) == {"network.head.weight", "network.head.bias"}
 
 
 def test_a_parameter_with_two_names_is_in_one_group():
@@ -115,7 +121,7 @@ def test_a_parameter_with_two_names_is_in_one_group():
     task.first = nn.Linear(4, 4, bias=False)
     task.second = nn.Linear(4, 4, bias=False)
     task.second.weight = task.first.weight
-    assert [group["names"] for group in build_groups(task, config(), None)] == [["first.weight"]]
+    assert [group["names"] for group in build_groups(task, config())] == [["first.weight"]]
 
 
 # --- weight decay
@@ -135,74 +141,147 @@ SPARED = [
 
 @pytest.mark.parametrize("shape, spared, why", SPARED)
 def test_vectors_by_logical_shape_are_spared_decay(shape, spared, why):
-    assert is_exempt("network.weight", nn.Parameter(torch.zeros(shape)), []) == spared, why
+    assert is_vector(nn.Parameter(torch.zeros(shape))) == spared, why
 
 
 @pytest.mark.parametrize("make", [classifier, fcmae])
 def test_grn_mask_token_biases_and_norms_are_not_decayed_and_kernels_are(make):
     spared = ("grn.gamma", "grn.beta", "mask_token", ".bias", "norm.weight")
     spared += ("downsample_layers.0.1.weight", *(f"downsample_layers.{stage}.0.weight" for stage in (1, 2, 3)))
-    found = by_name(build_groups(make(), config(layer_decay=0.9), DEPTHS))
+    found = by_name(build_groups(make(), config(layer_decay=0.9)))
     for name, group in found.items():
         assert group["decays"] == (not name.endswith(spared)), name
     assert sum(name.endswith("grn.gamma") for name in found) >= sum(DEPTHS)
 
 
-def test_a_pattern_spares_what_it_matches_and_nothing_else():
-    usual = by_name(build_groups(classifier(), config(), None))
-    spared = by_name(build_groups(classifier(), config(no_decay=["*.dwconv.weight", "network.head.weight"]), None))
-    changed = {name for name in usual if usual[name]["decays"] != spared[name]["decays"]}
-    assert changed == {"network.head.weight", *(name for name in usual if name.endswith(".dwconv.weight"))}
-    assert not any(spared[name]["decays"] for name in changed)
+# --- rules
+
+
+def rule(match, **settings):
+    return {"match": match, **settings}
+
+
+def test_rules_set_what_they_state_and_nothing_else():
+    rules = [
+        rule("*.dwconv.weight", weight_decay=0.0),
+        rule("network.head.*", lr_scale=10.0, freeze_steps=3),
+        rule("network.head.bias", weight_decay=0.3),
+    ]
+    usual = by_name(build_groups(classifier(), config(layer_decay=0.5)))
+    found = by_name(build_groups(classifier(), config(layer_decay=0.5, rules=rules)))
+    keys = ("lr_scale", "decays", "fixed_decay", "freeze_steps")
+    changed = {name for name in usual if any(usual[name][key] != found[name][key] for key in keys)}
+    kernels = {name for name in usual if name.endswith(".dwconv.weight")}
+    assert changed == {"network.head.weight", "network.head.bias", *kernels}
+    for name in kernels:
+        assert found[name]["fixed_decay"] == 0.0 and found[name]["lr_scale"] == usual[name]["lr_scale"] < 1
+    weight, bias = (found[f"network.head.{name}"] for name in ("weight", "bias"))
+    assert (weight["lr_scale"], weight["freeze_steps"], weight["decays"], weight["fixed_decay"]) == (
+        10.0,
+        3,
+        True,
+        None,
+    )
+    assert (bias["lr_scale"], bias["freeze_steps"], bias["decays"], bias["fixed_decay"]) == (10.0, 3, False, 0.3)
+
+
+def test_a_rules_weight_decay_is_fixed_and_the_rate_is_scaled():
+    rules = [rule("network.head.*", weight_decay=0.3, lr_scale=0.5)]
+    optimizer = torch.optim.AdamW(build_groups(classifier(), config(rules=rules)), lr=1.0)
+    set_group_values(optimizer, GroupValues(0.2, 0.05))
+    for group in optimizer.param_groups:
+        head = any(name.startswith("network.head.") for name in group["names"])
+        assert group["weight_decay"] == (0.3 if head else 0.05 if group["decays"] else 0.0)
+        assert group["lr"] == (0.1 if head else 0.2)
+
+
+def test_frozen_groups_do_not_change_and_nor_does_their_state():
+    task = classifier()
+    rules = [rule("network.stages.*", freeze_steps=2)]
+    optimizer = torch.optim.AdamW(build_groups(task, config(rules=rules)), lr=0.1, weight_decay=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
+    moved = []
+    for step in range(3):
+        for parameter in task.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        drop_frozen_gradients(optimizer, step)
+        optimizer.step()
+        moved.append({name for name, parameter in task.named_parameters() if not torch.equal(parameter, before[name])})
+    frozen = {name for name in before if name.startswith("network.stages.")}
+    assert moved == [set(before) - frozen, set(before) - frozen, set(before)]
+    steps = {name: optimizer.state[parameter]["step"].item() for name, parameter in task.named_parameters()}
+    assert {steps[name] for name in frozen} == {1.0} and {steps[name] for name in set(before) - frozen} == {3.0}
 
 
 def test_patterns_tell_capital_letters():
     with pytest.raises(UserError, match="matches no parameter"):
-        build_groups(classifier(), config(no_decay=["Network.head.weight"]), None)
+        build_groups(classifier(), config(rules=[rule("Network.head.weight", lr_scale=0.5)]))
 
 
 # --- refusals
 
 
-def test_a_pattern_without_a_match_is_refused_with_close_names():
+def test_a_rule_without_a_match_is_refused_with_close_names():
+    rules = [rule("*.dwconv.weight", lr_scale=0.5), rule("network.heed.weight", lr_scale=0.5)]
     with pytest.raises(UserError) as caught:
-        build_groups(classifier(), config(no_decay=["*.dwconv.weight", "network.heed.weight"]), None)
+        build_groups(classifier(), config(rules=rules))
     message = str(caught.value)
-    assert message.startswith("optim.no_decay: 'network.heed.weight' matches no parameter; close: ")
+    assert message.startswith("optim.rules.1.match: 'network.heed.weight' matches no parameter; close: ")
     assert "network.head.weight" in message
+
+
+def test_two_rules_that_state_the_same_for_a_parameter_are_refused():
+    rules = [rule("network.head.*", lr_scale=0.5), rule("*.weight", lr_scale=2.0)]
+    message = r"optim\.rules\.1\.lr_scale: '\*\.weight' and 'network\.head\.\*' both set it for network\.head\.weight; "
+    with pytest.raises(UserError, match=message):
+        build_groups(classifier(), config(rules=rules))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "sets nothing; give lr_scale, weight_decay or freeze_steps"),
+        ({"lr_scale": -1.0}, "greater than or equal to 0"),
+        ({"freeze_steps": 0}, "greater than or equal to 1"),
+        ({"lr": 0.1}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_rule_is_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        config(rules=[rule("*", **settings)])
 
 
 def test_a_task_with_nothing_to_train_is_refused():
     task = classifier()
     task.requires_grad_(False)
-    with pytest.raises(UserError, match=r"^model: no parameter of the task is trainable"):
-        build_groups(task, config(), DEPTHS)
+    with pytest.raises(UserError, match=r"^model: the task has no trainable parameter"):
+        build_groups(task, config())
 
 
 def test_layer_decay_of_a_network_without_stages_is_refused():
-    with pytest.raises(UserError, match=r"^optim\.layer_decay: 0\.9 needs a ConvNeXt V2 network"):
-        build_groups(owner(nn.Linear(3, 3)), config(layer_decay=0.9), None)
+    with pytest.raises(UserError, match=r"^optim\.layer_decay: 0\.9 needs a network that numbers its layers"):
+        build_groups(owner(nn.Linear(3, 3)), config(layer_decay=0.9))
 
 
 # --- what is made of the groups
 
 
 def test_the_table_counts_tensors_and_parameters():
-    groups = build_groups(owner(nn.Linear(30, 100)), config(), None)
+    groups = build_groups(owner(nn.Linear(30, 100)), config())
     header, spared, decayed = groups_table(groups).splitlines()
-    assert header.split() == ["lr", "scale", "decay", "tensors", "parameters", "first"]
-    assert spared.split() == ["1.00000", "no", "1", "100", "network.bias"]
-    assert decayed.split() == ["1.00000", "yes", "1", "3,000", "network.weight"]
+    assert header.split() == ["lr", "scale", "decay", "frozen", "tensors", "parameters", "first"]
+    assert spared.split() == ["1.00000", "no", "0", "1", "100", "network.bias"]
+    assert decayed.split() == ["1.00000", "yes", "0", "1", "3,000", "network.weight"]
 
 
 def made(optimizer_class, **settings):
-    groups = build_groups(classifier(), config(layer_decay=0.5), DEPTHS)
+    groups = build_groups(classifier(), config(layer_decay=0.5))
     return optimizer_class(groups, lr=1.0, **settings)
 
 
 def test_every_group_gets_its_share_of_the_rate_and_decays_or_not():
     optimizer = made(torch.optim.AdamW, betas=(0.9, 0.999))
-    set_group_values(optimizer, 0.2, 0.05, None)
+    set_group_values(optimizer, GroupValues(0.2, 0.05, None))
     for group in optimizer.param_groups:
         assert group["lr"] == 0.2 * group["lr_scale"]
         assert group["weight_decay"] == (0.05 if group["decays"] else 0.0)
@@ -213,13 +292,13 @@ def test_every_group_gets_its_share_of_the_rate_and_decays_or_not():
 def test_values_are_set_not_multiplied_up():
     optimizer = made(torch.optim.AdamW)
     for _ in range(3):
-        set_group_values(optimizer, 0.2, 0.05, None)
+        set_group_values(optimizer, GroupValues(0.2, 0.05, None))
     assert max(group["lr"] for group in optimizer.param_groups) == 0.2
 
 
 def test_momentum_is_beta1_or_momentum():
     adam, sgd = made(torch.optim.AdamW, betas=(0.9, 0.999)), made(torch.optim.SGD, momentum=0.9)
     for optimizer in (adam, sgd):
-        set_group_values(optimizer, 0.1, 0.0, 0.85)
+        set_group_values(optimizer, GroupValues(0.1, 0.0, 0.85))
     assert all(group["betas"] == (0.85, 0.999) for group in adam.param_groups)
     assert all(group["momentum"] == 0.85 for group in sgd.param_groups)

@@ -1,5 +1,6 @@
 """Layer decay. Literal tables for every published size, worked values, reference equality (timm's groups), refusals."""
 
+import functools
 import re
 
 import pytest
@@ -8,8 +9,11 @@ import timm.optim
 import torch
 import yaml
 
+from models.build import build_network
+from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
-from optim.layer_decay import last_layer, layer_id, layer_scale
+from models.fcmae import FCMAE
+from optim.layer_decay import layer_scales
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 
@@ -40,24 +44,53 @@ GROUP_STAGE_2 = {
     "tiny": [3, 3, 3, 4, 4, 4, 5, 5, 5],
     **dict.fromkeys(("base", "large", "huge"), [id for id in range(3, 12) for _ in range(3)]),
 }
+
+
+@functools.cache
+def make_network(depths, num_classes=5):
+    """A narrow network on the meta device."""
+    with torch.device("meta"):
+        return ConvNeXtV2(
+            in_channels=3,
+            num_classes=num_classes,
+            depths=depths,
+            dims=[4] * len(depths),
+            stem_stride=4,
+            drop_path_rate=0.0,
+            head_init_scale=1.0,
+        )
+
+
+def layer_id(name, depths, kind):
+    return make_network(tuple(depths)).layer_of(name, kind)
+
+
+def last_layer(depths, kind):
+    return make_network(tuple(depths)).last_layer(kind)
+
+
+def layer_scale(name, depths, kind, decay):
+    return layer_scales(make_network(tuple(depths)), kind, decay)[name]
+
+
 HEAD = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
 
 
-def block_ids(depths, kind, prefix=""):
+def block_ids(depths, kind):
     """The ids of all blocks, one list per stage; all tensors of a block must agree."""
     tensors = ["dwconv.weight", "norm.bias", "pwconv1.weight", "grn.gamma", "pwconv2.bias"]
     stages = []
     for stage, depth in enumerate(depths):
-        names = [[f"{prefix}stages.{stage}.{block}.{tensor}" for tensor in tensors] for block in range(depth)]
+        names = [[f"stages.{stage}.{block}.{tensor}" for tensor in tensors] for block in range(depth)]
         ids = [{layer_id(name, depths, kind) for name in block} for block in names]
         assert all(len(found) == 1 for found in ids)
         stages.append([found.pop() for found in ids])
     return stages
 
 
-def downsample_ids(depths, kind, prefix=""):
+def downsample_ids(depths, kind):
     ids = [
-        {layer_id(f"{prefix}downsample_layers.{stage}.{part}.weight", depths, kind) for part in (0, 1)}
+        {layer_id(f"downsample_layers.{stage}.{part}.weight", depths, kind) for part in (0, 1)}
         for stage in range(len(depths))
     ]
     assert all(len(found) == 1 for found in ids)
@@ -68,26 +101,24 @@ def test_all_eight_published_sizes_are_here():
     assert sorted(SIZES) == sorted(SINGLE) == sorted(GROUP_STAGE_2)
 
 
-@pytest.mark.parametrize("prefix", ["", "network.", "network.encoder."], ids=["bare", "classifier", "fcmae"])
 @pytest.mark.parametrize("size", SINGLE)
-def test_single_ids(size, prefix):
+def test_single_ids(size):
     depths, table = SIZES[size], SINGLE[size]
     assert last_layer(depths, "single") == table["last"]
-    assert downsample_ids(depths, "single", prefix) == table["downsample"]
-    assert block_ids(depths, "single", prefix) == table["stages"]
-    assert {layer_id(prefix + name, depths, "single") for name in HEAD} == {table["last"] + 1}
+    assert downsample_ids(depths, "single") == table["downsample"]
+    assert block_ids(depths, "single") == table["stages"]
+    assert {layer_id(name, depths, "single") for name in HEAD} == {table["last"] + 1}
 
 
-@pytest.mark.parametrize("prefix", ["", "network.", "network.encoder."], ids=["bare", "classifier", "fcmae"])
 @pytest.mark.parametrize("size", GROUP_STAGE_2)
-def test_group_ids(size, prefix):
+def test_group_ids(size):
     depths = SIZES[size]
     assert last_layer(depths, "group") == 12
-    assert downsample_ids(depths, "group", prefix) == [0, 2, 3, 12]
-    first, second, third, fourth = block_ids(depths, "group", prefix)
+    assert downsample_ids(depths, "group") == [0, 2, 3, 12]
+    first, second, third, fourth = block_ids(depths, "group")
     assert (set(first), set(second), set(fourth)) == ({1}, {2}, {12})
     assert third == GROUP_STAGE_2[size]
-    assert {layer_id(prefix + name, depths, "group") for name in HEAD} == {13}
+    assert {layer_id(name, depths, "group") for name in HEAD} == {13}
 
 
 @pytest.mark.parametrize("size", SINGLE)
@@ -98,20 +129,20 @@ def test_timm_ids_are_those_of_single_with_the_stem_below(size):
     assert block_ids(depths, "timm") == table["stages"]
 
 
-STEM, HEAD_WEIGHT = "network.downsample_layers.0.0.weight", "network.head.weight"
+STEM, HEAD_WEIGHT = "downsample_layers.0.0.weight", "head.weight"
 
 
 @pytest.mark.parametrize(
     "size, kind, decay, name, scale",
     [
         ("base", "group", 0.6, STEM, 0.00131),  # 0.6^13
-        ("base", "group", 0.6, "network.stages.3.0.dwconv.weight", 0.6),
-        ("base", "group", 0.6, "network.downsample_layers.3.1.weight", 0.6),
-        ("base", "group", 0.6, "network.stages.2.26.pwconv1.weight", 0.36),  # id 11
+        ("base", "group", 0.6, "stages.3.0.dwconv.weight", 0.6),
+        ("base", "group", 0.6, "downsample_layers.3.1.weight", 0.6),
+        ("base", "group", 0.6, "stages.2.26.pwconv1.weight", 0.36),  # id 11
         ("base", "group", 0.6, HEAD_WEIGHT, 1.0),
         ("atto", "single", 0.9, STEM, 0.282),  # 0.9^12: id 0 is never used
-        ("atto", "single", 0.9, "network.stages.0.0.grn.beta", 0.282),
-        ("atto", "single", 0.9, "network.stages.3.1.pwconv2.weight", 0.9),
+        ("atto", "single", 0.9, "stages.0.0.grn.beta", 0.282),
+        ("atto", "single", 0.9, "stages.3.1.pwconv2.weight", 0.9),
         ("atto", "single", 0.9, HEAD_WEIGHT, 1.0),
         ("atto", "timm", 0.9, STEM, 0.254),  # 0.9^13
         ("tiny", "single", 0.9, STEM, 0.1501),  # 0.9^18
@@ -122,21 +153,26 @@ def test_worked_values(size, kind, decay, name, scale):
     assert layer_scale(name, SIZES[size], kind, decay) == pytest.approx(scale, rel=4e-3)  # three digits
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "network.mask_token",
-        "network.proj.weight",
-        "network.decoder.0.dwconv.weight",
-        "network.pred.bias",
-        "network.norm.weight",
-        "projector.stages_of_mine.weight",
-        "network.my_stages.0.0.weight",  # only a whole part of the name counts
-    ],
-)
 @pytest.mark.parametrize("kind", ["single", "group", "timm"])
-def test_what_is_no_encoder_has_the_full_rate(name, kind):
-    assert layer_scale(name, SIZES["base"], kind, 0.5) == 1.0
+def test_an_fcmae_has_its_encoders_layers_and_a_decoder_above_them(kind):
+    encoder = make_network((2, 2, 6, 2), num_classes=0)
+    with torch.device("meta"):
+        network = FCMAE(
+            encoder=encoder, image_size_hw=(64, 64), patch_px=32, mask_ratio=0.5, decoder_dim=8, decoder_depth=1,
+            norm_pix_loss=True, execution="sparse", grn_over="sample",
+        )  # fmt: skip
+    found = layer_scales(network, kind, 0.5)
+    for name, scale in layer_scales(encoder, kind, 0.5).items():
+        assert found.pop(f"encoder.{name}") == scale < 1
+    assert len(found) > 4 and set(found.values()) == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["single", "group", "timm"])
+@pytest.mark.parametrize(
+    "name", ["stages_of_mine.0.0.weight", "my_stages.0.0.weight", "norm.bias"]
+)
+def test_only_a_whole_part_of_a_name_counts(name, kind):
+    assert layer_id(name, SIZES["base"], kind) == last_layer(SIZES["base"], kind) + 1
 
 
 @pytest.mark.parametrize("kind", ["single", "group", "timm"])
@@ -159,17 +195,8 @@ def test_group_keeps_a_third_stage_deeper_than_published_below_the_fourth():
 
 @pytest.mark.parametrize("kind", ["single", "group", "timm"])
 def test_every_parameter_of_the_network_but_norm_and_head_is_scaled(kind):
-    network = ConvNeXtV2(
-        in_channels=3,
-        num_classes=5,
-        depths=[2, 2, 6, 2],
-        dims=[4, 8, 8, 8],
-        stem_stride=4,
-        drop_path_rate=0.0,
-        head_init_scale=1.0,
-    )
-    full = [name for name, _ in network.named_parameters() if layer_scale(name, [2, 2, 6, 2], kind, 0.9) == 1.0]
-    assert sorted(full) == sorted(HEAD)
+    scales = layer_scales(make_network((2, 2, 6, 2)), kind, 0.9)
+    assert sorted(name for name, scale in scales.items() if scale == 1.0) == sorted(HEAD)
 
 
 # --- timm
@@ -205,18 +232,32 @@ def test_timm_kind_equals_timms_own_groups(size):
         assert ours == pytest.approx(theirs[id(parameter)], rel=1e-12), name
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "efficientnet_b0"])
+def test_networks_of_timm_are_numbered_by_timms_matcher(name):
+    network = build_network(TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None), num_classes=5)
+    groups = timm.optim.param_groups_layer_decay(network, weight_decay=0.05, layer_decay=0.8)
+    theirs = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    found = layer_scales(network, "timm", 0.8)
+    assert len(set(found.values())) > 3
+    for parameter_name, parameter in network.named_parameters():
+        assert found[parameter_name] == pytest.approx(theirs[id(parameter)], rel=1e-12), parameter_name
+
+
 # --- off, and refusals
 
 
-@pytest.mark.parametrize("depths", [None, [2, 2, 6, 2]])
-def test_a_decay_of_one_is_off_for_any_network(depths):
-    assert layer_scale("network.layer1.0.conv1.weight", depths, "single", 1.0) == 1.0
+@pytest.mark.parametrize("network", [make_network((2, 2)), torch.nn.Linear(3, 3)])
+def test_a_decay_of_one_is_off_for_any_network(network):
+    assert set(layer_scales(network, "single", 1.0).values()) == {1.0}
 
 
-def test_layer_decay_of_a_network_without_stages_is_refused():
-    with pytest.raises(UserError, match=r"^optim\.layer_decay: 0\.75 needs a ConvNeXt V2 .* set optim\.layer_decay=1"):
-        layer_scale("network.layer1.0.conv1.weight", None, "single", 0.75)
+def test_layer_decay_of_a_network_without_layers_is_refused():
+    with pytest.raises(
+        UserError, match=r"^optim\.layer_decay: 0\.75 needs a network that numbers its layers, and Linear"
+    ):
+        layer_scales(torch.nn.Linear(3, 3), "single", 0.75)
 
 
-def test_depths_are_plain_numbers_whatever_sequence_holds_them():
-    assert layer_id("stages.2.1.norm.weight", torch.Size([2, 2, 6, 2]), "single") == 6
+def test_kinds_of_convnextv2_are_refused_for_a_network_of_timm():
+    with pytest.raises(UserError, match=r"^optim\.layer_decay_kind: group numbers .* set optim\.layer_decay_kind=timm"):
+        layer_scales(timm.create_model("resnet18"), "group", 0.75)

@@ -8,9 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from optim.adan import Adan
-from optim.build import build_optimizer, check_shardable, skips_on_device, steps_on_rows
+from optim.build import ELEMENTWISE, build_optimizer, check_shardable, skips_on_device
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
+from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 
@@ -29,8 +30,8 @@ def network(seed=0):
 
 def build(file, model, lr=0.05, weight_decay=0.1, **changes):
     settings = config(file, **changes)
-    optimizer = build_optimizer(settings, build_groups(model, settings, None), lr)
-    set_group_values(optimizer, lr, weight_decay, None)
+    optimizer = build_optimizer(settings, build_groups(model, {}, settings), lr)
+    set_group_values(optimizer, GroupValues(lr, weight_decay, None))
     return optimizer
 
 
@@ -76,14 +77,14 @@ def test_settings_reach_the_groups():
 def plain(name, model):
     """torch's unfused form with the settings of conf/optim, over the same groups."""
     settings = config(name)
-    groups = build_groups(model, settings, None)
+    groups = build_groups(model, {}, settings)
     if name == "adamw":
         made = torch.optim.AdamW(groups, lr=0.05, betas=tuple(settings.betas), eps=settings.eps, foreach=False)
     else:
         made = torch.optim.SGD(
             groups, lr=0.05, momentum=settings.momentum, nesterov=settings.nesterov, foreach=False, fused=False
         )
-    set_group_values(made, 0.05, 0.1, None)
+    set_group_values(made, GroupValues(0.05, 0.1, None))
     return made
 
 
@@ -143,7 +144,7 @@ def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_step_
     """torch makes momentum buffers in the first step, and leaves them uninitialised where that one is left out."""
     model = network()
     optimizer = build("sgd", model, momentum=0.0, nesterov=False)
-    set_group_values(optimizer, 0.05, 0.0, 0.95)  # as a one-cycle schedule does
+    set_group_values(optimizer, GroupValues(0.05, 0.0, 0.95))  # as a one-cycle schedule does
     set_gradients(model, 0, float("nan"))
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
@@ -192,7 +193,7 @@ def test_every_timm_name_makes_a_step_or_is_refused_with_its_key(opt):
         assert opt == "adahessian" or opt.startswith(("bnb", "fused"))  # second derivatives; a GPU and a package
         return
     except UserError as error:
-        assert str(error).startswith(f"optim.extra: timm's {opt} cannot be made with {{}} (Nesterov momentum requires")
+        assert str(error).startswith(f"optim.extra: timm's {opt} cannot be built with {{}} (Nesterov momentum requires")
         optimizer = build("timm", model, opt=opt, extra={"momentum": 0.9})
     set_gradients(model, 0)
     optimizer.step()
@@ -204,7 +205,7 @@ def test_every_timm_name_makes_a_step_or_is_refused_with_its_key(opt):
 REFUSED = [
     ("timm", {"opt": "nadamv"}, "optim.opt: unknown timm optimiser 'nadamv'; close: ", "a slip of the pen"),
     ("timm", {"opt": "qqqq"}, "known: ", "nothing is near: all names"),
-    ("timm", {"opt": "adahessian"}, "wants second derivatives", "train_step has none"),
+    ("timm", {"opt": "adahessian"}, "needs second derivatives", "train_step has none"),
     (
         "timm",
         {"opt": "lamb", "extra": {"beta": [0.9, 0.99]}},
@@ -247,11 +248,33 @@ def test_what_timm_itself_refuses_is_a_users_error(opt, extra, reason):
     with pytest.raises(UserError) as caught:
         build("timm", network(), opt=opt, extra=extra)
     message = str(caught.value)
-    assert message.startswith(f"optim.extra: timm's {opt} cannot be made with {extra} (") and reason in message
-    assert "set another of its arguments: " in message
+    assert message.startswith(f"optim.extra: timm's {opt} cannot be built with {extra} (") and reason in message
+    assert "its other arguments are " in message
 
 
 # --- rows of parameters, as sharded training gives them to a rank
+
+
+def steps_on_rows(settings):
+    """Whether steps on the rows of parameters, two halves each by itself, are the steps on the whole."""
+    generator = torch.Generator().manual_seed(0)
+    wholes = [torch.randn(shape, generator=generator) for shape in ((64, 48), (64, 32, 3, 3), (64,))]
+    gradients = [[torch.randn(whole.shape, generator=generator) for whole in wholes] for _ in range(3)]
+    runs = []
+    for count in (1, 2):
+        parts = [[torch.nn.Parameter(part.clone()) for part in whole.chunk(count)] for whole in wholes]
+        optimizer = build_optimizer(settings, [{"params": sum(parts, []), "weight_decay": 0.05}], 0.01)
+        for step in gradients:
+            for own, gradient in zip(parts, step):
+                for part, rows in zip(own, gradient.chunk(count)):
+                    part.grad = rows.clone()
+            optimizer.step()
+        for part in sum(parts, []):
+            state = [value for value in optimizer.state[part].values() if isinstance(value, torch.Tensor)]
+            if any(value.ndim > 0 and value.shape != part.shape for value in state):
+                return False
+        runs.append([torch.cat([part.detach() for part in own]) for own in parts])
+    return all(torch.allclose(one, other, rtol=1e-6, atol=1e-6) for one, other in zip(*runs))
 
 
 @pytest.mark.parametrize("file", ["adamw", "adan", "sgd"])
@@ -259,17 +282,18 @@ def test_ours_step_on_rows_as_on_the_whole(file):
     assert steps_on_rows(config(file, weight_decay=0.1))
 
 
-@pytest.mark.parametrize(
-    ("opt", "taken"),
-    # By norms of a parameter, by a mean over it, by factored moments, by an orthogonal update: not.
-    [("nadamw", True), ("lion", True), ("adan", True), ("lamb", False), ("cadamw", False), ("adafactor", False),
-     ("adafactorbv", False), ("muon", False), ("novograd", False)],
-)  # fmt: skip
-def test_what_must_see_a_whole_parameter_is_found_out_and_refused(opt, taken):
+@pytest.mark.parametrize("opt", sorted(ELEMENTWISE))
+def test_optimisers_that_are_listed_step_on_rows_as_on_the_whole(opt):
+    extra = {"momentum": 0.9} if opt.startswith(("sgd", "nesterov")) else {}
+    settings = config("timm", opt=opt, extra=extra)
+    assert steps_on_rows(settings)
+    check_shardable(settings)
+
+
+@pytest.mark.parametrize("opt", ["lamb", "cadamw", "adafactor", "adafactorbv", "muon", "novograd"])
+def test_optimisers_that_need_whole_parameters_are_refused(opt):
+    """They use norms of a parameter, a mean over it, factored moments or an orthogonal update."""
     settings = config("timm", opt=opt)
-    assert steps_on_rows(settings) is taken
-    if taken:
-        check_shardable(settings)
-        return
-    with pytest.raises(UserError, match=rf"^runtime.parallel: fsdp .* optim.opt={opt} must see .*parallel=ddp, or"):
+    assert not steps_on_rows(settings)
+    with pytest.raises(UserError, match=rf"^runtime.parallel: fsdp .* optim.opt={opt} is not .*parallel=ddp, or"):
         check_shardable(settings)

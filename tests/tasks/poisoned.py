@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import engine.train_one_epoch as loop
+import engine.learner as loop
 import finetune
 from engine.tasks.classification import ClassificationTask
 from utils.ranks import distributed

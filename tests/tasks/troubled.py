@@ -23,8 +23,8 @@ import torch
 
 import data.loader
 import engine.checkpoint
+import engine.learner
 import engine.tasks.classification
-import engine.train_one_epoch
 import finetune
 from utils import rng
 from utils.ranks import distributed
@@ -82,7 +82,7 @@ def nan(first, last, rank=None):
 
 
 def _before_step(step, marker, act):
-    train_step = engine.train_one_epoch.train_step
+    train_step = engine.learner.train_step
 
     def troubled(*arguments, **named):
         if named["step"] == int(step) - 1 and not Path(marker).exists():
@@ -90,7 +90,7 @@ def _before_step(step, marker, act):
             act()
         return train_step(*arguments, **named)
 
-    engine.train_one_epoch.train_step = troubled
+    engine.learner.train_step = troubled
 
 
 def kill_rank(rank, step, marker):
@@ -104,18 +104,18 @@ def kill_worker(step, marker):
 
 
 def lose_images(step, folder):
-    train_step = engine.train_one_epoch.train_step
+    train_step = engine.learner.train_step
 
     def troubled(*arguments, **named):
         if named["step"] == int(step) - 1:
             os.rename(folder, f"{folder}.lost")
         return train_step(*arguments, **named)
 
-    engine.train_one_epoch.train_step = troubled
+    engine.learner.train_step = troubled
 
 
 def hang_reading(position):
-    read = data.loader.ImageReader.__getitem__
+    read = data.loader.SampleReader.__getitem__
 
     def hanging(self, draw):
         if draw.position == int(position):
@@ -123,7 +123,7 @@ def hang_reading(position):
             time.sleep(3600)
         return read(self, draw)
 
-    data.loader.ImageReader.__getitem__ = hanging
+    data.loader.SampleReader.__getitem__ = hanging
 
 
 if __name__ == "__main__":

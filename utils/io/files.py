@@ -57,7 +57,9 @@ def ignore_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("%s cannot be written (%s); it will be rewritten when it is next due", path, error.strerror or error)
+        log.warning(
+            "%s cannot be written (%s); it will be rewritten when it is next due", path, error.strerror or error
+        )
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -75,7 +77,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 class AppendFile:
-    """Append text to a file. Text that the disk refuses is kept and written before the next; `sync` raises the error."""
+    """Append text to a file. Text that the disk refuses is kept for the next write; `sync` raises the error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -38,6 +38,7 @@ class PathsConfig(Strict):
     input: str
     output: str
     top: int
+    threshold: float
     batch_size: int
     max_pixels: int
     device: str
