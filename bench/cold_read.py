@@ -18,23 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.measure import describe_machine, read_group, row_of, take_turns, write
-from data.build import load_collection
 from data.config import AugmentConfig, GlyphsConfig
-from data.loader import ImageReader
+from data.image_data import load_collection
+from data.loader import SampleReader
 from data.read_ahead import ReadAhead
+from data.source import FileSource, ImageDecoder
 from data.stream import RankBatches, ShuffledSampler
 from data.transforms import TrainTransform
 
 BATCH, BATCHES, TURNS = 64, 24, 7
 
 
-def no_fields(index, row, generator):
+def no_fields(example):
     """Add nothing to a sample."""
     return {}
 
 
 def evict(files):
-    """Put files out of the page cache; nothing of them waits to be written."""
+    """Drop files from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -46,7 +47,7 @@ def make_turn(reader, chunks, *, ahead):
 
     def turn():
         batches = next(chunks)
-        for batch in ReadAhead(batches, reader.file_of) if ahead else batches:
+        for batch in ReadAhead(batches, reader.source.file_of) if ahead else batches:
             for draw in batch:
                 reader[draw]
 
@@ -65,7 +66,8 @@ def main():
     quick = sys.argv[1:] == ["quick"]
     collection = load_collection(read_group(GlyphsConfig, "data", "glyphs"))
     transform = TrainTransform(read_group(AugmentConfig, "augment", "glyphs"))
-    reader = ImageReader(collection, transform, no_fields, channels=1, max_pixels=10**6)
+    decoder, views = ImageDecoder(1, max_pixels=10**6), {"images": transform}
+    reader = SampleReader(collection, FileSource(collection), decoder, views, no_fields, training=True)
     batches = iter(
         RankBatches(
             ShuffledSampler(collection.rows("train"), seed=0), seed=0, global_batch_size=BATCH, micro_batch_size=BATCH,

@@ -28,9 +28,19 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 
-from bench.measure import build_bench_run, describe_machine, read_group, row_of, runtime_of, take_turns, write
+from bench.measure import (
+    bench_loop,
+    build_bench_run,
+    describe_machine,
+    read_group,
+    row_of,
+    runtime_of,
+    take_turns,
+    write,
+)
 from engine.runtime import can_compile
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.kind import Setup
 from engine.train_one_epoch import StopVote, train_one_epoch
 from models.config import ModelConfig
 
@@ -48,12 +58,9 @@ def make_task(name, size):
         model = read_group(ModelConfig, "model", "timm", name=name)
     config = read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=SMOOTHING)
     torch.manual_seed(0)
-    return ClassificationTask(
-        model,
-        config,
-        class_names=[str(index) for index in range(CLASSES)],
-        preprocessing={"image_size_hw": [size, size], "mean": MEAN, "std": STD},
-    )
+    preprocessing = {"image_size_hw": [size, size], "mean": MEAN, "std": STD}
+    facts = {"class_names": [str(index) for index in range(CLASSES)]}
+    return ClassificationTask(Setup(model, config, preprocessing, facts))
 
 
 def make_batch(size, count, device):
@@ -72,7 +79,7 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
     """Return a function that makes `steps` updates by the loop of every entry point."""
     if runtime == "reference":
         machine = {"device": "auto", "deterministic": False, **machine}
-    training = build_bench_run(
+    run = build_bench_run(
         task,
         runtime=runtime,
         batch_size=len(batch["weight"]),
@@ -82,7 +89,7 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
         ema_decay=EMA_DECAY if ema else None,
     )
     stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
-    return lambda: train_one_epoch(training, stream, next(epochs), vote)
+    return lambda: train_one_epoch(run, stream, bench_loop(), next(epochs), vote)
 
 
 class TimmScript:

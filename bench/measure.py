@@ -17,7 +17,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
-from engine.config import RuntimeConfig, TrainingConfig
+from engine.config import LoopConfig, RuntimeConfig, TrainingConfig
 from engine.plan import Plan
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_runtime
@@ -35,6 +35,11 @@ def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
     """Return an option of a configuration group as its schema, with changed values."""
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) | changes
     return TypeAdapter(kind).validate_python(values)
+
+
+def bench_loop() -> LoopConfig:
+    """Return the loop's configuration of a run in which nothing is due."""
+    return read_group(LoopConfig, "loop", "default", **BENCH_LOOP)
 
 
 def build_bench_run(

@@ -21,6 +21,7 @@ from models.config import ModelConfig
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
+from optim.schedules import GroupValues
 
 LR, WEIGHT_DECAY = 1e-4, 0.05
 PEERS = {
@@ -46,8 +47,8 @@ def with_gradients(network):
 def make_sides(kind, network, steps):
     """Return a turn of `steps` updates for ours and for each peer."""
     config = read_group(OptimConfig, "optim", kind)
-    ours = build_optimizer(config, build_groups(with_gradients(network), config, None), LR)
-    set_group_values(ours, LR, WEIGHT_DECAY, None)
+    ours = build_optimizer(config, build_groups(with_gradients(network), {}, config), LR)
+    set_group_values(ours, GroupValues(LR, WEIGHT_DECAY))
     ours.found_inf = torch.zeros((), device=next(network.parameters()).device)  # as train_step sets it
     optimizers = {kind: ours}
     for name, arguments in PEERS[kind].items():

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.measure import compare, report, runtime_of
 from engine.step import LossScale, train_step
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig
+from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.fcmae import draw_mask
 
@@ -38,8 +39,8 @@ def make_task(size, execution, device):
         probe=ProbeConfig(every_epochs=None, train_images=1, val_images=1, k=1),
     )  # fmt: skip
     torch.manual_seed(0)
-    task = FCMAETask(model, config, image_size_hw=(224, 224), mean=[0.5] * 3, std=[0.5] * 3)
-    return task.to(device)
+    preprocessing = {"image_size_hw": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+    return FCMAETask(Setup(model, config, preprocessing)).to(device)
 
 
 def make_batch(size, device):

@@ -23,13 +23,10 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from bench.finetune_step import make_batch, make_task
-from bench.measure import build_bench_run, describe_machine, row_of, take_turns, write
-from engine.checkpoint import count_bytes
-from engine.skips import SkipWatch
+from bench.measure import bench_loop, build_bench_run, describe_machine, row_of, take_turns, write
 from engine.train_one_epoch import StopVote, train_one_epoch
 from engine.writer import CheckpointWriter
 from utils.config.entry_point import Job
-from utils.record.metrics_log import MetricsLog
 from utils.record.run_folder import RunFolder
 
 NETWORKS = {"convnextv2_atto": 64, "resnet18": 64}
@@ -40,7 +37,7 @@ SIDES = ("none", "background", "in line", "timm")
 
 def make_side(name, size, kind, steps, folder, device):
     """Return a turn of a side: a save where it has one, then `steps` steps; and what ends its write."""
-    training = build_bench_run(
+    run = build_bench_run(
         make_task(name, size),
         runtime="reference",
         batch_size=BATCH[device.type],
@@ -51,25 +48,26 @@ def make_side(name, size, kind, steps, folder, device):
     path = folder / f"{name}-{kind}".replace(" ", "_")
     for inner in ("checkpoints", "weights"):
         (path / inner).mkdir(parents=True)
-    training.folder = RunFolder(path, {"task": {}, "model": {}}, Job("bench", {}, []))
-    training.metrics = MetricsLog(path, 0)
-    training.writer = CheckpointWriter(in_background=kind == "background", retries=False)
-    training.skips = SkipWatch(None, rolls_back=False)
+    run.saver.folder = RunFolder(path, {"task": {}, "model": {}}, Job("bench", {}, []))
+    run.saver.writer = CheckpointWriter(in_background=kind == "background", retries=False)
+    run.recorder.folder = path
+    run.recorder.open(0, str)
     batch = make_batch(size, BATCH[device.type], device)
     stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
     if kind == "timm":
-        network, recovery = training.task.network, str(path / "checkpoints")
-        saver = CheckpointSaver(network, training.optimizer, model_ema=ModelEmaV3(network), recovery_dir=recovery)
+        network, recovery = run.learner.task.network, str(path / "checkpoints")
+        optimizer = run.learner.optimizer
+        saver = CheckpointSaver(network, optimizer, model_ema=ModelEmaV3(network), recovery_dir=recovery)
 
     def turn():
         if kind == "timm":
-            saver.save_recovery(0, training.step)
+            saver.save_recovery(0, run.step)
         elif kind != "none":
-            training.save(last=False)
-        train_one_epoch(training, stream, next(epochs), vote)
-        training.writer.finish()
+            run.save(last=False)
+        train_one_epoch(run, stream, bench_loop(), next(epochs), vote)
+        run.saver.writer.finish()
 
-    return training, turn
+    return run, turn
 
 
 def measure(name, size, *, quick):
@@ -81,7 +79,8 @@ def measure(name, size, *, quick):
         turn_of = {kind: turn for kind, (_, turn) in sides.items()}
         # The first turn is the warm-up: buffers are made, kernels loaded.
         found = take_turns(turn_of, steps=steps, warmup=1, turns=turns, device=device)
-        size_mib = count_bytes(sides["none"][0]._groups()[0]) / 2**20
+        groups, _ = sides["none"][0].learner.state()
+        size_mib = sum(tensor.nbytes for group in groups.values() for tensor in group.values()) / 2**20
     # Milliseconds per step of SAVE_EVERY steps of which one saves: the turn's own cost, spread over them.
     share = steps / SAVE_EVERY
     spread = {

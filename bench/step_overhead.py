@@ -18,6 +18,7 @@ from bench.measure import describe_machine, read_group, row_of, runtime_of, take
 from engine.meters import Meter
 from engine.step import LossScale, train_step
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.kind import Setup
 from models.config import ModelConfig
 
 CLASSES, SIZE, BATCH, STEPS, TURNS = 100, 64, 32, 15, 5
@@ -28,10 +29,12 @@ def make(device):
     """Return a task and its optimiser, alike on both sides."""
     torch.manual_seed(0)
     task = ClassificationTask(
-        read_group(ModelConfig, "model", "convnextv2_atto", drop_path_rate=0.1),
-        read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=0.0),
-        class_names=[str(k) for k in range(CLASSES)],
-        preprocessing=PREPROCESSING,
+        Setup(
+            read_group(ModelConfig, "model", "convnextv2_atto", drop_path_rate=0.1),
+            read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=0.0),
+            PREPROCESSING,
+            {"class_names": [str(k) for k in range(CLASSES)]},
+        )
     ).to(device)
     return task, torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
 

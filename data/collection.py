@@ -199,7 +199,5 @@ def _map_index(arrow: Path) -> pa.Table:
             f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it, and it will be made again"
         ) from error
     if not table.schema.equals(SCHEMA):
-        raise UserError(
-            f"data.root: the index {str(arrow)!r} is of another version; delete it: it will be made again"
-        )
+        raise UserError(f"data.root: the index {str(arrow)!r} is of another version; delete it: it will be made again")
     return table

@@ -56,7 +56,7 @@ def make_glyph_folder(root: Path) -> Path:
 
 
 def load_command(script: str) -> Any:
-    """Return the command that the `main` of a root script, or of `tests.tasks.teacher`, is."""
+    """Return the command that the `main` of a root script, or of `tests.tasks.multicrop`, is."""
     return importlib.import_module(script).main
 
 

@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     (folder / "broken.safetensors").write_bytes(b"x")
     (folder / "broken.onnx").write_bytes(b"x")
     shutil.copytree(folder / "tuned/checkpoints/step_00000002", folder / "damaged")
-    (folder / "damaged/task.safetensors").write_bytes(b"x")
+    (folder / "damaged/weights.safetensors").write_bytes(b"x")
     return folder
 
 
@@ -148,15 +148,15 @@ WRONG = {
         "model.drop_path_rate: 0.1 given, but timm's vgg11 has no stochastic depth; set null"
     ),
     "model=timm model.name=test_resnet optim.layer_decay=0.9": (
-        "optim.layer_decay: 0.9 needs a ConvNeXt V2 network ... ; set optim.layer_decay=1.0 or model=convnextv2_tiny"
+        "optim.layer_decay_kind: single numbers ... ResNet is a network of timm; set optim.layer_decay_kind=timm"
     ),
-    "optim.no_decay=[network.head.wieght]": (
-        "optim.no_decay: 'network.head.wieght' matches no parameter; close: network.head.weight"
+    "optim.rules=[{match:network.head.wieght,lr_scale:0.5}]": (
+        "optim.rules.0.match: 'network.head.wieght' matches no parameter; close: network.head.weight"
     ),
-    "+schedule.knobs.teacher={start:0.5,end:1.0,curve:cosine}": (
+    "+schedule.knobs.teacher={start:0.5,phases:[{to:1.0,curve:cosine}]}": (
         "schedule.knobs.teacher: ClassificationTask does not read it; it reads none"
     ),
-    "runtime.device=cuda": "runtime.device: cuda was asked for and torch sees no GPU; set runtime.device=auto or cpu",
+    "runtime.device=cuda": "runtime.device: cuda was requested and torch sees no GPU; set runtime.device=auto or cpu",
     "runtime.precision=fp16": (
         "runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto"
     ),
@@ -240,13 +240,13 @@ def test_a_batch_that_does_not_divide(batch, ranks, chunk, message):
 
 RESUME = {
     "resume=never": (
-        "resume: never was asked for, but tuned holds 2 checkpoints (up to step_00000002); nothing is overwritten: "
+        "resume: never was given, but tuned holds 2 checkpoints (up to step_00000002); nothing is overwritten: "
         "give another run_dir, or set resume=auto"
     ),
     "resume=nowhere": "resume: nowhere is not a checkpoint folder; name one like RUN/checkpoints/step_00001200",
     "resume=foreign.pth": "resume: foreign.pth is not a checkpoint folder; name one like RUN/checkpoints/step_00001200",
     "resume=empty": "resume: empty is ... ; name another one",
-    "resume=damaged": ("resume: damaged is damaged: task.safetensors does not match its checksum; name another one"),
+    "resume=damaged": ("resume: damaged is damaged: weights.safetensors does not match its checksum; name another one"),
     "seed=1 optim.lr=0.5 loop.total_steps=3": (
         "resume: tuned/checkpoints/step_00000002 was made with another recipe:\n  "
         "optim.lr: None in the run, 0.5 now\n  seed: 0 in the run, 1 "
@@ -260,11 +260,11 @@ RESUME = {
         "resume_allow: 'optim.lrr' is no key of this configuration; --cfg job prints the keys"
     ),
     "model.dims=[8,24] resume_allow=[model.dims]": (
-        "resume: the checkpoint is of another model: 15 tensors of task differ, first 'network. ... "
+        "resume: tuned/checkpoints/step_00000002 is of another model: 15 tensors of weights differ, first ' ... "
         "use init_from=RUN to start"
     ),
     "loop.total_steps=1": (
-        "loop.total_steps: the run is already at step 2, beyond the 1 asked for; ask for more, or give another run_dir"
+        "loop.total_steps: the run is already at step 2, beyond the 1 requested; request more, or give another run_dir"
     ),
     "run_dir=pretrained": (
         "resume: pretrained/checkpoints/step_00000002 was made with another recipe: ... "
@@ -292,7 +292,7 @@ def test_an_allowed_difference_goes_through_and_is_logged_and_kept(copied_run):
     overrides = ["optim.lr=0.5", "resume_allow=[optim.lr]", "loop.total_steps=3"]
     run("finetune", [*TINY, "data.root=images", "run_dir=tuned", *overrides], copied_run)
     said = (copied_run / "tuned/log.txt").read_text()
-    assert "WARNING resume_allow lets through optim.lr: None in the run, 0.5 now" in said
+    assert "WARNING resume_allow accepts optim.lr: None in the run, 0.5 now" in said
     assert read_json(copied_run / "tuned/config.json")["optim"]["lr"] == 0.5
     assert read_json(copied_run / "tuned/config.before_resume.json")["optim"]["lr"] is None
 
@@ -309,9 +309,7 @@ def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew(copied_run
     for path in (copied_run / "tuned/checkpoints").rglob("state.json"):
         path.write_text("{}")
     message = refusal("finetune", [*TINY, "data.root=images", "run_dir=tuned", "loop.total_steps=3"], copied_run)
-    matches(
-        message, "resume: all 2 checkpoints in tuned/checkpoints are damaged ... start afresh in another folder with"
-    )
+    matches(message, "resume: all 2 checkpoints in tuned/checkpoints are damaged ... start in another folder with")
 
 
 # ------------------------------------------------------------------------------------- evaluation, export, prediction
@@ -325,13 +323,12 @@ OTHERS = {
     "export run_dir=nowhere": "run_dir: nowhere does not exist; name a run folder or a weight file",
     "export run_dir=empty": "weights: the run empty has no best weights; is it a run folder that has saved",
     "export run_dir=tuned weights=ema": "weights: the run tuned has no ema weights; it has best, last",
-    "export run_dir=pretrained": "weights: pretrained/weights/best_weights.safetensors holds no class names",
-    "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors holds no class names ... ; fine",
+    "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors was not written by a run of At",
     "predict weights=nowhere input=images": "weights: nowhere does not exist; name a run folder or a weight file",
     "predict weights=empty input=images": "weights: the run empty has no best weights; is it a run folder that has",
-    "predict weights=pretrained input=images": "weights: pretrained/weights/ ... holds no class names ... ; fine-tune",
-    "predict weights=foreign.pth input=images": "weights: foreign.pth holds no class names ... ; fine-tune it first",
-    "predict weights=broken.onnx input=images": "weights: broken.onnx is no readable ONNX file (",
+    "predict weights=pretrained input=images": "output: pretrained/weights/ ... outputs features, which CSV does not",
+    "predict weights=foreign.pth input=images": "weights: foreign.pth was not written by a run of Atelier; name a run",
+    "predict weights=broken.onnx input=images": "weights: broken.onnx is not a readable ONNX file (",
     "predict weights=broken.safetensors input=images": "weights: broken.safetensors is no readable safetensors file (",
     "predict weights=tuned input=nowhere": "input: nowhere does not exist; name an image or a folder",
     "predict weights=tuned input=texts": "input: texts holds no image; known endings: .png",

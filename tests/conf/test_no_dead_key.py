@@ -31,7 +31,7 @@ from utils.config.schema import Strict
 from utils.io.weights import read_weights
 from utils.record.run_folder import default_run_dir
 
-KNOBS = "+schedule.knobs.momentum={start: 0.5, end: 1.0, curve: linear}"
+KNOBS = "+schedule.knobs.momentum={start: 0.5, phases: [{to: 1.0, curve: linear, steps: 3}]}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
     ("pretrain_fcmae", []),
@@ -213,7 +213,7 @@ def run_all(recorder, folder):
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
        "resume_allow=[optim.lr]")  # fmt: skip
-    go("tests.tasks.teacher", *SHORT, f"data.root={images}", "run_dir=teacher")
+    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
     go("evaluate", "run_dir=tuned", "runtime.device=cpu", "runtime.threads=1")
     go("export", "run_dir=tuned")
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
@@ -250,7 +250,9 @@ def test_every_leaf_is_read(script, runs):
 
 
 def test_every_knob_is_read(runs):
-    assert {"KnobConfig.start", "KnobConfig.end", "KnobConfig.curve"} <= runs[0]["tests.tasks.teacher"]
+    assert {"KnobConfig.start", "PhaseConfig.to", "PhaseConfig.curve", "PhaseConfig.fraction"} <= runs[0][
+        "tests.tasks.multicrop"
+    ]
 
 
 def test_the_recorder_sees_what_is_not_read(runs):

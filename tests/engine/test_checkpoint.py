@@ -66,7 +66,7 @@ def flip_a_bit(path):
     ("harm", "said"),
     [
         (lambda path: flip_a_bit(path / "task.safetensors"), "task.safetensors does not match its checksum"),
-        (lambda path: (path / "task.safetensors").write_bytes(b"short"), "task.safetensors does not agree"),
+        (lambda path: (path / "task.safetensors").write_bytes(b"short"), "task.safetensors does not match"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
         (lambda path: flip_a_bit(path / "state.json"), "state.json does not match its checksum"),
         (lambda path: (path / "state.sha256").unlink(), "state.sha256 is missing"),
@@ -135,11 +135,11 @@ def forge(path, change):
     [
         (
             lambda state: state["checksums"].update({"../x.safetensors": "0"}),
-            "names '../x.safetensors', which is no group",
+            "names '../x.safetensors', which is not a group",
         ),
         (
             lambda state: state["checksums"].update({"/etc/passwd": "0"}),
-            "names '/etc/passwd', which is no group of tensors",
+            "names '/etc/passwd', which is not a group of tensors",
         ),
         (lambda state: state.update(groups=["../x"], checksums={"../x.safetensors": "0"}), "names '../x.safetensors'"),
         (lambda state: state.update(checksums=[]), "cannot be read (AttributeError"),

@@ -24,8 +24,8 @@ NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],
     "classification": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "tagging": ["model.drop_path_rate=0.3"],
-    "diffusion": [],
-    "teacher": ["model.drop_path_rate=0.3"],
+    "flow": [],
+    "multicrop": ["model.drop_path_rate=0.3"],
 }
 
 
@@ -115,7 +115,7 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
     for folder in (undisturbed, killed):
         listed = [line.split('"')[3] for line in (folder / "unreadable.jsonl").read_text().splitlines()]
         assert sorted(listed) == [f"train/A/broken{number}.png" for number in range(3)]
-    assert "train/A/broken0.png" in printed and "weighs 0" in printed
+    assert "train/A/broken0.png" in printed and "its weight is 0" in printed
 
 
 @pytest.mark.ddp

@@ -9,6 +9,7 @@ from torch import nn
 from engine.parallel import _shard, find_units
 from engine.runtime import Runtime, can_compile
 from engine.tasks.fcmae import FCMAETask
+from engine.tasks.kind import Setup
 from tests.engine.test_exactness import NOISY, assert_same_tensors
 from tests.in_process import SMALL_MODEL, configure
 from tests.in_process import run as run_here
@@ -16,7 +17,7 @@ from tests.support import SCRIPTS, checkpoint_tensors, common, rows, run, sample
 from utils.errors import UserError
 
 FSDP = "runtime.parallel=fsdp"
-QUICK = ["fcmae", "diffusion"]  # blocks of units and plain layers; the network in one piece
+QUICK = ["fcmae", "flow"]  # blocks of units and plain layers; the network in one piece
 
 
 def assert_same_rows(first, second, tolerance=1e-5):
@@ -235,7 +236,8 @@ def test_a_parameter_of_two_blocks_belongs_to_neither():
 
 def test_the_units_of_fcmae_are_its_blocks():
     config, _ = configure("pretrain_fcmae", [*SMALL_MODEL, "task.decoder_dim=16"])
-    task = FCMAETask(config.model, config.task, image_size_hw=[32, 32], mean=[0.5] * 3, std=[0.5] * 3)
+    preprocessing = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    task = FCMAETask(Setup(config.model, config.task, preprocessing))
     network = task.network
     assert set(find_units(task)) == {*network.encoder.stages[0], *network.encoder.stages[1], *network.decoder}
 
@@ -244,7 +246,7 @@ def test_a_single_number_is_refused_as_a_parameter():
     task = nn.Module()
     task.temperature = nn.Parameter(torch.tensor(0.1))
     machine = Runtime(torch.device("cpu"), "fp32", False, 0, 2)
-    with pytest.raises(UserError, match=r"^runtime.parallel: fsdp deals out rows, and temperature is a single number"):
+    with pytest.raises(UserError, match=r"^runtime.parallel: fsdp shards rows, and temperature is a scalar"):
         _shard(task, machine, compiles=False)
 
 
@@ -256,8 +258,6 @@ def test_an_optimiser_of_whole_parameters_is_refused_before_a_folder_is_made(col
         "optim.opt=lamb",
         f"run_dir={tmp_path}/run",
     ]
-    with pytest.raises(
-        UserError, match=r"^runtime.parallel: fsdp gives each rank some rows .* optim.opt=lamb must see"
-    ):
+    with pytest.raises(UserError, match=r"^runtime.parallel: fsdp gives each rank some rows .* optim.opt=lamb is not"):
         run_here("finetune", [*SMALL_MODEL, *overrides, FSDP], tmp_path)
     assert not (tmp_path / "run").exists()

@@ -12,8 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import BENCH_LOOP, build_bench_run, read_group
-from engine.config import LoopConfig
+from bench.measure import bench_loop, build_bench_run, read_group
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
@@ -25,7 +24,7 @@ from utils.rng import generator_for
 
 STEPS, CLASSES, SIZE, BATCH = 10, 5, 64, 4
 PREPROCESSING = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}
-LOOP = read_group(LoopConfig, "loop", "default", **BENCH_LOOP)
+LOOP = bench_loop()
 aten = torch.ops.aten
 
 # What must read device memory on the host, or the shape of whose result depends on it.

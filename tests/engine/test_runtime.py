@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(device, given, missing, machine):
 @pytest.mark.parametrize("headers", ["include", None])
 def test_auto_compiles_long_runs_where_that_can_be_had(headers, machine):
     machine(["g++"], headers)
-    for steps, pays in ((COMPILE_PAYS_AFTER_STEPS - 1, False), (COMPILE_PAYS_AFTER_STEPS, True)):
+    for steps, pays in ((COMPILE_PAYS_AFTER_STEPS["cpu"] - 1, False), (COMPILE_PAYS_AFTER_STEPS["cpu"], True)):
         assert choose_compile(CONFIG, "cpu", steps) == (pays and headers is not None)
     assert not choose_compile(CONFIG.model_copy(update={"deterministic": True}), "cpu", 10**6)
     assert not choose_compile(CONFIG.model_copy(update={"compile": False}), "cpu", 10**6)

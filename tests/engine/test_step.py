@@ -602,9 +602,9 @@ def test_a_run_of_which_nothing_can_be_read_ends_whatever_the_limit(results, las
     if not ends:
         watch.check(step, last=last)
         return
-    with pytest.raises(UserError, match=rf"^data\.root: no image of the steps \d+ to {step} could be read") as ended:
+    with pytest.raises(UserError, match=rf"^data\.root: no image of steps \d+ to {step} could be read") as ended:
         watch.check(step, last=last)
-    assert f"the steps {max(1, step - EMPTY_STEPS + 1)} to" in str(ended.value)
+    assert f"steps {max(1, step - EMPTY_STEPS + 1)} to" in str(ended.value)
 
 
 def test_steps_of_which_nothing_could_be_read_count_among_the_skipped():
@@ -629,5 +629,5 @@ def test_a_resumed_watch_knows_them_still():
     for number in range(step + 1, EMPTY_STEPS + 1):
         resumed.add(number, [make_batch(2)], result(0.0, 0.0, applied=0.0))
     resumed.read(EMPTY_STEPS)
-    with pytest.raises(UserError, match="^data.root: no image of the steps 1 to 10"):
+    with pytest.raises(UserError, match="^data.root: no image of steps 1 to 10"):
         resumed.check(EMPTY_STEPS, last=False)

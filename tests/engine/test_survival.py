@@ -206,7 +206,7 @@ def test_on_failed_save_retry_goes_on_and_saves_when_it_can(collection, undistur
     overrides = common("classification", collection, retried, *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 12"})
     assert started.wait() == [0]
-    assert started.output.count("The run goes on and tries again at its next save (loop.on_failed_save=retry)") == 2
+    assert started.output.count("The run continues and tries again at its next save (loop.on_failed_save=retry)") == 2
     assert checkpoints(retried) == ["step_00000016", "step_00000020"]
     assert_equal_runs(straight, retried, 20)
 
@@ -433,7 +433,7 @@ def test_without_a_checkpoint_before_them_there_is_nothing_to_roll_back_to(colle
     overrides = common("classification", collection, tmp_path / "bad", *settings)
     started = start(TROUBLED, overrides, tmp_path, variables=poison("3 5"))
     assert started.wait() == [2]
-    assert "no checkpoint was made before them to roll back to" in started.output
+    assert "there is no checkpoint before them to roll back to" in started.output
 
 
 # --- images that go away
@@ -448,7 +448,7 @@ def test_a_run_that_loses_its_images_stops_training_and_ends(tmp_path):
     overrides = common("classification", data, lost, *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": f"lose_images 12 {data}/train"})
     assert started.wait() == [2]
-    assert "data.root: no image of the steps 16 to 25 could be read, see the warnings above" in started.output
+    assert "data.root: no image of steps 16 to 25 could be read, see the warnings above" in started.output
     assert "Traceback" not in started.output
     assert "step 13 was skipped: none of its images could be read, or all have weight 0; samples: train/" in (
         started.output
@@ -471,7 +471,7 @@ def test_a_short_run_of_which_nothing_can_be_read_ends_too(tmp_path):
         path.write_bytes(b"no image")
     overrides = common("classification", data, tmp_path / "run", *SMALL, "loop.total_steps=4")
     printed = run("finetune.py", overrides, tmp_path, expect=2)
-    assert "data.root: no image of the steps 1 to 4 could be read" in printed and "Traceback" not in printed
+    assert "data.root: no image of steps 1 to 4 could be read" in printed and "Traceback" not in printed
     assert not checkpoints(tmp_path / "run")
 
 

@@ -168,9 +168,7 @@ def test_an_fcmae_has_its_encoders_layers_and_a_decoder_above_them(kind):
 
 
 @pytest.mark.parametrize("kind", ["single", "group", "timm"])
-@pytest.mark.parametrize(
-    "name", ["stages_of_mine.0.0.weight", "my_stages.0.0.weight", "norm.bias"]
-)
+@pytest.mark.parametrize("name", ["stages_of_mine.0.0.weight", "my_stages.0.0.weight", "norm.bias"])
 def test_only_a_whole_part_of_a_name_counts(name, kind):
     assert layer_id(name, SIZES["base"], kind) == last_layer(SIZES["base"], kind) + 1
 

@@ -108,8 +108,8 @@ MESSAGES = {
         "augment.image_size_hw: must have at most 2 items, found [32, 32, 3]",
     ),
     "a value in a free group": (
-        {"schedule.knobs.ema": {"start": 0.0, "end": 1.0, "curve": "bent"}},
-        "schedule.knobs.ema.curve: must be 'cosine', 'linear' or 'constant', found 'bent'",
+        {"schedule.knobs.ema": {"start": 0.0, "phases": [{"to": 1.0, "curve": "bent"}]}},
+        "schedule.knobs.ema.phases.0.curve: must be 'cosine' or 'linear', found 'bent'",
     ),
     "validators: ranges": (
         {"augment.crop_scale": [1.0, 0.5]},
