@@ -3,7 +3,7 @@
 python bench/cold_read.py [quick]     (on an idle machine; the embedded glyphs, drawn if need be)
 
 Sides run in turns; a turn reads, decodes and augments batches of one shuffled order in the loop's own process
-(`runtime.workers=0`). "not cached": all files are put out of the page cache first, as they are where a collection is
+(`runtime.workers=0`). "not cached": all files are dropped from the page cache first, as they are where a collection is
 new or larger than the memory, and each turn reads others, since a disk may have a cache of its own. "cached": all turns
 read the same files, which shows what the asking costs where it gains nothing. Directories are cached in both.
 """

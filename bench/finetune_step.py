@@ -51,7 +51,7 @@ DEFAULTS, BEST = {}, {"fused": True}  # of timm's --opt-kwargs
 
 
 def make_task(name, size):
-    """Return our task round the network."""
+    """Return our task with the network."""
     if name.startswith("convnextv2"):
         model = read_group(ModelConfig, "model", name)
     else:
@@ -144,7 +144,7 @@ class TimmScript:
 
 
 class Bench:
-    """The rows of one network: sizes by device, sides made anew for each."""
+    """The rows of one network: sizes by device, new sides for each."""
 
     def __init__(self, name, size, quick):
         self.name, self.size, self.quick = name, 64 if quick else size, quick
@@ -155,7 +155,7 @@ class Bench:
         self.rows = []
 
     def ours(self, **settings):
-        """Return our side, with a network of its own unless a task is given."""
+        """Return our side, with a new network unless a task is given."""
         task = settings.pop("task", None) or make_task(self.name, self.size)
         return our_turn(task, self.batch, self.steps, **settings)
 

@@ -156,7 +156,7 @@ def row_of(setting: str, found: dict[str, list[float]], ours: str, theirs: str) 
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what a figure must be read with."""
+    """Return the machine that a figure was measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
@@ -175,7 +175,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(name: str, rows: list[dict[str, Any]], *, quick: bool, **more: Any) -> Path:
-    """Print the table and write outputs/bench/<name>.json; what a quick run finds lies apart, in quick/."""
+    """Print the table and write outputs/bench/<name>.json; quick runs go to quick/."""
     path = (OUT / "quick" if quick else OUT) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**more, "quick": quick, "rows": rows}, indent=2) + "\n")

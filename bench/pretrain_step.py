@@ -4,7 +4,7 @@ python bench/pretrain_step.py [SIZE ...] [quick]       (sizes: atto tiny base; d
 
 Both sides run `train_step` with AdamW on the same weights, images and masks, in turns, after a warm-up. The bound is
 the ratio of their multiply-adds, counted by torch's flop counter over the forward pass. Activation memory is what
-autograd keeps for the backward pass: bytes of saved tensors, each storage counted once, parameters left out. The
+autograd keeps for the backward pass: bytes of saved tensors, each storage counted once, without parameters. The
 profile of the sparse step says what remains.
 """
 
@@ -61,7 +61,7 @@ def count_macs(task, batch):
 
 
 def saved_bytes(task, batch, runtime):
-    """Return the bytes that autograd keeps between the passes, parameters and the batch left out."""
+    """Return the bytes that autograd keeps between the passes, without parameters and the batch."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*task.parameters(), *task.buffers(), *batch.values()]}
     storages = {}
 

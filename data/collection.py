@@ -1,4 +1,4 @@
-"""A collection: what users have, indexed once into an Arrow file that every process memory-maps and shares.
+"""A collection: a user's images, indexed once into an Arrow file that every process memory-maps and shares.
 
 index = index_collection("photos", validation_fraction=0.1, cache=Path("outputs/cache"))
 collection = open_collection("photos", index)
@@ -24,7 +24,7 @@ _NAMED = 5  # classes that a message names
 
 
 class Row(NamedTuple):
-    """What is known of one image; `path` is POSIX and relative to the root."""
+    """One image of a collection; `path` is POSIX and relative to the root."""
 
     path: str
     label: str | None
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class RowView:
-    """A row whose columns are read one by one when asked for: what the loader needs of it costs a few microseconds."""
+    """A row whose columns are read on access, which costs a few microseconds each."""
 
     __slots__ = ("_index", "_table")
 
@@ -59,7 +59,7 @@ class Collection:
     """
 
     def __init__(self, root: Path, arrow: Path, fingerprint: str, length: int) -> None:
-        """Keep the paths and what is small; nothing is mapped yet."""
+        """Keep the paths; the file is mapped at the first access."""
         self.root, self.arrow, self.fingerprint = root, arrow, fingerprint
         self._length = length
         self._table: pa.Table | None = None

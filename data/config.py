@@ -1,4 +1,4 @@
-"""The shape of `data` and `augment`. Values and defaults stand in conf/data/ and conf/augment/."""
+"""The shape of `data` and `augment`. Values and defaults are in conf/data/ and conf/augment/."""
 
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,7 @@ DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="na
 
 
 class RandAugmentConfig(Strict):
-    """So many of RandAugment's operations in a row, at a magnitude of 0 to 30 (torchvision's bins; 9 is usual)."""
+    """RandAugment: `num_ops` operations in a row, at a magnitude of 0 to 30 (torchvision's bins; 9 is usual)."""
 
     num_ops: PositiveInt
     magnitude: Annotated[int, Field(ge=0, le=30)]
@@ -54,8 +54,8 @@ class AugmentConfig(Strict):
 
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
-    `horizontal_flip`; `rand_augment` where it is not null; random erasing with probability `random_erasing`. What is
-    uncovered has the grey level `fill`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
+    `horizontal_flip`; `rand_augment` where it is not null; random erasing with probability `random_erasing`. Uncovered
+    pixels get the grey level `fill`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
     `mean` and `std` (of values in [0, 1], one per channel) are applied on the device.
     """
 

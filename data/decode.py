@@ -43,7 +43,7 @@ TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
 
-# What files that are no images of FORMATS begin with: (offset, bytes, name).
+# Signatures of files that are not images of FORMATS: (offset, bytes, name).
 _FOREIGN = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the image; fetch it with `git lfs pull`"),
     (0, b"<!doctype html", "a web page, perhaps of a failed download"),
@@ -75,8 +75,8 @@ _KNOWN = (
     (0, b"\0\0\1\0", "ICO"),
 )
 
-# What a viewer would not mention (EXIF that is cut off, a palette with transparency, a broken animation) would bury a
-# training log, a line per image and worker; `inspect_image` keeps it. As for sizes, `max_pixels` decides.
+# Pillow's warnings (cut-off EXIF, a palette with transparency, a broken animation) would fill the training log with a
+# line per image and worker; `inspect_image` reports them. Sizes are limited by `max_pixels`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Used = TypeVar("Used")
@@ -105,7 +105,7 @@ class _Unsupported(ValueError):
 
 
 class Inspection(NamedTuple):
-    """What is known of one file: `kind` and `reason` are None where it can be read; traits may surprise its owner."""
+    """The findings for one file: `kind` and `reason` are None where it can be read; traits may surprise its owner."""
 
     kind: str | None
     reason: str | None
@@ -179,7 +179,7 @@ def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image
 
 
 def _explain(error: Exception) -> tuple[str, str]:
-    """Return the kind of fault that an exception of the decoder stands for, and its details."""
+    """Return the kind of fault behind an exception of the decoder, and its details."""
     said = " ".join(str(error).split())
     match error:
         case Image.DecompressionBombError():
@@ -187,14 +187,14 @@ def _explain(error: Exception) -> tuple[str, str]:
         case _Unsupported():
             return UNSUPPORTED, said
         case MemoryError():
-            return NO_MEMORY, "it could not be decoded in what is left"
+            return NO_MEMORY, "there is too little left to decode it"
         case OSError(errno=int()):
             return NOT_OPENED, f"{type(error).__name__}: {error.strerror}"
     return CUT_OFF if "truncated" in said.lower() else DAMAGED, f"{type(error).__name__}: {said}"
 
 
 def _explain_header(head: bytes) -> tuple[str, str]:
-    """Return the kind of fault of a file that no reader took, and its details, from the file's first bytes."""
+    """Return the kind of fault of a file that no reader accepted, and its details, from the file's first bytes."""
     lower = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
     for offset, mark, name in _KNOWN:
         if lower[offset:].startswith(mark):
@@ -298,7 +298,7 @@ def _orientation(image: Image.Image) -> int | None:
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to white.
 
-    Raises _Unsupported for 32-bit integers that do not fit 16 bits, whose range nobody states.
+    Raises _Unsupported for 32-bit integers that do not fit 16 bits, whose range is unknown.
     """
     pixels = np.asarray(image)
     if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
@@ -342,6 +342,6 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _is_misnamed(image: Image.Image, name: str) -> bool:
-    """Tell whether the ending of a file's name stands for another format than the file's."""
+    """Return whether the suffix of a file's name is that of another format."""
     stated = Image.EXTENSION.get(os.path.splitext(name)[1].lower(), image.format)
     return _VARIANTS.get(stated, stated) != _VARIANTS.get(image.format, image.format)

@@ -3,7 +3,7 @@
     draw_glyphs(Path("collections/glyphs"))
 
 A glyph's Unicode name is its caption, the words of the name its tags, the character its class (characters that DejaVu
-Sans draws alike are one class). The STIX faces are the validation split, and never trained on. The files lie as a
+Sans draws alike are one class). The STIX faces are the validation split, and never trained on. The files form a
 user's would: images/<face>/U+0041.png with .txt and .json sidecars, and manifest.parquet.
 
 A glyph is drawn at 44 px into 64 x 64 grey, dark on white: on one baseline, centred by its advance width. One that
@@ -71,7 +71,7 @@ class _Glyph(NamedTuple):
 
 
 class _Ink(NamedTuple):
-    """What a glyph blackens: a mask cut to it, the place of its corner from the origin, and the glyph's advance."""
+    """The ink of a glyph: its mask, the position of its corner from the origin, and the glyph's advance."""
 
     mask: Image.Image
     left: int
@@ -176,7 +176,7 @@ def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _find_ink(face: str, size: int, char: str) -> _Ink | None:
-    """Draw a character at a size and cut out what it blackens; None where that is nothing."""
+    """Draw a character at a size and cut out its ink; None where it has none."""
     font = _load_font(face, size)
     left, top, right, bottom = font.getbbox(char, anchor="ls")
     if right <= left or bottom <= top:

@@ -1,6 +1,6 @@
-"""What was found in the files of a collection: checksums, unreadable images, and what of the others may surprise.
+"""Inspection of the files of a collection: checksums, unreadable images, and surprising traits of the others.
 
-`write_manifest` (data/manifest.py) inspects every file and returns the report; prepare.py job=manifest says it.
+`write_manifest` (data/manifest.py) inspects every file and returns the report, which prepare.py job=manifest logs.
 """
 
 import json
@@ -14,7 +14,7 @@ from utils.io.files import sha256_file, write_atomically
 
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
-# What becomes of the traits that `data.decode.inspect_image` finds.
+# How the reader treats the traits that `data.decode.inspect_image` finds.
 _TREATMENT = {
     "several frames": "only the first is read",
     "CMYK": "converted to RGB without an ink profile",
@@ -37,9 +37,9 @@ class Inspected(NamedTuple):
 class ManifestReport:
     """What `write_manifest` found; the counts have the most frequent first, `unreadable` holds (path, reason).
 
-    kinds: of the unreadable images, by the kind of fault. traits: of the readable ones, what is converted, dropped or
-    odd (an image may have several), each with the first image that has it. Both need verify. listing: the file that
-    names every unreadable image, None where there is none.
+    kinds: of the unreadable images, by the kind of fault. traits: of the readable ones, what is converted,
+    dropped or odd (an image may have several), each with the first image that has it. Both need verify. listing: the
+    file that names every unreadable image, None where there is none.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class ManifestReport:
         return lines
 
     def trait_lines(self) -> list[str]:
-        """Say what of the readable images is not as their owner may expect."""
+        """Return a line for each trait of readable images that their owner may not expect."""
         return [
             f"{trait}: {count:,} image{'' if count == 1 else 's'}, {_TREATMENT[trait]} (such as {path})"
             for trait, (count, path) in self.traits.items()
@@ -84,7 +84,7 @@ def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:
 
 
 def fatal_file(file: str) -> Inspected:
-    """Return what is known of a file whose reading has ended the process: training would not survive it either."""
+    """Return the findings for a file that crashed the process that read it: it would crash training as well."""
     reason = "reading it ended the process that read it: a crash of its decoder, or more memory than there is"
     return Inspected(inspect_file(file, False, 0).digest, Inspection(FATAL, reason, ()))
 

@@ -1,5 +1,5 @@
-"""The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists every image and what is known of it.
-it.
+"""The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images and what is known of
+them.
 
 Columns are those of `data.table.SCHEMA`; only `path` is required. `write_manifest` (prepare.py job=manifest) makes
 `manifest.parquet` from a scanned folder. A manifest may come from a stranger, so its paths must stay in the root.
@@ -38,7 +38,7 @@ from utils.io.untrusted.parquet import refuse_parquet_bomb
 from utils.ranks.processes import map_in_processes
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
-# The Parquet metadata say which function made a manifest, so that nobody's own work is ever overwritten.
+# The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
 _COLUMNS = ", ".join(SCHEMA.names)
 _PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
@@ -70,7 +70,7 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         table, unit = _table_of(columns), "line"
 
     def locate(index: int) -> str:
-        """Say where a row stands in the file."""
+        """Return the position of a row in the file, for messages."""
         return f"{unit} {numbers[index]}"
 
     if table.num_rows == 0:
@@ -193,7 +193,7 @@ def _count_off(results: Iterable[Any], total: int, progress: Callable[[int, int]
 
 
 def _read_parquet(file: Path) -> pa.Table:
-    """Read a Parquet file. Raises UserError where it is none."""
+    """Read a Parquet file. Raises UserError where it is not one."""
     try:
         with pq.ParquetFile(file) as parquet:  # not read_table, which takes folders named a=b for columns
             refuse_parquet_bomb(file, parquet.metadata, "data.root")
@@ -231,7 +231,7 @@ def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _kind(kind: pa.DataType) -> str:
-    """Name what a type holds, however it stores it."""
+    """Name the kind of values of a type, whatever its storage."""
     if pa.types.is_dictionary(kind):
         return _kind(kind.value_type)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -336,9 +336,9 @@ def _record_of_csv(file: Path, line: int, row: dict[str | None, Any]) -> dict[st
 
 
 def _fault_of_record(record: Any) -> str | None:
-    """Return what is wrong with the type or the keys of one JSONL record, None where nothing is."""
+    """Return the first error in the type or keys of one record, None without an error."""
     if not isinstance(record, dict):
-        return f"{json.dumps(record)[:60]} is no object; write one as in {{'path': 'a.png', 'label': 'cat'}}"
+        return f"{json.dumps(record)[:60]} is not an object; write one as in {{'path': 'a.png', 'label': 'cat'}}"
     if "path" not in record or record["path"] is None:
         return "path is missing; name the image, relative to the manifest's folder"
     for name, value in record.items():
@@ -397,7 +397,7 @@ def _refuse_repeats(file: Path, paths: list[str], locate: Locate) -> None:
 
 
 def _fault_of_path(path: str) -> str | None:
-    """Return what is wrong with the spelling of a manifest's path, None where nothing is."""
+    """Return the first error in the spelling of a path, None without an error."""
     if path.startswith("/") or PureWindowsPath(path).is_absolute():
         return "is absolute"
     if ".." in path.split("/"):
@@ -410,7 +410,7 @@ def _fault_of_path(path: str) -> str | None:
 def _look_up(
     root: Path, real: str, path: str, listings: dict[str, dict[str, os.DirEntry[str]] | str]
 ) -> os.DirEntry[str] | str:
-    """Return a path's directory entry, or what is wrong with it. `listings` remembers each folder."""
+    """Return a path's directory entry, or the error. `listings` caches each folder."""
     parent, _, name = path.rpartition("/")
     if parent not in listings:
         listings[parent] = _list_inside(root / parent, real)

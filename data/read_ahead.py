@@ -1,10 +1,10 @@
-"""Ask the system for the files of batches to come, many at a time, and hand the batches on.
+"""Prefetch the files of coming batches into the system's page cache.
 
     for batch in ReadAhead(batches, lambda draw: files[draw.index]):
 
-A reader opens one file after another. A disk or a file server that is slow to answer answers many requests in nearly
-the time of one: threads make them, the system keeps what comes in its page cache, and the reader finds it there. What
-is read, and in which order, does not change. Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
+A reader opens one file after another. A slow disk or file server answers many requests in nearly the time of one:
+threads make the requests, and the reader finds the files in the page cache. The samples and their order do not change.
+Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from data.stream import Draw
 
-_FILES = 512  # asked for before they are needed, at least
+_FILES = 512  # requested ahead, at least
 _THREADS = 16
 
 
 class ReadAhead:
-    """Batches of draws, their files asked for some batches before; `file_of` names a draw's file.
+    """Yield batches of draws, and request their files some batches before; `file_of` returns a draw's file.
 
-    Where the system cannot be asked (macOS, Windows), the batches alone.
+    Systems without posix_fadvise (macOS, Windows) get the batches only.
     """
 
     def __init__(self, batches: Iterable[list[Draw]], file_of: Callable[[Draw], Path | None]) -> None:
@@ -55,9 +55,9 @@ def _ask_for(files: list[Path]) -> None:
 
 
 def will_need(path: Path) -> None:
-    """Ask the system to read a file in the background; one that cannot be opened is left to its reader."""
+    """Ask the system to read a file in the background; its reader reports one that cannot be opened."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes must not hold the thread
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block the thread
     except OSError:
         return
     try:

@@ -1,9 +1,9 @@
-"""Reading a folder of images as it is, into one Arrow table: what a collection without a manifest goes through.
+"""Read a folder of images as it is into one Arrow table, for a collection without a manifest.
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
 and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it: `x.txt` or `x.jpg.txt` (comma
 separated tags; the raw text is the caption) and `x.json` or `x.jpg.json` (a booru's record). Names that begin with a
-dot are passed over, links are followed.
+dot are ignored, links are followed.
 """
 
 import json
@@ -30,7 +30,7 @@ _MAX_SIDECAR_BYTES = 16 * 2**20
 
 
 class Sidecar(NamedTuple):
-    """What the files beside an image say of it."""
+    """The content of the files beside an image."""
 
     tags: tuple[str, ...] = ()
     rating: str | None = None
@@ -69,7 +69,7 @@ def scan_folder(root: Path) -> pa.Table:
     """Read every image and sidecar below a folder into a table of SCHEMA, sorted by path.
 
     Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
-    dangling or circular link; a name that is no UTF-8; a sidecar that cannot be read.
+    dangling or circular link; a name that is not UTF-8; a sidecar that cannot be read.
     """
     images, others = [], []
     for folder, entries, names in _walk(root):
@@ -123,7 +123,7 @@ def _extend_chain(entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str,
 
 
 def _read_image_entry(root: Path, place: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
-    """Take an image's path, size and sidecars. Raises UserError for a dangling link and for a name that is no UTF-8."""
+    """Take an image's path, size and sidecars. Raises UserError for a dangling link or a name that is not UTF-8."""
     path = folder + entry.name
     try:
         path.encode()
@@ -166,9 +166,9 @@ def _refuse_mixture(root: Path, paths: list[str], marks: list[bool], what: str, 
 
 
 def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidecar:
-    """Read what stands beside the image `name` in a folder of the collection `root` whose file names are `names`.
+    """Read the sidecars of the image `name` in a folder of the collection `root` whose file names are `names`.
 
-    The JSON file decides what it states, the text file fills in the rest; `x.jpg.txt` comes before `x.txt`.
+    The JSON file takes precedence over the text file, `x.jpg.txt` over `x.txt`.
     Raises UserError (`data.root`) naming the sidecar where it cannot be read.
     """
     stem = os.path.splitext(name)[0]
@@ -190,10 +190,10 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidec
 
 
 def _check_sidecar(root: Path, file: Path, image: Path) -> None:
-    """Raise UserError for a sidecar that is no file, too large to be one, or a link to what belongs elsewhere.
+    """Raise UserError for a sidecar that is not a file, is too large, or is a link out of the collection.
 
-    A link may lead into the collection, or to a file beside the image's own target, as in a folder of links to pairs:
-    any other text of this machine would become a caption.
+    A link may lead into the collection, or to a file beside the image's own target, as in a folder of links to pairs.
+    Otherwise any text file of this machine could become a caption.
     """
     try:
         status = file.stat()
@@ -201,7 +201,7 @@ def _check_sidecar(root: Path, file: Path, image: Path) -> None:
         raise UserError(f"data.root: the sidecar {str(file)!r} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_SIDECAR_BYTES:
         raise UserError(
-            f"data.root: the sidecar {str(file)!r} is no file of up to {_MAX_SIDECAR_BYTES:,} bytes; mend or remove it"
+            f"data.root: the sidecar {str(file)!r} is not a file of at most {_MAX_SIDECAR_BYTES:,} bytes; remove it"
         )
     if file.is_symlink():
         target, allowed = os.path.realpath(file), (os.path.realpath(root), os.path.dirname(os.path.realpath(image)))
@@ -223,7 +223,7 @@ def _read_text(file: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError for what is none, and for half a surrogate pair, which UTF-8 cannot hold."""
+    """Parse JSON. Raises ValueError for invalid JSON, and for half a surrogate pair, which UTF-8 cannot encode."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -238,7 +238,7 @@ def _read_record(file: Path) -> dict[str, Any]:
     try:
         record = parse_json(_read_text(file))
     except ValueError as error:
-        raise UserError(f"data.root: the sidecar {str(file)!r} is broken JSON ({error}); mend or remove it") from error
+        raise UserError(f"data.root: the sidecar {str(file)!r} is broken JSON ({error}); fix or remove it") from error
     if not isinstance(record, dict):
         raise UserError(
             f"data.root: the sidecar {str(file)!r} holds a JSON {type(record).__name__}; an object with tags, rating "

@@ -1,4 +1,4 @@
-"""From a decoded image to the uint8 tensor that a batch holds; the draws come from the sample's key.
+"""Transforms from a decoded image to the uint8 tensor of a batch; random draws come from the sample's key.
 
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
 Each runs on what it is fastest with, by a factor of 2 to 4 (one thread, 64 and 224 px): crops and resizes on tensors,
@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from data.config import AugmentConfig
 from data.stream import Draw
 
-# Of an image so many times as long as what evaluation resizes to, the middle alone is resized: a strip of 1 x 50,000
+# Only the middle of a very long image is resized, at most this many times the evaluation size: a strip of 1 x 50,000
 # pixels would become one of 256 x 12,800,000.
 _LONGEST = 8
 
@@ -83,7 +83,7 @@ class TrainTransform:
             operations, magnitude = config.rand_augment.num_ops, config.rand_augment.magnitude
             steps += on_pillow(v2.RandAugment(operations, magnitude, fill=config.fill))
         if config.random_erasing > 0:
-            # Before normalisation, hence with bytes: a rectangle of evenly distributed noise.
+            # Before normalisation, so with uniformly distributed bytes.
             steps.append(NoiseErasing(config.random_erasing))
         self._steps = v2.Compose(steps)
 
@@ -118,7 +118,7 @@ class EvalTransform:
 
 
 def _cut_middle(image: Tensor, most_hw: Sequence[int]) -> Tensor:
-    """Return the middle of what is longer than `most_hw`, by one pixel more where the centre would move by a half."""
+    """Cut sides longer than `most_hw` to their middle; one pixel more where the centre would move by half a pixel."""
     for axis, most in zip((-2, -1), most_hw):
         side = image.shape[axis]
         kept = most + (side - most) % 2

@@ -1,4 +1,4 @@
-"""The shape of `loop`, `runtime`, `tracking` and of what every training script has. Values stand in conf/."""
+"""The shape of `loop`, `runtime`, `tracking` and of the keys that every training script has. Values are in conf/."""
 
 from typing import Annotated, Literal
 
@@ -33,7 +33,7 @@ class LoopConfig(Strict):
 
 
 class MachineConfig(Strict):
-    """The machine: `auto` probes it, and the start-up lines say what was chosen."""
+    """The machine: `auto` probes it, and the start-up lines show the choices."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
@@ -55,7 +55,7 @@ class RuntimeConfig(MachineConfig):
 
 
 class _Tracking(Strict):
-    """metrics.jsonl is written in any case; `samples` also records which samples each step took, for audits."""
+    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits."""
 
     samples: bool
 

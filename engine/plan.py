@@ -14,7 +14,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run comes to on this number of ranks. Only micro_batch_size and accum_steps depend on the ranks."""
+    """The derived sizes of a run. Only micro_batch_size and accum_steps depend on the number of ranks."""
 
     world_size: int
     global_batch_size: int

@@ -157,7 +157,7 @@ class SkipWatch:
         if len(self.steps) == len(self.empty):
             remedy = "fix the images (prepare.py job=manifest lists unreadable ones), or set"
         raise UserError(
-            f"{message}{remedy} a higher limit or null, or loop.on_too_many_skipped=rollback to go on past them"
+            f"{message}{remedy} a higher limit or null, or loop.on_too_many_skipped=rollback to continue past them"
         )
 
     def _report(self, skipped: list[_Update]) -> None:

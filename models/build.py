@@ -61,7 +61,7 @@ def _try_timm(config: TimmConfig, image_size_hw: tuple[int, int]) -> None:
     own_hw = getattr(getattr(network, "patch_embed", None), "img_size", None)
     own_hw = tuple(own_hw or network.pretrained_cfg["input_size"][1:])
     refusal = _refusal(network, config.in_channels, image_size_hw)
-    # Where its own size is refused too, the meta device is what it does not take.
+    # If its own size is refused too, the network does not run on the meta device.
     if refusal is None or own_hw == image_size_hw or _refusal(network, config.in_channels, own_hw) is not None:
         return
     raise UserError(
@@ -73,7 +73,7 @@ def _try_timm(config: TimmConfig, image_size_hw: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) -> str | None:
-    """Return what a network on the meta device says against images of a size, None where it takes them."""
+    """Return the error of a network on the meta device for images of a size, None where it accepts them."""
     try:
         with torch.device("meta"):
             network(torch.zeros(1, channels, *image_size_hw))
@@ -84,9 +84,9 @@ def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) 
 
 def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     """Build a timm network without weights, hence without network access; raise as `build_network` says."""
-    import timm  # 0.8 s, for those who use it
+    import timm  # takes 0.8 s, so only where it is used
 
-    # Names such as hf-hub:... are no registered names either: timm would look them up on the internet.
+    # Names such as hf-hub:... are not registered either: timm would look them up on the internet.
     if not timm.is_model(config.name):
         known = timm.list_models()
         close = difflib.get_close_matches(config.name, known, n=3, cutoff=0.4)

@@ -1,6 +1,6 @@
 """The shape of the `model` group: one pydantic model per family, told apart by `family`.
 
-The values stand in conf/model/*.yaml; nothing here has a default.
+The values are in conf/model/*.yaml; nothing here has a default.
 """
 
 from typing import Annotated, Literal, Self
@@ -44,7 +44,7 @@ class ConvNeXtV2Config(Strict):
 
     @property
     def total_stride(self) -> int:
-        """Return the pixels per side that one site of the last feature map stands for."""
+        """Return the pixels per side of one site of the last feature map."""
         return self.stem_stride * 2 ** (len(self.dims) - 1)
 
 

@@ -3,8 +3,8 @@
 Parameters carry the published names. The sizes are data (conf/model/convnextv2_*.yaml); `models/build.py` makes a
 network from them.
 
-Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors: masked sites hold 0 wherever a convolution
-reads them, and GRN sees visible sites only, so that nothing under the mask can reach a visible output.
+Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors: masked sites are 0 wherever a convolution
+reads them, and GRN uses visible sites only, so that nothing under the mask can reach a visible output.
 """
 
 import re
@@ -24,8 +24,8 @@ _GROUP_LAST = 12  # of the `group` kind of layer decay
 def init_weights(module: nn.Module) -> None:
     """Draw the weights of a convolution or linear layer (std .02) and zero its bias; use with `module.apply`.
 
-    Differs from the published truncated normal in name only: its bounds lie 100 standard deviations out. torch draws
-    that one otherwise from release to release, the plain normal always alike.
+    Differs: the published code draws a truncated normal, whose bounds are 100 standard deviations away. torch draws it
+    differently from release to release, but the plain normal always equally.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
@@ -60,9 +60,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return [B, C, H, W], 0 at masked sites.
 
-        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map. `execute(self, x)` stands
-        in for all that follows (models/sparse.py): whoever runs a block calls it, since the call is where the ranks'
-        shares of its weights come together (engine/parallel.py).
+        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map. `execute(self, x)`
+        replaces the dense computation (models/sparse.py). It is passed to the block's call, because FSDP all-gathers
+        the block's weights there (engine/parallel.py).
         """
         if execute is not None:
             return execute(self, x)
@@ -77,7 +77,7 @@ class ConvNeXtV2(nn.Module):
     """Classify images, or give the last feature map to FCMAE.
 
     The stem is a convolution whose kernel is its stride (2x2 or 4x4 pixels). With `stem_stride` 1 it is 3x3 with
-    padding 1: the layer norm behind a 1x1 stem would forget each pixel's brightness. Stochastic depth grows linearly
+    padding 1: the layer norm after a 1x1 stem would remove each pixel's brightness. Stochastic depth grows linearly
     from 0 at the first block to `drop_path_rate` at the last. Initial weights are normal with std .02 (`init_weights`),
     biases 0, and the head is scaled by `head_init_scale`. `num_classes` 0 makes neither head nor final norm.
 
@@ -126,7 +126,7 @@ class ConvNeXtV2(nn.Module):
 
     @property
     def total_stride(self) -> int:
-        """Return the pixels per side that one site of the last feature map stands for."""
+        """Return the pixels per side of one site of the last feature map."""
         return self.stem_stride * 2 ** (len(self.dims) - 1)
 
     @property
@@ -137,7 +137,7 @@ class ConvNeXtV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, K]; without a head the mean over sites [B, C_last], not normalised.
 
-        images: float [B, C, H, W]. What H and W have beyond a multiple of `total_stride` is not looked at.
+        images: float [B, C, H, W]. Pixels beyond a multiple of `total_stride` are ignored.
         """
         return self.head(self.norm(self.forward_features(images).mean(dim=(-2, -1))))
 

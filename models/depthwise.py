@@ -1,9 +1,9 @@
 """A depthwise convolution whose backward pass is fast on CPUs too.
 
 On a CPU, torch computes the weight gradient of a depthwise 7x7 ten to forty times slower than the convolution itself,
-which made it a quarter of a ConvNeXt V2's training step. But that gradient is a depthwise convolution as well, with
-every sample's channel as a channel of its own and the output's gradient as the kernel; and the input's gradient is one
-with the kernel turned round. Both then run at the forward pass's speed. On GPUs torch's own serve.
+which made it a quarter of a ConvNeXt V2's training step. But that gradient is itself a depthwise convolution,
+with each sample's channel as a separate channel and the output's gradient as the kernel. The input's gradient is one
+with the kernel flipped. Both then run at the speed of the forward pass. GPUs use torch's own gradients.
 """
 
 from typing import Any

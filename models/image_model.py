@@ -1,4 +1,4 @@
-"""From images to what a network makes of them: classes, tags or features."""
+"""A network with its normalisation and its output: classes, tags or features."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.normalise import Normalise
 
 Output = Literal["classes", "tags", "features"]
-# The names of what an ImageModel returns, in order. The last is what a prediction uses.
+# The names of an ImageModel's outputs, in order. A prediction uses the last.
 OUTPUT_NAMES: dict[Output, tuple[str, ...]] = {
     "classes": ("logits", "probs"),
     "tags": ("logits", "probs"),

@@ -1,7 +1,7 @@
 """The layers that ConvNeXt V2 is made of: GRN, layer norm over channels, stochastic depth, and the mask's selection.
 
-A layer that takes `visible` (bool, True = kept) treats the masked sites as if they were not there. It chooses with
-`torch.where` and never multiplies by the mask, because 0 * NaN is NaN and 0 * inf is NaN.
+A layer that takes `visible` (bool, True = kept) treats the masked sites as absent. It selects with
+`torch.where` and never multiplies by the mask, because 0 * NaN and 0 * inf are NaN.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
-    """Set the masked sites of `x` to 0, whatever stands there.
+    """Set the masked sites of `x` to 0, whatever their values.
 
     x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None, which returns `x` itself.
     """
@@ -73,7 +73,7 @@ class GRN(nn.Module):
     it: a sample's output then depends on its neighbours.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
-    Differs: the mean over channels stands in the denominator as in the published code, not the sum of equation 2; with
+    Differs: the denominator has the mean over channels, as in the published code, not the sum of equation 2; with
     a mask the norm runs over visible sites only.
     """
 
@@ -85,7 +85,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [B, H, W, C] of the dtype of `x`, beta at masked sites whatever stood there.
+        """Return [B, H, W, C] of the dtype of `x`, beta at masked sites whatever their values.
 
         x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is reduced in
         float32 or wider, under autocast too. Its gradient at norm 0 is 0.

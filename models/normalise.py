@@ -1,4 +1,4 @@
-"""From bytes to what a network takes."""
+"""Normalise images for a network."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ from utils.errors import UserError
 class Normalise(nn.Module):
     """Map uint8 images [B, C, H, W] to (x / 255 - mean) / std in float32; float images are taken as already in [0, 1].
 
-    mean, std: one number per channel, of values in [0, 1]. They are settings, not state, and stay out of state dicts.
+    mean, std: one number per channel, of values in [0, 1]. They are settings, not state, so state dicts do not hold
+    them.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:

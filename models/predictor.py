@@ -23,7 +23,7 @@ NAME_KEYS: dict[Output, str] = {"classes": "class_names", "tags": "tag_names"}
 
 
 class _Preprocessing(BaseModel):
-    """What a file says of its images; the file may come from a stranger."""
+    """The preprocessing that a file states; the file may come from a stranger."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 

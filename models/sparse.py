@@ -61,7 +61,7 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the tokens of one stage stand in the dense map: row numbers, int64 [B * V * r * r]."""
+    """The places of one stage's tokens in the dense map: row numbers, int64 [B * V * r * r]."""
 
     places: Tensor
     batch: int
@@ -80,7 +80,7 @@ class Sites:
 
 
 def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
-    """Return where the sites of some patches, int64 [B, V], stand when a patch is side x side of them.
+    """Return the places of the sites of some patches, int64 [B, V], where a patch has side x side sites.
 
     grid_hw: the patches of an image by column and row.
     """

@@ -1,6 +1,6 @@
 """Reading the weights of an earlier run into a network: strictly, or not at all.
 
-A wrong name or shape stops the run before a tensor is touched. GRN weights that are silently left out, for instance,
+A wrong name or shape stops the run before a tensor is touched. GRN weights that are silently skipped, for instance,
 cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 2301.00808).
 """
 
@@ -19,7 +19,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# Anchored: a layer whose name merely contains `pred` or `proj` is no part of the decoder.
+# Anchored: a layer whose name merely contains `pred` or `proj` is not part of the decoder.
 _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
 _GRN = re.compile(r"(^|\.)grn\.(gamma|beta)$")
 _MAX_ROWS = 20
@@ -29,7 +29,7 @@ _MAX_NAME = 120  # characters of a class name that a file brings
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> list[str]:
     """Copy the weights of an own checkpoint into a freshly built network and return the names left as they were.
 
-    state: of a classifier, or of an FCMAE, whose encoder is taken out and whose decoder is left out. The head stays at
+    state: of a classifier, or of an FCMAE, of which the encoder is taken and the decoder ignored. The head stays at
     its initial values if `keep_head` is false, or if the checkpoint has none or one of another shape; so does the
     final norm of a ConvNeXt V2 if the checkpoint has none. GRN tensors may have 1, 2 or 4 axes.
 
@@ -47,7 +47,7 @@ def check_fit(network: nn.Module, shapes: Mapping[str, Tensor], *, keep_head: bo
 
 
 def _fit(network: nn.Module, state: Mapping[str, Tensor], keep_head: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Return what of a state the network is to be given, and the names that it keeps; raises as `load_into` says."""
+    """Return what to load of a state, and the names that keep their values; raises as `load_into`."""
     wanted = network.state_dict()
     found = _fit_grn(_take_encoder(state, wanted), wanted)
     head, norm = _optional_prefixes(network)
@@ -58,7 +58,7 @@ def _fit(network: nn.Module, state: Mapping[str, Tensor], keep_head: bool) -> tu
         absent = not any(name in found for name in group)
         if not keep or absent or (prefixes == head and not same_shapes):
             left |= group
-    # What the checkpoint has for a group that stays as it is, or that this network does not have, is of no use here.
+    # Tensors of a group that keeps its values, or that this network does not have, are ignored.
     given = {
         name: tensor
         for name, tensor in found.items()
@@ -152,18 +152,18 @@ def _check_head(network: nn.Module, left: Sequence[str], path: Path, known: Any,
 
     left: what `check_fit` returned; known: the classes that the file names, None where it names none.
     """
-    mend = "set task.head=drawn or fitted"
+    advice = "set task.head=drawn or fitted"
     if known is not None and known != list(wanted):
         known = known if isinstance(known, list) else []
         pairs = enumerate(zip(known, wanted))
         index = next((index for index, (theirs, ours) in pairs if theirs != ours), min(len(known), len(wanted)))
         raise UserError(
             f"task.head: kept, but {path} is of {len(known)} classes and this run of {len(wanted)}, and class {index} "
-            f"is {_name(known, index)} there and {_name(wanted, index)} here; {mend}, or give it the same classes in "
+            f"is {_name(known, index)} there and {_name(wanted, index)} here; {advice}, or give it the same classes in "
             "the same order"
         )
     if any(name.startswith(_optional_prefixes(network)[0]) for name in left):
-        raise UserError(f"task.head: kept, but {path} has no head of these {len(wanted)} classes; {mend}")
+        raise UserError(f"task.head: kept, but {path} has no head of these {len(wanted)} classes; {advice}")
 
 
 def _name(class_names: Sequence[Any], index: int) -> str:

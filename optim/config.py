@@ -1,4 +1,4 @@
-"""The shape of `optim` and `schedule`. Values and defaults stand in conf/optim/ and conf/schedule/."""
+"""The shape of `optim` and `schedule`. Values and defaults are in conf/optim/ and conf/schedule/."""
 
 import inspect
 from typing import Annotated, Any, Literal
@@ -83,8 +83,8 @@ class TimmOptimConfig(_Optim):
     extra: dict[str, Any]
 
     def extra_arguments(self) -> list[str]:
-        """Return the arguments of its own that the optimiser takes."""
-        import timm.optim  # 0.8 s, for those who use it
+        """Return the names of the optimiser's own arguments."""
+        import timm.optim  # takes 0.8 s, so only where it is used
 
         try:
             made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
@@ -169,7 +169,7 @@ class _Schedule(Strict):
 
 
 class CosineConfig(_Schedule):
-    """Linear warm-up, then half a cosine from lr to min_lr; weight decay likewise to weight_decay_end, if set."""
+    """Linear warm-up, then half a cosine from lr to min_lr; weight decay to weight_decay_end, if set."""
 
     name: Literal["cosine"]
     min_lr: Annotated[float, Field(ge=0)]

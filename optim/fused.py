@@ -40,7 +40,7 @@ def subtract_scaled_(
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor's memory as a vector that shares it, whatever the order of its axes."""
+    """Return a view of a dense tensor's memory as a vector, for any order of its axes."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)

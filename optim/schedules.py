@@ -63,7 +63,7 @@ class Schedule:
         return {name: self._knob_at(knob, step) for name, knob in self.config.knobs.items()}
 
     def _knob_at(self, knob: KnobConfig, step: int) -> float:
-        """Return a knob's value. A phase that goes on beyond the run's end is cut there, not compressed."""
+        """Return a knob's value. A phase that is longer than the run is cut at its end, not compressed."""
         value, first = knob.start, 0.0
         for phase in knob.phases:
             length = self._length(phase, first)

@@ -1,4 +1,4 @@
-"""An optimiser's state by parameter name: what a checkpoint keeps of it, and how it is checked and given back."""
+"""An optimiser's state by parameter name: saved in checkpoints, checked, and loaded."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -165,7 +165,7 @@ WRONG = {
     "init_from=images": (
         "init_from: the run images has no last weights; is it a run folder that has saved a checkpoint?"
     ),
-    "init_from=broken.safetensors": "init_from: broken.safetensors is no readable safetensors file (",
+    "init_from=broken.safetensors": "init_from: broken.safetensors is not a readable safetensors file (",
     "init_from=foreign.pth": (
         "init_from: ... tensors do not fit the network: ... stages.0.0.grn.gamma  ... missing ... Set the model"
     ),
@@ -257,7 +257,7 @@ RESUME = {
         "seed: 0 in the run, 1 now\nStart another run with run_dir="
     ),
     "resume_allow=[optim.lrr]": (
-        "resume_allow: 'optim.lrr' is no key of this configuration; --cfg job prints the keys"
+        "resume_allow: 'optim.lrr' is not a key of this configuration; --cfg job prints the keys"
     ),
     "model.dims=[8,24] resume_allow=[model.dims]": (
         "resume: tuned/checkpoints/step_00000002 is of another model: 15 tensors of weights differ, first ' ... "
@@ -315,9 +315,9 @@ def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew(copied_run
 # ------------------------------------------------------------------------------------- evaluation, export, prediction
 
 OTHERS = {
-    "evaluate run_dir=nowhere": "run_dir: nowhere is no run folder: it has no config.json; name a folder",
-    "evaluate run_dir=images": "run_dir: images is no run folder: it has no config.json; name a folder",
-    "evaluate run_dir=file": "run_dir: file is no run folder: it has no config.json; name a folder",
+    "evaluate run_dir=nowhere": "run_dir: nowhere is not a run folder: it has no config.json; name a folder",
+    "evaluate run_dir=images": "run_dir: images is not a run folder: it has no config.json; name a folder",
+    "evaluate run_dir=file": "run_dir: file is not a run folder: it has no config.json; name a folder",
     "evaluate run_dir=tuned weights=ema": "weights: the run tuned has no ema weights; it has best, last",
     "evaluate run_dir=tuned weights=nowhere": "weights: nowhere does not exist; name a run folder or a weight file",
     "export run_dir=nowhere": "run_dir: nowhere does not exist; name a run folder or a weight file",
@@ -329,7 +329,7 @@ OTHERS = {
     "predict weights=pretrained input=images": "output: pretrained/weights/ ... outputs features, which CSV does not",
     "predict weights=foreign.pth input=images": "weights: foreign.pth was not written by a run of Atelier; name a run",
     "predict weights=broken.onnx input=images": "weights: broken.onnx is not a readable ONNX file (",
-    "predict weights=broken.safetensors input=images": "weights: broken.safetensors is no readable safetensors file (",
+    "predict weights=broken.safetensors input=images": "weights: broken.safetensors is not a readable sa",
     "predict weights=tuned input=nowhere": "input: nowhere does not exist; name an image or a folder",
     "predict weights=tuned input=texts": "input: texts holds no image; known endings: .png",
     "predict weights=tuned input=images output=x.txt": "output: x.txt ends in '.txt'; name a .jsonl or .csv file",

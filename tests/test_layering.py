@@ -181,7 +181,7 @@ RIGHT = {
     "data/batch.py": "",
     "optim/build.py": "from utils.io.files import x\n",
     "engine/step.py": "import optim.build\n",
-    "engine/tasks/fcmae.py": "from data import batch\nfrom data.batch import x\nimport models.build, engine.step, engine.measures.means\n",
+    "engine/tasks/fcmae.py": "from data import batch\nimport models.build, engine.measures.means\n",
     "engine/measures/means.py": "import utils.io.files\n",
     "finetune.py": "import engine.tasks.fcmae, data.loader, models.build\n",
     "evaluate.py": "import engine.step\n",

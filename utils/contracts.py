@@ -11,7 +11,7 @@ DeviceHook = Callable[[Batch], Batch]
 
 
 class Machine(Protocol):
-    """What a loader needs to know of the machine (engine/runtime.py: Runtime)."""
+    """The machine as a loader sees it (engine/runtime.py: Runtime)."""
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """The errors and exit statuses that a user meets.
 
-`UserError` is what a user can cause and mend: it is shown as its message alone, without a traceback. Every other
-exception is a defect of ours and keeps its traceback.
+`UserError` is for what a user can cause and fix: only its message is shown, without a traceback. Every other exception
+is a defect of ours and keeps its traceback.
 """
 
 import difflib

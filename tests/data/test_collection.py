@@ -307,11 +307,11 @@ def test_links_to_pairs_of_image_and_sidecar_are_followed(load, root, tmp_path):
 def test_sidecars_that_are_no_files_or_too_large_are_refused(refuse, root):
     put(root, "a.png")
     os.mkfifo(root / "a.txt")
-    refuse(root, "a.txt' is no file of up to 16,777,216 bytes; mend or remove it")
+    refuse(root, "a.txt' is not a file of at most 16,777,216 bytes; fix or remove it")
     (root / "a.txt").unlink()
     with open(root / "a.txt", "wb") as stream:
         stream.truncate(2**40)
-    refuse(root, "is no file of up to 16,777,216 bytes")
+    refuse(root, "is not a file of at most 16,777,216 bytes")
     (root / "a.txt").unlink()
     (root / "a.txt").symlink_to(root / "nowhere.txt")
     refuse(root, "a.txt' cannot be read (No such file or directory)")
@@ -555,7 +555,7 @@ def test_a_root_that_cannot_be_written_uses_the_cache(load, root, cache, monkeyp
     "row,message",
     [
         ('{"path": "a.png"', "manifest.jsonl', line 2: broken JSON ("),
-        ('"a.png"', 'line 2: "a.png" is no object; write one as in'),
+        ('"a.png"', 'line 2: "a.png" is not an object; write one as in'),
         ({"label": "x"}, "line 2: path is missing; name the image"),
         ({"path": None}, "line 2: path is missing"),
         ({"path": "b.png", "file": 1}, "line 2: unknown key 'file'; allowed are path, size, sha256, split, label"),

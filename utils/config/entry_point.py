@@ -1,7 +1,7 @@
 """From the command line to one validated configuration object.
 
 Hydra composes plain YAML from conf/; a pydantic model (the entry script's schema) checks the whole of it once; from
-there on nobody sees a DictConfig. Errors of either are shown as a list of dotted keys with what to do, exit status 2
+there on no code sees a DictConfig. Errors of either are shown as a list of dotted keys with what to do, exit status 2
 and no traceback.
 
     @entry_point("finetune", FinetuneConfig)
@@ -49,7 +49,7 @@ PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "
 
 @dataclass(frozen=True)
 class Job:
-    """What the command line says beside the values: script, chosen groups, overrides, place in a sweep."""
+    """The command line beside the values: script, chosen groups, overrides, name in a sweep."""
 
     script: str
     choices: dict[str, str]
@@ -67,7 +67,7 @@ class JobResult:
 
 
 def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
-    """Quote the values of path keys so that Hydra takes them as they are; what is quoted already stays.
+    """Quote the values of path keys so that Hydra takes them literally; quoted values stay as they are.
 
     In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it.
     """
@@ -144,7 +144,7 @@ def _run_job(
         if (lost := lost_worker(error)) is not None:
             _say(f"{script}.py: {lost}", other_ranks=True)
             return JobResult(job.overrides, EXIT_LOST_RANK, lost)
-        # A defect: its traceback, and the sweep goes on.
+        # A defect: show its traceback; the sweep continues.
         sys.stderr.write(safe_lines(traceback.format_exc()))
         return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -159,7 +159,7 @@ def _say(message: str, *, other_ranks: bool = False) -> None:
 
 
 def _table(results: list[JobResult]) -> str:
-    """Return the jobs of a sweep as a table; overrides that all of them have are left out."""
+    """Return the jobs of a sweep as a table; overrides common to all jobs are omitted."""
     everywhere = set.intersection(*(set(result.overrides) for result in results))
     rows = [("job", "status", "result")]
     rows += [
@@ -197,7 +197,7 @@ def _check_arguments(arguments: list[str]) -> None:
 def entry_point(
     config_name: str, schema: type[Schema], config_dir: Path = CONF
 ) -> Callable[[Callable[[Schema, Job], str | None]], Callable[[], None]]:
-    """Turn `main(config, job)` into a command; what it returns is its line in a sweep's table."""
+    """Turn `main(config, job)` into a command; its return value is its line in a sweep's table."""
 
     def decorate(main: Callable[[Schema, Job], str | None]) -> Callable[[], None]:
         def command() -> None:
@@ -232,7 +232,7 @@ def entry_point(
                 log.info("%s", Lines(_table(results)))
             _leave(max((result.status for result in results), default=EXIT_OK))
 
-        # What the command is made of, for callers that compose and run it in their own process (tests, notebooks).
+        # The command's parts, for callers that compose and run it in their own process (tests, notebooks).
         command.main, command.schema, command.config_dir = main, schema, config_dir
         return command
 

@@ -40,7 +40,7 @@ def _tags(model: type[BaseModel]) -> set[str]:
 
 
 def _models(annotation: Any, values: Any = None) -> list[type[BaseModel]]:
-    """Return the models that an annotation admits; of a union those whose tag stands in `values`, if any does."""
+    """Return the models that an annotation admits; of a union those whose tag is in `values`, if any is."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     options = [] if typing.get_origin(annotation) is dict else typing.get_args(annotation)  # a dict's keys are free
@@ -80,7 +80,7 @@ def _not_given(dotted: str) -> str:
 
 
 def missing_problems(values: Any, prefix: str = "") -> list[str]:
-    """Return a line for each `???` that nobody replaced."""
+    """Return a line for each `???` that was not replaced."""
     if isinstance(values, dict):
         return [line for key, value in values.items() for line in missing_problems(value, f"{prefix}{key}.")]
     if isinstance(values, list):

@@ -60,20 +60,20 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
 
 
 def recipe_hash(config: Mapping[str, Any]) -> str:
-    """Return 8 hexadecimal digits that stand for the recipe."""
+    """Return 8 hexadecimal digits of the recipe's hash."""
     kept = {key: value for key, value in flatten(config).items() if not is_free(key)}
     return sha256_text(canonical_json(kept))[:8]
 
 
 def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], folder: str) -> list[str]:
-    """Compare the configuration of a run with that of its resumption; returns the differences that are let through.
+    """Compare the configuration of a run with that of its resumption; returns the accepted differences.
 
     Raises UserError where another key differs, and where resume_allow names a key that does not exist.
     """
     old, new = flatten(saved), flatten(now)
     for pattern in allowed:
         if not any(fnmatch.fnmatchcase(key, pattern) for key in old | new):
-            raise UserError(f"resume_allow: {pattern!r} is no key of this configuration; --cfg job prints the keys")
+            raise UserError(f"resume_allow: {pattern!r} is not a key of this configuration; --cfg job prints the keys")
     refused, passed = [], []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -88,6 +88,6 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
         keys = ",".join(line.partition(":")[0] for line in refused)
         raise UserError(
             f"resume: {folder} was made with another recipe:\n  " + "\n  ".join(refused) + "\nStart another run with "
-            f"run_dir=..., or let these through with 'resume_allow=[{keys}]'."
+            f"run_dir=..., or accept these with 'resume_allow=[{keys}]'."
         )
     return passed

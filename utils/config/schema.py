@@ -1,12 +1,12 @@
 """The base of every configuration model: frozen, strict, without unknown keys.
 
-YAML holds the values, these models hold the shape (docs/configuration.md). A room's models stand in its `config.py`.
+YAML holds the values, these models hold the shape (docs/configuration.md). A room's models are in its `config.py`.
 """
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """Refuse what is not stated: unknown keys, wrong types (a bool is no int), NaN and infinity."""
+    """Refuse unknown keys, wrong types (a bool is not an int), NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)

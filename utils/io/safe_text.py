@@ -10,7 +10,7 @@ import unicodedata
 from typing import Any
 
 HIDDEN = "***"
-_MIN_SECRET_CHARACTERS = 8  # what is shorter stands in too many other words
+_MIN_SECRET_CHARACTERS = 8  # shorter values occur in too many other words
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 _KINDS = r"api[_-]?key|(?:access|secret|private)[_-]key"
 _PATTERNS = (

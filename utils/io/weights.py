@@ -91,7 +91,7 @@ def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         metadata = json.loads(texts.get("atelier", "{}"))
     except (ValueError, RecursionError) as error:
-        raise _unreadable(path, key, f"its metadata are no JSON: {_first_line(error)}") from None
+        raise _unreadable(path, key, f"its metadata are not JSON: {_first_line(error)}") from None
     if not isinstance(metadata, dict):
         raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, no object")
     return shapes, metadata
@@ -106,7 +106,7 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
 
 
 def _unreadable(path: Path, key: str, why: str) -> UserError:
-    return UserError(f"{key}: {path} is no readable safetensors file ({why})")
+    return UserError(f"{key}: {path} is not a readable safetensors file ({why})")
 
 
 def _first_line(error: Exception) -> str:
@@ -127,7 +127,7 @@ def _read_torch(path: Path, key: str) -> dict[str, Tensor]:
             ) from None
         # Before its reason torch advises to switch its guard off.
         said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-        raise UserError(f"{key}: {path} is no readable torch file ({said.splitlines()[0]})") from None
+        raise UserError(f"{key}: {path} is not a readable torch file ({said.splitlines()[0]})") from None
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -159,7 +159,7 @@ def _refuse_bomb(path: Path, key: str) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{key}: {path} is no readable torch file ({_first_line(error)})") from None
+        raise UserError(f"{key}: {path} is not a readable torch file ({_first_line(error)})") from None
     if unpacked > path.stat().st_size:
         raise UserError(
             f"{key}: {path} has {path.stat().st_size:,} bytes and unpacks to {unpacked:,}; torch writes its files "

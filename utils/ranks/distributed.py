@@ -1,7 +1,7 @@
-"""Ranks: who am I, and how do we agree.
+"""Ranks: this process's place among them, and collectives.
 
-Started by torchrun, by srun or submitit (SLURM variables), or as plain `python`. Every helper works without a process
-group too, where it is the identity of a world of one.
+Processes are started by torchrun, by srun or submitit (SLURM variables), or as plain `python`. Every helper also works
+without a process group, as a world of one rank.
 """
 
 import gc
@@ -47,7 +47,7 @@ def _first_host(node_list: str) -> str:
 def detect_world(environment: dict[str, str] | None = None) -> World:
     """Read the launcher's variables: torchrun's first, then those of a SLURM step, else a world of one.
 
-    A batch script's own shell has SLURM_NTASKS but is no step, so only SLURM_STEP_NUM_TASKS counts.
+    A batch script's own shell has SLURM_NTASKS but is not a step, so only SLURM_STEP_NUM_TASKS counts.
     """
     env = dict(os.environ) if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -73,11 +73,11 @@ def detect_world(environment: dict[str, str] | None = None) -> World:
 
 
 def _meet(store: dist.Store, world: World, timeout_sec: float) -> str:
-    """Return a name that the ranks of this start alone share.
+    """Return a name shared by the ranks of this start only.
 
-    torchrun's store outlives the ranks that it starts again (torch 2.15): without a name of their own, they would now
-    and then read the addresses of the dead. Each rank says hello with a word that nobody had before; rank 0 answers
-    every hello that it sees, an old one too, until all have taken their answer.
+    torchrun's store outlives ranks that it restarts (torch 2.15): without a new name, they sometimes read the addresses
+    of the dead ranks. Each rank writes a hello with a unique word; rank 0 answers every hello that it sees, old ones
+    too, until all ranks have read their answer.
     """
     own = uuid.uuid4().hex
     store.set(f"hello/{world.rank}", own)
@@ -92,13 +92,13 @@ def _meet(store: dist.Store, world: World, timeout_sec: float) -> str:
             if store.check([f"arrived/{own}/{other}"]):
                 missing.remove(other)
         if missing and time.monotonic() > end:
-            raise RuntimeError(f"ranks {sorted(missing)} have not come within {timeout_sec:.0f} s")
+            raise RuntimeError(f"ranks {sorted(missing)} did not join within {timeout_sec:.0f} s")
         time.sleep(0.01)
     return own
 
 
 def init_process_group(device_type: str, timeout_sec: float) -> World:
-    """Join the ranks once per process: NCCL on GPUs, gloo on CPUs. A second call returns what the first made."""
+    """Join the ranks once per process: NCCL on GPUs, gloo on CPUs. A second call returns the world of the first."""
     world = detect_world()
     if world.size == 1 or dist.is_initialized():
         return world

@@ -1,4 +1,4 @@
-"""Work on many items in one process per core, of which some may kill the process that works on them."""
+"""Work on many items in one process per core; some items may crash their process."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_CHUNK = 64  # items that a process is handed at once
+_CHUNK = 64  # items that a process gets at once
 
 
 def map_in_processes(
@@ -18,7 +18,7 @@ def map_in_processes(
 ) -> Iterator[Result]:
     """Yield `function` of each item, in order; `fatal` of one on which a process dies (a crash, a lack of memory).
 
-    `function` and items must be picklable. What was handed out together with a fatal item is done again, one by one.
+    `function` and items must be picklable. Items of the same chunk as a fatal one are processed again, one by one.
     """
     done = 0
     while done < len(items):
@@ -28,7 +28,7 @@ def map_in_processes(
                     yield result
                     done += 1
         except BrokenProcessPool:
-            # Which item it was is not told. After one chunk it is found, or so much nearer.
+            # The error does not name the item. It is in this chunk, or in one of the next.
             chunk = items[done : done + _CHUNK]
             yield from _one_by_one(function, chunk, fatal)
             done += len(chunk)
@@ -52,8 +52,8 @@ def _one_by_one(
 
 
 def _processes(count: int) -> ProcessPoolExecutor:
-    """Return so many processes, spawned: by now this one may run threads, which a fork does not survive.
+    """Return a pool of `count` spawned processes: this one may run threads, which a fork does not copy.
 
-    An executor, since one that dies leaves multiprocessing.Pool waiting for ever.
+    An executor, because multiprocessing.Pool waits forever for a process that died.
     """
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))

@@ -9,8 +9,8 @@ from types import FrameType
 from utils.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# A launcher passes on to its ranks the signal that they were sent as well: one request, milliseconds apart. Who asks a
-# second time, and a scheduler that means it, waits longer.
+# A launcher forwards to its ranks a signal that they received as well: one request, milliseconds apart. A second
+# request of a user or scheduler comes later.
 REPEAT_SEC = 2.0
 
 _current: "StopRequest | None" = None
@@ -23,13 +23,13 @@ def stop_requested_sec() -> float | None:
 
 
 def _tell(number: int, text: str) -> None:
-    """Write to stderr past its buffer, which the signal may have interrupted; nobody may be there to read."""
+    """Write to stderr past its buffer, which the signal may have interrupted; errors are ignored."""
     with suppress(OSError):
         os.write(2, f"{signal.Signals(number).name}{text}\n".encode())
 
 
 class StopRequest:
-    """Remember that a signal came; use it as a context, so that the old handlers come back."""
+    """Record that a signal came; a context manager that restores the old handlers."""
 
     def __init__(self) -> None:
         self.requested, self.since = False, 0.0

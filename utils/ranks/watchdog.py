@@ -1,6 +1,6 @@
 """The watchdog: when a rank dies or hangs, the only one too, end the job with a message that names it.
 
-Every rank's thread writes a sign of life and its progress to the key-value store that the ranks met at. Rank 0 watches
+Every rank's thread writes a sign of life and its progress to the key-value store of the process group. Rank 0 watches
 all, all watch rank 0 (so the store serves 2N reads a round, not N x N). A rank without signs of life is dead or
 stopped; a rank whose progress stays behind the others' hangs.
 
@@ -41,7 +41,7 @@ class Watchdog:
         self._store: dist.Store | None = None  # None: one rank
         self._rank = 0
         self._watched: list[int] = []
-        # What was last seen of each rank, and when it last changed: rank -> (text, time).
+        # The last value of each rank, and when it changed: rank -> (value, time).
         self._life: dict[int, tuple[str, float]] = {}
         self._moves: dict[int, tuple[int, float, str]] = {}
 
@@ -49,7 +49,7 @@ class Watchdog:
         """Begin to watch. All ranks call it together."""
         if distributed.is_distributed():
             rank, size = distributed.rank(), distributed.world_size()
-            # A client of its own: the process group's is not ours to block.
+            # A separate client, so that the process group's is never blocked.
             self._store = dist.PrefixStore("atelier/watchdog", dist.distributed_c10d._get_default_store().clone())
             self._store.set_timeout(timedelta(seconds=self.timeout_sec))
             self._rank = rank
@@ -60,7 +60,7 @@ class Watchdog:
         self._thread.start()
 
     def progress(self, phase: str) -> None:
-        """Say what the main thread is about to do; each call counts as progress."""
+        """Record what the main thread does next; each call counts as progress."""
         self._phase = phase
         self._progress += 1
 
@@ -110,7 +110,7 @@ class Watchdog:
         while not self._stop.wait(self.interval_sec):
             count += 1
             now = time.monotonic()
-            clock += min(now - looked, 2 * self.interval_sec)  # the time that this process was stopped for is nobody's
+            clock += min(now - looked, 2 * self.interval_sec)  # without the time for which this process was stopped
             looked = now
             try:
                 seen = self._exchange(count)
@@ -122,7 +122,7 @@ class Watchdog:
                 self._end(verdict)
 
     def _judge_silence(self, silent_sec: float, error: Exception) -> str | None:
-        """Return what is wrong where the store does not answer: it lives in rank 0's process or its launcher.
+        """Return the verdict where the store does not answer: it is in rank 0's process or its launcher.
 
         A launcher may leave on the signal that asks the ranks to stop: they need the time to save, and no store.
         """
@@ -135,7 +135,7 @@ class Watchdog:
         return f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
 
     def _judge(self, seen: dict[int, str], now: float) -> str | None:
-        """Return what is wrong with the watched ranks, if anything."""
+        """Return the verdict on the watched ranks, None where all are well."""
         own = self._moves.get(self._rank)
         if own is None or own[0] != self._progress:
             self._moves[self._rank] = (self._progress, now, self._phase)

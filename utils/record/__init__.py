@@ -1,1 +1,1 @@
-"""What a run leaves behind: log, metrics, pictures, trackers, the run folder."""
+"""The record of a run: log, metrics, pictures, trackers, the run folder."""

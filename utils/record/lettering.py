@@ -31,7 +31,7 @@ _LONGEST = 200  # characters of a name that are looked at; no picture has room f
 def legible(name: str) -> str:
     """Return how a class is called in a picture.
 
-    One named by a code point (`U+0041`, as the glyphs are) is its character, a combining one on a dotted circle; it
+    A class named by a code point (`U+0041`, as the glyphs are) is its character, a combining one on a dotted circle; it
     keeps its name where the character is blank or no font has it. In other names, a character that no font has becomes
     its code point.
     """
@@ -103,7 +103,7 @@ def _characters(file: str) -> frozenset[int]:
         with TTFont(file, lazy=True, fontNumber=0) as font:
             return frozenset(font.getBestCmap() or ())
     except (TTLibError, OSError):
-        return frozenset()  # a damaged font of the machine draws nothing: as good as absent
+        return frozenset()  # a damaged font of the machine draws nothing, like an absent one
 
 
 @functools.cache

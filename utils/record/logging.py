@@ -1,7 +1,7 @@
-"""One logger for all rooms: rank 0 speaks, the others only warn, and the run folder keeps a copy.
+"""One logger for all rooms: rank 0 logs everything, the others only warnings, and the run folder keeps a copy.
 
-What is put into a message (a path, an error) cannot begin a line of its own, move the terminal's cursor or show a
-secret. A table of our own making is wrapped in `Lines`.
+Arguments of a message (a path, an error) cannot start a new line, move the terminal's cursor or show a secret. A table
+made by our code is wrapped in `Lines`.
 """
 
 import copy
@@ -17,11 +17,11 @@ from utils.io.safe_text import Lines, escape_controls, safe_lines
 
 ROOT = "atelier"
 
-_printer: Callable[[str], None] | None = None  # what prints lines while a progress bar holds the terminal
+_printer: Callable[[str], None] | None = None  # prints lines while a progress bar uses the terminal
 
 
 class _SafeFormatter(logging.Formatter):
-    """Format a record without the control characters and the secrets of what was put into it."""
+    """Format a record without control characters and secrets of its arguments."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, or the lines where the message itself has several."""
@@ -56,7 +56,7 @@ class _StderrHandler(logging.StreamHandler):
 
 
 class _FileHandler(logging.FileHandler):
-    """Write to a file. What the disk refuses is lost, with a warning said once; it ends no run."""
+    """Write to a file. Messages that the disk refuses are lost, with one warning; the run continues."""
 
     _refused = False
 
@@ -67,7 +67,7 @@ class _FileHandler(logging.FileHandler):
             super().handleError(record)
         elif not self._refused:
             self._refused = True
-            text = "%s cannot be written (%s); messages are on stderr alone meanwhile"
+            text = "%s cannot be written (%s); messages are on stderr only"
             get_logger(__name__).warning(text, self.baseFilename, error.strerror or error)
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class _FileHandler(logging.FileHandler):
 
 
 class _EarlyRecords(logging.Handler):
-    """Keep what is said before the run folder is open, for its log."""
+    """Keep the messages from before the run folder is open, for its log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def print_through(printer: Callable[[str], None] | None) -> None:
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Copy rank 0's messages, with time and level, to a file, those said before as well.
+    """Copy rank 0's messages, with time and level, to a file, earlier ones as well.
 
     Returns the handler for `stop_logging_to`.
     """

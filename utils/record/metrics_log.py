@@ -1,8 +1,8 @@
-"""metrics.jsonl and training_log.txt: what a run found, without gap or repeat over any number of resumes.
+"""metrics.jsonl and training_log.txt: a run's figures, without gaps or repeats over any number of resumes.
 
 A row is a JSON object with `step`, `kind` ("train", "evaluate" or "epoch") and figures. A resumed run first drops the
-rows beyond its checkpoint, which it is about to make again. training_log.txt is the epoch rows as CSV, written anew at
-each epoch, so that its columns are always those of all rows.
+rows beyond its checkpoint, which it will write again. training_log.txt has the epoch rows as CSV; it is rewritten at
+each epoch, so that its columns are those of all rows.
 """
 
 import csv
@@ -16,11 +16,10 @@ from utils.io.files import AppendFile, ignore_write_errors, write_text
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop a JSONL file's rows beyond `last_step`, and a last line that a kill has torn; returns the rest."""
+    """Drop a JSONL file's rows beyond `last_step`, and an incomplete last line; returns the rest."""
     if not path.exists():
         return []
-    # Not splitlines: a path in a row may hold one of the other characters that it takes for an end. As bytes: the last
-    # line may be torn within a character.
+    # Not splitlines, which splits at characters that a path may hold. As bytes: a kill may cut a character.
     *lines, _ = path.read_bytes().split(b"\n")
     rows = [row for row in map(json.loads, lines) if row["step"] <= last_step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -37,7 +36,7 @@ class MetricsLog:
         self._stream = AppendFile(self._path)
 
     def add(self, step: int, kind: str, figures: dict[str, Any]) -> dict[str, Any]:
-        """Write a row; a figure that is not finite becomes null (JSON knows no NaN)."""
+        """Write a row; a figure that is not finite becomes null (JSON has no NaN)."""
         clean = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in figures.items()
@@ -51,7 +50,7 @@ class MetricsLog:
         return row
 
     def sync(self) -> None:
-        """Bring the rows to the disk; called before a checkpoint that lies beyond them is published."""
+        """Bring the rows to the disk; called before a checkpoint beyond them is published."""
         self._stream.sync()
 
     def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:

@@ -1,4 +1,4 @@
-"""Pictures of what a network does, drawn by Pillow in some ten milliseconds each, so that training can afford them.
+"""Pictures of predictions, drawn by Pillow in about ten milliseconds each, so that they cost training little.
 
 All take and return uint8 arrays: an image is [H, W, C] with 1 or 3 channels, a picture [H', W', 3].
 """
@@ -42,7 +42,7 @@ def image_rows(rows: Sequence[np.ndarray], labels: Sequence[str], tile_px: int =
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image and what was made of it: the names of its class and of the predicted one, and the latter's share."""
+    """An image, its class, the predicted class and its probability."""
 
     image: np.ndarray
     true: str
@@ -51,7 +51,7 @@ class Prediction:
 
     @property
     def is_right(self) -> bool:
-        """Return whether the two are one."""
+        """Whether the prediction is right."""
         return self.true == self.predicted
 
 
@@ -92,7 +92,7 @@ def confusion_matrix(
     """Draw a confusion matrix: rows are true classes, shaded by their share of the row's samples.
 
     counts: [N, N], row true, column predicted; samples: [N], each class's images. `percent` writes shares of the row
-    in place of counts. elsewhere: [N], predictions of classes that are not shown, as a column of its own.
+    in place of counts. elsewhere: [N], predictions of classes that are not shown, as a separate column.
     """
     number = len(names)
     cell = 96 if number <= 6 else 72 if number <= 12 else 46 if number <= 24 else 38
@@ -137,7 +137,7 @@ def confusion_matrix(
 
 
 def _caption(item: Prediction, *, split: bool, most: int = 0) -> list[str]:
-    """Return a caption's line, or its two, of at most so many pixels: the names are cut, the probability stays."""
+    """Return a caption of one line, or two of at most `most` pixels: names are cut, the probability is kept."""
     true, predicted, prob = legible(item.true), legible(item.predicted), f"({item.prob:.2f})"
     if split:
         predicted = fit(predicted, _CAPTION_PX, most - text_width(f"→  {prob}", _CAPTION_PX))
@@ -167,7 +167,7 @@ def _draw_heading(page: Image.Image, x: int, bottom: int, text: str, px: int, co
 
 
 def _to_tile(image: np.ndarray, tile_px: int) -> Image.Image:
-    """Return an image at about so many pixels: small ones as whole pixels, so that what the network saw is seen."""
+    """Return an image at about `tile_px` pixels; small ones by whole factors, so that their pixels stay visible."""
     picture = Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image))
     longest = max(picture.size)
     if tile_px // longest >= 2:
@@ -178,7 +178,7 @@ def _to_tile(image: np.ndarray, tile_px: int) -> Image.Image:
 
 
 def _paste_framed(page: Image.Image, tile: Image.Image, x: int, y: int) -> None:
-    """Lay an image on the page with a thin frame round it: a white image on white paper has no edge."""
+    """Paste an image with a thin frame: a white image on white paper has no edge."""
     ImageDraw.Draw(page).rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=_FRAME)
     page.paste(tile, (x, y))
 

@@ -41,7 +41,7 @@ def smooth(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most so many points as a panel can show: the least and the greatest of each stretch, in order."""
+    """Return at most _PANEL_POINTS points: the least and the greatest of each interval, in order."""
     steps, values = np.asarray(steps), np.asarray(values, dtype=float)
     if len(values) <= _PANEL_POINTS:
         return steps, values
@@ -66,7 +66,7 @@ def _draw_training(axis: plt.Axes, steps: list[int], values: list[float], label:
 
 
 def _draw_evaluated(axis: plt.Axes, metrics: MetricsLog, name: str) -> None:
-    """Draw what evaluations found, of the weights and of their average."""
+    """Draw the figures of evaluations, of the weights and of their average."""
     series = (("validation", name, _ORANGE, "o"), ("validation, average", f"ema/{name}", _GREEN, "D"))
     for label, full, color, marker in series:
         steps, values = metrics.series(full, "evaluate")
@@ -113,7 +113,7 @@ def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
 
 
 def plot_curves(metrics: MetricsLog, path: Path, title: str) -> None:
-    """Draw every figure of the run over its steps: loss, then what evaluations found, then rate and speed."""
+    """Draw every figure of the run over its steps: loss, then evaluations, then rate and speed."""
     if not metrics.rows:
         return
     evaluated = [name.removeprefix("ema/") for name in metrics.names("evaluate")]

@@ -7,9 +7,9 @@
     for batch in track(loader, len(loader), "evaluating val"): ...
     with counting("drawing the glyphs") as report: draw_glyphs(root, report)
 
-While a bar is shown, log lines and whatever else is written to sys.stderr appear above it. It is drawn by the thread
-that calls, a few times a second: no thread of its own, so a loader that forks its workers meanwhile copies no held
-lock. Without a terminal, `track` and `counting` say once a minute in the log how far they are.
+While a bar is shown, log lines and other output to sys.stderr appear above it. The calling thread
+draws it, a few times a second: a second thread could hold a lock while the loader forks its workers. Without a
+terminal, `track` and `counting` log their progress once a minute.
 """
 
 import os
@@ -44,7 +44,7 @@ def format_duration(seconds: float | None) -> str:
 
 def shows_bars() -> bool:
     """Return whether this process shows bars: rank 0, on a terminal that can redraw a line."""
-    stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # what a display already open has put in its place
+    stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # replaced by a display that is already open
     return environment_rank() == 0 and stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
@@ -105,7 +105,7 @@ class _Display:
         self.console.print(Text(line), soft_wrap=True)
 
     def redraw(self, *, now: bool) -> None:
-        """Draw where that is due."""
+        """Draw if enough time has passed, or `now`."""
         moment = time.monotonic()
         if now or moment - self._drawn >= _REDRAW_SEC:
             self._drawn = moment

@@ -17,7 +17,7 @@ TableRow = Mapping[str, Any]
 def write_table(path: Path, rows: Sequence[TableRow]) -> None:
     """Write rows as CSV, atomically; the first row's keys are the columns, None is an empty cell.
 
-    A table without rows is no file, and one of an earlier evaluation goes: it would pass for this one's.
+    A table without rows has no file, and the file of an earlier evaluation is removed.
     """
     if not rows:
         path.unlink(missing_ok=True)
@@ -32,7 +32,7 @@ def write_table(path: Path, rows: Sequence[TableRow]) -> None:
 def write_report(
     folder: Path, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray], prefix: str = ""
 ) -> None:
-    """Write what a report holds beside its figures; images are [H, W, 3] uint8. For rank 0 alone."""
+    """Write the tables and images of a report; images are [H, W, 3] uint8. On rank 0 only."""
     for name, rows in tables.items():
         write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
     for name, image in images.items():

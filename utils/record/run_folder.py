@@ -2,10 +2,10 @@
 
 outputs/<script>/<model>-<data>-<recipe hash>/
     config.json  overrides.txt  environment.json       what ran, and where
-    log.txt  metrics.jsonl  training_log.txt           what it said and found
+    log.txt  metrics.jsonl  training_log.txt           messages and figures
     checkpoints/step_00001200/                         what resumes
-    weights/{last,best,ema}_weights.safetensors        what is used further
-    plots/  tables/  unreadable.jsonl  samples/        pictures, tables, bad images, audited samples
+    weights/{last,best,ema}_weights.safetensors        the weights to use
+    plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
 import fcntl
@@ -56,7 +56,7 @@ class RunFolder:
 
 
 def default_run_dir(config: dict[str, Any], job: Job) -> str:
-    """Return the folder of a recipe: the same command finds its run again, another recipe gets another folder."""
+    """Return the folder of a recipe: the same command finds its run, and another recipe gets another folder."""
     if job.sweep_name is not None:
         base = config["run_dir"] or f"outputs/sweeps/{config['sweep']['name']}"
         return f"{base}/{job.sweep_name}"
@@ -67,7 +67,7 @@ def default_run_dir(config: dict[str, Any], job: Job) -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the code and whether it was changed; nulls where this is no checkout."""
+    """Return the commit of the code and whether files were changed; nulls outside a git checkout."""
 
     def ask(*arguments: str) -> str | None:
         try:
@@ -81,7 +81,7 @@ def git_state() -> dict[str, Any]:
 
 
 def environment_state(**more: Any) -> dict[str, Any]:
-    """Return what a reader needs to judge a run's figures: versions, platform, command."""
+    """Return the environment behind a run's figures: versions, platform, command."""
     import numpy
     import torch
     import torchvision
@@ -105,7 +105,7 @@ _locks: set[Any] = set()
 
 
 def _forget_locks() -> None:
-    """Close the locks in a forked process: a loader's worker that outlives a killed rank would hold the folder on."""
+    """Close the locks in a forked process: a loader's worker may outlive a killed rank."""
     while _locks:
         _locks.pop().close()
 
@@ -114,7 +114,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _lock(path: Path) -> Any:
-    """Hold the run folder for this run alone; the kernel lets go when the process ends, however it ends."""
+    """Lock the run folder for this run; the kernel releases it when the process ends."""
     stream = open(path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +143,7 @@ def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, A
 def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Iterator[RunFolder]:
     """Make or find the folder on rank 0, lock it, and copy the log into it while it is open.
 
-    What is kept of the configuration, the command and the environment is kept without secrets. Raises UserError where
+    Secrets in the configuration, the command and the environment are hidden. Raises UserError where
     it cannot be written or another run holds it.
     """
     path = Path(default_run_dir(config, job))
@@ -171,7 +171,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
     """Return the configuration that a run folder was made with (`script` beside the schema's keys)."""
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"run_dir: {path} is no run folder: it has no config.json; name a folder that training made")
+        raise UserError(f"run_dir: {path} is not a run folder: it has no config.json; name a folder that training made")
     try:
         return read_json(file)
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Which samples each step took (`tracking.samples=true`): for audits of exactness, and for loss spikes.
+"""A record of each step's samples (`tracking.samples=true`), for audits of exactness and for loss spikes.
 
     samples/rank_00000.jsonl    {"step": 12, "ids": [...], "keys": [...], "hash": "..."}, a row a step
 
@@ -40,7 +40,7 @@ class SampleLog:
         self._stream = AppendFile(folder / f"rank_{distributed.rank():05d}.jsonl")
 
     def add(self, step: int, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Record the micro-batches that update number `step` (from 1) is made of."""
+        """Record the micro-batches of update number `step` (from 1)."""
         row = {
             "step": step,
             "ids": [number for batch in batches for number in batch["sample_id"].tolist()],

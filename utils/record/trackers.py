@@ -1,4 +1,4 @@
-"""Trackers: where a run's figures and pictures go beside metrics.jsonl, which is written in any case.
+"""Trackers: where a run's figures and pictures go beside metrics.jsonl, which is always written.
 
     check_tracker(config.tracking)                                        before anything is made
     tracker = start_tracker(config.tracking, run_dir, run_config, step)   on rank 0; None for tracking=jsonl
@@ -6,7 +6,7 @@
     tracker.add_image(step, "reconstructions", image)
     tracker.close()
 
-A tracker that fails while the run goes on is named in one warning and left alone from then on: no run ends for it.
+A tracker that fails during the run is named in one warning and disabled: it never ends a run.
 """
 
 import math
@@ -27,11 +27,11 @@ log = get_logger(__name__)
 
 ID_FILE = "wandb_run_id.txt"
 _START_SEC = 60.0  # for W&B's server to answer
-_FINISH_SEC = 120.0  # for what is not uploaded yet; it stays in the run folder
+_FINISH_SEC = 120.0  # to upload the rest, which also stays in the run folder
 
 
 class Tracker(Protocol):
-    """What the engine asks of a tracker; figures are numbers, null where they were not finite."""
+    """A tracker as the engine uses it; figures are numbers, null where they were not finite."""
 
     def add_row(self, step: int, kind: str, figures: Mapping[str, Any]) -> None:
         """Take a row of metrics of kind train, evaluate or epoch."""
@@ -40,7 +40,7 @@ class Tracker(Protocol):
         """Take a picture [H, W, 3] uint8."""
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left; `failed` says that the run ended by an error."""
+        """Write the rest; `failed`: the run ended by an error."""
 
 
 def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
@@ -55,7 +55,7 @@ def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
 def check_tracker(options: Any) -> None:
     """Raise UserError where W&B is wanted online and has no key that its server takes.
 
-    A key is never asked for: nobody may be there.
+    It never prompts for a key.
     """
     if options.name != "wandb" or options.mode != "online":
         return
@@ -69,7 +69,7 @@ def check_tracker(options: Any) -> None:
         known, reason = False, str(error).splitlines()[0].rstrip(".")
     if not known:
         raise UserError(
-            f"tracking.mode: online was asked for, and W&B does not let this user in ({reason}); run `wandb login` "
+            f"tracking.mode: online was asked for, and W&B refuses this user ({reason}); run `wandb login` "
             "once, or set tracking.mode=offline and send the run later with `wandb sync`"
         )
 
@@ -82,7 +82,7 @@ class WandbTracker:
     """
 
     def __init__(self, options: Any, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb  # 0.6 s, for those who use it
+        import wandb  # takes 0.6 s
 
         self._wandb = wandb
         id_file = folder / ID_FILE
@@ -96,7 +96,7 @@ class WandbTracker:
                 id=id_file.read_text(encoding="utf-8").strip(), resume="allow", allow_val_change=True,
                 # Absolute: W&B's own process writes, and its working directory is that of the first job of a multirun.
                 name=folder.resolve().name, dir=folder.resolve(), config=dict(config),
-                # The console is ours (progress bar, log.txt), and so is what is written of the code (environment.json).
+                # We keep the console (progress bar, log.txt) and the state of the code (environment.json) ourselves.
                 settings=wandb.Settings(
                     silent=True, console="off", save_code=False, disable_git=True, x_save_requirements=False,
                     init_timeout=_START_SEC, finish_timeout=_FINISH_SEC,
@@ -105,7 +105,7 @@ class WandbTracker:
         except wandb.errors.Error as error:
             raise UserError(
                 f"tracking.mode: {options.mode} was asked for, and W&B does not start this run ("
-                f"{str(error).splitlines()[0]}); mend that, or set tracking.mode=offline and send the run later with "
+                f"{str(error).splitlines()[0]}); fix that, or set tracking.mode=offline and send the run later with "
                 "`wandb sync`"
             ) from None
         finally:
@@ -126,7 +126,7 @@ class WandbTracker:
         self._run.log({"step": step, f"images/{name}": self._wandb.Image(image)})
 
     def close(self, failed: bool = False) -> None:
-        """Upload what is left (online), end W&B's run, and wait until its process has written everything and left."""
+        """Upload the rest (online), end W&B's run, and wait until its process has ended."""
         self._run.finish(exit_code=1 if failed else 0)
         self._wandb.teardown()
 
@@ -135,7 +135,7 @@ class TensorboardTracker:
     """TensorBoard event files in <run>/tensorboard/; a resumed run hides what lay beyond its checkpoint."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 0.5 s, for those who use it
+        from torch.utils.tensorboard import SummaryWriter  # takes 0.5 s
 
         path = folder / "tensorboard"
         resumed = path.exists()
@@ -152,7 +152,7 @@ class TensorboardTracker:
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left."""
+        """Write the rest."""
         self._writer.close()
 
 
@@ -170,7 +170,7 @@ class GuardedTracker:
         except Exception as error:  # a server, a disk, a foreign library: none of them is worth the run
             name, self._tracker = type(self._tracker).__name__, None
             log.warning(
-                "tracking: %s failed (%s: %s) and gets nothing more; the run goes on, metrics.jsonl has every row",
+                "tracking: %s failed (%s: %s) and is disabled; the run continues, and metrics.jsonl has every row",
                 name, type(error).__name__, error,
             )  # fmt: skip
 

@@ -109,7 +109,7 @@ def test_allowed_differences_are_returned_and_the_others_still_refused():
 
 def test_an_unknown_key_cannot_be_allowed():
     with pytest.raises(
-        UserError, match=r"^resume_allow: 'optim.lrr' is no key of this configuration; --cfg job prints"
+        UserError, match=r"^resume_allow: 'optim.lrr' is not a key of this configuration; --cfg job prints"
     ):
         check_resumable(CONFIG, CONFIG, ["optim.lr", "optim.lrr"], "RUN")
 

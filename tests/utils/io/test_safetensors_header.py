@@ -30,7 +30,7 @@ FORGED = {
     "huge shape": (changed(shape=[2**40, 2**20]), "'a' of shape [1099511627776, 1048576] and dtype F32 takes"),
     "shape beyond 64 bits": (changed(shape=[2**62] * 60), "bytes and more, but is given 8"),
     "huge shape with offsets": (
-        changed(shape=[2**40], data_offsets=[0, 2**42]), "'a' is said to end at byte 4,398,046,511,104 of 8"
+        changed(shape=[2**40], data_offsets=[0, 2**42]), "'a' claims to end at byte 4,398,046,511,104 of 8"
     ),
     "negative shape": (changed(shape=[-2]), "'a' has shape [-2]; up to 64 whole numbers from 0 up are allowed"),
     "two negative sides": (changed(shape=[-1, -2]), "'a' has shape [-1, -2]"),
@@ -41,7 +41,7 @@ FORGED = {
     "wrong size": (changed(shape=[3]), "'a' of shape [3] and dtype F32 takes 12 bytes, but is given 8"),
     "wrong dtype size": (changed(dtype="F16"), "of shape [2] and dtype F16 takes 4 bytes, but is given 8"),
     "unknown dtype": (changed(dtype="F128"), "'a' has dtype 'F128'; known are F64 F32"),
-    "NaN dtype": (forge(b'{"a":{"dtype":NaN,"shape":[2],"data_offsets":[0,8]}}'), "holds NaN, which is no JSON"),
+    "NaN dtype": (forge(b'{"a":{"dtype":NaN,"shape":[2],"data_offsets":[0,8]}}'), "holds NaN, which is not JSON"),
     "dtype of a list": (changed(dtype=["F32"]), "'a' has dtype ['F32']"),
     "overlapping": (
         forge({"a": ONE, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}),
@@ -50,12 +50,12 @@ FORGED = {
     "one place for two": (forge({"a": ONE, "b": ONE}), "'b' begins at byte 0, within the tensor before it"),
     "hole": (forge({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}), "'a' begins at byte 4, after a gap"),
     "bytes left over": (forge({"a": ONE}, data=9), "its tensors take 8 bytes, the file holds 9"),
-    "offset beyond the end": (forge({"a": ONE}, data=7), "'a' is said to end at byte 8 of 7"),
+    "offset beyond the end": (forge({"a": ONE}, data=7), "'a' claims to end at byte 8 of 7"),
     "descending offsets": (changed(data_offsets=[8, 0]), "'a' has data_offsets [8, 0]; two ascending whole numbers"),
     "negative offsets": (changed(data_offsets=[-8, 0]), "'a' has data_offsets [-8, 0]"),
     "three offsets": (changed(data_offsets=[0, 4, 8]), "'a' has data_offsets [0, 4, 8]"),
-    "no offsets": (forge({"a": {"dtype": "F32", "shape": [2]}}), "'a' is no object of dtype, shape and data_offsets"),
-    "another key": (changed(order="F"), "'a' is no object of dtype, shape and data_offsets"),
+    "no offsets": (forge({"a": {"dtype": "F32", "shape": [2]}}), "'a' is not an object of dtype"),
+    "another key": (changed(order="F"), "'a' is not an object of dtype"),
     "duplicate name": (
         forge(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'),
         "its header names 'a' twice",
@@ -68,13 +68,13 @@ FORGED = {
     "empty": (b"", "it has 0 bytes"),
     "length 2**60": (forge({"a": ONE}, length=2**60), "its header has 1,152,921,504,606,846,976 bytes, the file has"),
     "length 2**64 - 1": (forge({"a": ONE}, length=2**64 - 1), "its header has 18,446,744,073,709,551,615 bytes"),
-    "no JSON": (forge(b"\x93NUMPY\x01\x00"), "its header is no JSON"),
-    "no text": (forge(b"\xff\xfe{}"), "its header is no JSON"),
-    "nested too deeply": (forge(b"[" * 200_000), "its header is no JSON"),
-    "a long number": (forge(b'{"a":' + b"9" * 10_000 + b"}"), "its header is no JSON"),
+    "no JSON": (forge(b"\x93NUMPY\x01\x00"), "its header is not JSON"),
+    "no text": (forge(b"\xff\xfe{}"), "its header is not JSON"),
+    "nested too deeply": (forge(b"[" * 200_000), "its header is not JSON"),
+    "a long number": (forge(b'{"a":' + b"9" * 10_000 + b"}"), "its header is not JSON"),
     "a list": (forge([ONE]), "its header is a JSON list, no object"),
-    "metadata of numbers": (forge({"__metadata__": {"a": 1}, "a": ONE}), "its __metadata__ is no flat object of texts"),
-    "nested metadata": (forge({"__metadata__": {"a": {}}, "a": ONE}), "its __metadata__ is no flat object of texts"),
+    "metadata of numbers": (forge({"__metadata__": {"a": 1}, "a": ONE}), "its __metadata__ is not a flat object"),
+    "nested metadata": (forge({"__metadata__": {"a": {}}, "a": ONE}), "its __metadata__ is not a flat object"),
     "a zipped pickle": (b"PK\x03\x04" + bytes(100), "it begins as torch's pickled files do"),
     "a pickle": (b"\x80\x04\x95\x20" + b"\xff" * 100, "it begins as torch's pickled files do"),
     "a name that forges lines": (
@@ -93,7 +93,7 @@ def test_a_forged_file_is_refused_by_what_lies(name, tmp_path):
         with pytest.raises(UserError) as refused:
             read(path, "init_from")
         message = str(refused.value)
-        assert message.startswith(f"init_from: {path} is no readable safetensors file (") and lie in message, message
+        assert message.startswith(f"init_from: {path} is not a readable safetensors file (") and lie in message, message
         assert "\n" not in message and "\x1b" not in message and len(message) < len(str(path)) + 600
 
 
@@ -150,7 +150,7 @@ def test_what_is_let_through_safetensors_reads_too(tmp_path):
         try:
             header = read_header(path, "x")
         except UserError as error:
-            assert str(error).startswith(f"x: {path} is no readable safetensors file (")
+            assert str(error).startswith(f"x: {path} is not a readable safetensors file (")
             continue
         passed += 1
         found = load_file(path)

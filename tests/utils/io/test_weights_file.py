@@ -130,7 +130,7 @@ def test_an_older_file_that_promises_more_than_it_holds_is_refused(tmp_path):
     torch.save({"a": torch.zeros(7)}, buffer, _use_new_zipfile_serialization=False)
     path.write_bytes(buffer.getvalue().replace(b"K\x07", b"J\x00\x00\x00\x40"))  # 2**30 numbers
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert message_of(path).startswith(f"init_from: {path} is no readable torch file (storage has wrong byte size")
+    assert message_of(path).startswith(f"init_from: {path} is not a readable torch file (storage has wrong byte size")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
 
 
@@ -199,7 +199,7 @@ def test_other_files_under_a_torch_name_are_refused(tmp_path):
         file.writestr("readme.txt", "hello")
     other.write_bytes(bytes(range(256)))
     for path in (text, archive, other):
-        assert message_of(path).startswith(f"init_from: {path} is no readable torch file (")
+        assert message_of(path).startswith(f"init_from: {path} is not a readable torch file (")
 
 
 def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path):
@@ -235,14 +235,14 @@ def test_an_empty_state_dict_is_refused(tmp_path):
 def test_broken_metadata_is_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(TENSORS, path, metadata={"atelier": "{broken"})
-    assert message_of(path).startswith(f"init_from: {path} is no readable safetensors file (")
+    assert message_of(path).startswith(f"init_from: {path} is not a readable safetensors file (")
 
 
 def test_a_pickle_under_a_safetensors_name_is_refused_and_not_run(tmp_path):
     path, buffer = tmp_path / "w.safetensors", io.BytesIO()
     torch.save({"a": Bomb(tmp_path / "bomb")}, buffer)
     path.write_bytes(buffer.getvalue())
-    assert message_of(path).startswith(f"init_from: {path} is no readable safetensors file (")
+    assert message_of(path).startswith(f"init_from: {path} is not a readable safetensors file (")
     assert not (tmp_path / "bomb").exists()
 
 

@@ -166,7 +166,7 @@ def test_a_default_folder_is_named_by_script_model_data_and_recipe():
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"^run_dir: .* is no run folder: it has no config.json; name a folder that tra"
+        UserError, match=r"^run_dir: .* is not a run folder: it has no config.json; name a folder that tra"
     ):
         read_run_config(tmp_path)
 

@@ -277,7 +277,7 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
     fine_tune(images, tmp_path, "loop.total_steps=3", "tracking=tensorboard")
     warnings = re.findall("tracking: .*", (tmp_path / "run/log.txt").read_text())
     assert warnings == [
-        "tracking: TensorboardTracker failed (OSError: No space left on device) and gets nothing more; the run goes "
+        "tracking: TensorboardTracker failed (OSError: No space left on device) and is disabled; the run goes "
         "on, metrics.jsonl has every row"
     ]
     assert len(rows(tmp_path / "run/metrics.jsonl", "train")) == 3

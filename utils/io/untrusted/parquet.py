@@ -5,13 +5,13 @@ from typing import Protocol
 
 from utils.errors import UserError
 
-# What a Parquet manifest may unpack to. For a million numbered paths the densest writers store 18 rows in a byte and
+# Limits of an unpacked Parquet manifest. For a million numbered paths the densest writers store 18 rows in a byte and
 # compress text 150-fold.
 _ROWS_PER_BYTE, _MAX_RATIO, _FREE_BYTES = 64, 500, 64 * 2**20
 
 
 class ParquetMetadata(Protocol):
-    """What is used of pyarrow.parquet.FileMetaData."""
+    """The used part of pyarrow.parquet.FileMetaData."""
 
     num_rows: int
     num_row_groups: int

@@ -1,10 +1,10 @@
-"""The header of a safetensors file, read and checked before anything is made of the file.
+"""The header of a safetensors file, read and checked before any tensor of the file.
 
     bytes 0-7       length N of the header, little-endian
     bytes 8-7+N     JSON: {"<name>": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {...}}
     the rest        the tensors' bytes, to which the offsets point
 
-Whatever the header promises must lie in the file: what is allocated later is never more than the file's own size.
+Everything that the header claims must be in the file, so that later allocations never exceed the file's size.
 Source: https://github.com/safetensors/safetensors, README, "Format".
 """
 
@@ -34,22 +34,23 @@ _DTYPES = {
 
 
 class Header(NamedTuple):
-    """What a file promises, all of it checked: tensors by name, on the meta device, and the metadata."""
+    """The checked content of a header: tensors by name, on the meta device, and the metadata."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
-class _Lie(ValueError):
-    """What of a header is not so."""
+class _HeaderError(ValueError):
+    """The first error in a header."""
 
 
 def read_header(path: Path, key: str) -> Header:
     """Read and check the header of a safetensors file; no tensor is read or allocated.
 
-    Raises UserError that begins with `key`, the configuration key that named the file, and says what is wrong: a length
-    that the file does not have, JSON that is none or names something twice, an unknown dtype, a shape that is negative
-    or does not fill its bytes, bytes outside of the file, shared by two tensors or by none, metadata that are no texts.
+    Raises UserError that begins with `key`, the configuration key that named the file, and names the first error: a
+    length that the file does not have, invalid JSON or a name that occurs twice, an unknown dtype, a shape that is
+    negative or does not fill its bytes, bytes outside of the file, shared by two tensors or used by none, metadata that
+    are not strings.
     """
     try:
         with open(path, "rb") as stream:
@@ -57,19 +58,19 @@ def read_header(path: Path, key: str) -> Header:
             first = stream.read(8)
             length = int.from_bytes(first, "little")
             if size < 8:
-                raise _Lie(f"it has {size} bytes, too few for a header's length")
+                raise _HeaderError(f"it has {size} bytes, too few for a header's length")
             if length > size - 8 and first.startswith(_PICKLED):
-                raise _Lie("it begins as torch's pickled files do, which are read under the ending .pt alone")
+                raise _HeaderError("it begins as torch's pickled files do, which are read under the ending .pt alone")
             if length > size - 8:
-                raise _Lie(f"it says that its header has {length:,} bytes, the file has {size:,}")
+                raise _HeaderError(f"it says that its header has {length:,} bytes, the file has {size:,}")
             if length > MAX_HEADER_BYTES:
-                raise _Lie(f"its header has {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
+                raise _HeaderError(f"its header has {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
             return _check_header(_parse(stream.read(length)), size - 8 - length)
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read ({error.strerror})") from None
-    except _Lie as lie:
+    except _HeaderError as error:
         raise UserError(
-            f"{key}: {path} is no readable safetensors file ({lie}); get it again from where it came, or name another"
+            f"{key}: {path} is not a readable safetensors file ({error}); download it again or name another"
         ) from None
 
 
@@ -81,20 +82,20 @@ def _parse(content: bytes) -> dict[str, Any]:
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise _Lie(f"its header names {_show(twice)} twice")
+            raise _HeaderError(f"its header names {_show(twice)} twice")
         return found
 
     def no_number(text: str) -> float:
-        raise _Lie(f"its header holds {text}, which is no JSON")
+        raise _HeaderError(f"its header holds {text}, which is not JSON")
 
     try:
         header = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number)
-    except _Lie:
+    except _HeaderError:
         raise
     except (ValueError, RecursionError) as error:
-        raise _Lie(f"its header is no JSON: {_show(str(error))}") from None
+        raise _HeaderError(f"its header is not JSON: {_show(str(error))}") from None
     if not isinstance(header, dict):
-        raise _Lie(f"its header is a JSON {type(header).__name__}, no object")
+        raise _HeaderError(f"its header is a JSON {type(header).__name__}, no object")
     return header
 
 
@@ -102,7 +103,7 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> Header:
     """Check every entry of a header, and that together they take the file's data once and whole."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Lie("its __metadata__ is no flat object of texts")
+        raise _HeaderError("its __metadata__ is not a flat object of strings")
     spans, tensors = [], {}
     for name, entry in header.items():
         dtype, shape, span = _check_entry(name, entry)
@@ -111,34 +112,36 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> Header:
     end = 0
     for first, last, name in sorted(spans):
         if last > data_bytes:
-            raise _Lie(f"{_show(name)} is said to end at byte {last:,} of {data_bytes:,}")
+            raise _HeaderError(f"{_show(name)} claims to end at byte {last:,} of {data_bytes:,}")
         if first != end:
-            raise _Lie(
+            raise _HeaderError(
                 f"{_show(name)} begins at byte {first:,}, "
                 + ("within the tensor before it" if first < end else f"after a gap from byte {end:,}")
             )
         end = last
     if end != data_bytes:
-        raise _Lie(f"its tensors take {end:,} bytes, the file holds {data_bytes:,}")
+        raise _HeaderError(f"its tensors take {end:,} bytes, the file holds {data_bytes:,}")
     made = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     return Header(made, metadata)
 
 
 def _check_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
-    """Check what a header says of one tensor; returns its dtype, shape, and first and last byte (beyond)."""
+    """Check the entry of one tensor; returns its dtype, shape, first byte and the byte after its last."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Lie(f"{_show(name)} is no object of dtype, shape and data_offsets")
+        raise _HeaderError(f"{_show(name)} is not an object of dtype, shape and data_offsets")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise _Lie(f"{_show(name)} has dtype {_show(entry['dtype'])}; known are {' '.join(_DTYPES)}")
+        raise _HeaderError(f"{_show(name)} has dtype {_show(entry['dtype'])}; known are {' '.join(_DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_counts(shape) or len(shape) > _MAX_AXES:
-        raise _Lie(f"{_show(name)} has shape {_show(shape)}; up to {_MAX_AXES} whole numbers from 0 up are allowed")
+        raise _HeaderError(
+            f"{_show(name)} has shape {_show(shape)}; up to {_MAX_AXES} whole numbers from 0 up are allowed"
+        )
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _Lie(f"{_show(name)} has data_offsets {_show(offsets)}; two ascending whole numbers are allowed")
+        raise _HeaderError(f"{_show(name)} has data_offsets {_show(offsets)}; two ascending whole numbers are allowed")
     wanted = math.prod(shape) * dtype.itemsize
     if wanted != offsets[1] - offsets[0]:
-        raise _Lie(
+        raise _HeaderError(
             f"{_show(name)} of shape {_show(shape)} and dtype {entry['dtype']} takes {min(wanted, 2**63):,} bytes"
             f"{' and more' if wanted > 2**63 else ''}, but is given {offsets[1] - offsets[0]:,}"
         )
