@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-full test test-slow lint bench simd clean
+.PHONY: install demo demo-full test test-slow lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -23,7 +23,7 @@ demo: install  ## the whole main job on the embedded glyphs, some minutes on two
 demo-full: install  ## the demo and its controls from scratch and with few labels, half an hour
 	$(PY) bench/demo.py full
 
-test: install lint  ## all tests but the slow ones, at most ten minutes on two cores
+test: install lint  ## all tests but the slow ones, about six minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: install  ## what takes longer
@@ -35,6 +35,9 @@ lint: install  ## ruff: rules and format
 
 bench: install  ## side-by-side measurements; run it on an idle machine
 	$(PY) bench/step_overhead.py
+
+bench-gpu: install  ## GPU tests, benches and a profile on one GPU, at most eight minutes; writes outputs/bench/gpu/
+	$(PY) bench/gpu.py
 
 simd: install  ## replace Pillow by pillow-simd (needs a C compiler and the zlib and libjpeg headers)
 	$(PY) -m pip uninstall --quiet --yes pillow

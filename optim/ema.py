@@ -36,10 +36,8 @@ class EMA:
         self._on_host = device == "cpu" and not shared and any(tensor.is_cuda for tensor in current.values())
         if self._on_host:
             self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._current.items()}
-            self._source = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                for name, tensor in self._current.items()
-            }
+            # In the averages' memory layout, which the fused kernel does not check.
+            self._source = {name: torch.empty_like(tensor, pin_memory=True) for name, tensor in self.tensors.items()}
         else:
             self.tensors = {name: tensor.clone() for name, tensor in current.items()}
             self._source = self._current

@@ -1,12 +1,21 @@
 """Exact means of per-sample values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
+
+
+def measure_means(batches: Iterable[Batch], compute: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the means over all batches of the per-sample values [B] that `compute` returns, as `Means.reduce`."""
+    means = Means()
+    for batch in batches:
+        means.add(compute(batch), batch["weight"] > 0)
+    return means.reduce()
 
 
 class Means:

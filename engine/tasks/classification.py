@@ -24,7 +24,6 @@ from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup
 from engine.tasks.labels import LabelFields
 from models.build import build_network, check_image_size
-from models.normalise import Normalise
 from models.weights import initialise_from
 from utils.config.schema import Strict
 from utils.contracts import Batch
@@ -58,7 +57,7 @@ class ClassificationTask(Task):
         check_image_size(setup.model, tuple(preprocessing["image_size_hw"]))
         self.class_names = list(setup.facts["class_names"])
         self.network = build_network(setup.model, num_classes=len(self.class_names))
-        self.normalise = Normalise(preprocessing["mean"], preprocessing["std"], setup.model.in_channels)
+        self.normalise = setup.normalise()
         self.label_smoothing, self.head = config.label_smoothing, config.head
         mixes = []
         if config.mixup_alpha > 0:

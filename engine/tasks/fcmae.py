@@ -25,7 +25,6 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
-from models.normalise import Normalise
 from models.weights import initialise_from
 from utils.config.schema import Strict
 from utils.contracts import Batch
@@ -109,7 +108,7 @@ class FCMAETask(Task):
             execution=config.execution,
             grn_over=config.grn_over,
         )
-        self.normalise = Normalise(preprocessing["mean"], preprocessing["std"], setup.model.in_channels)
+        self.normalise = setup.normalise()
         self.probe_k = config.probe.k
         self._metadata = setup.metadata()
 

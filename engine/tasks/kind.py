@@ -22,7 +22,7 @@ from data.image_data import ImageData
 from data.loader import Fields
 from data.rows import training_rows
 from data.source import ImageDecoder
-from data.stream import build_sampler
+from data.stream import Sampler, build_sampler
 from data.transforms import EvalTransform, TrainTransform, Transform
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
@@ -30,6 +30,7 @@ from engine.streams import Streams
 from engine.task import Task
 from models.config import ModelConfig
 from models.image_model import Output
+from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
 
@@ -57,8 +58,12 @@ class Setup(Generic[Config]):
     preprocessing: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def normalise(self) -> Normalise:
+        """Return the normalisation of images."""
+        return Normalise(self.preprocessing["mean"], self.preprocessing["std"], self.model.in_channels)
+
     def metadata(self) -> dict[str, Any]:
-        """Return what a weight file must say beside model and task."""
+        """Return the metadata of a weight file beside model and task."""
         return {**self.facts, "preprocessing": dict(self.preprocessing)}
 
 
@@ -128,16 +133,18 @@ class Kind(Generic[Config]):
         """Return the named views of a training image."""
         return {"images": TrainTransform(augment)}
 
+    def sampler(
+        self, collection: Collection, setup: Setup[Config], config: ImageTrainingConfig, rows: np.ndarray
+    ) -> Sampler:
+        """Return the order of the training rows: the one that `loop.sampling` names."""
+        return build_sampler(config.loop.sampling, rows, collection, config.seed)
+
     def streams(self, data: ImageData, setup: Setup[Config], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
         collection = data.collection
         rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
-        train = data.train(
-            rows,
-            self.fields(collection, setup),
-            self.views(setup, config.augment),
-            sampler=build_sampler(config.loop.sampling, rows, collection, config.seed),
-        )
+        fields, views = self.fields(collection, setup), self.views(setup, config.augment)
+        train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         return Streams(train, self.evaluation(data, setup, training=True), data.fingerprints)
 
     def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:

@@ -17,7 +17,6 @@ from engine.task import Task, fingerprint_frozen
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.kinds import find_kind
 from models.image_model import ImageModel
-from models.normalise import Normalise
 from models.predictor import check_metadata, wrong_metadata
 from models.weights import check_fit, load_into
 from utils.errors import UserError
@@ -35,9 +34,7 @@ class Rebuilt:
 
     def image_model(self) -> ImageModel:
         """Return the network from images to the kind's output."""
-        preprocessing = self.setup.preprocessing
-        normalise = Normalise(preprocessing["mean"], preprocessing["std"], preprocessing["channels"])
-        return ImageModel(self.kind.image_network(self.task), normalise, self.kind.output).eval()
+        return ImageModel(self.kind.image_network(self.task), self.setup.normalise(), self.kind.output).eval()
 
 
 def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:

@@ -3,28 +3,21 @@
 Two global and four local crops of each image are named views. An EMA teacher, initialised with the student, is what is
 exported and judged; its outputs are centred, and its temperature is warmed up and then held.
 
-    python tests/tasks/multicrop.py data.root=COLLECTION
+    python -m tests.tasks.multicrop data.root=COLLECTION
 """
 
 import copy
-import sys
-from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import finetune
 from data.transforms import TrainTransform
-from engine.measures.means import Means
+from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task
 from engine.tasks.kind import ImageTrainingConfig, Kind
-from engine.tasks.kinds import KINDS
 from models.build import build_network
-from models.normalise import Normalise
 from models.weights import initialise_from
-from utils.config.entry_point import entry_point
+from tests.tasks.entry import add_kind
 from utils.config.schema import Strict
 from utils.ranks import distributed
 
@@ -51,7 +44,7 @@ class MultiCropTask(Task):
         super().__init__()
         self.student = build_network(setup.model, num_classes=setup.task.dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.normalise = Normalise(setup.preprocessing["mean"], setup.preprocessing["std"], setup.model.in_channels)
+        self.normalise = setup.normalise()
         self.register_buffer("centre", torch.zeros(setup.task.dim))
         self.register_buffer("outputs", torch.zeros(setup.task.dim + 1), persistent=False)  # their sum, and number
         self.config, self._metadata = setup.task, setup.metadata()
@@ -87,12 +80,12 @@ class MultiCropTask(Task):
         self.outputs.zero_()
 
     def evaluate(self, loaders, step):
-        means = Means()
-        for batch in loaders["val"]:
-            images = self.normalise(batch["images"])
-            target, mirrored = (self.teacher(view).float().log_softmax(dim=1) for view in (images, images.flip(-1)))
-            means.add({"loss": -(target.exp() * mirrored).sum(dim=1)}, batch["weight"] > 0)
-        return Report(means.reduce())
+        return Report(measure_means(loaders["val"], self._disagreement))
+
+    def _disagreement(self, batch):
+        images = self.normalise(batch["images"])
+        target, mirrored = (self.teacher(view).float().log_softmax(dim=1) for view in (images, images.flip(-1)))
+        return {"loss": -(target.exp() * mirrored).sum(dim=1)}
 
 
 class MultiCropKind(Kind):
@@ -110,8 +103,7 @@ class MultiCropKind(Kind):
         return {name: TrainTransform(augment) for name in GLOBAL} | {name: TrainTransform(small) for name in LOCAL}
 
 
-KINDS["multicrop"] = MultiCropKind()
-main = entry_point("multicrop", MultiCropConfig, config_dir=Path(__file__).parent / "conf")(finetune.main.main)
+main = add_kind("multicrop", MultiCropKind(), MultiCropConfig)
 
 if __name__ == "__main__":
     main()

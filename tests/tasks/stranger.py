@@ -1,10 +1,7 @@
-"""A root script with the strangers' kinds in its table:  python tests/tasks/stranger.py evaluate run_dir=RUN"""
+"""A root script with the strangers' kinds in its table:  python -m tests.tasks.stranger evaluate run_dir=RUN"""
 
 import importlib
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import tests.tasks.flow
 import tests.tasks.multicrop

@@ -3,25 +3,18 @@
 python tests/tasks/tagging.py data.root=COLLECTION
 """
 
-import sys
-from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.nn import functional as F
 
-import finetune
 from data.batch import Ragged, multi_hot
-from engine.measures.means import Means
+from engine.measures.means import measure_means
 from engine.task import Exported, Report, StepOutput, Task, log_mean
 from engine.tasks.kind import ImageTrainingConfig, Kind
-from engine.tasks.kinds import KINDS
 from models.build import build_network
-from models.normalise import Normalise
 from models.weights import initialise_from
-from utils.config.entry_point import entry_point
+from tests.tasks.entry import add_kind
 from utils.config.schema import Strict
 
 
@@ -50,7 +43,7 @@ class TaggingTask(Task):
         super().__init__()
         self.tag_names = setup.facts["tag_names"]
         self.network = build_network(setup.model, num_classes=len(self.tag_names))
-        self.normalise = Normalise(setup.preprocessing["mean"], setup.preprocessing["std"], setup.model.in_channels)
+        self.normalise = setup.normalise()
         self.register_buffer("positive_weight", torch.tensor(setup.task.positive_weight))
         self._metadata = setup.metadata()
 
@@ -74,10 +67,7 @@ class TaggingTask(Task):
         return StepOutput(loss, {"recall": log_mean(recall, batch["weight"])})
 
     def evaluate(self, loaders, step):
-        means = Means()
-        for batch in loaders["val"]:
-            means.add({"loss": self._losses(batch)[0]}, batch["weight"] > 0)
-        return Report(means.reduce())
+        return Report(measure_means(loaders["val"], lambda batch: {"loss": self._losses(batch)[0]}))
 
 
 class TaggingKind(Kind):
@@ -95,8 +85,7 @@ class TaggingKind(Kind):
         return TagFields(setup.facts["tag_names"])
 
 
-KINDS["tagging"] = TaggingKind()
-main = entry_point("tagging", TaggingConfig, config_dir=Path(__file__).parent / "conf")(finetune.main.main)
+main = add_kind("tagging", TaggingKind(), TaggingConfig)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,47 @@
+"""Every task's real step on CUDA tensors that do not exist (tests/fake_cuda.py): no wrong device or dtype, and no host
+read within a step. Planted faults are found.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (cc) for the shim")
+TASKS = ("classification", "resnet18", "fcmae", "tagging", "multicrop", "flow")
+OPTIMISERS, PRECISIONS = ("adamw", "adan", "sgd"), ("fp32", "bf16", "fp16")
+
+
+def run_cases(*cases):
+    """Run cases in one process of their own; returns a row for each."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/fake_cuda.py"), *cases], cwd=ROOT, capture_output=True, text=True,
+        timeout=500, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["case"] for row in rows] == list(cases)
+    return rows
+
+
+def check(rows):
+    wrong = [row for row in rows if row["error"] or row["waits"]]
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+def test_planted_faults_are_found_and_every_task_runs():
+    """Every task with AdamW in bf16, and a classifier with every optimiser and precision."""
+    cases = [f"{task}:adamw:bf16" for task in TASKS]
+    cases += [f"classification:{optim}:fp16" for optim in OPTIMISERS] + ["classification:adan:fp32"]
+    check(run_cases("faults", *cases))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_optimiser_and_precision(task):
+    check(run_cases(*[f"{task}:{optim}:{precision}" for optim in OPTIMISERS for precision in PRECISIONS]))

@@ -1,0 +1,137 @@
+"""The strangers' tasks of tests/tasks under every script: roles, initial weights, what is judged, exported and saved,
+frozen networks, and their cost in lines. Exact resume and ranks: test_exactness.py.
+"""
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import export
+import predict
+import tests.tasks.tagging  # noqa: F401 (adds its kind to the table)
+from tests.engine.test_checkpoint import forge
+from tests.in_process import SHORT, make_images, run, working_in
+from tests.support import ROOT, rows
+from utils.config.entry_point import Job
+from utils.errors import UserError
+from utils.io.weights import read_metadata
+
+OVERRIDES = [*SHORT, "data.root=images", "augment.image_size_hw=[32,32]", "loop.total_steps=3"]
+# What the same tasks cost before the contracts: a teacher of 127 + 86 + 33 lines, rectified flow of 180 + 18.
+LINES = {"multicrop": 0.6 * 246, "flow": 0.6 * 198}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with images and a run of each task, with an average."""
+    folder = tmp_path_factory.mktemp("strangers")
+    make_images(folder / "images")
+    for task in ("multicrop", "flow", "tagging"):
+        run(f"tests.tasks.{task}", [*OVERRIDES, f"run_dir={task}", "loop.ema_decay=0.9"], folder)
+    return folder
+
+
+def call(script, folder, **values):
+    """Run a script's body with values of its configuration."""
+    with working_in(folder):
+        schema = script.main.schema
+        return script.main.main(schema.model_validate(values), Job(script.__name__, {}, []))
+
+
+RUNTIME = {
+    "device": "cpu", "precision": "fp32", "channels_last": False, "workers": 0, "threads": 1, "deterministic": True,
+    "hang_timeout_sec": 60.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["multicrop", "flow", "tagging"])
+def test_evaluate_finds_what_the_run_found(task, place):
+    call(evaluate, place, run_dir=task, weights="best", output=f"{task}.json", batch_size=3, runtime=RUNTIME)
+    found = json.loads((place / f"{task}.json").read_text())
+    last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
+    # What is exported is judged: the average where there is one of it, else the network itself.
+    judged = last["loss"] if task == "multicrop" else last["ema/loss"]
+    assert found["loss"] == pytest.approx(judged, rel=1e-5)
+    assert ("ema/loss" in last) == (task != "multicrop")
+
+
+def test_the_teacher_is_exported_and_the_student_is_checkpointed(place):
+    exported = load_file(place / "multicrop/weights/best_weights.safetensors")
+    checkpoint = place / "multicrop/checkpoints/step_00000003"
+    weights, rest = (load_file(checkpoint / f"{name}.safetensors") for name in ("weights", "task"))
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in exported)
+    assert {name.partition(".")[0] for name in rest} == {"student", "centre"}
+    assert not torch.equal(rest["student.head.weight"], exported["head.weight"])
+    last = place / "multicrop/weights/last_weights.safetensors"
+    assert last.samefile(checkpoint / "weights.safetensors")  # linked, not written twice
+    assert read_metadata(last, "weights")["step"] == 3
+
+
+def test_init_from_reaches_the_teacher_too(place):
+    """The teacher is a copy that the constructor made: it must not stay random."""
+    settings = [*OVERRIDES, "init_from=multicrop", "run_dir=again", "loop.total_steps=1", "optim.lr=1e-12"]
+    run("tests.tasks.multicrop", settings, place)
+    before = load_file(place / "multicrop/weights/last_weights.safetensors")
+    after = load_file(place / "again/weights/last_weights.safetensors")
+    for name in before:
+        if not name.startswith("head."):
+            torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place):
+    checkpoint = place / "flow/checkpoints/step_00000003"
+    names = {name for file in checkpoint.glob("*.safetensors") for name in load_file(file)}
+    assert not any("encoder" in name for name in names) and "velocity.label.weight" not in names  # bare names
+    assert "label.weight" in load_file(checkpoint / "weights.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["fingerprints"]["frozen.encoder"] == read_metadata(
+        place / "flow/weights/best_weights.safetensors", "weights"
+    )["frozen"]["encoder"]  # fmt: skip
+    forge(checkpoint, lambda state: state["fingerprints"].update({"frozen.encoder": "another"}))
+    with pytest.raises(UserError, match=r"^resume: frozen\.encoder of flow has changed since the checkpoint"):
+        run("tests.tasks.flow", [*OVERRIDES, "run_dir=flow", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
+
+
+def test_labels_are_dropped_in_training_only(place):
+    settings = [*OVERRIDES, "run_dir=dropped", "task.label_dropout=0.9"]
+    run("tests.tasks.flow", settings, place)
+    assert max(row["dropped"] for row in rows(place / "dropped/metrics.jsonl", "train")) > 0.4
+    assert all(row["dropped"] == 0 for row in rows(place / "dropped/metrics.jsonl", "evaluate"))
+
+
+def predictions(place, output, **values):
+    """Predict the validation images; returns the file's rows."""
+    config = {"top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu"}
+    call(predict, place, **{**config, "input": "images/val", "output": output, **values})
+    with open(place / output, newline="") as stream:
+        return list(csv.DictReader(stream)) if output.endswith(".csv") else [json.loads(line) for line in stream]
+
+
+def test_tags_and_features_are_exported_and_predicted(place):
+    for task, output in (("tagging", "tags.csv"), ("multicrop", "features.jsonl")):
+        call(export, place, format="onnx", run_dir=task, weights="best", output=None, tolerance=1e-4)
+        found = [predictions(place, output, weights=weights) for weights in (task, f"{task}/export/model.onnx")]
+        assert len(found[0]) == 4 and [row["path"] for row in found[0]] == [row["path"] for row in found[1]]
+        if task == "tagging":
+            assert all(set(row["tags"].split(", ")) <= {f"tag {number}" for number in range(40)} for row in found[0])
+        else:
+            vectors = [torch.tensor([row["features"] for row in given]) for given in found]
+            assert vectors[0].shape == (4, 32)
+            torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_task_has_no_output_for_is_refused(place):
+    with pytest.raises(UserError, match=r"^weights: flow/.* is of task 'flow', which has no output for one image"):
+        call(export, place, format="onnx", run_dir="flow", weights="best", output=None, tolerance=1e-4)
+    with pytest.raises(UserError, match=r"^output: .* outputs features, which CSV does not hold; name a \.jsonl"):
+        predictions(place, "features.csv", weights="multicrop")
+
+
+@pytest.mark.parametrize("task", LINES)
+def test_a_task_costs_at_most_three_fifths_of_its_lines_before(task):
+    files = [ROOT / f"tests/tasks/{task}.py", ROOT / f"tests/tasks/conf/{task}.yaml"]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= LINES[task]

@@ -1,0 +1,376 @@
+"""Training steps on CUDA tensors that do not exist: finds, without a GPU, what a GPU would refuse.
+
+    python tests/fake_cuda.py TASK:OPTIMISER:PRECISION ...      one line of JSON for each case
+    python tests/fake_cuda.py faults                            planted faults that must be found
+
+Tensors are those of torch's FakeTensorMode: they have shape, dtype, layout and the device cuda:0, but no memory. Every
+operation checks devices and dtypes as on a GPU, and autocast is that of CUDA. What runs is the loop of every entry
+point, an evaluation of weights and averages, the writer's copies to the host, a reload, and more steps.
+
+Three things replace the machine. A shim (C, compiled by cc, loaded before torch) answers that no device has a context:
+without a driver, a CUDA build of torch cannot run a backward pass over fake tensors otherwise. `Device`, a dispatch
+mode, reports reads of device memory on the host and checks the fused optimiser kernels, which have no fake form.
+`HostArrays` gives zeros where a tensor leaves torch. Not covered: numbers, streams, cuDNN, NCCL, DDP, FSDP.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+_SHIM = """
+static signed char count = 0;
+void set_device_count(int n) { count = (signed char)n; }
+signed char _ZN3c104cuda12device_countEv(void) { return count; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 0; return 0; }
+"""
+
+
+def _load_shim():
+    """Compile and load the shim; None where torch has no CUDA or the machine has a driver."""
+    torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    if not (torch_folder / "lib/libc10_cuda.so").exists() or Path("/dev/nvidiactl").exists():
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="fake_cuda_"))
+    (folder / "shim.c").write_text(_SHIM)
+    # The driver's name: torch takes the library that is loaded already.
+    name = "-Wl,-soname,libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", name, "-o", folder / "shim.so", folder / "shim.c"], check=True)
+    return ctypes.CDLL(str(folder / "shim.so"), ctypes.RTLD_GLOBAL)
+
+
+_shim = _load_shim()  # before torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tests.tasks.flow
+import tests.tasks.multicrop
+import tests.tasks.tagging
+from bench.measure import bench_loop, build_bench_run, read_group
+from data.batch import Ragged, collate, to_device
+from engine.measures import probe as probe_module
+from engine.streams import Streams
+from engine.tasks.fcmae import patch_count
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.writer import HostCopies
+from models.config import ModelConfig
+from optim.config import KnobConfig
+
+DEVICE = torch.device("cuda", 0)
+SIZE, BATCH, STEPS, NAMES = 64, 4, 3, [f"name {index}" for index in range(7)]
+_VALUE_SHAPED = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount", "aten::equal"}
+_FUSED = {"aten::_fused_sgd_", "aten::_fused_adamw_"}
+# CUDA kernels that refuse two floating-point dtypes where the fake ones do not.
+_ONE_DTYPE = {
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward"),
+    *("aten::index_copy", "aten::index_copy_", "aten::index_put_", "aten::index_add", "aten::scatter", "aten::gather"),
+    *("aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::gelu_backward"),
+}
+
+
+def _tensors(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class Device(TorchDispatchMode):
+    """Report host reads of device memory while `strict`, and check what fake kernels do not check."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict, self.waits = False, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), func._schema.name
+        given = _tensors((args, kwargs))
+        on_device = any(tensor.device.type == "cuda" for tensor in given)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # needs a driver
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self._report("a number is read", on_device)
+            return {torch.bool: not on_device, torch.int64: 0, torch.int32: 0, torch.uint8: 0}.get(args[0].dtype, 0.5)
+        masks = name.startswith("aten::index") and any(t.dtype == torch.bool for t in _tensors(args[1:2]))
+        if name in _VALUE_SHAPED or masks:
+            self._report(f"the shape of {name} depends on values", on_device)
+            if name == "aten::equal":
+                return True
+            if masks:
+                args = (
+                    args[0],
+                    [t if t is None else torch.arange(len(t), device=t.device) for t in args[1]],
+                    *args[2:],
+                )
+        if name in _FUSED:
+            return _check_fused(name, args, kwargs)
+        if name in _ONE_DTYPE and on_device:
+            dtypes = {tensor.dtype for tensor in given if tensor.is_floating_point()}
+            assert len(dtypes) <= 1, f"{name} of {sorted(map(str, dtypes))}"
+        out = func(*args, **kwargs)
+        if name in ("aten::_to_copy", "aten::copy_"):
+            devices = {tensor.device.type for tensor in [*given, *_tensors(out)]}
+            background = kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+            self._report("a copy between host and device", devices == {"cpu", "cuda"} and not background)
+        return out
+
+    def _report(self, what, happened):
+        if self.strict and happened:
+            own = [frame for frame in traceback.extract_stack()[:-2] if "site-packages" not in frame.filename]
+            self.waits.append(f"{what} at {Path(own[-1].filename).name}:{own[-1].lineno}")
+
+
+def _check_fused(name, args, kwargs):
+    """Check what torch's fused kernels require on CUDA: equal devices, dtypes, shapes and strides."""
+    lists = [value for value in args[:4] if isinstance(value, list | tuple) and len(value)]
+    for members in zip(*lists):
+        first = members[0]
+        for tensor in members:
+            same = tensor.device == first.device and tensor.dtype == first.dtype
+            assert same, f"{name}: {tensor.device} {tensor.dtype} beside {first.device} {first.dtype}"
+            assert tensor.shape == first.shape, f"{name}: {tensor.shape} and {first.shape}"
+            wide = [axis for axis, size in enumerate(first.shape) if size > 1]
+            assert all(tensor.stride(axis) == first.stride(axis) for axis in wide), f"{name}: other strides"
+    flag, place = kwargs.get("found_inf"), lists[0][0].device
+    assert flag is None or (flag.device == place and flag.dtype == torch.float32), f"{name}: found_inf {flag}"
+    for step in args[5] if name != "aten::_fused_sgd_" else []:
+        assert step.device == place and step.dtype == torch.float32, f"{name}: step {step}"
+
+
+class HostArrays(TorchFunctionMode):
+    """Give zeros for tensors that become NumPy arrays, and an address for tensors without memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        tensor = args[0] if args else None
+        if isinstance(tensor, FakeTensor):
+            if func in (torch.Tensor.numpy, torch.Tensor.__array__):
+                assert tensor.device.type == "cpu", "numpy() of a CUDA tensor"
+                return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            if func is torch.Tensor.data_ptr:
+                return tensor.untyped_storage()._cdata
+        return func(*args, **(kwargs or {}))
+
+
+def _apply(self, fn, recurse=True):
+    """Replace nn.Module._apply: torch cannot move parameters without memory in place."""
+    for module in self.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    moved = fn(parameter.detach())
+                module._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fn(buffer)
+    return self
+
+
+class _Event:
+    def __init__(self, *arguments, **named):
+        pass
+
+    def record(self, *arguments):
+        pass
+
+    synchronize = record
+
+
+@contextlib.contextmanager
+def fake_gpu():
+    """Pretend a machine with one GPU; yields the Device."""
+    device, select = Device(), torch._C._select_conv_backend
+
+    def select_conv_backend(image, weight, **named):
+        return torch._C._ConvBackend.Cudnn if image.device.type == "cuda" else select(image, weight, **named)
+
+    replaced = [
+        (torch._C, "_select_conv_backend", select_conv_backend),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch.cuda, "manual_seed", lambda _: None),
+        (torch.cuda, "Event", _Event),
+        (torch.cuda, "_lazy_init", lambda: None),
+        (nn.Module, "_apply", _apply),
+    ]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        avoids = mode.avoid_device_init  # asked before torch.cuda.is_available is replaced
+        replaced.append((FakeTensorMode, "avoid_device_init", property(lambda self: avoids)))
+        originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
+        for holder, name, value in replaced:
+            setattr(holder, name, value)
+        if _shim is not None:
+            _shim.set_device_count(127)
+        try:
+            with device, HostArrays():
+                yield device
+        finally:
+            for holder, name, value in originals:
+                setattr(holder, name, value)
+            if _shim is not None:
+                _shim.set_device_count(0)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cases
+
+
+def make_setup(task):
+    """Return the kind and the setup of a task, by name; `resnet18` is a classifier with batch norm."""
+    if task == "resnet18":
+        model, task = read_group(ModelConfig, "model", "timm", name="resnet18"), "classification"
+    else:
+        small = {"depths": [1, 1], "dims": [8, 16], "stem_stride": 2, "drop_path_rate": 0.1}
+        model = read_group(ModelConfig, "model", "convnextv2_atto", **small)
+    kind = KINDS[task]
+    config = {
+        "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
+        "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
+        "tagging": lambda: kind.config(name=task, positive_weight=2.0),
+        "multicrop": lambda: kind.config(
+            name=task, dim=12, local_size_hw=[32, 32], student_temperature=0.1, centre_momentum=0.9
+        ),
+        "flow": lambda: kind.config(name=task, chunk=2, label_dropout=0.1),
+    }[task]()
+    if task == "flow":
+        model = kind.model_schema(name="toy", in_channels=3, width=8)
+    preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
+    return kind, Setup(model, config, preprocessing, dict.fromkeys(kind.fact_names, NAMES))
+
+
+def make_batch(task, setup):
+    """Return a batch as the loader makes it, moved by the loader's own function."""
+    samples = []
+    for number in range(BATCH):
+        images = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+        sample = {"sample_id": torch.tensor(number), "key": torch.tensor(number), "weight": torch.tensor(1.0)}
+        sample |= {"images": images, "labels": torch.tensor(number % 3)}
+        if task == "fcmae":
+            sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
+        if task == "tagging":
+            sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
+        if task == "multicrop":
+            for name in tests.tasks.multicrop.GLOBAL + tests.tasks.multicrop.LOCAL:
+                sample[name] = images if name.startswith("global") else images[:, :32, :32]
+        samples.append(sample)
+    return to_device(collate(samples), DEVICE)
+
+
+def run_steps(run, batches):
+    """Run the loop until its stream ends."""
+    try:
+        train_one_epoch(run, iter([batches] * STEPS), bench_loop(), 0, StopVote())
+    except StopIteration:
+        return
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, StopIteration):
+            raise
+
+
+def run_case(task, optim, precision):
+    """Run steps, evaluations, copies, a reload and more steps; returns the host reads within the steps."""
+    with fake_gpu() as device:
+        kind, setup = make_setup(task)
+        torch.manual_seed(0)
+        run = build_bench_run(
+            kind.build(setup), runtime="reference", batch_size=BATCH, accum_steps=2, optim=optim, ema_decay=0.99,
+            runtime_changes={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},
+        )  # fmt: skip
+        learner = run.learner
+        knob = KnobConfig.model_validate({"start": 0.5, "phases": [{"to": 1.0, "curve": "cosine"}]})
+        knobs = dict.fromkeys(learner.task.knob_names, knob)
+        object.__setattr__(learner.schedule, "config", learner.schedule.config.model_copy(update={"knobs": knobs}))
+        batches = [make_batch(task, setup) for _ in range(2)]
+
+        device.strict = True
+        run_steps(run, batches)
+        device.strict = False
+        probe_module._score = lambda *_: {}  # runs on the CPU and needs numbers
+        loaders = {"val": batches, **dict.fromkeys(("probe_train", "probe_val"), batches)}
+        run.evaluator.streams = Streams(None, loaders, {})
+        run.evaluator._measure(learner)
+        if learner.exports_average:
+            with learner.averages.swapped():
+                run.evaluator._measure(learner)
+        run.recorder.log_meter.means()
+        groups, others = learner.state()
+        copies, _ = HostCopies().take(groups)
+        assert all(tensor.device.type == "cpu" for group in copies.values() for tensor in group.values())
+        learner.load_state(copies, others, "the copies")
+        _check_devices(learner)
+        device.strict = True
+        run_steps(run, batches)
+        return device.waits
+
+
+def _check_devices(learner):
+    """Check that everything a step uses is on the device."""
+    tensors = {**learner.task.state_dict(), **dict(learner.task.named_buffers()), **learner.scale.state()}
+    for state in learner.optimizer.state.values():
+        tensors |= {f"{len(tensors)} {key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    wrong = {name: str(tensor.device) for name, tensor in tensors.items() if tensor.device != DEVICE}
+    assert not wrong, wrong
+
+
+def zeros(*shape):
+    """Return a tensor on the device."""
+    return torch.zeros(shape, device=DEVICE)
+
+
+FAULTS = {
+    "a CPU tensor in CUDA arithmetic": lambda: zeros(3) + torch.zeros(3),
+    "item": lambda: zeros(1).item(),
+    "bool": lambda: bool(zeros(1) > 0),
+    "tolist": lambda: zeros(2).tolist(),
+    "a boolean index": lambda: zeros(3)[zeros(3) > 0],
+    "a tensor of a number": lambda: zeros(3) * torch.tensor(2.0, device=DEVICE),
+    "a copy to the host": lambda: zeros(3).cpu(),
+    "matrices of two dtypes": lambda: zeros(2, 2) @ zeros(2, 2).bfloat16(),
+    "found_inf on the host": lambda: torch._fused_sgd_(
+        [zeros(2)], [zeros(2)], [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0, nesterov=False,
+        maximize=False, is_first_step=False, found_inf=torch.zeros(()),
+    ),
+}  # fmt: skip
+
+
+def find_fault(body):
+    """Return whether a planted fault is found."""
+    with fake_gpu() as device:
+        device.strict = True
+        try:
+            body()
+        except Exception:  # any refusal is a find
+            return True
+        return bool(device.waits)
+
+
+def main():
+    for case in sys.argv[1:]:
+        row = {"case": case, "error": None, "waits": []}
+        try:
+            if case == "faults":
+                row["waits"] = [name for name, body in FAULTS.items() if not find_fault(body)]  # those missed
+            else:
+                row["waits"] = run_case(*case.split(":"))
+        except Exception as error:
+            row["error"] = "".join(traceback.format_exception(error)[-4:])
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # torch's own exit aborts with the shim
