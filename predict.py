@@ -70,7 +70,7 @@ def find_images(source: str) -> list[Path]:
     return found
 
 
-def describe(values: np.ndarray, predictor: Predictor, config: PredictConfig) -> dict[str, Any]:
+def make_row(values: np.ndarray, predictor: Predictor, config: PredictConfig) -> dict[str, Any]:
     """Return what is written of one image's output [K]."""
     match predictor.output:
         case "classes":
@@ -99,7 +99,7 @@ def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) 
                 errors[path] = error.reason
         predicted = iter(predictor.predict(torch.stack(images)) if images else ())
         for path in paths[start : start + config.batch_size]:
-            row = {"error": errors[path]} if path in errors else describe(next(predicted), predictor, config)
+            row = {"error": errors[path]} if path in errors else make_row(next(predicted), predictor, config)
             yield {"path": str(path), **row}
 
 

@@ -10,7 +10,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from engine.run import build_task
-from models.build import build_network
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
 from tests.in_process import SCRIPTS, TRAINING, compose, configure, make_glyph_folder, run
 from utils.config.entry_point import CONF
 from utils.config.messages import ConfigError
@@ -124,8 +125,10 @@ def test_an_experiment_opens_with_its_evidence(name):
 @pytest.mark.parametrize("script", TRAINING)
 def test_a_dry_run_builds_on_the_meta_device(script):
     config, _ = configure(script, ["dry_run=true", "model=convnextv2_huge"])
-    network = build_task(lambda: build_network(config.model, num_classes=10), config)
-    assert all(parameter.is_meta for parameter in network.parameters())
+    facts = {"class_names": ["a", "b"]} if script == "finetune" else {}
+    setup = Setup(config.model, config.task, config.augment.preprocessing(3), facts)
+    task = build_task(lambda: KINDS[config.task.name].build(setup), config)
+    assert len(list(task.parameters())) > 100 and all(parameter.is_meta for parameter in task.parameters())
 
 
 def test_the_command_line_beats_the_experiment_the_experiment_the_file_and_the_file_its_group():

@@ -9,11 +9,14 @@ import typing
 from collections import defaultdict
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from data.transforms import EvalTransform
 from engine.runtime import Runtime
-from engine.tasks.classification import ClassificationTask
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
 from tests.in_process import (
     SCRIPTS,
     SHORT,
@@ -193,6 +196,7 @@ def run_all(recorder, folder):
     others = {
         "adan": [
             "optim=adan",
+            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1}]",
             "schedule=constant",
             "loop.sampling=balanced",
             "tracking=wandb",
@@ -213,10 +217,15 @@ def run_all(recorder, folder):
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
        "resume_allow=[optim.lr]")  # fmt: skip
-    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
+    durations = ("steps: 1", "epochs: 0.1", "fraction: 0.3")
+    phases = ", ".join(f"{{to: 0.05, curve: linear, {duration}}}" for duration in durations)
+    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop",
+       f"schedule.knobs.teacher_temperature.phases=[{phases}]")  # fmt: skip
     go("evaluate", "run_dir=tuned", "runtime.device=cpu", "runtime.threads=1")
     go("export", "run_dir=tuned")
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
+    go("tests.tasks.tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
+    go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", *folders)
     go("prepare", "job=glyphs", on_glyphs)
     return reads
@@ -237,9 +246,13 @@ PROVED = {
     "ConvNeXtV2Config.name",
     "AugmentConfig.mean",
     "AugmentConfig.std",
+    "AugmentConfig.eval_crop",
 }
 # Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
-REFUSED = {"finetune": ("KnobConfig.",), "pretrain_fcmae": ("KnobConfig.", "TimmConfig.")}
+REFUSED = {
+    "finetune": ("KnobConfig.", "PhaseConfig."),
+    "pretrain_fcmae": ("KnobConfig.", "PhaseConfig.", "TimmConfig."),
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -250,9 +263,9 @@ def test_every_leaf_is_read(script, runs):
 
 
 def test_every_knob_is_read(runs):
-    assert {"KnobConfig.start", "PhaseConfig.to", "PhaseConfig.curve", "PhaseConfig.fraction"} <= runs[0][
-        "tests.tasks.multicrop"
-    ]
+    durations = {"steps", "epochs", "fraction"}
+    phase = {f"PhaseConfig.{name}" for name in {"to", "curve", *durations}}
+    assert {"KnobConfig.start", *phase} <= runs[0]["tests.tasks.multicrop"]
 
 
 def test_the_recorder_sees_what_is_not_read(runs):
@@ -274,10 +287,16 @@ def test_the_name_of_a_model_stands_in_its_weights(runs):
     assert read_weights(path, "weights")[1]["model"]["name"] == "convnextv2_glyph"
 
 
-def test_mean_and_std_reach_the_network(tmp_path):
+def test_mean_and_std_reach_the_network():
     config, _ = configure("finetune", [*SMALL_MODEL, "augment.mean=[0.1,0.2,0.3]", "augment.std=[0.4,0.5,0.6]"])
-    task = ClassificationTask(
-        config.model, config.task, class_names=["a", "b"], preprocessing=config.augment.preprocessing(3)
-    )
+    setup = Setup(config.model, config.task, config.augment.preprocessing(3), {"class_names": ["a", "b"]})
+    task = KINDS[config.task.name].build(setup)
     assert task.normalise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert task.normalise.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_eval_crop_reaches_evaluation():
+    config, _ = configure("finetune", ["augment.eval_crop=0.5", "augment.image_size_hw=[8,8]"])
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    image[:, 4:12, 4:12] = 200
+    assert (EvalTransform.of(config.augment.preprocessing(3))(image) == 200).all()

@@ -168,8 +168,8 @@ def test_online_without_a_login_is_refused_before_anything_is_made(override, ima
     started = start("finetune.py", arguments, tmp_path, variables=variables)
     assert started.wait() == [2]
     assert started.output.splitlines()[-1] == (
-        "finetune.py: tracking.mode: online was asked for, and W&B does not let this user in (no API key is "
-        "configured); run `wandb login` once, or set tracking.mode=offline and send the run later with `wandb sync`"
+        "finetune.py: tracking.mode: online was asked for, and W&B refuses this user (no API key is configured); "
+        "run `wandb login` once, or set tracking.mode=offline and send the run later with `wandb sync`"
     )
     assert not (tmp_path / "run").exists()
 
@@ -185,7 +185,7 @@ def test_a_server_that_does_not_answer_is_refused_at_the_start(images, tmp_path,
     with pytest.raises(UserError) as refused:
         WandbTracker(options, tmp_path, {})
     assert str(refused.value) == (
-        "tracking.mode: online was asked for, and W&B does not start this run (Timed out while retrying); mend that, "
+        "tracking.mode: online was asked for, and W&B does not start this run (Timed out while retrying); fix that, "
         "or set tracking.mode=offline and send the run later with `wandb sync`"
     )
 
@@ -277,8 +277,8 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
     fine_tune(images, tmp_path, "loop.total_steps=3", "tracking=tensorboard")
     warnings = re.findall("tracking: .*", (tmp_path / "run/log.txt").read_text())
     assert warnings == [
-        "tracking: TensorboardTracker failed (OSError: No space left on device) and is disabled; the run goes "
-        "on, metrics.jsonl has every row"
+        "tracking: TensorboardTracker failed (OSError: No space left on device) and is disabled; the run "
+        "continues, and metrics.jsonl has every row"
     ]
     assert len(rows(tmp_path / "run/metrics.jsonl", "train")) == 3
 
