@@ -24,11 +24,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, features
 
 from data.manifest import save_manifest
@@ -116,6 +115,8 @@ def draw_glyphs(root: Path, progress: Callable[[int, int], None] | None = None) 
 
 def font_file(face: str) -> Path:
     """Return the file of a face in the fonts of matplotlib."""
+    import matplotlib  # takes 0.1 s
+
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
 
 
@@ -165,6 +166,8 @@ def describe_code(code: int) -> tuple[str | None, list[str]]:
 
 def read_codes(face: str) -> list[int]:
     """Return the code points that a face has glyphs for, ascending."""
+    from fontTools.ttLib import TTFont
+
     with TTFont(font_file(face), lazy=True) as font:
         return sorted(font.getBestCmap())
 
@@ -288,6 +291,6 @@ def _about(glyphs: list[_Glyph]) -> dict[str, Any]:
         "count": len(glyphs),
         "pixels": hashlib.sha256(lines.encode()).hexdigest(),
         "freetype": features.version("freetype2"),
-        "matplotlib": matplotlib.__version__,
+        "matplotlib": version("matplotlib"),
         "measured": MEASURED,
     }

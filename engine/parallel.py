@@ -19,8 +19,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
@@ -124,6 +122,10 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
                 f"runtime.parallel: fsdp shards rows, and {name} is a scalar without rows; make it a vector of one "
                 "element, or set runtime.parallel=ddp"
             )
+    # Imported here: they take half a second, which other runs need not wait for.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     whole = sum(parameter.nbytes for parameter in task.parameters())
     units = find_units(task)
     mesh = init_device_mesh(runtime.device.type, (distributed.world_size(),))
@@ -165,12 +167,12 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether each rank holds some rows of what train_step calls."""
-    return isinstance(model, FSDPModule)
+    """Return whether each rank holds some rows of a module's parameters (torch's FSDPModule)."""
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 def reshard(model: nn.Module) -> None:
     """Free the parameters that were gathered without a backward pass after it, such as in an evaluation."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded(module):
             module.reshard()

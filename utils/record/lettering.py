@@ -12,15 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from fontTools.ttLib import TTFont, TTLibError
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont, features
 
 Color = tuple[int, int, int]
-_SHIPPED = tuple(
-    str(Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{face}.ttf") for face in ("DejaVuSans", "STIXGeneral")
-)
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 # Of the line, not of the words in it: an Arabic name runs to the left, `true → predicted` to the right. Only Raqm knows
 # directions, and some builds of Pillow lack it.
@@ -99,6 +93,8 @@ def _load(file: str, px: int) -> ImageFont.FreeTypeFont:
 @functools.lru_cache(maxsize=256)
 def _characters(file: str) -> frozenset[int]:
     """Return the code points that a font file has; none where it cannot be read or is not scalable."""
+    from fontTools.ttLib import TTFont, TTLibError
+
     try:
         with TTFont(file, lazy=True, fontNumber=0) as font:
             return frozenset(font.getBestCmap() or ())
@@ -107,14 +103,24 @@ def _characters(file: str) -> frozenset[int]:
 
 
 @functools.cache
+def _shipped_fonts() -> tuple[str, ...]:
+    import matplotlib  # takes 0.1 s
+
+    folder = Path(matplotlib.get_data_path()) / "fonts/ttf"
+    return tuple(str(folder / f"{face}.ttf") for face in ("DejaVuSans", "STIXGeneral"))
+
+
+@functools.cache
 def _machine_fonts() -> tuple[str, ...]:
+    from matplotlib import font_manager
+
     return tuple(sorted(font_manager.findSystemFonts()))
 
 
 @functools.lru_cache(maxsize=65536)
 def _font_with(char: str) -> str | None:
     """Return the first font file that has a character."""
-    for fonts in (lambda: _SHIPPED, _machine_fonts):
+    for fonts in (_shipped_fonts, _machine_fonts):
         found = _first(fonts(), lambda file: ord(char) in _characters(file))
         if found is not None:
             return found
@@ -127,7 +133,7 @@ def _first(items: tuple[str, ...], fits: Callable[[str], Any]) -> str | None:
 
 def _runs(text: str) -> list[tuple[str, str]]:
     """Return (font file, piece) for the pieces of a text that one font can draw."""
-    files = [_font_with(char) or _SHIPPED[0] for char in text]
+    files = [_font_with(char) or _shipped_fonts()[0] for char in text]
     if len(set(files)) > 1:
         whole = _first(tuple(dict.fromkeys(files)), lambda file: all(ord(char) in _characters(file) for char in text))
         files = files if whole is None else [whole] * len(files)

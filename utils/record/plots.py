@@ -1,11 +1,10 @@
-"""Pictures by matplotlib and Pillow, written atomically, never on a display."""
+"""The curves of a run, drawn by matplotlib without a display. Import it where it is used: it takes 0.3 s."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from utils.io.files import write_atomically
 from utils.record.metrics_log import MetricsLog
@@ -19,11 +18,6 @@ _PANEL_POINTS = 1500
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
 _LAST = ("lr", "images_per_sec")
 _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
-
-
-def save_image(path: Path, image: np.ndarray) -> None:
-    """Write [H, W, 3] uint8 as PNG."""
-    write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from utils.io.files import write_text
-from utils.record.plots import save_image
+from utils.io.files import write_atomically, write_text
 
 TableRow = Mapping[str, Any]
 
@@ -27,6 +27,11 @@ def write_table(path: Path, rows: Sequence[TableRow]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Write [H, W, 3] uint8 as PNG, atomically."""
+    write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
 def write_report(
