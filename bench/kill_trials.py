@@ -1,11 +1,11 @@
-"""A run killed fifty times at random moments against the undisturbed run: do they end with the same bits?
+"""A run killed fifty times at random moments against the uninterrupted run: do they end with the same bits?
 
     python bench/kill_trials.py [kills=50] [ranks=1] [seed=0] [script=finetune.py] [out=FOLDER] [KEY=VALUE ...]
 
 Each start of the run gets SIGKILL, all ranks and their loader's workers at once, at a moment drawn by the clock; every
 third one is aimed at a save: it comes at a random moment after a checkpoint's temporary folder has appeared. A kill
 counts as inside a save where that folder is left behind. At the end every tensor of the last checkpoint, the rows of
-metrics.jsonl and the samples of every step are compared with the undisturbed run's. With accumulation, EMA, drop path
+metrics.jsonl and the samples of every step are compared with the uninterrupted run's. With accumulation, EMA, drop path
 and loader workers; other keys (`runtime.parallel=fsdp`, `loop.save_in_background=false`) go to both runs. The result
 goes to outputs/bench/kill_trials.json, a row for each command.
 """
@@ -110,7 +110,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     data = make_collection(folder / "images")
     task = "fcmae" if values["script"].startswith("pretrain") else "classification"
-    straight, killed = folder / "undisturbed", folder / "killed"
+    straight, killed = folder / "uninterrupted", folder / "killed"
     settings = [*SETTINGS, f"loop.total_steps={steps}", *overrides]
 
     began = time.monotonic()
@@ -137,7 +137,7 @@ def main():
         "kills": done,
         "inside_a_save": inside,
         "aimed_at_a_save": aimed,
-        "equal_to_the_bit": not different,
+        "equal_bit_for_bit": not different,
         "different": different[:10],
         "minutes": round((time.monotonic() - began) / 60, 1),
     }

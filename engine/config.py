@@ -1,4 +1,4 @@
-"""The shape of `loop`, `runtime`, `tracking` and of the keys that every training script has. Values are in conf/."""
+"""The shape of `loop`, `runtime` and of the keys that every training script has. Values are in conf/."""
 
 from typing import Annotated, Literal
 
@@ -6,12 +6,13 @@ from pydantic import Field, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.schema import Strict
+from utils.record.config import TrackingConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
 
 class LoopConfig(Strict):
-    """How long, how large, how often. `total_steps` wins over `total_epochs` when set."""
+    """How long, how large, how often. `total_steps` takes precedence over `total_epochs`."""
 
     total_epochs: Annotated[float, Field(gt=0)]
     total_steps: Positive | None
@@ -52,39 +53,6 @@ class RuntimeConfig(MachineConfig):
     prefetch_batches: Positive
     sync_batchnorm: bool
     grad_checkpointing: bool
-
-
-class _Tracking(Strict):
-    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits."""
-
-    samples: bool
-
-
-class JsonlTrackingConfig(_Tracking):
-    """metrics.jsonl alone."""
-
-    name: Literal["jsonl"]
-
-
-class WandbTrackingConfig(_Tracking):
-    """Weights & Biases; `entity` null is the account's default. Bounds are W&B's own."""
-
-    name: Literal["wandb"]
-    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
-    entity: str | None
-    mode: Literal["online", "offline"]
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
-
-
-class TensorboardTrackingConfig(_Tracking):
-    """TensorBoard event files in the run folder."""
-
-    name: Literal["tensorboard"]
-
-
-TrackingConfig = Annotated[
-    JsonlTrackingConfig | WandbTrackingConfig | TensorboardTrackingConfig, Field(discriminator="name")
-]
 
 
 class SweepConfig(Strict):

@@ -68,7 +68,7 @@ class Evaluator:
             with ignore_write_errors(self.recorder.folder / "tables"):
                 write_report(self.recorder.folder, report.tables, report.images)
         self.recorder.add_images(step, report.images)
-        self.recorder.plot(step)
+        self.recorder.plot(step, may_skip=True)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""

@@ -29,6 +29,8 @@ from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
 
+_PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
+
 
 class Recorder:
     """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`."""
@@ -44,6 +46,7 @@ class Recorder:
         self._samples: SampleLog | None = None
         self._tracker: Tracker | None = None
         self._clock = (0, 0.0)
+        self._next_plot = 0.0
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -153,15 +156,22 @@ class Recorder:
         means = {f"train/{name}": value for name, value in self.epoch_meter.means().items()}
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, "lr": self._schedule.at(step - 1).lr, **last_report})
 
-    def plot(self, step: int) -> None:
-        """Draw the curves of the run so far, on rank 0."""
+    def plot(self, step: int, *, may_skip: bool = False) -> None:
+        """Draw the curves of the run so far, on rank 0.
+
+        may_skip: not if they were drawn shortly before, unless this is the last step.
+        """
         self.phase(step, "plotting")  # on all ranks: the watchdog compares their counts
-        if self._metrics is not None:
+        started = time.perf_counter()
+        skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
+        if self._metrics is not None and not skipped:
             from utils.record.plots import plot_curves  # imports matplotlib
 
             path = self.folder / "plots" / "curves.png"
             with ignore_write_errors(path):
                 plot_curves(self._metrics, path, self.folder.resolve().name)
+            ended = time.perf_counter()
+            self._next_plot = ended + _PLOT_PAUSE * (ended - started)
         self.start_clock(step)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -34,7 +34,7 @@ class RuleConfig(Strict):
 class _Optim(Strict):
     """What every optimiser has: a learning rate, weight decay, layer decay, rules.
 
-    `lr` wins over `base_lr` when set; base_lr is stated for 256 samples per step.
+    `lr` takes precedence over `base_lr`; base_lr is stated for 256 samples per step.
     """
 
     lr: Annotated[float, Field(ge=0)] | None
@@ -161,7 +161,7 @@ class KnobConfig(Strict):
 
 
 class _Schedule(Strict):
-    """What every schedule has. `warmup_steps` wins over `warmup_epochs` when set."""
+    """What every schedule has. `warmup_steps` takes precedence over `warmup_epochs`."""
 
     warmup_epochs: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)] | None

@@ -4,12 +4,17 @@
 import onnxruntime
 import timm.optim
 import torch
+import torch.distributed.fsdp
 import torch.distributed.tensor
 import torchvision.transforms.v2
 
-import data.build
-import engine.start
-import engine.tasks.classification
-import engine.tasks.fcmae
-import models.onnx_export
-import models.predictor
+import evaluate
+import export
+import finetune
+import predict
+import prepare
+import pretrain_fcmae
+import utils.record.lettering
+import utils.record.plots
+
+utils.record.lettering.legible("a")  # reads its fonts

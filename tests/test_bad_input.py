@@ -250,7 +250,7 @@ RESUME = {
     "seed=1 optim.lr=0.5 loop.total_steps=3": (
         "resume: tuned/checkpoints/step_00000002 was made with another recipe:\n  "
         "optim.lr: None in the run, 0.5 now\n  seed: 0 in the run, 1 "
-        "now\nStart another run with run_dir=..., or let these through with 'resume_allow=[optim.lr,seed]'."
+        "now\nStart another run with run_dir=..., or accept these with 'resume_allow=[optim.lr,seed]'."
     ),
     "seed=1 optim.lr=0.5 resume_allow=[optim.lr]": (
         "resume: tuned/checkpoints/step_00000002 was made with another recipe:\n  "
@@ -305,7 +305,7 @@ def test_a_collection_that_has_changed_under_a_run(copied_run):
     run("finetune", [*overrides, "resume_allow=[data.root]"], copied_run)
 
 
-def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew(copied_run):
+def test_a_run_of_which_every_checkpoint_is_damaged_does_not_start_again(copied_run):
     for path in (copied_run / "tuned/checkpoints").rglob("state.json"):
         path.write_text("{}")
     message = refusal("finetune", [*TINY, "data.root=images", "run_dir=tuned", "loop.total_steps=3"], copied_run)

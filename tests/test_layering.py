@@ -219,6 +219,6 @@ def test_a_planted_circle_is_found(tmp_path):
     assert find_cycle(plant(tmp_path, circle)) == ["utils.a", "utils.b", "utils.c", "utils.a"]
 
 
-def test_folders_of_tools_are_left_out(tmp_path):
+def test_folders_of_tools_are_ignored(tmp_path):
     plant(tmp_path, {".venv/x.py": "", "outputs/y.py": "", "__pycache__/z.py": "", "data/a.py": ""})
     assert list_files(tmp_path) == [Path(tmp_path / "data/a.py")]

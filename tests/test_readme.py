@@ -26,7 +26,7 @@ SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
-MAKE = ("demo", "demo-full", "test", "lint", "bench", "test-slow", "simd", "clean")
+MAKE = ("install", "demo", "demo-full", "test", "test-slow", "lint", "bench", "bench-gpu", "simd", "clean")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,10 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
     assert scripts == {"prepare.py", "pretrain_fcmae.py", "finetune.py", "evaluate.py", "export.py", "predict.py"}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == set(MAKE)
-    assert len(COMMANDS) == 19
+    assert len(COMMANDS) == 21
 
 
+@pytest.mark.slow
 def test_every_python_command_runs_in_the_order_of_the_readme(folder):
     """Each stage takes what the one before it left; `init_from=RUN` takes the pretraining on the images in PATH."""
     for line in (line for line in COMMANDS if line.startswith("python ")):
@@ -94,6 +95,7 @@ def few_glyphs(root):
     return root
 
 
+@pytest.mark.slow
 def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
     """`make demo-full` without its installation, on few glyphs and two updates; table and summary come out whole."""
     out = tmp_path / "demo"

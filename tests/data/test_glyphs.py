@@ -145,7 +145,7 @@ def test_characters_of_few_faces_have_no_class(collection):
     assert row.label is None and row.caption == "armenian capital letter ayb"
 
 
-def test_blank_glyphs_are_left_out(collection):
+def test_blank_glyphs_are_ignored(collection):
     assert draw_glyph("DejaVuSans", 0x20) is None and 0x20 in read_codes("DejaVuSans")
     assert collection.table["path"].index("images/DejaVuSans/U+0020.png").as_py() == -1
 

@@ -202,7 +202,7 @@ def test_reading_leaves_global_random_state_alone(folder, workers):
     assert random.getstate() == before[2]
 
 
-def test_an_image_that_a_balanced_epoch_draws_often_is_augmented_anew_each_time(folder):
+def test_an_image_that_a_balanced_epoch_draws_often_is_augmented_differently_each_time(folder):
     rows = folder.rows("train")
     ids = folder.class_ids(folder.class_names("train"))[rows]
     sampler = BalancedSampler(rows, ids, 0)
@@ -299,7 +299,7 @@ class Kept(logging.Handler):
 
 
 @pytest.fixture
-def warnings_said():
+def logged_warnings():
     logger, handler = logging.getLogger("atelier.data.loader"), Kept()
     logger.addHandler(handler)
     before, logger.disabled = logger.disabled, False
@@ -330,7 +330,7 @@ def listed(file):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damaged, tmp_path, warnings_said, workers):
+def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damaged, tmp_path, logged_warnings, workers):
     file = tmp_path / "unreadable.jsonl"
     loader = train_loader(damaged, workers=workers, file=file)
     steps = take(loader, 3, 8)  # 96 samples: each file a dozen times
@@ -347,9 +347,9 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
     assert "empty" in reasons["train/2.png"] and "No such file" in reasons["train/7.png"]
     assert all(reasons.values())
     assert loader.unreadable.count == 3
-    assert len(warnings_said) == 3
+    assert len(logged_warnings) == 3
     for path in BROKEN:
-        (line,) = [line for line in warnings_said if path in line]
+        (line,) = [line for line in logged_warnings if path in line]
         assert line.startswith(f"unreadable image {path}: ") and line.endswith("; its weight is 0")
 
 
@@ -363,20 +363,20 @@ def test_an_unreadable_image_gets_its_fields_all_the_same(damaged):
     assert sample["drawn"] == other["drawn"]  # drawn from the key, not from the image
 
 
-def test_a_run_that_goes_on_does_not_tell_again(damaged, tmp_path, warnings_said):
+def test_a_run_that_continues_does_not_warn_again(damaged, tmp_path, logged_warnings):
     file = tmp_path / "unreadable.jsonl"
     take(train_loader(damaged, file=file), 1)
     first = file.read_text()
     resumed = train_loader(damaged, file=file)
-    warnings_said.clear()
+    logged_warnings.clear()
     take(resumed, 1)
-    assert file.read_text() == first and not warnings_said and resumed.unreadable.count == 3
+    assert file.read_text() == first and not logged_warnings and resumed.unreadable.count == 3
 
 
-def test_without_a_run_folder_unreadable_images_are_counted_and_told(damaged, warnings_said):
+def test_without_a_run_folder_unreadable_images_are_counted_and_told(damaged, logged_warnings):
     loader = train_loader(damaged)
     take(loader, 1)
-    assert loader.unreadable.count == 3 and len(warnings_said) == 3
+    assert loader.unreadable.count == 3 and len(logged_warnings) == 3
 
 
 def test_an_image_above_max_pixels_is_unreadable(folder):
@@ -434,13 +434,13 @@ def test_a_full_disk_ends_nothing_and_rows_wait_for_space(tmp_path, caplog, monk
     assert [row["path"] for row in listed(tmp_path / "space.jsonl")] == ["a.png", "b.png"]
 
 
-def test_a_file_that_cannot_be_opened_ends_nothing(tmp_path, warnings_said):
+def test_a_file_that_cannot_be_opened_ends_nothing(tmp_path, logged_warnings):
     file = tmp_path / "unreadable.jsonl"
     log = UnreadableLog(file)
     file.mkdir()
     log.add([("a.png", "empty")])
     log.add([("b.png", "empty")])
-    assert len([line for line in warnings_said if "cannot be written (Is a directory)" in line]) == 1
+    assert len([line for line in logged_warnings if "cannot be written (Is a directory)" in line]) == 1
     file.rmdir()
     log.add([])
     assert [row["path"] for row in listed(file)] == ["a.png", "b.png"]

@@ -253,7 +253,7 @@ def test_a_step_takes_the_same_samples_on_any_number_of_ranks_and_micro_batches(
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("world, micro", [(1, 8), (2, 12), (3, 2)])
-def test_a_start_at_any_step_goes_on_with_the_same_samples(name, world, micro):
+def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro):
     whole = steps_over_ranks(name, world, micro)
     for start_step in (1, 2, 5):
         rest = steps_over_ranks(name, world, micro, start_step, STEPS - start_step)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, slow_but, start
+from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, start
 
 pytestmark = pytest.mark.ddp
 
@@ -58,6 +58,7 @@ def test_torchrun_with_two_processes_runs_through(tmp_path):
     assert rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["samples"] == 3509.0
 
 
+@pytest.mark.slow
 def test_eight_processes_compose_and_agree_with_nothing_else_given(tmp_path):
     done = command(
         "torchrun", "--nproc_per_node=8", ROOT / "finetune.py", "model=convnextv2_base", "dry_run=true",
@@ -77,6 +78,7 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(collection, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_more_ranks_than_divide_the_validation_set_end_cleanly(collection, tmp_path):
     """A successful job ends with status 0, five times in a row (gloo aborts at exit now and then if it is let)."""
     for number in range(5):
@@ -129,7 +131,7 @@ def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collectio
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(ranks, collection, tmp_path):
+def test_sigterm_saves_and_leaves_and_the_same_command_continues(ranks, collection, tmp_path):
     settings = ["loop.total_steps=400", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
     overrides = common("classification", collection, tmp_path / "run", *settings)
     started = start("finetune.py", overrides, tmp_path, ranks)
@@ -144,8 +146,9 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(ranks, collection
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 401))
 
 
-@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]))
-def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_goes_on(number, collection, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues(number, collection, tmp_path):
     """As srun, systemd and cgroups do it: each rank gets SIGTERM twice, and SIGUSR1 ends torchrun with its store.
 
     The save lasts longer than the watchdog waits for a store.

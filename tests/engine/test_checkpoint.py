@@ -202,7 +202,7 @@ def test_retention_counts_no_checkpoint_beyond_the_one_just_saved(there, keep, s
     assert steps_in(tmp_path) == left
 
 
-def test_what_lies_beyond_is_out_of_sight_until_the_next_save(tmp_path):
+def test_checkpoints_beyond_are_hidden_until_the_next_save(tmp_path):
     for step in (10, 20, 30):
         make(tmp_path, step)
     flip_a_bit(tmp_path / "step_00000030/task.safetensors")
@@ -237,7 +237,7 @@ def test_the_same_step_is_written_again(tmp_path):
     assert float(load_checkpoint(make(tmp_path, 10, value=2.0)).tensors["task"]["w"][0, 0]) == 2.0
 
 
-def test_optimiser_state_is_kept_by_name_whatever_the_groups(tmp_path):
+def test_optimiser_state_is_kept_by_name_for_any_groups(tmp_path):
     """A state saved over one grouping comes back over another: names, not positions, say what belongs where."""
     torch.manual_seed(0)
     parameters = {name: torch.nn.Parameter(torch.randn(3)) for name in "abc"}
@@ -276,7 +276,7 @@ OPTIMISERS = {name: {"opt": name} for name in ("nadamw", "lamb", "lambc", "adanw
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMISERS))
-def test_timms_optimisers_go_on_to_the_bit(name, tmp_path):
+def test_timms_optimisers_continue_bit_for_bit(name, tmp_path):
     """Six updates equal three, a checkpoint, and three more; some of timm's count their steps in the group."""
 
     def update(network, optimizer, step):
@@ -330,7 +330,7 @@ def stepped(name, device="cpu", memory_format=torch.contiguous_format):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", OURS)
-def test_fused_optimisers_go_on_to_the_bit_in_any_layout(name, memory_format, tmp_path):
+def test_fused_optimisers_continue_bit_for_bit_in_any_layout(name, memory_format, tmp_path):
     """Six updates equal three, a checkpoint, and three more: a file keeps no layout, and their kernels ask for none."""
     network, optimizer, update = stepped(name, memory_format=memory_format)
     for step in range(3):

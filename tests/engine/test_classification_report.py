@@ -39,7 +39,7 @@ CONFIG = ClassificationTaskConfig(
 
 
 class Lookup(nn.Module):
-    """A network without arithmetic: the first pixel names the row of logits, so ranks and batches agree to the bit."""
+    """A network without arithmetic: the first pixel names the row of logits, so ranks and batches agree bit for bit."""
 
     def __init__(self, logits):
         super().__init__()

@@ -1,5 +1,5 @@
 """Sharded training (runtime.parallel=fsdp). Equality of whole runs, as real processes, with one rank and with ddp to
-summation order; resume to the bit; checkpoints of either resume in the other on any number of ranks; refusals.
+summation order; resume bit for bit; checkpoints of either resume in the other on any number of ranks; refusals.
 """
 
 import pytest
@@ -74,18 +74,18 @@ def test_with_other_optimisers_and_executions_too(task, settings, collection, tm
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("task", slow_but(["classification"], sorted(SCRIPTS)))
-def test_killed_and_resumed_equals_undisturbed_to_the_bit(task, collection, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path):
     settings = [
         "loop.total_steps=14", "loop.global_batch_size=8", "loop.batch_size=2", "loop.ema_decay=0.95",
         "loop.checkpoint_every_steps=4", "loop.save_in_background=false", "loop.clip_grad_norm=1.0", *NOISY[task], FSDP,
     ]  # fmt: skip
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    run(SCRIPTS[task], common(task, collection, undisturbed, *settings), tmp_path, ranks=2)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path, ranks=2)
     overrides = common(task, collection, killed, *settings)
     run(SCRIPTS[task], overrides, tmp_path, ranks=2, expect=-9, kill_at_step=10)
     assert "at step 8" in run(SCRIPTS[task], overrides, tmp_path, ranks=2)
-    assert_same_tensors(checkpoint_tensors(undisturbed, 14), checkpoint_tensors(killed, 14))
-    assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert_same_tensors(checkpoint_tensors(uninterrupted, 14), checkpoint_tensors(killed, 14))
+    assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
 
 
 def moved(task, collection, folder, legs, *settings):
@@ -120,6 +120,7 @@ def assert_moves(task, collection, folder, legs, *settings):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == step
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(collection, tmp_path):
     assert_moves("classification", collection, tmp_path, LEGS)

@@ -109,7 +109,7 @@ def test_without_a_norm_before_it_the_head_alone_changes(runtime):
     assert share > 0.75 and changed == {"fc.weight", "fc.bias"}
 
 
-def test_padding_and_unreadable_images_are_left_out(runtime):
+def test_padding_and_unreadable_images_are_ignored(runtime):
     heads = []
     for junk in (False, True):
         task, batches = make_classifier(), make_batches()
@@ -164,7 +164,7 @@ def last_evaluation(run_dir):
     return rows(run_dir / "metrics.jsonl", "evaluate")[-1]["loss"]
 
 
-def test_a_kept_head_goes_on_where_its_run_ended(tmp_path):
+def test_a_kept_head_continues_where_its_run_ended(tmp_path):
     collection = make_collection(tmp_path / "images", per_class=8)
     run("finetune.py", common("classification", collection, tmp_path / "first", "loop.total_steps=12"), tmp_path)
     given = ["loop.total_steps=1", "optim.lr=1e-12", f"init_from={tmp_path}/first"]

@@ -46,7 +46,7 @@ def measure_batches(train, val, k):
 
 
 @pytest.fixture
-def warnings_said():
+def logged_warnings():
     """Return the warnings that the probe logs, as they come."""
     messages = []
     handler = logging.Handler(logging.WARNING)
@@ -141,7 +141,7 @@ def test_a_single_training_image():
     assert found == {"probe/knn": 0.5, "probe/linear": 0.5}
 
 
-def test_padding_and_unreadable_images_are_left_out_and_batches_do_not_matter():
+def test_padding_and_unreadable_images_are_ignored_and_batches_do_not_matter():
     train, val = make_features(41, 12, noise=3.0), make_features(30, 12, seed=1, noise=3.0)
     whole = measure(train, val)
     blank = torch.full((9, 12), 1e6, dtype=torch.float64)
@@ -158,18 +158,18 @@ def test_padding_and_unreadable_images_are_left_out_and_batches_do_not_matter():
     assert measure_batches(*[list(reversed(batches)) for batches in padded], 5) == whole
 
 
-def test_features_that_are_not_finite_are_told_and_end_nothing(warnings_said):
+def test_features_that_are_not_finite_are_told_and_end_nothing(logged_warnings):
     train, val = make_features(20, 3), make_features(10, 3, seed=1)
     train[0][3, 1] = torch.nan
     assert measure(train, val) == {}
-    assert warnings_said == ["probe: skipped, because the encoder's features are not finite"]
+    assert logged_warnings == ["probe: skipped, because the encoder's features are not finite"]
 
 
-def test_without_a_readable_image_nothing_ends(warnings_said):
+def test_without_a_readable_image_nothing_ends(logged_warnings):
     features, labels = make_features(8, 3)
     unreadable = make_batches(features, labels, 4, torch.zeros(8))
     assert measure_batches(unreadable, make_batches(features, labels, 4), 2) == {}
-    assert warnings_said == ["probe: skipped, because no image of one of its two sets could be read"]
+    assert logged_warnings == ["probe: skipped, because no image of one of its two sets could be read"]
 
 
 def test_nothing_is_drawn_from_global_random_state():
@@ -212,7 +212,7 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
         assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0][1]
 
 
-def test_a_run_with_a_probe_is_the_same_run_and_resumes_to_the_bit(collection, tmp_path):
+def test_a_run_with_a_probe_is_the_same_run_and_resumes_bit_for_bit(collection, tmp_path):
     """54 images by 8: evaluations at 7, 14 and 20; one and a half epochs end in step 11, so the probe comes at 14."""
     settings = [
         "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
@@ -220,23 +220,23 @@ def test_a_run_with_a_probe_is_the_same_run_and_resumes_to_the_bit(collection, t
         "model.drop_path_rate=0.3",
     ]  # fmt: skip
     often, never = [*settings, "task.probe.every_epochs=1.5"], [*settings, "task.probe.every_epochs=null"]
-    undisturbed, killed, without = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "without"
-    run("pretrain_fcmae.py", common("fcmae", collection, undisturbed, *often), tmp_path)
+    uninterrupted, killed, without = tmp_path / "uninterrupted", tmp_path / "killed", tmp_path / "without"
+    run("pretrain_fcmae.py", common("fcmae", collection, uninterrupted, *often), tmp_path)
     run("pretrain_fcmae.py", common("fcmae", collection, killed, *often), tmp_path, expect=-9, kill_at_step=15)
     assert list(probed(killed)) == [14]
     assert "at step 12" in run("pretrain_fcmae.py", common("fcmae", collection, killed, *often), tmp_path)
     run("pretrain_fcmae.py", common("fcmae", collection, without, *never), tmp_path)
 
-    assert list(probed(undisturbed)) == [14, 20] and probed(without) == {}
-    assert rows(undisturbed / "metrics.jsonl") == rows(killed / "metrics.jsonl")
-    assert (undisturbed / "training_log.txt").read_text() == (killed / "training_log.txt").read_text()
-    tensors = [checkpoint_tensors(folder, 20) for folder in (undisturbed, killed, without)]
+    assert list(probed(uninterrupted)) == [14, 20] and probed(without) == {}
+    assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert (uninterrupted / "training_log.txt").read_text() == (killed / "training_log.txt").read_text()
+    tensors = [checkpoint_tensors(folder, 20) for folder in (uninterrupted, killed, without)]
     for name, tensor in tensors[0].items():
         assert torch.equal(tensor, tensors[1][name]) and torch.equal(tensor, tensors[2][name]), name
-    header, *lines = (undisturbed / "training_log.txt").read_text().splitlines()
+    header, *lines = (uninterrupted / "training_log.txt").read_text().splitlines()
     column = header.split(",").index("ema/probe/linear")
     assert [bool(line.split(",")[column]) for line in lines] == [False, True, True]
-    assert (undisturbed / "plots/curves.png").stat().st_size > 0
+    assert (uninterrupted / "plots/curves.png").stat().st_size > 0
 
 
 def test_without_labels_one_line_says_that_the_probe_is_off(collection, tmp_path):

@@ -77,7 +77,7 @@ def test_a_save_between_a_whole_checkpoint_and_a_damaged_one_stays(place):
     assert not list((place / "run/checkpoints").glob(".*"))
 
 
-def test_the_same_command_with_a_checkpoint_named_goes_on_from_what_it_has_made(place):
+def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_made(place):
     """The folder holds 2 to 8, the command names 4, and is killed twice: before its first save and after it."""
     length = ["loop.total_steps=9", "loop.checkpoint_every_steps=2"]
     finetune(place, *length, "loop.keep_checkpoints=9", kill_at_step=8)
@@ -110,7 +110,7 @@ def test_another_checkpoint_named_is_taken(place):
 # --- what has changed
 
 
-def test_a_changed_collection_that_is_let_through_is_said(place):
+def test_a_changed_collection_that_is_allowed_is_logged(place):
     finetune(place, "loop.total_steps=1")
     (place / "images/train/A/000.png").unlink()
     said = finetune(place, "loop.total_steps=2", "resume_allow=[data.root]")
@@ -122,7 +122,7 @@ def test_a_changed_collection_that_is_let_through_is_said(place):
     assert line.endswith(f"fingerprint {before} in the run, {after} now")
 
 
-def test_another_precision_that_is_let_through_is_said(place):
+def test_another_precision_that_is_allowed_is_logged(place):
     finetune(place, "loop.total_steps=1")
     said = finetune(place, "loop.total_steps=2", "runtime.precision=bf16", "resume_allow=[runtime.precision]")
     assert "WARNING resume_allow accepts runtime.precision: fp32 in the run, bf16 now" in said

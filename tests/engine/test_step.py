@@ -160,7 +160,7 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("weight, why", WEIGHTS)
 @pytest.mark.parametrize("micro", [8, 4, 2, 1])
-def test_a_step_is_the_weighted_mean_whatever_the_micro_batch(weight, micro, why):
+def test_a_step_is_the_weighted_mean_for_any_micro_batch(weight, micro, why):
     batch = make_batch(weight=weight)
     gradient, loss, error, count = expected_gradient(batch)
     update, result = update_of(Regression(), split(batch, micro))
@@ -205,7 +205,7 @@ def test_a_sample_of_weight_0_changes_nothing_even_where_its_loss_is_nan(micro, 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("poison", [0.0, float("nan")])
-def test_a_step_that_weighs_nothing_is_left_out(precision, poison):
+def test_a_step_that_weighs_nothing_is_skipped(precision, poison):
     """And no loss scale learns from it; what each optimiser keeps of such a step: POISONS below."""
     task, run = Regression(), runtime(precision)
     optimizer, scale = make_optimizer("adamw", task), LossScale(run)
@@ -263,7 +263,7 @@ def poisoned(kind, seed=50):
 @pytest.mark.parametrize("kind", POISONS)
 @pytest.mark.parametrize("steps_before", [0, 3])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_step_that_is_not_finite_leaves_every_tensor_to_the_bit(name, steps_before, kind):
+def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, steps_before, kind):
     task = Regression(norm=True)
     optimizer = make_optimizer(name, task)
     for step in range(steps_before):
@@ -282,13 +282,13 @@ def test_a_step_that_is_not_finite_leaves_every_tensor_to_the_bit(name, steps_be
 
 
 @pytest.mark.parametrize("kind", ["a gradient is NaN", "an input is NaN", "nothing could be read"])
-@pytest.mark.parametrize("left_out", [{0}, {0, 1, 4}])
+@pytest.mark.parametrize("skipped", [{0}, {0, 1, 4}])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_training_goes_on_as_if_a_step_left_out_had_never_been(name, left_out, kind):
+def test_training_continues_as_if_a_skipped_step_had_never_been(name, skipped, kind):
     skipping, straight = Regression(norm=True), Regression(norm=True)
     one, other = make_optimizer(name, skipping), make_optimizer(name, straight)
     for step in range(6):
-        if step in left_out:
+        if step in skipped:
             make_step(skipping, poisoned(kind), one, step=step)
         else:
             make_step(skipping, split(make_batch(seed=step), 4), one, step=step)
@@ -478,7 +478,7 @@ def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
     monkeypatch.setattr(LossScale, "growth_interval", 3)
     scale = LossScale(runtime("fp16"))
     applied = [1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
-    expected = [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1]  # a step left out begins the count anew
+    expected = [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1]  # a step skipped begins the count anew
     found = []
     for each in applied:
         scale.update(torch.tensor(float(each)), torch.ones(()))
@@ -494,7 +494,7 @@ def test_the_scale_of_other_precisions_is_one_and_stays():
         assert scale.scale == 1
 
 
-def test_a_saved_scale_goes_on_where_it_was(monkeypatch):
+def test_a_saved_scale_continues_where_it_was(monkeypatch):
     monkeypatch.setattr(LossScale, "growth_interval", 3)
     through, resumed = LossScale(runtime("fp16")), LossScale(runtime("fp16"))
     for _ in range(2):
@@ -523,7 +523,7 @@ def test_means_weigh_steps_by_their_counts():
     assert meter.means() == {"loss": 9 / 5, "accuracy": 3 / 5, "grad_norm": 2.5, "skipped_steps": 0.0}
 
 
-def test_steps_left_out_count_as_skipped_and_nowhere_else():
+def test_skipped_steps_count_as_skipped_and_nowhere_else():
     meter = Meter(CPU)
     meter.add(result(8.0, 4.0, accuracy=(3.0, 4.0)))
     for _ in range(3):
@@ -531,7 +531,7 @@ def test_steps_left_out_count_as_skipped_and_nowhere_else():
     assert meter.means() == {"loss": 2.0, "accuracy": 0.75, "grad_norm": 2.0, "skipped_steps": 3.0}
 
 
-def test_a_mean_over_nothing_is_nan_and_means_begin_anew():
+def test_a_mean_over_nothing_is_nan_and_means_restart():
     meter = Meter(CPU)
     assert meter.means() == {}
     meter.add(result(0.0, 0.0, applied=0.0))
@@ -555,7 +555,7 @@ def test_meters_of_real_steps_equal_the_exact_means():
     assert meter.means()["loss"] == pytest.approx(losses / weights, rel=1e-6)
 
 
-def test_a_saved_meter_goes_on_to_the_bit():
+def test_a_saved_meter_continues_bit_for_bit():
     through, resumed = Meter(CPU), Meter(CPU)
     for step in range(5):
         through.add(result(1 / 3 + step, 1 / 7, accuracy=(0.1, 0.3)))
@@ -597,7 +597,7 @@ GOOD, EMPTY, BAD = (1.0, 8.0), (0.0, 0.0), (0.0, 8.0)
         ([BAD] * 20, True, False),
     ],
 )
-def test_a_run_of_which_nothing_can_be_read_ends_whatever_the_limit(results, last, ends):
+def test_a_run_of_which_nothing_can_be_read_ends_for_any_limit(results, last, ends):
     watch, step = watched(results)
     if not ends:
         watch.check(step, last=last)

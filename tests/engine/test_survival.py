@@ -1,6 +1,6 @@
 """Survival: whole runs that are killed, signalled, refused by the disk, fed what is not finite, and end as they should.
 
-Equality of whole runs to the bit, exit statuses, and messages. The long form, fifty kills, is bench/kill_trials.py;
+Equality of whole runs bit for bit, exit statuses, and messages. The long form, fifty kills, is bench/kill_trials.py;
 tests/tasks/troubled.py is the fine-tuning that meets the trouble.
 """
 
@@ -24,6 +24,7 @@ from tests.support import (
     rows,
     run,
     samples_by_step,
+    slow_but,
     start,
 )
 from utils.ranks.signals import REPEAT_SEC
@@ -52,12 +53,12 @@ def checkpoints(run_dir):
 
 
 @pytest.fixture
-def undisturbed(collection, tmp_path):
-    """Return a function that makes the undisturbed run of some settings and returns its folder."""
+def uninterrupted(collection, tmp_path):
+    """Return a function that makes the uninterrupted run of some settings and returns its folder."""
 
     def make(*settings, task="classification"):
-        run(SCRIPTS[task], common(task, collection, tmp_path / "undisturbed", *settings), tmp_path)
-        return tmp_path / "undisturbed"
+        run(SCRIPTS[task], common(task, collection, tmp_path / "uninterrupted", *settings), tmp_path)
+        return tmp_path / "uninterrupted"
 
     return make
 
@@ -72,12 +73,12 @@ def assert_equal_runs(one, other, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "fcmae"])
-def test_fifteen_kills_leave_no_trace(task, collection, undisturbed, tmp_path):
+def test_fifteen_kills_leave_no_trace(task, collection, uninterrupted, tmp_path):
     settings = [
         *SMALL, "loop.total_steps=120", "loop.checkpoint_every_steps=4", "runtime.workers=2",
         "model.drop_path_rate=0.2",
     ]  # fmt: skip
-    straight, killed = undisturbed(*settings, task=task), tmp_path / "killed"
+    straight, killed = uninterrupted(*settings, task=task), tmp_path / "killed"
     draw, step = random.Random(0), 0
     for _ in range(15):
         step = min(118, step + draw.randint(3, 10))
@@ -87,11 +88,11 @@ def test_fifteen_kills_leave_no_trace(task, collection, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collection, undisturbed, tmp_path):
+def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collection, uninterrupted, tmp_path):
     settings = [
         *SMALL, "loop.total_steps=12", "loop.checkpoint_every_steps=4", f"loop.save_in_background={background}",
     ]  # fmt: skip
-    straight, killed = undisturbed(*settings), tmp_path / "killed"
+    straight, killed = uninterrupted(*settings), tmp_path / "killed"
     overrides = common("classification", collection, killed, *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "slow_save 0.5"})
     wait_for(started, lambda: (killed / "checkpoints/step_00000004").exists() and "saving slowly" in
@@ -109,14 +110,14 @@ def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collec
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_exactness.py does the same on a CPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["classification", "fcmae"])
-def test_on_a_gpu_killed_and_resumed_equals_undisturbed_to_the_bit(task, precision, collection, tmp_path):
+def test_on_a_gpu_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, precision, collection, tmp_path):
     """With runtime.deterministic=true, which runtime=reference sets."""
     settings = [
         *SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4", "loop.clip_grad_norm=1.0", "runtime.workers=2",
         "runtime.device=cuda", f"runtime.precision={precision}", "runtime.deterministic=true",
         "model.drop_path_rate=0.3",
     ]  # fmt: skip
-    straight, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    straight, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     run(SCRIPTS[task], common(task, collection, straight, *settings), tmp_path)
     run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=10)
     run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
@@ -130,10 +131,10 @@ STOPPED = [*SMALL, "loop.total_steps=40", "loop.checkpoint_every_steps=10", "loo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection, undisturbed, tmp_path):
+def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection, uninterrupted, tmp_path):
     """A scheduler signals the loader's workers too: they go on until their rank has saved."""
     settings = [*STOPPED, "runtime.workers=2"]
-    straight, stopped = undisturbed(*settings), tmp_path / "stopped"
+    straight, stopped = uninterrupted(*settings), tmp_path / "stopped"
     overrides = common("classification", collection, stopped, *settings)
     started = start("finetune.py", overrides, tmp_path)
     wait_for(started, has_step(stopped, 5))
@@ -146,9 +147,9 @@ def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection
     assert_equal_runs(straight, stopped, 40)
 
 
-@pytest.mark.parametrize("trouble", ["slow_evaluation 0.3", "slow_save 0.3"])
-def test_a_signal_within_an_evaluation_or_a_save_waits_for_it(trouble, collection, undisturbed, tmp_path):
-    straight, stopped = undisturbed(*STOPPED), tmp_path / "stopped"
+@pytest.mark.parametrize("trouble", slow_but(["slow_save 0.3"], ["slow_evaluation 0.3", "slow_save 0.3"]))
+def test_a_signal_within_an_evaluation_or_a_save_waits_for_it(trouble, collection, uninterrupted, tmp_path):
+    straight, stopped = uninterrupted(*STOPPED), tmp_path / "stopped"
     overrides = common("classification", collection, stopped, *STOPPED)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": trouble})
     wait_for(started, lambda: "ing slowly" in started.output)
@@ -179,9 +180,9 @@ def test_a_second_signal_leaves_at_once(trouble, collection, tmp_path):
 # --- the disk
 
 
-def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collection, undisturbed, tmp_path):
+def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collection, uninterrupted, tmp_path):
     settings = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4"]
-    straight, refused = undisturbed(*settings), tmp_path / "refused"
+    straight, refused = uninterrupted(*settings), tmp_path / "refused"
     overrides = common("classification", collection, refused, *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 99"})
     assert started.wait() == [2]
@@ -200,9 +201,9 @@ def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collectio
     assert_equal_runs(straight, refused, 20)
 
 
-def test_on_failed_save_retry_goes_on_and_saves_when_it_can(collection, undisturbed, tmp_path):
+def test_on_failed_save_retry_continues_and_saves_when_it_can(collection, uninterrupted, tmp_path):
     settings = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4", "loop.on_failed_save=retry"]
-    straight, retried = undisturbed(*settings), tmp_path / "retried"
+    straight, retried = uninterrupted(*settings), tmp_path / "retried"
     overrides = common("classification", collection, retried, *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 12"})
     assert started.wait() == [0]
@@ -211,7 +212,7 @@ def test_on_failed_save_retry_goes_on_and_saves_when_it_can(collection, undistur
     assert_equal_runs(straight, retried, 20)
 
 
-def test_the_last_save_is_not_forgiven(collection, tmp_path):
+def test_the_last_save_is_an_error(collection, tmp_path):
     settings = [*SMALL, "loop.total_steps=8", "loop.checkpoint_every_steps=4", "loop.on_failed_save=retry"]
     overrides = common("classification", collection, tmp_path / "run", *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "full_disk 8 8"})
@@ -237,12 +238,12 @@ def remount(folder, mode):
     subprocess.run(["mount", "-o", f"remount,{mode},size=1m", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("retry", [False, True])
-def test_a_disk_that_is_full(retry, small_disk, collection, undisturbed, tmp_path):
+@pytest.mark.parametrize("retry", slow_but([False], [False, True]))
+def test_a_disk_that_is_full(retry, small_disk, collection, uninterrupted, tmp_path):
     """Everything in the run folder meets the full disk: rows, log, curves, tables, weights, checkpoints."""
     settings = [*SMALL, "loop.total_steps=60", "loop.checkpoint_every_steps=3", "loop.evaluate_every_epochs=1"]
     settings += ["loop.on_failed_save=retry"] if retry else []
-    straight, full = undisturbed(*settings), small_disk / "run"
+    straight, full = uninterrupted(*settings), small_disk / "run"
     overrides = common("classification", collection, full, *settings)
     filler = small_disk / "filler"
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "slow_evaluation 0.1"})
@@ -290,9 +291,9 @@ def test_a_disk_that_becomes_read_only(small_disk, collection, tmp_path):
 
 
 @pytest.mark.ddp
-def test_a_killed_worker_is_named_with_what_to_do(collection, undisturbed, tmp_path):
+def test_a_killed_worker_is_named_with_what_to_do(collection, uninterrupted, tmp_path):
     settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=2"]
-    straight, killed = undisturbed(*settings), tmp_path / "killed"
+    straight, killed = uninterrupted(*settings), tmp_path / "killed"
     overrides = common("classification", collection, killed, *settings)
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": f"kill_worker 7 {tmp_path}/marker"})
     assert started.wait() == [70]
@@ -305,13 +306,14 @@ def test_a_killed_worker_is_named_with_what_to_do(collection, undisturbed, tmp_p
     assert_equal_runs(straight, killed, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_rank 1 14", "kill_worker 14"])
 def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
     """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""
     settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=1",
                 "runtime.hang_timeout_sec=16"]  # fmt: skip
-    straight, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    straight, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     run("finetune.py", common("classification", collection, straight, *settings), tmp_path, ranks=2)
     done = command(
         "torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=2", ROOT / TROUBLED,
@@ -333,7 +335,7 @@ def poison(amounts):
     return {"TROUBLE": f"nan {amounts}"}
 
 
-def test_steps_left_out_are_counted_and_listed_with_their_samples(collection, tmp_path):
+def test_skipped_steps_are_counted_and_listed_with_their_samples(collection, tmp_path):
     bad = tmp_path / "bad"
     overrides = common("classification", collection, bad, *BAD)
     started = start(TROUBLED, overrides, tmp_path, variables=poison("7 8"))
@@ -350,7 +352,7 @@ def test_steps_left_out_are_counted_and_listed_with_their_samples(collection, tm
 
 
 def test_a_kill_between_changes_nothing_about_what_is_listed(collection, tmp_path):
-    """Steps 7 and 8 are left out, the checkpoint is of step 8, the log of step 20."""
+    """Steps 7 and 8 are skipped, the checkpoint is of step 8, the log of step 20."""
     settings = [*BAD[:3], "loop.total_steps=20", "loop.checkpoint_every_steps=8", "loop.log_every_steps=20"]
     for name in ("straight", "killed"):
         overrides = common("classification", collection, tmp_path / name, *settings)
@@ -384,7 +386,8 @@ def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch)
     assert "were not finite (losses on rank 1), first step 7" in done.stderr
 
 
-def test_a_roll_back_goes_on_past_the_samples(collection, tmp_path):
+@pytest.mark.slow
+def test_a_roll_back_continues_past_the_samples(collection, tmp_path):
     """Steps 7 to 9 read bad samples; from step 10 the run goes back to step 5 and reads those of step 11 on."""
     bad = tmp_path / "bad"
     settings = [*BAD, "loop.max_skipped_steps=2", "loop.on_too_many_skipped=rollback"]

@@ -92,7 +92,7 @@ def test_a_refusal_is_raised_by_finish_and_stops_what_follows(log):
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_refusal_is_forgiven_where_the_run_retries_but_not_at_the_end(in_background, log):
+def test_a_refusal_is_ignored_where_the_run_retries_but_not_at_the_end(in_background, log):
     writer, written = CheckpointWriter(in_background=in_background, retries=True), []
     submit(writer, groups(1.0), refuse)
     submit(writer, groups(2.0), written.append, "saved the second")
@@ -103,7 +103,7 @@ def test_a_refusal_is_forgiven_where_the_run_retries_but_not_at_the_end(in_backg
         writer.finish()
 
 
-def test_a_defect_is_never_forgiven():
+def test_a_defect_is_always_raised():
     writer = CheckpointWriter(in_background=True, retries=True)
     submit(writer, groups(1.0), lambda given: given["nothing"])
     writer._thread.join()
@@ -112,14 +112,14 @@ def test_a_defect_is_never_forgiven():
         writer.finish()
 
 
-def test_close_says_what_nobody_will_raise(log):
+def test_close_reports_errors_that_are_not_raised(log):
     writer = CheckpointWriter(in_background=True, retries=False)
     submit(writer, groups(1.0), refuse)
     writer.close()
     assert "/x does not take it" in log.text and not writer.failed
 
 
-def test_copies_are_contiguous_whatever_the_order_of_axes():
+def test_copies_are_contiguous_for_any_order_of_axes():
     last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     copies, event = HostCopies().take({"task": {"x": last, "n": torch.tensor(3), "b": last.bfloat16()}})
     assert event is None and copies["task"]["x"].is_contiguous() and torch.equal(copies["task"]["x"], last)
@@ -128,7 +128,7 @@ def test_copies_are_contiguous_whatever_the_order_of_axes():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the first test does the same on a CPU")
-def test_copies_from_a_gpu_are_of_the_moment_though_nobody_waits():
+def test_copies_from_a_gpu_are_of_the_moment_without_waiting():
     weights = torch.ones(4096, 4096, device="cuda")
     copies, event = HostCopies().take({"task": {"w": weights}})
     weights.fill_(2.0)
@@ -157,14 +157,14 @@ def test_rows_that_the_disk_refuses_come_later_and_in_order(tmp_path, monkeypatc
     assert path.read_text() == "a\nb\nc\nd\n"
 
 
-def test_what_the_disk_never_took_is_said_at_the_end(log):
+def test_what_the_disk_never_accepted_is_reported_at_the_end(log):
     rows = AppendFile(Path("/dev/full"))
     rows.write("abc\n")
     rows.close()
     assert "/dev/full lacks its last 4 bytes, which the disk refused" in log.text
 
 
-def test_a_file_that_is_made_anew_is_spared(tmp_path, log):
+def test_a_file_that_will_be_rewritten_only_warns(tmp_path, log):
     with ignore_write_errors(tmp_path / "curves.png"):
         raise OSError(28, "No space left on device")
     assert "curves.png cannot be written (No space left on device); it will be rewritten" in log.text

@@ -154,7 +154,7 @@ def test_masked_network_equals_the_gathered_form():
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
 @pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 1e30])
-def test_pixels_under_the_mask_change_nothing_to_the_bit(stem_stride, hidden):
+def test_pixels_under_the_mask_change_nothing_bit_for_bit(stem_stride, hidden):
     torch.manual_seed(0)
     network = randomise(small(stem_stride=stem_stride))
     stride = network.total_stride

@@ -147,7 +147,7 @@ def test_a_closure_can_do_the_backward_pass():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1.0], ids=["nan", "inf", "finite"])
 @pytest.mark.parametrize("steps_before", [0, 1, 5])
-def test_found_inf_leaves_parameters_and_state_to_the_bit(steps_before, poison, dtype):
+def test_found_inf_leaves_parameters_and_state_bit_for_bit(steps_before, poison, dtype):
     start, gradients = problem(dtype=dtype)
     parameters = parameters_at(start)
     optimizer = Adan(parameters, lr=0.1, weight_decay=0.1)
@@ -165,13 +165,13 @@ def test_found_inf_leaves_parameters_and_state_to_the_bit(steps_before, poison, 
         assert all(not any(value) for name, value in after.items() if "/" in name)
 
 
-@pytest.mark.parametrize("left_out", [[0], [0, 1, 2], [3], [0, 4, 5, 9]])
-def test_left_out_steps_are_as_if_they_had_never_been(left_out):
+@pytest.mark.parametrize("skipped", [[0], [0, 1, 2], [3], [0, 4, 5, 9]])
+def test_skipped_steps_are_change_nothing(skipped):
     start, gradients = problem(steps=12, dtype=torch.float32)
     with_skips, without = parameters_at(start), parameters_at(start)
     skipping, plain = Adan(with_skips, lr=0.1, weight_decay=0.1), Adan(without, lr=0.1, weight_decay=0.1)
     for step, now in enumerate(gradients):
-        if step in left_out:
+        if step in skipped:
             take_step(skipping, with_skips, [torch.full_like(gradient, float("nan")) for gradient in now], found_inf=1)
         else:
             take_step(skipping, with_skips, now, found_inf=0)
@@ -223,7 +223,7 @@ def test_state_has_the_layout_of_its_gradient(memory_format):
     assert optimizer.state[parameter]["exp_avg"].is_contiguous(memory_format=memory_format)
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_happened():
+def test_a_saved_state_continues_as_if_uninterrupted():
     start, gradients = problem(steps=8, dtype=torch.float32)
     through = parameters_at(start)
     optimizer = Adan(through, lr=0.1, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""EMA. Reference equality (the recursion in float64), literal warm-up table, round trips to the bit, skipped steps."""
+"""EMA. Reference equality (the recursion in float64), literal warm-up table, round trips bit for bit, skipped steps."""
 
 import copy
 
@@ -108,7 +108,7 @@ def test_a_decay_of_zero_follows_the_weights():
         torch.testing.assert_close(ema.tensors[name], tensor)
 
 
-def test_a_step_left_out_leaves_the_average_to_the_bit():
+def test_a_skipped_step_keeps_the_average_bit_for_bit():
     model = made(torch.float32)
     ema = EMA(model)
     for step in range(3):
@@ -132,7 +132,7 @@ def test_updates_do_not_touch_the_weights_nor_share_memory_with_them():
 # --- swapped
 
 
-def test_swapped_holds_the_average_and_gives_the_weights_back_to_the_bit():
+def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
     model = made(torch.float32)
     ema = EMA(model)
     wander(model, 0)
@@ -168,7 +168,7 @@ def test_what_an_evaluation_does_to_buffers_does_not_reach_the_average():
 # --- saving
 
 
-def test_a_saved_average_goes_on_as_if_nothing_had_happened():
+def test_a_saved_average_continues_as_if_uninterrupted():
     model = made(torch.float32)
     through = EMA(model)
     for step in range(3):

@@ -27,7 +27,7 @@ def test_subtract_scaled__is_its_formula(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_changes_where_a_step_is_left_out(layout):
+def test_nothing_changes_where_a_step_is_skipped(layout):
     target = LAYOUTS[layout]((2, 3, 4, 5))
     before, source = target.clone(), torch.full_like(target, torch.nan)
     subtract_scaled_([target], [source], 0.25, decay=0.5, found_inf=torch.ones(()))

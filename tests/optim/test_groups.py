@@ -108,7 +108,7 @@ def test_without_layer_decay_there_are_two_groups():
     assert [(group["lr_scale"], group["decays"]) for group in groups] == [(1.0, False), (1.0, True)]
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_ignored():
     task = classifier()
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(name.startswith("network.head."))

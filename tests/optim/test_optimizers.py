@@ -100,13 +100,13 @@ def test_fused_equals_unfused_torch(name):
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
-# --- steps that are left out
+# --- steps that are skipped
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), None], ids=["nan", "inf", "finite"])
 @pytest.mark.parametrize("steps_before", [0, 1, 4])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adan"])
-def test_found_inf_leaves_parameters_and_state_to_the_bit(name, steps_before, poison):
+def test_found_inf_leaves_parameters_and_state_bit_for_bit(name, steps_before, poison):
     model = network()
     optimizer = build(name, model)
     optimizer.found_inf = torch.tensor(0.0)
@@ -124,13 +124,13 @@ def test_found_inf_leaves_parameters_and_state_to_the_bit(name, steps_before, po
     assert steps_before == 0 or after.keys() == before.keys()
 
 
-@pytest.mark.parametrize("left_out", [[0], [0, 1], [2, 7]])
+@pytest.mark.parametrize("skipped", [[0], [0, 1], [2, 7]])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adan"])
-def test_left_out_steps_are_as_if_they_had_never_been(name, left_out):
+def test_skipped_steps_are_change_nothing(name, skipped):
     skipping, straight = network(), network()
     mine, other = build(name, skipping), build(name, straight)
     for step in range(STEPS):
-        skip = step in left_out
+        skip = step in skipped
         set_gradients(skipping, step, float("nan") if skip else None)
         mine.found_inf = torch.tensor(float(skip))
         mine.step()
@@ -140,8 +140,8 @@ def test_left_out_steps_are_as_if_they_had_never_been(name, left_out):
     assert bits(skipping, mine) == bits(straight, other)
 
 
-def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_step_left_out():
-    """torch makes momentum buffers in the first step, and leaves them uninitialised where that one is left out."""
+def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_skipped_step():
+    """torch makes momentum buffers in the first step, and leaves them uninitialised where that one is skipped."""
     model = network()
     optimizer = build("sgd", model, momentum=0.0, nesterov=False)
     set_group_values(optimizer, GroupValues(0.05, 0.0, 0.95))  # as a one-cycle schedule does

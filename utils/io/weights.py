@@ -1,14 +1,10 @@
 """Weight files: safetensors that can be used alone, and foreign files read without unpickling code."""
 
 import json
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,12 +12,8 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.io.files import fsync_path, write_atomically
 from utils.io.untrusted.safetensors_header import read_header
+from utils.io.untrusted.torch_file import read_torch
 from utils.ranks import distributed
-
-_SHOWN_CHARACTERS = 120  # of a name that a file brings
-# What torch's reader says of a name that it does not let a file use: `GLOBAL os.system was not an allowed global`,
-# `Trying to call reduce for unrecognized function <...>`, `Trying to load unsupported GLOBAL posix.mkdir whose module`.
-_REFUSED = re.compile(r"(?:GLOBAL|function) (<[^>]*>|[\w.]+)")
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +59,7 @@ def read_weights(
     if not path.is_file():
         raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
     if path.suffix in (".pt", ".pth", ".bin"):
-        content = _read_torch(path, key)
+        content = read_torch(path, key)
         if check is not None:
             check(content, {})
         return content, {}
@@ -93,7 +85,7 @@ def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, key, f"its metadata are not JSON: {_first_line(error)}") from None
     if not isinstance(metadata, dict):
-        raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, no object")
+        raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, not an object")
     return shapes, metadata
 
 
@@ -111,60 +103,6 @@ def _unreadable(path: Path, key: str, why: str) -> UserError:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _read_torch(path: Path, key: str) -> dict[str, Tensor]:
-    _refuse_bomb(path, key)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file brings torch's reader to KeyError, IndexError, struct.error and more
-        if isinstance(error, pickle.UnpicklingError) and (what := _REFUSED.search(str(error))):
-            raise UserError(
-                f"{key}: {path} holds pickled objects beside tensors, which Atelier never loads: it asks for "
-                f"{what.group(1)[:_SHOWN_CHARACTERS]!a}, and nothing of it was run. Take the weights from a "
-                ".safetensors file where there is one; where you trust this file, load it yourself, in a program of "
-                "its own, and save its state dict as safetensors"
-            ) from None
-        # Before its reason torch advises to switch its guard off.
-        said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-        raise UserError(f"{key}: {path} is not a readable torch file ({said.splitlines()[0]})") from None
-    for name in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, *zip(*content.items()))):
-        raise UserError(f"{key}: {path} holds no state dict of tensors but a {type(content).__name__}")
-    for name, tensor in content.items():
-        # Strides of 0 would let one number pass for a tensor of any size.
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or _is_repeated(tensor):
-            raise UserError(
-                f"{key}: {path} holds {str(name)[:_SHOWN_CHARACTERS]!a}, a tensor that is sparse, quantised, without "
-                "data, or of more elements than are stored; save plain tensors"
-            )
-    return content
-
-
-def _is_named_tensor(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _is_repeated(tensor: Tensor) -> bool:
-    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-
-
-def _refuse_bomb(path: Path, key: str) -> None:
-    """Raise UserError where a torch archive unpacks to more than the file's size: torch itself never compresses."""
-    if not zipfile.is_zipfile(path):
-        return  # torch's older format, or none
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{key}: {path} is not a readable torch file ({_first_line(error)})") from None
-    if unpacked > path.stat().st_size:
-        raise UserError(
-            f"{key}: {path} has {path.stat().st_size:,} bytes and unpacks to {unpacked:,}; torch writes its files "
-            "unpacked, so this one was made by something else: it is not read. Get it from where it was made"
-        )
 
 
 def find_weights(run_or_file: str, which: str, key: str) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.io.files import write_text
 from utils.io.safe_text import hide_secrets_in
+from utils.record.config import TrackingConfig, WandbTrackingConfig
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -52,7 +53,7 @@ def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def check_tracker(options: Any) -> None:
+def check_tracker(options: TrackingConfig) -> None:
     """Raise UserError where W&B is wanted online and has no key that its server takes.
 
     It never prompts for a key.
@@ -75,13 +76,13 @@ def check_tracker(options: Any) -> None:
 
 
 class WandbTracker:
-    """Weights & Biases, online or offline; the run folder's name is the run's, its id stays over resumptions.
+    """Weights & Biases, online or offline. The W&B run has the run folder's name, and keeps its id on resume.
 
-    W&B's own step only grows, and a resumed run goes back to its checkpoint: `step` is a figure like the others, and
-    the axis of all.
+    W&B's own step only grows, while a resumed run goes back to its checkpoint. So `step` is logged as a figure and is
+    the axis of all others.
     """
 
-    def __init__(self, options: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, options: WandbTrackingConfig, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # takes 0.6 s
 
         self._wandb = wandb
@@ -187,8 +188,8 @@ class GuardedTracker:
         self._guard(lambda tracker: tracker.close(failed))
 
 
-def start_tracker(options: Any, folder: Path, config: Mapping[str, Any], step: int) -> Tracker | None:
-    """Start what `tracking` names (engine/config.py), for a run that begins or resumes at `step`; None for jsonl.
+def start_tracker(options: TrackingConfig, folder: Path, config: Mapping[str, Any], step: int) -> Tracker | None:
+    """Start what `tracking` names (utils/record/config.py), for a run that begins or resumes at `step`; None for jsonl.
 
     Raises UserError (`tracking.mode`) where W&B cannot start.
     """

@@ -271,7 +271,7 @@ FROM_HYDRA = {
 
 
 @pytest.mark.parametrize("case", FROM_HYDRA)
-def test_what_hydra_refuses_is_said_in_our_words(case, tmp_path, monkeypatch, capsys):
+def test_what_hydra_refuses_is_reported_in_our_words(case, tmp_path, monkeypatch, capsys):
     arguments, message = FROM_HYDRA[case]
     assert run_command("finetune", arguments, tmp_path, monkeypatch) == 2
     printed = capsys.readouterr()

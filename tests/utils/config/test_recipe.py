@@ -93,7 +93,7 @@ def test_a_changed_recipe_is_refused_with_every_difference():
         "  optim.betas: [0.9, 0.99] in the run, '(absent)' now\n"
         "  optim.lr: 0.1 in the run, 0.2 now\n"
         "  seed: 0 in the run, 1 now\n"
-        "Start another run with run_dir=..., or let these through with 'resume_allow=[optim.betas,optim.lr,seed]'."
+        "Start another run with run_dir=..., or accept these with 'resume_allow=[optim.betas,optim.lr,seed]'."
     )
 
 

@@ -111,7 +111,7 @@ def test_a_table_of_our_own_keeps_its_lines(said):
     assert terminal == "groups:\na  1\nb  2\\x1b[1m\n"
 
 
-def test_a_secret_stands_in_neither(said, monkeypatch):
+def test_a_secret_is_in_neither(said, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "do-not-tell")
     for text in said("cannot reach %s with do-not-tell", "https://me:word@host"):
         assert "do-not-tell" not in text and "me:word" not in text and f"https://{HIDDEN}@host" in text

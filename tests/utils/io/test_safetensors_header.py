@@ -78,14 +78,14 @@ FORGED = {
     "a zipped pickle": (b"PK\x03\x04" + bytes(100), "it begins as torch's pickled files do"),
     "a pickle": (b"\x80\x04\x95\x20" + b"\xff" * 100, "it begins as torch's pickled files do"),
     "a name that forges lines": (
-        forge({"a\nERROR forged\x1b[2J\u202e": {}}), r"'a\nERROR forged\x1b[2J\u202e' is no object"
+        forge({"a\nERROR forged\x1b[2J\u202e": {}}), r"'a\nERROR forged\x1b[2J\u202e' is not an object"
     ),
-    "a name without end": (forge({"a" * 5000: {}}), f"'{'a' * 79}... is no object"),
+    "a name without end": (forge({"a" * 5000: {}}), f"'{'a' * 79}... is not an object"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_forged_file_is_refused_by_what_lies(name, tmp_path):
+def test_a_forged_file_is_refused_with_its_fault(name, tmp_path):
     content, lie = FORGED[name]
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
@@ -137,7 +137,7 @@ def test_a_file_without_tensors_is_whole(tmp_path):
     assert read_header(tmp_path / "w.safetensors", "x") == ({}, {})
 
 
-def test_what_is_let_through_safetensors_reads_too(tmp_path):
+def test_accepted_files_are_read_by_safetensors(tmp_path):
     """600 files with random damage to the header: refused by name of the file, or read by safetensors itself."""
     draws, path = random.Random(0), tmp_path / "w.safetensors"
     whole = save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}, metadata={"x": "y"})

@@ -152,7 +152,7 @@ def test_names_that_are_no_texts_are_refused(tmp_path):
 
 def test_metadata_that_are_no_object_are_refused(tmp_path):
     save_file(TENSORS, tmp_path / "w.safetensors", metadata={"atelier": "[1]"})
-    assert message_of(tmp_path / "w.safetensors").endswith("(its metadata are a JSON list, no object)")
+    assert message_of(tmp_path / "w.safetensors").endswith("(its metadata are a JSON list, not an object)")
 
 
 def test_a_check_comes_before_any_tensor_is_read(tmp_path, monkeypatch):

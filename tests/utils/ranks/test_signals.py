@@ -33,7 +33,7 @@ def test_a_second_request_leaves_at_once():
     assert status == 75 and said.splitlines()[1:] == ["SIGUSR1 again: leaving at once, without saving"]
 
 
-def test_nobody_needs_to_listen():
+def test_works_without_a_listener():
     """Whoever read stderr may have got the signal too."""
     status, _ = run("    signals.REPEAT_SEC = 0; os.close(2); send(signal.SIGTERM)")
     assert status == 75

@@ -128,7 +128,7 @@ def test_wandb_offline_has_the_config_and_every_row_and_changes_nothing(images, 
     assert (run_dir / "weights/last_weights.safetensors").exists()
 
 
-def test_wandb_goes_on_with_its_run_after_a_resumption_from_an_earlier_step(images, tmp_path, capfd):
+def test_wandb_continues_with_its_run_after_a_resumption_from_an_earlier_step(images, tmp_path, capfd):
     fine_tune(images, tmp_path, "loop.total_steps=3", "loop.checkpoint_every_steps=2", *WANDB)
     newest = tmp_path / "run/checkpoints/step_00000003"
     (newest / "state.json").write_text("{")  # damaged: the run goes back to step 2
