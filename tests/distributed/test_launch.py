@@ -46,6 +46,7 @@ def has_ended(*pids):
     return lambda: all(processes().get(pid, (0, "Z"))[1] == "Z" for pid in pids)
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_runs_through(tmp_path):
     """The issue's command, on the embedded glyphs, which the first run draws."""
     done = command(

@@ -18,6 +18,7 @@ from tests.support import (
 )
 
 TASKS = sorted(SCRIPTS)
+QUICK = ["classification", "fcmae", "flow", "multicrop"]
 # What draws inside the forward pass, so that resume has to bring it back; per task, where it has such a setting.
 NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],
@@ -35,7 +36,7 @@ def assert_same_tensors(first, second, tolerance=0.0):
         assert difference <= tolerance, f"{name} differs by {difference:.3e}"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_but(QUICK, TASKS))
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path):
     """20 steps against 10 and some, SIGKILL of the process group, the same command again."""
     settings = [
@@ -58,7 +59,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, t
     assert [row["step"] for row in rows(killed / "metrics.jsonl", "train")] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_but(QUICK, TASKS))
 def test_two_ranks_equal_one_at_the_same_global_batch(task, collection, tmp_path):
     """One rank with one micro-batch, one with four, two ranks: the same weights to summation order."""
     settings = ["loop.total_steps=12", "loop.global_batch_size=16", "loop.checkpoint_every_steps=12", "optim.lr=0.001"]
@@ -119,7 +120,7 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("task", ["classification", "fcmae"])
+@pytest.mark.parametrize("task", slow_but(["classification"], ["classification", "fcmae"]))
 def test_evaluation_is_exact_on_any_number_of_ranks(task, collection, tmp_path):
     """The same figures on 1, 2 and 3 ranks, with a last batch that is not full (15 images by 4)."""
     figures = []

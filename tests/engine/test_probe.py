@@ -188,6 +188,7 @@ def probed(run_dir):
     return {row["step"]: (row["probe/knn"], row["probe/linear"]) for row in found if "probe/knn" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
     """Sets that no number of ranks divides, one image of them unreadable."""

@@ -87,7 +87,7 @@ def test_fifteen_kills_leave_no_trace(task, collection, uninterrupted, tmp_path)
     assert_equal_runs(straight, killed, 120)
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", slow_but(["true"], ["true", "false"]))
 def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collection, uninterrupted, tmp_path):
     settings = [
         *SMALL, "loop.total_steps=12", "loop.checkpoint_every_steps=4", f"loop.save_in_background={background}",
@@ -130,7 +130,7 @@ def test_on_a_gpu_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, prec
 STOPPED = [*SMALL, "loop.total_steps=40", "loop.checkpoint_every_steps=10", "loop.evaluate_every_epochs=3"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]))
 def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection, uninterrupted, tmp_path):
     """A scheduler signals the loader's workers too: they go on until their rank has saved."""
     settings = [*STOPPED, "runtime.workers=2"]
@@ -201,6 +201,7 @@ def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collectio
     assert_equal_runs(straight, refused, 20)
 
 
+@pytest.mark.slow
 def test_on_failed_save_retry_continues_and_saves_when_it_can(collection, uninterrupted, tmp_path):
     settings = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=4", "loop.on_failed_save=retry"]
     straight, retried = uninterrupted(*settings), tmp_path / "retried"
