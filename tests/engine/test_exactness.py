@@ -15,6 +15,7 @@ from tests.support import (
     rows,
     run,
     samples_by_step,
+    slow_but,
 )
 
 TASKS = sorted(SCRIPTS)
