@@ -583,6 +583,59 @@ def test_jsonl_manifests_are_refused_by_line(refuse, root, tmp_path, row, messag
     assert not list(root.glob("*.arrow"))
 
 
+# CSV.
+
+
+def csv_manifest(root, text):
+    (root / "manifest.csv").write_bytes(text.encode("utf-8"))
+    return root
+
+
+def test_a_csv_of_paths_and_labels_is_a_manifest(load, root):
+    put(root, "one/a.png", "two/b, ü.png", text="ignored")
+    text = (
+        'path,label,tags,weight,split,caption\r\n"two/b, ü.png",B,"x, y z,",0.5,val,"two\nlines"\r\none/a.png,A,,,,\r\n'
+    )
+    collection = load(csv_manifest(root, "\ufeff" + text))
+    assert [collection.row(index) for index in range(2)] == [
+        Row("one/a.png", "A", (), None, None, 1.0),
+        Row("two/b, ü.png", "B", ("x", "y z"), None, "two\nlines", 0.5),
+    ]
+    assert columns(collection, "split") == [("train",), ("val",)]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "manifest.csv', line 1: the columns are ; name the columns in the first row, path and any of path, size"),
+        ("a.png,cat\n", "line 1: the columns are a.png, cat; name the columns in the first row"),
+        ("path,lable\na.png,cat\n", "line 1: unknown column 'lable'; close: label"),
+        ("path,path\na.png,a.png\n", "line 1: the columns are path, path"),
+        ("path,label\na.png\n", "line 2: it has another number of fields than the first row"),
+        ("path,label\na.png,x,y\n", "line 2: it has another number of fields than the first row"),
+        ("path,weight\na.png,heavy\n", "line 2: weight is 'heavy'; write a number"),
+        ("path,size\na.png,1.5\n", "line 2: size is '1.5'; write a number"),
+        ("path,weight\na.png,-1\n", "line 2: weight is -1.0; write a number from 0 up"),
+        ("path\na.png\nb.png\na.png\n", "line 4: path 'a.png' is at line 2 already; keep one of them"),
+        ("path,label\n,x\n", "line 2: path is missing"),
+        ("path\n../a.png\n", "line 2: path '../a.png' leads out of the collection, by '..'"),
+        ('path\n"a.png\n', "broken CSV (unexpected end of data); save it as UTF-8 CSV"),
+        ("path\n", "has no row; name at least one image"),
+    ],
+)
+def test_csv_manifests_are_refused_by_line(refuse, root, text, message):
+    refuse(csv_manifest(put(root, "a.png", "b.png"), text), message)
+
+
+def test_a_csv_in_another_encoding_is_refused(refuse, root):
+    put(root, "a.png")
+    (root / "manifest.csv").write_bytes("path,label\na.png,für\n".encode("latin-1"))
+    refuse(root, "broken CSV ('utf-8' codec can't decode byte 0xfc")
+
+
+# Parquet.
+
+
 @pytest.mark.parametrize("kind", ["rows", "text"])
 def test_a_parquet_manifest_that_unpacks_to_gigabytes_is_refused_unread(refuse, root, kind, monkeypatch):
     """Ten million rows of one path in a few kB; 200 MB of one letter in a few kB."""

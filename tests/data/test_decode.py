@@ -47,6 +47,49 @@ def test_lossless_formats_come_back_as_they_were(tmp_path, suffix):
     assert np.array_equal(pixels, np.array(picture()))
 
 
+@pytest.mark.parametrize("name", ["x.tga", "x.TGA", "x.jp2", "x.j2k"])
+def test_tga_and_jpeg_2000_are_read(tmp_path, name):
+    wanted = {"tga": {"format": "TGA", "compression": "tga_rle"}}.get(name[-3:].lower(), {"format": "JPEG2000"})
+    picture(size=(32, 16)).save(tmp_path / name, irreversible=False, **wanted)
+    assert np.array_equal(read(tmp_path / name), np.array(picture(size=(32, 16))))
+
+
+def test_an_icon_is_read_at_its_largest_size_on_white(tmp_path):
+    icon = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    icon.paste((0, 0, 255, 255), (32, 0, 64, 64))
+    icon.save(tmp_path / "x.ico", sizes=[(16, 16), (64, 64)])
+    pixels = read(tmp_path / "x.ico")
+    assert pixels.shape == (64, 64, 3) and corners(pixels) == [WHITE, BLUE, WHITE, BLUE]
+
+
+def test_only_the_name_makes_a_file_tga(tmp_path):
+    """TGA has no signature: other bytes could be taken for it."""
+    picture().save(tmp_path / "x.png", format="TGA")
+    with pytest.raises(UnreadableImage, match="not an image of a known format"):
+        read(tmp_path / "x.png")
+    picture().save(tmp_path / "x.tga", format="PNG")
+    assert np.array_equal(read(tmp_path / "x.tga"), np.array(picture()))
+    for content in (b"", b"no image at all, but long enough to be read as a header of TGA", bytes(40)):
+        (tmp_path / "bad.tga").write_bytes(content)
+        with pytest.raises(UnreadableImage):
+            read(tmp_path / "bad.tga")
+
+
+@pytest.mark.parametrize("name,arguments", [("x.tga", {"compression": "tga_rle"}), ("x.jp2", {}), ("x.ico", {})])
+def test_cut_off_files_of_these_formats_are_unreadable_or_read_but_never_an_error(tmp_path, name, arguments):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name, **arguments)
+    whole = (tmp_path / name).read_bytes()
+    refused = 0
+    for length in range(0, len(whole), max(1, len(whole) // 50)):
+        (tmp_path / name).write_bytes(whole[:length])
+        try:
+            assert read(tmp_path / name).shape[2] == 3
+        except UnreadableImage:
+            refused += 1
+    assert refused > 25
+
+
 def test_the_name_does_not_decide_the_format(tmp_path):
     picture().save(tmp_path / "x.jpg", format="PNG")
     assert corners(read(tmp_path / "x.jpg")) == [RED, LIME, BLUE, WHITE]

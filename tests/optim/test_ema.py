@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim.ema import EMA, ema_decay_at
+from optim.ema import EMA, Averages, ema_decay_at
 
 ONE = torch.tensor(1.0)
 
@@ -186,3 +186,28 @@ def test_a_saved_average_continues_as_if_uninterrupted():
 def test_the_average_of_another_network_is_not_taken():
     with pytest.raises(AssertionError, match="another network"):
         EMA(made()).load({"0.weight": torch.zeros(1)})
+
+
+# --- several networks
+
+
+def test_averages_of_several_networks_are_those_of_each_alone():
+    models = {"unet": made(), "encoder": made()}
+    averages = Averages(models, {"unet": "device", "encoder": "cpu"})
+    alone = {name: EMA(model) for name, model in models.items()}
+    for step in range(5):
+        for number, (name, model) in enumerate(models.items()):
+            wander(model, 10 * step + number)
+            alone[name].update(0.9, ONE)
+        averages.update(0.9, ONE)
+    expected = {f"{name}.{key}": tensor for name, ema in alone.items() for key, tensor in ema.tensors.items()}
+    same_bits(averages.tensors(), expected)
+    before = {name: copied(model) for name, model in models.items()}
+    with averages.swapped():
+        for name, model in models.items():
+            same_bits(copied(model), alone[name].tensors)
+    for name, model in models.items():
+        same_bits(copied(model), before[name])
+    again = Averages(models, {"unet": "device", "encoder": "cpu"})
+    again.load(averages.tensors())
+    same_bits(again.tensors(), expected)

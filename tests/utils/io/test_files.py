@@ -2,10 +2,20 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
-from utils.io.files import canonical_json, read_json, sha256_file, sha256_text, write_atomically, write_json, write_text
+from utils.io.files import (
+    canonical_json,
+    link_or_copy,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 def test_writing_makes_folders_and_replaces(tmp_path):
@@ -66,3 +76,22 @@ def test_canonical_json_has_one_spelling():
 def test_hashes_are_those_of_the_bytes(tmp_path):
     (tmp_path / "x").write_bytes("é".encode())
     assert sha256_file(tmp_path / "x") == sha256_text("é") == hashlib.sha256("é".encode()).hexdigest()
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_link_replaces_the_old_file_and_a_copy_does_where_there_are_no_links(has_links, tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "folder/target"
+    source.write_bytes(b"new")
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    if not has_links:
+
+        def refuse(*arguments, **named):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(source, target)
+    assert target.read_bytes() == b"new" and target.samefile(source) == has_links
+    assert [file.name for file in target.parent.iterdir()] == ["target"]
+    source.unlink()
+    assert target.read_bytes() == b"new"

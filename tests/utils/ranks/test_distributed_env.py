@@ -128,3 +128,34 @@ def test_an_error_of_rank_0_alone_keeps_its_kind():
 
     with pytest.raises(UserError, match=r"^data.root: no$"):
         distributed.rank_zero_call(fail)
+
+
+@pytest.mark.parametrize(
+    "world, gpus, expected",
+    [
+        (World(), 1, 0),
+        (World(3, 4, 1, "torchrun"), 2, 1),
+        (World(5, 8, 1, "slurm"), 4, 1),
+        (World(5, 8, 1, "slurm"), 1, 0),  # srun --gpus-per-task=1 shows each process its own GPU
+    ],
+)
+def test_a_rank_takes_the_gpu_of_its_local_rank(world, gpus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert distributed.local_device_index(world) == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^runtime\.device: rank 3 needs GPU 3 of its node, which has 2; start"):
+        distributed.local_device_index(World(3, 4, 3, "torchrun"))
+
+
+@pytest.mark.parametrize("backends, failed, leaves", [
+    ("cpu:gloo,cuda:nccl", True, False), ("cpu:gloo,cuda:nccl", False, True), ("cpu:gloo", True, True),
+])  # fmt: skip
+def test_a_failed_rank_does_not_wait_for_its_peers_in_nccl(backends, failed, leaves, monkeypatch):
+    left = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append(True))
+    assert distributed.shutdown(failed=failed) and bool(left) == leaves

@@ -1,0 +1,181 @@
+"""Random numbers as functions of counters: literal tables, properties, equality for any batch split."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils import rng
+
+# --- hashes
+
+# Changing one of these changes every run: saved ones no longer resume to the same samples.
+KNOWN = [
+    ((), 5700357409661599242, "nothing hashed"),
+    ((0,), 6467540162864785327, "0 is a counter like others"),
+    ((1,), 8702843941935282423, ""),
+    ((0, 0), 3828582881644381438, "another length, another hash"),
+    ((0, 1), 185151156520619842, ""),
+    ((1, 0), 866938649145782109, "the order matters"),
+    ((-1,), 6832720693624013390, "negative counters wrap round 64 bits"),
+    ((3, 1, 4, 1, 5), 4166843669786820992, ""),
+]
+
+
+@pytest.mark.parametrize("counters, expected, why", KNOWN)
+def test_known_hashes(counters, expected, why):
+    assert rng.hash_counters(*counters) == expected, why
+
+
+@pytest.mark.parametrize(
+    "seed, position, view, expected",
+    [
+        (0, 0, 0, 5115939743139180319),
+        (0, 1, 0, 5656945921754971575),
+        (0, 2, 0, 1350151823620711279),
+        (0, 0, 1, 2794863612905254196),
+        (7, 10**9, 0, 2448313011511004704),
+    ],
+)
+def test_known_keys(seed, position, view, expected):
+    assert rng.sample_key(seed, position, view) == expected
+
+
+def test_known_orders():
+    assert rng.permutation(0, 0, 8).tolist() == [2, 0, 5, 7, 3, 6, 4, 1]
+    assert rng.permutation(0, 1, 8).tolist() == [1, 3, 5, 7, 4, 2, 6, 0]
+    assert rng.permutation(1, 0, 8).tolist() == [5, 4, 6, 3, 0, 2, 7, 1]
+
+
+def test_mix64_is_the_finaliser_of_splitmix64():
+    """The published first outputs of the generator seeded with 1234567."""
+    state, found = 1234567, []
+    for _ in range(3):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        found.append(rng.mix64(state))
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_the_vectorised_hash_equals_the_plain_one():
+    base = rng.hash_counters(5, 6)
+    plain = [rng.mix64((base + number * 0x9E3779B97F4A7C15) % 2**64) for number in range(100)]
+    assert rng.hash_range(5, 6, 100).tolist() == plain
+
+
+def test_keys_do_not_collide_and_have_63_bits():
+    keys = [rng.sample_key(seed, position, view) for seed in (0, 1) for position in range(25_000) for view in (0, 1)]
+    assert len(set(keys)) == len(keys) == 100_000
+    assert all(0 <= key < 2**63 for key in keys)
+    together = np.array(keys)
+    ones = [float((together >> bit & 1).mean()) for bit in range(63)]
+    assert all(abs(share - 0.5) < 0.01 for share in ones)  # 6 standard deviations
+    torch.tensor(keys[:10])  # int64 holds them
+    torch.Generator().manual_seed(max(keys))  # and so do generators
+
+
+@pytest.mark.parametrize("position", range(0, 64, 9))
+def test_one_bit_of_a_counter_changes_half_of_the_key(position):
+    flips = [(rng.sample_key(0, position) ^ rng.sample_key(0, position ^ 1 << bit)).bit_count() for bit in range(40)]
+    assert 26 < sum(flips) / len(flips) < 37  # 31.5 +- 4 standard deviations of the mean
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_permutation_is_one(count):
+    order = rng.permutation(3, 4, count)
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(count))
+
+
+# --- generators
+
+
+def test_seeded_draws_as_a_generator_of_its_own_would():
+    with rng.seeded(123):
+        inside = torch.rand(5)
+    assert torch.equal(inside, torch.rand(5, generator=rng.generator_for(123)))
+
+
+def test_seeded_gives_the_global_state_back_after_an_error_too():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with rng.seeded(1):
+        torch.rand(7)
+    with pytest.raises(ZeroDivisionError), rng.seeded(2):
+        torch.rand(7)
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_micro_step_is_seeded_by_seed_step_micro_step_and_rank():
+    def drawn(*counters):
+        rng.seed_micro_step(*counters, torch.device("cpu"))
+        return torch.rand(4).tolist()
+
+    first = drawn(1, 2, 3, 4)
+    assert drawn(1, 2, 3, 4) == first
+    others = [drawn(*counters) for counters in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (2, 1, 3, 4))]
+    assert first not in others and len({tuple(each) for each in others}) == 5
+
+
+# --- permutations without a table
+
+
+@pytest.mark.parametrize("count", [1, 2, 256, 257, 1000, 4096, 4097, 54_653])
+def test_a_keyed_permutation_takes_each_member_once(count):
+    order = rng.Permutation(3, 4, count)
+    found = [order(index) for index in range(count)]
+    assert sorted(found) == list(range(count)) and (count < 3 or found != list(range(count)))
+
+
+def test_keyed_permutations_differ_by_seed_and_stream():
+    orders = [[rng.Permutation(seed, stream, 1000)(index) for index in range(1000)]
+              for seed, stream in ((0, 0), (0, 1), (1, 0))]  # fmt: skip
+    for first in range(3):
+        for second in range(first):
+            same = sum(a == b for a, b in zip(orders[first], orders[second]))
+            assert same < 10  # 1 is expected of two random orders
+
+
+def test_a_keyed_permutation_spreads_neighbours():
+    """Positions and members are uncorrelated, and so are neighbouring members."""
+    count = 100_000
+    found = np.array([rng.Permutation(0, 0, count)(index) for index in range(20_000)], dtype=np.float64)
+    assert abs(np.corrcoef(found, np.arange(20_000))[0, 1]) < 0.03  # 4 standard deviations
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.03
+
+
+# --- numbers from keys, on the keys' device
+
+KEYS = torch.tensor([rng.sample_key(0, position) for position in range(2000)])
+
+
+@pytest.mark.parametrize("draw_numbers", [rng.uniform, rng.normal])
+def test_numbers_are_the_same_for_any_batch_split(draw_numbers):
+    whole = draw_numbers(KEYS[:64], (3, 5))
+    assert whole.shape == (64, 3, 5) and whole.dtype == torch.float32
+    parts = torch.cat([draw_numbers(part, (3, 5)) for part in KEYS[:64].split([1, 40, 23])])
+    assert torch.equal(whole, parts)
+    assert torch.equal(draw_numbers(KEYS[:64].flip(0), (3, 5)).flip(0), whole)
+    assert not torch.equal(draw_numbers(KEYS[:64], (3, 5), draw=1), whole)
+
+
+def test_uniform_numbers_are_uniform():
+    numbers = rng.uniform(KEYS, (50,)).flatten()
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers, bins=20, min=0, max=1)
+    expected = len(numbers) / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 50  # chi-squared of 19 degrees of freedom: p = 1e-4
+    assert len(torch.unique(numbers)) > 0.99 * len(numbers)
+
+
+@pytest.mark.parametrize("size", [50, 51])
+def test_normal_numbers_are_normal_and_independent(size):
+    numbers = rng.normal(KEYS, (size,)).double()
+    flat = numbers.flatten()
+    assert flat.isfinite().all() and abs(flat.mean()) < 0.013 and abs(flat.var() - 1) < 0.02
+    assert abs((flat**4).mean() - 3) < 0.12
+    correlation = torch.corrcoef(numbers.T)
+    assert (correlation - torch.eye(size, dtype=torch.float64)).abs().max() < 0.12  # 5 standard deviations
+
+
+def test_no_key_gives_an_infinite_number():
+    edges = torch.tensor([0, 1, 2**63 - 1, 2**32 - 1, 2**32, 2**62])
+    assert rng.normal(edges, (1000,)).isfinite().all()
