@@ -9,7 +9,7 @@ from typing import Literal
 
 from data.config import DataConfig
 from data.glyphs import draw_glyphs, glyphs_ready
-from data.manifest import write_manifest
+from data.manifest_writer import write_manifest
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.record.logging import get_logger

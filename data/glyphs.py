@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data.manifest import save_manifest
+from data.manifest_writer import save_manifest
 from data.table import build_table
 from utils.errors import UserError
 from utils.io.files import fsync_path, read_json, write_json

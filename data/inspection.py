@@ -1,6 +1,6 @@
 """Inspection of the files of a collection: checksums, unreadable images, and surprising traits of the others.
 
-`write_manifest` (data/manifest.py) inspects every file and returns the report, which prepare.py job=manifest logs.
+data/manifest_writer.py inspects every file and returns the report, which prepare.py job=manifest logs.
 """
 
 import json

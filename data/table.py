@@ -100,3 +100,8 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
     flat = pc.list_flatten(column) if pa.types.is_list(column.type) else column.drop_null()
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(flat).to_pylist()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return the table with one column exchanged."""
+    return table.set_column(table.column_names.index(name), SCHEMA.field(name), column)

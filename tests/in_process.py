@@ -19,7 +19,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from data.glyphs import GLYPHS_VERSION
-from data.manifest import write_manifest
+from data.manifest_writer import write_manifest
 from tests.support import make_collection
 from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
 from utils.io.files import write_json

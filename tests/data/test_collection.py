@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import data.manifest
+import data.manifest_writer
 import data.table
 from data.collection import Row, check_classes, index_collection, open_collection
-from data.manifest import find_manifest, write_manifest
+from data.manifest import find_manifest
+from data.manifest_writer import write_manifest
 from data.table import SCHEMA, build_table, hash_table
 from utils.errors import UserError
 
@@ -709,7 +710,7 @@ def test_write_manifest_round_trip(load, root):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel):
-    monkeypatch.setattr(data.manifest, "_PARALLEL_FROM", 2 if parallel else 100)
+    monkeypatch.setattr(data.manifest_writer, "_PARALLEL_FROM", 2 if parallel else 100)
     put(root, "a.png", "b.png", "c.png", "d.png")
     (root / "b.png").write_bytes(b"")
     (root / "d.png").write_bytes((root / "c.png").read_bytes()[:40])
@@ -729,8 +730,8 @@ def test_a_file_that_ends_its_reader_is_listed_with_weight_0(load, root, monkeyp
     def all_but_every_second(inspect, files, fatal):
         return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
 
-    monkeypatch.setattr(data.manifest, "_PARALLEL_FROM", 2)
-    monkeypatch.setattr(data.manifest, "map_in_processes", all_but_every_second)
+    monkeypatch.setattr(data.manifest_writer, "_PARALLEL_FROM", 2)
+    monkeypatch.setattr(data.manifest_writer, "map_in_processes", all_but_every_second)
     put(root, "a.png", "b.png", "c.png")
     report = write_manifest(str(root), validation_fraction=0, verify=True)
     assert [path for path, _ in report.unreadable] == ["b.png"] and list(report.kinds.values()) == [1]

@@ -21,7 +21,7 @@ from PIL import Image, features
 
 from data import decode
 from data.decode import CUT_OFF, DAMAGED, EMPTY, TOO_LARGE, UNSUPPORTED, UnreadableImage, inspect_image, read_image
-from data.manifest import write_manifest
+from data.manifest_writer import write_manifest
 from tests.in_process import TINY, run
 from tests.support import ROOT, make_collection
 from tests.support import run as run_alone

@@ -5,7 +5,7 @@
 | safetensors header | `safetensors_header.py` | `utils/io/weights.py` |
 | torch archive and pickle | `torch_file.py` | `utils/io/weights.py` |
 | ONNX graph | `onnx_file.py` | `models/predictor.py` |
-| Parquet manifest | `parquet.py` | `data/manifest.py` |
+| Parquet manifest | `parquet.py` | `data/manifest_formats.py` |
 
 Three checks need to know more than the format, and are in the rooms that do: metadata of a weight file
 (`models/predictor.py: check_metadata`), state of an optimiser (`optim/state.py: check_optimizer_state`), and images

@@ -1,0 +1,122 @@
+"""Make `manifest.parquet` of a scanned folder (prepare.py job=manifest)."""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.decode import DEFAULT_MAX_PIXELS
+from data.inspection import (
+    UNREADABLE,
+    Inspected,
+    ManifestReport,
+    count_kinds,
+    count_traits,
+    fatal_file,
+    inspect_file,
+    list_unreadable,
+)
+from data.manifest import find_files, find_manifest
+from data.manifest_formats import PARQUET, read_parquet
+from data.scan import check_root, scan_folder
+from data.table import SCHEMA, assign_validation, count_values, replace_column
+from utils.errors import UserError
+from utils.io.files import write_atomically
+from utils.ranks.processes import map_in_processes
+
+# The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
+_MAKER = b"atelier.made_by"
+_PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
+
+
+def write_manifest(
+    root: str,
+    *,
+    validation_fraction: float,
+    verify: bool,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: Callable[[int, int], None] | None = None,
+) -> ManifestReport:
+    """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file.
+
+    verify: decode every image too; one that is unreadable stays in the manifest with weight 0 and is reported, by name
+    in `manifest.unreadable.jsonl`. A file that cannot even be opened is treated so in any case. progress: called with
+    the images done and their number.
+
+    Raises UserError (`data.root`) as `scan_folder` does, for a link out of the root, for a folder that cannot be
+    written, and for a manifest already there that this function did not write.
+    """
+    folder = check_root(root)
+    _refuse_foreign(folder)
+    table = assign_validation(scan_folder(folder), validation_fraction)
+    paths = table["path"].to_pylist()
+    find_files(folder, paths, lambda index: "a manifest cannot name this image")
+    found = _inspect_all([str(folder / path) for path in paths], verify, max_pixels, progress)
+    reasons = [inspection.reason for _, inspection in found]
+    table = replace_column(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
+    table = replace_column(
+        table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32())
+    )
+    unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
+    counts = [count_values(table[name]) for name in ("split", "label", "tags")]
+    return ManifestReport(
+        save_manifest(folder, table, "write_manifest"),
+        table.num_rows,
+        *counts,
+        unreadable,
+        count_kinds(found),
+        count_traits(paths, found),
+        list_unreadable(folder / UNREADABLE, unreadable),
+    )
+
+
+def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
+    """Write a table of SCHEMA as the root's `manifest.parquet`, atomically, and return its path.
+
+    Only what the maker "write_manifest" wrote is ever overwritten by it. Raises UserError (`data.root`) where the
+    folder is not writable.
+    """
+    assert table.schema.equals(SCHEMA), table.schema
+    table = table.replace_schema_metadata({_MAKER: maker.encode()})
+    try:
+        write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
+    except PermissionError as error:
+        raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be made there") from error
+    return root / PARQUET
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Raise UserError where the root has a manifest that `write_manifest` did not make."""
+    file = find_manifest(root)
+    if file is None:
+        return
+    made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
+    if made_by != b"write_manifest":
+        raise UserError(
+            f"data.root: {str(file)!r} was not made from this folder and is not overwritten; it is read as it is. To "
+            "have one made from the folder, move it away"
+        )
+
+
+def _inspect_all(
+    files: list[str], verify: bool, max_pixels: int, progress: Callable[[int, int], None] | None
+) -> list[Inspected]:
+    """Return SHA-256 and findings of each file; with many files, in one process per core."""
+    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
+    if len(files) < _PARALLEL_FROM or (os.cpu_count() or 1) == 1:
+        return _count_off(map(inspect, files), len(files), progress)
+    return _count_off(map_in_processes(inspect, files, fatal_file), len(files), progress)
+
+
+def _count_off(results: Iterable[Any], total: int, progress: Callable[[int, int], None] | None) -> list[Any]:
+    """Collect results, reporting after each."""
+    found = []
+    for result in results:
+        found.append(result)
+        if progress is not None:
+            progress(len(found), total)
+    return found
