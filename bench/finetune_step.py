@@ -81,12 +81,10 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
         machine = {"device": "auto", "deterministic": False, **machine}
     run = build_bench_run(
         task,
-        runtime=runtime,
         batch_size=len(batch["weight"]),
         epoch_steps=steps,
-        runtime_changes=machine,
-        clip_grad_norm=CLIP,
-        ema_decay=EMA_DECAY if ema else None,
+        runtime={"option": runtime, **machine},
+        loop={"clip_grad_norm": CLIP, "ema_decay": EMA_DECAY if ema else None},
     )
     stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
     return lambda: train_one_epoch(run, stream, bench_loop(), next(epochs), vote)

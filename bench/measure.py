@@ -45,39 +45,36 @@ def bench_loop() -> LoopConfig:
 def build_bench_run(
     task: Any,
     *,
-    runtime: str,
     batch_size: int,
     accum_steps: int = 1,
     epoch_steps: int = 10**6,
-    optim: str = "adamw",
-    optim_changes: dict[str, Any] | None = None,
-    runtime_changes: dict[str, Any] | None = None,
-    clip_grad_norm: float | None = 1.0,
-    ema_decay: float | None = None,
+    runtime: dict[str, Any],
+    optim: dict[str, Any] | None = None,
+    loop: dict[str, Any] | None = None,
 ) -> Run:
     """Build a run as engine/run.py does, in which nothing is due: no log, evaluation or checkpoint.
 
-    An epoch has `epoch_steps` updates, so one call of train_one_epoch makes that many.
+    An epoch has `epoch_steps` updates, so one call of train_one_epoch makes that many. runtime, optim, loop: changed
+    values of these groups; `option` names the file of the group: reference, adamw and default if absent.
     """
     groups = {
-        "optim": (optim, optim_changes or {}),
-        "schedule": ("cosine", {}),
-        "runtime": (runtime, runtime_changes or {}),
-        "tracking": ("jsonl", {}),
-        "loop": (
-            "default",
-            {"clip_grad_norm": clip_grad_norm, "ema_decay": ema_decay, **BENCH_LOOP},
-        ),
+        "optim": {"option": "adamw", **(optim or {})},
+        "schedule": {"option": "cosine"},
+        "runtime": {"option": "reference", **runtime},
+        "tracking": {"option": "jsonl"},
+        "loop": {"option": "default", "clip_grad_norm": 1.0, **BENCH_LOOP, **(loop or {})},
     }
-    values = {name: yaml.safe_load((CONF / name / f"{option}.yaml").read_text()) | new
-              for name, (option, new) in groups.items()}  # fmt: skip
+    values: dict[str, Any] = {}
+    for name, changes in groups.items():
+        file = CONF / name / f"{changes.pop('option')}.yaml"
+        values[name] = yaml.safe_load(file.read_text()) | changes
     rest = {"run_dir": None, "init_from": None, "resume": "never", "resume_allow": [], "dry_run": False}
     config = TrainingConfig.model_validate({"seed": 0, **rest, "sweep": {"name": "bench"}, **values})
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)
-    chosen = choose_runtime(config.runtime)
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
-    return build_run(task, Streams(None, {}, {}), config, plan, chosen, folder, StopRequest())
+    streams = Streams(None, {}, {})
+    return build_run(task, streams, config, plan, choose_runtime(config.runtime), folder, StopRequest())
 
 
 def runtime_of(precision: str) -> Runtime:

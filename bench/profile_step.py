@@ -28,8 +28,8 @@ def profile_setting(name, setting, *, quick):
     device = runtime_of("fp32").device
     count, size = (2, 64) if quick else (on_gpu if device.type == "cuda" else on_cpu, size)
     run = build_bench_run(
-        make_task(name, size), runtime="reference", batch_size=count,
-        runtime_changes={"device": "auto", "deterministic": False, "channels_last": True, **SETTINGS[setting]},
+        make_task(name, size), batch_size=count,
+        runtime={"device": "auto", "deterministic": False, "channels_last": True, **SETTINGS[setting]},
     )  # fmt: skip
     batches = [make_batch(size, count, device)]
     steps = 1 if quick else 10 if device.type == "cuda" else 2

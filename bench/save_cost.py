@@ -39,11 +39,10 @@ def make_side(name, size, kind, steps, folder, device):
     """Return a turn of a side: a save where it has one, then `steps` steps; and what ends its write."""
     run = build_bench_run(
         make_task(name, size),
-        runtime="reference",
         batch_size=BATCH[device.type],
         epoch_steps=steps,
-        runtime_changes={"device": device.type, "deterministic": False},
-        ema_decay=0.9998,
+        runtime={"device": device.type, "deterministic": False},
+        loop={"ema_decay": 0.9998},
     )
     path = folder / f"{name}-{kind}".replace(" ", "_")
     for inner in ("checkpoints", "weights"):

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
-# The formats that are read, whatever the file's suffix. A closed list: some of Pillow's other readers start programs
+# The formats that are read, with any suffix. A closed list: some of Pillow's other readers start programs
 # (EPS runs Ghostscript), and a collection may come from strangers. TGA has no signature, so it is tried last and only
 # for files with its suffix.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "JPEG2000")

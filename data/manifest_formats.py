@@ -59,7 +59,7 @@ def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _kind(kind: pa.DataType) -> str:
-    """Name the kind of values of a type, whatever its storage."""
+    """Name the kind of values of a type, for any storage."""
     if pa.types.is_dictionary(kind):
         return _kind(kind.value_type)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):

@@ -28,7 +28,7 @@ from utils.record.metrics_log import keep_rows
 log = get_logger(__name__)
 
 WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
-EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, whatever the limit
+EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, with any limit
 _DETAILED = 10  # steps of a report whose samples are listed
 _SHOWN = 8  # paths in a message; the file has all
 

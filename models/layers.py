@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
-    """Set the masked sites of `x` to 0, whatever their values.
+    """Set the masked sites of `x` to 0, NaN and infinity too.
 
     x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None, which returns `x` itself.
     """
@@ -97,7 +97,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [B, H, W, C] of the dtype of `x`, beta at masked sites whatever their values.
+        """Return [B, H, W, C] of the dtype of `x`, beta at masked sites, for any values of `x` there.
 
         x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is reduced in
         float32 or wider, under autocast too. Its gradient at norm 0 is 0.

@@ -285,8 +285,8 @@ def run_case(task, optim, precision):
         kind, setup = make_setup(task)
         torch.manual_seed(0)
         run = build_bench_run(
-            kind.build(setup), runtime="reference", batch_size=BATCH, accum_steps=2, optim=optim, ema_decay=0.99,
-            runtime_changes={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},
+            kind.build(setup), batch_size=BATCH, accum_steps=2, optim={"option": optim}, loop={"ema_decay": 0.99},
+            runtime={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},
         )  # fmt: skip
         learner = run.learner
         knob = KnobConfig.model_validate({"start": 0.5, "phases": [{"to": 1.0, "curve": "cosine"}]})

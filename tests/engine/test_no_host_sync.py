@@ -129,13 +129,11 @@ def make_training(kind, optim, *, device="cpu", accum=1, precision="fp32", **cha
     group, _, opt = optim.partition(" ")
     training = build_bench_run(
         task,
-        runtime="reference",
-        runtime_changes={"device": device, "precision": precision, "deterministic": False},
         batch_size=BATCH,
         accum_steps=accum,
-        optim=group,
-        optim_changes={"opt": opt} if opt else {},
-        ema_decay=0.99,
+        runtime={"device": device, "precision": precision, "deterministic": False},
+        optim={"option": group, **({"opt": opt} if opt else {})},
+        loop={"ema_decay": 0.99},
     )
     return training, [make_batch(kind, model, config, training.learner.runtime.device, seed) for seed in range(accum)]
 
