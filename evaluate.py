@@ -60,8 +60,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     )  # fmt: skip
     loaders = rebuilt.kind.evaluation(data, rebuilt.setup, training=False)
 
-    # ----------------------------------------------------------------------------------------------------- 4. The
-    # result
+    # ------------------------------------------------------------------------------------------------- 4. The result
     step = rebuilt.metadata["step"]
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}

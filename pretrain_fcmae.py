@@ -26,8 +26,8 @@ def main(config: PretrainConfig, job: Job) -> str:
     runtime = start_ranks(config)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
-    # All images of the training split, labelled or not. The loader's workers draw the masks. Labels, where there are
-    # some, are used to probe the encoder now and then.
+    # All images of the training split, labelled or not. The loader's workers draw the masks. Labels are only used to
+    # probe the encoder.
     kind = find_kind(config.task.name, "task.name")
     data = kind.open_data(
         config.data, config.model, runtime,

@@ -52,3 +52,27 @@ def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch; from pinned memory without waiting for the copy."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class DeviceCopier:
+    """Move batches to a device. On a GPU, copies have a stream of their own: they overlap with the step before.
+
+    The host asks for the next batch while the device still computes. On the compute stream, the copy would queue behind
+    that work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch on the device, ready for the current stream; without waiting for the copy."""
+        if self._copies is None:
+            return to_device(batch, self._device)
+        with torch.cuda.stream(self._copies):
+            moved = to_device(batch, self._device)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        for tensor in moved.values():
+            tensor.record_stream(current)  # the copies' stream may not reuse its memory before the step is done
+        return moved

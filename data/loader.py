@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.batch import Ragged, Sample, collate, to_device
+from data.batch import DeviceCopier, Ragged, Sample, collate
 from data.collection import Collection, RowView
 from data.decode import UnreadableImage
 from data.read_ahead import ReadAhead
@@ -222,9 +222,10 @@ class _Loader:
 
     def _load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:
         """Yield batches on the device."""
+        copy = DeviceCopier(self._machine.device)
         for loaded, problems in _data_loader(self.reader, batches, self._machine):
             self.unreadable.add(problems)
-            batch = to_device(loaded, self._machine.device)
+            batch = copy(loaded)
             yield batch if self._on_device is None else self._on_device(batch)
 
 

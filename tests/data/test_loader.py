@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
+import data.batch
+from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot, to_device
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import UnreadableImage
@@ -538,6 +539,53 @@ def test_to_device_keeps_every_field():
     batch = ragged_batch([[1], [2, 3]])
     moved = to_device(batch, torch.device("meta"))
     assert moved.keys() == batch.keys() and all(tensor.device.type == "meta" for tensor in moved.values())
+
+
+class FakeStream:
+    """A CUDA stream that notes what is asked of it."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def __enter__(self):
+        self.notes.append(f"copy on {self.name}")
+
+    def __exit__(self, *error):
+        self.notes.append("copied")
+
+    def wait_stream(self, other):
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+
+def test_on_a_gpu_copies_have_a_stream_that_the_step_waits_for(monkeypatch):
+    """With streams that only note; a GPU test copies really."""
+    notes = []
+    streams = {name: FakeStream(name, notes) for name in ("copies", "compute")}
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams["copies"])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["compute"])
+    monkeypatch.setattr(data.batch, "to_device", lambda batch, device: notes.append("to_device") or batch)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: notes.append(f"in use by {stream.name}"), raising=False
+    )
+    batch = ragged_batch([[1], [2, 3]])
+    assert DeviceCopier(torch.device("cuda", 0))(batch) is batch
+    steps = ["copy on copies", "to_device", "copied", "compute waits for copies"]
+    assert notes == [*steps, *["in use by compute"] * len(batch)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_arrive_whole_behind_work_of_the_step_before():
+    device = torch.device("cuda", 0)
+    copy, weight = DeviceCopier(device), torch.randn(4096, 4096, device=device)
+    for number in range(20):
+        batch = {"images": torch.full((64, 3, 128, 128), number, dtype=torch.uint8).pin_memory()}
+        moved = copy(batch)["images"]
+        weight = weight @ weight * 1e-4
+        total = moved.sum(dtype=torch.int64)
+        del moved, batch
+        assert total.item() == number * 64 * 3 * 128 * 128
 
 
 # --- transforms

@@ -97,7 +97,7 @@ def test_an_fcmae_round_trips_whole():
 
 
 def test_decoder_names_are_anchored():
-    """A substring test would drop any layer with `pred` or `proj` in its name; only the decoder's own are left out."""
+    """A substring test would drop any layer with `pred` or `proj` in its name; only the decoder's own are dropped."""
     state = copy_state(build_fcmae())
     state["encoder.projection.weight"] = torch.zeros(2)
     state["predictor.weight"] = torch.zeros(3)

@@ -141,7 +141,7 @@ def test_a_closure_can_do_the_backward_pass():
     assert parameter.item() == pytest.approx(1.9)  # the first update has the size of the rate
 
 
-# --- steps that are left out
+# --- skipped steps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

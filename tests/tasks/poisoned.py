@@ -1,4 +1,4 @@
-"""Fine-tuning with three steps that are left out: for the tests of what such a step changes on which rank.
+"""Fine-tuning with three skipped steps, for the tests of what a skipped step changes on each rank.
 
 The fourth step's losses are NaN on the last rank alone. In the sixth all losses are finite, and a single element of the
 head's gradient is NaN, in a row that one rank holds where the ranks share rows. In the eighth no image weighs anything.
