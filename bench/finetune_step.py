@@ -1,8 +1,8 @@
 """The fine-tuning step against that of timm's training script: milliseconds per update, ratio with its spread.
 
-python bench/finetune_step.py [quick]            (on an idle machine; about six minutes on two CPU cores)
+python bench/finetune_step.py [quick]          (on an idle machine; six minutes on two CPU cores; quick: no compiling)
 
-Ours is the loop itself (engine/train_one_epoch.py) on a batch that lies on the device: scheduled values, train_step
+Ours is the loop itself (engine/train_one_epoch.py) on a batch on the device: scheduled values, train_step
 with its finite decision and clipping, EMA, meters. Theirs is one update as timm's script makes it, of timm's own parts:
 the prefetching loader's normalisation, autocast, forward and loss, backward, gradient clipping, the optimiser of
 `create_optimizer_v2`, reading the loss, EMA, the schedule per update. Both normalise uint8 images, smooth labels by
@@ -182,12 +182,13 @@ class Bench:
         self.measure("eager fp32, same network", {"atelier": self.ours(task=task, ema=False), "timm fused": same})
         fast = {"ema": False, "precision": "bf16"}
         self.measure("eager bf16", {"atelier": self.ours(**fast), "timm fused": self.theirs(optim=BEST, **fast)})
-        if can_compile(self.device.type):
+        if can_compile(self.device.type) and not self.quick:
             fast = {"ema": True, "precision": "bf16", "compile": True, "channels_last": True}
             sides = {"atelier": self.ours(**fast), "timm fused": self.theirs(optim=BEST, **fast)}
             self.measure("compiled bf16, channels-last, EMA", sides, warmup=3)
             torch.compiler.reset()
-        sides = {"runtime=auto": self.ours(ema=False, runtime="auto"), "eager fp32": self.ours(ema=False)}
+        auto = {"runtime": "auto", **({"compile": False} if self.quick else {})}
+        sides = {"runtime=auto": self.ours(ema=False, **auto), "eager fp32": self.ours(ema=False)}
         self.measure("ours alone", sides, warmup=3)
         torch.compiler.reset()
         return self.rows
