@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: confusion matrices and grids of predictions."""
+"""Pictures of an evaluation: confusion matrices, grids of predictions, reconstructions."""
 
 from collections.abc import Mapping, Sequence
 
@@ -65,3 +65,8 @@ def _predictions(
         )
         for index in order
     ]
+
+
+def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.ndarray) -> np.ndarray:
+    """Draw rows of originals, masked inputs and reconstructions; each [N, H, W, C], range 0 to 1."""
+    return pictures.image_rows([original, masked, painted], ["original", "masked input", "reconstruction"])

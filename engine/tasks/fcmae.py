@@ -15,6 +15,7 @@ from data.collection import Collection
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import choose_probe_rows, spread
+from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Probe
 from engine.streams import Streams
@@ -29,7 +30,6 @@ from models.weights import initialise_from
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.record import pictures
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -163,8 +163,7 @@ class FCMAETask(Task):
         removed = repeat_sites(mask.reshape(-1, *self.network.grid_hw), self.network.patch_px)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
         masked = torch.where(removed[..., None], _MASK_GREY, original)
-        rows = [row.cpu().numpy() for row in (original, masked, painted)]
-        return pictures.image_rows(rows, ["original", "masked input", "reconstruction"])
+        return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
 
 
 class FCMAEKind(Kind[FCMAETaskConfig]):
