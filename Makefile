@@ -17,16 +17,16 @@ $(STAMP): requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(STAMP)
 
-demo: install  ## the whole main job on the embedded glyphs, some minutes on two CPU cores
+demo: install  ## the whole main job on the embedded glyphs, six minutes on two CPU cores
 	$(PY) bench/demo.py
 
 demo-full: install  ## the demo and its controls from scratch and with few labels, half an hour
 	$(PY) bench/demo.py full
 
-test: install lint  ## all tests but the slow ones, about six minutes on two cores
+test: install lint  ## lint, then all tests but the slow ones; under six minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-slow: install  ## what takes longer
+test-slow: install  ## the slow tests, about twenty minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m slow
 
 lint: install  ## ruff: rules and format

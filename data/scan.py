@@ -78,10 +78,11 @@ def scan_folder(root: Path) -> pa.Table:
         images += [_read_image_entry(root, place, folder, entry, names) for entry in suffixed]
         others += names.difference(entry.name for entry in suffixed)
     if not images:
-        seen = f"{len(others)} other files (such as {min(others)!r})" if others else "no file at all"
+        files = "file" if len(others) == 1 else "files"
+        seen = f"but {len(others)} other {files} (such as {min(others)!r})" if others else "and no other file"
         raise UserError(
-            f"data.root: {str(root)!r} holds no image, but {seen}; allowed are {' '.join(IMAGE_SUFFIXES)}, or a "
-            "manifest.parquet or manifest.jsonl that names the images"
+            f"data.root: {str(root)!r} holds no image, {seen}; allowed are {' '.join(IMAGE_SUFFIXES)}, or a "
+            "manifest.parquet, manifest.jsonl or manifest.csv that names the images"
         )
     places = _place_images(root, [image.path for image in images])
     columns = {

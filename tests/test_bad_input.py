@@ -56,8 +56,8 @@ def matches(message, pattern):
 DATA = {
     "nowhere": "data.root: 'nowhere' does not exist (looked from / ... ); set data.root to the folder that holds",
     "file": "data.root: 'file' is a file, not a folder; set data.root to the folder that holds the images",
-    "empty": "data.root: 'empty' holds no image, but no file at all; allowed are .png ... , or a manifest.parquet",
-    "texts": "data.root: 'texts' holds no image, but 1 other files (such as 'readme.txt'); allowed are .png",
+    "empty": "data.root: 'empty' holds no image, and no other file; allowed are .png ... , or a manifest.parquet",
+    "texts": "data.root: 'texts' holds no image, but 1 other file (such as 'readme.txt'); allowed are .png",
 }
 
 

@@ -152,7 +152,7 @@ def test_roots_that_are_none(refuse, root, tmp_path):
     refuse("", "data.root: '' does not exist")
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file", "is a file, not a folder; set data.root to the folder that holds the images")
-    refuse(root, "holds no image, but no file at all; allowed are .png .jpg .jpeg")
+    refuse(root, "holds no image, and no other file; allowed are .png .jpg .jpeg")
     (root / "a.heic").write_text("")
     (root / "b.doc").write_text("")
     refuse(root, "holds no image, but 2 other files (such as 'a.heic'); allowed are .png")

@@ -60,6 +60,18 @@ def known_keys(schema: type[BaseModel], values: Any = None, prefix: str = "") ->
     return list(keys)
 
 
+def _free_groups(schema: type[BaseModel], values: Any = None, prefix: str = "") -> list[str]:
+    """Return the dotted keys of a schema's groups whose own keys are free, such as schedule.knobs."""
+    found = []
+    for name, field in schema.model_fields.items():
+        if typing.get_origin(field.annotation) is dict:
+            found.append(f"{prefix}{name}")
+        inner = values.get(name) if isinstance(values, dict) else None
+        for model in _models(field.annotation, inner):
+            found += _free_groups(model, inner, f"{prefix}{name}.")
+    return found
+
+
 def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
     """Return the line for an unknown key: the same name in another group is meant, or a near one on its level."""
     known = known_keys(schema, values)
@@ -72,7 +84,11 @@ def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
         parts.pop()
     level = ".".join(parts[:-1])
     beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == level]
-    return f"{dotted}: unknown key; {close_names(parts[-1], beside) if beside else f'{level} holds a value, no keys'}"
+    if beside:
+        return f"{dotted}: unknown key; {close_names(parts[-1], beside)}"
+    if level in _free_groups(schema, values):
+        return f"{dotted}: unknown key; {level} takes new keys with a plus: +{dotted}=VALUE"
+    return f"{dotted}: unknown key; {level} is a value without keys"
 
 
 def _not_given(dotted: str) -> str:

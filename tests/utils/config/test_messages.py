@@ -234,7 +234,12 @@ FROM_HYDRA = {
     "a key of another group": (["loop.lr=1"], "loop.lr: unknown key; did you mean optim.lr?"),
     "a misspelt group": (["optm.lr=1"], "optm.lr: unknown key; did you mean optim.lr?"),
     "a misspelt choice of group": (["modle=convnextv2_tiny"], "modle: unknown key; close: model"),
-    "a key below a value": (["seed.x=3"], "seed.x: unknown key; seed holds a value, no keys"),
+    "a key of a group with free keys": (
+        ["schedule.knobs.temperature={start: 1.0, phases: []}"],
+        "schedule.knobs.temperature: unknown key; schedule.knobs takes new keys with a plus: "
+        "+schedule.knobs.temperature=VALUE",
+    ),
+    "a key below a value": (["seed.x=3"], "seed.x: unknown key; seed is a value without keys"),
     "an unknown option": (
         ["model=convnextv2_tny"],
         "model: unknown 'convnextv2_tny'; close: convnextv2_tiny, convnextv2_nano, convnextv2_atto (files of "
