@@ -1,6 +1,6 @@
 """Tagging, thin: ragged tag ids, multi-hot targets on the device, a sigmoid per tag.
 
-python tests/tasks/tagging.py data.root=COLLECTION
+python -m tests.tasks.tagging data.root=COLLECTION
 """
 
 from typing import Literal

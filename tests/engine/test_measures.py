@@ -1,0 +1,100 @@
+"""Measures. Equal to a plain computation over all samples for any split into batches; `add` never waits for the device.
+
+Their equality over ranks is tested with whole runs: test_exactness.py, test_classification_report.py, test_probe.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.measures.confusion import ConfusionCounts
+from engine.measures.means import Means
+from engine.measures.probe import Probe
+from engine.measures.top_samples import TopSamples
+from tests.engine.test_no_host_sync import count
+from utils.errors import UserError
+
+SAMPLES, CLASSES = 60, 5
+GENERATOR = torch.Generator().manual_seed(0)
+IDS = torch.randperm(SAMPLES, generator=GENERATOR)
+LOSSES = torch.randn(SAMPLES, generator=GENERATOR)
+LABELS = torch.arange(SAMPLES) % CLASSES
+PREDICTED = torch.randint(0, CLASSES, (SAMPLES,), generator=GENERATOR)
+SCORES = torch.randint(0, 9, (SAMPLES,), generator=GENERATOR).float()  # with ties
+VALID = torch.rand(SAMPLES, generator=GENERATOR) > 0.3
+FEATURES = torch.randn(SAMPLES, 8, generator=GENERATOR) + 2 * torch.nn.functional.one_hot(LABELS, 8)
+SPLITS = [[SAMPLES], [1] * SAMPLES, [7, 20, 1, 32]]
+
+
+def batches(split, *columns):
+    return zip(*(column.split(split) for column in columns))
+
+
+def fill_means(split):
+    measure = Means()
+    for loss, hit, valid in batches(split, LOSSES, LABELS == PREDICTED, VALID):
+        measure.add({"loss": torch.where(valid, loss, torch.nan), "top1": hit}, valid)
+    return measure
+
+
+def fill_confusion(split):
+    measure = ConfusionCounts(CLASSES)
+    for batch in batches(split, LABELS, PREDICTED, VALID):
+        measure.add(*batch)
+    return measure
+
+
+def fill_top(split):
+    measure = TopSamples(6)
+    for score, valid, ids, images in batches(split, SCORES, VALID, IDS, FEATURES):
+        measure.add(score, valid, {"sample_id": ids, "images": images})
+    return measure
+
+
+def fill_probe(split):
+    measure = Probe(k=3)
+    for batch in batches(split, FEATURES, LABELS, IDS, VALID.float()):
+        measure.train.add(*batch)
+        measure.val.add(*batch)
+    return measure
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_means_ignore_what_is_not_valid_even_where_it_is_nan(split):
+    found = fill_means(split).reduce()
+    assert found["loss"] == pytest.approx(LOSSES[VALID].double().mean().item(), rel=1e-12)
+    assert found["top1"] == (LABELS == PREDICTED)[VALID].double().mean().item()
+    assert found["samples"] == VALID.sum()
+
+
+def test_means_of_nothing_are_an_error():
+    measure = Means()
+    measure.add({"loss": LOSSES}, torch.zeros(SAMPLES, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"^data\.root: no image of the validation split could be read"):
+        measure.reduce()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_confusion_counts_each_valid_pair(split):
+    expected = np.zeros((CLASSES, CLASSES), dtype=np.int64)
+    np.add.at(expected, (LABELS[VALID].numpy(), PREDICTED[VALID].numpy()), 1)
+    assert np.array_equal(fill_confusion(split).reduce().matrix(range(CLASSES)), expected)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_top_samples_are_the_first_of_a_sort_by_score_then_id(split):
+    found = fill_top(split).reduce()
+    order = sorted(torch.nonzero(VALID).flatten().tolist(), key=lambda row: (-SCORES[row], IDS[row]))[:6]
+    assert found["sample_id"].tolist() == IDS[order].tolist()
+    assert np.array_equal(found["images"], FEATURES[order].numpy())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_probes_do_not_depend_on_the_split(split):
+    found, whole = fill_probe(split).reduce(), fill_probe([SAMPLES]).reduce()
+    assert found == pytest.approx(whole) and found["probe/knn"] > 0.5 and found["probe/linear"] > 0.5
+
+
+@pytest.mark.parametrize("fill", [fill_means, fill_confusion, fill_top, fill_probe])
+def test_adding_never_waits_for_the_device(fill):
+    assert count(lambda: fill([20, 20, 20])) == []
