@@ -36,7 +36,7 @@ from utils.errors import UserError
 from utils.io.files import fsync_path, read_json, write_json
 
 GLYPHS_VERSION = 1
-# The hash of all pixels, and what drew them. Another FreeType may round an edge otherwise; glyphs.json keeps what was
+# The hash of all pixels, and what drew them. Another FreeType may round an edge differently; glyphs.json keeps what was
 # found beside this, so that two machines can be compared.
 MEASURED = {
     "pixels": "2ce5e5206c03683fa5e0ac5c880cd101b62204b3f1ae2a76ab09550dabe8fe00",
@@ -138,7 +138,7 @@ def draw_glyph(face: str, code: int) -> Image.Image | None:
 
 
 def encode_png(pixels: bytes, side: int) -> bytes:
-    """Encode side x side grey bytes as a PNG file, the same bytes wherever it runs.
+    """Encode side x side grey bytes as a PNG file, the same bytes on every machine.
 
     Z_RLE, since only its output is the same from zlib and from zlib-ng, which some systems have in its place; it also
     takes a sixth of the time. Source: PNG specification (W3C), sections 5 and 11.
@@ -192,7 +192,7 @@ def _find_ink(face: str, size: int, char: str) -> _Ink | None:
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """Hold `<root>.lock` exclusively. The file stays: if it went, two processes could each hold one of its name."""
+    """Hold `<root>.lock` exclusively. The file is never removed: two processes could then lock two files of that name."""
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         stream = open(root.with_name(f"{root.name}.lock"), "a")  # noqa: SIM115

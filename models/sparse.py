@@ -28,7 +28,7 @@ from models.patches import patchify
 
 
 class _Scatter(torch.autograd.Function):
-    """Lay rows [N, C] out at their places among `size` rows of zeros; the gradient is gathered back.
+    """Place rows [N, C] at their `places` among `size` rows of zeros; the gradient is gathered back.
 
     torch's own gradient of `index_select` adds up (slowly, and in any order on GPUs): here no place occurs twice.
     """
@@ -45,7 +45,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Take the rows at `places`, which names none twice; the gradient is laid out among zeros."""
+    """Select the rows at `places`, which has no repeats; the gradient is placed among zeros."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Sites:
     width: int
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """Lay tokens [B, V, r, r, C] out on a map of zeros [B, C, H, W] (channels_last in memory)."""
+        """Place tokens [B, V, r, r, C] on a map of zeros [B, C, H, W] (channels_last in memory)."""
         channels = tokens.shape[-1]
         rows = _Scatter.apply(tokens.reshape(-1, channels), self.places, self.batch * self.height * self.width)
         return rows.view(self.batch, self.height, self.width, channels).permute(0, 3, 1, 2)

@@ -65,7 +65,7 @@ class Watchdog:
         self._progress += 1
 
     def stop(self) -> None:
-        """End the watch. All ranks call it together, so that none takes an early leaver for dead."""
+        """End the watch. All ranks call it together, so that a rank that leaves early does not count as dead."""
         if self._thread is None:
             return
         distributed.barrier()
@@ -75,7 +75,7 @@ class Watchdog:
         distributed.barrier()
 
     def abandon(self) -> None:
-        """End this rank's watch alone, after an error; the others find it out."""
+        """End this rank's watch alone, after an error; the other ranks notice it."""
         self._stop.set()
 
     def name_lost_ranks(self) -> str | None:

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 Color = tuple[int, int, int]
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
-# Of the line, not of the words in it: an Arabic name runs to the left, `true → predicted` to the right. Only Raqm knows
-# directions, and some builds of Pillow lack it.
+# The direction of the line, not of its words: an Arabic name runs to the left, `true → predicted` to the right. Only
+# Raqm supports directions, and some builds of Pillow do not have it.
 _DIRECTION = "ltr" if features.check("raqm") else None
 _LONGEST = 200  # characters of a name that are looked at; no picture has room for more
 
@@ -41,7 +41,7 @@ def legible(name: str) -> str:
 
 
 def closed(name: str) -> str:
-    """Return a name that may stand within a line: one that runs to the left does not carry off what follows it."""
+    """Return a name for use within a line: right-to-left text does not reorder what follows it."""
     leftward = _DIRECTION is not None and any(unicodedata.bidirectional(char) in ("R", "AL") for char in name)
     return f"{name}\N{LEFT-TO-RIGHT MARK}" if leftward else name
 

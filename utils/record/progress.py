@@ -1,4 +1,4 @@
-"""The progress bar: shown on rank 0 where stderr is a terminal, and nothing at all anywhere else.
+"""The progress bar, shown on rank 0 if stderr is a terminal.
 
     bar = Bar("training", total_steps)
     with bar.opened(step):
@@ -49,7 +49,7 @@ def shows_bars() -> bool:
 
 
 class _CountColumn(ProgressColumn):
-    """Show how many of how many."""
+    """Show the number done and the total."""
 
     def render(self, task: Task) -> Text:
         """Render."""
@@ -90,13 +90,13 @@ class _Display:
         self._drawn = 0.0
 
     def open(self) -> None:
-        """Take the terminal's last lines."""
+        """Start the display on the terminal's last lines."""
         self.progress.start()
         self.console.show_cursor(True)  # rich hides it, and a process that is killed could not bring it back
         print_through(self._print)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """End the display."""
         print_through(None)
         self.progress.stop()
 
@@ -161,7 +161,7 @@ class Bar:
                 display.close()
 
     def advance(self, done: int) -> None:
-        """Set how far it is; drawn a few times a second."""
+        """Set the progress; drawn a few times a second."""
         if self._line is not None and _display is not None:
             _display.progress.update(self._line, completed=done, total=self.total)
             _display.redraw(now=False)
