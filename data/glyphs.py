@@ -192,7 +192,7 @@ def _find_ink(face: str, size: int, char: str) -> _Ink | None:
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """Hold `<root>.lock` exclusively. The file is never removed: two processes could then lock two files of that name."""
+    """Hold `<root>.lock` exclusively. It is never removed: two processes could then lock two files of that name."""
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         stream = open(root.with_name(f"{root.name}.lock"), "a")  # noqa: SIM115
