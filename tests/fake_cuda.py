@@ -51,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,8 +193,9 @@ def fake_gpu():
     """Pretend a machine with one GPU; yields the Device."""
     device, select = Device(), torch._C._select_conv_backend
 
-    def select_conv_backend(image, weight, **named):
-        return torch._C._ConvBackend.Cudnn if image.device.type == "cuda" else select(image, weight, **named)
+    def select_conv_backend(*given, **named):  # by position or by name, from release to release
+        on_device = any(tensor.device.type == "cuda" for tensor in _tensors((given, named)))
+        return torch._C._ConvBackend.Cudnn if on_device else select(*given, **named)
 
     replaced = [
         (torch._C, "_select_conv_backend", select_conv_backend),
@@ -204,6 +206,8 @@ def fake_gpu():
         (torch.cuda, "manual_seed", lambda _: None),
         (torch.cuda, "Event", _Event),
         (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (fake_tensor, "init_gpu_context", lambda _: None),  # torch 2.11 would make a real tensor
         (nn.Module, "_apply", _apply),
     ]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
