@@ -41,10 +41,7 @@ def main(config: ImageTrainingConfig, job: Job) -> str:
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     kind = find_kind(config.task.name, "task.name")
-    data = kind.open_data(
-        config.data, config.model, runtime,
-        seed=config.seed, batch_size=config.loop.batch_size, run_path=run_path(config, job),
-    )  # fmt: skip
+    data = kind.open_training_data(config, runtime, run_path(config, job))
     setup = kind.set_up(config, data.collection)
     streams = kind.streams(data, setup, config)
 

@@ -29,10 +29,7 @@ def main(config: PretrainConfig, job: Job) -> str:
     # All images of the training split, labelled or not. The loader's workers draw the masks. Labels are only used to
     # probe the encoder.
     kind = find_kind(config.task.name, "task.name")
-    data = kind.open_data(
-        config.data, config.model, runtime,
-        seed=config.seed, batch_size=config.loop.batch_size, run_path=run_path(config, job),
-    )  # fmt: skip
+    data = kind.open_training_data(config, runtime, run_path(config, job))
     setup = kind.set_up(config, data.collection)
     streams = kind.streams(data, setup, config)
 

@@ -1,6 +1,6 @@
 """What a kind of training tells the scripts: how to build its task and its data.
 
-    data = kind.open_data(config.data, config.model, runtime, seed=..., batch_size=..., run_path=...)
+    data = kind.open_training_data(config, runtime, run_path)
     setup = kind.set_up(config, data.collection)
     task = kind.build(setup)
     streams = kind.streams(data, setup, config)
@@ -120,6 +120,13 @@ class Kind(Generic[Config]):
         """Open the collection; unreadable images are listed in the folder `run_path`, where it is given."""
         decoder = ImageDecoder(model.in_channels, config.max_pixels)
         return ImageData(config, runtime, seed=seed, batch_size=batch_size, decoder=decoder, run_path=run_path)
+
+    def open_training_data(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
+        """Open the collection of a training run, whose folder is `run_path`."""
+        return self.open_data(
+            config.data, config.model, runtime,
+            seed=config.seed, batch_size=config.loop.batch_size, run_path=run_path,
+        )  # fmt: skip
 
     def rows(self, collection: Collection, setup: Setup[Config], rows: np.ndarray) -> np.ndarray:
         """Return those of some rows that the task can use."""
