@@ -201,7 +201,7 @@ def _explain_header(head: bytes) -> tuple[str, str]:
             if name not in _formats():
                 return UNSUPPORTED, f"{name}, which this build of Pillow does not read"
             if name == "JPEG" and (bits := _bits_of_jpeg(head)) not in (None, 8):
-                return UNSUPPORTED, f"a JPEG of {bits} bits a channel; save the image with 8"
+                return UNSUPPORTED, f"a JPEG of {bits} bits per channel; save the image with 8"
             return DAMAGED, f"it begins as {name}, but what follows is broken or cut off"
     for offset, mark, name in _FOREIGN:
         if lower[offset:].startswith(mark):
@@ -210,7 +210,7 @@ def _explain_header(head: bytes) -> tuple[str, str]:
 
 
 def _bits_of_jpeg(head: bytes) -> int | None:
-    """Return the bits a channel that a JPEG's frame header states, None where the header is not among these bytes."""
+    """Return the bits per channel that a JPEG's frame header states, None where the header is not among these bytes."""
     at = 2
     while at + 5 <= len(head) and head[at] == 0xFF:
         marker = head[at + 1]
@@ -254,7 +254,7 @@ def _load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
 def _convert(image: Image.Image, channels: int) -> np.ndarray:
     """Convert a loaded image of any mode to uint8 [H, W, channels]."""
     if image.mode == "F":
-        raise _Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits a channel")
+        raise _Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits per channel")
     if image.mode == "LAB":
         raise _Unsupported("L*a*b* colours; save the image as RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -324,7 +324,7 @@ def _find_traits(image: Image.Image, name: str) -> tuple[str, ...]:
     found = {
         "several frames": _has_frames(image),
         "CMYK": image.mode == "CMYK",
-        "16 bits a channel": image.mode.startswith("I") or ";16" in raw,
+        "16 bits per channel": image.mode.startswith("I") or ";16" in raw,
         "rotated by EXIF": turned or orientation in _UPRIGHT,
         "transparent": image.mode in _ALPHA or "transparency" in image.info,
         "named as another format": _is_misnamed(image, name),

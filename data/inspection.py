@@ -18,11 +18,11 @@ UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"p
 _TREATMENT = {
     "several frames": "only the first is read",
     "CMYK": "converted to RGB without an ink profile",
-    "16 bits a channel": "scaled to 8",
-    "rotated by EXIF": "turned upright",
-    "transparent": "laid on white",
+    "16 bits per channel": "scaled to 8",
+    "rotated by EXIF": "rotated upright",
+    "transparent": "placed on white",
     "named as another format": "read as what they are",
-    "broken metadata": "passed over",
+    "broken metadata": "ignored",
 }
 
 

@@ -156,7 +156,7 @@ def refusal(path, max_pixels=10_000_000):
 
 def test_a_jpeg_of_twelve_bits_is_named_as_such():
     assert refusal(CORPORA / "jpeg/testorig12.jpg") == (
-        "a kind of image that is not supported (a JPEG of 12 bits a channel; save the image with 8)"
+        "a kind of image that is not supported (a JPEG of 12 bits per channel; save the image with 8)"
     )
 
 
@@ -397,7 +397,7 @@ def test_the_manifest_names_counts_and_weighs(collection):
     assert report.kinds == dict(Counter(reason.split(" (")[0] for _, reason in report.unreadable))
     assert report.kinds == {DAMAGED: 4, CUT_OFF: 4, EMPTY: 2, UNSUPPORTED: 2}
     assert list(report.kinds.values()) == [4, 4, 2, 2]
-    assert set(report.traits) == {"transparent", "16 bits a channel"}
+    assert set(report.traits) == {"transparent", "16 bits per channel"}
     lines = report.unreadable_lines(most=3)
     assert lines[0] == "unreadable image train/A/bad_iCCP.png: " + REASONS["bad_iCCP"] and lines[3] == "... and 9 more"
     assert lines[4].startswith(f"12 of {report.rows} images are unreadable ({DAMAGED}: 4, {CUT_OFF}: 4, ")
@@ -415,7 +415,7 @@ def test_prepare_says_what_a_user_needs(collection, tmp_path):
     assert "12 of 69 images are unreadable (the file is damaged: 4, the file is cut off: 4, " in said
     assert f"{collection}/manifest.unreadable.jsonl names each: replace or remove them, then" in said
     assert "CMYK: 1 image, converted to RGB without an ink profile (such as train/B/inks.jpg)" in said
-    assert re.search(r"transparent: \d+ images, laid on white \(such as train/A/", said)
+    assert re.search(r"transparent: \d+ images, placed on white \(such as train/A/", said)
 
 
 def test_a_training_runs_over_them_and_its_figures_are_those_without_them(collection, tmp_path):

@@ -248,8 +248,8 @@ def test_a_jpeg_with_a_preview_behind_it_gives_the_picture(tmp_path):
 TRAITS = {
     "plain.png": ("RGB", {}, ()),
     "clear.png": ("RGBA", {}, ("transparent",)),
-    "deep.png": ("I;16", {}, ("16 bits a channel",)),
-    "deep.pgm": ("I;16", {}, ("16 bits a channel",)),
+    "deep.png": ("I;16", {}, ("16 bits per channel",)),
+    "deep.pgm": ("I;16", {}, ("16 bits per channel",)),
     "inks.tiff": ("CMYK", {}, ("CMYK",)),
     "png.jpg": ("RGB", {"format": "PNG"}, ("named as another format",)),
     "x.jfif": ("RGB", {"format": "JPEG"}, ()),
@@ -273,7 +273,7 @@ def test_what_may_surprise_is_found(tmp_path, name):
 
 def test_sixteen_bit_colour_is_found(tmp_path):
     path = png(tmp_path / "x.png", 16, 2, 1, [bytes(6)])
-    assert inspect_image(path).traits == ("16 bits a channel",)
+    assert inspect_image(path).traits == ("16 bits per channel",)
 
 
 def refused(path, pattern, max_pixels=MAX_PIXELS):
