@@ -142,15 +142,15 @@ def _read_image_entry(root: Path, place: Path, folder: str, entry: os.DirEntry[s
 def _place_images(root: Path, paths: list[str]) -> list[tuple[str, str | None]]:
     """Return the split and the label (None in a flat folder) of each path.
 
-    Raises UserError where some images lie in split or class folders and others do not: what they are is a guess.
+    Raises UserError where only some images are in split or class folders: the split or class of the others is unknown.
     """
     heads = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
     in_split = [head.lower() in SPLIT_NAMES for head in heads]
-    _refuse_mixture(root, paths, in_split, "lies in a split folder", "move every image below train/ and val/")
+    _refuse_mixture(root, paths, in_split, "is in a split folder", "move every image below train/ and val/")
     rests = [path.split("/", 1)[1] for path in paths] if in_split[0] else paths
     in_class = ["/" in rest for rest in rests]
     advice = "move every image into a class folder, or none"
-    _refuse_mixture(root, paths, in_class, "lies in a class folder", advice)
+    _refuse_mixture(root, paths, in_class, "is in a class folder", advice)
     splits = [SPLIT_NAMES[head.lower()] if in_split[0] else "train" for head in heads]
     labels = [rest.split("/", 1)[0] if in_class[0] else None for rest in rests]
     return list(zip(splits, labels))
@@ -161,7 +161,7 @@ def _refuse_mixture(root: Path, paths: list[str], marks: list[bool], what: str, 
     if any(marks) and not all(marks):
         yes, no = paths[marks.index(True)], paths[marks.index(False)]
         raise UserError(
-            f"data.root: {str(root)!r} mixes layouts: {yes!r} {what}, {no!r} does not; {advice}, "
+            f"data.root: {str(root)!r} mixes layouts: {yes!r} {what}, {no!r} is not; {advice}, "
             "or name images, splits and labels in a manifest.jsonl"
         )
 

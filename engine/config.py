@@ -56,7 +56,7 @@ class RuntimeConfig(MachineConfig):
 
 
 class SweepConfig(Strict):
-    """The name of a multirun: its jobs' run folders lie in outputs/sweeps/<name>/."""
+    """The name of a multirun: its jobs' run folders are in outputs/sweeps/<name>/."""
 
     name: str
 

@@ -98,7 +98,7 @@ class Saver:
         }
 
     def _sync_samples(self, recorder: Recorder, last: bool) -> bool:
-        """Flush every rank's record of samples before the checkpoint that lies beyond it.
+        """Flush every rank's record of samples before the checkpoint beyond it.
 
         Returns False where a disk refuses it and the run continues without this checkpoint.
         """

@@ -133,11 +133,11 @@ def test_links_are_followed_in_a_scanned_folder(load, root, tmp_path):
 @pytest.mark.parametrize(
     "paths,message",
     [
-        (["a.png", "cat/b.png"], "'cat/b.png' lies in a class folder, 'a.png' does not; move every image into a class"),
-        (["train/a.png", "train/cat/b.png"], "mixes layouts: 'train/cat/b.png' lies in a class folder, 'train/a.png'"),
-        (["train/cat/a.png", "val/b.png"], "'train/cat/a.png' lies in a class folder, 'val/b.png' does not"),
-        (["train/a.png", "extra/b.png"], "'train/a.png' lies in a split folder, 'extra/b.png' does not; move every"),
-        (["cat/a.png", "test/b.png"], "'test/b.png' lies in a split folder, 'cat/a.png' does not"),
+        (["a.png", "cat/b.png"], "'cat/b.png' is in a class folder, 'a.png' is not; move every image into a class"),
+        (["train/a.png", "train/cat/b.png"], "mixes layouts: 'train/cat/b.png' is in a class folder, 'train/a.png'"),
+        (["train/cat/a.png", "val/b.png"], "'train/cat/a.png' is in a class folder, 'val/b.png' is not"),
+        (["train/a.png", "extra/b.png"], "'train/a.png' is in a split folder, 'extra/b.png' is not; move every"),
+        (["cat/a.png", "test/b.png"], "'test/b.png' is in a split folder, 'cat/a.png' is not"),
     ],
 )
 def test_mixed_layouts_are_refused(refuse, root, paths, message):

@@ -175,7 +175,7 @@ class Bar:
     def remaining_sec(self, done: int) -> float | None:
         """Estimate the seconds from `done` to the end by the mean speed since the bar was opened; None at the start.
 
-        What lies before the first call counts for that one alone: compiling and starting workers happen once.
+        The time before the first call is used for the first estimate only: compiling and starting workers happen once.
         """
         now = time.perf_counter()
         first, since = self._origin

@@ -41,17 +41,17 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def weights(self) -> Path:
-        """Where weight files lie."""
+        """The folder of weight files."""
         return self.path / "weights"
 
     @property
     def plots(self) -> Path:
-        """Where pictures lie."""
+        """The folder of pictures."""
         return self.path / "plots"
 
 

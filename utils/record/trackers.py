@@ -133,7 +133,7 @@ class WandbTracker:
 
 
 class TensorboardTracker:
-    """TensorBoard event files in <run>/tensorboard/; a resumed run hides what lay beyond its checkpoint."""
+    """TensorBoard event files in <run>/tensorboard/; a resumed run hides the events beyond its checkpoint."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes 0.5 s
