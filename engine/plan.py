@@ -25,11 +25,6 @@ class Plan:
     warmup_steps: int
     lr: float
 
-    @property
-    def rank_batch_size(self) -> int:
-        """Samples of one step on one rank."""
-        return self.micro_batch_size * self.accum_steps
-
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
         return step * self.global_batch_size / self.epoch_length

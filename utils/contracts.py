@@ -1,7 +1,7 @@
 """Types that cross rooms: what one room hands to another, stated where both may import it."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -66,7 +66,3 @@ class TrainStream(Protocol):
 
     def path_of(self, sample_id: int) -> str:
         """Return a sample's path, for messages."""
-
-
-Loaders = dict[str, Iterable[Batch]]
-Metadata = dict[str, Any]

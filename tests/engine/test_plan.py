@@ -203,7 +203,7 @@ def test_the_number_of_ranks_changes_neither_length_nor_rate():
     plans = [plan(epoch_length=1000, world_size=world, global_batch_size=240, batch_size=50) for world in (1, 2, 3, 8)]
     assert len({(each.total_steps, each.warmup_steps, each.lr, each.epoch_length) for each in plans}) == 1
     assert [(each.micro_batch_size, each.accum_steps) for each in plans] == [(48, 5), (40, 3), (40, 2), (30, 1)]
-    assert all(each.rank_batch_size * each.world_size == 240 for each in plans)
+    assert all(each.micro_batch_size * each.accum_steps * each.world_size == 240 for each in plans)
 
 
 def test_the_plan_in_one_line():

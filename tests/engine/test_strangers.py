@@ -18,7 +18,7 @@ from tests.in_process import SHORT, make_images, run, working_in
 from tests.support import ROOT, rows
 from utils.config.entry_point import Job
 from utils.errors import UserError
-from utils.io.weights import read_metadata
+from utils.io.weights import read_weights
 
 OVERRIDES = [*SHORT, "data.root=images", "augment.image_size_hw=[32,32]", "loop.total_steps=3"]
 # What the same tasks cost before the contracts: a teacher of 127 + 86 + 33 lines, rectified flow of 180 + 18.
@@ -68,7 +68,7 @@ def test_the_teacher_is_exported_and_the_student_is_checkpointed(place):
     assert not torch.equal(rest["student.head.weight"], exported["head.weight"])
     last = place / "multicrop/weights/last_weights.safetensors"
     assert last.samefile(checkpoint / "weights.safetensors")  # linked, not written twice
-    assert read_metadata(last, "weights")["step"] == 3
+    assert read_weights(last, "weights")[1]["step"] == 3
 
 
 def test_init_from_reaches_the_teacher_too(place):
@@ -88,9 +88,9 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     assert not any("encoder" in name for name in names) and "velocity.label.weight" not in names  # bare names
     assert "label.weight" in load_file(checkpoint / "weights.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state["fingerprints"]["frozen.encoder"] == read_metadata(
+    assert state["fingerprints"]["frozen.encoder"] == read_weights(
         place / "flow/weights/best_weights.safetensors", "weights"
-    )["frozen"]["encoder"]  # fmt: skip
+    )[1]["frozen"]["encoder"]  # fmt: skip
     forge(checkpoint, lambda state: state["fingerprints"].update({"frozen.encoder": "another"}))
     with pytest.raises(UserError, match=r"^resume: frozen\.encoder of flow has changed since the checkpoint"):
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=flow", "loop.ema_decay=0.9", "loop.total_steps=4"], place)

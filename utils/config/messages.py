@@ -3,6 +3,7 @@
 import difflib
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +44,37 @@ def _models(annotation: Any, values: Any = None) -> list[type[BaseModel]]:
     """Return the models that an annotation admits; of a union those whose tag is in `values`, if any is."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    options = [] if typing.get_origin(annotation) is dict else typing.get_args(annotation)  # a dict's keys are free
+    options = [] if _is_free(annotation) else typing.get_args(annotation)
     found = [model for option in options for model in _models(option)]
     texts = {value for value in values.values() if isinstance(value, str)} if isinstance(values, dict) else set()
     return [model for model in found if texts & _tags(model)] or found
 
 
-def known_keys(schema: type[BaseModel], values: Any = None, prefix: str = "") -> list[str]:
-    """Return a schema's dotted keys, groups and leaves; of a union all models' keys, or those that `values` choose."""
-    keys: dict[str, None] = {}
+def _walk(schema: type[BaseModel], values: Any = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a schema's dotted keys, groups and leaves, with their annotations.
+
+    Of a union all models' keys, or those that `values` choose; below free keys those that `values` has.
+    """
     for name, field in schema.model_fields.items():
-        keys[f"{prefix}{name}"] = None
-        inner = values.get(name) if isinstance(values, dict) else None
+        key, inner = f"{prefix}{name}", values.get(name) if isinstance(values, dict) else None
+        yield key, field.annotation
         for model in _models(field.annotation, inner):
-            keys |= dict.fromkeys(known_keys(model, inner, f"{prefix}{name}."))
-    return list(keys)
+            yield from _walk(model, inner, f"{key}.")
+        if _is_free(field.annotation):
+            for own, value in (inner or {}).items() if isinstance(inner, dict) else ():
+                yield f"{key}.{own}", None
+                for model in _models(typing.get_args(field.annotation)[1], value):
+                    yield from _walk(model, value, f"{key}.{own}.")
 
 
-def _free_groups(schema: type[BaseModel], values: Any = None, prefix: str = "") -> list[str]:
-    """Return the dotted keys of a schema's groups whose own keys are free, such as schedule.knobs."""
-    found = []
-    for name, field in schema.model_fields.items():
-        if typing.get_origin(field.annotation) is dict:
-            found.append(f"{prefix}{name}")
-        inner = values.get(name) if isinstance(values, dict) else None
-        for model in _models(field.annotation, inner):
-            found += _free_groups(model, inner, f"{prefix}{name}.")
-    return found
+def _is_free(annotation: Any) -> bool:
+    """Return whether a group's own keys are free, such as those of schedule.knobs."""
+    return typing.get_origin(annotation) is dict
+
+
+def known_keys(schema: type[BaseModel], values: Any = None) -> list[str]:
+    """Return a schema's dotted keys, as `_walk` finds them, each once."""
+    return list(dict.fromkeys(key for key, _ in _walk(schema, values)))
 
 
 def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
@@ -86,7 +91,7 @@ def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
     beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == level]
     if beside:
         return f"{dotted}: unknown key; {close_names(parts[-1], beside)}"
-    if level in _free_groups(schema, values):
+    if any(key == level and _is_free(annotation) for key, annotation in _walk(schema, values)):
         return f"{dotted}: unknown key; {level} takes new keys with a plus: +{dotted}=VALUE"
     return f"{dotted}: unknown key; {level} is a value without keys"
 

@@ -69,14 +69,6 @@ def read_weights(
     return read_tensors(path, key), metadata
 
 
-def read_metadata(path: Path, key: str) -> dict[str, Any]:
-    """Read the metadata that Atelier wrote into a safetensors file, `{}` for any other file; no tensor is read.
-
-    Raises UserError that begins with `key`.
-    """
-    return _describe(path, key)[1] if path.suffix == ".safetensors" else {}
-
-
 def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a safetensors file's tensors, on the meta device, and its metadata."""
     shapes, texts = read_header(path, key)

@@ -213,6 +213,8 @@ def test_known_keys_are_those_of_the_chosen_kind():
     assert len(every) == len(set(every)) and "schedule.knobs.start" not in every
     chosen = known_keys(schema, {"optim": {"name": "sgd"}})
     assert "optim.momentum" in chosen and "optim.betas" not in chosen
+    named = known_keys(schema, {"schedule": {"knobs": {"temperature": {"start": 1.0}}}})
+    assert {"schedule.knobs.temperature", "schedule.knobs.temperature.start"} <= set(named)
 
 
 def test_close_names():
@@ -238,6 +240,10 @@ FROM_HYDRA = {
         ["schedule.knobs.temperature={start: 1.0, phases: []}"],
         "schedule.knobs.temperature: unknown key; schedule.knobs takes new keys with a plus: "
         "+schedule.knobs.temperature=VALUE",
+    ),
+    "a misspelt key of a free key": (
+        ["+schedule.knobs.temperature={start: 1.0, strat: 1.0, phases: []}"],
+        "schedule.knobs.temperature.strat: unknown key; close: start",
     ),
     "a key below a value": (["seed.x=3"], "seed.x: unknown key; seed is a value without keys"),
     "an unknown option": (
