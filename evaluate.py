@@ -1,24 +1,30 @@
-"""Measure a run's weights on its validation split: exact on any number of ranks.
+"""Measure weights on a collection's validation split: exact on any number of ranks.
 
-python evaluate.py run_dir=RUN weights=best
+    python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
+    python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
+    python evaluate.py weights=FILE model=convnextv2_tiny augment=randaugment data=image_folder data.root=PATH
+                                                                                   a released file (docs/weights.md)
 
-Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder.
+Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below outputs/evaluate/.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
-from data.config import DataConfig
+from data.config import AugmentConfig, DataConfig
+from data.image_data import load_collection
 from engine.config import MachineConfig
 from engine.run import start_machine
-from engine.tasks.rebuild import rebuild_task
+from engine.tasks.foreign import ForeignSource, rebuild_foreign
+from engine.tasks.rebuild import Rebuilt, rebuild_task
+from models.config import ModelConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.io.files import output_errors, write_json
-from utils.io.weights import choose_weights
+from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -29,13 +35,50 @@ log = get_logger(__name__)
 
 
 class EvaluateConfig(Strict):
-    """`weights` is best, last, ema or a file; `output` a JSON file (null: metrics.json in the run folder)."""
+    """`weights` is best, best_raw, last, ema, a file, or `timm`; `output` a JSON file (null: metrics.json).
 
-    run_dir: str
+    Without `run_dir`, `data` must be given; `model` and `augment` too where the file is not ours.
+    """
+
+    run_dir: str | None
     weights: str
+    init_weights: Literal["model", "ema"]
     output: str | None
+    model: ModelConfig | None
+    data: DataConfig | None
+    augment: AugmentConfig | None
     batch_size: Annotated[int, Field(ge=1)]
     runtime: MachineConfig
+
+    @model_validator(mode="after")
+    def _says_what_to_measure(self) -> Self:
+        if self.run_dir is None and self.weights in WEIGHT_NAMES:
+            raise ValueError(
+                f"run_dir: must be given, because weights={self.weights} is one of a run's; add run_dir=RUN, or "
+                "weights=FILE"
+            )
+        if self.run_dir is None and self.data is None:
+            raise ValueError("data: must be given where there is no run_dir; add data=image_folder data.root=PATH")
+        if self.run_dir is not None and self.model is not None:
+            raise ValueError("model: the run states its own; remove model, or run_dir and give weights=FILE")
+        if self.model is None and (self.augment is not None or self.weights == "timm"):
+            raise ValueError(
+                "model: must be given with augment and with weights=timm; a weight file of ours states both itself"
+            )
+        return self
+
+
+def open_task(config: EvaluateConfig) -> tuple[Path, Rebuilt]:
+    """Return the folder of the results, and the task with the weights."""
+    if config.model is None:
+        path = choose_weights(config.run_dir or "", config.weights)
+        folder = Path(config.run_dir) if config.run_dir is not None else Path("outputs/evaluate") / path.stem
+        return folder, rebuild_task(path)
+    collection = load_collection(config.data)
+    names = sorted({*collection.class_names("train"), *collection.class_names("val")})
+    source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
+    name = config.model.name if config.weights == "timm" else Path(config.weights).stem
+    return Path("outputs/evaluate") / name, rebuild_foreign(source, names)
 
 
 @entry_point("evaluate", EvaluateConfig)
@@ -45,17 +88,15 @@ def main(config: EvaluateConfig, job: Job) -> str:
     runtime = start_machine(config.runtime)
 
     # --------------------------------------------------------------------------------- 2. The task with those weights
-    run_dir = Path(config.run_dir)
-    saved = read_run_config(run_dir)
-    path = choose_weights(config.run_dir, config.weights)
-    rebuilt = rebuild_task(path)
+    folder, rebuilt = open_task(config)
     task = rebuilt.task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
 
-    # ----------------------------------------------------------------------------------------------- 3. The run's data
+    # ----------------------------------------------------------------------------------------------------- 3. The data
+    saved = {"seed": 0} if config.run_dir is None else read_run_config(folder)
     data = rebuilt.kind.open_data(
-        TypeAdapter(DataConfig).validate_python(saved["data"]), rebuilt.setup.model, runtime,
+        config.data or TypeAdapter(DataConfig).validate_python(saved["data"]), rebuilt.setup.model, runtime,
         seed=saved["seed"], batch_size=config.batch_size, run_path=None,
     )  # fmt: skip
     loaders = rebuilt.kind.evaluation(data, rebuilt.setup, training=False)
@@ -66,10 +107,10 @@ def main(config: EvaluateConfig, job: Job) -> str:
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
     if distributed.is_main():
-        output = run_dir / "metrics.json" if config.output is None else Path(config.output)
+        output = folder / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
-            write_json(output, {"weights": str(path), "step": step, **report.scalars})
-        write_report(run_dir, report.tables, report.images, prefix="evaluate_")
+            write_json(output, {"weights": rebuilt.weights, "step": step, **report.scalars})
+        write_report(folder, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)
     line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
     log.info("%s", line)

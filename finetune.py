@@ -1,6 +1,8 @@
 r"""Fine-tune a network for classification, from an FCMAE or another run, or from scratch where init_from is null.
 
     python finetune.py init_from=outputs/pretrain_fcmae/RUN                              the embedded glyphs
+    python finetune.py model=timm model.name=convnextv2_tiny.fcmae_ft_in22k_in1k model.pretrained=true \
+        data=image_folder data.root=PATH augment=light
     torchrun --nproc_per_node=8 finetune.py model=convnextv2_base data=image_folder data.root=PATH augment=light \
         init_from=RUN
 
@@ -15,6 +17,8 @@ from engine.run import build_task, run_path, run_training, start_ranks
 from engine.tasks.classification import ClassificationTaskConfig
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import find_kind, task_schema
+from engine.tasks.pretrained import use_pretrained
+from models.config import TimmConfig
 from utils.config.entry_point import Job, entry_point
 
 
@@ -25,7 +29,8 @@ class FinetuneConfig(ImageTrainingConfig):
 
     @model_validator(mode="after")
     def _a_kept_head_needs_weights(self) -> Self:
-        if isinstance(self.task, ClassificationTaskConfig) and self.task.head == "kept" and self.init_from is None:
+        starts = self.init_from is not None or (isinstance(self.model, TimmConfig) and self.model.pretrained)
+        if isinstance(self.task, ClassificationTaskConfig) and self.task.head == "kept" and not starts:
             raise ValueError(
                 "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in "
                 "init_from, or set task.head=drawn or standardised"
@@ -38,6 +43,7 @@ def main(config: ImageTrainingConfig, job: Job) -> str:
     """Fine-tune."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime = start_ranks(config)
+    config = use_pretrained(config)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     kind = find_kind(config.task.name, "task.name")

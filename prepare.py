@@ -2,6 +2,12 @@
 
 python prepare.py job=glyphs                                          draw the embedded collection
 python prepare.py job=manifest data=image_folder data.root=PATH       check every image, write manifest.parquet
+python prepare.py job=idx source=FOLDER data=image_folder data.root=PATH     write IDX files as class folders
+
+Fashion-MNIST lies in the folder that `dpkg -L dataset-fashion-mnist` names, of Debian's package of that name:
+
+python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
+    'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
 """
 
 from pathlib import Path
@@ -9,9 +15,11 @@ from typing import Literal
 
 from data.config import DataConfig
 from data.glyphs import draw_glyphs, glyphs_ready
+from data.idx import idx_to_folders
 from data.manifest_writer import write_manifest
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
+from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.progress import counting
 
@@ -19,23 +27,64 @@ log = get_logger(__name__)
 
 
 class PrepareConfig(Strict):
-    """`verify` decodes every image; unreadable ones get weight 0 in the manifest."""
+    """`verify` decodes every image; unreadable ones get weight 0 in the manifest.
 
-    job: Literal["glyphs", "manifest"]
+    `source` and `class_names` are for job=idx: the folder of the IDX files, and a name for each label.
+    """
+
+    job: Literal["glyphs", "manifest", "idx"]
     verify: bool
+    source: str | None
+    class_names: list[str] | None
     data: DataConfig
 
 
 @entry_point("prepare", PrepareConfig)
 def main(config: PrepareConfig, job: Job) -> str:
     """Do the one job that was asked for."""
-    if config.job == "glyphs":
-        if glyphs_ready(Path(config.data.root)):
+    if config.job == "idx":
+        return write_class_folders(config)
+    for key, value in (("source", config.source), ("class_names", config.class_names)):
+        if value is not None:
+            raise UserError(f"{key}: {value!r} is read by job=idx only, not by job={config.job}; remove {key}")
+    return prepare_glyphs(config) if config.job == "glyphs" else prepare_manifest(config)
+
+
+# ------------------------------------------------------------------------------------------------------------- job=idx
+
+
+def write_class_folders(config: PrepareConfig) -> str:
+    """Write the IDX files of `source` as class folders into `data.root`."""
+    if config.data.name != "image_folder":
+        raise UserError(
+            f"data: job=idx writes class folders, not {config.data.name}; set data=image_folder data.root=FOLDER"
+        )
+    if config.source is None:
+        raise UserError("source: job=idx needs it; set source to the folder that holds the IDX files")
+    with counting("writing the images") as progress:
+        if not idx_to_folders(config.source, config.data.root, config.class_names, progress):
             log.info("%s is there already", config.data.root)
-        else:
-            with counting("drawing the glyphs") as progress:
-                draw_glyphs(Path(config.data.root), progress)
-        return f"glyphs in {config.data.root}"
+    return f"class folders in {config.data.root}"
+
+
+# ---------------------------------------------------------------------------------------------------------- job=glyphs
+
+
+def prepare_glyphs(config: PrepareConfig) -> str:
+    """Draw the embedded collection into `data.root`."""
+    if glyphs_ready(Path(config.data.root)):
+        log.info("%s is there already", config.data.root)
+    else:
+        with counting("drawing the glyphs") as progress:
+            draw_glyphs(Path(config.data.root), progress)
+    return f"glyphs in {config.data.root}"
+
+
+# -------------------------------------------------------------------------------------------------------- job=manifest
+
+
+def prepare_manifest(config: PrepareConfig) -> str:
+    """Check the images of `data.root` and write its manifest."""
     with counting("reading the images") as progress:
         report = write_manifest(
             config.data.root,

@@ -1,13 +1,15 @@
 """The shape of `data` and `augment`. Values and defaults are in conf/data/ and conf/augment/."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from utils.config.schema import Strict
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+_POLICY = re.compile(r"rand(-(m\d+|n[1-9]\d*|p[01]?\.?\d*|mstd\d+\.?\d*|mmax\d+|inc[01]))*")
 
 
 class _Data(Strict):
@@ -33,13 +35,6 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
-class RandAugmentConfig(Strict):
-    """RandAugment: `num_ops` operations in a row, at a magnitude of 0 to 30 (torchvision's bins; 9 is usual)."""
-
-    num_ops: PositiveInt
-    magnitude: Annotated[int, Field(ge=0, le=30)]
-
-
 class AffineConfig(Strict):
     """A random turn of up to `degrees`, shift of up to `translate` of the sides, zoom within `scale`, and shear."""
 
@@ -54,9 +49,11 @@ class AugmentConfig(Strict):
 
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
-    `horizontal_flip`; `rand_augment` where it is not null; random erasing with probability `random_erasing`. Uncovered
-    pixels get the grey level `fill`. Evaluation: the shorter side resized to image size / `eval_crop`, centre crop.
-    `mean` and `std` (of values in [0, 1], one per channel) are applied on the device.
+    `horizontal_flip`; `rand_augment`, a policy of timm, where it is not null, which fills with the mean; random erasing
+    with probability `random_erasing`, by `uniform` noise or by `normal` noise of `mean` and `std`. Pixels that the
+    affine map uncovers get the grey level `fill`. Evaluation: `crop` resizes the shorter side to image size /
+    `eval_crop` and takes the centre, `squash` resizes both sides. `mean` and `std` (of values in [0, 1], one per
+    channel) are applied on the device.
     """
 
     image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
@@ -64,10 +61,12 @@ class AugmentConfig(Strict):
     crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
     affine: AffineConfig | None
-    rand_augment: RandAugmentConfig | None
+    rand_augment: str | None
     random_erasing: Fraction
+    erasing_noise: Literal["uniform", "normal"]
     fill: Annotated[int, Field(ge=0, le=255)]
     interpolation: Literal["bilinear", "bicubic"]
+    eval_resize: Literal["crop", "squash"]
     eval_crop: Annotated[float, Field(gt=0, le=1)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
@@ -75,9 +74,20 @@ class AugmentConfig(Strict):
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return what evaluation does to an image, as it is written into weight files."""
         return {
-            **self.model_dump(include={"image_size_hw", "interpolation", "eval_crop", "mean", "std"}),
+            **self.model_dump(include={"image_size_hw", "interpolation", "eval_resize", "eval_crop", "mean", "std"}),
             "channels": channels,
         }
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _is_a_policy(cls, policy: str | None) -> str | None:
+        # timm ignores sections that it does not know.
+        if policy is not None and not _POLICY.fullmatch(policy):
+            raise ValueError(
+                f"{policy!r} is no policy; give rand with sections of m, n, p, mstd, mmax and inc, each with a number, "
+                "such as rand-m9-mstd0.5-inc1 (timm.data.auto_augment.rand_augment_transform)"
+            )
+        return policy
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":

@@ -2,7 +2,7 @@
 
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
 Each runs on what it is fastest with, by a factor of 2 to 4 (one thread, 64 and 224 px): crops and resizes on tensors,
-affine maps and RandAugment on Pillow's images.
+affine maps on Pillow's images. RandAugment is timm's, on Pillow's images too.
 Normalisation happens on the device (models/normalise.py): a batch carries bytes, a quarter of floats.
 """
 
@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
 from data.stream import Draw
+from utils import rng
 
 # Only the middle of a very long image is resized, at most this many times the evaluation size: a strip of 1 x 50,000
 # pixels would become one of 256 x 12,800,000.
@@ -31,16 +33,58 @@ class Transform(Protocol):
 
 
 class NoiseErasing(v2.RandomErasing):
-    """Erase a rectangle of 2 to 33 % of the image with noise, for which torchvision's own takes floats only."""
+    """Erase a rectangle of 2 to 33 % of the image with noise, for which torchvision's own takes floats only.
 
-    def __init__(self, p: float) -> None:
-        super().__init__(p=p, value=0)
+    The noise is uniform over bytes, or, where `mean` and `std` are given, normal.
+    Differs: published code draws normal noise after the normalisation; here it is rounded to bytes and clipped to
+    black and white.
+    """
+
+    def __init__(self, p: float, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+        super().__init__(p=p, scale=(0.02, 1 / 3), value=0)
+        self._mean, self._std = (
+            None if values is None else 255.0 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std)
+        )
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         """Return the image with noise in the drawn rectangle, or as it was where none was drawn."""
         if params["v"] is not None:
-            params = {**params, "v": torch.randint(0, 256, (inpt.shape[-3], params["h"], params["w"])).to(inpt)}
+            params = {**params, "v": self._noise((inpt.shape[-3], params["h"], params["w"])).to(inpt)}
         return super().transform(inpt, params)
+
+    def _noise(self, shape: tuple[int, ...]) -> Tensor:
+        if self._mean is None:
+            return torch.randint(0, 256, shape)
+        return (self._mean + self._std * torch.randn(shape)).round().clamp(0, 255)
+
+
+class PolicyAugment(v2.Transform):
+    """timm's RandAugment by its policy string, on Pillow's images.
+
+    timm draws from Python's and NumPy's generators, which are seeded from torch's here: the result depends on the
+    sample's key alone.
+    """
+
+    def __init__(self, config: AugmentConfig) -> None:
+        super().__init__()
+        from timm.data.auto_augment import posterize, rand_augment_transform  # takes 0.8 s, so only where it is used
+
+        mean = tuple(round(255 * value) for value in config.mean)
+        settings = {
+            "translate_const": int(0.45 * min(config.image_size_hw)),
+            "img_mean": mean if len(mean) > 1 else mean[0],
+            "interpolation": getattr(Image.Resampling, config.interpolation.upper()),
+        }
+        assert config.rand_augment is not None
+        self._policy = rand_augment_transform(config.rand_augment, settings)
+        for operation in self._policy.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+
+    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Image.Image:
+        """Return the augmented image."""
+        with rng.seeded_python(int(torch.randint(2**31, ()))):
+            return self._policy(inpt)
 
 
 def on_pillow(transform: v2.Transform) -> list[torch.nn.Module]:
@@ -80,11 +124,10 @@ class TrainTransform:
         if config.horizontal_flip > 0:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
         if config.rand_augment is not None:
-            operations, magnitude = config.rand_augment.num_ops, config.rand_augment.magnitude
-            steps += on_pillow(v2.RandAugment(operations, magnitude, fill=config.fill))
+            steps += on_pillow(PolicyAugment(config))
         if config.random_erasing > 0:
-            # Before normalisation, so with uniformly distributed bytes.
-            steps.append(NoiseErasing(config.random_erasing))
+            noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
+            steps.append(NoiseErasing(config.random_erasing, *noise))
         self._steps = v2.Compose(steps)
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
@@ -92,11 +135,19 @@ class TrainTransform:
         return self._steps(image)
 
 
-class EvalTransform:
-    """The shorter side to image size / eval_crop, then the centre."""
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the upper bits of each channel; none, which Pillow 13 refuses and timm asks for, makes the image black."""
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
-    def __init__(self, image_size_hw: Sequence[int], eval_crop: float, interpolation: str) -> None:
+
+class EvalTransform:
+    """The shorter side to image size / eval_crop, then the centre; or both sides to image size (`squash`)."""
+
+    def __init__(
+        self, image_size_hw: Sequence[int], eval_crop: float, interpolation: str, eval_resize: str = "crop"
+    ) -> None:
         height, width = image_size_hw
+        self._squash = eval_resize == "squash"
         self._size_hw = (height, width)
         self._resized_hw = (round(height / eval_crop), round(width / eval_crop))
         self._interpolation = InterpolationMode(interpolation)
@@ -104,17 +155,35 @@ class EvalTransform:
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> Self:
         """Return the transform that a weight file's preprocessing states (AugmentConfig.preprocessing)."""
-        return cls(preprocessing["image_size_hw"], preprocessing["eval_crop"], preprocessing["interpolation"])
+        return cls(
+            preprocessing["image_size_hw"],
+            preprocessing["eval_crop"],
+            preprocessing["interpolation"],
+            preprocessing.get("eval_resize", "crop"),  # older files do not state it
+        )
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
-        """Return the resized centre."""
-        height, width = image.shape[-2:]
-        factor = max(self._resized_hw[0] / height, self._resized_hw[1] / width)
+        """Return the resized image or centre."""
+        if self._squash:
+            size = list(self._size_hw)
+            return v2.functional.resize(image, size, interpolation=self._interpolation, antialias=True)
+        factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))
+        whole = [max(least, _resized(side, factor)) for least, side in zip(self._size_hw, image.shape[-2:])]
         image = _cut_middle(image, [math.ceil(_LONGEST * side / factor) for side in self._resized_hw])
-        height, width = image.shape[-2:]
-        size = [max(self._size_hw[0], round(height * factor)), max(self._size_hw[1], round(width * factor))]
+        # Even or odd as the whole's, so that the centre is cut where it would be cut from the whole.
+        size = [_resized(side, factor) for side in image.shape[-2:]]
+        size = [side + (of_whole - side) % 2 for side, of_whole in zip(size, whole)]
         image = v2.functional.resize(image, size, interpolation=self._interpolation, antialias=True)
-        return v2.functional.center_crop(image, list(self._size_hw))
+        starts = [
+            round((of_whole - kept) / 2) - (of_whole - side) // 2
+            for of_whole, side, kept in zip(whole, size, self._size_hw)
+        ]
+        return v2.functional.crop(image, *starts, *self._size_hw)
+
+
+def _resized(side: int, factor: float) -> int:
+    """Return a side's resized length: rounded down, as torchvision does; 1e-6 is for the side that sets the factor."""
+    return int(side * factor + 1e-6)
 
 
 def _cut_middle(image: Tensor, most_hw: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ class LoopConfig(Strict):
     train_paths: Annotated[list[str], Field(min_length=1)] | None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None
+    ema_warmup: bool
     log_every_steps: Positive
     evaluate_every_epochs: Annotated[float, Field(gt=0)]
     plot_every_steps: Positive | None
@@ -67,6 +68,7 @@ class TrainingConfig(Strict):
     seed: Annotated[int, Field(ge=0)]
     run_dir: str | None
     init_from: str | None
+    init_weights: Literal["model", "ema"]
     resume: str
     resume_allow: list[str]
     dry_run: bool

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sized
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,10 @@ class Best:
 
 @dataclass
 class Evaluator:
-    """Evaluate a learner on the evaluation streams, every `every_epochs`."""
+    """Evaluate a learner on the evaluation streams, every `every_epochs`.
+
+    best: of what is exported, the average where there is one; best_raw: then that of the weights themselves.
+    """
 
     streams: Streams
     plan: Plan
@@ -42,10 +45,11 @@ class Evaluator:
     recorder: Recorder
     saver: Saver
     best: Best = field(default_factory=Best)
+    best_raw: Best = field(default_factory=Best)
     last_report: dict[str, float] = field(default_factory=dict)
 
     def evaluate(self, learner: Learner) -> None:
-        """Measure the weights and, where there is one, their average; write the best of what is exported.
+        """Measure the weights and, where there is one, their average; write the best of each.
 
         The best weights are written while the network holds the weights that were measured.
         """
@@ -55,12 +59,13 @@ class Evaluator:
         report = self._measure(learner)
         scalars = dict(report.scalars)
         if learner.exports_average:
+            self.best_raw = self._keep_best(learner, report, self.best_raw, averaged=False)
             with learner.averages.swapped():
                 report = self._measure(learner)
                 scalars |= {f"ema/{name}": value for name, value in report.scalars.items()}
-                self._keep_best(learner, report)
+                self.best = self._keep_best(learner, report, self.best, averaged=True)
         else:
-            self._keep_best(learner, report)
+            self.best = self._keep_best(learner, report, self.best, averaged=False)
         self.last_report = scalars
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
@@ -72,11 +77,12 @@ class Evaluator:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""
-        return {"best": {"value": self.best.value, "step": self.best.step}, "last_report": self.last_report}
+        return {"best": asdict(self.best), "best_raw": asdict(self.best_raw), "last_report": self.last_report}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.best, self.last_report = Best(**state["best"]), state["last_report"]
+        self.best_raw = Best(**state.get("best_raw", {}))  # older checkpoints have none
 
     @torch.no_grad()
     def _measure(self, learner: Learner) -> Report:
@@ -88,16 +94,14 @@ class Evaluator:
             learner.task.train()
             reshard(learner.model)
 
-    def _keep_best(self, learner: Learner, report: Report) -> None:
-        """Write the exported networks as they are now where the report is the best so far."""
+    def _keep_best(self, learner: Learner, report: Report, best: Best, *, averaged: bool) -> Best:
+        """Write the exported networks as they are now where the report is better than `best`; returns the best now."""
         task, value = learner.task, report.scalars[learner.task.best_metric]
         if not math.isfinite(value):
-            return
-        best = self.best.value
-        if best is not None and (value >= best if task.best_is_lowest else value <= best):
-            return
-        if self.saver.write_best(learner):
-            self.best = Best(value, learner.step)
+            return best
+        if best.value is not None and (value >= best.value if task.best_is_lowest else value <= best.value):
+            return best
+        return Best(value, learner.step) if self.saver.write_best(learner, averaged=averaged) else best
 
     def _due_loaders(self, step: int) -> dict[str, Iterable[Batch]]:
         """Return the loaders that are due; each of their batches counts as progress."""

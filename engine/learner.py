@@ -70,7 +70,8 @@ class Learner:
             plan.epoch_length / plan.global_batch_size,
         )  # fmt: skip
         self.step = 0
-        self._seed, self._clip, self._ema_decay = config.seed, config.loop.clip_grad_norm, config.loop.ema_decay
+        self._seed, self._clip = config.seed, config.loop.clip_grad_norm
+        self._ema_decay, self._ema_warmup = config.loop.ema_decay, config.loop.ema_warmup
 
     def knobs(self) -> Knobs:
         """Return the scheduled values of the next update as device scalars, without a host synchronisation."""
@@ -87,7 +88,7 @@ class Learner:
         )  # fmt: skip
         self.task.after_step(self.step, knobs, result.applied)
         if self.averages is not None:
-            self.averages.update(ema_decay_at(self.step, self._ema_decay), result.applied)
+            self.averages.update(ema_decay_at(self.step, self._ema_decay, warmup=self._ema_warmup), result.applied)
         self.step += 1
         return result
 

@@ -53,7 +53,8 @@ def roll_back(run: Run, request: TooManySkipped) -> None:
     The same samples would fail again. The best weights stay: they were measured before. Raises UserError where there
     is no such checkpoint.
     """
-    reached, best, passed_over = run.step, run.evaluator.best, run.passed_over_steps
+    evaluator, reached, passed_over = run.evaluator, run.step, run.passed_over_steps
+    best, best_raw = evaluator.best, evaluator.best_raw
 
     def find() -> str | None:
         run.saver.writer.close()
@@ -67,7 +68,8 @@ def roll_back(run: Run, request: TooManySkipped) -> None:
             "loop.checkpoint_every_steps"
         )
     _restore(run, load_checkpoint(Path(found)))
-    run.evaluator.best, run.passed_over_steps = best, passed_over + reached - run.step
+    evaluator.best, evaluator.best_raw = best, best_raw
+    run.passed_over_steps = passed_over + reached - run.step
     run.open_records()
     # A row of the next step, so that a resume from this checkpoint drops it and writes it again.
     figures = {"from_step": reached, "passed_over_steps": run.passed_over_steps}
@@ -169,6 +171,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
         others = None
     run.learner.load_state(checkpoint.tensors, others, checkpoint.path)
     run.learner.step = checkpoint.step
+    run.learner.task.origin = state.get("origin")  # older checkpoints have none
     run.recorder.load_state(state)
     run.evaluator.load_state(state)
     run.passed_over_steps = state["passed_over"]

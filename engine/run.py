@@ -26,6 +26,7 @@ from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_STOPPED, UserError, close_names, lost_worker
 from utils.io.safe_text import Lines
+from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger, setup_logging
@@ -147,7 +148,7 @@ def run_training(
         log.info("dry run: the run folder would be %s", run_path(config, job))
         return f"dry run: {plan.total_steps} steps"
     if not distributed.rank_zero_call(lambda: will_resume(config, run_path(config, job))):
-        task.initialise(config.init_from)
+        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
         if prepare is not None:
             prepare()
     values = config.model_dump(mode="json")

@@ -57,6 +57,7 @@ class Run:
             "position": (self.step + self.passed_over_steps) * self.plan.global_batch_size,
             "passed_over": self.passed_over_steps,
             "fingerprints": self.fingerprints,
+            "origin": self.learner.task.origin,
             **self.evaluator.state(),
         }
         self.saver.save(self.learner, self.recorder, state, best_step=self.evaluator.best.step, last=last)

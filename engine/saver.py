@@ -62,14 +62,16 @@ class Saver:
             distributed.rank_zero_call(self.writer.finish)
         recorder.start_clock(step)
 
-    def write_best(self, learner: Learner) -> bool:
+    def write_best(self, learner: Learner, *, averaged: bool) -> bool:
         """Write the exported networks, as they are now, as the best weights; on all ranks.
 
+        averaged: they hold the average now. Where the run has one and they do not, the file is `best_raw`.
         Returns False where the disk refuses them and `loop.on_failed_save` is retry.
         """
         tensors = learner.exported_tensors()
-        metadata = self._metadata(learner, averaged=learner.exports_average)
-        path = self.folder.weights / "best_weights.safetensors"
+        metadata = self._metadata(learner, averaged=averaged)
+        name = "best_raw" if learner.exports_average and not averaged else "best"
+        path = self.folder.weights / f"{name}_weights.safetensors"
 
         def write() -> bool:
             try:
@@ -94,6 +96,7 @@ class Saver:
             "step": learner.step,
             "average": averaged,
             **({"frozen": self._frozen} if self._frozen else {}),
+            **({"origin": learner.task.origin} if learner.task.origin else {}),
             **learner.task.exported().metadata,
         }
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.io.weights import InitFrom
 
 Knobs = dict[str, Tensor]
 
@@ -85,19 +86,22 @@ class Task(nn.Module):
 
     knob_names: the scheduled values that the task reads; `schedule.knobs` must give exactly these.
     best_metric: the scalar of a report that decides which weights are best; `best_is_lowest` is its direction.
+    origin: what is known of the weights that training began with, such as their licence (JSON values), or None. It is
+    checkpointed and written into weight files.
     """
 
     knob_names: ClassVar[frozenset[str]] = frozenset()
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
     roles: Roles = Roles()
+    origin: dict[str, Any] | None = None
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
         """Return one loss per sample."""
         raise NotImplementedError
 
-    def initialise(self, source: str | None) -> None:
-        """Load initial weights from a run or file (`init_from`); called on a new run, not on resume.
+    def initialise(self, source: InitFrom | None) -> None:
+        """Load initial weights (`init_from`) and set `origin`; called on a new run, not on resume.
 
         A task that keeps a copy of its network (a teacher) copies it again here. None keeps the drawn weights.
         """

@@ -49,12 +49,16 @@ class ConvNeXtV2Config(Strict):
 
 
 class TimmConfig(Strict):
-    """Describe a network by its timm name; `drop_path_rate: null` leaves the network's own default alone."""
+    """Describe a network by its timm name; `drop_path_rate: null` leaves the network's own default alone.
+
+    pretrained: begin with the weights that timm has for the name, which is the same as init_from=timm.
+    """
 
     family: Literal["timm"]
     name: str = Field(min_length=1)
     in_channels: PositiveInt
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None
+    pretrained: bool = False  # weight files of before do not state it
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

@@ -5,6 +5,7 @@ A mask is bool [B, L] over the patch grid in row-major order, True = removed; a 
 """
 
 import math
+import re
 from typing import Literal
 
 import torch
@@ -71,6 +72,22 @@ def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px
             f"sides; set both sides to multiples of {patch_px}, or task.patch_px to a multiple of {total_stride} "
             "that divides both"
         )
+
+
+def draw_as_published(network: "FCMAE") -> None:
+    """Draw the weights again as the published PyTorch code does: most of them from a normal distribution of std 1.
+
+    It draws the encoder twice, the second time with the default std of its function. The first loss is then about 17,
+    and predictions at visible patches exceed the range of fp16. The released weights come from another code (JAX).
+    Source: facebookresearch/ConvNeXt-V2:models/fcmae.py _init_weights.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("encoder."):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            halves = re.match(r"encoder\.downsample_layers\.[1-9]", name)
+            nn.init.trunc_normal_(module.weight, std=0.02 if halves else 1.0)
+            nn.init.zeros_(module.bias)
 
 
 class FCMAE(nn.Module):

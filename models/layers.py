@@ -68,8 +68,11 @@ def respond(
     else:
         squares = x.square() if x.dtype == wide else x.to(wide).square_()
         total = squares.sum(dim=sites, keepdim=True)  # [B or 1, 1, 1, C]
-        # The root's gradient at 0 is infinite; selecting on both sides of the root keeps it out (compiled graphs).
-        norms = torch.where(total == 0, 0.0, torch.where(total == 0, 1.0, total).sqrt())
+        if torch.is_grad_enabled():
+            # The root's gradient at 0 is infinite; selecting on both sides of the root keeps it out (compiled graphs).
+            norms = torch.where(total == 0, 0.0, torch.where(total == 0, 1.0, total).sqrt())
+        else:
+            norms = total.sqrt()
     share = norms / (norms.mean(dim=-1, keepdim=True) + eps)
     # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1 before it meets x.
     return x + torch.addcmul(beta.to(x.dtype), x, (gamma * share).to(x.dtype)), norms, share

@@ -29,6 +29,7 @@ class _Preprocessing(BaseModel):
 
     image_size_hw: Annotated[list[Annotated[int, Field(ge=1, le=_MAX_SIDE)]], Field(min_length=2, max_length=2)]
     interpolation: Literal["bilinear", "bicubic"]
+    eval_resize: Literal["crop", "squash"] = "crop"  # older files do not state it
     eval_crop: Annotated[float, Field(gt=0.01, le=1)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]

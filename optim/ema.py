@@ -1,7 +1,7 @@
-"""Exponential moving averages of networks' weights, with warm-up.
+"""Exponential moving averages of networks' weights.
 
-The decay at step t is min(decay, (1 + t) / (10 + t)), so that a short run does not keep its initial weights: with a
-constant 0.9999 they would keep a share of 37 % after 10,000 steps.
+With the warm-up the decay at step t is min(decay, (1 + t) / (10 + t)), so that a short run does not keep its initial
+weights: with a constant 0.9999, as published recipes have it, they would keep a share of 37 % after 10,000 steps.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from optim.fused import subtract_scaled_
 from utils.ranks.sharded import is_shared, own_part, take_part
 
 
-def ema_decay_at(step: int, decay: float) -> float:
+def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
     """Return the decay for the average that follows update number `step`, counted from 0."""
-    return min(decay, (1 + step) / (10 + step))
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 class EMA:

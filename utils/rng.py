@@ -8,6 +8,7 @@ one sample needs (two crops of one image are views 0 and 1).
 """
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -157,6 +158,19 @@ def seeded(key: int) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
+
+
+@contextmanager
+def seeded_python(seed: int) -> Iterator[None]:
+    """Run code that draws from Python's and NumPy's global generators as if it had some of its own; seed < 2**32."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def seed_micro_step(seed: int, step: int, micro_step: int, rank: int, device: torch.device) -> None:

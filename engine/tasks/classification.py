@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from data.collection import Collection, check_classes
 from data.image_data import ImageData
@@ -23,10 +22,12 @@ from engine.task import Exported, Knobs, Report, StepOutput, Task, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup
 from engine.tasks.labels import LabelFields
+from engine.tasks.mixing import Mixing
 from models.build import build_network, check_image_size
-from models.weights import initialise_from
+from models.weights.initialise import initialise_from
 from utils.config.schema import Strict
 from utils.contracts import Batch
+from utils.io.weights import InitFrom
 from utils.ranks import distributed
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
@@ -35,12 +36,14 @@ HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
 
 
 class ClassificationTaskConfig(Strict):
-    """`mixup_alpha` and `cutmix_alpha` are parameters of the beta distribution, 0 for off."""
+    """`mixup_alpha`, `cutmix_alpha` and their probabilities are those of `Mixing`."""
 
     name: Literal["classification"]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     mixup_alpha: Annotated[float, Field(ge=0)]
     cutmix_alpha: Annotated[float, Field(ge=0)]
+    mix_probability: Annotated[float, Field(ge=0, le=1)]
+    mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
     allow_missing_classes: bool
     head: Literal["drawn", "standardised", "fitted", "kept"]
 
@@ -59,17 +62,14 @@ class ClassificationTask(Task):
         self.network = build_network(setup.model, num_classes=len(self.class_names))
         self.normalise = setup.normalise()
         self.label_smoothing, self.head = config.label_smoothing, config.head
-        mixes = []
-        if config.mixup_alpha > 0:
-            mixes.append(v2.MixUp(alpha=config.mixup_alpha, num_classes=len(self.class_names)))
-        if config.cutmix_alpha > 0:
-            mixes.append(v2.CutMix(alpha=config.cutmix_alpha, num_classes=len(self.class_names)))
-        self._mix = v2.RandomChoice(mixes) if mixes else None
+        self._mixing = Mixing(
+            config.mixup_alpha, config.cutmix_alpha, config.mix_probability, config.mix_switch_probability
+        )
         self._metadata = setup.metadata()
 
-    def initialise(self, source: str | None) -> None:
+    def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; the head too where `task.head` is kept."""
-        initialise_from(self.network, source, keep_head=self.head == "kept", class_names=self.class_names)
+        self.origin = initialise_from(self.network, source, keep_head=self.head == "kept", class_names=self.class_names)
 
     def exported(self) -> Exported:
         """Return the network, its class names and its preprocessing."""
@@ -78,25 +78,17 @@ class ClassificationTask(Task):
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
         """Return each sample's cross-entropy; targets are mixed where the images are."""
         images, targets = self.normalise(batch["images"]), batch["labels"]
-        if self._mix is not None and self.training:
-            images, targets = self._mix_images(images, targets, batch["weight"])
+        if self._mixing.is_on and self.training:
+            images, targets = self._mix(images, targets, batch["weight"])
         logits = self.network(images).float()
         loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
         return StepOutput(loss, {"accuracy": log_mean(correct, batch["weight"])})
 
     @torch.compiler.disable
-    def _mix_images(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images and soft targets [B, K]; train_step has seeded the draws.
-
-        torchvision mixes each sample with the one before it, the first with the last. A sample whose partner has
-        weight 0 (an unreadable image) is not mixed.
-        """
-        mixed, targets = self._mix(images, labels)
-        mixes = weight.roll(1) > 0
-        plain = F.one_hot(labels, targets.shape[1]).to(targets.dtype)
-        # The mixed images first: torch.where takes the memory format of its first argument.
-        return torch.where(mixes.view(-1, 1, 1, 1), mixed, images), torch.where(mixes[:, None], targets, plain)
+    def _mix(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mixed images and soft targets [B, K]; train_step has seeded the draws."""
+        return self._mixing(images, labels, weight, len(self.class_names))
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.
@@ -139,6 +131,7 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
     config = ClassificationTaskConfig
     output = "classes"
     fact_names = ("class_names",)
+    later_keys: ClassVar[Mapping[str, Any]] = {"mix_probability": 1.0, "mix_switch_probability": 0.5}
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split."""

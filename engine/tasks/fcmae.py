@@ -4,7 +4,7 @@ The loader's workers draw the mask from each sample's key, so it is the same on 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from engine.tasks.labels import LabelFields
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
-from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
-from models.weights import initialise_from
+from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_as_published, draw_mask
+from models.weights.initialise import initialise_from
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.io.weights import InitFrom
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -60,6 +61,7 @@ class FCMAETaskConfig(Strict):
     norm_pix_loss: bool
     execution: Literal["sparse", "dense"]
     grn_over: Literal["sample", "batch"]
+    initial_weights: Literal["normal", "published"]
     probe: ProbeConfig
 
 
@@ -108,13 +110,15 @@ class FCMAETask(Task):
             execution=config.execution,
             grn_over=config.grn_over,
         )
+        if config.initial_weights == "published":
+            draw_as_published(self.network)
         self.normalise = setup.normalise()
         self.probe_k = config.probe.k
         self._metadata = setup.metadata()
 
-    def initialise(self, source: str | None) -> None:
-        """Load the network of a run or file."""
-        initialise_from(self.network, source, keep_head=True)
+    def initialise(self, source: InitFrom | None) -> None:
+        """Load the network of a run or file; of an encoder alone, the decoder stays as it was drawn."""
+        self.origin = initialise_from(self.network, source, keep_head=True)
 
     def exported(self) -> Exported:
         """Return encoder and decoder, and the preprocessing."""
@@ -172,6 +176,7 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
     config = FCMAETaskConfig
     script = "pretrain_fcmae"
     output = "features"
+    later_keys: ClassVar[Mapping[str, Any]] = {"initial_weights": "normal"}
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return nothing, after checking that patches, image and network fit."""

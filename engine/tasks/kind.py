@@ -20,7 +20,7 @@ from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
 from data.loader import Fields
-from data.rows import training_rows
+from data.rows import spread, training_rows
 from data.source import ImageDecoder
 from data.stream import Sampler, build_sampler
 from data.transforms import EvalTransform, TrainTransform, Transform
@@ -72,7 +72,7 @@ class Kind(Generic[Config]):
 
     config: the schema of its `task` group; model_schema: of its `model` group. script: the root script that trains it.
     output: what its network makes of one image; None where it makes nothing of an image alone. fact_names: the facts
-    that its task reads.
+    that its task reads. later_keys: keys of `config` that older weight files do not state, with what held then.
     """
 
     config: ClassVar[type[Strict]]
@@ -80,6 +80,7 @@ class Kind(Generic[Config]):
     script: ClassVar[str] = "finetune"
     output: ClassVar[Output | None] = None
     fact_names: ClassVar[tuple[str, ...]] = ()
+    later_keys: ClassVar[Mapping[str, Any]] = {}
 
     # ----------------------------------------------------------------------------------------------------- the task
 
@@ -158,6 +159,11 @@ class Kind(Generic[Config]):
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
         rows = self.rows(data.collection, setup, data.collection.rows("val"))
         return {"val": data.evaluation(rows, self.fields(data.collection, setup), evaluation_views(setup))}
+
+    def calibration(self, data: ImageData, setup: Setup[Config], count: int) -> Iterable[Batch]:
+        """Return training images as evaluation prepares them, at most `count` rounded up to whole batches."""
+        rows = spread(self.rows(data.collection, setup, data.collection.rows("train")), count)
+        return data.evaluation(rows, no_fields, evaluation_views(setup))
 
 
 def no_fields(example: object) -> dict:

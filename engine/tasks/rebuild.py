@@ -18,7 +18,7 @@ from engine.tasks.kind import Kind, Setup
 from engine.tasks.kinds import find_kind
 from models.image_model import ImageModel
 from models.predictor import check_metadata, wrong_metadata
-from models.weights import check_fit, load_into
+from models.weights.fit import fit_state, load_into
 from utils.errors import UserError
 from utils.io.weights import read_weights
 
@@ -31,6 +31,7 @@ class Rebuilt:
     task: Task
     setup: Setup
     metadata: dict[str, Any]
+    weights: str
 
     def image_model(self) -> ImageModel:
         """Return the network from images to the kind's output."""
@@ -46,7 +47,7 @@ def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:
         with torch.device("meta"):
             task = kind.build(setup)
         for name, state in _split(task, shapes).items():
-            if missing := check_fit(task.get_submodule(name), state, keep_head=True):
+            if missing := fit_state(task.get_submodule(name), state, keep_head=True, key=key).left:
                 raise UserError(f"{key}: {path} lacks {', '.join(missing)}; export or train the file again")
         found.update(kind=kind, setup=setup)
 
@@ -58,7 +59,7 @@ def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:
         raise UserError(
             f"{key}: {path} was trained with other frozen networks ({saved} then, {built} now); restore them"
         )
-    return Rebuilt(found["kind"], task.eval(), found["setup"], metadata)
+    return Rebuilt(found["kind"], task.eval(), found["setup"], metadata, str(path))
 
 
 def load_image_model(path: Path, key: str = "weights") -> tuple[ImageModel, dict[str, Any]]:
@@ -81,7 +82,7 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, S
     check_metadata(path, key, {**metadata, "output": kind.output})
     try:
         model = TypeAdapter(kind.model_schema).validate_python(metadata["model"])
-        task = kind.config.model_validate(metadata["task"])
+        task = kind.config.model_validate({**kind.later_keys, **metadata["task"]})
     except ValidationError as error:
         raise wrong_metadata(path, key, error) from None
     facts = {name: metadata[name] for name in kind.fact_names if name in metadata}

@@ -7,7 +7,9 @@ from tests.support import command
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("words", ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read"])
+@pytest.mark.parametrize(
+    "words", ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read", "onnx_speed"]
+)
 def test_a_bench_prints_a_table_of_ratios(words):
     done = command("python", f"bench/{words}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

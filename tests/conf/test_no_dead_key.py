@@ -202,7 +202,8 @@ def run_all(recorder, folder):
             "tracking=wandb",
             "tracking.mode=offline",
             "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
-            "augment.rand_augment={num_ops: 1, magnitude: 9}",
+            "augment.random_erasing=1.0",
+            "augment.rand_augment=rand-m9-mstd0.5-inc1",
         ],
         "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
@@ -214,6 +215,7 @@ def run_all(recorder, folder):
                 overrides = [text for text in overrides if not text.startswith("model")]
             model = SHORT if any(text.startswith("model") for text in overrides) else small
             go(script, *model, *folders, *more, *overrides, f"run_dir={script}_{name}")
+    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=continued", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
        "resume_allow=[optim.lr]")  # fmt: skip
@@ -221,8 +223,17 @@ def run_all(recorder, folder):
     phases = ", ".join(f"{{to: 0.05, curve: linear, {duration}}}" for duration in durations)
     go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop",
        f"schedule.knobs.teacher_temperature.phases=[{phases}]")  # fmt: skip
-    go("evaluate", "run_dir=tuned", "runtime.device=cpu", "runtime.threads=1")
+    on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
+    go("evaluate", "run_dir=tuned", *on_cpu)
     go("export", "run_dir=tuned")
+    go("export", "run_dir=tuned", "precision=int8", "calibration_images=2", "threads=1")
+    # Weight files that are said to be of a network: one of ours and one of timm.
+    of_ours = ["weights=tuned/weights/last_weights.safetensors", *SMALL_MODEL, "augment=glyphs"]
+    of_timm = ["weights=finetune_timm/weights/last_weights.safetensors", "model=timm", "model.name=test_resnet"]
+    for file in (of_ours, of_timm):
+        go("evaluate", *file, "data=image_folder" if file is of_timm else "data=glyphs",
+           f"data.root={images if file is of_timm else glyphs}", *on_cpu)  # fmt: skip
+        go("export", *file, f"output=exported_{len(file)}")
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("tests.tasks.tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
@@ -247,9 +258,19 @@ PROVED = {
     "AugmentConfig.mean",
     "AugmentConfig.std",
     "AugmentConfig.eval_crop",
+    "AugmentConfig.eval_resize",
 }
 # Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
+# For weight files without a run, `augment` and `model` are the groups of training, whose other keys mean nothing there;
+# the image size and the interpolation are proved by tests/test_weights_commands.py.
+_TRAINING_ONLY = (
+    "AugmentConfig.crop_", "AugmentConfig.horizontal_flip", "AugmentConfig.affine", "AugmentConfig.rand_augment",
+    "AugmentConfig.random_erasing", "AugmentConfig.erasing_noise", "AugmentConfig.fill", "AffineConfig.",
+    "TimmConfig.pretrained", "AugmentConfig.image_size_hw", "AugmentConfig.interpolation",
+)  # fmt: skip
 REFUSED = {
+    "evaluate": _TRAINING_ONLY,
+    "export": _TRAINING_ONLY,
     "finetune": ("KnobConfig.", "PhaseConfig."),
     "pretrain_fcmae": ("KnobConfig.", "PhaseConfig.", "TimmConfig."),
 }
@@ -300,3 +321,5 @@ def test_eval_crop_reaches_evaluation():
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[:, 4:12, 4:12] = 200
     assert (EvalTransform.of(config.augment.preprocessing(3))(image) == 200).all()
+    config, _ = configure("finetune", ["augment.eval_resize=squash", "augment.image_size_hw=[16,8]"])
+    assert torch.equal(EvalTransform.of(config.augment.preprocessing(3))(image)[:, :, 0], image[:, :, 0])

@@ -1,31 +1,39 @@
 """Transforms. Properties: shape and bytes, draws from the seed alone, each option changes the image it should;
 evaluation is what it is by definition, of strips too."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode, v2
 
+from data import transforms
 from data.config import AugmentConfig
 from data.stream import Draw
-from data.transforms import EvalTransform, TrainTransform
+from data.transforms import EvalTransform, NoiseErasing, PolicyAugment, TrainTransform
 from utils import rng
 
 PLAIN = {
     "image_size_hw": [32, 48], "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5], "horizontal_flip": 0.0,
-    "affine": None, "rand_augment": None, "random_erasing": 0.0, "fill": 200, "interpolation": "bilinear",
-    "eval_crop": 1.0, "mean": [0.5], "std": [0.5],
+    "affine": None, "rand_augment": None, "random_erasing": 0.0, "erasing_noise": "uniform", "fill": 200,
+    "interpolation": "bilinear", "eval_resize": "crop", "eval_crop": 1.0, "mean": [0.5], "std": [0.5],
 }  # fmt: skip
 OPTIONS = {
     "affine": {"affine": {"degrees": 30.0, "translate": 0.2, "scale": [0.5, 0.6], "shear_degrees": 10.0}},
-    "rand_augment": {"rand_augment": {"num_ops": 3, "magnitude": 20}},
+    "rand_augment": {"rand_augment": "rand-m9-n3-p1-mstd0.5-inc1", "mean": [0.5, 0.4, 0.3], "std": [0.2] * 3},
     "random_erasing": {"random_erasing": 1.0},
     "horizontal_flip": {"horizontal_flip": 1.0},
 }
 
 
 def apply(changes, key=0, channels=3):
-    transform = TrainTransform(AugmentConfig(**{**PLAIN, **changes}))
+    values = {**PLAIN, **changes}
+    transform = TrainTransform(
+        AugmentConfig(**{**values, "mean": values["mean"][:channels], "std": values["std"][:channels]})
+    )
     image = torch.randint(0, 256, (channels, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     with rng.seeded(key):
         return image, transform(image, Draw(0, 0, key))
@@ -60,8 +68,11 @@ def test_what_affine_uncovers_has_the_fill_level():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rand_augment": {"num_ops": 0, "magnitude": 9}}, "rand_augment.num_ops"),
-        ({"rand_augment": {"num_ops": 2, "magnitude": 31}}, "rand_augment.magnitude"),
+        (
+            {"rand_augment": "rand-m9-msdt0.5"},
+            "'rand-m9-msdt0.5' is no policy; give rand with sections of m, n, p, mstd",
+        ),
+        ({"rand_augment": "augmix-m5"}, "'augmix-m5' is no policy"),
         ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "augment.affine.scale: 1.2 to 0.8"),
         ({"random_erasing": 1.5}, "random_erasing"),
         ({"fill": 256}, "fill"),
@@ -78,7 +89,7 @@ def by_definition(image, size_hw, eval_crop, interpolation):
     """The whole image to image size / eval_crop by its shorter side, then the centre."""
     wanted = [round(side / eval_crop) for side in size_hw]
     factor = max(target / side for target, side in zip(wanted, image.shape[-2:]))
-    resized_hw = [max(least, round(side * factor)) for least, side in zip(size_hw, image.shape[-2:])]
+    resized_hw = [max(least, int(side * factor + 1e-6)) for least, side in zip(size_hw, image.shape[-2:])]
     mode = InterpolationMode(interpolation)
     return v2.functional.center_crop(v2.functional.resize(image, resized_hw, mode, antialias=True), list(size_hw))
 
@@ -116,3 +127,77 @@ def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw, monkeypatch)
     (((height, width), resized),) = made
     assert min(resized) == 256 and max(resized) <= 9 * 256
     assert min(height, width) == min(image_hw) and max(height, width) <= 9 * min(image_hw)
+
+
+# --- the published augmentation: timm's own functions, and draws that depend on the sample's key alone
+
+PUBLISHED = {**PLAIN, "image_size_hw": [32, 32], "crop_ratio": [1.0, 1.0], "interpolation": "bicubic",
+             "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # fmt: skip
+
+
+def test_no_bit_left_is_black():
+    """timm's posterize keeps 0 bits at magnitude 10, which `rand-m9-mstd0.5` draws in 2 % of the cases."""
+    values = AugmentConfig(**{**PUBLISHED, "rand_augment": "rand-m10-n15-p1-inc1"})
+    image = Image.fromarray(np.full((32, 32, 3), 77, dtype=np.uint8))
+    policy = PolicyAugment(values)._policy
+    (operation,) = [op for op in policy.ops if op.aug_fn is transforms._posterize]
+    assert np.asarray(operation(image)).max() == 0
+    operation.magnitude = 5
+    assert set(np.unique(operation(image))) == {64}
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0-inc1", "rand-m8-n4-p1"])
+def test_the_policy_is_timms_own(policy):
+    """timm's transform, seeded alike, on the same picture."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    own = PolicyAugment(AugmentConfig(**{**PUBLISHED, "rand_augment": policy}))
+    settings = {"translate_const": 14, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
+    theirs = rand_augment_transform(policy, settings)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    changed = 0
+    for key in range(20):
+        with rng.seeded(key):
+            found = own(image)
+        with rng.seeded(key), rng.seeded_python(int(torch.randint(2**31, ()))):
+            wanted = theirs(image)
+        assert np.array_equal(np.asarray(found), np.asarray(wanted))
+        changed += not np.array_equal(np.asarray(found), np.asarray(image))
+    assert changed > 10
+
+
+def test_the_policy_draws_from_the_key_and_leaves_the_generators_of_others():
+    random.seed(1), np.random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].copy()
+    first = apply({**PUBLISHED, "rand_augment": "rand-m9-n3-p1-mstd0.5-inc1"}, key=4)[1]
+    assert random.getstate() == before[0] and np.array_equal(np.random.get_state()[1], before[1])
+    random.seed(2), np.random.seed(2)
+    assert torch.equal(first, apply({**PUBLISHED, "rand_augment": "rand-m9-n3-p1-mstd0.5-inc1"}, key=4)[1])
+
+
+def test_normal_noise_has_the_mean_and_deviation_of_the_normalisation():
+    erase = NoiseErasing(1.0, mean=[0.5, 0.3, 0.7], std=[0.1, 0.05, 0.1])
+    with rng.seeded(3):
+        noise = erase._noise((3, 200, 200)) / 255.0
+    torch.testing.assert_close(noise.mean(dim=(1, 2)), torch.tensor([0.5, 0.3, 0.7]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(noise.std(dim=(1, 2)), torch.tensor([0.1, 0.05, 0.1]), atol=2e-3, rtol=0)
+    assert set(apply({**PUBLISHED, "random_erasing": 1.0, "erasing_noise": "normal"})[1].unique().tolist()) <= set(
+        range(256)
+    )
+
+
+def test_squash_resizes_both_sides_and_crops_nothing():
+    ramp = torch.arange(96, dtype=torch.uint8).view(1, 1, 96).expand(3, 40, 96).contiguous()
+    squashed = EvalTransform((32, 32), 0.875, "bilinear", "squash")(ramp)
+    wanted = v2.functional.resize(ramp, [32, 32], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    assert torch.equal(squashed, wanted)
+    cropped = EvalTransform((32, 32), 0.875, "bilinear")(ramp)
+    assert squashed.min() < 3 < 20 < cropped.min()
+
+
+@pytest.mark.parametrize("image_hw", [(90, 150), (151, 89), (64, 64), (333, 500), (40, 41)])
+def test_evaluation_is_torchvisions_resize_and_centre_crop(image_hw):
+    """As published: Resize(256) and CenterCrop(224), in small."""
+    image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    published = v2.Compose([v2.Resize(64, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(56)])
+    assert torch.equal(EvalTransform((56, 56), 0.875, "bicubic")(image), published(image))

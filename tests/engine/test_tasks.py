@@ -31,12 +31,15 @@ FCMAE = FCMAETaskConfig(
     norm_pix_loss=True,
     execution="sparse",
     grn_over="sample",
+    initial_weights="normal",
     probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )
 CLASSIFY = ClassificationTaskConfig(
     name="classification",
     label_smoothing=0.0,
     mixup_alpha=0.0,
+    mix_probability=1.0,
+    mix_switch_probability=0.5,
     cutmix_alpha=0.0,
     allow_missing_classes=False,
     head="drawn",
@@ -143,20 +146,22 @@ def test_mixing_accepts_an_odd_batch_and_only_trains(runtime):
 
 @pytest.mark.parametrize("mix", ["mixup_alpha", "cutmix_alpha"])
 def test_an_unreadable_image_is_mixed_into_no_other(mix):
-    """torchvision mixes each sample with the one before it, a blank image of weight 0 and its label too."""
+    """The partner of a sample is the one at its place from the end."""
     task = make_classifier(CLASSIFY.model_copy(update={mix: 5.0}))
     batch = make_batch(7) | {"labels": torch.tensor([0, 1, 2, 3, 0, 1, 2])}
     images = task.normalise(batch["images"]).contiguous(memory_format=torch.channels_last)
     weight = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0])
     torch.manual_seed(3)
-    mixed, targets = task._mix(images, batch["labels"])
+    mixed, targets = task._mix(images, batch["labels"], torch.ones(7))
     for given in (torch.ones(7), weight):
         torch.manual_seed(3)
-        found, soft = task._mix_images(images, batch["labels"], given)
+        found, soft = task._mix(images, batch["labels"], given)
         assert found.stride() == mixed.stride() and soft.dtype == targets.dtype
         for index in range(7):
-            partner = (index - 1) % 7
-            if given[partner] > 0:
+            partner = 6 - index
+            if partner == index:
+                torch.testing.assert_close(found[index], images[index])
+            elif given[partner] > 0:
                 assert torch.equal(found[index], mixed[index]) and torch.equal(soft[index], targets[index])
                 assert not torch.equal(found[index], images[index])
             else:

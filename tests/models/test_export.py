@@ -14,9 +14,9 @@ from engine.tasks.kind import Setup
 from engine.tasks.rebuild import load_image_model
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
+from models.export.onnx_file import OnnxSettings, export_onnx
 from models.image_model import ImageModel
 from models.normalise import Normalise
-from models.onnx_export import export_model
 from predict import load_predictor
 from utils.config.entry_point import CONF
 from utils.errors import UserError
@@ -32,6 +32,8 @@ TASK = ClassificationTaskConfig(
     label_smoothing=0.0,
     mixup_alpha=0.0,
     cutmix_alpha=0.0,
+    mix_probability=1.0,
+    mix_switch_probability=0.5,
     allow_missing_classes=False,
     head="drawn",
 )
@@ -55,7 +57,7 @@ def write_classifier(path, model):
 def test_weight_file_and_onnx_file_predict_alike(model, tmp_path):
     task = write_classifier(tmp_path / "w.safetensors", model)
     model_of_file, metadata = load_image_model(tmp_path / "w.safetensors")
-    difference = export_model(model_of_file, metadata, tmp_path / "model.onnx", tolerance=1e-4)
+    difference = export_onnx(model_of_file, metadata, tmp_path / "model.onnx", OnnxSettings(tolerance=1e-4))
     assert difference < 1e-4
     images = torch.randint(0, 256, (3, model.in_channels, 24, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -69,7 +71,7 @@ def test_weight_file_and_onnx_file_predict_alike(model, tmp_path):
 
 def test_the_onnx_file_says_what_it_takes_and_gives(tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
-    export_model(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", tolerance=1e-4)
+    export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-4))
     proto = onnx.load(tmp_path / "model.onnx")
     assert [value.name for value in proto.graph.input] == ["images"]
     assert [value.name for value in proto.graph.output] == ["logits", "probs"]
@@ -83,7 +85,9 @@ def test_a_file_that_differs_too_much_is_not_kept(tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
     (tmp_path / "model.onnx").write_bytes(b"the old one")
     with pytest.raises(UserError, match="tolerance: ONNX Runtime differs from PyTorch by .* the file was not kept"):
-        export_model(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", tolerance=1e-30)
+        export_onnx(
+            *load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-30)
+        )
     assert (tmp_path / "model.onnx").read_bytes() == b"the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "w.safetensors"]
 
@@ -249,7 +253,10 @@ def test_every_published_size_that_fits_exports(size, tmp_path):
         task.network.state_dict(),
         {"task": TASK.model_dump(), "model": model.model_dump(), "step": 0, **task.exported().metadata},
     )
-    assert export_model(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "m.onnx", tolerance=1e-3) < 1e-3
+    assert (
+        export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "m.onnx", OnnxSettings(tolerance=1e-3))
+        < 1e-3
+    )
 
 
 @pytest.mark.parametrize("size", sorted(path.stem for path in (CONF / "model").glob("convnextv2_*.yaml")))
@@ -259,19 +266,19 @@ def test_a_network_above_two_gibibytes_is_refused_before_any_work(size, tmp_path
     def begin(*_):
         raise UserError("the export began")
 
-    monkeypatch.setattr("models.onnx_export._write", begin)
+    monkeypatch.setattr("models.export.onnx_file._trace", begin)
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{size}.yaml"))
     with torch.device("meta"):
         network = build_network(ConvNeXtV2Config.model_validate(values), 1000)
     model = ImageModel(network, Normalise([0.5] * 3, [0.5] * 3, 3), "classes")
     metadata = {"preprocessing": PREPROCESSING, "model": values}
     with pytest.raises(UserError) as refused:
-        export_model(model, metadata, tmp_path / "export/model.onnx", tolerance=1e-4)
+        export_onnx(model, metadata, tmp_path / "export/model.onnx", OnnxSettings(tolerance=1e-4))
     if size != "convnextv2_huge":
         assert str(refused.value) == "the export began"
         return
     assert str(refused.value).startswith(
-        "run_dir: convnextv2_huge has 2.46 GiB of weights and one ONNX file holds at most 2 GiB, so "
+        "format: convnextv2_huge has 2.46 GiB of weights and one ONNX file holds at most 2 GiB, so "
         f"{tmp_path}/export/model.onnx cannot be written; export a smaller network (model=convnextv2_large, say), or"
     )
     assert not list(tmp_path.iterdir())

@@ -8,10 +8,10 @@ from models.build import build_network
 from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights import initialise_from, load_into
+from models.weights import fit, initialise
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
-from utils.io.weights import write_weights
+from utils.io.weights import InitFrom, write_weights
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]
 
@@ -33,6 +33,15 @@ def build(num_classes=5, dims=(8, 12), depths=(1, 2), in_channels=3):
 
 def build_fcmae():
     return FCMAE(encoder=build(0), image_size_hw=(8, 8), **{**SETTINGS, "patch_px": 4})
+
+
+def load_into(network, state, *, keep_head):
+    """Load a state and return the names that were left."""
+    return fit.load_into(network, state, keep_head=keep_head).left
+
+
+def initialise_from(network, path, **settings):
+    return initialise.initialise_from(network, InitFrom(path, "model"), **settings)
 
 
 def copy_state(network):
@@ -127,7 +136,7 @@ def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
     before = copy_state(target)
     del state["stages.0.0.grn.gamma"]
     state["stages.1.0.grn.beta"] = torch.zeros(2, 24)  # right count, no accepted shape
-    state["downsample_layers.0.0.weight"] = torch.zeros(8, 1, 2, 2)
+    state["downsample_layers.0.0.weight"] = torch.zeros(9, 3, 2, 2)
     state["stages.1.0.gamma"] = torch.zeros(12)
     with pytest.raises(ValueError, match=r"^init_from: 4 of the checkpoint's tensors do not fit") as caught:
         load_into(target, state, keep_head=True)
@@ -136,7 +145,7 @@ def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
     assert ("name", "in the checkpoint", "in the network") in rows
     assert ("stages.0.0.grn.gamma", "missing", "(1, 1, 1, 32)") in rows
     assert ("stages.1.0.grn.beta", "(2, 24)", "(1, 1, 1, 48)") in rows
-    assert ("downsample_layers.0.0.weight", "(8, 1, 2, 2)", "(8, 3, 2, 2)") in rows
+    assert ("downsample_layers.0.0.weight", "(9, 3, 2, 2)", "(8, 3, 2, 2)") in rows
     assert ("stages.1.0.gamma", "(12,)", "unexpected") in rows
     assert str(caught.value).splitlines()[-1].startswith("Set the model group (model.name")
     assert loaded_names(target, before) == set(before)

@@ -60,13 +60,14 @@ def same_bits(left, right):
     ],
 )
 def test_the_decay_warms_up(step, decay, expected):
-    assert ema_decay_at(step, decay) == pytest.approx(expected, abs=1e-9)
+    assert ema_decay_at(step, decay, warmup=True) == pytest.approx(expected, abs=1e-9)
+    assert ema_decay_at(step, decay, warmup=False) == decay
 
 
 def test_a_short_run_forgets_its_initial_weights():
     share = 1.0
     for step in range(100):
-        share *= ema_decay_at(step, 0.9999)
+        share *= ema_decay_at(step, 0.9999, warmup=True)
     assert share < 1e-12  # without warm-up it would be 0.99
 
 
@@ -80,7 +81,7 @@ def test_twenty_updates_equal_the_recursion_in_float64(dtype, tolerance):
     expected = {name: tensor.double() for name, tensor in copied(model).items()}
     for step in range(20):
         wander(model, step)
-        decay = ema_decay_at(step, 0.95)
+        decay = ema_decay_at(step, 0.95, warmup=True)
         ema.update(decay, ONE)
         for name, tensor in model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * tensor.double()

@@ -16,7 +16,7 @@ from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task
 from engine.tasks.kind import ImageTrainingConfig, Kind
 from models.build import build_network
-from models.weights import initialise_from
+from models.weights.initialise import initialise_from
 from tests.tasks.entry import add_kind
 from utils.config.schema import Strict
 from utils.ranks import distributed
@@ -50,7 +50,7 @@ class MultiCropTask(Task):
         self.config, self._metadata = setup.task, setup.metadata()
 
     def initialise(self, source):
-        initialise_from(self.student, source, keep_head=False)
+        self.origin = initialise_from(self.student, source, keep_head=False)
         self.teacher.load_state_dict(self.student.state_dict())
 
     def exported(self):

@@ -13,7 +13,7 @@ from engine.measures.means import measure_means
 from engine.task import Exported, Report, StepOutput, Task, log_mean
 from engine.tasks.kind import ImageTrainingConfig, Kind
 from models.build import build_network
-from models.weights import initialise_from
+from models.weights.initialise import initialise_from
 from tests.tasks.entry import add_kind
 from utils.config.schema import Strict
 
@@ -48,7 +48,7 @@ class TaggingTask(Task):
         self._metadata = setup.metadata()
 
     def initialise(self, source):
-        initialise_from(self.network, source, keep_head=False)
+        self.origin = initialise_from(self.network, source, keep_head=False)
 
     def exported(self):
         return Exported(metadata=self._metadata)

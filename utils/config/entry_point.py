@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 _NAME_BYTES = 200  # of a sweep job's folder; file systems take 255
 # Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
-PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights")
+PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights", "source")
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,16 @@ class JobResult:
 def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
     """Quote the values of path keys so that Hydra takes them literally; quoted values stay as they are.
 
-    In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it.
+    In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it. A value in
+    brackets is a list of paths.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") in PATH_KEYS:
+            if value.startswith("[") and value.endswith("]") and not Path(value).exists():
+                quoted.append(f"{key}=[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]")
+                continue
             sweeps = multirun and not Path(value).exists() and not set("'\"") & set(value)
             argument = f"{key}={','.join(map(_quote, value.split(',') if sweeps else [value]))}"
         quoted.append(argument)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -12,8 +12,26 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.io.files import fsync_path, write_atomically
 from utils.io.untrusted.safetensors_header import read_header
-from utils.io.untrusted.torch_file import read_torch
+from utils.io.untrusted.torch_file import is_torch_file, read_torch
 from utils.ranks import distributed
+
+# Of a run with an average, `best` is the best average and `best_raw` the best of the weights themselves.
+WEIGHT_NAMES = ("best", "best_raw", "last", "ema")
+
+
+# Files of a folder that timm or transformers wrote.
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class InitFrom(NamedTuple):
+    """Where a run's first weights come from: a run, a file, or `timm`; and which, where there is an average too."""
+
+    source: str
+    weights: Literal["model", "ema"]
+
+    def find(self) -> Path:
+        """Return the weight file. Raises UserError (`init_from`) where there is none."""
+        return find_weights(self.source, "ema" if self.weights == "ema" else "last", "init_from")
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,22 +65,29 @@ def weight_metadata(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def read_weights(
-    path: Path, key: str, check: Callable[[Mapping[str, Tensor], dict[str, Any]], None] | None = None
+    path: Path,
+    key: str,
+    check: Callable[[Mapping[str, Tensor], dict[str, Any]], None] | None = None,
+    which: Literal["model", "ema"] = "model",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
 
     check: called with the tensors, on the meta device, and the metadata of a safetensors file before any tensor is
-    read, so that what does not fit is refused for the price of the header. `.pt`, `.pth` and `.bin` are read by torch
-    with weights_only, so no code in them runs, and checked afterwards. Raises UserError that begins with `key`, the
-    configuration key that named the file.
+    read, so that what does not fit is refused for the price of the header. A file of torch, told by its first bytes, is
+    read by torch with weights_only, so no code in it runs, and checked afterwards; its metadata are the names of the
+    `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average. Raises UserError that begins
+    with `key`, the configuration key that named the file.
     """
     if not path.is_file():
         raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
-    if path.suffix in (".pt", ".pth", ".bin"):
-        content = read_torch(path, key)
+    if is_torch_file(path):
+        content = read_torch(path, key, which)
+        metadata: dict[str, Any] = {"entries": list(content.entries)} if content.entries else {}
+        if content.licence is not None:
+            metadata["origin"] = {"licence": content.licence}
         if check is not None:
-            check(content, {})
-        return content, {}
+            check(content.tensors, metadata)
+        return content.tensors, metadata
     shapes, metadata = _describe(path, key)
     if check is not None:
         check(shapes, metadata)
@@ -98,7 +123,7 @@ def _first_line(error: Exception) -> str:
 
 
 def find_weights(run_or_file: str, which: str, key: str) -> Path:
-    """Return a weight file: the file itself, or weights/<which>_weights.safetensors of a run folder.
+    """Return a weight file: the file itself, that of a folder of timm or transformers, or <which> weights of a run.
 
     Raises UserError that begins with `key` and lists what the run has.
     """
@@ -107,6 +132,10 @@ def find_weights(run_or_file: str, which: str, key: str) -> Path:
         if not path.exists():
             raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
         return path
+    if not (path / "weights").is_dir() and (path / "config.json").is_file():
+        for name in _FOLDER_FILES:
+            if (path / name).is_file():
+                return path / name
     file = path / "weights" / f"{which}_weights.safetensors"
     if not file.is_file():
         there = sorted(found.name.removesuffix("_weights.safetensors") for found in path.glob("weights/*_weights.*"))
@@ -118,7 +147,7 @@ def find_weights(run_or_file: str, which: str, key: str) -> Path:
 
 
 def choose_weights(run_dir: str, weights: str) -> Path:
-    """Return the weights of a run by their name (best, last, ema), or the file or run that `weights` names itself."""
-    if weights in ("best", "last", "ema"):
+    """Return the weights of a run by their name (WEIGHT_NAMES), or the file or run that `weights` names itself."""
+    if weights in WEIGHT_NAMES:
         return find_weights(run_dir, weights, "weights" if Path(run_dir).is_dir() else "run_dir")
     return find_weights(weights, "best", "weights")

@@ -23,7 +23,6 @@ from utils.errors import UserError
 MAX_HEADER_BYTES = 16 * 2**20
 _MAX_AXES = 64  # of a tensor of torch's
 _SHOWN_CHARACTERS = 80
-_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a ZIP archive; a bare pickle
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -59,8 +58,6 @@ def read_header(path: Path, key: str) -> Header:
             length = int.from_bytes(first, "little")
             if size < 8:
                 raise _HeaderError(f"it has {size} bytes, too few for a header's length")
-            if length > size - 8 and first.startswith(_PICKLED):
-                raise _HeaderError("it begins as torch's pickled files do, which are read under the ending .pt alone")
             if length > size - 8:
                 raise _HeaderError(f"it says that its header has {length:,} bytes, the file has {size:,}")
             if length > MAX_HEADER_BYTES:

@@ -1,10 +1,11 @@
-"""Files of `torch.save` (.pt, .pth, .bin), read without running code in them."""
+"""Files of `torch.save` (.pt, .pth, .pth.tar, .bin), read without running code in them."""
 
+import argparse
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,20 +13,47 @@ from torch import Tensor
 from utils.errors import UserError
 
 _SHOWN_CHARACTERS = 120  # of a name in the file
+_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a ZIP archive; a bare pickle
+_SUFFIXES = (".pt", ".pth", ".bin")
+# The entries under which trainers keep weights and their average; `model_ema` is that of the official fine-tuning,
+# `state_dict_ema` timm's, `ema_state_dict` mmpretrain's.
+ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema", "ema_state_dict")}
 # torch's reader names what it refuses: `GLOBAL os.system was not an allowed global`, `Trying to call reduce for
 # unrecognized function <...>`, `Trying to load unsupported GLOBAL posix.mkdir whose module`.
 _REFUSED = re.compile(r"(?:GLOBAL|function) (<[^>]*>|[\w.]+)")
 
 
-def read_torch(path: Path, key: str) -> dict[str, Tensor]:
-    """Return the state dict of a file, bare or under `model` or `state_dict`, on the CPU.
+class TorchContent(NamedTuple):
+    """A state dict; the names of all entries of the file that it was one of, and its entry `licence` (export.py's)."""
 
-    Raises UserError that begins with `key`: an archive that unpacks to more than its size, pickled objects, no state
-    dict, tensors that are sparse, quantised or repeat stored numbers.
+    tensors: dict[str, Tensor]
+    entries: tuple[str, ...] = ()
+    licence: str | None = None
+
+
+def is_torch_file(path: Path) -> bool:
+    """Tell from its first bytes whether a file is one of `torch.save`; of unknown bytes the ending decides."""
+    try:
+        with open(path, "rb") as stream:
+            first = stream.read(9)
+    except OSError:
+        return False
+    begins_a_header = first[8:] == b"{"  # of safetensors
+    return first.startswith(_SIGNATURES) or (path.suffix in _SUFFIXES and not begins_a_header)
+
+
+def read_torch(path: Path, key: str, which: str = "model") -> TorchContent:
+    """Return the state dict of a file, on the CPU: bare, or the weights or the average (`ema`) of a checkpoint.
+
+    Beside tensors and plain values, a file may hold an `argparse.Namespace`, as training scripts save their arguments;
+    it is ignored. Raises UserError that begins with `key`: an archive that unpacks to more than its size, other pickled
+    objects, no state dict, no average, tensors that are sparse, quantised or repeat stored numbers.
     """
     _refuse_bomb(path, key)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # By its content: torch reads a path that ends in .safetensors by another reader.
+        with open(path, "rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch raises KeyError, IndexError, struct.error and more
         if isinstance(error, pickle.UnpicklingError) and (what := _REFUSED.search(str(error))):
             raise UserError(
@@ -37,9 +65,20 @@ def read_torch(path: Path, key: str) -> dict[str, Tensor]:
         # torch's message first advises to turn weights_only off.
         said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
         raise UserError(f"{key}: {path} is not a readable torch file ({said.splitlines()[0]})") from None
-    for name in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
+    entries: tuple[str, ...] = ()
+    licence = None
+    if isinstance(content, dict):
+        states = [name for names in ENTRIES.values() for name in names if isinstance(content.get(name), dict)]
+        chosen = next((name for name in ENTRIES[which] if name in states), None)
+        if chosen is None and which == "ema":
+            raise UserError(
+                f"init_weights: ema, but {path} holds no average beside its weights (found: "
+                f"{', '.join(states) or 'a bare state dict'}); set init_weights=model"
+            )
+        if chosen is not None or states:
+            entries = tuple(str(name)[:_SHOWN_CHARACTERS] for name in content)
+            licence = content.get("licence")
+            content = content[chosen or states[0]]
     if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, *zip(*content.items()))):
         raise UserError(f"{key}: {path} holds no state dict of tensors but a {type(content).__name__}")
     for name, tensor in content.items():
@@ -49,7 +88,7 @@ def read_torch(path: Path, key: str) -> dict[str, Tensor]:
                 f"{key}: {path} holds {str(name)[:_SHOWN_CHARACTERS]!a}, a tensor that is sparse, quantised, without "
                 "data, or of more elements than are stored; save plain tensors"
             )
-    return content
+    return TorchContent(content, entries, licence[:_SHOWN_CHARACTERS] if isinstance(licence, str) else None)
 
 
 def _is_named_tensor(name: Any, value: Any) -> bool:

@@ -1,0 +1,313 @@
+"""Fashion-MNIST, top-1 on its 10,000 test images after equal seconds of training: ours against timm's script.
+
+python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [seconds=240] [seeds=3] [quick]     (on an idle machine)
+
+source: the folder of the four IDX files (`dpkg -L dataset-fashion-mnist`, of Debian's package of that name).
+timm_script: `train.py` of a checkout of huggingface/pytorch-image-models that fits the installed timm. Without it,
+timm's arms are skipped. quick: a few steps per arm of a small network, eager, on random images where no source is
+given; its figures mean nothing.
+
+| arm | what trains for `seconds` |
+|---|---|
+| pretrained | FCMAE without labels for a third of the seconds, then fine-tuning of its encoder |
+| scratch | the same network by the same script without pretraining |
+| timm_convnextv2 | timm's script with timm's ConvNeXt V2 of the same depths, widths and stem |
+| timm_resnet18 | timm's script with resnet18 |
+
+All arms see grey images of 64 px, the same crops and mirror, label smoothing 0.1, and are judged by their last weights.
+What is counted is the time of the training steps, with reading and augmenting their images; starting, compiling (the
+first ten steps) and evaluating are not, on either side. Each arm's milliseconds per step are found by a short run
+first, then by its run of the seed before. From these follow the steps of a run. Seconds really used are in the JSON.
+
+timm's arms: AdamW (fused), cosine per update with a warm-up of a tenth, batches of 64, clipping at 1, bf16, one loader
+process. ConvNeXt V2 is compiled and in channels_last. timm counts in whole epochs, so the run is cut into ten "epochs"
+of a tenth of the steps (--train-batches-per-epoch), each a fresh random draw of the training images.
+Tried, one seed, 400 steps of 64 (a fifth of a run of 240 s), top-1: ConvNeXt V2 at a rate of 2e-3 0.806, 4e-3 0.801;
+resnet18 with AdamW, eager, 2e-3 0.856, 5e-4 0.840. Speed alone: ConvNeXt V2 compiled in bf16 0.10 to 0.13 s per step,
+compiled float32 0.15 to 0.24, eager 0.14 to 0.60 in either precision; resnet18 eager bf16 0.16 to 0.22, compiled and
+channels_last 0.24 to 0.34 (a shared machine, hence the ranges). Not tried: SGD, other batches, a run of 240 s.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import yaml
+
+from data.idx import FILES, encode_idx
+
+ROOT = Path(__file__).resolve().parents[1]
+USAGE = "python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [seconds=240] [seeds=3] [quick]"
+CLASS_NAMES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot"
+PRETRAINING_SHARE = 1 / 3
+EPOCHS = 10  # timm's, see above
+WINDOW = 10  # steps per row of figures; the first window, which compiles, is not counted
+CALIBRATION_STEPS, QUICK_STEPS = 60, 20
+# Arm -> what timm's script gets beside `TimmArm.COMMON`.
+TIMM = {
+    "timm_convnextv2": ["--model", "convnextv2_atto", "--opt", "adamw", "--lr", "2e-3"],
+    "timm_resnet18": ["--model", "resnet18", "--opt", "adamw", "--lr", "2e-3"],
+}
+OURS = ("pretrained", "scratch")
+SIZES = ("depths", "dims")
+
+
+def run_command(command, log):
+    """Run a command from the repository, its output in a file; ends the bench where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with open(log, "w") as stream:
+        code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT).returncode
+    sys.stderr.write(f"{log.stem}: {time.perf_counter() - started:.0f} s in all\n")
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        sys.exit(f"fashion_mnist: {' '.join(map(str, command))} ended with status {code} ({log}):\n{tail}")
+
+
+def sec_per_step(windows):
+    """Return the mean seconds of a step over (steps, seconds) windows, without the first one, which starts up."""
+    counted = windows[1:] or windows
+    return sum(seconds for _, seconds in counted) / sum(steps for steps, _ in counted)
+
+
+class Settings:
+    """What a run of the bench was asked for, and the network that all ConvNeXt V2 have."""
+
+    def __init__(self, arguments, quick):
+        self.quick = quick
+        self.seconds, self.seeds = float(arguments["seconds"]), int(arguments["seeds"])
+        self.timm_script = arguments["timm_script"]
+        self.out = ROOT / "outputs/bench" / ("quick/fashion_mnist" if quick else "fashion_mnist")
+        own = quick and arguments["source"] is None
+        self.source = str(self.out / "source") if own else arguments["source"]
+        self.root = str(self.out / "collection") if own else "collections/fashion_mnist"
+        self.model = yaml.safe_load((ROOT / "conf/experiment/fashion_mnist/scratch.yaml").read_text())["model"]
+        if quick:
+            self.model |= {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
+
+
+class OurTraining:
+    """One kind of training of ours, pretrain or finetune or scratch; `run` gives the steps what they need."""
+
+    def __init__(self, settings, kind):
+        self.settings, self.kind = settings, kind
+        self.script = "pretrain_fcmae.py" if kind == "pretrain" else "finetune.py"
+
+    def run(self, name, seed, steps, init_from=None):
+        """Train; returns the mean seconds of a step. `figures` are the rows of the run."""
+        folder = self.settings.out / name
+        command = [
+            sys.executable, self.script, f"experiment=fashion_mnist/{self.kind}", f"run_dir={folder}", f"seed={seed}",
+            f"data.root={self.settings.root}", f"loop.total_steps={steps}", f"schedule.warmup_steps={steps // 10}",
+            f"loop.log_every_steps={WINDOW}", f"runtime.compile={str(not self.settings.quick).lower()}",
+            *(f"model.{key}={self.settings.model[key]}".replace(" ", "") for key in SIZES),
+        ]  # fmt: skip
+        run_command([*command, *([f"init_from={init_from}"] if init_from else [])], folder.with_suffix(".log"))
+        self.rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        batch = json.loads((folder / "config.json").read_text())["loop"]["global_batch_size"]
+        windows, before = [], 0
+        for row in (row for row in self.rows if row["kind"] == "train"):
+            windows.append((row["step"] - before, (row["step"] - before) * batch / row["images_per_sec"]))
+            before = row["step"]
+        return sec_per_step(windows)
+
+    def top1(self):
+        """Return top-1 of the evaluation after the last step."""
+        return [row for row in self.rows if row["kind"] == "evaluate"][-1]["top1"]
+
+
+class TimmTraining:
+    """timm's script with one network."""
+
+    COMMON = shlex.split(
+        "--device cpu --in-chans 1 --num-classes 10 --img-size 64 --train-img-sizes 64 --mean 0.5 --std 0.5 "
+        "--crop-pct 1.0 --interpolation bilinear --train-interpolation bilinear --scale 0.7 1.0 --color-jitter 0 "
+        "--smoothing 0.1 --weight-decay 0.05 --clip-grad 1.0 --opt-kwargs fused=True --batch-size 64 "
+        "--validation-batch-size 256 --sched-on-updates --warmup-epochs 1 --warmup-lr 1e-6 --workers 1 --val-split val "
+        "--checkpoint-hist 1"
+    )
+    # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
+    LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
+    BATCH = 64
+
+    def __init__(self, settings, arm):
+        self.settings, self.arguments = settings, list(TIMM[arm])
+        if arm == "timm_convnextv2":
+            sizes = {key: tuple(settings.model[key]) for key in SIZES} | {"patch_size": settings.model["stem_stride"]}
+            self.arguments += ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in sizes.items())]
+        if not settings.quick:
+            self.arguments += ["--amp", "--amp-dtype", "bfloat16"]
+            if arm == "timm_convnextv2":
+                self.arguments += ["--channels-last", "--torchcompile"]
+
+    def run(self, name, seed, steps):
+        """Train; returns the mean seconds of a step."""
+        log = self.settings.out / f"{name}.log"
+        run_command(
+            [
+                sys.executable, os.path.abspath(self.settings.timm_script), *self.COMMON, *self.arguments,
+                "--data-dir", ROOT / self.settings.root, "--seed", str(seed), "--log-interval", str(WINDOW),
+                "--epochs", str(EPOCHS), "--val-interval", str(EPOCHS),
+                "--train-batches-per-epoch", str(max(1, steps // EPOCHS)),
+                "--output", self.settings.out, "--experiment", name,
+            ],
+            log,
+        )  # fmt: skip
+        with open(self.settings.out / name / "summary.csv", newline="") as stream:
+            self.summary = list(csv.DictReader(stream))
+        return sec_per_step(self.windows(log.read_text()))
+
+    def windows(self, text):
+        """Return (steps, seconds) of what the script's lines tell apart: the start, and the rest of each epoch."""
+        epochs = {}
+        for epoch, update, rate in self.LINE.findall(text):
+            done = int(update) + 1
+            epochs.setdefault(int(epoch), []).append((done, done * self.BATCH / float(rate)))
+        first = next((window for window in epochs[0] if window[0] >= WINDOW), epochs[0][-1])
+        rest = tuple(last - start for last, start in zip(epochs[0][-1], first))
+        return [first, *([rest] if rest[0] else []), *(lines[-1] for epoch, lines in epochs.items() if epoch)]
+
+    def top1(self):
+        """Return top-1 of the evaluation after the last step."""
+        return float(self.summary[-1]["eval_top1"]) / 100
+
+
+class Bench:
+    """All arms over all seeds; `speeds` are the newest seconds per step of each kind of training."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.trainings = {kind: OurTraining(settings, kind) for kind in ("pretrain", "finetune", "scratch")}
+        arms = list(OURS)
+        if settings.timm_script is not None:
+            self.trainings |= {arm: TimmTraining(settings, arm) for arm in TIMM}
+            arms += TIMM
+        self.speeds = {}
+        self.found = {arm: {"top1": [], "seconds": [], "steps": []} for arm in arms}
+
+    def calibrate(self):
+        """Find the seconds per step of each kind of training by a short run; fine-tuning's are those of scratch."""
+        for kind, training in self.trainings.items():
+            if kind != "finetune":
+                self.speeds[kind] = training.run(f"calibrate_{kind}", 0, CALIBRATION_STEPS)
+        self.speeds["finetune"] = self.speeds["scratch"]
+
+    def train(self, kind, seed, seconds, **more):
+        """Train for so many seconds; returns (steps, seconds really used, name of the run)."""
+        steps = QUICK_STEPS
+        if not self.settings.quick:
+            steps = max(2 * WINDOW, round(seconds / self.speeds[kind] / EPOCHS) * EPOCHS)
+        name = f"{kind}_{seed}"
+        self.speeds[kind] = self.trainings[kind].run(name, seed, steps, **more)
+        return steps, steps * self.speeds[kind], name
+
+    def run_arm(self, arm, seed):
+        """Run one arm with one seed, and note what it found."""
+        total, runs = self.settings.seconds, []
+        if arm == "pretrained":
+            runs.append(self.train("pretrain", seed, total * PRETRAINING_SHARE))
+            rest = total - runs[0][1]  # what pretraining really left
+            runs.append(self.train("finetune", seed, rest, init_from=self.settings.out / runs[0][2]))
+        else:
+            runs.append(self.train(arm, seed, total))
+        top1 = self.trainings["finetune" if arm == "pretrained" else arm].top1()
+        note = self.found[arm]
+        note["top1"].append(round(top1, 4))
+        note["seconds"].append(round(sum(seconds for _, seconds, _ in runs), 1))
+        note["steps"].append([steps for steps, _, _ in runs])
+        sys.stderr.write(f"{arm}, seed {seed}: top-1 {top1:.4f} after {note['seconds'][-1]} s\n")
+
+    def run(self):
+        """Run everything, the arms in turns; returns the results by arm."""
+        if not self.settings.quick:
+            self.calibrate()
+        for seed in range(self.settings.seeds):
+            for arm in self.found:
+                self.run_arm(arm, seed)
+        for note in self.found.values():
+            note["mean"] = round(statistics.mean(note["top1"]), 4)
+            note["min_max"] = [min(note["top1"]), max(note["top1"])]
+        return self.found
+
+
+def make_random_source(folder):
+    """Write IDX files of random images, 400 for training and 100 for validation."""
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for (images, labels), count in zip(FILES.values(), (400, 100)):
+        (folder / images).write_bytes(encode_idx(draw.integers(0, 256, (count, 28, 28), np.uint8)))
+        (folder / labels).write_bytes(encode_idx((np.arange(count) % 10).astype(np.uint8)))
+
+
+def table(found):
+    """Return the results as a table."""
+    lines = [("arm", "top-1, mean", "least to greatest", "seconds", "steps")]
+    for arm, note in found.items():
+        low, high = note["min_max"]
+        seconds = statistics.mean(note["seconds"])
+        steps = " + ".join(f"{statistics.mean(column):.0f}" for column in zip(*note["steps"]))
+        lines.append((arm, f"{note['mean']:.4f}", f"{low:.4f} to {high:.4f}", f"{seconds:.1f}", steps))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def read_arguments(words):
+    """Return the settings of a command line."""
+    arguments = {"source": None, "timm_script": None, "seconds": "240", "seeds": "3"}
+    quick = "quick" in words
+    if quick:
+        arguments["seeds"] = "1"
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word != "quick" and not (equals and key in arguments):
+            sys.exit(f"fashion_mnist: {word!r} is neither quick nor one of {', '.join(arguments)}; usage: {USAGE}")
+        if equals:
+            arguments[key] = value
+    for key, pattern in (("seconds", r"\d+(\.\d+)?"), ("seeds", r"[1-9]\d*")):
+        if not re.fullmatch(pattern, arguments[key]) or float(arguments[key]) == 0:
+            sys.exit(f"fashion_mnist: {key}={arguments[key]} is not a number above 0; usage: {USAGE}")
+    if arguments["source"] is None and not quick:
+        sys.exit(f"fashion_mnist: source is not given; name the folder of the four IDX files; usage: {USAGE}")
+    script = arguments["timm_script"]
+    if script is not None and not Path(script).is_file():
+        sys.exit(f"fashion_mnist: timm_script={script} is not a file; name train.py of a checkout of timm")
+    return Settings(arguments, quick)
+
+
+def main():
+    settings = read_arguments(sys.argv[1:])
+    if settings.out.exists():  # of an earlier run of this bench
+        shutil.rmtree(settings.out)
+    if settings.quick and settings.source == str(settings.out / "source"):
+        make_random_source(settings.out / "source")
+    run_command(
+        [
+            sys.executable, "prepare.py", "job=idx", f"source={settings.source}", "data=image_folder",
+            f"data.root={settings.root}", f"class_names=[{CLASS_NAMES}]",
+        ],
+        settings.out / "prepare.log",
+    )  # fmt: skip
+    found = Bench(settings).run()
+    machine = {"name": platform.machine(), "cores": len(os.sched_getaffinity(0)),
+               **{name: version(name) for name in ("torch", "timm")}}  # fmt: skip
+    path = settings.out.with_suffix(".json")
+    report = {"machine": machine, "seconds": settings.seconds, "quick": settings.quick, "arms": found}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write(f"{table(found)}\n{path.relative_to(ROOT)}\n")
+
+
+if __name__ == "__main__":
+    main()

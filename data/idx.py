@@ -1,0 +1,253 @@
+"""IDX files, the format of MNIST and of the collections made like it, written as class folders of PNG files.
+
+    bytes 0-1    0
+    byte 2       type of an item; 8: unsigned byte, the only one that is read
+    byte 3       number of axes: 3 for images (count, height, width), 1 for labels (count)
+    then         the length of each axis, 4 bytes, big-endian
+    the rest     the items, the last axis first
+
+The files may come from strangers. What a header claims is compared with the file's size before anything is allocated: a
+plain file must be exactly as long as it claims, and one that is gzipped must not unpack to more than images do.
+Source: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE".
+"""
+
+import gzip
+import io
+import math
+import os
+import shutil
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+from utils.io.files import fsync_path, output_errors, read_json, sha256_file, write_json
+
+# Split -> the names of its images and of its labels, each plain or with `.gz`.
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+MARKER = "idx.json"  # written last: a folder that has it is complete
+VERSION = 1
+
+_UNSIGNED_BYTE = 8
+_CONTENT = {1: "labels", 3: "images"}  # by the number of axes
+_GZIP = b"\x1f\x8b"
+# Limits of what a gzipped file unpacks to. MNIST unpacks to 5 times its size, Fashion-MNIST to 2; deflate reaches 1032.
+_MAX_RATIO, _FREE_BYTES = 100, 2**20
+
+
+class Split(NamedTuple):
+    """The images [N, H, W] and labels [N] of one split, both uint8, and the file of the labels."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    labels_file: Path
+
+
+def idx_to_folders(
+    source: str, root: str, class_names: Sequence[str] | None, progress: Callable[[int, int], None] | None = None
+) -> bool:
+    """Write the IDX files of folder `source` as root/{train,val}/<class>/00000.png; returns False if they are there.
+
+    class_names: one for each label; None gives the labels themselves, padded with zeros. The number of a file is its
+    position in the IDX file. The folder appears whole or not at all. progress: called with the images written and their
+    number.
+
+    Raises UserError (`source`, `class_names`, `data.root`) for files that are missing, damaged or do not belong
+    together, for names that do not fit the labels, and for a `root` that holds anything else.
+    """
+    folder = Path(os.path.abspath(root))
+    if class_names is not None:
+        _check_names(class_names)
+    files = {split: tuple(find_idx(source, name) for name in names) for split, names in FILES.items()}
+    about = {
+        "version": VERSION,
+        "class_names": None if class_names is None else list(class_names),
+        "sha256": {file.name.removesuffix(".gz"): sha256_file(file) for pair in files.values() for file in pair},
+    }
+    if _is_complete(folder, about):
+        return False
+    splits = {split: _read_split(*pair) for split, pair in files.items()}
+    names = _name_labels(splits, class_names)
+    with output_errors("data.root", folder):
+        partial = folder.with_name(f".{folder.name}.partial")
+        if partial.exists():  # of a process that died
+            shutil.rmtree(partial)
+        _write_folders(partial, splits, names, progress)
+        write_json(partial / MARKER, about)
+        os.rename(partial, folder)
+        fsync_path(folder.parent)
+    return True
+
+
+def encode_idx(items: np.ndarray) -> bytes:
+    """Return a plain IDX file of uint8 items: images [N, H, W] or labels [N]."""
+    assert items.dtype == np.uint8 and items.ndim in _CONTENT, (items.dtype, items.shape)
+    return bytes((0, 0, _UNSIGNED_BYTE, items.ndim)) + struct.pack(f">{items.ndim}I", *items.shape) + items.tobytes()
+
+
+def find_idx(source: str, name: str) -> Path:
+    """Return the file `name` of a folder, or `name`.gz. Raises UserError (`source`) where there is neither."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"source: {source!r} is not a folder; set source to the folder that holds {name} or {name}.gz")
+    for file in (folder / name, folder / f"{name}.gz"):
+        if file.exists():
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise UserError(f"source: {str(file)!r} is not a file; put the IDX file in its place")
+            return file
+    raise UserError(
+        f"source: {source!r} has neither {name} nor {name}.gz; an IDX collection has the four files "
+        + ", ".join(name for names in FILES.values() for name in names)
+    )
+
+
+def read_idx(file: Path, axes: int) -> np.ndarray:
+    """Read an IDX file of unsigned bytes, plain or gzipped; axes: 1 for labels, 3 for images.
+
+    Raises UserError (`source`) where the header is another, claims more or less than the file holds, or an axis is 0.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as plain:
+            packed = plain.read(len(_GZIP)) == _GZIP
+            plain.seek(0)
+            if not packed:
+                return _read_items(plain, file, axes, size, packed=False)
+            with gzip.GzipFile(fileobj=plain) as unpacked:
+                return _read_items(unpacked, file, axes, size, packed=True)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(file, str(error) or type(error).__name__) from None
+
+
+def _read_items(stream: BinaryIO | gzip.GzipFile, file: Path, axes: int, size: int, *, packed: bool) -> np.ndarray:
+    """Check the header at the start of `stream`, then read the items; `size` is that of the file."""
+    length = 4 + 4 * axes
+    header = stream.read(length)
+    if header[:4] != bytes((0, 0, _UNSIGNED_BYTE, axes)):
+        found, expected = header[:4].hex() or "0", f"0x{_UNSIGNED_BYTE << 8 | axes:08x}"
+        raise _damaged(file, f"it begins with 0x{found}, not with {expected}, as {_CONTENT[axes]} do")
+    if len(header) < length:
+        raise _damaged(file, f"its header ends after {len(header)} of {length} bytes")
+    shape = struct.unpack(f">{axes}I", header[4:])
+    claimed, times = math.prod(shape), " x ".join(f"{side:,}" for side in shape)
+    if claimed == 0:
+        raise _damaged(file, f"it claims {times} items, which is none")
+    if not packed and length + claimed != size:
+        raise _damaged(file, f"it claims {times} bytes behind its header of {length}, and has {size - length:,}")
+    if packed and claimed > _FREE_BYTES + _MAX_RATIO * size:
+        raise _damaged(file, f"it has {size:,} bytes and claims to unpack to {times}, over {_MAX_RATIO} times as many")
+    items = stream.read(claimed)
+    if len(items) < claimed:
+        raise _damaged(file, f"it claims {times} bytes and holds {len(items):,}")
+    if stream.read(1):
+        raise _damaged(file, f"it claims {times} bytes and holds more")
+    return np.frombuffer(items, np.uint8).reshape(shape)
+
+
+def _damaged(file: Path, why: str) -> UserError:
+    return UserError(f"source: {str(file)!r} is not the IDX file it should be: {why}; get the file again")
+
+
+def _read_split(images_file: Path, labels_file: Path) -> Split:
+    """Read one split. Raises UserError (`source`) where the two files count differently."""
+    labels, images = read_idx(labels_file, 1), read_idx(images_file, 3)
+    if len(images) != len(labels):
+        raise UserError(
+            f"source: {str(images_file)!r} has {len(images):,} images and {str(labels_file)!r} {len(labels):,} labels; "
+            "use two files of one collection"
+        )
+    return Split(images, labels, labels_file)
+
+
+def _check_names(class_names: Sequence[str]) -> None:
+    """Raise UserError (`class_names`) for names that cannot be different folders."""
+    for name in class_names:
+        if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+            raise UserError(
+                f"class_names: {name!r} cannot name a folder; give a name without '/', that does not begin with a dot"
+            )
+        if len(os.fsencode(name)) > 255:
+            raise UserError(f"class_names: {name[:40]!r}... is too long to name a folder; give at most 255 bytes")
+    twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
+    if twice:
+        raise UserError(f"class_names: {twice[0]!r} occurs twice; give each label a name of its own")
+
+
+def _name_labels(splits: dict[str, Split], class_names: Sequence[str] | None) -> list[str]:
+    """Return the name of each label, from 0 on. Raises UserError for a label or a list of names that does not fit."""
+    train = splits["train"]
+    count = int(train.labels.max()) + 1
+    if class_names is None:
+        _check_labels(splits["val"], count, f"source: the labels of {str(train.labels_file)!r} are 0 to {count - 1}")
+        digits = len(str(count - 1))
+        return [f"{label:0{digits}}" for label in range(count)]
+    for split in splits.values():
+        _check_labels(split, len(class_names), f"class_names: {len(class_names)} names are given")
+    if len(class_names) != count:
+        raise UserError(
+            f"class_names: {len(class_names)} names for {count} labels, 0 to {count - 1} in {str(train.labels_file)!r};"
+            " give one name for each label"
+        )
+    return list(class_names)
+
+
+def _check_labels(split: Split, count: int, so_far: str) -> None:
+    """Raise UserError for a label that is `count` or more."""
+    above = np.flatnonzero(split.labels >= count)
+    if len(above):
+        raise UserError(
+            f"{so_far}, but image {above[0]} has label {split.labels[above[0]]} in {str(split.labels_file)!r}, out "
+            f"of range; allowed are 0 to {count - 1}: give one name for each label, and files of one collection"
+        )
+
+
+def _is_complete(folder: Path, about: dict[str, object]) -> bool:
+    """Tell whether these images are there already. Raises UserError (`data.root`) where something else is."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    found = None
+    if (folder / MARKER).is_file():
+        try:
+            found = read_json(folder / MARKER)
+        except (OSError, ValueError):
+            found = None
+    if found == about:
+        return True
+    what = "was made of other files or with other class_names" if found is not None else "is not empty"
+    raise UserError(
+        f"data.root: {str(folder)!r} {what}, and is left alone; set data.root to a new folder, or remove this one"
+    )
+
+
+def _write_folders(
+    root: Path, splits: dict[str, Split], names: list[str], progress: Callable[[int, int], None] | None
+) -> None:
+    """Write every image of every split into the folder of its class."""
+    total, done = sum(len(split.labels) for split in splits.values()), 0
+    for name, split in splits.items():
+        folders = [f"{root}/{name}/{names[label]}" for label in range(len(names))]
+        for label in np.unique(split.labels):
+            os.makedirs(folders[label])
+        digits = max(5, len(str(len(split.labels) - 1)))
+        for index, (image, label) in enumerate(zip(split.images, split.labels)):
+            with open(f"{folders[label]}/{index:0{digits}}.png", "xb") as stream:
+                stream.write(_encode(image))
+            done += 1
+            if progress is not None and done % 500 == 0:
+                progress(done, total)
+
+
+def _encode(image: np.ndarray) -> bytes:
+    """Encode [H, W] uint8 as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="PNG")
+    return stream.getvalue()

@@ -1,0 +1,147 @@
+"""What export.py opens and measures: a model from one weight file or the mean of several, and a file's accuracy."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.tasks.foreign import ForeignSource, open_foreign
+from engine.tasks.rebuild import rebuild_task
+from models.build import build_network
+from models.config import ConvNeXtV2Config
+from models.fcmae import FCMAE
+from models.image_model import ImageModel
+from models.weights.fit import load_into
+from utils.contracts import Batch
+from utils.errors import UserError
+from utils.io.weights import read_weights, write_weights
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+@contextmanager
+def averaged(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield a weight file with the mean of several, under the metadata of the first; of one file, the file itself.
+
+    Integers, such as counts of batches, are the first file's. Raises UserError (`weights`) where names or shapes
+    differ.
+    """
+    if len(paths) == 1:
+        yield paths[0]
+        return
+    first, metadata = read_weights(paths[0], "weights")
+    total = {name: tensor.double() for name, tensor in first.items()}
+    for path in paths[1:]:
+        state, _ = read_weights(path, "weights")
+        wrong = [name for name in {**first, **state} if name not in state or name not in first
+                 or state[name].shape != first[name].shape]  # fmt: skip
+        if wrong:
+            raise UserError(
+                f"weights: {path} and {paths[0]} are not of one network, so they have no mean: {len(wrong)} tensors "
+                f"differ ({', '.join(sorted(wrong)[:3])}); name weights of one recipe"
+            )
+        for name, tensor in state.items():
+            total[name] += tensor.double()
+    mean = {
+        name: (total[name] / len(paths)).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in first.items()
+    }
+    log.info("weights: the mean of %s", ", ".join(map(str, paths)))
+    with tempfile.TemporaryDirectory(prefix="atelier-average-") as folder:
+        path = Path(folder) / "average.safetensors"
+        write_weights(path, mean, {**metadata, "averaged": [str(path) for path in paths]})
+        yield path
+
+
+def open_own(path: Path) -> tuple[ImageModel, nn.Module, dict[str, Any]]:
+    """Return a file's model, the whole network that the file holds (an FCMAE with its decoder), and its metadata.
+
+    Raises UserError (`weights`) where the task makes nothing of one image.
+    """
+    rebuilt = rebuild_task(path)
+    if rebuilt.kind.output is None:
+        name = rebuilt.metadata["task"]["name"]
+        raise UserError(f"weights: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
+    whole = getattr(rebuilt.task, "network", None)
+    model = rebuilt.image_model()
+    metadata = {**rebuilt.metadata, "output": rebuilt.kind.output}
+    return model, whole if isinstance(whole, FCMAE) else model.network, metadata
+
+
+def open_other(source: ForeignSource) -> tuple[ImageModel, nn.Module, dict[str, Any]]:
+    """Return the same of a file that is not ours."""
+    model, metadata = open_foreign(source)
+    return model, model.network, metadata
+
+
+def without_head(model: ImageModel, metadata: dict[str, Any]) -> tuple[ImageModel, dict[str, Any]]:
+    """Return the backbone: the network without head and final norm, whose output is the mean of the last map."""
+    network = model.network
+    if hasattr(network, "reset_classifier"):
+        network.reset_classifier(0)
+    elif getattr(network, "num_classes", 0):
+        backbone = build_network(ConvNeXtV2Config.model_validate(metadata["model"]), num_classes=0)
+        load_into(backbone, network.state_dict(), keep_head=False)
+        network = backbone
+    kept = {key: value for key, value in metadata.items() if key not in ("class_names", "tag_names")}
+    return ImageModel(network, model.normalise, "features").eval(), {**kept, "output": "features"}
+
+
+def read_images(loader: Iterable[Batch], count: int) -> Iterator[np.ndarray]:
+    """Yield up to `count` readable images of a loader as float32 batches in [0, 1]."""
+    left = count
+    for batch in loader:
+        images = batch["images"][batch["weight"] > 0][:left].cpu()
+        left -= len(images)
+        if len(images):
+            yield to_unit(images)
+        if left <= 0:
+            return
+
+
+def to_unit(images: Tensor) -> np.ndarray:
+    """Return uint8 images as float32 in [0, 1]."""
+    return images.cpu().numpy().astype(np.float32) / 255.0
+
+
+@torch.inference_mode()
+def measure_loss(
+    model: ImageModel, predict: Callable[[np.ndarray], list[np.ndarray]], loader: Iterable[Batch]
+) -> dict[str, float]:
+    """Compare a file's outputs with PyTorch's over all readable images of a loader, on the CPU.
+
+    For classes: top-1 of both, where images have labels, and the share of images whose first class is the same. For
+    tags and features: the mean cosine similarity of the outputs.
+    """
+    images = labelled = 0
+    sums = {"torch": 0.0, "file": 0.0, "same": 0.0}
+    for batch in loader:
+        valid = (batch["weight"] > 0).cpu()
+        pictures = batch["images"].cpu()[valid]
+        if not len(pictures):
+            continue
+        wanted = model(pictures)[0]
+        found = torch.from_numpy(predict(to_unit(pictures))[0])
+        images += len(pictures)
+        if model.output != "classes":
+            sums["same"] += float(torch.cosine_similarity(wanted, found, dim=1).sum())
+            continue
+        sums["same"] += float((wanted.argmax(1) == found.argmax(1)).sum())
+        if "labels" in batch:
+            labels = batch["labels"].cpu()[valid]
+            labelled += len(labels)
+            sums["torch"] += float((wanted.argmax(1) == labels).sum())
+            sums["file"] += float((found.argmax(1) == labels).sum())
+    if images == 0:
+        raise UserError("data.root: no image of the validation split could be read, so the loss is not known")
+    report = {"images": float(images), "agreement": sums["same"] / images}
+    if labelled:
+        report |= {"top1_fp32": sums["torch"] / labelled, "top1": sums["file"] / labelled}
+        report["top1_loss"] = report["top1_fp32"] - report["top1"]
+    return report

@@ -1,0 +1,67 @@
+"""Mixup and cutmix of a batch, as timm and the published recipes have them: one draw for the whole micro-batch.
+
+Source: mixup, Zhang et al. 2017 (arXiv 1710.09412); cutmix, Yun et al. 2019 (arXiv 1905.04899);
+huggingface/pytorch-image-models:timm/data/mixup.py, mode `batch`.
+Differs: a sample whose partner could not be read is not mixed.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a batch is mixed with itself in reverse order.
+
+    mixup_alpha, cutmix_alpha: parameters of the beta distribution of the share lambda, 0 for off. probability: that a
+    batch is mixed. switch_probability: that it is cutmix, where both are on.
+    """
+
+    mixup_alpha: float
+    cutmix_alpha: float
+    probability: float
+    switch_probability: float
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever mixed."""
+        return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    def __call__(self, images: Tensor, labels: Tensor, weight: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Return mixed images [B, C, H, W] and soft targets float32 [B, K].
+
+        images: float [B, C, H, W]; labels: int64 [B]; weight: [B], 0 where an image could not be read. Draws come from
+        torch's global CPU generator.
+        """
+        targets = F.one_hot(labels, num_classes).to(images.dtype)
+        if torch.rand(()) >= self.probability:
+            return images, targets
+        cuts = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or bool(torch.rand(()) < self.switch_probability))
+        alpha = self.cutmix_alpha if cuts else self.mixup_alpha
+        share = float(torch.distributions.Beta(alpha, alpha).sample())
+        mixes = weight.flip(0) > 0
+        if cuts:
+            height, width = images.shape[-2:]
+            top, bottom, left, right = _draw_box(height, width, share)
+            share = 1.0 - (bottom - top) * (right - left) / (height * width)
+            mixed = images.clone(memory_format=torch.preserve_format)
+            mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
+        else:
+            mixed = torch.lerp(images.flip(0), images, share)
+        # The mixed images first: torch.where takes the memory format of its first argument.
+        return (
+            torch.where(mixes.view(-1, 1, 1, 1), mixed, images),
+            torch.where(mixes[:, None], torch.lerp(targets.flip(0), targets, share), targets),
+        )
+
+
+def _draw_box(height: int, width: int, share: float) -> tuple[int, int, int, int]:
+    """Draw the rectangle that comes from the partner: about 1 - share of the area, cut off at the image's sides."""
+    ratio = math.sqrt(1.0 - share)
+    half_height, half_width = int(height * ratio) // 2, int(width * ratio) // 2
+    y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
+    return max(y - half_height, 0), min(y + half_height, height), max(x - half_width, 0), min(x + half_width, width)

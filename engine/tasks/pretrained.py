@@ -1,0 +1,75 @@
+"""timm's weights as a start: with them come the mean, std, crop and interpolation that they were trained with."""
+
+from typing import Any, TypeVar
+
+from data.config import AugmentConfig
+from engine.tasks.kind import ImageTrainingConfig
+from models.config import TimmConfig
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+Config = TypeVar("Config", bound=ImageTrainingConfig)
+
+
+def use_pretrained(config: Config) -> Config:
+    """Return the configuration of a run that begins with timm's weights; any other as it is.
+
+    `model.pretrained=true` becomes `init_from=timm`, and `augment` takes over what timm states for the weights,
+    which is logged. Raises UserError where two keys name weights, or timm has none for the network.
+    """
+    asks = isinstance(config.model, TimmConfig) and config.model.pretrained
+    if asks and config.init_from not in (None, "timm"):
+        raise UserError(
+            f"model.pretrained: true, and init_from names other weights ({config.init_from}); keep one of the two"
+        )
+    if not asks and config.init_from != "timm":
+        return config
+    if not isinstance(config.model, TimmConfig):
+        raise UserError(
+            f"init_from: timm gives weights to its own networks, not to {config.model.name}; set model=timm "
+            f"model.name={config.model.name}, or give a weight file"
+        )
+    augment = take_over(config.augment, config.model)
+    return config.model_copy(update={"init_from": "timm", "augment": augment})
+
+
+def take_over(augment: AugmentConfig, model: TimmConfig) -> AugmentConfig:
+    """Return `augment` with the preprocessing that timm states for a network's weights, and log it."""
+    stated = stated_preprocessing(model)
+    height, width = stated.pop("image_size_hw")
+    changes = {key: value for key, value in stated.items() if getattr(augment, key) != value}
+    told = ", ".join(f"{key}={value}" for key, value in stated.items())
+    log.info(
+        "augment: taken over from timm's %s: %s%s; its images were %d x %d, here they are %d x %d",
+        model.name, told, f" (changed: {', '.join(changes)})" if changes else "", height, width, *augment.image_size_hw,
+    )  # fmt: skip
+    return AugmentConfig.model_validate({**augment.model_dump(), **changes})
+
+
+def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
+    """Return the keys of `augment` that timm states for a network's weights.
+
+    Raises UserError where timm does not know the network. For one channel mean and std are averages, as timm has it.
+    """
+    import timm
+
+    try:
+        config = timm.get_pretrained_cfg(model.name) if timm.is_model(model.name) else None
+    except RuntimeError:  # a tag that it does not know
+        config = None
+    if config is None:
+        bare = model.name.split(".")[0]
+        known = ", ".join(timm.list_pretrained(f"{bare}.*")[:8]) or f"none of {bare!r}"
+        raise UserError(f"model.name: timm has no weights named {model.name!r}; it has {known}")
+    mean, std = list(config.mean), list(config.std)
+    if model.in_channels != len(mean):
+        mean, std = ([sum(values) / len(values)] * model.in_channels for values in (mean, std))
+    return {
+        "image_size_hw": list(config.input_size[1:]),
+        "mean": mean,
+        "std": std,
+        "eval_crop": float(config.crop_pct),
+        "eval_resize": "squash" if config.crop_mode == "squash" else "crop",
+        "interpolation": "bilinear" if config.interpolation == "bilinear" else "bicubic",
+    }

@@ -1,0 +1,173 @@
+"""Export a model to one ONNX file, compared with PyTorch before it is kept.
+
+input     images  float32 [batch, C, H, W], RGB in [0, 1]; the normalisation is inside
+outputs   logits, probs  float32 [batch, K]; or features  float32 [batch, C]
+metadata  `atelier`: JSON with output, names, preprocessing and licence
+
+Precisions: fp32; fp16, where every norm, softmax and sigmoid stays in float32; int8 (models/export/onnx_precision.py).
+"""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+
+from models.export.inference_form import ChannelScale, to_inference_form
+from models.export.model_card import licence_of
+from models.export.onnx_precision import nodes_of, to_fp16, to_int8
+from models.export.parity import refuse_difference
+from models.image_model import OUTPUT_NAMES, ImageModel
+from models.predictor import NAME_KEYS
+from utils.errors import UserError
+
+# What ONNX Runtime reads since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
+OPSET, IR_VERSION = 18, 9
+_MAX_BYTES = 2**31 - 2**22  # protobuf's limit is 2 GiB; 4 MiB are for the graph itself
+_CHECKED_BATCHES = (1, 5)
+_LARGEST_SIDE = 4096  # pixels, of a file for images of any size
+FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """How a file is written. tolerance: the greatest difference from PyTorch; None leaves int8 to its accuracy.
+
+    dynamic_size: the file takes images of any size from the network's stride up. calibration: float32 images
+    [B, C, H, W] in [0, 1] for int8.
+    """
+
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    dynamic_size: bool = False
+    tolerance: float | None = 1e-3
+    calibration: Iterable[np.ndarray] = ()
+
+
+def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, settings: OnnxSettings) -> float:
+    """Write the file and return the greatest difference of its outputs from PyTorch's.
+
+    Raises UserError (`tolerance`) where they differ by more; then no file is written and an old one stays. Raises
+    UserError (`format`) before any work where the weights exceed the size of an ONNX file, and UserError
+    (`dynamic_size`) for a network that cannot take other sizes.
+    """
+    _refuse_large(model, metadata, path)
+    samples = _draw_samples(metadata["preprocessing"], model, settings.dynamic_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        temporary = Path(folder) / path.name
+        rewritten = to_inference_form(model)
+        proto = _trace(rewritten, samples[-1], settings.dynamic_size)
+        if settings.precision == "fp16":
+            proto = to_fp16(proto, rewritten)
+        in_grn = [node.name for node in nodes_of(proto, rewritten, (ChannelScale,))]
+        _clean(proto, metadata, model)
+        onnx.checker.check_model(proto)
+        onnx.save(proto, temporary)
+        if settings.precision == "int8":
+            to_int8(temporary, settings.calibration, in_grn)
+            proto = onnx.load(temporary)
+            _clean(proto, metadata, model)
+            onnx.save(proto, temporary)
+        difference = max(_difference(model, temporary, sample) for sample in samples)
+        if settings.tolerance is not None:
+            refuse_difference(difference, settings.tolerance, "ONNX Runtime")
+        os.replace(temporary, path)
+    return difference
+
+
+def _refuse_large(model: ImageModel, metadata: Mapping[str, Any], path: Path) -> None:
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > _MAX_BYTES:
+        name = metadata.get("model", {}).get("name", "the network")
+        raise UserError(
+            f"format: {name} has {size / 2**30:.2f} GiB of weights and one ONNX file holds at most 2 GiB, so {path} "
+            "cannot be written; export a smaller network (model=convnextv2_large, say), or predict with the weights "
+            "themselves: predict.py weights=RUN"
+        )
+
+
+def _draw_samples(preprocessing: Mapping[str, Any], model: ImageModel, dynamic_size: bool) -> list[torch.Tensor]:
+    """Return images of noise in [0, 1] of the sizes that are compared; the last is what the model is traced with."""
+    height, width = preprocessing["image_size_hw"]
+    shapes = [(count, height, width) for count in _CHECKED_BATCHES]
+    if dynamic_size:
+        stride = getattr(model.network, "total_stride", 32)
+        shapes.insert(0, (2, height + stride, width + 2 * stride))
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(count, preprocessing["channels"], *size, generator=generator) for count, *size in shapes]
+
+
+def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.ModelProto:
+    """Return the graph of a model at any batch size, and at any image size where asked."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        dims |= {axis: torch.export.Dim(name, max=_LARGEST_SIDE) for axis, name in ((2, "height"), (3, "width"))}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # deprecations inside the exporter, which a user cannot change
+            proto = torch.onnx.export(
+                model,
+                (sample,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=list(OUTPUT_NAMES[model.output]),
+                dynamic_shapes={"images": dims},
+                verbose=False,
+            ).model_proto
+    except torch.onnx.errors.OnnxExporterError as error:
+        if not dynamic_size:
+            raise
+        raise _one_size(model, str(error.__cause__ or error).strip().splitlines()[0]) from error
+    finally:
+        exporter.setLevel(level)
+    sides = proto.graph.input[0].type.tensor_type.shape.dim[2:]
+    if dynamic_size and not all(side.dim_param for side in sides):
+        raise _one_size(model, f"it was traced for {' x '.join(str(side.dim_value) for side in sides)} pixels alone")
+    return proto
+
+
+def _one_size(model: ImageModel, reason: str) -> UserError:
+    name = type(model.network).__name__
+    return UserError(
+        f"dynamic_size: true, but {name} cannot be exported for images of any size ({reason}); set dynamic_size=false"
+    )
+
+
+def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageModel) -> None:
+    """Set the file's metadata and version; remove the exporter's notes, which name files of this machine."""
+    graph = proto.graph
+    for holder in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph, proto):
+        del holder.metadata_props[:]
+    for node in proto.graph.node:
+        node.doc_string = ""
+    proto.ir_version = min(proto.ir_version, IR_VERSION)
+    keys = ("output", NAME_KEYS.get(model.output), "preprocessing", "step")
+    kept = {key: metadata[key] for key in keys if key in metadata}
+    onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, "licence": licence_of(metadata)})})
+
+
+@torch.inference_mode()
+def _difference(model: ImageModel, path: Path, sample: torch.Tensor) -> float:
+    found = open_session(path)(sample.numpy())
+    wanted = [output.numpy() for output in model(sample)]
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted))
+
+
+def open_session(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Return a function from float32 images [B, C, H, W] in [0, 1] to a file's outputs, on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})

@@ -1,0 +1,156 @@
+"""Smaller numbers in an ONNX graph: fp16 with float32 where sums are taken, and int8 by onnxruntime's quantiser."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from torch import nn
+
+from models.export.inference_form import ChannelScale
+from models.layers import GRN
+from utils.errors import UserError
+
+_WIDE_OPERATORS = (
+    # Sums over many values: their squares exceed the range of fp16 (65,504), or lose their small terms.
+    "LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization", "LpNormalization",
+    "Softmax", "LogSoftmax", "Sigmoid", "ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare",
+    "ReduceLogSumExp", "GlobalAveragePool", "GlobalLpPool",
+    # Their types are attributes, or fixed.
+    "Cast", "Constant", "ConstantOfShape", "Resize", "Range", "RandomNormal", "RandomUniform",
+)  # fmt: skip
+_WIDE_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.Softmax, nn.Sigmoid, GRN, ChannelScale)
+_WIDE_NAMES = ("GlobalResponseNorm", "RmsNorm", "LayerNorm2d")  # timm's own classes
+_FP32, _FP16_MAX = onnx.TensorProto.FLOAT, 65504.0
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
+    """Return the graph with fp16 weights and maps; norms, softmax, sigmoid and every reduction compute in float32.
+
+    Whole modules stay wide, with the squares before a reduction: TensorRT gives wrong results from a GRN in fp16
+    (facebookresearch/ConvNeXt-V2 issue 66). Inputs and outputs stay float32. Raises UserError (`precision`) for a graph
+    with branches or loops.
+    """
+    wide = {node.name for node in nodes_of(proto, model, (*_WIDE_MODULES,))}
+    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    return _Fp16Graph(graph, wide).convert(proto)
+
+
+def nodes_of(proto: onnx.ModelProto, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[onnx.NodeProto]:
+    """Return the nodes that were traced in modules of some kinds, or of timm's norms."""
+    modules = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) or (kinds == _WIDE_MODULES and type(module).__name__ in _WIDE_NAMES)
+    }
+    return [node for node in proto.graph.node if modules & set(_scopes(node))]
+
+
+class _Fp16Graph:
+    """A float32 graph whose nodes are rewritten one by one: each reads and writes either width; casts join the two."""
+
+    def __init__(self, graph: onnx.GraphProto, wide_nodes: set[str]) -> None:
+        self._graph, self._wide_nodes = graph, wide_nodes
+        typed = (*graph.input, *graph.value_info, *graph.output)
+        self._floats = {value.name for value in typed if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+        self._weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == _FP32}
+        self._narrow: set[str] = set()  # tensors that a node writes as fp16
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type != _FP32}
+        self._casts: set[str] = set()
+
+    def convert(self, proto: onnx.ModelProto) -> onnx.ModelProto:
+        """Return the model with the rewritten graph."""
+        outputs = {value.name for value in self._graph.output}
+        for node in self._graph.node:
+            if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+                raise UserError(f"precision: fp16 takes no graph with branches, and this has {node.op_type}; set fp32")
+            wide = node.op_type in _WIDE_OPERATORS or node.name in self._wide_nodes
+            made = onnx.NodeProto()
+            made.CopyFrom(node)
+            made.input[:] = [self._read(name, wide) for name in node.input]
+            ends = [] if wide else [name for name in node.output if name in outputs]
+            made.output[:] = [f"{name}__fp16" if name in ends else name for name in node.output]
+            self._nodes.append(made)
+            if not wide:
+                self._narrow |= {name for name in node.output if name in self._floats}
+            self._nodes += [_cast(f"{name}__fp16", name, _FP32) for name in ends]
+            self._narrow -= set(ends)
+        result = onnx.ModelProto()
+        result.CopyFrom(proto)
+        del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
+        result.graph.node.extend(self._nodes)
+        result.graph.initializer.extend(self._initializers.values())
+        return result
+
+    def _read(self, name: str, wide: bool) -> str:
+        """Return the name under which a node of a width reads a tensor, after adding what converts it."""
+        if name in self._weights:
+            weight = self._weights[name]
+            if wide:
+                self._initializers[name] = weight
+                return name
+            if f"{name}__fp16" not in self._initializers:
+                values = np.clip(onnx.numpy_helper.to_array(weight), -_FP16_MAX, _FP16_MAX).astype(np.float16)
+                self._initializers[f"{name}__fp16"] = onnx.numpy_helper.from_array(values, f"{name}__fp16")
+            return f"{name}__fp16"
+        if name not in self._floats or wide != (name in self._narrow):
+            return name
+        target = f"{name}__to_{'fp32' if wide else 'fp16'}"
+        if target not in self._casts:
+            self._casts.add(target)
+            self._nodes.append(_cast(name, target, _FP32 if wide else onnx.TensorProto.FLOAT16))
+        return target
+
+
+def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [target], name=f"{target}__cast", to=dtype)
+
+
+def _scopes(node: onnx.NodeProto) -> list[str]:
+    """Return the modules that a node was traced in, as the exporter notes them: "['', 'network', 'network.norm']"."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+    return re.findall(r"'([^']*)'", text)
+
+
+def to_int8(path: Path, samples: Iterable[np.ndarray], excluded: Sequence[str]) -> None:
+    """Quantise a float32 file in place: weights per channel and activations to int8, from the ranges of `samples`.
+
+    samples: float32 images [B, C, H, W] in [0, 1]. Convolutions and matrix products are quantised, but for the nodes
+    `excluded`; norms, GELU and GRN stay float32. Raises UserError (`calibration_images`) where there is no sample.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.samples: Iterator[np.ndarray] = iter(samples)
+            self.count = 0
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            sample = next(self.samples, None)
+            self.count += sample is not None
+            return None if sample is None else {"images": sample}
+
+    reader = Reader()
+    prepared = path.with_suffix(".prepared")
+    quant_pre_process(os.fspath(path), os.fspath(prepared), skip_symbolic_shape=True, skip_optimization=True)
+    first = reader.get_next()
+    if first is None:
+        raise UserError("calibration_images: no image could be read to find the ranges of int8; check data.root")
+    reader.samples = iter([first["images"], *reader.samples])
+    quantize_static(
+        os.fspath(prepared),
+        os.fspath(path),
+        reader,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+        nodes_to_exclude=list(excluded),
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+    )
+    prepared.unlink()

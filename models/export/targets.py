@@ -1,0 +1,103 @@
+"""The formats that are folders or weight files: what each accepts, writes, and is loaded by to be compared.
+
+| format | files | stems | stages |
+|---|---|---|---|
+| timm | model.safetensors, config.json | 4 | 4; any network of timm |
+| transformers | model.safetensors, config.json, preprocessor_config.json | 2, 4 | any |
+| official | model.pth, dense | 4 | 4 |
+| minkowski | model.pth, in MinkowskiEngine's layout | 4 | 4 |
+| safetensors | model.safetensors, as Atelier writes it | any | any |
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.export.official_file import FILE, check_official, load_official, write_minkowski, write_official
+from models.export.parity import Outputs, check_conversion, difference, draw_images, refuse_difference
+from models.export.timm_folder import check_timm, load_timm_folder, write_timm
+from models.export.transformers_folder import check_transformers, load_transformers_folder, write_transformers
+from models.fcmae import FCMAE
+from models.image_model import ImageModel
+from models.weights.fit import load_into
+from utils.io.weights import read_weights, write_weights
+
+Metadata = Mapping[str, Any]
+_SAFETENSORS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format. check: raises UserError (`format`) for what it cannot express. load: None where ours loads it."""
+
+    file: str
+    check: Callable[[nn.Module, Metadata], None]
+    write: Callable[[nn.Module, Metadata, Path], None]
+    load: Callable[[Path], Outputs] | None
+
+
+def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> None:
+    """Write a weight file of ours: the tensors, and metadata that tell how to rebuild the network."""
+    write_weights(folder / _SAFETENSORS, network.state_dict(), dict(metadata))
+
+
+TARGETS = {
+    "timm": Target("model.safetensors", lambda network, _: check_timm(network), write_timm, load_timm_folder),
+    "transformers": Target("model.safetensors", check_transformers, write_transformers, load_transformers_folder),
+    "official": Target(FILE, lambda network, _: check_official(network, "official"), write_official, load_official),
+    "minkowski": Target(FILE, lambda network, _: check_official(network, "minkowski"), write_minkowski, load_official),
+    "safetensors": Target(_SAFETENSORS, lambda network, _: None, write_safetensors, None),
+}
+
+
+def export_folder(
+    target: Target, model: ImageModel, whole: nn.Module, metadata: Metadata, folder: Path, tolerance: float
+) -> dict[str, Any]:
+    """Write a format's files into a folder, after comparing them; returns the report.
+
+    whole: the network that a file of ours holds, an FCMAE with its decoder, say; the layouts that have a decoder take
+    it. Raises UserError (`format`, `tolerance`); then nothing is written and older files stay.
+    """
+    holds_decoder = target.write in (write_minkowski, write_safetensors)
+    network = whole if holds_decoder else model.network
+    target.check(network, metadata)
+    preprocessing = metadata["preprocessing"]
+    images = draw_images(preprocessing["channels"], tuple(preprocessing["image_size_hw"]))
+
+    def outputs(one: nn.Module) -> Outputs:
+        encoder = one.encoder if isinstance(one, FCMAE) else one
+        is_map = model.output == "features" or target.write is write_minkowski
+        return encoder.forward_features if is_map and hasattr(encoder, "forward_features") else encoder
+
+    def load(place: Path) -> Outputs:
+        return outputs(_reload(network, place)) if target.load is None else target.load(place)
+
+    if any("grn" in name for name, _ in network.named_parameters()):  # a network of timm keeps its tensors as they are
+        check_conversion(
+            network, lambda one, place: target.write(one, metadata, place), load, outputs, images, tolerance
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        target.write(network, metadata, Path(temporary))
+        found = difference(outputs(network.eval()), load(Path(temporary)), images)
+        refuse_difference(found, tolerance, "what the target's own network gives")
+        for path in sorted(Path(temporary).iterdir()):
+            shutil.move(path, folder / path.name)
+    return {"file": target.file, "max_abs_diff": found}
+
+
+def _reload(network: nn.Module, folder: Path) -> nn.Module:
+    """Return a network of the same kind with the tensors of a weight file of ours."""
+    fresh = copy.deepcopy(network)
+    with torch.no_grad():
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()
+    load_into(fresh, read_weights(folder / _SAFETENSORS, "format")[0], keep_head=True)
+    return fresh.eval()

@@ -1,0 +1,101 @@
+"""A folder that timm loads: model.safetensors and config.json.
+
+timm.create_model("local-dir:FOLDER", pretrained=True)
+timm.create_model("convnextv2_atto", num_classes=K, checkpoint_path="FOLDER/model.safetensors")
+
+Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_from_path.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.export.geometry import Geometry, official_state, read_geometry, refuse_stages, refuse_stem
+from models.export.model_card import licence_of, write_card
+from models.export.parity import Outputs
+from models.weights.initialise import to_timm
+from utils.io.weights import write_tensors
+
+_BASE = "convnextv2_tiny"  # whose builder takes the depths and dims of a size of ours
+
+
+def check_timm(network: nn.Module) -> None:
+    """Raise UserError (`format`) where timm cannot express a network."""
+    if hasattr(network, "pretrained_cfg"):
+        return
+    geometry = read_geometry(official_state(network, "timm"))
+    refuse_stages(geometry, "timm")
+    # With patch_size=2, timm's first stage halves the map again, which ours does not.
+    refuse_stem(geometry, "timm", (4,))
+
+
+def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write a network's weights and configuration into a folder."""
+    import timm
+
+    config: dict[str, Any]
+    if hasattr(network, "pretrained_cfg"):
+        state, classes = dict(network.state_dict()), network.num_classes
+        config = {"architecture": network.pretrained_cfg["architecture"], "num_features": network.num_features}
+        names = {key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
+    else:
+        official = official_state(network, "timm")
+        geometry = read_geometry(official)
+        arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
+        name = f"convnextv2_{geometry.size}" if geometry.size else _BASE
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            theirs = timm.create_model(
+                name, num_classes=geometry.num_classes, in_chans=geometry.in_channels, **arguments
+            )
+        state, classes = to_timm(_with_norm(official, geometry), theirs), geometry.num_classes
+        config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
+        names = {"first_conv": "stem.0", "classifier": "head.fc"}
+    config["num_classes"] = classes
+    if metadata.get("class_names"):
+        config["label_names"] = metadata["class_names"]
+    licence = licence_of(metadata)
+    config["pretrained_cfg"] = {**_preprocessing(metadata["preprocessing"]), **names, "num_classes": classes,
+                                "license": licence, "custom_load": False, "fixed_input_size": False}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    usage = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
+    write_card(folder, f"{metadata['model']['name']} for timm", usage, metadata)
+
+
+def load_timm_folder(folder: Path) -> Outputs:
+    """Return logits of the network that timm makes of a folder; of a backbone, the last feature map."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return network if network.num_classes else network.forward_features
+
+
+def _with_norm(state: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
+    """Add the final norm that an encoder lacks and timm and transformers have: scale 1, shift 0."""
+    width = geometry.dims[-1]
+    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}
+
+
+def _preprocessing(ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our preprocessing in timm's words. timm rounds the resized side down, we to the nearest."""
+    height, width = ours["image_size_hw"]
+    crop = ours["eval_crop"]
+    resized = round(min(height, width) / crop)
+    if math.floor(min(height, width) / crop) != resized:
+        crop = min(height, width) / (resized + 0.5)
+    squashes = ours.get("eval_resize", "crop") == "squash"
+    return {
+        "input_size": [ours["channels"], height, width],
+        "mean": ours["mean"],
+        "std": ours["std"],
+        "interpolation": ours["interpolation"],
+        "crop_pct": 1.0 if squashes else crop,
+        "crop_mode": "squash" if squashes else "center",
+    }

@@ -1,0 +1,167 @@
+"""Loading a state into a network: strictly, or not at all.
+
+A wrong name or shape stops the run before a tensor is touched. GRN weights that are silently skipped, for instance,
+cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 2301.00808).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from utils.errors import UserError
+
+# Anchored: a layer whose name merely contains `pred` or `proj` is not part of the decoder.
+_FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
+_GRN = re.compile(r"(^|\.)grn\.(gamma|beta)$")
+_MAX_ROWS = 20
+_ENCODER = "encoder."
+
+
+class Fit(NamedTuple):
+    """How a state fits a network.
+
+    given: what to load, by the network's names. left: names that keep their initial values. dropped: names of the
+    state that the network does not have or does not take.
+    """
+
+    given: dict[str, Tensor]
+    left: list[str]
+    dropped: list[str]
+
+
+def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
+    """Copy a state into a freshly built network, as `fit_state` says, which raises before anything is changed."""
+    fit = fit_state(network, state, keep_head=keep_head, key=key)
+    network.load_state_dict(fit.given, strict=False)
+    return fit
+
+
+def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
+    """Return what of a state goes into a network; the state's tensors may be on the meta device.
+
+    state: of a network of this kind; or of an FCMAE, of which a classifier takes the encoder; or of an encoder or a
+    classifier, of which an FCMAE takes the encoder and keeps its decoder. The head stays at its initial values if
+    `keep_head` is false, or if the state has none or one of another shape; so does the final norm if the state has
+    none. GRN tensors may have 1, 2 or 4 axes, and a stem may be of other channels (`adapt_stem`).
+
+    Raises UserError (`key`) with a table of every other name that is missing, unexpected, of a wrong shape or of
+    another kind of number.
+    """
+    wanted = network.state_dict()
+    found = adapt_stem(_fit_grn(_fit_prefix(state, wanted), wanted), network, wanted)
+    head, norm = optional_prefixes(network)
+    left = set()
+    for prefixes, keep in ((head, keep_head), (norm, True)):
+        group = {name for name in wanted if name.startswith(prefixes)}
+        same_shapes = all(name in found and found[name].shape == wanted[name].shape for name in group)
+        absent = not any(name in found for name in group)
+        if not keep or absent or (prefixes == head and not same_shapes):
+            left |= group
+    # Tensors of a group that keeps its values, or that this network does not have, are ignored.
+    given = {
+        name: tensor
+        for name, tensor in found.items()
+        if name not in left and (name in wanted or not name.startswith(head + norm))
+    }
+    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
+    dropped = [name for name in state if given.keys().isdisjoint({name, name.removeprefix(_ENCODER), _ENCODER + name})]
+    return Fit(given, [name for name in wanted if name in left], dropped)
+
+
+def _fit_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the encoder out of the state of an FCMAE, or name an encoder's tensors as one that has a decoder does.
+
+    A state stays as it is where it and the network both are of an FCMAE, or neither.
+    """
+    theirs, ours = (any(name.startswith(_ENCODER) for name in names) for names in (state, wanted))
+    if theirs and not ours:
+        return {name.removeprefix(_ENCODER): state[name] for name in state if not _FCMAE_ONLY.match(name)}
+    if ours and not theirs:
+        return {f"{_ENCODER}{name}": state[name] for name in state if not name.startswith(("head.", "norm."))}
+    return dict(state)
+
+
+def adapt_stem(state: dict[str, Tensor], network: nn.Module, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the first convolution's weights [O, I, h, w] the network's number of input channels.
+
+    For one channel they are summed over I, so that a grey image gives what its three equal channels gave. For any other
+    number they are repeated in turn and scaled by I / new, which keeps the scale of the output.
+    Source: huggingface/pytorch-image-models:timm/models/_manipulate.py adapt_input_conv, which has the same rule.
+    """
+    for name in _first_convolutions(network):
+        if name not in state or name not in wanted:
+            continue
+        weight, channels = state[name], wanted[name].shape[1]
+        old = weight.shape[1] if weight.ndim == 4 else channels
+        if old == channels or weight.shape[0] != wanted[name].shape[0] or weight.shape[2:] != wanted[name].shape[2:]:
+            continue
+        if channels == 1:
+            adapted = weight.sum(dim=1, keepdim=True)
+        else:
+            adapted = weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
+        state = {**state, name: adapted}
+    return state
+
+
+def _first_convolutions(network: nn.Module) -> list[str]:
+    if isinstance(network, ConvNeXtV2 | FCMAE):
+        return [f"{_ENCODER if isinstance(network, FCMAE) else ''}downsample_layers.0.0.weight"]
+    first = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()  # timm: one name or several
+    return [f"{name}.weight" for name in ((first,) if isinstance(first, str) else first)]
+
+
+def _fit_grn(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give GRN tensors of shape (C), (1, C) or (1, 1, 1, C) the shape that the network wants."""
+    fitted = dict(state)
+    for name, tensor in state.items():
+        if not (_GRN.search(name) and name in wanted):
+            continue
+        channels = wanted[name].shape[-1]
+        if tuple(tensor.shape) in {(channels,), (1, channels), (1, 1, 1, channels)}:
+            fitted[name] = tensor.reshape(wanted[name].shape)
+    return fitted
+
+
+def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the prefixes of the head, or decoder, and of the final norm: the only names that may stay unloaded."""
+    if isinstance(network, ConvNeXtV2):
+        return ("head.",), ("norm.",)
+    if isinstance(network, FCMAE):
+        return (), ("decoder.", "mask_token", "proj.", "pred.")
+    classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()  # timm: one name or several
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    # An encoder that was pretrained alone lacks the norm that timm's ConvNeXts have in their head.
+    return tuple(f"{name}." for name in names), ("head.norm.",) if "head.fc" in names else ()
+
+
+def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> None:
+    """Raise UserError with a table unless both have the same names and shapes, and numbers of one kind."""
+    rows = []
+    for name in [*wanted, *(name for name in given if name not in wanted)]:
+        has = str(tuple(given[name].shape)) if name in given else "missing"
+        wants = str(tuple(wanted[name].shape)) if name in wanted else "unexpected"
+        if name in given and name in wanted and not _are_of_one_kind(given[name].dtype, wanted[name].dtype):
+            has, wants = (f"{text} {made[name].dtype}" for text, made in ((has, given), (wants, wanted)))
+        if has != wants:
+            rows.append((name, has, wants))
+    if not rows:
+        return
+    shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
+    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown)
+    more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
+    raise UserError(
+        f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n"
+        "Set the model group (model.name, model.depths, model.dims, model.in_channels, model.stem_stride) to what the "
+        "checkpoint was trained with, or name another file."
+    )
+
+
+def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Tell whether numbers may be copied: floating point of any precision into floating point, else the same dtype."""
+    return given == wanted or (given.is_floating_point and wanted.is_floating_point)

@@ -1,0 +1,52 @@
+"""Weights of timm by a network's name: from timm's cache, or downloaded where there is a network."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.weights.fit import Fit, load_into
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def load_timm(network: nn.Module, *, keep_head: bool) -> tuple[Fit, dict[str, Any]]:
+    """Load timm's weights for a timm network into it; returns the fit, and the origin.
+
+    Raises UserError (`init_from`) where the network is not timm's, has no weights there, or they cannot be had.
+    """
+    import timm
+
+    config = getattr(network, "pretrained_cfg", None)
+    if not config:
+        raise UserError(
+            f"init_from: timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
+            "model.name=NAME, or give a weight file"
+        )
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
+        tags = ", ".join(timm.list_pretrained(f"{config['architecture']}.*")[:8]) or "none"
+        raise UserError(f"init_from: timm has no weights for {name}; with weights: {tags}")
+    settings = {"num_classes": network.num_classes, "in_chans": network.get_parameter(_stem(config)).shape[1]}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loaded = timm.create_model(name, pretrained=True, **settings)
+    except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"init_from: timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
+            f"timm.create_model('{name}', pretrained=True) where there is a network and copy the cache (HF_HOME), or "
+            "give the file: init_from=PATH"
+        ) from None
+    keeps = keep_head and config.get("num_classes") == network.num_classes
+    fit = load_into(network, loaded.state_dict(), keep_head=keeps)
+    licence = config.get("license")
+    log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
+    return fit, {"source": f"timm {name}", "layout": "timm", "licence": licence}
+
+
+def _stem(config: dict[str, Any]) -> str:
+    first = config["first_conv"]
+    return f"{first if isinstance(first, str) else first[0]}.weight"

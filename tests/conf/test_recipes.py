@@ -1,0 +1,326 @@
+"""The published recipes of conf/experiment/, to the letter: what each derives for ImageNet is compared with a table.
+
+The tables hold what the ConvNeXt V2 paper (arXiv 2301.00808, appendix A) and facebookresearch/ConvNeXt-V2:TRAINING.md
+state, multiplied out by hand; the files hold what they state. Nothing here needs ImageNet: an epoch is its number of
+images, and networks are built on the meta device.
+"""
+
+import re
+from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from engine.plan import make_plan
+from engine.run import build_task
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from models.fcmae import draw_mask
+from optim.ema import ema_decay_at
+from optim.groups import build_groups
+from optim.schedules import Schedule
+from tests.in_process import configure
+from utils.config.entry_point import CONF
+
+EXPERIMENTS = CONF / "experiment"
+FOLDERS = ("imagenet", "imagenet22k", "small_data")
+IMAGENET, IMAGENET_22K, SMALL = 1_281_167, 14_197_122, 10_000  # images
+CLASSES = {IMAGENET: 1000, IMAGENET_22K: 21_841, SMALL: 10}
+MARKS = re.compile(r"  # (TRAINING\.md|paper|inferred)\b")
+
+# Rate scales of stem, a middle block, last block and head.
+SINGLE_12 = (0.9**12, 0.9**5, 0.9, 1.0)  # atto, femto, pico
+SINGLE_14 = (0.9**14, 0.9**6, 0.9, 1.0)  # nano
+SINGLE_18 = (0.9**18, 0.9**8, 0.9, 1.0)  # tiny
+
+
+def group(decay):
+    """Layer decay in twelve groups, of base, large and huge."""
+    return decay**13, decay**6, decay, 1.0
+
+
+class Row(NamedTuple):
+    """What a recipe of fine-tuning comes to."""
+
+    lr: float
+    steps: int
+    warmup_steps: int
+    scales: tuple
+    weight_decay: float
+    drop_path: float
+    mixup: float
+    cutmix: float
+    smoothing: float
+    ema: float | None = 0.9999
+    image: int = 224
+    epoch_length: int = IMAGENET
+
+
+LONG, TINY, LARGE = (750_684, 0), (375_342, 50_046), (125_114, 25_023)
+FINETUNE = {
+    "imagenet/finetune_atto": Row(8e-4, *LONG, SINGLE_12, 0.3, 0.1, 0.0, 0.0, 0.2),
+    "imagenet/finetune_femto": Row(8e-4, *LONG, SINGLE_12, 0.05, 0.0, 0.3, 0.3, 0.2),
+    "imagenet/finetune_pico": Row(8e-4, *LONG, SINGLE_12, 0.3, 0.0, 0.3, 0.3, 0.2),
+    "imagenet/finetune_nano": Row(8e-4, *LONG, SINGLE_14, 0.3, 0.1, 0.5, 0.5, 0.2),
+    "imagenet/finetune_tiny": Row(3.2e-3, *TINY, SINGLE_18, 0.05, 0.2, 0.8, 1.0, 0.1),
+    "imagenet/finetune_base": Row(2.5e-3, *LARGE, group(0.6), 0.05, 0.1, 0.8, 1.0, 0.1),
+    "imagenet/finetune_large": Row(2.5e-3, *LARGE, group(0.6), 0.05, 0.2, 0.8, 1.0, 0.1),
+    "imagenet/finetune_huge": Row(5e-3, 62_557, 12_511, group(0.75), 0.05, 0.3, 0.8, 1.0, 0.1),
+}
+LONG, SHORT = (225_206, 0), (75_069, 0)
+FINETUNE |= {
+    "imagenet22k/finetune_nano_224": Row(5e-5, *LONG, SINGLE_14, 1e-8, 0.1, 0.0, 0.0, 0.1),
+    "imagenet22k/finetune_nano_384": Row(5e-5, *LONG, SINGLE_14, 1e-8, 0.1, 0.0, 0.0, 0.1, image=384),
+    "imagenet22k/finetune_tiny_224": Row(5e-5, *LONG, SINGLE_18, 1e-8, 0.1, 0.0, 0.0, 0.1),
+    "imagenet22k/finetune_tiny_384": Row(5e-5, *LONG, SINGLE_18, 1e-8, 0.1, 0.0, 0.0, 0.1, image=384),
+    "imagenet22k/finetune_base_224": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.2, 0.0, 0.0, 0.1),
+    "imagenet22k/finetune_base_384": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.2, 0.0, 0.0, 0.1, image=384),
+    "imagenet22k/finetune_large_224": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.3, 0.0, 0.0, 0.1),
+    "imagenet22k/finetune_large_384": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.3, 0.0, 0.0, 0.1, image=384),
+    "imagenet22k/finetune_huge_384": Row(5e-5, *SHORT, group(0.85), 1e-8, 0.5, 0.0, 0.0, 0.1, None, 384),
+    "imagenet22k/finetune_huge_512": Row(5e-5, *SHORT, group(0.85), 1e-8, 0.5, 0.0, 0.0, 0.1, None, 512),
+}
+LONG, MIXED = (311_949, 17_330), (0.8, 1.0, 0.1, None, 224, IMAGENET_22K)
+FINETUNE |= {
+    "imagenet22k/intermediate_nano": Row(4e-3, *LONG, SINGLE_14, 0.05, 0.0, *MIXED),
+    "imagenet22k/intermediate_tiny": Row(4e-3, *LONG, SINGLE_18, 0.05, 0.0, *MIXED),
+    "imagenet22k/intermediate_base": Row(4e-3, *LONG, group(0.8), 0.05, 0.1, *MIXED),
+    "imagenet22k/intermediate_large": Row(4e-3, *LONG, group(0.8), 0.05, 0.1, *MIXED),
+    "imagenet22k/intermediate_huge": Row(4e-3, *LONG, group(0.8), 0.05, 0.3, *MIXED),
+    # Ours, for 10,000 images.
+    "small_data/finetune": Row(8e-4, 15_625, 1562, SINGLE_18, 0.05, 0.1, 0.0, 0.0, 0.1, 0.998, 224, SMALL),
+}
+SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+# Rate, steps, warm-up steps, images of an epoch.
+PRETRAIN = {f"imagenet/pretrain_{size}": (2.4e-3, 500_456, 12_511, IMAGENET) for size in SIZES}
+PRETRAIN |= {
+    "imagenet/published_pretrain": (2.4e-3, 500_456, 12_511, IMAGENET),
+    "small_data/pretrain": (6e-4, 20_000, 1000, SMALL),
+}
+# The steps of the published code, which drops the last, incomplete batch of an epoch.
+FLOORED = {
+    "imagenet/pretrain_base": 499_200,
+    "imagenet/finetune_atto": 750_600,
+    "imagenet/finetune_tiny": 375_300,
+    "imagenet/finetune_base": 125_100,
+    "imagenet/finetune_huge": 62_550,
+    "imagenet22k/intermediate_base": 311_940,
+    "imagenet22k/finetune_nano_224": 225_180,
+    "imagenet22k/finetune_base_224": 75_060,
+}
+
+CONVOLUTIONS = {f"downsample_layers.{place}.weight" for place in ("0.0", "1.1", "2.1", "3.1")}
+MATRICES = {f"stages.#.#.{layer}.weight" for layer in ("dwconv", "pwconv1", "pwconv2")}
+ENCODER_DECAYED = CONVOLUTIONS | MATRICES
+ENCODER_EXEMPT = {f"downsample_layers.{place}.{kind}" for place in ("0.1", "1.0", "2.0", "3.0")
+                  for kind in ("weight", "bias")}  # fmt: skip
+ENCODER_EXEMPT |= {name.replace("weight", "bias") for name in ENCODER_DECAYED}
+ENCODER_EXEMPT |= {f"stages.#.#.{name}" for name in ("norm.weight", "norm.bias", "grn.gamma", "grn.beta")}
+DECODER_DECAYED = {"proj.weight", "pred.weight"} | {f"decoder.#.{layer}.weight" for layer in
+                                                    ("dwconv", "pwconv1", "pwconv2")}  # fmt: skip
+DECODER_EXEMPT = {name.replace("weight", "bias") for name in DECODER_DECAYED}
+DECODER_EXEMPT |= {f"decoder.#.{name}" for name in ("norm.weight", "norm.bias", "grn.gamma", "grn.beta")}
+DECODER_EXEMPT |= {"mask_token"}
+
+
+def script_of(name):
+    return "pretrain_fcmae" if name in PRETRAIN else "finetune"
+
+
+def read(name):
+    return (EXPERIMENTS / f"{name}.yaml").read_text()
+
+
+@cache
+def derive(name, epoch_length):
+    """The configuration of a recipe, its task on the meta device, its plan on 8 ranks, and its parameter groups."""
+    config, _ = configure(script_of(name), [f"experiment={name}", "data.root=PATH", "dry_run=true"])
+    names = [f"class{number:05}" for number in range(CLASSES[epoch_length])]
+    facts = {"class_names": names} if script_of(name) == "finetune" else {}
+    setup = Setup(config.model, config.task, config.augment.preprocessing(3), facts)
+    task = build_task(lambda: KINDS[config.task.name].build(setup), config)
+    assert all(parameter.is_meta for parameter in task.parameters())
+    plan = make_plan(config.loop, config.optim, config.schedule, world_size=8, epoch_length=epoch_length)
+    groups = build_groups(task, {"network": task.network}, config.optim)
+    return SimpleNamespace(config=config, task=task, plan=plan, groups=groups)
+
+
+def group_of(made, name):
+    (found,) = (group for group in made.groups if f"network.{name}" in group["names"])
+    return found
+
+
+def decay_by_kind(made):
+    """Return the weight decay of each kind of parameter: its name without the number of stage and block."""
+    found = {}
+    for entry in made.groups:
+        decay = made.config.optim.weight_decay if entry["decays"] else entry["fixed_decay"] or 0.0
+        for name in entry["names"]:
+            kind = re.sub(r"stages\.\d+\.\d+", "stages.#.#", name.removeprefix("network."))
+            kind = re.sub(r"decoder\.\d+", "decoder.#", kind)
+            assert found.setdefault(kind, decay) == decay, name
+    return found
+
+
+def check_schedule(made, lr, steps, warmup_steps, min_lr):
+    config, plan = made.config, made.plan
+    assert (plan.lr, plan.total_steps, plan.warmup_steps) == (pytest.approx(lr, rel=1e-9), steps, warmup_steps)
+    assert (config.schedule.name, config.schedule.weight_decay_end, config.schedule.knobs) == ("cosine", None, {})
+    per_epoch = plan.epoch_length / plan.global_batch_size
+    schedule = Schedule(config.schedule, plan.lr, config.optim.weight_decay, steps, warmup_steps, per_epoch)
+    assert schedule.at(warmup_steps).lr == pytest.approx(lr, rel=1e-9)
+    assert schedule.at(steps).lr == pytest.approx(min_lr, abs=1e-15)
+    if warmup_steps:
+        assert schedule.at(0).lr == pytest.approx(lr / warmup_steps, rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def test_no_recipe_is_passed_over():
+    files = {path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for folder in FOLDERS
+             for path in (EXPERIMENTS / folder).rglob("*.yaml")}  # fmt: skip
+    assert files == {*FINETUNE, *PRETRAIN} and len(files) == 34
+
+
+@pytest.mark.parametrize("name", [*FINETUNE, *PRETRAIN])
+def test_every_value_has_its_origin_and_every_header_its_evidence(name):
+    lines = read(name).splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    assert header == lines[: len(header)] and header[0] == "# @package _global_"
+    for word in ("Source:", "Errata:", "Command:", "Hardware:", "Expected:", "Measured: not yet run"):
+        assert sum(line.startswith(f"# {word}") for line in header) == 1, word
+    command = f"python {script_of(name)}.py experiment={name} data.root=PATH"
+    assert any(command in line for line in header)
+    assert any(f"torchrun --nproc_per_node=8 {script_of(name)}.py" in line for line in header)
+    values = [line for line in lines[len(header) :] if line and not re.fullmatch(r" *\w+:", line)]
+    assert len(values) > 10
+    for line in values:
+        assert MARKS.search(line), f"{name}: {line!r} does not state its origin"
+
+
+@pytest.mark.parametrize("name", FLOORED)
+def test_the_header_tells_the_steps_and_those_of_the_published_code(name):
+    row = FINETUNE.get(name)
+    steps, warmup, length = row[1:3] + row[-1:] if row else PRETRAIN[name][1:]
+    header = " ".join(read(name).split("defaults:")[0].replace("\n#", " ").split())
+    assert f"Steps: {steps:,}, " in header and f"takes {FLOORED[name]:,}." in header
+    assert f"of which {warmup:,} are warm-up" in header or (warmup == 0 and "without warm-up" in header)
+    loop = derive(name, length).config.loop
+    assert length // loop.global_batch_size * loop.total_epochs == FLOORED[name]
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_fine_tuning_to_the_letter(name):
+    row = FINETUNE[name]
+    made = derive(name, row.epoch_length)
+    config, plan = made.config, made.plan
+    network, ours = made.task.network, name.startswith("small_data")
+
+    check_schedule(made, row.lr, row.steps, row.warmup_steps, 1e-6)
+    batches = {"imagenet/": 1024, "imagenet22k/intermediate": 4096, "imagenet22k/finetune": 512, "small_data/": 64}
+    assert [plan.global_batch_size] == [batch for prefix, batch in batches.items() if name.startswith(prefix)]
+    assert plan.micro_batch_size == 32 or not name.startswith("imagenet/")
+    assert ours or config.loop.clip_grad_norm is None
+
+    blocks, last = network.depths[2], network.depths[3] - 1
+    middle = {6: 3, 8: 4, 9: 4, 27: 13}[blocks]
+    places = ("downsample_layers.0.0", f"stages.2.{middle}.dwconv", f"stages.3.{last}.pwconv2", "head")
+    scales = [group_of(made, f"{place}.weight")["lr_scale"] for place in places]
+    assert scales == pytest.approx(row.scales, rel=1e-12)
+    assert group_of(made, "norm.weight")["lr_scale"] == 1.0
+
+    decays = decay_by_kind(made)
+    assert {kind for kind, decay in decays.items() if decay} == ENCODER_DECAYED | {"head.weight"}
+    exempt = ENCODER_EXEMPT | {"norm.weight", "norm.bias", "head.bias"}
+    assert {kind for kind, decay in decays.items() if not decay} == exempt
+    assert set(decays.values()) == {0.0, row.weight_decay}
+    assert (config.optim.name, config.optim.betas, config.optim.eps) == ("adamw", [0.9, 0.999], 1e-8)
+
+    rates = [block.drop_path.rate for stage in network.stages for block in stage]
+    assert (rates[0], rates[-1]) == (0.0, pytest.approx(row.drop_path)) and rates == sorted(rates)
+    assert network.head.out_features == CLASSES[row.epoch_length] and config.model.head_init_scale == 0.001
+
+    task = config.task
+    assert (task.mixup_alpha, task.cutmix_alpha, task.label_smoothing) == (row.mixup, row.cutmix, row.smoothing)
+    assert (task.mix_probability, task.mix_switch_probability) == (1.0, 0.5)
+    assert task.head == ("fitted" if ours else "drawn")
+
+    augment = config.augment
+    assert (augment.rand_augment, augment.interpolation) == ("rand-m9-mstd0.5-inc1", "bicubic")
+    assert (augment.random_erasing, augment.erasing_noise) == (0.25, "normal")
+    assert augment.image_size_hw == [row.image, row.image]
+    assert augment.eval_resize == ("squash" if row.image >= 384 else "crop") and augment.eval_crop == 0.875
+    assert (augment.crop_scale, augment.horizontal_flip) == ([0.35 if ours else 0.08, 1.0], 0.5)
+
+    assert (config.loop.ema_decay, config.loop.ema_warmup) == (row.ema, ours or row.ema is None)
+    if row.ema is not None and not ours:
+        assert ema_decay_at(0, row.ema, warmup=config.loop.ema_warmup) == 0.9999
+
+
+# ---------------------------------------------------------------------------------------------------------- pretraining
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_pretraining_to_the_letter(name):
+    lr, steps, warmup_steps, epoch_length = PRETRAIN[name]
+    made = derive(name, epoch_length)
+    config, ours, published = made.config, name.startswith("small_data"), "published" in name
+
+    check_schedule(made, lr, steps, warmup_steps, 0.0)
+    assert made.plan.global_batch_size == (256 if ours else 4096) and made.plan.micro_batch_size == (32 if ours else 64)
+    assert config.loop.ema_decay is None and (ours or config.loop.clip_grad_norm is None)
+    assert {entry["lr_scale"] for entry in made.groups} == {1.0}
+
+    decays = decay_by_kind(made)
+    decayed = {f"encoder.{kind}" for kind in ENCODER_DECAYED} | DECODER_DECAYED
+    exempt = {f"encoder.{kind}" for kind in ENCODER_EXEMPT} | DECODER_EXEMPT
+    if published:
+        moved = {f"{place}.grn.{part}" for place in ("encoder.stages.#.#", "decoder.#") for part in ("gamma", "beta")}
+        moved.add("mask_token")
+        decayed, exempt = decayed | moved, exempt - moved
+    assert {kind for kind, decay in decays.items() if decay} == decayed
+    assert {kind for kind, decay in decays.items() if not decay} == exempt
+    assert set(decays.values()) == {0.0, 0.05}
+    assert (config.optim.name, config.optim.betas, config.optim.eps) == ("adamw", [0.9, 0.95], 1e-8)
+
+    network, task, augment = made.task.network, config.task, config.augment
+    assert (network.num_patches, network.num_removed, network.pred.out_channels) == (49, 30, 3072)
+    assert (task.mask_ratio, task.decoder_dim, task.decoder_depth, task.norm_pix_loss) == (0.6, 512, 1, True)
+    assert (task.grn_over, task.initial_weights) == (("batch", "published") if published else ("sample", "normal"))
+    assert {block.drop_path.rate for stage in network.encoder.stages for block in stage} == {0.0}
+    assert (augment.image_size_hw, augment.crop_scale, augment.horizontal_flip) == ([224, 224], [0.2, 1.0], 0.5)
+    assert (augment.interpolation, augment.rand_augment, augment.random_erasing) == ("bicubic", None, 0.0)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("published_pretrain", 17.0), ("pretrain_atto", 1.0)])
+def test_the_first_loss_is_that_of_its_initialisation(name, loss):
+    overrides = [f"experiment=imagenet/{name}", "model=convnextv2_atto", "data.root=PATH"]
+    config, _ = configure("pretrain_fcmae", overrides)
+    task = build_task(
+        lambda: KINDS["fcmae"].build(Setup(config.model, config.task, config.augment.preprocessing(3))), config
+    )
+    draws = torch.Generator().manual_seed(0)
+    batch = {
+        "images": torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8, generator=draws),
+        "mask": torch.stack([draw_mask(draws, 49, 0.6) for _ in range(4)]),
+        "weight": torch.ones(4),
+    }
+    with torch.no_grad():
+        found = task(batch, {}).loss.mean().item()
+    assert found == pytest.approx(loss, rel=0.1), found
+
+
+def test_the_small_presets_fit_a_few_hundred_images():
+    """The shortest run still has a warm-up of some steps, and no batch is larger than an epoch."""
+    made = derive("small_data/finetune", SMALL).config
+    plan = make_plan(made.loop, made.optim, made.schedule, world_size=1, epoch_length=300)
+    assert (plan.total_steps, plan.warmup_steps, plan.accum_steps) == (469, 47, 1)
+    made = derive("small_data/pretrain", SMALL).config
+    plan = make_plan(made.loop, made.optim, made.schedule, world_size=1, epoch_length=300)
+    assert (plan.total_steps, plan.global_batch_size, plan.accum_steps) == (20_000, 256, 4)

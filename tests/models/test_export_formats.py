@@ -1,0 +1,424 @@
+"""Exports as their users load them: timm, transformers, the official code's layouts; equal logits, equal preprocessing.
+
+The networks have varied weights, so that logits vary between images. Nothing here uses a network connection.
+"""
+
+import json
+import socket
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+
+from data.config import AugmentConfig
+from data.transforms import EvalTransform
+from models.build import build_network
+from models.config import ConvNeXtV2Config, TimmConfig
+from models.convnextv2 import ConvNeXtV2
+from models.export import onnx_file
+from models.export.inference_form import to_inference_form
+from models.export.onnx_file import OnnxSettings, export_onnx
+from models.export.parity import vary_weights
+from models.export.targets import TARGETS, export_folder
+from models.fcmae import FCMAE
+from models.image_model import ImageModel
+from models.layers import GRN
+from models.normalise import Normalise
+from models.weights.initialise import initialise_from
+from tests.models.test_fcmae import SETTINGS
+from utils.errors import UserError
+from utils.io.weights import InitFrom, read_weights
+
+NAMES = ["ä", "b,c", "d"]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def geometry(size="small", stem_stride=4, stages=4, in_channels=3):
+    depths, dims = ([2, 2, 6, 2], [40, 80, 160, 320]) if size == "atto" else ([1, 1, 2, 1], [8, 12, 16, 20])
+    return ConvNeXtV2Config(
+        family="convnextv2", name=f"convnextv2_{size}", in_channels=in_channels, depths=depths[:stages],
+        dims=dims[:stages], stem_stride=stem_stride, drop_path_rate=0.1, head_init_scale=1.0,
+    )  # fmt: skip
+
+
+def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):
+    """Return a model with varied weights, and its metadata."""
+    values = {
+        "image_size_hw": list(image_size_hw), "mean": MEAN[: config.in_channels], "std": STD[: config.in_channels],
+        "eval_crop": 0.875, "interpolation": "bicubic", "eval_resize": "crop", "channels": config.in_channels,
+    } | preprocessing  # fmt: skip
+    network = vary_weights(build_network(config, num_classes))
+    output = "classes" if num_classes else "features"
+    model = ImageModel(network, Normalise(values["mean"], values["std"], config.in_channels), output).eval()
+    metadata = {
+        "task": {"name": "classification"},
+        "model": config.model_dump(),
+        "preprocessing": values,
+        "step": 7,
+        "output": output,
+        "origin": {"source": "a.pt", "layout": "official", "licence": "cc-by-nc-4.0"},
+    }
+    return model, metadata | ({"class_names": NAMES} if num_classes else {})
+
+
+def export(form, model, metadata, folder, whole=None):
+    return export_folder(TARGETS[form], model, whole or model.network, metadata, folder, 1e-4)
+
+
+def normalised(model, count=3, size=(64, 64)):
+    images = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(3))
+    return images, model.normalise(images)
+
+
+def picture(seed=0, size=(90, 150)):
+    """A smooth picture: on noise, the rounding of two resizers differs much."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    return coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+@torch.no_grad()
+def our_probs(model, metadata, image):
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    return model(EvalTransform.of(metadata["preprocessing"])(pixels)[None])[1][0]
+
+
+# --- timm
+
+
+@pytest.mark.parametrize("size", ["small", "atto"])
+def test_timm_loads_the_folder_and_the_file(size, tmp_path):
+    model, metadata = make(geometry(size))
+    assert export("timm", model, metadata, tmp_path)["max_abs_diff"] < 1e-5
+    _, inputs = normalised(model)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        wanted = model.network(inputs)
+        assert wanted.std(dim=0).mean() > 0.05
+        torch.testing.assert_close(loaded(inputs), wanted, atol=1e-4, rtol=1e-4)
+        if size == "atto":
+            from_file = timm.create_model(
+                "convnextv2_atto", num_classes=3, checkpoint_path=str(tmp_path / "model.safetensors")
+            ).eval()
+            torch.testing.assert_close(from_file(inputs), wanted, atol=1e-4, rtol=1e-4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["label_names"] == NAMES and config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
+
+
+PREPROCESSINGS = [{}, {"eval_resize": "squash", "eval_crop": 1.0}, {"interpolation": "bilinear"}]
+
+
+# transformers cuts half a pixel lower than torchvision where the margin is odd, as with 0.95.
+@pytest.mark.parametrize(
+    ("form", "preprocessing"),
+    [("timm", {"eval_crop": 0.95}), *(("timm", values) for values in PREPROCESSINGS),
+     *(("transformers", values) for values in PREPROCESSINGS)],
+)  # fmt: skip
+def test_preprocessing_is_equal(form, preprocessing, tmp_path):
+    """The picture through their own transform and their own network, and through ours."""
+    model, metadata = make(geometry(), **preprocessing)
+    export(form, model, metadata, tmp_path)
+    image = picture()
+    if form == "timm":
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
+        logits, inputs = loaded, transform(image)[None]
+    else:
+        loaded = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path).eval()
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        logits, inputs = lambda x: loaded(x).logits, processor(image, return_tensors="pt")["pixel_values"]
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    ours = model.normalise(EvalTransform.of(metadata["preprocessing"])(pixels)[None])
+    assert inputs.shape == ours.shape
+    # Both round to bytes after the resize: at most two grey levels apart.
+    assert (inputs - ours).abs().max() < 2.5 / 255 / min(STD)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(inputs).softmax(1)[0], our_probs(model, metadata, image), atol=0.02, rtol=0)
+
+
+def test_any_network_of_timm_goes_to_timm(tmp_path):
+    config = TimmConfig(family="timm", name="test_resnet", in_channels=1, drop_path_rate=None)
+    model, metadata = make(config, mean=[0.4], std=[0.3])
+    export("timm", model, metadata, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    inputs = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), model.network(inputs))
+    with pytest.raises(UserError, match=r"^format: transformers holds ConvNeXt V2 here, and ResNet is none"):
+        export("transformers", model, metadata, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_timms_own_convnext_v2_goes_to_transformers_and_official(tmp_path):
+    config = TimmConfig(family="timm", name="convnextv2_atto", in_channels=3, drop_path_rate=None)
+    model, metadata = make(config)
+    _, inputs = normalised(model)
+    export("transformers", model, metadata, tmp_path / "hf")
+    loaded = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    export("official", model, metadata, tmp_path / "official")
+    ours = build_network(geometry("atto"), 3)
+    initialise_from(ours, InitFrom(str(tmp_path / "official/model.pth"), "model"), keep_head=True)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs).logits, model.network(inputs), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.eval()(inputs), model.network(inputs), atol=1e-4, rtol=1e-4)
+
+
+# --- transformers
+
+
+@pytest.mark.parametrize(("stem_stride", "stages"), [(4, 4), (2, 4), (4, 3), (2, 3), (4, 2)])
+def test_transformers_loads_the_folder(stem_stride, stages, tmp_path):
+    model, metadata = make(geometry(stem_stride=stem_stride, stages=stages))
+    export("transformers", model, metadata, tmp_path)
+    loaded = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path).eval()
+    assert [loaded.config.id2label[index] for index in range(3)] == NAMES
+    _, inputs = normalised(model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs).logits, model.network(inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_crop_that_is_not_square_is_refused_by_transformers(tmp_path):
+    model, metadata = make(geometry(), image_size_hw=(64, 96))
+    with pytest.raises(UserError, match=r"^format: transformers' image processors crop squares only.* 64 x 96; set"):
+        export("transformers", model, metadata, tmp_path / "x")
+    model, metadata = make(geometry(), image_size_hw=(64, 96), eval_resize="squash")
+    export("transformers", model, metadata, tmp_path / "x")
+
+
+# --- what cannot be expressed
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "message"),
+    [
+        (
+            "timm",
+            {"stem_stride": 2},
+            "format: timm has a stem of stride 4 only, and this network has a stem of stride 2",
+        ),
+        (
+            "timm",
+            {"stages": 3},
+            "format: timm has ConvNeXt V2 of four stages only, and this network has 3; set format=",
+        ),
+        ("transformers", {"stem_stride": 1}, "format: transformers has a stem of stride 2 or 4 only, .* a 3x3 stem"),
+        ("official", {"stem_stride": 2}, "format: the official layout has a stem of stride 4 only"),
+        ("official", {"stages": 2}, "format: the official layout has ConvNeXt V2 of four stages only"),
+        ("minkowski", {"stages": 3}, "format: the minkowski layout has ConvNeXt V2 of four stages only"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused_with_the_reason(form, settings, message, tmp_path):
+    model, metadata = make(geometry(**settings))
+    with pytest.raises(UserError, match=f"^{message}"):
+        export(form, model, metadata, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
+    """With weights as small as drawn ones, its logits would pass; a copy with varied weights shows it."""
+    from models.export import timm_folder
+
+    right = timm_folder.to_timm
+
+    def wrong(state, network):
+        return {
+            name: tensor.flip(0) if name.endswith("conv_dw.weight") else tensor
+            for name, tensor in right(state, network).items()
+        }
+
+    monkeypatch.setattr(timm_folder, "to_timm", wrong)
+    model, metadata = make(geometry())
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.mul_(1e-3)
+    with pytest.raises(UserError, match=r"^tolerance: a copy with varied weights differs from PyTorch by"):
+        export("timm", model, metadata, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --- the official layouts
+
+
+def test_a_backbone_goes_to_every_format(tmp_path):
+    model, metadata = make(geometry(), num_classes=0)
+    _, inputs = normalised(model)
+    with torch.no_grad():
+        wanted = model.network.forward_features(inputs)
+        for form in ("timm", "transformers", "official", "minkowski", "safetensors"):
+            export(form, model, metadata, tmp_path / form)
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, features_only=True).eval()
+        torch.testing.assert_close(loaded(inputs)[-1], wanted, atol=1e-4, rtol=1e-4)
+        loaded = transformers.ConvNextV2Model.from_pretrained(tmp_path / "transformers").eval()
+        torch.testing.assert_close(loaded(inputs).last_hidden_state, wanted, atol=1e-4, rtol=1e-4)
+    state = torch.load(tmp_path / "official/model.pth", weights_only=True)["model"]
+    assert state["stages.0.0.grn.gamma"].shape == (1, 32) and "norm.weight" not in state  # as `--finetune` wants it
+    for form in ("official", "minkowski"):
+        fresh = build_network(geometry(), 0)
+        initialise_from(fresh, InitFrom(str(tmp_path / form / "model.pth"), "model"), keep_head=False)
+        with torch.no_grad():
+            torch.testing.assert_close(fresh.eval().forward_features(inputs), wanted)
+
+
+def test_an_fcmae_goes_whole_into_the_layout_of_the_official_pretraining(tmp_path):
+    encoder = ConvNeXtV2(in_channels=3, depths=[1, 1, 2, 1], dims=[8, 12, 16, 20], stem_stride=4, drop_path_rate=0.0,
+                         head_init_scale=1.0, num_classes=0)  # fmt: skip
+    whole = vary_weights(FCMAE(encoder=encoder, image_size_hw=(64, 64), **{**SETTINGS, "patch_px": 32}))
+    model, metadata = make(geometry(), num_classes=0)
+    model.network = whole.encoder
+    export("minkowski", model, metadata, tmp_path, whole)
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert content["licence"] == "cc-by-nc-4.0"
+    assert content["model"]["encoder.stages.0.0.dwconv.kernel"].shape == (49, 8)
+    assert content["model"]["decoder.0.dwconv.weight"].ndim == 4 and "mask_token" in content["model"]
+    target = FCMAE(encoder=build_network(geometry(), 0), image_size_hw=(64, 64), **{**SETTINGS, "patch_px": 32})
+    origin = initialise_from(target, InitFrom(str(tmp_path / "model.pth"), "model"), keep_head=True)
+    assert origin["licence"] == "cc-by-nc-4.0"
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_a_file_of_ours_keeps_its_metadata(tmp_path):
+    model, metadata = make(geometry(stem_stride=1, stages=2))
+    export("safetensors", model, metadata, tmp_path)
+    tensors, found = read_weights(tmp_path / "model.safetensors", "weights")
+    assert found["class_names"] == NAMES and found["origin"]["licence"] == "cc-by-nc-4.0"
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.network.state_dict().items())
+
+
+# --- ONNX
+
+
+def export_file(tmp_path, model, metadata, **settings):
+    path = tmp_path / onnx_file.FILES[settings.get("precision", "fp32")]
+    return export_onnx(model, metadata, path, OnnxSettings(**settings)), onnx.load(path), path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_versions_are_those_that_onnx_runtime_reads_for_years(precision, tmp_path):
+    """ONNX Runtime 1.20 (November 2024) reads opset 21 and IR 10; 1.15 reads opset 18 and IR 9."""
+    model, metadata = make(geometry())
+    _, proto, _ = export_file(tmp_path, model, metadata, precision=precision, tolerance=5e-2)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)] and proto.ir_version <= 9
+    text = str(proto)
+    assert ".py" not in text and "metadata_props" not in text.replace('metadata_props {\n  key: "atelier"', "")
+    assert json.loads(proto.metadata_props[0].value)["licence"] == "cc-by-nc-4.0"
+
+
+def types_of(proto):
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def test_fp16_sums_in_float32(tmp_path):
+    model, metadata = make(geometry())
+    difference, proto, path = export_file(tmp_path, model, metadata, precision="fp16", tolerance=5e-2)
+    assert difference < 2e-2
+    types, wide, narrow = types_of(proto), onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    sums = {"LayerNormalization", "Softmax", "Sigmoid", "ReduceMean", "Sqrt", "Pow"}
+    squares = {name for node in proto.graph.node if node.op_type == "Pow" for name in node.output}
+    checked = set()
+    for node in proto.graph.node:
+        if node.op_type in sums:
+            checked.add(node.op_type)
+            assert all(types[name] == wide for name in node.input[:1]) and types[node.output[0]] == wide, node
+        if node.op_type in ("Conv", "MatMul", "Gemm"):
+            is_sum = bool(squares & set(node.input))  # of GRN, a product with ones
+            assert {types[name] for name in node.input} == {wide if is_sum else narrow}
+            checked |= {"GRN"} if is_sum else set()
+    assert {"LayerNormalization", "Softmax", "ReduceMean", "GRN"} <= checked
+    assert path.stat().st_size < 0.6 * sum(p.nbytes for p in model.parameters()) + 60_000
+    assert [value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)] == [wide] * 3
+
+
+def test_fp16_keeps_a_grn_whose_squares_exceed_fp16(tmp_path):
+    model, metadata = make(geometry())
+    with torch.no_grad():
+        for stage in model.network.stages:
+            for block in stage:
+                block.pwconv1.weight.mul_(100.0)  # activations of some hundreds; GRN divides them again
+                block.pwconv2.weight.mul_(0.01)
+    difference, _, path = export_file(tmp_path, model, metadata, precision="fp16", tolerance=5e-2)
+    images, inputs = normalised(model)
+    with torch.no_grad():
+        block = model.network.stages[0][0]
+        inner = torch.nn.functional.gelu(
+            block.pwconv1(block.norm(block.dwconv(model.network.downsample_layers[0](inputs)).permute(0, 2, 3, 1)))
+        )
+        assert inner.square().max() > 65504
+    assert difference < 5e-2 and np.isfinite(onnx_file.open_session(path)(images.numpy())[0]).all()
+
+
+def test_the_rewritten_network_is_the_same_function():
+    """GRN's shift in the bias, one product for its factor, GELU spelled out: equal in float64."""
+    model, _ = make(geometry())
+    model = ImageModel(model.network.double(), model.normalise.double(), "classes").eval()
+    rewritten = to_inference_form(model)
+    assert not any(isinstance(module, GRN) for module in rewritten.modules())
+    pixels = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.normalise(pixels).double()
+        torch.testing.assert_close(rewritten.network(features), model.network(features), atol=1e-10, rtol=1e-10)
+    model.network.stages[0][0].grn.over_batch = True  # has no such form
+    assert to_inference_form(model) is model
+
+
+def test_int8_needs_images_and_is_near(tmp_path):
+    model, metadata = make(geometry("atto"))
+    images = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    with pytest.raises(UserError, match=r"^calibration_images: no image could be read"):
+        export_file(tmp_path, model, metadata, precision="int8", tolerance=None)
+    _, proto, path = export_file(
+        tmp_path, model, metadata, precision="int8", tolerance=None, calibration=[images.numpy()]
+    )
+    kinds = {tensor.data_type for tensor in proto.graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds and any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+    assert path.stat().st_size < 0.45 * sum(p.nbytes for p in model.parameters())
+    with torch.no_grad():
+        same = model(images)[0].argmax(1).numpy() == onnx_file.open_session(path)(images.numpy())[0].argmax(1)
+    assert same.mean() >= 0.75 and not list(tmp_path.glob("*.prepared"))
+
+
+@pytest.mark.parametrize(
+    "config", [geometry(), TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)],
+    ids=["convnextv2", "timm"],
+)  # fmt: skip
+def test_a_file_for_images_of_any_size(config, tmp_path):
+    model, metadata = make(config)
+    _, proto, path = export_file(tmp_path, model, metadata, dynamic_size=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert all(isinstance(side, str) for side in (session.get_inputs()[0].shape[0], *session.get_inputs()[0].shape[2:]))
+    for size in ((64, 64), (96, 160), (33, 71)):
+        images, _ = normalised(model, 2, size)
+        with torch.no_grad():
+            wanted = model(images)[0].numpy()
+        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
+
+
+def test_a_network_of_one_size_is_refused_for_any(tmp_path):
+    config = TimmConfig(family="timm", name="test_vit3", in_channels=3, drop_path_rate=None)
+    model, metadata = make(config, image_size_hw=(160, 160))
+    with pytest.raises(
+        UserError, match=r"^dynamic_size: true, but VisionTransformer cannot be exported for images of any"
+    ):
+        export_file(tmp_path, model, metadata, dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_augment_states_the_preprocessing_that_is_exported():
+    """What the tests above pass by hand is what AugmentConfig writes."""
+    values = AugmentConfig.model_fields
+    assert {"image_size_hw", "interpolation", "eval_crop", "eval_resize", "mean", "std"} <= set(values)

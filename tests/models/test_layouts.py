@@ -1,0 +1,343 @@
+"""Weights of others: each layout is recognised by its names and gives the logits of the library that it is of.
+
+Norm scales are near 1 and GRN is not the identity, so that logits vary between images and a wrong converter shows.
+"""
+
+import argparse
+import logging
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
+
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from models.weights import minkowski
+from models.weights.fit import load_into
+from models.weights.initialise import convert, initialise_from, to_timm
+from models.weights.layouts import recognise
+from models.weights.names import translate
+from tests.models.test_fcmae import SETTINGS
+from utils.errors import UserError
+from utils.io.weights import InitFrom, write_weights
+
+DEPTHS, DIMS = (1, 1, 2, 1), (8, 12, 16, 20)
+CLASSES = 5
+
+
+def randomise(network, seed=0):
+    """Give a network weights with which logits vary between images; returns it in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_scale = parameter.ndim == 1 and name.endswith("weight") and "grn" not in name
+        scale = 0.1 if parameter.ndim == 1 else 0.5 if "grn" in name else (2.0 / parameter[0].numel()) ** 0.5
+        parameter.data = noise * scale + (1.0 if is_scale else 0.0)
+    return network.eval()
+
+
+def ours(num_classes=CLASSES, in_channels=3, stem_stride=4):
+    return ConvNeXtV2(
+        in_channels=in_channels, depths=DEPTHS, dims=DIMS, stem_stride=stem_stride, drop_path_rate=0.0,
+        head_init_scale=1.0, num_classes=num_classes,
+    )  # fmt: skip
+
+
+def timm_network(num_classes=CLASSES, **settings):
+    return timm.create_model("convnextv2_atto", num_classes=num_classes, depths=DEPTHS, dims=DIMS, **settings)
+
+
+def transformers_network(kind=ConvNextV2ForImageClassification):
+    config = ConvNextV2Config(depths=DEPTHS, hidden_sizes=DIMS, num_labels=CLASSES, layer_norm_eps=1e-6)
+    return kind(config)
+
+
+def fcmae(in_channels=3):
+    settings = {**SETTINGS, "patch_px": 32}
+    return FCMAE(encoder=ours(0, in_channels), image_size_hw=(64, 64), **settings)
+
+
+def mmpretrain_state(network):
+    """The names of mmpretrain's ConvNeXt V2, typed here by hand."""
+    names = {".dwconv.": ".depthwise_conv.", ".pwconv1.": ".pointwise_conv1.", ".pwconv2.": ".pointwise_conv2."}
+    state = {}
+    for name, tensor in network.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if name.startswith("head."):
+            state[name.replace("head.", "head.fc.")] = tensor
+        else:
+            state["backbone." + ("norm3." + name[5:] if name.startswith("norm.") else name)] = (
+                tensor.flatten() if ".grn." in name else tensor
+            )
+    return state
+
+
+def images():
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(network, pictures=None):
+    found = network(images() if pictures is None else pictures)
+    found = getattr(found, "logits", found)
+    assert found.std(dim=0).mean() > 0.05  # between images
+    return found
+
+
+def sources():
+    """Networks of all libraries with their states, as (layout, logits, state)."""
+    official, theirs = randomise(ours()), randomise(timm_network())
+    hugging = randomise(transformers_network())
+    sparse = minkowski.from_dense({f"encoder.{n}": t for n, t in randomise(ours(0)).state_dict().items()})
+    return {
+        "official": (logits(official), official.state_dict()),
+        "timm": (logits(theirs), theirs.state_dict()),
+        "transformers": (logits(hugging), hugging.state_dict()),
+        "mmpretrain": (logits(official), mmpretrain_state(official)),
+        "minkowski": (logits(randomise(ours(0))), sparse),
+    }
+
+
+@pytest.mark.parametrize("layout", ["official", "timm", "transformers", "mmpretrain", "minkowski"])
+@pytest.mark.parametrize("target", ["ours", "timm"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tmp_path):
+    wanted, state = sources()[layout]
+    path = tmp_path / "weights.ckpt"
+    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
+    classes = 0 if layout == "minkowski" else CLASSES
+    network = (ours if target == "ours" else timm_network)(classes)
+    origin = initialise_from(network, InitFrom(str(path), "model"), keep_head=True)
+    assert origin == {"source": str(path), "layout": layout, "licence": None}
+    network.eval()
+    if layout == "minkowski" and target == "timm":  # timm's pooled features are normalised; compare the maps
+        with torch.no_grad():
+            assert torch.allclose(network.forward_features(images()).mean(dim=(2, 3)), wanted, atol=1e-5)
+        return
+    assert torch.allclose(logits(network), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["timm", "transformers", "mmpretrain", "official"])
+def test_names_translate_there_and_back(target):
+    state = ours().state_dict()
+    there = translate(state, "official", target)
+    back = translate(there, target, "official")
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert recognise(there).layout == target
+    theirs = {"timm": timm_network, "transformers": transformers_network}
+    if target in theirs:
+        expected = theirs[target]().state_dict()
+        there = to_timm(state, theirs[target]()) if target == "timm" else there
+        assert {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_a_transformers_backbone_without_the_prefix_is_recognised():
+    network = randomise(transformers_network(ConvNextV2Model))
+    target = ours(0)
+    load_into(target, recognise(network.state_dict()).state, keep_head=False)
+    with torch.no_grad():
+        wanted = network(images()).last_hidden_state
+        assert torch.allclose(target.eval().forward_features(images()), wanted, atol=1e-5)
+
+
+def test_the_kernels_of_minkowski_have_the_published_order():
+    """Entry x * k + y of a kernel is row y and column x of the weight (remap_checkpoint_keys)."""
+    dense = {
+        "encoder.downsample_layers.1.1.weight": torch.randn(6, 4, 2, 2),
+        "encoder.stages.0.0.dwconv.weight": torch.randn(4, 1, 7, 7),
+    }
+    sparse = minkowski.from_dense(dense)
+    strided, depthwise = (sparse[name.replace("weight", "kernel")] for name in dense)
+    assert strided.shape == (4, 4, 6) and depthwise.shape == (49, 4)
+    first, second = dense.values()
+    for y in range(2):
+        for x in range(2):
+            assert torch.equal(strided[x * 2 + y], first[:, :, y, x].T)
+    assert all(torch.equal(depthwise[x * 7 + y], second[:, 0, y, x]) for y in range(7) for x in range(7))
+
+
+def test_a_self_trained_checkpoint_of_the_official_pretraining_loads_whole(tmp_path, caplog):
+    """Encoder of MinkowskiEngine, dense decoder; beside it the optimiser, the scaler and pickled arguments."""
+    source = randomise(fcmae())
+    state = minkowski.from_dense(source.state_dict())
+    assert state["encoder.stages.0.0.pwconv1.linear.weight"].shape == (32, 8)
+    assert state["encoder.stages.0.0.norm.ln.bias"].shape == (8,) and state["encoder.stages.0.0.grn.gamma"].shape == (
+        1,
+        32,
+    )
+    assert state["encoder.downsample_layers.0.0.weight"].shape == (8, 3, 4, 4)
+    path = tmp_path / "checkpoint-799.pth"
+    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 799, "scaler": {},
+                "args": argparse.Namespace(lr=1e-3, model="convnextv2_atto")}, path)  # fmt: skip
+    whole, classifier = fcmae(), ours()
+    origin = initialise_from(whole, InitFrom(str(path), "model"), keep_head=True)
+    assert origin["layout"] == "minkowski" and origin["licence"] is None
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in source.state_dict().items())
+    with caplog.at_level(logging.INFO, logger="atelier"):
+        initialise_from(classifier, InitFrom(str(path), "model"), keep_head=True)
+    with torch.no_grad():
+        assert torch.equal(classifier.forward_features(images()), source.encoder.forward_features(images()))
+
+
+def record_log(monkeypatch):
+    lines = []
+    for name in ("initialise", "origin"):
+        for level in ("info", "warning"):
+            monkeypatch.setattr(f"models.weights.{name}.log.{level}", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def test_every_tensor_that_is_dropped_or_left_is_logged(tmp_path, monkeypatch):
+    lines = record_log(monkeypatch)
+    write_weights(tmp_path / "w.safetensors", randomise(fcmae()).state_dict(), {})
+    initialise_from(ours(), InitFrom(str(tmp_path / "w.safetensors"), "model"), keep_head=True)
+    (dropped,) = (line for line in lines if line.startswith("init_from: dropped: "))
+    expected = [name for name in fcmae().state_dict() if not name.startswith("encoder.")]
+    assert dropped.removeprefix("init_from: dropped: ").split(", ") == sorted(expected, key=dropped.index)
+    assert len(dropped.split(", ")) == len(expected)
+    assert "init_from: left at their initial values: norm.weight, norm.bias, head.weight, head.bias" in lines
+
+
+@pytest.mark.parametrize("make", [lambda: ours(0), ours, timm_network, transformers_network])
+def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
+    """Continued pretraining: from released encoders, and from classifiers of any layout."""
+    source, target = randomise(make()), fcmae()
+    fresh = {name: tensor.clone() for name, tensor in target.state_dict().items() if not name.startswith("encoder.")}
+    write_weights(tmp_path / "w.safetensors", source.state_dict(), {})
+    initialise_from(target, InitFrom(str(tmp_path / "w.safetensors"), "model"), keep_head=True)
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in fresh.items())
+    expected = recognise(source.state_dict()).state
+    found = target.encoder.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("outer", "which", "taken"),
+    [
+        ({"model": 0, "model_ema": 1}, "model", 0),
+        ({"model": 0, "model_ema": 1}, "ema", 1),
+        ({"state_dict": 0, "state_dict_ema": 1}, "ema", 1),
+        ({"state_dict": 0, "state_dict_ema": 1}, "model", 0),
+        ({"state_dict": 0, "ema_state_dict": 1}, "ema", 1),
+        ({"model_ema": 1}, "model", 1),
+    ],
+)
+def test_the_weights_or_their_average_are_taken_as_asked(outer, which, taken, tmp_path):
+    networks = [randomise(ours(), seed) for seed in (0, 1)]
+    path = tmp_path / "checkpoint-best-ema.pth.tar"
+    content = {name: networks[index].state_dict() for name, index in outer.items()}
+    torch.save({**content, "epoch": "best-ema", "args": argparse.Namespace(), "optimizer": {"state": {}}}, path)
+    target = ours()
+    initialise_from(target, InitFrom(str(path), which), keep_head=True)
+    assert torch.equal(target.head.weight, networks[taken].head.weight)
+
+
+def test_an_average_that_is_not_there_is_refused(tmp_path):
+    torch.save({"model": ours().state_dict(), "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(UserError) as refused:
+        initialise_from(ours(), InitFrom(str(tmp_path / "w.pt"), "ema"), keep_head=True)
+    assert str(refused.value) == (
+        f"init_weights: ema, but {tmp_path / 'w.pt'} holds no average beside its weights (found: model); set "
+        "init_weights=model"
+    )
+
+
+def v1_state(layout):
+    network = timm.create_model("convnext_atto", num_classes=CLASSES, depths=DEPTHS, dims=DIMS)
+    state = network.state_dict()
+    return state if layout == "timm" else translate(state, "timm", "official") | {"stages.0.0.gamma": torch.ones(8)}
+
+
+@pytest.mark.parametrize("layout", ["timm", "official"])
+def test_a_v1_is_refused_with_the_reason(layout, tmp_path):
+    torch.save(v1_state(layout), tmp_path / "convnext_tiny.pth")
+    with pytest.raises(
+        UserError, match=r"^init_from: .* holds a ConvNeXt V1: it has LayerScale \(stages\.0\..*gamma\)"
+    ):
+        initialise_from(ours(), InitFrom(str(tmp_path / "convnext_tiny.pth"), "model"), keep_head=True)
+
+
+def test_a_v1_goes_into_timms_v1(tmp_path):
+    source, target = (
+        timm.create_model("convnext_atto", num_classes=CLASSES, depths=DEPTHS, dims=DIMS).eval() for _ in range(2)
+    )
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "w.pth")
+    initialise_from(target, InitFrom(str(tmp_path / "w.pth"), "model"), keep_head=True)
+    assert all(torch.equal(t, target.state_dict()[n]) for n, t in source.state_dict().items())
+
+
+def test_what_timm_converts_goes_into_its_network(tmp_path):
+    """The official V1 names, by timm's own converter."""
+    source = timm.create_model("convnext_atto", num_classes=CLASSES, depths=DEPTHS, dims=DIMS)
+    renames = {"stem.": "downsample_layers.0.", ".blocks.": ".", "conv_dw": "dwconv", "mlp.fc": "pwconv",
+               "head.norm": "norm", "head.fc": "head"}  # fmt: skip
+    state = {}
+    for name, tensor in source.state_dict().items():
+        if ".downsample." in name:
+            stage, rest = name.removeprefix("stages.").split(".downsample.")
+            name = f"downsample_layers.{stage}.{rest}"
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        state[name] = tensor.flatten(1) if "pwconv" in name and tensor.ndim == 4 else tensor
+    torch.save({"model": state}, tmp_path / "w.pth")
+    target = timm.create_model("convnext_atto", num_classes=CLASSES, depths=DEPTHS, dims=DIMS)
+    initialise_from(target, InitFrom(str(tmp_path / "w.pth"), "model"), keep_head=True)
+    assert all(torch.equal(t, target.state_dict()[n]) for n, t in source.state_dict().items())
+
+
+# --- the stem
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (4, 1), (3, 7)])
+@pytest.mark.parametrize("make", [ours, timm_network], ids=["ours", "timm"])
+def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_path, monkeypatch):
+    lines = record_log(monkeypatch)
+    key = "in_channels" if make is ours else "in_chans"
+    source, target = randomise(make(**{key: old})), make(**{key: new}).eval()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    initialise_from(target, InitFrom(str(tmp_path / "w.pth"), "model"), keep_head=True)
+    name = "downsample_layers.0.0.weight" if make is ours else "stem.0.weight"
+    weight, found = source.state_dict()[name], target.state_dict()[name]
+    assert torch.allclose(found, timm.models.adapt_input_conv(new, weight.clone(), base_chans=old))
+    assert any(f"takes {new} channels instead of {old}" in line for line in lines)
+    if new == 1:  # a grey picture gives what its equal channels gave
+        grey = torch.randn(2, 1, 64, 64)
+        assert torch.allclose(logits(target, grey), logits(source, grey.expand(-1, old, -1, -1)), atol=1e-4)
+
+
+# --- licence
+
+
+def test_the_licence_of_released_files_is_presumed_and_carried(tmp_path, monkeypatch):
+    lines = record_log(monkeypatch)
+    torch.save({"model": ours(0).state_dict()}, tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
+    origin = initialise_from(
+        ours(), InitFrom(str(tmp_path / "convnextv2_atto_1k_224_fcmae.pt"), "model"), keep_head=True
+    )
+    assert origin["licence"] == "cc-by-nc-4.0" and any("licence of" in line and "presumed" in line for line in lines)
+    # A run of ours that began with it, and one that began with that run.
+    write_weights(tmp_path / "own.safetensors", ours().state_dict(), {"task": {}, "origin": origin})
+    later = initialise_from(ours(), InitFrom(str(tmp_path / "own.safetensors"), "model"), keep_head=True)
+    assert later == {"source": str(tmp_path / "own.safetensors"), "layout": "atelier", "licence": "cc-by-nc-4.0"}
+    # The same network, trained by the user with the official code, has other entries.
+    torch.save({"model": ours(0).state_dict(), "optimizer": {}, "epoch": 1}, tmp_path / "mine.pt")
+    assert initialise_from(ours(), InitFrom(str(tmp_path / "mine.pt"), "model"), keep_head=True)["licence"] is None
+
+
+def test_malformed_kernels_are_refused_with_the_table(tmp_path):
+    state = {
+        "encoder.stages.0.0.dwconv.kernel": torch.zeros(48, 8),
+        "encoder.downsample_layers.1.1.kernel": torch.zeros(5),
+    }
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"^init_from: \d+ of the checkpoint's tensors do not fit"):
+        initialise_from(ours(), InitFrom(str(tmp_path / "w.pt"), "model"), keep_head=True)
+
+
+def test_a_network_of_another_kind_keeps_its_names():
+    network = nn.Sequential(nn.Linear(2, 3))
+    layout, state = convert(network, {"module.0.weight": torch.ones(3, 2)}, "w.pt", "init_from")
+    assert layout == "other" and set(state) == {"0.weight"}

@@ -1,0 +1,347 @@
+"""Weights of others through the commands: evaluate.py and export.py without a run, timm's weights, means, licences."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from models.build import build_network
+from models.config import ConvNeXtV2Config, TimmConfig
+from models.export.parity import vary_weights
+from tests.in_process import SHORT, make_images, run
+from utils.config.messages import ConfigError
+from utils.errors import UserError
+from utils.io.files import read_json
+from utils.io.weights import read_weights
+
+MODEL = ["model=convnextv2_atto", "model.depths=[1,1,1,1]", "model.dims=[8,12,16,20]"]
+SMALL = [*MODEL, *SHORT, "augment.image_size_hw=[32,32]", "data=image_folder", "data.root=images"]
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
+IMAGES = ["data=image_folder", "data.root=images", "augment.image_size_hw=[32,32]", *ON_CPU]
+CONFIG = ConvNeXtV2Config(
+    family="convnextv2", name="convnextv2_atto", in_channels=3, depths=[1, 1, 1, 1], dims=[8, 12, 16, 20],
+    stem_stride=4, drop_path_rate=0.0, head_init_scale=1.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with images of classes A and B, and a run with an average, trained from a released-like file."""
+    folder = tmp_path_factory.mktemp("weights")
+    make_images(folder / "images")
+    encoder = vary_weights(build_network(CONFIG, 0))
+    torch.save({"model": encoder.state_dict()}, folder / "fcmae.pt")
+    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", "loop.ema_decay=0.5", "optim.lr=0.01"], folder)
+    return folder
+
+
+def metrics(folder, *overrides):
+    run("evaluate", [*overrides, "output=found.json"], folder)
+    found = read_json(folder / "found.json")
+    return {name: value for name, value in found.items() if name not in ("weights", "step")}
+
+
+# --- evaluate.py
+
+
+def test_a_released_file_is_measured_without_a_run(place):
+    """The official layout, timm's and transformers'; network, preprocessing and collection are on the command line."""
+    wanted = metrics(place, "run_dir=run", "weights=last", *ON_CPU)
+    for form, file in (("official", "model.pth"), ("timm", "model.safetensors"), ("transformers", "model.safetensors")):
+        run("export", [f"format={form}", "run_dir=run", "weights=last"], place)
+        found = metrics(place, f"weights=run/export/{form}/{file}", *MODEL, "augment=glyphs", *IMAGES)
+        assert found == pytest.approx(wanted, abs=1e-5) and found["samples"] == 4
+
+
+def test_a_file_of_ours_needs_the_collection_alone(place):
+    wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
+    found = metrics(
+        place, "weights=run/weights/best_weights.safetensors", "data=image_folder", "data.root=images", *ON_CPU
+    )
+    assert found == wanted
+
+
+def test_results_without_a_run_lie_below_outputs(place):
+    run(
+        "evaluate",
+        ["weights=run/weights/best_weights.safetensors", "data=image_folder", "data.root=images", *ON_CPU],
+        place,
+    )
+    folder = place / "outputs/evaluate/best_weights"
+    assert read_json(folder / "metrics.json")["samples"] == 4
+    assert (folder / "plots/evaluate_confusion.png").is_file() and (folder / "tables/evaluate_classes.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["weights=best"],
+            "run_dir: must be given, because weights=best is one of a run's; add run_dir=RUN, or weights=",
+        ),
+        (["weights=fcmae.pt"], "data: must be given where there is no run_dir; add data=image_folder data.root=PATH"),
+        (["run_dir=run", *MODEL], "model: the run states its own; remove model, or run_dir and give weights=FILE"),
+        (["weights=fcmae.pt", "augment=light", *IMAGES], "model: must be given with augment and with weights=timm"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(overrides, message, place):
+    with pytest.raises(ConfigError) as refused:
+        run("evaluate", overrides, place)
+    assert refused.value.problems[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [*MODEL, "data=image_folder", "data.root=images"],
+            "augment: must be given, because a weight file does not say",
+        ),
+        (
+            [*MODEL, "augment=glyphs", *IMAGES],
+            "weights: fcmae.pt has no head, and the collection has 2 classes; give the",
+        ),
+        (["model=convnextv2_tiny", "augment=glyphs", *IMAGES], "weights: 196 of the checkpoint's tensors do not fit"),
+        (["model=timm", "augment=glyphs", *IMAGES], "weights: "),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(overrides, message, place):
+    with pytest.raises(UserError) as refused:
+        run("evaluate", ["weights=fcmae.pt", *overrides, *ON_CPU], place)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_head_of_other_classes_is_refused(place):
+    torch.save({"model": vary_weights(build_network(CONFIG, 7)).state_dict()}, place / "seven.pt")
+    with pytest.raises(
+        UserError, match=r"^weights: seven\.pt has a head of 7 classes, and the collection has 2 classes"
+    ):
+        run("evaluate", ["weights=seven.pt", *MODEL, "augment=glyphs", *IMAGES], place)
+
+
+# --- licences, origins, and the best raw weights
+
+
+def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
+    for name in ("last", "best", "best_raw", "ema"):
+        _, metadata = read_weights(place / f"run/weights/{name}_weights.safetensors", "weights")
+        assert metadata["origin"] == {"source": "fcmae.pt", "layout": "official", "licence": "cc-by-nc-4.0"}
+    run("export", ["format=timm", "run_dir=run"], place)
+    assert read_json(place / "run/export/timm/config.json")["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    assert read_json(place / "run/export/timm/export.json")["licence"] == "cc-by-nc-4.0"
+    # A run from that export: the file beside the weights states it.
+    run("finetune", [*SMALL, "init_from=run/export/timm", "run_dir=second"], place)
+    _, metadata = read_weights(place / "second/weights/last_weights.safetensors", "weights")
+    assert metadata["origin"]["licence"] == "cc-by-nc-4.0" and metadata["origin"]["layout"] == "timm"
+    run("export", ["format=onnx", "run_dir=second", "licence=mine"], place)
+    assert read_json(place / "second/export/export.json")["licence"] == "mine"
+
+
+def test_a_resumed_run_still_knows_its_origin(place):
+    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=resumed"], place)
+    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=resumed", "loop.total_steps=3"], place)
+    assert read_weights(place / "resumed/weights/last_weights.safetensors", "weights")[1]["step"] == 3
+    assert (
+        read_weights(place / "resumed/weights/last_weights.safetensors", "weights")[1]["origin"]["source"] == "fcmae.pt"
+    )
+
+
+def test_with_an_average_the_best_raw_weights_are_kept_too(place):
+    best, best_raw = (
+        read_weights(place / f"run/weights/{name}_weights.safetensors", "weights") for name in ("best", "best_raw")
+    )
+    assert (best[1]["average"], best_raw[1]["average"]) == (True, False)
+    assert not torch.equal(best[0]["head.weight"], best_raw[0]["head.weight"])
+    found, rows = metrics(place, "run_dir=run", "weights=best_raw", *ON_CPU), []
+    for line in (place / "run/metrics.jsonl").read_text().splitlines():
+        rows += [row for row in [json.loads(line)] if row["kind"] == "evaluate"]
+    assert found["top1"] == max(row["top1"] for row in rows)
+    run("finetune", [*SMALL, "run_dir=plain"], place)
+    assert not (place / "plain/weights/best_raw_weights.safetensors").exists()
+
+
+def test_the_average_of_a_run_is_a_start_too(place):
+    run(
+        "finetune",
+        [*SMALL, "init_from=run", "init_weights=ema", "task.head=kept", "optim.lr=0", "run_dir=from_ema"],
+        place,
+    )
+    ours, ema = (
+        read_weights(place / f"{run}_weights.safetensors", "w")[0]
+        for run in ("from_ema/weights/last", "run/weights/ema")
+    )
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in ours.items())
+
+
+# --- export.py
+
+
+def test_several_files_are_averaged(place):
+    run("export", ["format=safetensors", "run_dir=run", "weights=[last,best_raw,ema]", "output=mean"], place)
+    states = [
+        read_weights(place / f"run/weights/{name}_weights.safetensors", "w")[0] for name in ("last", "best_raw", "ema")
+    ]
+    mean, metadata = read_weights(place / "mean/model.safetensors", "w")
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, sum(state[name] for state in states) / 3)
+    assert len(metadata["averaged"]) == 3
+    with pytest.raises(
+        UserError, match=r"^weights: .* are not of one network, so they have no mean: \d+ tensors differ"
+    ):
+        torch.save(build_network(CONFIG, 0).state_dict(), place / "other.pt")
+        run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.pt]", "output=x"], place)
+
+
+def test_a_foreign_file_is_converted_without_a_run(place):
+    run("export", ["format=timm", "weights=fcmae.pt", *MODEL, "augment=randaugment", "augment.image_size_hw=[64,64]",
+                   "output=converted"], place)  # fmt: skip
+    loaded = timm.create_model(f"local-dir:{place / 'converted'}", pretrained=True)
+    state = torch.load(place / "fcmae.pt", weights_only=True)["model"]
+    assert torch.equal(loaded.stages[0].blocks[0].conv_dw.weight, state["stages.0.0.dwconv.weight"])
+    assert read_json(place / "converted/export.json")["licence"] == "cc-by-nc-4.0"
+
+
+def test_int8_reports_the_accuracy_that_it_costs(place):
+    line = run("export", ["format=onnx", "precision=int8", "run_dir=run", "calibration_images=4", "threads=1"], place)
+    report = read_json(place / "run/export/export.json")
+    assert report["file"] == "model_int8.onnx" and report["images"] == 4
+    assert report["top1_loss"] == pytest.approx(report["top1_fp32"] - report["top1"]) and "top1_loss=" in line
+    assert report["top1_fp32"] == metrics(place, "run_dir=run", "weights=best", *ON_CPU)["top1"]
+    run("predict", ["weights=run/export/model_int8.onnx", "input=images", "output=found.csv"], place)
+    assert "A" in (place / "found.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["format=timm", "run_dir=run", "precision=fp16"], "precision: precision and dynamic_size are for format=onnx"),
+        (
+            ["format=onnx", "weights=fcmae.pt", "output=x", "precision=int8", *MODEL],
+            "precision: int8 is measured on a run",
+        ),
+        (
+            ["format=onnx", "weights=fcmae.pt", *MODEL],
+            "output: must be given where there is no run_dir; add output=FOLDER",
+        ),
+        (["format=onnx"], "run_dir: must be given for weights=best; add run_dir=RUN, or weights=FILE"),
+        (["format=onnx", "run_dir=run", *MODEL], "model: is for one weight file that is not ours"),
+    ],
+)
+def test_wrong_exports_are_refused(overrides, message, place):
+    with pytest.raises(ConfigError) as refused:
+        run("export", overrides, place)
+    assert refused.value.problems[0].startswith(message)
+
+
+# --- timm's weights
+
+
+def fill_cache(monkeypatch, folder, name, network):
+    """Put a network's weights into a cache of the hub, as a download would, and take the network away."""
+    repository = folder / f"hub/models--timm--{name}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs/main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    save_file(network.state_dict(), snapshot / "model.safetensors", metadata={"format": "pt"})
+    use_cache(monkeypatch, folder)
+
+
+def use_cache(monkeypatch, folder):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+TIMM = [
+    "model=timm",
+    *SHORT,
+    "augment=glyphs",
+    "augment.image_size_hw=[64,64]",
+    "data=image_folder",
+    "data.root=images",
+]
+
+
+@pytest.mark.parametrize("asks", ["model.pretrained=true", "init_from=timm"])
+def test_timms_weights_come_from_its_cache_with_their_preprocessing(asks, place, monkeypatch, tmp_path):
+    name = "test_resnet.r160_in1k"
+    network = vary_weights(timm.create_model("test_resnet"))
+    fill_cache(monkeypatch, tmp_path, name, network)
+    run("finetune", [*TIMM, f"model.name={name}", asks, "optim.lr=0", f"run_dir=timm_{asks.partition('=')[0]}"], place)
+    folder = place / f"timm_{asks.partition('=')[0]}"
+    config = timm.get_pretrained_cfg(name)
+    state, metadata = read_weights(folder / "weights/last_weights.safetensors", "w")
+    for key, value in network.state_dict().items():
+        if not key.startswith("fc.") and "running" not in key and "num_batches" not in key:
+            assert torch.equal(state[key], value), key
+    used = metadata["preprocessing"]
+    assert used["mean"] == list(config.mean) and used["eval_crop"] == config.crop_pct
+    assert used["interpolation"] == config.interpolation and used["image_size_hw"] == [64, 64]
+    assert metadata["origin"] == {"source": f"timm {name}", "layout": "timm", "licence": config.license}
+    text = (folder / "log.txt").read_text()
+    assert f"augment: taken over from timm's {name}: mean=" in text and "eval_crop=" in text
+    run("evaluate", [f"run_dir={folder.name}", *ON_CPU], place)  # rebuilds the network without the hub
+
+
+def test_dinov3s_convnext_goes_through_timm(place, monkeypatch, tmp_path):
+    name = "convnext_tiny.dinov3_lvd1689m"
+    network = timm.create_model(name, num_classes=0)
+    fill_cache(monkeypatch, tmp_path, name, network)
+    run("finetune", [*TIMM, f"model.name={name}", "model.pretrained=true", "optim.lr=0", "run_dir=dino"], place)
+    state, metadata = read_weights(place / "dino/weights/last_weights.safetensors", "w")
+    assert metadata["origin"]["licence"] == "dinov3-license" and metadata["preprocessing"]["eval_crop"] == 1.0
+    assert torch.equal(
+        state["stages.3.blocks.2.mlp.fc2.weight"], network.state_dict()["stages.3.blocks.2.mlp.fc2.weight"]
+    )
+
+
+def test_timms_network_is_measured_and_exported_by_its_name(place, monkeypatch, tmp_path):
+    name = "test_resnet.r160_in1k"
+    network = vary_weights(timm.create_model("test_resnet"))
+    fill_cache(monkeypatch, tmp_path, name, network)
+    run("export", ["format=onnx", "weights=timm", "model=timm", f"model.name={name}", "output=by_name"], place)
+    report = read_json(place / "by_name/export.json")
+    assert report["onnx_max_abs_diff"] < 1e-3 and report["licence"] == timm.get_pretrained_cfg(name).license
+    with pytest.raises(UserError, match=r"^weights: timm has a head of 1000 classes, and the collection has 2"):
+        run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *IMAGES[:2], *ON_CPU], place)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=test_resnet.r160_in1k", "init_from=timm"],
+         "init_from: timm's weights of test_resnet.r160_in1k are not in its cache and cannot be downloaded ("),
+        (["model.name=resnet10t.x", "model.pretrained=true"], "model.name: timm has no weights named "),
+        (["model.pretrained=true", "init_from=fcmae.pt"], "model.pretrained: true, and init_from names other weights"),
+        (["model=convnextv2_atto", "init_from=timm"], "init_from: timm gives weights to its own networks, not to "),
+    ],
+)  # fmt: skip
+def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path)
+    with pytest.raises(UserError) as refused:
+        run("finetune", [*TIMM, *overrides, "run_dir=refused"], place)
+    assert str(refused.value).startswith(message)
+    assert not (place / "refused").exists()
+
+
+def test_a_kept_head_may_be_timms(place, monkeypatch, tmp_path):
+    """Its classes are those of its pretraining; of another number they are refused."""
+    fill_cache(monkeypatch, tmp_path, "test_resnet.r160_in1k", timm.create_model("test_resnet"))
+    with pytest.raises(UserError, match=r"^task\.head: kept, but timm test_resnet\.r160_in1k has no head of these 2"):
+        run("finetune", [*TIMM, "model.name=test_resnet.r160_in1k", "model.pretrained=true", "task.head=kept",
+                         "run_dir=kept"], place)  # fmt: skip
+
+
+def test_small_networks_of_timm_take_one_channel(place, monkeypatch, tmp_path):
+    network = vary_weights(timm.create_model("test_resnet"))
+    fill_cache(monkeypatch, tmp_path, "test_resnet.r160_in1k", network)
+    config = TimmConfig(family="timm", name="test_resnet.r160_in1k", in_channels=1, drop_path_rate=None)
+    run("finetune", [*TIMM, f"model.name={config.name}", "model.in_channels=1", "model.pretrained=true", "optim.lr=0",
+                     "run_dir=grey"], place)  # fmt: skip
+    state, metadata = read_weights(place / "grey/weights/last_weights.safetensors", "w")
+    assert torch.allclose(state["conv1.0.weight"], network.conv1[0].weight.sum(dim=1, keepdim=True))
+    np.testing.assert_allclose(metadata["preprocessing"]["mean"], [np.mean(timm.get_pretrained_cfg(config.name).mean)])
