@@ -70,6 +70,8 @@ class EvaluateConfig(Strict):
 
 def open_task(config: EvaluateConfig) -> tuple[Path, Rebuilt]:
     """Return the folder of the results, and the task with the weights."""
+    if config.run_dir is not None:
+        read_run_config(Path(config.run_dir))  # refuses a folder that is no run
     if config.model is None:
         path = choose_weights(config.run_dir or "", config.weights)
         folder = Path(config.run_dir) if config.run_dir is not None else Path("outputs/evaluate") / path.stem

@@ -68,7 +68,14 @@ def build_bench_run(
     for name, changes in groups.items():
         file = CONF / name / f"{changes.pop('option')}.yaml"
         values[name] = yaml.safe_load(file.read_text()) | changes
-    rest = {"run_dir": None, "init_from": None, "resume": "never", "resume_allow": [], "dry_run": False}
+    rest = {
+        "run_dir": None,
+        "init_from": None,
+        "init_weights": "model",
+        "resume": "never",
+        "resume_allow": [],
+        "dry_run": False,
+    }
     config = TrainingConfig.model_validate({"seed": 0, **rest, "sweep": {"name": "bench"}, **values})
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)

@@ -7,6 +7,7 @@ Differs: a sample whose partner could not be read is not mixed.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,32 +32,46 @@ class Mixing:
         """Whether anything is ever mixed."""
         return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
-    def __call__(self, images: Tensor, labels: Tensor, weight: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and soft targets float32 [B, K].
-
-        images: float [B, C, H, W]; labels: int64 [B]; weight: [B], 0 where an image could not be read. Draws come from
-        torch's global CPU generator.
-        """
-        targets = F.one_hot(labels, num_classes).to(images.dtype)
+    def draw(self, height: int, width: int) -> "_Draw | None":
+        """Draw how a batch of images of this size is mixed, from torch's global CPU generator; None: not at all."""
         if torch.rand(()) >= self.probability:
-            return images, targets
+            return None
         cuts = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or bool(torch.rand(()) < self.switch_probability))
         alpha = self.cutmix_alpha if cuts else self.mixup_alpha
         share = float(torch.distributions.Beta(alpha, alpha).sample())
-        mixes = weight.flip(0) > 0
-        if cuts:
-            height, width = images.shape[-2:]
-            top, bottom, left, right = _draw_box(height, width, share)
-            share = 1.0 - (bottom - top) * (right - left) / (height * width)
+        if not cuts:
+            return _Draw(share, None)
+        top, bottom, left, right = box = _draw_box(height, width, share)
+        return _Draw(1.0 - (bottom - top) * (right - left) / (height * width), box)
+
+    def __call__(self, images: Tensor, labels: Tensor, weight: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Return mixed images [B, C, H, W] and soft targets float32 [B, K].
+
+        images: float [B, C, H, W]; labels: int64 [B]; weight: [B], 0 where an image could not be read.
+        """
+        targets = F.one_hot(labels, num_classes).to(images.dtype)
+        drawn = self.draw(*images.shape[-2:])
+        if drawn is None:
+            return images, targets
+        if drawn.box is None:
+            mixed = torch.lerp(images.flip(0), images, drawn.share)
+        else:
+            top, bottom, left, right = drawn.box
             mixed = images.clone(memory_format=torch.preserve_format)
             mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
-        else:
-            mixed = torch.lerp(images.flip(0), images, share)
+        mixes = weight.flip(0) > 0
         # The mixed images first: torch.where takes the memory format of its first argument.
         return (
             torch.where(mixes.view(-1, 1, 1, 1), mixed, images),
-            torch.where(mixes[:, None], torch.lerp(targets.flip(0), targets, share), targets),
+            torch.where(mixes[:, None], torch.lerp(targets.flip(0), targets, drawn.share), targets),
         )
+
+
+class _Draw(NamedTuple):
+    """The share of a sample itself, and the rectangle (top, bottom, left, right) that is its partner's, or None."""
+
+    share: float
+    box: tuple[int, int, int, int] | None
 
 
 def _draw_box(height: int, width: int, share: float) -> tuple[int, int, int, int]:

@@ -38,15 +38,15 @@ FUNCTIONS = {
     torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.cpu, torch.tensor, torch.as_tensor,
     torch.from_numpy,
 }  # fmt: skip
-# Where torchvision draws from the CPU's generator: those tensors are the host's own.
-HOST_DRAWS = {("_augment.py", "make_params"), ("_container.py", "forward")}
+# Where mixing draws from the CPU's generator: those tensors are the host's own.
+HOST_DRAWS = {("mixing.py", "draw")}
 
 
 def draws_on_host():
     frame = sys._getframe(1)
     while frame is not None:
         if (frame.f_code.co_filename.rpartition("/")[2], frame.f_code.co_name) in HOST_DRAWS:
-            return "torchvision" in frame.f_code.co_filename
+            return True
         if frame.f_code.co_filename.endswith("classification.py"):
             return False
         frame = frame.f_back

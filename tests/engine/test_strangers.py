@@ -46,11 +46,16 @@ RUNTIME = {
     "device": "cpu", "precision": "fp32", "channels_last": False, "workers": 0, "threads": 1, "deterministic": True,
     "hang_timeout_sec": 60.0,
 }  # fmt: skip
+WEIGHTS = {"weights": "best", "init_weights": "model", "model": None, "data": None, "augment": None}
+EXPORT = {
+    **WEIGHTS, "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32", "dynamic_size": False,
+    "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "licence": None, "workers": 0, "threads": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["multicrop", "flow", "tagging"])
 def test_evaluate_finds_what_the_run_found(task, place):
-    call(evaluate, place, run_dir=task, weights="best", output=f"{task}.json", batch_size=3, runtime=RUNTIME)
+    call(evaluate, place, run_dir=task, output=f"{task}.json", batch_size=3, runtime=RUNTIME, **WEIGHTS)
     found = json.loads((place / f"{task}.json").read_text())
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
     # What is exported is judged: the average where there is one of it, else the network itself.
@@ -113,7 +118,7 @@ def predictions(place, output, **values):
 
 def test_tags_and_features_are_exported_and_predicted(place):
     for task, output in (("tagging", "tags.csv"), ("multicrop", "features.jsonl")):
-        call(export, place, format="onnx", run_dir=task, weights="best", output=None, tolerance=1e-4)
+        call(export, place, run_dir=task, **EXPORT)
         found = [predictions(place, output, weights=weights) for weights in (task, f"{task}/export/model.onnx")]
         assert len(found[0]) == 4 and [row["path"] for row in found[0]] == [row["path"] for row in found[1]]
         if task == "tagging":
@@ -126,7 +131,7 @@ def test_tags_and_features_are_exported_and_predicted(place):
 
 def test_what_a_task_has_no_output_for_is_refused(place):
     with pytest.raises(UserError, match=r"^weights: flow/.* is of task 'flow', which has no output for one image"):
-        call(export, place, format="onnx", run_dir="flow", weights="best", output=None, tolerance=1e-4)
+        call(export, place, run_dir="flow", **EXPORT)
     with pytest.raises(UserError, match=r"^output: .* outputs features, which CSV does not hold; name a \.jsonl"):
         predictions(place, "features.csv", weights="multicrop")
 

@@ -70,19 +70,23 @@ def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
     """Quote the values of path keys so that Hydra takes them literally; quoted values stay as they are.
 
     In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it. A value in
-    brackets is a list of paths.
+    brackets with a comma is a list of paths.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") in PATH_KEYS:
-            if value.startswith("[") and value.endswith("]") and not Path(value).exists():
+            if _is_list(value):
                 quoted.append(f"{key}=[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]")
                 continue
             sweeps = multirun and not Path(value).exists() and not set("'\"") & set(value)
             argument = f"{key}={','.join(map(_quote, value.split(',') if sweeps else [value]))}"
         quoted.append(argument)
     return quoted
+
+
+def _is_list(value: str) -> bool:
+    return value.startswith("[") and value.endswith("]") and "," in value and not Path(value).exists()
 
 
 def order_arguments(arguments: list[str]) -> list[str]:

@@ -91,8 +91,12 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
 
 
 def test_every_key_that_names_a_path_is_quoted():
-    assert set(PATH_KEYS) == {"run_dir", "data.root", "init_from", "resume", "input", "output", "weights"}
+    assert set(PATH_KEYS) == {"run_dir", "data.root", "init_from", "resume", "input", "output", "weights", "source"}
     assert quote_paths([f"{key}=a b" for key in PATH_KEYS], multirun=False) == [f"{key}='a b'" for key in PATH_KEYS]
+
+
+def test_a_list_of_paths_is_a_list():
+    assert quote_paths(["weights=[best, a b/c,last]"], multirun=False) == ["weights=['best','a b/c','last']"]
 
 
 def test_what_is_quoted_or_null_stays():
