@@ -15,10 +15,12 @@ import torch
 from pydantic import Field, TypeAdapter, model_validator
 
 from data.config import AugmentConfig, DataConfig
-from data.image_data import load_collection
+from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
+from engine.runtime import Runtime
 from engine.tasks.foreign import ForeignSource, rebuild_foreign
+from engine.tasks.kinds import KINDS
 from engine.tasks.rebuild import Rebuilt, rebuild_task
 from models.config import ModelConfig
 from utils.config.entry_point import Job, entry_point
@@ -68,19 +70,23 @@ class EvaluateConfig(Strict):
         return self
 
 
-def open_task(config: EvaluateConfig) -> tuple[Path, Rebuilt]:
-    """Return the folder of the results, and the task with the weights."""
-    if config.run_dir is not None:
-        read_run_config(Path(config.run_dir))  # refuses a folder that is no run
-    if config.model is None:
-        path = choose_weights(config.run_dir or "", config.weights)
-        folder = Path(config.run_dir) if config.run_dir is not None else Path("outputs/evaluate") / path.stem
-        return folder, rebuild_task(path)
-    collection = load_collection(config.data)
-    names = sorted({*collection.class_names("train"), *collection.class_names("val")})
-    source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
-    name = config.model.name if config.weights == "timm" else Path(config.weights).stem
-    return Path("outputs/evaluate") / name, rebuild_foreign(source, names)
+def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, ImageData]:
+    """Return the folder of the results, the task with the weights, and the data."""
+    settings = {"batch_size": config.batch_size, "run_path": None}
+    if config.model is not None:
+        kind = KINDS["classification"]
+        data = kind.open_data(config.data, config.model, runtime, seed=0, **settings)
+        names = {name for split in ("train", "val") for name in data.collection.class_names(split)}
+        source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
+        place = config.model.name if config.weights == "timm" else Path(config.weights).stem
+        return Path("outputs/evaluate") / place, rebuild_foreign(source, sorted(names)), data
+    saved = None if config.run_dir is None else read_run_config(Path(config.run_dir))
+    path = choose_weights(config.run_dir or "", config.weights)
+    folder = Path("outputs/evaluate") / path.stem if config.run_dir is None else Path(config.run_dir)
+    rebuilt = rebuild_task(path)
+    chosen = config.data or TypeAdapter(DataConfig).validate_python(saved["data"])
+    seed = 0 if saved is None else saved["seed"]
+    return folder, rebuilt, rebuilt.kind.open_data(chosen, rebuilt.setup.model, runtime, seed=seed, **settings)
 
 
 @entry_point("evaluate", EvaluateConfig)
@@ -89,21 +95,15 @@ def main(config: EvaluateConfig, job: Job) -> str:
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime = start_machine(config.runtime)
 
-    # --------------------------------------------------------------------------------- 2. The task with those weights
-    folder, rebuilt = open_task(config)
+    # --------------------------------------------------------------------- 2. The task with those weights, and the data
+    folder, rebuilt, data = open_task(config, runtime)
     task = rebuilt.task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
 
-    # ----------------------------------------------------------------------------------------------------- 3. The data
-    saved = {"seed": 0} if config.run_dir is None else read_run_config(folder)
-    data = rebuilt.kind.open_data(
-        config.data or TypeAdapter(DataConfig).validate_python(saved["data"]), rebuilt.setup.model, runtime,
-        seed=saved["seed"], batch_size=config.batch_size, run_path=None,
-    )  # fmt: skip
     loaders = rebuilt.kind.evaluation(data, rebuilt.setup, training=False)
 
-    # ------------------------------------------------------------------------------------------------- 4. The result
+    # ------------------------------------------------------------------------------------------------- 3. The result
     step = rebuilt.metadata["step"]
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}

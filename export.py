@@ -11,23 +11,29 @@ docs/weights.md has each format, what it can hold, and how it is loaded.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
-from torch import nn
 
 from data.config import AugmentConfig, DataConfig
 from engine.config import MachineConfig
 from engine.run import start_machine
-from engine.tasks.exporting import averaged, measure_loss, open_other, open_own, read_images, without_head
+from engine.tasks.exporting import (
+    Opened,
+    averaged,
+    measure_loss,
+    open_other,
+    open_own,
+    read_images,
+    without_head,
+)  # fmt: skip
 from engine.tasks.foreign import ForeignSource
-from engine.tasks.rebuild import rebuild_task
 from models.config import ModelConfig
 from models.export.model_card import licence_of
 from models.export.onnx_file import FILES, OnnxSettings, export_onnx, open_session
 from models.export.targets import TARGETS, export_folder
-from models.image_model import ImageModel
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.io.files import output_errors, write_json
@@ -101,36 +107,32 @@ class ExportConfig(Strict):
 
 
 @contextmanager
-def open_weights(config: ExportConfig) -> Iterator[tuple[ImageModel, nn.Module, dict[str, Any], Path | None]]:
-    """Yield the model, the whole network of the file, its metadata, and the file where it is ours."""
+def open_weights(config: ExportConfig) -> Iterator[Opened]:
+    """Yield what is exported."""
     if config.model is not None:
-        source = ForeignSource(config.names()[0], config.model, config.augment, config.init_weights)
-        yield *open_other(source), None
+        yield open_other(ForeignSource(config.names()[0], config.model, config.augment, config.init_weights))
         return
     with averaged([choose_weights(config.run_dir or "", name) for name in config.names()]) as path:
-        yield *open_own(path), path
+        yield open_own(path)
 
 
-def export_to_onnx(
-    config: ExportConfig, model: ImageModel, metadata: dict[str, Any], path: Path | None, folder: Path
-) -> dict[str, Any]:
+def export_to_onnx(config: ExportConfig, opened: Opened, folder: Path) -> dict[str, Any]:
     """Write the ONNX file and return its report."""
     tolerance = _TOLERANCES[config.precision] if config.tolerance is None else config.tolerance
-    settings = {"precision": config.precision, "dynamic_size": config.dynamic_size, "tolerance": tolerance}
-    file = folder / FILES[config.precision]
+    settings = OnnxSettings(config.precision, config.dynamic_size, tolerance)
+    model, file = opened.model, folder / FILES[config.precision]
     if config.precision != "int8":
-        difference = export_onnx(model, metadata, file, OnnxSettings(**settings))
-        return {"file": file.name, "onnx_max_abs_diff": difference}
-    assert path is not None and config.run_dir is not None
-    rebuilt, saved = rebuild_task(path), read_run_config(Path(config.run_dir))
-    data = rebuilt.kind.open_data(
-        config.data or TypeAdapter(DataConfig).validate_python(saved["data"]), rebuilt.setup.model,
+        return {"file": file.name, "onnx_max_abs_diff": export_onnx(model, opened.metadata, file, settings)}
+    assert opened.rebuilt is not None and config.run_dir is not None
+    kind, setup, saved = opened.rebuilt.kind, opened.rebuilt.setup, read_run_config(Path(config.run_dir))
+    data = kind.open_data(
+        config.data or TypeAdapter(DataConfig).validate_python(saved["data"]), setup.model,
         start_machine(config.machine()), seed=saved["seed"], batch_size=config.batch_size, run_path=None,
     )  # fmt: skip
-    samples = rebuilt.kind.calibration(data, rebuilt.setup, config.calibration_images)
-    calibration = read_images(samples, config.calibration_images)
-    difference = export_onnx(model, metadata, file, OnnxSettings(**settings, calibration=calibration))
-    loss = measure_loss(model, open_session(file), rebuilt.kind.evaluation(data, rebuilt.setup, training=False)["val"])
+    count = config.calibration_images
+    settings = replace(settings, calibration=read_images(kind.calibration(data, setup, count), count))
+    difference = export_onnx(model, opened.metadata, file, settings)
+    loss = measure_loss(model, open_session(file), kind.evaluation(data, setup, training=False)["val"])
     return {"file": file.name, "onnx_max_abs_diff": difference, **loss}
 
 
@@ -138,23 +140,23 @@ def export_to_onnx(
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
-    with open_weights(config) as (model, whole, metadata, path):
-        if config.licence is not None:
-            metadata = {**metadata, "origin": {**(metadata.get("origin") or {}), "licence": config.licence}}
+    with open_weights(config) as opened:
+        opened = opened.with_licence(config.licence)
         if config.backbone_only:
-            model, metadata = without_head(model, metadata)
-            whole = model.network
+            opened = without_head(opened)
 
         # -------------------------------------------------------------------------------------------- 2. The files
         inside = "export" if config.format == "onnx" else f"export/{config.format}"
         folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
         with output_errors("output", folder):
             if config.format == "onnx":
-                report = export_to_onnx(config, model, metadata, path, folder)
+                report = export_to_onnx(config, opened, folder)
             else:
-                tolerance = 1e-3 if config.tolerance is None else config.tolerance
-                report = export_folder(TARGETS[config.format], model, whole, metadata, folder, tolerance)
-            report |= {"step": metadata["step"], "licence": licence_of(metadata)}
+                tolerance = _TOLERANCES["fp32"] if config.tolerance is None else config.tolerance
+                target = TARGETS[config.format]
+                network = opened.whole if target.holds_decoder else opened.model.network
+                report = export_folder(target, network, opened.metadata, folder, tolerance)
+            report |= {"step": opened.metadata["step"], "licence": licence_of(opened.metadata)}
             write_json(folder / "export.json", report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     log.info("wrote %s (licence of the source weights: %s)  %s", folder / report["file"], report["licence"], line)

@@ -15,9 +15,12 @@ given; its figures mean nothing.
 | timm_resnet18 | timm's script with resnet18 |
 
 All arms see grey images of 64 px, the same crops and mirror, label smoothing 0.1, and are judged by their last weights.
+timm's stem of stride 2 is followed by one more halving than ours (its first stage then halves the map), so with equal
+depths and widths its network has a quarter of the sites and of the arithmetic.
 What is counted is the time of the training steps, with reading and augmenting their images; starting, compiling (the
-first ten steps) and evaluating are not, on either side. Each arm's milliseconds per step are found by a short run
-first, then by its run of the seed before. From these follow the steps of a run. Seconds really used are in the JSON.
+first ten steps) and evaluating are not, on either side. Ours run eager: 278 images/s against 235 to 252 compiled. Each
+arm's milliseconds per step are found by a short run first, then by its run of the seed before. From these follow the
+steps of a run. Seconds really used are in the JSON.
 
 timm's arms: AdamW (fused), cosine per update with a warm-up of a tenth, batches of 64, clipping at 1, bf16, one loader
 process. ConvNeXt V2 is compiled and in channels_last. timm counts in whole epochs, so the run is cut into ten "epochs"
@@ -112,7 +115,7 @@ class OurTraining:
         command = [
             sys.executable, self.script, f"experiment=fashion_mnist/{self.kind}", f"run_dir={folder}", f"seed={seed}",
             f"data.root={self.settings.root}", f"loop.total_steps={steps}", f"schedule.warmup_steps={steps // 10}",
-            f"loop.log_every_steps={WINDOW}", f"runtime.compile={str(not self.settings.quick).lower()}",
+            f"loop.log_every_steps={WINDOW}", "runtime.compile=false",
             *(f"model.{key}={self.settings.model[key]}".replace(" ", "") for key in SIZES),
         ]  # fmt: skip
         run_command([*command, *([f"init_from={init_from}"] if init_from else [])], folder.with_suffix(".log"))

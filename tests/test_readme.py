@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from bench import demo
+from bench.measure import read_group
+from models.build import build_network
+from models.config import ModelConfig
 from tests.support import ROOT, make_collection, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +47,13 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
     assert scripts == {"prepare.py", "pretrain_fcmae.py", "finetune.py", "evaluate.py", "export.py", "predict.py"}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == set(MAKE)
-    assert len(COMMANDS) == 21
+    assert len(COMMANDS) == 24
+
+
+def make_released_file(path, num_classes):
+    """Write an atto as the released files are laid out."""
+    config = read_group(ModelConfig, "model", "convnextv2_atto", head_init_scale=1.0)
+    torch.save({"model": build_network(config, num_classes).state_dict()}, path)
 
 
 @pytest.mark.slow
@@ -55,6 +65,8 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
             arguments += SHORT
         if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
             arguments.append("run_dir=RUN")
+        if "weights=FILE" in arguments:
+            make_released_file(folder / "FILE", sum(path.is_dir() for path in (folder / "PATH/train").iterdir()))
         if script == "predict.py":
             few = folder / "few"
             few.mkdir()
@@ -63,6 +75,9 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
             arguments = [f"input={few}" if text.startswith("input=") else text for text in arguments]
         run(script, arguments, folder)
     assert (folder / "outputs/first/finetune/export/model.onnx").exists()
+    assert (folder / "outputs/evaluate/FILE/metrics.json").exists()
+    assert (folder / "outputs/first/timm/model.safetensors").exists()
+    assert (folder / "outputs/first/finetune/export/transformers/preprocessor_config.json").exists()
     assert len((folder / "outputs/first/predictions.csv").read_text().splitlines()) > 10
     assert (folder / "PATH/manifest.parquet").exists()
     assert len(list((folder / "outputs/sweeps/rates").iterdir())) == 2

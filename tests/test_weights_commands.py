@@ -76,6 +76,14 @@ def test_results_without_a_run_lie_below_outputs(place):
     assert (folder / "plots/evaluate_confusion.png").is_file() and (folder / "tables/evaluate_classes.csv").is_file()
 
 
+def test_a_validation_split_alone_is_enough(place):
+    """Somebody who checks a published figure may have no training images."""
+    (place / "only").mkdir()
+    (place / "only/val").symlink_to(place / "images/val")
+    file = "weights=run/weights/best_weights.safetensors"
+    assert metrics(place, file, "data=image_folder", "data.root=only", *ON_CPU)["samples"] == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

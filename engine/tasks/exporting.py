@@ -4,14 +4,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine.tasks.foreign import ForeignSource, open_foreign
-from engine.tasks.rebuild import rebuild_task
+from engine.tasks.rebuild import Rebuilt, rebuild_task
 from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.fcmae import FCMAE
@@ -59,11 +59,26 @@ def averaged(paths: Sequence[Path]) -> Iterator[Path]:
         yield path
 
 
-def open_own(path: Path) -> tuple[ImageModel, nn.Module, dict[str, Any]]:
-    """Return a file's model, the whole network that the file holds (an FCMAE with its decoder), and its metadata.
-
-    Raises UserError (`weights`) where the task makes nothing of one image.
+class Opened(NamedTuple):
+    """What is exported: the model; the whole network of its file (an FCMAE with its decoder, say); metadata of a weight
+    file, with `output`; and the task, where the file is ours.
     """
+
+    model: ImageModel
+    whole: nn.Module
+    metadata: dict[str, Any]
+    rebuilt: Rebuilt | None = None
+
+    def with_licence(self, licence: str | None) -> Self:
+        """Return the same with a licence of the source weights; None leaves what is known of it."""
+        if licence is None:
+            return self
+        origin = {**(self.metadata.get("origin") or {}), "licence": licence}
+        return self._replace(metadata={**self.metadata, "origin": origin})
+
+
+def open_own(path: Path) -> Opened:
+    """Open a weight file of ours. Raises UserError (`weights`) where the task has no output for one image."""
     rebuilt = rebuild_task(path)
     if rebuilt.kind.output is None:
         name = rebuilt.metadata["task"]["name"]
@@ -71,17 +86,18 @@ def open_own(path: Path) -> tuple[ImageModel, nn.Module, dict[str, Any]]:
     whole = getattr(rebuilt.task, "network", None)
     model = rebuilt.image_model()
     metadata = {**rebuilt.metadata, "output": rebuilt.kind.output}
-    return model, whole if isinstance(whole, FCMAE) else model.network, metadata
+    return Opened(model, whole if isinstance(whole, FCMAE) else model.network, metadata, rebuilt)
 
 
-def open_other(source: ForeignSource) -> tuple[ImageModel, nn.Module, dict[str, Any]]:
-    """Return the same of a file that is not ours."""
+def open_other(source: ForeignSource) -> Opened:
+    """Open a weight file that is not ours."""
     model, metadata = open_foreign(source)
-    return model, model.network, metadata
+    return Opened(model, model.network, metadata)
 
 
-def without_head(model: ImageModel, metadata: dict[str, Any]) -> tuple[ImageModel, dict[str, Any]]:
+def without_head(opened: Opened) -> Opened:
     """Return the backbone: the network without head and final norm, whose output is the mean of the last map."""
+    model, metadata = opened.model, opened.metadata
     network = model.network
     if hasattr(network, "reset_classifier"):
         network.reset_classifier(0)
@@ -90,7 +106,8 @@ def without_head(model: ImageModel, metadata: dict[str, Any]) -> tuple[ImageMode
         load_into(backbone, network.state_dict(), keep_head=False)
         network = backbone
     kept = {key: value for key, value in metadata.items() if key not in ("class_names", "tag_names")}
-    return ImageModel(network, model.normalise, "features").eval(), {**kept, "output": "features"}
+    backbone = ImageModel(network, model.normalise, "features").eval()
+    return Opened(backbone, network, {**kept, "output": "features"})
 
 
 def read_images(loader: Iterable[Batch], count: int) -> Iterator[np.ndarray]:

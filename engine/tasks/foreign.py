@@ -40,7 +40,11 @@ _TASK = ClassificationTaskConfig(
 
 
 class ForeignSource(NamedTuple):
-    """A file, a folder or `timm`; the network and preprocessing that it is said to be of; and which of its weights."""
+    """Weights that say nothing about themselves.
+
+    weights: a file, a folder or `timm`. model, augment: network and preprocessing, as the user states them. which: of a
+    torch checkpoint, the weights or their average.
+    """
 
     weights: str
     model: ModelConfig
@@ -157,8 +161,8 @@ def names_beside(path: Path, count: int) -> list[str]:
     if path.name not in ("model.safetensors", "pytorch_model.bin") or not file.is_file():
         return []
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        names = config.get("label_names") or [config["id2label"][str(index)] for index in range(count)]
+        stated = json.loads(file.read_text(encoding="utf-8"))
+        names = stated.get("label_names") or [stated["id2label"][str(index)] for index in range(count)]
         return [str(name) for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []

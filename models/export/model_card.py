@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.predictor import NAME_KEYS
+
 _UNKNOWN = "unknown"
 
 
@@ -11,6 +13,11 @@ def licence_of(metadata: Mapping[str, Any]) -> str:
     """Return the licence of the weights that a model began with; `unknown` where nothing states one."""
     origin = metadata.get("origin") or {}
     return origin.get("licence") or _UNKNOWN
+
+
+def label_names(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the names of a head's outputs, classes or tags; none for a backbone."""
+    return list(metadata.get(NAME_KEYS.get(metadata["output"], ""), ()))
 
 
 def write_card(folder: Path, title: str, usage: str, metadata: Mapping[str, Any]) -> None:

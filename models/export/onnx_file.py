@@ -67,7 +67,7 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, sett
         proto = _trace(rewritten, samples[-1], settings.dynamic_size)
         if settings.precision == "fp16":
             proto = to_fp16(proto, rewritten)
-        in_grn = [node.name for node in nodes_of(proto, rewritten, (ChannelScale,))]
+        in_grn = [node.name for node in nodes_of(proto, rewritten, lambda module: isinstance(module, ChannelScale))]
         _clean(proto, metadata, model)
         onnx.checker.check_model(proto)
         onnx.save(proto, temporary)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +34,18 @@ def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
     (facebookresearch/ConvNeXt-V2 issue 66). Inputs and outputs stay float32. Raises UserError (`precision`) for a graph
     with branches or loops.
     """
-    wide = {node.name for node in nodes_of(proto, model, (*_WIDE_MODULES,))}
+    wide = {node.name for node in nodes_of(proto, model, _is_wide)}
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     return _Fp16Graph(graph, wide).convert(proto)
 
 
-def nodes_of(proto: onnx.ModelProto, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[onnx.NodeProto]:
-    """Return the nodes that were traced in modules of some kinds, or of timm's norms."""
-    modules = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) or (kinds == _WIDE_MODULES and type(module).__name__ in _WIDE_NAMES)
-    }
+def _is_wide(module: nn.Module) -> bool:
+    return isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES
+
+
+def nodes_of(proto: onnx.ModelProto, model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[onnx.NodeProto]:
+    """Return the nodes that were traced in the modules that are chosen."""
+    modules = {name for name, module in model.named_modules() if chosen(module)}
     return [node for node in proto.graph.node if modules & set(_scopes(node))]
 
 

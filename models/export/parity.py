@@ -58,8 +58,8 @@ def check_conversion(
 ) -> None:
     """Convert a copy with varied weights into a scratch folder, load it as its users do, and compare.
 
-    convert: writes a network's files into a folder. load: the target's own network from such a folder. outputs: what of
-    our network is compared. Raises UserError (`tolerance`) where they differ by more.
+    convert: writes a network's files into a folder. load: returns the target's own network from such a folder. outputs:
+    the function of our network that is compared. Raises UserError (`tolerance`) where they differ by more.
     """
     varied = vary_weights(network)
     wanted = outputs(varied)(images)

@@ -25,7 +25,6 @@ from models.export.parity import Outputs, check_conversion, difference, draw_ima
 from models.export.timm_folder import check_timm, load_timm_folder, write_timm
 from models.export.transformers_folder import check_transformers, load_transformers_folder, write_transformers
 from models.fcmae import FCMAE
-from models.image_model import ImageModel
 from models.weights.fit import load_into
 from utils.io.weights import read_weights, write_weights
 
@@ -35,12 +34,18 @@ _SAFETENSORS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Target:
-    """A format. check: raises UserError (`format`) for what it cannot express. load: None where ours loads it."""
+    """A format.
+
+    check: raises UserError (`format`) for what it cannot express. load: None where our network loads it. holds_decoder:
+    it takes an FCMAE whole. of_encoder: the last map is compared, not logits.
+    """
 
     file: str
     check: Callable[[nn.Module, Metadata], None]
     write: Callable[[nn.Module, Metadata, Path], None]
     load: Callable[[Path], Outputs] | None
+    holds_decoder: bool = False
+    of_encoder: bool = False
 
 
 def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> None:
@@ -52,29 +57,33 @@ TARGETS = {
     "timm": Target("model.safetensors", lambda network, _: check_timm(network), write_timm, load_timm_folder),
     "transformers": Target("model.safetensors", check_transformers, write_transformers, load_transformers_folder),
     "official": Target(FILE, lambda network, _: check_official(network, "official"), write_official, load_official),
-    "minkowski": Target(FILE, lambda network, _: check_official(network, "minkowski"), write_minkowski, load_official),
-    "safetensors": Target(_SAFETENSORS, lambda network, _: None, write_safetensors, None),
+    "minkowski": Target(
+        FILE,
+        lambda network, _: check_official(network, "minkowski"),
+        write_minkowski,
+        load_official,
+        holds_decoder=True,
+        of_encoder=True,
+    ),
+    "safetensors": Target(_SAFETENSORS, lambda network, _: None, write_safetensors, None, holds_decoder=True),
 }
 
 
 def export_folder(
-    target: Target, model: ImageModel, whole: nn.Module, metadata: Metadata, folder: Path, tolerance: float
+    target: Target, network: nn.Module, metadata: Metadata, folder: Path, tolerance: float
 ) -> dict[str, Any]:
     """Write a format's files into a folder, after comparing them; returns the report.
 
-    whole: the network that a file of ours holds, an FCMAE with its decoder, say; the layouts that have a decoder take
-    it. Raises UserError (`format`, `tolerance`); then nothing is written and older files stay.
+    Raises UserError (`format`, `tolerance`); then nothing is written and older files stay.
     """
-    holds_decoder = target.write in (write_minkowski, write_safetensors)
-    network = whole if holds_decoder else model.network
     target.check(network, metadata)
     preprocessing = metadata["preprocessing"]
     images = draw_images(preprocessing["channels"], tuple(preprocessing["image_size_hw"]))
+    compares_maps = target.of_encoder or metadata["output"] == "features"
 
     def outputs(one: nn.Module) -> Outputs:
         encoder = one.encoder if isinstance(one, FCMAE) else one
-        is_map = model.output == "features" or target.write is write_minkowski
-        return encoder.forward_features if is_map and hasattr(encoder, "forward_features") else encoder
+        return encoder.forward_features if compares_maps and hasattr(encoder, "forward_features") else encoder
 
     def load(place: Path) -> Outputs:
         return outputs(_reload(network, place)) if target.load is None else target.load(place)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.export.geometry import Geometry, official_state, read_geometry, refuse_stages, refuse_stem
-from models.export.model_card import licence_of, write_card
+from models.export.model_card import label_names, licence_of, write_card
 from models.export.parity import Outputs
 from models.weights.initialise import to_timm
 from utils.io.weights import write_tensors
@@ -56,8 +56,8 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
         config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
         names = {"first_conv": "stem.0", "classifier": "head.fc"}
     config["num_classes"] = classes
-    if metadata.get("class_names"):
-        config["label_names"] = metadata["class_names"]
+    if label_names(metadata):
+        config["label_names"] = label_names(metadata)
     licence = licence_of(metadata)
     config["pretrained_cfg"] = {**_preprocessing(metadata["preprocessing"]), **names, "num_classes": classes,
                                 "license": licence, "custom_load": False, "fixed_input_size": False}  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models.export.geometry import official_state, read_geometry, refuse_stem
-from models.export.model_card import licence_of, write_card
+from models.export.model_card import label_names, licence_of, write_card
 from models.export.parity import Outputs
 from models.weights.names import translate
 from utils.errors import UserError
@@ -35,7 +35,7 @@ def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: 
     disable_progress_bar()
     official = official_state(network, "transformers")
     geometry = read_geometry(official)
-    names = list(metadata.get("class_names") or ())
+    names = label_names(metadata)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     config = ConvNextV2Config(
         num_channels=geometry.in_channels,
@@ -48,6 +48,8 @@ def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: 
         **(labels if len(labels["label2id"]) == len(names) and names else {"num_labels": geometry.num_classes or 2}),
     )
     config.license = licence_of(metadata)
+    if metadata["output"] == "tags":
+        config.problem_type = "multi_label_classification"
     state = translate(official, "official", "transformers")
     with torch.random.fork_rng(devices=[]):
         theirs = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)

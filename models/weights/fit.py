@@ -42,7 +42,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
 
 
 def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
-    """Return what of a state goes into a network; the state's tensors may be on the meta device.
+    """Return which tensors of a state a network takes; they may be on the meta device.
 
     state: of a network of this kind; or of an FCMAE, of which a classifier takes the encoder; or of an encoder or a
     classifier, of which an FCMAE takes the encoder and keeps its decoder. The head stays at its initial values if

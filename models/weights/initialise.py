@@ -98,7 +98,7 @@ def _without_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _report_adapted(state: Mapping[str, Tensor], fit: Fit) -> None:
     """Log a first convolution that was given another number of input channels."""
     for name, tensor in fit.given.items():
-        old = state.get(name, tensor)
+        old = state.get(name, state.get(name.removeprefix("encoder."), tensor))
         if old.ndim == 4 and old.shape[1] != tensor.shape[1]:
             log.warning(
                 "init_from: %s takes %d channels instead of %d: its weights are %s (docs/weights.md)",

@@ -1,7 +1,8 @@
 """The names of a ConvNeXt V2's tensors in each layout, as templates that translate in both directions.
 
-A network has parts (stem, blocks, head); each layout has its own name for a part. `{s}` stands for a stage and `{b}`
-for a block. Tensors are equal in all layouts, but for the shapes of GRN and of pointwise layers (`reshape_for`).
+A network consists of a stem, blocks and a head, and each layout names these parts differently. `{s}` is the number of
+a stage and `{b}` that of a block. The tensors are the same, but GRN and pointwise layers differ in shape
+(`reshape_for`).
 
 Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py (`official`), huggingface/pytorch-image-models:
 timm/models/convnext.py, huggingface/transformers:models/convnextv2, open-mmlab/mmpretrain:models/backbones/convnext.py.

@@ -45,7 +45,7 @@ def _stated_beside(path: Path) -> Any:
     if path.name not in ("model.safetensors", "pytorch_model.bin") or not file.is_file():
         return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return config.get("license") or config["pretrained_cfg"]["license"]
+        stated = json.loads(file.read_text(encoding="utf-8"))
+        return stated.get("license") or stated["pretrained_cfg"]["license"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

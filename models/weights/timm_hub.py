@@ -19,17 +19,17 @@ def load_timm(network: nn.Module, *, keep_head: bool) -> tuple[Fit, dict[str, An
     """
     import timm
 
-    config = getattr(network, "pretrained_cfg", None)
-    if not config:
+    stated = getattr(network, "pretrained_cfg", None)
+    if not stated:
         raise UserError(
             f"init_from: timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
             "model.name=NAME, or give a weight file"
         )
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-    if not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
-        tags = ", ".join(timm.list_pretrained(f"{config['architecture']}.*")[:8]) or "none"
+    name = stated["architecture"] + (f".{stated['tag']}" if stated.get("tag") else "")
+    if not (stated.get("url") or stated.get("hf_hub_id") or stated.get("file")):
+        tags = ", ".join(timm.list_pretrained(f"{stated['architecture']}.*")[:8]) or "none"
         raise UserError(f"init_from: timm has no weights for {name}; with weights: {tags}")
-    settings = {"num_classes": network.num_classes, "in_chans": network.get_parameter(_stem(config)).shape[1]}
+    settings = {"num_classes": network.num_classes, "in_chans": _count_channels(network, stated)}
     try:
         with torch.random.fork_rng(devices=[]):
             loaded = timm.create_model(name, pretrained=True, **settings)
@@ -40,13 +40,15 @@ def load_timm(network: nn.Module, *, keep_head: bool) -> tuple[Fit, dict[str, An
             f"timm.create_model('{name}', pretrained=True) where there is a network and copy the cache (HF_HOME), or "
             "give the file: init_from=PATH"
         ) from None
-    keeps = keep_head and config.get("num_classes") == network.num_classes
+    keeps = keep_head and stated.get("num_classes") == network.num_classes
     fit = load_into(network, loaded.state_dict(), keep_head=keeps)
-    licence = config.get("license")
+    licence = stated.get("license")
     log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
     return fit, {"source": f"timm {name}", "layout": "timm", "licence": licence}
 
 
-def _stem(config: dict[str, Any]) -> str:
-    first = config["first_conv"]
-    return f"{first if isinstance(first, str) else first[0]}.weight"
+def _count_channels(network: nn.Module, stated: dict[str, Any]) -> int:
+    """Return the input channels of a network: those of its first convolution, 3 where timm names none."""
+    first = stated.get("first_conv") or ()
+    names = (first,) if isinstance(first, str) else first
+    return network.get_parameter(f"{names[0]}.weight").shape[1] if names else 3

@@ -169,6 +169,22 @@ def test_samples_do_not_change_with_stray_draws_from_global_random_state(folder,
     assert fingerprints(take(train_loader(folder, workers=workers), 3, between=stray)) == expected
 
 
+PUBLISHED = {"rand_augment": "rand-m9-n3-p1-mstd0.5-inc1", "random_erasing": 0.5, "erasing_noise": "normal"}
+
+
+@pytest.mark.parametrize("workers, micro", [(0, 8), (1, 32), (3, 8)])
+def test_the_published_augmentation_does_not_change_with_workers_or_stray_draws(folder, workers, micro):
+    """timm's policy draws from the generators of Python and NumPy, which belong to the process."""
+    wanted = fingerprints(take(train_loader(folder, **PUBLISHED), 2))
+    assert wanted != fingerprints(take(train_loader(folder), 2))
+
+    def stray():
+        random.seed(workers), np.random.seed(micro)
+
+    stray()
+    assert fingerprints(take(train_loader(folder, workers=workers, **PUBLISHED), 2, micro, between=stray)) == wanted
+
+
 @pytest.mark.parametrize("start_step", [1, 2])
 def test_a_start_at_any_step_reads_the_same_samples(folder, expected, start_step):
     found = fingerprints(take(train_loader(folder), 3 - start_step, 8, start_step))

@@ -129,6 +129,12 @@ def test_tags_and_features_are_exported_and_predicted(place):
             torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
 
 
+def test_tags_go_to_transformers_with_their_names(place):
+    call(export, place, run_dir="tagging", **{**EXPORT, "format": "transformers"})
+    config = json.loads((place / "tagging/export/transformers/config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification" and config["id2label"]["7"].startswith("tag ")
+
+
 def test_what_a_task_has_no_output_for_is_refused(place):
     with pytest.raises(UserError, match=r"^weights: flow/.* is of task 'flow', which has no output for one image"):
         call(export, place, run_dir="flow", **EXPORT)

@@ -75,7 +75,7 @@ def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):
 
 
 def export(form, model, metadata, folder, whole=None):
-    return export_folder(TARGETS[form], model, whole or model.network, metadata, folder, 1e-4)
+    return export_folder(TARGETS[form], whole or model.network, metadata, folder, 1e-4)
 
 
 def normalised(model, count=3, size=(64, 64)):
