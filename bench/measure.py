@@ -106,15 +106,25 @@ def time_ms(turn: Callable[[], None], device: torch.device) -> float:
 
 
 def take_turns(
-    sides: dict[str, Callable[[], None]], *, steps: int, warmup: int, turns: int, device: torch.device
+    sides: dict[str, Callable[[], None]],
+    *,
+    steps: int,
+    warmup: int,
+    turns: int,
+    device: torch.device,
+    pause_sec: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Return milliseconds per step of each side and turn; a call makes `steps` steps, `warmup` counts calls."""
+    """Return milliseconds per step of each side and turn; a call makes `steps` steps, `warmup` counts calls.
+
+    pause_sec: before each turn, for sides with thread pools of their own: idle threads spin for a while.
+    """
     for turn in sides.values():
         for _ in range(warmup):
             time_ms(turn, device)
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):
         for name, turn in sides.items():
+            time.sleep(pause_sec)
             found[name].append(time_ms(turn, device) / steps)
     return found
 

@@ -50,7 +50,7 @@ def eager_turn(model, images):
 
 
 def repeat(turn, steps):
-    """Return a function that runs a batch several times: the threads of the side before it need time to sleep."""
+    """Return a function that runs a batch several times."""
 
     def run():
         for _ in range(steps):
@@ -73,7 +73,7 @@ def measure(name, batch_size, session, model, *, quick):
         sides["compiled"] = eager_turn(torch.compile(model), channels_last)
     steps, turns = (1, 2) if quick else (20 if batch_size == 1 else 3, 7)
     turns_of = {side: repeat(turn, steps) for side, turn in sides.items()}
-    found = take_turns(turns_of, steps=steps, warmup=1, turns=turns, device=CPU)
+    found = take_turns(turns_of, steps=steps, warmup=1, turns=turns, device=CPU, pause_sec=0.3)
     medians = {side: round(statistics.median(values), 2) for side, values in found.items()}
     best = min(("eager", "eager channels_last"), key=medians.__getitem__)
     row = row_of(f"{name}, 224 px, batch {batch_size}", found, "onnxruntime", best)
