@@ -22,3 +22,12 @@ def test_the_pretraining_bench_prints_its_rows():
     done = command("python", "bench/pretrain_step.py", "atto", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('"share_of_bound"') == 1
+
+
+def test_the_fashion_mnist_bench_runs_on_images_of_noise():
+    """Its own arms, through prepare.py, pretraining and fine-tuning; timm's script is not at hand here."""
+    done = command("python", "bench/fashion_mnist.py", "quick", timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    head, *rows, path = done.stdout.splitlines()
+    assert head.startswith("arm") and [row.split()[0] for row in rows] == ["pretrained", "scratch"]
+    assert path == "outputs/bench/quick/fashion_mnist.json"
