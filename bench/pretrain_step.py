@@ -16,30 +16,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import compare, report, runtime_of
+from bench.measure import compare, read_group, report, runtime_of
 from engine.step import LossScale, train_step
-from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig
+from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.fcmae import draw_mask
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH = {"cpu": {"atto": 8, "tiny": 4, "base": 2}, "cuda": {"atto": 256, "tiny": 128, "base": 64}}
 SETTINGS = {"eager fp32": ("fp32", False), "compiled bf16": ("bf16", True)}
 
 
 def make_task(size, execution, device):
     """Return the task with the weights of seed 0."""
-    model = ConvNeXtV2Config(**yaml.safe_load((ROOT / f"conf/model/convnextv2_{size}.yaml").read_text()))
-    config = FCMAETaskConfig(
-        name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=512, decoder_depth=1, norm_pix_loss=True,
-        execution=execution, grn_over="sample",
-        probe=ProbeConfig(every_epochs=None, train_images=1, val_images=1, k=1),
-    )  # fmt: skip
+    model = read_group(ConvNeXtV2Config, "model", f"convnextv2_{size}")
+    config = read_group(FCMAETaskConfig, "task", "fcmae", execution=execution)
     torch.manual_seed(0)
     preprocessing = {"image_size_hw": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
     return FCMAETask(Setup(model, config, preprocessing)).to(device)
