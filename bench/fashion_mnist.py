@@ -209,7 +209,7 @@ class Bench:
         self.speeds["finetune"] = self.speeds["scratch"]
 
     def train(self, kind, seed, seconds, **more):
-        """Train for so many seconds; returns (steps, seconds really used, name of the run)."""
+        """Train for `seconds`; returns (steps, seconds really used, name of the run)."""
         steps = QUICK_STEPS
         if not self.settings.quick:
             steps = max(2 * WINDOW, round(seconds / self.speeds[kind] / EPOCHS) * EPOCHS)
