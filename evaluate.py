@@ -5,11 +5,12 @@
     python evaluate.py weights=FILE model=convnextv2_tiny augment=randaugment data=image_folder data.root=PATH
                                                                                    a released file (docs/weights.md)
 
-Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below outputs/evaluate/.
+Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below outputs/evaluate/, in
+a folder for each file and collection.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, TypeAdapter, model_validator
@@ -26,6 +27,7 @@ from models.config import ModelConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.io.files import output_errors, write_json
+from utils.io.result_folder import open_result_folder
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -63,6 +65,11 @@ class EvaluateConfig(Strict):
             raise ValueError("data: must be given where there is no run_dir; add data=image_folder data.root=PATH")
         if self.run_dir is not None and self.model is not None:
             raise ValueError("model: the run states its own; remove model, or run_dir and give weights=FILE")
+        if self.init_weights == "ema" and self.model is None:
+            raise ValueError(
+                "init_weights: ema is read for torch checkpoints that are not ours, with model=...; of a run, set "
+                "weights=ema and init_weights=model"
+            )
         if self.model is None and (self.augment is not None or self.weights == "timm"):
             raise ValueError(
                 "model: must be given with augment and with weights=timm; a weight file of ours states both itself"
@@ -89,6 +96,12 @@ def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, 
     return folder, rebuilt, rebuilt.kind.open_data(chosen, rebuilt.setup.model, runtime, seed=seed, **settings)
 
 
+def describe_source(config: EvaluateConfig, rebuilt: Rebuilt) -> dict[str, Any]:
+    """Return what the results without a run are of, by which their folder is found again."""
+    values = config.model_dump(mode="json", include={"init_weights", "model", "data", "augment"})
+    return {"weights": str(Path(rebuilt.weights).resolve()), **values}
+
+
 @entry_point("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig, job: Job) -> str:
     """Evaluate."""
@@ -109,6 +122,9 @@ def main(config: EvaluateConfig, job: Job) -> str:
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
     if distributed.is_main():
+        if config.run_dir is None:
+            with output_errors("output", folder):
+                folder = open_result_folder(folder, describe_source(config, rebuilt))
         output = folder / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
             write_json(output, {"weights": rebuilt.weights, "step": step, **report.scalars})

@@ -107,7 +107,7 @@ class Demo:
             "pretrain_loss_last": losses[-1],
             "top1": self.read("finetune/metrics.json")["top1"],
             **controls,
-            "onnx_max_abs_diff": self.read("finetune/export/export.json")["onnx_max_abs_diff"],
+            "onnx_max_abs_diff": self.read("finetune/export/export.json")["model.onnx"]["onnx_max_abs_diff"],
             "seconds": self.seconds,
         }
 

@@ -68,15 +68,8 @@ def build_bench_run(
     for name, changes in groups.items():
         file = CONF / name / f"{changes.pop('option')}.yaml"
         values[name] = yaml.safe_load(file.read_text()) | changes
-    rest = {
-        "run_dir": None,
-        "init_from": None,
-        "init_weights": "model",
-        "resume": "never",
-        "resume_allow": [],
-        "dry_run": False,
-    }
-    config = TrainingConfig.model_validate({"seed": 0, **rest, "sweep": {"name": "bench"}, **values})
+    common = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never", "sweep": {"name": "bench"}}
+    config = TrainingConfig.model_validate({**common, **values})
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))

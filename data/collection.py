@@ -5,6 +5,7 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,23 @@ import pyarrow.compute as pc
 
 from data.manifest import find_manifest, read_manifest
 from data.scan import check_root, scan_folder
-from data.table import SCHEMA, SPLITS, assign_validation, count_values, hash_table
+from data.table import (
+    SCHEMA,
+    SPLIT_NAMES,
+    SPLITS,
+    assign_validation,
+    count_values,
+    hash_table,
+    name_classes,
+    show_some,
+)
 from utils.errors import UserError
 from utils.io.files import write_atomically
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _FINGERPRINT = b"fingerprint"
-_NAMED = 5  # classes that a message names
 
 
 class Row(NamedTuple):
@@ -120,7 +132,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     """Read a collection, check it, and return its index: an uncompressed Arrow IPC file named by the content's hash.
 
     A manifest at the root takes precedence over the folder's layout. Where no row is in the validation split,
-    `validation_fraction` of them are moved there by a hash of the path. The index is kept in `cache`, outside the
+    `validation_fraction` of them are moved there as `assign_validation` says. The index is kept in `cache`, outside the
     collection, so that an index that came with a collection is never read.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `scan_folder` do.
@@ -128,7 +140,9 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     folder = check_root(root)
     manifest = find_manifest(folder)
     table = scan_folder(folder) if manifest is None else read_manifest(folder, manifest)
-    table = assign_validation(table, validation_fraction)
+    table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))
+    if manifest is None:
+        _warn_of_similar_classes(table)
     fingerprint = hash_table(table)
     target = cache / f"{fingerprint}.arrow"
     if not target.is_file():
@@ -151,8 +165,8 @@ def open_collection(root: str, arrow: Path) -> Collection:
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     """Return the class names of the training split, sorted, after checking them against the validation split.
 
-    Raises UserError (`data.root`): fewer than two classes; a validation class that training lacks; a training class
-    without a validation image, unless `allow_missing`.
+    Raises UserError (`data.root`): fewer than two classes; a class that the two splits write differently; a validation
+    class that training lacks; a training class without a validation image, unless `allow_missing`.
     """
     root = str(collection.root)
     train, val = collection.class_names("train"), collection.class_names("val")
@@ -164,24 +178,79 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
             "manifest a label column"
         )
     unknown = sorted(set(val) - set(train))
+    _refuse_two_spellings(root, train, unknown)
     if unknown:
+        them = "it" if len(unknown) == 1 else "them"
         raise UserError(
-            f"data.root: {_name_classes(unknown)} of {root!r} in the validation split only; add training images of "
-            "them, rename them as in training, or set a smaller data.validation_fraction if it chose them"
+            f"data.root: {name_classes(unknown)} of {root!r} in the validation split only; add training images of "
+            f"{them}, rename {them} as in training, or remove {them} from the validation split"
         )
     missing = sorted(set(train) - set(val))
     if missing and not allow_missing:
         raise UserError(
-            f"data.root: {_name_classes(missing)} of {root!r} without a validation image; add images of them, or set "
-            "task.allow_missing_classes=true"
+            f"data.root: {name_classes(missing)} of {root!r} without a validation image; {_advise_on(missing, val)}"
         )
     return train
 
 
-def _name_classes(names: list[str]) -> str:
-    """Return the number of classes and the first few names."""
-    shown = ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
-    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({shown})"
+def _advise_on(missing: list[str], val: list[str]) -> str:
+    """Say what to do about training classes that lack a validation image. val: the validation classes."""
+    if not val:
+        return "add a val/ folder with images of every class, or set data.validation_fraction above 0"
+    them = "it" if len(missing) == 1 else "them"
+    return (
+        f"add images of {them} (each class needs one for training and one for validation), remove {them}, or set "
+        "task.allow_missing_classes=true"
+    )
+
+
+def _refuse_two_spellings(root: str, train: list[str], unknown: list[str]) -> None:
+    """Raise UserError where an unknown validation class differs from a training class in case or Unicode form alone."""
+    known = {_fold(name): name for name in train}
+    pairs = [(known[_fold(name)], name) for name in unknown if _fold(name) in known]
+    if pairs:
+        more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+        raise UserError(
+            f"data.root: training and validation of {root!r} name a class differently: {_compare(pairs[0])}{more}; "
+            "rename one of them, so that both splits have the same name"
+        )
+
+
+def _warn_of_similar_classes(table: pa.Table) -> None:
+    """Warn of class folders within a split whose names differ in case or Unicode form alone."""
+    similar: dict[tuple[str, ...], None] = {}
+    for split in SPLITS:
+        groups: dict[str, list[str]] = {}
+        for name in sorted(count_values(table["label"].filter(pc.equal(table["split"], split)))):
+            groups.setdefault(_fold(name), []).append(name)
+        similar |= {tuple(group): None for group in groups.values() if len(group) > 1}
+    if similar:
+        log.warning(
+            "data.root: %s; each is a class here, but a disk that ignores the difference holds one folder of them; "
+            "rename or join them",
+            show_some(list(map(_compare, similar))),
+        )
+
+
+def _fold(name: str) -> str:
+    """Return a name as disks compare it that ignore case and Unicode form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
+
+
+def _compare(names: Sequence[str]) -> str:
+    """Name classes that `_fold` takes for one, and in what they differ."""
+    shown = " and ".join(map(repr, names))
+    if len({unicodedata.normalize("NFC", name) for name in names}) == len(names):
+        return f"{shown} differ only in upper and lower case"
+    return f"{shown} look alike, but differ in their Unicode characters ({' and '.join(map(ascii, names))})"
+
+
+def _describe_absent_split(root: Path, manifest: Path | None) -> str:
+    """Say where a validation split was looked for, for a collection that has none."""
+    if manifest is not None:
+        return f"no row of {manifest.name} is in split val"
+    empty = [name for name, split in SPLIT_NAMES.items() if split == "val" and (root / name).is_dir()]
+    return f"no image in {empty[0]}/" if empty else "no val/ folder"
 
 
 def _write_index(file: Path, table: pa.Table) -> None:

@@ -44,16 +44,35 @@ class AffineConfig(Strict):
     shear_degrees: Annotated[float, Field(ge=0, lt=90)]
 
 
+class ColorJitterConfig(Strict):
+    """Random changes of colour, in a random order.
+
+    brightness, contrast, saturation: b means a factor between max(0, 1 - b) and 1 + b. hue: h means a turn of the
+    colour circle by -h to h, in turns. Saturation and hue do nothing to grey images. Source: torchvision's ColorJitter.
+    """
+
+    brightness: Annotated[float, Field(ge=0)]
+    contrast: Annotated[float, Field(ge=0)]
+    saturation: Annotated[float, Field(ge=0)]
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+
+
 class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
-    `horizontal_flip`; `rand_augment`, a policy of timm, where it is not null, which fills with the mean; random erasing
-    with probability `random_erasing`, by `uniform` noise or by `normal` noise of `mean` and `std`. Pixels that the
-    affine map uncovers get the grey level `fill`. Evaluation: `crop` resizes the shorter side to image size /
-    `eval_crop` and takes the centre, `squash` resizes both sides. `mean` and `std` (of values in [0, 1], one per
-    channel) are applied on the device.
+    `horizontal_flip`; `color_jitter` where it is not null; `rand_augment`, a policy of timm, where it is not null,
+    which fills with the mean; random erasing with probability `random_erasing`, by `uniform` noise or by `normal` noise
+    of `mean` and `std`. Pixels that the affine map uncovers get the grey level `fill`. Evaluation: `crop` resizes the
+    shorter side to image size / `eval_crop` and takes the centre, `squash` resizes both sides. `mean` and `std` (of
+    values in [0, 1], one per channel) are applied on the device.
+
+    `on_device` true: the workers decode, crop and resize, and the rest runs on the device, on whole batches
+    (data/device_augment.py). The draws have the same distributions. What differs: `affine` acts on the resized image,
+    so its shift is a share of the image size, no crop follows that could cut off what it uncovers, and its one bilinear
+    sampling blurs a little what the resize has made sharp; `color_jitter` rounds once at the end and not after each
+    change.
     """
 
     image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
@@ -61,10 +80,12 @@ class AugmentConfig(Strict):
     crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
     affine: AffineConfig | None
+    color_jitter: ColorJitterConfig | None
     rand_augment: str | None
     random_erasing: Fraction
     erasing_noise: Literal["uniform", "normal"]
     fill: Annotated[int, Field(ge=0, le=255)]
+    on_device: bool
     interpolation: Literal["bilinear", "bicubic"]
     eval_resize: Literal["crop", "squash"]
     eval_crop: Annotated[float, Field(gt=0, le=1)]
@@ -100,5 +121,14 @@ class AugmentConfig(Strict):
         if len(self.mean) != len(self.std):
             raise ValueError(
                 f"augment.std: {len(self.std)} numbers beside {len(self.mean)} in augment.mean; give one per channel"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_for_workers(self) -> "AugmentConfig":
+        if self.on_device and self.rand_augment is not None:
+            raise ValueError(
+                f"augment.on_device: true, and augment.rand_augment ({self.rand_augment}) runs on Pillow's images in "
+                "the workers; set augment.on_device=false, or augment.rand_augment=null and augment.color_jitter"
             )
         return self

@@ -1,7 +1,7 @@
 """The data of a script: one object, made once and asked for training and evaluation streams.
 
 data = ImageData(config.data, runtime, seed=0, batch_size=128, decoder=ImageDecoder(3, max_pixels), run_path=run)
-train = data.train(rows, fields, {"images": TrainTransform(augment)})
+train = data.train(rows, fields, training_views(augment))
 val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransform.of(preprocessing)})
 """
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
 from data.decode import pillow_version
+from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog
 from data.source import Decoder, FileSource
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
 from data.transforms import Transform
-from utils.contracts import DeviceHook, Machine
+from utils.contracts import Batch, DeviceHook, Machine
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import counting
@@ -45,6 +46,19 @@ def load_collection(config: DataConfig) -> Collection:
         pillow_version(),
     )
     return collection
+
+
+def device_hook(views: Mapping[str, Transform], on_device: DeviceHook | None) -> DeviceHook | None:
+    """Return what changes a batch on the device: the views' own part of the augmentation first, then `on_device`."""
+    hooks = [view.on_device for view in views.values() if isinstance(view, DeviceAugment)]
+    hooks += [] if on_device is None else [on_device]
+
+    def apply(batch: Batch) -> Batch:
+        for hook in hooks:
+            batch = hook(batch)
+        return batch
+
+    return apply if hooks else None
 
 
 class ImageData:
@@ -80,10 +94,8 @@ class ImageData:
     ) -> TrainLoader:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = ShuffledSampler(rows, self._seed) if sampler is None else sampler
-        reader = self._reader(fields, views, training=True)
-        return TrainLoader(
-            reader, sampler, self._machine, seed=self._seed, unreadable=self._unreadable, on_device=on_device
-        )
+        reader, hook = self._reader(fields, views, training=True), device_hook(views, on_device)
+        return TrainLoader(reader, sampler, self._machine, seed=self._seed, unreadable=self._unreadable, on_device=hook)
 
     def evaluation(
         self,
@@ -98,8 +110,8 @@ class ImageData:
             rows, seed=self._seed, batch_size=self._batch_size, rank=distributed.rank(),
             world_size=distributed.world_size(),
         )  # fmt: skip
-        reader = self._reader(fields, views, training=False)
-        return EvaluationLoader(reader, batches, self._machine, unreadable=self._unreadable, on_device=on_device)
+        reader, hook = self._reader(fields, views, training=False), device_hook(views, on_device)
+        return EvaluationLoader(reader, batches, self._machine, unreadable=self._unreadable, on_device=hook)
 
     def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
         return SampleReader(self.collection, self._source, self._decoder, views, fields, training=training)

@@ -14,9 +14,10 @@ log = get_logger(__name__)
 def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndarray:
     """Return the rows of the training split whose path matches a pattern (`loop.train_paths`), ascending; None for all.
 
-    Raises UserError where a pattern matches none of them.
+    Raises UserError where every image of the split has weight 0, and where a pattern matches none of them.
     """
     rows = collection.rows("train")
+    _refuse_weightless(collection, rows)
     if patterns is None or len(rows) == 0:
         return rows
     paths = collection.table["path"].take(rows).to_pylist()
@@ -31,6 +32,16 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
         chosen |= matches
     log.info("loop.train_paths: %s of %s training images", f"{chosen.sum():,}", f"{len(rows):,}")
     return rows[chosen]
+
+
+def _refuse_weightless(collection: Collection, rows: np.ndarray) -> None:
+    """Raise UserError where there are rows and all have weight 0: no step would change the network."""
+    if len(rows) and not collection.table["weight"].to_numpy()[rows].any():
+        raise UserError(
+            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "
+            "as unreadable images do; replace them and make the manifest again (prepare.py job=manifest), or give "
+            "those that can be read a weight above 0"
+        )
 
 
 def spread(rows: np.ndarray, limit: int) -> np.ndarray:

@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data.table import SPLIT_NAMES, build_table
+from data.table import SPLIT_NAMES, build_table, show_some
 from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
-
-
 _MAX_SIDECAR_BYTES = 16 * 2**20
+_WARNED = 5  # folders without an image that are named
 
 
 class Sidecar(NamedTuple):
@@ -41,6 +43,10 @@ class _Image(NamedTuple):
     path: str
     size: int
     sidecar: Sidecar
+
+
+# By folder ("" or ending with a slash): the number of its files that are no images, and the first of them.
+_Others = dict[str, tuple[int, str]]
 
 
 def check_root(root: str) -> Path:
@@ -68,25 +74,30 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 def scan_folder(root: Path) -> pa.Table:
     """Read every image and sidecar below a folder into a table of SCHEMA, sorted by path.
 
+    Logs nested folders, and warns of folders that hold no image or are named like one.
     Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
     dangling or circular link; a name that is not UTF-8; a sidecar that cannot be read.
     """
-    images, others = [], []
+    images: list[_Image] = []
+    others: _Others = {}
     for folder, entries, names in _walk(root):
         place = root / folder
-        suffixed = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
+        suffixed = [entry for entry in entries if _is_image_name(entry.name)]
         images += [_read_image_entry(root, place, folder, entry, names) for entry in suffixed]
-        others += names.difference(entry.name for entry in suffixed)
+        rest = names.difference(entry.name for entry in suffixed)
+        others[folder] = (len(rest), min(rest, default=""))
     if not images:
-        files = "file" if len(others) == 1 else "files"
-        seen = f"but {len(others)} other {files} (such as {min(others)!r})" if others else "and no other file"
         raise UserError(
-            f"data.root: {str(root)!r} holds no image, {seen}; allowed are {' '.join(IMAGE_SUFFIXES)}, or a "
-            "manifest.parquet, manifest.jsonl or manifest.csv that names the images"
+            f"data.root: {str(root)!r} holds no image, {_describe_others(others, '')}; allowed are "
+            f"{' '.join(IMAGE_SUFFIXES)}, or a manifest.parquet, manifest.jsonl or manifest.csv that names the images"
         )
-    places = _place_images(root, [image.path for image in images])
+    paths = [image.path for image in images]
+    places = _place_images(root, paths)
+    class_depth = 2 if _is_in_split(paths[0]) else 1
+    _warn_of_folders(paths, others, class_depth)
+    _log_nested(paths, class_depth)
     columns = {
-        "path": [image.path for image in images],
+        "path": paths,
         "size": [image.size for image in images],
         "split": [split for split, _ in places],
         "label": [label for _, label in places],
@@ -95,6 +106,10 @@ def scan_folder(root: Path) -> pa.Table:
         "caption": [image.sidecar.caption for image in images],
     }
     return build_table(columns)
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
@@ -144,16 +159,78 @@ def _place_images(root: Path, paths: list[str]) -> list[tuple[str, str | None]]:
 
     Raises UserError where only some images are in split or class folders: the split or class of the others is unknown.
     """
-    heads = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
-    in_split = [head.lower() in SPLIT_NAMES for head in heads]
+    in_split = [_is_in_split(path) for path in paths]
     _refuse_mixture(root, paths, in_split, "is in a split folder", "move every image below train/ and val/")
     rests = [path.split("/", 1)[1] for path in paths] if in_split[0] else paths
     in_class = ["/" in rest for rest in rests]
     advice = "move every image into a class folder, or none"
     _refuse_mixture(root, paths, in_class, "is in a class folder", advice)
-    splits = [SPLIT_NAMES[head.lower()] if in_split[0] else "train" for head in heads]
+    splits = [SPLIT_NAMES[path.split("/", 1)[0].lower()] if in_split[0] else "train" for path in paths]
     labels = [rest.split("/", 1)[0] if in_class[0] else None for rest in rests]
     return list(zip(splits, labels))
+
+
+def _is_in_split(path: str) -> bool:
+    """Tell whether a path lies in a folder named as a split; the path of a folder ends with a slash."""
+    head, slash, _ = path.partition("/")
+    return bool(slash) and head.lower() in SPLIT_NAMES
+
+
+def _describe_others(others: _Others, folder: str) -> str:
+    """Say which files there are in a folder without an image, those of its sub-folders included."""
+    found = {inner: files for inner, files in others.items() if inner.startswith(folder) and files[0]}
+    if not found:
+        return "and no other file"
+    count = sum(count for count, _ in found.values())
+    first = min(inner + name for inner, (_, name) in found.items())
+    return f"but {count} other {'file' if count == 1 else 'files'} (such as {first!r})"
+
+
+def _warn_of_folders(paths: list[str], others: _Others, class_depth: int) -> None:
+    """Warn of split and class folders that hold no image, and of folders that are named like one.
+
+    class_depth: the depth of the class folders, 1 or 2 (below a split).
+    """
+    empty = _find_empty(paths, others, class_depth)
+    for folder in empty[:_WARNED]:
+        log.warning(
+            "data.root: %r holds no image, %s; it is ignored: add images or remove it",
+            folder[:-1], _describe_others(others, folder),
+        )  # fmt: skip
+    if len(empty) > _WARNED:
+        log.warning("data.root: %d more folders hold no image and are ignored", len(empty) - _WARNED)
+    if named := sorted(repr(folder[:-1]) for folder in others if _is_image_name(folder[:-1])):
+        log.warning(
+            "data.root: %s: a folder that is named like an image is read as a folder; rename it, or put an image in "
+            "its place",
+            show_some(named),
+        )
+
+
+def _find_empty(paths: list[str], others: _Others, class_depth: int) -> list[str]:
+    """Return the split and class folders without an image, sorted; of those inside each other the outer one."""
+    used = {""}
+    for parts in {tuple(path.split("/")[:-1][:class_depth]) for path in paths}:
+        used |= {"/".join(parts[: depth + 1]) + "/" for depth in range(len(parts))}
+    empty = []
+    for folder in sorted(others):
+        parent = folder[: folder[:-1].rfind("/") + 1]
+        has_place = folder.count("/") <= class_depth and (class_depth == 1 or _is_in_split(folder))
+        if has_place and folder not in used and parent in used:
+            empty.append(folder)
+    return empty
+
+
+def _log_nested(paths: list[str], class_depth: int) -> None:
+    """Log how many images lie in folders inside their class folder, with an example."""
+    nested = [path for path in paths if path.count("/") > class_depth]
+    if nested:
+        first = min(nested)
+        log.info(
+            "nested folders: %s of %s images are in folders inside their class folder (such as %r of the class %r) "
+            "and belong to that class",
+            f"{len(nested):,}", f"{len(paths):,}", first, first.split("/")[class_depth - 1],
+        )  # fmt: skip
 
 
 def _refuse_mixture(root: Path, paths: list[str], marks: list[bool], what: str, advice: str) -> None:

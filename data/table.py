@@ -1,7 +1,7 @@
 """The table that every collection becomes: its columns, splits, order and hash."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -26,6 +29,7 @@ SCHEMA = pa.schema(
 _LARGE = {pa.string(): pa.large_string(), SCHEMA.field("tags").type: pa.large_list(pa.large_string())}
 _WIDE = pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in SCHEMA])
 _CHUNK_ROWS = 131_072
+_NAMED = 5  # names that a message shows
 SPLITS = ("train", "val")
 # A test split is validation data here: nothing in this house trains on it, and nothing needs a third kind.
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
@@ -52,21 +56,75 @@ def sort_rows(table: pa.Table) -> pa.Table:
     return pa.concat_tables([wide.take(order[start : start + _CHUNK_ROWS]).cast(SCHEMA) for start in starts])
 
 
-def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
-    """Move a share of the rows to "val", where no row is there yet, by a hash of each path.
+def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ folder") -> pa.Table:
+    """Move a share of the rows to "val" where no row is there yet, stratified by class, and log how many.
 
-    Which rows go does not depend on the others, so adding files moves none.
+    Of a class of n images, round(fraction * n) go (halves up), at least 1 and at most n - 1: those whose paths have the
+    lowest hashes. The image of a class of one stays in training, with a warning. An image without a label goes if its
+    path's hash is in the lowest `fraction` of all hashes. So the choice in a class does not depend on other classes.
+    An added image moves at most one other image of its class, and none if it has no label.
+
+    absent: what the log says of the missing split.
     Raises UserError (`data.validation_fraction`) unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"data.validation_fraction: {fraction} is not allowed; set a number from 0 to below 1")
     if fraction == 0 or "val" in table["split"].unique().to_pylist():
         return table
-    limit = int(fraction * 2**64)
-    paths = table["path"].to_pylist()
-    chosen = [int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") < limit for path in paths]
-    split = pa.array(np.where(chosen, "val", "train"), pa.string())
-    return table.set_column(table.column_names.index("split"), "split", split)
+    names = pc.unique(table["label"]).drop_null()
+    class_ids = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
+    counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names))
+    chosen = _choose_validation(_hash_paths(table["path"]), class_ids, counts, fraction)
+    _log_validation(chosen, class_ids, counts, fraction, absent)
+    if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
+        log.warning(
+            "data.root: %s with a single image, which stays in training, so validation lacks the class; add a second "
+            "image or remove the class",
+            name_classes(single),
+        )
+    return replace_column(table, "split", pa.array(np.where(chosen, "val", "train"), pa.string()))
+
+
+def _choose_validation(hashes: np.ndarray, class_ids: np.ndarray, counts: np.ndarray, fraction: float) -> np.ndarray:
+    """Return which rows `assign_validation` moves, bool [N].
+
+    hashes: uint64 [N]. class_ids: [N], -1 for no label. counts: [K], the images of each class.
+    """
+    share = np.clip(np.floor(fraction * counts + 0.5), 1, np.maximum(counts - 1, 1))
+    share = np.where(counts >= 2, share, 0)
+    order = np.lexsort((hashes, class_ids))[len(class_ids) - counts.sum() :]  # the labelled rows, by class and hash
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each within its class
+    chosen = hashes < np.uint64(fraction * 2**64)
+    chosen[order] = place < np.repeat(share, counts)
+    return chosen
+
+
+def _hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
+    """Return the first 8 bytes of the SHA-256 of each path, uint64 [N]."""
+    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in paths.to_pylist())
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def _log_validation(
+    chosen: np.ndarray, class_ids: np.ndarray, counts: np.ndarray, fraction: float, absent: str
+) -> None:
+    """Log how many rows were chosen for validation, and by which rule."""
+    rules = [f"stratified over {len(counts)} class{'' if len(counts) == 1 else 'es'}"] if len(counts) else []
+    rules += ["those without a label by a hash of their path"] if (class_ids < 0).any() else []
+    log.info(
+        "%s: split off %s of %s images (fraction %s), %s",
+        absent, f"{chosen.sum():,}", f"{len(chosen):,}", fraction, ", ".join(rules),
+    )  # fmt: skip
+
+
+def name_classes(names: Sequence[str]) -> str:
+    """Return the number of classes and the first few names, for messages."""
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({show_some(list(map(repr, names)))})"
+
+
+def show_some(texts: Sequence[str]) -> str:
+    """Join the first few texts, for messages."""
+    return ", ".join(texts[:_NAMED]) + (", ..." if len(texts) > _NAMED else "")
 
 
 def hash_table(table: pa.Table) -> str:

@@ -25,7 +25,10 @@ _LONGEST = 8
 
 
 class Transform(Protocol):
-    """From uint8 [C, H, W] of any size to uint8 [C, h, w] of the size that the draw's group has."""
+    """From uint8 [C, H, W] of any size to uint8 [C, h, w] of the size that the draw's group has.
+
+    A view that is no image may be any tensor of one shape (data/device_augment.py: parameters for the device).
+    """
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
@@ -92,8 +95,51 @@ def on_pillow(transform: v2.Transform) -> list[torch.nn.Module]:
     return [v2.ToPILImage(), transform, v2.PILToTensor()]
 
 
+def random_affine(config: AugmentConfig) -> v2.RandomAffine:
+    """Return the random affine map of `augment.affine`, which is not null."""
+    affine = config.affine
+    assert affine is not None
+    return v2.RandomAffine(
+        affine.degrees,
+        translate=(affine.translate, affine.translate),
+        scale=tuple(affine.scale),
+        shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
+        interpolation=InterpolationMode.BILINEAR,
+        fill=config.fill,
+    )
+
+
+def color_jitter(config: AugmentConfig) -> v2.ColorJitter:
+    """Return the random colours of `augment.color_jitter`, which is not null."""
+    jitter = config.color_jitter
+    assert jitter is not None
+    return v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+
+
+def random_resized_crop(config: AugmentConfig) -> v2.RandomResizedCrop:
+    """Return the random crop, resized to the image size."""
+    return v2.RandomResizedCrop(
+        tuple(config.image_size_hw),
+        scale=tuple(config.crop_scale),
+        ratio=tuple(config.crop_ratio),
+        interpolation=InterpolationMode(config.interpolation),
+        antialias=True,
+    )
+
+
+class CropTransform:
+    """The random resized crop alone: what a worker does where `augment.on_device` is true."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        self._crop = random_resized_crop(config)
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the resized crop."""
+        return self._crop(image)
+
+
 class TrainTransform:
-    """Affine map, random resized crop, mirror, RandAugment and erasing, as `augment` says.
+    """Affine map, random resized crop, mirror, colours, RandAugment and erasing, all in the worker (`augment`).
 
     Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
     """
@@ -102,27 +148,12 @@ class TrainTransform:
         steps: list[torch.nn.Module] = []
         if config.affine is not None:
             # Before the resize: after it, training images would be blurred and validation images not.
-            affine = config.affine
-            move = v2.RandomAffine(
-                affine.degrees,
-                translate=(affine.translate, affine.translate),
-                scale=tuple(affine.scale),
-                shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
-                interpolation=InterpolationMode.BILINEAR,
-                fill=config.fill,
-            )
-            steps += on_pillow(move)
-        steps.append(
-            v2.RandomResizedCrop(
-                tuple(config.image_size_hw),
-                scale=tuple(config.crop_scale),
-                ratio=tuple(config.crop_ratio),
-                interpolation=InterpolationMode(config.interpolation),
-                antialias=True,
-            )
-        )
+            steps += on_pillow(random_affine(config))
+        steps.append(random_resized_crop(config))
         if config.horizontal_flip > 0:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        if config.color_jitter is not None:
+            steps.append(color_jitter(config))
         if config.rand_augment is not None:
             steps += on_pillow(PolicyAugment(config))
         if config.random_erasing > 0:

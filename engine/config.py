@@ -12,10 +12,15 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class LoopConfig(Strict):
-    """How long, how large, how often. `total_steps` takes precedence over `total_epochs`."""
+    """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
 
-    total_epochs: Annotated[float, Field(gt=0)]
+    total_epochs: `auto` derives it from the size of the collection (engine/plan.py). early_stop_epochs: the run ends
+    where an evaluation finds the best value to be so many epochs old.
+    """
+
+    total_epochs: Literal["auto"] | Annotated[float, Field(gt=0)]
     total_steps: Positive | None
+    early_stop_epochs: Annotated[float, Field(gt=0)] | None
     global_batch_size: Positive
     batch_size: Positive
     sampling: Literal["shuffled", "balanced"]
@@ -62,6 +67,32 @@ class SweepConfig(Strict):
     name: str
 
 
+class LRFinderConfig(Strict):
+    """A range test before the first update, which finds the peak learning rate (engine/lr_finder.py).
+
+    `steps` updates, at most `max_share` of the run's, with rates from start_lr to end_lr along `curve`; it ends early
+    where the smoothed loss exceeds `diverge_factor` times its lowest. smoothing: of the exponential mean.
+    """
+
+    enabled: bool
+    start_lr: Annotated[float, Field(gt=0)]
+    end_lr: Annotated[float, Field(gt=0)]
+    steps: Positive
+    max_share: Annotated[float, Field(gt=0, le=1)]
+    curve: Literal["exponential", "linear"]
+    smoothing: Annotated[float, Field(ge=0, lt=1)]
+    diverge_factor: Annotated[float, Field(gt=1)]
+    suggestion: Literal["auto", "steepest", "minimum_tenth", "valley"]
+
+    @model_validator(mode="after")
+    def _rates_rise(self) -> "LRFinderConfig":
+        if self.end_lr <= self.start_lr:
+            raise ValueError(
+                f"lr_finder.end_lr: {self.end_lr:g} is not above lr_finder.start_lr={self.start_lr:g}; the sweep rises"
+            )
+        return self
+
+
 class TrainingConfig(Strict):
     """What every training script's schema begins with; the script adds model, task, data and augment."""
 
@@ -75,15 +106,16 @@ class TrainingConfig(Strict):
     loop: LoopConfig
     optim: OptimConfig
     schedule: ScheduleConfig
+    lr_finder: LRFinderConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig
     sweep: SweepConfig
 
     @model_validator(mode="after")
     def _momentum_is_scheduled_where_it_exists(self) -> "TrainingConfig":
-        if self.schedule.name == "onecycle" and self.optim.name == "timm":
+        if self.schedule.name == "onecycle" and self.schedule.cycle_momentum and self.optim.name == "timm":
             raise ValueError(
-                "schedule.name: onecycle moves the momentum, which timm's optimisers do not all have; "
-                "set optim=adamw, optim=adan or optim=sgd, or schedule=cosine"
+                "schedule.cycle_momentum: true moves the momentum, which timm's optimisers do not all have; "
+                "set schedule.cycle_momentum=false, or optim=adamw, optim=adan or optim=sgd"
             )
         return self

@@ -36,17 +36,28 @@ class Best:
 class Evaluator:
     """Evaluate a learner on the evaluation streams, every `every_epochs`.
 
+    patience_epochs: the run ends where the best value is older than this (`has_stalled`); null: it never does.
     best: of what is exported, the average where there is one; best_raw: then that of the weights themselves.
     """
 
     streams: Streams
     plan: Plan
     every_epochs: float
+    patience_epochs: float | None
     recorder: Recorder
     saver: Saver
     best: Best = field(default_factory=Best)
     best_raw: Best = field(default_factory=Best)
     last_report: dict[str, float] = field(default_factory=dict)
+    last_step: int = 0  # of the newest evaluation
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the newest evaluation is `patience_epochs` or more after the best one."""
+        if self.patience_epochs is None or self.best.step is None:
+            return False
+        age = self.plan.epoch_at(self.last_step) - self.plan.epoch_at(self.best.step)
+        return age >= self.patience_epochs - 1e-9
 
     def evaluate(self, learner: Learner) -> None:
         """Measure the weights and, where there is one, their average; write the best of each.
@@ -66,7 +77,7 @@ class Evaluator:
                 self.best = self._keep_best(learner, report, self.best, averaged=True)
         else:
             self.best = self._keep_best(learner, report, self.best, averaged=False)
-        self.last_report = scalars
+        self.last_report, self.last_step = scalars, step
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         if distributed.is_main():
@@ -77,12 +88,18 @@ class Evaluator:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""
-        return {"best": asdict(self.best), "best_raw": asdict(self.best_raw), "last_report": self.last_report}
+        return {
+            "best": asdict(self.best),
+            "best_raw": asdict(self.best_raw),
+            "last_report": self.last_report,
+            "last_evaluated": self.last_step,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.best, self.last_report = Best(**state["best"]), state["last_report"]
-        self.best_raw = Best(**state.get("best_raw", {}))  # older checkpoints have none
+        # Older checkpoints have neither.
+        self.best_raw, self.last_step = Best(**state.get("best_raw", {})), state.get("last_evaluated", 0)
 
     @torch.no_grad()
     def _measure(self, learner: Learner) -> Report:

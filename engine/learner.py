@@ -29,7 +29,7 @@ from engine.task import (
 from optim.build import build_optimizer, skips_on_device
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, set_group_values
-from optim.schedules import Schedule
+from optim.schedules import GroupValues, Schedule
 from optim.state import check_optimizer_state, load_optimizer_state, optimizer_state
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -78,10 +78,14 @@ class Learner:
         values = self.schedule.knobs_at(self.step)
         return {name: torch.full((), value, device=self.runtime.device) for name, value in values.items()}
 
+    def values_at(self, step: int) -> GroupValues:
+        """Return the scheduled values of the update that follows `step` updates."""
+        return self.schedule.at(step)
+
     def update(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
         """Make one update from this rank's micro-batches. `stop`: this rank asks to end the run."""
         knobs = self.knobs()
-        set_group_values(self.optimizer, self.schedule.at(self.step))
+        set_group_values(self.optimizer, self.values_at(self.step))
         result = train_step(
             self.model, self.task, batches, self.optimizer, self.scale, knobs,
             step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, stop=stop,

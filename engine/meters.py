@@ -1,4 +1,8 @@
-"""Exact means over many steps, accumulated on the device."""
+"""Exact means over many steps, accumulated on the device; the seconds and the memory of training."""
+
+import resource
+import sys
+import time
 
 import torch
 from torch import Tensor
@@ -50,3 +54,49 @@ class Meter:
             means[name] = total if name == "skipped_steps" else (total / count if count else float("nan"))
         self._names, self._sums = [], None
         return means
+
+
+class TrainingClock:
+    """The seconds of training so far, over all resumptions, without evaluations, drawings and checkpoints."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = None  # None: stopped
+        self._epoch = (0, 0.0)  # steps and seconds at the start of the epoch
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def turn(self, is_on: bool) -> None:
+        """Start or stop the clock; where it already is so, nothing happens."""
+        if is_on and self._since is None:
+            self._since = time.perf_counter()
+        elif not is_on and self._since is not None:
+            self._seconds, self._since = self.seconds, None
+
+    def end_epoch(self, step: int) -> float:
+        """Return the steps per second of the epoch that ends at `step`, NaN where it took no time; the next begins."""
+        (first, since), self._epoch = self._epoch, (step, self.seconds)
+        seconds = self._epoch[1] - since
+        return (step - first) / seconds if seconds > 0 else float("nan")
+
+    def state(self) -> dict[str, float]:
+        """Return the seconds as JSON numbers."""
+        step, seconds = self._epoch
+        return {"seconds": self.seconds, "epoch_step": step, "epoch_seconds": seconds}
+
+    def load(self, state: dict[str, float] | None, step: int) -> None:
+        """Restore a saved state, with the clock stopped; None, of older checkpoints, counts from `step` on."""
+        state = state or {"seconds": 0.0, "epoch_step": step, "epoch_seconds": 0.0}
+        self._seconds, self._since = state["seconds"], None
+        self._epoch = (int(state["epoch_step"]), state["epoch_seconds"])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that this process has used: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

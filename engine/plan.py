@@ -12,6 +12,10 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
+# `loop.total_epochs=auto`: enough updates for a small network from scratch, and enough epochs for a large collection.
+AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
+
+
 @dataclass(frozen=True)
 class Plan:
     """The derived sizes of a run. Only micro_batch_size and accum_steps depend on the number of ranks."""
@@ -103,10 +107,7 @@ def make_plan(
     """Derive the plan. Raises UserError where the batch does not divide."""
     micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
     per_epoch = epoch_length / loop.global_batch_size
-    total = max(1, math.ceil(loop.total_epochs * per_epoch - 1e-9))
-    if loop.total_steps is not None:
-        total = loop.total_steps
-        log.info("loop.total_steps=%d is set, so loop.total_epochs=%g is not used", total, loop.total_epochs)
+    total = _total_steps(loop, per_epoch)
     lr = optim.base_lr * loop.global_batch_size / 256
     if optim.lr is not None:
         lr = optim.lr
@@ -121,6 +122,20 @@ def make_plan(
         warmup_steps=_warmup_steps(schedule, per_epoch, total),
         lr=lr,
     )
+
+
+def _total_steps(loop: LoopConfig, steps_per_epoch: float) -> int:
+    epochs = loop.total_epochs
+    if loop.total_steps is not None:
+        log.info("loop.total_steps=%d is set, so loop.total_epochs=%s is not used", loop.total_steps, epochs)
+        return loop.total_steps
+    if epochs == "auto":
+        epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch)), AUTO_MOST_EPOCHS)
+        log.info(
+            "loop.total_epochs=auto: %d epochs; at least %d, and for small collections more, up to %d, for %d updates",
+            epochs, AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS,
+        )  # fmt: skip
+    return max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
 
 
 def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps: int) -> int:

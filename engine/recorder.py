@@ -1,6 +1,7 @@
 """The recorder: what a run writes down about itself while it trains.
 
-Metrics, tracker, progress bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
+Metrics, tracker, live plots, progress bar, curves, the audit of samples, skipped steps, and the phases that the
+watchdog sees.
 """
 
 import time
@@ -11,40 +12,59 @@ from typing import Any
 import numpy as np
 
 from engine.config import TrainingConfig
-from engine.meters import Meter
+from engine.meters import Meter, TrainingClock, peak_memory_gib
 from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.skips import SkipWatch
 from engine.step import StepResult
-from optim.schedules import Schedule
+from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
+from utils.record.live_process import LivePlots, start_live_plots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar, format_duration
+from utils.record.run_config import mark_complete
 from utils.record.sample_log import SampleLog
 from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
 
+_TRAINING_PHASES = ("loading", "computing")
 _PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
+
+
+def _scheduled(values: GroupValues) -> dict[str, float]:
+    """Return the scheduled figures of a row; the momentum only where it moves."""
+    return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
 
 
 class Recorder:
     """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`."""
 
-    def __init__(self, config: TrainingConfig, plan: Plan, schedule: Schedule, runtime: Runtime, folder: Path) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        plan: Plan,
+        values_at: Callable[[int], GroupValues],
+        runtime: Runtime,
+        folder: Path,
+    ) -> None:
         self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
         self.bar = Bar("training", plan.total_steps)
         self.skips = SkipWatch(config.loop.max_skipped_steps, rolls_back=config.loop.on_too_many_skipped == "rollback")
         self.log_meter, self.epoch_meter = Meter(runtime.device), Meter(runtime.device)
-        self._tracking, self._plan, self._schedule = config.tracking, plan, schedule
+        self._tracking, self._plan, self._values_at = config.tracking, plan, values_at
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None
         self._tracker: Tracker | None = None
+        self._live_plots: LivePlots | None = None
+        self._device = runtime.device
+        self._training_clock = TrainingClock()
+        self._step = 0  # of the newest update
         self._clock = (0, 0.0)
         self._next_plot = 0.0
 
@@ -53,27 +73,35 @@ class Recorder:
     def start_tracker(self, run_config: dict[str, Any], step: int) -> None:
         """Start what `tracking` names, on rank 0."""
         self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
+        if self._tracking.live_plots:
+            self._live_plots = start_live_plots(self.folder)
 
     def open(self, step: int, path_of: Callable[[int], str]) -> None:
         """Open the files that are written row by row, without rows beyond `step`; again after a roll-back."""
         for record in (self._metrics, self._samples):
             if record is not None:
                 record.close()
+        self._step = step
         if distributed.is_main():
+            mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step)
         if self._tracking.samples:
             self._samples = SampleLog(self.folder, step)
         self.skips.open(self.folder, path_of, step)
 
-    def close(self) -> None:
-        """Close all files at the end of a run."""
-        for record in (self._metrics, self._samples, self.skips, self._tracker):
+    def close(self, *, is_complete: bool) -> None:
+        """Close all files at the end of a run, or of its part; the live plots are drawn once more before."""
+        if distributed.is_main() and is_complete:
+            mark_complete(self.folder, self._step)
+        for record in (self._metrics, self._samples, self.skips, self._live_plots, self._tracker):
             if record is not None:
                 record.close()
 
     def abandon(self) -> None:
-        """End the watch and the tracker of a run that failed."""
+        """End the watch, the live plots and the tracker of a run that failed."""
         self.watchdog.abandon()
+        if self._live_plots is not None:
+            self._live_plots.close(waits=False)
         if self._tracker is not None:
             self._tracker.close(failed=True)
 
@@ -93,6 +121,7 @@ class Recorder:
     def phase(self, step: int, name: str) -> None:
         """Tell the watchdog what the main thread does next; each call counts as progress."""
         self.watchdog.progress(f"step {step}: {name}")
+        self._training_clock.turn(name in _TRAINING_PHASES)
 
     def start_clock(self, step: int) -> None:
         """Measure throughput from this step on; called again after anything that is not training."""
@@ -105,6 +134,7 @@ class Recorder:
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Take the result of update number `step` (from 1); nothing is read from the device."""
+        self._step = step
         self.log_meter.add(result)
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
@@ -131,9 +161,11 @@ class Recorder:
         plan, means = self._plan, self.log_meter.means()
         first, since = self._clock
         images_per_sec = (step - first) * plan.global_batch_size / (time.perf_counter() - since)
-        values = self._schedule.at(step - 1)
-        row = {"epoch": plan.epoch_at(step), **means, "lr": values.lr, "images_per_sec": images_per_sec}
+        values = self._values_at(step - 1)
+        row = {"epoch": plan.epoch_at(step), **means, **_scheduled(values), "images_per_sec": images_per_sec}
         self.add_row(step, "train", row)
+        if self._live_plots is not None:
+            self._live_plots.check()
         left_sec = self.bar.remaining_sec(step)
         log.info(
             "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.2f  %.0f images/s  ETA %s",
@@ -152,9 +184,15 @@ class Recorder:
         self.start_clock(step)
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
-        """Write the epoch's row: its mean losses beside the newest evaluation."""
+        """Write the epoch's row: its mean losses, the newest evaluation, the schedule, speed, time and memory."""
         means = {f"train/{name}": value for name, value in self.epoch_meter.means().items()}
-        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, "lr": self._schedule.at(step - 1).lr, **last_report})
+        readings = {
+            "images_per_sec": self._training_clock.end_epoch(step) * self._plan.global_batch_size,
+            "seconds": self._training_clock.seconds,
+            "peak_memory_gib": peak_memory_gib(self._device),
+        }
+        scheduled = _scheduled(self._values_at(step - 1))
+        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **scheduled, **readings})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
         """Draw the curves of the run so far, on rank 0.
@@ -182,6 +220,7 @@ class Recorder:
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,
             "skipped_empty": self.skips.empty,
+            "clock": self._training_clock.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -189,3 +228,4 @@ class Recorder:
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.load(state["skipped"], state["skipped_empty"])
+        self._training_clock.load(state.get("clock"), state["step"])  # older checkpoints have none

@@ -175,3 +175,5 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     run.recorder.load_state(state)
     run.evaluator.load_state(state)
     run.passed_over_steps = state["passed_over"]
+    if state.get("found_lr") is not None:  # older checkpoints have none
+        run.use_lr(state["found_lr"])

@@ -12,10 +12,12 @@ from typing import TypeVar
 import torch
 
 from engine.config import MachineConfig, TrainingConfig
+from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
 from engine.resume import resume, roll_back, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
+from engine.runtime_reasons import runtime_reasons
 from engine.skips import TooManySkipped
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
@@ -117,6 +119,8 @@ def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtim
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.info("runtime: %s compile=%s", runtime.describe(), compiles)
+    for line in runtime_reasons(config.runtime, runtime, compiles=compiles, total_steps=plan.total_steps):
+        log.info("  %s", line)
     log.info("plan: %s", plan.describe())
     for name, network in networks.items():
         count = sum(parameter.numel() for parameter in network.parameters())
@@ -170,13 +174,15 @@ def run_training(
 def _train(run: Run, config: TrainingConfig) -> bool:
     """Train with all records open; returns False where the run was asked to stop."""
     recorder = run.recorder
-    if run.step < run.plan.total_steps:  # a complete run needs no tracker
+    if not run.is_complete:  # a complete run needs no tracker
         folder = run.saver.folder
         saved = {"script": folder.job.script, **folder.config}
         distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step))
     run.open_records()
     recorder.watchdog.start()
     try:
+        if config.lr_finder.enabled and run.step == 0:
+            find_lr(run, config)
         finished = _train_with_rollbacks(run, config)
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
@@ -187,7 +193,7 @@ def _train(run: Run, config: TrainingConfig) -> bool:
         run.saver.writer.close()
         raise
     recorder.watchdog.stop()
-    recorder.close()
+    recorder.close(is_complete=finished)
     return finished
 
 
@@ -209,7 +215,7 @@ def _train_with_rollbacks(run: Run, config: TrainingConfig) -> bool:
 def _train_epochs(run: Run, config: TrainingConfig) -> bool:
     """Run the remaining epochs; returns False where the run was asked to stop."""
     plan, streams = run.plan, run.streams
-    if run.step >= plan.total_steps:
+    if run.is_complete:
         log.info("the run is complete: %d of %d steps are done", run.step, plan.total_steps)
         return True
     started = time.perf_counter()
@@ -218,12 +224,19 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
     run.recorder.start_clock(run.step)
     try:
         with run.recorder.bar.opened(run.step):
-            while run.step < plan.total_steps:
+            while not run.is_complete:
                 if not train_one_epoch(run, batches, config.loop, plan.epoch_of(run.step), vote):
                     return False
     finally:
         batches.close()
     log.info("trained to step %d in %.1f s", run.step, time.perf_counter() - started)
+    if run.step < plan.total_steps:
+        best, name = run.evaluator.best, run.learner.task.best_metric
+        log.info(
+            "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
+            "weights/best_weights.safetensors has those weights",
+            name, best.step, best.value, config.loop.early_stop_epochs,
+        )  # fmt: skip
     if streams.train.unreadable_count:
         log.warning("%d images could not be read and weighed 0; see unreadable.jsonl", streams.train.unreadable_count)
     return True

@@ -1,6 +1,6 @@
 """The parts of a run, and how they are built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,8 @@ from utils.record.run_folder import RunFolder
 class Run:
     """One run: learner, recorder, evaluator and saver, and what connects them.
 
-    passed_over_steps: steps whose samples roll-backs have passed over in the stream.
+    passed_over_steps: steps whose samples roll-backs have passed over in the stream. found_lr: the peak rate that a
+    range test has found; it is checkpointed, so a resumed run does not search again.
     """
 
     learner: Learner
@@ -33,6 +34,7 @@ class Run:
     stop: StopRequest
     fingerprints: dict[str, str]
     passed_over_steps: int = 0
+    found_lr: float | None = None
 
     @property
     def step(self) -> int:
@@ -40,9 +42,19 @@ class Run:
         return self.learner.step
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all steps are done, or the best value is too old (`loop.early_stop_epochs`)."""
+        return self.step >= self.plan.total_steps or self.evaluator.has_stalled
+
+    @property
     def must_stop(self) -> bool:
         """Whether this rank asks to end the run: a signal came, or a checkpoint could not be written."""
         return self.stop.requested or self.saver.writer.failed
+
+    def use_lr(self, lr: float) -> None:
+        """Take a peak learning rate that was found, in place of the configured one."""
+        self.found_lr = lr
+        self.learner.schedule = replace(self.learner.schedule, lr=lr)
 
     def open_records(self) -> None:
         """Open the files that are written row by row, without rows beyond this step."""
@@ -58,6 +70,7 @@ class Run:
             "passed_over": self.passed_over_steps,
             "fingerprints": self.fingerprints,
             "origin": self.learner.task.origin,
+            "found_lr": self.found_lr,
             **self.evaluator.state(),
         }
         self.saver.save(self.learner, self.recorder, state, best_step=self.evaluator.best.step, last=last)
@@ -75,8 +88,9 @@ def build_run(
     """Build learner, recorder, evaluator and saver for a run folder."""
     frozen = fingerprint_frozen(task)
     learner = Learner(task, config, plan, runtime)
-    recorder = Recorder(config, plan, learner.schedule, runtime, folder.path)
+    recorder = Recorder(config, plan, learner.values_at, runtime, folder.path)
     saver = Saver(folder, config.loop, frozen)
-    evaluator = Evaluator(streams, plan, config.loop.evaluate_every_epochs, recorder, saver)
+    loop = config.loop
+    evaluator = Evaluator(streams, plan, loop.evaluate_every_epochs, loop.early_stop_epochs, recorder, saver)
     fingerprints = {**streams.fingerprints, **{f"frozen.{name}": value for name, value in frozen.items()}}
     return Run(learner, recorder, evaluator, saver, streams, plan, stop, fingerprints)

@@ -67,9 +67,16 @@ def _choose_precision(wanted: str, device: str) -> str:
         raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
     if wanted != "auto":
         return wanted
+    if has_bf16(device):
+        return "bf16"
+    return "fp16" if device == "cuda" else "fp32"
+
+
+def has_bf16(device: str) -> bool:
+    """Return whether this machine's CPU or GPU (`device`: cpu or cuda) multiplies bf16 natively."""
     if device == "cuda":
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+        return torch.cuda.get_device_capability()[0] >= 8
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def missing_for_compile(device: str) -> list[str]:

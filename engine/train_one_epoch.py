@@ -43,7 +43,7 @@ class StopVote:
 
 
 def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: StopVote) -> bool:
-    """Run the stream to the end of an epoch; returns False where the run was asked to stop (and has saved).
+    """Run the stream to the end of an epoch, or of the run; returns False where it was asked to stop (and has saved).
 
     Raises UserError where a checkpoint could not be written or too many steps were skipped, TooManySkipped for a
     roll-back. `stream` yields this rank's micro-batches of step after step, beginning with the run's next step.
@@ -73,10 +73,11 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
             recorder.plot(step)
         if plan.is_due(step, loop.evaluate_every_epochs):
             run.evaluator.evaluate(learner)
-        if step == end:
+        last = run.is_complete
+        if step == end or last:
             recorder.end_epoch(step, epoch, run.evaluator.last_report)
         if step % loop.checkpoint_every_steps == 0 or last or stopping:
             run.save(last=last or stopping)
-        if stopping and not last:
-            return False
+        if last or stopping:
+            return last
     return True

@@ -185,16 +185,30 @@ class ConstantConfig(_Schedule):
 class OneCycleConfig(Strict):
     """Smith's one-cycle policy: up from lr / div_factor, down to lr / div_factor / final_div_factor; momentum opposite.
 
-    Source: Smith, Topin, arXiv:1708.07120; the two-phase cosine form of torch.optim.lr_scheduler.OneCycleLR.
+    peak_fraction: of the run, to the peak. three_phase: down to lr / div_factor as fast as up, then on to the end.
+    cycle_momentum: false leaves momentum and beta1 as the optimiser has them.
+    Source: Smith, Topin, arXiv:1708.07120; torch.optim.lr_scheduler.OneCycleLR.
     """
 
     name: Literal["onecycle"]
+    curve: Literal["cosine", "linear"]
+    three_phase: bool
     peak_fraction: Annotated[float, Field(gt=0, lt=1)]
     div_factor: Annotated[float, Field(ge=1)]
     final_div_factor: Annotated[float, Field(ge=1)]
+    cycle_momentum: bool
     momentum_low: Beta
     momentum_high: Beta
     knobs: dict[str, KnobConfig]
+
+    @model_validator(mode="after")
+    def _three_phases_fit(self) -> "OneCycleConfig":
+        if self.three_phase and self.peak_fraction > 0.5:
+            raise ValueError(
+                f"schedule.peak_fraction: {self.peak_fraction:g} leaves no time for the way down of "
+                "schedule.three_phase=true, which is as long as the way up; set at most 0.5"
+            )
+        return self
 
 
 ScheduleConfig = Annotated[CosineConfig | ConstantConfig | OneCycleConfig, Field(discriminator="name")]

@@ -92,15 +92,22 @@ class Schedule:
     def _one_cycle(self, step: int) -> GroupValues:
         config = self.config
         assert isinstance(config, OneCycleConfig)
+        curve = cosine if config.curve == "cosine" else linear
+        start = 0.0
+        for end, rates, momenta in self._cycle_phases(config):
+            if step <= end or end == self.total_steps - 1:
+                fraction = (step - start) / (end - start) if end > start else 1.0
+                momentum = curve(*momenta, fraction) if config.cycle_momentum else None
+                return GroupValues(curve(*rates, fraction), self.weight_decay, momentum)
+            start = end
+        raise AssertionError("the last phase ends with the run")
+
+    def _cycle_phases(self, config: OneCycleConfig) -> list[tuple[float, tuple[float, float], tuple[float, float]]]:
+        """Return the phases of a cycle: last step, and the rate and the momentum at both ends."""
         first, last = self.lr / config.div_factor, self.lr / config.div_factor / config.final_div_factor
-        peak = config.peak_fraction * self.total_steps - 1
-        end = max(self.total_steps - 1, 1)
-        if step <= peak:
-            fraction = step / peak if peak > 0 else 1.0
-            rate = cosine(first, self.lr, fraction)
-            momentum = cosine(config.momentum_high, config.momentum_low, fraction)
-        else:
-            fraction = (step - peak) / max(end - peak, 1e-12)
-            rate = cosine(self.lr, last, fraction)
-            momentum = cosine(config.momentum_low, config.momentum_high, fraction)
-        return GroupValues(rate, self.weight_decay, momentum)
+        low, high = config.momentum_low, config.momentum_high
+        peak, end = config.peak_fraction * self.total_steps - 1, self.total_steps - 1
+        up = (peak, (first, self.lr), (high, low))
+        if config.three_phase:
+            return [up, (2 * peak, (self.lr, first), (low, high)), (end, (first, last), (high, high))]
+        return [up, (end, (self.lr, last), (low, high))]

@@ -24,7 +24,7 @@ from tests.support import make_collection
 from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
 from utils.io.files import write_json
 
-TRAINING = ("pretrain_fcmae", "finetune")
+TRAINING = ("pretrain_fcmae", "finetune", "train")
 SCRIPTS = (*TRAINING, "prepare", "evaluate", "predict", "export")
 
 # An update of this takes milliseconds.

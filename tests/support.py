@@ -4,6 +4,7 @@ A script's start costs seconds, nearly all of them imports. `start` runs it in p
 imported everything once, with the variables that torchrun would set. What is tested of torchrun itself uses `torchrun`.
 """
 
+import csv
 import json
 import multiprocessing
 import os
@@ -193,12 +194,21 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
     )
 
 
+# The figures that two equal runs do not share: readings of the clock and of memory.
+READINGS = ("images_per_sec", "seconds", "peak_memory_gib")
+
+
 def rows(path, kind=None):
-    """Return a JSONL file's rows, without what measures time."""
+    """Return a JSONL file's rows, without readings."""
     found = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    for row in found:
-        row.pop("images_per_sec", None)
+    found = [{name: value for name, value in row.items() if name not in READINGS} for row in found]
     return [row for row in found if kind is None or row["kind"] == kind]
+
+
+def training_log(run_dir):
+    """Return the lines of a run's training_log.txt as name -> text, without readings."""
+    with open(Path(run_dir) / "training_log.txt", newline="") as stream:
+        return [{name: text for name, text in line.items() if name not in READINGS} for line in csv.DictReader(stream)]
 
 
 def samples_by_step(run_dir):

@@ -3,6 +3,9 @@
 The scripts' bodies run in the test's own process. What the command line refuses: tests/utils/test_config_errors.py.
 """
 
+import csv
+import json
+import math
 import re
 import shutil
 
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 
 from engine.plan import split_batch
 from tests.in_process import SHORT, TINY, make_images, run
+from tests.support import make_collection
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.files import read_json
@@ -81,17 +85,20 @@ def test_a_folder_that_may_not_be_read(place, monkeypatch):
 
 CLASSES = {
     "val/B": (
-        "data.root: 1 class ('B') of 'images' without a validation image; add images of them, or set "
-        "task.allow_missing_classes=true"
+        "data.root: 1 class ('B') of 'images' without a validation image; add images of it (each class needs one for "
+        "training and one for validation), remove it, or set task.allow_missing_classes=true"
     ),
     "train/C": (
-        "data.root: 1 class ('C') of 'images' in the validation split only; add training images of them, rename them "
-        "as in training"
+        "data.root: 1 class ('C') of 'images' in the validation split only; add training images of it, rename it as in "
+        "training, or remove it from the validation split"
     ),
     "train/B train/C val/B val/C": (
         "data.root: 'images' has the class 'A' alone in its training split; classification needs two. Set data.root to"
     ),
-    "val": "data.root: 3 classes ('A', 'B', 'C') of 'images' without a validation image; add images of them, or set",
+    "val": (
+        "data.root: 3 classes ('A', 'B', 'C') of 'images' without a validation image; add a val/ folder with images of "
+        "every class, or set data.validation_fraction above 0"
+    ),
 }
 
 
@@ -108,6 +115,125 @@ def test_a_class_may_miss_from_validation_where_that_is_allowed(tmp_path):
     make_images(tmp_path / "images", "ABC")
     shutil.rmtree(tmp_path / "images/val/B")
     run("finetune", [*TINY, "data.root=images", "task.allow_missing_classes=true", "dry_run=true"], tmp_path)
+
+
+RENAMED = {
+    ("train/A", "Cat", "val/A", "cat"): "'Cat' and 'cat' differ only in upper and lower case",
+    ("train/A", "caf\u00e9", "val/A", "cafe\u0301"): (
+        "'caf\u00e9' and 'cafe\u0301' look alike, but differ in their Unicode characters ('caf\\xe9' and 'cafe\\u0301')"
+    ),
+}
+
+
+@pytest.mark.parametrize("names", RENAMED)
+def test_a_class_that_the_splits_name_differently(names, tmp_path):
+    make_images(tmp_path / "images")
+    for old, new in zip(names[::2], names[1::2]):
+        (tmp_path / "images" / old).rename(tmp_path / "images" / old.replace("A", new))
+    message = (
+        f"data.root: training and validation of 'images' name a class differently: {RENAMED[names]}; rename one of"
+    )
+    matches(refusal("finetune", [*TINY, "data.root=images", "task.allow_missing_classes=true"], tmp_path), message)
+
+
+def test_a_class_folder_with_one_image_and_no_validation_folder(tmp_path):
+    make_collection(tmp_path / "images", per_class=4, classes="AB", validation=0)
+    shutil.rmtree(tmp_path / "images/val")
+    (tmp_path / "images/train/C").mkdir()
+    shutil.copy(tmp_path / "images/train/A/000.png", tmp_path / "images/train/C/only.png")
+    overrides = [*TINY, "data.root=images", "run_dir=run"]
+    message = "data.root: 1 class ('C') of 'images' without a validation image; add images of it (each class needs one"
+    matches(refusal("finetune", overrides, tmp_path), message)
+    run("finetune", [*overrides, "task.allow_missing_classes=true"], tmp_path)
+    said = (tmp_path / "run/log.txt").read_text()
+    assert "no val/ folder: split off 2 of 9 images (fraction 0.1), stratified over 3 classes" in said
+    assert "WARNING data.root: 1 class ('C') with a single image, which stays in training" in said
+
+
+def test_class_folders_in_other_scripts_nested_and_empty_ones(tmp_path):
+    """The names reach the tables and the weights as they are."""
+    names = ["\u043a\u043e\u0448\u043a\u0430", "\u72d7", "\u0642\u0650\u0637\u0651\u0629", "e\u0301te\u0301"]
+    make_images(tmp_path / "images", "ABCD")
+    for old, new in zip("ABCD", names):
+        for split in ("train", "val"):
+            (tmp_path / "images" / split / old).rename(tmp_path / "images" / split / new)
+    (tmp_path / "images/train" / names[1] / "sub").mkdir()
+    shutil.copy(tmp_path / f"images/val/{names[0]}/000.png", tmp_path / f"images/train/{names[1]}/sub/x.jpg")
+    (tmp_path / "images/train/empty").mkdir()
+    run("finetune", [*TINY, "data.root=images", "run_dir=run"], tmp_path)
+    said = (tmp_path / "run/log.txt").read_text()
+    assert (
+        said.count("nested folders: 1 of 25 images ") == 1 and f"(such as 'train/{names[1]}/sub/x.jpg' of the" in said
+    )
+    assert said.count("WARNING data.root: 'train/empty' holds no image, and no other file; it is ignored: add") == 1
+    with open(tmp_path / "run/tables/classes.csv", encoding="utf-8") as stream:
+        assert [row["class"] for row in csv.DictReader(stream)] == sorted(names)
+    run("predict", ["weights=run", "input=images/val", "output=found.csv"], tmp_path)
+    with open(tmp_path / "found.csv", encoding="utf-8") as stream:
+        assert any(name in "".join(map(str, row.values())) for row in csv.DictReader(stream) for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------- unreadable images
+
+
+def broken_chunk(content):
+    """Return a PNG whose header does not match its checksum."""
+    return content[:18] + bytes([content[18] ^ 1]) + content[19:]
+
+
+def test_unreadable_images_in_each_position_are_listed_and_training_goes_on(tmp_path):
+    """First, middle and last of both splits, and every image of a class; a whole batch is in the test below."""
+    root = make_collection(tmp_path / "images", per_class=5, classes="ABC", validation=3)
+    broken = {
+        "train/A/000.png": lambda content: b"",
+        "train/B/002.png": lambda content: b"a text",
+        "train/C/000.png": lambda content: content[: len(content) // 2],
+        "train/C/001.png": broken_chunk,
+        "train/C/002.png": lambda content: b"",
+        "train/C/003.png": lambda content: content[:10],
+        "train/C/004.png": lambda content: b"<html>",
+        "val/A/000.png": lambda content: content[: len(content) // 2],
+        "val/B/001.png": broken_chunk,
+        "val/C/002.png": lambda content: b"",
+    }
+    for path, damage in broken.items():
+        (root / path).write_bytes(damage((root / path).read_bytes()))
+    overrides = ["loop.global_batch_size=8", "loop.batch_size=4", "run_dir=run"]
+    run("finetune", [*TINY, "data.root=images", *overrides], tmp_path)
+    listed = [json.loads(line) for line in (tmp_path / "run/unreadable.jsonl").read_text().splitlines()]
+    assert sorted(row["path"] for row in listed) == sorted(broken) and all(row["reason"] for row in listed)
+    said = (tmp_path / "run/log.txt").read_text()
+    assert all(said.count(f"unreadable image {path}: ") == 1 for path in broken)
+    assert f"WARNING {len(broken)} images could not be read and weighed 0; see unreadable.jsonl" in said
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for row in metrics for name, value in row.items() if name.endswith("loss"))
+    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
+
+
+def test_a_batch_of_which_nothing_can_be_read_is_skipped(tmp_path):
+    make_images(tmp_path / "images")
+    paths = sorted((tmp_path / "images/train").rglob("*.png"))
+    for path in paths[:-1]:
+        path.write_bytes(b"")
+    run("finetune", [*TINY, "data.root=images", "run_dir=run"], tmp_path)
+    said = (tmp_path / "run/log.txt").read_text()
+    assert said.count(" was skipped: none of its images could be read") == 1
+    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
+
+
+def test_training_images_of_which_none_can_be_read_end_the_run(tmp_path):
+    make_images(tmp_path / "images")
+    for path in (tmp_path / "images/train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError) as refused:
+        run("finetune", [*TINY, "data.root=images", "run_dir=run"], tmp_path)
+    matches(str(refused.value), "data.root: no image of steps 1 to 2 could be read, see the warnings above and unreada")
+    assert len((tmp_path / "run/unreadable.jsonl").read_text().splitlines()) == 8
+    run("prepare", ["job=manifest", "data=image_folder", "data.root=images"], tmp_path)
+    message = (
+        "data.root: all 8 training images of 'images' have weight 0 in its manifest, as unreadable images do; repl"
+    )
+    matches(refusal("finetune", [*TINY, "data.root=images", "run_dir=other"], tmp_path), message)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Weights of others through the commands: evaluate.py and export.py without a run, timm's weights, means, licences."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from engine.tasks.exporting import merge_origins
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.export.parity import vary_weights
@@ -16,7 +18,7 @@ from tests.in_process import SHORT, make_images, run
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.files import read_json
-from utils.io.weights import read_weights
+from utils.io.weights import read_weights, write_weights
 
 MODEL = ["model=convnextv2_atto", "model.depths=[1,1,1,1]", "model.dims=[8,12,16,20]"]
 SMALL = [*MODEL, *SHORT, "augment.image_size_hw=[32,32]", "data=image_folder", "data.root=images"]
@@ -76,6 +78,20 @@ def test_results_without_a_run_lie_below_outputs(place):
     assert (folder / "plots/evaluate_confusion.png").is_file() and (folder / "tables/evaluate_classes.csv").is_file()
 
 
+def test_each_file_and_collection_has_results_of_its_own(place):
+    """Two runs' best weights have one name; the same command finds its folder again."""
+    (place / "other").mkdir(exist_ok=True)
+    tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors", "w")
+    write_weights(place / "other/own_weights.safetensors", tensors, metadata)
+    write_weights(place / "own_weights.safetensors", tensors, {**metadata, "step": 99})
+    data = ["data=image_folder", "data.root=images", *ON_CPU]
+    for name in ("own_weights", "other/own_weights", "own_weights"):
+        run("evaluate", [f"weights={name}.safetensors", *data], place)
+    found = [read_json(place / f"outputs/evaluate/{name}/metrics.json") for name in ("own_weights", "own_weights-2")]
+    assert [values["step"] for values in found] == [99, metadata["step"]]
+    assert not (place / "outputs/evaluate/own_weights-3").exists()
+
+
 def test_a_validation_split_alone_is_enough(place):
     """Somebody who checks a published figure may have no training images."""
     (place / "only").mkdir()
@@ -94,6 +110,11 @@ def test_a_validation_split_alone_is_enough(place):
         (["weights=fcmae.pt"], "data: must be given where there is no run_dir; add data=image_folder data.root=PATH"),
         (["run_dir=run", *MODEL], "model: the run states its own; remove model, or run_dir and give weights=FILE"),
         (["weights=fcmae.pt", "augment=light", *IMAGES], "model: must be given with augment and with weights=timm"),
+        (
+            ["run_dir=run", "init_weights=ema"],
+            "init_weights: ema is read for torch checkpoints that are not",
+        ),
+        (["weights=fcmae.pt", "init_weights=ema", *IMAGES[:2]], "init_weights: ema is read for torch checkpoints that"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(overrides, message, place):
@@ -140,13 +161,13 @@ def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
         assert metadata["origin"] == {"source": "fcmae.pt", "layout": "official", "licence": "cc-by-nc-4.0"}
     run("export", ["format=timm", "run_dir=run"], place)
     assert read_json(place / "run/export/timm/config.json")["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-    assert read_json(place / "run/export/timm/export.json")["licence"] == "cc-by-nc-4.0"
+    assert read_json(place / "run/export/timm/export.json")["model.safetensors"]["licence"] == "cc-by-nc-4.0"
     # A run from that export: the file beside the weights states it.
     run("finetune", [*SMALL, "init_from=run/export/timm", "run_dir=second"], place)
     _, metadata = read_weights(place / "second/weights/last_weights.safetensors", "weights")
     assert metadata["origin"]["licence"] == "cc-by-nc-4.0" and metadata["origin"]["layout"] == "timm"
     run("export", ["format=onnx", "run_dir=second", "licence=mine"], place)
-    assert read_json(place / "second/export/export.json")["licence"] == "mine"
+    assert read_json(place / "second/export/export.json")["model.onnx"]["licence"] == "mine"
 
 
 def test_a_resumed_run_still_knows_its_origin(place):
@@ -204,23 +225,103 @@ def test_several_files_are_averaged(place):
         run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.pt]", "output=x"], place)
 
 
+def test_weights_whose_outputs_mean_other_things_have_no_mean(place):
+    last = place / "run/weights/last_weights.safetensors"
+    tensors, metadata = read_weights(last, "w")
+    changes = {
+        "class_names": {"class_names": ["B", "A"]},
+        "preprocessing.mean": {"preprocessing": {**metadata["preprocessing"], "mean": [0.1] * 3}},
+        "model.stem_stride": {"model": {**metadata["model"], "stem_stride": 2}},
+        "task.name": {"task": {**metadata["task"], "name": "tagging"}},
+    }
+    for key, change in changes.items():
+        write_weights(place / "other.safetensors", tensors, {**metadata, **change})
+        with pytest.raises(UserError) as refused:
+            run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.safetensors]", "output=x"], place)
+        assert f"other.safetensors have no mean, because {key} differs: " in str(refused.value)
+        assert str(refused.value).endswith("runs with the same task, network, classes and preprocessing")
+    assert not (place / "x").exists()
+
+
+def test_a_mean_has_the_licences_of_all(place):
+    tensors, metadata = read_weights(place / "run/weights/last_weights.safetensors", "w")
+    origins = [None, metadata["origin"], {"source": "b.pt", "layout": "timm", "licence": "apache-2.0"}]
+    for index, origin in enumerate(origins):
+        write_weights(place / f"licence{index}.safetensors", tensors, {**metadata, "origin": origin})
+    names = ",".join(f"licence{index}.safetensors" for index in range(3))
+    run("export", ["format=safetensors", f"weights=[{names}]", "output=merged"], place)
+    merged = read_weights(place / "merged/model.safetensors", "w")[1]["origin"]
+    assert merged["licence"] == "cc-by-nc-4.0 and apache-2.0" and merged["source"] == "fcmae.pt and b.pt"
+    assert merge_origins([origins[1], {**origins[2], "licence": None}])["licence"] == "cc-by-nc-4.0 and unknown"
+
+
 def test_a_foreign_file_is_converted_without_a_run(place):
     run("export", ["format=timm", "weights=fcmae.pt", *MODEL, "augment=randaugment", "augment.image_size_hw=[64,64]",
                    "output=converted"], place)  # fmt: skip
     loaded = timm.create_model(f"local-dir:{place / 'converted'}", pretrained=True)
     state = torch.load(place / "fcmae.pt", weights_only=True)["model"]
     assert torch.equal(loaded.stages[0].blocks[0].conv_dw.weight, state["stages.0.0.dwconv.weight"])
-    assert read_json(place / "converted/export.json")["licence"] == "cc-by-nc-4.0"
+    assert read_json(place / "converted/export.json")["model.safetensors"]["licence"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("features", ["run_dir=run", "backbone_only=true"]),
+        ("encoder", ["weights=fcmae.pt", *MODEL, "augment=glyphs"]),
+    ],
+)
+def test_a_file_of_features_only_is_for_init_from(name, source, place):
+    run("export", ["format=safetensors", *source, f"output={name}"], place)
+    file = f"{name}/model.safetensors"
+    for script, arguments in (("evaluate", IMAGES[:2] + ON_CPU), ("predict", ["input=images", "output=f.jsonl"])):
+        with pytest.raises(UserError, match=rf"^weights: {file} has features only, .* load it with init_from={file}"):
+            run(script, [f"weights={file}", *arguments], place)
+    run("finetune", [*SMALL, f"init_from={file}", "optim.lr=0", f"run_dir=from_{name}"], place)
+    tensors = read_weights(place / file, "w")[0]
+    found = read_weights(place / f"from_{name}/weights/last_weights.safetensors", "w")[0]
+    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
+
+
+def test_a_file_of_somebody_else_is_refused_with_what_to_do(place):
+    with pytest.raises(UserError) as refused:
+        run("predict", ["weights=fcmae.pt", "input=images", "output=f.jsonl"], place)
+    assert str(refused.value).endswith(
+        "add model=... augment=... (evaluate.py, export.py); for predict.py convert it first: "
+        "python export.py format=onnx weights=fcmae.pt model=... augment=... output=FOLDER"
+    )
 
 
 def test_int8_reports_the_accuracy_that_it_costs(place):
     line = run("export", ["format=onnx", "precision=int8", "run_dir=run", "calibration_images=4", "threads=1"], place)
-    report = read_json(place / "run/export/export.json")
+    report = read_json(place / "run/export/export.json")["model_int8.onnx"]
     assert report["file"] == "model_int8.onnx" and report["images"] == 4
     assert report["top1_loss"] == pytest.approx(report["top1_fp32"] - report["top1"]) and "top1_loss=" in line
     assert report["top1_fp32"] == metrics(place, "run_dir=run", "weights=best", *ON_CPU)["top1"]
     run("predict", ["weights=run/export/model_int8.onnx", "input=images", "output=found.csv"], place)
     assert "A" in (place / "found.csv").read_text()
+
+
+def test_reports_of_several_files_lie_beside_each_other(place):
+    for precision in ("fp32", "fp16"):
+        run("export", ["format=onnx", "run_dir=run", f"precision={precision}", "output=both"], place)
+    reports = read_json(place / "both/export.json")
+    assert {name: report["file"] for name, report in reports.items()} == {
+        "model.onnx": "model.onnx", "model_fp16.onnx": "model_fp16.onnx"
+    }  # fmt: skip
+    run("export", ["format=safetensors", "run_dir=run", "output=both"], place)
+    assert {**reports, "model.safetensors": 0}.keys() == read_json(place / "both/export.json").keys()
+    before = (place / "both/model.safetensors").read_bytes()
+    with pytest.raises(UserError) as refused:
+        run("export", ["format=timm", "run_dir=run", "output=both"], place)
+    assert str(refused.value) == (
+        "output: both has the model.safetensors of format=safetensors, which format=timm would replace; name another "
+        "folder"
+    )
+    assert (place / "both/model.safetensors").read_bytes() == before
+    (place / "both/export.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"^output: both/export\.json is not a report of export\.py; move it away"):
+        run("export", ["format=safetensors", "run_dir=run", "output=both"], place)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +338,10 @@ def test_int8_reports_the_accuracy_that_it_costs(place):
         ),
         (["format=onnx"], "run_dir: must be given for weights=best; add run_dir=RUN, or weights=FILE"),
         (["format=onnx", "run_dir=run", *MODEL], "model: is for one weight file that is not ours"),
+        (
+            ["format=onnx", "run_dir=run", "init_weights=ema"],
+            "init_weights: ema is read for torch checkpoints that",
+        ),
     ],
 )
 def test_wrong_exports_are_refused(overrides, message, place):
@@ -312,7 +417,7 @@ def test_timms_network_is_measured_and_exported_by_its_name(place, monkeypatch, 
     network = vary_weights(timm.create_model("test_resnet"))
     fill_cache(monkeypatch, tmp_path, name, network)
     run("export", ["format=onnx", "weights=timm", "model=timm", f"model.name={name}", "output=by_name"], place)
-    report = read_json(place / "by_name/export.json")
+    report = read_json(place / "by_name/export.json")["model.onnx"]
     assert report["onnx_max_abs_diff"] < 1e-3 and report["licence"] == timm.get_pretrained_cfg(name).license
     with pytest.raises(UserError, match=r"^weights: timm has a head of 1000 classes, and the collection has 2"):
         run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *IMAGES[:2], *ON_CPU], place)
@@ -326,6 +431,8 @@ def test_timms_network_is_measured_and_exported_by_its_name(place, monkeypatch, 
         (["model.name=resnet10t.x", "model.pretrained=true"], "model.name: timm has no weights named "),
         (["model.pretrained=true", "init_from=fcmae.pt"], "model.pretrained: true, and init_from names other weights"),
         (["model=convnextv2_atto", "init_from=timm"], "init_from: timm gives weights to its own networks, not to "),
+        (["init_weights=ema"], "init_weights: ema, but init_from is null, so that no weights are read; set init_from="),
+        (["init_from=timm", "init_weights=ema"], "init_weights: ema, but the weights of timm have no average beside"),
     ],
 )  # fmt: skip
 def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, monkeypatch, tmp_path):
@@ -334,6 +441,27 @@ def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, mo
         run("finetune", [*TIMM, *overrides, "run_dir=refused"], place)
     assert str(refused.value).startswith(message)
     assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("volo_d4_448.sail_in1k", "with crop_pct 1.15, and augment expresses eval_crop up to 1; "),
+        ("BORDER", "with crop_mode border, and augment expresses the crop modes center and squash; "),
+    ],
+)
+def test_a_preprocessing_of_timms_that_ours_cannot_express_is_refused(name, message, place, monkeypatch):
+    if name == "BORDER":
+        name, stated = "test_resnet.r160_in1k", timm.get_pretrained_cfg("test_resnet.r160_in1k")
+        monkeypatch.setattr("timm.get_pretrained_cfg", lambda _: replace(stated, crop_mode="border"))
+    with pytest.raises(UserError) as refused:
+        run("finetune", [*TIMM, f"model.name={name}", "init_from=timm", "run_dir=refused"], place)
+    assert str(refused.value) == (
+        f"init_from: timm prepares the images of {name} {message}give the weight file and an augment of yours: "
+        "init_from=FILE"
+    )
+    with pytest.raises(UserError, match=r"^augment: timm prepares .*; say how to prepare them: augment=light with aug"):
+        run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *IMAGES[:2], *ON_CPU], place)
 
 
 def test_a_kept_head_may_be_timms(place, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -29,6 +29,9 @@ from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
 _PAIRS = 1000  # rows of the table of confusions
@@ -36,10 +39,14 @@ HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
 
 
 class ClassificationTaskConfig(Strict):
-    """`mixup_alpha`, `cutmix_alpha` and their probabilities are those of `Mixing`."""
+    """`mixup_alpha`, `cutmix_alpha` and their probabilities are those of `Mixing`.
+
+    class_weights: `balanced` multiplies a training image's loss by N / (K n): N images, K classes, n of its own class.
+    """
 
     name: Literal["classification"]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    class_weights: Literal["none", "balanced"]
     mixup_alpha: Annotated[float, Field(ge=0)]
     cutmix_alpha: Annotated[float, Field(ge=0)]
     mix_probability: Annotated[float, Field(ge=0, le=1)]
@@ -65,7 +72,9 @@ class ClassificationTask(Task):
         self._mixing = Mixing(
             config.mixup_alpha, config.cutmix_alpha, config.mix_probability, config.mix_switch_probability
         )
-        self._metadata = setup.metadata()
+        self._metadata = {key: value for key, value in setup.metadata().items() if key != "class_weights"}
+        weights = setup.facts.get("class_weights")  # for training alone
+        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; the head too where `task.head` is kept."""
@@ -82,6 +91,8 @@ class ClassificationTask(Task):
             images, targets = self._mix(images, targets, batch["weight"])
         logits = self.network(images).float()
         loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        if self.class_weights is not None and self.training:
+            loss = loss * (self.class_weights[targets] if targets.ndim == 1 else targets @ self.class_weights)
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
         return StepOutput(loss, {"accuracy": log_mean(correct, batch["weight"])})
 
@@ -125,17 +136,42 @@ class ClassificationTask(Task):
         return report
 
 
+def balance(class_ids: np.ndarray, names: Sequence[str]) -> list[float]:
+    """Return a weight for each class, N / (K n), which gives all classes the same sum; its mean over images is 1.
+
+    class_ids: int64, the class of each training image; -1 for none.
+    """
+    counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names))
+    present = np.count_nonzero(counts)
+    weights = counts.sum() / (present * np.maximum(counts, 1))
+    log.info(
+        "task.class_weights=balanced: from %.3g (%s) to %.3g (%s)",
+        weights[counts > 0].min(), names[int(counts.argmax())], weights[counts > 0].max(),
+        names[int(np.where(counts > 0, counts, counts.max() + 1).argmin())],
+    )  # fmt: skip
+    return weights.tolist()
+
+
 class ClassificationKind(Kind[ClassificationTaskConfig]):
     """Labelled images; the training split's classes are the classes."""
 
     config = ClassificationTaskConfig
+    scripts = ("train", "finetune")
     output = "classes"
     fact_names = ("class_names",)
-    later_keys: ClassVar[Mapping[str, Any]] = {"mix_probability": 1.0, "mix_switch_probability": 0.5}
+    later_keys: ClassVar[Mapping[str, Any]] = {
+        "mix_probability": 1.0,
+        "mix_switch_probability": 0.5,
+        "class_weights": "none",
+    }
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the class names, checked against the validation split."""
-        return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
+        """Return the class names, checked against the validation split; and the weights of the classes, if any."""
+        names = check_classes(collection, config.task.allow_missing_classes)
+        if config.task.class_weights == "none":
+            return {"class_names": names}
+        rows = training_rows(collection, config.loop.train_paths)
+        return {"class_names": names, "class_weights": balance(collection.class_ids(names)[rows], names)}
 
     def build(self, setup: Setup[ClassificationTaskConfig]) -> ClassificationTask:
         """Return the task."""

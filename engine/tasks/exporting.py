@@ -24,21 +24,27 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_SHOWN_CHARACTERS = 120  # of a value in a message
+
+
+# Values of `model` that act in training alone, so that weights of runs that differ in them have a mean.
+_TRAINING_KEYS = ("drop_path_rate", "head_init_scale", "pretrained")
+
 
 @contextmanager
 def averaged(paths: Sequence[Path]) -> Iterator[Path]:
-    """Yield a weight file with the mean of several, under the metadata of the first; of one file, the file itself.
+    """Yield a weight file with the mean of several, under the metadata of the first and the licences of all.
 
-    Integers, such as counts of batches, are the first file's. Raises UserError (`weights`) where names or shapes
-    differ.
+    Of one file, it is the file itself. Integers, such as counts of batches, are the first file's. Raises UserError
+    (`weights`) where names or shapes of tensors differ, or task, network, classes or preprocessing.
     """
     if len(paths) == 1:
         yield paths[0]
         return
     first, metadata = read_weights(paths[0], "weights")
-    total = {name: tensor.double() for name, tensor in first.items()}
+    total, origins = {name: tensor.double() for name, tensor in first.items()}, [metadata.get("origin")]
     for path in paths[1:]:
-        state, _ = read_weights(path, "weights")
+        state, other = read_weights(path, "weights")
         wrong = [name for name in {**first, **state} if name not in state or name not in first
                  or state[name].shape != first[name].shape]  # fmt: skip
         if wrong:
@@ -46,6 +52,8 @@ def averaged(paths: Sequence[Path]) -> Iterator[Path]:
                 f"weights: {path} and {paths[0]} are not of one network, so they have no mean: {len(wrong)} tensors "
                 f"differ ({', '.join(sorted(wrong)[:3])}); name weights of one recipe"
             )
+        _refuse_other_meaning((paths[0], metadata), (path, other))
+        origins.append(other.get("origin"))
         for name, tensor in state.items():
             total[name] += tensor.double()
     mean = {
@@ -55,8 +63,47 @@ def averaged(paths: Sequence[Path]) -> Iterator[Path]:
     log.info("weights: the mean of %s", ", ".join(map(str, paths)))
     with tempfile.TemporaryDirectory(prefix="atelier-average-") as folder:
         path = Path(folder) / "average.safetensors"
-        write_weights(path, mean, {**metadata, "averaged": [str(path) for path in paths]})
+        merged = {"origin": origin} if (origin := merge_origins(origins)) else {}
+        write_weights(path, mean, {**metadata, **merged, "averaged": [str(path) for path in paths]})
         yield path
+
+
+def _refuse_other_meaning(first: tuple[Path, dict[str, Any]], other: tuple[Path, dict[str, Any]]) -> None:
+    """Raise UserError (`weights`) where two files' outputs or inputs do not mean the same; names the first such key."""
+    (first_path, ours), (path, theirs) = ((path, _meaning(metadata)) for path, metadata in (first, other))
+    for key in {**ours, **theirs}:
+        if ours.get(key) != theirs.get(key):
+            shown = [repr(values.get(key))[:_SHOWN_CHARACTERS] for values in (ours, theirs)]
+            raise UserError(
+                f"weights: {first_path} and {path} have no mean, because {key} differs: {shown[0]} in the first, "
+                f"{shown[1]} in the second; name weights of runs with the same task, network, classes and preprocessing"
+            )
+
+
+def _meaning(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what gives a weight file's tensors their meaning, by dotted key."""
+    found = {key: metadata.get(key) for key in ("class_names", "tag_names", "frozen")}
+    task, model, preprocessing = (
+        value if isinstance(value := metadata.get(key), dict) else {} for key in ("task", "model", "preprocessing")
+    )
+    found |= {f"model.{key}": value for key, value in model.items() if key not in _TRAINING_KEYS}
+    found |= {f"preprocessing.{key}": value for key, value in {"eval_resize": "crop", **preprocessing}.items()}
+    return {"task.name": task.get("name"), **found}
+
+
+def merge_origins(origins: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return one origin that names each source, layout and licence; None where no weights came from elsewhere.
+
+    A source whose licence is not known makes `unknown` one of the licences.
+    """
+    known = [origin for origin in origins if isinstance(origin, dict)]
+    distinct = [origin for index, origin in enumerate(known) if origin not in known[:index]]
+    if len(distinct) < 2:
+        return distinct[0] if distinct else None
+    return {
+        key: " and ".join(dict.fromkeys(str(origin.get(key) or "unknown") for origin in distinct))
+        for key in ("source", "layout", "licence")
+    }
 
 
 class Opened(NamedTuple):
@@ -96,18 +143,31 @@ def open_other(source: ForeignSource) -> Opened:
 
 
 def without_head(opened: Opened) -> Opened:
-    """Return the backbone: the network without head and final norm, whose output is the mean of the last map."""
+    """Return the backbone: the network without head and final norm, whose output is the mean of the last map.
+
+    A network of timm gives its pooled features; where it pools a map and norms the result, that norm is left out too.
+    The metadata name no task, because a file of these weights has none: it is for `init_from`.
+    """
     model, metadata = opened.model, opened.metadata
     network = model.network
     if hasattr(network, "reset_classifier"):
-        network.reset_classifier(0)
+        _remove_timm_head(network)
     elif getattr(network, "num_classes", 0):
         backbone = build_network(ConvNeXtV2Config.model_validate(metadata["model"]), num_classes=0)
         load_into(backbone, network.state_dict(), keep_head=False)
         network = backbone
     kept = {key: value for key, value in metadata.items() if key not in ("class_names", "tag_names")}
     backbone = ImageModel(network, model.normalise, "features").eval()
-    return Opened(backbone, network, {**kept, "output": "features"})
+    return Opened(backbone, network, {**kept, "task": None, "output": "features"})
+
+
+def _remove_timm_head(network: nn.Module) -> None:
+    """Remove a timm network's classifier, and the norm behind the pool, which timm's `reset_classifier` leaves."""
+    from timm.layers import NormMlpClassifierHead
+
+    network.reset_classifier(0)
+    if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
+        head.reset(0, reset_other=True)
 
 
 def read_images(loader: Iterable[Batch], count: int) -> Iterator[np.ndarray]:

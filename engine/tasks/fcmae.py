@@ -174,7 +174,7 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
     """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it."""
 
     config = FCMAETaskConfig
-    script = "pretrain_fcmae"
+    scripts = ("pretrain_fcmae",)
     output = "features"
     later_keys: ClassVar[Mapping[str, Any]] = {"initial_weights": "normal"}
 

@@ -21,21 +21,22 @@ from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.image_model import ImageModel
 from models.normalise import Normalise
-from models.weights.fit import fit_state, load_into, optional_prefixes
+from models.weights.fit import fit_state, optional_prefixes
 from models.weights.initialise import convert
 from models.weights.origin import find_origin
 from models.weights.timm_hub import load_timm
 from utils.errors import UserError
-from utils.io.weights import find_weights, read_weights
+from utils.io.weights import find_weights, read_weights, refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 _MAX_CLASSES = 10**6  # that a file may claim
+_SHOWN_CHARACTERS = 60  # of a class name
 # The classification that a foreign file is measured as; what trains it is not known.
 _TASK = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=0.0,
-    mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
+    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
+    mix_probability=0.0, mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
 )  # fmt: skip
 
 
@@ -61,20 +62,22 @@ class ForeignSource(NamedTuple):
                 "published files: augment=randaugment, and from 384 px up also augment.image_size_hw=[384,384] "
                 "augment.eval_resize=squash"
             )
-        return {**stated_preprocessing(self.model), "channels": self.model.in_channels}
+        advice = "say how to prepare them: augment=light with augment.eval_crop and the other keys"
+        return {**stated_preprocessing(self.model, "augment", advice), "channels": self.model.in_channels}
 
 
 def open_foreign(source: ForeignSource) -> tuple[ImageModel, dict[str, Any]]:
     """Return the model of a foreign file, in eval mode, and metadata as a weight file of ours has them.
 
-    Its output is `classes` where the file has a head, else `features`. Classes are named as in the configuration beside
-    the file, or by their numbers. Raises UserError (`weights`, with a table of misfits).
+    Its output is `classes` where the file has a head, else `features`. Classes are named as in the file or in the
+    configuration beside it, or by their numbers (`numbered_classes` in the metadata). Raises UserError (`weights`),
+    with a table of misfits.
     """
     preprocessing = source.preprocessing()
     if source.weights == "timm":
-        network, origin, names = _open_timm(source.model)
+        network, origin, names, numbered = _open_timm(source)
     else:
-        network, origin, names = _open_file(source)
+        network, origin, names, numbered = _open_file(source)
     output = "classes" if names else "features"
     normalise = Normalise(preprocessing["mean"], preprocessing["std"], source.model.in_channels)
     metadata = {
@@ -84,24 +87,21 @@ def open_foreign(source: ForeignSource) -> tuple[ImageModel, dict[str, Any]]:
         "output": output,
         "step": 0,
         "origin": origin,
-        **({"class_names": names} if names else {}),
+        **({"class_names": names, "numbered_classes": numbered} if names else {}),
     }
     return ImageModel(network, normalise, output).eval(), metadata
 
 
 def rebuild_foreign(source: ForeignSource, class_names: Sequence[str]) -> Rebuilt:
-    """Return a classification task of a foreign file, whose classes are those of the collection, in their order.
+    """Return a classification task of a foreign file, whose classes are those of the collection.
 
-    Raises UserError (`weights`) where the file has no head of as many classes.
+    Their order is the file's where it names its classes, and that of `class_names` where it only numbers them. Raises
+    UserError (`weights`) where the file has no head of as many classes, or names others.
     """
     model, metadata = open_foreign(source)
-    found = len(metadata.get("class_names", ()))
-    if found != len(class_names):
-        raise UserError(
-            f"weights: {source.weights} has {f'a head of {found} classes' if found else 'no head'}, and the collection "
-            f"has {len(class_names)} classes; give the collection that it was trained on (data.root)"
-        )
-    facts = {"class_names": list(class_names)}
+    names = _order_classes(source.weights, metadata, list(class_names))
+    metadata = {**metadata, "class_names": names, "numbered_classes": False}
+    facts = {"class_names": names}
     setup = Setup(source.model, _TASK, metadata["preprocessing"], facts)
     with torch.device("meta"):
         task = ClassificationTask(setup)
@@ -109,18 +109,61 @@ def rebuild_foreign(source: ForeignSource, class_names: Sequence[str]) -> Rebuil
     return Rebuilt(KINDS["classification"], task.eval(), setup, metadata, source.weights)
 
 
-def _open_timm(model: ModelConfig) -> tuple[nn.Module, dict[str, Any], list[str]]:
+def _order_classes(weights: str, metadata: Mapping[str, Any], wanted: list[str]) -> list[str]:
+    """Return the classes of a collection in the order of a file's outputs, or raise as `rebuild_foreign` says."""
+    names = metadata.get("class_names", [])
+    same = sorted(names) == sorted(wanted)
+    if same and not metadata["numbered_classes"]:
+        return names
+    if names and not same and not metadata["numbered_classes"] and names != _numbers(len(names)):
+        missing, unknown = ([name for name in a if name not in b] for a, b in ((wanted, names), (names, wanted)))
+        raise UserError(
+            f"weights: {weights} names other classes than the collection: {len(unknown)} are only in the file "
+            f"({_shorten(unknown)}), {len(missing)} only in the collection ({_shorten(missing)}). Rename the folders "
+            "of data.root to the file's names; or, if only the names differ and the file's order is that of the sorted "
+            "folders, give a copy of the file without names (of model.safetensors, away from its config.json)"
+        )
+    if len(names) != len(wanted):
+        raise UserError(
+            f"weights: {weights} has {f'a head of {len(names)} classes' if names else 'no head'}, and the collection "
+            f"has {len(wanted)} classes; give the collection that it was trained on (data.root)"
+        )
+    log.info("weights: %s does not name its classes; they are taken for the collection's, in sorted order", weights)
+    return wanted
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(index) for index in range(count)]
+
+
+def _shorten(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:_SHOWN_CHARACTERS]) for name in names[:3])
+    return (shown + (", ..." if len(names) > 3 else "")) or "none"
+
+
+class _File(NamedTuple):
+    """A network with the weights of a file, their origin, and its classes; numbered: the file does not name them."""
+
+    network: nn.Module
+    origin: dict[str, Any]
+    class_names: list[str]
+    numbered: bool
+
+
+def _open_timm(source: ForeignSource) -> _File:
     import timm
 
+    model = source.model
     if not isinstance(model, TimmConfig):
         raise UserError(f"weights: timm has none for {model.name}; set model=timm model.name={model.name}")
+    refuse_average(source.which, "the weights of timm have no average beside them")
     classes = timm.get_pretrained_cfg(model.name).num_classes if timm.is_model(model.name) else 0
     network = build_network(model, num_classes=classes)
     _, origin = load_timm(network, keep_head=True)
-    return network, origin, [str(index) for index in range(classes)]
+    return _File(network, origin, _numbers(classes), numbered=True)
 
 
-def _open_file(source: ForeignSource) -> tuple[nn.Module, dict[str, Any], list[str]]:
+def _open_file(source: ForeignSource) -> _File:
     """Read a file into a network with as many classes as its head has."""
     path = find_weights(source.weights, "best", "weights")
     found: dict[str, Any] = {}
@@ -128,22 +171,38 @@ def _open_file(source: ForeignSource) -> tuple[nn.Module, dict[str, Any], list[s
     def check(shapes: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
         with torch.device("meta"):
             probe = build_network(source.model, num_classes=1)
-            layout, state = convert(probe, shapes, path, "weights")
-            found["classes"] = _count_classes(probe, state)
-            found["layout"] = "atelier" if "task" in metadata else layout
+            converted = convert(probe, shapes, path, "weights")
+            found["classes"] = _count_classes(probe, converted.state)
+            found["layout"] = "atelier" if "task" in metadata else converted.layout
             network = build_network(source.model, num_classes=found["classes"])
-        left = fit_state(network, state, keep_head=True, key="weights").left
+        left = fit_state(network, converted.state, keep_head=True, key="weights").left
         if found["classes"] and left:
             raise UserError(f"weights: {path} lacks {', '.join(left)}; it is not a whole classifier")
 
     tensors, metadata = read_weights(path, "weights", check, source.which)
     network = build_network(source.model, num_classes=found["classes"])
-    fit = load_into(network, convert(network, tensors, path, "weights")[1], keep_head=True, key="weights")
+    fit = convert(network, tensors, path, "weights").load_into(network, keep_head=True, key="weights")
     log.info("weights: %s, layout %s; dropped: %s", path, found["layout"], ", ".join(fit.dropped) or "none")
-    names = metadata.get("class_names") or names_beside(path, found["classes"])
-    if len(names) != found["classes"]:
-        names = [str(index) for index in range(found["classes"])]
-    return network, find_origin(path, found["layout"], metadata), list(names)
+    names = _stated_names(path, metadata, found["classes"])
+    origin = find_origin(path, found["layout"], metadata)
+    return _File(network, origin, names or _numbers(found["classes"]), numbered=not names)
+
+
+def _stated_names(path: Path, metadata: Mapping[str, Any], count: int) -> list[str]:
+    """Return the names of a file's classes, from its metadata or the configuration beside it; `[]` without names.
+
+    Raises UserError (`weights`) where the names are not as many as the classes.
+    """
+    if count == 0 or metadata.get("numbered_classes"):
+        return []
+    names = metadata.get("class_names") or names_beside(path)
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == count):
+        length = len(names) if isinstance(names, list) else type(names).__name__
+        raise UserError(
+            f"weights: {path} has a head of {count} classes, but the names given for them are {length}; correct "
+            "class_names in its metadata, or label_names or id2label in config.json beside it"
+        )
+    return names if names != [f"LABEL_{index}" for index in range(count)] else []  # as transformers numbers them
 
 
 def _count_classes(network: nn.Module, state: Mapping[str, Tensor]) -> int:
@@ -155,14 +214,15 @@ def _count_classes(network: nn.Module, state: Mapping[str, Tensor]) -> int:
     return 0
 
 
-def names_beside(path: Path, count: int) -> list[str]:
+def names_beside(path: Path) -> list[str]:
     """Return the class names that a folder's config.json states (timm's and transformers'), or none."""
     file = path.parent / "config.json"
     if path.name not in ("model.safetensors", "pytorch_model.bin") or not file.is_file():
         return []
     try:
         stated = json.loads(file.read_text(encoding="utf-8"))
-        names = stated.get("label_names") or [stated["id2label"][str(index)] for index in range(count)]
+        labels = stated.get("id2label") or {}
+        names = stated.get("label_names") or [labels[str(index)] for index in range(len(labels))]
         return [str(name) for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []

@@ -18,12 +18,13 @@ from torch import nn
 
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
+from data.device_augment import AUGMENT, training_views
 from data.image_data import ImageData
 from data.loader import Fields
 from data.rows import spread, training_rows
 from data.source import ImageDecoder
 from data.stream import Sampler, build_sampler
-from data.transforms import EvalTransform, TrainTransform, Transform
+from data.transforms import EvalTransform, Transform
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
@@ -33,6 +34,7 @@ from models.image_model import Output
 from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
+from utils.errors import UserError
 
 Config = TypeVar("Config", bound=Strict)
 
@@ -70,14 +72,14 @@ class Setup(Generic[Config]):
 class Kind(Generic[Config]):
     """One kind of training on images. Subclasses override what differs.
 
-    config: the schema of its `task` group; model_schema: of its `model` group. script: the root script that trains it.
+    config: the schema of its `task` group; model_schema: of its `model` group. scripts: the root scripts that train it.
     output: what its network makes of one image; None where it makes nothing of an image alone. fact_names: the facts
     that its task reads. later_keys: keys of `config` that older weight files do not state, with what held then.
     """
 
     config: ClassVar[type[Strict]]
     model_schema: ClassVar[Any] = ModelConfig
-    script: ClassVar[str] = "finetune"
+    scripts: ClassVar[tuple[str, ...]] = ("finetune",)
     output: ClassVar[Output | None] = None
     fact_names: ClassVar[tuple[str, ...]] = ()
     later_keys: ClassVar[Mapping[str, Any]] = {}
@@ -138,8 +140,8 @@ class Kind(Generic[Config]):
         return no_fields
 
     def views(self, setup: Setup[Config], augment: AugmentConfig) -> Mapping[str, Transform]:
-        """Return the named views of a training image."""
-        return {"images": TrainTransform(augment)}
+        """Return the named views of a training image; a kind with its own makes them in the workers."""
+        return training_views(augment)
 
     def sampler(
         self, collection: Collection, setup: Setup[Config], config: ImageTrainingConfig, rows: np.ndarray
@@ -152,6 +154,11 @@ class Kind(Generic[Config]):
         collection = data.collection
         rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
         fields, views = self.fields(collection, setup), self.views(setup, config.augment)
+        if config.augment.on_device and AUGMENT not in views:
+            raise UserError(
+                f"augment.on_device: true is for kinds whose training view is `images` alone; task={config.task.name} "
+                f"makes its own views in the workers ({', '.join(views)}), so set augment.on_device=false"
+            )
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         return Streams(train, self.evaluation(data, setup, training=True), data.fingerprints)
 

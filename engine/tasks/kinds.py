@@ -2,7 +2,7 @@
 
 | name | script | rows | fields | output |
 |---|---|---|---|---|
-| classification | finetune.py | labelled images | labels | classes |
+| classification | finetune.py, train.py | labelled images | labels | classes |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 """
 
@@ -30,5 +30,5 @@ def find_kind(name: Any, key: str) -> Kind:
 
 def task_schema(script: str) -> Any:
     """Return the schema of `task` in a root script: the configs of its kinds, chosen by `name`."""
-    configs = tuple(kind.config for kind in KINDS.values() if kind.script == script)
+    configs = tuple(kind.config for kind in KINDS.values() if script in kind.scripts)
     return configs[0] if len(configs) == 1 else Annotated[configs, Field(discriminator="name")]

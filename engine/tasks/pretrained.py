@@ -6,17 +6,25 @@ from data.config import AugmentConfig
 from engine.tasks.kind import ImageTrainingConfig
 from models.config import TimmConfig
 from utils.errors import UserError
+from utils.io.weights import refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 Config = TypeVar("Config", bound=ImageTrainingConfig)
+# What `augment` can express of timm's preprocessing: a test of each value, and the values that pass it.
+_EXPRESSIBLE = {
+    "crop_pct": (lambda value: 0 < value <= 1, "eval_crop up to 1"),
+    "crop_mode": (("center", "squash").__contains__, "the crop modes center and squash"),
+    "interpolation": (("bilinear", "bicubic").__contains__, "bilinear and bicubic"),
+}
 
 
 def use_pretrained(config: Config) -> Config:
     """Return the configuration of a run that begins with timm's weights; any other as it is.
 
     `model.pretrained=true` becomes `init_from=timm`, and `augment` takes over what timm states for the weights,
-    which is logged. Raises UserError where two keys name weights, or timm has none for the network.
+    which is logged. Raises UserError where two keys name weights, timm has none for the network, or `init_weights` asks
+    for an average where none is read.
     """
     asks = isinstance(config.model, TimmConfig) and config.model.pretrained
     if asks and config.init_from not in (None, "timm"):
@@ -24,7 +32,13 @@ def use_pretrained(config: Config) -> Config:
             f"model.pretrained: true, and init_from names other weights ({config.init_from}); keep one of the two"
         )
     if not asks and config.init_from != "timm":
+        if config.init_from is None and config.init_weights == "ema":
+            raise UserError(
+                "init_weights: ema, but init_from is null, so that no weights are read; set init_from=RUN_OR_FILE, or "
+                "init_weights=model"
+            )
         return config
+    refuse_average(config.init_weights, "the weights of timm have no average beside them")
     if not isinstance(config.model, TimmConfig):
         raise UserError(
             f"init_from: timm gives weights to its own networks, not to {config.model.name}; set model=timm "
@@ -36,7 +50,7 @@ def use_pretrained(config: Config) -> Config:
 
 def take_over(augment: AugmentConfig, model: TimmConfig) -> AugmentConfig:
     """Return `augment` with the preprocessing that timm states for a network's weights, and log it."""
-    stated = stated_preprocessing(model)
+    stated = stated_preprocessing(model, "init_from", "give the weight file and an augment of yours: init_from=FILE")
     height, width = stated.pop("image_size_hw")
     changes = {key: value for key, value in stated.items() if getattr(augment, key) != value}
     told = ", ".join(f"{key}={value}" for key, value in stated.items())
@@ -47,10 +61,11 @@ def take_over(augment: AugmentConfig, model: TimmConfig) -> AugmentConfig:
     return AugmentConfig.model_validate({**augment.model_dump(), **changes})
 
 
-def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
+def stated_preprocessing(model: TimmConfig, key: str, advice: str) -> dict[str, Any]:
     """Return the keys of `augment` that timm states for a network's weights.
 
-    Raises UserError where timm does not know the network. For one channel mean and std are averages, as timm has it.
+    For one channel mean and std are averages, as timm has it. Raises UserError (`model.name`) where timm does not know
+    the network, and UserError (`key`, with advice) for a preprocessing that `augment` cannot express.
     """
     import timm
 
@@ -62,6 +77,12 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
         bare = model.name.split(".")[0]
         known = ", ".join(timm.list_pretrained(f"{bare}.*")[:8]) or f"none of {bare!r}"
         raise UserError(f"model.name: timm has no weights named {model.name!r}; it has {known}")
+    for name, (expressible, allowed) in _EXPRESSIBLE.items():
+        if not expressible(value := getattr(config, name)):
+            raise UserError(
+                f"{key}: timm prepares the images of {model.name} with {name} {value}, and augment expresses "
+                f"{allowed}; {advice}"
+            )
     mean, std = list(config.mean), list(config.std)
     if model.in_channels != len(mean):
         mean, std = ([sum(values) / len(values)] * model.in_channels for values in (mean, std))
@@ -71,5 +92,5 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
         "std": std,
         "eval_crop": float(config.crop_pct),
         "eval_resize": "squash" if config.crop_mode == "squash" else "crop",
-        "interpolation": "bilinear" if config.interpolation == "bilinear" else "bicubic",
+        "interpolation": config.interpolation,
     }

@@ -76,8 +76,17 @@ def load_image_model(path: Path, key: str = "weights") -> tuple[ImageModel, dict
 
 def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, Setup]:
     """Return a file's kind and setup. Raises UserError that names the first wrong value of its metadata."""
+    if "task" in metadata and metadata["task"] is None and metadata.get("output") == "features":
+        raise UserError(
+            f"{key}: {path} has features only, neither a head nor a task; load it with init_from={path}, or export the "
+            "run without backbone_only"
+        )
     if "task" not in metadata or "model" not in metadata or not isinstance(metadata["task"], dict):
-        raise UserError(f"{key}: {path} was not written by a run of Atelier; name a run folder or such a file")
+        raise UserError(
+            f"{key}: {path} was not written by a run of Atelier; name a run folder or such a file. If it is somebody "
+            "else's, add model=... augment=... (evaluate.py, export.py); for predict.py convert it first: python "
+            f"export.py format=onnx weights={path} model=... augment=... output=FOLDER"
+        )
     kind = find_kind(metadata["task"].get("name"), f"{key}: {path}")
     check_metadata(path, key, {**metadata, "output": kind.output})
     try:

@@ -16,7 +16,9 @@ def licence_of(metadata: Mapping[str, Any]) -> str:
 
 
 def label_names(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the names of a head's outputs, classes or tags; none for a backbone."""
+    """Return the names of a head's outputs, classes or tags; none for a backbone, or where they are mere numbers."""
+    if metadata.get("numbered_classes"):
+        return []
     return list(metadata.get(NAME_KEYS.get(metadata["output"], ""), ()))
 
 
@@ -26,6 +28,6 @@ def write_card(folder: Path, title: str, usage: str, metadata: Mapping[str, Any]
     lines = ["---", f"license: {licence}", "---", "", f"# {title}", "", f"    {usage}", ""]
     if origin:
         lines.append(f"Trained from {origin.get('source')} (layout {origin.get('layout')}), licence: {licence}.")
-    if licence.lower().startswith("cc-by-nc"):
+    if "cc-by-nc" in licence.lower():
         lines.append("The licence of the source weights forbids commercial use, of these weights too.")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

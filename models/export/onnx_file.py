@@ -12,10 +12,11 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ import torch
 from models.export.inference_form import ChannelScale, to_inference_form
 from models.export.model_card import licence_of
 from models.export.onnx_precision import nodes_of, to_fp16, to_int8
-from models.export.parity import refuse_difference
+from models.export.parity import refuse_difference, vary_weights
 from models.image_model import OUTPUT_NAMES, ImageModel
 from models.predictor import NAME_KEYS
 from utils.errors import UserError
@@ -37,25 +38,31 @@ _LARGEST_SIDE = 4096  # pixels, of a file for images of any size
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 
 
+# Of a float32 graph with varied weights, where the file itself has other numbers.
+_GRAPH_TOLERANCE = 1e-3
+_LEAST_OUTPUT = 1e-9  # in the place of zeros, as of a head that was set to 0
+
+
 @dataclass(frozen=True)
 class OnnxSettings:
-    """How a file is written. tolerance: the greatest difference from PyTorch; None leaves int8 to its accuracy.
+    """How a file is written. tolerance: the greatest accepted difference from PyTorch, relative to the largest output.
 
     dynamic_size: the file takes images of any size from the network's stride up. calibration: float32 images
-    [B, C, H, W] in [0, 1] for int8.
+    [B, C, H, W] in [0, 1] for int8, which is compared on the first batch of them; the others on noise.
     """
 
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     dynamic_size: bool = False
-    tolerance: float | None = 1e-3
+    tolerance: float = 1e-3
     calibration: Iterable[np.ndarray] = ()
 
 
 def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, settings: OnnxSettings) -> float:
     """Write the file and return the greatest difference of its outputs from PyTorch's.
 
-    Raises UserError (`tolerance`) where they differ by more; then no file is written and an old one stays. Raises
-    UserError (`format`) before any work where the weights exceed the size of an ONNX file, and UserError
+    A copy with varied weights is traced too, because with small weights a wrong graph gives almost the right outputs.
+    Raises UserError (`tolerance`) where the outputs of either differ by more; then no file is written and an old one
+    stays. Raises UserError (`format`) before any work where the weights exceed the size of an ONNX file, and UserError
     (`dynamic_size`) for a network that cannot take other sizes.
     """
     _refuse_large(model, metadata, path)
@@ -63,24 +70,60 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, sett
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         temporary = Path(folder) / path.name
-        rewritten = to_inference_form(model)
-        proto = _trace(rewritten, samples[-1], settings.dynamic_size)
-        if settings.precision == "fp16":
-            proto = to_fp16(proto, rewritten)
-        in_grn = [node.name for node in nodes_of(proto, rewritten, lambda module: isinstance(module, ChannelScale))]
-        _clean(proto, metadata, model)
-        onnx.checker.check_model(proto)
-        onnx.save(proto, temporary)
-        if settings.precision == "int8":
-            to_int8(temporary, settings.calibration, in_grn)
-            proto = onnx.load(temporary)
-            _clean(proto, metadata, model)
-            onnx.save(proto, temporary)
-        difference = max(_difference(model, temporary, sample) for sample in samples)
-        if settings.tolerance is not None:
-            refuse_difference(difference, settings.tolerance, "ONNX Runtime")
+        precision = settings.precision
+        if precision == "int8":
+            images = iter(settings.calibration)
+            first = [image for image in (next(images, None),) if image is not None]
+            _write(model, metadata, temporary, samples[-1], replace(settings, calibration=chain(first, images)))
+            differences = _compare(model, temporary, [torch.from_numpy(image) for image in first])
+        else:
+            _write(model, metadata, temporary, samples[-1], settings)
+            differences = _compare(model, temporary, samples)
+        refuse_difference(differences.relative, settings.tolerance, "ONNX Runtime")
+        _check_varied(model, metadata, Path(folder) / "varied.onnx", samples, settings)
         os.replace(temporary, path)
-    return difference
+    return differences.absolute
+
+
+def _write(
+    model: ImageModel, metadata: Mapping[str, Any], path: Path, sample: torch.Tensor, settings: OnnxSettings
+) -> None:
+    """Write a model's file, traced with a sample."""
+    rewritten = to_inference_form(model)
+    proto = _trace(rewritten, sample, settings.dynamic_size)
+    if settings.precision == "fp16":
+        proto = to_fp16(proto, rewritten)
+    in_grn = [node.name for node in nodes_of(proto, rewritten, lambda module: isinstance(module, ChannelScale))]
+    _clean(proto, metadata, model)
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+    if settings.precision == "int8":
+        to_int8(path, settings.calibration, in_grn)
+        proto = onnx.load(path)
+        _clean(proto, metadata, model)
+        onnx.save(proto, path)
+
+
+def _check_varied(
+    model: ImageModel,
+    metadata: Mapping[str, Any],
+    path: Path,
+    samples: Sequence[torch.Tensor],
+    settings: OnnxSettings,
+) -> None:
+    """Export a copy with varied weights and compare it; raises UserError (`tolerance`) where its outputs differ.
+
+    The copy is in float32 where int8 is asked for, and where fp16 is and the network has no GRN: the maps of others may
+    grow beyond fp16 with varied weights.
+    """
+    varied = ImageModel(vary_weights(model.network), model.normalise, model.output).eval()
+    in_fp16 = settings.precision == "fp16" and any("grn" in name for name, _ in varied.named_parameters())
+    if in_fp16 or settings.precision == "fp32":
+        tolerance, precision = settings.tolerance, settings.precision
+    else:
+        tolerance, precision = _GRAPH_TOLERANCE, "fp32"
+    _write(varied, metadata, path, samples[-1], replace(settings, precision=precision))
+    refuse_difference(_compare(varied, path, samples).relative, tolerance, "a copy with varied weights")
 
 
 def _refuse_large(model: ImageModel, metadata: Mapping[str, Any], path: Path) -> None:
@@ -158,11 +201,29 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, "licence": licence_of(metadata)})})
 
 
+class _Differences(NamedTuple):
+    """The greatest difference of any output; and that of the first, logits or features, as a share of its largest."""
+
+    absolute: float
+    relative: float
+
+
 @torch.inference_mode()
-def _difference(model: ImageModel, path: Path, sample: torch.Tensor) -> float:
-    found = open_session(path)(sample.numpy())
-    wanted = [output.numpy() for output in model(sample)]
-    return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted))
+def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> _Differences:
+    """Compare a file's outputs with PyTorch's. Its probabilities must be those of its own logits, too."""
+    session, absolute, relative = open_session(path), [], []
+    for sample in samples:
+        found, wanted = [torch.from_numpy(output) for output in session(sample.numpy())], model(sample)
+        absolute += [_greatest(theirs, ours) for theirs, ours in zip(found, wanted, strict=True)]
+        relative.append(absolute[-len(found)] / max(float(wanted[0].abs().max()), _LEAST_OUTPUT))
+        if len(found) == 2:  # large logits make small differences of theirs great ones of the probabilities
+            probs = found[0].softmax(dim=1) if model.output == "classes" else found[0].sigmoid()
+            relative.append(_greatest(found[1], probs))
+    return _Differences(float(np.max(absolute)), float(np.max(relative)))  # of which NaN is the greatest
+
+
+def _greatest(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max())
 
 
 def open_session(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:

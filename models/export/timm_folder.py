@@ -40,7 +40,7 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
 
     config: dict[str, Any]
     if hasattr(network, "pretrained_cfg"):
-        state, classes = dict(network.state_dict()), network.num_classes
+        state, classes = _with_head_norm(network), network.num_classes
         config = {"architecture": network.pretrained_cfg["architecture"], "num_features": network.num_features}
         names = {key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
     else:
@@ -81,6 +81,19 @@ def _with_norm(state: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Ten
     """Add the final norm that an encoder lacks and timm and transformers have: scale 1, shift 0."""
     width = geometry.dims[-1]
     return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}
+
+
+def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:
+    """Return a timm network's tensors; a norm of its head that a backbone lacks gets scale 1 and shift 0."""
+    import timm
+
+    state = dict(network.state_dict())
+    if network.num_classes == 0:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            whole = timm.create_model(network.pretrained_cfg["architecture"], num_classes=0).state_dict()
+        for name in [name for name in whole if name.startswith("head.norm.") and name not in state]:
+            state[name] = (torch.ones if name.endswith("weight") else torch.zeros)(whole[name].shape)
+    return state
 
 
 def _preprocessing(ours: Mapping[str, Any]) -> dict[str, Any]:

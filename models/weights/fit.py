@@ -68,7 +68,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
         for name, tensor in found.items()
         if name not in left and (name in wanted or not name.startswith(head + norm))
     }
-    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
+    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key, _advice(network))
     dropped = [name for name in state if given.keys().isdisjoint({name, name.removeprefix(_ENCODER), _ENCODER + name})]
     return Fit(given, [name for name in wanted if name in left], dropped)
 
@@ -139,7 +139,20 @@ def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(f"{name}." for name in names), ("head.norm.",) if "head.fc" in names else ()
 
 
-def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> None:
+def _advice(network: nn.Module) -> str:
+    """Return what to do about a state that does not fit a network."""
+    if hasattr(network, "pretrained_cfg"):
+        return (
+            "Set model.name to the network of timm that the checkpoint was trained with (of many, the name has the "
+            "image size: vit_tiny_patch16_384) and model.in_channels to its channels, or name another file."
+        )
+    return (
+        "Set the model group (model.name, model.depths, model.dims, model.in_channels, model.stem_stride) to what the "
+        "checkpoint was trained with, or name another file."
+    )
+
+
+def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str, advice: str) -> None:
     """Raise UserError with a table unless both have the same names and shapes, and numbers of one kind."""
     rows = []
     for name in [*wanted, *(name for name in given if name not in wanted)]:
@@ -155,11 +168,7 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     widths = [max(len(row[column]) for row in shown) for column in range(3)]
     table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown)
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-    raise UserError(
-        f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n"
-        "Set the model group (model.name, model.depths, model.dims, model.in_channels, model.stem_stride) to what the "
-        "checkpoint was trained with, or name another file."
-    )
+    raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}")
 
 
 def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:

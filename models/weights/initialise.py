@@ -1,9 +1,8 @@
 """`init_from`: the first weights of a training run, from a run, a file of any known layout, or timm."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,14 +12,28 @@ from models.weights.fit import Fit, fit_state, load_into, optional_prefixes
 from models.weights.layouts import recognise, refuse_v1, strip_wrappers
 from models.weights.names import is_in_layout, translate
 from models.weights.origin import find_origin
+from models.weights.timm_filter import filter_state
 from models.weights.timm_hub import load_timm
 from utils.errors import UserError
-from utils.io.weights import InitFrom, read_weights
+from utils.io.weights import InitFrom, read_weights, refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 _MAX_NAME = 120  # characters of a class name that a file brings
+
+
+class Converted(NamedTuple):
+    """A state under the names of a network; the layout that it had; and the names that have no place there."""
+
+    layout: str
+    state: dict[str, Tensor]
+    removed: list[str]
+
+    def load_into(self, network: nn.Module, *, keep_head: bool, key: str) -> Fit:
+        """Load the state into the network; `dropped` of the result has the names that were removed before, too."""
+        fit = load_into(network, self.state, keep_head=keep_head, key=key)
+        return fit._replace(dropped=[*self.removed, *fit.dropped])
 
 
 def initialise_from(
@@ -29,11 +42,13 @@ def initialise_from(
     """Give a network the weights that `init_from` names and return their origin; None leaves it as it is.
 
     With `keep_head` and `class_names`, the file must have a head of these classes; where it does not name its classes,
-    as many. Raises UserError that begins with `init_from:`, or with `task.head:` for the head.
+    as many. Raises UserError that begins with `init_from:`, with `init_weights:` where an average is asked for and the
+    file has none, or with `task.head:` for the head.
     """
     if source is None:
         return None
     if source.source == "timm":
+        refuse_average(source.weights, "the weights of timm have no average beside them")
         fit, origin = load_timm(network, keep_head=keep_head)
         if keep_head and class_names is not None:
             _check_head(network, fit.left, Path(origin["source"]), None, class_names)
@@ -42,23 +57,23 @@ def initialise_from(
         found: dict[str, Any] = {}
 
         def check(shapes: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-            layout, state = convert(network, shapes, path, "init_from")
-            found.update(layout=layout)
-            left = fit_state(network, state, keep_head=keep_head).left
+            converted = convert(network, shapes, path, "init_from")
+            found.update(layout=converted.layout)
+            left = fit_state(network, converted.state, keep_head=keep_head).left
             if keep_head and class_names is not None:
                 _check_head(network, left, path, metadata.get("class_names"), class_names)
 
         tensors, metadata = read_weights(path, "init_from", check, source.weights)
-        state = convert(network, tensors, path, "init_from")[1]
-        fit = load_into(network, state, keep_head=keep_head)
-        _report_adapted(state, fit)
+        converted = convert(network, tensors, path, "init_from")
+        fit = converted.load_into(network, keep_head=keep_head, key="init_from")
+        _report_adapted(converted.state, fit)
         origin = find_origin(path, "atelier" if "task" in metadata else found["layout"], metadata)
     _report(origin, fit)
     return origin
 
 
-def convert(network: nn.Module, state: Mapping[str, Tensor], path: Path, key: str) -> tuple[str, dict[str, Tensor]]:
-    """Return a state's layout, and the state under the names of a network.
+def convert(network: nn.Module, state: Mapping[str, Tensor], path: Path, key: str) -> Converted:
+    """Return a state under the names of a network.
 
     A ConvNeXt V2 of ours takes every layout of `recognise`; timm's takes them too, and any timm network what timm
     itself converts. Raises UserError (`key`) for a ConvNeXt V1 where a V2 is wanted.
@@ -66,18 +81,13 @@ def convert(network: nn.Module, state: Mapping[str, Tensor], path: Path, key: st
     layout, official = recognise(state)
     if isinstance(network, ConvNeXtV2 | FCMAE):
         refuse_v1(official, path, key)
-        return layout, official
+        return Converted(layout, official, [])
     is_v2 = any(".grn." in name for name in official)
     if is_v2 and layout not in ("timm", "other") and is_in_layout(network.state_dict(), "timm"):
-        return layout, to_timm(_without_encoder(official), network)
-    own = strip_wrappers(state)
-    filter_names = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if filter_names is None or own.keys() & network.state_dict().keys():
-        return layout, own
-    try:
-        return layout, dict(filter_names(own, network))
-    except Exception:  # timm's converters fail on names that they do not expect; the table of names says more
-        return layout, own
+        encoder = _without_decoder(official)
+        removed = [name for name in official if name not in encoder and name.removeprefix("encoder.") not in encoder]
+        return Converted(layout, to_timm(encoder, network), removed)
+    return Converted(layout, *filter_state(network, strip_wrappers(state)))
 
 
 def to_timm(official: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +99,7 @@ def to_timm(official: Mapping[str, Tensor], network: nn.Module) -> dict[str, Ten
     return state
 
 
-def _without_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the encoder of an FCMAE, under names without the prefix; another state as it is."""
     inner = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     return inner or dict(state)

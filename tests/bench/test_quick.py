@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.in_process import configure, make_images
 from tests.support import command
 
 pytestmark = pytest.mark.slow
@@ -16,6 +17,38 @@ def test_a_bench_prints_a_table_of_ratios(words):
     head, *rows, path = done.stdout.splitlines()
     assert head.startswith("setting") and head.endswith("ratio (least to greatest)")
     assert rows and path == f"outputs/bench/quick/{words}.json"
+
+
+SMALL = ["model=convnextv2_atto", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]"]
+
+
+def test_the_loader_bench_prints_settings_that_a_command_takes(tmp_path):
+    images = make_images(tmp_path / "images")
+    done = command("python", "bench/loader.py", "quick", f"data.root={images}", *SMALL, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    parts = ["read", "decode", "crop and resize", "augment in the worker", "collate", "draw for the device"]
+    assert lines[0].startswith("part") and [line.split("  ")[0] for line in lines[1:7]] == parts
+    assert sum(line.startswith("reading alone") for line in lines) >= 4
+    assert sum(line.startswith("training step") for line in lines) == 4
+    assert lines[-3] == "outputs/bench/quick/loader.json" and lines[-2].startswith("why: ")
+    keys = [word.partition("=")[0] for word in lines[-1].split()]
+    assert keys == ["runtime.workers", "runtime.prefetch_batches", "augment.on_device"]
+    assert configure("finetune", lines[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seconds=soon"], "seconds: 'soon'; give the seconds of all turns together, 1 to 3600"),
+        (["data=image_folder"], "data.root: must be given"),
+        (["data.root=nowhere"], "data.root: 'nowhere' does not exist"),
+        (["augment=lihgt"], "augment: unknown 'lihgt'; close: light"),
+    ],
+)
+def test_the_loader_bench_refuses_bad_arguments(words, message):
+    done = command("python", "bench/loader.py", *words)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_pretraining_bench_prints_its_rows():

@@ -43,6 +43,8 @@ CONFIGURATIONS = [
     ("finetune", ["optim=sgd", "schedule=onecycle", KNOBS]),
     ("finetune", ["optim=timm", KNOBS, "tracking=tensorboard"]),
     ("finetune", ["tracking=wandb", "tracking.tags=[small]"]),
+    ("train", []),
+    ("train", ["data=image_folder", "data.root=IMAGES"]),
     ("prepare", []),
     ("prepare", ["data=image_folder", "data.root=IMAGES"]),
     ("evaluate", ["run_dir=RUN"]),
@@ -199,22 +201,29 @@ def run_all(recorder, folder):
             "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1}]",
             "schedule=constant",
             "loop.sampling=balanced",
+            "loop.early_stop_epochs=1.0",
             "tracking=wandb",
             "tracking.mode=offline",
             "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
             "augment.random_erasing=1.0",
+            "augment.color_jitter={brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}",
             "augment.rand_augment=rand-m9-mstd0.5-inc1",
         ],
         "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
     }
-    for script in ("pretrain_fcmae", "finetune"):
-        more = [] if script == "finetune" else ["task.decoder_dim=8"]
+    search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "lr_finder.steps=20", "loop.total_steps=20"]
+    for script in ("pretrain_fcmae", "finetune", "train"):
+        more = ["task.decoder_dim=8"] if script == "pretrain_fcmae" else []
         for name, overrides in others.items():
             if script == "pretrain_fcmae":
                 overrides = [text for text in overrides if not text.startswith("model")]
             model = SHORT if any(text.startswith("model") for text in overrides) else small
-            go(script, *model, *folders, *more, *overrides, f"run_dir={script}_{name}")
+            searches = search if name == "sgd" else ["schedule=cosine"] if name == "timm" else []
+            go(script, *model, *folders, *more, *overrides, *searches, f"run_dir={script}_{name}")
+    adamw = ["optim=adamw", "schedule=cosine", "lr_finder.enabled=false", "run_dir=train_adamw"]
+    go("train", *small, *folders, *adamw)
+    go("train", *small, *folders, *adamw, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=continued", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
@@ -266,12 +275,14 @@ PROVED = {
 _TRAINING_ONLY = (
     "AugmentConfig.crop_", "AugmentConfig.horizontal_flip", "AugmentConfig.affine", "AugmentConfig.rand_augment",
     "AugmentConfig.random_erasing", "AugmentConfig.erasing_noise", "AugmentConfig.fill", "AffineConfig.",
+    "AugmentConfig.color_jitter", "AugmentConfig.on_device", "ColorJitterConfig.",
     "TimmConfig.pretrained", "AugmentConfig.image_size_hw", "AugmentConfig.interpolation",
 )  # fmt: skip
 REFUSED = {
     "evaluate": _TRAINING_ONLY,
     "export": _TRAINING_ONLY,
     "finetune": ("KnobConfig.", "PhaseConfig."),
+    "train": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights"),
     "pretrain_fcmae": ("KnobConfig.", "PhaseConfig.", "TimmConfig."),
 }
 

@@ -1,6 +1,8 @@
 """Collections. Literal tables per layout and sidecar, refusals (each message), round trips through index and pickle."""
 
+import hashlib
 import json
+import logging
 import os
 import pickle
 
@@ -15,7 +17,7 @@ import data.table
 from data.collection import Row, check_classes, index_collection, open_collection
 from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
-from data.table import SCHEMA, build_table, hash_table
+from data.table import SCHEMA, assign_validation, build_table, hash_table
 from utils.errors import UserError
 
 
@@ -64,6 +66,16 @@ def refuse(cache):
         assert not cache.exists()
 
     return refuse
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What the log says so far."""
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    for name in ("scan", "table", "collection"):
+        monkeypatch.setattr(logging.getLogger(f"atelier.data.{name}"), "disabled", False)
+    caplog.set_level(logging.INFO, logger="atelier")
+    return lambda: list(caplog.messages)
 
 
 def columns(collection, *names):
@@ -144,6 +156,39 @@ def test_mixed_layouts_are_refused(refuse, root, paths, message):
     refuse(put(root, *paths), message)
 
 
+def test_folders_without_an_image_are_named_and_ignored(load, root, said):
+    put(root, "train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "val/dog/a.png", "val/dog/deep/b.png")
+    for name in ("train/fox", "train/owl/deep", "train/cat/empty", "val/fox", ".hidden", "notes"):
+        (root / name).mkdir(parents=True)
+    for name in ("train/owl/b.heic", "train/owl/deep/a.txt", "notes/c.txt"):
+        (root / name).write_text("")
+    collection = load(root)
+    assert collection.class_names("train") == ["cat", "dog"]
+    assert said() == [
+        "data.root: 'train/fox' holds no image, and no other file; it is ignored: add images or remove it",
+        "data.root: 'train/owl' holds no image, but 2 other files (such as 'train/owl/b.heic'); it is ignored: add "
+        "images or remove it",
+        "data.root: 'val/fox' holds no image, and no other file; it is ignored: add images or remove it",
+        "nested folders: 1 of 5 images are in folders inside their class folder (such as 'val/dog/deep/b.png' of the "
+        "class 'dog') and belong to that class",
+    ]
+
+
+def test_many_folders_without_an_image_are_counted_and_folders_named_like_images_are_told(load, root, said):
+    put(root, "cat/a.png", "dog/x.jpg/b.png")
+    for number in range(7):
+        (root / f"empty{number}").mkdir()
+    (root / "cat/y.PNG").mkdir()
+    assert columns(load(root), "path", "label") == [("cat/a.png", "cat"), ("dog/x.jpg/b.png", "dog")]
+    assert [message[:24] for message in said()[:5]] == [f"data.root: 'empty{number}' hold" for number in range(5)]
+    assert said()[5] == "data.root: 2 more folders hold no image and are ignored"
+    assert said()[6] == (
+        "data.root: 'cat/y.PNG', 'dog/x.jpg': a folder that is named like an image is read as a folder; rename it, or "
+        "put an image in its place"
+    )
+    assert said()[7].startswith("nested folders: 1 of 2 images ") and len(said()) == 8
+
+
 # The root.
 
 
@@ -204,6 +249,77 @@ def test_validation_fraction_is_stable(load, root):
 def test_validation_fraction_leaves_a_given_split_alone(load, refuse, root):
     put(root, "train/a.png", "train/b.png", "val/c.png")
     assert load(root, 0.9).rows("val").tolist() == [2]
+
+
+SIZES = {"a": 1, "b": 2, "c": 5, "d": 10, "e": 25, "f": 34}
+SHARES = {  # round(fraction * n), halves up, at least 1 and at most n - 1; none of a single image
+    0.01: {"b": 1, "c": 1, "d": 1, "e": 1, "f": 1},
+    0.1: {"b": 1, "c": 1, "d": 1, "e": 3, "f": 3},
+    0.5: {"b": 1, "c": 3, "d": 5, "e": 13, "f": 17},
+    0.95: {"b": 1, "c": 4, "d": 9, "e": 24, "f": 32},
+}
+
+
+def labelled(sizes, unlabelled=0):
+    paths = {f"{name}/{number}.png": name for name, count in sizes.items() for number in range(count)}
+    paths |= {f"{number:04}.png": None for number in range(unlabelled)}
+    return build_table({"path": list(paths), "label": list(paths.values()), "split": ["train"] * len(paths)})
+
+
+def chosen(table):
+    """Return the paths of the validation split."""
+    return {path for path, split in zip(table["path"].to_pylist(), table["split"].to_pylist()) if split == "val"}
+
+
+def lowest(paths):
+    return sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest())
+
+
+@pytest.mark.parametrize("fraction", SHARES)
+def test_the_validation_split_is_stratified_by_the_lowest_hashes(fraction):
+    expected = set()
+    for name, count in SHARES[fraction].items():
+        expected.update(lowest([f"{name}/{number}.png" for number in range(SIZES[name])])[:count])
+    assert chosen(assign_validation(labelled(SIZES), fraction)) == expected
+    assert chosen(assign_validation(labelled(dict(reversed(SIZES.items()))), fraction)) == expected
+
+
+def test_the_choice_is_that_of_the_class_alone_and_an_added_image_moves_at_most_one_other():
+    before = chosen(assign_validation(labelled({"x": 30, "y": 7}), 0.25))
+    other = chosen(assign_validation(labelled({"x": 30, "z": 300}), 0.25))
+    assert {path for path in before if path[0] == "x"} == {path for path in other if path[0] == "x"}
+    for count in range(31, 60):
+        after = chosen(assign_validation(labelled({"x": count, "y": 7}), 0.25))
+        assert len((before ^ after) - {f"x/{count - 1}.png"}) <= 1
+        before = after
+
+
+def test_unlabelled_images_beside_labelled_ones_go_by_their_hash(said):
+    alone, beside = (assign_validation(labelled(sizes, 200), 0.25) for sizes in ({}, {"x": 8}))
+    assert {path for path in chosen(beside) if "/" not in path} == chosen(alone) and 30 < len(chosen(alone)) < 70
+    assert len(chosen(beside)) == len(chosen(alone)) + 2
+    count, rule = len(chosen(alone)), "those without a label by a hash of their path"
+    assert said() == [
+        f"no val/ folder: split off {count} of 200 images (fraction 0.25), {rule}",
+        f"no val/ folder: split off {count + 2} of 208 images (fraction 0.25), stratified over 1 class, {rule}",
+    ]
+
+
+def test_the_same_fraction_gives_the_same_index_and_a_given_split_stays(load, root, said):
+    put(root, *(f"{name}/{number}.png" for name in "ab" for number in range(10)))
+    first, again, other = (load(root, fraction) for fraction in (0.2, 0.2, 0.3))
+    assert first.arrow == again.arrow and first.fingerprint != other.fingerprint
+    assert said()[0] == "no val/ folder: split off 4 of 20 images (fraction 0.2), stratified over 2 classes"
+    given = build_table({"path": ["a", "b"], "label": ["x", "x"], "split": ["train", "val"]})
+    assert assign_validation(given, 0.5) is given and assign_validation(labelled({"x": 2}), 0).num_rows == 2
+    assert len(said()) == 3
+    (root / "val").mkdir()
+    load(root, 0.2)
+    assert said()[3].startswith("data.root: 'val' holds no image") and said()[4].startswith("no image in val/: split")
+    load(jsonl(root, [{"path": f"{name}/1.png", "label": name} for name in "ab"]), 0.2)
+    single = "data.root: 2 classes ('a', 'b') with a single image, which stays in training, so validation lacks the"
+    assert said()[5].startswith("no row of manifest.jsonl is in split val: split off 0 of 2 images")
+    assert said()[6].startswith(single)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
@@ -451,8 +567,8 @@ def test_check_classes(load, root):
     collection = classes(load, root, "abc", "ab")
     assert check_classes(collection, allow_missing=True) == ["a", "b", "c"]
     message = (
-        rf"^data\.root: 1 class \('c'\) of '{root}' without a validation image; add images of them, "
-        r"or set task\.allow_missing_classes=true$"
+        rf"^data\.root: 1 class \('c'\) of '{root}' without a validation image; add images of it \(each "
+        r"class needs one for training and one for validation\), remove it, or set task\.allow_missing_classes=true$"
     )
     with pytest.raises(UserError, match=message):
         check_classes(collection, allow_missing=False)
@@ -474,6 +590,56 @@ def test_fewer_than_two_classes_are_refused(load, root, train, found):
     put(root, *[f"train/{name}/x.png" for name in train] or ["x.png"])
     with pytest.raises(UserError, match=rf"^data\.root: .*{found} in its training split; classification needs two"):
         check_classes(load(root), allow_missing=True)
+
+
+SPELLINGS = {
+    ("Cat", "cat"): "'Cat' and 'cat' differ only in upper and lower case",
+    ("caf\u00e9", "cafe\u0301"): (
+        "'caf\u00e9' and 'cafe\u0301' look alike, but differ in their Unicode characters ('caf\\xe9' and 'cafe\\u0301')"
+    ),
+    ("CAF\u00c9", "cafe\u0301"): "'CAF\u00c9' and 'cafe\u0301' differ only in upper and lower case",
+}
+
+
+@pytest.mark.parametrize("names", SPELLINGS)
+def test_a_class_that_the_splits_write_differently_is_refused(load, root, said, names):
+    collection = classes(load, root, ["dog", names[0]], ["dog", names[1]])
+    with pytest.raises(UserError) as refused:
+        check_classes(collection, allow_missing=True)
+    assert str(refused.value) == (
+        f"data.root: training and validation of {str(root)!r} name a class differently: {SPELLINGS[names]}; rename one "
+        "of them, so that both splits have the same name"
+    )
+    assert said() == []
+
+
+@pytest.mark.parametrize("names", SPELLINGS)
+def test_classes_of_one_split_that_differ_in_spelling_alone_are_allowed_and_told(load, root, said, names):
+    collection = classes(load, root, ["dog", *names], ["dog", *names])
+    assert check_classes(collection, allow_missing=False) == sorted(["dog", *names])
+    (message,) = said()
+    first, second = sorted(names)
+    if (first, second) == names:
+        assert message.startswith(f"data.root: {SPELLINGS[names]}; each is a class here, but a disk that ")
+    else:
+        assert message.startswith(f"data.root: {first!r} and {second!r} look alike, ")
+    rows = [{"path": f"train/{name}/a.png", "label": name, "split": "val"} for name in names]
+    load(jsonl(root, rows))
+    assert len(said()) == 1  # labels of a manifest are no folders
+
+
+def test_several_misspelt_classes_are_counted(load, root):
+    with pytest.raises(
+        UserError, match=r": 'A' and 'a' differ only in upper and lower case \(and 2 more\); rename one"
+    ):
+        check_classes(classes(load, root, "ABCd", "abcd"), allow_missing=True)
+
+
+def test_without_any_validation_image_the_fraction_is_named(load, root):
+    with pytest.raises(
+        UserError, match=r"2 classes .* add a val/ folder .*, or set data\.validation_fraction above 0$"
+    ):
+        check_classes(classes(load, root, "ab", ""), allow_missing=False)
 
 
 # Manifests.

@@ -24,6 +24,7 @@ from data.decode import CUT_OFF, DAMAGED, EMPTY, TOO_LARGE, UNSUPPORTED, Unreada
 from data.manifest_writer import write_manifest
 from tests.in_process import TINY, run
 from tests.support import ROOT, make_collection
+from tests.support import rows as read_rows
 from tests.support import run as run_alone
 
 CORPORA = Path(__file__).parent / "corpora"
@@ -428,7 +429,7 @@ def test_a_training_runs_over_them_and_its_figures_are_those_without_them(collec
     for root, name in ((collection, "bad"), (clean, "good")):
         overrides = [*TINY, *ONE_EPOCH, f"data.root={root}", f"run_dir={tmp_path / name}"]
         run("finetune", overrides, tmp_path)
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(tmp_path / name / "metrics.jsonl")
         assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
         figures.append({key: value for key, value in rows[-1].items() if not key.startswith("train/")})
     listed = [json.loads(line) for line in (tmp_path / "bad/unreadable.jsonl").read_text().splitlines()]

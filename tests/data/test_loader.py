@@ -380,6 +380,61 @@ def test_an_unreadable_image_gets_its_fields_all_the_same(damaged):
     assert sample["drawn"] == other["drawn"]  # drawn from the key, not from the image
 
 
+KINDS = {
+    "a cut-off JPEG": ("the file is cut off", lambda content: content[: len(content) // 2]),
+    "no bytes": ("the file is empty", lambda content: b""),
+    "a text": ("not an image of a known format", lambda content: b"a text"),
+    "a PNG with a broken chunk": ("the file is damaged", None),
+    "a folder": ("the file cannot be opened (IsADirectoryError", None),
+}
+
+
+@pytest.mark.parametrize("places", [[0], [6], [11], [0, 3, 6, 8, 11], range(12)])
+def test_every_kind_of_unreadable_file_in_every_position(tmp_path, logged_warnings, places):
+    """The first, a middle and the last row; several; all of them, a whole batch, which the loader hands out too."""
+    root, kinds = tmp_path / "images", list(KINDS)
+    for number in range(12):
+        write_image(root / f"{number:02}.jpg", number)
+    collection, expected = open_folder(root, tmp_path / "cache"), {}
+    for turn, place in enumerate(places):
+        path, kind = root / f"{place:02}.jpg", kinds[turn % len(kinds)]
+        if kind == "a folder":
+            path.unlink()
+            path.mkdir()
+        elif kind == "a PNG with a broken chunk":
+            write_image(root / "other.png", place)
+            content = bytearray((root / "other.png").read_bytes())
+            content[18] ^= 1  # of IHDR, whose checksum then is wrong
+            path.write_bytes(content)
+        else:
+            path.write_bytes(KINDS[kind][1](path.read_bytes()))
+        expected[path.name] = KINDS[kind][0]
+    reader = make_reader(collection, TrainTransform(augment()))
+    unreadable = UnreadableLog(tmp_path / "unreadable.jsonl")
+    batches = EvaluationBatches(collection.rows("train"), seed=0, batch_size=5, rank=0, world_size=1)
+    found = list(EvaluationLoader(reader, batches, machine(), unreadable=unreadable))
+    weights = torch.cat([batch["weight"] for batch in found])
+    ids = torch.cat([batch["sample_id"] for batch in found])
+    broken = set(places)
+    assert weights.tolist()[:12] == [float(number not in broken) for number in ids.tolist()[:12]]
+    assert not weights[12:].any() and len(logged_warnings) == len(broken)
+    reasons = {row["path"]: row["reason"] for row in listed(tmp_path / "unreadable.jsonl")}
+    assert reasons.keys() == expected.keys()
+    assert all(reasons[name].startswith(reason) for name, reason in expected.items())
+
+
+def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
+    for number in range(2):
+        write_image(tmp_path / "images" / f"{number}.png", number)
+    lines = [{"path": "0.png", "weight": 0}, {"path": "1.png", "weight": 0}]
+    (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    collection = open_folder(tmp_path / "images", tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"^data\.root: all 2 training images of '.*images' have weight 0 in its manifest"
+    ):
+        training_rows(collection, None)
+
+
 def test_a_run_that_continues_does_not_warn_again(damaged, tmp_path, logged_warnings):
     file = tmp_path / "unreadable.jsonl"
     take(train_loader(damaged, file=file), 1)

@@ -18,13 +18,15 @@ from utils import rng
 
 PLAIN = {
     "image_size_hw": [32, 48], "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5], "horizontal_flip": 0.0,
-    "affine": None, "rand_augment": None, "random_erasing": 0.0, "erasing_noise": "uniform", "fill": 200,
-    "interpolation": "bilinear", "eval_resize": "crop", "eval_crop": 1.0, "mean": [0.5], "std": [0.5],
+    "affine": None, "color_jitter": None, "rand_augment": None, "random_erasing": 0.0, "erasing_noise": "uniform",
+    "fill": 200, "on_device": False, "interpolation": "bilinear", "eval_resize": "crop", "eval_crop": 1.0,
+    "mean": [0.5], "std": [0.5],
 }  # fmt: skip
 OPTIONS = {
     "affine": {"affine": {"degrees": 30.0, "translate": 0.2, "scale": [0.5, 0.6], "shear_degrees": 10.0}},
     "rand_augment": {"rand_augment": "rand-m9-n3-p1-mstd0.5-inc1", "mean": [0.5, 0.4, 0.3], "std": [0.2] * 3},
     "random_erasing": {"random_erasing": 1.0},
+    "color_jitter": {"color_jitter": {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}},
     "horizontal_flip": {"horizontal_flip": 1.0},
 }
 
@@ -76,6 +78,13 @@ def test_what_affine_uncovers_has_the_fill_level():
         ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "augment.affine.scale: 1.2 to 0.8"),
         ({"random_erasing": 1.5}, "random_erasing"),
         ({"fill": 256}, "fill"),
+        ({"color_jitter": {**OPTIONS["color_jitter"]["color_jitter"], "hue": 0.6}}, "color_jitter.hue"),
+        ({"color_jitter": {**OPTIONS["color_jitter"]["color_jitter"], "contrast": -0.1}}, "color_jitter.contrast"),
+        (
+            {"on_device": True, "rand_augment": "rand-m9"},
+            "augment.on_device: true, and augment.rand_augment (rand-m9) runs on Pillow's images in the workers; set "
+            "augment.on_device=false, or augment.rand_augment=null",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(change, message):

@@ -33,7 +33,7 @@ MODEL = ConvNeXtV2Config(
     head_init_scale=1.0,
 )  # fmt: skip
 CONFIG = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
+    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
     mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=True,
     head="drawn",
 )  # fmt: skip

@@ -15,8 +15,11 @@ from utils.rng import generator_for
 BATCH, SIZE, CLASSES = 8, 16, 4
 
 
-def make_learner(*overrides):
-    config, _ = configure("finetune", [*SMALL_MODEL, *SHORT, "model.head_init_scale=1.0", *overrides])
+OURS = (*SMALL_MODEL, "model.head_init_scale=1.0")
+
+
+def make_learner(*overrides, model=OURS):
+    config, _ = configure("finetune", [*model, *SHORT, *overrides])
     facts = {"class_names": [f"c{number}" for number in range(CLASSES)]}
     torch.manual_seed(0)
     task = KINDS["classification"].build(Setup(config.model, config.task, config.augment.preprocessing(3), facts))

@@ -143,10 +143,23 @@ def test_epochs_become_steps_once(epochs, length, batch, steps, why):
     assert found.total_steps == steps, why
 
 
+@pytest.mark.parametrize(
+    "length, epochs",
+    [
+        (12_800, 12, ), (1_280_000, 12), (10_667, 12), (10_000, 13), (1_280, 100), (640, 200), (64, 200),
+    ],
+)  # fmt: skip
+def test_auto_epochs_follow_from_the_size_of_the_collection(length, epochs, said):
+    """At least 12, and what 1,000 updates of 128 take, up to 200."""
+    found = plan(epoch_length=length, total_epochs="auto", global_batch_size=128)
+    assert found.total_steps == math.ceil(epochs * length / 128)
+    assert any(text.startswith(f"loop.total_epochs=auto: {epochs} epochs; at least 12") for _, text in said)
+
+
 def test_total_steps_win_over_total_epochs_and_say_so(said):
     found = plan(epoch_length=100, total_epochs=3.0, total_steps=7, global_batch_size=10)
     assert found.total_steps == 7
-    assert ("INFO", "loop.total_steps=7 is set, so loop.total_epochs=3 is not used") in said
+    assert ("INFO", "loop.total_steps=7 is set, so loop.total_epochs=3.0 is not used") in said
 
 
 @pytest.mark.parametrize(

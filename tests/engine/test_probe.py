@@ -14,7 +14,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from engine.measures.probe import PENALTIES, TEMPERATURE, Probe, fit_linear, knn_scores, standardise
-from tests.support import checkpoint_tensors, common, make_collection, rows, run
+from tests.support import checkpoint_tensors, common, make_collection, rows, run, training_log
 
 
 def make_features(count, width, classes=4, seed=0, noise=1.0):
@@ -230,13 +230,11 @@ def test_a_run_with_a_probe_is_the_same_run_and_resumes_bit_for_bit(collection, 
 
     assert list(probed(uninterrupted)) == [14, 20] and probed(without) == {}
     assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
-    assert (uninterrupted / "training_log.txt").read_text() == (killed / "training_log.txt").read_text()
+    assert training_log(uninterrupted) == training_log(killed)
     tensors = [checkpoint_tensors(folder, 20) for folder in (uninterrupted, killed, without)]
     for name, tensor in tensors[0].items():
         assert torch.equal(tensor, tensors[1][name]) and torch.equal(tensor, tensors[2][name]), name
-    header, *lines = (uninterrupted / "training_log.txt").read_text().splitlines()
-    column = header.split(",").index("ema/probe/linear")
-    assert [bool(line.split(",")[column]) for line in lines] == [False, True, True]
+    assert [bool(line["ema/probe/linear"]) for line in training_log(uninterrupted)] == [False, True, True]
     assert (uninterrupted / "plots/curves.png").stat().st_size > 0
 
 

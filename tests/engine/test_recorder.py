@@ -1,21 +1,36 @@
-"""The recorder: when curves are drawn. What it writes is tested with whole runs (test_survival, test_exactness)."""
+"""The recorder: when curves are drawn, the readings of epoch rows, the mark of a complete run.
+
+What it writes is tested with whole runs, too (test_survival, test_exactness, test_live_plot).
+"""
+
+import csv
+import json
 
 import pytest
+import torch
 
 import engine.recorder
 import utils.record.plots
+from engine.meters import TrainingClock, peak_memory_gib
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
-from tests.in_process import SHORT, SMALL_MODEL, configure
+from optim.schedules import GroupValues
+from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
+
+
+def make_recorder(folder, momentum=None, *overrides):
+    """Return a recorder of a run of 100 steps of 8 images, 10 steps an epoch."""
+    config, _ = configure("finetune", [*SMALL_MODEL, *SHORT, *overrides])
+    plan = Plan(1, 8, 8, 1, 80, 100, 0, 1e-3)
+    values = GroupValues(0.5, 0.0, momentum)
+    return Recorder(config, plan, lambda step: values, choose_runtime(config.runtime), folder)
 
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Return (a recorder of a run of 100 steps whose drawings take a second, the steps drawn, a clock to set)."""
-    config, _ = configure("finetune", [*SMALL_MODEL, *SHORT])
-    plan = Plan(1, 8, 8, 1, 80, 100, 0, 1e-3)
-    recorder = Recorder(config, plan, None, choose_runtime(config.runtime), tmp_path)
+    """Return (a recorder whose drawings take a second, the steps drawn, a clock to set)."""
+    recorder = make_recorder(tmp_path)
     recorder.open(0, str)
     clock, steps = {"now": 1000.0}, []
 
@@ -26,7 +41,7 @@ def drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.record.plots, "plot_curves", draw)
     monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: clock["now"])
     yield recorder, steps, clock
-    recorder.close()
+    recorder.close(is_complete=False)
 
 
 def test_evaluations_in_quick_succession_draw_in_a_twentieth_of_the_time(drawn):
@@ -44,3 +59,116 @@ def test_the_last_evaluation_and_steps_that_were_asked_for_are_always_drawn(draw
     recorder.plot(3)
     recorder.plot(100, may_skip=True)
     assert steps == ["step 1: plotting", "step 3: plotting", "step 100: plotting"]
+
+
+# -------------------------------------------------------------------------------------------------- readings of epochs
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a clock to set, which the recorder and its meters read."""
+    now = {"now": 1000.0}
+    monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: now["now"])
+    return now
+
+
+def train_to(recorder, clock, first, last, evaluation=5.0):
+    """Pass steps of 0.2 s each, then an evaluation."""
+    for step in range(first, last):
+        recorder.phase(step, "loading")
+        clock["now"] += 0.15
+        recorder.phase(step, "computing")
+        clock["now"] += 0.05
+    recorder._step = last
+    recorder.phase(last, "evaluating")
+    clock["now"] += evaluation
+
+
+def last_row(recorder):
+    return recorder._metrics.rows[-1]
+
+
+def test_an_epochs_row_counts_training_alone(tmp_path, clock):
+    recorder = make_recorder(tmp_path, momentum=0.9)
+    recorder.open(0, str)
+    train_to(recorder, clock, 0, 10)
+    recorder.end_epoch(10, 0, {"loss": 1.5, "top1": 0.5, "top5": 0.75})
+    row = last_row(recorder)
+    assert list(row) == [
+        "step", "kind", "epoch", "loss", "top1", "top5", "lr", "momentum", "images_per_sec", "seconds",
+        "peak_memory_gib",
+    ]  # fmt: skip
+    assert row["images_per_sec"] == pytest.approx(8 / 0.2) and row["seconds"] == pytest.approx(2.0)
+    assert (row["epoch"], row["lr"], row["momentum"]) == (1, 0.5, 0.9) and 0.01 < row["peak_memory_gib"] < 100
+    recorder.close(is_complete=False)
+
+
+def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
+    recorder = make_recorder(tmp_path)
+    recorder.open(0, str)
+    train_to(recorder, clock, 0, 10)
+    recorder.end_epoch(10, 0, {})
+    train_to(recorder, clock, 10, 14)
+    state = {"step": 14, **json.loads(json.dumps(recorder.state()))}
+    recorder.close(is_complete=False)
+    clock["now"] += 1e6
+    recorder = make_recorder(tmp_path)
+    recorder.load_state(state)
+    recorder.open(14, str)
+    train_to(recorder, clock, 14, 20)
+    recorder.end_epoch(20, 1, {})
+    assert last_row(recorder)["seconds"] == pytest.approx(4.0)
+    assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
+    assert "momentum" not in last_row(recorder)
+    recorder.close(is_complete=False)
+
+
+def test_a_checkpoint_without_seconds_begins_at_none(tmp_path, clock):
+    recorder = make_recorder(tmp_path)
+    state = {"step": 14, **recorder.state()}
+    del state["clock"]
+    recorder.load_state(state)
+    recorder.open(14, str)
+    train_to(recorder, clock, 14, 20)
+    recorder.end_epoch(20, 1, {})
+    assert last_row(recorder)["seconds"] == pytest.approx(1.2)
+    assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
+    recorder.close(is_complete=False)
+
+
+def test_an_epoch_that_took_no_time_has_no_speed(clock):
+    assert TrainingClock().end_epoch(10) != TrainingClock().end_epoch(10)  # NaN, which is null in a row
+
+
+def test_the_peak_of_memory_is_that_of_the_kernel():
+    with open("/proc/self/status") as stream:
+        (kib,) = [line.split()[1] for line in stream if line.startswith("VmHWM")]
+    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(kib) / 2**20, rel=0.05)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_complete_run_is_marked_until_it_goes_on(is_complete, tmp_path, clock):
+    recorder = make_recorder(tmp_path)
+    recorder.open(0, str)
+    train_to(recorder, clock, 0, 60)
+    recorder.close(is_complete=is_complete)
+    assert (tmp_path / "complete.json").exists() is is_complete
+    recorder = make_recorder(tmp_path)
+    recorder.open(50, str)
+    assert not (tmp_path / "complete.json").exists()
+    recorder.close(is_complete=False)
+
+
+def test_the_log_of_a_resumed_run_has_every_column(tmp_path):
+    images = make_images(tmp_path / "images")
+    common = [*TINY, f"data.root={images}", "run_dir=run", "schedule=onecycle", "task.label_smoothing=0"]
+    run("finetune", [*common, "loop.total_steps=3"], tmp_path)
+    run("finetune", [*common, "loop.total_steps=6"], tmp_path)
+    with open(tmp_path / "run/training_log.txt", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    columns = ["epoch", "train/loss", "train/accuracy", "loss", "top1", "top2", "lr", "momentum"]
+    columns += ["images_per_sec", "seconds", "peak_memory_gib"]
+    assert [name for name in columns if name not in lines[0]] == []
+    assert all(float(line[name]) >= 0 for line in lines for name in columns)
+    seconds = [float(line["seconds"]) for line in lines]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and list(lines[0])[-5:] == columns[-5:]

@@ -37,6 +37,7 @@ FCMAE = FCMAETaskConfig(
 CLASSIFY = ClassificationTaskConfig(
     name="classification",
     label_smoothing=0.0,
+    class_weights="none",
     mixup_alpha=0.0,
     mix_probability=1.0,
     mix_switch_probability=0.5,

@@ -30,6 +30,7 @@ RESNET = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_ra
 TASK = ClassificationTaskConfig(
     name="classification",
     label_smoothing=0.0,
+    class_weights="none",
     mixup_alpha=0.0,
     cutmix_alpha=0.0,
     mix_probability=1.0,

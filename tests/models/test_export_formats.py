@@ -17,11 +17,12 @@ from PIL import Image
 
 from data.config import AugmentConfig
 from data.transforms import EvalTransform
+from engine.tasks.exporting import Opened, without_head
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.export import onnx_file
-from models.export.inference_form import to_inference_form
+from models.export.inference_form import InferenceBlock, to_inference_form
 from models.export.onnx_file import OnnxSettings, export_onnx
 from models.export.parity import vary_weights
 from models.export.targets import TARGETS, export_folder
@@ -29,7 +30,7 @@ from models.fcmae import FCMAE
 from models.image_model import ImageModel
 from models.layers import GRN
 from models.normalise import Normalise
-from models.weights.initialise import initialise_from
+from models.weights.initialise import initialise_from, to_timm
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights
@@ -273,6 +274,30 @@ def test_a_backbone_goes_to_every_format(tmp_path):
             torch.testing.assert_close(fresh.eval().forward_features(inputs), wanted)
 
 
+@pytest.mark.parametrize("form", ["timm", "onnx"])
+def test_the_backbone_of_a_timm_network_gives_what_ours_gives(form, tmp_path):
+    """timm's reset_classifier leaves the norm behind the pool; the features are the mean of the last map in both."""
+    model, metadata = make(geometry("atto"))
+    config = TimmConfig(family="timm", name="convnextv2_atto", in_channels=3, drop_path_rate=None)
+    theirs, their_metadata = make(config)
+    theirs.network.load_state_dict(to_timm(model.network.state_dict(), theirs.network))
+    images, inputs = normalised(model)
+    with torch.no_grad():
+        wanted = model.network.forward_features(inputs).mean(dim=(2, 3))
+        ours = without_head(Opened(model, model.network, metadata))
+        other = without_head(Opened(theirs, theirs.network, their_metadata))
+        for opened in (ours, other):
+            torch.testing.assert_close(opened.model(images)[0], wanted, atol=1e-4, rtol=1e-4)
+        if form == "onnx":
+            export_file(tmp_path, other.model, other.metadata)
+            found = onnx_file.open_session(tmp_path / "model.onnx")(images.numpy())[0]
+            np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+            return
+        export("timm", other.model, other.metadata, tmp_path)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        torch.testing.assert_close(loaded.forward_features(inputs).mean(dim=(2, 3)), wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_an_fcmae_goes_whole_into_the_layout_of_the_official_pretraining(tmp_path):
     encoder = ConvNeXtV2(in_channels=3, depths=[1, 1, 2, 1], dims=[8, 12, 16, 20], stem_stride=4, drop_path_rate=0.0,
                          head_init_scale=1.0, num_classes=0)  # fmt: skip
@@ -376,13 +401,41 @@ def test_the_rewritten_network_is_the_same_function():
     assert to_inference_form(model) is model
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 2e-2), ("int8", 0.5)])
+def test_a_wrong_graph_of_small_logits_is_found(precision, tolerance, quiet, tmp_path, monkeypatch):
+    """The logits of a head scaled by 0.001 differ by less than any absolute tolerance where a block is left out.
+
+    quiet: the block adds nothing, so that only varied weights can show that the graph lacks it.
+    """
+    config = geometry(stages=2).model_copy(update={"head_init_scale": 1e-3})
+    model, metadata = make(config)
+    model.network = build_network(config, 3).eval()
+    if quiet:
+        torch.nn.init.zeros_(model.network.stages[1][0].pwconv2.weight)
+    images, _ = normalised(model)
+    assert model(images)[0].abs().max() < 1e-3
+    right = InferenceBlock.forward
+
+    def leave_out_the_last(self, x, visible=None):
+        return x if x.shape[1] == 12 else right(self, x)
+
+    monkeypatch.setattr(InferenceBlock, "forward", leave_out_the_last)
+    found = (
+        r"^tolerance: a copy with varied weights differs from" if quiet else r"^tolerance: .* differs from PyTorch by"
+    )
+    with pytest.raises(UserError, match=found):
+        export_file(tmp_path, model, metadata, precision=precision, tolerance=tolerance, calibration=[images.numpy()])
+    assert not list(tmp_path.iterdir())
+
+
 def test_int8_needs_images_and_is_near(tmp_path):
     model, metadata = make(geometry("atto"))
     images = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     with pytest.raises(UserError, match=r"^calibration_images: no image could be read"):
-        export_file(tmp_path, model, metadata, precision="int8", tolerance=None)
+        export_file(tmp_path, model, metadata, precision="int8", tolerance=0.5)
     _, proto, path = export_file(
-        tmp_path, model, metadata, precision="int8", tolerance=None, calibration=[images.numpy()]
+        tmp_path, model, metadata, precision="int8", tolerance=0.5, calibration=[images.numpy()]
     )
     kinds = {tensor.data_type for tensor in proto.graph.initializer}
     assert onnx.TensorProto.INT8 in kinds and any(node.op_type == "QuantizeLinear" for node in proto.graph.node)

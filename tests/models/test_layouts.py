@@ -9,6 +9,7 @@ import logging
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
 
@@ -201,6 +202,37 @@ def test_every_tensor_that_is_dropped_or_left_is_logged(tmp_path, monkeypatch):
     assert "init_from: left at their initial values: norm.weight, norm.bias, head.weight, head.bias" in lines
 
 
+def test_what_a_conversion_to_timm_drops_is_logged_too(tmp_path, monkeypatch):
+    lines = record_log(monkeypatch)
+    write_weights(tmp_path / "w.safetensors", randomise(fcmae()).state_dict(), {})
+    initialise_from(timm_network(), InitFrom(str(tmp_path / "w.safetensors"), "model"), keep_head=False)
+    (dropped,) = (
+        line.removeprefix("init_from: dropped: ") for line in lines if line.startswith("init_from: dropped: ")
+    )
+    assert set(dropped.split(", ")) == {name for name in fcmae().state_dict() if not name.startswith("encoder.")}
+
+
+def test_what_timms_own_converter_resizes_and_drops(tmp_path, monkeypatch):
+    """Most names overlap already: timm's converter is needed for the positions of another size and the mask token."""
+    lines = record_log(monkeypatch)
+    source, target = timm.create_model("test_vit"), timm.create_model("test_vit")
+    state = {**source.state_dict(), "mask_token": torch.zeros(1, 64), "pos_embed": torch.randn(1, 1 + 12 * 12, 64)}
+    write_weights(tmp_path / "w.safetensors", state, {})
+    initialise_from(target, InitFrom(str(tmp_path / "w.safetensors"), "model"), keep_head=True)
+    wanted = checkpoint_filter_fn(dict(state), target)
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in wanted.items())
+    assert wanted["pos_embed"].shape == (1, 1 + 10 * 10, 64) and "init_from: dropped: mask_token" in lines
+
+
+def test_a_network_of_timm_has_its_own_advice_for_a_misfit(tmp_path):
+    torch.save({**timm.create_model("test_vit").state_dict(), "other": torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"other +\(2,\) +unexpected\nSet model\.name to the network of timm that"
+    ) as refused:
+        initialise_from(timm.create_model("test_vit"), InitFrom(str(tmp_path / "w.pth"), "model"), keep_head=True)
+    assert "model.in_channels" in str(refused.value) and "stem_stride" not in str(refused.value)
+
+
 @pytest.mark.parametrize("make", [lambda: ours(0), ours, timm_network, transformers_network])
 def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     """Continued pretraining: from released encoders, and from classifiers of any layout."""
@@ -221,7 +253,6 @@ def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
         ({"model": 0, "model_ema": 1}, "ema", 1),
         ({"state_dict": 0, "state_dict_ema": 1}, "ema", 1),
         ({"state_dict": 0, "state_dict_ema": 1}, "model", 0),
-        ({"state_dict": 0, "ema_state_dict": 1}, "ema", 1),
         ({"model_ema": 1}, "model", 1),
     ],
 )
@@ -235,6 +266,24 @@ def test_the_weights_or_their_average_are_taken_as_asked(outer, which, taken, tm
     assert torch.equal(target.head.weight, networks[taken].head.weight)
 
 
+@pytest.mark.parametrize(("which", "taken"), [("model", 0), ("ema", 1)])
+def test_mmengine_keeps_the_average_where_others_keep_the_weights(which, taken, tmp_path):
+    """As its EMAHook saves: the two are swapped; the weights have the wrapper's prefix, and its count beside them."""
+    weights, average = (mmpretrain_state(randomise(ours(), seed)) for seed in (0, 1))
+    wrapped = {"steps": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in weights.items()}}
+    content = {"meta": {"epoch": 3}, "state_dict": average, "ema_state_dict": wrapped, "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "epoch_3.pth")
+    target = ours()
+    origin = initialise_from(target, InitFrom(str(tmp_path / "epoch_3.pth"), which), keep_head=True)
+    assert origin["layout"] == "mmpretrain"
+    wanted = randomise(ours(), taken).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in target.state_dict().items())
+    # publish_model.py leaves the average alone; it passes for the weights.
+    torch.save({"meta": {}, "state_dict": average}, tmp_path / "published.pth")
+    initialise_from(target, InitFrom(str(tmp_path / "published.pth"), "model"), keep_head=True)
+    assert torch.equal(target.head.weight, average["head.fc.weight"])
+
+
 def test_an_average_that_is_not_there_is_refused(tmp_path):
     torch.save({"model": ours().state_dict(), "epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(UserError) as refused:
@@ -243,6 +292,25 @@ def test_an_average_that_is_not_there_is_refused(tmp_path):
         f"init_weights: ema, but {tmp_path / 'w.pt'} holds no average beside its weights (found: model); set "
         "init_weights=model"
     )
+
+
+def test_an_average_is_read_from_a_safetensors_file_that_says_so_only(tmp_path):
+    """Released and converted files say nothing: their plain weights must not pass for an average."""
+    path, source = tmp_path / "w.safetensors", randomise(ours())
+    for metadata in ({}, {"task": {}, "average": False}):
+        write_weights(path, source.state_dict(), metadata)
+        with pytest.raises(UserError) as refused:
+            initialise_from(ours(), InitFrom(str(path), "ema"), keep_head=True)
+        assert str(refused.value).startswith(
+            f"init_weights: ema, but {path} does not say that it is an average; set init_weights=model, or name"
+        )
+    write_weights(path, source.state_dict(), {"task": {}, "average": True})
+    initialise_from(target := ours(), InitFrom(str(path), "ema"), keep_head=True)
+    assert torch.equal(target.head.weight, source.head.weight)
+    with pytest.raises(
+        UserError, match=r"^init_weights: ema, but the weights of timm have no average beside them; set"
+    ):
+        initialise_from(timm_network(), InitFrom("timm", "ema"), keep_head=True)
 
 
 def v1_state(layout):
@@ -339,5 +407,5 @@ def test_malformed_kernels_are_refused_with_the_table(tmp_path):
 
 def test_a_network_of_another_kind_keeps_its_names():
     network = nn.Sequential(nn.Linear(2, 3))
-    layout, state = convert(network, {"module.0.weight": torch.ones(3, 2)}, "w.pt", "init_from")
-    assert layout == "other" and set(state) == {"0.weight"}
+    converted = convert(network, {"module.0.weight": torch.ones(3, 2)}, "w.pt", "init_from")
+    assert converted.layout == "other" and set(converted.state) == {"0.weight"} and not converted.removed

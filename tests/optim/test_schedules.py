@@ -144,32 +144,59 @@ ONE_CYCLE = [
 ]
 
 
+THREE_PHASES = [  # linear; cut at 10 x 0.4 - 1 = step 3 and 2 x 3 = step 6
+    *[(0.04, 0.95, "1 / 25"), (0.36, 0.95 - 0.1 / 3, ""), (0.68, 0.95 - 0.2 / 3, ""), (1.0, 0.85, "peak")],
+    *[(0.68, 0.85 + 0.1 / 3, "down as fast"), (0.36, 0.85 + 0.2 / 3, ""), (0.04, 0.95, "1 / 25 again")],
+    *[(0.04 * 2 / 3 + 4e-6 / 3, 0.95, "on to the end"), (0.04 / 3 + 8e-6 / 3, 0.95, ""), (4e-6, 0.95, "")],
+]
+
+
 def test_onecycle_at_every_step():
     values = [make("onecycle").at(step) for step in range(STEPS)]
     close([value.lr for value in values], [rate for rate, _, _ in ONE_CYCLE], 1e-14)
     close([value.momentum for value in values], [momentum for _, momentum, _ in ONE_CYCLE], 1e-14)
     assert all(value.weight_decay == 0.5 for value in values)
+    assert [make("onecycle", cycle_momentum=False).at(step).momentum for step in range(STEPS)] == [None] * STEPS
 
 
-@pytest.mark.parametrize(
-    "total, peak_fraction",
-    [(10, 0.3), (7, 0.3), (100, 0.25), (101, 0.5), (12, 0.9), (3, 0.4), (2, 0.3)],  # the last: a peak before step 0
-)
+def test_onecycle_in_three_straight_phases_at_every_step():
+    values = [make("onecycle", curve="linear", three_phase=True, peak_fraction=0.4).at(step) for step in range(STEPS)]
+    close([value.lr for value in values], [rate for rate, _, _ in THREE_PHASES], 1e-14)
+    close([value.momentum for value in values], [momentum for _, momentum, _ in THREE_PHASES], 1e-14)
+
+
+CYCLES = [
+    (total, peak_fraction, curve, three_phase)
+    # The last has its peak before step 0.
+    for total, peak_fraction in [(10, 0.3), (7, 0.3), (100, 0.25), (101, 0.5), (12, 0.9), (3, 0.4), (2, 0.3)]
+    for curve in ("cosine", "linear")
+    for three_phase in (False, True)
+    if not three_phase or peak_fraction <= 0.5  # above, there is no time for the way down
+]
+
+
+@pytest.mark.parametrize("total, peak_fraction, curve, three_phase", CYCLES)
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
-def test_onecycle_equals_torch(total, peak_fraction, optimizer_class):
-    shape = {"div_factor": 10.0, "final_div_factor": 50.0}
-    optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+def test_onecycle_equals_torch(total, peak_fraction, optimizer_class, curve, three_phase):
+    """For two groups with rates of their own, as optim.layer_decay makes them."""
+    shape = {"div_factor": 10.0, "final_div_factor": 50.0, "three_phase": three_phase}
+    scales = (1.0, 0.25)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale in scales]
+    optimizer = optimizer_class(groups, lr=0.3)
+    rates = [0.3 * scale for scale in scales]
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.3, total_steps=total, pct_start=peak_fraction, base_momentum=0.8, max_momentum=0.9, **shape
-    )
+        optimizer, max_lr=rates, total_steps=total, pct_start=peak_fraction, base_momentum=0.8, max_momentum=0.9,
+        anneal_strategy={"cosine": "cos", "linear": "linear"}[curve], **shape,
+    )  # fmt: skip
     ours = make(
-        "onecycle", lr=0.3, total=total, peak_fraction=peak_fraction, momentum_low=0.8, momentum_high=0.9, **shape
-    )
+        "onecycle", lr=0.3, total=total, peak_fraction=peak_fraction, momentum_low=0.8, momentum_high=0.9,
+        curve=curve, **shape,
+    )  # fmt: skip
     for step in range(total):
-        group = optimizer.param_groups[0]
-        momentum = group["betas"][0] if "betas" in group else group["momentum"]
-        assert ours.at(step).lr == pytest.approx(group["lr"], rel=1e-12, abs=1e-12), step
-        assert ours.at(step).momentum == pytest.approx(momentum, rel=1e-12, abs=1e-12), step
+        for group, scale in zip(optimizer.param_groups, scales):
+            momentum = group["betas"][0] if "betas" in group else group["momentum"]
+            assert ours.at(step).lr * scale == pytest.approx(group["lr"], rel=1e-12, abs=1e-12), step
+            assert ours.at(step).momentum == pytest.approx(momentum, rel=1e-12, abs=1e-12), step
         optimizer.step()
         if step < total - 1:
             theirs.step()
@@ -288,6 +315,7 @@ def test_no_update_of_a_cosine_is_lost_to_a_rate_of_zero(warmup):
         ("cosine", "warmup_steps", 1.5, "valid integer"),
         ("constant", "min_lr", 0.1, "Extra inputs are not permitted"),
         ("onecycle", "peak_fraction", 1.0, "less than 1"),
+        ("onecycle", "curve", "sine", "Input should be 'cosine' or 'linear'"),
         ("onecycle", "momentum_high", 1.0, "less than 1"),
         ("onecycle", "div_factor", 0.5, "greater than or equal to 1"),
         ("onecycle", "warmup_epochs", 1.0, "Extra inputs are not permitted"),  # its way up is its warm-up

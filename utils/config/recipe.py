@@ -25,6 +25,7 @@ FREE_KEYS = (
     "dry_run",
     "loop.total_epochs",
     "loop.total_steps",
+    "loop.early_stop_epochs",
     "loop.batch_size",
     "loop.log_every_steps",
     "loop.evaluate_every_epochs",

@@ -75,8 +75,9 @@ def read_weights(
     check: called with the tensors, on the meta device, and the metadata of a safetensors file before any tensor is
     read, so that what does not fit is refused for the price of the header. A file of torch, told by its first bytes, is
     read by torch with weights_only, so no code in it runs, and checked afterwards; its metadata are the names of the
-    `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average. Raises UserError that begins
-    with `key`, the configuration key that named the file.
+    `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average; a safetensors file is an
+    average where its metadata say so. Raises UserError that begins with `key`, the configuration key that named the
+    file, or with `init_weights` where the file has no average.
     """
     if not path.is_file():
         raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
@@ -89,9 +90,20 @@ def read_weights(
             check(content.tensors, metadata)
         return content.tensors, metadata
     shapes, metadata = _describe(path, key)
+    if metadata.get("average") is not True:
+        refuse_average(which, f"{path} does not say that it is an average")
     if check is not None:
         check(shapes, metadata)
     return read_tensors(path, key), metadata
+
+
+def refuse_average(which: Literal["model", "ema"], why: str) -> None:
+    """Raise UserError (`init_weights`) where an average is asked for; why: the reason that there is none."""
+    if which == "ema":
+        raise UserError(
+            f"init_weights: ema, but {why}; set init_weights=model, or name what has an average: a run with "
+            "loop.ema_decay, or a torch checkpoint that holds one beside its weights"
+        )
 
 
 def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

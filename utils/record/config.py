@@ -8,9 +8,13 @@ from utils.config.schema import Strict
 
 
 class _Tracking(Strict):
-    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits."""
+    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits.
+
+    live_plots: another process draws plots/*_live.png while the run trains (utils/record/live_plot.py).
+    """
 
     samples: bool
+    live_plots: bool
 
 
 class JsonlTrackingConfig(_Tracking):

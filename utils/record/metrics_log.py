@@ -26,13 +26,32 @@ def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
     return rows
 
 
-class MetricsLog:
+class Rows:
+    """Rows of metrics, in their order."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:
+        """Return the steps and values of one figure."""
+        found = [(row["step"], row[name]) for row in self.rows if row["kind"] == kind and row.get(name) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names of the numeric figures of a kind of row, in order of appearance."""
+        names = dict.fromkeys(
+            name for row in self.rows if row["kind"] == kind for name, value in row.items() if isinstance(value, float)
+        )
+        return list(names)
+
+
+class MetricsLog(Rows):
     """Append rows to a run folder's metrics.jsonl; only rank 0 holds one."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._csv = folder / "training_log.txt"
-        self.rows = keep_rows(self._path, last_step)
+        super().__init__(keep_rows(self._path, last_step))
         self._stream = AppendFile(self._path)
 
     def add(self, step: int, kind: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -53,25 +72,14 @@ class MetricsLog:
         """Bring the rows to the disk; called before a checkpoint beyond them is published."""
         self._stream.sync()
 
-    def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:
-        """Return the steps and values of one figure."""
-        found = [(row["step"], row[name]) for row in self.rows if row["kind"] == kind and row.get(name) is not None]
-        return [step for step, _ in found], [value for _, value in found]
-
-    def names(self, kind: str) -> list[str]:
-        """Return the names of the numeric figures of a kind of row, in order of appearance."""
-        names = dict.fromkeys(
-            name for row in self.rows if row["kind"] == kind for name, value in row.items() if isinstance(value, float)
-        )
-        return list(names)
-
     def _write_csv(self) -> None:
         rows = [
             {name: value for name, value in row.items() if name != "kind"}
             for row in self.rows
             if row["kind"] == "epoch"
         ]
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+        # The newest row first: earlier ones may lack the figures of an evaluation, whose place is not the end.
+        columns = list(dict.fromkeys(name for row in reversed(rows) for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()

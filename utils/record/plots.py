@@ -7,16 +7,17 @@ import matplotlib
 import numpy as np
 
 from utils.io.files import write_atomically
-from utils.record.metrics_log import MetricsLog
+from utils.record.metrics_log import Rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-_INK, _BLUE, _ORANGE, _GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
+INK, BLUE, ORANGE, GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
 _PANEL_POINTS = 1500
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
-_LAST = ("lr", "images_per_sec")
+_SCHEDULED = ("lr", "momentum")
+_LAST = (*_SCHEDULED, "images_per_sec")
 _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 
 
@@ -49,19 +50,29 @@ def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.
     return steps[kept], values[kept]
 
 
-def _draw_training(axis: plt.Axes, steps: list[int], values: list[float], label: str) -> None:
+def draw_training(axis: plt.Axes, steps: list[int], values: list[float], label: str) -> None:
     """Draw a noisy series lightly, and its running mean over it."""
     width = 2 * (len(values) // 60) + 1
     if width == 1:
-        axis.plot(steps, values, color=_BLUE, linewidth=1.5, label=label)
+        axis.plot(steps, values, color=BLUE, linewidth=1.5, marker=_lone_marker(values), markersize=5, label=label)
         return
-    axis.plot(*thin(steps, values), color=_BLUE, linewidth=0.7, alpha=0.3)
-    axis.plot(*thin(steps, smooth(values, width)), color=_BLUE, linewidth=1.8, label=label)
+    axis.plot(*thin(steps, values), color=BLUE, linewidth=0.7, alpha=0.3)
+    axis.plot(*thin(steps, smooth(values, width)), color=BLUE, linewidth=1.8, label=label)
 
 
-def _draw_evaluated(axis: plt.Axes, metrics: MetricsLog, name: str) -> None:
+def draw_scheduled(axis: plt.Axes, steps: list[int], values: list[float], label: str) -> None:
+    """Draw a series without noise."""
+    axis.plot(*thin(steps, values), color=BLUE, linewidth=1.8, marker=_lone_marker(values), markersize=5, label=label)
+
+
+def _lone_marker(values: Sequence[float]) -> str | None:
+    """Return the marker of a series of one value, of which a line would show nothing."""
+    return "o" if len(values) == 1 else None
+
+
+def draw_evaluated(axis: plt.Axes, metrics: Rows, name: str) -> None:
     """Draw the figures of evaluations, of the weights and of their average."""
-    series = (("validation", name, _ORANGE, "o"), ("validation, average", f"ema/{name}", _GREEN, "D"))
+    series = (("validation", name, ORANGE, "o"), ("validation, average", f"ema/{name}", GREEN, "D"))
     for label, full, color, marker in series:
         steps, values = metrics.series(full, "evaluate")
         # Few points show as such; many would hide their line.
@@ -71,7 +82,7 @@ def _draw_evaluated(axis: plt.Axes, metrics: MetricsLog, name: str) -> None:
         )
 
 
-def _is_steep(axis: plt.Axes) -> bool:
+def is_steep(axis: plt.Axes) -> bool:
     """Return whether only a logarithmic axis shows the low end that a curve falls to, noise aside.
 
     What rises, such as an accuracy, is read at its high end.
@@ -83,21 +94,26 @@ def _is_steep(axis: plt.Axes) -> bool:
     return bool(values.min() > 0 and values.max() > 30 * values.min())
 
 
-def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
-    """Give a panel its title, axes and a legend beside its title, outside the data."""
-    axis.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axis.set_xlabel("step", fontsize=9, color=_INK)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+def style_panel(axis: plt.Axes, last_step: int) -> None:
+    """Give a panel over steps 0 to `last_step` its grid, spines and numbers; after its scale is set."""
     if axis.get_yscale() == "linear":
         axis.yaxis.set_major_formatter("{x:.6g}")  # matplotlib's own puts a factor where the title stands
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axis.tick_params(labelsize=9, colors=_INK, length=3)
+    axis.tick_params(labelsize=9, colors=INK, length=3)
     axis.grid(color="#dee2e6", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.set_xlim(0, 1.02 * last_step)
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#868e96")
+
+
+def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
+    """Give a panel its title, axes and a legend beside its title, outside the data."""
+    axis.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_xlabel("step", fontsize=9, color=INK)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    style_panel(axis, last_step)
     labels = [line.get_label() for line in axis.lines if not line.get_label().startswith("_")]
     if len(labels) > 1:
         axis.legend(
@@ -106,7 +122,7 @@ def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
         )  # fmt: skip
 
 
-def plot_curves(metrics: MetricsLog, path: Path, title: str) -> None:
+def plot_curves(metrics: Rows, path: Path, title: str) -> None:
     """Draw every figure of the run over its steps: loss, then evaluations, then rate and speed."""
     if not metrics.rows:
         return
@@ -130,15 +146,15 @@ def plot_curves(metrics: MetricsLog, path: Path, title: str) -> None:
         wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=0.95 / (_PANEL_INCHES[1] - 0.95),
     )  # fmt: skip
     last_step = max(row["step"] for row in metrics.rows)
-    figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, color=_INK, va="center")
+    figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, va="center")
     for axis, name in zip(axes.flat, names):
         steps, values = metrics.series(name, "train")
-        if name == "lr":
-            axis.plot(steps, values, color=_BLUE, linewidth=1.8)
+        if name in _SCHEDULED:
+            draw_scheduled(axis, steps, values, name)
         elif steps:
-            _draw_training(axis, steps, values, "training")
-        _draw_evaluated(axis, metrics, name)
-        if name not in _LAST and _is_steep(axis):
+            draw_training(axis, steps, values, "training")
+        draw_evaluated(axis, metrics, name)
+        if name not in _LAST and is_steep(axis):
             axis.set_yscale("log")
         if name == "images_per_sec":
             axis.set_ylim(0, 1.15 * max(values))

@@ -9,7 +9,6 @@ outputs/<script>/<model>-<data>-<recipe hash>/
 """
 
 import fcntl
-import json
 import os
 import platform
 import subprocess
@@ -27,6 +26,7 @@ from utils.io.files import read_json, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_to_file, stop_logging_to
+from utils.record.run_config import read_run_config as read_run_config  # its users open folders too
 
 log = get_logger(__name__)
 
@@ -165,17 +165,6 @@ def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any
         for lock in held:
             _locks.discard(lock)
             lock.close()
-
-
-def read_run_config(path: Path) -> dict[str, Any]:
-    """Return the configuration that a run folder was made with (`script` beside the schema's keys)."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"run_dir: {path} is not a run folder: it has no config.json; name a folder that training made")
-    try:
-        return read_json(file)
-    except json.JSONDecodeError as error:
-        raise UserError(f"run_dir: {file} is damaged ({error})") from None
 
 
 def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:

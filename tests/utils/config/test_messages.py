@@ -152,8 +152,14 @@ CHOSEN = {
     "momentum schedule": (
         ["optim=timm", "schedule=onecycle"],
         {},
-        "schedule.name: onecycle moves the momentum, which timm's optimisers do not all have; set optim=adamw, "
-        "optim=adan or optim=sgd, or schedule=cosine",
+        "schedule.cycle_momentum: true moves the momentum, which timm's optimisers do not all have; set "
+        "schedule.cycle_momentum=false, or optim=adamw, optim=adan or optim=sgd",
+    ),
+    "a cycle of three phases": (
+        ["schedule=onecycle"],
+        {"schedule.three_phase": True, "schedule.peak_fraction": 0.6},
+        "schedule.peak_fraction: 0.6 leaves no time for the way down of schedule.three_phase=true, which is as long as "
+        "the way up; set at most 0.5",
     ),
     "a key of another kind": (["optim=sgd"], {"optim.betas": [0.9, 0.9]}, "optim.betas: unknown key; close: base_lr"),
 }

@@ -7,6 +7,8 @@ import pickle
 import random
 import re
 import resource
+import sys
+import types
 import zipfile
 
 import pytest
@@ -87,6 +89,20 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
         "'posix.mkdir', and nothing of it was run. "
     )
     assert message.endswith("save its state dict as safetensors") and not (tmp_path / "bomb").exists()
+
+
+def test_a_training_checkpoint_of_mmengine_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    """Its message_hub holds objects of mmengine's, which publish_model.py removes."""
+    name = "mmengine.logging.history_buffer"
+    module = types.ModuleType(name)
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": name})
+    for part in ("mmengine", "mmengine.logging", name):
+        monkeypatch.setitem(sys.modules, part, module)
+    hub = {"log_scalars": {"train/loss": module.HistoryBuffer()}}
+    torch.save({"meta": {}, "state_dict": TENSORS, "message_hub": hub}, tmp_path / "epoch_1.pth")
+    message = message_of(tmp_path / "epoch_1.pth")
+    assert "it asks for 'mmengine.logging.history_buffer.HistoryBuffer', and nothing of it was run. " in message
+    assert "tools/model_converters/publish_model.py IN_FILE OUT_FILE, and give the file that this writes" in message
 
 
 class Expression:
@@ -243,6 +259,18 @@ def test_a_pickle_under_a_safetensors_name_is_refused_and_not_run(tmp_path):
     path.write_bytes(buffer.getvalue())
     assert message_of(path).startswith(f"init_from: {path} holds pickled objects beside tensors, which Atelier never")
     assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.bin"])
+def test_a_header_as_long_as_a_pickle_begins_is_one_of_safetensors(length, name, tmp_path):
+    """The first bytes of the file are the header's length, and 640 is \\x80\\x02, protocol 2 of pickle."""
+    path = tmp_path / name
+    save_file(TENSORS, path, metadata={"pad": ""})
+    before = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file(TENSORS, path, metadata={"pad": "x" * (length - before)})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length and path.read_bytes()[0] == 0x80
+    assert equal(read_weights(path, "init_from")[0], TENSORS)
 
 
 def test_a_run_s_weights_are_found_by_name(tmp_path):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.in_process import TINY, make_images, run
 from utils.record.metrics_log import MetricsLog
-from utils.record.plots import _is_steep, plot_curves, smooth, thin
+from utils.record.plots import is_steep, plot_curves, smooth, thin
 
 
 def test_a_running_mean_keeps_a_constant_and_narrows_at_the_ends():
@@ -32,7 +32,7 @@ def test_thinning_keeps_spikes_and_order():
 def test_only_what_falls_far_gets_a_logarithmic_axis(values, steep):
     figure, axis = plt.subplots()
     axis.plot(range(len(values)), values)
-    assert _is_steep(axis) is steep
+    assert is_steep(axis) is steep
     plt.close(figure)
 
 

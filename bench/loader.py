@@ -1,0 +1,444 @@
+"""What the loader gives on this machine with this collection, and the settings to use.
+
+python bench/loader.py data.root=PATH [data=image_folder|glyphs] [augment=light] [seconds=90] [any key of train.py]
+
+Four measurements, all with the readers of training, in turns (each turn opens its stream anew, warms it up, and then
+counts for the same time): the parts of an image's way, in one process; reading alone, by workers and
+augment.on_device; by prefetch and batch size; and reading for training steps of the configured network, which decides,
+because on a CPU workers take the cores that training needs. Figures are medians, with the least and the greatest.
+seconds: of all turns together; slow images take longer, since each turn reads some batches. `quick` measures next to
+nothing, for the tests.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from torch.nn import functional as F
+
+from bench.measure import OUT, describe_machine, take_turns
+from data.batch import collate
+from data.config import AugmentConfig
+from data.decode import UnreadableImage
+from data.device_augment import DeviceAugment, training_views
+from data.image_data import ImageData
+from data.source import FileSource, ImageDecoder
+from data.stream import Draw, ShuffledSampler
+from data.transforms import CropTransform, TrainTransform
+from engine.runtime import choose_runtime
+from engine.tasks.kind import no_fields
+from models.build import build_network, check_image_size
+from models.normalise import Normalise
+from train import TrainConfig
+from utils import rng
+from utils.config.entry_point import CONF, ROOT, quote_paths, validate
+from utils.config.messages import ConfigError, hydra_problem
+from utils.errors import EXIT_USER_ERROR, UserError
+from utils.record.logging import setup_logging
+
+SECONDS, QUICK_SECONDS = 90.0, 3.0
+# Of the seconds.
+_PARTS_SHARE, _READ_SHARE, _STEP_SHARE = 0.1, 0.4, 0.5
+_NEAR = 0.95  # of the best: a simpler setting is taken
+_PREFETCH, _CLASSES = (1, 2, 4, 8), 100
+_PARTS_IMAGES, _PARTS_BYTES = 48, 3 * 10**8  # decoded images of the first measurement
+
+
+_HEAD = ("measured", "workers", "prefetch", "batch", "on_device", "images/s", "least to greatest")
+IN_WORKER = ("read", "decode", "augment in the worker", "collate")
+
+
+class Setting(NamedTuple):
+    """What is varied. batch_size: of a micro-batch."""
+
+    on_device: bool
+    workers: int
+    prefetch: int
+    batch_size: int
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def read_arguments(words):
+    """Return the configuration of train.py, the seconds, and whether this is a quick run."""
+    quick, seconds, overrides = "quick" in words, None, []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "seconds":
+            seconds = read_seconds(value)
+        elif word != "quick":
+            overrides.append(word)
+    if any(word.startswith("data.root=") for word in overrides) and not any(w.startswith("data=") for w in overrides):
+        overrides.insert(0, "data=image_folder")
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            values = compose("train", overrides=quote_paths(overrides, multirun=False))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError([hydra_problem(error, TrainConfig, CONF)]) from None
+    return validate(values, TrainConfig), seconds or (QUICK_SECONDS if quick else SECONDS), quick
+
+
+def read_seconds(text):
+    """Return the seconds that a user gave."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise UserError(f"seconds: {text!r}; give the seconds of all turns together, 1 to 3600, such as seconds=60")
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+class Collection:
+    """The collection's training streams, with and without augmentation on the device."""
+
+    def __init__(self, config, device):
+        self.config = config
+        self.machine = SimpleNamespace(device=device, workers=0, prefetch_batches=1)  # each turn sets its own
+        self.decoder = ImageDecoder(config.model.in_channels, config.data.max_pixels)
+        self.data = ImageData(
+            config.data, self.machine, seed=config.seed, batch_size=1, decoder=self.decoder, run_path=None
+        )
+        self.rows = self.data.collection.rows("train")
+        self.loaders = {choice: self._loader(choice) for choice in self.choices()}
+        self._step = 0  # turns read on where the last one stopped
+
+    def choices(self):
+        """Return the values of augment.on_device that can be measured."""
+        return (False, True) if self.config.augment.rand_augment is None else (False,)
+
+    def augment(self, on_device):
+        """Return the augmentation with or without a part on the device."""
+        return AugmentConfig.model_validate(self.config.augment.model_dump() | {"on_device": on_device})
+
+    def _loader(self, on_device):
+        return self.data.train(self.rows, no_fields, training_views(self.augment(on_device)))
+
+    def batches(self, setting):
+        """Yield batches of a setting without an end."""
+        self.machine.workers, self.machine.prefetch_batches = setting.workers, setting.prefetch
+        size = setting.batch_size
+        plan = SimpleNamespace(world_size=1, global_batch_size=size, micro_batch_size=size, accum_steps=1)
+        for (batch,) in self.loaders[setting.on_device].steps(self._step, plan):
+            self._step += 1
+            yield batch
+
+
+def take_samples(collection, most):
+    """Return (draw, (bytes, name), decoded image) of up to `most` readable images, at most _PARTS_BYTES of them."""
+    config, source = collection.config, FileSource(collection.data.collection)
+    sampler, found = ShuffledSampler(collection.rows, config.seed), []
+    for position in range(sampler.epoch_length):
+        draw = Draw(position, sampler.at(position)[0], rng.sample_key(config.seed, position))
+        try:
+            content = (source.read(draw), source.name_of(draw))
+            found.append((draw, content, collection.decoder(*content)))
+        except UnreadableImage:
+            continue
+        if len(found) == most or sum(image.numel() for _, _, image in found) > _PARTS_BYTES:
+            break
+    if not found:
+        raise UserError("data.root: no training image of the collection can be read; see data.max_pixels")
+    return found
+
+
+def measure_parts(collection, seconds, quick):
+    """Return milliseconds per image of each part of an image's way in one process, as take_turns gives them."""
+    config, device, threads = collection.config, collection.machine.device, torch.get_num_threads()
+    source, decoder = FileSource(collection.data.collection), collection.decoder
+    samples = take_samples(collection, 4 if quick else _PARTS_IMAGES)
+    crop = CropTransform(config.augment)
+    views = {
+        "read": lambda draw, content, image: source.read(draw),
+        "decode": lambda draw, content, image: decoder(*content),
+        "crop and resize": lambda draw, content, image: crop(image, draw),
+        "augment in the worker": seeded(TrainTransform(config.augment)),
+    }
+    sides = {name: over_all(part, samples) for name, part in views.items()}
+    crops = torch.stack([crop(image, draw) for draw, _, image in samples])
+    sides["collate"] = lambda: collate([{"images": one} for one in crops])
+    if True in collection.choices():
+        augment = DeviceAugment(collection.augment(True))
+        sides["draw for the device"] = over_all(seeded(augment), samples)
+        batch = {
+            "images": crops.to(device),
+            "key": torch.tensor([draw.key for draw, _, _ in samples], device=device),
+            "augment": torch.stack([augment(image, draw) for draw, _, image in samples]).to(device),
+        }
+        sides["the rest on the device"] = with_threads(threads, lambda: augment.on_device(batch))
+    torch.set_num_threads(1)  # as in a worker
+    started = time.perf_counter()
+    take_turns(sides, steps=len(samples), warmup=1, turns=0, device=device)
+    turns = 2 if quick else max(3, min(25, int(seconds / (time.perf_counter() - started))))
+    found = take_turns(sides, steps=len(samples), warmup=0, turns=turns, device=device)
+    torch.set_num_threads(threads)
+    return found
+
+
+def with_threads(count, part):
+    """Return a turn that computes with so many threads, and with one after it."""
+
+    def turn():
+        torch.set_num_threads(count)
+        part()
+        torch.set_num_threads(1)
+
+    return turn
+
+
+def seeded(view):
+    """Return a view as the reader calls it: seeded with the sample's key."""
+
+    def part(draw, content, image):
+        with rng.seeded(draw.key):
+            view(image, draw)
+
+    return part
+
+
+def over_all(part, samples):
+    """Return a turn: the part for each of the samples."""
+
+    def turn():
+        for sample in samples:
+            part(*sample)
+
+    return turn
+
+
+# ------------------------------------------------------------------------------------------------------------ the turns
+
+
+class TrainingStep:
+    """Forward and backward pass and update of the configured network, on labels of no meaning."""
+
+    def __init__(self, config, runtime):
+        torch.manual_seed(config.seed)
+        self.runtime = runtime
+        check_image_size(config.model, tuple(config.augment.image_size_hw))
+        self.network = build_network(config.model, _CLASSES).to(runtime.device)
+        if runtime.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        augment = config.augment
+        self.normalise = Normalise(augment.mean, augment.std, config.model.in_channels).to(runtime.device)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-4)
+        self.shape = (config.model.in_channels, *augment.image_size_hw)
+
+    def __call__(self, batch):
+        """Make one update."""
+        with self.runtime.autocast():
+            loss = F.cross_entropy(self.network(self.normalise(batch["images"])), batch["key"] % _CLASSES)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def fitting_batch(self, most, seconds):
+        """Return the largest batch size, 4, 8, 16 .. up to `most`, of which two steps fit into `seconds`."""
+        size, keys = min(4, most), torch.arange(most, device=self.runtime.device)
+        while True:
+            images = torch.zeros(size, *self.shape, dtype=torch.uint8, device=keys.device)
+            for _ in range(2):
+                started = time.perf_counter()
+                self({"images": images, "key": keys[:size]})
+                synchronise(self.runtime.device)
+            if size == most or 4 * (time.perf_counter() - started) > seconds:  # of twice the size, two steps
+                return size
+            size = min(2 * size, most)
+
+
+def fitting_batch(most, per_image_sec, seconds):
+    """Return `most` or a half, a quarter .. of it, 4 at least: a batch size of which some fit into `seconds`."""
+    while most > 4 and 5 * most * per_image_sec > seconds:
+        most //= 2
+    return most
+
+
+def synchronise(device):
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def images_per_sec(batches, step, setting, seconds, device):
+    """Return the images per second of one turn, after a warm-up in which each worker gives its first batch."""
+    warm_until, number = time.perf_counter() + 0.3 * seconds, 0
+    while number <= setting.workers or time.perf_counter() < warm_until:
+        step(next(batches))
+        number += 1
+    synchronise(device)
+    started, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - started < seconds:
+        step(next(batches))
+        count += 1
+    synchronise(device)
+    return count * setting.batch_size / (time.perf_counter() - started)
+
+
+def measure_settings(collection, settings, seconds, turns, step=lambda batch: None):
+    """Return images per second of each setting and turn, within `seconds` in all."""
+    each = seconds / (1.4 * turns * len(settings))
+    found = {setting: [] for setting in settings}
+    for _ in range(turns):
+        for setting in settings:
+            batches = collection.batches(setting)
+            found[setting].append(images_per_sec(batches, step, setting, each, collection.machine.device))
+            batches.close()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def choose(found):
+    """Return the simplest setting (workers only on the host, few, little prefetch) that is near the best.
+
+    Near: a median of at least _NEAR of the best's, or a turn that reached the best's median.
+    """
+    medians = {setting: statistics.median(rates) for setting, rates in found.items()}
+    best = max(medians.values())
+    return next(one for one in sorted(found) if medians[one] >= _NEAR * best or max(found[one]) >= best)
+
+
+def rows_of(what, found):
+    """Return the rows of a measurement's table."""
+    return [
+        (
+            what, str(setting.workers), str(setting.prefetch) if setting.workers else "-", str(setting.batch_size),
+            str(setting.on_device).lower(), f"{statistics.median(rates):,.0f}",
+            f"{min(rates):,.0f} to {max(rates):,.0f}",
+        )
+        for setting, rates in found.items()
+    ]  # fmt: skip
+
+
+def table(rows):
+    """Return rows of text as a table."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def parts_table(parts):
+    """Return the table of an image's parts, and their shares of a worker's time."""
+    medians = {name: statistics.median(values) for name, values in parts.items()}
+    rows = [("part", "ms per image", "least to greatest")]
+    rows += [(name, f"{medians[name]:.3f}", f"{min(v):.3f} to {max(v):.3f}") for name, v in parts.items()]
+    total = sum(medians[name] for name in IN_WORKER)
+    shares = ", ".join(f"{name} {100 * medians[name] / total:.0f} %" for name in IN_WORKER)
+    return f"{table(rows)}\nof {total:.2f} ms in a worker: {shares}"
+
+
+def list_workers(quick):
+    """Return the numbers of workers to try: 0, 1, 2, 4 .. and the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    doubled = [0, *(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores]
+    return sorted(set(doubled))[: 2 if quick else None]
+
+
+def explain(config, runtime, chosen, reading, training, without):
+    """Return why a setting is advised, as one sentence or two."""
+    rates = {setting: statistics.median(values) for setting, values in training.items()}
+    best = max(rates, key=rates.get)
+    text = (
+        f"why: training steps of {config.model.name} on {runtime.device.type} get {rates[chosen]:,.0f} images/s with "
+        f"it and {rates[best]:,.0f} with the best setting; the network alone takes {without:,.0f}, and reading alone "
+        f"gives up to {max(statistics.median(values) for values in reading.values()):,.0f}."
+    )
+    if chosen != best:
+        text += " Of settings that differ by less than the turns do, the simplest is taken."
+    if rates[chosen] > _NEAR * without:
+        return text + " The network is the limit, not the loader."
+    return text
+
+
+def measure(config, seconds, quick):
+    """Measure, print and write the figures of a configuration."""
+    runtime, turns = choose_runtime(config.runtime), 1 if quick else 3
+    collection = Collection(config, runtime.device)
+    parts = measure_parts(collection, _PARTS_SHARE * seconds, quick)
+    say(parts_table(parts))
+
+    most = min(config.loop.batch_size, config.loop.global_batch_size)
+    workers, choices = list_workers(quick), collection.choices()
+    usual = Setting(False, 0, config.runtime.prefetch_batches, most)
+    settings = [usual._replace(on_device=choice, workers=count) for choice in choices for count in workers]
+    many = usual._replace(workers=max(workers))
+    prefetch = [many._replace(prefetch=count) for count in (_PREFETCH[:1] if quick else _PREFETCH)]
+    # Slow images are read in smaller batches, so that a turn has some.
+    each = _READ_SHARE * seconds / (1.4 * turns * (len(settings) + len(prefetch) + 1))
+    size = fitting_batch(most, 1e-3 * sum(statistics.median(parts[name]) for name in IN_WORKER), each)
+    sizes = [] if quick else [many._replace(batch_size=size // 2), many._replace(batch_size=2 * size)]
+    every = [setting._replace(batch_size=size) for setting in dict.fromkeys([*settings, *prefetch])] + sizes
+    reading = measure_settings(collection, every, _READ_SHARE * seconds, turns)
+
+    say(table([_HEAD, *rows_of("reading alone", reading)]))
+
+    step = TrainingStep(config, runtime)
+    each = _STEP_SHARE * seconds / (1.4 * turns * len(settings) + 1)
+    size = step.fitting_batch(most, each)
+    alone = usual._replace(batch_size=size)
+    same = itertools.repeat(next(collection.batches(alone)))
+    alone = images_per_sec(same, step, alone, each, runtime.device)
+    fit = [setting._replace(batch_size=size) for setting in settings]
+    training = measure_settings(collection, fit, _STEP_SHARE * seconds - each, turns, step)
+
+    say(table([_HEAD, *rows_of("training step", training)]))
+    if len(collection.choices()) == 1:
+        say("augment.on_device=true was not measured: augment.rand_augment runs in the workers")
+    chosen = choose(training)
+    waits = choose({one: reading[one] for one in every[: -len(sizes) or None] if one.workers == many.workers
+                    and not one.on_device})  # fmt: skip
+    advised = {
+        "runtime.workers": chosen.workers,
+        "runtime.prefetch_batches": waits.prefetch if chosen.workers else config.runtime.prefetch_batches,
+        "augment.on_device": str(chosen.on_device).lower(),
+    }
+    write(parts, reading, training, advised, machine=describe_machine(runtime.device), quick=quick)
+    say(explain(config, runtime, chosen, reading, training, alone))
+    say(" ".join(f"{key}={value}" for key, value in advised.items()))
+
+
+def write(parts, reading, training, advised, **more):
+    """Write all turns to outputs/bench/loader.json; a quick run's to quick/."""
+    path = (OUT / "quick" if more["quick"] else OUT) / "loader.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rates = {
+        name: [{**setting._asdict(), "images_per_sec": values} for setting, values in found.items()]
+        for name, found in (("reading", reading), ("training", training))
+    }
+    path.write_text(json.dumps({**more, "advised": advised, "ms_per_image": parts, **rates}, indent=2) + "\n")
+    say(str(path.relative_to(ROOT)))
+
+
+def say(text):
+    """Print at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main():
+    setup_logging()
+    try:
+        measure(*read_arguments(sys.argv[1:]))
+    except UserError as error:
+        sys.stderr.write(f"bench/loader.py: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Augmentation on the device: a worker draws a sample's parameters, the device applies those of a whole batch at once.
+
+    views = training_views(augment)          {"images": crop and resize, "augment": the parameters [P]}
+    data.train(rows, fields, views)          applies the parameters after the copy (data/image_data.py)
+
+The parameters are a view of the sample: they are drawn from its key, so they depend neither on workers and ranks nor
+on how a step is split. So do the results, to the bit on one device: every operation is elementwise or exact, and each
+is a kernel of its own (a fused multiply-add may round the end of an array otherwise than its middle).
+
+The steps are those of data/transforms.py after its crop: affine map, mirror, colours, erasing. Images stay bytes: what
+needs floats is rounded once, at the end, and a batch is the same as one from the workers. Nothing waits for the device.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.config import AugmentConfig
+from data.stream import Draw
+from data.transforms import CropTransform, NoiseErasing, TrainTransform, Transform, color_jitter, random_affine
+from utils import rng
+from utils.contracts import Batch
+
+IMAGES, AUGMENT = "images", "augment"
+# Columns of the parameters.
+_MATRIX, _FACTORS, _RANKS, _RECTANGLE = slice(0, 6), slice(6, 10), slice(10, 14), slice(14, 18)
+PARAMETERS = 18
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
+_NOISE_DRAW = 0xE7A5E  # of utils/rng.py; tasks use small numbers
+
+
+class Drawn(NamedTuple):
+    """What is drawn for one sample, in the terms of torchvision's functions.
+
+    angle, shear (x, y): degrees. translate_px (x, y): of the resized image. factors: brightness, contrast, saturation
+    (1: unchanged) and hue (0: unchanged); order: in which the four are applied. erased_px: top, left, height, width;
+    a height of 0 erases nothing.
+    """
+
+    mirrored: bool = False
+    angle: float = 0.0
+    translate_px: tuple[int, int] = (0, 0)
+    scale: float = 1.0
+    shear: tuple[float, float] = (0.0, 0.0)
+    factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    erased_px: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+def inverse_matrix(drawn: Drawn, size_hw: Sequence[int]) -> list[float]:
+    """Return the map from output to input coordinates, [2, 3] row by row; both are -1 to 1 over the image.
+
+    Source: torchvision's order, rotation x scale x shear y x shear x about the centre, then the shift; the mirror last.
+    """
+    height, width = size_hw
+    turn, shear_x, shear_y = (math.radians(value) for value in (drawn.angle, *drawn.shear))
+    a, c = (part(turn - shear_y) / math.cos(shear_y) for part in (math.cos, math.sin))
+    b, d = -a * math.tan(shear_x) - math.sin(turn), -c * math.tan(shear_x) + math.cos(turn)
+    rows = [[d / drawn.scale, -b / drawn.scale], [-c / drawn.scale, a / drawn.scale]]  # the determinant is scale^2
+    shifts = [-sum(part * shift for part, shift in zip(row, drawn.translate_px)) for row in rows]
+    sign = -1.0 if drawn.mirrored else 1.0
+    (xx, xy), (yx, yy) = rows
+    return [
+        sign * xx, xy * height / width, 2 * shifts[0] / width,
+        sign * yx * width / height, yy, 2 * shifts[1] / height,
+    ]  # fmt: skip
+
+
+class DeviceAugment:
+    """A view that draws a sample's parameters in a worker, and the hook that applies them to a batch on the device."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        self._config = config
+        self._size_hw = tuple(config.image_size_hw)
+        self._affine = None if config.affine is None else random_affine(config)
+        self._jitter = None if config.color_jitter is None else color_jitter(config)
+        self._erasing = NoiseErasing(config.random_erasing) if config.random_erasing > 0 else None
+        jitter = self._jitter
+        ranges = (None,) * 4 if jitter is None else (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        self._blends = [number for number in (_BRIGHTNESS, _CONTRAST, _SATURATION) if ranges[number] is not None]
+        self._turns_hue = ranges[_HUE] is not None
+
+    # ------------------------------------------------------------------------------------------------- in the worker
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return a sample's parameters, float32 [P]."""
+        return self.pack(self.draw())
+
+    def draw(self) -> Drawn:
+        """Draw from torch's generator, which the reader has seeded with the view's key; by torchvision's own rules."""
+        like = [torch.zeros(()).expand(1, *self._size_hw)]  # they ask for the size alone
+        drawn = Drawn(mirrored=bool(torch.rand(()) < self._config.horizontal_flip))
+        if self._affine is not None:
+            found = self._affine.make_params(like)
+            drawn = drawn._replace(
+                angle=found["angle"], translate_px=found["translate"], scale=found["scale"], shear=found["shear"]
+            )
+        if self._jitter is not None:
+            found = self._jitter.make_params(like)
+            names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
+            factors = tuple(
+                still if found[name] is None else found[name] for name, still in zip(names, Drawn().factors)
+            )
+            drawn = drawn._replace(factors=factors, order=tuple(found["fn_idx"].tolist()))
+        if self._erasing is not None and torch.rand(()) < self._erasing.p:
+            found = self._erasing.make_params(like)
+            if found["v"] is not None:  # None: no rectangle fitted
+                drawn = drawn._replace(erased_px=tuple(found[name] for name in "ijhw"))
+        return drawn
+
+    def pack(self, drawn: Drawn) -> Tensor:
+        """Return what the device needs of one sample's draws, float32 [P]."""
+        blends = [number for number in drawn.order if number in self._blends]
+        ranks = [float(blends.index(number)) if number in blends else -1.0 for number in range(_HUE)]
+        place = drawn.order.index(_HUE)
+        before_hue = sum(number in self._blends for number in drawn.order[:place])
+        matrix = inverse_matrix(drawn, self._size_hw)
+        return torch.tensor([*matrix, *drawn.factors, *ranks, before_hue, *drawn.erased_px], dtype=torch.float32)
+
+    # ------------------------------------------------------------------------------------------------- on the device
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return the batch with its images augmented and without the parameters."""
+        rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
+        return rest | {IMAGES: self.apply(batch[IMAGES], batch[AUGMENT], batch["key"])}
+
+    def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
+        """Return augmented images, uint8 [B, C, H, W] as given; parameters [B, P], keys [B] for the noise."""
+        if self._affine is not None:
+            changed = sample_affine(images.float(), parameters[:, _MATRIX], float(self._config.fill))
+        else:
+            changed = images
+            if self._config.horizontal_flip > 0:
+                changed = torch.where(_per_image(parameters[:, 0] < 0), images.flip(-1), images)
+        if self._jitter is not None:
+            changed = self._change_colours(changed.float(), parameters)
+        if changed.is_floating_point():
+            changed = changed.round_().clamp_(0, 255).to(torch.uint8)
+        if self._erasing is None:
+            return changed
+        inside = rectangles(parameters[:, _RECTANGLE], changed.shape[-2:])
+        return torch.where(inside, self._noise(keys, changed.shape), changed)
+
+    def _change_colours(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Apply brightness, contrast, saturation and hue in each sample's own order; float images of 0 to 255.
+
+        Hue is the dear one and is computed once: the blends that come before it, hue, the blends that come after it.
+        """
+        factors, ranks, before_hue = parameters[:, _FACTORS], parameters[:, _RANKS][:, :3], parameters[:, _RANKS][:, 3:]
+        steps = range(len(self._blends))
+        if not self._turns_hue or images.shape[1] == 1:
+            for step in steps:
+                images = blend(images, factors, ranks == step)
+            return images
+        for step in steps:
+            images = blend(images, factors, (ranks == step) & (step < before_hue))
+        images = turn_hue(images, factors[:, _HUE])
+        for step in steps:
+            images = blend(images, factors, (ranks == step) & (step >= before_hue))
+        return images
+
+    def _noise(self, keys: Tensor, shape: torch.Size) -> Tensor:
+        """Return noise of each sample's key, uint8 [B, C, H, W]: uniform bytes, or normal of the mean and std."""
+        _, channels, height, width = shape
+        if self._config.erasing_noise == "uniform":
+            words = (rng.uniform(keys, (1, height, width), _NOISE_DRAW) * 2.0**24).to(torch.int32)  # 24 random bits
+            return torch.cat([(words >> 8 * channel) & 255 for channel in range(channels)], dim=1).to(torch.uint8)
+        noise = rng.normal(keys, (channels, height, width), _NOISE_DRAW)
+        for channel, (mean, std) in enumerate(zip(self._config.mean, self._config.std)):
+            noise[:, channel].mul_(255.0 * std).add_(255.0 * mean)
+        return noise.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """Return [B] as [B, 1, 1, 1]."""
+    return values.view(-1, 1, 1, 1)
+
+
+def _centres(count: int, device: torch.device) -> Tensor:
+    """Return the coordinates of pixel centres, [count], where the image reaches from -1 to 1."""
+    return (torch.arange(count, device=device, dtype=torch.float32) + 0.5) * (2.0 / count) - 1.0
+
+
+def sample_affine(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
+    """Return float images [B, C, H, W] sampled bilinearly at `matrices` [B, 6] (inverse_matrix); outside is `fill`.
+
+    The grid is made here, because F.affine_grid multiplies matrices, in TF32 where that is on: a tenth of a pixel off
+    at 224 px. Differs: along the image's edge torchvision applies the fill's share twice, so the edge is too faint.
+    """
+    xs, ys = (_centres(count, images.device) for count in (images.shape[-1], images.shape[-2]))
+    xs, ys = xs.view(1, 1, -1), ys.view(1, -1, 1)
+    rows = matrices.view(-1, 2, 3, 1, 1)
+    grid = torch.stack([row[:, 0] * xs + row[:, 1] * ys + row[:, 2] for row in rows.unbind(1)], dim=-1)
+    moved = F.grid_sample(images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved.add_(fill)
+
+
+def luminance(images: Tensor) -> Tensor:
+    """Return the grey levels of images, [B, 1, H, W]."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = (images[:, channel : channel + 1] * share for channel, share in enumerate(_LUMINANCE))
+    return red.add_(green).add_(blue)
+
+
+def exact_mean(grey: Tensor) -> Tensor:
+    """Return each image's mean [B] of levels [B, 1, H, W] in 0..255, to 1/256 of a level.
+
+    A sum of floats depends on how the device splits it, and so on the batch's size; one of integers does not.
+    """
+    total = (grey * 256.0).round_().to(torch.int64).sum(dim=(1, 2, 3))
+    return total.float() / (256.0 * grey.shape[-2] * grey.shape[-1])
+
+
+def blend(images: Tensor, factors: Tensor, chosen: Tensor) -> Tensor:
+    """Change brightness, contrast or saturation of float images of 0 to 255: the one of the three that is `chosen`.
+
+    factors: [B, 3 or more]. chosen: bool [B, 3], at most one per image; where none is, the image stays as it is.
+    An image becomes factor x image + (1 - factor) x target: black, its mean grey, or its grey levels.
+    """
+    factor = torch.where(chosen, factors[:, :3], 0.0).sum(dim=1) + (~chosen.any(dim=1))
+    grey = luminance(images)
+    mean = _per_image(exact_mean(grey) * chosen[:, _CONTRAST])
+    target = torch.where(_per_image(chosen[:, _SATURATION]), grey, mean) * _per_image(1.0 - factor)
+    return (images * _per_image(factor)).add_(target).clamp_(0, 255)
+
+
+def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of float RGB images [B, 3, H, W] by `turns` [B] of the colour circle.
+
+    Source: HSV to RGB, f(n) = v - v s max(0, min(k, 4 - k, 1)) with k = (n + h / 60 degrees) mod 6.
+    """
+    red, green, blue = images.unbind(1)
+    high, low = images.amax(dim=1), images.amin(dim=1)
+    span = high - low
+    divisor = torch.where(span > 0, span, 1.0)
+    hue = torch.where(
+        high == red,
+        (green - blue) / divisor,
+        torch.where(high == green, (blue - red) / divisor + 2.0, (red - green) / divisor + 4.0),
+    )
+    hue = hue + (turns * 6.0).view(-1, 1, 1)
+    channels = []
+    for start in (5.0, 3.0, 1.0):
+        place = (hue + start) % 6.0
+        channels.append(high - torch.minimum(place, 4.0 - place).clamp_(0, 1) * span)
+    return torch.stack(channels, dim=1)
+
+
+def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
+    """Return bool [B, 1, H, W], True inside each sample's rectangle; edges [B, 4]: top, left, height, width."""
+    inside = []
+    for first, length, count in ((edges[:, 0], edges[:, 2], size_hw[0]), (edges[:, 1], edges[:, 3], size_hw[1])):
+        places = torch.arange(count, device=edges.device)[None, :]
+        inside.append((places >= first[:, None]) & (places < (first + length)[:, None]))
+    rows, columns = inside
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def training_views(config: AugmentConfig) -> Mapping[str, Transform]:
+    """Return the views of a training image: `images`, and with `augment.on_device` the parameters for the device."""
+    if not config.on_device:
+        return {IMAGES: TrainTransform(config)}
+    return {IMAGES: CropTransform(config), AUGMENT: DeviceAugment(config)}

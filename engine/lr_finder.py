@@ -1,0 +1,172 @@
+"""The learning-rate range test: the run's own updates at rising rates, before the first one, and then undone.
+
+    find_lr(run, config)      on all ranks; sets the run's rate, or says why it stays
+
+The updates are those of the run: its precision, accumulation, clipping, ranks and parameter groups, whose rates keep
+their ratios. Their samples come from beyond the end of the run, so the run reads none of them with the same key.
+Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017 (arXiv:1506.01186), section 3.3.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from engine.config import LRFinderConfig, TrainingConfig
+from engine.learner import Learner
+from engine.lr_suggestion import LEAST_POINTS, Curve, Suggestion, smooth, suggest
+from engine.run_parts import Run
+from engine.task import checkpointed_state
+from optim.schedules import GroupValues, Schedule
+from utils.contracts import Batch
+from utils.errors import EXIT_STOPPED
+from utils.io.files import ignore_write_errors, write_json
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.progress import counting
+
+log = get_logger(__name__)
+
+_LEAST_BEFORE_DIVERGING = 5  # updates whose noise does not count as divergence
+
+
+@dataclass(frozen=True)
+class RangeSweep:
+    """A stand-in for a run's schedule: a rising rate; momentum as the optimiser has it, the rest as the run begins."""
+
+    base: Schedule
+    config: LRFinderConfig
+    steps: int
+
+    def at(self, step: int) -> GroupValues:
+        """Return the values of update number `step` (from 0) of the sweep."""
+        low, high, fraction = self.config.start_lr, self.config.end_lr, step / max(1, self.steps - 1)
+        exponential = self.config.curve == "exponential"
+        rate = low * (high / low) ** fraction if exponential else low + (high - low) * fraction
+        return GroupValues(rate, self.base.at(0).weight_decay)
+
+    def knobs_at(self, step: int) -> dict[str, float]:
+        """Return the task's scheduled values as the run begins."""
+        return self.base.knobs_at(0)
+
+
+@contextmanager
+def undone(learner: Learner) -> Iterator[None]:
+    """Undo all updates of the learner that are made inside the context, bit for bit.
+
+    Restored are the task's tensors (buffers included), the optimiser's state and group values, the loss scale, the
+    schedule, the step and torch's generators. Averages take no part.
+    """
+    tensors = [(tensor, tensor.clone()) for tensor in checkpointed_state(learner.task).values()]
+    optimizer, scale = learner.optimizer, {name: value.clone() for name, value in learner.scale.state().items()}
+    state = {parameter: _copy_values(values) for parameter, values in optimizer.state.items()}
+    groups = [{key: copy.deepcopy(group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
+    schedule, step, averages = learner.schedule, learner.step, learner.averages
+    learner.averages = None
+    device = learner.runtime.device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in tensors:
+                tensor.copy_(before)
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for group, before in zip(optimizer.param_groups, groups):
+            parameters = group["params"]
+            group.clear()
+            group.update({"params": parameters, **before})
+        learner.scale.load(scale)
+        learner.schedule, learner.step, learner.averages = schedule, step, averages
+
+
+def _copy_values(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) for key, value in values.items()
+    }
+
+
+def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderConfig, steps: int) -> Curve:
+    """Make at most `steps` updates at rising rates; returns the curve. Call it inside `undone`.
+
+    Raises SystemExit(75) where a rank was asked to stop.
+    """
+    learner = run.learner
+    sweep = RangeSweep(learner.schedule, config, steps)
+    learner.schedule = sweep
+    rates: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    with counting("learning-rate range test") as report:
+        for number in range(steps):
+            run.recorder.phase(0, f"range test, update {number + 1} of {steps}")
+            result = learner.update(next(batches), stop=run.must_stop)
+            if result.stop > 0:
+                log.warning("stopped in the range test on request; the same command makes it again")
+                raise SystemExit(EXIT_STOPPED)
+            report(number + 1, steps)
+            total, weight = (float(value) for value in result.sums["loss"])
+            if not result.applied:
+                # No image could be read, or the loss scale of fp16 is still too high: no fault of the rate.
+                if result.weight == 0 or learner.scale.enabled:
+                    continue
+                return Curve(rates, losses, smoothed, diverged=True)
+            rates.append(sweep.at(number).lr)
+            losses.append(total / weight)
+            smoothed = smooth(losses, config.smoothing)
+            if len(losses) > _LEAST_BEFORE_DIVERGING and smoothed[-1] > config.diverge_factor * min(smoothed):
+                return Curve(rates, losses, smoothed, diverged=True)
+    return Curve(rates, losses, smoothed, diverged=False)
+
+
+def find_lr(run: Run, config: TrainingConfig) -> None:
+    """Find the run's peak rate by a range test and use it; keep the configured one where the curve has no answer."""
+    finder, plan, started = config.lr_finder, run.plan, time.perf_counter()
+    steps = min(finder.steps, math.floor(finder.max_share * plan.total_steps))
+    if steps < LEAST_POINTS:
+        log.warning(
+            "lr_finder: %d steps are lr_finder.max_share=%g of the run, and %d are needed; the rate stays %.3g",
+            steps, finder.max_share, LEAST_POINTS, plan.lr,
+        )  # fmt: skip
+        return
+    batches = run.streams.train.steps(plan.total_steps, plan)
+    try:
+        with undone(run.learner):
+            curve = range_test(run, batches, finder, steps)
+    finally:
+        batches.close()
+    found = suggest(curve, finder.suggestion, finder.smoothing)
+    seconds = time.perf_counter() - started
+    if found.taken is None:
+        log.warning("lr_finder: no answer in the curve: %s. The rate stays %.3g", found.reason, plan.lr)
+    else:
+        listed = ", ".join(f"{name} {rate:.3g}" for name, rate in found.rates.items())
+        log.info("lr_finder: %s; takes %.3g (%s); configured was %.3g", listed, found.taken, found.reason, plan.lr)
+        run.use_lr(found.taken)
+    log.info("lr_finder: %d updates in %.1f s, undone", len(curve.losses), seconds)
+    distributed.rank_zero_call(lambda: _write(run, curve, found, seconds))
+
+
+def _write(run: Run, curve: Curve, found: Suggestion, seconds: float) -> None:
+    """Write lr_finder.json and plots/lr_finder_plot.png; on rank 0."""
+    if not curve.losses:
+        return
+    from utils.record.lr_plot import plot_range_test  # imports matplotlib
+
+    folder = run.saver.folder
+    file, picture = folder.path / "lr_finder.json", folder.plots / "lr_finder_plot.png"
+    with ignore_write_errors(file):
+        values = {"configured": run.plan.lr, **asdict(found), "seconds": seconds, "curve": asdict(curve)}
+        write_json(file, values)
+    with ignore_write_errors(picture):
+        outcome = "no answer" if found.taken is None else f"takes {found.taken:.3g}"
+        title = f"{folder.path.resolve().name}: range test, {len(curve.losses)} updates, {outcome}"
+        plot_range_test(curve.rates, (curve.losses, curve.smoothed), found.rates, found.taken, title, picture)
+    log.info("lr_finder: see %s", picture)

@@ -1,0 +1,123 @@
+"""What a range test says: from losses at rising learning rates to a rate, or the reason why there is none.
+
+Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017 (arXiv:1506.01186), section 3.3.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+
+LEAST_POINTS = 20
+# A fall counts where it is this many standard deviations of the smoothed loss, and this share of the loss at first.
+_NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
+_UNSTABLE_RISE = 0.25  # of the fall before
+_BEGUN = 0.1  # of the whole fall: then it has begun
+_EDGE = 5  # the first smoothed losses are means of few, so their slopes are noise
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A range test: learning rates, ascending; losses and smoothed losses at them; whether the last one diverged."""
+
+    rates: Sequence[float]
+    losses: Sequence[float]
+    smoothed: Sequence[float]
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Rates by method, the one that is taken (None: no answer in the curve), and why."""
+
+    taken: float | None
+    reason: str
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+def smooth(losses: Sequence[float], factor: float) -> list[float]:
+    """Return exponential means with bias correction; a greater `factor` in [0, 1) forgets more slowly."""
+    mean, means = 0.0, []
+    for number, loss in enumerate(losses, start=1):
+        mean = factor * mean + (1.0 - factor) * loss
+        means.append(mean / (1.0 - factor**number))
+    return means
+
+
+def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
+    """Return what a curve suggests by `method`; auto takes the middle of the three.
+
+    steepest: where the loss falls fastest. minimum_tenth: a tenth of the rate of the lowest loss (Smith takes a little
+    less than the rate where the loss becomes ragged). valley: half way, in updates, from where it begins to fall to
+    where it is lowest.
+
+    smoothing: the factor that the curve was smoothed with.
+    """
+    problem = _find_problem(curve, smoothing)
+    if problem is not None:
+        return Suggestion(None, problem)
+    start, lowest = _find_fall(curve.smoothed)
+    rates = {
+        "steepest": curve.rates[_steepest(curve.rates, curve.smoothed, start, lowest)],
+        "minimum_tenth": curve.rates[lowest] / 10.0,
+        "valley": curve.rates[(start + lowest) // 2],
+    }
+    if method != "auto":
+        return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates)
+    middle = median(rates.values())
+    name = next(name for name, rate in rates.items() if rate == middle)
+    return Suggestion(middle, f"{name}, the middle one of the three", rates)
+
+
+def _find_problem(curve: Curve, smoothing: float) -> str | None:
+    """Return why a curve has no answer."""
+    count, smoothed, losses = len(curve.losses), np.asarray(curve.smoothed), np.asarray(curve.losses)
+    if count < LEAST_POINTS and not curve.diverged:
+        return f"{count} updates are too few; allow more with lr_finder.steps and lr_finder.max_share"
+    if count < LEAST_POINTS:
+        return f"the loss diverged after {count} updates; set a lower lr_finder.start_lr"
+    edge = max(_EDGE, count // 8)  # at rates that are too low to change anything
+    first, low = float(np.median(losses[:edge])), float(smoothed[_EDGE:].min())
+    # Of one loss, of the median of the first ones, and of an exponential mean.
+    noise = float(np.std(losses[: count // 2] - smoothed[: count // 2]))
+    noise *= math.hypot(1.25 / math.sqrt(edge), math.sqrt((1 - smoothing) / (1 + smoothing)))
+    if first - low >= max(_NOISE_FACTOR * noise, _LEAST_FALL * abs(first)):
+        return None
+    if curve.diverged:
+        return (
+            f"the loss diverges without falling below the {first:.4g} of its start; set a lower lr_finder.start_lr or "
+            "more lr_finder.steps"
+        )
+    return f"the loss is flat (from {first:.4g} to {low:.4g}); set a higher lr_finder.end_lr or more lr_finder.steps"
+
+
+def _find_fall(smoothed: Sequence[float]) -> tuple[int, int]:
+    """Return where the loss begins to fall for good, and its lowest point before it becomes unstable.
+
+    Unstable: the loss rises by a quarter of its fall. A network with batch norm hardly diverges: far above a usable
+    rate its loss jumps up and down, and may fall again.
+    """
+    first = float(np.median(smoothed[_EDGE : max(2 * _EDGE, len(smoothed) // 8)]))
+    lowest = _EDGE
+    for place in range(_EDGE, len(smoothed)):
+        if smoothed[place] < smoothed[lowest]:
+            lowest = place
+        fall = first - smoothed[lowest]
+        if fall > _LEAST_FALL * abs(first) and smoothed[place] - smoothed[lowest] > _UNSTABLE_RISE * fall:
+            break
+    fall = first - smoothed[lowest]
+    starts = [place for place in range(_EDGE, lowest) if smoothed[place] > first - _BEGUN * fall]
+    return max(starts, default=_EDGE), lowest
+
+
+def _steepest(rates: Sequence[float], smoothed: Sequence[float], start: int, lowest: int) -> int:
+    """Return the point of steepest descent over the logarithm of the rate; a slope spans points, against noise."""
+    span = max(1, len(rates) // 30)
+    slopes = {
+        place: (smoothed[place + span] - smoothed[place - span]) / math.log(rates[place + span] / rates[place - span])
+        for place in range(max(start, span), lowest + 1)
+        if place + span <= lowest
+    }
+    return min(slopes, key=slopes.__getitem__, default=lowest)

@@ -1,0 +1,53 @@
+"""Class weights: each class gets the same sum, the mean over images is 1, and only training is weighted."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.tasks.classification import balance
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from tests.engine.test_learner import BATCH, OURS, make_batch
+from tests.in_process import SHORT, configure, make_images, run
+from utils.io.weights import read_weights
+
+
+def test_balance_is_inverse_to_the_size_of_a_class():
+    ids = np.array([0, 0, 0, 0, 1, 1, 2, -1])
+    weights = balance(ids, ["a", "b", "c"])
+    assert weights == pytest.approx([7 / 12, 7 / 6, 7 / 3])
+    assert np.mean([weights[number] for number in ids[:-1]]) == pytest.approx(1.0)
+
+
+def test_a_class_without_an_image_counts_for_nothing():
+    assert balance(np.array([0, 0, 2]), ["a", "b", "c"])[::2] == pytest.approx([0.75, 1.5])
+
+
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_the_loss_of_training_is_weighted(mixup):
+    config, _ = configure("train", [*OURS, *SHORT, f"task.mixup_alpha={mixup}", "task.label_smoothing=0.0"])
+    facts = {"class_names": ["a", "b", "c", "d"], "class_weights": [4.0, 1.0, 0.5, 0.0]}
+    torch.manual_seed(0)
+    task = KINDS["classification"].build(Setup(config.model, config.task, config.augment.preprocessing(3), facts))
+    batch, weights = make_batch(), torch.tensor(facts["class_weights"])
+    logits = task.network(task.normalise(batch["images"]))
+    plain = F.cross_entropy(logits, batch["labels"], reduction="none")
+    torch.manual_seed(1)
+    loss = task.train()(batch, {}).loss
+    if mixup == 0:
+        torch.testing.assert_close(loss, plain * weights[batch["labels"]])
+    else:  # an image mixed from two classes has a mixed weight
+        assert not torch.allclose(loss, plain * weights[batch["labels"]]) and len(loss) == BATCH
+    torch.testing.assert_close(task.eval()(batch, {}).loss, plain)
+
+
+def test_a_run_has_them_and_its_weight_file_does_not(tmp_path, capsys):
+    images = make_images(tmp_path / "images")
+    for number in range(2):
+        (images / f"train/B/00{number}.png").unlink()
+    run("train", [*OURS, *SHORT, "data=image_folder", f"data.root={images}", "task.class_weights=balanced",
+                  "run_dir=run", "lr_finder.enabled=false", "tracking.live_plots=false"], tmp_path)  # fmt: skip
+    assert "task.class_weights=balanced: from 0.75 (A) to 1.5 (B)" in capsys.readouterr().err
+    metadata = read_weights(tmp_path / "run/weights/last_weights.safetensors", "weights")[1]
+    assert metadata["class_names"] == ["A", "B"] and "class_weights" not in metadata

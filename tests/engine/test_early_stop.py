@@ -1,0 +1,45 @@
+"""Early stopping: when an evaluation is too long after the best one, the run is complete, and stays so."""
+
+import pytest
+
+from engine.evaluator import Best, Evaluator
+from engine.plan import Plan
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.support import rows
+
+PLAN = Plan(1, 10, 10, 1, 100, 1000, 0, 0.1)  # 10 steps an epoch
+
+
+@pytest.mark.parametrize(
+    "patience, best, newest, stalled",
+    [
+        (None, 10, 900, False),
+        (2.0, 10, 20, False),
+        (2.0, 10, 30, True),  # two epochs
+        (2.5, 10, 30, False),
+        (0.3, 10, 13, True),
+        (2.0, None, 900, False),  # no finite value yet
+    ],
+)
+def test_when_it_stalls(patience, best, newest, stalled):
+    evaluator = Evaluator(None, PLAN, 1.0, patience, None, None, best=Best(0.5, best), last_step=newest)
+    assert evaluator.has_stalled == stalled
+
+
+def test_a_run_stops_early_and_is_complete(tmp_path, capsys):
+    """At a rate of zero nothing gets better after the first evaluation. A longer patience goes on."""
+    images = make_images(tmp_path / "images")
+    command = [
+        *SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={images}", f"run_dir={tmp_path}/run", "optim.lr=0.0",
+        "loop.total_steps=20", "loop.evaluate_every_epochs=0.5", "loop.checkpoint_every_steps=100",
+    ]  # fmt: skip
+    run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)  # two steps an epoch
+    said = capsys.readouterr().err
+    assert "stopped early: top1 is best at step 1" in said and "loop.early_stop_epochs=2 epochs ago or more" in said
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5]
+    assert rows(tmp_path / "run/metrics.jsonl", "epoch")[-1]["step"] == 5
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
+    run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)
+    assert "the run is complete: 5 of 20 steps are done" in capsys.readouterr().err
+    run("finetune", [*command, "loop.early_stop_epochs=3.0"], tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5, 6, 7]

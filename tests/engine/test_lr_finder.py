@@ -1,0 +1,231 @@
+"""The range test: what it reads from a curve, that it leaves no trace, and that its rate is the run's."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from engine.config import LRFinderConfig
+from engine.lr_finder import RangeSweep, undone
+from engine.lr_suggestion import Curve, smooth, suggest
+from optim.groups import set_group_values
+from tests.engine.test_learner import OURS, make_batch, make_learner, tensors_of
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.support import rows
+from utils.io.weights import read_weights
+
+RATES = [10 ** (-4 + 4 * number / 80) for number in range(81)]
+FACTOR = 0.8
+
+
+def make_curve(loss_at, rates=RATES, diverged=False):
+    losses = [loss_at(rate) for rate in rates]
+    return Curve(rates, losses, losses, diverged)
+
+
+def valley(rate):
+    """Fall around 3e-3 over the logarithm of the rate, lowest at 0.1, then rise."""
+    place = math.log10(rate)
+    return 2.0 - 1.0 / (1 + math.exp(-6 * (place + 2.5))) + max(0.0, place + 1) ** 2 * 5
+
+
+# ------------------------------------------------------------------------------------------------------------ a curve
+
+
+def test_smoothing_corrects_the_bias_of_the_first_means():
+    assert smooth([4.0, 2.0, 2.0], 0.5) == pytest.approx([4.0, (1.0 + 1.0) / 0.75, (0.5 + 0.5 + 1.0) / 0.875])
+    assert smooth([3.0] * 5, 0.98) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 5.0], 0.0) == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "method, rate", [("steepest", 10**-2.5), ("minimum_tenth", 0.01), ("valley", 0.01), ("auto", 0.01)]
+)
+def test_a_curve_with_a_valley(method, rate):
+    found = suggest(make_curve(valley), method, FACTOR)
+    assert found.taken == pytest.approx(rate, rel=0.15) and found.taken in found.rates.values()
+    assert set(found.rates) == {"steepest", "minimum_tenth", "valley"}
+    assert ("the middle one" in found.reason) if method == "auto" else found.reason == f"lr_finder.suggestion={method}"
+
+
+def test_what_comes_after_the_first_instability_is_not_read():
+    """A loss that jumps up and falls again far above the usable rates, as batch norm makes it."""
+    jumps = make_curve(lambda rate: valley(rate) if rate < 0.2 else 1.6 - (rate - 0.2))
+    assert suggest(jumps, "auto", FACTOR).rates == suggest(make_curve(valley), "auto", FACTOR).rates
+    assert min(jumps.losses) < min(make_curve(valley).losses)
+
+
+NO_ANSWER = {
+    "flat": (make_curve(lambda rate: 2.0), "the loss is flat (from 2 to 2); set a higher lr_finder.end_lr"),
+    "noise alone": (
+        make_curve(lambda rate: 2.0 + 0.3 * math.sin(1e6 * rate)),
+        "the loss is flat",
+    ),
+    "diverges at once": (
+        make_curve(valley, RATES[:7], diverged=True),
+        "the loss diverged after 7 updates; set a lower lr_finder.start_lr",
+    ),
+    "diverges without a fall": (
+        make_curve(lambda rate: 2.0 + 100 * rate, diverged=True),
+        "the loss diverges without falling below the 2.017 of its start; set a lower lr_finder.start_lr",
+    ),
+    "short": (make_curve(valley, RATES[:7]), "7 updates are too few; allow more with lr_finder.steps"),
+    "nothing": (Curve([], [], [], True), "the loss diverged after 0 updates"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ANSWER)
+def test_a_curve_without_an_answer(case):
+    curve, reason = NO_ANSWER[case]
+    found = suggest(Curve(curve.rates, curve.losses, smooth(curve.losses, FACTOR), curve.diverged), "auto", FACTOR)
+    assert found.taken is None and found.rates == {} and found.reason.startswith(reason)
+
+
+# ---------------------------------------------------------------------------------------------------------- the sweep
+
+
+def finder(**changes):
+    values = {
+        "enabled": True, "start_lr": 1e-3, "end_lr": 1e-1, "steps": 5, "max_share": 1.0, "curve": "exponential",
+        "smoothing": 0.5, "diverge_factor": 4.0, "suggestion": "auto",
+    }  # fmt: skip
+    return LRFinderConfig(**{**values, **changes})
+
+
+def test_the_sweep_keeps_the_ratios_of_groups():
+    learner = make_learner("optim.layer_decay=0.5")
+    rates = {"exponential": [1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1], "linear": [1e-3, 0.02575, 0.0505, 0.07525, 1e-1]}
+    for curve, expected in rates.items():
+        sweep = RangeSweep(learner.schedule, finder(curve=curve), 5)
+        assert [sweep.at(step).lr for step in range(5)] == pytest.approx(expected)
+    set_group_values(learner.optimizer, sweep.at(1))
+    scales = {group["lr_scale"] for group in learner.optimizer.param_groups}
+    assert len(scales) > 1
+    assert all(group["lr"] == pytest.approx(0.02575 * group["lr_scale"]) for group in learner.optimizer.param_groups)
+
+
+def everything(learner):
+    """All that an update may change: tensors, optimiser state and group values, schedule, generator."""
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in learner.optimizer.param_groups
+    ]
+    state = {
+        f"{group['names'][index]}/{key}": value.clone() if isinstance(value, torch.Tensor) else value
+        for group in learner.optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+        for key, value in learner.optimizer.state.get(parameter, {}).items()
+    }
+    generator = torch.random.get_rng_state()
+    return tensors_of(learner), state, repr(groups), (learner.step, learner.schedule, generator.sum().item())
+
+
+RESNET = ("model=timm", "model.name=resnet18")  # has buffers
+LEARNERS = {
+    "sgd": (["optim=sgd"], OURS),
+    "adamw, average": (["optim=adamw", "loop.ema_decay=0.9"], OURS),
+    "adan, one cycle": (["optim=adan", "schedule=onecycle"], OURS),
+    "muon": (["optim=timm", "optim.opt=muon"], OURS),
+    "lamb": (["optim=timm", "optim.opt=lamb"], OURS),
+    "buffers": (["optim=sgd"], RESNET),
+}
+
+
+@pytest.mark.parametrize("updates_before", [0, 2])
+@pytest.mark.parametrize("case", LEARNERS)
+def test_no_trace_is_left_of_it(case, updates_before):
+    """Bit for bit, before the first update and later; the rates are high enough for numbers that overflow."""
+    overrides, model = LEARNERS[case]
+    learner, batch = make_learner(*overrides, model=model), make_batch()
+    for _ in range(updates_before):
+        learner.update([batch])
+    tensors, state, groups, rest = everything(learner)
+    with undone(learner):
+        learner.schedule = RangeSweep(learner.schedule, finder(end_lr=1e9, steps=4), 4)
+        for _ in range(4):
+            learner.update([batch])
+        swept = tensors_of(learner)
+        assert not all(torch.equal(swept[name], tensor) for name, tensor in tensors.items() if "weights/" in name)
+    after, state_after, groups_after, rest_after = everything(learner)
+    assert after.keys() == tensors.keys() and all(torch.equal(after[name], tensors[name]) for name in tensors)
+    assert state_after.keys() == state.keys() and groups_after == groups and rest_after == rest
+    assert all(torch.equal(state_after[key], value) for key, value in state.items() if isinstance(value, torch.Tensor))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+SEARCH = [
+    "lr_finder.enabled=true", "lr_finder.steps=24", "lr_finder.max_share=1.0", "lr_finder.end_lr=1.0",
+    "lr_finder.start_lr=1e-4", "loop.total_steps=24", "optim=sgd", "schedule=onecycle", "loop.checkpoint_every_steps=8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A run with a range test: its folder and that of the working directory."""
+    folder = tmp_path_factory.mktemp("search")
+    images = make_images(folder / "images")
+    base = [*SMALL_MODEL, *SHORT, "model.head_init_scale=1.0", "data=image_folder", f"data.root={images}"]
+    run("finetune", [*base, *SEARCH, f"run_dir={folder}/run"], folder)
+    return folder, base
+
+
+def test_it_writes_what_it_found(searched):
+    folder, _ = searched
+    found = json.loads((folder / "run/lr_finder.json").read_text())
+    assert found["taken"] == sorted(found["rates"].values())[1] and found["configured"] != found["taken"]
+    assert len(found["curve"]["rates"]) == len(found["curve"]["losses"]) == len(found["curve"]["smoothed"]) <= 24
+    assert (folder / "run/plots/lr_finder_plot.png").stat().st_size > 10_000
+
+
+def test_the_run_equals_one_whose_rate_was_given(searched):
+    """The test before it leaves no trace, and its rate is the peak of the schedule."""
+    folder, base = searched
+    found = json.loads((folder / "run/lr_finder.json").read_text())["taken"]
+    given = [override for override in SEARCH if not override.startswith("lr_finder")]
+    run("finetune", [*base, *given, f"optim.lr={found!r}", f"run_dir={folder}/given"], folder)
+    first, second = (
+        read_weights(folder / name / "weights/last_weights.safetensors", "weights")[0] for name in ("run", "given")
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    rates = [row["lr"] for row in rows(folder / "run/metrics.jsonl", "train")]
+    assert max(rates) == pytest.approx(found, rel=0.05) and rates == [
+        row["lr"] for row in rows(folder / "given/metrics.jsonl", "train")
+    ]
+
+
+def test_a_resumed_run_does_not_search_again(searched, capsys):
+    """It continues at the rate found, in the same recipe's folder."""
+    folder, base = searched
+    written = (folder / "run/lr_finder.json").stat().st_mtime_ns
+    run("finetune", [*base, *SEARCH, "loop.total_steps=26", f"run_dir={folder}/run"], folder)
+    said = capsys.readouterr().err
+    assert "resumed from" in said and "lr_finder" not in said
+    assert (folder / "run/lr_finder.json").stat().st_mtime_ns == written
+    found = json.loads((folder / "run/lr_finder.json").read_text())["taken"]
+    state = json.loads((folder / "run/checkpoints/step_00000026/state.json").read_text())
+    assert state["found_lr"] == found
+
+
+def test_a_run_that_is_too_short_keeps_its_rate(searched, capsys):
+    folder, base = searched
+    short = [*base, *SEARCH, "lr_finder.max_share=0.5", f"run_dir={folder}/short"]
+    run("finetune", [*short, "optim.lr=0.01"], folder)
+    said = capsys.readouterr().err
+    assert "12 steps are lr_finder.max_share=0.5 of the run, and 20 are needed; the rate stays 0.01" in said
+    assert not (folder / "short/lr_finder.json").exists()
+
+
+def test_no_answer_keeps_the_rate_and_says_so(searched, capsys):
+    folder, base = searched
+    flat = [*base, *SEARCH, "lr_finder.start_lr=1e-12", "lr_finder.end_lr=1e-11", f"run_dir={folder}/flat"]
+    run("finetune", [*flat, "optim.lr=0.02"], folder)
+    said = capsys.readouterr().err
+    assert "lr_finder: no answer in the curve: the loss is flat" in said and "The rate stays 0.02" in said
+    assert json.loads((folder / "flat/lr_finder.json").read_text())["taken"] is None
+    assert max(row["lr"] for row in rows(folder / "flat/metrics.jsonl", "train")) == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_sweep_that_falls_is_refused():
+    with pytest.raises(ValueError, match=r"lr_finder.end_lr: 0.1 is not above lr_finder.start_lr=1; the sweep rises"):
+        finder(start_lr=1.0)

@@ -1,0 +1,34 @@
+"""What a run folder says of its run: its configuration, and whether it is complete.
+
+It does not import torch, which `live_plot` does not need.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.io.files import ignore_write_errors, read_json, write_json
+
+COMPLETE_FILE = "complete.json"
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run folder was made with (`script` beside the schema's keys)."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"run_dir: {path} is not a run folder: it has no config.json; name a folder that training made")
+    try:
+        return read_json(file)
+    except json.JSONDecodeError as error:
+        raise UserError(f"run_dir: {file} is damaged ({error})") from None
+
+
+def mark_complete(path: Path, step: int | None) -> None:
+    """Write that a run has ended at `step` and does not go on; None: that it goes on. A write error is a warning."""
+    file = path / COMPLETE_FILE
+    with ignore_write_errors(file):
+        if step is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_json(file, {"step": step})
