@@ -29,8 +29,6 @@ class TrainConfig(ImageTrainingConfig):
     def _begins_from_scratch(self) -> Self:
         if self.init_from is not None:
             raise ValueError(f"init_from: train.py begins from scratch; python finetune.py init_from={self.init_from}")
-        if self.init_weights != "model":
-            raise ValueError("init_weights: train.py begins from scratch, without weights; leave it out")
         if isinstance(self.model, TimmConfig) and self.model.pretrained:
             raise ValueError("model.pretrained: train.py begins from scratch; python finetune.py model.pretrained=true")
         if isinstance(self.task, ClassificationTaskConfig) and self.task.head in ("kept", "fitted"):

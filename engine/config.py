@@ -112,6 +112,15 @@ class TrainingConfig(Strict):
     sweep: SweepConfig
 
     @model_validator(mode="after")
+    def _an_average_is_read(self) -> "TrainingConfig":
+        if self.init_weights == "ema" and self.init_from is None:
+            raise ValueError(
+                "init_weights: ema, but init_from is null, so that no weights are read; set init_from=RUN_OR_FILE, or "
+                "init_weights=model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _momentum_is_scheduled_where_it_exists(self) -> "TrainingConfig":
         if self.schedule.name == "onecycle" and self.schedule.cycle_momentum and self.optim.name == "timm":
             raise ValueError(

@@ -14,6 +14,7 @@ import finetune
 import predict
 import prepare
 import pretrain_fcmae
+import train
 import utils.record.lettering
 import utils.record.plots
 

@@ -45,9 +45,17 @@ def folder(tmp_path_factory):
 
 def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
-    assert scripts == {"prepare.py", "pretrain_fcmae.py", "finetune.py", "evaluate.py", "export.py", "predict.py"}
+    assert scripts == {
+        "prepare.py",
+        "train.py",
+        "pretrain_fcmae.py",
+        "finetune.py",
+        "evaluate.py",
+        "export.py",
+        "predict.py",
+    }
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == set(MAKE)
-    assert len(COMMANDS) == 24
+    assert len(COMMANDS) == 26
 
 
 def make_released_file(path, num_classes):
@@ -61,7 +69,7 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
     """Each stage takes what the one before it left; `init_from=RUN` takes the pretraining on the images in PATH."""
     for line in (line for line in COMMANDS if line.startswith("python ")):
         script, *arguments = shlex.split(line)[1:]
-        if script in ("pretrain_fcmae.py", "finetune.py"):
+        if script in ("train.py", "pretrain_fcmae.py", "finetune.py"):
             arguments += SHORT
         if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
             arguments.append("run_dir=RUN")

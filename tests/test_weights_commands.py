@@ -431,7 +431,6 @@ def test_timms_network_is_measured_and_exported_by_its_name(place, monkeypatch, 
         (["model.name=resnet10t.x", "model.pretrained=true"], "model.name: timm has no weights named "),
         (["model.pretrained=true", "init_from=fcmae.pt"], "model.pretrained: true, and init_from names other weights"),
         (["model=convnextv2_atto", "init_from=timm"], "init_from: timm gives weights to its own networks, not to "),
-        (["init_weights=ema"], "init_weights: ema, but init_from is null, so that no weights are read; set init_from="),
         (["init_from=timm", "init_weights=ema"], "init_weights: ema, but the weights of timm have no average beside"),
     ],
 )  # fmt: skip

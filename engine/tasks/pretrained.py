@@ -24,7 +24,7 @@ def use_pretrained(config: Config) -> Config:
 
     `model.pretrained=true` becomes `init_from=timm`, and `augment` takes over what timm states for the weights,
     which is logged. Raises UserError where two keys name weights, timm has none for the network, or `init_weights` asks
-    for an average where none is read.
+    for an average of them.
     """
     asks = isinstance(config.model, TimmConfig) and config.model.pretrained
     if asks and config.init_from not in (None, "timm"):
@@ -32,11 +32,6 @@ def use_pretrained(config: Config) -> Config:
             f"model.pretrained: true, and init_from names other weights ({config.init_from}); keep one of the two"
         )
     if not asks and config.init_from != "timm":
-        if config.init_from is None and config.init_weights == "ema":
-            raise UserError(
-                "init_weights: ema, but init_from is null, so that no weights are read; set init_from=RUN_OR_FILE, or "
-                "init_weights=model"
-            )
         return config
     refuse_average(config.init_weights, "the weights of timm have no average beside them")
     if not isinstance(config.model, TimmConfig):

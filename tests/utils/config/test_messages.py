@@ -155,6 +155,12 @@ CHOSEN = {
         "schedule.cycle_momentum: true moves the momentum, which timm's optimisers do not all have; set "
         "schedule.cycle_momentum=false, or optim=adamw, optim=adan or optim=sgd",
     ),
+    "an average of nothing": (
+        [],
+        {"init_weights": "ema"},
+        "init_weights: ema, but init_from is null, so that no weights are read; set init_from=RUN_OR_FILE, or "
+        "init_weights=model",
+    ),
     "a cycle of three phases": (
         ["schedule=onecycle"],
         {"schedule.three_phase": True, "schedule.peak_fraction": 0.6},
