@@ -2,7 +2,7 @@
 
     python export.py format=onnx run_dir=RUN                          writes RUN/export/model.onnx
     python export.py format=onnx precision=fp16 run_dir=RUN           or int8, measured on the run's validation split
-    python export.py format=timm run_dir=RUN                          or transformers, official, minkowski, safetensors
+    python export.py format=timm run_dir=RUN                          or transformers, official, minkowski, pth, ...
     python export.py format=timm run_dir=RUN 'weights=[best,last]'    the mean of several
     python export.py format=timm weights=FILE model=convnextv2_tiny augment=randaugment output=FOLDER
 
@@ -58,7 +58,7 @@ class ExportConfig(Strict):
     the licence of the source weights.
     """
 
-    format: Literal["onnx", "timm", "transformers", "official", "minkowski", "safetensors"]
+    format: Literal["onnx", "timm", "transformers", "official", "minkowski", "safetensors", "pth"]
     run_dir: str | None
     weights: str | Annotated[list[str], Field(min_length=1)]
     init_weights: Literal["model", "ema"]

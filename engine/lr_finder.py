@@ -104,6 +104,7 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
     rates: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
+    first_update_sec, started = 0.0, time.perf_counter()
     with counting("learning-rate range test") as report:
         for number in range(steps):
             run.recorder.phase(0, f"range test, update {number + 1} of {steps}")
@@ -111,19 +112,20 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
             if result.stop > 0:
                 log.warning("stopped in the range test on request; the same command makes it again")
                 raise SystemExit(EXIT_STOPPED)
+            first_update_sec = first_update_sec or time.perf_counter() - started
             report(number + 1, steps)
             total, weight = (float(value) for value in result.sums["loss"])
             if not result.applied:
                 # No image could be read, or the loss scale of fp16 is still too high: no fault of the rate.
                 if result.weight == 0 or learner.scale.enabled:
                     continue
-                return Curve(rates, losses, smoothed, diverged=True)
+                return Curve(rates, losses, smoothed, True, first_update_sec)
             rates.append(sweep.at(number).lr)
             losses.append(total / weight)
             smoothed = smooth(losses, config.smoothing)
             if len(losses) > _LEAST_BEFORE_DIVERGING and smoothed[-1] > config.diverge_factor * min(smoothed):
-                return Curve(rates, losses, smoothed, diverged=True)
-    return Curve(rates, losses, smoothed, diverged=False)
+                return Curve(rates, losses, smoothed, True, first_update_sec)
+    return Curve(rates, losses, smoothed, False, first_update_sec)
 
 
 def find_lr(run: Run, config: TrainingConfig) -> None:

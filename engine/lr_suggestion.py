@@ -20,12 +20,16 @@ _EDGE = 5  # the first smoothed losses are means of few, so their slopes are noi
 
 @dataclass(frozen=True)
 class Curve:
-    """A range test: learning rates, ascending; losses and smoothed losses at them; whether the last one diverged."""
+    """A range test: learning rates, ascending; losses and smoothed losses at them; whether the last one diverged.
+
+    first_update_sec: the first update, which compiles where the run is compiled.
+    """
 
     rates: Sequence[float]
     losses: Sequence[float]
     smoothed: Sequence[float]
     diverged: bool
+    first_update_sec: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def write_official(network: nn.Module, metadata: Mapping[str, Any], folder: Path
     state = official_state(network, "official")
     if "head.weight" not in state:
         state = {name: tensor.reshape(1, -1) if ".grn." in name else tensor for name, tensor in state.items()}
-    _save(state, metadata, folder)
+    save_pth(state, metadata, folder)
 
 
 def write_minkowski(network: nn.Module, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -51,7 +51,7 @@ def write_minkowski(network: nn.Module, metadata: Mapping[str, Any], folder: Pat
     else:
         backbone = _backbone_state(network, "minkowski")
         state = {f"encoder.{n}": t for n, t in backbone.items() if not n.startswith(("norm.", "head."))}
-    _save(from_dense(state), metadata, folder)
+    save_pth(from_dense(state), metadata, folder)
 
 
 def load_official(folder: Path) -> Outputs:
@@ -69,7 +69,8 @@ def _backbone_state(network: nn.Module, target: str) -> dict[str, Tensor]:
     return official_state(network.encoder if isinstance(network, FCMAE) else network, target)
 
 
-def _save(state: Mapping[str, Tensor], metadata: Mapping[str, Any], folder: Path) -> None:
+def save_pth(state: Mapping[str, Tensor], metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write tensors and the licence for torch.load, without anything that weights_only refuses."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     torch.save({"model": plain, "licence": licence_of(metadata)}, folder / FILE)

@@ -7,6 +7,7 @@
 | official | model.pth, dense | 4 | 4 |
 | minkowski | model.pth, in MinkowskiEngine's layout | 4 | 4 |
 | safetensors | model.safetensors, as Atelier writes it | any | any |
+| pth | model.pth: the same names and tensors, for torch.load | any | any |
 """
 
 import copy
@@ -20,7 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.export.official_file import FILE, check_official, load_official, write_minkowski, write_official
+from models.export.official_file import (
+    FILE,
+    check_official,
+    load_official,
+    save_pth,
+    write_minkowski,
+    write_official,
+)
 from models.export.parity import Outputs, check_conversion, difference, draw_images, refuse_difference
 from models.export.timm_folder import check_timm, load_timm_folder, write_timm
 from models.export.transformers_folder import check_transformers, load_transformers_folder, write_transformers
@@ -53,6 +61,11 @@ def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> N
     write_weights(folder / _SAFETENSORS, network.state_dict(), dict(metadata))
 
 
+def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
+    """Write the network's state dict: `network.load_state_dict(torch.load(FILE)["model"])`."""
+    save_pth(network.state_dict(), metadata, folder)
+
+
 TARGETS = {
     "timm": Target("model.safetensors", lambda network, _: check_timm(network), write_timm, load_timm_folder),
     "transformers": Target("model.safetensors", check_transformers, write_transformers, load_transformers_folder),
@@ -66,6 +79,7 @@ TARGETS = {
         of_encoder=True,
     ),
     "safetensors": Target(_SAFETENSORS, lambda network, _: None, write_safetensors, None, holds_decoder=True),
+    "pth": Target(FILE, lambda network, _: None, write_pth, None, holds_decoder=True),
 }
 
 
@@ -86,7 +100,7 @@ def export_folder(
         return encoder.forward_features if compares_maps and hasattr(encoder, "forward_features") else encoder
 
     def load(place: Path) -> Outputs:
-        return outputs(_reload(network, place)) if target.load is None else target.load(place)
+        return outputs(_reload(network, place / target.file)) if target.load is None else target.load(place)
 
     if any("grn" in name for name, _ in network.named_parameters()):  # a network of timm keeps its tensors as they are
         check_conversion(
@@ -102,11 +116,11 @@ def export_folder(
     return {"file": target.file, "max_abs_diff": found}
 
 
-def _reload(network: nn.Module, folder: Path) -> nn.Module:
-    """Return a network of the same kind with the tensors of a weight file of ours."""
+def _reload(network: nn.Module, file: Path) -> nn.Module:
+    """Return a network of the same kind with the tensors of a weight file that has its own names."""
     fresh = copy.deepcopy(network)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():
             tensor.zero_()
-    load_into(fresh, read_weights(folder / _SAFETENSORS, "format")[0], keep_head=True)
+    load_into(fresh, read_weights(file, "format")[0], keep_head=True)
     return fresh.eval()

@@ -1,9 +1,11 @@
 """The benches as a user starts them: each ends by itself and prints its ratios. Their figures mean nothing here."""
 
+import shutil
+
 import pytest
 
 from tests.in_process import configure, make_images
-from tests.support import command
+from tests.support import ROOT, command
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +66,34 @@ def test_the_fashion_mnist_bench_runs_on_images_of_noise():
     head, *rows, path = done.stdout.splitlines()
     assert head.startswith("arm") and [row.split()[0] for row in rows] == ["pretrained", "scratch"]
     assert path == "outputs/bench/quick/fashion_mnist.json"
+
+
+def test_the_lr_finder_bench_compares_the_rate_found_with_a_grid(tmp_path):
+    images = make_images(tmp_path / "images")
+    own = ["data=image_folder", f"data.root={images}", *SMALL]
+    done = command("python", "bench/lr_finder.py", "quick", "rates=0.01,0.1", *own, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| rate | top-1 |" and [line.split()[1] for line in lines[2:5]] == ["found:", "0.01", "0.1"]
+    assert "times the best of the grid" in lines[5] and lines[6].startswith("the range test's share of the run's")
+
+
+def test_the_bench_of_pretraining_goes_on_where_it_stopped():
+    shutil.rmtree(ROOT / "outputs/bench/quick/when_to_pretrain", ignore_errors=True)
+    words = ["quick", "arms=resnet18,fcmae", "labels=few", "minutes=0.05", "out=outputs/bench/quick/when_to_pretrain"]
+    first = command("python", "bench/when_to_pretrain.py", *words, "seeds=1", timeout=900)
+    assert first.returncode == 0, first.stderr[-3000:]
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("500 labels") and lines[2] == "| arm | 0.05 min |" and lines[-1].endswith("curves.png")
+    assert [line.split("|")[1].split()[0] for line in lines[4:6]] == ["ResNet-18", "FCMAE,"]
+    again = command("python", "bench/when_to_pretrain.py", *words, "seeds=1", timeout=900)
+    assert again.stdout == first.stdout and again.stderr.count("steps") == 0  # nothing is trained again
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [("arm=x", "with a key of arms, labels"), ("arms=vit", "arms: 'vit' is not one of resnet18, convnext")],
+)
+def test_the_bench_of_pretraining_refuses(word, said):
+    done = command("python", "bench/when_to_pretrain.py", word)
+    assert done.returncode == 1 and said in done.stderr

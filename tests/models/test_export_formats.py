@@ -323,6 +323,18 @@ def test_a_file_of_ours_keeps_its_metadata(tmp_path):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.network.state_dict().items())
 
 
+@pytest.mark.parametrize("timm_name", [None, "resnet18"])
+def test_a_state_dict_for_torch_has_the_networks_own_names(timm_name, tmp_path):
+    config = TimmConfig(family="timm", name="resnet18", in_channels=3, drop_path_rate=None) if timm_name else geometry()
+    model, metadata = make(config)
+    export("pth", model, metadata, tmp_path)
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert content["licence"] == "cc-by-nc-4.0"
+    fresh = build_network(config, len(NAMES))
+    fresh.load_state_dict(content["model"])
+    assert all(torch.equal(tensor, model.network.state_dict()[name]) for name, tensor in fresh.state_dict().items())
+
+
 # --- ONNX
 
 

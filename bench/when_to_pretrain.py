@@ -1,0 +1,317 @@
+"""When pretraining pays: top-1 against total seconds, for all labels of the glyphs and for few.
+
+python bench/when_to_pretrain.py [KEY=VALUE ...] [quick]          (on an idle machine; hours with the defaults)
+
+    arms=resnet18,convnext,fcmae     also simclr and dino, LightlyTrain's, in an environment of its own
+    labels=all,two_faces,few         12,298 labels of 958 characters; 2,050, of two faces; 500, of 250 characters
+    minutes=1,2.5,5,10,20,40  seeds=3  out=outputs/bench/when_to_pretrain
+
+Every arm gets the same seconds, pretraining included. Its steps follow from the seconds of a step, which are measured
+first, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle machine.
+Start-up, evaluation and drawing are not counted, on any side. Each result is a row of results.jsonl; the same command
+goes on where it was stopped. It ends with a table, table.md and curves.png: means over the seeds, and the spread.
+
+The validation split is a typeface that no arm has seen. What LightlyTrain pretrains is fine-tuned by finetune.py.
+"""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import lightly
+from bench.measure import read_group
+from data.config import DataConfig
+from data.image_data import load_collection
+
+ROOT = Path(__file__).resolve().parents[1]
+FACES = ("DejaVuSans", "DejaVuSerif")
+FEW_CLASSES = 250
+CALIBRATION_STEPS, QUICK_STEPS = 60, 24
+RARE = [
+    "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000", "loop.log_every_steps=10",
+    "runtime.compile=false",
+]  # fmt: skip
+LABELS = {
+    "all": "all labels: 12,298 of 958 characters",
+    "two_faces": "2,050 labels: two faces of 958 characters",
+    "few": "500 labels: two faces of 250 characters",
+}
+DEFAULTS = {
+    "arms": "resnet18,convnext,fcmae", "labels": "all,two_faces,few", "minutes": "1,2.5,5,10,20,40", "seeds": "3",
+    "out": "outputs/bench/when_to_pretrain",
+}  # fmt: skip
+COLORS = {"resnet18": "#d9480f", "convnext": "#868e96", "fcmae": "#1c6dd0", "simclr": "#2b8a3e", "dino": "#862e9c"}
+TITLES = {
+    "resnet18": "ResNet-18 from scratch (train.py)",
+    "convnext": "ConvNeXt V2 from scratch",
+    "fcmae": "FCMAE, then fine-tuning",
+    "simclr": "LightlyTrain simclr (ResNet-18), then fine-tuning",
+    "dino": "LightlyTrain dino (ResNet-18), then fine-tuning",
+}
+
+
+class Arm(NamedTuple):
+    """A way to train: the command with labels, the one without (or LightlyTrain's method), and its share of the time.
+
+    warmup: share of the steps of each, where the schedule has one.
+    """
+
+    train: str
+    pretrain: str | None = None
+    share: float = 0.0
+    warmup: float | None = None
+
+
+SCRATCH = (
+    "finetune.py experiment=glyphs/demo_finetune task.head=standardised optim.lr=5.0e-4 loop.global_batch_size=64 "
+    "task.label_smoothing=0.1"
+)
+ARMS = {
+    "resnet18": Arm("train.py lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
+    "convnext": Arm(SCRATCH, warmup=0.1),
+    "fcmae": Arm(
+        "finetune.py experiment=glyphs/demo_finetune", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", 0.35, 0.2
+    ),
+    "simclr": Arm("finetune.py model=resnet18 augment=train_glyphs optim=sgd optim.lr=0.1 schedule=onecycle "
+                  "optim.weight_decay=5.0e-4 loop.global_batch_size=128", "simclr", 0.5),
+    "dino": Arm("finetune.py model=resnet18 augment=train_glyphs optim=sgd optim.lr=0.1 schedule=onecycle "
+                "optim.weight_decay=5.0e-4 loop.global_batch_size=128", "dino", 0.5),
+}  # fmt: skip
+
+
+def fail(message):
+    """End the bench with a message."""
+    sys.exit(f"when_to_pretrain: {message}")
+
+
+def read_rows(file):
+    """Return the rows of a JSONL file, none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def make_few(collection, folder):
+    """Link the images of `few` as class folders: two faces of the first characters that both have, and STIX."""
+    if (folder / "complete").exists():
+        return folder
+    found = {}
+    for split in ("train", "val"):
+        for number in collection.rows(split):
+            row = collection.row(int(number))
+            if row.label is not None and (split == "val" or row.path.split("/")[1] in FACES):
+                found.setdefault(row.label, {"train": [], "val": []})[split].append(int(number))
+    classes = [name for name in sorted(found) if len(found[name]["train"]) == len(FACES) and found[name]["val"]]
+    for name in classes[:FEW_CLASSES]:
+        for split, rows in found[name].items():
+            place = folder / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            for number in rows:
+                link = place / f"{number}.png"
+                link.unlink(missing_ok=True)
+                link.symlink_to(collection.absolute_path(number).resolve())
+    (folder / "complete").touch()
+    return folder
+
+
+def run_script(words, folder, steps, seed, more=()):
+    """Run a training into a folder, unless it is complete there; returns its rows of metrics."""
+    if not (folder / "complete.json").exists():
+        script, *overrides = words.split()
+        command = [sys.executable, script, *overrides, f"run_dir={folder}", f"loop.total_steps={steps}", f"seed={seed}",
+                   *RARE, *more]  # fmt: skip
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        with open(folder.with_suffix(".log"), "w") as stream:
+            code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT).returncode
+        if code != 0:
+            tail = "\n".join(folder.with_suffix(".log").read_text(errors="replace").splitlines()[-12:])
+            fail(f"{' '.join(command)} ended with status {code}:\n{tail}")
+        sys.stderr.write(f"{folder.name}: {steps} steps, {time.perf_counter() - started:.0f} s in all\n")
+        shutil.rmtree(folder / "checkpoints")
+    return read_rows(folder / "metrics.jsonl")
+
+
+def sec_per_step(folder):
+    """Return the median seconds of a step over a run's rows of figures, without the first, which compiles."""
+    batch = json.loads((folder / "config.json").read_text())["loop"]["global_batch_size"]
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+    return batch / median(row["images_per_sec"] for row in rows[1:] or rows)
+
+
+class Bench:
+    """All arms, label sets, budgets and seeds of one folder."""
+
+    def __init__(self, values, quick):
+        self.quick, self.out = quick, ROOT / values["out"]
+        self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
+        self.minutes = [float(text) for text in values["minutes"].split(",")]
+        self.seeds = range(int(values["seeds"]))
+        for key, given, known in (("arms", self.arms, ARMS), ("labels", self.labels, LABELS)):
+            if wrong := [name for name in given if name not in known]:
+                fail(f"{key}: {wrong[0]!r} is not one of {', '.join(known)}")
+        collection = load_collection(read_group(DataConfig, "data", "glyphs"))
+        self.few = make_few(collection, self.out / "few")
+        self.lightly_python = None
+        if {"simclr", "dino"} & set(self.arms):
+            self.lightly_python = lightly.ensure_environment(ROOT / "outputs/bench/lightly_env")
+            self.images = lightly.write_image_list(lightly.training_images(collection), self.out / "images.txt")
+
+    def words_of(self, labels):
+        """Return what selects the labels."""
+        if labels == "few":
+            return ["data=image_folder", f"data.root={self.few}"]
+        faces = ",".join(f'"images/{face}/*"' for face in FACES)
+        return ["data=glyphs", *([f"loop.train_paths=[{faces}]"] if labels == "two_faces" else [])]
+
+    def pretrain(self, arm, name, steps, seed):
+        """Pretrain; returns (what init_from takes, seconds of a step)."""
+        folder, command = self.out / "runs" / name, ARMS[arm].pretrain
+        if command in lightly.METHODS:
+            saved = folder / "found.json"
+            if not saved.exists():
+                found = lightly.pretrain(
+                    self.lightly_python, lightly.Training(command, self.images, in_channels=3, seed=seed), folder, steps
+                )
+                saved.write_text(json.dumps([str(found.weights), found.sec_per_step]))
+            return json.loads(saved.read_text())
+        run_script(command, folder, steps, seed, self.warmup(arm, steps))
+        return str(folder), sec_per_step(folder)
+
+    def warmup(self, arm, steps):
+        """Return the override of the warm-up."""
+        share = ARMS[arm].warmup
+        return [] if share is None else [f"schedule.warmup_steps={round(share * steps)}"]
+
+    def speeds(self):
+        """Return arm -> seconds of a step of its pretraining and of its training; measured once, in turns."""
+        file = self.out / "speeds.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        steps = QUICK_STEPS if self.quick else CALIBRATION_STEPS
+        for arm in self.arms:
+            if arm not in known:
+                turns = [self.measure(arm, steps, turn) for turn in range(2)]
+                known[arm] = [min(values) for values in zip(*turns)]
+                file.write_text(json.dumps(known, indent=2) + "\n")
+        return known
+
+    def measure(self, arm, steps, turn):
+        """Return (seconds of a step of pretraining, 0 without one; of training)."""
+        before = self.pretrain(arm, f"speed_pre_{arm}_{turn}", steps, 0)[1] if ARMS[arm].pretrain else 0.0
+        folder = self.out / "runs" / f"speed_{arm}_{turn}"
+        run_script(ARMS[arm].train, folder, steps, 0, [*self.words_of("all"), *self.warmup(arm, steps)])
+        return before, sec_per_step(folder)
+
+    def run(self, arm, labels, minutes, seed, speeds):
+        """Train one arm for its minutes; returns the row of its result."""
+        before, after = speeds[arm]
+        seconds, share = 60 * minutes, ARMS[arm].share
+        own = 0 if before == 0 else max(1, round(share * seconds / before))
+        steps = max(1, round((1 - share) * seconds / after))
+        if self.quick:
+            own, steps = min(own, QUICK_STEPS), QUICK_STEPS
+        more = [*self.words_of(labels), *self.warmup(arm, steps)]
+        if own:
+            source, _ = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed)
+            more.append(f"init_from={source}")
+        rows = run_script(ARMS[arm].train, self.out / "runs" / f"{arm}_{labels}_{minutes:g}_{seed}", steps, seed, more)
+        top1 = [row["top1"] for row in rows if row["kind"] == "evaluate"][-1]
+        return {"arm": arm, "labels": labels, "minutes": minutes, "seed": seed, "top1": top1, "steps": [own, steps]}
+
+    def run_all(self):
+        """Run what results.jsonl lacks, the short budgets first; returns all rows."""
+        file, speeds = self.out / "results.jsonl", self.speeds()
+        rows = read_rows(file)
+        done = {(row["arm"], row["labels"], row["minutes"], row["seed"]) for row in rows}
+        for job in itertools.product(self.minutes, self.seeds, self.labels, self.arms):
+            minutes, seed, labels, arm = job
+            if (arm, labels, minutes, seed) not in done:
+                rows.append(self.run(arm, labels, minutes, seed, speeds))
+                with open(file, "a") as stream:
+                    stream.write(json.dumps(rows[-1]) + "\n")
+        return rows
+
+
+def summarise(rows):
+    """Return (labels, arm) -> minutes -> (mean, least, greatest) of top-1."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["labels"], row["arm"]), {}).setdefault(row["minutes"], []).append(row["top1"])
+    return {
+        key: {minutes: (mean(values), min(values), max(values)) for minutes, values in sorted(by.items())}
+        for key, by in found.items()
+    }
+
+
+def table(found, labels, arms, minutes):
+    """Return a Markdown table for each set of labels; the best of a column is bold."""
+    lines = []
+    for name in labels:
+        lines += ["", f"{LABELS[name]}:", "", "| arm | " + " | ".join(f"{m:g} min" for m in minutes) + " |"]
+        lines.append("|---|" + "---|" * len(minutes))
+        best = {m: max((found[name, arm][m][0] for arm in arms if m in found.get((name, arm), {})), default=None)
+                for m in minutes}  # fmt: skip
+        for arm in arms:
+            cells = []
+            for m in minutes:
+                values = found.get((name, arm), {}).get(m)
+                text = "" if values is None else f"{values[0]:.3f}"
+                text = f"**{text}**" if values and values[0] == best[m] else text
+                cells.append(
+                    f"{text} ({values[1]:.3f} to {values[2]:.3f})" if values and values[1] < values[2] else text
+                )
+            lines.append(f"| {TITLES[arm]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
+
+
+def draw(found, labels, arms, path):
+    """Draw a panel for each set of labels: top-1 over minutes, the mean of the seeds and their spread."""
+    from utils.record.plots import plt, save_figure
+
+    figure, axes = plt.subplots(1, len(labels), figsize=(5.2 * len(labels), 4.4), squeeze=False)
+    for axis, name in zip(axes[0], labels):
+        for arm in arms:
+            points = found.get((name, arm), {})
+            values = list(points.values())
+            axis.plot(list(points), [value[0] for value in values], "o-", color=COLORS[arm], label=TITLES[arm])
+            axis.fill_between(
+                list(points), [v[1] for v in values], [v[2] for v in values], color=COLORS[arm], alpha=0.2
+            )
+        axis.set_xscale("log")
+        ticks = sorted({minutes for arm in arms for minutes in found.get((name, arm), {})})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("minutes of training in all, two CPU cores")
+        axis.set_title(LABELS[name], loc="left", fontsize=10)
+        axis.grid(color="#dee2e6", linewidth=0.7)
+        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("top-1 on an unseen typeface")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    save_figure(figure, path)
+
+
+def main():
+    words = sys.argv[1:]
+    quick, values = "quick" in words, dict(DEFAULTS)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word != "quick" and (not equals or key not in DEFAULTS):
+            fail(f"{word!r} is neither quick nor KEY=VALUE with a key of {', '.join(DEFAULTS)}")
+        values |= {key: value} if equals else {}
+    bench = Bench(values, quick)
+    found = summarise(bench.run_all())
+    text = table(found, bench.labels, bench.arms, bench.minutes)
+    (bench.out / "table.md").write_text(text + "\n")
+    draw(found, bench.labels, bench.arms, bench.out / "curves.png")
+    sys.stdout.write(f"{text}\n\n{(bench.out / 'curves.png').relative_to(ROOT)}\n")
+
+
+if __name__ == "__main__":
+    main()
