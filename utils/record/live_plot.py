@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         (_draw_for_a_run if options.until_stdin_closes else _draw_from_outside)(options.run_dir)
     except UserError as error:
-        print(safe_lines(f"live_plot: {error}"), file=sys.stderr)
+        sys.stderr.write(safe_lines(f"live_plot: {error}") + "\n")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_OK
