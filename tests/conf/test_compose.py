@@ -94,7 +94,15 @@ def test_a_primary_file_leaves_folders_to_us(script):
     assert hydra.runtime.choices["hydra/job_logging"] == hydra.runtime.choices["hydra/hydra_logging"] == "disabled"
 
 
-@pytest.mark.parametrize(("script", "group", "name"), OPTIONS)
+# train.py shares finetune.py's groups: only what it chooses itself is quick.
+OWN = {"resnet18", "train_glyphs", "train_image_folder", "sgd", "onecycle", "classification"}
+QUICK_OR_SLOW = [
+    option if option[0] != "train" or option[2] in OWN else pytest.param(*option, marks=pytest.mark.slow)
+    for option in OPTIONS
+]
+
+
+@pytest.mark.parametrize(("script", "group", "name"), QUICK_OR_SLOW)
 def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
     overrides = [f"{group}={name}"]
     if script not in TRAINING:

@@ -184,7 +184,9 @@ def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
 def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypatch, caplog):
     monkeypatch.setattr(progress, "_LOG_SEC", 0.0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    logging.getLogger("atelier").propagate = True
+    logger = logging.getLogger("atelier")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])  # caplog's is the root's
     with caplog.at_level(logging.INFO, "atelier"):
         assert list(track(range(2), 2, "evaluating val")) == [0, 1]
     assert caplog.messages == ["evaluating val: 1 of 2", "evaluating val: 2 of 2"]
