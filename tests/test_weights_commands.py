@@ -302,6 +302,7 @@ def test_int8_reports_the_accuracy_that_it_costs(place):
     assert "A" in (place / "found.csv").read_text()
 
 
+@pytest.mark.slow
 def test_reports_of_several_files_lie_beside_each_other(place):
     for precision in ("fp32", "fp16"):
         run("export", ["format=onnx", "run_dir=run", f"precision={precision}", "output=both"], place)
@@ -400,6 +401,7 @@ def test_timms_weights_come_from_its_cache_with_their_preprocessing(asks, place,
     run("evaluate", [f"run_dir={folder.name}", *ON_CPU], place)  # rebuilds the network without the hub
 
 
+@pytest.mark.slow
 def test_dinov3s_convnext_goes_through_timm(place, monkeypatch, tmp_path):
     name = "convnext_tiny.dinov3_lvd1689m"
     network = timm.create_model(name, num_classes=0)

@@ -274,7 +274,7 @@ def test_a_backbone_goes_to_every_format(tmp_path):
             torch.testing.assert_close(fresh.eval().forward_features(inputs), wanted)
 
 
-@pytest.mark.parametrize("form", ["timm", "onnx"])
+@pytest.mark.parametrize("form", ["timm", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_backbone_of_a_timm_network_gives_what_ours_gives(form, tmp_path):
     """timm's reset_classifier leaves the norm behind the pool; the features are the mean of the last map in both."""
     model, metadata = make(geometry("atto"))
@@ -441,6 +441,7 @@ def test_a_wrong_graph_of_small_logits_is_found(precision, tolerance, quiet, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_int8_needs_images_and_is_near(tmp_path):
     model, metadata = make(geometry("atto"))
     images = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(5))
@@ -458,7 +459,9 @@ def test_int8_needs_images_and_is_near(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [geometry(), TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)],
+    "config",
+    [pytest.param(geometry(), marks=pytest.mark.slow),
+     TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)],
     ids=["convnextv2", "timm"],
 )  # fmt: skip
 def test_a_file_for_images_of_any_size(config, tmp_path):
