@@ -192,7 +192,7 @@ def measure_parts(collection, seconds, quick):
 
 
 def with_threads(count, part):
-    """Return a turn that computes with so many threads, and with one after it."""
+    """Return a turn that computes with `count` threads and leaves one."""
 
     def turn():
         torch.set_num_threads(count)

@@ -15,7 +15,7 @@ class LoopConfig(Strict):
     """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
 
     total_epochs: `auto` derives it from the size of the collection (engine/plan.py). early_stop_epochs: the run ends
-    where an evaluation finds the best value to be so many epochs old.
+    after an evaluation that comes this many epochs after the best one.
     """
 
     total_epochs: Literal["auto"] | Annotated[float, Field(gt=0)]

@@ -24,7 +24,7 @@ def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[
     try:
         with sources:
             converted = dict(convert(dict(own), network))
-    except Exception:  # timm's converters raise whatever names that they do not expect bring them to
+    except Exception:  # timm's converters raise errors of many kinds for names that they do not expect
         return own, []
     used = set().union(*(sources.of(tensor) for tensor in converted.values()))
     return converted, [name for name in own if name not in used and name not in converted]
