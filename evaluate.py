@@ -33,7 +33,7 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
-from utils.record.run_folder import read_run_config
+from utils.record.run_config import read_run_config
 
 log = get_logger(__name__)
 

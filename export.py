@@ -40,7 +40,7 @@ from utils.config.schema import Strict
 from utils.io.files import output_errors
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.logging import get_logger
-from utils.record.run_folder import read_run_config
+from utils.record.run_config import read_run_config
 
 log = get_logger(__name__)
 

@@ -49,10 +49,9 @@ def _tf32(config: RuntimeConfig) -> str:
 def _compile(config: RuntimeConfig, runtime: Runtime, compiles: bool, total_steps: int) -> str:
     line = f"compile={'on' if compiles else 'off'} ({_origin(config.compile)})"
     device, pays = runtime.device.type, COMPILE_PAYS_AFTER_STEPS[runtime.device.type]
-    missing = missing_for_compile(device)
     if compiles:
         return f"{line}: {total_steps} steps pay for compiling, which takes the time of about {pays} steps' gain"
-    if missing:
+    if missing := missing_for_compile(device):
         return f"{line}: it needs {' and '.join(missing)}, not found here"
     if config.deterministic:
         return f"{line}: runtime.deterministic=true"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.record.plots import BLUE, GREEN, INK, ORANGE, plt, save_figure
+from utils.record.plots import BLUE, GREEN, INK, ORANGE, plt, save_figure, style_axes
 
 _COLORS = {"steepest": ORANGE, "minimum_tenth": GREEN, "valley": "#862e9c"}
 _NAMES = {"steepest": "steepest descent", "minimum_tenth": "minimum / 10", "valley": "valley"}
@@ -40,10 +40,7 @@ def plot_range_test(
     axis.set_xlabel("learning rate", color=INK)
     axis.set_ylabel("training loss", color=INK)
     axis.set_title(title, loc="left", fontsize=11, color=INK)
-    axis.grid(color="#dee2e6", linewidth=0.7)
-    axis.set_axisbelow(True)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
+    style_axes(axis)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9.5)
     figure.tight_layout()
     save_figure(figure, path)

@@ -98,10 +98,15 @@ def style_panel(axis: plt.Axes, last_step: int) -> None:
     """Give a panel over steps 0 to `last_step` its grid, spines and numbers; after its scale is set."""
     if axis.get_yscale() == "linear":
         axis.yaxis.set_major_formatter("{x:.6g}")  # matplotlib's own puts a factor where the title stands
+    style_axes(axis)
+    axis.set_xlim(0, 1.02 * last_step)
+
+
+def style_axes(axis: plt.Axes) -> None:
+    """Give axes their grid, spines and ticks."""
     axis.tick_params(labelsize=9, colors=INK, length=3)
     axis.grid(color="#dee2e6", linewidth=0.7)
     axis.set_axisbelow(True)
-    axis.set_xlim(0, 1.02 * last_step)
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#868e96")

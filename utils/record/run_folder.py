@@ -26,7 +26,6 @@ from utils.io.files import read_json, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_to_file, stop_logging_to
-from utils.record.run_config import read_run_config as read_run_config  # its users open folders too
 
 log = get_logger(__name__)
 

@@ -15,12 +15,12 @@ from utils.config.entry_point import ROOT, Job
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.logging import get_logger, setup_logging
+from utils.record.run_config import read_run_config
 from utils.record.run_folder import (
     default_run_dir,
     environment_state,
     git_state,
     open_run_folder,
-    read_run_config,
     update_saved_config,
 )
 
