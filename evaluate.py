@@ -20,7 +20,7 @@ from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
-from engine.tasks.foreign import ForeignSource, rebuild_foreign
+from engine.tasks.foreign import ForeignSource, check_average, rebuild_foreign
 from engine.tasks.kinds import KINDS
 from engine.tasks.rebuild import Rebuilt, rebuild_task
 from models.config import ModelConfig
@@ -65,11 +65,7 @@ class EvaluateConfig(Strict):
             raise ValueError("data: must be given where there is no run_dir; add data=image_folder data.root=PATH")
         if self.run_dir is not None and self.model is not None:
             raise ValueError("model: the run states its own; remove model, or run_dir and give weights=FILE")
-        if self.init_weights == "ema" and self.model is None:
-            raise ValueError(
-                "init_weights: ema is read for torch checkpoints that are not ours, with model=...; of a run, set "
-                "weights=ema and init_weights=model"
-            )
+        check_average(self.init_weights, self.model)
         if self.model is None and (self.augment is not None or self.weights == "timm"):
             raise ValueError(
                 "model: must be given with augment and with weights=timm; a weight file of ours states both itself"

@@ -29,7 +29,7 @@ from engine.tasks.exporting import (
     read_images,
     without_head,
 )  # fmt: skip
-from engine.tasks.foreign import ForeignSource
+from engine.tasks.foreign import ForeignSource, check_average
 from models.config import ModelConfig
 from models.export.model_card import licence_of
 from models.export.onnx_file import FILES, OnnxSettings, export_onnx, open_session
@@ -101,11 +101,7 @@ class ExportConfig(Strict):
             raise ValueError(
                 "model: is for one weight file that is not ours; remove model, or run_dir and other weights"
             )
-        if self.init_weights == "ema" and self.model is None:
-            raise ValueError(
-                "init_weights: ema is read for torch checkpoints that are not ours, with model=...; of a run, set "
-                "weights=ema and init_weights=model"
-            )
+        check_average(self.init_weights, self.model)
         if self.model is None and (self.augment is not None or "timm" in self.names()):
             raise ValueError("model: must be given with augment and with weights=timm")
         if self.format != "onnx" and (self.precision != "fp32" or self.dynamic_size):

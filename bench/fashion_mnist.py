@@ -1,6 +1,8 @@
 """Fashion-MNIST, top-1 on its 10,000 test images after equal seconds of training: ours against timm's script.
 
-python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [seconds=240] [seeds=3] [quick]     (on an idle machine)
+python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]
+
+Run it on an idle machine.
 
 source: the folder of the four IDX files (`dpkg -L dataset-fashion-mnist`, of Debian's package of that name).
 timm_script: `train.py` of a checkout of huggingface/pytorch-image-models that fits the installed timm. Without it,
@@ -11,10 +13,13 @@ given; its figures mean nothing.
 |---|---|
 | pretrained | FCMAE without labels for a third of the seconds, then fine-tuning of its encoder |
 | scratch | the same network by the same script without pretraining |
+| train_half | train.py with its ResNet-18 and its defaults, for half the seconds, its range test included |
 | timm_convnextv2 | timm's script with timm's ConvNeXt V2 of the same depths, widths and stem |
 | timm_resnet18 | timm's script with resnet18 |
+| timm_defaults | timm's script with resnet18 and its own defaults: SGD at 0.05, batches of 128, float32, wide crops |
 
-All arms see grey images of 64 px, the same crops and mirror, label smoothing 0.1, and are judged by their last weights.
+All arms see grey images of 64 px and are judged by their last weights. All but train_half and timm_defaults share
+crops, mirror and a label smoothing of 0.1.
 timm's stem of stride 2 is followed by one more halving than ours (its first stage then halves the map), so with equal
 depths and widths its network has a quarter of the sites and of the arithmetic.
 What is counted is the time of the training steps, with reading and augmenting their images; starting, compiling (the
@@ -39,9 +44,7 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,34 +53,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import yaml
 
+from bench.commands import ROOT, last_top1, log_of, run_command, step_windows
 from data.idx import FILES, encode_idx
 
-ROOT = Path(__file__).resolve().parents[1]
-USAGE = "python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [seconds=240] [seeds=3] [quick]"
+USAGE = "python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]"
 CLASS_NAMES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot"
 PRETRAINING_SHARE = 1 / 3
 EPOCHS = 10  # timm's, see above
 WINDOW = 10  # steps per row of figures; the first window, which compiles, is not counted
 CALIBRATION_STEPS, QUICK_STEPS = 60, 20
-# Arm -> what timm's script gets beside `TimmArm.COMMON`.
-TIMM = {
-    "timm_convnextv2": ["--model", "convnextv2_atto", "--opt", "adamw", "--lr", "2e-3"],
-    "timm_resnet18": ["--model", "resnet18", "--opt", "adamw", "--lr", "2e-3"],
+# What makes timm's script train grey images of 64 px on a CPU, in EPOCHS "epochs" with a warm-up of one.
+TIMM_COMMON = shlex.split(
+    "--device cpu --in-chans 1 --num-classes 10 --img-size 64 --train-img-sizes 64 --mean 0.5 --std 0.5 "
+    "--sched-on-updates --warmup-epochs 1 --workers 1 --val-split val --checkpoint-hist 1"
+)
+# What is the same as ours, or better than the script's defaults.
+TIMM_TUNED = shlex.split(
+    "--crop-pct 1.0 --interpolation bilinear --train-interpolation bilinear --scale 0.7 1.0 --color-jitter 0 "
+    "--smoothing 0.1 --opt adamw --lr 2e-3 --weight-decay 0.05 --clip-grad 1.0 --opt-kwargs fused=True --batch-size 64 "
+    "--validation-batch-size 256 --warmup-lr 1e-6"
+)
+TIMM_FAST = {  # not in quick runs: compiling takes longer than they do
+    "timm_convnextv2": ["--amp", "--amp-dtype", "bfloat16", "--channels-last", "--torchcompile"],
+    "timm_resnet18": ["--amp", "--amp-dtype", "bfloat16"],
 }
-OURS = ("pretrained", "scratch")
+TIMM = {
+    "timm_convnextv2": ["--model", "convnextv2_atto", *TIMM_TUNED],
+    "timm_resnet18": ["--model", "resnet18", *TIMM_TUNED],
+    "timm_defaults": ["--model", "resnet18"],
+}
+OURS = ("pretrained", "scratch", "train_half")
 SIZES = ("depths", "dims")
-
-
-def run_command(command, log):
-    """Run a command from the repository, its output in a file; ends the bench where it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with open(log, "w") as stream:
-        code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT).returncode
-    sys.stderr.write(f"{log.stem}: {time.perf_counter() - started:.0f} s in all\n")
-    if code != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        sys.exit(f"fashion_mnist: {' '.join(map(str, command))} ended with status {code} ({log}):\n{tail}")
 
 
 def sec_per_step(windows):
@@ -93,6 +99,11 @@ class Settings:
         self.quick = quick
         self.seconds, self.seeds = float(arguments["seconds"]), int(arguments["seeds"])
         self.timm_script = arguments["timm_script"]
+        known = OURS if self.timm_script is None else (*OURS, *TIMM)
+        self.arms = arguments["arms"].split(",") if arguments["arms"] else list(known)
+        if wrong := [arm for arm in self.arms if arm not in known]:
+            why = "needs timm_script" if wrong[0] in TIMM else f"is not one of {', '.join(known)}"
+            sys.exit(f"fashion_mnist: arms: {wrong[0]!r} {why}; usage: {USAGE}")
         self.out = ROOT / "outputs/bench" / ("quick/fashion_mnist" if quick else "fashion_mnist")
         own = quick and arguments["source"] is None
         self.source = str(self.out / "source") if own else arguments["source"]
@@ -107,61 +118,70 @@ class OurTraining:
 
     def __init__(self, settings, kind):
         self.settings, self.kind = settings, kind
-        self.script = "pretrain_fcmae.py" if kind == "pretrain" else "finetune.py"
 
-    def run(self, name, seed, steps, init_from=None):
-        """Train; returns the mean seconds of a step. `figures` are the rows of the run."""
-        folder = self.settings.out / name
-        command = [
-            sys.executable, self.script, f"experiment=fashion_mnist/{self.kind}", f"run_dir={folder}", f"seed={seed}",
-            f"data.root={self.settings.root}", f"loop.total_steps={steps}", f"schedule.warmup_steps={steps // 10}",
-            f"loop.log_every_steps={WINDOW}", "runtime.compile=false",
+    def words(self, steps):
+        """Return the script and its own settings."""
+        return [
+            "pretrain_fcmae.py" if self.kind == "pretrain" else "finetune.py", f"experiment=fashion_mnist/{self.kind}",
+            f"schedule.warmup_steps={steps // 10}",
             *(f"model.{key}={self.settings.model[key]}".replace(" ", "") for key in SIZES),
         ]  # fmt: skip
-        run_command([*command, *([f"init_from={init_from}"] if init_from else [])], folder.with_suffix(".log"))
-        self.rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        batch = json.loads((folder / "config.json").read_text())["loop"]["global_batch_size"]
-        windows, before = [], 0
-        for row in (row for row in self.rows if row["kind"] == "train"):
-            windows.append((row["step"] - before, (row["step"] - before) * batch / row["images_per_sec"]))
-            before = row["step"]
-        return sec_per_step(windows)
+
+    def run(self, name, seed, steps, init_from=None):
+        """Train; returns the mean seconds of a step."""
+        self.folder = self.settings.out / name
+        command = [
+            sys.executable, *self.words(steps), f"run_dir={self.folder}", f"seed={seed}",
+            f"data.root={self.settings.root}", f"loop.total_steps={steps}", f"loop.log_every_steps={WINDOW}",
+            "runtime.compile=false",
+        ]  # fmt: skip
+        run_command([*command, *([f"init_from={init_from}"] if init_from else [])], log_of(self.folder))
+        return sec_per_step(step_windows(self.folder))
 
     def top1(self):
         """Return top-1 of the evaluation after the last step."""
-        return [row for row in self.rows if row["kind"] == "evaluate"][-1]["top1"]
+        return last_top1(self.folder)
+
+
+class TrainTraining(OurTraining):
+    """train.py at its defaults, but for the size, the grey of the images and what a bench does not need."""
+
+    def words(self, steps):
+        """Return the script and its own settings."""
+        return [
+            "train.py", "data=image_folder", "model.in_channels=1", "augment.image_size_hw=[64,64]",
+            "augment.mean=[0.5]", "augment.std=[0.5]", "tracking.live_plots=false",
+            "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000",
+        ]  # fmt: skip
+
+    def run(self, name, seed, steps):
+        """Train; returns the mean seconds of a step, its share of the range test's included."""
+        after = super().run(name, seed, steps)
+        test = json.loads((self.folder / "lr_finder.json").read_text())
+        return after + (test["seconds"] - test["curve"]["first_update_sec"]) / steps
 
 
 class TimmTraining:
     """timm's script with one network."""
 
-    COMMON = shlex.split(
-        "--device cpu --in-chans 1 --num-classes 10 --img-size 64 --train-img-sizes 64 --mean 0.5 --std 0.5 "
-        "--crop-pct 1.0 --interpolation bilinear --train-interpolation bilinear --scale 0.7 1.0 --color-jitter 0 "
-        "--smoothing 0.1 --weight-decay 0.05 --clip-grad 1.0 --opt-kwargs fused=True --batch-size 64 "
-        "--validation-batch-size 256 --sched-on-updates --warmup-epochs 1 --warmup-lr 1e-6 --workers 1 --val-split val "
-        "--checkpoint-hist 1"
-    )
     # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
     LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
-    BATCH = 64
 
     def __init__(self, settings, arm):
-        self.settings, self.arguments = settings, list(TIMM[arm])
+        self.settings, self.arguments = settings, [*TIMM_COMMON, *TIMM[arm]]
+        self.batch = 64 if "--batch-size" in self.arguments else 128
         if arm == "timm_convnextv2":
             sizes = {key: tuple(settings.model[key]) for key in SIZES} | {"patch_size": settings.model["stem_stride"]}
             self.arguments += ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in sizes.items())]
         if not settings.quick:
-            self.arguments += ["--amp", "--amp-dtype", "bfloat16"]
-            if arm == "timm_convnextv2":
-                self.arguments += ["--channels-last", "--torchcompile"]
+            self.arguments += TIMM_FAST.get(arm, [])
 
     def run(self, name, seed, steps):
         """Train; returns the mean seconds of a step."""
         log = self.settings.out / f"{name}.log"
         run_command(
             [
-                sys.executable, os.path.abspath(self.settings.timm_script), *self.COMMON, *self.arguments,
+                sys.executable, os.path.abspath(self.settings.timm_script), *self.arguments,
                 "--data-dir", ROOT / self.settings.root, "--seed", str(seed), "--log-interval", str(WINDOW),
                 "--epochs", str(EPOCHS), "--val-interval", str(EPOCHS),
                 "--train-batches-per-epoch", str(max(1, steps // EPOCHS)),
@@ -178,7 +198,7 @@ class TimmTraining:
         epochs = {}
         for epoch, update, rate in self.LINE.findall(text):
             done = int(update) + 1
-            epochs.setdefault(int(epoch), []).append((done, done * self.BATCH / float(rate)))
+            epochs.setdefault(int(epoch), []).append((done, done * self.batch / float(rate)))
         first = next((window for window in epochs[0] if window[0] >= WINDOW), epochs[0][-1])
         rest = tuple(last - start for last, start in zip(epochs[0][-1], first))
         return [first, *([rest] if rest[0] else []), *(lines[-1] for epoch, lines in epochs.items() if epoch)]
@@ -194,19 +214,17 @@ class Bench:
     def __init__(self, settings):
         self.settings = settings
         self.trainings = {kind: OurTraining(settings, kind) for kind in ("pretrain", "finetune", "scratch")}
-        arms = list(OURS)
-        if settings.timm_script is not None:
-            self.trainings |= {arm: TimmTraining(settings, arm) for arm in TIMM}
-            arms += TIMM
+        self.trainings["train_half"] = TrainTraining(settings, "train")
+        self.trainings |= {arm: TimmTraining(settings, arm) for arm in settings.arms if arm in TIMM}
         self.speeds = {}
-        self.found = {arm: {"top1": [], "seconds": [], "steps": []} for arm in arms}
+        self.found = {arm: {"top1": [], "seconds": [], "steps": []} for arm in settings.arms}
 
     def calibrate(self):
         """Find the seconds per step of each kind of training by a short run; fine-tuning's are those of scratch."""
-        for kind, training in self.trainings.items():
-            if kind != "finetune":
-                self.speeds[kind] = training.run(f"calibrate_{kind}", 0, CALIBRATION_STEPS)
-        self.speeds["finetune"] = self.speeds["scratch"]
+        own = {"pretrain", "scratch"} if "pretrained" in self.found else set()
+        for kind in own | self.found.keys() - {"pretrained"}:
+            self.speeds[kind] = self.trainings[kind].run(f"calibrate_{kind}", 0, CALIBRATION_STEPS)
+        self.speeds["finetune"] = self.speeds.get("scratch")
 
     def train(self, kind, seed, seconds, **more):
         """Train for `seconds`; returns (steps, seconds really used, name of the run)."""
@@ -225,7 +243,7 @@ class Bench:
             rest = total - runs[0][1]  # what pretraining really left
             runs.append(self.train("finetune", seed, rest, init_from=self.settings.out / runs[0][2]))
         else:
-            runs.append(self.train(arm, seed, total))
+            runs.append(self.train(arm, seed, total / 2 if arm == "train_half" else total))
         top1 = self.trainings["finetune" if arm == "pretrained" else arm].top1()
         note = self.found[arm]
         note["top1"].append(round(top1, 4))
@@ -269,7 +287,7 @@ def table(found):
 
 def read_arguments(words):
     """Return the settings of a command line."""
-    arguments = {"source": None, "timm_script": None, "seconds": "240", "seeds": "3"}
+    arguments = {"source": None, "timm_script": None, "arms": None, "seconds": "240", "seeds": "3"}
     quick = "quick" in words
     if quick:
         arguments["seeds"] = "1"

@@ -13,12 +13,12 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.commands import ROOT, last_top1, log_of, run_command
 
 OUT = ROOT / "outputs/bench/lr_finder"
 RIVAL = ROOT / "outputs/bench/torch_lr_finder"
@@ -28,15 +28,12 @@ PYTHON = sys.executable
 
 
 def train(name, overrides):
-    """Run train.py unless its folder has the result; returns (top-1, seconds in all)."""
+    """Run train.py into a folder; returns (top-1, seconds in all)."""
     folder = OUT / name
-    command = [PYTHON, "train.py", f"run_dir={folder}", "tracking.live_plots=false", *overrides]
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(f"lr_finder: {' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["top1"] for row in rows if row["kind"] == "evaluate"][-1], time.perf_counter() - started
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier bench's
+    words = ["train.py", f"run_dir={folder}", "tracking.live_plots=false", *overrides]
+    seconds = run_command([PYTHON, *words], log_of(folder))
+    return last_top1(folder), seconds
 
 
 def install_rival():
@@ -104,8 +101,6 @@ def main():
     seeds = range(int(named.pop("seeds", "1")))
     overrides = [f"{key}={value}" for key, value in named.items()] + (QUICK if quick else [])
     place = "quick/" if quick else ""
-    if quick:
-        shutil.rmtree(OUT / "quick", ignore_errors=True)
     found, top1, shares = [], {}, []
     for seed in seeds:
         value, seconds = train(f"{place}found_{seed}", [*overrides, f"seed={seed}"])

@@ -17,9 +17,7 @@ The validation split is a typeface that no arm has seen. What LightlyTrain pretr
 import itertools
 import json
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -27,11 +25,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import lightly
+from bench.commands import ROOT, last_top1, log_of, read_rows, run_command, step_windows
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
 
-ROOT = Path(__file__).resolve().parents[1]
 FACES = ("DejaVuSans", "DejaVuSerif")
 FEW_CLASSES = 250
 CALIBRATION_STEPS, QUICK_STEPS = 60, 24
@@ -92,11 +90,6 @@ def fail(message):
     sys.exit(f"when_to_pretrain: {message}")
 
 
-def read_rows(file):
-    """Return the rows of a JSONL file, none where there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def make_few(collection, folder):
     """Link the images of `few` as class folders: two faces of the first characters that both have, and STIX."""
     if (folder / "complete").exists():
@@ -121,28 +114,18 @@ def make_few(collection, folder):
 
 
 def run_script(words, folder, steps, seed, more=()):
-    """Run a training into a folder, unless it is complete there; returns its rows of metrics."""
+    """Run a training into a folder, unless it is complete there."""
     if not (folder / "complete.json").exists():
         script, *overrides = words.split()
-        command = [sys.executable, script, *overrides, f"run_dir={folder}", f"loop.total_steps={steps}", f"seed={seed}",
-                   *RARE, *more]  # fmt: skip
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        with open(folder.with_suffix(".log"), "w") as stream:
-            code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT).returncode
-        if code != 0:
-            tail = "\n".join(folder.with_suffix(".log").read_text(errors="replace").splitlines()[-12:])
-            fail(f"{' '.join(command)} ended with status {code}:\n{tail}")
-        sys.stderr.write(f"{folder.name}: {steps} steps, {time.perf_counter() - started:.0f} s in all\n")
+        own = [f"run_dir={folder}", f"loop.total_steps={steps}", f"seed={seed}", *RARE, *more]
+        run_command([sys.executable, script, *overrides, *own], log_of(folder))
         shutil.rmtree(folder / "checkpoints")
-    return read_rows(folder / "metrics.jsonl")
 
 
 def sec_per_step(folder):
-    """Return the median seconds of a step over a run's rows of figures, without the first, which compiles."""
-    batch = json.loads((folder / "config.json").read_text())["loop"]["global_batch_size"]
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
-    return batch / median(row["images_per_sec"] for row in rows[1:] or rows)
+    """Return the median seconds of a step over a run's rows of figures, without the first, which starts up."""
+    windows = step_windows(folder)
+    return median(seconds / steps for steps, seconds in windows[1:] or windows)
 
 
 class Bench:
@@ -220,9 +203,10 @@ class Bench:
         if own:
             source, _ = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed)
             more.append(f"init_from={source}")
-        rows = run_script(ARMS[arm].train, self.out / "runs" / f"{arm}_{labels}_{minutes:g}_{seed}", steps, seed, more)
-        top1 = [row["top1"] for row in rows if row["kind"] == "evaluate"][-1]
-        return {"arm": arm, "labels": labels, "minutes": minutes, "seed": seed, "top1": top1, "steps": [own, steps]}
+        folder = self.out / "runs" / f"{arm}_{labels}_{minutes:g}_{seed}"
+        run_script(ARMS[arm].train, folder, steps, seed, more)
+        found = {"top1": last_top1(folder), "steps": [own, steps]}
+        return {"arm": arm, "labels": labels, "minutes": minutes, "seed": seed, **found}
 
     def run_all(self):
         """Run what results.jsonl lacks, the short budgets first; returns all rows."""

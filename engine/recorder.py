@@ -64,7 +64,6 @@ class Recorder:
         self._live_plots: LivePlots | None = None
         self._device = runtime.device
         self._training_clock = TrainingClock()
-        self._step = 0  # of the newest update
         self._clock = (0, 0.0)
         self._next_plot = 0.0
 
@@ -81,7 +80,6 @@ class Recorder:
         for record in (self._metrics, self._samples):
             if record is not None:
                 record.close()
-        self._step = step
         if distributed.is_main():
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step)
@@ -89,10 +87,13 @@ class Recorder:
             self._samples = SampleLog(self.folder, step)
         self.skips.open(self.folder, path_of, step)
 
-    def close(self, *, is_complete: bool) -> None:
-        """Close all files at the end of a run, or of its part; the live plots are drawn once more before."""
-        if distributed.is_main() and is_complete:
-            mark_complete(self.folder, self._step)
+    def close(self, *, completed_step: int | None) -> None:
+        """Close all files at the end of a run, or of its part; the live plots are drawn once more before.
+
+        completed_step: the last step of a run that is complete; None: the run goes on later.
+        """
+        if distributed.is_main() and completed_step is not None:
+            mark_complete(self.folder, completed_step)
         for record in (self._metrics, self._samples, self.skips, self._live_plots, self._tracker):
             if record is not None:
                 record.close()
@@ -134,7 +135,6 @@ class Recorder:
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Take the result of update number `step` (from 1); nothing is read from the device."""
-        self._step = step
         self.log_meter.add(result)
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)

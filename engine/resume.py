@@ -1,6 +1,7 @@
 """Resuming: choose a checkpoint, check it against this run, restore it, roll back to it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,6 +117,7 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
     folder, state = run.saver.folder, checkpoint.state
     for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
         log.warning("resume_allow accepts %s", line)
+    _check_found_rate(state, folder.config)
     _check_fingerprints(state["fingerprints"], run, config)
     saved, found = state["precision"], run.learner.runtime.precision
     if saved != found:
@@ -138,6 +140,20 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
         )
     others = state["optimizer"] if _has_own_optimizer(checkpoint, run) else None
     run.learner.check_state(checkpoint.tensors, others, checkpoint.path)
+
+
+def _check_found_rate(state: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse another `optim.lr` or `optim.base_lr` for a run whose rate a range test has found: nothing reads it."""
+    if state.get("found_lr") is None:  # older checkpoints have none
+        return
+    for key in ("lr", "base_lr"):
+        saved, now = state["config"]["optim"].get(key), config["optim"].get(key)
+        if saved != now:
+            raise UserError(
+                f"optim.{key}: {now} has no effect, because the range test of this run found {state['found_lr']:.3g}, "
+                f"which stays for the whole run; remove optim.{key}, or start another run with run_dir=... and "
+                f"lr_finder.enabled=false"
+            )
 
 
 def _check_fingerprints(saved: dict[str, str], run: Run, config: TrainingConfig) -> None:

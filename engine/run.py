@@ -193,7 +193,7 @@ def _train(run: Run, config: TrainingConfig) -> bool:
         run.saver.writer.close()
         raise
     recorder.watchdog.stop()
-    recorder.close(is_complete=finished)
+    recorder.close(completed_step=run.step if finished else None)
     return finished
 
 

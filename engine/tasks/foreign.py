@@ -40,6 +40,15 @@ _TASK = ClassificationTaskConfig(
 )  # fmt: skip
 
 
+def check_average(which: Literal["model", "ema"], model: ModelConfig | None) -> None:
+    """Raise ValueError where `init_weights` asks for the average of weights that are ours: `model` is not stated."""
+    if which == "ema" and model is None:
+        raise ValueError(
+            "init_weights: ema is read for torch checkpoints that are not ours, with model=...; of a run, set "
+            "weights=ema and init_weights=model"
+        )
+
+
 class ForeignSource(NamedTuple):
     """Weights that say nothing about themselves.
 

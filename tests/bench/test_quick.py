@@ -64,7 +64,7 @@ def test_the_fashion_mnist_bench_runs_on_images_of_noise():
     done = command("python", "bench/fashion_mnist.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows, path = done.stdout.splitlines()
-    assert head.startswith("arm") and [row.split()[0] for row in rows] == ["pretrained", "scratch"]
+    assert head.startswith("arm") and [row.split()[0] for row in rows] == ["pretrained", "scratch", "train_half"]
     assert path == "outputs/bench/quick/fashion_mnist.json"
 
 

@@ -13,6 +13,7 @@ from optim.groups import set_group_values
 from tests.engine.test_learner import OURS, make_batch, make_learner, tensors_of
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
+from utils.errors import UserError
 from utils.io.weights import read_weights
 
 RATES = [10 ** (-4 + 4 * number / 80) for number in range(81)]
@@ -205,6 +206,14 @@ def test_a_resumed_run_does_not_search_again(searched, capsys):
     found = json.loads((folder / "run/lr_finder.json").read_text())["taken"]
     state = json.loads((folder / "run/checkpoints/step_00000026/state.json").read_text())
     assert state["found_lr"] == found
+
+
+@pytest.mark.parametrize("key", ["lr", "base_lr"])
+def test_a_rate_that_a_resumed_run_would_not_read_is_refused(key, searched):
+    folder, base = searched
+    again = [*base, *SEARCH, "loop.total_steps=30", f"optim.{key}=0.5", f"resume_allow=[optim.{key}]"]
+    with pytest.raises(UserError, match=rf"optim.{key}: 0.5 has no effect, because the range test of this run found"):
+        run("finetune", [*again, f"run_dir={folder}/run"], folder)
 
 
 def test_a_run_that_is_too_short_keeps_its_rate(searched, capsys):

@@ -41,7 +41,7 @@ def drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.record.plots, "plot_curves", draw)
     monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: clock["now"])
     yield recorder, steps, clock
-    recorder.close(is_complete=False)
+    recorder.close(completed_step=None)
 
 
 def test_evaluations_in_quick_succession_draw_in_a_twentieth_of_the_time(drawn):
@@ -100,7 +100,7 @@ def test_an_epochs_row_counts_training_alone(tmp_path, clock):
     ]  # fmt: skip
     assert row["images_per_sec"] == pytest.approx(8 / 0.2) and row["seconds"] == pytest.approx(2.0)
     assert (row["epoch"], row["lr"], row["momentum"]) == (1, 0.5, 0.9) and 0.01 < row["peak_memory_gib"] < 100
-    recorder.close(is_complete=False)
+    recorder.close(completed_step=None)
 
 
 def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
@@ -110,7 +110,7 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder.end_epoch(10, 0, {})
     train_to(recorder, clock, 10, 14)
     state = {"step": 14, **json.loads(json.dumps(recorder.state()))}
-    recorder.close(is_complete=False)
+    recorder.close(completed_step=None)
     clock["now"] += 1e6
     recorder = make_recorder(tmp_path)
     recorder.load_state(state)
@@ -120,7 +120,7 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     assert last_row(recorder)["seconds"] == pytest.approx(4.0)
     assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
     assert "momentum" not in last_row(recorder)
-    recorder.close(is_complete=False)
+    recorder.close(completed_step=None)
 
 
 def test_a_checkpoint_without_seconds_begins_at_none(tmp_path, clock):
@@ -133,7 +133,7 @@ def test_a_checkpoint_without_seconds_begins_at_none(tmp_path, clock):
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["seconds"] == pytest.approx(1.2)
     assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
-    recorder.close(is_complete=False)
+    recorder.close(completed_step=None)
 
 
 def test_an_epoch_that_took_no_time_has_no_speed(clock):
@@ -146,17 +146,18 @@ def test_the_peak_of_memory_is_that_of_the_kernel():
     assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(kib) / 2**20, rel=0.05)
 
 
-@pytest.mark.parametrize("is_complete", [True, False])
-def test_a_complete_run_is_marked_until_it_goes_on(is_complete, tmp_path, clock):
+@pytest.mark.parametrize("completed_step", [60, None])
+def test_a_complete_run_is_marked_until_it_goes_on(completed_step, tmp_path, clock):
     recorder = make_recorder(tmp_path)
     recorder.open(0, str)
     train_to(recorder, clock, 0, 60)
-    recorder.close(is_complete=is_complete)
-    assert (tmp_path / "complete.json").exists() is is_complete
+    recorder.close(completed_step=completed_step)
+    marked = tmp_path / "complete.json"
+    assert (json.loads(marked.read_text()) if marked.exists() else None) == (completed_step and {"step": 60})
     recorder = make_recorder(tmp_path)
     recorder.open(50, str)
     assert not (tmp_path / "complete.json").exists()
-    recorder.close(is_complete=False)
+    recorder.close(completed_step=None)
 
 
 def test_the_log_of_a_resumed_run_has_every_column(tmp_path):
