@@ -5,9 +5,11 @@ python bench/when_to_pretrain.py [KEY=VALUE ...] [quick]          (on an idle ma
     arms=resnet18,convnext,fcmae     also simclr and dino, LightlyTrain's, in an environment of its own
     labels=all,two_faces,few         12,298 labels of 958 characters; 2,050, of two faces; 500, of 250 characters
     minutes=1,2.5,5,10,20,40  seeds=3  out=outputs/bench/when_to_pretrain
+    at_once=1                        trainings at the same time, each with its share of the cores
 
 Every arm gets the same seconds, pretraining included. Its steps follow from the seconds of a step, which are measured
-first, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle machine.
+first, alone, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle
+machine, and at_once changes no figure by more than rounding.
 Start-up, evaluation and drawing are not counted, on any side. Each result is a row of results.jsonl; the same command
 goes on where it was stopped. It ends with a table, table.md and curves.png: means over the seeds, and the spread.
 
@@ -16,10 +18,14 @@ The validation split is a typeface that no arm has seen. What LightlyTrain pretr
 
 import itertools
 import json
+import os
 import shutil
 import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, median
+from threading import Lock
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +50,7 @@ LABELS = {
 }
 DEFAULTS = {
     "arms": "resnet18,convnext,fcmae", "labels": "all,two_faces,few", "minutes": "1,2.5,5,10,20,40", "seeds": "3",
-    "out": "outputs/bench/when_to_pretrain",
+    "out": "outputs/bench/when_to_pretrain", "at_once": "1",
 }  # fmt: skip
 COLORS = {"resnet18": "#d9480f", "convnext": "#868e96", "fcmae": "#1c6dd0", "simclr": "#2b8a3e", "dino": "#862e9c"}
 TITLES = {
@@ -68,15 +74,12 @@ class Arm(NamedTuple):
     warmup: float | None = None
 
 
-SCRATCH = (
-    "finetune.py experiment=glyphs/demo_finetune task.head=standardised optim.lr=5.0e-4 loop.global_batch_size=64 "
-    "task.label_smoothing=0.1"
-)
+SCRATCH = "finetune.py experiment=glyphs/demo_finetune task.head=drawn optim.lr=6.0e-3 task.label_smoothing=0.1"
 ARMS = {
     "resnet18": Arm("train.py lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
     "convnext": Arm(SCRATCH, warmup=0.1),
     "fcmae": Arm(
-        "finetune.py experiment=glyphs/demo_finetune", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", 0.35, 0.2
+        "finetune.py experiment=glyphs/demo_finetune", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", 0.5, 0.2
     ),
     "simclr": Arm("finetune.py model=resnet18 augment=train_glyphs optim=sgd optim.lr=0.1 schedule=onecycle "
                   "optim.weight_decay=5.0e-4 loop.global_batch_size=128", "simclr", 0.5),
@@ -113,12 +116,14 @@ def make_few(collection, folder):
     return folder
 
 
-def run_script(words, folder, steps, seed, more=()):
-    """Run a training into a folder, unless it is complete there."""
+def run_script(words, folder, steps, seed, more=(), threads=None):
+    """Run a training into a folder, unless it is complete there; threads: of torch, if not all."""
     if not (folder / "complete.json").exists():
         script, *overrides = words.split()
         own = [f"run_dir={folder}", f"loop.total_steps={steps}", f"seed={seed}", *RARE, *more]
-        run_command([sys.executable, script, *overrides, *own], log_of(folder))
+        few = [] if threads is None else [f"runtime.threads={threads}", "runtime.workers=0"]
+        env = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        run_command([sys.executable, script, *overrides, *own, *few], log_of(folder), env)
         shutil.rmtree(folder / "checkpoints")
 
 
@@ -135,7 +140,8 @@ class Bench:
         self.quick, self.out = quick, ROOT / values["out"]
         self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
         self.minutes = [float(text) for text in values["minutes"].split(",")]
-        self.seeds = range(int(values["seeds"]))
+        self.seeds, self.at_once = range(int(values["seeds"])), int(values["at_once"])
+        self.threads, self.locks = len(os.sched_getaffinity(0)), defaultdict(Lock)
         for key, given, known in (("arms", self.arms, ARMS), ("labels", self.labels, LABELS)):
             if wrong := [name for name in given if name not in known]:
                 fail(f"{key}: {wrong[0]!r} is not one of {', '.join(known)}")
@@ -153,18 +159,24 @@ class Bench:
         faces = ",".join(f'"images/{face}/*"' for face in FACES)
         return ["data=glyphs", *([f"loop.train_paths=[{faces}]"] if labels == "two_faces" else [])]
 
-    def pretrain(self, arm, name, steps, seed):
-        """Pretrain; returns (what init_from takes, seconds of a step)."""
+    def pretrain(self, arm, name, steps, seed, threads=None):
+        """Pretrain; returns (what init_from takes, seconds of a step). Label sets share it: the first one runs it."""
+        with self.locks[name]:
+            return self.pretrain_alone(arm, name, steps, seed, threads)
+
+    def pretrain_alone(self, arm, name, steps, seed, threads):
+        """Pretrain where it is not done."""
         folder, command = self.out / "runs" / name, ARMS[arm].pretrain
         if command in lightly.METHODS:
             saved = folder / "found.json"
             if not saved.exists():
-                found = lightly.pretrain(
-                    self.lightly_python, lightly.Training(command, self.images, in_channels=3, seed=seed), folder, steps
+                training = lightly.Training(
+                    command, self.images, in_channels=3, seed=seed, threads=threads or self.threads
                 )
+                found = lightly.pretrain(self.lightly_python, training, folder, steps)
                 saved.write_text(json.dumps([str(found.weights), found.sec_per_step]))
             return json.loads(saved.read_text())
-        run_script(command, folder, steps, seed, self.warmup(arm, steps))
+        run_script(command, folder, steps, seed, self.warmup(arm, steps), threads)
         return str(folder), sec_per_step(folder)
 
     def warmup(self, arm, steps):
@@ -200,11 +212,12 @@ class Bench:
         if self.quick:
             own, steps = min(own, QUICK_STEPS), QUICK_STEPS
         more = [*self.words_of(labels), *self.warmup(arm, steps)]
+        threads = None if self.at_once == 1 else max(1, self.threads // self.at_once)
         if own:
-            source, _ = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed)
+            source, _ = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed, threads)
             more.append(f"init_from={source}")
         folder = self.out / "runs" / f"{arm}_{labels}_{minutes:g}_{seed}"
-        run_script(ARMS[arm].train, folder, steps, seed, more)
+        run_script(ARMS[arm].train, folder, steps, seed, more, threads)
         found = {"top1": last_top1(folder), "steps": [own, steps]}
         return {"arm": arm, "labels": labels, "minutes": minutes, "seed": seed, **found}
 
@@ -213,12 +226,18 @@ class Bench:
         file, speeds = self.out / "results.jsonl", self.speeds()
         rows = read_rows(file)
         done = {(row["arm"], row["labels"], row["minutes"], row["seed"]) for row in rows}
-        for job in itertools.product(self.minutes, self.seeds, self.labels, self.arms):
-            minutes, seed, labels, arm = job
-            if (arm, labels, minutes, seed) not in done:
-                rows.append(self.run(arm, labels, minutes, seed, speeds))
-                with open(file, "a") as stream:
-                    stream.write(json.dumps(rows[-1]) + "\n")
+        grid = itertools.product(self.minutes, self.seeds, self.labels, self.arms)
+        jobs = [(arm, labels, minutes, seed) for minutes, seed, labels, arm in grid]
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = [pool.submit(self.run, *job, speeds) for job in jobs if job not in done]
+            try:
+                for future in as_completed(futures):
+                    rows.append(future.result())
+                    with open(file, "a") as stream:
+                        stream.write(json.dumps(rows[-1]) + "\n")
+            except BaseException:  # SystemExit of a command that failed, or an interrupt
+                pool.shutdown(cancel_futures=True)
+                raise
         return rows
 
 

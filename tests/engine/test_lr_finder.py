@@ -126,7 +126,7 @@ LEARNERS = {
     "sgd": (["optim=sgd"], OURS),
     "adamw, average": (["optim=adamw", "loop.ema_decay=0.9"], OURS),
     "adan, one cycle": (["optim=adan", "schedule=onecycle"], OURS),
-    "muon": (["optim=timm", "optim.opt=muon"], OURS),
+    "muon": (["optim=muon"], OURS),
     "lamb": (["optim=timm", "optim.opt=lamb"], OURS),
     "buffers": (["optim=sgd"], RESNET),
 }
