@@ -67,9 +67,9 @@ def test_no_file_is_passed_over():
     primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
     assert primaries == set(SCRIPTS) and len(primaries) == 7
     covered = {f"{group}/{name}" for _, group, name in OPTIONS}
-    assert len(covered) == 35 and len(OPTIONS) == 104 and len(EXPERIMENTS) == 41
+    assert len(covered) == 36 and len(OPTIONS) == 107 and len(EXPERIMENTS) == 41
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
-    assert set(list_yaml(CONF)) == everything and len(everything) == 85
+    assert set(list_yaml(CONF)) == everything and len(everything) == 86
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -152,5 +152,5 @@ def test_the_command_line_beats_the_experiment_the_experiment_the_file_and_the_f
         return values.optim.lr, values.task.decoder_dim, values.optim.base_lr, values.optim.betas[1]
 
     assert read() == (None, 512, 1.5e-4, 0.95)  # adamw_fcmae's over adamw's
-    assert read("experiment=glyphs/demo_pretrain") == (3e-3, 128, 1.5e-4, 0.95)
-    assert read("experiment=glyphs/demo_pretrain", "optim.lr=2e-3", "task.decoder_dim=64")[:2] == (2e-3, 64)
+    assert read("experiment=glyphs/best_pretrain") == (3e-3, 128, 1.5e-4, 0.95)
+    assert read("experiment=glyphs/best_pretrain", "optim.lr=2e-3", "task.decoder_dim=64")[:2] == (2e-3, 64)
