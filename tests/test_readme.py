@@ -134,20 +134,26 @@ def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "full", f"out={out}", *SHORT, f"data.root={root}"])
     demo.main()
     text = capsys.readouterr().out
-    for words in ("pretraining loss", "top-1, unseen typeface", "ONNX against PyTorch", "all stages", "two faces"):
+    for words in ("pretraining loss", "top-1 on an unseen typeface", "ONNX against PyTorch", "all stages", "two faces"):
         assert words in text
     pictures = re.findall(r"^picture +(\S+)$", text, flags=re.MULTILINE)
     assert len(pictures) == 5 and all(Path(path).is_file() for path in pictures)
     summary = json.loads((out / "summary.json").read_text())
-    assert stages == ["glyphs", "pretrain", "finetune", "evaluate", "export", "predict", "scratch",
-                      "scratch_equal_seconds", "few_labels", "few_labels_scratch"]  # fmt: skip
+    assert stages == ["glyphs", "pretrain", "finetune", "resnet18", "evaluate", "export", "predict", "scratch",
+                      "all_labels", "all_labels_resnet18"]  # fmt: skip
     assert summary["seconds"] == dict.fromkeys(stages, 1.0)
-    figures = ("pretrain_loss_first", "pretrain_loss_last", "top1", "onnx_max_abs_diff", *demo.CONTROLS)
+    losses = ("pretrain_loss_first", "pretrain_loss_last")
+    figures = (*losses, "top1", "top1_resnet18", "onnx_max_abs_diff", *demo.CONTROLS)
     assert set(summary) == {*figures, "seconds"} and all(type(summary[name]) is float for name in figures)
-    assert re.search(r"loop.train_paths: 20 of 30 training images", (out / "few_labels/log.txt").read_text())
-    for name, pretrained in (("few_labels", True), ("few_labels_scratch", False), ("scratch", False)):
-        config = json.loads((out / name / "config.json").read_text())
-        assert (config["init_from"] is not None) == pretrained
+    runs = {  # whether it is pretrained, and has the labels of two faces only
+        "finetune": (True, True), "resnet18": (False, True), "scratch": (False, True),
+        "all_labels": (True, False), "all_labels_resnet18": (False, False),
+    }  # fmt: skip
+    for name, expected in runs.items():
+        config, said = (json.loads((out / name / "config.json").read_text()), (out / name / "log.txt").read_text())
+        few = re.search(r"loop.train_paths: 20 of 30 training images", said) is not None
+        assert (config["init_from"] is not None, few) == expected
+        assert config["script"] == ("train" if "resnet18" in name else "finetune")
 
 
 def test_a_stage_that_fails_ends_the_demo(capfd):
@@ -159,8 +165,8 @@ def test_a_stage_that_fails_ends_the_demo(capfd):
 def test_the_demo_tells_the_last_full_figures_as_what_they_are(tmp_path):
     known = demo.last_full_figures()
     assert set(known) == set(demo.CONTROLS)
-    summary = {"pretrain_loss_first": 1.0, "pretrain_loss_last": 0.5, "top1": 0.5, "onnx_max_abs_diff": 1e-6,
-               "seconds": {"glyphs": 1.0}, **dict.fromkeys(demo.CONTROLS)}  # fmt: skip
+    summary = {"pretrain_loss_first": 1.0, "pretrain_loss_last": 0.5, "top1": 0.5, "top1_resnet18": 0.4,
+               "onnx_max_abs_diff": 1e-6, "seconds": {"glyphs": 1.0}, **dict.fromkeys(demo.CONTROLS)}  # fmt: skip
     text = demo.table(summary, [], "outputs/demo")
     for name, title in demo.CONTROLS.items():
         assert re.search(rf"^  {title} +{re.escape(known[name])}   \(not run now: from docs/results\.md", text, re.M)

@@ -9,7 +9,8 @@ number of iterations to set. One decomposition gives the leave-one-out predictio
 penalty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,28 +103,45 @@ def knn_scores(train: Tensor, targets: Tensor, val: Tensor, k: int, num_classes:
     return torch.cat(scores)
 
 
-def fit_linear(features: Tensor, targets: Tensor, penalties: Sequence[float] = PENALTIES) -> tuple[Tensor, Tensor]:
-    """Return weight [C, K] and bias [K] of the ridge regression of one-hot targets [N, K] on centred features [N, C].
+class Ridge(NamedTuple):
+    """A ridge regression: weight [C, K], bias [K], and the scores [N, K] of each sample by a fit without it."""
 
-    The bias has no penalty. The penalty is the one of `penalties`, times N, with the most correct leave-one-out
-    predictions; ties go to the least squared error.
+    weight: Tensor
+    bias: Tensor
+    left_out: Tensor
+
+
+def fit_ridges(features: Tensor, targets: Tensor, penalties: Sequence[float] = PENALTIES) -> Iterator[Ridge]:
+    """Yield the ridge regression of one-hot targets [N, K] on centred features [N, C] for each penalty, times N.
+
+    The bias has no penalty.
     Source: Golub, Heath, Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
     Technometrics 1979, section 1 (the ordinary form, Allen's PRESS).
-    Differs: it counts correct predictions. With many classes of a few images each, the squared error is least where all
-    scores are nearly 0, and such a classifier recognises almost nothing.
     """
-    count = len(features)
-    labels, bias = targets.argmax(dim=1), targets.mean(dim=0)
+    count, bias = len(features), targets.mean(dim=0)
     left, singular, right = torch.linalg.svd(features, full_matrices=False)
     projected = left.T @ (targets - bias)
-    found = []
     for penalty in penalties:
         shrink = singular.square() / (singular.square() + penalty * count)
         # The weight of a sample in its own prediction, at most 1.
         leverage = left.square() @ shrink + 1 / count
         residual = targets - bias - left @ (shrink[:, None] * projected)
         error = residual / (1 - leverage).clamp(min=1e-12)[:, None]
-        hits = ((targets - error).argmax(dim=1) == labels).sum()
-        found.append((int(hits), -float(error.square().sum()), penalty))
-    best = max(found)[2]
-    return right.T @ ((singular / (singular.square() + best * count))[:, None] * projected), bias
+        weight = right.T @ ((singular / (singular.square() + penalty * count))[:, None] * projected)
+        yield Ridge(weight, bias, targets - error)
+
+
+def fit_linear(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight [C, K] and bias [K] of the ridge regression with the most correct leave-one-out predictions.
+
+    Ties go to the least squared error. Differs from the usual choice by that error alone: with many classes of a few
+    images each, it is least where all scores are nearly 0, and such a classifier recognises almost nothing.
+    """
+    labels = targets.argmax(dim=1)
+
+    def quality(ridge: Ridge) -> tuple[int, float]:
+        hits = (ridge.left_out.argmax(dim=1) == labels).sum()
+        return int(hits), -float((targets - ridge.left_out).square().sum())
+
+    best = max(fit_ridges(features, targets), key=quality)
+    return best.weight, best.bias

@@ -10,16 +10,18 @@ head in closed form, in seconds.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data unlike those
 of pretraining; standardised features, He et al. 2021 (arXiv 2111.06377), section A.1, linear probing.
-Differs: the probe is ridge regression, scaled for the least cross-entropy, and the norm is an affine map.
+Differs: the probe is ridge regression, scaled for the least cross-entropy of images left out, and the norm is an affine
+map.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.measures.probe import Features, fit_linear, standardise
+from engine.measures.probe import Features, fit_ridges, standardise
 from engine.runtime import Runtime
 from models.normalise import Normalise
 from utils.contracts import Batch
@@ -29,9 +31,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# A smaller penalty recognises more images but uses directions in which the features hardly vary: training then starts
-# with gradients a hundred times as large, which undo the fit (docs/results.md has a trial).
-_PENALTY = 1e-1
 _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores of the regression are between 0 and 1
 
 
@@ -67,8 +66,8 @@ def prepare_head(
     weight, bias, result = head.weight.double().cpu(), head.bias.double().cpu(), "weights drawn"
     if fit:
         standard = (features - mean) / scale
-        weight, bias, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
-        result = f"weights fitted, accuracy {accuracy:.3f} on them"
+        weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
+        result = f"weights fitted; of each, left out, the loss is {loss:.3f} and the accuracy {accuracy:.3f}"
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
@@ -119,10 +118,27 @@ def _collect(
     return features, labels, before[0] if before else None
 
 
-def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float]:
-    """Return weight [K, C] and bias [K] of a head for standardised features [N, C], and its accuracy on them."""
-    weight, bias = fit_linear(features, F.one_hot(labels, num_classes).double(), [_PENALTY])
-    scores = features @ weight + bias
-    factor = min(_SCALES, key=lambda factor: float(F.cross_entropy(factor * scores, labels)))
-    accuracy = (scores.argmax(dim=1) == labels).double().mean().item()
-    return factor * weight.T, factor * bias, accuracy
+def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
+    """Return weight [K, C] and bias [K] of a head for standardised features [N, C], and how well it does on the images.
+
+    Penalty and scale are those of the least cross-entropy of the leave-one-out scores: on the images that it was fitted
+    to, a head of many classes of a few images each is right far too often, so that it would start overconfident. The
+    last two values are that cross-entropy and the share of images recognised, left out.
+    """
+    found = []
+    for ridge in fit_ridges(features, F.one_hot(labels, num_classes).double()):
+        loss, scale = _find_scale(ridge.left_out.float(), labels)
+        accuracy = (ridge.left_out.argmax(dim=1) == labels).double().mean().item()
+        found.append((scale * ridge.weight.T, scale * ridge.bias, loss, accuracy))
+    return min(found, key=lambda one: one[2])
+
+
+def _find_scale(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the least cross-entropy of scores [N, K] times one of `_SCALES`, and that scale; it falls, then rises."""
+    best = (math.inf, 1.0)
+    for scale in _SCALES:
+        loss = float(F.cross_entropy(scale * scores, labels))
+        if loss >= best[0]:
+            break
+        best = (loss, scale)
+    return best

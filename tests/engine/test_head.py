@@ -52,6 +52,17 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
     assert {name for name in after if not torch.equal(after[name], before[name])} == changed
 
 
+def test_a_head_that_would_not_recognise_other_images_starts_cautious(runtime):
+    """Labels at random: by heart, a head of as many weights would be right, and sure of it."""
+    task, batches = make_classifier(), make_batches(count=2)
+    for number, batch in enumerate(batches):
+        batch["labels"] = torch.randint(4, (8,), generator=torch.Generator().manual_seed(number))
+    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
+    with torch.no_grad():
+        logits = task.network(task.normalise(batches[0]["images"]))
+    assert F.softmax(logits, dim=1).max() < 0.6
+
+
 def features_of(task, batches):
     """What the head is given, all images."""
     given = []
@@ -141,7 +152,7 @@ def test_a_run_begins_with_it_and_resumes_without_it(kind, tmp_path):
     overrides = common("classification", collection, tmp_path / "run", f"task.head={kind}")
     text = run("finetune.py", [*overrides, "loop.total_steps=2"], tmp_path)
     assert "task.head: features standardised over 24 images; " in text
-    assert ("weights fitted, accuracy " in text) == (kind == "fitted")
+    assert ("weights fitted; of each, left out, the loss is " in text) == (kind == "fitted")
     assert "task.head" not in run("finetune.py", [*overrides, "loop.total_steps=4"], tmp_path)
     assert json.loads((tmp_path / "run/config.json").read_text())["task"]["head"] == kind
 
