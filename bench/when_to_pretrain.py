@@ -79,7 +79,7 @@ ARMS = {
     "resnet18": Arm("train.py lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
     "convnext": Arm(SCRATCH, warmup=0.1),
     "fcmae": Arm(
-        "finetune.py experiment=glyphs/demo_finetune", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", 0.5, 0.2
+        "finetune.py experiment=glyphs/demo_finetune", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", 0.5, 0.1
     ),
     "simclr": Arm("finetune.py model=resnet18 augment=train_glyphs optim=sgd optim.lr=0.1 schedule=onecycle "
                   "optim.weight_decay=5.0e-4 loop.global_batch_size=128", "simclr", 0.5),
