@@ -22,7 +22,7 @@ RESULTS = ROOT / "docs/results.md"
 USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"
 TWO_FACES = 'loop.train_paths=["images/DejaVuSans/*","images/DejaVuSerif/*"]'
 # What serves the network without pretraining best (docs/when_to_pretrain.md); of the steps below, a tenth warms up.
-SCRATCH = ("task.head=drawn", "optim.lr=6.0e-3", "task.label_smoothing=0.1", "schedule.warmup_steps=45")
+SCRATCH = ("task.head=drawn", "task.label_smoothing=0.1", "schedule.warmup_steps=45")
 # The steps of two cores in the seconds that pretraining and fine-tuning take together: 0.20 s and 0.34 s a step.
 RESNET18_STEPS, SCRATCH_STEPS = 750, 445
 RESNET18 = ("lr_finder.enabled=false", "optim.lr=0.2", "runtime.compile=false", "loop.evaluate_every_epochs=1.0e+9")

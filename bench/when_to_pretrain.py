@@ -74,18 +74,18 @@ class Arm(NamedTuple):
     warmup: float | None = None
 
 
-SCRATCH = "finetune.py experiment=glyphs/demo_finetune task.head=drawn optim.lr=6.0e-3 task.label_smoothing=0.1"
+GLYPHS = "finetune.py experiment=glyphs/demo_finetune"
+RESNET18 = (
+    "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd optim.lr=0.1 "
+    "optim.weight_decay=5.0e-4"
+)
 ARMS = {
-    "resnet18": Arm("train.py lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
-    "convnext": Arm(SCRATCH, warmup=0.1),
-    "fcmae": Arm(
-        "finetune.py experiment=glyphs/demo_finetune", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", 0.5, 0.1
-    ),
-    "simclr": Arm("finetune.py model=resnet18 augment=train_glyphs optim=sgd optim.lr=0.1 schedule=onecycle "
-                  "optim.weight_decay=5.0e-4 loop.global_batch_size=128", "simclr", 0.5),
-    "dino": Arm("finetune.py model=resnet18 augment=train_glyphs optim=sgd optim.lr=0.1 schedule=onecycle "
-                "optim.weight_decay=5.0e-4 loop.global_batch_size=128", "dino", 0.5),
-}  # fmt: skip
+    "resnet18": Arm("train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
+    "convnext": Arm(f"{GLYPHS} task.head=drawn task.label_smoothing=0.1", warmup=0.1),
+    "fcmae": Arm(GLYPHS, "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
+    "simclr": Arm(RESNET18, "simclr", share=0.5),
+    "dino": Arm(RESNET18, "dino", share=0.5),
+}
 
 
 def fail(message):
