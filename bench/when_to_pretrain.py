@@ -76,8 +76,8 @@ class Arm(NamedTuple):
 
 GLYPHS = "finetune.py experiment=glyphs/demo_finetune"
 RESNET18 = (
-    "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd optim.lr=0.1 "
-    "optim.weight_decay=5.0e-4"
+    "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd "
+    "optim.lr=0.1 optim.weight_decay=5.0e-4"
 )
 ARMS = {
     "resnet18": Arm("train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
