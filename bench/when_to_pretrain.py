@@ -81,7 +81,7 @@ RESNET18 = (
 )
 ARMS = {
     "resnet18": Arm("train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
-    "convnext": Arm(f"{GLYPHS} task.head=drawn task.label_smoothing=0.1", warmup=0.1),
+    "convnext": Arm(f"{GLYPHS} task.head=drawn", warmup=0.1),
     "fcmae": Arm(GLYPHS, "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
     "simclr": Arm(RESNET18, "simclr", share=0.5),
     "dino": Arm(RESNET18, "dino", share=0.5),

@@ -134,7 +134,7 @@ def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "full", f"out={out}", *SHORT, f"data.root={root}"])
     demo.main()
     text = capsys.readouterr().out
-    for words in ("pretraining loss", "top-1 on an unseen typeface", "ONNX against PyTorch", "all stages", "two faces"):
+    for words in ("pretraining loss", "top-1 on an unseen typeface", "ONNX against PyTorch", "all stages", "one face"):
         assert words in text
     pictures = re.findall(r"^picture +(\S+)$", text, flags=re.MULTILINE)
     assert len(pictures) == 5 and all(Path(path).is_file() for path in pictures)
@@ -145,13 +145,13 @@ def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
     losses = ("pretrain_loss_first", "pretrain_loss_last")
     figures = (*losses, "top1", "top1_resnet18", "onnx_max_abs_diff", *demo.CONTROLS)
     assert set(summary) == {*figures, "seconds"} and all(type(summary[name]) is float for name in figures)
-    runs = {  # whether it is pretrained, and has the labels of two faces only
+    runs = {  # whether it is pretrained, and has the labels of one face only
         "finetune": (True, True), "resnet18": (False, True), "scratch": (False, True),
         "all_labels": (True, False), "all_labels_resnet18": (False, False),
     }  # fmt: skip
     for name, expected in runs.items():
         config, said = (json.loads((out / name / "config.json").read_text()), (out / name / "log.txt").read_text())
-        few = re.search(r"loop.train_paths: 20 of 30 training images", said) is not None
+        few = re.search(r"loop.train_paths: 10 of 30 training images", said) is not None
         assert (config["init_from"] is not None, few) == expected
         assert config["script"] == ("train" if "resnet18" in name else "finetune")
 
