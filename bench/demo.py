@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results.md"
 USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"
 ONE_FACE = ('loop.train_paths=["images/DejaVuSans/*"]', "loop.evaluate_every_epochs=14")
-# About 130 seconds of two cores for each: 0.085 s a step of pretraining, 0.19 s of fine-tuning, 0.20 s of ResNet-18.
-PRETRAIN = ("loop.total_steps=760", "schedule.warmup_steps=76")
-FINETUNE = ("loop.total_steps=340", "schedule.warmup_steps=34")
-SCRATCH = ("task.head=drawn", "loop.total_steps=680", "schedule.warmup_steps=68")
+# About 130 seconds of two cores for each: 0.104 s a step of pretraining, 0.24 s of fine-tuning, 0.20 s of ResNet-18.
+PRETRAIN = ("loop.total_steps=630", "schedule.warmup_steps=63")
+FINETUNE = ("loop.total_steps=270", "schedule.warmup_steps=27")
+SCRATCH = ("task.head=drawn", "loop.total_steps=545", "schedule.warmup_steps=54")
 RESNET18 = ("lr_finder.enabled=false", "optim.lr=0.2", "loop.total_steps=650", "runtime.compile=false")
 # Keys that only the full demo fills (they need more than the demo's minutes).
 CONTROLS = {
