@@ -169,7 +169,9 @@ def test_the_demo_tells_the_last_full_figures_as_what_they_are(tmp_path):
                "onnx_max_abs_diff": 1e-6, "seconds": {"glyphs": 1.0}, **dict.fromkeys(demo.CONTROLS)}  # fmt: skip
     text = demo.table(summary, [], "outputs/demo")
     for name, title in demo.CONTROLS.items():
-        assert re.search(rf"^  {re.escape(title)} +{re.escape(known[name])}   \(not run now: from docs/results\.md", text, re.M)
+        assert re.search(
+            rf"^  {re.escape(title)} +{re.escape(known[name])}   \(not run now: from docs/results\.md", text, re.M
+        )
 
 
 def test_every_link_leads_somewhere():
