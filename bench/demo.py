@@ -17,7 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.commands import ROOT, last_top1, rows_of
+
 RESULTS = ROOT / "docs/results.md"
 USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"
 ONE_FACE = ('loop.train_paths=["images/DejaVuSans/*"]', "loop.evaluate_every_epochs=14")
@@ -70,14 +73,9 @@ class Demo:
         """Return a JSON file of the demo's folder."""
         return json.loads((ROOT / self.out / name).read_text())
 
-    def rows(self, run, kind):
-        """Return a run's rows of metrics of one kind."""
-        rows = map(json.loads, (ROOT / self.out / run / "metrics.jsonl").read_text().splitlines())
-        return [row for row in rows if row["kind"] == kind]
-
     def top1(self, run):
         """Return top-1 of a training's last evaluation."""
-        return self.rows(run, "evaluate")[-1]["top1"]
+        return last_top1(ROOT / self.out / run)
 
     def main_line(self):
         """Run what `make demo` shows."""
@@ -104,7 +102,7 @@ class Demo:
 
     def summary(self, controls):
         """Return what the runs found, from their own files."""
-        losses = [row["loss"] for row in self.rows("pretrain", "train")]
+        losses = [row["loss"] for row in rows_of(ROOT / self.out / "pretrain", "train")]
         return {
             "pretrain_loss_first": losses[0],
             "pretrain_loss_last": losses[-1],

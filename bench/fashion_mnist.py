@@ -155,9 +155,14 @@ class TrainTraining(OurTraining):
         ]  # fmt: skip
 
     def run(self, name, seed, steps):
-        """Train; returns the mean seconds of a step, its share of the range test's included."""
-        after = super().run(name, seed, steps)
-        test = json.loads((self.folder / "lr_finder.json").read_text())
+        """Train; returns the mean seconds of a step, its share of the range test's included.
+
+        Runs of less than 200 steps, as in calibration, are too short for a range test.
+        """
+        after, file = super().run(name, seed, steps), self.folder / "lr_finder.json"
+        if not file.exists():
+            return after
+        test = json.loads(file.read_text())
         return after + (test["seconds"] - test["curve"]["first_update_sec"]) / steps
 
 
@@ -222,7 +227,7 @@ class Bench:
     def calibrate(self):
         """Find the seconds per step of each kind of training by a short run; fine-tuning's are those of scratch."""
         own = {"pretrain", "scratch"} if "pretrained" in self.found else set()
-        for kind in own | self.found.keys() - {"pretrained"}:
+        for kind in sorted(own | self.found.keys() - {"pretrained"}):
             self.speeds[kind] = self.trainings[kind].run(f"calibrate_{kind}", 0, CALIBRATION_STEPS)
         self.speeds["finetune"] = self.speeds.get("scratch")
 

@@ -9,7 +9,7 @@ python bench/when_to_pretrain.py [KEY=VALUE ...] [quick]          (on an idle ma
 
 Every arm gets the same seconds, pretraining included. Its steps follow from the seconds of a step, which are measured
 first, alone, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle
-machine, and at_once changes no figure by more than rounding.
+machine. at_once leaves the steps as they are; another number of threads rounds differently.
 Start-up, evaluation and drawing are not counted, on any side. Each result is a row of results.jsonl; the same command
 goes on where it was stopped. It ends with a table, table.md and curves.png: means over the seeds, and the spread.
 
