@@ -1,5 +1,7 @@
 """What the demo takes for its command line, and which folders it empties."""
 
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +55,26 @@ def test_links_in_an_earlier_demo_are_taken_away_and_not_followed(root):
     demo.clear("linked")
     assert (root / "linked").is_symlink() and not any((root / "outputs/demo").iterdir())
     assert (root / "outputs/run/config.json").is_file()
+
+
+def test_a_resnet18_that_fails_ends_the_demo(tmp_path):
+    said = rf"^demo: resnet18 ended with status 2; {tmp_path}/resnet18.log says why"
+    with pytest.raises(SystemExit, match=said), demo.Demo(str(tmp_path), ["bogus=1"]).beside_resnet18("resnet18"):
+        pass
+    assert "bogus" in (tmp_path / "resnet18.log").read_text()
+
+
+def test_a_stage_that_fails_ends_the_resnet18_beside_it(tmp_path, monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def spy(*words, **more):
+        started.append(start(*words, **more))
+        return started[-1]
+
+    monkeypatch.setattr(demo.subprocess, "Popen", spy)
+    with pytest.raises(SystemExit, match="stage"), demo.Demo(str(tmp_path), []).beside_resnet18("resnet18"):
+        sys.exit("stage")
+    assert started[0].wait(timeout=60) == -signal.SIGKILL
 
 
 def test_words_of_the_command_line(monkeypatch):
