@@ -33,6 +33,7 @@ from utils.record.progress import counting
 log = get_logger(__name__)
 
 _LEAST_BEFORE_DIVERGING = 5  # updates whose noise does not count as divergence
+_MOST_SKIPPED = 4  # in a row, by the loss scale of fp16: gradients that have grown 16 times diverge
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
     rates: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
-    first_update_sec, started = 0.0, time.perf_counter()
+    first_update_sec, skipped, started = 0.0, 0, time.perf_counter()
     with counting("learning-rate range test") as report:
         for number in range(steps):
             run.recorder.phase(0, f"range test, update {number + 1} of {steps}")
@@ -115,11 +116,15 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
             first_update_sec = first_update_sec or time.perf_counter() - started
             report(number + 1, steps)
             total, weight = (float(value) for value in result.sums["loss"])
+            if result.weight == 0:
+                continue  # no image could be read
             if not result.applied:
-                # No image could be read, or the loss scale of fp16 is still too high: no fault of the rate.
-                if result.weight == 0 or learner.scale.enabled:
+                skipped += 1
+                # At first the loss scale of fp16 is too high, later for a moment: no fault of the rate.
+                if learner.scale.enabled and (not losses or skipped < _MOST_SKIPPED):
                     continue
                 return Curve(rates, losses, smoothed, True, first_update_sec)
+            skipped = 0
             rates.append(sweep.at(number).lr)
             losses.append(total / weight)
             smoothed = smooth(losses, config.smoothing)
@@ -157,9 +162,7 @@ def find_lr(run: Run, config: TrainingConfig) -> None:
 
 
 def _write(run: Run, curve: Curve, found: Suggestion, seconds: float) -> None:
-    """Write lr_finder.json and plots/lr_finder_plot.png; on rank 0."""
-    if not curve.losses:
-        return
+    """Write lr_finder.json and, of a curve with points, plots/lr_finder_plot.png; on rank 0."""
     from utils.record.lr_plot import plot_range_test  # imports matplotlib
 
     folder = run.saver.folder
@@ -167,6 +170,8 @@ def _write(run: Run, curve: Curve, found: Suggestion, seconds: float) -> None:
     with ignore_write_errors(file):
         values = {"configured": run.plan.lr, **asdict(found), "seconds": seconds, "curve": asdict(curve)}
         write_json(file, values)
+    if not curve.losses:
+        return  # nothing to draw
     with ignore_write_errors(picture):
         outcome = "no answer" if found.taken is None else f"takes {found.taken:.3g}"
         title = f"{folder.path.resolve().name}: range test, {len(curve.losses)} updates, {outcome}"

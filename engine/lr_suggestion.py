@@ -6,7 +6,6 @@ Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import numpy as np
 
@@ -15,6 +14,7 @@ LEAST_POINTS = 20
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
 _BEGUN = 0.1  # of the whole fall: then it has begun
+_USABLE = 0.5  # of the rate of the lowest loss: a run of many updates becomes unstable earlier than a sweep
 _EDGE = 5  # the first smoothed losses are means of few, so their slopes are noise
 
 
@@ -51,7 +51,7 @@ def smooth(losses: Sequence[float], factor: float) -> list[float]:
 
 
 def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
-    """Return what a curve suggests by `method`; auto takes the middle of the three.
+    """Return what a curve suggests by `method`; auto takes the greatest up to half the rate of the lowest loss.
 
     steepest: where the loss falls fastest. minimum_tenth: a tenth of the rate of the lowest loss (Smith takes a little
     less than the rate where the loss becomes ragged). valley: half way, in updates, from where it begins to fall to
@@ -70,9 +70,10 @@ def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
     }
     if method != "auto":
         return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates)
-    middle = median(rates.values())
-    name = next(name for name, rate in rates.items() if rate == middle)
-    return Suggestion(middle, f"{name}, the middle one of the three", rates)
+    usable = {name: rate for name, rate in rates.items() if rate <= _USABLE * curve.rates[lowest]}
+    name = max(usable, key=usable.__getitem__)
+    reason = f"{name}, the greatest up to half of {curve.rates[lowest]:.3g}, where the loss is lowest"
+    return Suggestion(rates[name], reason, rates)
 
 
 def _find_problem(curve: Curve, smoothing: float) -> str | None:

@@ -193,3 +193,4 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     run.passed_over_steps = state["passed_over"]
     if state.get("found_lr") is not None:  # older checkpoints have none
         run.use_lr(state["found_lr"])
+        log.info("resume: the peak rate is %.3g, which the range test of this run found", run.found_lr)

@@ -1,18 +1,24 @@
 """The range test: what it reads from a curve, that it leaves no trace, and that its rate is the run's."""
 
+import itertools
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.config import LRFinderConfig
-from engine.lr_finder import RangeSweep, undone
+from engine.lr_finder import RangeSweep, range_test, undone
 from engine.lr_suggestion import Curve, smooth, suggest
+from engine.step import LossScale
 from optim.groups import set_group_values
+from tests.engine.test_fsdp import assert_same_rows
 from tests.engine.test_learner import OURS, make_batch, make_learner, tensors_of
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
+from tests.support import run as run_ranks
 from utils.errors import UserError
 from utils.io.weights import read_weights
 
@@ -47,7 +53,19 @@ def test_a_curve_with_a_valley(method, rate):
     found = suggest(make_curve(valley), method, FACTOR)
     assert found.taken == pytest.approx(rate, rel=0.15) and found.taken in found.rates.values()
     assert set(found.rates) == {"steepest", "minimum_tenth", "valley"}
-    assert ("the middle one" in found.reason) if method == "auto" else found.reason == f"lr_finder.suggestion={method}"
+    auto = "valley, the greatest up to half of 0.1, where the loss is lowest"
+    assert found.reason == (auto if method == "auto" else f"lr_finder.suggestion={method}")
+
+
+def test_auto_takes_no_rate_close_to_the_instability():
+    """Where the loss falls late, two of the three lie above half the rate of the lowest loss."""
+
+    def late(rate):
+        return 2.0 - 1.0 / (1 + math.exp(-20 * (math.log10(rate) + 1.2))) + 50 * max(0.0, rate - 0.1)
+
+    found = suggest(make_curve(late), "auto", FACTOR)
+    assert min(found.rates["steepest"], found.rates["valley"]) > 0.05
+    assert found.taken == found.rates["minimum_tenth"] == pytest.approx(0.01)
 
 
 def test_what_comes_after_the_first_instability_is_not_read():
@@ -106,6 +124,83 @@ def test_the_sweep_keeps_the_ratios_of_groups():
     assert all(group["lr"] == pytest.approx(0.02575 * group["lr_scale"]) for group in learner.optimizer.param_groups)
 
 
+def make_run(learner, *, must_stop=False):
+    """What a range test reads of a run."""
+    return SimpleNamespace(learner=learner, must_stop=must_stop, recorder=SimpleNamespace(phase=lambda *_: None))
+
+
+def in_fp16(learner):
+    """Give a learner the autocast and the loss scale of fp16, which choose_runtime refuses on a CPU."""
+    learner.runtime = replace(learner.runtime, precision="fp16")
+    learner.scale = LossScale(learner.runtime)
+    return learner
+
+
+def test_the_updates_are_the_runs_own():
+    """With its precision, its micro-batches and its clipping: the losses of a loop over the learner's update."""
+    settings = ["optim=sgd", "runtime.precision=bf16", "loop.clip_grad_norm=0.01"]
+    halves = [{name: tensor[half::2] for name, tensor in make_batch().items()} for half in (0, 1)]
+    config = finder(start_lr=1e-2, end_lr=1.0, steps=12, diverge_factor=100.0)
+    losses = {}
+    for name, more in {"clipped": [], "free": ["loop.clip_grad_norm=null"]}.items():
+        curve = range_test(make_run(make_learner(*settings, *more)), itertools.repeat(halves), config, 12)
+        assert curve.rates == pytest.approx([10 ** (-2 + 2 * number / 11) for number in range(12)])
+        assert curve.smoothed == smooth(curve.losses, 0.5) and not curve.diverged
+        learner, losses[name] = make_learner(*settings, *more), []
+        learner.schedule = RangeSweep(learner.schedule, config, 12)
+        for _ in range(12):
+            total, weight = learner.update(halves).sums["loss"]
+            losses[name].append(float(total) / float(weight))
+        assert weight == 8 and curve.losses == losses[name]
+    assert losses["clipped"][-1] != losses["free"][-1]
+
+
+def test_it_ends_where_the_loss_diverges():
+    """The smoothed loss exceeds its lowest `diverge_factor` times; the rest of the sweep is not made."""
+    config = finder(end_lr=1e5, steps=40, diverge_factor=2.0)
+    learner = make_learner("optim=sgd", "task.label_smoothing=0.0")
+    curve = range_test(make_run(learner), itertools.repeat([make_batch()]), config, 40)
+    assert curve.diverged and 5 < len(curve.losses) < 40 and learner.step == len(curve.losses)
+    *before, last = curve.smoothed
+    assert last > 2.0 * min(before) and all(loss <= 2.0 * min(before) for loss in before[5:])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_it_ends_where_the_loss_is_no_number(precision):
+    """In fp16 not at the first step that is skipped: the loss scale may be too high for a moment."""
+    learner, batch = make_learner("optim=sgd"), make_batch()
+    learner = in_fp16(learner) if precision == "fp16" else learner
+    finite, results = learner.update, []
+
+    def update(batches, *, stop):
+        if len(results) >= 8:
+            for parameter in learner.task.parameters():
+                parameter.data.fill_(float("nan"))
+        results.append(finite(batches, stop=stop))
+        return results[-1]
+
+    learner.update = update
+    curve = range_test(make_run(learner), itertools.repeat([batch]), finder(steps=40), 40)
+    applied = [bool(result.applied) for result in results]
+    assert curve.diverged and len(curve.losses) == sum(applied) <= 8 and all(map(math.isfinite, curve.losses))
+    assert applied[8:] == [False] * (1 if precision == "fp32" else 4)
+
+
+def test_a_batch_that_cannot_be_read_is_no_point_of_the_curve():
+    blank = {**make_batch(), "weight": torch.zeros(8)}
+    batches = itertools.cycle([[blank], [make_batch()]])
+    curve = range_test(make_run(make_learner("optim=sgd")), batches, finder(steps=6), 6)
+    sweep = RangeSweep(make_learner().schedule, finder(), 6)
+    assert not curve.diverged and curve.rates == [sweep.at(step).lr for step in (1, 3, 5)]
+
+
+def test_a_stop_signal_ends_it(caplog):
+    with pytest.raises(SystemExit) as stop:
+        run = make_run(make_learner("optim=sgd"), must_stop=True)
+        range_test(run, itertools.repeat([make_batch()]), finder(), 5)
+    assert stop.value.code == 75
+
+
 def everything(learner):
     """All that an update may change: tensors, optimiser state and group values, schedule, generator."""
     groups = [
@@ -129,6 +224,7 @@ LEARNERS = {
     "muon": (["optim=muon"], OURS),
     "lamb": (["optim=timm", "optim.opt=lamb"], OURS),
     "buffers": (["optim=sgd"], RESNET),
+    "fp16": (["optim=sgd"], OURS),
 }
 
 
@@ -138,6 +234,7 @@ def test_no_trace_is_left_of_it(case, updates_before):
     """Bit for bit, before the first update and later; the rates are high enough for numbers that overflow."""
     overrides, model = LEARNERS[case]
     learner, batch = make_learner(*overrides, model=model), make_batch()
+    learner = in_fp16(learner) if case == "fp16" else learner
     for _ in range(updates_before):
         learner.update([batch])
     tensors, state, groups, rest = everything(learner)
@@ -171,10 +268,19 @@ def searched(tmp_path_factory):
     return folder, base
 
 
-def test_it_writes_what_it_found(searched):
+def test_it_writes_what_it_found_and_says_why(searched):
     folder, _ = searched
     found = json.loads((folder / "run/lr_finder.json").read_text())
-    assert found["taken"] == sorted(found["rates"].values())[1] and found["configured"] != found["taken"]
+    lowest = 10 * found["rates"]["minimum_tenth"]
+    assert found["reason"].endswith(f", the greatest up to half of {lowest:.3g}, where the loss is lowest")
+    listed = ", ".join(f"{name} {rate:.3g}" for name, rate in found["rates"].items())
+    said = (folder / "run/log.txt").read_text()
+    assert (
+        f"lr_finder: {listed}; takes {found['taken']:.3g} ({found['reason']}); configured was {found['configured']:.3g}"
+        in said
+    )
+    assert found["taken"] == max(rate for rate in found["rates"].values() if rate <= 0.5 * lowest)
+    assert found["configured"] != found["taken"]
     assert len(found["curve"]["rates"]) == len(found["curve"]["losses"]) == len(found["curve"]["smoothed"]) <= 24
     assert (folder / "run/plots/lr_finder_plot.png").stat().st_size > 10_000
 
@@ -202,10 +308,35 @@ def test_a_resumed_run_does_not_search_again(searched, capsys):
     run("finetune", [*base, *SEARCH, "loop.total_steps=26", f"run_dir={folder}/run"], folder)
     said = capsys.readouterr().err
     assert "resumed from" in said and "lr_finder" not in said
+    assert "resume: the peak rate is" in said and "which the range test of this run found" in said
     assert (folder / "run/lr_finder.json").stat().st_mtime_ns == written
     found = json.loads((folder / "run/lr_finder.json").read_text())["taken"]
     state = json.loads((folder / "run/checkpoints/step_00000026/state.json").read_text())
     assert state["found_lr"] == found
+
+
+def test_the_rate_found_is_not_part_of_the_recipe(searched, tmp_path, capsys):
+    """The folder's name is the recipe's hash: the same command finds the run, and its rate."""
+    _, base = searched
+    for steps in (24, 26):
+        run("finetune", [*base, *SEARCH, f"loop.total_steps={steps}"], tmp_path)
+    assert "which the range test of this run found" in capsys.readouterr().err
+    assert len(list((tmp_path / "outputs/finetune").iterdir())) == 1
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_ranks_find_the_rate_of_one(searched):
+    """With replicated and with sharded parameters; the run after it is the same up to summation order."""
+    folder, base = searched
+    one = json.loads((folder / "run/lr_finder.json").read_text())
+    for name in ("ddp", "fsdp"):
+        own = [f"runtime.parallel={name}", "loop.keep_checkpoints=9", f"run_dir={folder}/{name}"]
+        run_ranks("finetune.py", [*base, *SEARCH, *own], folder, ranks=2)
+        other = json.loads((folder / name / "lr_finder.json").read_text())
+        assert other["rates"] == one["rates"] and other["taken"] == one["taken"]
+        assert other["curve"]["losses"] == pytest.approx(one["curve"]["losses"], rel=1e-4)
+        assert_same_rows(folder / "given", folder / name, 1e-3)
 
 
 @pytest.mark.parametrize("key", ["lr", "base_lr"])
