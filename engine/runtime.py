@@ -128,12 +128,11 @@ def _choose_workers(wanted: str | int, device: str) -> int:
         return 0
     machine = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    # A scheduler that binds each task to its own cores has already divided them.
-    local_size = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
-    )
-    share = usable // local_size if usable == machine else usable
-    return max(1, min(_MOST_WORKERS, share - 1))
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # 4(x2),3: two nodes with 4, one with 3
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or max(int(part.split("(")[0]) for part in tasks))
+    # A scheduler that binds each task to its own cores has already divided them; torchrun's ranks share theirs.
+    divided = usable < machine and "TORCHELASTIC_RUN_ID" not in os.environ
+    return max(1, min(_MOST_WORKERS, (usable if divided else usable // local_size) - 1))
 
 
 def _set_backends(config: MachineConfig, device: str) -> None:

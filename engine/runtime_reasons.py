@@ -3,8 +3,16 @@
 from engine.config import RuntimeConfig
 from engine.runtime import COMPILE_PAYS_AFTER_STEPS, Runtime, has_bf16, missing_for_compile
 
-# Times the speed of eager float32, bf16 and compiled together, on two CPU cores (docs/benchmarks.md).
-_CPU_GAIN = "1.4 to 1.6 times the speed, measured with compile on two cores"
+# CPU: bf16 and compile together against eager float32 (docs/benchmarks.md). GPU: bounds of convnextv2_tiny with 128
+# images on an H200, 51 ms of products in exact float32 and 4.3 in bf16; not yet measured.
+_BF16_GAIN = {
+    "cpu": "1.4 to 1.6 times the speed, measured with compile on two cores",
+    "cuda": "products in a twelfth of the time, on paper for an H200",
+}
+# As in COMPILE_PAYS_AFTER_STEPS.
+_COMPILE_GAIN = {"cpu": "a quarter of a step, measured on two cores", "cuda": "10 to 20 ms of a step, estimated"}
+# Eager, against channels-first (docs/benchmarks.md, ONNX Runtime).
+_CPU_CHANNELS_LAST = "(ConvNeXt V2 in inference: 0.92 to 1.05 times the speed)"
 
 
 def runtime_reasons(config: RuntimeConfig, runtime: Runtime, *, compiles: bool, total_steps: int) -> list[str]:
@@ -21,34 +29,40 @@ def _origin(value: object) -> str:
 
 
 def _precision(config: RuntimeConfig, runtime: Runtime) -> str:
-    line, native = f"precision={runtime.precision} ({_origin(config.precision)}", has_bf16(runtime.device.type)
-    what = "this GPU" if runtime.device.type == "cuda" else "this CPU"
+    device = runtime.device.type
+    line, native = f"precision={runtime.precision} ({_origin(config.precision)})", has_bf16(device)
+    what, faster = ("this GPU", "fp16") if device == "cuda" else ("this CPU", "fp32")
     if runtime.precision == "bf16":
-        reason = "multiplies bf16 natively" if native else "has no bf16 arithmetic, so fp32 is faster here"
-        reason = f"{what} {reason}"
-    elif runtime.precision == "fp16":
-        reason = (
-            "bf16 is as fast here and needs no loss scale" if native else f"{what} has fp16, and no bf16 arithmetic"
-        )
-    elif native:
-        gain = _CPU_GAIN if runtime.device.type == "cpu" else "about twice the speed where products dominate"
-        reason = f"{what} multiplies bf16 natively: runtime.precision=bf16 would give {gain}"
-    else:
-        reason = f"{what} has no bf16 arithmetic"
-    return f"{line}): {reason}"
+        reason = "multiplies bf16 natively" if native else f"has no bf16 arithmetic, so {faster} is faster here"
+        return f"{line}: {what} {reason}"
+    if runtime.precision == "fp16":
+        reason = "bf16 is as fast here and needs no loss scale"
+        return f"{line}: {reason if native else f'{what} has fp16, and no bf16 arithmetic'}"
+    if native:
+        return f"{line}: {what} multiplies bf16 natively: runtime.precision=bf16 would give {_BF16_GAIN[device]}"
+    advice = "; runtime.precision=auto would take fp16" if device == "cuda" else ""
+    return f"{line}: {what} has no bf16 arithmetic{advice}"
 
 
 def _tf32(config: RuntimeConfig) -> str:
-    """As `choose_runtime` sets it."""
-    if not config.deterministic and config.precision != "fp32":
-        return "tf32=on: float32 products that remain use tensor cores; runtime.precision=fp32 turns it off"
-    why = "runtime.deterministic=true" if config.deterministic else "runtime.precision=fp32"
-    return f"tf32=off: {why} asks for exact float32; runtime.precision=auto would use tensor cores"
+    """As `choose_runtime` sets it; GPUs have had TF32 for as long as bf16."""
+    if not has_bf16("cuda"):
+        return "tf32=off: this GPU has none"
+    exact = {}
+    if config.precision == "fp32":
+        exact["runtime.precision=fp32"] = "runtime.precision=auto"
+    if config.deterministic:
+        exact["runtime.deterministic=true"] = "runtime.deterministic=false"
+    if exact:
+        return f"tf32=off: exact float32 by {' and '.join(exact)}; tensor cores need {' and '.join(exact.values())}"
+    return "tf32=on: float32 products that remain use tensor cores; runtime.precision=fp32 turns it off"
 
 
 def _compile(config: RuntimeConfig, runtime: Runtime, compiles: bool, total_steps: int) -> str:
     line = f"compile={'on' if compiles else 'off'} ({_origin(config.compile)})"
     device, pays = runtime.device.type, COMPILE_PAYS_AFTER_STEPS[runtime.device.type]
+    if compiles and total_steps < pays:
+        return f"{line}: {total_steps} steps are too few to pay for it (from {pays} on)"
     if compiles:
         return f"{line}: {total_steps} steps pay for compiling, which takes the time of about {pays} steps' gain"
     if missing := missing_for_compile(device):
@@ -56,19 +70,28 @@ def _compile(config: RuntimeConfig, runtime: Runtime, compiles: bool, total_step
     if config.deterministic:
         return f"{line}: runtime.deterministic=true"
     if config.compile != "auto" and total_steps >= pays:
-        return f"{line}: {total_steps} steps would pay for it (from {pays} on); runtime.compile=auto turns it on"
+        return (
+            f"{line}: {total_steps} steps would pay for it (from {pays} on: it saves {_COMPILE_GAIN[device]}); "
+            "runtime.compile=auto turns it on"
+        )
     return f"{line}: {total_steps} steps do not pay for it; {pays} would"
 
 
 def _memory_format(config: RuntimeConfig, runtime: Runtime) -> str:
     line = f"channels_last={'on' if runtime.channels_last else 'off'} ({_origin(config.channels_last)})"
     if runtime.device.type == "cuda":
-        return f"{line}: convolutions on tensor cores want it" + ("" if runtime.channels_last else "; set it to auto")
-    return f"{line}: on a CPU some networks gain from it and others lose; try runtime.channels_last=true"
+        advice = "" if runtime.channels_last else "; runtime.channels_last=auto turns it on"
+        return f"{line}: convolutions on tensor cores want it{advice}"
+    advice = "" if runtime.channels_last else "; try runtime.channels_last=true"
+    return f"{line}: on a CPU some networks gain from it and others lose {_CPU_CHANNELS_LAST}{advice}"
 
 
 def _workers(config: RuntimeConfig, runtime: Runtime) -> str:
     line = f"workers={runtime.workers} ({_origin(config.workers)})"
     if runtime.device.type == "cpu":
-        return f"{line}: on a CPU, training needs the cores itself; bench/loader.py measures other settings"
-    return f"{line}: a share of this machine's cores per GPU; bench/loader.py measures other settings"
+        reason = "on a CPU, training needs the cores itself"
+        advice = ", so that runtime.workers=auto takes none" if runtime.workers else ""
+    else:
+        reason = "a share of this machine's cores per GPU"
+        advice = "" if config.workers == "auto" else " is what runtime.workers=auto takes"
+    return f"{line}: {reason}{advice}; bench/loader.py measures other settings"

@@ -1,15 +1,26 @@
-"""Whether torch.compile is to be had: literal cases of compiler, headers and Triton, and the refusals."""
+"""What `auto` chooses on which machine: literal tables, on machines that are not there."""
+
+import os
 
 import pytest
+import torch
 
 from engine.config import RuntimeConfig
-from engine.runtime import COMPILE_PAYS_AFTER_STEPS, can_compile, choose_compile, missing_for_compile
+from engine.runtime import (
+    COMPILE_PAYS_AFTER_STEPS,
+    can_compile,
+    choose_compile,
+    choose_runtime,
+    missing_for_compile,
+)
 from utils.errors import UserError
 
 CONFIG = RuntimeConfig(
     device="cpu", precision="fp32", compile="auto", channels_last=False, workers=0, prefetch_batches=1, threads=1,
     deterministic=False, sync_batchnorm=False, grad_checkpointing=False, parallel="ddp", hang_timeout_sec=60.0,
 )  # fmt: skip
+AUTO = {"device": "auto", "precision": "auto", "channels_last": "auto", "workers": "auto"}
+MATMUL, CONV = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
 
 @pytest.fixture
@@ -80,3 +91,112 @@ def test_auto_compiles_long_runs_where_that_can_be_had(headers, machine):
         assert choose_compile(CONFIG, "cpu", steps) == (pays and headers is not None)
     assert not choose_compile(CONFIG.model_copy(update={"deterministic": True}), "cpu", 10**6)
     assert not choose_compile(CONFIG.model_copy(update={"compile": False}), "cpu", 10**6)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Return what choose_runtime chooses, with a GPU of this capability where one is given.
+
+    It sets switches of the process, which are put back afterwards.
+    """
+    cudnn = torch.backends.cudnn
+    before = MATMUL.fp32_precision, CONV.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is removed again
+        monkeypatch.delenv(name)
+
+    def choose(capability=None, **changes):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: int(capability is not None))
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+        return choose_runtime(CONFIG.model_copy(update=AUTO | changes))
+
+    yield choose
+    MATMUL.fp32_precision, CONV.fp32_precision, cudnn.benchmark, deterministic = before
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize(
+    "capability, precision", [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+)
+def test_a_gpu_takes_bf16_where_it_multiplies_it(capability, precision, chosen):
+    runtime = chosen(capability)
+    assert (str(runtime.device), runtime.precision, runtime.channels_last) == ("cuda:0", precision, True)
+    assert chosen(capability, precision="fp32").precision == "fp32"
+    assert chosen(capability, channels_last=False).channels_last is False
+
+
+@pytest.mark.parametrize(
+    "avx512, amx, precision", [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]
+)
+def test_a_cpu_takes_bf16_where_it_multiplies_it(avx512, amx, precision, chosen, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    runtime = chosen()
+    assert (str(runtime.device), runtime.precision, runtime.channels_last) == ("cpu", precision, False)
+    assert chosen((9, 0), device="cpu").precision == precision  # the GPU's bf16 is not the CPU's
+    assert chosen(precision="bf16").precision == "bf16"
+    assert chosen(channels_last=True).channels_last is True
+
+
+@pytest.mark.parametrize(
+    "precision, deterministic, float32",
+    [
+        ("auto", False, "tf32"),
+        ("bf16", False, "tf32"),
+        ("fp32", False, "ieee"),
+        ("auto", True, "ieee"),
+        ("fp32", True, "ieee"),
+    ],
+)
+def test_float32_is_exact_where_it_is_a_reference(precision, deterministic, float32, chosen):
+    """Whatever the job before has set."""
+    other = {"tf32": "ieee", "ieee": "tf32"}[float32]
+    MATMUL.fp32_precision = CONV.fp32_precision = other
+    torch.backends.cudnn.benchmark = deterministic
+    chosen(precision=precision, deterministic=deterministic)
+    assert (MATMUL.fp32_precision, CONV.fp32_precision) == (other, other)  # a CPU has no use for them
+    chosen((8, 0), precision=precision, deterministic=deterministic)
+    assert (MATMUL.fp32_precision, CONV.fp32_precision) == (float32, float32)
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+TORCHRUN, SLURM = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4"}, "SLURM_STEP_TASKS_PER_NODE"
+
+
+@pytest.mark.parametrize(
+    "usable, machine, variables, workers",
+    [
+        (8, 8, {}, 7),
+        (None, 8, {}, 7),  # a system without affinity
+        (8, 64, {}, 7),
+        (64, 64, {}, 24),
+        (25, 25, {}, 24),
+        (24, 24, {}, 23),
+        (64, 64, TORCHRUN, 15),
+        (32, 64, TORCHRUN, 7),  # a container's cores, shared by its ranks
+        (64, 64, {"LOCAL_WORLD_SIZE": "4"}, 15),
+        (64, 64, {"LOCAL_WORLD_SIZE": "4", SLURM: "1"}, 15),
+        (64, 64, {SLURM: "4"}, 15),
+        (64, 64, {SLURM: "4(x2)"}, 15),
+        (64, 64, {SLURM: "4,3"}, 15),
+        (64, 64, {SLURM: "1,4(x2)"}, 15),
+        (16, 64, {SLURM: "4(x2)"}, 15),  # each task is bound to its own cores
+        (4, 4, TORCHRUN, 1),
+        (2, 2, TORCHRUN, 1),
+        (1, 1, {}, 1),
+        (1, 64, {SLURM: "4(x2)"}, 1),
+    ],
+)
+def test_workers_are_a_share_of_the_cores(usable, machine, variables, workers, chosen, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.cpu_count", lambda: machine)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(usable or 0)), raising=False)
+    if usable is None:
+        monkeypatch.delattr("os.sched_getaffinity")
+    assert chosen((9, 0)).workers == workers
+    assert chosen().workers == 0  # on a CPU, training needs the cores itself
+    assert (chosen((9, 0), workers=0).workers, chosen(workers=30).workers) == (0, 30)
