@@ -100,3 +100,19 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class PeakMemory:
+    """The most memory that a run has used, over all resumptions."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0.0  # of earlier processes
+
+    @property
+    def gib(self) -> float:
+        """Return the peak so far."""
+        return max(self._before, peak_memory_gib(self._device))
+
+    def load(self, gib: float | None) -> None:
+        """Restore a saved peak; None, of older checkpoints, counts this process alone."""
+        self._before = gib or 0.0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import TrainingConfig
-from engine.meters import Meter, TrainingClock, peak_memory_gib
+from engine.meters import Meter, PeakMemory, TrainingClock
 from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.skips import SkipWatch
@@ -62,7 +62,7 @@ class Recorder:
         self._samples: SampleLog | None = None
         self._tracker: Tracker | None = None
         self._live_plots: LivePlots | None = None
-        self._device = runtime.device
+        self._peak_memory = PeakMemory(runtime.device)
         self._training_clock = TrainingClock()
         self._clock = (0, 0.0)
         self._next_plot = 0.0
@@ -189,7 +189,7 @@ class Recorder:
         readings = {
             "images_per_sec": self._training_clock.end_epoch(step) * self._plan.global_batch_size,
             "seconds": self._training_clock.seconds,
-            "peak_memory_gib": peak_memory_gib(self._device),
+            "peak_memory_gib": self._peak_memory.gib,
         }
         scheduled = _scheduled(self._values_at(step - 1))
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **scheduled, **readings})
@@ -221,6 +221,7 @@ class Recorder:
             "skipped": self.skips.steps,
             "skipped_empty": self.skips.empty,
             "clock": self._training_clock.state(),
+            "peak_memory_gib": self._peak_memory.gib,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -228,4 +229,5 @@ class Recorder:
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.load(state["skipped"], state["skipped_empty"])
-        self._training_clock.load(state.get("clock"), state["step"])  # older checkpoints have none
+        self._training_clock.load(state.get("clock"), state["step"])  # older checkpoints have neither
+        self._peak_memory.load(state.get("peak_memory_gib"))

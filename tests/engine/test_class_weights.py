@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from engine.tasks import mixing
 from engine.tasks.classification import balance
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from tests.engine.test_learner import BATCH, OURS, make_batch
+from engine.tasks.mixing import Mixing
+from tests.engine.test_learner import OURS, make_batch
 from tests.in_process import SHORT, configure, make_images, run
 from utils.io.weights import read_weights
 
@@ -24,21 +26,25 @@ def test_a_class_without_an_image_counts_for_nothing():
     assert balance(np.array([0, 0, 2]), ["a", "b", "c"])[::2] == pytest.approx([0.75, 1.5])
 
 
-@pytest.mark.parametrize("mixup", [0.0, 1.0])
-def test_the_loss_of_training_is_weighted(mixup):
+# With mixup, three quarters of an image's own class and one of its partner's: image i is mixed with image 7 - i.
+@pytest.mark.parametrize(
+    "mixup, weights", [(0.0, [4.0, 1.0, 0.5, 0.0]), (1.0, [3.0, 0.875, 0.625, 1.0])], ids=["plain", "mixup"]
+)
+def test_the_loss_of_training_is_weighted(mixup, weights, monkeypatch):
+    """By the weight of an image's class; an image mixed from two classes has a mixed weight."""
+    monkeypatch.setattr(Mixing, "draw", lambda self, height, width: mixing._Draw(0.75, None))
     config, _ = configure("train", [*OURS, *SHORT, f"task.mixup_alpha={mixup}", "task.label_smoothing=0.0"])
     facts = {"class_names": ["a", "b", "c", "d"], "class_weights": [4.0, 1.0, 0.5, 0.0]}
     torch.manual_seed(0)
     task = KINDS["classification"].build(Setup(config.model, config.task, config.augment.preprocessing(3), facts))
-    batch, weights = make_batch(), torch.tensor(facts["class_weights"])
-    logits = task.network(task.normalise(batch["images"]))
-    plain = F.cross_entropy(logits, batch["labels"], reduction="none")
-    torch.manual_seed(1)
-    loss = task.train()(batch, {}).loss
-    if mixup == 0:
-        torch.testing.assert_close(loss, plain * weights[batch["labels"]])
-    else:  # an image mixed from two classes has a mixed weight
-        assert not torch.allclose(loss, plain * weights[batch["labels"]]) and len(loss) == BATCH
+    batch = make_batch()
+    images, targets = task.normalise(batch["images"]), F.one_hot(batch["labels"], 4).float()
+    plain = F.cross_entropy(task.network(images), targets, reduction="none")
+    if mixup:
+        images, targets = (torch.lerp(each.flip(0), each, 0.75) for each in (images, targets))
+        torch.testing.assert_close(targets @ torch.tensor(facts["class_weights"]), torch.tensor(2 * weights))
+    expected = F.cross_entropy(task.network(images), targets, reduction="none") * torch.tensor(2 * weights)
+    torch.testing.assert_close(task.train()(batch, {}).loss, expected)
     torch.testing.assert_close(task.eval()(batch, {}).loss, plain)
 
 

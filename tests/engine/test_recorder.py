@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+import engine.meters
 import engine.recorder
 import utils.record.plots
 from engine.meters import TrainingClock, peak_memory_gib
@@ -133,6 +134,26 @@ def test_a_checkpoint_without_seconds_begins_at_none(tmp_path, clock):
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["seconds"] == pytest.approx(1.2)
     assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
+    recorder.close(completed_step=None)
+
+
+@pytest.mark.parametrize(
+    "is_older, own, peak",
+    [(False, 1.25, 3.0), (False, 4.5, 4.5), (True, 1.25, 1.25)],
+    ids=["less since", "more since", "older checkpoint"],
+)
+def test_the_peak_of_memory_goes_on_after_a_resumption(is_older, own, peak, tmp_path, monkeypatch):
+    """The greater of the peak that was saved and that of this process; it is saved again."""
+    monkeypatch.setattr(engine.meters, "peak_memory_gib", lambda device: 3.0)
+    state = {"step": 14, **json.loads(json.dumps(make_recorder(tmp_path).state()))}
+    if is_older:
+        del state["peak_memory_gib"]
+    monkeypatch.setattr(engine.meters, "peak_memory_gib", lambda device: own)
+    recorder = make_recorder(tmp_path)
+    recorder.load_state(state)
+    recorder.open(14, str)
+    recorder.end_epoch(20, 1, {})
+    assert last_row(recorder)["peak_memory_gib"] == recorder.state()["peak_memory_gib"] == peak
     recorder.close(completed_step=None)
 
 

@@ -1,0 +1,159 @@
+"""train.py as users type it: what its defaults are, what a run of its own network leaves, and what it refuses."""
+
+import csv
+import json
+import math
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tests.in_process import configure, run, run_command
+from utils.config.messages import ConfigError
+from utils.io.files import read_json
+from utils.io.weights import read_weights
+
+# ------------------------------------------------------------------------------------------------------- the defaults
+
+DEFAULTS = {
+    "model.name": "resnet18",
+    "model.pretrained": False,
+    "data.name": "glyphs",
+    "task.name": "classification",
+    "task.label_smoothing": 0.1,
+    "optim.name": "sgd",
+    "optim.nesterov": True,
+    "optim.weight_decay": 5e-4,
+    "schedule.name": "onecycle",
+    "schedule.peak_fraction": 0.3,
+    "lr_finder.enabled": True,
+    "loop.total_epochs": "auto",
+    "loop.global_batch_size": 128,
+    "tracking.live_plots": True,
+}
+
+
+@pytest.mark.parametrize("data", ["glyphs", "image_folder"])
+def test_the_defaults_are_those_of_the_recipe(data):
+    config, job = configure("train", [f"data={data}", "data.root=photos"])
+    values = config.model_dump()
+    found = {key: values[key.split(".")[0]][key.split(".")[1]] for key in DEFAULTS}
+    assert found == DEFAULTS | {"data.name": data}
+    assert job.choices["augment"] == f"train_{data}"
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
+
+COLOURS = ["black", "blue", "green", "red", "white", "yellow"]
+CORRUPT, MISLABELLED = "black/0.png", "yellow/5.png"  # of training and of what is split off
+SHORT = [
+    "augment.image_size_hw=[32,32]", "loop.total_steps=30", "loop.global_batch_size=10", "lr_finder.max_share=1.0",
+    "runtime.device=cpu", "runtime.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with folders of six colours, without val/, and a run of train.py on them."""
+    folder = tmp_path_factory.mktemp("train")
+    photos = folder / "photos"
+    for colour in COLOURS:
+        (photos / colour).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (36 + number, 36), colour).save(photos / colour / f"{number}.png")
+    Image.new("RGB", (36, 36), "red").save(photos / MISLABELLED)
+    (photos / CORRUPT).write_bytes((photos / CORRUPT).read_bytes()[:60])
+    run("train", ["data=image_folder", "data.root=photos", "run_dir=run", *SHORT], folder)
+    return folder
+
+
+@pytest.fixture
+def log(place):
+    return (place / "run/log.txt").read_text()
+
+
+def test_a_missing_validation_split_is_split_off_and_said(log):
+    assert log.count("no val/ folder: split off 6 of 36 images (fraction 0.1), stratified over 6 classes") == 1
+
+
+def test_the_range_test_is_kept_and_its_rate_is_the_runs(place, log):
+    found = read_json(place / "run/lr_finder.json")
+    assert 20 <= len(found["curve"]["losses"]) <= 30 and f"{len(found['curve']['losses'])} updates in" in log
+    assert found["taken"] in found["rates"].values() and sorted(found["rates"])[0] == "minimum_tenth"
+    assert read_json(place / "run/checkpoints/step_00000030/state.json")["found_lr"] == found["taken"]
+
+
+def test_a_corrupt_image_is_met_in_the_range_test_and_the_run_completes(place, log):
+    rows = [json.loads(line) for line in (place / "run/unreadable.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == [CORRUPT] and rows[0]["reason"]
+    assert log.count(f"unreadable image {CORRUPT}: ") == 1
+    assert log.index(f"unreadable image {CORRUPT}: ") < log.index(" updates in ") < log.index("trained to step 30")
+    assert read_json(place / "run/complete.json") == {"step": 30}
+
+
+@pytest.mark.parametrize(
+    "name", ["lr_finder_plot", "accuracy_live", "loss_live", "lr_live", "momentum_live", "confusion", "mistakes"]
+)
+def test_a_picture_is_drawn(name, place):
+    with Image.open(place / f"run/plots/{name}.png") as picture:
+        picture.load()
+        assert min(picture.size) > 100
+
+
+def test_the_training_log_has_a_row_for_each_epoch(place):
+    with open(place / "run/training_log.txt", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    columns = ["epoch", "train/loss", "train/accuracy", "loss", "top1", "top5", "lr", "momentum", "images_per_sec"]
+    columns += ["seconds", "peak_memory_gib"]
+    assert [name for name in columns if name not in lines[0]] == []
+    assert [int(line["step"]) for line in lines] == list(range(3, 31, 3))
+    assert all(math.isfinite(float(line[name])) and float(line[name]) >= 0 for line in lines for name in columns)
+    rates, momenta = ([float(line[name]) for line in lines] for name in ("lr", "momentum"))
+    assert rates.index(max(rates)) == momenta.index(min(momenta)) == 2 and rates[-1] < rates[0]
+    assert rates[2] == pytest.approx(read_json(place / "run/lr_finder.json")["taken"])  # the peak, at step 9
+
+
+def test_each_class_is_reported(place):
+    with open(place / "run/tables/classes.csv", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [(line["class"], line["samples"]) for line in lines] == [(name, "1") for name in COLOURS]
+    with open(place / "run/tables/confusions.csv", newline="") as stream:
+        assert [(line["true"], line["predicted"]) for line in csv.DictReader(stream)] == [("yellow", "red")]
+
+
+@pytest.mark.parametrize("weights", ["best", "last"])
+def test_a_pth_has_the_networks_own_names(weights, place, monkeypatch):
+    """The command that docs/training.md names, and timm's network loads what it writes."""
+    command = ["format=pth", "run_dir=run", f"weights={weights}"]
+    assert run_command("export", command, place, monkeypatch) == 0
+    content = torch.load(place / "run/export/pth/model.pth", weights_only=True)["model"]
+    timm.create_model("resnet18", num_classes=6).load_state_dict(content)
+    tensors, metadata = read_weights(place / f"run/weights/{weights}_weights.safetensors", "weights")
+    assert metadata["class_names"] == COLOURS
+    assert content.keys() == tensors.keys() and all(torch.equal(content[name], tensors[name]) for name in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "init_from=runs/first": "init_from: train.py begins from scratch; python finetune.py init_from=runs/first",
+    "model.pretrained=true": (
+        "model.pretrained: train.py begins from scratch; python finetune.py model.pretrained=true"
+    ),
+    "task.head=kept": (
+        "task.head: kept needs weights to begin with, and train.py begins from scratch; set "
+        "task.head=drawn or standardised"
+    ),
+    "task.head=fitted": (
+        "task.head: fitted needs weights to begin with, and train.py begins from scratch; set "
+        "task.head=drawn or standardised"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_does_not_begin_from_scratch_is_refused(override):
+    with pytest.raises(ConfigError) as refused:
+        configure("train", [override])
+    assert refused.value.problems == [REFUSED[override]]
