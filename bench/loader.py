@@ -362,7 +362,9 @@ def explain(config, runtime, chosen, reading, training, without):
     if chosen != best:
         text += " Of settings that differ by less than the turns do, the simplest is taken."
     if rates[chosen] > _NEAR * without:
-        return text + " The network is the limit, not the loader."
+        text += " The network is the limit, not the loader."
+    if config.runtime.compile is not False:
+        text += " Its steps here are eager; a run that compiles it asks for more images."
     return text
 
 

@@ -10,9 +10,10 @@ from tests.support import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "words", ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read", "onnx_speed"]
-)
+TABLES = ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read", "onnx_speed", "live_plots"]
+
+
+@pytest.mark.parametrize("words", TABLES)
 def test_a_bench_prints_a_table_of_ratios(words):
     done = command("python", f"bench/{words}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
