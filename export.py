@@ -53,9 +53,9 @@ _TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5}
 class ExportConfig(Strict):
     """`weights` is best, best_raw, last, ema, a file, or a list of these, of which the mean is exported.
 
-    `output` is a folder (null: export/ in the run folder). precision and dynamic_size are for ONNX; calibration_images,
-    batch_size, data, workers and threads for int8; `data` null means the run's own. `licence` replaces what is known of
-    the licence of the source weights.
+    `output` is a folder (null: export/ in the run folder, export/FORMAT/ for others than onnx). precision and
+    dynamic_size are for ONNX; calibration_images, batch_size, data, workers and threads for int8; `data` null means the
+    run's own. `licence` replaces what is known of the licence of the source weights.
     """
 
     format: Literal["onnx", "timm", "transformers", "official", "minkowski", "safetensors", "pth"]
