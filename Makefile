@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-full test test-slow lint bench bench-gpu simd clean
+.PHONY: install demo demo-full test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -20,14 +20,19 @@ $(STAMP): requirements.txt
 demo: install  ## the whole main job on the embedded glyphs, six minutes on two CPU cores
 	$(PY) bench/demo.py
 
-demo-full: install  ## the demo and its controls from scratch and with few labels, half an hour
+demo-full: install  ## the demo and its controls: from scratch, and both with all labels; twelve minutes
 	$(PY) bench/demo.py full
 
 test: install lint  ## lint, then all tests but the slow ones; under six minutes on two cores
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"
 
 test-slow: install  ## the slow tests, about twenty minutes on two cores
-	$(PY) -m pytest -n 2 --dist worksteal -m slow
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not slurm"
+
+test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing; five minutes
+	@command -v sbatch >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	$(PY) -m pytest -m slurm -rs
 
 lint: install  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -5,14 +5,14 @@ python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]     (`make demo`, `make
 Draws the glyphs, pretrains on all of them without labels and fine-tunes with the labels of one typeface; meanwhile
 trains train.py's ResNet-18 with the same labels; evaluates on a typeface never trained on, exports, predicts. It ends
 with a table, outputs/demo/summary.json and the paths of its pictures. `full` also runs both with all labels, and the
-pretrained network from scratch. An earlier demo in the same folder is replaced; a folder that holds anything else is
+same ConvNeXt V2 from scratch. An earlier demo in the same folder is replaced; a folder that holds anything else is
 refused.
 """
 
 import json
-import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,14 +21,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.commands import ROOT, last_top1, log_of, rows_of
+from bench.commands import ROOT, count_cores, last_top1, log_of, rows_of
 
 RESULTS = ROOT / "docs/results.md"
 USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"
 ONE_FACE = ('loop.train_paths=["images/DejaVuSans/*"]', "loop.evaluate_every_epochs=14")
 # About 250 seconds of one core each: 0.145 s a step of pretraining, 0.315 s of fine-tuning, 0.315 s of ResNet-18.
 SCRATCH = ("task.head=drawn", "loop.total_steps=800", "schedule.warmup_steps=80")
-RESNET18 = ("lr_finder.enabled=false", "optim.lr=0.2", "loop.total_steps=800", "runtime.compile=false")
+RESNET18 = (
+    "lr_finder.enabled=false", "optim.lr=0.2", "loop.total_steps=800", "runtime.compile=false",
+    "tracking.live_plots=false",
+)  # fmt: skip
 # Keys that only the full demo fills (they need more than the demo's minutes).
 CONTROLS = {
     "top1_from_scratch": "labels of one face: the same ConvNeXt V2 from scratch",
@@ -56,10 +59,19 @@ class Demo:
     def __init__(self, out, overrides):
         self.out, self.overrides = out, overrides
         self.seconds = {}
+        self._beside = None  # name and process of a training that runs meanwhile
 
     def run(self, name, *arguments):
-        """Run a stage and note its seconds."""
+        """Run a stage and note its seconds; ends the demo where what runs beside it has failed."""
+        if self._beside is not None:
+            other, process = self._beside
+            self._check(other, process.poll())
         self.seconds[name] = run_stage(name, list(arguments))
+
+    def _check(self, name, code):
+        """End the demo where a training beside others has failed; code None: it goes on."""
+        if code:
+            sys.exit(f"demo: {name} ended with status {code}; {log_of(ROOT / self.out / name)} says why")
 
     @contextmanager
     def beside_resnet18(self, name, *arguments):
@@ -73,15 +85,17 @@ class Demo:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as stream:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+            self._beside = name, process
             try:
                 yield
                 started = time.perf_counter()
                 code = process.wait()
             finally:
+                self._beside = None
                 process.kill()
+                process.wait()
         self.seconds[f"wait_for_{name}"] = round(time.perf_counter() - started, 1)
-        if code != 0:
-            sys.exit(f"demo: {name} ended with status {code}; {log} says why")
+        self._check(name, code)
 
     def finetune(self, name, *arguments):
         """Fine-tune into the folder of that name."""
@@ -161,7 +175,7 @@ def table(summary, pictures, out):
     """Return the closing table."""
     lines = [
         ("pretraining loss", f"{summary['pretrain_loss_first']:.3f} -> {summary['pretrain_loss_last']:.3f}"),
-        ("top-1 on an unseen typeface, 958 characters", "(guessing 0.001, 1-NN on pixels 0.31)"),
+        ("top-1 on an unseen typeface, 958 characters", "(guessing 0.001; 1-NN on pixels, all labels, 0.31)"),
         (
             "  labels of one face: FCMAE, then fine-tuning",
             f"{summary['top1']:.3f}   in {summary['training_seconds']:.0f} s of training",
@@ -213,8 +227,9 @@ def clear(out):
 
 def main():
     full, out, arguments = read_arguments(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no training is left behind
     clear(out)
-    arguments.setdefault("runtime.threads", max(1, len(os.sched_getaffinity(0)) // 2))
+    arguments.setdefault("runtime.threads", max(1, count_cores() // 2))
     demo = Demo(out, [f"{key}={value}" for key, value in arguments.items()])
     demo.main_line()
     controls = demo.controls() if full else dict.fromkeys(CONTROLS)

@@ -3,7 +3,7 @@
 python bench/live_plots.py [quick]            (on an idle machine; five minutes on two cores)
 
 Figures are milliseconds per update, without each run's first row of figures, which starts up. The plots are drawn by
-another process in at most 5 % of the time, so on a machine of few cores that is the most they may cost.
+another process in at most 5 % of the time, so they cost at most 5 % where all cores are busy.
 """
 
 import shutil
@@ -26,7 +26,7 @@ def train(name, live_plots, steps):
     shutil.rmtree(folder, ignore_errors=True)
     words = [
         f"run_dir={folder}", f"tracking.live_plots={live_plots}", f"loop.total_steps={steps}",
-        "loop.log_every_steps=10", "lr_finder.enabled=false", "runtime.compile=false",
+        "loop.log_every_steps=10", "lr_finder.enabled=false", "runtime.compile=false", "runtime.device=cpu",
         "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000",
     ]  # fmt: skip
     run_command([sys.executable, "train.py", *words], log_of(folder))

@@ -364,7 +364,7 @@ def explain(config, runtime, chosen, reading, training, without):
     if rates[chosen] > _NEAR * without:
         text += " The network is the limit, not the loader."
     if config.runtime.compile is not False:
-        text += " Its steps here are eager; a run that compiles it asks for more images."
+        text += " Its steps here are eager; a compiled run needs more images per second."
     return text
 
 

@@ -104,7 +104,10 @@ def main():
     found, top1, shares = [], {}, []
     for seed in seeds:
         value, seconds = train(f"{place}found_{seed}", [*overrides, f"seed={seed}"])
-        report = json.loads((OUT / f"{place}found_{seed}/lr_finder.json").read_text())
+        file = OUT / f"{place}found_{seed}/lr_finder.json"
+        if not file.exists():
+            sys.exit("lr_finder: the run is too short for a range test; set loop.total_steps=200 or more")
+        report = json.loads(file.read_text())
         found.append(report)
         shares.append((report["seconds"] - report["curve"]["first_update_sec"]) / seconds)
         top1.setdefault("found", []).append(value)
@@ -117,7 +120,10 @@ def main():
         name = "found: " + ", ".join(map(rate_of, found)) if rate == "found" else f"{rate:g}"
         lines.append(f"| {name} | {mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |")
     for one in found:
-        taken, named = one["taken"] or one["configured"], ", ".join(f"{k} {v:.3g}" for k, v in one["rates"].items())
+        if one["taken"] is None:
+            lines.append(f"no answer: {one['reason']}; the run kept {one['configured']:g}")
+            continue
+        taken, named = one["taken"], ", ".join(f"{k} {v:.3g}" for k, v in one["rates"].items())
         lines.append(f"takes {rate_of(one)} ({named}): {taken / best:.2f} times the best of the grid, {best:g}")
     lines.append(f"the range test's share of the run's seconds: {', '.join(f'{share:.3f}' for share in shares)}")
     if not quick:  # it is installed from PyPI

@@ -2,8 +2,8 @@
 
 python bench/made_jpegs.py FOLDER [count=400]
 
-Each has 1 to 2 megapixels: soft noise with ellipses, rectangles and grain, saved at quality 90 (0.6 MB), which takes
-as long to decode as a photograph of that size. They lie in ten class folders; the same numbers give the same files.
+Each has 1 to 2.6 megapixels: soft noise with ellipses, rectangles and grain, saved at quality 90 (0.6 MB). They lie in
+ten class folders; the same numbers give the same files.
 """
 
 import sys

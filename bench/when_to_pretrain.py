@@ -18,7 +18,6 @@ The validation split is a typeface that no arm has seen. What LightlyTrain pretr
 
 import itertools
 import json
-import os
 import shutil
 import sys
 from collections import defaultdict
@@ -31,7 +30,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import lightly
-from bench.commands import ROOT, last_top1, log_of, read_rows, run_command, step_windows
+from bench.commands import ROOT, count_cores, last_top1, log_of, read_rows, run_command, step_windows
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
@@ -141,7 +140,7 @@ class Bench:
         self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
         self.minutes = [float(text) for text in values["minutes"].split(",")]
         self.seeds, self.at_once = range(int(values["seeds"])), int(values["at_once"])
-        self.threads, self.locks = len(os.sched_getaffinity(0)), defaultdict(Lock)
+        self.threads, self.locks = count_cores(), defaultdict(Lock)
         for key, given, known in (("arms", self.arms, ARMS), ("labels", self.labels, LABELS)):
             if wrong := [name for name in given if name not in known]:
                 fail(f"{key}: {wrong[0]!r} is not one of {', '.join(known)}")

@@ -33,7 +33,7 @@ from utils.record.progress import counting
 log = get_logger(__name__)
 
 _LEAST_BEFORE_DIVERGING = 5  # updates whose noise does not count as divergence
-_MOST_SKIPPED = 4  # in a row, by the loss scale of fp16: gradients that have grown 16 times diverge
+_MOST_SKIPPED = 4  # in a row, by the loss scale of fp16: gradients that have grown more than 8 times diverge
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
             smoothed = smooth(losses, config.smoothing)
             if len(losses) > _LEAST_BEFORE_DIVERGING and smoothed[-1] > config.diverge_factor * min(smoothed):
                 return Curve(rates, losses, smoothed, True, first_update_sec)
-    return Curve(rates, losses, smoothed, False, first_update_sec)
+    return Curve(rates, losses, smoothed, skipped > 0 and not losses, first_update_sec)
 
 
 def find_lr(run: Run, config: TrainingConfig) -> None:
@@ -157,7 +157,7 @@ def find_lr(run: Run, config: TrainingConfig) -> None:
         listed = ", ".join(f"{name} {rate:.3g}" for name, rate in found.rates.items())
         log.info("lr_finder: %s; takes %.3g (%s); configured was %.3g", listed, found.taken, found.reason, plan.lr)
         run.use_lr(found.taken)
-    log.info("lr_finder: %d updates in %.1f s, undone", len(curve.losses), seconds)
+    log.info("lr_finder: %d updates with a loss in %.1f s, undone", len(curve.losses), seconds)
     distributed.rank_zero_call(lambda: _write(run, curve, found, seconds))
 
 

@@ -14,7 +14,7 @@ LEAST_POINTS = 20
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
 _BEGUN = 0.1  # of the whole fall: then it has begun
-_USABLE = 0.5  # of the rate of the lowest loss: a run of many updates becomes unstable earlier than a sweep
+_USABLE = 0.5  # of the rate of the lowest loss: a margin, chosen on two curves (docs/lr_finder.md)
 _EDGE = 5  # the first smoothed losses are means of few, so their slopes are noise
 
 

@@ -45,6 +45,8 @@ def resume(run: Run, config: TrainingConfig) -> None:
     checkpoint = load_checkpoint(Path(found), lambda described: _check(described, run, config))
     _restore(run, checkpoint)
     log.info("resumed from %s at step %d", found, run.step)
+    if run.found_lr is not None:
+        log.info("the peak rate is %.3g, which the range test of this run found", run.found_lr)
     distributed.rank_zero_call(lambda: _move_aside(folder, run.step))
 
 
@@ -193,4 +195,3 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     run.passed_over_steps = state["passed_over"]
     if state.get("found_lr") is not None:  # older checkpoints have none
         run.use_lr(state["found_lr"])
-        log.info("resume: the peak rate is %.3g, which the range test of this run found", run.found_lr)

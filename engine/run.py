@@ -238,7 +238,7 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
             name, best.step, best.value, config.loop.early_stop_epochs,
         )  # fmt: skip
     if streams.train.unreadable_count:
-        log.warning("unreadable images: %d, which weighed 0; see unreadable.jsonl", streams.train.unreadable_count)
+        log.warning("unreadable images: %d, each with weight 0; see unreadable.jsonl", streams.train.unreadable_count)
     return True
 
 

@@ -130,8 +130,8 @@ def _choose_workers(wanted: str | int, device: str) -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # 4(x2),3: two nodes with 4, one with 3
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or max(int(part.split("(")[0]) for part in tasks))
-    # A scheduler that binds each task to its own cores has already divided them; torchrun's ranks share theirs.
-    divided = usable < machine and "TORCHELASTIC_RUN_ID" not in os.environ
+    # SLURM, where it binds each task to its own cores, has already divided them; the ranks of a launcher share theirs.
+    divided = usable < machine and "LOCAL_WORLD_SIZE" not in os.environ
     return max(1, min(_MOST_WORKERS, (usable if divided else usable // local_size) - 1))
 
 

@@ -54,7 +54,9 @@ def _tf32(config: RuntimeConfig) -> str:
     if config.deterministic:
         exact["runtime.deterministic=true"] = "runtime.deterministic=false"
     if exact:
-        return f"tf32=off: exact float32 by {' and '.join(exact)}; tensor cores need {' and '.join(exact.values())}"
+        return (
+            f"tf32=off: {' and '.join(exact)} asks for exact float32; tensor cores need {' and '.join(exact.values())}"
+        )
     return "tf32=on: float32 products that remain use tensor cores; runtime.precision=fp32 turns it off"
 
 
@@ -64,7 +66,7 @@ def _compile(config: RuntimeConfig, runtime: Runtime, compiles: bool, total_step
     if compiles and total_steps < pays:
         return f"{line}: {total_steps} steps are too few to pay for it (from {pays} on)"
     if compiles:
-        return f"{line}: {total_steps} steps pay for compiling, which takes the time of about {pays} steps' gain"
+        return f"{line}: {total_steps} steps pay for compiling: it takes about as long as {pays} steps save"
     if missing := missing_for_compile(device):
         return f"{line}: it needs {' and '.join(missing)}, not found here"
     if config.deterministic:

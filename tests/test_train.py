@@ -49,7 +49,7 @@ COLOURS = ["black", "blue", "green", "red", "white", "yellow"]
 CORRUPT, MISLABELLED = "black/0.png", "yellow/5.png"  # of training and of what is split off
 SHORT = [
     "augment.image_size_hw=[32,32]", "loop.total_steps=30", "loop.global_batch_size=10", "lr_finder.max_share=1.0",
-    "runtime.device=cpu", "runtime.threads=1",
+    "runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp32",
 ]  # fmt: skip
 
 
@@ -79,8 +79,10 @@ def test_a_missing_validation_split_is_split_off_and_said(log):
 
 def test_the_range_test_is_kept_and_its_rate_is_the_runs(place, log):
     found = read_json(place / "run/lr_finder.json")
-    assert 20 <= len(found["curve"]["losses"]) <= 30 and f"{len(found['curve']['losses'])} updates in" in log
-    assert found["taken"] in found["rates"].values() and sorted(found["rates"])[0] == "minimum_tenth"
+    assert (
+        20 <= len(found["curve"]["losses"]) <= 30 and f"{len(found['curve']['losses'])} updates with a loss in" in log
+    )
+    assert found["taken"] in found["rates"].values()
     assert read_json(place / "run/checkpoints/step_00000030/state.json")["found_lr"] == found["taken"]
 
 

@@ -14,7 +14,7 @@ def root(tmp_path, monkeypatch):
     """A repository of an earlier demo, runs, a file and a folder that is empty."""
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     for name in ("outputs/demo/pretrain/config.json", "outputs/demo/finetune/log.txt", "outputs/old/summary.json",
-                 "outputs/run/config.json", "README.md"):  # fmt: skip
+                 "outputs/cut/resnet18.log", "outputs/run/config.json", "README.md"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -40,7 +40,13 @@ def test_a_folder_that_holds_other_things_is_left_alone(out, root, monkeypatch):
 
 @pytest.mark.parametrize(
     ("out", "gone"),
-    [("outputs/demo", "outputs/demo/"), ("outputs/old", "outputs/old/"), ("empty", None), ("new/one", None)],
+    [
+        ("outputs/demo", "outputs/demo/"),
+        ("outputs/cut", "outputs/cut/"),
+        ("outputs/old", "outputs/old/"),
+        ("empty", None),
+        ("new/one", None),
+    ],
 )
 def test_an_earlier_demo_is_replaced_and_nothing_else(out, gone, root):
     before = files(root)

@@ -68,12 +68,12 @@ def test_precision(monkeypatch, runtime, chosen, overrides, more, said):
     [
         ([], {}, "on: float32 products that remain use tensor cores; runtime.precision=fp32 turns it off"),
         ([], OLD, "off: this GPU has none"),
-        (["precision=fp32"], {}, "off: exact float32 by runtime.precision=fp32; tensor cores need "
+        (["precision=fp32"], {}, "off: runtime.precision=fp32 asks for exact float32; tensor cores need "
                                  "runtime.precision=auto"),
-        (["deterministic=true"], {}, "off: exact float32 by runtime.deterministic=true; tensor cores need "
+        (["deterministic=true"], {}, "off: runtime.deterministic=true asks for exact float32; tensor cores need "
                                      "runtime.deterministic=false"),
         (["precision=fp32", "deterministic=true"], {},
-         "off: exact float32 by runtime.precision=fp32 and runtime.deterministic=true; tensor cores need "
+         "off: runtime.precision=fp32 and runtime.deterministic=true asks for exact float32; tensor cores need "
          "runtime.precision=auto and runtime.deterministic=false"),
     ],
 )  # fmt: skip
@@ -84,9 +84,9 @@ def test_tf32(monkeypatch, overrides, more, said):
 @pytest.mark.parametrize(
     "runtime, compiles, overrides, more, said",
     [
-        (CPU, True, [], {}, "(auto): 1000 steps pay for compiling, which takes the time of about 300 steps' gain"),
+        (CPU, True, [], {}, "(auto): 1000 steps pay for compiling: it takes about as long as 300 steps save"),
         (CPU, True, ["compile=true"], {"steps": 300},
-         "(as configured): 300 steps pay for compiling, which takes the time of about 300 steps' gain"),
+         "(as configured): 300 steps pay for compiling: it takes about as long as 300 steps save"),
         (CPU, True, ["compile=true"], SHORT, "(as configured): 2 steps are too few to pay for it (from 300 on)"),
         (GPU, True, ["compile=true"], {}, "(as configured): 1000 steps are too few to pay for it (from 3000 on)"),
         (CPU, False, [], {"steps": 100}, "(auto): 100 steps do not pay for it; 300 would"),
