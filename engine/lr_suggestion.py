@@ -14,7 +14,6 @@ LEAST_POINTS = 20
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
 _BEGUN = 0.1  # of the whole fall: then it has begun
-_USABLE = 0.5  # of the rate of the lowest loss: a margin, chosen on two curves (docs/lr_finder.md)
 _EDGE = 5  # the first smoothed losses are means of few, so their slopes are noise
 
 
@@ -51,7 +50,7 @@ def smooth(losses: Sequence[float], factor: float) -> list[float]:
 
 
 def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
-    """Return what a curve suggests by `method`; auto takes the greatest up to half the rate of the lowest loss.
+    """Return what a curve suggests by `method`; auto takes the greatest. All are below the rate of the lowest loss.
 
     steepest: where the loss falls fastest. minimum_tenth: a tenth of the rate of the lowest loss (Smith takes a little
     less than the rate where the loss becomes ragged). valley: half way, in updates, from where it begins to fall to
@@ -70,10 +69,8 @@ def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
     }
     if method != "auto":
         return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates)
-    usable = {name: rate for name, rate in rates.items() if rate <= _USABLE * curve.rates[lowest]}
-    name = max(usable, key=usable.__getitem__)
-    reason = f"{name}, the greatest up to half of {curve.rates[lowest]:.3g}, where the loss is lowest"
-    return Suggestion(rates[name], reason, rates)
+    name = max(rates, key=rates.__getitem__)
+    return Suggestion(rates[name], f"{name}, the greatest of the three, below {curve.rates[lowest]:.3g}", rates)
 
 
 def _find_problem(curve: Curve, smoothing: float) -> str | None:
