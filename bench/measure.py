@@ -68,7 +68,7 @@ def build_bench_run(
     for name, changes in groups.items():
         file = CONF / name / f"{changes.pop('option')}.yaml"
         values[name] = yaml.safe_load(file.read_text()) | changes
-    common = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never", "sweep": {"name": "bench"}}
+    common = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never"}
     config = TrainingConfig.model_validate({**common, **values})
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)

@@ -62,9 +62,15 @@ class RuntimeConfig(MachineConfig):
 
 
 class SweepConfig(Strict):
-    """The name of a multirun: its jobs' run folders are in outputs/sweeps/<name>/."""
+    """A multirun: its jobs' run folders are in outputs/sweeps/<name>/ (utils/config/sweep.py).
+
+    at_once: jobs at the same time; gpus: each job gets one of them; trials: jobs whose values Optuna chooses.
+    """
 
     name: str
+    at_once: Positive
+    gpus: Annotated[list[int], Field(min_length=1)] | None
+    trials: Positive | None
 
 
 class LRFinderConfig(Strict):

@@ -38,6 +38,7 @@ from utils.record.run_folder import (
     open_run_folder,
     update_saved_config,
 )
+from utils.record.sweep_table import write_result
 from utils.record.trackers import check_tracker
 
 log = get_logger(__name__)
@@ -87,7 +88,7 @@ def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:
         config.loop,
         config.optim,
         config.schedule,
-        world_size=distributed.world_size(),
+        world_size=distributed.planned_world_size() if config.dry_run else distributed.world_size(),
         epoch_length=streams.train.epoch_length,
         chunk=streams.train.chunk,
     )
@@ -193,6 +194,9 @@ def _train(run: Run, config: TrainingConfig) -> bool:
         run.saver.writer.close()
         raise
     recorder.watchdog.stop()
+    if distributed.is_main():
+        task = run.learner.task
+        write_result(run.saver.folder.path, task.best_metric, run.evaluator.best, is_lowest_best=task.best_is_lowest)
     recorder.close(completed_step=run.step if finished else None)
     return finished
 

@@ -25,7 +25,7 @@ from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
 from utils.io.files import write_json
 
 TRAINING = ("pretrain_fcmae", "finetune", "train")
-SCRIPTS = (*TRAINING, "prepare", "evaluate", "predict", "export")
+SCRIPTS = (*TRAINING, "prepare", "evaluate", "predict", "export", "slurm")
 
 # An update of this takes milliseconds.
 SMALL_MODEL = ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]"]
@@ -56,8 +56,8 @@ def make_glyph_folder(root: Path) -> Path:
 
 
 def load_command(script: str) -> Any:
-    """Return the command that the `main` of a root script, or of `tests.tasks.multicrop`, is."""
-    return importlib.import_module(script).main
+    """Return the command that the `main` of a root script, of submit/slurm.py or of `tests.tasks.multicrop` is."""
+    return importlib.import_module("submit.slurm" if script == "slurm" else script).main
 
 
 def compose(script: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, Job]:

@@ -90,7 +90,11 @@ def test_a_corrupt_image_is_met_in_the_range_test_and_the_run_completes(place, l
     rows = [json.loads(line) for line in (place / "run/unreadable.jsonl").read_text().splitlines()]
     assert [row["path"] for row in rows] == [CORRUPT] and rows[0]["reason"]
     assert log.count(f"unreadable image {CORRUPT}: ") == 1
-    assert log.index(f"unreadable image {CORRUPT}: ") < log.index(" updates in ") < log.index("trained to step 30")
+    assert (
+        log.index(f"unreadable image {CORRUPT}: ")
+        < log.index(" updates with a loss in ")
+        < log.index("trained to step 30")
+    )
     assert read_json(place / "run/complete.json") == {"step": 30}
 
 

@@ -33,6 +33,7 @@ GROUPS = {
     "loop": TRAINING,
     "runtime": TRAINING,
     "tracking": TRAINING,
+    "launch": ["slurm"],
 }
 # A task and the scripts that train it.
 TASKS = {"fcmae": ["pretrain_fcmae"], "classification": ["train", "finetune"]}
@@ -65,11 +66,11 @@ def script_of(experiment):
 
 def test_no_file_is_passed_over():
     primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
-    assert primaries == set(SCRIPTS) and len(primaries) == 7
+    assert primaries == set(SCRIPTS) and len(primaries) == 8
     covered = {f"{group}/{name}" for _, group, name in OPTIONS}
-    assert len(covered) == 36 and len(OPTIONS) == 107 and len(EXPERIMENTS) == 41
+    assert len(covered) == 37 and len(OPTIONS) == 108 and len(EXPERIMENTS) == 41
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
-    assert set(list_yaml(CONF)) == everything and len(everything) == 86
+    assert set(list_yaml(CONF)) == everything and len(everything) == 88
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

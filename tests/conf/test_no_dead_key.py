@@ -7,6 +7,7 @@ import copy
 import sys
 import typing
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ CONFIGURATIONS = [
     ("evaluate", ["run_dir=RUN"]),
     ("predict", ["weights=RUN", "input=IMAGES", "output=found.csv"]),
     ("export", ["run_dir=RUN"]),
+    ("slurm", []),
 ]
 
 
@@ -181,7 +183,15 @@ class Recorder:
         return reads | {name.replace("Runtime.", "MachineConfig.") for name in reads}
 
 
-def run_all(recorder, folder):
+def without_a_cluster(monkeypatch):
+    """Let submit/slurm.py go through where nothing is checked, queued or awaited."""
+    jobs = [SimpleNamespace(job_id="7")]
+    monkeypatch.setattr("submit.executor._Executor.submit_array", lambda executor, calls: jobs)
+    monkeypatch.setattr("submit.slurm.wait_for", lambda ids, folder, follow: 0)
+    monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
+
+
+def run_all(recorder, folder, monkeypatch):
     """Run every script so that every kind of every group is used once; returns script -> what it read."""
     glyphs, images = make_glyph_folder(folder / "glyphs"), make_images(folder / "images")
     reads = defaultdict(set)
@@ -248,6 +258,8 @@ def run_all(recorder, folder):
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", *folders)
     go("prepare", "job=glyphs", on_glyphs)
+    without_a_cluster(monkeypatch)
+    go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
     return reads
 
 
@@ -255,7 +267,7 @@ def run_all(recorder, folder):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reads")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        reads = run_all(Recorder(monkeypatch), folder)
+        reads = run_all(Recorder(monkeypatch), folder, monkeypatch)
     return reads, folder
 
 
@@ -263,6 +275,7 @@ def runs(tmp_path_factory):
 PROVED = {
     "TrainingConfig.run_dir",
     "SweepConfig.name",
+    *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "ConvNeXtV2Config.name",
     "AugmentConfig.mean",
     "AugmentConfig.std",

@@ -31,11 +31,14 @@ from pydantic import ValidationError
 
 from utils.config.messages import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
 from utils.config.schema import Strict
+from utils.config.sweep import parse_sweep
+from utils.config.sweep_processes import run_at_once
 from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError, lost_worker
 from utils.io.files import sha256_text
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
-from utils.record.logging import environment_rank, get_logger, setup_logging
+from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
+from utils.record.sweep_table import RESULT_FILE, read_jobs, sweep_table
 
 log = get_logger(__name__)
 Schema = TypeVar("Schema", bound=Strict)
@@ -125,7 +128,7 @@ def _job_from_hydra(script: str) -> Job:
 
 def name_sweep_job(overrides: list[str]) -> str:
     """Return the folder name of a sweep's job: its overrides; with a hash where they had to be changed or cut."""
-    full = ",".join(sorted(text for text in overrides if not re.match(r"(run_dir|sweep\.name)=", text)))
+    full = ",".join(sorted(text for text in overrides if not re.match(r"run_dir=|sweep\.", text)))
     clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
     return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
 
@@ -161,9 +164,9 @@ def _say(message: str, *, other_ranks: bool = False) -> None:
     """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
     rank, message = environment_rank(), safe_lines(message)
     if rank == 0:
-        sys.stderr.write(message + "\n")
+        sys.stderr.write(f"{place_of(rank)}{message}\n")
     elif other_ranks:
-        sys.stderr.write(f"[rank {rank}] {message.splitlines()[0]}\n")
+        sys.stderr.write(f"{place_of(rank)}{message.splitlines()[0]}\n")
 
 
 def _table(results: list[JobResult]) -> str:
@@ -180,6 +183,12 @@ def _table(results: list[JobResult]) -> str:
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows)
+
+
+def _log_ranking(folder: Path) -> None:
+    """Log the jobs of a sweep, the best first, where their runs have results."""
+    if any((path / RESULT_FILE).exists() for path in folder.glob("*")):
+        log.info("%s", Lines(sweep_table(read_jobs(folder))))
 
 
 def _leave(status: int) -> None:
@@ -223,8 +232,12 @@ def entry_point(
 
             try:
                 _check_arguments(sys.argv[1:])
+                if multirun and not (sweep := parse_sweep(sys.argv[1:])).is_in_turn:
+                    status = run_at_once(sweep, sys.argv[0], name_sweep_job)
+                    _log_ranking(Path(sweep.base))
+                    _leave(status)
                 hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(job)()
-            except ConfigError as error:
+            except UserError as error:
                 _say(f"{config_name}.py: {error}")
                 _leave(EXIT_USER_ERROR)
             # Jobs raise nothing, so a ValueError is Hydra's too: `optim=null`, options that exclude each other.
@@ -237,6 +250,8 @@ def entry_point(
                 raise
             if (multirun or len(results) > 1) and results and environment_rank() == 0:
                 setup_logging()  # Hydra has switched our loggers off again
+                if multirun:
+                    _log_ranking(Path(parse_sweep(sys.argv[1:]).base))
                 log.info("%s", Lines(_table(results)))
             _leave(max((result.status for result in results), default=EXIT_OK))
 

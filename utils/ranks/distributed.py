@@ -21,6 +21,8 @@ from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
+
+RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # of a job that a dry run checks before it is queued
 T = TypeVar("T")
 
 
@@ -157,6 +159,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Return whether this is rank 0: the only one that writes shared files."""
     return rank() == 0
+
+
+def planned_world_size() -> int:
+    """Return the number of ranks that a dry run checks: of the job to be queued, or this world's."""
+    return int(os.environ.get(RANKS_VARIABLE) or world_size())
 
 
 def barrier() -> None:

@@ -1,4 +1,6 @@
-"""Stop on request: SIGTERM and SIGUSR1 ask the loop to finish its step, save and leave; a second one leaves at once."""
+"""Stop on request: SIGTERM, SIGUSR1 and SIGUSR2 ask the loop to finish its step, save and leave; a second one leaves at
+once. SIGUSR2 is what submitit has SLURM send before a preemption or the end of the time.
+"""
 
 import os
 import signal
@@ -8,7 +10,7 @@ from types import FrameType
 
 from utils.errors import EXIT_STOPPED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # A launcher forwards to its ranks a signal that they received as well: one request, milliseconds apart. A second
 # request of a user or scheduler comes later.
 REPEAT_SEC = 2.0

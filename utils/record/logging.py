@@ -21,7 +21,11 @@ _printer: Callable[[str], None] | None = None  # prints lines while a progress b
 
 
 class _SafeFormatter(logging.Formatter):
-    """Format a record without control characters and secrets of its arguments."""
+    """Format a record without control characters and secrets of its arguments; `mark` begins each of its lines."""
+
+    def __init__(self, form: str, mark: str = "") -> None:
+        super().__init__(form)
+        self._mark = mark
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, or the lines where the message itself has several."""
@@ -31,7 +35,8 @@ class _SafeFormatter(logging.Formatter):
             record.args = tuple(map(_on_one_line, record.args))
         elif isinstance(record.args, dict):
             record.args = {name: _on_one_line(value) for name, value in record.args.items()}
-        return safe_lines(super().format(record))
+        lines = safe_lines(super().format(record)).split("\n")
+        return "\n".join(self._mark + line for line in lines)
 
 
 def _on_one_line(value: Any) -> Any:
@@ -101,6 +106,14 @@ def environment_rank() -> int:
     return 0
 
 
+def place_of(rank: int) -> str:
+    """Return what marks a rank's lines: rank and node in a SLURM job of several ranks, else the rank if not 0."""
+    node, ranks = os.environ.get("SLURMD_NODENAME"), os.environ.get("WORLD_SIZE")
+    if node is not None and (ranks or os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+        return f"[rank {rank} {node}] "
+    return "" if rank == 0 else f"[rank {rank}] "
+
+
 def setup_logging(rank: int | None = None) -> None:
     """Send messages to stderr: everything from rank 0, warnings from the others, marked with their rank."""
     rank = environment_rank() if rank is None else rank
@@ -115,8 +128,7 @@ def setup_logging(rank: int | None = None) -> None:
         handler.close()
     stream = _StderrHandler(sys.stderr)
     stream.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    mark = "" if rank == 0 else f"[rank {rank}] "
-    stream.setFormatter(_SafeFormatter(f"{mark}%(message)s"))
+    stream.setFormatter(_SafeFormatter("%(message)s", place_of(rank)))
     logger.addHandler(stream)
     logger.addHandler(_EarlyRecords())
 

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger, log_to_file, stop_logging_to
 
 log = get_logger(__name__)
+
+GIT_FILE = "git_state.json"
+_REQUEUED_SEC = 120.0  # for the processes of a job's start before to end
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,12 @@ def default_run_dir(config: dict[str, Any], job: Job) -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the code and whether files were changed; nulls outside a git checkout."""
+    """Return the commit of the code and whether files were changed; nulls outside a git checkout.
+
+    A copy of the code (submit/snapshot.py) has them in a file.
+    """
+    if (ROOT / GIT_FILE).exists():
+        return read_json(ROOT / GIT_FILE)
 
     def ask(*arguments: str) -> str | None:
         try:
@@ -115,13 +124,19 @@ os.register_at_fork(after_in_child=_forget_locks)
 def _lock(path: Path) -> Any:
     """Lock the run folder for this run; the kernel releases it when the process ends."""
     stream = open(path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise UserError(f"run_dir: another run is writing to {path}; wait for it or give another run_dir") from None
-    _locks.add(stream)
-    return stream
+    # Processes of a requeued job may outlive its first start, such as on a node that the scheduler has lost.
+    until = time.monotonic() + (_REQUEUED_SEC if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0.0)
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() < until:
+                time.sleep(1.0)
+                continue
+            stream.close()
+            raise UserError(f"run_dir: another run is writing to {path}; wait for it or give another run_dir") from None
+        _locks.add(stream)
+        return stream
 
 
 def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Any:

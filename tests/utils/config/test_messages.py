@@ -74,8 +74,8 @@ MESSAGES = {
     "a tag of another kind": ({"task.name": "fcmae"}, "task.name: must be 'classification', found 'fcmae'"),
     "an unknown key": ({"optim.lrr": 1.0}, "optim.lrr: unknown key; close: lr"),
     "an unknown key near nothing": (
-        {"sweep.bogus": 1},
-        "sweep.bogus: unknown key; known: name",
+        {"sweep.xyzzy": 1},
+        "sweep.xyzzy: unknown key; known: at_once, gpus, name, trials",
     ),
     "a key of another group": (
         {"optim.drop_path_rate": 0.1},

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,19 @@ def test_a_second_run_is_refused_while_the_first_one_holds_the_folder(tmp_path):
         assert (tmp_path / "overrides.txt").read_text() == "seed=1\noptim.lr=0.1\n"
     with open_run_folder(config_for(tmp_path), JOB, {}):
         pass
+
+
+def test_a_requeued_job_waits_for_the_processes_of_its_start_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with ExitStack() as first:
+        first.enter_context(open_run_folder(config_for(tmp_path), JOB, {}))
+        release = threading.Timer(1.5, first.close)
+        release.start()
+        with open_run_folder(config_for(tmp_path), JOB, {}):
+            assert not release.is_alive()
+    monkeypatch.setattr("utils.record.run_folder._REQUEUED_SEC", 0.5)
+    with open_run_folder(config_for(tmp_path), JOB, {}):
+        assert "another run is writing" in refusal(config_for(tmp_path))
 
 
 def test_the_kernel_lets_go_of_a_killed_run_s_folder(tmp_path):
@@ -191,3 +206,23 @@ def test_the_state_of_git_is_null_outside_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr("utils.record.run_folder.ROOT", ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert git_state() == {"commit": None, "changed_files": None}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "place"),
+    [
+        ({}, 0, ""),
+        ({}, 3, "[rank 3] "),
+        ({"SLURMD_NODENAME": "n2", "SLURM_STEP_NUM_TASKS": "1"}, 0, ""),
+        ({"SLURMD_NODENAME": "n2", "SLURM_STEP_NUM_TASKS": "4"}, 0, "[rank 0 n2] "),
+        ({"SLURMD_NODENAME": "n2", "SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": "2"}, 1, "[rank 1 n2] "),
+    ],
+)
+def test_lines_of_a_job_of_several_ranks_begin_with_rank_and_node(environment, rank, place, monkeypatch, capsys):
+    for name in ("SLURMD_NODENAME", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    setup_logging(rank)
+    get_logger("a").warning("two\nlines")
+    assert capsys.readouterr().err == f"{place}two\n{place}lines\n"

@@ -1,0 +1,1 @@
+"""Submit scripts to SLURM through submitit."""

@@ -1,0 +1,122 @@
+"""What a SLURM task of a job runs: the script as a process of its own, which is stopped and continued with the job.
+
+submitit pickles a `ScriptJob`, calls it in each task, and calls its `checkpoint` in the first one before a preemption
+or the end of the time. The script then saves and ends with status 75, and submitit requeues the job.
+"""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submit.queue import job_state, show
+from utils.errors import EXIT_OK, EXIT_STOPPED
+from utils.io.files import write_json
+
+# torchrun passes these on, and waits for its ranks to save.
+_TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+_PATIENCE_SEC = 600  # for the ranks to save, and for the scheduler to end the tasks of a requeued job
+
+
+@dataclass
+class ScriptJob:
+    """A script and its arguments. `code`: the copy of the code; `folder`: of the job; `index`: in an array.
+
+    torchrun_ranks: the ranks that torchrun starts on each node; None: each task is a rank.
+    """
+
+    script: str
+    arguments: list[str]
+    code: Path
+    working_dir: Path
+    folder: Path
+    index: int = 0
+    torchrun_ranks: int | None = None
+
+    def command(self) -> list[str]:
+        """Return the command of this task."""
+        words = [str(self.code / f"{self.script}.py"), *self.arguments]
+        if self.torchrun_ranks is None:
+            return [sys.executable, "-u", *words]
+        nodes = show("hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+        return [
+            sys.executable, "-u", "-m", "torch.distributed.run", f"--nnodes={len(nodes)}",
+            f"--node-rank={os.environ['SLURM_NODEID']}", f"--nproc-per-node={self.torchrun_ranks}",
+            f"--master-addr={nodes[0]}", f"--master-port={port}", f"--signals-to-handle={_TORCHRUN_SIGNALS}",
+            f"--shutdown-timeout={_PATIENCE_SEC}", *words,
+        ]  # fmt: skip
+
+    def __call__(self) -> int:
+        """Run the script to its end. A status other than 0 ends the task with it; 75 requeues the job."""
+        command = self.command()
+        _say(shlex.join(command))
+        self._process = subprocess.Popen(command, cwd=self.working_dir)
+        status = self._process.wait()
+        if status == EXIT_STOPPED and _may_continue():
+            self._requeue()
+        self._end(status)
+        return status
+
+    def checkpoint(self) -> Any:
+        """Wait until the script has saved, and return what continues it; in a signal handler of the first task."""
+        from submitit.helpers import DelayedSubmission
+
+        started = time.monotonic()
+        self._process.send_signal(signal.SIGUSR1)  # SLURM signals it too; both together are one request
+        # `wait` holds a lock in the frame that the signal has interrupted.
+        found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        if status == EXIT_OK:  # it was at its end
+            self._end(status)
+            os._exit(EXIT_OK)
+        _say(f"ended with status {status} after {time.monotonic() - started:.1f} s; the job continues in the queue")
+        del self._process  # which cannot be pickled
+        return DelayedSubmission(self)
+
+    def _requeue(self) -> None:
+        """Put the job back into the queue, from the first task, and wait for its end."""
+        if _is_first():
+            subprocess.run(["scontrol", "requeue", job_id()], check=True)
+        time.sleep(_PATIENCE_SEC)
+
+    def _end(self, status: int) -> None:
+        """Note the end of the script in the job's folder; a failed one ends this process."""
+        if _is_first():
+            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            write_json(end_file(self.folder, self.index), {"status": status, "restarts": restarts})
+        _say(f"{self.script}.py has ended with status {status}")
+        if status != EXIT_OK:
+            os._exit(status if status > 0 else 128 - status)  # SLURM shows it, and ends the other tasks
+
+
+def end_file(folder: Path, index: int) -> Path:
+    """Return the file that tells how job number `index` of a folder has ended."""
+    return folder / f"end_{index}.json"
+
+
+def job_id() -> str:
+    """Return the number by which SLURM knows this job; ARRAY_INDEX in an array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def _is_first() -> bool:
+    return os.environ["SLURM_PROCID"] == "0"
+
+
+def _may_continue() -> bool:
+    """Return whether the job was not cancelled: scancel too asks the script to save."""
+    return job_state(job_id()) not in ("CANCELLED", "FAILED")
+
+
+def _say(text: str) -> None:
+    place = f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}, task {os.environ['SLURM_PROCID']}"
+    sys.stdout.write(f"[{place}] {text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,129 @@
+r"""Submit a script to SLURM, through submitit.
+
+    python submit/slurm.py                                            fine-tuning on the glyphs, on one GPU
+    python submit/slurm.py launch.script=pretrain_fcmae launch.nodes=8 launch.gpus_per_node=8 experiment=NAME
+    python submit/slurm.py launch.dry_run=true                        print the sbatch script, queue nothing
+    python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
+
+What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
+its own dry run before anything is queued. docs/slurm.md leads from an empty cluster to a requeued job.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
+
+from submit.config import LaunchConfig
+from submit.executor import make_executor, queue_jobs, ranks_on_node
+from submit.follow import wait_for
+from submit.job import ScriptJob
+from submit.snapshot import copy_code
+from utils.config.entry_point import ROOT, Job, entry_point, name_sweep_job, quote_paths
+from utils.config.schema import Strict
+from utils.config.sweep import FLAGS, parse_sweep
+from utils.errors import EXIT_OK, UserError
+from utils.io.files import output_errors, write_json
+from utils.ranks.distributed import RANKS_VARIABLE
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+SCRIPT_WORDS: list[str] = []  # of the command line, outside `launch`
+
+
+class SubmitConfig(Strict):
+    """conf/slurm.yaml, checked."""
+
+    launch: LaunchConfig
+
+
+@entry_point("slurm", SubmitConfig)
+def main(config: SubmitConfig, job: Job) -> str:
+    """Check, copy, queue, and wait where asked to."""
+    launch = config.launch
+    # ------------------------------------------------------------------------------------------------- 1. The check
+    check_script(launch, SCRIPT_WORDS)
+    jobs = list_jobs(SCRIPT_WORDS)
+    if launch.dry_run:
+        sys.stdout.write(make_executor(launch, Path(launch.folder) / "NAME").script_text(len(jobs)))
+        return "dry run: nothing is queued"
+
+    # ------------------------------------------------------------------------------------ 2. The folder, with the code
+    folder = make_folder(launch)
+    copy_code(folder / "code")
+    write_json(folder / "job.json", {"launch": launch.model_dump(), "jobs": jobs})
+
+    # ------------------------------------------------------------------------------------------------- 3. The queue
+    torchrun_ranks = ranks_on_node(launch) if launch.start == "torchrun" else None
+    calls = [
+        ScriptJob(launch.script, words, folder / "code", Path.cwd(), folder, index, torchrun_ranks)
+        for index, words in enumerate(jobs)
+    ]
+    ids = queue_jobs(launch, folder, calls)
+    log.info("job %s: %s.py in %s", ids[0].partition("_")[0], launch.script, folder)
+    log.info("its logs, one for each task: %s", folder / "logs" / "*_log.out")
+
+    # ---------------------------------------------------------------------------------------------------- 4. The end
+    if launch.wait or launch.follow:
+        status = wait_for(ids, folder, follow=launch.follow)
+        if status != EXIT_OK:
+            raise SystemExit(status)
+    return f"job {ids[0]}"
+
+
+def check_script(launch: LaunchConfig, words: list[str]) -> None:
+    """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
+    command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words]
+    if launch.script not in ("train", "pretrain_fcmae", "finetune"):
+        command.append("--cfg=job")  # composes alone
+    else:
+        command.append("dry_run=true")
+    log.info("checking: %s", " ".join(command[1:]))
+    environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * ranks_on_node(launch))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != EXIT_OK:
+        sys.stderr.write(done.stderr)
+        log.error("nothing is queued: %s.py refuses what it was given", launch.script)
+        raise SystemExit(done.returncode)
+
+
+def list_jobs(words: list[str]) -> list[list[str]]:
+    """Return the words of each job: one, or those of a --multirun, each with a run folder of its own."""
+    if not set(FLAGS) & set(words):
+        return [words]
+    sweep = parse_sweep(quote_paths(words, multirun=True))
+    if sweep.trials is not None:
+        raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
+    return [job.arguments for job in sweep.jobs(name_sweep_job)]
+
+
+def make_folder(launch: LaunchConfig) -> Path:
+    """Make and return a new folder for the job."""
+    name = launch.job_name or launch.script
+    for number in range(1000):
+        tail = "" if number == 0 else f"-{number}"
+        folder = Path(launch.folder).absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{tail}"
+        with output_errors("launch.folder", folder):
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+        return folder
+    raise UserError(f"launch.folder: {launch.folder} has no free name; give another folder")
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of `launch`, with Hydra's flags that show it, and those of the script."""
+    own = re.compile(r"[+~]*launch[.=@]|--(help|hydra-help|cfg|info|package|resolve|version)\b|-[hcp]$")
+    return [word for word in words if own.match(word)], [word for word in words if not own.match(word)]
+
+
+if __name__ == "__main__":
+    sys.argv[1:], SCRIPT_WORDS = split_words(sys.argv[1:])
+    main()

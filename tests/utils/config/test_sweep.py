@@ -1,0 +1,165 @@
+"""Sweeps as processes: which jobs there are, several at once, GPUs, failures, stopping, searching; with a script of two
+lines in place of a training.
+"""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from utils.config.entry_point import name_sweep_job
+from utils.config.messages import ConfigError
+from utils.config.search import Search
+from utils.config.sweep import parse_sweep
+from utils.config.sweep_processes import run_at_once
+from utils.errors import UserError
+
+# It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+values = dict(word.split("=", 1) for word in sys.argv[1:])
+folder = Path(values["run_dir"]); folder.mkdir(parents=True, exist_ok=True)
+(folder / "overrides.txt").write_text("\\n".join(sys.argv[1:]) + "\\n")
+(folder / "started.json").write_text(json.dumps([time.time(), os.environ.get("CUDA_VISIBLE_DEVICES")]))
+if values.get("top") == "bad":
+    sys.exit(3)
+if values.get("top") == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    time.sleep(60)
+time.sleep(0.3)
+top = float(values.get("top", 0))
+(folder / "result.json").write_text(json.dumps({"metric": "m", "value": -(top - 3) ** 2, "is_lowest_best": False}))
+(folder / "complete.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return str(tmp_path / "script.py")
+
+
+def run(script, *words):
+    return run_at_once(parse_sweep(["--multirun", *words]), script, name_sweep_job)
+
+
+def started(name):
+    """Return {job: (when, GPU)}."""
+    files = Path("outputs/sweeps").glob(f"{name}/*/started.json")
+    return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+
+def test_jobs_are_all_choices_with_each_other():
+    jobs = parse_sweep(["-m", "a=1,2", "b=x", "seed=range(0,2)", "sweep.name=n", "sweep.at_once=2"]).jobs(
+        name_sweep_job
+    )
+    assert [job.arguments for job in jobs] == [
+        [
+            f"a={a}",
+            "b=x",
+            f"seed={seed}",
+            "sweep.name=n",
+            "sweep.at_once=2",
+            f"run_dir=outputs/sweeps/n/a={a},b=x,seed={seed}",
+        ]
+        for a in (1, 2)
+        for seed in (0, 1)
+    ]
+    assert parse_sweep(["a=1,2", "run_dir=here"]).jobs(name_sweep_job)[1].folder == "here/a=2"
+
+
+@pytest.mark.parametrize(
+    ("words", "in_turn", "at_once"),
+    [
+        ([], True, 1),
+        (["sweep.at_once=1"], True, 1),
+        (["sweep.at_once=3"], False, 3),
+        (["sweep.gpus=[2,3]"], False, 2),
+        (["sweep.gpus=[0]"], False, 1),
+        (["sweep.gpus=[0,1]", "sweep.at_once=4"], False, 4),
+        (["sweep.trials=3"], False, 1),
+    ],
+)
+def test_how_many_at_once(words, in_turn, at_once):
+    sweep = parse_sweep(["--multirun", "a=1,2", *words])
+    assert (sweep.is_in_turn, sweep.at_once) == (in_turn, at_once)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("sweep.at_once=0", "sweep.at_once: must be a number of jobs, 1 or more, found 0"),
+        ("sweep.gpus=0", "sweep.gpus: must be a list of GPUs such as [0,1], found 0"),
+        ("sweep.gpus=[a]", "sweep.gpus: must be a list of GPUs such as [0,1], found ['a']"),
+        ("sweep.trials=few", "sweep.trials: must be a number of jobs, 1 or more, found 'few'"),
+    ],
+)
+def test_wrong_values_are_refused(word, said):
+    with pytest.raises(ConfigError) as refused:
+        parse_sweep(["--multirun", "a=1,2", word])
+    assert refused.value.problems == [said]
+
+
+def test_jobs_run_at_once_on_the_gpus_given(script):
+    assert run(script, "top=1,2,3,4", "sweep.name=g", "sweep.gpus=[5,7]") == 0
+    found = started("g")
+    assert sorted(found) == ["top=1", "top=2", "top=3", "top=4"] and {gpu for _, gpu in found.values()} == {"5", "7"}
+    assert abs(found["top=1"][0] - found["top=2"][0]) < 0.3 < found["top=3"][0] - found["top=1"][0]
+
+
+def test_a_job_that_fails_does_not_end_the_others_and_what_is_missing_runs_again(script, caplog):
+    assert run(script, "top=1,bad,2", "sweep.name=f", "sweep.at_once=2") == 3
+    before = started("f")
+    assert sorted(before) == ["top=1", "top=2", "top=bad"]
+    assert run(script, "top=1,bad,2,4", "sweep.name=f", "sweep.at_once=2") == 3
+    after = started("f")
+    assert {job for job in after if after[job] != before.get(job)} == {"top=bad", "top=4"}
+
+
+def test_a_stop_signal_is_passed_on_and_no_job_is_started_then(script):
+    def stop():
+        while "top=wait" not in started("s"):
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert run(script, "top=wait,1,2", "sweep.name=s", "sweep.trials=null", "sweep.gpus=[0]") == 75
+    thread.join()
+    assert list(started("s")) == ["top=wait"]
+
+
+def test_a_search_comes_near_the_best_and_goes_on_where_it_stopped(script):
+    words = ["top=interval(0,10)", "sweep.name=o"]
+    assert run(script, *words, "sweep.trials=4") == 0
+    assert len(started("o")) == 4
+    assert run(script, *words, "sweep.trials=14") == 0
+    tops = [float(re.search(r"top=([\d.]+)", job).group(1)) for job in started("o")]
+    assert len(tops) == 14 and min(abs(top - 3) for top in tops) < 1.5
+
+
+def test_a_trial_that_was_killed_is_made_again_with_its_values(script):
+    sweep = parse_sweep(["--multirun", "top=interval(0,10)", "n=range(1,9)", "c=x,y", "sweep.name=k", "sweep.trials=2"])
+    job = Search(sweep, name_sweep_job).next_job()
+    assert Search(sweep, name_sweep_job).next_job() == job
+    assert re.fullmatch(r"top=[\d.e-]+ n=[1-8] c=[xy] .*", " ".join(job.words))
+
+
+def test_a_search_without_a_range_is_refused(script):
+    with pytest.raises(UserError, match=r"^sweep.trials: nothing is swept; add a range"):
+        run(script, "top=1", "sweep.trials=2")
+
+
+def test_torchrun_is_refused(script, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^sweep.at_once: jobs at once are processes of their own"):
+        run(script, "top=1,2", "sweep.at_once=2")

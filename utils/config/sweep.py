@@ -1,0 +1,96 @@
+"""Sweeps: the jobs of a --multirun, which run in turn or, as processes, several at once.
+
+    python finetune.py --multirun optim.lr=0.001,0.003 seed=0,1,2 sweep.name=rates sweep.at_once=2
+    python finetune.py --multirun optim.lr=0.001,0.003 sweep.gpus=[0,1]
+    python finetune.py --multirun 'optim.lr=tag(log,interval(1e-4,1e-2))' sweep.trials=20
+
+Each job has its own run folder, whose name is its overrides, so a sweep that is typed again runs what is missing. Jobs
+in turn (the default) run in one process, by Hydra.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from utils.config.messages import ConfigError
+
+FLAGS = ("--multirun", "-m")
+FOLDER = "outputs/sweeps"
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """A job: its overrides, and its run folder."""
+
+    words: tuple[str, ...]
+    folder: str
+
+    @property
+    def arguments(self) -> list[str]:
+        """Return the words of a command that runs this job alone."""
+        return [*self.words, f"run_dir={self.folder}"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A --multirun's overrides, and what `sweep.` says of it.
+
+    at_once: jobs at the same time; gpus: each job gets one of them; trials: jobs whose values Optuna chooses.
+    """
+
+    overrides: list[Override]
+    at_once: int = 1
+    gpus: tuple[int, ...] = ()
+    trials: int | None = None
+
+    @property
+    def is_in_turn(self) -> bool:
+        """Whether Hydra runs the jobs, in one process."""
+        return self.at_once == 1 and not self.gpus and self.trials is None
+
+    @property
+    def base(self) -> str:
+        """Return the folder of the jobs' run folders: run_dir, or one that sweep.name names."""
+        given = _values(self.overrides)
+        return str(given.get("run_dir") or f"{FOLDER}/{given.get('sweep.name', 'default')}")
+
+    def job(self, words: Sequence[str], name_of: Callable[[list[str]], str]) -> SweepJob:
+        """Return the job of some overrides; name_of: from overrides to a folder's name."""
+        return SweepJob(tuple(words), f"{self.base}/{name_of(list(words))}")
+
+    def jobs(self, name_of: Callable[[list[str]], str]) -> list[SweepJob]:
+        """Return all jobs: each choice with each other."""
+        choices = [
+            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            if one.is_sweep_override()
+            else [one.input_line]
+            for one in self.overrides
+            if one.key_or_group != "run_dir"
+        ]
+        return [self.job(words, name_of) for words in itertools.product(*choices)]
+
+
+def _values(overrides: Iterable[Override]) -> dict[str, Any]:
+    keys = ("run_dir", "sweep.name", "sweep.at_once", "sweep.gpus", "sweep.trials")
+    return {one.key_or_group: one.value() for one in overrides if one.key_or_group in keys}
+
+
+def parse_sweep(words: Sequence[str]) -> Sweep:
+    """Return the sweep of a command's words. Raises ConfigError where `sweep.` has a wrong value."""
+    overrides = OverridesParser.create().parse_overrides([word for word in words if word not in FLAGS])
+    given = _values(overrides)
+    at_once, gpus, trials = (given.get(f"sweep.{name}") for name in ("at_once", "gpus", "trials"))
+    problems = []
+    if at_once is not None and not (isinstance(at_once, int) and at_once >= 1):
+        problems.append(f"sweep.at_once: must be a number of jobs, 1 or more, found {at_once!r}")
+    if gpus is not None and not (isinstance(gpus, list) and gpus and all(isinstance(one, int) for one in gpus)):
+        problems.append(f"sweep.gpus: must be a list of GPUs such as [0,1], found {gpus!r}")
+    if trials is not None and not (isinstance(trials, int) and trials >= 1):
+        problems.append(f"sweep.trials: must be a number of jobs, 1 or more, found {trials!r}")
+    if problems:
+        raise ConfigError(problems)
+    return Sweep(overrides, at_once or len(gpus or [0]), tuple(gpus or ()), trials)

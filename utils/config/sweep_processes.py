@@ -1,0 +1,118 @@
+"""The jobs of a sweep as processes, several at once."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+from utils.config.search import Search
+from utils.config.sweep import Sweep, SweepJob
+from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
+from utils.ranks.distributed import detect_world
+from utils.ranks.signals import SIGNALS
+from utils.record.logging import get_logger
+from utils.record.run_config import COMPLETE_FILE
+
+log = get_logger(__name__)
+
+
+def run_at_once(sweep: Sweep, script: str, name_of: Callable[[list[str]], str]) -> int:
+    """Run a sweep's jobs as processes of a script; returns the greatest of their exit statuses, 75 where stopped."""
+    if detect_world().size > 1:
+        raise UserError("sweep.at_once: jobs at once are processes of their own; start the sweep with python alone")
+    statuses = [EXIT_OK]
+    if sweep.trials is None:
+        jobs = iter(sweep.jobs(name_of))
+        processes = JobProcesses(script, lambda: next(jobs, None), lambda _, status: statuses.append(status))
+    else:
+        search = Search(sweep, name_of)
+
+        def tell(job: SweepJob, status: int) -> None:
+            statuses.append(status)
+            if status != EXIT_STOPPED:
+                search.tell(job)
+
+        processes = JobProcesses(script, search.next_job, tell)
+    processes.run(sweep.at_once, sweep.gpus)
+    return EXIT_STOPPED if processes.stopping else max(statuses)
+
+
+@dataclass
+class JobProcesses:
+    """Processes that take jobs, one after another, until there are none.
+
+    next_job: returns a job, or None; ended: takes a job and its exit status. Neither is called by two threads at once.
+    """
+
+    script: str
+    next_job: Callable[[], SweepJob | None]
+    ended: Callable[[SweepJob, int], None]
+    stopping: bool = False
+    _processes: set[subprocess.Popen] = field(default_factory=set)
+    _lock: Any = field(default_factory=Lock)
+
+    def run(self, at_once: int, gpus: Sequence[int]) -> None:
+        """Run all jobs; a stop signal is passed on to those that run, and no other is started."""
+        threads = [
+            Thread(target=self._take_jobs, args=(gpus[number % len(gpus)] if gpus else None,), daemon=True)
+            for number in range(at_once)
+        ]
+        with self._signals_passed_on():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():  # so that signals are handled
+                    thread.join(0.2)
+
+    def _take_jobs(self, gpu: int | None) -> None:
+        while not self.stopping:
+            with self._lock:
+                job = self.next_job()
+            if job is None:
+                return
+            status = self._run(job, gpu)
+            with self._lock:
+                self.ended(job, status)
+
+    def _run(self, job: SweepJob, gpu: int | None) -> int:
+        """Run a job, unless it is complete; its output goes into a file beside its folder."""
+        folder = Path(job.folder)
+        if (folder / COMPLETE_FILE).exists():
+            log.info("complete already: %s", folder)
+            return EXIT_OK
+        environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        output = folder.with_name(f"{folder.name}.log")
+        log.info("started%s: see %s", "" if gpu is None else f" on GPU {gpu}", output)
+        with open(output, "ab") as stream:
+            command = [sys.executable, self.script, *job.arguments]
+            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+            self._processes.add(process)
+            if self.stopping:
+                process.send_signal(signal.SIGTERM)
+            status = process.wait()
+        self._processes.discard(process)
+        if status not in (EXIT_OK, EXIT_STOPPED):
+            log.error("failed with status %d: see %s", status, output)
+        return status
+
+    @contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        def pass_on(number: int, frame: Any) -> None:
+            self.stopping = True
+            for process in list(self._processes):
+                process.send_signal(signal.SIGTERM)
+
+        numbers = (*SIGNALS, signal.SIGINT)
+        before = {number: signal.signal(number, pass_on) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
