@@ -328,14 +328,16 @@ def test_the_rate_found_is_not_part_of_the_recipe(searched, tmp_path, capsys):
 def test_two_ranks_find_the_rate_of_one(searched):
     """With replicated and with sharded parameters; the run after it is the same up to summation order."""
     folder, base = searched
-    one = json.loads((folder / "run/lr_finder.json").read_text())
+    run("finetune", [*base, *SEARCH, f"run_dir={folder}/one"], folder)
+    one = json.loads((folder / "one/lr_finder.json").read_text())
     for name in ("ddp", "fsdp"):
-        own = [f"runtime.parallel={name}", "loop.keep_checkpoints=9", f"run_dir={folder}/{name}"]
-        run_ranks("finetune.py", [*base, *SEARCH, *own], folder, ranks=2)
+        run_ranks(
+            "finetune.py", [*base, *SEARCH, f"runtime.parallel={name}", f"run_dir={folder}/{name}"], folder, ranks=2
+        )
         other = json.loads((folder / name / "lr_finder.json").read_text())
         assert other["rates"] == one["rates"] and other["taken"] == one["taken"]
         assert other["curve"]["losses"] == pytest.approx(one["curve"]["losses"], rel=1e-4)
-        assert_same_rows(folder / "given", folder / name, 1e-3)
+        assert_same_rows(folder / "one", folder / name, 1e-3)
 
 
 @pytest.mark.parametrize("key", ["lr", "base_lr"])
