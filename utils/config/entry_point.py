@@ -232,7 +232,8 @@ def entry_point(
 
             try:
                 _check_arguments(sys.argv[1:])
-                if multirun and not (sweep := parse_sweep(sys.argv[1:])).is_in_turn:
+                sweep = parse_sweep(sys.argv[1:]) if multirun else None
+                if sweep is not None and not sweep.is_in_turn:
                     status = run_at_once(sweep, sys.argv[0], name_sweep_job)
                     _log_ranking(Path(sweep.base))
                     _leave(status)
@@ -250,8 +251,8 @@ def entry_point(
                 raise
             if (multirun or len(results) > 1) and results and environment_rank() == 0:
                 setup_logging()  # Hydra has switched our loggers off again
-                if multirun:
-                    _log_ranking(Path(parse_sweep(sys.argv[1:]).base))
+                if sweep is not None:
+                    _log_ranking(Path(sweep.base))
                 log.info("%s", Lines(_table(results)))
             _leave(max((result.status for result in results), default=EXIT_OK))
 
