@@ -41,6 +41,7 @@ from utils.io.files import output_errors
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.logging import get_logger
 from utils.record.run_config import read_run_config
+from utils.record.wandb_export import send_export
 
 log = get_logger(__name__)
 
@@ -167,6 +168,9 @@ def main(config: ExportConfig, job: Job) -> str:
             step, licence = opened.metadata["step"], licence_of(opened.metadata)
             report |= {"format": config.format, "step": step, "licence": licence}
             add_report(folder, report)
+    if config.run_dir is not None:
+        files = [folder / report["file"]] if config.format == "onnx" else [*filter(Path.is_file, folder.iterdir())]
+        send_export(Path(config.run_dir), config.format, files, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     log.info("wrote %s (licence of the source weights: %s)  %s", folder / report["file"], report["licence"], line)
     return f"{folder / report['file']}  {line}"

@@ -15,11 +15,8 @@ from engine.saver import Saver
 from engine.streams import Streams
 from engine.task import Report
 from utils.contracts import Batch
-from utils.io.files import ignore_write_errors
-from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.record.report_files import write_report
 
 log = get_logger(__name__)
 
@@ -80,10 +77,7 @@ class Evaluator:
         self.last_report, self.last_step = scalars, step
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
-        if distributed.is_main():
-            with ignore_write_errors(self.recorder.folder / "tables"):
-                write_report(self.recorder.folder, report.tables, report.images)
-        self.recorder.add_images(step, report.images)
+        self.recorder.add_report(step, report.tables, report.images)
         self.recorder.plot(step, may_skip=True)
 
     def state(self) -> dict[str, Any]:

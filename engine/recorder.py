@@ -5,7 +5,7 @@ watchdog sees.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from utils.contracts import Batch
 from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
+from utils.record.background import BackgroundTracker
 from utils.record.live_process import LivePlots, start_live_plots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar, format_duration
+from utils.record.report_files import TableRow, write_report
 from utils.record.run_config import mark_complete
 from utils.record.sample_log import SampleLog
-from utils.record.trackers import Tracker, start_tracker
+from utils.record.tracker import RunInfo
+from utils.record.trackers import start_tracker
 
 log = get_logger(__name__)
 
@@ -60,7 +63,7 @@ class Recorder:
         self._tracking, self._plan, self._values_at = config.tracking, plan, values_at
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None
-        self._tracker: Tracker | None = None
+        self._tracker: BackgroundTracker | None = None
         self._live_plots: LivePlots | None = None
         self._peak_memory = PeakMemory(runtime.device)
         self._training_clock = TrainingClock()
@@ -69,9 +72,10 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- open and close
 
-    def start_tracker(self, run_config: dict[str, Any], step: int) -> None:
-        """Start what `tracking` names, on rank 0."""
-        self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
+    def start_tracker(self, run_config: dict[str, Any], step: int, sweep: str | None) -> None:
+        """Start what `tracking` names, on rank 0. sweep: the name of the run's multirun."""
+        info = RunInfo(self.folder, run_config, step, self._plan.global_batch_size, sweep)
+        self._tracker = start_tracker(self._tracking, info)
         if self._tracking.live_plots:
             self._live_plots = start_live_plots(self.folder)
 
@@ -94,9 +98,11 @@ class Recorder:
         """
         if distributed.is_main() and completed_step is not None:
             mark_complete(self.folder, completed_step)
-        for record in (self._metrics, self._samples, self.skips, self._live_plots, self._tracker):
+        for record in (self._metrics, self._samples, self.skips, self._live_plots):
             if record is not None:
                 record.close()
+        if self._tracker is not None:
+            self._tracker.close(goes_on=completed_step is None)
 
     def abandon(self) -> None:
         """End the watch, the live plots and the tracker of a run that failed."""
@@ -147,11 +153,21 @@ class Recorder:
         if self._tracker is not None:
             self._tracker.add_row(step, kind, figures)
 
-    def add_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Send pictures to the tracker, on rank 0."""
+    def add_report(self, step: int, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray]) -> None:
+        """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0."""
+        if distributed.is_main():
+            with ignore_write_errors(self.folder / "tables"):
+                write_report(self.folder, tables, images)
         if self._tracker is not None:
             for name, image in images.items():
                 self._tracker.add_image(step, name, image)
+            for name, rows in tables.items():
+                self._tracker.add_table(step, name, rows)
+
+    def add_model(self, file: Path, alias: str, metadata: dict[str, Any]) -> None:
+        """Send the weights of the complete run to W&B, on rank 0, where `tracking.model_artifact` is set."""
+        if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
+            self._tracker.add_model(file, alias, metadata)
 
     def log_step(self, step: int) -> None:
         """Write the means since the last log: the only regular host synchronisation.
@@ -162,7 +178,8 @@ class Recorder:
         first, since = self._clock
         images_per_sec = (step - first) * plan.global_batch_size / (time.perf_counter() - since)
         values = self._values_at(step - 1)
-        row = {"epoch": plan.epoch_at(step), **means, **_scheduled(values), "images_per_sec": images_per_sec}
+        readings = {"images_per_sec": images_per_sec, "peak_memory_gib": self._peak_memory.gib}
+        row = {"epoch": plan.epoch_at(step), **means, **_scheduled(values), **readings}
         self.add_row(step, "train", row)
         if self._live_plots is not None:
             self._live_plots.check()

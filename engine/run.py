@@ -178,7 +178,7 @@ def _train(run: Run, config: TrainingConfig) -> bool:
     if not run.is_complete:  # a complete run needs no tracker
         folder = run.saver.folder
         saved = {"script": folder.job.script, **folder.config}
-        distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step))
+        distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step, folder.job.sweep_name))
     run.open_records()
     recorder.watchdog.start()
     try:
@@ -197,8 +197,19 @@ def _train(run: Run, config: TrainingConfig) -> bool:
     if distributed.is_main():
         task = run.learner.task
         write_result(run.saver.folder.path, task.best_metric, run.evaluator.best, is_lowest_best=task.best_is_lowest)
+        if finished:
+            _send_model(run)
     recorder.close(completed_step=run.step if finished else None)
     return finished
+
+
+def _send_model(run: Run) -> None:
+    """Send the tracker the best weights of a complete run, or the last ones where nothing was evaluated."""
+    best, folder, metric = run.evaluator.best, run.saver.folder, run.learner.task.best_metric
+    name = "last" if best.value is None else "best"
+    figures = {} if best.value is None else {metric: best.value, "best_step": best.step}
+    metadata = {"step": run.step, "script": folder.job.script, "model": folder.config["model"], **figures}
+    run.recorder.add_model(folder.weights / f"{name}_weights.safetensors", name, metadata)
 
 
 def _train_with_rollbacks(run: Run, config: TrainingConfig) -> bool:

@@ -24,13 +24,22 @@ class JsonlTrackingConfig(_Tracking):
 
 
 class WandbTrackingConfig(_Tracking):
-    """Weights & Biases; `entity` null is the account's default. Bounds are W&B's own."""
+    """Weights & Biases. Bounds are W&B's own.
+
+    entity null: the account's default. mode auto: WANDB_MODE if it is set, else online where an API key is found, else
+    offline. group null: the sweep of a multirun; job_type null: the script. model_artifact: the weights of a complete
+    run are logged, and its exports, each with what it came from.
+    """
 
     name: Literal["wandb"]
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
     entity: str | None
-    mode: Literal["online", "offline"]
+    mode: Literal["auto", "online", "offline", "disabled"]
+    group: Annotated[str, Field(min_length=1, max_length=128)] | None
+    job_type: Annotated[str, Field(min_length=1, max_length=64)] | None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
+    notes: str | None
+    model_artifact: bool
 
 
 class TensorboardTrackingConfig(_Tracking):

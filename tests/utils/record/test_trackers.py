@@ -14,7 +14,9 @@ from tests.in_process import TINY, configure, make_images, run
 from tests.support import READINGS, rows, start
 from utils.config.messages import ConfigError
 from utils.errors import UserError
-from utils.record.trackers import GuardedTracker, WandbTracker, name_figures, start_tracker
+from utils.record.tracker import RunInfo, name_figures
+from utils.record.trackers import start_tracker
+from utils.record.wandb_mode import choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB = ["tracking=wandb", "tracking.mode=offline", "tracking.project=tests", "tracking.tags=[small,glyphs]"]
@@ -102,6 +104,9 @@ def is_reading(name):
     return name.rpartition("/")[2] in READINGS
 
 
+SAMPLES = 4  # of a step
+
+
 def expected_rows(run_dir, kinds=("train", "evaluate", "epoch")):
     """Return the rows that a tracker must have, without readings."""
     return [
@@ -129,7 +134,8 @@ def test_wandb_offline_has_the_config_and_every_row_and_changes_nothing(images, 
         {name: value for name, value in row.items() if not name.startswith("_") and not is_reading(name)}
         for row in session["rows"]
     ]
-    assert [row for row in logged if not any(name.startswith("images/") for name in row)] == expected_rows(run_dir)
+    figures = [row for row in logged if not any(name.startswith(("images/", "tables/")) for name in row)]
+    assert figures == [row | {"samples": SAMPLES * row["step"]} for row in expected_rows(run_dir)]
     assert rows(run_dir / "metrics.jsonl") == rows(plain / "metrics.jsonl")
     assert (run_dir / "weights/last_weights.safetensors").exists()
 
@@ -169,38 +175,62 @@ def test_no_file_holds_the_key(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize("override", ["dry_run=true", "dry_run=false"])
 def test_online_without_a_login_is_refused_before_anything_is_made(override, images, tmp_path):
     """In a process of its own: W&B remembers a key for the life of a process."""
-    arguments = [*TINY, f"data.root={images}", "run_dir=run", "tracking=wandb", override]
+    arguments = [*TINY, f"data.root={images}", "run_dir=run", "tracking=wandb", "tracking.mode=online", override]
     variables = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
     started = start("finetune.py", arguments, tmp_path, variables=variables)
     assert started.wait() == [2]
     assert started.output.splitlines()[-1] == (
-        "finetune.py: tracking.mode: online was asked for, and W&B refuses this user (no API key is configured); "
+        "finetune.py: tracking.mode: online was asked for (tracking.mode=online), and no API key was found; "
         "run `wandb login` once, or set tracking.mode=offline and send the run later with `wandb sync`"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_server_that_does_not_answer_is_refused_at_the_start(images, tmp_path, monkeypatch):
-    import wandb
+def wandb_options(*overrides):
+    return configure("finetune", ["tracking=wandb", *overrides])[0].tracking
 
-    def fail(**arguments):
-        raise wandb.errors.CommError("Timed out while retrying\nConsider increasing the init_timeout setting")
 
-    monkeypatch.setattr(wandb, "init", fail)
-    options = configure("finetune", ["tracking=wandb"])[0].tracking
+def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
+    monkeypatch.setattr("utils.record.wandb_mode._find_problem", lambda: None)
+    assert choose_mode(wandb_options()) == ("online", "an API key was found")
+    assert choose_mode(wandb_options("tracking.mode=online")) == ("online", "tracking.mode=online is set")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode(wandb_options()) == ("disabled", "WANDB_MODE=disabled is set")
+    assert choose_mode(wandb_options("tracking.mode=offline")) == ("offline", "tracking.mode=offline is set")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode(wandb_options()) == ("online", "WANDB_MODE=online is set")
+
+
+def test_without_a_key_auto_is_offline_and_says_so(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.record.wandb_mode._find_problem", lambda: "no API key was found")
+    fine_tune(images, tmp_path, "loop.total_steps=1", "tracking=wandb")
+    (session,) = read_wandb(tmp_path / "run")
+    assert session["project"] == "atelier" and [row["step"] for row in session["rows"] if "train/loss" in row] == [1]
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "W&B: offline, because no API key was found; `wandb login` stores one" in log
+    assert "W&B: send it later: wandb sync run/wandb/offline-run-*" in log
+
+
+def test_a_wrong_mode_of_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
     with pytest.raises(UserError) as refused:
-        WandbTracker(options, tmp_path, {})
+        choose_mode(wandb_options())
     assert str(refused.value) == (
-        "tracking.mode: online was asked for, and W&B does not start this run (Timed out while retrying); fix that, "
-        "or set tracking.mode=offline and send the run later with `wandb sync`"
+        "tracking.mode: auto takes WANDB_MODE, and 'dryrun' is not one of online, offline, disabled; change or unset "
+        "it, or set tracking.mode"
     )
+
+
+def test_disabled_is_no_tracker(tmp_path):
+    assert start_tracker(wandb_options("tracking.mode=disabled"), RunInfo(tmp_path, {})) is None
 
 
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("tracking.project=a/b", "tracking.project: "),
-        ("tracking.mode=disabled", "tracking.mode: "),
+        ("tracking.mode=on", "tracking.mode: "),
+        ("tracking.group=''", "tracking.group: "),
         ("tracking.tags=['']", "tracking.tags.0: "),
         ("+tracking.key=1", "tracking.key: unknown key"),
     ],
@@ -250,7 +280,7 @@ def test_tensorboard_hides_what_lay_beyond_the_checkpoint(images, tmp_path):
 
 
 def test_tensorboard_has_pictures(tmp_path):
-    tracker = start_tracker(configure("finetune", ["tracking=tensorboard"])[0].tracking, tmp_path, {}, 0)
+    tracker = start_tracker(configure("finetune", ["tracking=tensorboard"])[0].tracking, RunInfo(tmp_path, {}))
     tracker.add_image(7, "reconstructions", np.zeros((8, 12, 3), np.uint8))
     tracker.close()
     assert read_events(tmp_path) == ([], {"reconstructions": [7]})
@@ -267,7 +297,7 @@ def test_another_tracker_may_follow_on_resumption(images, tmp_path):
 
 
 def test_jsonl_is_no_tracker():
-    assert start_tracker(configure("finetune", [])[0].tracking, None, {}, 0) is None
+    assert start_tracker(configure("finetune", [])[0].tracking, RunInfo(None, {})) is None
 
 
 def test_only_finite_numbers_go_out():
@@ -279,35 +309,11 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
     def fail(self, *arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("utils.record.trackers.TensorboardTracker.add_row", fail)
+    monkeypatch.setattr("utils.record.tensorboard_tracker.TensorboardTracker.add_row", fail)
     fine_tune(images, tmp_path, "loop.total_steps=3", "tracking=tensorboard")
     warnings = re.findall("tracking: .*", (tmp_path / "run/log.txt").read_text())
     assert warnings == [
-        "tracking: TensorboardTracker failed (OSError: No space left on device) and is disabled; the run "
+        "tracking: TensorBoard failed (OSError: No space left on device) and is disabled; the run "
         "continues, and metrics.jsonl has every row"
     ]
     assert len(rows(tmp_path / "run/metrics.jsonl", "train")) == 3
-
-
-class Recording:
-    """A tracker that notes its calls and fails at the second row."""
-
-    def __init__(self):
-        self.calls = []
-
-    def add_row(self, step, kind, figures):
-        self.calls.append(step)
-        if step == 2:
-            raise ConnectionError("gone")
-
-    def close(self, failed=False):
-        self.calls.append(failed)
-
-
-def test_a_guarded_tracker_is_left_alone_after_a_failure():
-    inner = Recording()
-    tracker = GuardedTracker(inner)
-    for step in (1, 2, 3):
-        tracker.add_row(step, "train", {})
-    tracker.close(failed=True)
-    assert inner.calls == [1, 2]
