@@ -93,6 +93,8 @@ class WandbServer:
         return {"viewer": {"id": "dTox", "entity": ENTITY, "username": ENTITY, "email": "tester@example.org",
                            "flags": "{}", "teams": {"edges": []}}}  # fmt: skip
 
+    _GetDefaultEntity = _Viewer
+
     def _OrganizationCoreWeaveOrganizationID(self, v):
         return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
 
@@ -203,6 +205,10 @@ class WandbServer:
     def _UseArtifact(self, v):
         self.runs[v["runName"]].used.append(self.artifacts[v["artifactID"]].name)
         return {"useArtifact": {"artifact": self._describe(v["artifactID"], v["projectName"])}}
+
+    def _UpsertView2(self, v):
+        self.views.append(v)
+        return {"upsertView": {"view": {"id": "djox", "name": v["name"]}, "inserted": True}}
 
     # ------------------------------------------------------------------------------------------------- the file stream
 

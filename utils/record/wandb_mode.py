@@ -40,7 +40,7 @@ def choose_mode(options: WandbTrackingConfig) -> Mode:
         asked, where = variable, f"WANDB_MODE={variable}"
     if asked in ("offline", "disabled"):
         return Mode(asked, f"{where} is set")
-    problem = _find_problem()
+    problem = find_problem()
     if problem is None:
         return Mode("online", f"{where} is set" if asked == "online" else "an API key was found")
     if asked == "auto":
@@ -51,7 +51,7 @@ def choose_mode(options: WandbTrackingConfig) -> Mode:
     )
 
 
-def _find_problem() -> str | None:
+def find_problem() -> str | None:
     """Return what is wrong with the user's API key, None for nothing."""
     wandb = import_wandb()
     try:

@@ -191,7 +191,7 @@ def wandb_options(*overrides):
 
 
 def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
-    monkeypatch.setattr("utils.record.wandb_mode._find_problem", lambda: None)
+    monkeypatch.setattr("utils.record.wandb_mode.find_problem", lambda: None)
     assert choose_mode(wandb_options()) == ("online", "an API key was found")
     assert choose_mode(wandb_options("tracking.mode=online")) == ("online", "tracking.mode=online is set")
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -202,7 +202,7 @@ def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
 
 
 def test_without_a_key_auto_is_offline_and_says_so(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.record.wandb_mode._find_problem", lambda: "no API key was found")
+    monkeypatch.setattr("utils.record.wandb_mode.find_problem", lambda: "no API key was found")
     fine_tune(images, tmp_path, "loop.total_steps=1", "tracking=wandb")
     (session,) = read_wandb(tmp_path / "run")
     assert session["project"] == "atelier" and [row["step"] for row in session["rows"] if "train/loss" in row] == [1]
