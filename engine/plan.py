@@ -71,6 +71,9 @@ class Plan:
         )
 
 
+MOST_STEPS = 99_999_999  # checkpoints are named by eight digits
+
+
 def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
     """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share that is not above the cap.
 
@@ -104,10 +107,15 @@ def make_plan(
     epoch_length: int,
     chunk: int | None = None,
 ) -> Plan:
-    """Derive the plan. Raises UserError where the batch does not divide."""
+    """Derive the plan. Raises UserError where the batch does not divide, or the run has too many steps."""
     micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
     per_epoch = epoch_length / loop.global_batch_size
     total = _total_steps(loop, per_epoch)
+    if total > MOST_STEPS:
+        raise UserError(
+            f"loop.total_steps: {total:,} steps are more than {MOST_STEPS:,}, the last that a checkpoint's name can "
+            "have; set fewer steps or epochs, or a larger loop.global_batch_size"
+        )
     lr = optim.base_lr * loop.global_batch_size / 256
     if optim.lr is not None:
         lr = optim.lr

@@ -26,7 +26,7 @@ from optim.build import check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
-from utils.errors import EXIT_STOPPED, UserError, close_names, lost_worker
+from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, close_names, lost_worker
 from utils.io.safe_text import Lines
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -188,10 +188,11 @@ def _train(run: Run, config: TrainingConfig) -> bool:
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
         lost = None if known else recorder.watchdog.name_lost_ranks()
-        if lost:
-            log.error("%s; the same command resumes from the last checkpoint", lost)
         recorder.abandon()
         run.saver.writer.close()
+        if lost:
+            log.error("%s; the same command resumes from the last checkpoint", lost)
+            raise SystemExit(EXIT_LOST_RANK) from error
         raise
     recorder.watchdog.stop()
     if distributed.is_main():

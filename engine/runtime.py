@@ -53,17 +53,17 @@ class Runtime:
 
 
 def choose_device(wanted: str) -> str:
-    """Return cpu or cuda. Raises UserError where cuda was requested and there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    """Return cpu or cuda. Raises UserError where cuda was requested and there is none, here or in a planned job."""
+    if wanted == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
         raise UserError("runtime.device: cuda was requested and torch sees no GPU; set runtime.device=auto or cpu")
-    if wanted != "auto":
+    if wanted == "cpu":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _choose_precision(wanted: str, device: str) -> str:
     """Return bf16 where the hardware multiplies it natively, else float32; fp16 only when asked for."""
-    if wanted == "fp16" and device == "cpu":
+    if wanted == "fp16" and device == "cpu" and not distributed.plans_gpus():
         raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
     if wanted != "auto":
         return wanted

@@ -21,6 +21,7 @@ class LaunchConfig(Strict):
     ranks_per_node: null takes one for each GPU, and 1 without GPUs. start: a SLURM task for each rank (srun), or one
     for each node, whose torchrun starts the ranks. stop_before_end_sec: a job is asked to save this long before its
     time ends. max_requeues: time limits that a job may reach before it is not continued; preemptions do not count.
+    max_lost_ranks: the same for ranks and nodes that are lost.
     """
 
     script: Literal["train", "pretrain_fcmae", "finetune", "evaluate", "predict", "export", "prepare"]
@@ -39,6 +40,7 @@ class LaunchConfig(Strict):
     time_min: Count
     stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]
     max_requeues: Annotated[int, Field(ge=0)]
+    max_lost_ranks: Annotated[int, Field(ge=0)]
     array_parallelism: Count
     python: str | None
     container: str | None

@@ -19,7 +19,7 @@ from utils.errors import UserError
 _KEYS = {
     "partition": "partition", "account": "account", "qos": "qos", "feature": "constraint", "time limit": "time_min",
     "memory": "memory_gib", "cpu": "cpus_per_rank", "generic resource": "gpus_per_node", "gres": "gpus_per_node",
-    "node configuration": "nodes", "node count": "nodes", "unrecognized option": "sbatch_lines",
+    "node configuration": "nodes", "node count": "nodes", "processors": "nodes", "unrecognized option": "sbatch_lines",
 }  # fmt: skip
 
 

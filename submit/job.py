@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from submit.queue import job_state, show
-from utils.errors import EXIT_OK, EXIT_STOPPED
+from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED
 from utils.io.files import write_json
+from utils.ranks.job_status import STATUS_VARIABLE, noted_status
 
 # torchrun passes these on, and waits for its ranks to save.
 _TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -28,7 +29,8 @@ _PATIENCE_SEC = 600  # for the ranks to save, and for the scheduler to end the t
 class ScriptJob:
     """A script and its arguments. `code`: the copy of the code; `folder`: of the job; `index`: in an array.
 
-    torchrun_ranks: the ranks that torchrun starts on each node; None: each task is a rank.
+    torchrun_ranks: the ranks that torchrun starts on each node; None: each task is a rank. max_lost_ranks: losses of a
+    rank or a node after which the job is not continued.
     """
 
     script: str
@@ -38,6 +40,7 @@ class ScriptJob:
     folder: Path
     index: int = 0
     torchrun_ranks: int | None = None
+    max_lost_ranks: int = 0
 
     def command(self) -> list[str]:
         """Return the command of this task."""
@@ -54,13 +57,18 @@ class ScriptJob:
         ]  # fmt: skip
 
     def __call__(self) -> int:
-        """Run the script to its end. A status other than 0 ends the task with it; 75 requeues the job."""
-        command = self.command()
+        """Run the script to its end. A status other than 0 ends the task with it; 75 and 70 requeue the job."""
+        command, file = self.command(), self.folder / f"status_{self.index}_{os.environ['SLURM_PROCID']}"
         _say(shlex.join(command))
-        self._process = subprocess.Popen(command, cwd=self.working_dir)
-        status = self._process.wait()
-        if status == EXIT_STOPPED and _may_continue():
-            self._requeue()
+        file.unlink(missing_ok=True)
+        self._process = subprocess.Popen(command, cwd=self.working_dir, env={**os.environ, STATUS_VARIABLE: str(file)})
+        status = noted_status(file, self._process.wait())
+        if status in (EXIT_STOPPED, EXIT_LOST_RANK):
+            if job_state(job_id()) not in ("RUNNING", None):  # SLURM itself ends the job, or requeues it
+                time.sleep(_PATIENCE_SEC)
+            elif status == EXIT_STOPPED or self._may_lose_another():
+                _say(f"{self.script}.py has ended with status {status}; the job continues in the queue")
+                self._requeue()
         self._end(status)
         return status
 
@@ -79,6 +87,15 @@ class ScriptJob:
         _say(f"ended with status {status} after {time.monotonic() - started:.1f} s; the job continues in the queue")
         del self._process  # which cannot be pickled
         return DelayedSubmission(self)
+
+    def _may_lose_another(self) -> bool:
+        """Count the loss of a rank, in the first task, and return whether the job is continued; the others wait."""
+        if not _is_first():
+            return True
+        file = self.folder / f"lost_{self.index}"
+        count = int(file.read_text()) + 1 if file.exists() else 1
+        file.write_text(str(count))
+        return count <= self.max_lost_ranks
 
     def _requeue(self) -> None:
         """Put the job back into the queue, from the first task, and wait for its end."""
@@ -109,11 +126,6 @@ def job_id() -> str:
 
 def _is_first() -> bool:
     return os.environ["SLURM_PROCID"] == "0"
-
-
-def _may_continue() -> bool:
-    """Return whether the job was not cancelled: scancel too asks the script to save."""
-    return job_state(job_id()) not in ("CANCELLED", "FAILED")
 
 
 def _say(text: str) -> None:

@@ -29,11 +29,12 @@ from utils.config.schema import Strict
 from utils.config.sweep import FLAGS, parse_sweep
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import output_errors, write_json
-from utils.ranks.distributed import RANKS_VARIABLE
+from utils.ranks.distributed import GPUS_VARIABLE, RANKS_VARIABLE
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 SCRIPT_WORDS: list[str] = []  # of the command line, outside `launch`
 
 
@@ -62,7 +63,9 @@ def main(config: SubmitConfig, job: Job) -> str:
     # ------------------------------------------------------------------------------------------------- 3. The queue
     torchrun_ranks = ranks_on_node(launch) if launch.start == "torchrun" else None
     calls = [
-        ScriptJob(launch.script, words, folder / "code", Path.cwd(), folder, index, torchrun_ranks)
+        ScriptJob(
+            launch.script, words, folder / "code", Path.cwd(), folder, index, torchrun_ranks, launch.max_lost_ranks
+        )
         for index, words in enumerate(jobs)
     ]
     ids = queue_jobs(launch, folder, calls)
@@ -86,6 +89,8 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
         command.append("dry_run=true")
     log.info("checking: %s", " ".join(command[1:]))
     environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * ranks_on_node(launch))}
+    if launch.gpus_per_node:
+        environment[GPUS_VARIABLE] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != EXIT_OK:
         sys.stderr.write(done.stderr)
@@ -121,7 +126,13 @@ def make_folder(launch: LaunchConfig) -> Path:
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Return the words of `launch`, with Hydra's flags that show it, and those of the script."""
     own = re.compile(r"[+~]*launch[.=@]|--(help|hydra-help|cfg|info|package|resolve|version)\b|-[hcp]$")
-    return [word for word in words if own.match(word)], [word for word in words if not own.match(word)]
+    ours: list[str] = []
+    theirs: list[str] = []
+    before = ""
+    for word in words:
+        (ours if own.match(word) or before in _FLAGS_WITH_VALUE else theirs).append(word)
+        before = word
+    return ours, theirs
 
 
 if __name__ == "__main__":

@@ -30,7 +30,19 @@ SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
-MAKE = ("install", "demo", "demo-full", "test", "test-slow", "lint", "bench", "bench-gpu", "simd", "clean")
+MAKE = (
+    "install",
+    "demo",
+    "demo-full",
+    "test",
+    "test-slow",
+    "test-slurm",
+    "lint",
+    "bench",
+    "bench-gpu",
+    "simd",
+    "clean",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +65,10 @@ def test_the_readme_has_the_commands_that_are_tested_below():
         "evaluate.py",
         "export.py",
         "predict.py",
+        "submit/slurm.py",
     }
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == set(MAKE)
-    assert len(COMMANDS) == 26
+    assert len(COMMANDS) == 28
 
 
 def make_released_file(path, num_classes):

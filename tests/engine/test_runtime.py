@@ -14,6 +14,7 @@ from engine.runtime import (
     missing_for_compile,
 )
 from utils.errors import UserError
+from utils.ranks.distributed import GPUS_VARIABLE
 
 CONFIG = RuntimeConfig(
     device="cpu", precision="fp32", compile="auto", channels_last=False, workers=0, prefetch_batches=1, threads=1,
@@ -200,3 +201,13 @@ def test_workers_are_a_share_of_the_cores(usable, machine, variables, workers, c
     assert chosen((9, 0)).workers == workers
     assert chosen().workers == 0  # on a CPU, training needs the cores itself
     assert (chosen((9, 0), workers=0).workers, chosen(workers=30).workers) == (0, 30)
+
+
+def test_a_dry_run_for_a_job_with_gpus_needs_none_here(monkeypatch):
+    """A login node has none; `submit/slurm.py` says that the job will have them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = CONFIG.model_copy(update={"device": "cuda", "precision": "fp16"})
+    with pytest.raises(UserError, match="runtime.device: cuda was requested and torch sees no GPU"):
+        choose_runtime(wanted)
+    monkeypatch.setenv(GPUS_VARIABLE, "1")
+    assert choose_runtime(wanted).precision == "fp16"

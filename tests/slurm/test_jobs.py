@@ -1,6 +1,7 @@
 """Jobs on a real SLURM of two nodes: what is queued, what is refused, and that no interruption costs a step."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.support import ROOT, checkpoint_tensors, rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))]
 
-STEPS = 1200
+STEPS = 600
 TRAINING = [
     *SMALL_MODEL, "augment.image_size_hw=[16,16]", "loop.global_batch_size=4", "loop.batch_size=2", "runtime=reference",
     "runtime.device=cpu", "runtime.threads=1", "loop.log_every_steps=1", "loop.evaluate_every_epochs=1000",
@@ -210,11 +211,48 @@ def test_srun_by_hand_works_without_us(cluster, images, tmp_path):
     assert (tmp_path / "run/complete.json").exists()
 
 
+def test_a_rank_that_is_lost_again_and_again_ends_the_job(cluster, images, tmp_path):
+    """max_lost_ranks=0: the loss of the other node's rank is the end; the log names the rank."""
+    words = [*TWO_NODES, "launch.max_lost_ranks=0", *TRAINING, f"data.root={images}", f"loop.total_steps={STEPS}"]
+    submission = submit(cluster, tmp_path, *words)
+    submission.wait_for_step(50)
+    cluster.kill_node("n2")
+    assert "has ended with status 70, after 0 restarts" in submission.wait_for(70)
+    assert "rank 1 has died: no sign of life" in submission.log()
+    cluster.start_node("n2")
+
+
 def test_a_script_that_fails_gives_its_status(cluster, images, tmp_path):
     words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "init_from=/nowhere", "launch.gpus_per_node=0"]
     submission = submit(cluster, tmp_path, "launch.wait=true", *words)
     assert "has ended with status 2, after 0 restarts" in submission.wait_for(2)
     assert "init_from: " in submission.log() and ask(cluster, "squeue", "-h") == ""
+
+
+APPTAINER = """\
+#!/bin/sh
+echo "$@" >> {calls}
+shift
+while [ "$1" = --bind ]; do shift 2; done
+shift
+exec "$@"
+"""
+
+
+def test_a_container_has_the_folders_of_the_job(cluster, images, tmp_path, monkeypatch):
+    """A stand-in for apptainer notes its words and runs the rest here."""
+    stand_in = tmp_path / "bin/apptainer"
+    stand_in.parent.mkdir()
+    stand_in.write_text(APPTAINER.format(calls=tmp_path / "calls"))
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    words = ["launch.container=/images/atelier.sif", f"launch.python={sys.executable}", "launch.gpus_per_node=0",
+             f'launch.container_mounts=["{images}"]', "launch.wait=true", *TRAINING, f"data.root={images}"]  # fmt: skip
+    submit(cluster, tmp_path, *words, "loop.total_steps=4").wait_for(0)
+    (folder,) = tmp_path.glob("outputs/slurm/*")
+    (call,) = set((tmp_path / "calls").read_text().splitlines())
+    binds = f"exec --bind {tmp_path} --bind {folder} --bind {images} /images/atelier.sif {sys.executable} "
+    assert call.startswith(binds) and (tmp_path / "run/complete.json").exists()
 
 
 @pytest.mark.parametrize(

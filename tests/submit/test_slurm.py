@@ -39,6 +39,7 @@ def script_of(folder, *words, jobs=1):
         (["-m", "data.root=launch.x", "+launch.x=1"], ["+launch.x=1"], ["-m", "data.root=launch.x"]),
         (["--help"], ["--help"], []),
         (["--cfg=job", "launcher=1"], ["--cfg=job"], ["launcher=1"]),
+        (["--cfg", "job", "job", "launch.nodes=1"], ["--cfg", "job", "launch.nodes=1"], ["job"]),
     ],
 )
 def test_words_are_of_launch_or_of_the_script(words, own, rest):

@@ -37,6 +37,7 @@ from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT
 from utils.io.files import sha256_text
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
+from utils.ranks.job_status import note_status
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.sweep_table import RESULT_FILE, read_jobs, sweep_table
 
@@ -193,6 +194,7 @@ def _log_ranking(folder: Path) -> None:
 
 def _leave(status: int) -> None:
     """End the process; with a process group, without the interpreter's shutdown, which gloo may abort."""
+    note_status(status)
     grouped = distributed.shutdown(failed=status != EXIT_OK)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -246,8 +248,8 @@ def entry_point(
                 _say(f"{config_name}.py: {ConfigError([hydra_problem(error, schema, CONF)])}")
                 _leave(EXIT_USER_ERROR)
             except SystemExit as stop:
-                if stop.code == EXIT_STOPPED:
-                    _leave(EXIT_STOPPED)
+                if stop.code in (EXIT_STOPPED, EXIT_LOST_RANK):
+                    _leave(stop.code)
                 raise
             if (multirun or len(results) > 1) and results and environment_rank() == 0:
                 setup_logging()  # Hydra has switched our loggers off again

@@ -23,6 +23,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # of a job that a dry run checks before it is queued
+GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set where that job will have GPUs
 T = TypeVar("T")
 
 
@@ -164,6 +165,11 @@ def is_main() -> bool:
 def planned_world_size() -> int:
     """Return the number of ranks that a dry run checks: of the job to be queued, or this world's."""
     return int(os.environ.get(RANKS_VARIABLE) or world_size())
+
+
+def plans_gpus() -> bool:
+    """Return whether this is the dry run of a job that will have GPUs, which this machine may lack."""
+    return bool(os.environ.get(GPUS_VARIABLE))
 
 
 def barrier() -> None:

@@ -69,7 +69,9 @@ def rows_with_readings(run_dir):
     ("mood", "key", "said"),
     [
         ("answers", "", "wandb_dashboard: no API key was found; run `wandb login` once\n"),
-        pytest.param("fails", KEY, "wandb_dashboard: W&B does not make the view in team/photos: ", marks=pytest.mark.slow),
+        pytest.param(
+            "fails", KEY, "wandb_dashboard: W&B does not make the view in team/photos: ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(mood, key, said, tmp_path):

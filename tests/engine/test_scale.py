@@ -1,0 +1,45 @@
+"""Names at the size of a cluster: checkpoints over a long run, and the files of 1,024 ranks, in one process."""
+
+import pytest
+import torch
+
+from engine.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, remove_old, save_checkpoint
+from engine.plan import MOST_STEPS
+from tests.engine.test_plan import plan
+from utils.errors import UserError
+from utils.ranks import distributed
+from utils.record.logging import place_of
+from utils.record.sample_log import SampleLog
+
+RANKS = 1024
+STEPS = [1, 9, 10, 99_999, 100_000, 12_207_031, MOST_STEPS]  # 12,207,031: 100 billion samples in steps of 8,192
+
+
+def test_checkpoints_of_a_long_run_are_found_in_the_order_of_their_steps(tmp_path):
+    for step in reversed(STEPS):
+        save_checkpoint(tmp_path, step, {"weights": {"w": torch.full((1,), float(step))}}, {})
+    assert [int(path.name.partition("_")[2]) for path in list_checkpoints(tmp_path)] == STEPS
+    newest = find_checkpoint(tmp_path)
+    assert load_checkpoint(newest).step == MOST_STEPS
+    remove_old(tmp_path, keep=2, step=MOST_STEPS, best_step=10)
+    assert [int(path.name.partition("_")[2]) for path in list_checkpoints(tmp_path)] == [10, 12_207_031, MOST_STEPS]
+
+
+def test_a_run_with_more_steps_than_names_is_refused():
+    assert plan(epoch_length=10, total_steps=MOST_STEPS).total_steps == MOST_STEPS
+    with pytest.raises(UserError, match=r"loop.total_steps: 100,000,000 steps are more than 99,999,999, the last that"):
+        plan(epoch_length=10, total_steps=MOST_STEPS + 1)
+
+
+def test_every_rank_has_files_and_marks_of_its_own_and_rank_0_alone_writes_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(RANKS))
+    writers, marks = [], []
+    for rank in range(RANKS):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        SampleLog(tmp_path, 0).close()
+        marks.append(place_of(rank))
+        writers += [rank] if distributed.is_main() else []
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == [f"rank_{rank:05d}.jsonl" for rank in range(RANKS)]
+    assert len(set(marks)) == RANKS and writers == [0]
