@@ -29,9 +29,10 @@ test: install lint  ## lint, then all tests but the slow ones; under six minutes
 test-slow: install  ## the slow tests, about twenty minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not slurm"
 
-test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing; five minutes
-	@command -v sbatch >/dev/null || test "$$(id -u)" != 0 || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+SLURM := slurm-wlm munge slurmdbd mariadb-server
+test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing; ten minutes
+	@{ command -v sbatch && command -v mariadbd; } >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
 	$(PY) -m pytest -m slurm -rs
 
 lint: install  ## ruff: rules and format

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 # What SLURM says, and the key that is most likely wrong.
 _KEYS = {
-    "partition": "partition", "account": "account", "qos": "qos", "feature": "constraint", "time limit": "time_min",
+    "account": "account", "partition": "partition", "qos": "qos", "feature": "constraint", "time limit": "time_min",
     "memory": "memory_gib", "cpu": "cpus_per_rank", "generic resource": "gpus_per_node", "gres": "gpus_per_node",
     "node configuration": "nodes", "node count": "nodes", "processors": "nodes", "unrecognized option": "sbatch_lines",
 }  # fmt: skip

@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.slurm.accounting import Accounting
+
 CPUS, GPUS, MEMORY_MIB, GRACE_SEC = 4, 2, 8000, 10
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "sbatch")
 _HOSTS = Path("/etc/hosts")
@@ -42,9 +44,7 @@ SlurmdLogFile={folder}/log/slurmd-%n.log
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
-ProctrackType=proctrack/linuxproc
+{accounting}ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SlurmdParameters=config_overrides
@@ -72,17 +72,24 @@ PartitionName=low Nodes={names} Default=NO MaxTime=INFINITE PriorityTier=1 Preem
 """
 
 
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none\nJobAcctGatherType=jobacct_gather/none\n"
+
+
 class ClusterError(RuntimeError):
     """SLURM did not start, or is not installed."""
 
 
 @dataclass
 class Cluster:
-    """A cluster whose files are in `folder`; `port`: the first of nodes + 1 free ones."""
+    """A cluster whose files are in `folder`; `port`: the first of nodes + 1 free ones.
+
+    keeps_accounts: with slurmdbd and a database, on port + 50.
+    """
 
     folder: Path
     nodes: int = 2
     port: int = 16817
+    keeps_accounts: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +115,8 @@ class Cluster:
             "munged", "--force", f"--socket={run}/munge.sock", f"--key-file={munge}/munge.key",
             f"--pid-file={run}/munged.pid", f"--log-file={log}/munged.log", f"--seed-file={munge}/munge.seed",
         )  # fmt: skip
+        if self.keeps_accounts:
+            self._accounting.start(self.environment)
         self._run("slurmctld")
         for name in self.names:
             self.start_node(name)
@@ -121,7 +130,7 @@ class Cluster:
         """End jobs and daemons, and take the nodes' names away again."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=20)
         time.sleep(0.5)
-        for daemon in (*(f"slurmd-{name}" for name in self.names), "slurmctld", "munged"):
+        for daemon in (*(f"slurmd-{name}" for name in self.names), "slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._kill(daemon, signal.SIGTERM)
         if self._mark in _HOSTS.read_text():
             kept = [line for line in _HOSTS.read_text().splitlines() if not line.endswith(self._mark)]
@@ -145,6 +154,10 @@ class Cluster:
         self._kill(f"slurmd-{name}", signal.SIGKILL)
 
     # ------------------------------------------------------------------------------------------------------- the parts
+
+    @property
+    def _accounting(self) -> Accounting:
+        return Accounting(self.folder, self.port + 50, "atelier")
 
     @property
     def _mark(self) -> str:
@@ -171,8 +184,10 @@ class Cluster:
         # Jobs are not numbered from 1 again: submitit would read the results of an older cluster's job.
         first = int(time.time()) // 10 % 60_000_000 + 1
         names = f"n[1-{self.nodes}]"
-        text = CONFIG.format(host=host, port=self.port, folder=self.folder, first_job=first, nodes=nodes, names=names,
-                             grace=GRACE_SEC)  # fmt: skip
+        text = CONFIG.format(
+            host=host, port=self.port, folder=self.folder, first_job=first, nodes=nodes, names=names, grace=GRACE_SEC,
+            accounting=self._accounting.lines if self.keeps_accounts else NO_ACCOUNTING,
+        )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n")
 

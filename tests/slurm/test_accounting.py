@@ -1,0 +1,41 @@
+"""Jobs on a SLURM that keeps accounts: who may submit, and that a job is waited for as without them."""
+
+import pytest
+
+from tests.in_process import make_images
+from tests.slurm.accounting import missing_programs
+from tests.slurm.cluster import Cluster, why_impossible
+from tests.slurm.test_jobs import TRAINING, ask, submit
+
+MISSING = why_impossible() or ", ".join(missing_programs())
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(MISSING), reason=f"not here: {MISSING}")]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("accounts"), nodes=1, port=16917, keeps_accounts=True)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    images = make_images(tmp_path_factory.mktemp("images") / "images")
+    return [*TRAINING, f"data.root={images}", "loop.total_steps=4", "launch.gpus_per_node=0", "launch.wait=true"]
+
+
+def test_a_job_of_an_account_runs_and_is_in_the_books(cluster, words, tmp_path):
+    submission = submit(cluster, tmp_path, "launch.account=vision", *words)
+    assert "has ended with status 0" in submission.wait_for(0)
+    books = ask(cluster, "sacct", "-n", "-X", "-j", submission.job, "-o", "State,Account")
+    assert books.split() == ["COMPLETED", "vision"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("account", "nobody"), ("qos", "none")])
+def test_an_account_or_a_quality_that_is_not_ours_is_refused(cluster, words, key, value, tmp_path):
+    output = submit(cluster, tmp_path, f"launch.{key}={value}", *words).wait_for(2)
+    refusal = (
+        f"launch.{key}: SLURM refuses the job ({value!r} was asked for): Batch job submission failed: Invalid {key}"
+    )
+    assert refusal in output and ask(cluster, "squeue", "-h") == ""
