@@ -53,7 +53,8 @@ class ScriptJob:
             sys.executable, "-u", "-m", "torch.distributed.run", f"--nnodes={len(nodes)}",
             f"--node-rank={os.environ['SLURM_NODEID']}", f"--nproc-per-node={self.torchrun_ranks}",
             f"--master-addr={nodes[0]}", f"--master-port={port}", f"--signals-to-handle={_TORCHRUN_SIGNALS}",
-            f"--shutdown-timeout={_PATIENCE_SEC}", *words,
+            f"--shutdown-timeout={_PATIENCE_SEC}", "--tee=3",  # a log for each rank, and all of them in the task's
+            f"--log-dir={self.folder / 'logs' / job_id()}_{os.environ['SLURM_NODEID']}_ranks", *words,
         ]  # fmt: skip
 
     def __call__(self) -> int:

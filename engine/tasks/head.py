@@ -10,7 +10,7 @@ head in closed form, in seconds.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data unlike those
 of pretraining; standardised features, He et al. 2021 (arXiv 2111.06377), section A.1, linear probing.
-Differs: the probe is ridge regression, scaled for the least cross-entropy of images left out, and the norm is an affine
+Differs: the probe is ridge regression, scaled for the least cross-entropy of images held out, and the norm is an affine
 map.
 """
 
@@ -67,7 +67,7 @@ def prepare_head(
     if fit:
         standard = (features - mean) / scale
         weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
-        result = f"weights fitted; of each, left out, the loss is {loss:.3f} and the accuracy {accuracy:.3f}"
+        result = f"weights fitted; of each, held out, the loss is {loss:.3f} and the accuracy {accuracy:.3f}"
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
@@ -123,7 +123,7 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
 
     Penalty and scale are those of the least cross-entropy of the leave-one-out scores: on the images that it was fitted
     to, a head of many classes of a few images each is right far too often, so that it would start overconfident. The
-    last two values are that cross-entropy and the share of images recognised, left out.
+    last two values are that cross-entropy and the share of images recognised, held out.
     """
     found = []
     for ridge in fit_ridges(features, F.one_hot(labels, num_classes).double()):

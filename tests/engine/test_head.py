@@ -152,7 +152,7 @@ def test_a_run_begins_with_it_and_resumes_without_it(kind, tmp_path):
     overrides = common("classification", collection, tmp_path / "run", f"task.head={kind}")
     text = run("finetune.py", [*overrides, "loop.total_steps=2"], tmp_path)
     assert "task.head: features standardised over 24 images; " in text
-    assert ("weights fitted; of each, left out, the loss is " in text) == (kind == "fitted")
+    assert ("weights fitted; of each, held out, the loss is " in text) == (kind == "fitted")
     assert "task.head" not in run("finetune.py", [*overrides, "loop.total_steps=4"], tmp_path)
     assert json.loads((tmp_path / "run/config.json").read_text())["task"]["head"] == kind
 

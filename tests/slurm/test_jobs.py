@@ -167,6 +167,8 @@ def test_torchrun_on_each_node(cluster, images, undisturbed, tmp_path):
     submission.wait_for(0)
     assert_nothing_lost(submission, undisturbed)
     assert "torch.distributed.run --nnodes=1" in submission.log()
+    logs = list(tmp_path.glob(f"outputs/slurm/*/logs/{submission.job}_0_ranks/*/attempt_0/*/stderr.log"))
+    assert sorted(log.parent.name for log in logs) == ["0", "0", "1", "1"]  # two starts of two ranks
 
 
 def test_sigterm_alone_is_enough_and_scancel_is_an_end(cluster, images, tmp_path):
