@@ -9,6 +9,7 @@
 docs/weights.md has each format, what it can hold, and how it is loaded.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,6 +148,7 @@ def export_to_onnx(config: ExportConfig, opened: Opened, folder: Path) -> dict[s
 @entry_point("export", ExportConfig)
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
+    started = time.time()
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with open_weights(config) as opened:
         opened = opened.with_licence(config.licence)
@@ -169,8 +171,8 @@ def main(config: ExportConfig, job: Job) -> str:
             report |= {"format": config.format, "step": step, "licence": licence}
             add_report(folder, report)
     if config.run_dir is not None:
-        files = [folder / report["file"]] if config.format == "onnx" else [*filter(Path.is_file, folder.iterdir())]
-        send_export(Path(config.run_dir), config.format, files, report)
+        files = [file for file in folder.iterdir() if file.is_file() and file.stat().st_mtime >= started]
+        send_export(Path(config.run_dir), config.format, files, report, weights=config.names())
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     log.info("wrote %s (licence of the source weights: %s)  %s", folder / report["file"], report["licence"], line)
     return f"{folder / report['file']}  {line}"

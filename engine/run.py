@@ -36,9 +36,11 @@ from utils.record.run_folder import (
     default_run_dir,
     environment_state,
     open_run_folder,
+    sweep_of,
     update_saved_config,
 )
 from utils.record.sweep_table import write_result
+from utils.record.tracker import logged_weights
 from utils.record.trackers import check_tracker
 
 log = get_logger(__name__)
@@ -175,13 +177,11 @@ def run_training(
 def _train(run: Run, config: TrainingConfig) -> bool:
     """Train with all records open; returns False where the run was asked to stop."""
     recorder = run.recorder
-    if not run.is_complete:  # a complete run needs no tracker
-        folder = run.saver.folder
-        saved = {"script": folder.job.script, **folder.config}
-        distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step, folder.job.sweep_name))
-    run.open_records()
-    recorder.watchdog.start()
     try:
+        if not run.is_complete:  # a complete run needs no tracker
+            _start_tracker(run)
+        run.open_records()
+        recorder.watchdog.start()
         if config.lr_finder.enabled and run.step == 0:
             find_lr(run, config)
         finished = _train_with_rollbacks(run, config)
@@ -204,13 +204,19 @@ def _train(run: Run, config: TrainingConfig) -> bool:
     return finished
 
 
+def _start_tracker(run: Run) -> None:
+    folder = run.saver.folder
+    saved, sweep = {"script": folder.job.script, **folder.config}, sweep_of(folder.path, folder.job)
+    distributed.rank_zero_call(lambda: run.recorder.start_tracker(saved, run.step, sweep))
+
+
 def _send_model(run: Run) -> None:
-    """Send the tracker the best weights of a complete run, or the last ones where nothing was evaluated."""
+    """Send the tracker the best weights of a complete run, or the last ones where this folder has no best ones."""
     best, folder, metric = run.evaluator.best, run.saver.folder, run.learner.task.best_metric
-    name = "last" if best.value is None else "best"
-    figures = {} if best.value is None else {metric: best.value, "best_step": best.step}
+    weights = logged_weights(folder.weights)
+    figures = {metric: best.value, "best_step": best.step} if weights.alias == "best" else {}
     metadata = {"step": run.step, "script": folder.job.script, "model": folder.config["model"], **figures}
-    run.recorder.add_model(folder.weights / f"{name}_weights.safetensors", name, metadata)
+    run.recorder.add_model(*weights, metadata)
 
 
 def _train_with_rollbacks(run: Run, config: TrainingConfig) -> bool:

@@ -95,11 +95,13 @@ def _python(launch: LaunchConfig, folder: Path) -> str:
 
 
 def _srun_arguments(launch: LaunchConfig, folder: Path) -> list[str]:
+    # A task that fails ends the others, which would wait for it.
+    own = ["--kill-on-bad-exit=1"]
     if launch.container is None or launch.container_with == "apptainer":
-        return []
+        return own
     mounts = ",".join(f"{mount}:{mount}" for mount in _mounts(folder, launch))
     return [
-        f"--container-image={launch.container}", f"--container-mounts={mounts}",
+        *own, f"--container-image={launch.container}", f"--container-mounts={mounts}",
         f"--container-workdir={folder / 'code'}",
     ]  # fmt: skip
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submit.queue import job_state, show
+from submit.queue import job_state, requeue, show
+from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED
 from utils.io.files import write_json
-from utils.ranks.job_status import STATUS_VARIABLE, noted_status
+from utils.ranks.job_status import STATUS_VARIABLE, judge_status
 
 # torchrun passes these on, and waits for its ranks to save.
 _TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+_AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for the ranks to save, and for the scheduler to end the tasks of a requeued job
 
 
@@ -30,7 +32,7 @@ class ScriptJob:
     """A script and its arguments. `code`: the copy of the code; `folder`: of the job; `index`: in an array.
 
     torchrun_ranks: the ranks that torchrun starts on each node; None: each task is a rank. max_lost_ranks: losses of a
-    rank or a node after which the job is not continued.
+    rank or a node after which the job is not continued. sweep: its name.
     """
 
     script: str
@@ -41,6 +43,7 @@ class ScriptJob:
     index: int = 0
     torchrun_ranks: int | None = None
     max_lost_ranks: int = 0
+    sweep: str | None = None
 
     def command(self) -> list[str]:
         """Return the command of this task."""
@@ -59,17 +62,22 @@ class ScriptJob:
 
     def __call__(self) -> int:
         """Run the script to its end. A status other than 0 ends the task with it; 75 and 70 requeue the job."""
-        command, file = self.command(), self.folder / f"status_{self.index}_{os.environ['SLURM_PROCID']}"
+        self._process = None
+        command = self.command()
         _say(shlex.join(command))
-        file.unlink(missing_ok=True)
-        self._process = subprocess.Popen(command, cwd=self.working_dir, env={**os.environ, STATUS_VARIABLE: str(file)})
-        status = noted_status(file, self._process.wait())
-        if status in (EXIT_STOPPED, EXIT_LOST_RANK):
-            if job_state(job_id()) not in ("RUNNING", None):  # SLURM itself ends the job, or requeues it
-                time.sleep(_PATIENCE_SEC)
-            elif status == EXIT_STOPPED or self._may_lose_another():
-                _say(f"{self.script}.py has ended with status {status}; the job continues in the queue")
-                self._requeue()
+        folder = self.folder / f"status_{self.index}_{_restarts()}"
+        environment = {**os.environ, STATUS_VARIABLE: str(folder)}
+        if self.sweep is not None:
+            environment[SWEEP_VARIABLE] = self.sweep
+        self._process = subprocess.Popen(command, cwd=self.working_dir, env=environment)
+        status = self._process.wait()
+        if not _is_first():
+            if judge_status(folder, status) in (EXIT_STOPPED, EXIT_LOST_RANK):
+                time.sleep(_PATIENCE_SEC)  # the first task requeues the job, or ends it
+        else:
+            status = judge_status(folder, status)
+            if status == EXIT_STOPPED or (status == EXIT_LOST_RANK and self._may_lose_another()):
+                self._continue(status)
         self._end(status)
         return status
 
@@ -77,38 +85,41 @@ class ScriptJob:
         """Wait until the script has saved, and return what continues it; in a signal handler of the first task."""
         from submitit.helpers import DelayedSubmission
 
-        started = time.monotonic()
-        self._process.send_signal(signal.SIGUSR1)  # SLURM signals it too; both together are one request
-        # `wait` holds a lock in the frame that the signal has interrupted.
-        found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        process, self._process = self._process, None  # which cannot be pickled
+        if process is None:  # it has not begun
+            return DelayedSubmission(self)
+        started, status = time.monotonic(), process.returncode
+        if status is None:
+            process.send_signal(signal.SIGUSR1)  # SLURM signals it too; both together are one request
+            # `wait` holds a lock in the frame that the signal has interrupted.
+            found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         if status == EXIT_OK:  # it was at its end
             self._end(status)
             os._exit(EXIT_OK)
         _say(f"ended with status {status} after {time.monotonic() - started:.1f} s; the job continues in the queue")
-        del self._process  # which cannot be pickled
         return DelayedSubmission(self)
 
     def _may_lose_another(self) -> bool:
-        """Count the loss of a rank, in the first task, and return whether the job is continued; the others wait."""
-        if not _is_first():
-            return True
+        """Count the loss of a rank, and return whether the job is continued."""
         file = self.folder / f"lost_{self.index}"
         count = int(file.read_text()) + 1 if file.exists() else 1
         file.write_text(str(count))
         return count <= self.max_lost_ranks
 
-    def _requeue(self) -> None:
-        """Put the job back into the queue, from the first task, and wait for its end."""
-        if _is_first():
-            subprocess.run(["scontrol", "requeue", job_id()], check=True)
+    def _continue(self, status: int) -> None:
+        """Put the job back into the queue, unless SLURM itself ends it or requeues it, and wait for the end."""
+        if job_state(job_id()) in ("RUNNING", None):
+            _say(f"{self.script}.py has ended with status {status}; the job continues in the queue")
+            until = time.monotonic() + _PATIENCE_SEC
+            while not requeue(job_id()) and time.monotonic() < until:
+                time.sleep(_AGAIN_SEC)
         time.sleep(_PATIENCE_SEC)
 
     def _end(self, status: int) -> None:
         """Note the end of the script in the job's folder; a failed one ends this process."""
         if _is_first():
-            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-            write_json(end_file(self.folder, self.index), {"status": status, "restarts": restarts})
+            write_json(end_file(self.folder, self.index), {"status": status, "restarts": _restarts()})
         _say(f"{self.script}.py has ended with status {status}")
         if status != EXIT_OK:
             os._exit(status if status > 0 else 128 - status)  # SLURM shows it, and ends the other tasks
@@ -123,6 +134,10 @@ def job_id() -> str:
     """Return the number by which SLURM knows this job; ARRAY_INDEX in an array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _is_first() -> bool:

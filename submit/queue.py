@@ -9,9 +9,22 @@ ACTIVE = WAITING | {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING
 
 
 def show(what: str, name: str) -> str:
-    """Return what `scontrol show` prints; empty where SLURM does not know the name (any more)."""
-    done = subprocess.run(["scontrol", "--oneliner", "show", what, name], capture_output=True, text=True, timeout=60)
-    return done.stdout if done.returncode == 0 else ""
+    """Return what `scontrol show` prints; empty where SLURM does not know the name (any more), or does not answer."""
+    return _ask("scontrol", "--oneliner", "show", what, name) or ""
+
+
+def requeue(job: str) -> bool:
+    """Put a job back into the queue; returns whether SLURM has done it."""
+    return _ask("scontrol", "requeue", job) is not None
+
+
+def _ask(*command: str) -> str | None:
+    """Return what a command of SLURM prints, None where it fails or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def job_state(job: str) -> str | None:

@@ -62,9 +62,18 @@ def main(config: SubmitConfig, job: Job) -> str:
 
     # ------------------------------------------------------------------------------------------------- 3. The queue
     torchrun_ranks = ranks_on_node(launch) if launch.start == "torchrun" else None
+    sweep = sweep_name(SCRIPT_WORDS) if set(FLAGS) & set(SCRIPT_WORDS) else None
     calls = [
         ScriptJob(
-            launch.script, words, folder / "code", Path.cwd(), folder, index, torchrun_ranks, launch.max_lost_ranks
+            launch.script,
+            words,
+            folder / "code",
+            Path.cwd(),
+            folder,
+            index,
+            torchrun_ranks,
+            launch.max_lost_ranks,
+            sweep,
         )
         for index, words in enumerate(jobs)
     ]
@@ -106,6 +115,11 @@ def list_jobs(words: list[str]) -> list[list[str]]:
     if sweep.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
     return [job.arguments for job in sweep.jobs(name_sweep_job)]
+
+
+def sweep_name(words: list[str]) -> str:
+    """Return the name of a --multirun."""
+    return parse_sweep(quote_paths(words, multirun=True)).name
 
 
 def make_folder(launch: LaunchConfig) -> Path:

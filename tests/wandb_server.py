@@ -81,7 +81,7 @@ class WandbServer:
     # ------------------------------------------------------------------------------------------------------- GraphQL
 
     def answer(self, name, variables, text):
-        """The data of an operation; what is not known is noted and answered with nothing."""
+        """The data of an operation; an unknown operation is noted, and its answer is empty."""
         self.operations.append(name)
         method = getattr(self, f"_{name}", None)
         if method is None:
@@ -205,6 +205,9 @@ class WandbServer:
     def _UseArtifact(self, v):
         self.runs[v["runName"]].used.append(self.artifacts[v["artifactID"]].name)
         return {"useArtifact": {"artifact": self._describe(v["artifactID"], v["projectName"])}}
+
+    def _CreateProject(self, v):
+        return {"result": {"project": None, "model": None, "inserted": True}}
 
     def _UpsertView2(self, v):
         self.views.append(v)

@@ -31,7 +31,7 @@ def test_a_run_with_more_steps_than_names_is_refused():
         plan(epoch_length=10, total_steps=MOST_STEPS + 1)
 
 
-def test_every_rank_has_files_and_marks_of_its_own_and_rank_0_alone_writes_checkpoints(tmp_path, monkeypatch):
+def test_every_rank_has_a_file_and_a_mark_of_its_own_and_one_of_them_is_main(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(RANKS))
     writers, marks = [], []

@@ -38,6 +38,7 @@ from utils.io.files import sha256_text
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.ranks.job_status import note_status
+from utils.record.background import has_unfinished
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.sweep_table import RESULT_FILE, read_jobs, sweep_table
 
@@ -193,12 +194,12 @@ def _log_ranking(folder: Path) -> None:
 
 
 def _leave(status: int) -> None:
-    """End the process; with a process group, without the interpreter's shutdown, which gloo may abort."""
+    """End the process, without the interpreter's shutdown where gloo may abort it or a tracker hold it up."""
     note_status(status)
     grouped = distributed.shutdown(failed=status != EXIT_OK)
     sys.stdout.flush()
     sys.stderr.flush()
-    if grouped:
+    if grouped or has_unfinished():
         os._exit(status)
     sys.exit(status)
 

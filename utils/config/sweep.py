@@ -11,6 +11,7 @@ in turn (the default) run in one process, by Hydra.
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +21,7 @@ from utils.config.messages import ConfigError
 
 FLAGS = ("--multirun", "-m")
 FOLDER = "outputs/sweeps"
+SWEEP_VARIABLE = "ATELIER_SWEEP"  # the name of the sweep, for a job that runs as a command of its own
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Sweep:
         """Return the folder of the jobs' run folders: run_dir, or one that sweep.name names."""
         given = _values(self.overrides)
         return str(given.get("run_dir") or f"{FOLDER}/{given.get('sweep.name', 'default')}")
+
+    @property
+    def name(self) -> str:
+        """Return its name: of its folder."""
+        return Path(self.base).name
 
     def job(self, words: Sequence[str], name_of: Callable[[list[str]], str]) -> SweepJob:
         """Return the job of some overrides; name_of: from overrides to a folder's name."""

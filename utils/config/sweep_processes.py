@@ -12,7 +12,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from utils.config.search import Search
-from utils.config.sweep import Sweep, SweepJob
+from utils.config.sweep import SWEEP_VARIABLE, Sweep, SweepJob
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import SIGNALS
@@ -86,7 +86,9 @@ class JobProcesses:
         if (folder / COMPLETE_FILE).exists():
             log.info("complete already: %s", folder)
             return EXIT_OK
-        environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        environment = {**os.environ, SWEEP_VARIABLE: folder.parent.name}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         folder.parent.mkdir(parents=True, exist_ok=True)
         output = folder.with_name(f"{folder.name}.log")
         log.info("started%s: see %s", "" if gpu is None else f" on GPU {gpu}", output)

@@ -1,22 +1,32 @@
-"""The status with which a rank ends, for a job whose launcher hides it: torchrun ends with 1 for any other than 0."""
+"""How each rank of a job has ended. Its launcher may hide that: torchrun ends with 1 for any status but 0."""
 
 import os
 from pathlib import Path
 
-from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED
-from utils.io.files import ignore_write_errors
+from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_STOPPED, EXIT_USER_ERROR
+from utils.io.files import ignore_write_errors, write_text
+from utils.record.logging import environment_rank
 
-STATUS_VARIABLE = "ATELIER_STATUS_FILE"
+STATUS_VARIABLE = "ATELIER_STATUS_FOLDER"
 
 
 def note_status(status: int) -> None:
-    """Write a status after which the same command continues to the file that STATUS_VARIABLE names, if it is set."""
+    """Write this rank's status into the folder that STATUS_VARIABLE names, if it is set."""
     name = os.environ.get(STATUS_VARIABLE)
-    if name and status in (EXIT_STOPPED, EXIT_LOST_RANK):
-        with ignore_write_errors(Path(name)):
-            Path(name).write_text(str(status))
+    if name:
+        file = Path(name) / str(environment_rank())
+        with ignore_write_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, f"{status}\n")
 
 
-def noted_status(file: Path, status: int) -> int:
-    """Return the status that a rank has noted in `file`, or `status`, its launcher's, where none has."""
-    return int(file.read_text()) if status != 0 and file.exists() else status
+def judge_status(folder: Path, status: int) -> int:
+    """Return the status of a job: of what its ranks have noted in `folder`, or `status`, that of the launcher.
+
+    A rank that fails takes the others with it, which then miss it: so its status is worth more than theirs.
+    """
+    if status == 0:  # torchrun may have restarted ranks that failed
+        return status
+    noted = {int(text) for file in folder.glob("*") if (text := file.read_text().strip()).isdigit()}
+    ranked = (EXIT_USER_ERROR, EXIT_CRASH, EXIT_LOST_RANK, EXIT_STOPPED)
+    return next((one for one in ranked if one in noted), status)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from types import FrameType
 
 from utils.errors import EXIT_STOPPED
+from utils.ranks.job_status import note_status
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # A launcher forwards to its ranks a signal that they received as well: one request, milliseconds apart. A second
@@ -57,4 +58,5 @@ class StopRequest:
             _tell(number, ": finishing the step, then saving")
         elif now - self.since >= REPEAT_SEC:
             _tell(number, " again: leaving at once, without saving")
+            note_status(EXIT_STOPPED)
             os._exit(EXIT_STOPPED)

@@ -25,18 +25,25 @@ log = get_logger(__name__)
 Say = Callable[[str], None]
 
 _MOST_WAITING = 10_000  # rows and pictures; a run of a million steps writes 20,000 rows
-_FINISH_SEC = 60.0  # to send the rest at the end of a run
-_STOP_SEC = 5.0  # for a run that goes on later: a job that is preempted has no more
+_STOP_SEC = 5.0  # for the rest of a run that goes on later: a job that is preempted has no more
+
+_unfinished: set[threading.Thread] = set()
+
+
+def has_unfinished() -> bool:
+    """Return whether a tracker of this process still works after its close; its library may hold up the exit."""
+    return any(thread.is_alive() for thread in _unfinished)
 
 
 class BackgroundTracker:
     """Start a tracker in a thread, and pass calls on to it until one fails; then warn once and drop the rest.
 
-    make: starts the tracker, in the thread; what it says is logged by the main thread.
+    make: starts the tracker, in the thread; what it says is logged by the main thread. finish_sec: how long a complete
+    run waits for it.
     """
 
-    def __init__(self, name: str, make: Callable[[Say], Tracker]) -> None:
-        self._name, self._make = name, make
+    def __init__(self, name: str, make: Callable[[Say], Tracker], finish_sec: float) -> None:
+        self._name, self._make, self._finish_sec = name, make, finish_sec
         self._waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_MOST_WAITING)
         self._said: deque[tuple[int, str]] = deque()
         self._failed = False
@@ -61,14 +68,15 @@ class BackgroundTracker:
         self._pass_on(lambda tracker: tracker.add_model(file, alias, metadata))
 
     def close(self, failed: bool = False, *, goes_on: bool = False) -> None:
-        """Close the tracker, and wait a minute at most; some seconds where the run goes on later, or has failed."""
+        """Close the tracker and wait for it; a few seconds only where the run goes on later, or has failed."""
         self._pass_on(lambda tracker: tracker.close(failed))
-        patience = _STOP_SEC if goes_on or failed else _FINISH_SEC
+        patience = _STOP_SEC if goes_on or failed else self._finish_sec
         until = time.monotonic() + patience
         with contextlib.suppress(queue.Full):  # said below
-            self._waiting.put(None, timeout=patience)
+            self._waiting.put(None, timeout=patience if self._thread.is_alive() else 0.0)
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
+            _unfinished.add(self._thread)
             self._say(
                 f"{self._name} has not taken everything within {patience:g} s; the rest is in the run folder",
                 logging.WARNING,
@@ -86,13 +94,16 @@ class BackgroundTracker:
 
     def _work(self) -> None:
         """Start the tracker and pass calls on, in the thread."""
+        tracker = None
         try:
             tracker = self._make(self._say)
-            while (call := self._waiting.get()) is not None:
-                if not self._failed:
-                    call(tracker)
-        except Exception as error:  # a server, a disk, a foreign library: none of them is worth the run
+            while (call := self._waiting.get()) is not None and not self._failed:
+                call(tracker)
+        except BaseException as error:  # a server, a disk, a foreign library, which may ask to exit
             self._fail(f"{type(error).__name__}: {error}")
+        if self._failed and tracker is not None:
+            with contextlib.suppress(BaseException):
+                tracker.close(failed=True)
 
     def _fail(self, why: str) -> None:
         self._failed = True

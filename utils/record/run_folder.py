@@ -22,6 +22,7 @@ from typing import Any
 
 from utils.config.entry_point import ROOT, Job
 from utils.config.recipe import recipe_hash
+from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import UserError
 from utils.io.files import read_json, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
@@ -56,6 +57,11 @@ class RunFolder:
     def plots(self) -> Path:
         """The folder of pictures."""
         return self.path / "plots"
+
+
+def sweep_of(folder: Path, job: Job) -> str | None:
+    """Return the name of the sweep that a run belongs to: of a --multirun, or of a job that one has started."""
+    return folder.parent.name if job.sweep_name is not None else os.environ.get(SWEEP_VARIABLE)
 
 
 def default_run_dir(config: dict[str, Any], job: Job) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,6 +44,19 @@ class Tracker(Protocol):
 
     def close(self, failed: bool = False) -> None:
         """Write the rest; `failed`: the run ended by an error."""
+
+
+class LoggedWeights(NamedTuple):
+    """The weight file that a tracker gets at the end of a run, and its name: best or last."""
+
+    file: Path
+    alias: str
+
+
+def logged_weights(folder: Path) -> LoggedWeights:
+    """Return the best weights in a run's weights/, or the last ones where there are no best ones."""
+    best = folder / "best_weights.safetensors"
+    return LoggedWeights(best, "best") if best.exists() else LoggedWeights(folder / "last_weights.safetensors", "last")
 
 
 def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:

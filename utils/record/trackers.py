@@ -6,7 +6,7 @@
     tracker.add_image(step, "reconstructions", image)
     tracker.close()
 
-A tracker works in a thread of its own (utils/record/background.py): it never slows a run, and never ends one.
+A tracker works in a thread of its own (utils/record/background.py): once started, it neither slows nor ends a run.
 """
 
 from utils.record.background import BackgroundTracker
@@ -18,6 +18,8 @@ from utils.record.wandb_mode import choose_mode
 from utils.record.wandb_tracker import open_wandb
 
 log = get_logger(__name__)
+
+_FINISH_SEC = 60.0  # for TensorBoard's last events to reach the disk
 
 
 def check_tracker(options: TrackingConfig) -> None:
@@ -34,8 +36,9 @@ def start_tracker(options: TrackingConfig, info: RunInfo) -> BackgroundTracker |
             log.info("W&B: %s, because %s", chosen.mode, chosen.reason)
             if chosen.mode == "disabled":
                 return None
-            return BackgroundTracker("W&B", lambda say: open_wandb(options, chosen.mode, info, say))
+            patience = options.finish_timeout_sec
+            return BackgroundTracker("W&B", lambda say: open_wandb(options, chosen.mode, info, say), patience)
         case "tensorboard":
             log.info("TensorBoard: tensorboard --logdir %s", info.folder / "tensorboard")
-            return BackgroundTracker("TensorBoard", lambda say: TensorboardTracker(info.folder, info.step))
+            return BackgroundTracker("TensorBoard", lambda say: TensorboardTracker(info.folder, info.step), _FINISH_SEC)
     return None

@@ -71,7 +71,10 @@ def create_dashboard(project: str, entity: str | None) -> str:
     tables = [charts.WeavePanelSummaryTable(table_name=name) for name in TABLES]
     sections += [views.Section(name="Pictures", panels=pictures), views.Section(name="Tables", panels=tables)]
     try:
-        entity = entity or wandb.Api(timeout=20).default_entity
+        api = wandb.Api(timeout=20)
+        default = api.default_entity  # asks the server, for 20 s; what follows would wait for one that is down
+        entity = entity or default
+        api.create_project(project, entity)  # if it is not there yet
         return views.Workspace(name=NAME, entity=entity, project=project, sections=sections).save().url
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -55,7 +55,7 @@ def find_problem() -> str | None:
     """Return what is wrong with the user's API key, None for nothing."""
     wandb = import_wandb()
     try:
-        wandb.setup(settings=wandb.Settings(silent=True))
+        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))  # login looks for no key in another mode
         known = wandb.login(prompt=False, verify=False)
     except (wandb.errors.Error, ValueError) as error:  # the form of a key; the value of a WANDB_ variable
         return f"W&B refuses its settings ({' '.join(str(error).split())})"

@@ -40,12 +40,11 @@ class Recording:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
     monkeypatch.setattr(background, "_STOP_SEC", 0.1)
-    monkeypatch.setattr(background, "_FINISH_SEC", 30.0)
 
 
 def test_all_calls_arrive_in_their_order():
     inner = Recording()
-    tracker = BackgroundTracker("W&B", lambda say: inner)
+    tracker = BackgroundTracker("W&B", lambda say: inner, 30.0)
     tracker.add_row(1, "train", {"loss": 0.5})
     tracker.add_image(1, "mistakes", np.zeros((2, 3, 3), np.uint8))
     tracker.add_table(1, "classes", [{"a": 1}])
@@ -60,7 +59,7 @@ def test_all_calls_arrive_in_their_order():
 def test_a_row_is_that_of_its_time():
     inner = Recording()
     inner.go_on.clear()
-    tracker, figures = BackgroundTracker("W&B", lambda say: inner), {"loss": 1.0}
+    tracker, figures = BackgroundTracker("W&B", lambda say: inner, 30.0), {"loss": 1.0}
     tracker.add_row(1, "train", figures)
     figures["loss"] = 2.0
     inner.go_on.set()
@@ -70,7 +69,7 @@ def test_a_row_is_that_of_its_time():
 
 def test_a_start_that_never_ends_holds_nothing_up(caplog):
     never = threading.Event()
-    tracker = BackgroundTracker("W&B", lambda say: never.wait())
+    tracker = BackgroundTracker("W&B", lambda say: never.wait(), 30.0)
     for step in range(100):
         tracker.add_row(step, "train", {})
     tracker.close(goes_on=True)  # returns
@@ -81,7 +80,7 @@ def test_a_start_that_never_ends_holds_nothing_up(caplog):
 def test_a_run_that_goes_on_later_waits_less(caplog):
     inner = Recording()
     inner.go_on.clear()
-    tracker = BackgroundTracker("W&B", lambda say: inner)
+    tracker = BackgroundTracker("W&B", lambda say: inner, 30.0)
     tracker.add_row(1, "train", {})
     tracker.close(goes_on=True)
     assert not inner.calls and "W&B has not taken everything" in caplog.text
@@ -90,11 +89,11 @@ def test_a_run_that_goes_on_later_waits_less(caplog):
 
 def test_a_failure_is_named_once_and_the_rest_is_dropped(caplog):
     inner = Recording(fails_at=2)
-    tracker = BackgroundTracker("W&B", lambda say: inner)
+    tracker = BackgroundTracker("W&B", lambda say: inner, 30.0)
     for step in (1, 2, 3):
         tracker.add_row(step, "train", {})
     tracker.close()
-    assert [call[0] for call in inner.calls] == [1, 2]
+    assert [call[0] for call in inner.calls[:-1]] == [1, 2] and inner.calls[-1] is True  # closed, as failed
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == [
         "tracking: W&B failed (ConnectionError: gone) and is disabled; the run continues, and metrics.jsonl has every "
@@ -106,7 +105,7 @@ def test_a_tracker_that_does_not_start_is_a_warning(caplog):
     def start(say):
         raise OSError("No space left on device")
 
-    tracker = BackgroundTracker("TensorBoard", start)
+    tracker = BackgroundTracker("TensorBoard", start, 30.0)
     tracker.add_row(1, "train", {})
     tracker.close()
     assert "tracking: TensorBoard failed (OSError: No space left on device) and is disabled" in caplog.text
@@ -116,13 +115,34 @@ def test_too_many_waiting_rows_are_a_failure(caplog, monkeypatch):
     monkeypatch.setattr(background, "_MOST_WAITING", 3)
     inner = Recording()
     inner.go_on.clear()
-    tracker = BackgroundTracker("W&B", lambda say: inner)
+    tracker = BackgroundTracker("W&B", lambda say: inner, 30.0)
     for step in range(10):
         tracker.add_row(step, "train", {})
     inner.go_on.set()
     tracker.close()
     assert "tracking: W&B failed (3 figures and pictures wait for it) and is disabled" in caplog.text
-    assert len(inner.calls) <= 4
+    assert len(inner.calls) <= 5
+
+
+def test_a_library_that_asks_to_exit_is_a_warning(caplog):
+    def start(say):
+        raise SystemExit(1)
+
+    BackgroundTracker("W&B", start, 30.0).close()
+    assert "tracking: W&B failed (SystemExit: 1) and is disabled" in caplog.text
+
+
+def test_a_tracker_that_is_left_behind_is_known(monkeypatch):
+    monkeypatch.setattr(background, "_unfinished", set())
+    inner = Recording()
+    inner.go_on.clear()
+    tracker = BackgroundTracker("W&B", lambda say: inner, 0.1)
+    tracker.add_row(1, "train", {})
+    tracker.close()
+    assert background.has_unfinished()
+    inner.go_on.set()
+    tracker._thread.join(10)
+    assert not background.has_unfinished()
 
 
 def test_the_main_thread_logs_what_the_tracker_says(caplog):
@@ -132,6 +152,6 @@ def test_the_main_thread_logs_what_the_tracker_says(caplog):
         say("W&B: http://server/run")
         return Recording()
 
-    BackgroundTracker("W&B", start).close()
+    BackgroundTracker("W&B", start, 30.0).close()
     (record,) = [record for record in caplog.records if "http://server/run" in record.message]
     assert record.threadName == threading.current_thread().name

@@ -32,6 +32,7 @@ def test_the_view_arrives_with_every_chart(tmp_path):
         assert (status, errors) == (0, "") and said.startswith(f"{server.url}/{ENTITY}/photos?nw=")
         assert dashboard(server, tmp_path, "team/photos")[0] == 0
         (mine, teams) = server.views
+        assert server.operations.index("CreateProject") < server.operations.index("UpsertView2") and not server.unknown
     assert (mine["entityName"], mine["projectName"], mine["displayName"]) == (ENTITY, "photos", NAME)
     assert (teams["entityName"], teams["projectName"]) == ("team", "photos")
     spec = mine["spec"]

@@ -7,18 +7,19 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.in_process import TINY, make_images
-from tests.support import rows, start
-from tests.utils.record.test_trackers import expected_rows, is_reading, read_wandb
+from tests.support import ROOT, rows, start
+from tests.utils.record.test_trackers import is_reading, read_wandb, wandb_rows
 from tests.wandb_server import WandbServer
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB = ["tracking=wandb", "tracking.project=photos"]
-SAMPLES = 4  # of a step
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +91,7 @@ def test_everything_of_a_run_arrives_with_its_lineage(server, images, tmp_path):
         for row in fine.history
     ]
     figures = [row for row in logged if not any(name.startswith(("images/", "tables/")) for name in row)]
-    expected = [row | {"samples": SAMPLES * row["step"]} for row in expected_rows(tmp_path / "fine")]
-    assert figures == expected
+    assert figures == wandb_rows(tmp_path / "fine")
     train_names = {name for row in fine.history for name in row if name.startswith("train/")}
     assert {"train/lr", "train/grad_norm", "train/images_per_sec", "train/peak_memory_gib"} <= train_names
     assert {"tables/classes", "images/mistakes", "images/confusion"} <= {name for row in logged for name in row}
@@ -123,22 +123,29 @@ def test_without_model_artifact_no_weights_are_sent(server, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_stalls_holds_no_step_up_and_loses_none(server, images, tmp_path):
-    """It stalls as soon as the run is known; the run is stopped, and resumed when the server answers again."""
-    words = ["run_dir=run", "loop.total_steps=400", "loop.evaluate_every_epochs=1000"]
-    started = train(server, images, tmp_path, "finetune", *words)
+    """It stalls as soon as the run is known; the run is stopped, and resumed when the server answers again.
+
+    As a process that ends as a user's does: W&B's own end at the exit would wait for its server.
+    """
+    words = [*TINY, f"data.root={images}", *WANDB, "run_dir=run", "loop.total_steps=400"]
+    command = [sys.executable, str(ROOT / "finetune.py"), *words, "loop.evaluate_every_epochs=1000"]
+    environment = {**os.environ, "HOME": str(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    options = {"env": environment, "cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options)
     wait_until(lambda: server.runs, "the run at the server")
     server.mood = "stalls"
     metrics = tmp_path / "run/metrics.jsonl"
     wait_until(lambda: metrics.exists() and len(rows(metrics, "train")) > 20, "training")
-    started.signal(signal.SIGTERM)
-    assert started.wait() == [75], started.output
-    stopped = int(re.search(r"stopped at step (\d+)", started.output).group(1))
-    assert "W&B has not taken everything within 5 s; the rest is in the run folder" in started.output
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=45)[1]
+    assert process.returncode == 75, said
+    stopped = int(re.search(r"stopped at step (\d+)", said).group(1))
+    assert "W&B has not taken everything within 5 s; the rest is in the run folder" in said
     (run,) = server.runs.values()
     assert len(run.rows("train/loss")) < stopped < 400
     server.mood = "answers"
-    again = train(server, images, tmp_path, "finetune", *words)
-    assert again.wait() == [0], again.output
+    again = subprocess.run(command, timeout=120, **options)
+    assert again.returncode == 0, again.stderr
     expected = {row["step"]: row["loss"] for row in rows(metrics, "train")}
     assert train_rows(run) == expected and len(expected) == 400
     assert list(server.runs) == [wandb_id(tmp_path / "run")]
@@ -159,10 +166,12 @@ def test_a_server_that_fails_leaves_the_run_offline_with_every_row(server, image
 
 @pytest.mark.slow
 def test_a_server_that_fails_during_the_run_ends_nothing(server, images, tmp_path):
-    started = train(server, images, tmp_path, "finetune", "run_dir=run", "loop.total_steps=60")
+    words = ["run_dir=run", "loop.total_steps=60", "tracking.finish_timeout_sec=3"]
+    started = train(server, images, tmp_path, "finetune", *words)
     wait_until(lambda: server.runs, "the run at the server")
     server.mood = "fails"
     assert started.wait() == [0], started.output
+    assert "W&B has not taken everything within 3 s" in started.output
     assert (tmp_path / "run/complete.json").exists() and "Traceback" not in started.output
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 61))
 
@@ -203,3 +212,25 @@ def test_offline_rows_survive_the_death_of_everything(images, tmp_path):
     assert again.wait() == [0], again.output
     logged = {row["step"] for session in read_wandb(tmp_path / "run") for row in session["rows"] if "train/loss" in row}
     assert logged == set(range(1, 61))
+
+
+def test_the_jobs_of_a_sweep_are_a_group(server, images, tmp_path):
+    """In turn, in one process: each job is a run of its own at the server."""
+    words = ["--multirun", "seed=0,1", "sweep.name=seeds", "loop.total_steps=1"]
+    started = train(server, images, tmp_path, "finetune", *words)
+    assert started.wait() == [0], started.output
+    assert [run.upserted["groupName"] for run in server.runs.values()] == ["seeds", "seeds"]
+    assert sorted(run.upserted["displayName"] for run in server.runs.values()) == sorted(
+        path.name for path in (tmp_path / "outputs/sweeps/seeds").iterdir()
+    )
+    assert all(len(run.rows("train/loss")) == 1 and run.exit_code == 0 for run in server.runs.values())
+
+
+def test_weights_of_a_run_that_went_on_without_wandb_have_no_lineage(server, images, tmp_path):
+    words = [*TINY, f"data.root={images}", "run_dir=first"]
+    assert launch(server, tmp_path, "finetune", *words, *WANDB, "loop.total_steps=1").wait() == [0]
+    assert launch(server, tmp_path, "finetune", *words, "loop.total_steps=2").wait() == [0]
+    second = train(server, images, tmp_path, "finetune", "run_dir=second", "init_from=first", "loop.total_steps=1")
+    assert second.wait() == [0]
+    assert "W&B: the lineage from first is not noted (its last start had tracking=jsonl)" in second.output
+    assert len(server.runs[wandb_id(tmp_path / "second")].rows("train/loss")) == 1
