@@ -95,13 +95,11 @@ def _python(launch: LaunchConfig, folder: Path) -> str:
 
 
 def _srun_arguments(launch: LaunchConfig, folder: Path) -> list[str]:
-    # A task that fails ends the others, which would wait for it.
-    own = ["--kill-on-bad-exit=1"]
     if launch.container is None or launch.container_with == "apptainer":
-        return own
+        return []
     mounts = ",".join(f"{mount}:{mount}" for mount in _mounts(folder, launch))
     return [
-        *own, f"--container-image={launch.container}", f"--container-mounts={mounts}",
+        f"--container-image={launch.container}", f"--container-mounts={mounts}",
         f"--container-workdir={folder / 'code'}",
     ]  # fmt: skip
 

@@ -73,7 +73,7 @@ class ScriptJob:
         status = self._process.wait()
         if not _is_first():
             if judge_status(folder, status) in (EXIT_STOPPED, EXIT_LOST_RANK):
-                time.sleep(_PATIENCE_SEC)  # the first task requeues the job, or ends it
+                self._wait_for_the_first()
         else:
             status = judge_status(folder, status)
             if status == EXIT_STOPPED or (status == EXIT_LOST_RANK and self._may_lose_another()):
@@ -99,6 +99,12 @@ class ScriptJob:
             os._exit(EXIT_OK)
         _say(f"ended with status {status} after {time.monotonic() - started:.1f} s; the job continues in the queue")
         return DelayedSubmission(self)
+
+    def _wait_for_the_first(self) -> None:
+        """Wait until the first task has ended the job, or SLURM has, because it was requeued."""
+        file, until = end_file(self.folder, self.index), time.monotonic() + _PATIENCE_SEC
+        while not file.exists() and time.monotonic() < until:
+            time.sleep(_AGAIN_SEC)
 
     def _may_lose_another(self) -> bool:
         """Count the loss of a rank, and return whether the job is continued."""
