@@ -226,6 +226,7 @@ def test_the_jobs_of_a_sweep_are_a_group(server, images, tmp_path):
     assert all(len(run.rows("train/loss")) == 1 and run.exit_code == 0 for run in server.runs.values())
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_that_went_on_without_wandb_have_no_lineage(server, images, tmp_path):
     words = [*TINY, f"data.root={images}", "run_dir=first"]
     assert launch(server, tmp_path, "finetune", *words, *WANDB, "loop.total_steps=1").wait() == [0]
