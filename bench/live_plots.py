@@ -36,7 +36,7 @@ def train(name, live_plots, steps):
 
 def main():
     quick = sys.argv[1:] == ["quick"]
-    steps, turns = (30, 2) if quick else (STEPS, TURNS)
+    steps, turns = (20, 1) if quick else (STEPS, TURNS)
     found = {"with": [], "without": []}
     for turn in range(turns):
         for name, values in found.items():

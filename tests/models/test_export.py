@@ -239,8 +239,8 @@ def test_class_names_that_do_not_fit_the_head_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base", "large"])
-def test_every_published_size_that_fits_exports(size, tmp_path):
+@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base"])
+def test_every_published_size_up_to_base_exports(size, tmp_path):
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
     model = ConvNeXtV2Config.model_validate({**values, "head_init_scale": 1.0})
     torch.manual_seed(0)
