@@ -37,8 +37,8 @@ class WandbTracker:
     """A W&B run. It has the run folder's name, and keeps its id on resume.
 
     W&B's own step only grows, while a resumed run goes back to its checkpoint. So `step` is logged as a figure and is
-    the axis of all others, with `samples` beside it. `train/step`, `evaluate/step` and `epoch/step` tell a later start which
-    rows the server has.
+    the axis of all others, with `samples` beside it. `train/step`, `evaluate/step` and `epoch/step` tell a later start
+    which rows the server has.
     """
 
     def __init__(self, options: WandbTrackingConfig, mode: str, info: RunInfo, say: Say) -> None:
@@ -79,8 +79,8 @@ class WandbTracker:
         """Log the rows that W&B may not have: it was slow or down, or was killed with the run; returns how many.
 
         known: kind -> step up to which it has them.
-        Online, its server says what it knows. Offline, W&B keeps rows in memory, so they are certain only after a close;
-        some rows are then in two of its files.
+        Online, its server says what it knows. Offline, W&B keeps rows in memory, so they are certain only after a
+        close; some rows are then in two of its files.
         """
         path, self._last_step = self._info.folder / "metrics.jsonl", self._info.step
         if self._info.step <= min(known.values()) or not path.exists():
