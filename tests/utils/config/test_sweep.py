@@ -27,6 +27,7 @@ values = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = Path(values["run_dir"]); folder.mkdir(parents=True, exist_ok=True)
 (folder / "overrides.txt").write_text("\\n".join(sys.argv[1:]) + "\\n")
 (folder / "started.json").write_text(json.dumps([time.time(), os.environ.get("CUDA_VISIBLE_DEVICES")]))
+(folder / "sweep.txt").write_text(os.environ.get("ATELIER_SWEEP", ""))
 if values.get("top") == "bad":
     sys.exit(3)
 if values.get("top") == "wait":
@@ -105,6 +106,11 @@ def test_wrong_values_are_refused(word, said):
     with pytest.raises(ConfigError) as refused:
         parse_sweep(["--multirun", "a=1,2", word])
     assert refused.value.problems == [said]
+
+
+def test_jobs_know_their_sweep(script):
+    assert run(script, "top=1,2", "sweep.name=rates", "sweep.at_once=2") == 0
+    assert [file.read_text() for file in Path("outputs/sweeps").glob("*/*/sweep.txt")] == ["rates", "rates"]
 
 
 def test_jobs_run_at_once_on_the_gpus_given(script):

@@ -14,6 +14,7 @@ import pytest
 
 from tests.in_process import working_in
 from utils.config.entry_point import ROOT, Job
+from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.logging import get_logger, setup_logging
@@ -23,10 +24,20 @@ from utils.record.run_folder import (
     environment_state,
     git_state,
     open_run_folder,
+    sweep_of,
     update_saved_config,
 )
 
 JOB = Job("finetune", {"model": "convnextv2_tiny", "data": "image_folder"}, ["seed=1", "optim.lr=0.1"])
+
+
+def test_a_run_knows_its_sweep_in_turn_and_as_a_command_of_its_own(monkeypatch):
+    monkeypatch.delenv(SWEEP_VARIABLE, raising=False)
+    job = Job("finetune", {}, [], "seed=1")
+    assert sweep_of(Path("outputs/sweeps/rates/seed=1"), job) == "rates"
+    assert sweep_of(Path("outputs/first"), JOB) is None
+    monkeypatch.setenv(SWEEP_VARIABLE, "rates")
+    assert sweep_of(Path("anywhere"), JOB) == "rates"
 
 
 def config_for(path, **more):
