@@ -4,8 +4,10 @@ import re
 import subprocess
 
 # A job in one of these states may still run.
-WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}
-ACTIVE = WAITING | {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}
+ACTIVE = {
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED", "RUNNING",
+    "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING",
+}  # fmt: skip
 
 
 def show(what: str, name: str) -> str:

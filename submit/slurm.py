@@ -65,18 +65,11 @@ def main(config: SubmitConfig, job: Job) -> str:
     sweep = sweep_name(SCRIPT_WORDS) if set(FLAGS) & set(SCRIPT_WORDS) else None
     calls = [
         ScriptJob(
-            launch.script,
-            words,
-            folder / "code",
-            Path.cwd(),
-            folder,
-            index,
-            torchrun_ranks,
-            launch.max_lost_ranks,
-            sweep,
+            launch.script, words, folder / "code", Path.cwd(), folder, index,
+            torchrun_ranks=torchrun_ranks, max_lost_ranks=launch.max_lost_ranks, sweep=sweep,
         )
         for index, words in enumerate(jobs)
-    ]
+    ]  # fmt: skip
     ids = queue_jobs(launch, folder, calls)
     log.info("job %s: %s.py in %s", ids[0].partition("_")[0], launch.script, folder)
     log.info("its logs, one for each task: %s", folder / "logs" / "*_log.out")

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from utils.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
-from utils.io.safe_text import safe_lines
 from utils.record.run_config import COMPLETE_FILE
+from utils.tool import print_result
 
 RESULT_FILE = "result.json"
 _SEED = "seed="
@@ -104,12 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser("python -m utils.record.sweep_table", description="Rank the jobs of a sweep.")
     parser.add_argument("folder", type=Path, help="outputs/sweeps/NAME")
-    try:
-        sys.stdout.write(sweep_table(read_jobs(parser.parse_args(arguments).folder)) + "\n")
-    except UserError as error:
-        sys.stderr.write(safe_lines(f"sweep_table: {error}") + "\n")
-        return EXIT_USER_ERROR
-    return EXIT_OK
+    folder = parser.parse_args(arguments).folder
+    return print_result("sweep_table", lambda: sweep_table(read_jobs(folder)))
 
 
 if __name__ == "__main__":

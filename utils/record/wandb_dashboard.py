@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from utils.errors import EXIT_OK, EXIT_USER_ERROR, UserError
-from utils.io.safe_text import safe_lines
+from utils.errors import UserError
 from utils.record.wandb_mode import find_problem, import_wandb
+from utils.tool import print_result
 
 NAME = "Atelier"
 
@@ -86,12 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m utils.record.wandb_dashboard", description="Create a W&B dashboard.")
     parser.add_argument("project", help="[ENTITY/]PROJECT; the entity is the account's default")
     entity, _, project = parser.parse_args(arguments).project.rpartition("/")
-    try:
-        sys.stdout.write(create_dashboard(project, entity or None) + "\n")
-    except UserError as error:
-        sys.stderr.write(safe_lines(f"wandb_dashboard: {error}") + "\n")
-        return EXIT_USER_ERROR
-    return EXIT_OK
+    return print_result("wandb_dashboard", lambda: create_dashboard(project, entity or None))
 
 
 if __name__ == "__main__":
