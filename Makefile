@@ -33,7 +33,7 @@ SLURM := slurm-wlm munge slurmdbd mariadb-server
 test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing; ten minutes
 	@{ command -v sbatch && command -v mariadbd; } >/dev/null || test "$$(id -u)" != 0 || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
-	$(PY) -m pytest -m slurm -rs
+	$(PY) -m pytest -n 2 --dist loadfile -m slurm -rs
 
 lint: install  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -2,17 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def count_cores():
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_command(command, log, env=None):
@@ -65,3 +61,20 @@ def step_windows(folder):
         windows.append((steps, steps * batch / row["images_per_sec"]))
         before = row["step"]
     return windows
+
+
+def update_ms(name, steps, *overrides):
+    """Train train.py's network for some steps into outputs/bench/<name>; returns the milliseconds of an update.
+
+    Without evaluation, checkpoints and range test, and without the first tenth of the steps, which starts up.
+    """
+    folder = ROOT / "outputs/bench" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [
+        f"run_dir={folder}", f"loop.total_steps={steps}", f"loop.log_every_steps={max(1, steps // 10)}",
+        "lr_finder.enabled=false", "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000",
+        *overrides,
+    ]  # fmt: skip
+    run_command([sys.executable, "train.py", *words], log_of(folder))
+    windows = step_windows(folder)[1:]
+    return 1e3 * sum(seconds for _, seconds in windows) / sum(steps for steps, _ in windows)

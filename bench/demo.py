@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.commands import ROOT, count_cores, last_top1, log_of, rows_of
+from bench.commands import ROOT, last_top1, log_of, rows_of
+from utils.ranks.processes import count_cores
 
 RESULTS = ROOT / "docs/results.md"
 USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"

@@ -6,7 +6,6 @@ Figures are milliseconds per update, without each run's first row of figures, wh
 another process in at most 5 % of the time, so they cost at most 5 % where all cores are busy.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,24 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.commands import ROOT, log_of, run_command, step_windows
+from bench.commands import update_ms
 from bench.measure import describe_machine, row_of, write
 
 STEPS, TURNS = 200, 4
-
-
-def train(name, live_plots, steps):
-    """Train; returns the milliseconds of an update."""
-    folder = ROOT / "outputs/bench/live_plots" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [
-        f"run_dir={folder}", f"tracking.live_plots={live_plots}", f"loop.total_steps={steps}",
-        "loop.log_every_steps=10", "lr_finder.enabled=false", "runtime.compile=false", "runtime.device=cpu",
-        "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000",
-    ]  # fmt: skip
-    run_command([sys.executable, "train.py", *words], log_of(folder))
-    windows = step_windows(folder)[1:]
-    return 1e3 * sum(seconds for _, seconds in windows) / sum(steps for steps, _ in windows)
 
 
 def main():
@@ -40,7 +25,8 @@ def main():
     found = {"with": [], "without": []}
     for turn in range(turns):
         for name, values in found.items():
-            values.append(train(f"{name}_{turn}", str(name == "with").lower(), steps))
+            plots = f"tracking.live_plots={str(name == 'with').lower()}"
+            values.append(update_ms(f"live_plots/{name}_{turn}", steps, "runtime.device=cpu", plots))
     rows = [row_of("ResNet-18, 128 x 32 px", found, "with", "without")]
     write("live_plots", rows, machine=describe_machine(torch.device("cpu")), quick=quick)
 

@@ -269,6 +269,11 @@ def fitting_batch(most, per_image_sec, seconds):
     return most
 
 
+def other_sizes(size):
+    """Return half and twice a batch size; half of one is none."""
+    return [other for other in (size // 2, 2 * size) if other > 0]
+
+
 def synchronise(device):
     """Wait for the device."""
     if device.type == "cuda":
@@ -384,7 +389,7 @@ def measure(config, seconds, quick):
     # Slow images are read in smaller batches, so that a turn has some.
     each = _READ_SHARE * seconds / (1.4 * turns * (len(settings) + len(prefetch) + 1))
     size = fitting_batch(most, 1e-3 * sum(statistics.median(parts[name]) for name in IN_WORKER), each)
-    sizes = [] if quick else [many._replace(batch_size=size // 2), many._replace(batch_size=2 * size)]
+    sizes = [] if quick else [many._replace(batch_size=other) for other in other_sizes(size)]
     every = [setting._replace(batch_size=size) for setting in dict.fromkeys([*settings, *prefetch])] + sizes
     reading = measure_settings(collection, every, _READ_SHARE * seconds, turns)
 

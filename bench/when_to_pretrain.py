@@ -30,10 +30,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import lightly
-from bench.commands import ROOT, count_cores, last_top1, log_of, read_rows, run_command, step_windows
+from bench.commands import ROOT, last_top1, log_of, read_rows, run_command, step_windows
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
+from utils.ranks.processes import count_cores
 
 FACES = ("DejaVuSans", "DejaVuSerif")
 FEW_CLASSES = 250

@@ -249,7 +249,7 @@ def _describe_absent_split(root: Path, manifest: Path | None) -> str:
     """Say where a validation split was looked for, for a collection that has none."""
     if manifest is not None:
         return f"no row of {manifest.name} is in split val"
-    empty = [name for name, split in SPLIT_NAMES.items() if split == "val" and (root / name).is_dir()]
+    empty = [name for name, split in SPLIT_NAMES.items() if split != "train" and (root / name).is_dir()]
     return f"no image in {empty[0]}/" if empty else "no val/ folder"
 
 

@@ -34,6 +34,9 @@ from data.manifest_writer import save_manifest
 from data.table import build_table
 from utils.errors import UserError
 from utils.io.files import fsync_path, read_json, write_json
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 GLYPHS_VERSION = 1
 # The hash of all pixels, and what drew them. Another FreeType may round an edge differently; glyphs.json keeps what was
@@ -202,7 +205,10 @@ def _lock(root: Path) -> Iterator[None]:
             "data.root to a folder that this user may make"
         ) from error
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:  # such as Lustre mounted without flock
+            log.warning("data.root: %s cannot be locked (%s); draw the glyphs once", root, error.strerror)
         yield
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from data.manifest_formats import CSV, JSONL, PARQUET, build_columns, conform, read_csv, read_jsonl, read_parquet
 from data.scan import list_folder
-from data.table import SPLIT_NAMES, replace_column, sort_rows
+from data.table import SPLIT_NAMES, replace_column, settle_test_split, sort_rows
 from utils.errors import UserError
 
 Locate = Callable[[int], str]
@@ -59,7 +59,7 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         known = table["size"].to_pylist()
         sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
         table = replace_column(table, "size", pa.array(sizes, pa.int64()))
-    return sort_rows(table)
+    return settle_test_split(sort_rows(table))
 
 
 def find_files(root: Path, paths: Iterable[str], describe: Locate) -> list[os.DirEntry[str]]:
@@ -91,7 +91,7 @@ def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:
 
 
 def _read_splits(file: Path, table: pa.Table, locate: Locate) -> pa.Array:
-    """Bring the split column to train and val; null is train."""
+    """Bring the split column to train, val and test; null is train."""
     names = table["split"].to_pylist()
     splits = [SPLIT_NAMES.get((name or "train").lower()) for name in names]
     if None in splits:

@@ -1,7 +1,6 @@
 """Make `manifest.parquet` of a scanned folder (prepare.py job=manifest)."""
 
 import functools
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from data.scan import check_root, scan_folder
 from data.table import SCHEMA, assign_validation, count_values, replace_column
 from utils.errors import UserError
 from utils.io.files import write_atomically
-from utils.ranks.processes import map_in_processes
+from utils.ranks.processes import count_cores, map_in_processes
 
 # The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
@@ -107,7 +106,7 @@ def _inspect_all(
 ) -> list[Inspected]:
     """Return SHA-256 and findings of each file; with many files, in one process per core."""
     inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
-    if len(files) < _PARALLEL_FROM or (os.cpu_count() or 1) == 1:
+    if len(files) < _PARALLEL_FROM or count_cores() == 1:
         return _count_off(map(inspect, files), len(files), progress)
     return _count_off(map_in_processes(inspect, files, fatal_file), len(files), progress)
 

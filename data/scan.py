@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data.table import SPLIT_NAMES, build_table, show_some
+from data.table import SPLIT_NAMES, build_table, settle_test_split, show_some
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -105,7 +105,7 @@ def scan_folder(root: Path) -> pa.Table:
         "rating": [image.sidecar.rating for image in images],
         "caption": [image.sidecar.caption for image in images],
     }
-    return build_table(columns)
+    return settle_test_split(build_table(columns))
 
 
 def _is_image_name(name: str) -> bool:

@@ -31,8 +31,8 @@ _WIDE = pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names that a message shows
 SPLITS = ("train", "val")
-# A test split is validation data here: nothing in this house trains on it, and nothing needs a third kind.
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+_TEST = "test"  # until `settle_test_split`
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": _TEST}  # as users write it
 
 
 def build_table(columns: dict[str, list[Any]]) -> pa.Table:
@@ -54,6 +54,22 @@ def sort_rows(table: pa.Table) -> pa.Table:
     order = pc.sort_indices(wide, [("path", "ascending")])
     starts = range(0, max(table.num_rows, 1), _CHUNK_ROWS)
     return pa.concat_tables([wide.take(order[start : start + _CHUNK_ROWS]).cast(SCHEMA) for start in starts])
+
+
+def settle_test_split(table: pa.Table) -> pa.Table:
+    """Return a table without the rows of a test split where there are validation rows; else validate on them.
+
+    Nothing here needs a third split, and figures of a run must not come from its test images. Both are logged.
+    """
+    is_test = pc.equal(table["split"], _TEST)
+    count = is_test.to_numpy().sum()
+    if count == 0:
+        return table
+    if "val" in table["split"].unique().to_pylist():
+        log.info("data.root: the test split (%s images) is ignored; there is a validation split", f"{count:,}")
+        return table.filter(pc.invert(is_test))
+    log.info("data.root: the test split (%s images) is used for validation; there is no other", f"{count:,}")
+    return replace_column(table, "split", pc.if_else(is_test, "val", table["split"]))
 
 
 def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ folder") -> pa.Table:

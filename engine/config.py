@@ -127,6 +127,16 @@ class TrainingConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _the_rate_is_found_or_given(self) -> "TrainingConfig":
+        if self.lr_finder.enabled and self.optim.lr is not None:
+            raise ValueError(
+                f"optim.lr: {self.optim.lr:g} is not read, because the range test finds the rate; set "
+                "lr_finder.enabled=false to train at this rate, or optim.lr=null and optim.base_lr for the rate where "
+                "the test has no answer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _momentum_is_scheduled_where_it_exists(self) -> "TrainingConfig":
         if self.schedule.name == "onecycle" and self.schedule.cycle_momentum and self.optim.name == "timm":
             raise ValueError(

@@ -24,7 +24,6 @@ from engine.run_parts import Run
 from engine.task import checkpointed_state
 from optim.schedules import GroupValues, Schedule
 from utils.contracts import Batch
-from utils.errors import EXIT_STOPPED
 from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -94,10 +93,10 @@ def _copy_values(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderConfig, steps: int) -> Curve:
-    """Make at most `steps` updates at rising rates; returns the curve. Call it inside `undone`.
+def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderConfig, steps: int) -> Curve | None:
+    """Make at most `steps` updates at rising rates; returns the curve, None where a rank was asked to stop.
 
-    Raises SystemExit(75) where a rank was asked to stop.
+    Call it inside `undone`.
     """
     learner = run.learner
     sweep = RangeSweep(learner.schedule, config, steps)
@@ -111,8 +110,7 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
             run.recorder.phase(0, f"range test, update {number + 1} of {steps}")
             result = learner.update(next(batches), stop=run.must_stop)
             if result.stop > 0:
-                log.warning("stopped in the range test on request; the same command makes it again")
-                raise SystemExit(EXIT_STOPPED)
+                return None
             first_update_sec = first_update_sec or time.perf_counter() - started
             report(number + 1, steps)
             total, weight = (float(value) for value in result.sums["loss"])
@@ -133,22 +131,29 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
     return Curve(rates, losses, smoothed, skipped > 0 and not losses, first_update_sec)
 
 
-def find_lr(run: Run, config: TrainingConfig) -> None:
-    """Find the run's peak rate by a range test and use it; keep the configured one where the curve has no answer."""
+def find_lr(run: Run, config: TrainingConfig) -> bool:
+    """Find the run's peak rate by a range test and use it; keep the configured one where the curve has no answer.
+
+    Returns False where the run was asked to stop meanwhile.
+    """
     finder, plan, started = config.lr_finder, run.plan, time.perf_counter()
-    steps = min(finder.steps, math.floor(finder.max_share * plan.total_steps))
+    share = math.floor(finder.max_share * plan.total_steps)
+    steps = min(finder.steps, share)
     if steps < LEAST_POINTS:
+        limit = f"lr_finder.max_share={finder.max_share:g} of the run" if share <= finder.steps else "lr_finder.steps"
         log.warning(
-            "lr_finder: %d steps are lr_finder.max_share=%g of the run, and %d are needed; the rate stays %.3g",
-            steps, finder.max_share, LEAST_POINTS, plan.lr,
-        )  # fmt: skip
-        return
+            "lr_finder: %d steps are %s, and %d are needed; the rate stays %.3g", steps, limit, LEAST_POINTS, plan.lr
+        )
+        return True
     batches = run.streams.train.steps(plan.total_steps, plan)
     try:
         with undone(run.learner):
             curve = range_test(run, batches, finder, steps)
     finally:
         batches.close()
+    if curve is None:
+        log.warning("lr_finder: stopped on request; the same command makes the range test again")
+        return False
     found = suggest(curve, finder.suggestion, finder.smoothing)
     seconds = time.perf_counter() - started
     if found.taken is None:
@@ -159,6 +164,7 @@ def find_lr(run: Run, config: TrainingConfig) -> None:
         run.use_lr(found.taken)
     log.info("lr_finder: %d updates with a loss in %.1f s, undone", len(curve.losses), seconds)
     distributed.rank_zero_call(lambda: _write(run, curve, found, seconds))
+    return True
 
 
 def _write(run: Run, curve: Curve, found: Suggestion, seconds: float) -> None:
@@ -175,5 +181,5 @@ def _write(run: Run, curve: Curve, found: Suggestion, seconds: float) -> None:
     with ignore_write_errors(picture):
         outcome = "no answer" if found.taken is None else f"takes {found.taken:.3g}"
         title = f"{folder.path.resolve().name}: range test, {len(curve.losses)} updates, {outcome}"
-        plot_range_test(curve.rates, (curve.losses, curve.smoothed), found.rates, found.taken, title, picture)
+        plot_range_test(curve.rates, (curve.losses, curve.smoothed), found.rates, found.method, title, picture)
     log.info("lr_finder: see %s", picture)

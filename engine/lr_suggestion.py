@@ -33,11 +33,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Rates by method, the one that is taken (None: no answer in the curve), and why."""
+    """Rates by method, the one that is taken and its method (None: no answer in the curve), and why."""
 
     taken: float | None
     reason: str
     rates: dict[str, float] = field(default_factory=dict)
+    method: str | None = None
 
 
 def smooth(losses: Sequence[float], factor: float) -> list[float]:
@@ -61,16 +62,17 @@ def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
     problem = _find_problem(curve, smoothing)
     if problem is not None:
         return Suggestion(None, problem)
-    start, lowest = _find_fall(curve.smoothed)
+    start, lowest = _find_fall(curve, smoothing)
     rates = {
         "steepest": curve.rates[_steepest(curve.rates, curve.smoothed, start, lowest)],
         "minimum_tenth": curve.rates[lowest] / 10.0,
         "valley": curve.rates[(start + lowest) // 2],
     }
     if method != "auto":
-        return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates)
+        return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates, method)
     name = max(rates, key=rates.__getitem__)
-    return Suggestion(rates[name], f"{name}, the greatest of the three, below {curve.rates[lowest]:.3g}", rates)
+    reason = f"{name}, the greatest of the three, below {curve.rates[lowest]:.3g}"
+    return Suggestion(rates[name], reason, rates, name)
 
 
 def _find_problem(curve: Curve, smoothing: float) -> str | None:
@@ -80,12 +82,9 @@ def _find_problem(curve: Curve, smoothing: float) -> str | None:
         return f"{count} updates are too few; allow more with lr_finder.steps and lr_finder.max_share"
     if count < LEAST_POINTS:
         return f"the loss diverged after {count} updates; set a lower lr_finder.start_lr"
-    edge = max(_EDGE, count // 8)  # at rates that are too low to change anything
-    first, low = float(np.median(losses[:edge])), float(smoothed[_EDGE:].min())
-    # Of one loss, of the median of the first ones, and of an exponential mean.
-    noise = float(np.std(losses[: count // 2] - smoothed[: count // 2]))
-    noise *= math.hypot(1.25 / math.sqrt(edge), math.sqrt((1 - smoothing) / (1 + smoothing)))
-    if first - low >= max(_NOISE_FACTOR * noise, _LEAST_FALL * abs(first)):
+    lowest = _EDGE + int(smoothed[_EDGE:].argmin())
+    first, low = float(np.median(losses[: _edge(count)])), float(smoothed[lowest])
+    if first - low >= max(_NOISE_FACTOR * _noise(losses, smoothing, lowest)[1], _LEAST_FALL * abs(first)):
         return None
     if curve.diverged:
         return (
@@ -95,19 +94,37 @@ def _find_problem(curve: Curve, smoothing: float) -> str | None:
     return f"the loss is flat (from {first:.4g} to {low:.4g}); set a higher lr_finder.end_lr or more lr_finder.steps"
 
 
-def _find_fall(smoothed: Sequence[float]) -> tuple[int, int]:
+def _edge(count: int) -> int:
+    """Return how many of the first updates have rates that are too low to change anything."""
+    return max(_EDGE, count // 8)
+
+
+def _noise(losses: Sequence[float], smoothing: float, place: int) -> tuple[float, float]:
+    """Return standard deviations: of the smoothed loss at `place`, and of its fall from the median of the first losses.
+
+    That of one loss is taken from differences of successive losses, where the rates are low.
+    """
+    one = float(np.std(np.diff(losses[: len(losses) // 2]))) / math.sqrt(2)
+    forgotten = smoothing ** (place + 1)  # the first means are of few
+    smoothed = one * math.sqrt((1 - smoothing) / (1 + smoothing) * (1 + forgotten) / (1 - forgotten))
+    return smoothed, math.hypot(1.25 * one / math.sqrt(_edge(len(losses))), smoothed)
+
+
+def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     """Return where the loss begins to fall for good, and its lowest point before it becomes unstable.
 
-    Unstable: the loss rises by a quarter of its fall. A network with batch norm hardly diverges: far above a usable
-    rate its loss jumps up and down, and may fall again.
+    Unstable: the loss rises by a quarter of its fall, and by more than noise. A network with batch norm hardly
+    diverges: far above a usable rate its loss jumps up and down, and may fall again.
     """
+    smoothed, lowest = curve.smoothed, _EDGE
     first = float(np.median(smoothed[_EDGE : max(2 * _EDGE, len(smoothed) // 8)]))
-    lowest = _EDGE
     for place in range(_EDGE, len(smoothed)):
         if smoothed[place] < smoothed[lowest]:
             lowest = place
-        fall = first - smoothed[lowest]
-        if fall > _LEAST_FALL * abs(first) and smoothed[place] - smoothed[lowest] > _UNSTABLE_RISE * fall:
+        noise, fall_noise = _noise(curve.losses, smoothing, lowest)
+        fall, rise = first - smoothed[lowest], smoothed[place] - smoothed[lowest]
+        has_fallen = fall > max(_LEAST_FALL * abs(first), _NOISE_FACTOR * fall_noise)
+        if has_fallen and rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise):
             break
     fall = first - smoothed[lowest]
     starts = [place for place in range(_EDGE, lowest) if smoothed[place] > first - _BEGUN * fall]

@@ -47,12 +47,13 @@ class Meter:
             pairs = [state[name] for name in self._names]
             self._sums = torch.tensor(pairs, dtype=torch.float64, device=self._device)
 
-    def means(self) -> dict[str, float]:
-        """Return the means and reset; `skipped_steps` is a count. A mean over nothing is NaN."""
+    def means(self, *, goes_on: bool = False) -> dict[str, float]:
+        """Return the means and reset, unless it `goes_on`; `skipped_steps` is a count. A mean over nothing is NaN."""
         means = {}
         for name, (total, count) in self.state().items():
             means[name] = total if name == "skipped_steps" else (total / count if count else float("nan"))
-        self._names, self._sums = [], None
+        if not goes_on:
+            self._names, self._sums = [], None
         return means
 
 
@@ -76,11 +77,16 @@ class TrainingClock:
         elif not is_on and self._since is not None:
             self._seconds, self._since = self.seconds, None
 
-    def end_epoch(self, step: int) -> float:
-        """Return the steps per second of the epoch that ends at `step`, NaN where it took no time; the next begins."""
-        (first, since), self._epoch = self._epoch, (step, self.seconds)
-        seconds = self._epoch[1] - since
-        return (step - first) / seconds if seconds > 0 else float("nan")
+    def end_epoch(self, step: int, *, goes_on: bool = False) -> float:
+        """Return the steps per second of the epoch that ends at `step`, NaN where it took no time; the next begins.
+
+        goes_on: the run ends within the epoch, so that none begins.
+        """
+        first, since = self._epoch
+        now = self.seconds
+        if not goes_on:
+            self._epoch = (step, now)
+        return (step - first) / (now - since) if now > since else float("nan")
 
     def state(self) -> dict[str, float]:
         """Return the seconds as JSON numbers."""

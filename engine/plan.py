@@ -41,6 +41,10 @@ class Plan:
         """Return the epoch that the update after `step` updates belongs to."""
         return step * self.global_batch_size // self.epoch_length
 
+    def epoch_start(self, step: int) -> int:
+        """Return the step at which the epoch of the update after `step` updates began; `step` where it begins one."""
+        return -(-self.epoch_of(step) * self.epoch_length // self.global_batch_size)
+
     def is_due(self, step: int, every_epochs: float) -> bool:
         """Return whether update number `step` crosses a multiple of `every_epochs` or ends the run."""
         if step == self.total_steps:

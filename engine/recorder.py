@@ -79,14 +79,17 @@ class Recorder:
         if self._tracking.live_plots:
             self._live_plots = start_live_plots(self.folder)
 
-    def open(self, step: int, path_of: Callable[[int], str]) -> None:
-        """Open the files that are written row by row, without rows beyond `step`; again after a roll-back."""
+    def open(self, step: int, path_of: Callable[[int], str], *, goes_on: bool = True) -> None:
+        """Open the files that are written row by row, without rows beyond `step`; again after a roll-back.
+
+        goes_on: the run trains, so that the row of an epoch that an earlier end has cut is dropped, too.
+        """
         for record in (self._metrics, self._samples):
             if record is not None:
                 record.close()
         if distributed.is_main():
             mark_complete(self.folder, None)
-            self._metrics = MetricsLog(self.folder, step)
+            self._metrics = MetricsLog(self.folder, step, self._plan.epoch_start(step) if goes_on else step)
         if self._tracking.samples:
             self._samples = SampleLog(self.folder, step)
         self.skips.open(self.folder, path_of, step)
@@ -201,10 +204,14 @@ class Recorder:
         self.start_clock(step)
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
-        """Write the epoch's row: its mean losses, the newest evaluation, the schedule, speed, time and memory."""
-        means = {f"train/{name}": value for name, value in self.epoch_meter.means().items()}
+        """Write the epoch's row: its mean losses, the newest evaluation, the schedule, speed, time and memory.
+
+        Where the run ends within the epoch, its sums are kept, so that a longer run writes the row of the whole epoch.
+        """
+        goes_on = self._plan.epoch_start(step) < step
+        means = {f"train/{name}": value for name, value in self.epoch_meter.means(goes_on=goes_on).items()}
         readings = {
-            "images_per_sec": self._training_clock.end_epoch(step) * self._plan.global_batch_size,
+            "images_per_sec": self._training_clock.end_epoch(step, goes_on=goes_on) * self._plan.global_batch_size,
             "seconds": self._training_clock.seconds,
             "peak_memory_gib": self._peak_memory.gib,
         }

@@ -20,15 +20,21 @@ from engine.skips import TooManySkipped
 from utils.config.recipe import check_resumable
 from utils.errors import UserError
 from utils.ranks import distributed
+from utils.ranks.slurm_step import restart_count
 from utils.record.logging import get_logger
 from utils.record.run_folder import RunFolder
 
 log = get_logger(__name__)
 
 
+def _is_auto(config: TrainingConfig) -> bool:
+    """Return whether the run continues from its own last checkpoint; a requeued job does, whatever began it."""
+    return config.resume == "auto" or (config.resume == "never" and restart_count() > 0)
+
+
 def will_resume(config: TrainingConfig, folder: Path) -> bool:
     """Return whether the run continues from a checkpoint, so that no initial weights are loaded."""
-    if config.resume == "auto":
+    if _is_auto(config):
         return bool(list_checkpoints(folder / "checkpoints"))
     return config.resume != "never"
 
@@ -85,7 +91,7 @@ def roll_back(run: Run, request: TooManySkipped) -> None:
 
 def _choose(config: TrainingConfig, folder: RunFolder) -> str | None:
     """Return the checkpoint to continue from; on rank 0."""
-    if config.resume == "auto":
+    if _is_auto(config):
         found = find_checkpoint(folder.checkpoints)
         return str(found) if found else None
     if config.resume != "never":

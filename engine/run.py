@@ -182,9 +182,8 @@ def _train(run: Run, config: TrainingConfig) -> bool:
             _start_tracker(run)
         run.open_records()
         recorder.watchdog.start()
-        if config.lr_finder.enabled and run.step == 0:
-            find_lr(run, config)
-        finished = _train_with_rollbacks(run, config)
+        may_train = not config.lr_finder.enabled or run.step > 0 or find_lr(run, config)
+        finished = may_train and _train_with_rollbacks(run, config)
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
         lost = None if known else recorder.watchdog.name_lost_ranks()

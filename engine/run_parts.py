@@ -58,7 +58,7 @@ class Run:
 
     def open_records(self) -> None:
         """Open the files that are written row by row, without rows beyond this step."""
-        self.recorder.open(self.step, self.streams.train.path_of)
+        self.recorder.open(self.step, self.streams.train.path_of, goes_on=not self.is_complete)
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint of this step; as `Saver.save`."""

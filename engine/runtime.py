@@ -1,5 +1,6 @@
 """Probe the machine and decide what `auto` means on it."""
 
+import math
 import os
 import shutil
 import sys
@@ -18,9 +19,9 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# Steps after which compiling pays off. Two CPU cores, measured: half a minute of compiling saves a quarter of a 0.5 s
-# step. GPU, estimated: one to two minutes save 10 to 20 ms of a step.
-COMPILE_PAYS_AFTER_STEPS = {"cpu": 300, "cuda": 3000}
+# By device, where runtime.compile=auto compiles at all. GPU, estimated: one to two minutes save 10 to 20 ms of a step.
+# On a CPU it saves a third of a step with some networks and costs a tenth with others (docs/benchmarks.md).
+COMPILE_PAYS_AFTER_STEPS = {"cuda": 3000}
 # Of a training loop and of an evaluation, per worker process.
 _EVALUATION_PREFETCH = 2
 # Loader processes that still speed up a rank; more only take memory.
@@ -106,7 +107,7 @@ def can_compile(device: str) -> bool:
 
 
 def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
-    """Return whether to compile: where it is possible and the run is long enough to pay for it.
+    """Return whether to compile: on a GPU, where it is possible and the run is long enough to pay for it.
 
     Raises UserError where it was requested and is not possible.
     """
@@ -117,7 +118,8 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
         )
     if config.compile != "auto":
         return config.compile
-    return total_steps >= COMPILE_PAYS_AFTER_STEPS[device] and not config.deterministic and can_compile(device)
+    pays = total_steps >= COMPILE_PAYS_AFTER_STEPS.get(device, math.inf)
+    return pays and not config.deterministic and can_compile(device)
 
 
 def _choose_workers(wanted: str | int, device: str) -> int:

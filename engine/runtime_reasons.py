@@ -9,8 +9,11 @@ _BF16_GAIN = {
     "cpu": "1.4 to 1.6 times the speed, measured with compile on two cores",
     "cuda": "products in a twelfth of the time, on paper for an H200",
 }
-# As in COMPILE_PAYS_AFTER_STEPS.
-_COMPILE_GAIN = {"cpu": "a quarter of a step, measured on two cores", "cuda": "10 to 20 ms of a step, estimated"}
+_COMPILE_GAIN = "10 to 20 ms of a step, estimated"  # on a GPU
+_CPU_COMPILE = (
+    "on a CPU some networks gain from it and others lose, after half a minute of compiling (timm's ConvNeXt V2 atto at "
+    "64 px: 1.4 times the speed; ours: 0.9; ResNet-18 at 32 px: 0.9): try runtime.compile=true"
+)
 # Eager, against channels-first (docs/benchmarks.md, ONNX Runtime).
 _CPU_CHANNELS_LAST = "(ConvNeXt V2 in inference: 0.92 to 1.05 times the speed)"
 
@@ -62,18 +65,25 @@ def _tf32(config: RuntimeConfig) -> str:
 
 def _compile(config: RuntimeConfig, runtime: Runtime, compiles: bool, total_steps: int) -> str:
     line = f"compile={'on' if compiles else 'off'} ({_origin(config.compile)})"
-    device, pays = runtime.device.type, COMPILE_PAYS_AFTER_STEPS[runtime.device.type]
+    device = runtime.device.type
+    missing = missing_for_compile(device)
+    if device == "cpu":
+        if compiles:
+            return f"{line}: some networks lose from it on a CPU; compare with runtime.compile=false"
+        return f"{line}: it needs {' and '.join(missing)}, not found here" if missing else f"{line}: {_CPU_COMPILE}"
+    pays = COMPILE_PAYS_AFTER_STEPS[device]
     if compiles and total_steps < pays:
         return f"{line}: {total_steps} steps are too few to pay for it (from {pays} on)"
     if compiles:
         return f"{line}: {total_steps} steps pay for compiling: it takes about as long as {pays} steps save"
-    if missing := missing_for_compile(device):
-        return f"{line}: it needs {' and '.join(missing)}, not found here"
+    gain = f"; compiling would save {_COMPILE_GAIN}" if total_steps >= pays else ""
+    if missing:
+        return f"{line}: it needs {' and '.join(missing)}, not found here{gain}"
     if config.deterministic:
-        return f"{line}: runtime.deterministic=true"
+        return f"{line}: runtime.deterministic=true{gain}"
     if config.compile != "auto" and total_steps >= pays:
         return (
-            f"{line}: {total_steps} steps would pay for it (from {pays} on: it saves {_COMPILE_GAIN[device]}); "
+            f"{line}: {total_steps} steps would pay for it (from {pays} on: it saves {_COMPILE_GAIN}); "
             "runtime.compile=auto turns it on"
         )
     return f"{line}: {total_steps} steps do not pay for it; {pays} would"

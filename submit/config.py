@@ -1,34 +1,39 @@
 """The shape of `launch`: a SLURM job. Values are in conf/launch/slurm.yaml."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from utils.config.schema import Strict
 
 Count = Annotated[int, Field(ge=1)]
-# What submitit and this room set themselves.
+_Script = Literal["train", "pretrain_fcmae", "finetune", "evaluate", "predict", "export", "prepare"]
+_TRAINING = ("train", "pretrain_fcmae", "finetune")  # these save when they are asked to stop, and continue
+# What submitit and this room set themselves, or what undoes it.
 _OWN_LINES = {
-    "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "partition", "account", "qos", "constraint",
-    "cpus-per-task", "mem", "time", "signal", "output", "error", "open-mode", "array", "requeue", "chdir", "wckey",
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "gpus-per-node", "gpus-per-task", "gpus",
+    "partition", "account", "qos", "constraint", "cpus-per-task", "mem", "mem-per-cpu", "time", "signal", "output",
+    "error", "open-mode", "array", "requeue", "no-requeue", "chdir",
 }  # fmt: skip
 
 
 class LaunchConfig(Strict):
     """A script, the resources of its job, and what to do after queueing it.
 
-    ranks_per_node: null takes one for each GPU, and 1 without GPUs. start: a SLURM task for each rank (srun), or one
-    for each node, whose torchrun starts the ranks. stop_before_end_sec: a job is asked to save this long before its
-    time ends. max_requeues: time limits that a job may reach before it is not continued; preemptions do not count.
-    max_lost_ranks: the same for ranks and nodes that are lost.
+    gpu_type: as the cluster names it, such as a100; null takes any. ranks_per_node: null takes one for each GPU, and 1
+    without GPUs. start: a SLURM task for each rank (srun), or one for each node, whose torchrun starts the ranks.
+    stop_before_end_sec: a job is asked to save this long before its time ends. max_requeues: time limits that a job may
+    reach before it is not continued; preemptions do not count. max_lost_ranks: the same for ranks and nodes that are
+    lost.
     """
 
-    script: Literal["train", "pretrain_fcmae", "finetune", "evaluate", "predict", "export", "prepare"]
+    script: _Script
     folder: str
     job_name: str | None
     nodes: Count
     gpus_per_node: Annotated[int, Field(ge=0)]
+    gpu_type: str | None
     ranks_per_node: Count | None
     start: Literal["srun", "torchrun"]
     partition: str | None
@@ -44,7 +49,6 @@ class LaunchConfig(Strict):
     array_parallelism: Count
     python: str | None
     container: str | None
-    container_with: Literal["apptainer", "pyxis"]
     container_mounts: list[str]
     setup: list[str]
     sbatch_lines: list[str]
@@ -60,5 +64,33 @@ class LaunchConfig(Strict):
             if found is None:
                 raise ValueError(f"{line!r} is no option of sbatch; give --NAME or --NAME=VALUE (--exclude=node7)")
             if found.group(1) in _OWN_LINES:
-                raise ValueError(f"--{found.group(1)} is set by another key of launch; remove it here")
+                raise ValueError(f"--{found.group(1)} is set by launch itself; remove it here, and see its other keys")
         return lines
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        ranks = self.ranks_per_node or 1
+        if 0 < self.gpus_per_node < ranks:
+            raise ValueError(
+                f"launch.ranks_per_node: {ranks} ranks need a GPU each, and launch.gpus_per_node={self.gpus_per_node}; "
+                "lower the one or raise the other"
+            )
+        if self.gpu_type is not None and self.gpus_per_node == 0:
+            raise ValueError("launch.gpu_type: no GPU is asked for; set launch.gpus_per_node")
+        if self.stop_before_end_sec >= 60 * self.time_min:
+            raise ValueError(
+                f"launch.stop_before_end_sec: {self.stop_before_end_sec} s are all of launch.time_min={self.time_min}, "
+                "so the job would be stopped as it starts; set it lower"
+            )
+        many = self.nodes * max(ranks, self.gpus_per_node if self.ranks_per_node is None else 1)
+        if self.script in ("predict", "export", "prepare") and many > 1:
+            raise ValueError(
+                f"launch.script: {self.script}.py is one process, and {many} are asked for; set launch.nodes=1 "
+                "launch.ranks_per_node=1"
+            )
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the script saves when it is asked to stop, and continues."""
+        return self.script in _TRAINING

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,20 @@ from submit.config import LaunchConfig
 from submit.job import ScriptJob
 from utils.errors import UserError
 
-# What SLURM says, and the key that is most likely wrong.
+# What SLURM says, and the key that is most likely wrong; the first that is found.
 _KEYS = {
-    "account": "account", "partition": "partition", "qos": "qos", "feature": "constraint", "time limit": "time_min",
-    "memory": "memory_gib", "cpu": "cpus_per_rank", "generic resource": "gpus_per_node", "gres": "gpus_per_node",
-    "node configuration": "nodes", "node count": "nodes", "processors": "nodes", "unrecognized option": "sbatch_lines",
+    "accounting/qos policy": None, "invalid account": "account", "partition": "partition", "qos": "qos",
+    "feature": "constraint", "time limit": "time_min", "memory": "memory_gib", "generic resource": "gpus_per_node",
+    "gres": "gpus_per_node", "cpu count": "cpus_per_rank", "node configuration": "nodes", "node count": "nodes",
+    "processors": "nodes", "unrecognized option": "sbatch_lines",
 }  # fmt: skip
+# sbatch's variables would win over what the job's own script says.
+_VARIABLES = {
+    "partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS",
+    "constraint": "SBATCH_CONSTRAINT", "time_min": "SBATCH_TIMELIMIT", "gpus_per_node": "SBATCH_GPUS_PER_NODE",
+    "memory_gib": "SBATCH_MEM_PER_NODE", "job_name": "SBATCH_JOB_NAME",
+}  # fmt: skip
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -42,14 +52,16 @@ class _Executor(submitit.SlurmExecutor):
 def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     """Return the executor of a job whose files are in `folder`."""
     folder = folder.absolute()
-    executor = _Executor(folder / "logs", max_num_timeout=launch.max_requeues, python=_python(launch, folder))
+    times = launch.max_requeues if launch.trains else 0  # of no use to a script that begins anew
+    python = sys.executable if launch.container else launch.python or sys.executable
+    executor = _Executor(folder / "logs", max_num_timeout=times, python=shlex.quote(python))
     options = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
     lines = {name: value or True for name, _, value in options}
     values: dict[str, Any] = {
         "job_name": launch.job_name or launch.script,
         "nodes": launch.nodes,
         "ntasks_per_node": 1 if launch.start == "torchrun" else ranks_on_node(launch),
-        "gpus_per_node": launch.gpus_per_node or None,
+        "gpus_per_node": _gpus(launch),
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,
@@ -61,11 +73,12 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
         "array_parallelism": launch.array_parallelism,
         "setup": launch.setup or None,
         "stderr_to_stdout": True,
-        "srun_args": _srun_arguments(launch, folder),
+        # srun does not take it from sbatch in SLURM 22.05 to 23.02.
+        "srun_args": [] if _cpus_per_task(launch) is None else [f"--cpus-per-task={_cpus_per_task(launch)}"],
         # Its own copy of the code is found before the folder from which it is submitted.
         "additional_parameters": {"chdir": str(folder / "code"), "requeue": True, **lines},
     }
-    executor.update_parameters(**{name: value for name, value in values.items() if value is not None})
+    executor.update_parameters(**{name: value for name, value in values.items() if value is not None}, wckey=None)
     return executor
 
 
@@ -80,38 +93,45 @@ def _cpus_per_task(launch: LaunchConfig) -> int | None:
     return launch.cpus_per_rank * (ranks_on_node(launch) if launch.start == "torchrun" else 1)
 
 
-def _mounts(folder: Path, launch: LaunchConfig) -> list[str]:
-    return list(dict.fromkeys([str(Path.cwd()), str(folder), *launch.container_mounts]))
+def _gpus(launch: LaunchConfig) -> str | int | None:
+    if launch.gpu_type is None:
+        return launch.gpus_per_node or None
+    return f"{launch.gpu_type}:{launch.gpus_per_node}"
 
 
-def _python(launch: LaunchConfig, folder: Path) -> str:
-    """Return the interpreter of the nodes as a shell command."""
-    inside = shlex.quote(launch.python or ("python" if launch.container else sys.executable))
-    if launch.container is None or launch.container_with == "pyxis":
-        return inside
-    binds = " ".join(f"--bind {shlex.quote(mount)}" for mount in _mounts(folder, launch))
-    gpus = "--nv " if launch.gpus_per_node else ""
-    return f"apptainer exec {gpus}{binds} {shlex.quote(launch.container)} {inside}"
+def container_words(launch: LaunchConfig, folder: Path) -> list[str] | None:
+    """Return the words that run the python of a container in a job whose files are in `folder`; None without one."""
+    if launch.container is None:
+        return None
+    mounts = dict.fromkeys([str(Path.cwd()), str(folder.absolute()), *launch.container_mounts])
+    binds = [word for mount in mounts for word in ("--bind", mount)]
+    gpus = ["--nv"] if launch.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, *binds, launch.container, launch.python or "python"]
 
 
-def _srun_arguments(launch: LaunchConfig, folder: Path) -> list[str]:
-    if launch.container is None or launch.container_with == "apptainer":
-        return []
-    mounts = ",".join(f"{mount}:{mount}" for mount in _mounts(folder, launch))
-    return [
-        f"--container-image={launch.container}", f"--container-mounts={mounts}",
-        f"--container-workdir={folder / 'code'}",
-    ]  # fmt: skip
+@contextlib.contextmanager
+def _clean_environment(launch: LaunchConfig) -> Iterator[None]:
+    """Hide what a job around this process, a launcher, or the shell would add to what `launch` says."""
+    before = dict(os.environ)
+    hidden = {name for key, name in _VARIABLES.items() if getattr(launch, key) is not None}
+    for name in before:
+        of_a_job = name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF"
+        if of_a_job or name in _RANK_VARIABLES or name in hidden:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) -> list[str]:
     """Queue the jobs, several as one array; returns SLURM's numbers. Raises UserError where SLURM refuses."""
+    if shutil.which("sbatch") is None:
+        raise UserError("launch: there is no sbatch here; submit on a login node of the cluster")
     executor = make_executor(launch, folder)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with _clean_environment(launch), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return [job.job_id for job in executor.submit_array(jobs)]
-    except FileNotFoundError:
-        raise UserError("launch: there is no sbatch here; submit on a login node of the cluster") from None
     except (FailedJobError, FailedSubmissionError) as error:
         said = " ".join(str(error).replace("sbatch: error:", "").split())
         key = next((key for word, key in _KEYS.items() if word in said.lower()), None)

@@ -2,40 +2,60 @@
 
 import re
 import subprocess
+from collections.abc import Sequence
 
 # A job in one of these states may still run.
 ACTIVE = {
-    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED", "RUNNING",
-    "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING",
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED",
+    "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD",
 }  # fmt: skip
+_UNKNOWN_JOB = "Invalid job id"
+_ANSWER_SEC = 60
+
+
+class NoAnswer(Exception):
+    """SLURM's controller does not answer, such as while it is restarted; the message has its words."""
 
 
 def show(what: str, name: str) -> str:
-    """Return what `scontrol show` prints; empty where SLURM does not know the name (any more), or does not answer."""
-    return _ask("scontrol", "--oneliner", "show", what, name) or ""
+    """Return what `scontrol show` prints; empty where SLURM does not know the job (any more). Raises NoAnswer."""
+    return _ask("scontrol", "--oneliner", "show", what, name)
 
 
 def requeue(job: str) -> bool:
     """Put a job back into the queue; returns whether SLURM has done it."""
-    return _ask("scontrol", "requeue", job) is not None
-
-
-def _ask(*command: str) -> str | None:
-    """Return what a command of SLURM prints, None where it fails or does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        _ask("scontrol", "requeue", job)
+    except NoAnswer:
+        return False
+    return True
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SEC)
     except subprocess.TimeoutExpired:
-        return None
-    return done.stdout if done.returncode == 0 else None
+        raise NoAnswer(f"{command[0]} has not answered within {_ANSWER_SEC} s") from None
+    if done.returncode != 0 and _UNKNOWN_JOB not in done.stderr:
+        raise NoAnswer(" ".join(done.stderr.split()))
+    return done.stdout
 
 
-def job_state(job: str) -> str | None:
-    """Return the state of a job, such as RUNNING; None where SLURM does not know it (any more)."""
-    found = re.search(r"\bJobState=(\w+)", show("job", job))
-    return found and found.group(1)
+def is_running(job: str) -> bool:
+    """Return whether a job runs, and is not being ended; where SLURM does not answer it is taken to."""
+    try:
+        found = re.search(r"\bJobState=(\w+)", show("job", job))
+    except NoAnswer:
+        return True
+    return found is None or found.group(1) == "RUNNING"
 
 
-def job_reason(job: str) -> str:
-    """Return why a job waits or has ended, as SLURM says it."""
-    found = re.search(r"\bReason=(\S+)", show("job", job))
-    return found.group(1) if found else "unknown"
+def list_states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return job -> (state, reason), such as (PENDING, Resources), of those that SLURM knows. Raises NoAnswer.
+
+    jobs: one, or the members NUMBER_INDEX of one array.
+    """
+    number = jobs[0].partition("_")[0]
+    lines = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r")
+    found = (line.split("|", 2) for line in lines.splitlines())
+    return {job: (state, reason) for job, state, reason in found if job in jobs}

@@ -5,8 +5,9 @@ r"""Submit a script to SLURM, through submitit.
     python submit/slurm.py launch.dry_run=true                        print the sbatch script, queue nothing
     python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
 
-What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
-its own dry run before anything is queued. docs/slurm.md leads from an empty cluster to a requeued job.
+What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it
+before anything is queued: the training scripts by their dry run, the others their configuration. docs/slurm.md leads
+from an empty cluster to a requeued job.
 """
 
 import os
@@ -20,13 +21,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
 
 from submit.config import LaunchConfig
-from submit.executor import make_executor, queue_jobs, ranks_on_node
+from submit.executor import container_words, make_executor, queue_jobs, ranks_on_node
 from submit.follow import wait_for
 from submit.job import ScriptJob
 from submit.snapshot import copy_code
-from utils.config.entry_point import ROOT, Job, entry_point, name_sweep_job, quote_paths
+from utils.config.entry_point import CHECK_VARIABLE, ROOT, Job, entry_point, name_sweep_job, quote_paths
 from utils.config.schema import Strict
-from utils.config.sweep import FLAGS, parse_sweep
+from utils.config.sweep import FLAGS, Sweep, parse_sweep
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import output_errors, write_json
 from utils.ranks.distributed import GPUS_VARIABLE, RANKS_VARIABLE
@@ -49,8 +50,11 @@ def main(config: SubmitConfig, job: Job) -> str:
     """Check, copy, queue, and wait where asked to."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
+    sweep = parse_sweep(quote_paths(SCRIPT_WORDS, multirun=True)) if set(FLAGS) & set(SCRIPT_WORDS) else None
+    jobs = [SCRIPT_WORDS] if sweep is None else list_jobs(sweep)
+    if not jobs:
+        return f"all jobs of the sweep {sweep.name} are complete"
     check_script(launch, SCRIPT_WORDS)
-    jobs = list_jobs(SCRIPT_WORDS)
     if launch.dry_run:
         sys.stdout.write(make_executor(launch, Path(launch.folder) / "NAME").script_text(len(jobs)))
         return "dry run: nothing is queued"
@@ -62,11 +66,11 @@ def main(config: SubmitConfig, job: Job) -> str:
 
     # ------------------------------------------------------------------------------------------------- 3. The queue
     torchrun_ranks = ranks_on_node(launch) if launch.start == "torchrun" else None
-    sweep = sweep_name(SCRIPT_WORDS) if set(FLAGS) & set(SCRIPT_WORDS) else None
     calls = [
         ScriptJob(
             launch.script, words, folder / "code", Path.cwd(), folder, index,
-            torchrun_ranks=torchrun_ranks, max_lost_ranks=launch.max_lost_ranks, sweep=sweep,
+            container=container_words(launch, folder), torchrun_ranks=torchrun_ranks,
+            max_lost_ranks=launch.max_lost_ranks, sweep=sweep and sweep.name,
         )
         for index, words in enumerate(jobs)
     ]  # fmt: skip
@@ -83,14 +87,16 @@ def main(config: SubmitConfig, job: Job) -> str:
 
 
 def check_script(launch: LaunchConfig, words: list[str]) -> None:
-    """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
+    """Let the script check what it was given, for the ranks of the job. Raises SystemExit where it refuses."""
     command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words]
-    if launch.script not in ("train", "pretrain_fcmae", "finetune"):
-        command.append("--cfg=job")  # composes alone
-    else:
-        command.append("dry_run=true")
-    log.info("checking: %s", " ".join(command[1:]))
     environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * ranks_on_node(launch))}
+    if launch.trains:
+        command.append("dry_run=true")
+    else:
+        environment[CHECK_VARIABLE] = "1"
+    if set(FLAGS) & set(words):
+        command += ["sweep.at_once=1", "sweep.gpus=null"]  # in one process
+    log.info("checking: %s", " ".join(command[1:]))
     if launch.gpus_per_node:
         environment[GPUS_VARIABLE] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -100,19 +106,15 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
         raise SystemExit(done.returncode)
 
 
-def list_jobs(words: list[str]) -> list[list[str]]:
-    """Return the words of each job: one, or those of a --multirun, each with a run folder of its own."""
-    if not set(FLAGS) & set(words):
-        return [words]
-    sweep = parse_sweep(quote_paths(words, multirun=True))
+def list_jobs(sweep: Sweep) -> list[list[str]]:
+    """Return the words of each job of a --multirun that is not complete, each with a run folder of its own."""
     if sweep.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
-    return [job.arguments for job in sweep.jobs(name_sweep_job)]
-
-
-def sweep_name(words: list[str]) -> str:
-    """Return the name of a --multirun."""
-    return parse_sweep(quote_paths(words, multirun=True)).name
+    jobs = sweep.jobs(name_sweep_job)
+    left = [job.arguments for job in jobs if not job.is_complete]
+    if len(left) < len(jobs):
+        log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))
+    return left
 
 
 def make_folder(launch: LaunchConfig) -> Path:

@@ -24,6 +24,8 @@ DEFAULTS = {
     "task.label_smoothing": 0.1,
     "optim.name": "sgd",
     "optim.nesterov": True,
+    "optim.lr": None,
+    "optim.base_lr": 0.2,
     "optim.weight_decay": 5e-4,
     "schedule.name": "onecycle",
     "schedule.peak_fraction": 0.3,
@@ -41,6 +43,11 @@ def test_the_defaults_are_those_of_the_recipe(data):
     found = {key: values[key.split(".")[0]][key.split(".")[1]] for key in DEFAULTS}
     assert found == DEFAULTS | {"data.name": data}
     assert job.choices["augment"] == f"train_{data}"
+
+
+@pytest.mark.parametrize(("optim", "decay"), [("adamw", 0.05), ("sgd", 1e-4), ("adan", 0.02), ("sgd_train", 5e-4)])
+def test_another_optimiser_has_its_own_weight_decay(optim, decay):
+    assert configure("train", [f"optim={optim}"])[0].optim.weight_decay == decay
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
@@ -155,11 +162,28 @@ REFUSED = {
         "task.head: fitted needs weights to begin with, and train.py begins from scratch; set "
         "task.head=drawn or standardised"
     ),
+    "optim.lr=0.1": (
+        "optim.lr: 0.1 is not read, because the range test finds the rate; set lr_finder.enabled=false to train at "
+        "this rate, or optim.lr=null and optim.base_lr for the rate where the test has no answer"
+    ),
 }
 
 
 @pytest.mark.parametrize("override", REFUSED)
-def test_what_does_not_begin_from_scratch_is_refused(override):
+def test_what_a_run_from_scratch_would_not_read_is_refused(override):
     with pytest.raises(ConfigError) as refused:
         configure("train", [override])
     assert refused.value.problems == [REFUSED[override]]
+
+
+@pytest.mark.parametrize("script", ["train", "finetune"])
+def test_classes_are_balanced_once(script):
+    sampling, weights = "loop.sampling=balanced", "task.class_weights=balanced"
+    configure(script, [sampling])
+    configure(script, [weights])
+    with pytest.raises(ConfigError) as refused:
+        configure(script, [sampling, weights])
+    assert refused.value.problems == [
+        "task.class_weights: balanced, beside loop.sampling=balanced, would make up for the sizes of classes twice; "
+        "set task.class_weights=none or loop.sampling=shuffled"
+    ]

@@ -11,9 +11,10 @@ A kind's config, fields, task and Kind are in one file; kinds.py has an entry fo
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
+from pydantic import model_validator
 from torch import nn
 
 from data.collection import Collection
@@ -45,6 +46,16 @@ class ImageTrainingConfig(TrainingConfig):
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig
+
+    @model_validator(mode="after")
+    def _classes_are_balanced_once(self) -> Self:
+        task = getattr(self, "task", None)  # of the script, and not every kind has weights of classes
+        if self.loop.sampling == "balanced" and getattr(task, "class_weights", "none") == "balanced":
+            raise ValueError(
+                "task.class_weights: balanced, beside loop.sampling=balanced, would make up for the sizes of classes "
+                "twice; set task.class_weights=none or loop.sampling=shuffled"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.loader import Setting, choose, explain
+from bench.loader import Setting, choose, explain, fitting_batch, other_sizes
 
 HOST, TWO, FOUR, DEVICE = (Setting(*values) for values in [(False, 0, 4, 8), (False, 2, 4, 8), (False, 4, 4, 8),
                                                            (True, 0, 4, 8)])  # fmt: skip
@@ -42,3 +42,8 @@ def test_why_it_is_advised(chosen, without, compiled, more):
         f"why: training steps of resnet18 on cpu get {200 if chosen == HOST else 210} images/s with it and 210 with "
         f"the best setting; the network alone takes {without:,.0f}, and reading alone gives up to 800.{more}"
     )
+
+
+def test_other_batch_sizes_are_measured_beside_one_that_fits():
+    assert other_sizes(fitting_batch(64, 0.0, 1.0)) == [32, 128]
+    assert other_sizes(fitting_batch(1, 9.0, 1.0)) == [2]  # loop.batch_size=1

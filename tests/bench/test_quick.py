@@ -10,7 +10,8 @@ from tests.support import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-TABLES = ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read", "onnx_speed", "live_plots"]
+TABLES = ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read", "onnx_speed", "live_plots",
+          "cpu_runtime"]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", TABLES)

@@ -68,9 +68,9 @@ def test_no_file_is_passed_over():
     primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
     assert primaries == set(SCRIPTS) and len(primaries) == 8
     covered = {f"{group}/{name}" for _, group, name in OPTIONS}
-    assert len(covered) == 37 and len(OPTIONS) == 108 and len(EXPERIMENTS) == 41
+    assert len(covered) == 38 and len(OPTIONS) == 111 and len(EXPERIMENTS) == 41
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
-    assert set(list_yaml(CONF)) == everything and len(everything) == 88
+    assert set(list_yaml(CONF)) == everything and len(everything) == 89
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -96,7 +96,7 @@ def test_a_primary_file_leaves_folders_to_us(script):
 
 
 # train.py shares finetune.py's groups: only what it chooses itself is quick.
-OWN = {"resnet18", "train_glyphs", "train_image_folder", "sgd", "onecycle", "classification"}
+OWN = {"resnet18", "train_glyphs", "train_image_folder", "sgd_train", "onecycle", "classification"}
 QUICK_OR_SLOW = [
     option if option[0] != "train" or option[2] in OWN else pytest.param(*option, marks=pytest.mark.slow)
     for option in OPTIONS

@@ -106,6 +106,29 @@ def test_names_of_the_validation_split(load, root, name):
     assert sorted(columns(load(root), "split", "label")) == [("train", None), ("val", None)]
 
 
+TEST_SPLIT = [
+    (["train", "test", "valid"], "the test split (1 images) is ignored; there is a validation split"),
+    (["train", "test"], "the test split (1 images) is used for validation; there is no other"),
+]
+
+
+@pytest.mark.parametrize("is_manifest", [False, True], ids=["folders", "manifest"])
+@pytest.mark.parametrize("names, message", TEST_SPLIT, ids=["beside validation", "alone"])
+def test_a_test_split_is_ignored_beside_a_validation_split(names, message, is_manifest, load, root, said):
+    put(root, *(f"{name}/a.png" for name in names))
+    if is_manifest:
+        jsonl(root, [{"path": f"{name}/a.png", "split": name} for name in names])
+    collection = load(root, 0.5)
+    assert dict(columns(collection, "path", "split")) == {"train/a.png": "train", f"{names[-1]}/a.png": "val"}
+    assert [text for text in said() if "test split" in text] == [f"data.root: {message}"]
+
+
+def test_a_validation_split_that_comes_later_makes_another_index(load, root):
+    before = load(put(root, "train/a.png", "test/a.png"))
+    after = load(put(root, "val/a.png"))
+    assert before.arrow != after.arrow and len(before) == len(after) == 2
+
+
 def test_class_folders_without_splits(load, root):
     put(root, "cat/a.png", "dog/x/a.png")
     assert columns(load(root), "path", "split", "label") == [

@@ -1,8 +1,10 @@
-"""The range test: what it reads from a curve, that it leaves no trace, and that its rate is the run's."""
+"""The range test: that its updates are the run's, that it leaves no trace, and that its rate is the run's."""
 
 import itertools
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,95 +12,25 @@ import pytest
 import torch
 
 from engine.config import LRFinderConfig
+from engine.learner import Learner
 from engine.lr_finder import RangeSweep, range_test, undone
-from engine.lr_suggestion import Curve, smooth, suggest
+from engine.lr_suggestion import smooth
+from engine.plan import Plan
+from engine.recorder import Recorder
+from engine.runtime import choose_runtime
 from engine.step import LossScale
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
 from optim.groups import set_group_values
 from tests.engine.test_fsdp import assert_same_rows
 from tests.engine.test_learner import OURS, make_batch, make_learner, tensors_of
-from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
 from tests.support import rows
 from tests.support import run as run_ranks
+from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import read_weights
-
-RATES = [10 ** (-4 + 4 * number / 80) for number in range(81)]
-FACTOR = 0.8
-
-
-def make_curve(loss_at, rates=RATES, diverged=False):
-    losses = [loss_at(rate) for rate in rates]
-    return Curve(rates, losses, losses, diverged)
-
-
-def valley(rate):
-    """Fall around 3e-3 over the logarithm of the rate, lowest at 0.1, then rise."""
-    place = math.log10(rate)
-    return 2.0 - 1.0 / (1 + math.exp(-6 * (place + 2.5))) + max(0.0, place + 1) ** 2 * 5
-
-
-# ------------------------------------------------------------------------------------------------------------ a curve
-
-
-def test_smoothing_corrects_the_bias_of_the_first_means():
-    assert smooth([4.0, 2.0, 2.0], 0.5) == pytest.approx([4.0, (1.0 + 1.0) / 0.75, (0.5 + 0.5 + 1.0) / 0.875])
-    assert smooth([3.0] * 5, 0.98) == pytest.approx([3.0] * 5)
-    assert smooth([1.0, 5.0], 0.0) == [1.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    "method, rate", [("steepest", 10**-2.5), ("minimum_tenth", 0.01), ("valley", 0.01), ("auto", 0.01)]
-)
-def test_a_curve_with_a_valley(method, rate):
-    found = suggest(make_curve(valley), method, FACTOR)
-    assert found.taken == pytest.approx(rate, rel=0.15) and found.taken in found.rates.values()
-    assert set(found.rates) == {"steepest", "minimum_tenth", "valley"}
-    auto = "valley, the greatest of the three, below 0.1"
-    assert found.reason == (auto if method == "auto" else f"lr_finder.suggestion={method}")
-
-
-def test_all_suggestions_are_below_the_rate_of_the_lowest_loss():
-    """Also where the loss falls at the end alone."""
-
-    def late(rate):
-        return 2.0 - 1.0 / (1 + math.exp(-20 * (math.log10(rate) + 1.2))) + 50 * max(0.0, rate - 0.1)
-
-    found = suggest(make_curve(late), "auto", FACTOR)
-    assert found.taken == max(found.rates.values()) and 0.05 < found.taken < 0.1
-
-
-def test_what_comes_after_the_first_instability_is_not_read():
-    """A loss that jumps up and falls again far above the usable rates, as batch norm makes it."""
-    jumps = make_curve(lambda rate: valley(rate) if rate < 0.2 else 1.6 - (rate - 0.2))
-    assert suggest(jumps, "auto", FACTOR).rates == suggest(make_curve(valley), "auto", FACTOR).rates
-    assert min(jumps.losses) < min(make_curve(valley).losses)
-
-
-NO_ANSWER = {
-    "flat": (make_curve(lambda rate: 2.0), "the loss is flat (from 2 to 2); set a higher lr_finder.end_lr"),
-    "noise alone": (
-        make_curve(lambda rate: 2.0 + 0.3 * math.sin(1e6 * rate)),
-        "the loss is flat",
-    ),
-    "diverges at once": (
-        make_curve(valley, RATES[:7], diverged=True),
-        "the loss diverged after 7 updates; set a lower lr_finder.start_lr",
-    ),
-    "diverges without a fall": (
-        make_curve(lambda rate: 2.0 + 100 * rate, diverged=True),
-        "the loss diverges without falling below the 2.017 of its start; set a lower lr_finder.start_lr",
-    ),
-    "short": (make_curve(valley, RATES[:7]), "7 updates are too few; allow more with lr_finder.steps"),
-    "nothing": (Curve([], [], [], True), "the loss diverged after 0 updates"),
-}
-
-
-@pytest.mark.parametrize("case", NO_ANSWER)
-def test_a_curve_without_an_answer(case):
-    curve, reason = NO_ANSWER[case]
-    found = suggest(Curve(curve.rates, curve.losses, smooth(curve.losses, FACTOR), curve.diverged), "auto", FACTOR)
-    assert found.taken is None and found.rates == {} and found.reason.startswith(reason)
-
+from utils.rng import generator_for
 
 # ---------------------------------------------------------------------------------------------------------- the sweep
 
@@ -193,11 +125,9 @@ def test_a_batch_that_cannot_be_read_is_no_point_of_the_curve():
     assert not curve.diverged and curve.rates == [sweep.at(step).lr for step in (1, 3, 5)]
 
 
-def test_a_stop_signal_ends_it(caplog):
-    with pytest.raises(SystemExit) as stop:
-        run = make_run(make_learner("optim=sgd"), must_stop=True)
-        range_test(run, itertools.repeat([make_batch()]), finder(), 5)
-    assert stop.value.code == 75
+def test_a_stop_signal_ends_it():
+    run = make_run(make_learner("optim=sgd"), must_stop=True)
+    assert range_test(run, itertools.repeat([make_batch()]), finder(), 5) is None and run.learner.step == 1
 
 
 def everything(learner):
@@ -225,14 +155,35 @@ LEARNERS = {
     "buffers": (["optim=sgd"], RESNET),
     "fp16": (["optim=sgd"], OURS),
 }
+# Of other kinds of training: script and overrides.
+OTHERS = {
+    "fcmae": ("pretrain_fcmae", *SMALL_MODEL, "task.decoder_dim=8"),
+    "a teacher": ("tests.tasks.multicrop", "data.root=images"),
+}
+
+
+def make_of(script, *overrides):
+    """Return a learner of another kind of training, and a batch for it."""
+    config, _ = configure(script, [*SHORT, *overrides])
+    kind, setup = KINDS[config.task.name], Setup(config.model, config.task, config.augment.preprocessing(3))
+    torch.manual_seed(0)
+    task, batch = kind.build(setup), make_batch()
+    task.initialise(None)
+    fields = [kind.fields(None, setup)(SimpleNamespace(generator=generator_for(key))) for key in batch["key"].tolist()]
+    batch |= {name: torch.stack([field[name] for field in fields]) for name in fields[0]}
+    batch |= dict.fromkeys(kind.views(setup, config.augment), batch["images"])
+    return Learner(task, config, Plan(1, 8, 8, 1, 80, 100, 0, 5e-3), choose_runtime(config.runtime)), batch
 
 
 @pytest.mark.parametrize("updates_before", [0, 2])
-@pytest.mark.parametrize("case", LEARNERS)
+@pytest.mark.parametrize("case", [*LEARNERS, *OTHERS])
 def test_no_trace_is_left_of_it(case, updates_before):
     """Bit for bit, before the first update and later; the rates are high enough for numbers that overflow."""
-    overrides, model = LEARNERS[case]
-    learner, batch = make_learner(*overrides, model=model), make_batch()
+    if case in OTHERS:
+        learner, batch = make_of(*OTHERS[case])
+    else:
+        overrides, model = LEARNERS[case]
+        learner, batch = make_learner(*overrides, model=model), make_batch()
     learner = in_fp16(learner) if case == "fp16" else learner
     for _ in range(updates_before):
         learner.update([batch])
@@ -323,6 +274,31 @@ def test_the_rate_found_is_not_part_of_the_recipe(searched, tmp_path, capsys):
     assert len(list((tmp_path / "outputs/finetune").iterdir())) == 1
 
 
+def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch, capsys):
+    """Its tracker hears that it goes on, not that it failed; the same command makes the range test again."""
+    folder, base = searched
+    command = [*base, *SEARCH, f"run_dir={folder}/stopped"]
+    phase, closed = Recorder.phase, []
+
+    def stop_at_the_third(self, step, name):
+        if name.startswith("range test, update 3 "):
+            os.kill(os.getpid(), signal.SIGTERM)
+        phase(self, step, name)
+
+    tracker = SimpleNamespace(add_row=lambda *_: None, close=lambda **how: closed.append(how))
+    with monkeypatch.context() as patched:
+        patched.setattr(Recorder, "phase", stop_at_the_third)
+        patched.setattr("engine.recorder.start_tracker", lambda options, info: tracker)
+        with pytest.raises(SystemExit) as stop:
+            run("finetune", command, folder)
+    assert stop.value.code == 75 and closed == [{"goes_on": True}]
+    assert "stopped on request; the same command makes the range test again" in capsys.readouterr().err
+    assert not (folder / "stopped/lr_finder.json").exists() and not list((folder / "stopped").glob("checkpoints/*"))
+    run("finetune", command, folder)
+    found, first = (json.loads((folder / name / "lr_finder.json").read_text()) for name in ("stopped", "run"))
+    assert found["curve"]["losses"] == first["curve"]["losses"]
+
+
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_ranks_find_the_rate_of_one(searched):
@@ -340,27 +316,40 @@ def test_two_ranks_find_the_rate_of_one(searched):
         assert_same_rows(folder / "one", folder / name, 1e-3)
 
 
-@pytest.mark.parametrize("key", ["lr", "base_lr"])
-def test_a_rate_that_a_resumed_run_would_not_read_is_refused(key, searched):
+def test_a_rate_that_a_resumed_run_would_not_read_is_refused(searched):
     folder, base = searched
-    again = [*base, *SEARCH, "loop.total_steps=30", f"optim.{key}=0.5", f"resume_allow=[optim.{key}]"]
-    with pytest.raises(UserError, match=rf"optim.{key}: 0.5 has no effect, because the range test of this run found"):
+    again = [*base, *SEARCH, "loop.total_steps=30", "optim.base_lr=0.5", "resume_allow=[optim.base_lr]"]
+    with pytest.raises(UserError, match=r"optim.base_lr: 0.5 has no effect, because the range test of this run found"):
         run("finetune", [*again, f"run_dir={folder}/run"], folder)
 
 
-def test_a_run_that_is_too_short_keeps_its_rate(searched, capsys):
-    folder, base = searched
-    short = [*base, *SEARCH, "lr_finder.max_share=0.5", f"run_dir={folder}/short"]
-    run("finetune", [*short, "optim.lr=0.01"], folder)
-    said = capsys.readouterr().err
-    assert "12 steps are lr_finder.max_share=0.5 of the run, and 20 are needed; the rate stays 0.01" in said
-    assert not (folder / "short/lr_finder.json").exists()
+@pytest.mark.parametrize("script", ["train", "finetune", "pretrain_fcmae"])
+def test_a_rate_beside_a_range_test_is_refused(script):
+    given = ["lr_finder.enabled=true", "optim.lr=0.3"]
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.3 is not read, because the range test finds the rate; set"):
+        configure(script, given)
+    configure(script, ["lr_finder.enabled=false", "optim.lr=0.3"])
+    configure(script, ["lr_finder.enabled=true", "optim.base_lr=0.3"])
+
+
+TOO_FEW = {
+    "lr_finder.max_share=0.5": "12 steps are lr_finder.max_share=0.5 of the run, and 20 are needed",
+    "lr_finder.steps=10": "10 steps are lr_finder.steps, and 20 are needed",
+}
+
+
+@pytest.mark.parametrize("setting", TOO_FEW)
+def test_a_test_that_is_too_short_keeps_the_rate(setting, searched, tmp_path, capsys):
+    _, base = searched
+    run("finetune", [*base, *SEARCH, setting, "run_dir=short", "optim.base_lr=0.64"], tmp_path)  # of 256 samples
+    assert f"lr_finder: {TOO_FEW[setting]}; the rate stays 0.01" in capsys.readouterr().err
+    assert not (tmp_path / "short/lr_finder.json").exists()
 
 
 def test_no_answer_keeps_the_rate_and_says_so(searched, capsys):
     folder, base = searched
     flat = [*base, *SEARCH, "lr_finder.start_lr=1e-12", "lr_finder.end_lr=1e-11", f"run_dir={folder}/flat"]
-    run("finetune", [*flat, "optim.lr=0.02"], folder)
+    run("finetune", [*flat, "optim.base_lr=1.28"], folder)
     said = capsys.readouterr().err
     assert "lr_finder: no answer in the curve: the loss is flat" in said and "The rate stays 0.02" in said
     assert json.loads((folder / "flat/lr_finder.json").read_text())["taken"] is None

@@ -293,6 +293,14 @@ def test_each_epochs_end_is_reached_exactly_once():
         assert ends[-1][1] == plan.total_steps
 
 
+def test_an_epoch_starts_where_the_one_before_ended():
+    for plan in awkward():
+        starts = {0} | {step for _, step in walk(plan)[0][:-1]}
+        assert {plan.epoch_start(step) for step in range(plan.total_steps)} == starts
+        assert all(plan.epoch_start(step) == max(start for start in starts if start <= step)
+                   for step in range(plan.total_steps))  # fmt: skip
+
+
 def test_updates_longer_than_an_epoch_end_one_epoch_each():
     for plan in awkward():
         if plan.global_batch_size > plan.epoch_length:

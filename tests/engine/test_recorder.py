@@ -181,13 +181,40 @@ def test_a_complete_run_is_marked_until_it_goes_on(completed_step, tmp_path, clo
     recorder.close(completed_step=None)
 
 
+def read_log(folder):
+    with open(folder / "run/training_log.txt", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
+    """Two steps an epoch: a run of three steps that goes on to five and six has the rows of one of six."""
+    images = make_images(tmp_path / "images")
+    common = [*TINY, f"data.root={images}", "run_dir=run", "schedule=constant", "schedule.warmup_epochs=0"]
+    run("finetune", [*common, "loop.total_steps=3"], tmp_path)
+    part = read_log(tmp_path)
+    assert [(line["step"], line["epoch"]) for line in part] == [("2", "1"), ("3", "2")]
+    run("finetune", [*common, "loop.total_steps=3"], tmp_path)  # a complete run does nothing
+    assert read_log(tmp_path) == part
+    for steps in (5, 6):
+        run("finetune", [*common, f"loop.total_steps={steps}"], tmp_path)
+    lines = read_log(tmp_path)
+    assert [(line["step"], line["epoch"]) for line in lines] == [("2", "1"), ("4", "2"), ("6", "3")]
+    every = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in every if row["kind"] == "epoch"] == [2, 4, 6]
+    losses = {row["step"]: row["loss"] for row in every if row["kind"] == "train"}
+    for line in lines:
+        step = int(line["step"])
+        assert float(line["train/loss"]) == pytest.approx((losses[step - 1] + losses[step]) / 2)
+        first = float(lines[step // 2 - 2]["seconds"]) if step > 2 else 0.0
+        assert float(line["images_per_sec"]) == pytest.approx(8 / (float(line["seconds"]) - first))
+
+
 def test_the_log_of_a_resumed_run_has_every_column(tmp_path):
     images = make_images(tmp_path / "images")
     common = [*TINY, f"data.root={images}", "run_dir=run", "schedule=onecycle", "task.label_smoothing=0"]
     run("finetune", [*common, "loop.total_steps=3"], tmp_path)
     run("finetune", [*common, "loop.total_steps=6"], tmp_path)
-    with open(tmp_path / "run/training_log.txt", newline="") as stream:
-        lines = list(csv.DictReader(stream))
+    lines = read_log(tmp_path)
     columns = ["epoch", "train/loss", "train/accuracy", "loss", "top1", "top2", "lr", "momentum"]
     columns += ["images_per_sec", "seconds", "peak_memory_gib"]
     assert [name for name in columns if name not in lines[0]] == []

@@ -86,12 +86,15 @@ def test_what_is_missing_is_named(device, given, missing, machine):
 
 
 @pytest.mark.parametrize("headers", ["include", None])
-def test_auto_compiles_long_runs_where_that_can_be_had(headers, machine):
-    machine(["g++"], headers)
-    for steps, pays in ((COMPILE_PAYS_AFTER_STEPS["cpu"] - 1, False), (COMPILE_PAYS_AFTER_STEPS["cpu"], True)):
-        assert choose_compile(CONFIG, "cpu", steps) == (pays and headers is not None)
-    assert not choose_compile(CONFIG.model_copy(update={"deterministic": True}), "cpu", 10**6)
-    assert not choose_compile(CONFIG.model_copy(update={"compile": False}), "cpu", 10**6)
+def test_auto_compiles_long_runs_on_a_gpu_where_that_can_be_had(headers, machine, monkeypatch):
+    machine(["gcc"], headers)
+    monkeypatch.setattr("engine.runtime.find_spec", lambda name: name)  # triton
+    least = COMPILE_PAYS_AFTER_STEPS["cuda"]
+    for steps, pays in ((least - 1, False), (least, True)):
+        assert choose_compile(CONFIG, "cuda", steps) == (pays and headers is not None)
+    assert not choose_compile(CONFIG.model_copy(update={"deterministic": True}), "cuda", 10**6)
+    assert not choose_compile(CONFIG.model_copy(update={"compile": False}), "cuda", 10**6)
+    assert not choose_compile(CONFIG, "cpu", 10**6)
 
 
 @pytest.fixture

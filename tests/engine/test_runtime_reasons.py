@@ -7,7 +7,7 @@ import torch
 
 from engine import runtime_reasons as module
 from engine.runtime import Runtime
-from engine.runtime_reasons import runtime_reasons
+from engine.runtime_reasons import _CPU_COMPILE, runtime_reasons
 from tests.in_process import TINY, configure, make_images, run
 
 CPU = Runtime(torch.device("cpu"), "bf16", False, 0, 4)
@@ -84,22 +84,24 @@ def test_tf32(monkeypatch, overrides, more, said):
 @pytest.mark.parametrize(
     "runtime, compiles, overrides, more, said",
     [
-        (CPU, True, [], {}, "(auto): 1000 steps pay for compiling: it takes about as long as 300 steps save"),
-        (CPU, True, ["compile=true"], {"steps": 300},
-         "(as configured): 300 steps pay for compiling: it takes about as long as 300 steps save"),
-        (CPU, True, ["compile=true"], SHORT, "(as configured): 2 steps are too few to pay for it (from 300 on)"),
+        (GPU, True, [], LONG, "(auto): 5000 steps pay for compiling: it takes about as long as 3000 steps save"),
+        (GPU, True, ["compile=true"], {"steps": 3000},
+         "(as configured): 3000 steps pay for compiling: it takes about as long as 3000 steps save"),
         (GPU, True, ["compile=true"], {}, "(as configured): 1000 steps are too few to pay for it (from 3000 on)"),
-        (CPU, False, [], {"steps": 100}, "(auto): 100 steps do not pay for it; 300 would"),
-        (CPU, False, ["compile=false"], SHORT, "(as configured): 2 steps do not pay for it; 300 would"),
-        (CPU, False, [], {"missing": ["a compiler", "Python's headers"]},
-         "(auto): it needs a compiler and Python's headers, not found here"),
-        (CPU, False, ["compile=false"], {},
-         "(as configured): 1000 steps would pay for it (from 300 on: it saves a quarter of a step, measured on two "
-         "cores); runtime.compile=auto turns it on"),
+        (GPU, False, [], {"steps": 100}, "(auto): 100 steps do not pay for it; 3000 would"),
+        (GPU, False, [], {"missing": ["a compiler", "Python's headers"], **LONG},
+         "(auto): it needs a compiler and Python's headers, not found here; compiling would save 10 to 20 ms of a "
+         "step, estimated"),
+        (GPU, False, [], {"missing": ["a compiler"], **SHORT}, "(auto): it needs a compiler, not found here"),
         (GPU, False, ["compile=false"], LONG,
          "(as configured): 5000 steps would pay for it (from 3000 on: it saves 10 to 20 ms of a step, estimated); "
          "runtime.compile=auto turns it on"),
-        (CPU, False, ["deterministic=true"], {}, "(auto): runtime.deterministic=true"),
+        (GPU, False, ["deterministic=true"], LONG,
+         "(auto): runtime.deterministic=true; compiling would save 10 to 20 ms of a step, estimated"),
+        (CPU, False, [], {}, f"(auto): {_CPU_COMPILE}"),
+        (CPU, False, [], {"missing": ["a compiler"]}, "(auto): it needs a compiler, not found here"),
+        (CPU, True, ["compile=true"], {},
+         "(as configured): some networks lose from it on a CPU; compare with runtime.compile=false"),
     ],
 )  # fmt: skip
 def test_compile(monkeypatch, runtime, compiles, overrides, more, said):

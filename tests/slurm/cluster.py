@@ -9,6 +9,7 @@ in `main`: they are signalled, and requeued after a grace time. Nothing under /e
 in /etc/hosts, which `stop` takes away.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -89,12 +90,13 @@ class Cluster:
     folder: Path
     nodes: int = 2
     port: int = 16817
+    prefix: str = "n"  # of the nodes' names: two clusters of one machine share /etc/hosts
     keeps_accounts: bool = False
 
     @property
     def names(self) -> list[str]:
         """Return the names of the nodes."""
-        return [f"n{number}" for number in range(1, self.nodes + 1)]
+        return [f"{self.prefix}{number}" for number in range(1, self.nodes + 1)]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -109,7 +111,7 @@ class Cluster:
         if missing := why_impossible():
             raise ClusterError(missing)
         self._write_files()
-        self._name_the_nodes()
+        self._name_the_nodes(self.names)
         run, log, munge = (self.folder / name for name in ("run", "log", "munge"))
         self._run(
             "munged", "--force", f"--socket={run}/munge.sock", f"--key-file={munge}/munge.key",
@@ -132,9 +134,7 @@ class Cluster:
         time.sleep(0.5)
         for daemon in (*(f"slurmd-{name}" for name in self.names), "slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._kill(daemon, signal.SIGTERM)
-        if self._mark in _HOSTS.read_text():
-            kept = [line for line in _HOSTS.read_text().splitlines() if not line.endswith(self._mark)]
-            _HOSTS.write_text("\n".join(kept) + "\n")  # in place: a container mounts the file
+        self._name_the_nodes([])
 
     def start_node(self, name: str) -> None:
         """Start the daemon of a node."""
@@ -183,7 +183,7 @@ class Cluster:
         )
         # Jobs are not numbered from 1 again: submitit would read the results of an older cluster's job.
         first = int(time.time()) // 10 % 60_000_000 + 1
-        names = f"n[1-{self.nodes}]"
+        names = f"{self.prefix}[1-{self.nodes}]"
         text = CONFIG.format(
             host=host, port=self.port, folder=self.folder, first_job=first, nodes=nodes, names=names, grace=GRACE_SEC,
             accounting=self._accounting.lines if self.keeps_accounts else NO_ACCOUNTING,
@@ -191,11 +191,15 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n")
 
-    def _name_the_nodes(self) -> None:
-        text = _HOSTS.read_text()
-        if self._mark not in text:
-            lines = "".join(f"127.0.0.1 {name} {self._mark}\n" for name in self.names)
-            _HOSTS.write_text(text + lines)
+    def _name_the_nodes(self, names: list[str]) -> None:
+        """Name these nodes of this cluster in /etc/hosts, and no others; another cluster may be doing the same."""
+        with open(_HOSTS, "r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            kept = [line for line in stream.read().splitlines() if not line.endswith(self._mark)]
+            lines = [*kept, *(f"127.0.0.1 {name} {self._mark}" for name in names)]
+            stream.seek(0)
+            stream.truncate()  # in place: a container mounts the file
+            stream.write("\n".join(lines) + "\n")
 
     def _run(self, *command: str) -> None:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)

@@ -5,7 +5,7 @@ import pytest
 from tests.in_process import make_images
 from tests.slurm.accounting import missing_programs
 from tests.slurm.cluster import Cluster, why_impossible
-from tests.slurm.test_jobs import TRAINING, ask, submit
+from tests.slurm.jobs import TRAINING, ask, submit
 
 MISSING = why_impossible() or ", ".join(missing_programs())
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(MISSING), reason=f"not here: {MISSING}")]
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(MISSING), reason=f"not 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("accounts"), nodes=1, port=16917, keeps_accounts=True)
+    cluster = Cluster(tmp_path_factory.mktemp("accounts"), nodes=1, port=16917, prefix="a", keeps_accounts=True)
     cluster.start()
     yield cluster
     cluster.stop()

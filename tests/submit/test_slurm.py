@@ -6,18 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from submit import slurm
 from submit.config import LaunchConfig
-from submit.executor import make_executor, queue_jobs
-from submit.job import ScriptJob
+from submit.executor import _clean_environment, container_words, make_executor, queue_jobs
+from submit.follow import wait_for
+from submit.job import ScriptJob, _meaning
+from submit.queue import list_states
 from submit.snapshot import FOLDERS, copy_code
 from tests.in_process import compose, configure
 from tests.support import ROOT
 from utils.config.messages import ConfigError
+from utils.config.sweep import parse_sweep
 from utils.errors import UserError
+from utils.ranks.job_status import note_task
+from utils.record.logging import setup_logging
 
 
 def launch(*words):
@@ -51,7 +57,7 @@ def test_the_script_of_the_default_job(tmp_path):
     assert options == {
         "chdir": f"{tmp_path}/code", "gpus-per-node": "1", "job-name": "finetune", "nodes": "1", "ntasks-per-node": "1",
         "open-mode": "append", "output": f"{tmp_path}/logs/%j_0_log.out", "requeue": "", "signal": "USR2@300",
-        "time": "1440", "wckey": "submitit",
+        "time": "1440",
     }  # fmt: skip
     (command,) = [line for line in lines if line.startswith("srun")]
     assert command.endswith(f"{sys.executable} -u -m submitit.core._submit {tmp_path}/logs")
@@ -71,6 +77,7 @@ def test_every_field_reaches_sbatch(tmp_path):
         "job-name": "mine", "exclude": "node7", "exclusive": "", "array": "0-5%4",
     }  # fmt: skip
     assert {name: options[name] for name in wanted} == wanted
+    assert any(line.startswith("srun ") and " --cpus-per-task=12 " in line for line in lines)
     assert "module load cuda" in lines and any(" /env/bin/python -u -m submitit" in line for line in lines)
 
 
@@ -89,16 +96,31 @@ def test_tasks_and_cpus_of_a_node(words, tasks, cpus, tmp_path):
     assert ("gpus-per-node" in options) == ("gpus_per_node=0" not in words)
 
 
-def test_containers(tmp_path, monkeypatch):
+def test_a_kind_of_gpu_can_be_asked_for(tmp_path):
+    assert script_of(tmp_path, "gpus_per_node=4", "gpu_type=a100")[0]["gpus-per-node"] == "a100:4"
+
+
+def test_only_the_script_runs_in_a_container(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    image = ["container=/images/atelier.sif", 'container_mounts=["/data"]']
-    _, lines = script_of(tmp_path / "job", *image)
-    binds = f"--bind {tmp_path} --bind {tmp_path}/job --bind /data"
-    assert any(f" apptainer exec --nv {binds} /images/atelier.sif python -u -m submitit" in line for line in lines)
-    _, lines = script_of(tmp_path / "job", *image, "container_with=pyxis")
-    (command,) = [line for line in lines if line.startswith("srun")]
-    assert "--container-image=/images/atelier.sif" in command and f"--container-workdir={tmp_path}/job/code" in command
-    assert f"--container-mounts={tmp_path}:{tmp_path},{tmp_path}/job:{tmp_path}/job,/data:/data" in command
+    words = ["container=/images/atelier.sif", 'container_mounts=["/data"]', "python=/opt/python"]
+    _, lines = script_of(tmp_path / "job", *words)
+    assert any(line.endswith(f"{sys.executable} -u -m submitit.core._submit {tmp_path}/job/logs") for line in lines)
+    binds = [word for mount in (tmp_path, f"{tmp_path}/job", "/data") for word in ("--bind", str(mount))]
+    inside = ["apptainer", "exec", "--nv", *binds, "/images/atelier.sif", "/opt/python"]
+    assert container_words(launch(*words), tmp_path / "job") == inside
+    job = ScriptJob("finetune", ["seed=1"], tmp_path / "code", tmp_path, tmp_path, container=inside)
+    assert job.command() == [*inside, "-u", f"{tmp_path}/code/finetune.py", "seed=1"]
+    assert container_words(launch(), tmp_path) is None
+
+
+def test_what_the_shell_has_for_slurm_does_not_win(tmp_path, monkeypatch):
+    """sbatch would take its variables before its script's words; a job submits another one."""
+    shell = {"SBATCH_PARTITION": "old", "SBATCH_ACCOUNT": "mine", "SLURM_JOB_ID": "3", "SLURM_CONF": "/a", "RANK": "1"}
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    with _clean_environment(launch("partition=new")):
+        assert {name for name in shell if name in os.environ} == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert {name: os.environ[name] for name in shell} == shell
 
 
 @pytest.mark.parametrize(
@@ -110,12 +132,16 @@ def test_containers(tmp_path, monkeypatch):
             "sbatch_lines=[exclude]",
             "launch.sbatch_lines: 'exclude' is no option of sbatch; give --NAME or --NAME=VALUE",
         ),
-        ('sbatch_lines=["--mem=3G"]', "launch.sbatch_lines: --mem is set by another key of launch; remove it here"),
+        ('sbatch_lines=["--mem=3G"]', "launch.sbatch_lines: --mem is set by launch itself; remove it here"),
+        ("ranks_per_node=2", "launch.ranks_per_node: 2 ranks need a GPU each, and launch.gpus_per_node=1"),
+        ("gpu_type=a100 gpus_per_node=0", "launch.gpu_type: no GPU is asked for; set launch.gpus_per_node"),
+        ("time_min=5", "launch.stop_before_end_sec: 300 s are all of launch.time_min=5"),
+        ("script=export nodes=2", "launch.script: export.py is one process, and 2 are asked for"),
     ],
 )
 def test_wrong_values_are_refused(word, said):
     with pytest.raises(ConfigError) as refused:
-        launch(word)
+        launch(*word.split())
     assert refused.value.problems[0].startswith(said)
 
 
@@ -133,21 +159,80 @@ def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
     assert json.loads(found)["commit"] == head
 
 
-def test_jobs_of_a_sweep_are_those_of_the_script():
-    assert slurm.list_jobs(["optim.lr=1"]) == [["optim.lr=1"]]
-    words = ["--multirun", "optim.lr=1,2", "sweep.name=rates"]
-    assert slurm.list_jobs(words) == [
-        [f"optim.lr={rate}", "sweep.name=rates", f"run_dir=outputs/sweeps/rates/optim.lr={rate}"] for rate in (1, 2)
+def test_jobs_of_a_sweep_are_those_that_are_not_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--multirun", "optim.lr=1,2,3", "sweep.name=rates"]
+    complete = tmp_path / "outputs/sweeps/rates/optim.lr=2/complete.json"
+    complete.parent.mkdir(parents=True)
+    complete.write_text("{}")
+    assert slurm.list_jobs(parse_sweep(words)) == [
+        [f"optim.lr={rate}", "sweep.name=rates", f"run_dir=outputs/sweeps/rates/optim.lr={rate}"] for rate in (1, 3)
     ]
     with pytest.raises(UserError, match=r"^sweep.trials: a search needs the results of the jobs before"):
-        slurm.list_jobs([*words, "sweep.trials=3"])
+        slurm.list_jobs(parse_sweep([*words, "sweep.trials=3"]))
 
 
-def test_no_slurm_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_slurm_is_said(count, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     job = ScriptJob("finetune", [], tmp_path, tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"^launch: there is no sbatch here; submit on a login node"):
-        queue_jobs(launch(), tmp_path, [job])
+        queue_jobs(launch(), tmp_path, [job] * count)
+
+
+def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, capfd):
+    """A controller that is restarted for a moment is no end of a job."""
+    answers = iter([("1", "down"), ("0", "7|RUNNING|None"), ("1", "down"), ("0", "7|COMPLETED|None")])
+    (tmp_path / "end_0.json").write_text(json.dumps({"status": 0, "restarts": 1}))
+
+    def ask(*_, **__):
+        code, said = next(answers)
+        return SimpleNamespace(returncode=int(code), stdout=said, stderr="slurm_load_jobs error: Unable to contact")
+
+    monkeypatch.setattr("submit.queue.subprocess.run", ask)
+    monkeypatch.setattr("submit.follow._LOOK_SEC", 0.0)
+    setup_logging()
+    assert wait_for(["7"], tmp_path, follow=False) == 0
+    said = capfd.readouterr().err
+    assert said.count("SLURM does not answer") == 2 and "job 7: RUNNING" in said and "after 1 restarts" in said
+    assert next(answers, None) is None
+
+
+def test_the_members_of_an_array_are_asked_for_at_once(monkeypatch):
+    lines = "7_0|RUNNING|None\n7_1|PENDING|JobArrayTaskLimit\n7_9|RUNNING|None\n"
+    monkeypatch.setattr("submit.queue._ask", lambda *command: lines)
+    found = list_states(["7_0", "7_1", "7_2"])
+    assert found == {"7_0": ("RUNNING", "None"), "7_1": ("PENDING", "JobArrayTaskLimit")}
+
+
+@pytest.mark.parametrize(
+    ("status", "meaning"), [(0, 0), (2, 2), (75, 75), (-15, 75), (-12, 75), (-9, 70), (-11, 70), (-6, -6)]
+)
+def test_a_script_that_a_signal_ends_was_stopped_or_lost(status, meaning):
+    assert _meaning(status) == meaning
+
+
+def test_a_rank_that_hangs_where_another_has_failed_is_killed(tmp_path, monkeypatch, capfd):
+    """They would wait for it until their time-out."""
+    monkeypatch.setattr("submit.job._FAILURE_SEC", 0.2)
+    monkeypatch.setattr("submit.job._AGAIN_SEC", 0.1)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/hangs.py").write_text("import time; time.sleep(60)")
+    note_task(tmp_path / "status_0_0", 1, 3)
+    job = ScriptJob("hangs", [], tmp_path / "code", tmp_path, tmp_path)
+    assert job._run() == 3
+    assert "another rank has failed, and this one does not end: it is killed" in capfd.readouterr().out
+
+
+def test_a_script_without_a_dry_run_checks_its_configuration(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    own = launch("script=prepare", "gpus_per_node=0")
+    slurm.check_script(own, ["job=glyphs"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as refused:
+        slurm.check_script(own, ["job=glyph"])
+    assert refused.value.code == 2 and "job: must be" in capfd.readouterr().err
 
 
 def test_the_dry_run_of_a_script_sees_the_ranks_of_the_job(tmp_path, monkeypatch, capfd):

@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from utils.config.messages import ConfigError
+from utils.record.run_config import COMPLETE_FILE
 
 FLAGS = ("--multirun", "-m")
 FOLDER = "outputs/sweeps"
@@ -35,6 +36,11 @@ class SweepJob:
     def arguments(self) -> list[str]:
         """Return the words of a command that runs this job alone."""
         return [*self.words, f"run_dir={self.folder}"]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its run is complete."""
+        return (Path(self.folder) / COMPLETE_FILE).exists()
 
 
 @dataclass(frozen=True)

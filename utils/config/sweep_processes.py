@@ -17,7 +17,6 @@ from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import SIGNALS
 from utils.record.logging import get_logger
-from utils.record.run_config import COMPLETE_FILE
 
 log = get_logger(__name__)
 
@@ -54,11 +53,15 @@ class JobProcesses:
     next_job: Callable[[], SweepJob | None]
     ended: Callable[[SweepJob, int], None]
     stopping: bool = False
+    error: Exception | None = None
     _processes: set[subprocess.Popen] = field(default_factory=set)
     _lock: Any = field(default_factory=Lock)
 
     def run(self, at_once: int, gpus: Sequence[int]) -> None:
-        """Run all jobs; a stop signal is passed on to those that run, and no other is started."""
+        """Run all jobs; a stop signal is passed on to those that run, and no other is started.
+
+        Raises what a thread raised, such as the disk's error.
+        """
         threads = [
             Thread(target=self._take_jobs, args=(gpus[number % len(gpus)] if gpus else None,), daemon=True)
             for number in range(at_once)
@@ -69,9 +72,17 @@ class JobProcesses:
             for thread in threads:
                 while thread.is_alive():  # so that signals are handled
                     thread.join(0.2)
+        if self.error is not None:
+            raise self.error
 
     def _take_jobs(self, gpu: int | None) -> None:
-        while not self.stopping:
+        try:
+            self._take_all(gpu)
+        except Exception as error:  # raised in the main thread, when the other jobs have ended
+            self.error = error
+
+    def _take_all(self, gpu: int | None) -> None:
+        while not self.stopping and self.error is None:
             with self._lock:
                 job = self.next_job()
             if job is None:
@@ -83,7 +94,7 @@ class JobProcesses:
     def _run(self, job: SweepJob, gpu: int | None) -> int:
         """Run a job, unless it is complete; its output goes into a file beside its folder."""
         folder = Path(job.folder)
-        if (folder / COMPLETE_FILE).exists():
+        if job.is_complete:
             log.info("complete already: %s", folder)
             return EXIT_OK
         environment = {**os.environ, SWEEP_VARIABLE: folder.parent.name}
@@ -94,7 +105,10 @@ class JobProcesses:
         log.info("started%s: see %s", "" if gpu is None else f" on GPU {gpu}", output)
         with open(output, "ab") as stream:
             command = [sys.executable, self.script, *job.arguments]
-            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+            # In a session of its own: Ctrl-C is passed on below, as a request to save.
+            process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
             self._processes.add(process)
             if self.stopping:
                 process.send_signal(signal.SIGTERM)

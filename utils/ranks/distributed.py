@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.ranks.slurm_step import slurm_port
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -63,14 +64,13 @@ def detect_world(environment: dict[str, str] | None = None) -> World:
             port=int(env.get("MASTER_PORT", "29500")),
         )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        job = int(env.get("SLURM_JOB_ID", "0"))
         return World(
             rank=int(env["SLURM_PROCID"]),
             size=int(env["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(env.get("SLURM_LOCALID", "0")),
             launcher="slurm",
             address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]),
-            port=int(env.get("MASTER_PORT") or 20000 + job % 20000),
+            port=int(env.get("MASTER_PORT") or slurm_port(env)),
         )
     return World()
 

@@ -1,4 +1,4 @@
-"""Work on many items in one process per core; some items may crash their process."""
+"""Work on many items in one process per core that this one may use; some items may crash their process."""
 
 import multiprocessing
 import os
@@ -13,6 +13,11 @@ Result = TypeVar("Result")
 _CHUNK = 64  # items that a process gets at once
 
 
+def count_cores() -> int:
+    """Return the cores that this process may use: a scheduler may give it some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def map_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result]
 ) -> Iterator[Result]:
@@ -23,7 +28,7 @@ def map_in_processes(
     done = 0
     while done < len(items):
         try:
-            with _processes(os.cpu_count() or 1) as pool:
+            with _processes(count_cores()) as pool:
                 for result in pool.map(function, items[done:], chunksize=_CHUNK):
                     yield result
                     done += 1

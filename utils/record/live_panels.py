@@ -71,7 +71,7 @@ def draw_panel(panel: Panel, rows: Rows, run_name: str) -> plt.Figure | None:
         draw_scheduled(axis, *trained, panel.title)
     else:
         if trained[0]:
-            draw_training(axis, *trained, "training")
+            draw_training(axis, *trained, panel.trained)
         draw_evaluated(axis, rows, panel.evaluated)
         if panel.title == "loss" and is_steep(axis):
             axis.set_yscale("log")

@@ -15,11 +15,11 @@ def plot_range_test(
     rates: Sequence[float],
     losses: tuple[Sequence[float], Sequence[float]],
     suggestions: Mapping[str, float],
-    taken: float | None,
+    taken: str | None,
     title: str,
     path: Path,
 ) -> None:
-    """Draw a range test: losses (raw, smoothed) over rates, every suggestion, and the rate that is taken.
+    """Draw a range test: losses (raw, smoothed) over rates, every suggestion, and the method that is taken.
 
     The axis of losses ends a little above where the test began: what diverges beyond says nothing more.
     """
@@ -29,7 +29,7 @@ def plot_range_test(
     axis.plot(rates, smoothed, color=BLUE, linewidth=2.0, label="smoothed")
     axis.set_ylim(*_limits(raw, smoothed, has_answer=bool(suggestions)))
     for name, rate in suggestions.items():
-        is_taken = rate == taken
+        is_taken = name == taken
         axis.axvline(
             rate, color=_COLORS[name], linewidth=2.2 if is_taken else 1.2, linestyle="-" if is_taken else "--",
             label=f"{_NAMES[name]}: {rate:.2g}{'  (taken)' if is_taken else ''}",

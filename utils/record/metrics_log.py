@@ -2,7 +2,7 @@
 
 A row is a JSON object with `step`, `kind` ("train", "evaluate" or "epoch") and figures. A resumed run first drops the
 rows beyond its checkpoint, which it will write again. training_log.txt has the epoch rows as CSV; it is rewritten at
-each epoch, so that its columns are those of all rows.
+each start and epoch, so that its columns are those of all rows.
 """
 
 import csv
@@ -15,13 +15,17 @@ from typing import Any
 from utils.io.files import AppendFile, ignore_write_errors, write_text
 
 
-def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop a JSONL file's rows beyond `last_step`, and an incomplete last line; returns the rest."""
+def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) -> list[dict[str, Any]]:
+    """Drop a JSONL file's rows beyond `last_step`, and an incomplete last line; returns the rest.
+
+    last_epoch_step: the same for rows of kind `epoch`, where it is given.
+    """
+    limits = {} if last_epoch_step is None else {"epoch": last_epoch_step}
     if not path.exists():
         return []
     # Not splitlines, which splits at characters that a path may hold. As bytes: a kill may cut a character.
     *lines, _ = path.read_bytes().split(b"\n")
-    rows = [row for row in map(json.loads, lines) if row["step"] <= last_step]
+    rows = [row for row in map(json.loads, lines) if row["step"] <= limits.get(row.get("kind"), last_step)]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -48,11 +52,15 @@ class Rows:
 class MetricsLog(Rows):
     """Append rows to a run folder's metrics.jsonl; only rank 0 holds one."""
 
-    def __init__(self, folder: Path, last_step: int) -> None:
+    def __init__(self, folder: Path, last_step: int, last_epoch_step: int | None = None) -> None:
+        """Open the file, without rows beyond `last_step`, or rows of epochs beyond `last_epoch_step`."""
         self._path = folder / "metrics.jsonl"
         self._csv = folder / "training_log.txt"
-        super().__init__(keep_rows(self._path, last_step))
+        super().__init__(keep_rows(self._path, last_step, last_epoch_step))
         self._stream = AppendFile(self._path)
+        if self._csv.exists():
+            with ignore_write_errors(self._csv):
+                self._write_csv()
 
     def add(self, step: int, kind: str, figures: dict[str, Any]) -> dict[str, Any]:
         """Write a row; a figure that is not finite becomes null (JSON has no NaN)."""
@@ -78,6 +86,9 @@ class MetricsLog(Rows):
             for row in self.rows
             if row["kind"] == "epoch"
         ]
+        if not rows:
+            self._csv.unlink(missing_ok=True)
+            return
         # The newest row first: earlier ones may lack the figures of an evaluation, whose place is not the end.
         columns = list(dict.fromkeys(name for row in reversed(rows) for name in row))
         text = io.StringIO()

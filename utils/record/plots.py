@@ -50,8 +50,9 @@ def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.
     return steps[kept], values[kept]
 
 
-def draw_training(axis: plt.Axes, steps: list[int], values: list[float], label: str) -> None:
-    """Draw a noisy series lightly, and its running mean over it."""
+def draw_training(axis: plt.Axes, steps: list[int], values: list[float], name: str) -> None:
+    """Draw a noisy figure of training lightly, and its running mean over it."""
+    label = "training, as optimised" if name == "loss" else "training"  # with label smoothing, mixup and the like
     width = 2 * (len(values) // 60) + 1
     if width == 1:
         axis.plot(steps, values, color=BLUE, linewidth=1.5, marker=_lone_marker(values), markersize=5, label=label)
@@ -123,7 +124,7 @@ def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
     if len(labels) > 1:
         axis.legend(
             loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels), frameon=False, fontsize=8.5,
-            borderaxespad=0.2, handlelength=1.4, columnspacing=1.0,
+            borderaxespad=0.2, handlelength=1.2, columnspacing=0.8,
         )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def plot_curves(metrics: Rows, path: Path, title: str) -> None:
         if name in _SCHEDULED:
             draw_scheduled(axis, steps, values, name)
         elif steps:
-            draw_training(axis, steps, values, "training")
+            draw_training(axis, steps, values, name)
         draw_evaluated(axis, metrics, name)
         if name not in _LAST and is_steep(axis):
             axis.set_yscale("log")

@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.io.files import read_json, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
+from utils.ranks.slurm_step import restart_count
 from utils.record.logging import get_logger, log_to_file, stop_logging_to
 
 log = get_logger(__name__)
@@ -131,16 +132,20 @@ def _lock(path: Path) -> Any:
     """Lock the run folder for this run; the kernel releases it when the process ends."""
     stream = open(path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
     # Processes of a requeued job may outlive its first start, such as on a node that the scheduler has lost.
-    until = time.monotonic() + (_REQUEUED_SEC if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0.0)
+    until = time.monotonic() + (_REQUEUED_SEC if restart_count() else 0.0)
     while True:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() < until:
                 time.sleep(1.0)
                 continue
             stream.close()
             raise UserError(f"run_dir: another run is writing to {path}; wait for it or give another run_dir") from None
+        except OSError as error:  # such as Lustre mounted without flock
+            log.warning(
+                "run_dir: %s cannot be locked (%s): two runs in it would not notice each other", path, error.strerror
+            )
         _locks.add(stream)
         return stream
 

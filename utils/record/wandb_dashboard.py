@@ -27,6 +27,7 @@ CHARTS = {
         ("training loss", ["train/loss"]),
         ("training accuracy", ["train/accuracy"]),
         ("learning rate", ["train/lr"]),
+        ("momentum", ["train/momentum"]),
         ("gradient norm", ["train/grad_norm"]),
         ("skipped steps", ["train/skipped_steps"]),
     ],

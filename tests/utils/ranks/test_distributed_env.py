@@ -28,14 +28,14 @@ WORLDS = {
         World(1, 2, 0, "environment", "127.0.0.1", 29500),
     ),
     "torchrun inside a SLURM step": ({**STEP, **TORCHRUN}, World(3, 4, 1, "torchrun", "node1", 1234)),
-    "a SLURM step": (STEP, World(5, 8, 1, "slurm", "gpu03", 21007)),
+    "a SLURM step": (STEP, World(5, 8, 1, "slurm", "gpu03", 11007)),
     "a SLURM step with an address": (
         {**STEP, "MASTER_ADDR": "node9", "MASTER_PORT": "77"},
         World(5, 8, 1, "slurm", "node9", 77),
     ),
     "a SLURM step without its own node list": (
         {name: value for name, value in STEP.items() if name != "SLURM_STEP_NODELIST"},
-        World(5, 8, 1, "slurm", "gpu01", 21007),
+        World(5, 8, 1, "slurm", "gpu01", 11007),
     ),
     "a SLURM step of one task": ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, World()),
     # sbatch's own shell has the job's variables, and even a rank, but is no step: `python` in it is one process.
@@ -57,6 +57,7 @@ def test_the_world_of_a_launcher(case):
 def test_the_processes_of_a_job_choose_one_port():
     ports = {detect_world({**STEP, "SLURM_PROCID": str(rank)}).port for rank in range(8)}
     assert len(ports) == 1
+    assert ports.isdisjoint({detect_world({**STEP, "SLURM_STEP_ID": "7"}).port})  # another step of the job
     assert all(
         1024 < detect_world({**STEP, "SLURM_JOB_ID": str(job)}).port < 65536 for job in (0, 1, 19999, 20000, 9**9)
     )

@@ -110,13 +110,18 @@ def test_the_best_evaluation_is_marked_with_its_value(panel, ema, step, value, t
     assert axis.get_ylim()[0] < value < axis.get_ylim()[1]
 
 
-def test_lines_are_named_with_their_newest_value_outside_the_data(figures):
-    figure = draw_panel(ACCURACY, Rows(make_rows(ema=True)), "run")
+NAMES = {
+    ACCURACY: ["training 0.8", "validation 0.6", "validation, average 0.65"],
+    LOSS: ["training, as optimised 0.6325", "validation 0.4", "validation, average 1.4"],
+}
+
+
+@pytest.mark.parametrize("panel", NAMES, ids=lambda panel: panel.title)
+def test_lines_are_named_with_their_newest_value_outside_the_data(panel, figures):
+    figure = draw_panel(panel, Rows(make_rows(ema=True)), "run")
     (axis,) = figure.axes
     legend = axis.get_legend()
-    assert [entry.get_text() for entry in legend.get_texts()] == [
-        "training 0.8", "validation 0.6", "validation, average 0.65",
-    ]  # fmt: skip
+    assert [entry.get_text() for entry in legend.get_texts()] == NAMES[panel]
     figure.canvas.draw()
     assert legend.get_window_extent().y0 >= axis.get_window_extent().y1
     assert max(part.get_window_extent().x1 for part in (legend, figure.legends[0])) <= figure.bbox.x1

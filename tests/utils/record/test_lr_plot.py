@@ -26,7 +26,7 @@ def draw(monkeypatch, tmp_path):
 
 
 def test_every_suggestion_is_marked_at_its_rate_and_one_is_taken(draw):
-    axis = draw(FALLS, SUGGESTIONS, 1e-3)
+    axis = draw(FALLS, SUGGESTIONS, "steepest")
     upright = {line.get_label(): line for line in axis.lines if len(set(line.get_xdata())) == 1}
     assert {label: line.get_xdata()[0] for label, line in upright.items()} == {
         "steepest descent: 0.001  (taken)": 1e-3, "minimum / 10: 0.0001": 1e-4, "valley: 0.002": 2e-3,
@@ -36,6 +36,12 @@ def test_every_suggestion_is_marked_at_its_rate_and_one_is_taken(draw):
     assert legend == ["loss", "smoothed", *upright]
 
 
+def test_of_two_methods_with_one_rate_one_is_taken(draw):
+    axis = draw(FALLS, SUGGESTIONS | {"valley": 1e-3}, "valley")
+    marked = [line.get_label() for line in axis.lines if "taken" in line.get_label()]
+    assert marked == ["valley: 0.001  (taken)"]
+
+
 def test_a_curve_without_an_answer_marks_none(draw):
     axis = draw(FALLS, {}, None)
     assert [line.get_label() for line in axis.lines] == ["loss", "smoothed"]
@@ -43,7 +49,7 @@ def test_a_curve_without_an_answer_marks_none(draw):
 
 def test_the_axis_shows_the_fall_and_not_how_far_the_loss_diverges(draw):
     """Without an answer half as much again, so that a divergence is seen."""
-    low, high = draw(FALLS, SUGGESTIONS, 1e-3).get_ylim()
+    low, high = draw(FALLS, SUGGESTIONS, "steepest").get_ylim()
     assert low < 1.0 and 2.0 < high < 2.2
     assert 2.9 < draw(FALLS, {}, None).get_ylim()[1] < 3.3
     falls = [-1.0, -1.0, -1.2, -1.5, -1.4, 5.0]  # a loss may be below zero

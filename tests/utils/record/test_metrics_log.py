@@ -111,3 +111,25 @@ def test_the_csv_of_a_resumed_run_has_no_repeat(tmp_path):
     log.add(8, "epoch", {"epoch": 2, "loss": 0.1})
     log.close()
     assert read_csv(tmp_path) == [["step", "epoch", "loss"], ["4", "1", "1.0"], ["8", "2", "0.1"]]
+
+
+def test_the_csv_loses_the_rows_beyond_a_checkpoint_at_once(tmp_path):
+    """A run that is resumed and killed again before the epoch's end has none of them."""
+    log = MetricsLog(tmp_path, 0)
+    for epoch in (1, 2):
+        log.add(4 * epoch, "epoch", {"epoch": epoch, "loss": 1.0 / epoch})
+    log.close()
+    MetricsLog(tmp_path, 6).close()
+    assert read_csv(tmp_path) == [["step", "epoch", "loss"], ["4", "1", "1.0"]]
+    MetricsLog(tmp_path, 2).close()
+    assert not (tmp_path / "training_log.txt").exists()
+
+
+def test_rows_of_epochs_have_a_limit_of_their_own(folder):
+    log = MetricsLog(folder, 3)
+    log.add(2, "epoch", {"epoch": 1})
+    log.add(3, "epoch", {"epoch": 2})
+    log.close()
+    log = MetricsLog(folder, 3, 2)
+    log.close()
+    assert steps_of(folder) == [1, 2, 3, 2] and read_csv(folder) == [["step", "epoch"], ["2", "1"]]

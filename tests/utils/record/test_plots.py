@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.in_process import TINY, make_images, run
+from utils.record import plots
 from utils.record.metrics_log import MetricsLog
 from utils.record.plots import is_steep, plot_curves, smooth, thin
 
@@ -59,6 +60,21 @@ def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
     plot_curves(fill(tmp_path, rows, evaluations, ema), tmp_path / "curves.png", "run")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 500 and len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def test_the_loss_of_training_is_named_as_what_it_is(tmp_path, monkeypatch):
+    """It has label smoothing and the like, which the validation loss has not; the names fit beside the title."""
+    kept = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
+    plot_curves(fill(tmp_path, 9, 2, True), tmp_path / "curves.png", "run")
+    (figure,) = kept
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    names = [text.get_text() for text in panels["loss"].get_legend().get_texts()]
+    assert names == ["training, as optimised", "validation", "validation, average"]
+    assert panels["grad norm"].lines[0].get_label() == "training"
+    figure.canvas.draw()
+    assert panels["loss"].get_legend().get_window_extent().x0 > panels["loss"]._left_title.get_window_extent().x1
+    plt.close(figure)
 
 
 def test_without_a_row_there_is_no_picture(tmp_path):

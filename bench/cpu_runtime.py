@@ -1,0 +1,51 @@
+"""What the choices of `runtime` gain on this CPU: milliseconds of an update of train.py, against eager bf16, in turns.
+
+python bench/cpu_runtime.py [quick]           (on an idle machine; fifteen minutes on two cores)
+
+Compiling itself, half a minute, is not in the figures. Because of them `runtime.compile=auto` compiles on GPUs only.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.commands import update_ms
+from bench.measure import describe_machine, row_of, write
+
+STEPS, TURNS = 60, 2
+BF16 = "runtime.precision=bf16"
+SIDES = {
+    "eager bf16": [BF16],
+    "eager fp32": ["runtime.precision=fp32"],
+    "bf16, channels-last": [BF16, "runtime.channels_last=true"],
+    "bf16, compiled": [BF16, "runtime.compile=true"],
+}
+AT_64 = ["optim=adamw", "augment.image_size_hw=[64,64]", "loop.global_batch_size=64"]
+NETWORKS = {
+    "resnet18, 128 x 32 px": [],
+    "convnextv2_atto, 64 x 64 px": ["model=convnextv2_atto", *AT_64],
+    "timm's convnextv2_atto, 64 x 64 px": ["model=timm", "model.name=convnextv2_atto", *AT_64],
+}
+
+
+def main():
+    quick = sys.argv[1:] == ["quick"]
+    steps, turns = (10, 1) if quick else (STEPS, TURNS)
+    fixed = ["runtime.device=cpu", "tracking.live_plots=false", "runtime.compile=false"]
+    rows = []
+    for number, (network, overrides) in enumerate(list(NETWORKS.items())[: 1 if quick else None]):
+        sides = {name: words for name, words in SIDES.items() if not (quick and "compiled" in name)}
+        found = {name: [] for name in sides}
+        for turn in range(turns):
+            for index, (name, words) in enumerate(sides.items()):
+                place = f"cpu_runtime/{number}_{index}_{turn}"
+                found[name].append(update_ms(place, steps, *overrides, *fixed, *words))
+        rows += [row_of(network, found, name, "eager bf16") for name in list(sides)[1:]]
+    write("cpu_runtime", rows, machine=describe_machine(torch.device("cpu")), quick=quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What a range test says: curves with a valley, with noise, with instabilities, and without an answer."""
+
+import math
+
+import pytest
+import torch
+
+from engine.lr_suggestion import Curve, smooth, suggest
+from utils.rng import generator_for
+
+RATES = [10 ** (-4 + 4 * number / 80) for number in range(81)]
+FACTOR = 0.8
+
+
+def make_curve(loss_at, rates=RATES, diverged=False):
+    losses = [loss_at(rate) for rate in rates]
+    return Curve(rates, losses, losses, diverged)
+
+
+def valley(rate):
+    """Fall around 3e-3 over the logarithm of the rate, lowest at 0.1, then rise."""
+    place = math.log10(rate)
+    return 2.0 - 1.0 / (1 + math.exp(-6 * (place + 2.5))) + max(0.0, place + 1) ** 2 * 5
+
+
+def test_smoothing_corrects_the_bias_of_the_first_means():
+    assert smooth([4.0, 2.0, 2.0], 0.5) == pytest.approx([4.0, (1.0 + 1.0) / 0.75, (0.5 + 0.5 + 1.0) / 0.875])
+    assert smooth([3.0] * 5, 0.98) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 5.0], 0.0) == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "method, rate", [("steepest", 10**-2.5), ("minimum_tenth", 0.01), ("valley", 0.01), ("auto", 0.01)]
+)
+def test_a_curve_with_a_valley(method, rate):
+    found = suggest(make_curve(valley), method, FACTOR)
+    assert found.taken == pytest.approx(rate, rel=0.15) and found.taken in found.rates.values()
+    assert set(found.rates) == {"steepest", "minimum_tenth", "valley"}
+    assert found.method == ("valley" if method == "auto" else method)
+    auto = "valley, the greatest of the three, below 0.1"
+    assert found.reason == (auto if method == "auto" else f"lr_finder.suggestion={method}")
+
+
+def test_all_suggestions_are_below_the_rate_of_the_lowest_loss():
+    """Also where the loss falls at the end alone."""
+
+    def late(rate):
+        return 2.0 - 1.0 / (1 + math.exp(-20 * (math.log10(rate) + 1.2))) + 50 * max(0.0, rate - 0.1)
+
+    found = suggest(make_curve(late), "auto", FACTOR)
+    assert found.taken == max(found.rates.values()) and 0.05 < found.taken < 0.1
+
+
+def test_what_comes_after_the_first_instability_is_not_read():
+    """A loss that jumps up and falls again far above the usable rates, as batch norm makes it."""
+    jumps = make_curve(lambda rate: valley(rate) if rate < 0.2 else 1.6 - (rate - 0.2))
+    assert suggest(jumps, "auto", FACTOR).rates == suggest(make_curve(valley), "auto", FACTOR).rates
+    assert min(jumps.losses) < min(make_curve(valley).losses)
+
+
+def flat_falls_diverges(rate):
+    """Flat up to 1e-3, a fall of 1 up to 0.3, then up."""
+    place = math.log10(rate)
+    return 6.0 - 1.0 / (1 + math.exp(-5 * (place + 1.8))) + 30 * max(0.0, place + 0.5) ** 2
+
+
+def make_noisy(noise, seed, smoothing, steps=100):
+    """Return a curve of the default rates and smoothing, with normal noise; it ends where it diverges."""
+    rates = [10 ** (-5 + 6 * number / (steps - 1)) for number in range(steps)]
+    drawn = torch.randn(steps, generator=generator_for(seed), dtype=torch.float64).tolist()
+    losses = [flat_falls_diverges(rate) + noise * value for rate, value in zip(rates, drawn)]
+    return Curve(rates, losses, smooth(losses, smoothing), False)
+
+
+@pytest.mark.parametrize(
+    "steps, smoothing, noise", [(100, 0.9, 0.1), (100, 0.9, 0.2), (400, 0.98, 0.3), (400, 0.98, 0.6), (400, 0.98, 0.9)]
+)
+def test_noise_is_not_taken_for_an_instability(steps, smoothing, noise):
+    """More steps, smoothed more, bear more noise."""
+    exact = suggest(make_noisy(0.0, 0, smoothing, steps), "auto", smoothing).taken
+    for seed in range(10):
+        found = suggest(make_noisy(noise, seed, smoothing, steps), "auto", smoothing)
+        assert exact / 3 < found.taken < exact * 3, seed
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
+def test_a_flat_curve_has_no_answer_however_it_is_smoothed(smoothing):
+    """Without smoothing, too, the noise is seen."""
+    for seed in range(2, 7):
+        drawn = 2.0 + 0.3 * torch.randn(81, generator=generator_for(seed), dtype=torch.float64)
+        curve = Curve(RATES, drawn.tolist(), smooth(drawn.tolist(), smoothing), False)
+        assert suggest(curve, "auto", smoothing).taken is None
+
+
+NO_ANSWER = {
+    "flat": (make_curve(lambda rate: 2.0), "the loss is flat (from 2 to 2); set a higher lr_finder.end_lr"),
+    "noise alone": (
+        make_curve(lambda rate: 2.0 + 0.3 * math.sin(1e6 * rate)),
+        "the loss is flat",
+    ),
+    "diverges at once": (
+        make_curve(valley, RATES[:7], diverged=True),
+        "the loss diverged after 7 updates; set a lower lr_finder.start_lr",
+    ),
+    "diverges without a fall": (
+        make_curve(lambda rate: 2.0 + 100 * rate, diverged=True),
+        "the loss diverges without falling below the 2.017 of its start; set a lower lr_finder.start_lr",
+    ),
+    "short": (make_curve(valley, RATES[:7]), "7 updates are too few; allow more with lr_finder.steps"),
+    "nothing": (Curve([], [], [], True), "the loss diverged after 0 updates"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ANSWER)
+def test_a_curve_without_an_answer(case):
+    curve, reason = NO_ANSWER[case]
+    found = suggest(Curve(curve.rates, curve.losses, smooth(curve.losses, FACTOR), curve.diverged), "auto", FACTOR)
+    assert found.taken is None and found.rates == {} and found.reason.startswith(reason)
