@@ -1,4 +1,4 @@
-"""What a run costs beyond its steps, as it grows: checkpoints, the order of samples, the watchdog, the index.
+"""What a run costs beyond its steps, as it grows: checkpoints, the order of samples, the ranks' store, the index.
 
 python bench/scale.py [quick] [rows=10000000] [models=convnextv2_atto,convnextv2_tiny,convnextv2_base]
 
@@ -10,6 +10,7 @@ rows: one of 10 million takes 1.5 GB of disk while it is measured.
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from data.table import SCHEMA
 from engine.checkpoint import find_damage, load_checkpoint, save_checkpoint
 from models.build import build_network
 from models.config import ModelConfig
+from utils.ranks.distributed import World, _meet
 
 TURNS, CLASSES, CHUNK_ROWS = 3, 1000, 1_000_000
 STREAM_ROWS, RANKS, GLOBAL_BATCH = 100_000_000, 1024, 8192
@@ -83,13 +85,29 @@ def order_row() -> str:
     return f"| {STREAM_ROWS:,} | {1e3 * first:.2f} ms | {1e6 * each:.1f} us |"
 
 
+def meet(ranks: int) -> None:
+    """Let ranks meet as under torchrun, each with a connection of its own; all are threads of this process."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+
+    def join(rank: int) -> None:
+        own = store if rank == 0 else dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
+        _meet(own, World(rank, ranks), timeout_sec=300)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def watch_row(ranks: int) -> str:
-    """Return the line of the watchdog: a round of rank 0, which reads a key of each rank."""
+    """Return the line of the ranks' store: they meet, and rank 0's watchdog reads a key of each."""
+    meeting = seconds_of(lambda: meet(ranks))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)
     for rank in range(ranks):
         store.set(str(rank), "12|3456|step 3456: computing")
     seconds = seconds_of(lambda: [store.get(str(rank)) for rank in range(ranks)])
-    return f"| {ranks:,} | {1e3 * seconds:.1f} ms |"
+    return f"| {ranks:,} | {meeting:.2f} s | {1e3 * seconds:.1f} ms |"
 
 
 def write_index(path: Path, rows: int) -> None:
@@ -145,7 +163,7 @@ def main() -> None:
         for name in models:
             say(checkpoint_row(name, folder / name) + "\n")
         say("\n| rows | the first share of a rank | a position |\n|---|---|---|\n" + order_row() + "\n")
-        say("\n| ranks | a round of the watchdog, every 5 s |\n|---|---|\n")
+        say("\n| ranks | they meet | a round of the watchdog, every 5 s |\n|---|---|---|\n")
         for ranks in (8, 64, RANKS):
             say(watch_row(ranks) + "\n")
         say("\n| rows | index | open | split | classes | arrays kept | a row |\n|" + "---|" * 7 + "\n")

@@ -36,6 +36,7 @@ from utils.record.trackers import start_tracker
 log = get_logger(__name__)
 
 _TRAINING_PHASES = ("loading", "computing")
+_FIRST_PLOT_SEC = 10.0  # a run that is shorter draws at its end alone
 _PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
 
 
@@ -68,7 +69,7 @@ class Recorder:
         self._peak_memory = PeakMemory(runtime.device)
         self._training_clock = TrainingClock()
         self._clock = (0, 0.0)
-        self._next_plot = 0.0
+        self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
 
     # ------------------------------------------------------------------------------------------------- open and close
 

@@ -3,16 +3,16 @@
 from engine.config import RuntimeConfig
 from engine.runtime import COMPILE_PAYS_AFTER_STEPS, Runtime, has_bf16, missing_for_compile
 
-# CPU: bf16 and compile together against eager float32 (docs/benchmarks.md). GPU: bounds of convnextv2_tiny with 128
+# CPU: bf16 against float32, both eager (docs/benchmarks.md). GPU: bounds of convnextv2_tiny with 128
 # images on an H200, 51 ms of products in exact float32 and 4.3 in bf16; not yet measured.
 _BF16_GAIN = {
-    "cpu": "1.4 to 1.6 times the speed, measured with compile on two cores",
+    "cpu": "0.9 to 1.5 times the speed, measured on two cores",
     "cuda": "products in a twelfth of the time, on paper for an H200",
 }
 _COMPILE_GAIN = "10 to 20 ms of a step, estimated"  # on a GPU
 _CPU_COMPILE = (
     "on a CPU some networks gain from it and others lose, after half a minute of compiling (timm's ConvNeXt V2 atto at "
-    "64 px: 1.4 times the speed; ours: 0.9; ResNet-18 at 32 px: 0.9): try runtime.compile=true"
+    "64 px: 1.5 times the speed; ours: 0.95; ResNet-18 at 32 px: 0.9): try runtime.compile=true"
 )
 # Eager, against channels-first (docs/benchmarks.md, ONNX Runtime).
 _CPU_CHANNELS_LAST = "(ConvNeXt V2 in inference: 0.92 to 1.05 times the speed)"

@@ -120,22 +120,17 @@ def assert_moves(task, collection, folder, legs, *settings):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == step
 
 
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(collection, tmp_path):
-    assert_moves("classification", collection, tmp_path, LEGS)
-
-
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "settings"),
-    [(task, []) for task in sorted(SCRIPTS)]
-    + [("classification", [optim]) for optim in ("optim=adan", "optim=sgd", "optim=timm")]
-    + [("classification", ["optim=timm", "optim.opt=adan"])],
+    ("task", "legs", "settings"),
+    [("classification", MORE_LEGS, [])]
+    + [(task, LEGS, []) for task in sorted(SCRIPTS) if task != "classification"]
+    + [("classification", LEGS, [optim]) for optim in ("optim=adan", "optim=sgd", "optim=timm")]
+    + [("classification", LEGS, ["optim=timm", "optim.opt=adan"])],
 )
-def test_a_run_moves_to_and_fro(task, settings, collection, tmp_path):
-    assert_moves(task, collection, tmp_path, MORE_LEGS, *settings)
+def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(task, legs, settings, collection, tmp_path):
+    assert_moves(task, collection, tmp_path, legs, *settings)
 
 
 @pytest.mark.ddp

@@ -73,18 +73,18 @@ def assert_equal_runs(one, other, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "fcmae"])
-def test_fifteen_kills_leave_no_trace(task, collection, uninterrupted, tmp_path):
+def test_eight_kills_leave_no_trace(task, collection, uninterrupted, tmp_path):
     settings = [
-        *SMALL, "loop.total_steps=120", "loop.checkpoint_every_steps=4", "runtime.workers=2",
+        *SMALL, "loop.total_steps=70", "loop.checkpoint_every_steps=4", "runtime.workers=2",
         "model.drop_path_rate=0.2",
     ]  # fmt: skip
     straight, killed = uninterrupted(*settings, task=task), tmp_path / "killed"
     draw, step = random.Random(0), 0
-    for _ in range(15):
-        step = min(118, step + draw.randint(3, 10))
+    for _ in range(8):
+        step += draw.randint(3, 8)
         run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=step)
     run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
-    assert_equal_runs(straight, killed, 120)
+    assert_equal_runs(straight, killed, 70)
 
 
 @pytest.mark.parametrize("background", slow_but(["true"], ["true", "false"]))
@@ -309,7 +309,7 @@ def test_a_killed_worker_is_named_with_what_to_do(collection, uninterrupted, tmp
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_rank 1 14", "kill_worker 14"])
+@pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_worker 14"])
 def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
     """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""
     settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=1",

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,17 +142,23 @@ class Cluster:
         self._run("slurmd", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """Kill the daemon of a node and all that it runs, as a loss of power does."""
+        """Kill the daemon of a node and all that it runs, as a loss of power does: SLURM's own part hears nothing."""
+        daemons, others = [], []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (process / "environ").read_bytes().split(b"\0")
                 words = (process / "cmdline").read_bytes().split(b"\0")
             except OSError:  # it has ended
                 continue
-            steps = words[0].startswith(b"slurmstepd") and str(self.folder).encode() in b" ".join(environment)
-            if f"SLURMD_NODENAME={name}".encode() in environment or (steps and name.encode() in b" ".join(words)):
-                os.kill(int(process.name), signal.SIGKILL)
+            is_step = words[0].startswith(b"slurmstepd") and str(self.folder).encode() in b" ".join(environment)
+            if is_step and name.encode() in b" ".join(words):
+                daemons.append(int(process.name))
+            elif f"SLURMD_NODENAME={name}".encode() in environment:
+                others.append(int(process.name))
         self._kill(f"slurmd-{name}", signal.SIGKILL)
+        for process in (*daemons, *others):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     # ------------------------------------------------------------------------------------------------------- the parts
 

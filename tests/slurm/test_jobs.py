@@ -47,7 +47,7 @@ def test_a_sweep_is_one_array(cluster, images, tmp_path):
     in_the_way.unlink()
     said = Submission(cluster, tmp_path, words).wait_for(0)
     assert "3 of the 4 jobs are complete already" in said and said.count("has ended with status 0") == 1
-    assert "all jobs of the sweep rates are complete" in Submission(cluster, tmp_path, words).wait_for(0)
+    assert "4 of the 4 jobs are complete already" in Submission(cluster, tmp_path, words).wait_for(0)
     table = subprocess.run(
         [sys.executable, "-m", "utils.record.sweep_table", str(tmp_path / "outputs/sweeps/rates")],
         cwd=ROOT, check=True, capture_output=True, text=True,
