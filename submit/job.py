@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submit.queue import is_running, requeue, show
+from submit.queue import forbid_requeue, is_running, requeue, show
 from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED
 from utils.io.files import write_json
@@ -93,6 +93,8 @@ class ScriptJob:
                 self._wait_for_the_first()
         elif status == EXIT_STOPPED or (status == EXIT_LOST_RANK and self._may_lose_another()):
             self._continue(status)
+        elif status == EXIT_LOST_RANK:
+            forbid_requeue(job_id())
         return status
 
     def _status_folder(self) -> Path:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
 # A job in one of these states may still run.
 ACTIVE = {
@@ -29,6 +30,12 @@ def requeue(job: str) -> bool:
     except NoAnswer:
         return False
     return True
+
+
+def forbid_requeue(job: str) -> None:
+    """Let SLURM not requeue a job, which it would do where a node has failed."""
+    with suppress(NoAnswer):
+        _ask("scontrol", "update", f"JobId={job}", "Requeue=0")
 
 
 def _ask(*command: str) -> str:

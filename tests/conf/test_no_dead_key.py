@@ -300,6 +300,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_leaf_is_read(script, runs):
     fields, reads = list_fields(load_command(script).schema), runs[0][script]
@@ -307,12 +308,14 @@ def test_every_leaf_is_read(script, runs):
     assert dead == set()
 
 
+@pytest.mark.slow
 def test_every_knob_is_read(runs):
     durations = {"steps", "epochs", "fraction"}
     phase = {f"PhaseConfig.{name}" for name in {"to", "curve", *durations}}
     assert {"KnobConfig.start", *phase} <= runs[0]["tests.tasks.multicrop"]
 
 
+@pytest.mark.slow
 def test_the_recorder_sees_what_is_not_read(runs):
     reads = runs[0]
     assert "AdamWConfig.betas" in reads["finetune"] and "AdamWConfig.betas" not in reads["evaluate"]
@@ -327,6 +330,7 @@ def test_run_dir_and_the_name_of_the_sweep_say_where_a_run_lies():
     assert default_run_dir(values | {"run_dir": None}, sweep) == "outputs/sweeps/first/seed=1"
 
 
+@pytest.mark.slow
 def test_the_name_of_a_model_stands_in_its_weights(runs):
     path = runs[1] / "tuned/weights/last_weights.safetensors"
     assert read_weights(path, "weights")[1]["model"]["name"] == "convnextv2_glyph"

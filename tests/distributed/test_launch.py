@@ -113,6 +113,7 @@ def test_a_rank_that_stops_is_named_and_ends_the_job(collection, tmp_path):
     started.signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_path):
     """A sleeping loader is alive but makes no progress."""
     overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6")

@@ -166,6 +166,7 @@ def _be_rank(rank, ranks, port, path):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_tables_and_pictures_are_the_same_on_one_two_and_three_ranks(tmp_path):
     forks = multiprocessing.get_context("forkserver")

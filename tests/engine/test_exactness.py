@@ -20,7 +20,7 @@ from tests.support import (
 )
 
 TASKS = sorted(SCRIPTS)
-QUICK = ["classification", "fcmae", "flow", "multicrop"]
+QUICK = ["classification", "fcmae"]
 # What draws inside the forward pass, so that resume has to bring it back; per task, where it has such a setting.
 NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],

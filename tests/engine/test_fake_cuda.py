@@ -35,10 +35,8 @@ def check(rows):
 
 
 def test_planted_faults_are_found_and_every_task_runs():
-    """Every task with AdamW in bf16, and a classifier with every optimiser and precision."""
-    cases = [f"{task}:adamw:bf16" for task in TASKS]
-    cases += [f"classification:{optim}:fp16" for optim in OPTIMISERS] + ["classification:adan:fp32"]
-    check(run_cases("faults", *cases))
+    """With AdamW in bf16."""
+    check(run_cases("faults", *[f"{task}:adamw:bf16" for task in TASKS]))
 
 
 @pytest.mark.slow

@@ -377,6 +377,7 @@ def test_too_many_stop_the_run_with_step_and_rank(collection, tmp_path):
     assert "Traceback" not in started.output and checkpoints(tmp_path / "bad") == ["step_00000005"]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch):
     monkeypatch.setenv("TROUBLE", "nan 7 12 1")

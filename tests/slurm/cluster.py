@@ -143,20 +143,15 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """Kill the daemon of a node and all that it runs, as a loss of power does: SLURM's own part hears nothing."""
-        daemons, others = [], []
+        ours, parents = [], set()
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes().split(b"\0")
-                words = (process / "cmdline").read_bytes().split(b"\0")
-            except OSError:  # it has ended
-                continue
-            is_step = words[0].startswith(b"slurmstepd") and str(self.folder).encode() in b" ".join(environment)
-            if is_step and name.encode() in b" ".join(words):
-                daemons.append(int(process.name))
-            elif f"SLURMD_NODENAME={name}".encode() in environment:
-                others.append(int(process.name))
+            with suppress(OSError):  # it has ended
+                if f"SLURMD_NODENAME={name}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    ours.append(int(process.name))
+                    parents.add(int((process / "stat").read_text().rpartition(")")[2].split()[1]))
+        steps = [pid for pid in parents if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"slurmstepd")]
         self._kill(f"slurmd-{name}", signal.SIGKILL)
-        for process in (*daemons, *others):
+        for process in (*steps, *ours):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
