@@ -37,7 +37,7 @@ def main():
     fixed = ["runtime.device=cpu", "tracking.live_plots=false", "runtime.compile=false"]
     rows = []
     for number, (network, overrides) in enumerate(list(NETWORKS.items())[: 1 if quick else None]):
-        sides = {name: words for name, words in SIDES.items() if not (quick and "compiled" in name)}
+        sides = dict(list(SIDES.items())[: 2 if quick else None])
         found = {name: [] for name in sides}
         for turn in range(turns):
             for index, (name, words) in enumerate(sides.items()):

@@ -189,9 +189,13 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
     """Run a real command of the virtual environment (`python`, `torchrun`) as a user would."""
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
-    return subprocess.run(
-        list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    try:
+        return subprocess.run(
+            list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as expired:  # its own message has the first bytes alone
+        said = (expired.stderr or b"").decode(errors="replace")
+        raise AssertionError(f"{arguments[0]} is still running after {timeout} s:\n{said[-6000:]}") from None
 
 
 # The figures that two equal runs do not share: readings of the clock and of memory.
