@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 
 def _is_auto(config: TrainingConfig) -> bool:
-    """Return whether the run continues from its own last checkpoint; a requeued job does, whatever began it."""
+    """Return whether the run continues from its own last checkpoint; in a requeued job also with resume=never."""
     return config.resume == "auto" or (config.resume == "never" and restart_count() > 0)
 
 

@@ -52,7 +52,7 @@ class _Executor(submitit.SlurmExecutor):
 def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     """Return the executor of a job whose files are in `folder`."""
     folder = folder.absolute()
-    times = launch.max_requeues if launch.trains else 0  # of no use to a script that begins anew
+    times = launch.max_requeues if launch.trains else 0  # the other scripts would only begin anew
     python = sys.executable if launch.container else launch.python or sys.executable
     executor = _Executor(folder / "logs", max_num_timeout=times, python=shlex.quote(python))
     options = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)

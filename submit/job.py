@@ -127,7 +127,7 @@ class ScriptJob:
             # `wait` may hold a lock in the frame that the signal has interrupted.
             found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        # torchrun ends with 1, whatever its ranks did; none has noted its end where it was still starting.
+        # torchrun always ends with 1; without a note of its ranks it was still starting them.
         status = EXIT_STOPPED if status != EXIT_OK and self.torchrun_ranks is not None else _meaning(status)
         status = judge_status(self._status_folder(), status)
         if status not in (EXIT_STOPPED, EXIT_LOST_RANK):  # it was at its end, or has failed
