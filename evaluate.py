@@ -52,6 +52,7 @@ class EvaluateConfig(Strict):
     data: DataConfig | None
     augment: AugmentConfig | None
     batch_size: Annotated[int, Field(ge=1)]
+    dry_run: bool
     runtime: MachineConfig
 
     @model_validator(mode="after")
@@ -106,6 +107,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data
     folder, rebuilt, data = open_task(config, runtime)
+    if config.dry_run:
+        return "dry run: nothing is measured"
     task = rebuilt.task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)

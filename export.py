@@ -75,6 +75,7 @@ class ExportConfig(Strict):
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
+    dry_run: bool
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(ge=1)] | None
 
@@ -160,6 +161,8 @@ def main(config: ExportConfig, job: Job) -> str:
         folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
         with output_errors("output", folder):
             refuse_other_format(folder, config.file(), config.format)
+            if config.dry_run:
+                return "dry run: nothing is written"
             if config.format == "onnx":
                 report = export_to_onnx(config, opened, folder)
             else:

@@ -47,6 +47,7 @@ class PredictConfig(Strict):
     batch_size: Annotated[int, Field(ge=1)]
     max_pixels: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
+    dry_run: bool
 
 
 def load_predictor(path: Path, device: torch.device) -> Predictor:
@@ -122,12 +123,15 @@ def main(config: PredictConfig, job: Job) -> str:
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"output: {output} ends in {output.suffix!r}; name a .jsonl or .csv file")
     weights = find_weights(config.weights, "best", "weights")
-    predictor = load_predictor(weights, torch.device(choose_device(config.device)))
+    device = choose_device(config.device)
+    predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
     if output.suffix == ".csv" and predictor.output not in _COLUMNS:
         raise UserError(f"output: {weights} outputs {predictor.output}, which CSV does not hold; name a .jsonl file")
 
     # --------------------------------------------------------------------------------------------- 2. The predictions
     paths = find_images(config.input)
+    if config.dry_run:
+        return f"dry run: {len(paths)} images, nothing is predicted"
     rows = list(track(predict_all(predictor, paths, config), len(paths), "predicting"))
     columns = _COLUMNS[predictor.output] if output.suffix == ".csv" else None
     with output_errors("output", output):

@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.idx import idx_to_folders
 from data.manifest_writer import write_manifest
+from data.scan import check_root
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 from utils.errors import UserError
@@ -26,6 +27,9 @@ from utils.record.progress import counting
 log = get_logger(__name__)
 
 
+_DRY_RUN = "dry run: nothing is written"
+
+
 class PrepareConfig(Strict):
     """`verify` decodes every image; unreadable ones get weight 0 in the manifest.
 
@@ -33,6 +37,7 @@ class PrepareConfig(Strict):
     """
 
     job: Literal["glyphs", "manifest", "idx"]
+    dry_run: bool
     verify: bool
     source: str | None
     class_names: list[str] | None
@@ -61,6 +66,8 @@ def write_class_folders(config: PrepareConfig) -> str:
         )
     if config.source is None:
         raise UserError("source: job=idx needs it; set source to the folder that holds the IDX files")
+    if config.dry_run:
+        return _DRY_RUN
     with counting("writing the images") as progress:
         if not idx_to_folders(config.source, config.data.root, config.class_names, progress):
             log.info("%s is there already", config.data.root)
@@ -72,6 +79,8 @@ def write_class_folders(config: PrepareConfig) -> str:
 
 def prepare_glyphs(config: PrepareConfig) -> str:
     """Draw the embedded collection into `data.root`."""
+    if config.dry_run:
+        return _DRY_RUN
     if glyphs_ready(Path(config.data.root)):
         log.info("%s is there already", config.data.root)
     else:
@@ -85,6 +94,9 @@ def prepare_glyphs(config: PrepareConfig) -> str:
 
 def prepare_manifest(config: PrepareConfig) -> str:
     """Check the images of `data.root` and write its manifest."""
+    check_root(config.data.root)
+    if config.dry_run:
+        return _DRY_RUN
     with counting("reading the images") as progress:
         report = write_manifest(
             config.data.root,

@@ -5,9 +5,8 @@ r"""Submit a script to SLURM, through submitit.
     python submit/slurm.py launch.dry_run=true                        print the sbatch script, queue nothing
     python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
 
-What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it
-before anything is queued: the training scripts by their dry run, the others their configuration. docs/slurm.md leads
-from an empty cluster to a requeued job.
+What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
+its own dry run before anything is queued. docs/slurm.md leads from an empty cluster to a requeued job.
 """
 
 import os
@@ -25,7 +24,7 @@ from submit.executor import container_words, make_executor, queue_jobs, ranks_on
 from submit.follow import wait_for
 from submit.job import ScriptJob
 from submit.snapshot import copy_code
-from utils.config.entry_point import CHECK_VARIABLE, ROOT, Job, entry_point, name_sweep_job, quote_paths
+from utils.config.entry_point import ROOT, Job, entry_point, name_sweep_job, quote_paths
 from utils.config.schema import Strict
 from utils.config.sweep import FLAGS, Sweep, parse_sweep
 from utils.errors import EXIT_OK, UserError
@@ -87,13 +86,9 @@ def main(config: SubmitConfig, job: Job) -> str:
 
 
 def check_script(launch: LaunchConfig, words: list[str]) -> None:
-    """Let the script check what it was given, for the ranks of the job. Raises SystemExit where it refuses."""
-    command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words]
+    """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
+    command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words, "dry_run=true"]
     environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * ranks_on_node(launch))}
-    if launch.trains:
-        command.append("dry_run=true")
-    else:
-        environment[CHECK_VARIABLE] = "1"
     if set(FLAGS) & set(words):
         command += ["sweep.at_once=1", "sweep.gpus=null"]  # in one process
     log.info("checking: %s", " ".join(command[1:]))

@@ -46,7 +46,9 @@ RUNTIME = {
     "device": "cpu", "precision": "fp32", "channels_last": False, "workers": 0, "threads": 1, "deterministic": True,
     "hang_timeout_sec": 60.0,
 }  # fmt: skip
-WEIGHTS = {"weights": "best", "init_weights": "model", "model": None, "data": None, "augment": None}
+WEIGHTS = {
+    "weights": "best", "init_weights": "model", "model": None, "data": None, "augment": None, "dry_run": False,
+}  # fmt: skip
 EXPORT = {
     **WEIGHTS, "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32", "dynamic_size": False,
     "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "licence": None, "workers": 0, "threads": 1,
@@ -110,7 +112,7 @@ def test_labels_are_dropped_in_training_only(place):
 
 def predictions(place, output, **values):
     """Predict the validation images; returns the file's rows."""
-    config = {"top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu"}
+    config = {"top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu", "dry_run": False}
     call(predict, place, **{**config, "input": "images/val", "output": output, **values})
     with open(place / output, newline="") as stream:
         return list(csv.DictReader(stream)) if output.endswith(".csv") else [json.loads(line) for line in stream]

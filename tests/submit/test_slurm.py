@@ -225,14 +225,21 @@ def test_a_rank_that_hangs_where_another_has_failed_is_killed(tmp_path, monkeypa
     assert "another rank has failed, and this one does not end: it is killed" in capfd.readouterr().out
 
 
-def test_a_script_without_a_dry_run_checks_its_configuration(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("prepare", ["job=manifest", "data=image_folder", "data.root=nowhere"], "data.root: 'nowhere' does not exist"),
+        ("evaluate", ["run_dir=nowhere"], "run_dir: "),
+        ("export", ["run_dir=nowhere"], "run_dir: "),
+        ("predict", ["weights=nowhere", "input=.", "output=found.csv"], "weights: "),
+    ],
+)
+def test_every_script_has_a_dry_run(script, words, said, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    own = launch("script=prepare", "gpus_per_node=0")
-    slurm.check_script(own, ["job=glyphs"])
-    assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as refused:
-        slurm.check_script(own, ["job=glyph"])
-    assert refused.value.code == 2 and "job: must be" in capfd.readouterr().err
+        slurm.check_script(launch(f"script={script}", "gpus_per_node=0"), words)
+    assert refused.value.code == 2 and said in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_dry_run_of_a_script_sees_the_ranks_of_the_job(tmp_path, monkeypatch, capfd):

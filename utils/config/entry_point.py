@@ -47,7 +47,6 @@ Schema = TypeVar("Schema", bound=Strict)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-CHECK_VARIABLE = "ATELIER_CHECK"  # set: a command validates its configuration and stops
 _NAME_BYTES = 200  # of a sweep job's folder; file systems take 255
 # Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
 PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights", "source")
@@ -143,9 +142,7 @@ def _run_job(
     setup_logging()
     job = _job_from_hydra(script)
     try:
-        config = validate(values, schema)
-        result = "checked" if os.environ.get(CHECK_VARIABLE) else main(config, job) or "done"
-        return JobResult(job.overrides, EXIT_OK, result)
+        return JobResult(job.overrides, EXIT_OK, main(validate(values, schema), job) or "done")
     except ConfigError as error:
         _say(f"{script}.py: {error}")
         return JobResult(job.overrides, EXIT_USER_ERROR, error.problems[0])

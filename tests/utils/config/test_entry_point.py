@@ -42,6 +42,7 @@ class PathsConfig(Strict):
     batch_size: int
     max_pixels: int
     device: str
+    dry_run: bool
 
 
 @pytest.fixture
