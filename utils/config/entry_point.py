@@ -158,7 +158,9 @@ def _run_job(
             _say(f"{script}.py: {lost}", other_ranks=True)
             return JobResult(job.overrides, EXIT_LOST_RANK, lost)
         # A defect: show its traceback; the sweep continues.
-        sys.stderr.write(f"{place_of(environment_rank())}{safe_lines(traceback.format_exc())}")
+        place = place_of(environment_rank())
+        lines = safe_lines(traceback.format_exc()).splitlines(keepends=True)
+        sys.stderr.write("".join(f"{place}{line}" for line in lines))
         return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 
 

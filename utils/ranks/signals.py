@@ -10,6 +10,7 @@ from types import FrameType
 
 from utils.errors import EXIT_STOPPED
 from utils.ranks.job_status import note_status
+from utils.record.logging import environment_rank, place_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # A launcher forwards to its ranks a signal that they received as well: one request, milliseconds apart. A second
@@ -28,7 +29,7 @@ def stop_requested_sec() -> float | None:
 def _tell(number: int, text: str) -> None:
     """Write to stderr past its buffer, which the signal may have interrupted; errors are ignored."""
     with suppress(OSError):
-        os.write(2, f"{signal.Signals(number).name}{text}\n".encode())
+        os.write(2, f"{place_of(environment_rank())}{signal.Signals(number).name}{text}\n".encode())
 
 
 class StopRequest:
