@@ -26,7 +26,6 @@ from utils.record.progress import counting
 
 log = get_logger(__name__)
 
-
 _DRY_RUN = "dry run: nothing is written"
 
 
@@ -94,8 +93,8 @@ def prepare_glyphs(config: PrepareConfig) -> str:
 
 def prepare_manifest(config: PrepareConfig) -> str:
     """Check the images of `data.root` and write its manifest."""
-    check_root(config.data.root)
     if config.dry_run:
+        check_root(config.data.root)  # which write_manifest does too
         return _DRY_RUN
     with counting("reading the images") as progress:
         report = write_manifest(

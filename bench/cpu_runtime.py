@@ -34,16 +34,16 @@ NETWORKS = {
 def main():
     quick = sys.argv[1:] == ["quick"]
     steps, turns = (10, 1) if quick else (STEPS, TURNS)
-    fixed = ["runtime.device=cpu", "tracking.live_plots=false", "runtime.compile=false"]
+    networks, sides = list(NETWORKS.items())[: 1 if quick else None], list(SIDES.items())[: 2 if quick else None]
+    fixed = ["runtime.device=cpu", "tracking.live_plots=false"]
     rows = []
-    for number, (network, overrides) in enumerate(list(NETWORKS.items())[: 1 if quick else None]):
-        sides = dict(list(SIDES.items())[: 2 if quick else None])
-        found = {name: [] for name in sides}
+    for number, (network, overrides) in enumerate(networks):
+        found = {name: [] for name, _ in sides}
         for turn in range(turns):
-            for index, (name, words) in enumerate(sides.items()):
+            for index, (name, words) in enumerate(sides):
                 place = f"cpu_runtime/{number}_{index}_{turn}"
                 found[name].append(update_ms(place, steps, *overrides, *fixed, *words))
-        rows += [row_of(network, found, name, "eager bf16") for name in list(sides)[1:]]
+        rows += [row_of(network, found, name, "eager bf16") for name, _ in sides[1:]]
     write("cpu_runtime", rows, machine=describe_machine(torch.device("cpu")), quick=quick)
 
 

@@ -12,7 +12,6 @@ nothing, for the tests.
 
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -46,6 +45,7 @@ from utils import rng
 from utils.config.entry_point import CONF, ROOT, quote_paths, validate
 from utils.config.messages import ConfigError, hydra_problem
 from utils.errors import EXIT_USER_ERROR, UserError
+from utils.ranks.processes import count_cores
 from utils.record.logging import setup_logging
 
 SECONDS, QUICK_SECONDS = 90.0, 3.0
@@ -350,7 +350,7 @@ def parts_table(parts):
 
 def list_workers(quick):
     """Return the numbers of workers to try: 0, 1, 2, 4 .. and the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     doubled = [0, *(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores]
     return sorted(set(doubled))[: 2 if quick else None]
 

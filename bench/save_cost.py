@@ -93,9 +93,8 @@ def measure(name, size, *, quick):
 def main():
     quick = sys.argv[1:] == ["quick"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [
-        row for name, size in list(NETWORKS.items())[: 1 if quick else None] for row in measure(name, size, quick=quick)
-    ]
+    networks = list(NETWORKS.items())[: 1 if quick else None]
+    rows = [row for name, size in networks for row in measure(name, size, quick=quick)]
     write("save_cost", rows, machine=describe_machine(device), quick=quick)
 
 

@@ -30,7 +30,7 @@ from data.table import SCHEMA
 from engine.checkpoint import find_damage, load_checkpoint, save_checkpoint
 from models.build import build_network
 from models.config import ModelConfig
-from utils.ranks.distributed import World, _meet
+from utils.ranks.distributed import World, meet_ranks
 
 TURNS, CLASSES, CHUNK_ROWS = 3, 1000, 1_000_000
 STREAM_ROWS, RANKS, GLOBAL_BATCH = 100_000_000, 1024, 8192
@@ -91,7 +91,7 @@ def meet(ranks: int) -> None:
 
     def join(rank: int) -> None:
         own = store if rank == 0 else dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
-        _meet(own, World(rank, ranks), timeout_sec=300)
+        meet_ranks(own, World(rank, ranks), timeout_sec=300)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(ranks)]
     for thread in threads:

@@ -15,6 +15,7 @@ import torch
 from engine.config import MachineConfig, RuntimeConfig
 from utils.errors import UserError
 from utils.ranks import distributed
+from utils.ranks.processes import count_cores
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -129,7 +130,7 @@ def _choose_workers(wanted: str | int, device: str) -> int:
     if device == "cpu":
         return 0
     machine = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    usable = count_cores()
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # 4(x2),3: two nodes with 4, one with 3
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or max(int(part.split("(")[0]) for part in tasks))
     # SLURM, where it binds each task to its own cores, has already divided them; the ranks of a launcher share theirs.

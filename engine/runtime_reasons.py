@@ -66,19 +66,18 @@ def _tf32(config: RuntimeConfig) -> str:
 def _compile(config: RuntimeConfig, runtime: Runtime, compiles: bool, total_steps: int) -> str:
     line = f"compile={'on' if compiles else 'off'} ({_origin(config.compile)})"
     device = runtime.device.type
-    missing = missing_for_compile(device)
-    if device == "cpu":
-        if compiles:
-            return f"{line}: some networks lose from it on a CPU; compare with runtime.compile=false"
-        return f"{line}: it needs {' and '.join(missing)}, not found here" if missing else f"{line}: {_CPU_COMPILE}"
-    pays = COMPILE_PAYS_AFTER_STEPS[device]
+    pays = COMPILE_PAYS_AFTER_STEPS.get(device)
+    if compiles and pays is None:
+        return f"{line}: some networks lose from it on a CPU; compare with runtime.compile=false"
     if compiles and total_steps < pays:
         return f"{line}: {total_steps} steps are too few to pay for it (from {pays} on)"
     if compiles:
         return f"{line}: {total_steps} steps pay for compiling: it takes about as long as {pays} steps save"
-    gain = f"; compiling would save {_COMPILE_GAIN}" if total_steps >= pays else ""
-    if missing:
+    gain = f"; compiling would save {_COMPILE_GAIN}" if pays is not None and total_steps >= pays else ""
+    if missing := missing_for_compile(device):
         return f"{line}: it needs {' and '.join(missing)}, not found here{gain}"
+    if pays is None:
+        return f"{line}: {_CPU_COMPILE}"
     if config.deterministic:
         return f"{line}: runtime.deterministic=true{gain}"
     if config.compile != "auto" and total_steps >= pays:

@@ -69,11 +69,10 @@ class LaunchConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        ranks = self.ranks_per_node or 1
-        if 0 < self.gpus_per_node < ranks:
+        if 0 < self.gpus_per_node < self.ranks_on_node:
             raise ValueError(
-                f"launch.ranks_per_node: {ranks} ranks need a GPU each, and launch.gpus_per_node={self.gpus_per_node}; "
-                "lower the one or raise the other"
+                f"launch.ranks_per_node: {self.ranks_on_node} ranks need a GPU each, and "
+                f"launch.gpus_per_node={self.gpus_per_node}; lower the one or raise the other"
             )
         if self.gpu_type is not None and self.gpus_per_node == 0:
             raise ValueError("launch.gpu_type: no GPU is asked for; set launch.gpus_per_node")
@@ -82,13 +81,18 @@ class LaunchConfig(Strict):
                 f"launch.stop_before_end_sec: {self.stop_before_end_sec} s are all of launch.time_min={self.time_min}, "
                 "so the job would be stopped as it starts; set it lower"
             )
-        many = self.nodes * max(ranks, self.gpus_per_node if self.ranks_per_node is None else 1)
+        many = self.nodes * self.ranks_on_node
         if self.script in ("predict", "export", "prepare") and many > 1:
             raise ValueError(
                 f"launch.script: {self.script}.py is one process, and {many} are asked for; set launch.nodes=1 "
                 "launch.ranks_per_node=1"
             )
         return self
+
+    @property
+    def ranks_on_node(self) -> int:
+        """The ranks of a node: one for each GPU, or 1, where no number is given."""
+        return self.ranks_per_node or max(1, self.gpus_per_node)
 
     @property
     def trains(self) -> bool:

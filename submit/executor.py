@@ -55,18 +55,19 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     times = launch.max_requeues if launch.trains else 0  # the other scripts would only begin anew
     python = sys.executable if launch.container else launch.python or sys.executable
     executor = _Executor(folder / "logs", max_num_timeout=times, python=shlex.quote(python))
+    cpus = _cpus_per_task(launch)
     options = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
     lines = {name: value or True for name, _, value in options}
     values: dict[str, Any] = {
         "job_name": launch.job_name or launch.script,
         "nodes": launch.nodes,
-        "ntasks_per_node": 1 if launch.start == "torchrun" else ranks_on_node(launch),
+        "ntasks_per_node": 1 if launch.start == "torchrun" else launch.ranks_on_node,
         "gpus_per_node": _gpus(launch),
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,
         "constraint": launch.constraint,
-        "cpus_per_task": _cpus_per_task(launch),
+        "cpus_per_task": cpus,
         "mem": None if launch.memory_gib is None else f"{round(1024 * launch.memory_gib)}M",
         "time": launch.time_min,
         "signal_delay_s": launch.stop_before_end_sec,
@@ -74,7 +75,7 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
         "setup": launch.setup or None,
         "stderr_to_stdout": True,
         # srun does not take it from sbatch in SLURM 22.05 to 23.02.
-        "srun_args": [] if _cpus_per_task(launch) is None else [f"--cpus-per-task={_cpus_per_task(launch)}"],
+        "srun_args": [] if cpus is None else [f"--cpus-per-task={cpus}"],
         # Its own copy of the code is found before the folder from which it is submitted.
         "additional_parameters": {"chdir": str(folder / "code"), "requeue": True, **lines},
     }
@@ -82,15 +83,10 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     return executor
 
 
-def ranks_on_node(launch: LaunchConfig) -> int:
-    """Return the ranks of a node: one for each GPU, or 1, where no number is given."""
-    return launch.ranks_per_node or max(1, launch.gpus_per_node)
-
-
 def _cpus_per_task(launch: LaunchConfig) -> int | None:
     if launch.cpus_per_rank is None:
         return None
-    return launch.cpus_per_rank * (ranks_on_node(launch) if launch.start == "torchrun" else 1)
+    return launch.cpus_per_rank * (launch.ranks_on_node if launch.start == "torchrun" else 1)
 
 
 def _gpus(launch: LaunchConfig) -> str | int | None:

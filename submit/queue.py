@@ -62,7 +62,7 @@ def list_states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
 
     jobs: one, or the members NUMBER_INDEX of one array.
     """
-    number = jobs[0].partition("_")[0]
+    number, wanted = jobs[0].partition("_")[0], set(jobs)
     lines = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r")
     found = (line.split("|", 2) for line in lines.splitlines())
-    return {job: (state, reason) for job, state, reason in found if job in jobs}
+    return {job: (state, reason) for job, state, reason in found if job in wanted}

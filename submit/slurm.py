@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
 
 from submit.config import LaunchConfig
-from submit.executor import container_words, make_executor, queue_jobs, ranks_on_node
+from submit.executor import container_words, make_executor, queue_jobs
 from submit.follow import wait_for
 from submit.job import ScriptJob
 from submit.snapshot import copy_code
@@ -64,7 +64,7 @@ def main(config: SubmitConfig, job: Job) -> str:
     write_json(folder / "job.json", {"launch": launch.model_dump(), "jobs": jobs})
 
     # ------------------------------------------------------------------------------------------------- 3. The queue
-    torchrun_ranks = ranks_on_node(launch) if launch.start == "torchrun" else None
+    torchrun_ranks = launch.ranks_on_node if launch.start == "torchrun" else None
     calls = [
         ScriptJob(
             launch.script, words, folder / "code", Path.cwd(), folder, index,
@@ -88,7 +88,7 @@ def main(config: SubmitConfig, job: Job) -> str:
 def check_script(launch: LaunchConfig, words: list[str]) -> None:
     """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
     command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words, "dry_run=true"]
-    environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * ranks_on_node(launch))}
+    environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
     if set(FLAGS) & set(words):
         command += ["sweep.at_once=1", "sweep.gpus=null"]  # in one process
     log.info("checking: %s", " ".join(command[1:]))

@@ -2,26 +2,17 @@
 
 import pytest
 
-from tests.in_process import make_images
 from tests.slurm.accounting import missing_programs
-from tests.slurm.cluster import Cluster, why_impossible
+from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, ask, submit
 
 MISSING = why_impossible() or ", ".join(missing_programs())
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(MISSING), reason=f"not here: {MISSING}")]
+CLUSTER = {"nodes": 1, "port": 16917, "prefix": "a", "keeps_accounts": True}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("accounts"), nodes=1, port=16917, prefix="a", keeps_accounts=True)
-    cluster.start()
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    images = make_images(tmp_path_factory.mktemp("images") / "images")
+def words(images):
     return [*TRAINING, f"data.root={images}", "loop.total_steps=4", "launch.gpus_per_node=0", "launch.wait=true"]
 
 

@@ -6,27 +6,13 @@ import time
 import pytest
 import torch
 
-from tests.in_process import make_images
-from tests.slurm.cluster import Cluster, why_impossible
+from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, ask, submit
 from tests.support import checkpoint_tensors, rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))]
 
-STEPS = 600
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    cluster.start()
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images") / "images")
+CLUSTER, STEPS = {}, 600
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +48,8 @@ def test_a_signal_saves_requeues_and_continues(cluster, images, undisturbed, tmp
 def test_a_job_gives_way_to_a_more_important_one(cluster, images, undisturbed, tmp_path):
     """And continues in its W&B run too."""
     tracking = ["tracking=wandb", "tracking.mode=offline"]
-    words = [
-        *TWO_NODES,
-        "launch.partition=low",
-        *TRAINING,
-        *tracking,
-        f"data.root={images}",
-        f"loop.total_steps={STEPS}",
-    ]
-    submission = submit(cluster, tmp_path, *words)
+    words = [*TWO_NODES, "launch.partition=low", *TRAINING, *tracking, f"data.root={images}"]
+    submission = submit(cluster, tmp_path, *words, f"loop.total_steps={STEPS}")
     submission.wait_for_step(150)
     started = time.monotonic()
     ask(cluster, "srun", "--partition=main", "--nodes=2", "--exclusive", "true")

@@ -9,27 +9,15 @@ import sys
 import pytest
 
 from submit.slurm import split_words
-from tests.in_process import make_glyph_folder, make_images
-from tests.slurm.cluster import Cluster, why_impossible
+from tests.in_process import make_glyph_folder
+from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, Submission, ask, submit
 from tests.support import ROOT
 from utils.config.entry_point import name_sweep_job, quote_paths
 from utils.config.sweep import parse_sweep
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), port=17017, prefix="j")
-    cluster.start()
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images") / "images")
+CLUSTER = {"port": 17017, "prefix": "j"}
 
 
 def test_a_sweep_is_one_array(cluster, images, tmp_path):

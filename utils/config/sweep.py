@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from utils.config.messages import ConfigError
-from utils.record.run_config import COMPLETE_FILE
+from utils.record.run_config import is_complete
 
 FLAGS = ("--multirun", "-m")
 FOLDER = "outputs/sweeps"
@@ -40,7 +40,7 @@ class SweepJob:
     @property
     def is_complete(self) -> bool:
         """Whether its run is complete."""
-        return (Path(self.folder) / COMPLETE_FILE).exists()
+        return is_complete(Path(self.folder))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def detect_world(environment: dict[str, str] | None = None) -> World:
     return World()
 
 
-def _meet(store: dist.Store, world: World, timeout_sec: float) -> str:
+def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
     """Return a name shared by the ranks of this start only.
 
     torchrun's store outlives ranks that it restarts (torch 2.15): without a new name, they sometimes read the addresses
@@ -112,7 +112,7 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec)))
     if world.launcher == "torchrun":
-        store = dist.PrefixStore(f"atelier/{_meet(store, world, timeout_sec)}", store)
+        store = dist.PrefixStore(f"atelier/{meet_ranks(store, world, timeout_sec)}", store)
     dist.init_process_group(
         # Host objects and tensors on the CPU go over gloo, so that they take no GPU memory.
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",

@@ -23,7 +23,7 @@ from utils.io.files import ignore_write_errors
 from utils.io.safe_text import safe_lines
 from utils.record.logging import get_logger, setup_logging
 from utils.record.metrics_log import Rows
-from utils.record.run_config import COMPLETE_FILE, read_run_config
+from utils.record.run_config import is_complete, read_run_config
 
 log = get_logger(__name__)
 
@@ -76,7 +76,7 @@ def follow(folder: Path, rows: GrowingRows, wait: Callable[[float], bool], *, un
 
     has_more, is_over, due = False, False, 0.0
     while True:
-        is_over = is_over or (until_complete and (folder / COMPLETE_FILE).exists())
+        is_over = is_over or (until_complete and is_complete(folder))
         has_more = rows.read() or has_more
         if not (folder / "config.json").exists():
             return  # a removed folder is not made again

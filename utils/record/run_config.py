@@ -10,7 +10,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
 
-COMPLETE_FILE = "complete.json"
+_COMPLETE_FILE = "complete.json"
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
@@ -24,9 +24,14 @@ def read_run_config(path: Path) -> dict[str, Any]:
         raise UserError(f"run_dir: {file} is damaged ({error})") from None
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether the run of a folder has ended and does not go on."""
+    return (path / _COMPLETE_FILE).exists()
+
+
 def mark_complete(path: Path, step: int | None) -> None:
     """Write that a run has ended at `step` and does not go on; None: that it goes on. A write error is a warning."""
-    file = path / COMPLETE_FILE
+    file = path / _COMPLETE_FILE
     with ignore_write_errors(file):
         if step is None:
             file.unlink(missing_ok=True)

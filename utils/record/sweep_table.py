@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
-from utils.record.run_config import COMPLETE_FILE
+from utils.record.run_config import is_complete
 from utils.tool import print_result
 
 RESULT_FILE = "result.json"
@@ -58,7 +58,7 @@ def read_jobs(folder: Path) -> list[SweptRun]:
 def _read_job(folder: Path) -> SweptRun:
     given = (folder / "overrides.txt").read_text(encoding="utf-8").splitlines()
     overrides = frozenset(text for text in given if not text.startswith(("run_dir=", "sweep.")))
-    state = "complete" if (folder / COMPLETE_FILE).exists() else "not complete"
+    state = "complete" if is_complete(folder) else "not complete"
     result = read_result(folder)
     if result is None:
         return SweptRun(overrides, state)
