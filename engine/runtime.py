@@ -14,6 +14,7 @@ import torch
 
 from engine.config import MachineConfig, RuntimeConfig
 from utils.errors import UserError
+from utils.hardware import has_bf16
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.record.logging import get_logger
@@ -72,13 +73,6 @@ def _choose_precision(wanted: str, device: str) -> str:
     if has_bf16(device):
         return "bf16"
     return "fp16" if device == "cuda" else "fp32"
-
-
-def has_bf16(device: str) -> bool:
-    """Return whether this machine's CPU or GPU (`device`: cpu or cuda) multiplies bf16 natively."""
-    if device == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def missing_for_compile(device: str) -> list[str]:

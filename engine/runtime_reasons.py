@@ -1,7 +1,8 @@
 """The start-up lines: what each choice of `runtime` is, why, and what this machine would gain from another."""
 
 from engine.config import RuntimeConfig
-from engine.runtime import COMPILE_PAYS_AFTER_STEPS, Runtime, has_bf16, missing_for_compile
+from engine.runtime import COMPILE_PAYS_AFTER_STEPS, Runtime, missing_for_compile
+from utils.hardware import has_bf16
 
 # CPU: bf16 against float32, both eager (docs/benchmarks.md). GPU: bounds of convnextv2_tiny with 128
 # images on an H200, 51 ms of products in exact float32 and 4.3 in bf16; not yet measured.

@@ -51,6 +51,10 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
         case TimmOptimConfig():
             import timm.optim
 
+            if "muon" in config.opt:
+                from optim.muon import avoid_emulated_bf16
+
+                avoid_emulated_bf16()
             made = timm.optim.get_optimizer_class(config.opt, bind_defaults=True)
             try:
                 return made(groups, lr=lr, **config.extra)

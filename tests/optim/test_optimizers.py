@@ -7,6 +7,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+import optim.muon
 from optim.adan import Adan
 from optim.build import ELEMENTWISE, build_optimizer, check_shardable, skips_on_device
 from optim.config import OptimConfig
@@ -297,3 +298,21 @@ def test_optimisers_that_need_whole_parameters_are_refused(opt):
     assert not steps_on_rows(settings)
     with pytest.raises(UserError, match=rf"^runtime.parallel: fsdp .* optim.opt={opt} is not .*parallel=ddp, or"):
         check_shardable(settings)
+
+
+@pytest.mark.parametrize("opt", sorted(timm.optim.list_optimizers("*muon")))
+@pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
+def test_muon_multiplies_in_bf16_only_where_the_cpu_does(opt, native, monkeypatch):
+    monkeypatch.setattr("optim.muon.has_bf16", lambda device: native)
+    dtypes, original = [], optim.muon._orthogonalise
+
+    def spy(*arguments, **options):
+        dtypes.append(original(*arguments, **options).dtype)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr("optim.muon._orthogonalise", spy)
+    model = network()
+    optimizer = build("timm", model, opt=opt)
+    set_gradients(model, 0)
+    optimizer.step()
+    assert set(dtypes) == {torch.bfloat16 if native else torch.float32}
