@@ -77,14 +77,14 @@ class Arm(NamedTuple):
 GLYPHS = "finetune.py experiment=glyphs/demo_finetune"
 RESNET18 = (
     "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd "
-    "optim.lr=0.1 optim.weight_decay=5.0e-4"
+    "optim.weight_decay=5.0e-4 optim.lr="
 )
 ARMS = {
     "resnet18": Arm("train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
     "convnext": Arm(f"{GLYPHS} task.head=drawn", warmup=0.1),
     "fcmae": Arm(GLYPHS, "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
-    "simclr": Arm(RESNET18, "simclr", share=0.5),
-    "dino": Arm(RESNET18, "dino", share=0.5),
+    "simclr": Arm(f"{RESNET18}0.8", "simclr", share=0.5),  # the rates: the best of docs/when_to_pretrain.md
+    "dino": Arm(f"{RESNET18}0.4", "dino", share=0.5),
 }
 
 
