@@ -46,7 +46,7 @@ def main():
             for index, (name, words) in enumerate(sides):
                 place = f"cpu_runtime/{number}_{index}_{turn}"
                 found[name].append(update_ms(place, steps, *overrides, *fixed, *words))
-        rows += [row_of(network, found, name, f"eager {BASE}") for name, _ in sides[1:]]
+        rows += [row_of(network, found, name, sides[0][0]) for name, _ in sides[1:]]
     write("cpu_runtime", rows, machine=describe_machine(torch.device("cpu")), quick=quick)
 
 

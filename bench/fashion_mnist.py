@@ -55,6 +55,7 @@ import yaml
 
 from bench.commands import ROOT, last_top1, log_of, run_command, step_windows
 from data.idx import FILES, encode_idx
+from utils.ranks.processes import count_cores
 
 USAGE = "python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]"
 CLASS_NAMES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot"
@@ -327,7 +328,7 @@ def main():
         settings.out / "prepare.log",
     )  # fmt: skip
     found = Bench(settings).run()
-    machine = {"name": platform.machine(), "cores": len(os.sched_getaffinity(0)),
+    machine = {"name": platform.machine(), "cores": count_cores(),
                **{name: version(name) for name in ("torch", "timm")}}  # fmt: skip
     path = settings.out.with_suffix(".json")
     report = {"machine": machine, "seconds": settings.seconds, "quick": settings.quick, "arms": found}

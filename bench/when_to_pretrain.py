@@ -35,6 +35,7 @@ from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
 from utils.ranks.processes import count_cores
+from utils.record.run_config import is_complete
 
 FACES = ("DejaVuSans", "DejaVuSerif")
 FEW_CLASSES = 250
@@ -77,14 +78,14 @@ class Arm(NamedTuple):
 GLYPHS = "finetune.py experiment=glyphs/demo_finetune"
 RESNET18 = (
     "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd "
-    "optim.weight_decay=5.0e-4 optim.lr="
+    "optim.weight_decay=5.0e-4"
 )
 ARMS = {
     "resnet18": Arm("train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
     "convnext": Arm(f"{GLYPHS} task.head=drawn", warmup=0.1),
     "fcmae": Arm(GLYPHS, "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
-    "simclr": Arm(f"{RESNET18}0.8", "simclr", share=0.5),  # the rates: the best of docs/when_to_pretrain.md
-    "dino": Arm(f"{RESNET18}0.4", "dino", share=0.5),
+    "simclr": Arm(f"{RESNET18} optim.lr=0.8", "simclr", share=0.5),  # the rates: the best of docs/when_to_pretrain.md
+    "dino": Arm(f"{RESNET18} optim.lr=0.4", "dino", share=0.5),
 }
 
 
@@ -118,7 +119,7 @@ def make_few(collection, folder):
 
 def run_script(words, folder, steps, seed, more=(), threads=None):
     """Run a training into a folder, unless it is complete there; threads: of torch, if not all."""
-    if not (folder / "complete.json").exists():
+    if not is_complete(folder):
         script, *overrides = words.split()
         own = [f"run_dir={folder}", f"loop.total_steps={steps}", f"seed={seed}", *RARE, *more]
         few = [] if threads is None else [f"runtime.threads={threads}", "runtime.workers=0"]

@@ -307,8 +307,9 @@ def test_muon_multiplies_in_bf16_only_where_the_cpu_does(opt, native, monkeypatc
     dtypes, original = [], optim.muon._orthogonalise
 
     def spy(*arguments, **options):
-        dtypes.append(original(*arguments, **options).dtype)
-        return original(*arguments, **options)
+        found = original(*arguments, **options)
+        dtypes.append(found.dtype)
+        return found
 
     monkeypatch.setattr("optim.muon._orthogonalise", spy)
     model = network()

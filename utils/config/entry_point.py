@@ -14,6 +14,7 @@ and no traceback.
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,9 +159,8 @@ def _run_job(
             _say(f"{script}.py: {lost}", other_ranks=True)
             return JobResult(job.overrides, EXIT_LOST_RANK, lost)
         # A defect: show its traceback; the sweep continues.
-        place = place_of(environment_rank())
-        lines = safe_lines(traceback.format_exc()).splitlines(keepends=True)
-        sys.stderr.write("".join(f"{place}{line}" for line in lines))
+        text = safe_lines(traceback.format_exc())
+        sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
         return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
