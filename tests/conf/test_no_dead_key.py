@@ -276,6 +276,7 @@ PROVED = {
     "TrainingConfig.run_dir",
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
+    "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
     "ConvNeXtV2Config.name",
     "AugmentConfig.mean",
     "AugmentConfig.std",
