@@ -26,8 +26,8 @@ demo-full: install  ## the demo and its controls: from scratch, and both with al
 test: install lint  ## lint, then all tests but the slow ones; six to seven minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"
 
-test-slow: install  ## the slow tests, about sixteen minutes on two cores
-	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not slurm"
+test-slow: install  ## the slow tests, about sixteen minutes on two cores; MORE: arguments for pytest
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not slurm" $(MORE)
 
 SLURM := slurm-wlm munge slurmdbd mariadb-server
 test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing; ten minutes

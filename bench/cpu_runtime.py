@@ -38,7 +38,7 @@ def main():
     quick = sys.argv[1:] == ["quick"]
     steps, turns = (10, 1) if quick else (STEPS, TURNS)
     networks, sides = list(NETWORKS.items())[: 1 if quick else None], list(SIDES.items())[: 2 if quick else None]
-    fixed = ["runtime.device=cpu", "tracking.live_plots=false"]
+    fixed = ["runtime.device=cpu", "tracking.live_plots=false", *(["loop.global_batch_size=8"] if quick else [])]
     rows = []
     for number, (network, overrides) in enumerate(networks):
         found = {name: [] for name, _ in sides}

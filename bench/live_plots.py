@@ -21,12 +21,12 @@ STEPS, TURNS = 200, 4
 
 def main():
     quick = sys.argv[1:] == ["quick"]
-    steps, turns = (20, 1) if quick else (STEPS, TURNS)
+    steps, turns, size = (20, 1, ["loop.global_batch_size=8"]) if quick else (STEPS, TURNS, [])
     found = {"with": [], "without": []}
     for turn in range(turns):
         for name, values in found.items():
             plots = f"tracking.live_plots={str(name == 'with').lower()}"
-            values.append(update_ms(f"live_plots/{name}_{turn}", steps, "runtime.device=cpu", plots))
+            values.append(update_ms(f"live_plots/{name}_{turn}", steps, "runtime.device=cpu", plots, *size))
     rows = [row_of("ResNet-18, 128 x 32 px", found, "with", "without")]
     write("live_plots", rows, machine=describe_machine(torch.device("cpu")), quick=quick)
 

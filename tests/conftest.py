@@ -8,7 +8,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from tests.support import make_collection
+from tests.support import draw_nothing, make_collection
 
 torch.set_num_threads(1)
 
@@ -17,6 +17,12 @@ torch.set_num_threads(1)
 def collection(tmp_path_factory):
     """Return a collection of 54 training and 15 validation images in three class folders, with tags."""
     return make_collection(tmp_path_factory.mktemp("collection") / "images")
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Runs within the test's process draw no plots/curves.png."""
+    monkeypatch.setattr("utils.record.plots.plot_curves", draw_nothing)
 
 
 def pytest_addoption(parser):

@@ -1,12 +1,16 @@
 """Imported once by the server that test processes are forked from (tests/support.py)."""
 
 # ruff: noqa: F401
+import gc
+
+import matplotlib.backends.backend_agg
 import onnxruntime
 import timm.optim
 import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor
 import torchvision.transforms.v2
+from PIL import Image
 
 import evaluate
 import export
@@ -17,5 +21,10 @@ import pretrain_fcmae
 import train
 import utils.record.lettering
 import utils.record.plots
+from tests.in_process import compose
 
 utils.record.lettering.legible("a")  # reads its fonts
+Image.init()  # imports its plugins
+compose("finetune", ["loop.total_steps=1"])  # imports Hydra's parts and fills its parser's caches
+gc.collect()
+gc.freeze()  # no fork goes through these objects again, which would copy their pages

@@ -103,7 +103,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def _run_rank(script, overrides, cwd, variables, output, kill_at_step):
+def draw_nothing(metrics, path, title):
+    """Stand for `utils.record.plots.plot_curves`, which takes a third of the time of a run of some steps."""
+
+
+def _run_rank(script, overrides, cwd, variables, output, kill_at_step, draws):
     """Be one rank: in a session of its own, so that its loader's workers die with it."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # the loader's workers start as in a process of a user's
@@ -123,6 +127,10 @@ def _run_rank(script, overrides, cwd, variables, output, kill_at_step):
             return train_step(*arguments, step=step, **named)
 
         loop.train_step = fatal
+    if not draws:
+        import utils.record.plots as plots
+
+        plots.plot_curves = draw_nothing
     sys.argv = [script, *overrides]
     sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]
     runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -156,10 +164,10 @@ class Started:
         return self._output.read_text() if self._output.exists() else ""
 
 
-def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None):
+def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, draws=False):
     """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
 
-    Several ranks get torchrun's variables; `variables` replaces them (one process then).
+    Several ranks get torchrun's variables; `variables` replaces them (one process then). draws: with plots/curves.png.
     """
     output = Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"
     port = str(free_port())
@@ -171,15 +179,16 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None):
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        process = _FORKS.Process(target=_run_rank, args=(script, overrides, str(cwd), own, str(output), kill_at_step))
+        arguments = (script, overrides, str(cwd), own, str(output), kill_at_step, draws)
+        process = _FORKS.Process(target=_run_rank, args=arguments)
         process.start()
         processes.append(process)
     return Started(processes, output)
 
 
-def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None):
+def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, draws=False):
     """Run a script to its end and check its exit codes; returns what it printed."""
-    started = start(script, overrides, cwd, ranks, kill_at_step)
+    started = start(script, overrides, cwd, ranks, kill_at_step, draws=draws)
     codes = started.wait()
     assert codes == [expect] * ranks, f"{script} on {ranks} ranks ended with {codes}:\n{started.output[-6000:]}"
     return started.output

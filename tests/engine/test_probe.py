@@ -222,7 +222,7 @@ def test_a_run_with_a_probe_is_the_same_run_and_resumes_bit_for_bit(collection, 
     ]  # fmt: skip
     often, never = [*settings, "task.probe.every_epochs=1.5"], [*settings, "task.probe.every_epochs=null"]
     uninterrupted, killed, without = tmp_path / "uninterrupted", tmp_path / "killed", tmp_path / "without"
-    run("pretrain_fcmae.py", common("fcmae", collection, uninterrupted, *often), tmp_path)
+    run("pretrain_fcmae.py", common("fcmae", collection, uninterrupted, *often), tmp_path, draws=True)
     run("pretrain_fcmae.py", common("fcmae", collection, killed, *often), tmp_path, expect=-9, kill_at_step=15)
     assert list(probed(killed)) == [14]
     assert "at step 12" in run("pretrain_fcmae.py", common("fcmae", collection, killed, *often), tmp_path)
