@@ -40,11 +40,18 @@ class Asked:
             assert self.changed.wait_for(lambda: self.files >= set(indices), timeout=30)
 
 
+def threads_of_ours():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
 @pytest.fixture
 def asked(monkeypatch):
+    """Return what notes the files; it waits for the threads at the end, which would tell the next test's."""
     asked = Asked()
     monkeypatch.setattr(read_ahead, "will_need", asked)
-    return asked
+    yield asked
+    for thread in threads_of_ours():
+        thread.join(timeout=30)
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 1000])
@@ -65,17 +72,14 @@ def test_files_are_asked_for_some_hundred_before_they_are_read(asked, size):
 
 
 def test_its_threads_end_with_the_stream(asked):
-    def ours():
-        return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
-
     stream = iter(ReadAhead(batches(64), file_of))
     next(stream)
-    threads = ours()
+    threads = threads_of_ours()
     assert threads
     stream.close()
     for thread in threads:
         thread.join(timeout=30)
-    assert not ours()
+    assert not threads_of_ours()
 
 
 def test_any_file_may_be_asked_for(tmp_path):
