@@ -139,7 +139,7 @@ def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
 
     def run_stage(name, arguments):
         stages.append(name)
-        run(arguments[0], arguments[1:], folder)
+        run(arguments[0], arguments[1:], folder, draws=True)
         return 1.0
 
     monkeypatch.setattr(demo, "run_stage", run_stage)
