@@ -1,6 +1,7 @@
 """A command of the repository that a bench runs: its output in a file, and the rows of figures that it left."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +31,17 @@ def run_command(command, log, env=None):
         bench = Path(sys.argv[0]).stem
         sys.exit(f"{bench}: {' '.join(command)} ended with status {code} ({log}):\n{tail}")
     return seconds
+
+
+def read_number(key, text, kind):
+    """Return the number above 0 in a setting's text, a whole one if kind is int; ends the bench where it is none."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < math.inf:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {key}: {text!r} is not a {'whole ' if kind is int else ''}number above 0")
+    return number
 
 
 def log_of(folder):

@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import yaml
 
-from bench.commands import ROOT, last_top1, log_of, run_command, step_windows
+from bench.commands import ROOT, last_top1, log_of, read_number, run_command, step_windows
 from data.idx import FILES, encode_idx
 from utils.ranks.processes import count_cores
 
@@ -99,7 +99,7 @@ class Settings:
 
     def __init__(self, arguments, quick):
         self.quick = quick
-        self.seconds, self.seeds = float(arguments["seconds"]), int(arguments["seeds"])
+        self.seconds, self.seeds = arguments["seconds"], arguments["seeds"]
         self.timm_script = arguments["timm_script"]
         known = OURS if self.timm_script is None else (*OURS, *TIMM)
         self.arms = arguments["arms"].split(",") if arguments["arms"] else list(known)
@@ -305,9 +305,8 @@ def read_arguments(words):
             sys.exit(f"fashion_mnist: {word!r} is neither quick nor one of {', '.join(arguments)}; usage: {USAGE}")
         if equals:
             arguments[key] = value
-    for key, pattern in (("seconds", r"\d+(\.\d+)?"), ("seeds", r"[1-9]\d*")):
-        if not re.fullmatch(pattern, arguments[key]) or float(arguments[key]) == 0:
-            sys.exit(f"fashion_mnist: {key}={arguments[key]} is not a number above 0; usage: {USAGE}")
+    for key, kind in (("seconds", float), ("seeds", int)):
+        arguments[key] = read_number(key, arguments[key], kind)
     if arguments["source"] is None and not quick:
         sys.exit(f"fashion_mnist: source is not given; name the folder of the four IDX files; usage: {USAGE}")
     script = arguments["timm_script"]

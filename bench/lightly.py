@@ -3,7 +3,7 @@
     python = ensure_environment(ROOT / "outputs/bench/lightly_env")
     images = write_image_list(paths, folder / "images.txt")
     training = Training("simclr", images, seed=1)
-    speed = measure_sec_per_step(python, training, folder / "calibrate")
+    speed = pretrain(python, training, folder / "calibrate", steps=40).sec_per_step
     found = pretrain(python, training, folder / "simclr_1", steps=round(300 / speed))
     python finetune.py model=timm model.name=resnet18 model.in_channels=1 init_from=<found.weights> ...
 
@@ -218,11 +218,6 @@ def pretrain(python, training, out, steps):
         fail(f"{out}: {len(seconds)} steps were logged instead of {steps}")
     mean = mean_seconds(seconds)
     return Pretrained(mean * steps, mean, run / WEIGHTS)
-
-
-def measure_sec_per_step(python, training, out, steps=40):
-    """Return the mean seconds of a step of a short run."""
-    return pretrain(python, training, out, steps).sec_per_step
 
 
 def train_here(settings):

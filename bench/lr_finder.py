@@ -18,7 +18,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.commands import ROOT, last_top1, log_of, run_command
+from bench.commands import ROOT, last_top1, log_of, read_number, run_command
 
 OUT = ROOT / "outputs/bench/lr_finder"
 RIVAL = ROOT / "outputs/bench/torch_lr_finder"
@@ -97,8 +97,10 @@ def main():
     if wrong := [word for word in words if "=" not in word]:
         sys.exit(f"lr_finder: {wrong[0]!r} is neither quick nor KEY=VALUE\n{__doc__.splitlines()[2]}")
     named = dict(word.split("=", 1) for word in words)
-    rates = [float(text) for text in named.pop("rates", "0.1" if quick else RATES).split(",")]
-    seeds = range(int(named.pop("seeds", "1")))
+    rates = [
+        read_number("rates", text, float) for text in named.pop("rates", "0.1" if quick else RATES).split(",")
+    ]
+    seeds = range(read_number("seeds", named.pop("seeds", "1"), int))
     overrides = [f"{key}={value}" for key, value in named.items()] + (QUICK if quick else [])
     place = "quick/" if quick else ""
     found, top1, shares = [], {}, []

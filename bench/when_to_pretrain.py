@@ -11,13 +11,15 @@ Every arm gets the same seconds, pretraining included. Its steps follow from the
 first, alone, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle
 machine. at_once leaves the steps as they are; another number of threads rounds differently.
 Start-up, evaluation and drawing are not counted, on any side. Each result is a row of results.jsonl; the same command
-goes on where it was stopped. It ends with a table, table.md and curves.png: means over the seeds, and the spread.
+goes on where it was stopped. It ends with a table, table.md and curves.png: means over the seeds, their spread, and a
+line where FCMAE overtakes the best start from scratch.
 
 The validation split is a typeface that no arm has seen. What LightlyTrain pretrains is fine-tuned by finetune.py.
 """
 
 import itertools
 import json
+import math
 import shutil
 import sys
 from collections import defaultdict
@@ -30,10 +32,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import lightly
-from bench.commands import ROOT, last_top1, log_of, read_rows, run_command, step_windows
+from bench.commands import ROOT, last_top1, log_of, read_number, read_rows, run_command, step_windows
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
+from utils.hardware import has_bf16
 from utils.ranks.processes import count_cores
 from utils.record.run_config import is_complete
 
@@ -66,10 +69,12 @@ TITLES = {
 class Arm(NamedTuple):
     """A way to train: the command with labels, the one without (or LightlyTrain's method), and its share of the time.
 
-    warmup: share of the steps of each, where the schedule has one.
+    timed: the name of the training's seconds in speeds.json; arms that share it have equal steps. warmup: share of the
+    steps of each, where the schedule has one.
     """
 
     train: str
+    timed: str
     pretrain: str | None = None
     share: float = 0.0
     warmup: float | None = None
@@ -81,12 +86,16 @@ RESNET18 = (
     "optim.weight_decay=5.0e-4"
 )
 ARMS = {
-    "resnet18": Arm("train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false"),
-    "convnext": Arm(f"{GLYPHS} task.head=drawn", warmup=0.1),
-    "fcmae": Arm(GLYPHS, "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
-    "simclr": Arm(f"{RESNET18} optim.lr=0.8", "simclr", share=0.5),  # the rates: the best of docs/when_to_pretrain.md
-    "dino": Arm(f"{RESNET18} optim.lr=0.4", "dino", share=0.5),
+    "resnet18": Arm(
+        "train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false", "resnet18"
+    ),
+    "convnext": Arm(f"{GLYPHS} task.head=drawn", "convnext", warmup=0.1),
+    "fcmae": Arm(GLYPHS, "convnext", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
+    # The rates: the best of docs/when_to_pretrain.md.
+    "simclr": Arm(f"{RESNET18} optim.lr=0.8", "resnet18_tuned", "simclr", share=0.5),
+    "dino": Arm(f"{RESNET18} optim.lr=0.4", "resnet18_tuned", "dino", share=0.5),
 }
+SCRATCH = ("resnet18", "convnext")
 
 
 def fail(message):
@@ -140,8 +149,9 @@ class Bench:
     def __init__(self, values, quick):
         self.quick, self.out = quick, ROOT / values["out"]
         self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
-        self.minutes = [float(text) for text in values["minutes"].split(",")]
-        self.seeds, self.at_once = range(int(values["seeds"])), int(values["at_once"])
+        self.minutes = [read_number("minutes", text, float) for text in values["minutes"].split(",")]
+        self.seeds = range(read_number("seeds", values["seeds"], int))
+        self.at_once = read_number("at_once", values["at_once"], int)
         self.threads, self.locks = count_cores(), defaultdict(Lock)
         for key, given, known in (("arms", self.arms, ARMS), ("labels", self.labels, LABELS)):
             if wrong := [name for name in given if name not in known]:
@@ -172,8 +182,9 @@ class Bench:
             saved = folder / "found.json"
             if not saved.exists():
                 training = lightly.Training(
-                    command, self.images, in_channels=3, seed=seed, threads=threads or self.threads
-                )
+                    command, self.images, in_channels=3, seed=seed, threads=threads or self.threads,
+                    changes={"precision": "bf16-mixed"} if has_bf16("cpu") else {},  # as ours
+                )  # fmt: skip
                 found = lightly.pretrain(self.lightly_python, training, folder, steps)
                 saved.write_text(json.dumps([str(found.weights), found.sec_per_step]))
             return json.loads(saved.read_text())
@@ -186,31 +197,36 @@ class Bench:
         return [] if share is None else [f"schedule.warmup_steps={round(share * steps)}"]
 
     def speeds(self):
-        """Return arm -> seconds of a step of its pretraining and of its training; measured once, in turns."""
+        """Return the seconds of a step by the names of Arm.timed and pretrain_<arm>; measured once, in turns."""
         file = self.out / "speeds.json"
         known = json.loads(file.read_text()) if file.exists() else {}
-        steps = QUICK_STEPS if self.quick else CALIBRATION_STEPS
+        wanted = {f"pretrain_{arm}": arm for arm in self.arms if ARMS[arm].pretrain}
         for arm in self.arms:
-            if arm not in known:
-                turns = [self.measure(arm, steps, turn) for turn in range(1 if self.quick else 2)]
-                known[arm] = [min(values) for values in zip(*turns)]
-                file.write_text(json.dumps(known, indent=2) + "\n")
+            wanted.setdefault(ARMS[arm].timed, arm)
+        missing = {name: arm for name, arm in wanted.items() if name not in known}
+        turns = [
+            {name: self.measure(name, arm, turn) for name, arm in missing.items()}
+            for turn in range(1 if self.quick else 2)
+        ]
+        known |= {name: min(turn[name] for turn in turns) for name in missing}
+        file.write_text(json.dumps(known, indent=2) + "\n")
         return known
 
-    def measure(self, arm, steps, turn):
-        """Return (seconds of a step of pretraining, 0 without one; of training)."""
-        before = self.pretrain(arm, f"speed_pre_{arm}_{turn}", steps, 0)[1] if ARMS[arm].pretrain else 0.0
-        folder = self.out / "runs" / f"speed_{arm}_{turn}"
+    def measure(self, name, arm, turn):
+        """Return the seconds of a step of an arm's pretraining, if the name is that, or of its training."""
+        steps = QUICK_STEPS if self.quick else CALIBRATION_STEPS
+        if name.startswith("pretrain_"):
+            return self.pretrain(arm, f"speed_{name}_{turn}", steps, 0)[1]
+        folder = self.out / "runs" / f"speed_{name}_{turn}"
         labels = self.words_of("few" if self.quick else "all")
         run_script(ARMS[arm].train, folder, steps, 0, [*labels, *self.warmup(arm, steps)])
-        return before, sec_per_step(folder)
+        return sec_per_step(folder)
 
     def run(self, arm, labels, minutes, seed, speeds):
         """Train one arm for its minutes; returns the row of its result."""
-        before, after = speeds[arm]
         seconds, share = 60 * minutes, ARMS[arm].share
-        own = 0 if before == 0 else max(1, round(share * seconds / before))
-        steps = max(1, round((1 - share) * seconds / after))
+        own = max(1, round(share * seconds / speeds[f"pretrain_{arm}"])) if share else 0
+        steps = max(1, round((1 - share) * seconds / speeds[ARMS[arm].timed]))
         if self.quick:
             own, steps = min(own, QUICK_STEPS), QUICK_STEPS
         more = [*self.words_of(labels), *self.warmup(arm, steps)]
@@ -220,7 +236,9 @@ class Bench:
             more.append(f"init_from={source}")
         folder = self.out / "runs" / f"{arm}_{labels}_{minutes:g}_{seed}"
         run_script(ARMS[arm].train, folder, steps, seed, more, threads)
-        found = {"top1": last_top1(folder), "steps": [own, steps]}
+        runtime = json.loads((folder / "environment.json").read_text())["runtime"]
+        precision = dict(word.split("=") for word in runtime.split())["precision"]
+        found = {"top1": last_top1(folder), "steps": [own, steps], "precision": precision}
         return {"arm": arm, "labels": labels, "minutes": minutes, "seed": seed, **found}
 
     def run_all(self):
@@ -275,8 +293,22 @@ def table(found, labels, arms, minutes):
     return "\n".join(lines[1:])
 
 
+def crossings(found, labels):
+    """Return the minutes where FCMAE overtakes the best start from scratch: between two budgets, on a log scale."""
+    ahead = {}
+    for minutes, (fcmae, *_) in found.get((labels, "fcmae"), {}).items():
+        rivals = [found.get((labels, arm), {}).get(minutes) for arm in SCRATCH]
+        if all(rivals):
+            ahead[minutes] = fcmae - max(value[0] for value in rivals)
+    return [
+        math.exp(math.log(first) + math.log(second / first) * -ahead[first] / (ahead[second] - ahead[first]))
+        for first, second in itertools.pairwise(sorted(ahead))
+        if ahead[first] < 0 <= ahead[second]
+    ]
+
+
 def draw(found, labels, arms, path):
-    """Draw a panel for each set of labels: top-1 over minutes, the mean of the seeds and their spread."""
+    """Draw a panel for each set of labels: top-1 over minutes, the mean of the seeds, their spread, and crossings."""
     from utils.record.plots import plt, save_figure
 
     figure, axes = plt.subplots(1, len(labels), figsize=(5.2 * len(labels), 4.4), squeeze=False)
@@ -289,6 +321,9 @@ def draw(found, labels, arms, path):
                 list(points), [v[1] for v in values], [v[2] for v in values], color=COLORS[arm], alpha=0.2
             )
         axis.set_xscale("log")
+        for minutes in crossings(found, name):
+            axis.axvline(minutes, color="#495057", linestyle=":", linewidth=1)
+            axis.annotate(f" FCMAE ahead\n from {minutes:.2g} min", (minutes, 0.03), fontsize=8, color="#495057")
         ticks = sorted({minutes for arm in arms for minutes in found.get((name, arm), {})})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
@@ -315,7 +350,7 @@ def main():
     text = table(found, bench.labels, bench.arms, bench.minutes)
     (bench.out / "table.md").write_text(text + "\n")
     draw(found, bench.labels, bench.arms, bench.out / "curves.png")
-    sys.stdout.write(f"{text}\n\n{(bench.out / 'curves.png').relative_to(ROOT)}\n")
+    sys.stdout.write(f"{text}\n\n{bench.out / 'curves.png'}\n")
 
 
 if __name__ == "__main__":

@@ -90,12 +90,3 @@ def test_the_bench_of_pretraining_goes_on_where_it_stopped():
     assert lines[4].startswith("| FCMAE, ")
     again = command("python", "bench/when_to_pretrain.py", *words, "seeds=1", timeout=900)
     assert again.stdout == first.stdout and again.stderr.count("steps") == 0  # nothing is trained again
-
-
-@pytest.mark.parametrize(
-    "word, said",
-    [("arm=x", "with a key of arms, labels"), ("arms=vit", "arms: 'vit' is not one of resnet18, convnext")],
-)
-def test_the_bench_of_pretraining_refuses(word, said):
-    done = command("python", "bench/when_to_pretrain.py", word)
-    assert done.returncode == 1 and said in done.stderr
