@@ -140,10 +140,15 @@ def find_lr(run: Run, config: TrainingConfig) -> bool:
     share = math.floor(finder.max_share * plan.total_steps)
     steps = min(finder.steps, share)
     if steps < LEAST_POINTS:
-        limit = f"lr_finder.max_share={finder.max_share:g} of the run" if share <= finder.steps else "lr_finder.steps"
+        limit, remedy = "lr_finder.steps", f"set lr_finder.steps to {LEAST_POINTS} or more"
+        if share <= finder.steps:
+            limit = f"lr_finder.max_share={finder.max_share:g} of the run"
+            needed = math.ceil(LEAST_POINTS / finder.max_share)
+            remedy = f"a run of {needed} steps has a range test, or one with a higher lr_finder.max_share"
         log.warning(
-            "lr_finder: %d steps are %s, and %d are needed; the rate stays %.3g", steps, limit, LEAST_POINTS, plan.lr
-        )
+            "lr_finder: %d steps are %s, and %d are needed; the rate stays %.3g. For a range test: %s",
+            steps, limit, LEAST_POINTS, plan.lr, remedy,
+        )  # fmt: skip
         return True
     batches = run.streams.train.steps(plan.total_steps, plan)
     try:

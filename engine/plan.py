@@ -124,6 +124,8 @@ def make_plan(
     if optim.lr is not None:
         lr = optim.lr
         log.info("optim.lr=%g is set, so optim.base_lr=%g is not used", lr, optim.base_lr)
+    else:
+        log.info("lr=%.3g: optim.base_lr=%g x %d samples / 256", lr, optim.base_lr, loop.global_batch_size)
     return Plan(
         world_size=world_size,
         global_batch_size=loop.global_batch_size,

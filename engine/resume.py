@@ -16,7 +16,7 @@ from engine.checkpoint import (
 )
 from engine.config import TrainingConfig
 from engine.run_parts import Run
-from engine.skips import TooManySkipped
+from engine.skips import LOWER_RATE, TooManySkipped
 from utils.config.recipe import check_resumable
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -73,7 +73,7 @@ def roll_back(run: Run, request: TooManySkipped) -> None:
     found = distributed.rank_zero_call(find)
     if found is None:
         raise UserError(
-            f"{request.message}there is no checkpoint before them to roll back to; set a lower optim.lr or "
+            f"{request.message}there is no checkpoint before them to roll back to; {LOWER_RATE} or a lower "
             "loop.checkpoint_every_steps"
         )
     _restore(run, load_checkpoint(Path(found)))

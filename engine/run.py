@@ -18,7 +18,7 @@ from engine.resume import resume, roll_back, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
 from engine.runtime_reasons import runtime_reasons
-from engine.skips import TooManySkipped
+from engine.skips import LOWER_RATE, TooManySkipped
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import StopVote, train_one_epoch
@@ -228,7 +228,7 @@ def _train_with_rollbacks(run: Run, config: TrainingConfig) -> bool:
             if rollbacks > MAX_ROLLBACKS:
                 raise UserError(
                     f"{request.message}the run has rolled back {MAX_ROLLBACKS} times, past other samples each time; "
-                    "set a lower optim.lr, loop.clip_grad_norm or runtime.precision=fp32"
+                    f"{LOWER_RATE}, loop.clip_grad_norm or runtime.precision=fp32"
                 ) from None
             roll_back(run, request)
 

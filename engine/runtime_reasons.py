@@ -15,8 +15,8 @@ _CPU_COMPILE = (
     "on a CPU some networks gain from it and others lose, after half a minute of compiling (timm's ConvNeXt V2 atto at "
     "64 px: 1.5 times the speed; ours: 0.95; ResNet-18 at 32 px: 0.9): try runtime.compile=true"
 )
-# Eager, against channels-first (docs/benchmarks.md, ONNX Runtime).
-_CPU_CHANNELS_LAST = "(ConvNeXt V2 in inference: 0.92 to 1.05 times the speed)"
+# Training in eager bf16, against channels-first (docs/benchmarks.md, Choices of runtime on a CPU).
+_CPU_CHANNELS_LAST = "(three networks with small images: 0.98 to 1.12 times the speed)"
 
 
 def runtime_reasons(config: RuntimeConfig, runtime: Runtime, *, compiles: bool, total_steps: int) -> list[str]:

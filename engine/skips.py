@@ -31,6 +31,8 @@ WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
 EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, with any limit
 _DETAILED = 10  # steps of a report whose samples are listed
 _SHOWN = 8  # paths in a message; the file has all
+# What an instability asks for; a range test's rate stays with its run, and `optim.lr` beside it is refused.
+LOWER_RATE = "start another run with a lower optim.lr (and lr_finder.enabled=false, if a range test found the rate)"
 
 
 class TooManySkipped(Exception):
@@ -153,7 +155,7 @@ class SkipWatch:
         )
         if self.rolls_back:
             raise TooManySkipped(self.steps[0], message)
-        remedy = "set a lower optim.lr, loop.clip_grad_norm, runtime.precision=fp32,"
+        remedy = f"{LOWER_RATE}, or set loop.clip_grad_norm, runtime.precision=fp32,"
         if len(self.steps) == len(self.empty):
             remedy = "fix the images (prepare.py job=manifest lists unreadable ones), or set"
         raise UserError(

@@ -1,6 +1,6 @@
 """Refusals of what users get wrong. Each begins with the key, names the file, says what to do, leaves nothing behind.
 
-The scripts' bodies run in the test's own process. What the command line refuses: tests/utils/test_config_errors.py.
+The scripts' bodies run in the test's own process. What the command line refuses: tests/utils/config/test_messages.py.
 """
 
 import csv
@@ -125,15 +125,16 @@ RENAMED = {
 }
 
 
+@pytest.mark.parametrize("script", ["finetune", "train"])
 @pytest.mark.parametrize("names", RENAMED)
-def test_a_class_that_the_splits_name_differently(names, tmp_path):
+def test_a_class_that_the_splits_name_differently(script, names, tmp_path):
     make_images(tmp_path / "images")
     for old, new in zip(names[::2], names[1::2]):
         (tmp_path / "images" / old).rename(tmp_path / "images" / old.replace("A", new))
     message = (
         f"data.root: training and validation of 'images' name a class differently: {RENAMED[names]}; rename one of"
     )
-    matches(refusal("finetune", [*TINY, "data.root=images", "task.allow_missing_classes=true"], tmp_path), message)
+    matches(refusal(script, [*TINY, "data.root=images", "task.allow_missing_classes=true"], tmp_path), message)
 
 
 def test_a_class_folder_with_one_image_and_no_validation_folder(tmp_path):
@@ -181,7 +182,8 @@ def broken_chunk(content):
     return content[:18] + bytes([content[18] ^ 1]) + content[19:]
 
 
-def test_unreadable_images_in_each_position_are_listed_and_training_goes_on(tmp_path):
+@pytest.mark.parametrize("script", ["finetune", "train"])
+def test_unreadable_images_in_each_position_are_listed_and_training_goes_on(script, tmp_path):
     """First, middle and last of both splits, and every image of a class; a whole batch is in the test below."""
     root = make_collection(tmp_path / "images", per_class=5, classes="ABC", validation=3)
     broken = {
@@ -199,7 +201,7 @@ def test_unreadable_images_in_each_position_are_listed_and_training_goes_on(tmp_
     for path, damage in broken.items():
         (root / path).write_bytes(damage((root / path).read_bytes()))
     overrides = ["loop.global_batch_size=8", "loop.batch_size=4", "run_dir=run"]
-    run("finetune", [*TINY, "data.root=images", *overrides], tmp_path)
+    run(script, [*TINY, "data.root=images", *overrides], tmp_path)
     listed = [json.loads(line) for line in (tmp_path / "run/unreadable.jsonl").read_text().splitlines()]
     assert sorted(row["path"] for row in listed) == sorted(broken) and all(row["reason"] for row in listed)
     said = (tmp_path / "run/log.txt").read_text()

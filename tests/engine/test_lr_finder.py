@@ -203,7 +203,7 @@ def test_no_trace_is_left_of_it(case, updates_before):
 # ------------------------------------------------------------------------------------------------------------ the run
 
 SEARCH = [
-    "lr_finder.enabled=true", "lr_finder.steps=24", "lr_finder.max_share=1.0", "lr_finder.end_lr=1.0",
+    "lr_finder.enabled=true", "lr_finder.steps=24", "lr_finder.max_share=0.9", "lr_finder.end_lr=1.0",
     "lr_finder.start_lr=1e-4", "loop.total_steps=24", "optim=sgd", "schedule=onecycle", "loop.checkpoint_every_steps=8",
 ]  # fmt: skip
 
@@ -231,7 +231,8 @@ def test_it_writes_what_it_found_and_says_why(searched):
     )
     assert found["taken"] == max(found["rates"].values())
     assert found["configured"] != found["taken"]
-    assert len(found["curve"]["rates"]) == len(found["curve"]["losses"]) == len(found["curve"]["smoothed"]) <= 24
+    assert len(found["curve"]["rates"]) == len(found["curve"]["losses"]) == len(found["curve"]["smoothed"])
+    assert len(found["curve"]["losses"]) == 21  # of 24 steps at most 0.9: lr_finder.max_share
     assert (folder / "run/plots/lr_finder_plot.png").stat().st_size > 10_000
 
 
@@ -316,10 +317,12 @@ def test_two_ranks_find_the_rate_of_one(searched):
         assert_same_rows(folder / "one", folder / name, 1e-3)
 
 
-def test_a_rate_that_a_resumed_run_would_not_read_is_refused(searched):
+@pytest.mark.parametrize("key, more", [("base_lr", []), ("lr", ["lr_finder.enabled=false"])])
+def test_a_rate_that_a_resumed_run_would_not_read_is_refused(key, more, searched):
     folder, base = searched
-    again = [*base, *SEARCH, "loop.total_steps=30", "optim.base_lr=0.5", "resume_allow=[optim.base_lr]"]
-    with pytest.raises(UserError, match=r"optim.base_lr: 0.5 has no effect, because the range test of this run found"):
+    allow = f"resume_allow=[optim.{key},lr_finder.enabled]"
+    again = [*base, *SEARCH, "loop.total_steps=30", f"optim.{key}=0.5", *more, allow]
+    with pytest.raises(UserError, match=rf"optim.{key}: 0.5 has no effect, because the range test of this run found"):
         run("finetune", [*again, f"run_dir={folder}/run"], folder)
 
 
@@ -333,8 +336,11 @@ def test_a_rate_beside_a_range_test_is_refused(script):
 
 
 TOO_FEW = {
-    "lr_finder.max_share=0.5": "12 steps are lr_finder.max_share=0.5 of the run, and 20 are needed",
-    "lr_finder.steps=10": "10 steps are lr_finder.steps, and 20 are needed",
+    "lr_finder.max_share=0.5": (
+        "12 steps are lr_finder.max_share=0.5 of the run, and 20 are needed",
+        "a run of 40 steps has a range test, or one with a higher lr_finder.max_share",
+    ),
+    "lr_finder.steps=10": ("10 steps are lr_finder.steps, and 20 are needed", "set lr_finder.steps to 20 or more"),
 }
 
 
@@ -342,7 +348,8 @@ TOO_FEW = {
 def test_a_test_that_is_too_short_keeps_the_rate(setting, searched, tmp_path, capsys):
     _, base = searched
     run("finetune", [*base, *SEARCH, setting, "run_dir=short", "optim.base_lr=0.64"], tmp_path)  # of 256 samples
-    assert f"lr_finder: {TOO_FEW[setting]}; the rate stays 0.01" in capsys.readouterr().err
+    found, remedy = TOO_FEW[setting]
+    assert f"lr_finder: {found}; the rate stays 0.01. For a range test: {remedy}" in capsys.readouterr().err
     assert not (tmp_path / "short/lr_finder.json").exists()
 
 
