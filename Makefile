@@ -20,7 +20,7 @@ $(STAMP): requirements.txt
 demo: install  ## the whole main job on the embedded glyphs, six minutes on two CPU cores
 	$(PY) bench/demo.py
 
-demo-full: install  ## the demo and its controls: from scratch, and both with all labels; twelve minutes
+demo-full: install  ## the demo and its controls: from scratch, and both with all labels; thirteen minutes
 	$(PY) bench/demo.py full
 
 test: install lint  ## lint, then all tests but the slow ones; six to seven minutes on two cores

@@ -97,9 +97,7 @@ def main():
     if wrong := [word for word in words if "=" not in word]:
         sys.exit(f"lr_finder: {wrong[0]!r} is neither quick nor KEY=VALUE\n{__doc__.splitlines()[2]}")
     named = dict(word.split("=", 1) for word in words)
-    rates = [
-        read_number("rates", text, float) for text in named.pop("rates", "0.1" if quick else RATES).split(",")
-    ]
+    rates = [read_number("rates", text, float) for text in named.pop("rates", "0.1" if quick else RATES).split(",")]
     seeds = range(read_number("seeds", named.pop("seeds", "1"), int))
     overrides = [f"{key}={value}" for key, value in named.items()] + (QUICK if quick else [])
     place = "quick/" if quick else ""

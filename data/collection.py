@@ -118,6 +118,10 @@ class Collection:
         ids = pc.index_in(self.table["label"], value_set=pa.array(names, pa.string()))
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
+    def weights(self) -> np.ndarray:
+        """Return every row's weight, float32 [N]; 0 is not trained on."""
+        return self.table["weight"].to_numpy()
+
     def tag_counts(self, split: str) -> dict[str, int]:
         """Return how many images of a split carry each tag: the most frequent first, then by name."""
         return count_values(self._column("tags", split))

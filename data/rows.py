@@ -36,7 +36,7 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
 
 def _refuse_weightless(collection: Collection, rows: np.ndarray) -> None:
     """Raise UserError where there are rows and all have weight 0: no step would change the network."""
-    if len(rows) and not collection.table["weight"].to_numpy()[rows].any():
+    if len(rows) and not collection.weights()[rows].any():
         raise UserError(
             f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "
             "as unreadable images do; replace them and make the manifest again (prepare.py job=manifest), or give "

@@ -135,13 +135,23 @@ class GroupedSampler:
 
 
 def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
-    """Return the order that `loop.sampling` names: shuffled, or balanced over the training split's classes."""
+    """Return the order that `loop.sampling` names: shuffled, or balanced over the training split's classes.
+
+    Balanced passes over images of weight 0, which would take turns of their class. Raises UserError where it meets
+    images without a label.
+    """
     match name:
         case "shuffled":
             return ShuffledSampler(rows, seed)
         case "balanced":
-            class_ids = collection.class_ids(collection.class_names("train"))
-            return BalancedSampler(rows, class_ids[rows], seed)
+            class_ids = collection.class_ids(collection.class_names("train"))[rows]
+            if without := np.count_nonzero(class_ids < 0):
+                raise UserError(
+                    f"loop.sampling: balanced needs the class of every training image, and {without:,} of "
+                    f"{len(rows):,} have none; set loop.sampling=shuffled"
+                )
+            has_weight = collection.weights()[rows] > 0
+            return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
     raise AssertionError(name)
 
 

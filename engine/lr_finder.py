@@ -22,6 +22,7 @@ from engine.learner import Learner
 from engine.lr_suggestion import LEAST_POINTS, Curve, Suggestion, smooth, suggest
 from engine.run_parts import Run
 from engine.task import checkpointed_state
+from optim.groups import set_peak_lr
 from optim.schedules import GroupValues, Schedule
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
@@ -96,9 +97,11 @@ def _copy_values(values: dict[str, Any]) -> dict[str, Any]:
 def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderConfig, steps: int) -> Curve | None:
     """Make at most `steps` updates at rising rates; returns the curve, None where a rank was asked to stop.
 
-    Call it inside `undone`.
+    Call it inside `undone`. Groups that the run freezes at first (`optim.rules`) are trained: the rate is theirs, too.
     """
     learner = run.learner
+    for group in learner.optimizer.param_groups:
+        group["freeze_steps"] = 0
     sweep = RangeSweep(learner.schedule, config, steps)
     learner.schedule = sweep
     rates: list[float] = []
@@ -108,6 +111,7 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderCon
     with counting("learning-rate range test") as report:
         for number in range(steps):
             run.recorder.phase(0, f"range test, update {number + 1} of {steps}")
+            set_peak_lr(learner.optimizer, sweep.at(number).lr)
             result = learner.update(next(batches), stop=run.must_stop)
             if result.stop > 0:
                 return None

@@ -126,6 +126,11 @@ def make_plan(
         log.info("optim.lr=%g is set, so optim.base_lr=%g is not used", lr, optim.base_lr)
     else:
         log.info("lr=%.3g: optim.base_lr=%g x %d samples / 256", lr, optim.base_lr, loop.global_batch_size)
+    if isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum:
+        log.info(
+            "schedule.cycle_momentum: the momentum (beta1) goes from %g to %g and back; that of optim is not used",
+            schedule.momentum_high, schedule.momentum_low,
+        )  # fmt: skip
     return Plan(
         world_size=world_size,
         global_batch_size=loop.global_batch_size,

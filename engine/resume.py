@@ -151,7 +151,13 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
 
 
 def _check_found_rate(state: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse another `optim.lr` or `optim.base_lr` for a run whose rate a range test has found: nothing reads it."""
+    """Refuse what nothing would read: another rate, where a range test has found it, and a range test afterwards."""
+    started_with_test = state["config"].get("lr_finder", {}).get("enabled", False)  # older checkpoints have none
+    if config["lr_finder"]["enabled"] and not started_with_test:
+        raise UserError(
+            "lr_finder.enabled: true has no effect on a run that began without a range test; set "
+            "lr_finder.enabled=false, or start another run with run_dir=..."
+        )
     if state.get("found_lr") is None:  # older checkpoints have none
         return
     for key in ("lr", "base_lr"):

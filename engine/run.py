@@ -165,8 +165,7 @@ def run_training(
     ):
         run = build_run(task, streams, config, plan, runtime, folder, stop)
         resume(run, config)
-        if distributed.is_main():
-            update_saved_config(folder.path, folder.config, job)
+        distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
         finished = _train(run, config)
     if not finished:
         log.warning("stopped at step %d on request; the same command continues from there", run.step)
@@ -259,7 +258,10 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
             name, best.step, best.value, config.loop.early_stop_epochs,
         )  # fmt: skip
     if streams.train.unreadable_count:
-        log.warning("unreadable images: %d, each with weight 0; see unreadable.jsonl", streams.train.unreadable_count)
+        log.warning(
+            "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
+            streams.train.unreadable_count,
+        )
     return True
 
 

@@ -13,6 +13,7 @@ from engine.runtime import Runtime
 from engine.saver import Saver
 from engine.streams import Streams
 from engine.task import Task, fingerprint_frozen
+from optim.groups import set_peak_lr
 from utils.ranks.signals import StopRequest
 from utils.record.run_folder import RunFolder
 
@@ -55,6 +56,7 @@ class Run:
         """Take a peak learning rate that was found, in place of the configured one."""
         self.found_lr = lr
         self.learner.schedule = replace(self.learner.schedule, lr=lr)
+        set_peak_lr(self.learner.optimizer, lr)
 
     def open_records(self) -> None:
         """Open the files that are written row by row, without rows beyond this step."""

@@ -16,7 +16,7 @@ _CPU_COMPILE = (
     "64 px: 1.5 times the speed; ours: 0.95; ResNet-18 at 32 px: 0.9): try runtime.compile=true"
 )
 # Training in eager bf16, against channels-first (docs/benchmarks.md, Choices of runtime on a CPU).
-_CPU_CHANNELS_LAST = "(three networks with small images: 0.98 to 1.12 times the speed)"
+_CPU_CHANNELS_LAST = "(three with small images: 0.98 to 1.12 times the speed)"
 
 
 def runtime_reasons(config: RuntimeConfig, runtime: Runtime, *, compiles: bool, total_steps: int) -> list[str]:

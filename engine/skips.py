@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.step import StepResult
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import AppendFile
+from utils.io.files import AppendFile, ignore_write_errors
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.metrics_log import keep_rows
@@ -186,7 +186,8 @@ class SkipWatch:
                 f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "",
             )  # fmt: skip
             if self._file is None and self._path is not None:
-                self._file = AppendFile(self._path)
+                with ignore_write_errors(self._path):
+                    self._file = AppendFile(self._path)
             row = {"step": update.step, "ranks": ranks, "what": what, "paths": paths}
             if self._file is not None:
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ class Streams:
 
     fingerprints: what must not change while a run is resumed, by configuration key, such as the collection's content.
     every_epochs: for evaluation loaders that not every evaluation needs (a probe), the epochs between two uses. The
-        first evaluation at or after each multiple uses them, and so does the last one.
+        first evaluation at or after each multiple uses them, and so does that of the run's last step.
     """
 
     train: TrainStream

@@ -67,12 +67,16 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         step = learner.step
         last = step == plan.total_steps
         stopping = vote.read(result, run.must_stop)
-        if step % loop.log_every_steps == 0 or last:
+        evaluates = plan.is_due(step, loop.evaluate_every_epochs)
+        may_end = last or (evaluates and loop.early_stop_epochs is not None)
+        if step % loop.log_every_steps == 0 or may_end:
             recorder.log_step(step)
         if loop.plot_every_steps is not None and step % loop.plot_every_steps == 0:
             recorder.plot(step)
-        if plan.is_due(step, loop.evaluate_every_epochs):
+        if evaluates:
             run.evaluator.evaluate(learner)
+        if run.is_complete and not last:  # stopped early: the curves end here
+            recorder.plot(step)
         last = run.is_complete
         if step == end or last:
             recorder.end_epoch(step, epoch, run.evaluator.last_report)

@@ -210,5 +210,14 @@ class OneCycleConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_momentum_falls_to_the_peak(self) -> "OneCycleConfig":
+        if self.momentum_low > self.momentum_high:
+            raise ValueError(
+                f"schedule.momentum_low: {self.momentum_low:g} is above schedule.momentum_high={self.momentum_high:g}; "
+                "the momentum is lowest where the rate is highest"
+            )
+        return self
+
 
 ScheduleConfig = Annotated[CosineConfig | ConstantConfig | OneCycleConfig, Field(discriminator="name")]

@@ -120,6 +120,16 @@ def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> N
             group["momentum"] = values.momentum
 
 
+def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Tell the optimiser a schedule's peak that was found after it was built, as if it had been built with it.
+
+    timm's optimisers with a corrected decay (adamc, sgdc, ...) decay by lr**2 / peak, and note the peak at the start.
+    """
+    for group in optimizer.param_groups:
+        if "max_lr_snapshot" in group:
+            group["max_lr_snapshot"] = lr
+
+
 def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Drop the gradients of groups that are frozen in update number `step` (from 0).
 

@@ -30,7 +30,9 @@ def no_curves(monkeypatch):
 def pytest_addoption(parser):
     """Add the flag that rewrites the golden curves (the diff is for review), and the seconds that CI has left."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")
-    parser.addoption("--budget-sec", type=float, help="skip the tests that would start later than this; benches are last")
+    parser.addoption(
+        "--budget-sec", type=float, help="skip the tests that would start later than this; benches are last"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

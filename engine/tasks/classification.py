@@ -136,18 +136,20 @@ class ClassificationTask(Task):
         return report
 
 
-def balance(class_ids: np.ndarray, names: Sequence[str]) -> list[float]:
+def balance(class_ids: np.ndarray, image_weights: np.ndarray, names: Sequence[str]) -> list[float]:
     """Return a weight for each class, N / (K n), which gives all classes the same sum; its mean over images is 1.
 
-    class_ids: int64, the class of each training image; -1 for none.
+    n is the sum of the weights of a class's images, N that of all. class_ids: int64, the class of each training image,
+    -1 for none. image_weights: of the same images. A class without weight gets that of a class with one image.
     """
-    counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names))
-    present = np.count_nonzero(counts)
-    weights = counts.sum() / (present * np.maximum(counts, 1))
+    known = class_ids >= 0
+    sums = np.bincount(class_ids[known], weights=image_weights[known], minlength=len(names))
+    present = sums > 0
+    weights = sums.sum() / (np.count_nonzero(present) * np.where(present, sums, 1.0))
     log.info(
         "task.class_weights=balanced: from %.3g (%s) to %.3g (%s)",
-        weights[counts > 0].min(), names[int(counts.argmax())], weights[counts > 0].max(),
-        names[int(np.where(counts > 0, counts, counts.max() + 1).argmin())],
+        weights[present].min(), names[int(sums.argmax())], weights[present].max(),
+        names[int(np.where(present, sums, np.inf).argmin())],
     )  # fmt: skip
     return weights.tolist()
 
@@ -171,7 +173,8 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         if config.task.class_weights == "none":
             return {"class_names": names}
         rows = training_rows(collection, config.loop.train_paths)
-        return {"class_names": names, "class_weights": balance(collection.class_ids(names)[rows], names)}
+        weights = balance(collection.class_ids(names)[rows], collection.weights()[rows], names)
+        return {"class_names": names, "class_weights": weights}
 
     def build(self, setup: Setup[ClassificationTaskConfig]) -> ClassificationTask:
         """Return the task."""

@@ -4,11 +4,20 @@ import random
 import tracemalloc
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.stream import BalancedSampler, Draw, EvaluationBatches, GroupedSampler, RankBatches, ShuffledSampler
+from data.stream import (
+    BalancedSampler,
+    Draw,
+    EvaluationBatches,
+    GroupedSampler,
+    RankBatches,
+    ShuffledSampler,
+    build_sampler,
+)
 from engine.plan import split_batch
 from utils import rng
 from utils.errors import UserError
@@ -281,6 +290,30 @@ def test_a_micro_batch_never_spans_two_shapes(world, cap):
     for rank in range(world):
         mine = batches(SAMPLERS["grouped"](0), rank=rank, world=world, micro=micro, count=accum * STEPS)
         assert all(len({draw.group for draw in batch}) == 1 for batch in mine)
+
+
+def labelled(labels, weights):
+    """What `build_sampler` reads of a collection."""
+    names = sorted({label for label in labels if label is not None})
+    ids = np.array([-1 if label is None else names.index(label) for label in labels])
+    return SimpleNamespace(
+        class_names=lambda split: names, class_ids=lambda names: ids, weights=lambda: np.array(weights)
+    )
+
+
+def test_images_of_weight_0_take_no_turn_of_their_class():
+    collection = labelled("AAAABBBB", [1, 1, 1, 1, 0, 1, 0, 0])
+    sampler = build_sampler("balanced", np.arange(8), collection, 0)
+    drawn = Counter(row for epoch in range(20) for row in epoch_rows(sampler, epoch))
+    assert set(drawn) == {0, 1, 2, 3, 5} and drawn[5] == sum(drawn.values()) / 2
+    assert set(epoch_rows(build_sampler("shuffled", np.arange(8), collection, 0), 0)) == set(range(8))
+
+
+def test_balanced_needs_labels():
+    """Those without would be one class."""
+    collection = labelled(["A", None, "B", None], [1, 1, 1, 1])
+    with pytest.raises(UserError, match=r"^loop.sampling: balanced needs the class of every training image, and 2 of"):
+        build_sampler("balanced", np.arange(4), collection, 0)
 
 
 def test_an_index_drawn_twice_has_two_keys():

@@ -26,18 +26,25 @@ def test_when_it_stalls(patience, best, newest, stalled):
     assert evaluator.has_stalled == stalled
 
 
-def test_a_run_stops_early_and_is_complete(tmp_path, capsys):
+def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):
     """At a rate of zero nothing gets better after the first evaluation. A longer patience goes on."""
+    drawn = []
+    monkeypatch.setattr(
+        "utils.record.plots.plot_curves", lambda log, path, title: drawn.append(log.series("loss", "evaluate")[0])
+    )
     images = make_images(tmp_path / "images")
     command = [
         *SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={images}", f"run_dir={tmp_path}/run", "optim.lr=0.0",
         "loop.total_steps=20", "loop.evaluate_every_epochs=0.5", "loop.checkpoint_every_steps=100",
+        "loop.log_every_steps=50",
     ]  # fmt: skip
     run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)  # two steps an epoch
     said = capsys.readouterr().err
     assert "stopped early: top1 is best at step 1" in said and "loop.early_stop_epochs=2 epochs ago or more" in said
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5]
     assert rows(tmp_path / "run/metrics.jsonl", "epoch")[-1]["step"] == 5
+    assert rows(tmp_path / "run/metrics.jsonl", "train")[-1]["step"] == 5  # of what was not logged yet
+    assert drawn[-1] == [1, 2, 3, 4, 5]  # the curves end where the run does
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
     run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)
     assert "the run is complete: 5 of 20 steps are done" in capsys.readouterr().err

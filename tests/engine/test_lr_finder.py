@@ -21,7 +21,7 @@ from engine.runtime import choose_runtime
 from engine.step import LossScale
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from optim.groups import set_group_values
+from optim.groups import set_group_values, set_peak_lr
 from tests.engine.test_fsdp import assert_same_rows
 from tests.engine.test_learner import OURS, make_batch, make_learner, tensors_of
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
@@ -84,6 +84,39 @@ def test_the_updates_are_the_runs_own():
             losses[name].append(float(total) / float(weight))
         assert weight == 8 and curve.losses == losses[name]
     assert losses["clipped"][-1] != losses["free"][-1]
+
+
+def test_a_corrected_decay_follows_the_rate_of_the_sweep():
+    """timm's adamc decays by lr**2 / peak: of a peak far below the rates of the sweep, the weights would vanish."""
+    learner = make_learner("optim=timm", "optim.opt=adamc")
+    peaks, (configured,) = [], {group["max_lr_snapshot"] for group in learner.optimizer.param_groups}
+    update = learner.update
+
+    def noting(batches, *, stop):
+        result = update(batches, stop=stop)
+        peaks.append({(group["max_lr_snapshot"], group["lr"] / group["lr_scale"]) for group in groups})
+        return result
+
+    groups, learner.update = learner.optimizer.param_groups, noting
+    with undone(learner):
+        range_test(make_run(learner), itertools.repeat([make_batch()]), finder(), 5)
+    assert [len(found) for found in peaks] == [1] * 5 and all(peak == rate for found in peaks for peak, rate in found)
+    assert {group["max_lr_snapshot"] for group in groups} == {configured}
+    set_peak_lr(learner.optimizer, 0.5)
+    assert {group["max_lr_snapshot"] for group in groups} == {0.5}
+
+
+def test_what_the_run_freezes_at_first_takes_part():
+    """Its rate is the one that is found, after it thaws."""
+    learner = make_learner("optim=sgd", 'optim.rules=[{match: "network.*", freeze_steps: 100}]')
+    frozen = [group["freeze_steps"] for group in learner.optimizer.param_groups]
+    before = tensors_of(learner)
+    with undone(learner):
+        range_test(make_run(learner), itertools.repeat([make_batch()]), finder(), 5)
+        swept = tensors_of(learner)
+    assert 100 in frozen and [group["freeze_steps"] for group in learner.optimizer.param_groups] == frozen
+    stem = "weights/downsample_layers.0.0.weight"
+    assert not torch.equal(swept[stem], before[stem])
 
 
 def test_it_ends_where_the_loss_diverges():
@@ -324,6 +357,16 @@ def test_a_rate_that_a_resumed_run_would_not_read_is_refused(key, more, searched
     again = [*base, *SEARCH, "loop.total_steps=30", f"optim.{key}=0.5", *more, allow]
     with pytest.raises(UserError, match=rf"optim.{key}: 0.5 has no effect, because the range test of this run found"):
         run("finetune", [*again, f"run_dir={folder}/run"], folder)
+
+
+def test_a_range_test_for_a_run_that_began_without_one_is_refused(searched):
+    folder, base = searched
+    given = [override for override in SEARCH if not override.startswith("lr_finder")]
+    run("finetune", [*base, *given, "loop.total_steps=2", f"run_dir={folder}/without"], folder)
+    keys = [override.partition("=")[0] for override in SEARCH if override.startswith("lr_finder")]
+    again = [*base, *SEARCH, f"resume_allow=[{','.join(keys)}]", f"run_dir={folder}/without"]
+    with pytest.raises(UserError, match=r"lr_finder.enabled: true has no effect on a run that began without a range"):
+        run("finetune", again, folder)
 
 
 @pytest.mark.parametrize("script", ["train", "finetune", "pretrain_fcmae"])

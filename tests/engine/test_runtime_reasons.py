@@ -13,7 +13,7 @@ from tests.in_process import TINY, configure, make_images, run
 CPU = Runtime(torch.device("cpu"), "bf16", False, 0, 4)
 GPU = replace(CPU, device=torch.device("cuda"), channels_last=True, workers=7)
 CPU_FORMAT = (
-    "on a CPU some networks gain from it and others lose (three networks with small images: 0.98 to 1.12 times the speed)"
+    "on a CPU some networks gain from it and others lose (three with small images: 0.98 to 1.12 times the speed)"
 )
 OLD, SHORT, LONG = {"native": False}, {"steps": 2}, {"steps": 5000}
 

@@ -151,6 +151,11 @@ THREE_PHASES = [  # linear; cut at 10 x 0.4 - 1 = step 3 and 2 x 3 = step 6
 ]
 
 
+def test_a_momentum_that_would_rise_to_the_peak_is_refused():
+    with pytest.raises(ValueError, match=r"schedule.momentum_low: 0.99 is above schedule.momentum_high=0.95; the mom"):
+        make("onecycle", momentum_low=0.99)
+
+
 def test_onecycle_at_every_step():
     values = [make("onecycle").at(step) for step in range(STEPS)]
     close([value.lr for value in values], [rate for rate, _, _ in ONE_CYCLE], 1e-14)

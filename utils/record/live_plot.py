@@ -116,6 +116,9 @@ def _draw_from_outside(folder: Path) -> None:
             f"loop.log_every_steps={loop['log_every_steps']} steps: try again then"
         )
     rows.close()
+    plots = folder / "plots"
+    if not os.access(plots if plots.exists() else folder, os.W_OK):
+        raise UserError(f"run_dir: {plots} may not be written by this user; the plots go there: ask for that right")
 
     def wait(seconds: float) -> bool:
         time.sleep(seconds)

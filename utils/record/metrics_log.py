@@ -24,10 +24,14 @@ def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) ->
     if not path.exists():
         return []
     # Not splitlines, which splits at characters that a path may hold. As bytes: a kill may cut a character.
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows = [row for row in map(json.loads, lines) if row["step"] <= limits.get(row.get("kind"), last_step)]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    content = path.read_bytes()
+    *lines, _ = content.split(b"\n")
+    rows = [(line, json.loads(line)) for line in lines]
+    kept = [(line, row) for line, row in rows if row["step"] <= limits.get(row.get("kind"), last_step)]
+    text = b"".join(line + b"\n" for line, _ in kept)
+    if text != content:  # a full disk may have no room for a copy
+        write_text(path, text.decode("utf-8"))
+    return [row for _, row in kept]
 
 
 class Rows:

@@ -22,9 +22,11 @@ _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write and close a figure."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
+    """Write and close a figure; close it too where it cannot be written, because pyplot keeps open ones."""
+    try:
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    finally:
+        plt.close(figure)
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:

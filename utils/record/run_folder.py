@@ -193,9 +193,17 @@ def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any
 
 
 def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:
-    """Replace the saved configuration by that of the resumption where they differ; the old one stays beside it."""
+    """Replace the saved configuration by that of the resumption where they differ; the old one stays beside it.
+
+    config.json is there at every moment. Raises UserError where the disk refuses it.
+    """
     saved, now = path / "config.json", {"script": job.script, **config}
-    if read_json(saved) == now:
+    if (before := read_json(saved)) == now:
         return
-    os.replace(saved, path / "config.before_resume.json")
-    write_json(saved, now)
+    try:
+        write_json(path / "config.before_resume.json", before)
+        write_json(saved, now)
+    except OSError as error:
+        raise UserError(
+            f"run_dir: {saved} cannot be written ({error.strerror}); make room, and give the same command"
+        ) from None

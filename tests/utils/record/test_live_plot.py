@@ -270,6 +270,15 @@ def test_what_is_no_run_is_refused_with_status_2(prepare, message, tmp_path, cap
     assert not (folder / "plots").exists()
 
 
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    make_run(folder)
+    add_rows(folder, make_rows())
+    monkeypatch.setattr("utils.record.live_plot.os.access", lambda path, mode: False)
+    assert main([str(folder)]) == 2
+    assert f"live_plot: run_dir: {folder / 'plots'} may not be written by this user" in capsys.readouterr().err
+
+
 def run_module(folder, **more):
     return subprocess.Popen([sys.executable, "-m", "utils.record.live_plot", str(folder)], cwd=ROOT, **more)
 

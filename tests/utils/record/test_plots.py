@@ -8,7 +8,7 @@ from PIL import Image
 from tests.in_process import TINY, make_images, run
 from utils.record import plots
 from utils.record.metrics_log import MetricsLog
-from utils.record.plots import is_steep, plot_curves, smooth, thin
+from utils.record.plots import is_steep, plot_curves, save_figure, smooth, thin
 
 
 def test_a_running_mean_keeps_a_constant_and_narrows_at_the_ends():
@@ -35,6 +35,15 @@ def test_only_what_falls_far_gets_a_logarithmic_axis(values, steep):
     axis.plot(range(len(values)), values)
     assert is_steep(axis) is steep
     plt.close(figure)
+
+
+def test_a_figure_that_cannot_be_written_is_closed(tmp_path):
+    """pyplot would keep it: megabytes at each drawing."""
+    before = plt.get_fignums()
+    (tmp_path / "plots").touch()  # a file in the folder's place
+    with pytest.raises(OSError):
+        save_figure(plt.figure(), tmp_path / "plots/curves.png")
+    assert plt.get_fignums() == before
 
 
 def fill(folder, rows, evaluations, ema):

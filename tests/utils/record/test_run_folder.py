@@ -1,5 +1,6 @@
 """The run folder. What it holds, that one run at a time writes to it, and messages where it cannot be used."""
 
+import errno
 import json
 import logging
 import os
@@ -78,6 +79,19 @@ def test_the_first_configuration_stays_until_a_resumption_is_accepted(tmp_path):
     update_saved_config(tmp_path, config_for(tmp_path, seed=2), JOB)
     assert read_run_config(tmp_path)["seed"] == 2 and read_run_config(tmp_path)["script"] == "finetune"
     assert read_json(tmp_path / "config.before_resume.json")["seed"] == 1
+
+
+def test_a_configuration_that_the_disk_refuses_leaves_the_saved_one(tmp_path, monkeypatch):
+    with open_run_folder(config_for(tmp_path, seed=1), JOB, {}):
+        pass
+
+    def refuse(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.record.run_folder.write_json", refuse)
+    with pytest.raises(UserError, match=r"^run_dir: .*config.json cannot be written \(No space left on device\); make"):
+        update_saved_config(tmp_path, config_for(tmp_path, seed=2), JOB)
+    assert read_json(tmp_path / "config.json")["seed"] == 1
 
 
 def refusal(config, job=JOB):
