@@ -47,6 +47,7 @@ RARE = [
     "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000", "loop.log_every_steps=10",
     "runtime.compile=false",
 ]  # fmt: skip
+QUICK_BATCH = ["loop.global_batch_size=8", "loop.batch_size=8"]
 LABELS = {
     "all": "all labels: 12,298 of 958 characters",
     "two_faces": "2,050 labels: two faces of 958 characters",
@@ -81,6 +82,7 @@ class Arm(NamedTuple):
 
 
 GLYPHS = "finetune.py experiment=glyphs/demo_finetune"
+PRETRAIN = "pretrain_fcmae.py experiment=glyphs/demo_pretrain task.probe.every_epochs=null"
 RESNET18 = (
     "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd "
     "optim.weight_decay=5.0e-4"
@@ -90,7 +92,7 @@ ARMS = {
         "train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false", "resnet18"
     ),
     "convnext": Arm(f"{GLYPHS} task.head=drawn", "convnext", warmup=0.1),
-    "fcmae": Arm(GLYPHS, "convnext", "pretrain_fcmae.py experiment=glyphs/demo_pretrain", share=0.5, warmup=0.1),
+    "fcmae": Arm(GLYPHS, "convnext", PRETRAIN, share=0.5, warmup=0.1),
     # The rates: the best of docs/when_to_pretrain.md.
     "simclr": Arm(f"{RESNET18} optim.lr=0.8", "resnet18_tuned", "simclr", share=0.5),
     "dino": Arm(f"{RESNET18} optim.lr=0.4", "resnet18_tuned", "dino", share=0.5),
@@ -148,6 +150,7 @@ class Bench:
 
     def __init__(self, values, quick):
         self.quick, self.out = quick, ROOT / values["out"]
+        self.batch = QUICK_BATCH if quick else []
         self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
         self.minutes = [read_number("minutes", text, float) for text in values["minutes"].split(",")]
         self.seeds = range(read_number("seeds", values["seeds"], int))
@@ -188,7 +191,7 @@ class Bench:
                 found = lightly.pretrain(self.lightly_python, training, folder, steps)
                 saved.write_text(json.dumps([str(found.weights), found.sec_per_step]))
             return json.loads(saved.read_text())
-        run_script(command, folder, steps, seed, self.warmup(arm, steps), threads)
+        run_script(command, folder, steps, seed, [*self.warmup(arm, steps), *self.batch], threads)
         return str(folder), sec_per_step(folder)
 
     def warmup(self, arm, steps):
@@ -219,7 +222,7 @@ class Bench:
             return self.pretrain(arm, f"speed_{name}_{turn}", steps, 0)[1]
         folder = self.out / "runs" / f"speed_{name}_{turn}"
         labels = self.words_of("few" if self.quick else "all")
-        run_script(ARMS[arm].train, folder, steps, 0, [*labels, *self.warmup(arm, steps)])
+        run_script(ARMS[arm].train, folder, steps, 0, [*labels, *self.warmup(arm, steps), *self.batch])
         return sec_per_step(folder)
 
     def run(self, arm, labels, minutes, seed, speeds):
@@ -229,7 +232,7 @@ class Bench:
         steps = max(1, round((1 - share) * seconds / speeds[ARMS[arm].timed]))
         if self.quick:
             own, steps = min(own, QUICK_STEPS), QUICK_STEPS
-        more = [*self.words_of(labels), *self.warmup(arm, steps)]
+        more = [*self.words_of(labels), *self.warmup(arm, steps), *self.batch]
         threads = None if self.at_once == 1 else max(1, self.threads // self.at_once)
         if own:
             source, _ = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed, threads)
