@@ -128,7 +128,8 @@ def make_plan(
         log.info("lr=%.3g: optim.base_lr=%g x %d samples / 256", lr, optim.base_lr, loop.global_batch_size)
     if isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum:
         log.info(
-            "schedule.cycle_momentum: the momentum (beta1) goes from %g to %g and back; that of optim is not used",
+            "schedule.cycle_momentum: the momentum (beta1) goes from %g to %g and back; optim's own is that of a range "
+            "test only",
             schedule.momentum_high, schedule.momentum_low,
         )  # fmt: skip
     return Plan(

@@ -192,6 +192,11 @@ def test_warmup_steps(schedule, warmup, expected, why, said):
 def test_onecycle_has_no_warmup_beside_its_own(said):
     assert plan(epoch_length=100, schedule="onecycle").warmup_steps == 0
     assert not any("warm" in text for _, text in said)
+    told = "the momentum (beta1) goes from 0.95 to 0.85 and back; optim's own is that of a range test only"
+    assert ("INFO", f"schedule.cycle_momentum: {told}") in said
+    said.clear()
+    plan(epoch_length=100, schedule="onecycle", warmup={"cycle_momentum": False})
+    assert not any("momentum" in text for _, text in said)
 
 
 @pytest.mark.parametrize(
