@@ -78,7 +78,7 @@ class Evaluator:
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         self.recorder.add_report(step, report.tables, report.images)
-        self.recorder.plot(step, may_skip=True)
+        self.recorder.plot(step, may_skip=not self.has_stalled)  # the curves end where the run stops early
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""

@@ -75,8 +75,6 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
             recorder.plot(step)
         if evaluates:
             run.evaluator.evaluate(learner)
-        if run.is_complete and not last:  # stopped early: the curves end here
-            recorder.plot(step)
         last = run.is_complete
         if step == end or last:
             recorder.end_epoch(step, epoch, run.evaluator.last_report)

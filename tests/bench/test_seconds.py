@@ -1,5 +1,6 @@
 """What the accuracy benches count as seconds, what they conclude, and what they refuse; nothing is trained here."""
 
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -116,6 +117,6 @@ def test_a_crossing_is_where_fcmae_overtakes_the_best_start_from_scratch():
 def test_a_bench_refuses(bench, word, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"bench/{bench}.py", word])
     monkeypatch.setattr(commands, "run_command", lambda *_: pytest.fail("a command was run"))
-    module = __import__(f"bench.{bench}", fromlist=["main"])
+    module = importlib.import_module(f"bench.{bench}")
     with pytest.raises(SystemExit, match=rf"^{bench}: (?s:.*){said}"):
         module.main()
