@@ -10,9 +10,9 @@ python bench/when_to_pretrain.py [KEY=VALUE ...] [quick]          (on an idle ma
 Every arm gets the same seconds, pretraining included. Its steps follow from the seconds of a step, which are measured
 first, alone, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle
 machine. at_once leaves the steps as they are; another number of threads rounds differently.
-Start-up, evaluation and drawing are not counted, on any side. Each result is a row of results.jsonl; the same command
-goes on where it was stopped. It ends with a table, table.md and curves.png: means over the seeds, their spread, and a
-line where FCMAE overtakes the best start from scratch.
+Start-up, evaluation and drawing are not counted, on any side; start-up includes the fit of FCMAE's head, some seconds.
+Each result is a row of results.jsonl; the same command goes on where it was stopped. It ends with a table, table.md and
+curves.png: means over the seeds, their spread, and a line where FCMAE overtakes the best start from scratch.
 
 The validation split is a typeface that no arm has seen. What LightlyTrain pretrains is fine-tuned by finetune.py.
 """
@@ -149,7 +149,7 @@ class Bench:
     """All arms, label sets, budgets and seeds of one folder."""
 
     def __init__(self, values, quick):
-        self.quick, self.out = quick, ROOT / values["out"]
+        self.quick, self.out = quick, ROOT / values["out"] / ("quick" if quick else "")
         self.batch = QUICK_BATCH if quick else []
         self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
         self.minutes = [read_number("minutes", text, float) for text in values["minutes"].split(",")]

@@ -200,7 +200,10 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
 def _advise_on(missing: list[str], val: list[str]) -> str:
     """Say what to do about training classes that lack a validation image. val: the validation classes."""
     if not val:
-        return "add a val/ folder with images of every class, or set data.validation_fraction above 0"
+        return (
+            "add a val/ folder with images of every class, or, with two images or more of each class, set "
+            "data.validation_fraction above 0"
+        )
     them = "it" if len(missing) == 1 else "them"
     return (
         f"add images of {them} (each class needs one for training and one for validation), remove {them}, or set "

@@ -118,6 +118,10 @@ class AugmentConfig(Strict):
         for name, (low, high) in ranges.items():
             if low > high:
                 raise ValueError(f"augment.{name}: {low:g} to {high:g} does not rise; give the smaller number first")
+        return self
+
+    @model_validator(mode="after")
+    def _one_std_per_mean(self) -> "AugmentConfig":
         if len(self.mean) != len(self.std):
             raise ValueError(
                 f"augment.std: {len(self.std)} numbers beside {len(self.mean)} in augment.mean; give one per channel"

@@ -265,7 +265,7 @@ class TrainLoader(_Loader):
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
-        return self.reader.collection.row(sample_id).path
+        return self.reader.collection.view(sample_id).path
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step after step, from `start_step` on."""

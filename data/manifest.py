@@ -136,7 +136,10 @@ def _look_up(
         return entry
     if entry.is_symlink() and not _is_inside(target := os.path.realpath(entry.path), real):
         return f"is a link out of the collection, to {target!r}"
-    return entry if entry.is_file() else "is no file, or a link to nothing"
+    try:
+        return entry if entry.is_file() else "is no file, or a link to nothing"
+    except OSError as error:
+        return f"cannot be followed ({error.strerror})"
 
 
 def _list_inside(folder: Path, real: str) -> dict[str, os.DirEntry[str]] | str:

@@ -51,7 +51,7 @@ def write_manifest(
     """
     folder = check_root(root)
     _refuse_foreign(folder)
-    table = assign_validation(scan_folder(folder), validation_fraction)
+    table = scan_folder(folder)
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
     found = _inspect_all([str(folder / path) for path in paths], verify, max_pixels, progress)
@@ -60,6 +60,7 @@ def write_manifest(
     table = replace_column(
         table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32())
     )
+    table = assign_validation(table, validation_fraction)
     unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
     counts = [count_values(table[name]) for name in ("split", "label", "tags")]
     return ManifestReport(

@@ -121,11 +121,19 @@ def _walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
         for entry in list_folder(root / folder):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 stack.append((f"{folder}{entry.name}/", _extend_chain(entry, chain)))
             else:
                 files.append(entry)
         yield folder, files, {entry.name for entry in files}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one. Raises UserError where that cannot be found out."""
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link that leads to itself, or to where this user may not look
+        raise UserError(f"data.root: {entry.path!r} cannot be followed ({error.strerror}); remove the link") from error
 
 
 def _extend_chain(entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str, ...]:
@@ -149,6 +157,8 @@ def _read_image_entry(root: Path, place: Path, folder: str, entry: os.DirEntry[s
         status = entry.stat()
     except FileNotFoundError as error:
         raise UserError(f"data.root: {entry.path!r} is a link to nothing; remove it, or restore its target") from error
+    except OSError as error:
+        raise UserError(f"data.root: {entry.path!r} cannot be read ({error.strerror}); remove it") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"data.root: {entry.path!r} is neither a file nor a folder; remove it")
     return _Image(path, status.st_size, read_sidecars(root, place, entry.name, names))

@@ -78,7 +78,8 @@ def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ f
     Of a class of n images, round(fraction * n) go (halves up), at least 1 and at most n - 1: those whose paths have the
     lowest hashes. The image of a class of one stays in training, with a warning. An image without a label goes if its
     path's hash is in the lowest `fraction` of all hashes. So the choice in a class does not depend on other classes.
-    An added image moves at most one other image of its class, and none if it has no label.
+    An added image moves at most one other image of its class, and none if it has no label. Images of weight 0, which
+    nothing reads, stay in training and do not count.
 
     absent: what the log says of the missing split.
     Raises UserError (`data.validation_fraction`) unless 0 <= fraction < 1.
@@ -89,9 +90,11 @@ def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ f
         return table
     names = pc.unique(table["label"]).drop_null()
     class_ids = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
+    unread = pc.equal(table["weight"], 0.0).fill_null(False).to_numpy()
+    class_ids = np.where(unread, -1, class_ids)
     counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names))
-    chosen = _choose_validation(_hash_paths(table["path"]), class_ids, counts, fraction)
-    _log_validation(chosen, class_ids, counts, fraction, absent)
+    chosen = _choose_validation(_hash_paths(table["path"]), class_ids, counts, fraction) & ~unread
+    _log_validation(chosen[~unread], class_ids[~unread], counts, fraction, absent)
     if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
         log.warning(
             "data.root: %s with a single image, which stays in training, so validation lacks the class; add a second "

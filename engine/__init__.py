@@ -1,1 +1,1 @@
-"""The step, the loop, checkpoints and tasks. Imports utils and optim; engine/tasks also models and data/batch.py."""
+"""The step, the loop, checkpoints and tasks. Imports utils and optim; engine/tasks also models and data."""

@@ -172,7 +172,7 @@ def find_undamaged(folder: Path) -> Path | None:
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint, None where there is none at all.
 
-    Raises UserError where all checkpoints are damaged: the run never starts again from step 0 unasked.
+    Raises UserError where all checkpoints are damaged: the run never starts again unasked.
     """
     found = find_undamaged(folder)
     if found is None and (damaged := list_checkpoints(folder)):
@@ -184,8 +184,11 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def find_continuation(folder: Path, resume: str) -> Path | None:
-    """Return the newest undamaged checkpoint if it was made by a run that began with the same `resume=PATH`."""
-    found = find_undamaged(folder)
+    """Return the newest undamaged checkpoint if it was made by a run that began with the same `resume=PATH`.
+
+    Raises UserError where all checkpoints are damaged.
+    """
+    found = find_checkpoint(folder)
     if found is None:
         return None
     made_with = read_json(found / "state.json")["config"]["resume"]

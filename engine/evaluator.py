@@ -109,6 +109,7 @@ class Evaluator:
         """Write the exported networks as they are now where the report is better than `best`; returns the best now."""
         task, value = learner.task, report.scalars[learner.task.best_metric]
         if not math.isfinite(value):
+            log.warning("step %d: %s is %s, so these are not the best weights", learner.step, task.best_metric, value)
             return best
         if best.value is not None and (value >= best.value if task.best_is_lowest else value <= best.value):
             return best

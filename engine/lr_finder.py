@@ -97,11 +97,13 @@ def _copy_values(values: dict[str, Any]) -> dict[str, Any]:
 def range_test(run: Run, batches: Iterator[Sequence[Batch]], config: LRFinderConfig, steps: int) -> Curve | None:
     """Make at most `steps` updates at rising rates; returns the curve, None where a rank was asked to stop.
 
-    Call it inside `undone`. Groups that the run freezes at first (`optim.rules`) are trained: the rate is theirs, too.
+    Call it inside `undone`. Groups that the run freezes only at first (`optim.rules`) are trained: the rate is theirs,
+    too.
     """
     learner = run.learner
     for group in learner.optimizer.param_groups:
-        group["freeze_steps"] = 0
+        if group["freeze_steps"] < run.plan.total_steps:
+            group["freeze_steps"] = 0
     sweep = RangeSweep(learner.schedule, config, steps)
     learner.schedule = sweep
     rates: list[float] = []

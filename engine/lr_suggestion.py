@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 LEAST_POINTS = 20
-# A fall counts where it is this many standard deviations of the smoothed loss, and this share of the loss at first.
+# A rise counts from so many standard deviations of the smoothed loss on, a fall from `_fall_factor` and from this share
+# of the loss at first.
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
 _BEGUN = 0.1  # of the whole fall: then it has begun
@@ -84,7 +85,8 @@ def _find_problem(curve: Curve, smoothing: float) -> str | None:
         return f"the loss diverged after {count} updates; set a lower lr_finder.start_lr"
     lowest = _EDGE + int(smoothed[_EDGE:].argmin())
     first, low = float(np.median(losses[: _edge(count)])), float(smoothed[lowest])
-    if first - low >= max(_NOISE_FACTOR * _noise(losses, smoothing, lowest)[1], _LEAST_FALL * abs(first)):
+    fall_noise = _noise(losses, smoothing, lowest)[1]
+    if first - low >= max(_fall_factor(count, smoothing) * fall_noise, _LEAST_FALL * abs(first)):
         return None
     if curve.diverged:
         return (
@@ -110,6 +112,15 @@ def _noise(losses: Sequence[float], smoothing: float, place: int) -> tuple[float
     return smoothed, math.hypot(1.25 * one / math.sqrt(_edge(len(losses))), smoothed)
 
 
+def _fall_factor(count: int, smoothing: float) -> float:
+    """Return from how many standard deviations on a fall to the lowest of `count` smoothed losses is more than noise.
+
+    The least of n independent normal values is about sqrt(2 ln n) deviations below their mean.
+    """
+    independent = max(1.0, count * (1.0 - smoothing))
+    return max(_NOISE_FACTOR, 1.0 + math.sqrt(2.0 * math.log(independent)))
+
+
 def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     """Return where the loss begins to fall for good, and its lowest point before it becomes unstable.
 
@@ -118,12 +129,13 @@ def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     """
     smoothed, lowest = curve.smoothed, _EDGE
     first = float(np.median(smoothed[_EDGE : max(2 * _EDGE, len(smoothed) // 8)]))
+    factor = _fall_factor(len(smoothed), smoothing)
     for place in range(_EDGE, len(smoothed)):
         if smoothed[place] < smoothed[lowest]:
             lowest = place
         noise, fall_noise = _noise(curve.losses, smoothing, lowest)
         fall, rise = first - smoothed[lowest], smoothed[place] - smoothed[lowest]
-        has_fallen = fall > max(_LEAST_FALL * abs(first), _NOISE_FACTOR * fall_noise)
+        has_fallen = fall > max(_LEAST_FALL * abs(first), factor * fall_noise)
         if has_fallen and rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise):
             break
     fall = first - smoothed[lowest]

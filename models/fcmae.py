@@ -60,7 +60,7 @@ def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -
 
 
 def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px: int) -> None:
-    """Raise ValueError unless patches are whole encoder sites and the image is whole patches."""
+    """Raise UserError unless patches are whole encoder sites and the image is whole patches."""
     if patch_px < 1 or patch_px % total_stride != 0:
         raise UserError(
             f"task.patch_px: {patch_px} is not a multiple of the encoder's total stride {total_stride}; "

@@ -6,11 +6,11 @@ Both kinds of file carry names and preprocessing in their metadata, so nothing e
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from models.image_model import OUTPUT_NAMES, ImageModel, Output
@@ -34,6 +34,14 @@ class _Preprocessing(BaseModel):
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
     channels: Literal[1, 3]
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"{len(self.mean)} numbers in mean and {len(self.std)} in std, for {self.channels} channels"
+            )
+        return self
 
 
 class _Metadata(BaseModel):

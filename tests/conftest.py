@@ -1,5 +1,6 @@
 """Every test process runs with one thread: on two cores, two processes with default threads slow each other tenfold."""
 
+import logging
 import os
 import time
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import draw_nothing, make_collection
+from utils.record.logging import ROOT
 
 torch.set_num_threads(1)
 STARTED = time.monotonic()
@@ -19,6 +21,24 @@ STARTED = time.monotonic()
 def collection(tmp_path_factory):
     """Return a collection of 54 training and 15 validation images in three class folders, with tags."""
     return make_collection(tmp_path_factory.mktemp("collection") / "images")
+
+
+@pytest.fixture
+def log(caplog):
+    """Return caplog with what our loggers say from level INFO on, whatever other tests did to logging."""
+    ours = logging.getLogger(ROOT)
+    loggers = [ours, *(logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(ROOT))]
+    before = [(logger, logger.level, logger.propagate, logger.disabled) for logger in loggers]
+    for logger in loggers:
+        logger.disabled = False
+    ours.propagate = False  # else a message comes twice
+    ours.setLevel(logging.INFO)
+    ours.addHandler(caplog.handler)
+    yield caplog
+    ours.removeHandler(caplog.handler)
+    for logger, level, propagate, disabled in before:
+        logger.setLevel(level)
+        logger.propagate, logger.disabled = propagate, disabled
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ CLASSES = {
     ),
     "val": (
         "data.root: 3 classes ('A', 'B', 'C') of 'images' without a validation image; add a val/ folder with images of "
-        "every class, or set data.validation_fraction above 0"
+        "every class, or, with two images or more of each class, set data.validation_fraction above 0"
     ),
 }
 
@@ -269,6 +269,10 @@ WRONG = {
     ),
     "augment.mean=[0.5] augment.std=[0.5]": (
         "augment.mean: 1 numbers for a network of 3 input channels (model.in_channels); give one per channel"
+    ),
+    "model=timm model.name=resnet18 loop.global_batch_size=13 loop.batch_size=8": (
+        "loop.batch_size: 8 makes micro-batches of one sample of loop.global_batch_size=13, and the network has batch "
+        "norm, which needs two or more; set both to multiples of 8, say"
     ),
     "model=timm model.name=resnt18": "model.name: unknown timm model 'resnt18'; close names: resnet18, ",
     "model=timm model.name=hf-hub:x/y": "model.name: unknown timm model 'hf-hub:x/y'; ",

@@ -38,10 +38,10 @@ def lost_worker(error: Exception) -> str | None:
     )
 
 
-def close_names(name: str, known: Iterable[str], most: int = 3) -> str:
+def close_names(name: str, known: Iterable[str]) -> str:
     """Return `close: a, b` for the nearest known names, or all of them (the first of many) where none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return "close: " + ", ".join(near)
     more = f", ... ({len(known)} in all)" if len(known) > _SHOWN else ""

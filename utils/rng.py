@@ -139,9 +139,9 @@ def normal(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Ten
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].reshape(len(keys), *shape)
 
 
-def generator_for(key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator seeded with a key, for code that takes one."""
-    return torch.Generator(device).manual_seed(key)
+def generator_for(key: int) -> torch.Generator:
+    """Return a CPU generator seeded with a key, for code that takes one."""
+    return torch.Generator().manual_seed(key)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ number of iterations to set. One decomposition gives the leave-one-out predictio
 penalty.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -111,8 +111,8 @@ class Ridge(NamedTuple):
     left_out: Tensor
 
 
-def fit_ridges(features: Tensor, targets: Tensor, penalties: Sequence[float] = PENALTIES) -> Iterator[Ridge]:
-    """Yield the ridge regression of one-hot targets [N, K] on centred features [N, C] for each penalty, times N.
+def fit_ridges(features: Tensor, targets: Tensor) -> Iterator[Ridge]:
+    """Yield the ridge regression of one-hot targets [N, K] on centred features [N, C] for each of PENALTIES, times N.
 
     The bias has no penalty.
     Source: Golub, Heath, Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
@@ -121,7 +121,7 @@ def fit_ridges(features: Tensor, targets: Tensor, penalties: Sequence[float] = P
     count, bias = len(features), targets.mean(dim=0)
     left, singular, right = torch.linalg.svd(features, full_matrices=False)
     projected = left.T @ (targets - bias)
-    for penalty in penalties:
+    for penalty in PENALTIES:
         shrink = singular.square() / (singular.square() + penalty * count)
         # The weight of a sample in its own prediction, at most 1.
         leverage = left.square() @ shrink + 1 / count

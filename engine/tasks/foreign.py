@@ -3,7 +3,6 @@
 This is how a released file is measured (evaluate.py) and converted (export.py) without a run.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +25,7 @@ from models.weights.initialise import convert
 from models.weights.origin import find_origin
 from models.weights.timm_hub import load_timm
 from utils.errors import UserError
+from utils.io.untrusted.folder_config import read_config_beside
 from utils.io.weights import find_weights, read_weights, refuse_average
 from utils.record.logging import get_logger
 
@@ -225,13 +225,11 @@ def _count_classes(network: nn.Module, state: Mapping[str, Tensor]) -> int:
 
 def names_beside(path: Path) -> list[str]:
     """Return the class names that a folder's config.json states (timm's and transformers'), or none."""
-    file = path.parent / "config.json"
-    if path.name not in ("model.safetensors", "pytorch_model.bin") or not file.is_file():
-        return []
+    stated = read_config_beside(path)
+    labels = stated.get("id2label") or {}
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-        labels = stated.get("id2label") or {}
         names = stated.get("label_names") or [labels[str(index)] for index in range(len(labels))]
         return [str(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError) as error:
+        log.warning("the class names in config.json beside %s are passed over: %r", path, error)
         return []

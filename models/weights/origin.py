@@ -3,10 +3,10 @@
 An origin is JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from utils.io.untrusted.folder_config import read_config_beside
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -41,11 +41,6 @@ def find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, 
 
 def _stated_beside(path: Path) -> Any:
     """Return the licence that a folder's config.json states, as timm writes it; None where there is none."""
-    file = path.parent / "config.json"
-    if path.name not in ("model.safetensors", "pytorch_model.bin") or not file.is_file():
-        return None
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-        return stated.get("license") or stated["pretrained_cfg"]["license"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+    stated = read_config_beside(path)
+    pretrained = stated.get("pretrained_cfg")
+    return stated.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)

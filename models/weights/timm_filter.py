@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models.weights.fit import optional_prefixes
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -24,7 +27,8 @@ def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[
     try:
         with sources:
             converted = dict(convert(dict(own), network))
-    except Exception:  # timm's converters raise errors of many kinds for names that they do not expect
+    except Exception as error:  # timm's converters raise errors of many kinds for names that they do not expect
+        log.info("timm's converter failed, so the names stay as they are: %s: %s", type(error).__name__, error)
         return own, []
     used = set().union(*(sources.of(tensor) for tensor in converted.values()))
     return converted, [name for name in own if name not in used and name not in converted]

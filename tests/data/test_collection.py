@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import pickle
 
@@ -17,7 +16,7 @@ import data.table
 from data.collection import Row, check_classes, index_collection, open_collection
 from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
-from data.table import SCHEMA, assign_validation, build_table, hash_table
+from data.table import SCHEMA, assign_validation, build_table, hash_table, replace_column
 from utils.errors import UserError
 
 
@@ -69,13 +68,9 @@ def refuse(cache):
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
+def said(log):
     """What the log says so far."""
-    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
-    for name in ("scan", "table", "collection"):
-        monkeypatch.setattr(logging.getLogger(f"atelier.data.{name}"), "disabled", False)
-    caplog.set_level(logging.INFO, logger="atelier")
-    return lambda: list(caplog.messages)
+    return lambda: list(log.messages)
 
 
 def columns(collection, *names):
@@ -247,6 +242,9 @@ def test_bad_links_and_names_are_refused(refuse, root):
     (root / "cat" / "b.png").symlink_to(root / "nowhere.png")
     refuse(root, f"{str(root / 'cat' / 'b.png')!r} is a link to nothing; remove it, or restore its target")
     (root / "cat" / "b.png").unlink()
+    (root / "cat" / "b.png").symlink_to("b.png")
+    refuse(root, f"{str(root / 'cat' / 'b.png')!r} cannot be followed (Too many levels of symbolic links); remove the")
+    (root / "cat" / "b.png").unlink()
     os.mkfifo(root / "cat" / "b.png")
     refuse(root, "is neither a file nor a folder")
     (root / "cat" / "b.png").unlink()
@@ -343,6 +341,25 @@ def test_the_same_fraction_gives_the_same_index_and_a_given_split_stays(load, ro
     single = "data.root: 2 classes ('a', 'b') with a single image, which stays in training, so validation lacks the"
     assert said()[5].startswith("no row of manifest.jsonl is in split val: split off 0 of 2 images")
     assert said()[6].startswith(single)
+
+
+def test_images_that_nothing_reads_are_not_split_off(said):
+    """Else the only validation image of a class may be one of weight 0."""
+    table = labelled({"x": 10}, 30)
+    first = lowest(table["path"].to_pylist()[30:])[0]
+    weights = [0.0 if path == first or path < "0020" else 1.0 for path in table["path"].to_pylist()]
+    split = assign_validation(replace_column(table, "weight", pa.array(weights, pa.float32())), 0.1)
+    assert {path for path in chosen(split) if "/" in path} == {lowest(table["path"].to_pylist()[30:])[1]}
+    assert not any(path < "0020" for path in chosen(split))
+    assert " of 19 images (fraction 0.1), stratified over 1 class, those without" in said()[0]
+
+
+def test_a_manifest_is_split_after_its_images_are_read(load, root):
+    put(root, *(f"x/{number}.png" for number in range(5)))
+    (root / lowest([f"x/{number}.png" for number in range(5)])[0]).write_bytes(b"")
+    write_manifest(str(root), validation_fraction=0.2, verify=True)
+    collection = load(root)
+    assert len(collection.rows("val")) == 1 and collection.weights()[collection.rows("val")].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
@@ -660,7 +677,7 @@ def test_several_misspelt_classes_are_counted(load, root):
 
 def test_without_any_validation_image_the_fraction_is_named(load, root):
     with pytest.raises(
-        UserError, match=r"2 classes .* add a val/ folder .*, or set data\.validation_fraction above 0$"
+        UserError, match=r"2 classes .* add a val/ folder .*, or, with two .*, set data\.validation_fraction above 0$"
     ):
         check_classes(classes(load, root, "ab", ""), allow_missing=False)
 
@@ -761,6 +778,7 @@ def test_a_root_that_cannot_be_written_uses_the_cache(load, root, cache, monkeyp
         ({"path": "out.png"}, "line 2: path 'out.png' is a link out of the collection, to "),
         ({"path": "away/b.png"}, "line 2: path 'away/b.png' lies in a link out of the collection, to "),
         ({"path": "dangling.png"}, "line 2: path 'dangling.png' is no file, or a link to nothing"),
+        ({"path": "itself.png"}, "line 2: path 'itself.png' cannot be followed (Too many levels of symbolic links)"),
     ],
 )
 def test_jsonl_manifests_are_refused_by_line(refuse, root, tmp_path, row, message):
@@ -769,6 +787,7 @@ def test_jsonl_manifests_are_refused_by_line(refuse, root, tmp_path, row, messag
     (root / "out.png").symlink_to(tmp_path / "elsewhere" / "b.png")
     (root / "away").symlink_to(tmp_path / "elsewhere")
     (root / "dangling.png").symlink_to(root / "nowhere.png")
+    (root / "itself.png").symlink_to("itself.png")
     refuse(jsonl(root, [{"path": "a.png"}, row]), message)
     assert not list(root.glob("*.arrow"))
 

@@ -492,17 +492,15 @@ def test_rows_wait_for_their_folder(tmp_path):
     assert listed(tmp_path / "run/unreadable.jsonl") == [{"path": "a.png", "reason": "empty"}]
 
 
-def test_a_full_disk_ends_nothing_and_rows_wait_for_space(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("atelier.utils.files"), "disabled", False)
-    log = UnreadableLog(tmp_path / "unreadable.jsonl")
+def test_a_full_disk_ends_nothing_and_rows_wait_for_space(tmp_path, log):
+    unreadable = UnreadableLog(tmp_path / "unreadable.jsonl")
     (tmp_path / "unreadable.jsonl").symlink_to("/dev/full")
     for path in ("a.png", "b.png"):
-        log.add([(path, "empty")])
-    assert caplog.text.count("cannot be written (No space left on device)") == 1
+        unreadable.add([(path, "empty")])
+    assert log.text.count("cannot be written (No space left on device)") == 1
     with open(tmp_path / "space.jsonl", "wb") as space:
-        os.dup2(space.fileno(), log._stream._file.fileno())
-    log.add([])
+        os.dup2(space.fileno(), unreadable._stream._file.fileno())
+    unreadable.add([])
     assert [row["path"] for row in listed(tmp_path / "space.jsonl")] == ["a.png", "b.png"]
 
 

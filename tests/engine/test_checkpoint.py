@@ -1,7 +1,6 @@
 """Checkpoints: round trips, what damage is noticed, retention, and refusals."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -26,16 +25,6 @@ from optim.state import check_optimizer_state, load_optimizer_state, optimizer_s
 from utils.config.entry_point import CONF
 from utils.errors import UserError
 from utils.io.files import sha256_file, sha256_text
-from utils.record.logging import ROOT
-
-
-@pytest.fixture
-def log(caplog):
-    """Let pytest see our logger's messages."""
-    logger = logging.getLogger(ROOT)
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def make(folder, step, value=1.0):
@@ -230,6 +219,14 @@ def test_a_continuation_is_the_newest_and_of_the_same_command(tmp_path, log):
     assert "step_00000030 is damaged" in log.text
     saved(40, "auto")
     assert find_continuation(tmp_path, "run/step_00000010") is None
+
+
+def test_a_command_whose_own_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
+    saved = save_checkpoint(tmp_path, 20, {"task": {"n": torch.tensor(20)}}, {"config": {"resume": "run/step_10"}})
+    flip_a_bit(saved / "task.safetensors")
+    with pytest.raises(UserError, match="resume: all 1 checkpoints in .* are damaged"):
+        find_continuation(tmp_path, "run/step_10")
+    assert saved.is_dir()
 
 
 def test_the_same_step_is_written_again(tmp_path):

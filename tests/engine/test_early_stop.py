@@ -1,9 +1,12 @@
 """Early stopping: when an evaluation is too long after the best one, the run is complete, and stays so."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from engine.evaluator import Best, Evaluator
 from engine.plan import Plan
+from engine.task import Report
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 
@@ -24,6 +27,14 @@ PLAN = Plan(1, 10, 10, 1, 100, 1000, 0, 0.1)  # 10 steps an epoch
 def test_when_it_stalls(patience, best, newest, stalled):
     evaluator = Evaluator(None, PLAN, 1.0, patience, None, None, best=Best(0.5, best), last_step=newest)
     assert evaluator.has_stalled == stalled
+
+
+def test_a_value_that_is_no_number_is_never_the_best(log):
+    learner = SimpleNamespace(task=SimpleNamespace(best_metric="top1"), step=20)
+    evaluator = Evaluator(None, PLAN, 1.0, None, None, None, best=Best(0.5, 10))
+    report = Report({"top1": float("nan")})
+    assert evaluator._keep_best(learner, report, evaluator.best, averaged=False) is evaluator.best
+    assert "step 20: top1 is nan, so these are not the best weights" in log.text
 
 
 def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):

@@ -68,6 +68,21 @@ def test_a_file_that_numbers_its_classes_takes_the_collections_names(names, tmp_
     assert open_as(tmp_path / "converted/model.safetensors", ["cat", "dog"]).task.class_names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{broken", "config.json is passed over (Expecting property name"),
+        ("[1]", "config.json is passed over (no JSON object); class names and licence in it are not known"),
+        ('{"id2label": {"5": "cat"}}', "are passed over: KeyError('0')"),
+    ],
+)
+def test_a_damaged_config_beside_the_weights_is_said(text, message, tmp_path, log):
+    _, folder = save_turned(tmp_path, ["a", "b"])
+    (folder / "config.json").write_text(text)
+    assert open_as(folder / "model.safetensors", ["cat", "dog"]).task.class_names == ["cat", "dog"]
+    assert message in log.text
+
+
 def test_names_that_are_not_as_many_as_the_classes_are_refused(tmp_path):
     own, _ = save_turned(tmp_path, ["a", "b"])
     tensors, metadata = read_weights(own, "weights")

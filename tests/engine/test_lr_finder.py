@@ -57,7 +57,10 @@ def test_the_sweep_keeps_the_ratios_of_groups():
 
 def make_run(learner, *, must_stop=False):
     """What a range test reads of a run."""
-    return SimpleNamespace(learner=learner, must_stop=must_stop, recorder=SimpleNamespace(phase=lambda *_: None))
+    return SimpleNamespace(
+        learner=learner, must_stop=must_stop, recorder=SimpleNamespace(phase=lambda *_: None),
+        plan=SimpleNamespace(total_steps=1000),
+    )  # fmt: skip
 
 
 def in_fp16(learner):
@@ -106,17 +109,19 @@ def test_a_corrected_decay_follows_the_rate_of_the_sweep():
     assert {group["max_lr_snapshot"] for group in groups} == {0.5}
 
 
-def test_what_the_run_freezes_at_first_takes_part():
-    """Its rate is the one that is found, after it thaws."""
-    learner = make_learner("optim=sgd", 'optim.rules=[{match: "network.*", freeze_steps: 100}]')
+@pytest.mark.parametrize(("freeze_steps", "is_swept"), [(100, True), (1000, False)])
+def test_what_the_run_freezes_at_first_takes_part(freeze_steps, is_swept):
+    """Its rate is the one that is found, after it thaws. What the run of 1000 steps never trains stays frozen."""
+    learner = make_learner("optim=sgd", f'optim.rules=[{{match: "network.stages.*", freeze_steps: {freeze_steps}}}]')
     frozen = [group["freeze_steps"] for group in learner.optimizer.param_groups]
     before = tensors_of(learner)
     with undone(learner):
         range_test(make_run(learner), itertools.repeat([make_batch()]), finder(), 5)
         swept = tensors_of(learner)
-    assert 100 in frozen and [group["freeze_steps"] for group in learner.optimizer.param_groups] == frozen
-    stem = "weights/downsample_layers.0.0.weight"
-    assert not torch.equal(swept[stem], before[stem])
+    assert freeze_steps in frozen and [group["freeze_steps"] for group in learner.optimizer.param_groups] == frozen
+    changed = {name for name in before if name.startswith("weights/") and not torch.equal(swept[name], before[name])}
+    assert any(name.startswith("weights/stages.") for name in changed) == is_swept
+    assert "weights/downsample_layers.0.0.weight" in changed
 
 
 def test_it_ends_where_the_loss_diverges():

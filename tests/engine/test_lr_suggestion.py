@@ -85,11 +85,13 @@ def test_noise_is_not_taken_for_an_instability(steps, smoothing, noise):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
 def test_a_flat_curve_has_no_answer_however_it_is_smoothed(smoothing):
-    """Without smoothing, too, the noise is seen."""
-    for seed in range(2, 7):
+    """Without smoothing, too, the noise is seen; one curve in a hundred may be taken for a fall."""
+    answers = []
+    for seed in range(100):
         drawn = 2.0 + 0.3 * torch.randn(81, generator=generator_for(seed), dtype=torch.float64)
         curve = Curve(RATES, drawn.tolist(), smooth(drawn.tolist(), smoothing), False)
-        assert suggest(curve, "auto", smoothing).taken is None
+        answers.append(suggest(curve, "auto", smoothing).taken)
+    assert sum(taken is not None for taken in answers) <= 1
 
 
 NO_ANSWER = {

@@ -156,6 +156,15 @@ def test_auto_epochs_follow_from_the_size_of_the_collection(length, epochs, said
     assert any(text.startswith(f"loop.total_epochs=auto: {epochs} epochs; at least 12") for _, text in said)
 
 
+@pytest.mark.parametrize("size, micro", [(131, 1), (94, 47), (128, 64), (62, 62)])
+def test_a_batch_without_a_divisor_near_the_cap_is_said(size, micro, said):
+    found = plan(epoch_length=1000, total_epochs=1.0, global_batch_size=size, batch_size=64)
+    assert found.micro_batch_size == micro
+    warnings = [message for level, message in said if level == "WARNING"]
+    assert len(warnings) == (micro == 1)
+    assert not warnings or "131 has no divisor near loop.batch_size=64, so an update takes 131 micro-ba" in warnings[0]
+
+
 def test_total_steps_win_over_total_epochs_and_say_so(said):
     found = plan(epoch_length=100, total_epochs=3.0, total_steps=7, global_batch_size=10)
     assert found.total_steps == 7

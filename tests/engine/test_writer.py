@@ -2,7 +2,6 @@
 time, what the disk refuses is raised or retried, rows that it refuses come later and in order.
 """
 
-import logging
 import threading
 import time
 from pathlib import Path
@@ -15,21 +14,6 @@ from engine.writer import CheckpointWriter, HostCopies
 from tests.engine.test_checkpoint import flip_a_bit, make
 from utils.errors import UserError, lost_worker
 from utils.io.files import AppendFile, ignore_write_errors
-from utils.record.logging import ROOT
-
-
-@pytest.fixture
-def log(caplog):
-    """Let pytest see our logger's messages."""
-    logger = logging.getLogger(ROOT)
-    level, propagate = logger.level, logger.propagate
-    logger.propagate = False  # else a message comes twice
-    logger.setLevel(logging.INFO)
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-    logger.setLevel(level)
-    logger.propagate = propagate
 
 
 def groups(value):

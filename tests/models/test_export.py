@@ -197,6 +197,10 @@ METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PRE
             json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.0] * 3}}),
             "has wrong metadata (preprocessing.std.0: Input should be greater than 0)",
         ),
+        (
+            json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.5]}}),
+            "has wrong metadata (preprocessing: Value error, 3 numbers in mean and 1 in std, for 3 channels)",
+        ),
         (json.dumps(METADATA), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; a file that"),
     ],
 )

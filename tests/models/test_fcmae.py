@@ -34,7 +34,7 @@ def draw_masks(batch, fcmae, ratio=0.6, seed=0):
     return torch.stack([draw_mask(generator, fcmae.num_patches, ratio) for _ in range(batch)])
 
 
-def mask_pixels(mask, fcmae, size):
+def mask_pixels(mask, fcmae):
     """The mask as pixels, bool [B, 1, H, W]."""
     grid = mask.reshape(-1, 1, *fcmae.grid_hw)
     return grid.repeat_interleave(fcmae.patch_px, 2).repeat_interleave(fcmae.patch_px, 3)
@@ -205,7 +205,7 @@ def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_st
     torch.manual_seed(0)
     fcmae = randomise(build(patch_px=16, execution=execution, encoder={"stem_stride": stem_stride}))
     images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
-    removed = mask_pixels(mask, fcmae, (32, 48))
+    removed = mask_pixels(mask, fcmae)
     outcomes = []
     for hidden in (None, float("nan"), -float("inf"), 1e20):
         content = images if hidden is None else torch.where(removed, hidden, images)
@@ -223,7 +223,7 @@ def test_visible_pixels_do_not_reach_the_loss():
     torch.manual_seed(0)
     fcmae = build()
     images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
-    removed = mask_pixels(mask, fcmae, (32, 48))
+    removed = mask_pixels(mask, fcmae)
     pred = torch.randn(2, fcmae.num_removed, 192)
     losses = [
         fcmae.loss_per_sample(torch.where(removed, images, hidden), pred, mask)
@@ -295,7 +295,7 @@ def test_the_perfect_prediction_paints_the_image(norm_pix_loss):
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     target = target[mask].view(2, fcmae.num_removed, -1)
     masked, painted = fcmae.reconstruct(images, target, mask)
-    removed = mask_pixels(mask, fcmae, (32, 48)).expand_as(images)
+    removed = mask_pixels(mask, fcmae).expand_as(images)
     torch.testing.assert_close(painted, images)
     assert torch.equal(painted[~removed], images[~removed])
     assert (masked[removed] == 0).all() and torch.equal(masked[~removed], images[~removed])

@@ -160,7 +160,7 @@ def _write_head(figure: plt.Figure, axis: plt.Axes, title: str, run_name: str) -
     short = run_name if len(run_name) <= _NAME_LENGTH else f"{run_name[: _NAME_LENGTH - 1]}…"
     axis.annotate(
         short, (1, 0.5), (9, -1), xycoords=head, textcoords="offset points", va="center", fontsize=9.5, color=_GREY,
-        annotation_clip=False,
+        annotation_clip=False, parse_math=False,
     )  # fmt: skip
     count = sum(not line.get_label().startswith("_") for line in axis.lines)
     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=count, borderaxespad=0.3, **_LEGEND)

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,9 +46,13 @@ class GrowingRows(Rows):
 
     def read(self) -> bool:
         """Take the rows that were added; returns whether there are any. Raises UserError (`run_dir`) for a bad line."""
-        with suppress(FileNotFoundError):
+        try:
             if self._file is None or not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
                 self._reopen()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"run_dir: {self._path} cannot be read ({error.strerror}); ask for that right") from None
         if self._file is None:
             return False
         *lines, self._part = (self._part + self._file.read()).split(b"\n")
@@ -127,7 +130,8 @@ def _draw_from_outside(folder: Path) -> None:
     log.info("drawing %s until the run is complete; Ctrl-C ends it", folder / "plots" / "*_live.png")
     rows = GrowingRows(folder / "metrics.jsonl")
     follow(folder, rows, wait, until_complete=True)
-    log.info("drawn up to step %d", rows.rows[-1]["step"])
+    if rows.rows:  # a run that began again may have none
+        log.info("drawn up to step %d", rows.rows[-1]["step"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

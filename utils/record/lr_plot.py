@@ -39,7 +39,7 @@ def plot_range_test(
     axis.xaxis.set_minor_formatter("{x:g}" if rates[-1] < 30 * rates[0] else "")
     axis.set_xlabel("learning rate", color=INK)
     axis.set_ylabel("training loss", color=INK)
-    axis.set_title(title, loc="left", fontsize=11, color=INK)
+    axis.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
     style_axes(axis)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9.5)
     figure.tight_layout()

@@ -19,12 +19,13 @@ _FRAME: Color = (206, 212, 218)
 _RIGHT: Color = (8, 81, 156)
 _WRONG: Color = (190, 24, 29)
 _MARGIN, _TITLE_PX, _CAPTION_PX, _NOTE_PX = 24, 22, 18, 16
+_ROW_TILE_PX, _GRID_TILE_PX, _GRID_COLUMNS = 96, 112, 8
 _CORNER = "true ↓  predicted →"
 
 
-def image_rows(rows: Sequence[np.ndarray], labels: Sequence[str], tile_px: int = 96) -> np.ndarray:
+def image_rows(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     """Lay out rows of images, each [N, H, W, C] with one N, H, W, with a label before each row."""
-    tiles = [[_to_tile(image, tile_px) for image in row] for row in rows]
+    tiles = [[_to_tile(image, _ROW_TILE_PX) for image in row] for row in rows]
     width, height = tiles[0][0].size
     left, gap = _MARGIN + max(text_width(label, _NOTE_PX) for label in labels) + 16, 6
     size = (
@@ -55,24 +56,24 @@ class Prediction:
         return self.true == self.predicted
 
 
-def prediction_grid(predictions: Sequence[Prediction], title: str, columns: int = 8, tile_px: int = 112) -> np.ndarray:
+def prediction_grid(predictions: Sequence[Prediction], title: str) -> np.ndarray:
     """Draw images with `true → predicted (probability)` under each, in blue where right and in red where wrong.
 
     Names that one line does not hold take two; longer ones are cut.
     """
-    tiles = [_to_tile(item.image, tile_px) for item in predictions]
+    tiles = [_to_tile(item.image, _GRID_TILE_PX) for item in predictions]
     lines = [_caption(item, split=False) for item in predictions]
-    widest, most = max([text_width(line, _CAPTION_PX) for (line,) in lines], default=0), round(1.8 * tile_px)
+    widest, most = max([text_width(line, _CAPTION_PX) for (line,) in lines], default=0), round(1.8 * _GRID_TILE_PX)
     if widest > most:
         lines = [_caption(item, split=True, most=most) for item in predictions]
         widest = max(text_width(line, _CAPTION_PX) for pair in lines for line in pair)
     cell = max([tile.width for tile in tiles] + [min(widest, most)]) + 16
     text_height = max(map(len, lines), default=0) * 24
     row = max([tile.height for tile in tiles], default=0) + text_height + 20
-    count = -(-len(tiles) // columns)
-    page, top = _titled_page(title, min(columns, len(tiles)) * cell, count * row)
+    count = -(-len(tiles) // _GRID_COLUMNS)
+    page, top = _titled_page(title, min(_GRID_COLUMNS, len(tiles)) * cell, count * row)
     for place, (item, tile, caption) in enumerate(zip(predictions, tiles, lines)):
-        centre, y = _MARGIN + place % columns * cell + cell // 2, top + place // columns * row
+        centre, y = _MARGIN + place % _GRID_COLUMNS * cell + cell // 2, top + place // _GRID_COLUMNS * row
         _paste_framed(page, tile, centre - tile.width // 2, y)
         for number, line in enumerate(caption):
             color = _RIGHT if item.is_right else _WRONG

@@ -154,7 +154,7 @@ def plot_curves(metrics: Rows, path: Path, title: str) -> None:
         wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=0.95 / (_PANEL_INCHES[1] - 0.95),
     )  # fmt: skip
     last_step = max(row["step"] for row in metrics.rows)
-    figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, va="center")
+    figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, va="center", parse_math=False)
     for axis, name in zip(axes.flat, names):
         steps, values = metrics.series(name, "train")
         if name in _SCHEDULED:

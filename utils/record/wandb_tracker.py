@@ -43,7 +43,7 @@ class WandbTracker:
 
     def __init__(self, options: WandbTrackingConfig, mode: str, info: RunInfo, say: Say) -> None:
         wandb = import_wandb()
-        self._wandb, self._options, self._info, self._say = wandb, options, info, say
+        self._wandb, self._info, self._say = wandb, info, say
         self.id = info.id or run_id(info.folder)
         self._marker = info.folder / "wandb" / "logged_step.txt"
         with _hidden_secrets():

@@ -23,7 +23,7 @@ from utils.record.live_process import LivePlots
 from utils.record.metrics_log import MetricsLog, Rows
 from utils.record.run_config import mark_complete
 
-ACCURACY, LOSS, LR, MOMENTUM = PANELS
+ACCURACY, LOSS, LR, _ = PANELS
 FILES = [panel.file for panel in PANELS]
 TOP1 = [0.1, 0.5, 0.7, 0.6]  # best at the third evaluation
 
@@ -85,7 +85,7 @@ def figures():
     ids=["all", "no momentum", "one row", "an evaluation alone", "an epoch before the first log"],
 )
 def test_a_picture_for_each_figure_that_the_run_has(made, files, tmp_path):
-    assert [path.name for path in draw_live_plots(Rows(made), tmp_path, "run")] == files
+    assert [path.name for path in draw_live_plots(Rows(made), tmp_path, "$MODEL_$SEED")] == files  # no mathematics
     for file in files:
         with Image.open(tmp_path / file) as image:
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
@@ -277,6 +277,16 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch, caps
     monkeypatch.setattr("utils.record.live_plot.os.access", lambda path, mode: False)
     assert main([str(folder)]) == 2
     assert f"live_plot: run_dir: {folder / 'plots'} may not be written by this user" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_file_that_may_not_be_read_is_named(name, tmp_path, monkeypatch, capsys):
+    folder = make_run(tmp_path / "run", make_rows())
+    (folder / name).unlink()
+    (folder / name).mkdir()  # root may read every file, but no folder as one
+    assert main([str(folder)]) == 2
+    message = "is not a run folder" if name == "config.json" else "cannot be read (Is a directory)"
+    assert message in capsys.readouterr().err
 
 
 def run_module(folder, **more):

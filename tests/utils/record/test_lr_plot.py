@@ -17,7 +17,7 @@ def draw(monkeypatch, tmp_path):
     monkeypatch.setattr(lr_plot, "save_figure", lambda figure, path: kept.append(figure))
 
     def draw(losses, suggestions, taken):
-        lr_plot.plot_range_test(RATES, (losses, losses), suggestions, taken, "run", tmp_path / "plot.png")
+        lr_plot.plot_range_test(RATES, (losses, losses), suggestions, taken, "$MODEL_$SEED", tmp_path / "plot.png")
         return kept[-1].axes[0]
 
     yield draw
@@ -34,6 +34,7 @@ def test_every_suggestion_is_marked_at_its_rate_and_one_is_taken(draw):
     assert [line.get_linestyle() for line in upright.values()] == ["-", "--", "--"]
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
     assert legend == ["loss", "smoothed", *upright]
+    axis.figure.canvas.draw()  # the title is no mathematics
 
 
 def test_of_two_methods_with_one_rate_one_is_taken(draw):

@@ -66,7 +66,7 @@ def fill(folder, rows, evaluations, ema):
 
 @pytest.mark.parametrize("rows, evaluations, ema", [(1, 0, False), (0, 1, False), (3, 1, True), (4000, 40, True)])
 def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
-    plot_curves(fill(tmp_path, rows, evaluations, ema), tmp_path / "curves.png", "run")
+    plot_curves(fill(tmp_path, rows, evaluations, ema), tmp_path / "curves.png", "$MODEL_$SEED")  # no mathematics
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 500 and len(np.unique(np.asarray(image.convert("L")))) > 20
 
