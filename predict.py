@@ -123,7 +123,7 @@ def main(config: PredictConfig, job: Job) -> str:
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"output: {output} ends in {output.suffix!r}; name a .jsonl or .csv file")
     weights = find_weights(config.weights, "best", "weights")
-    device = choose_device(config.device)
+    device = choose_device(config.device, "device")
     predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
     if output.suffix == ".csv" and predictor.output not in _COLUMNS:
         raise UserError(f"output: {weights} outputs {predictor.output}, which CSV does not hold; name a .jsonl file")

@@ -56,6 +56,7 @@ import yaml
 from bench.commands import ROOT, last_top1, log_of, read_number, run_command, step_windows
 from data.idx import FILES, encode_idx
 from utils.ranks.processes import count_cores
+from utils.text_table import align_columns
 
 USAGE = "python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]"
 CLASS_NAMES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot"
@@ -289,8 +290,7 @@ def table(found):
         seconds = statistics.mean(note["seconds"])
         steps = " + ".join(f"{statistics.mean(column):.0f}" for column in zip(*note["steps"]))
         lines.append((arm, f"{note['mean']:.4f}", f"{low:.4f} to {high:.4f}", f"{seconds:.1f}", steps))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+    return align_columns(lines)
 
 
 def read_arguments(words):

@@ -47,6 +47,7 @@ from utils.config.messages import ConfigError, hydra_problem
 from utils.errors import EXIT_USER_ERROR, UserError
 from utils.ranks.processes import count_cores
 from utils.record.logging import setup_logging
+from utils.text_table import align_columns
 
 SECONDS, QUICK_SECONDS = 90.0, 3.0
 # Of the seconds.
@@ -333,12 +334,6 @@ def rows_of(what, found):
     ]  # fmt: skip
 
 
-def table(rows):
-    """Return rows of text as a table."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
-
-
 def parts_table(parts):
     """Return the table of an image's parts, and their shares of a worker's time."""
     medians = {name: statistics.median(values) for name, values in parts.items()}
@@ -346,7 +341,7 @@ def parts_table(parts):
     rows += [(name, f"{medians[name]:.3f}", f"{min(v):.3f} to {max(v):.3f}") for name, v in parts.items()]
     total = sum(medians[name] for name in IN_WORKER)
     shares = ", ".join(f"{name} {100 * medians[name] / total:.0f} %" for name in IN_WORKER)
-    return f"{table(rows)}\nof {total:.2f} ms in a worker: {shares}"
+    return f"{align_columns(rows)}\nof {total:.2f} ms in a worker: {shares}"
 
 
 def list_workers(quick):
@@ -394,7 +389,7 @@ def measure(config, seconds, quick):
     every = [setting._replace(batch_size=size) for setting in dict.fromkeys([*settings, *prefetch])] + sizes
     reading = measure_settings(collection, every, _READ_SHARE * seconds, turns)
 
-    say(table([_HEAD, *rows_of("reading alone", reading)]))
+    say(align_columns([_HEAD, *rows_of("reading alone", reading)]))
 
     step = TrainingStep(config, runtime)
     each = _STEP_SHARE * seconds / (1.4 * turns * len(settings) + 1)
@@ -405,7 +400,7 @@ def measure(config, seconds, quick):
     fit = [setting._replace(batch_size=size) for setting in settings]
     training = measure_settings(collection, fit, _STEP_SHARE * seconds - each, turns, step)
 
-    say(table([_HEAD, *rows_of("training step", training)]))
+    say(align_columns([_HEAD, *rows_of("training step", training)]))
     if len(collection.choices()) == 1:
         say("augment.on_device=true was not measured: augment.rand_augment runs in the workers")
     chosen = choose(training)

@@ -25,6 +25,7 @@ from engine.streams import Streams
 from utils.config.entry_point import CONF, ROOT, Job
 from utils.ranks.signals import StopRequest
 from utils.record.run_folder import RunFolder
+from utils.text_table import align_columns
 
 OUT = ROOT / "outputs/bench"
 # Nothing is due in a run with these values of `loop`.
@@ -177,8 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append(
             (row["setting"], row["ours"], f"{row['ours_ms']:.2f}", row["theirs"], f"{row['theirs_ms']:.2f}", spread)
         )
-    widths = [max(len(cell[column]) for cell in cells) for column in range(len(cells[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(cell, widths)).rstrip() for cell in cells)
+    return align_columns(cells)
 
 
 def write(name: str, rows: list[dict[str, Any]], *, quick: bool, **more: Any) -> Path:

@@ -55,10 +55,11 @@ class Runtime:
         )
 
 
-def choose_device(wanted: str) -> str:
-    """Return cpu or cuda. Raises UserError where cuda was requested and there is none, here or in a planned job."""
+def choose_device(wanted: str, key: str = "runtime.device") -> str:
+    """Return cpu or cuda. Raises UserError (`key`) where cuda was requested and neither this machine nor a planned job
+    has one."""
     if wanted == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
-        raise UserError("runtime.device: cuda was requested and torch sees no GPU; set runtime.device=auto or cpu")
+        raise UserError(f"{key}: cuda was requested and torch sees no GPU; set {key}=auto or cpu")
     if wanted == "cpu":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"

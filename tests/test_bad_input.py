@@ -462,6 +462,7 @@ OTHERS = {
     "predict weights=foreign.pth input=images": "weights: foreign.pth was not written by a run of Atelier; name a run",
     "predict weights=broken.onnx input=images": "weights: broken.onnx is not a readable ONNX file (",
     "predict weights=broken.safetensors input=images": "weights: broken.safetensors is not a readable sa",
+    "predict weights=tuned input=images device=cuda": "device: cuda was requested and torch sees no GPU; set device=",
     "predict weights=tuned input=nowhere": "input: nowhere does not exist; name an image or a folder",
     "predict weights=tuned input=texts": "input: texts holds no image; known endings: .png",
     "predict weights=tuned input=images output=x.txt": "output: x.txt ends in '.txt'; name a .jsonl or .csv file",
@@ -469,7 +470,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("command", OTHERS)
-def test_what_is_given_to_the_scripts_after_training(command, place):
+def test_what_is_given_to_the_scripts_after_training(command, place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     script, *overrides = command.split()
     if script == "predict" and "output" not in command:
         overrides.append("output=found.csv")

@@ -6,6 +6,7 @@ cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 230
 
 import re
 from collections.abc import Mapping
+from textwrap import indent
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from utils.errors import UserError
+from utils.text_table import align_columns
 
 # Anchored: a layer whose name merely contains `pred` or `proj` is not part of the decoder.
 _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
@@ -165,8 +167,7 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     if not rows:
         return
     shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
-    widths = [max(len(row[column]) for row in shown) for column in range(3)]
-    table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown)
+    table = indent(align_columns(shown), "  ")
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
     raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}")
 

@@ -42,6 +42,7 @@ from utils.ranks.job_status import note_status
 from utils.record.background import has_unfinished
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.sweep_table import RESULT_FILE, read_jobs, sweep_table
+from utils.text_table import align_columns
 
 log = get_logger(__name__)
 Schema = TypeVar("Schema", bound=Strict)
@@ -185,8 +186,7 @@ def _table(results: list[JobResult]) -> str:
         )
         for r in results
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows)
+    return align_columns(rows)
 
 
 def _log_ranking(folder: Path) -> None:

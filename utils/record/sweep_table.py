@@ -17,6 +17,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
 from utils.record.run_config import is_complete
+from utils.text_table import align_columns
 from utils.tool import print_result
 
 RESULT_FILE = "result.json"
@@ -96,8 +97,7 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"
         rows.append((" ".join(own) or "-", str(len(group)), value, spread, states))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
+    return align_columns(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
