@@ -319,10 +319,12 @@ def draw(found, labels, arms, path):
         for arm in arms:
             points = found.get((name, arm), {})
             values = list(points.values())
-            axis.plot(list(points), [value[0] for value in values], "o-", color=COLORS[arm], label=TITLES[arm])
-            axis.fill_between(
-                list(points), [v[1] for v in values], [v[2] for v in values], color=COLORS[arm], alpha=0.2
-            )
+            middles = [middle for middle, _, _ in values]
+            spread = [[middle - low for middle, low, _ in values], [high - middle for middle, _, high in values]]
+            axis.errorbar(
+                list(points), middles, spread, fmt="o-", markersize=4, color=COLORS[arm], capsize=4,
+                label=TITLES[arm],
+            )  # fmt: skip
         axis.set_xscale("log")
         for minutes in crossings(found, name):
             axis.axvline(minutes, color="#495057", linestyle=":", linewidth=1)
