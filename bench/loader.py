@@ -250,8 +250,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
 
     def fitting_batch(self, most, seconds):
-        """Return the largest batch size, 4, 8, 16 .. up to `most`, of which two steps fit; 2 at least."""
-        most = max(most, 2)  # for batch norm
+        """Return the largest batch size, 4, 8, 16 .. up to `most`, of which two steps fit into `seconds`."""
+        most = max(most, 2)  # batch norm needs two
         size, keys = min(4, most), torch.arange(most, device=self.runtime.device)
         while True:
             images = torch.zeros(size, *self.shape, dtype=torch.uint8, device=keys.device)

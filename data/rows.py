@@ -16,8 +16,8 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
 
     Raises UserError where every image of the split has weight 0, and where a pattern matches none of them.
     """
+    refuse_weightless(collection)
     rows = collection.rows("train")
-    _refuse_weightless(collection, rows)
     if patterns is None or len(rows) == 0:
         return rows
     paths = collection.table["path"].take(rows).to_pylist()
@@ -34,8 +34,9 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
     return rows[chosen]
 
 
-def _refuse_weightless(collection: Collection, rows: np.ndarray) -> None:
-    """Raise UserError where there are rows and all have weight 0: no step would change the network."""
+def refuse_weightless(collection: Collection) -> None:
+    """Raise UserError where there are training rows and all have weight 0: no step would change the network."""
+    rows = collection.rows("train")
     if len(rows) and not collection.weights()[rows].any():
         raise UserError(
             f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "

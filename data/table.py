@@ -97,8 +97,8 @@ def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ f
     _log_validation(chosen[~unread], class_ids[~unread], counts, fraction, absent)
     if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
         log.warning(
-            "data.root: %s with a single image, which stays in training, so validation lacks the class; add a second "
-            "image or remove the class",
+            "data.root: %s with a single image (of weight above 0), which stays in training, so validation lacks the "
+            "class; add a second image or remove the class",
             name_classes(single),
         )
     return replace_column(table, "split", pa.array(np.where(chosen, "val", "train"), pa.string()))

@@ -178,7 +178,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     if found is None and (damaged := list_checkpoints(folder)):
         raise UserError(
             f"resume: all {len(damaged)} checkpoints in {folder} are damaged, see the warnings above; restore or "
-            "remove them, or start in another folder with run_dir=..."
+            "remove them (a checkpoint that resume names is then used), or start in another folder with run_dir=..."
         )
     return found
 

@@ -39,6 +39,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 Tensors = dict[str, dict[str, Tensor]]  # by group and name
+_NEEDS_TWO = "Expected more than 1 value per channel when training"  # as torch says it
 
 
 class Learner:
@@ -83,13 +84,24 @@ class Learner:
         return self.schedule.at(step)
 
     def update(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
-        """Make one update from this rank's micro-batches. `stop`: this rank asks to end the run."""
+        """Make one update from this rank's micro-batches. `stop`: this rank asks to end the run.
+
+        Raises UserError (`loop.batch_size`) where batch norm has one value per channel.
+        """
         knobs = self.knobs()
         set_group_values(self.optimizer, self.values_at(self.step))
-        result = train_step(
-            self.model, self.task, batches, self.optimizer, self.scale, knobs,
-            step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, stop=stop,
-        )  # fmt: skip
+        try:
+            result = train_step(
+                self.model, self.task, batches, self.optimizer, self.scale, knobs,
+                step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, stop=stop,
+            )  # fmt: skip
+        except ValueError as error:
+            if _NEEDS_TWO not in str(error):
+                raise
+            raise UserError(
+                "loop.batch_size: the network's batch norm cannot train on micro-batches of one sample where its maps "
+                "are one pixel; choose loop.global_batch_size and loop.batch_size that leave each rank two or more"
+            ) from error
         self.task.after_step(self.step, knobs, result.applied)
         if self.averages is not None:
             self.averages.update(ema_decay_at(self.step, self._ema_decay, warmup=self._ema_warmup), result.applied)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 LEAST_POINTS = 20
-# A rise counts from so many standard deviations of the smoothed loss on, a fall from `_fall_factor` and from this share
-# of the loss at first.
+# A rise must exceed so many standard deviations of the smoothed loss; a fall, `_fall_factor` of them and this share of
+# the loss at first.
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
 _BEGUN = 0.1  # of the whole fall: then it has begun
@@ -113,7 +113,7 @@ def _noise(losses: Sequence[float], smoothing: float, place: int) -> tuple[float
 
 
 def _fall_factor(count: int, smoothing: float) -> float:
-    """Return from how many standard deviations on a fall to the lowest of `count` smoothed losses is more than noise.
+    """Return how many standard deviations a fall to the lowest of `count` smoothed losses must exceed.
 
     The least of n independent normal values is about sqrt(2 ln n) deviations below their mean.
     """

@@ -113,11 +113,11 @@ def make_plan(
 ) -> Plan:
     """Derive the plan. Raises UserError where the batch does not divide, or the run has too many steps."""
     micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
-    if 2 * micro < min(loop.batch_size, micro * accum):
+    if chunk is None and 2 * micro < min(loop.batch_size, micro * accum):
         log.warning(
-            "loop.global_batch_size: %d has no divisor near loop.batch_size=%d, so an update takes %d micro-batches of "
-            "%d; a multiple of loop.batch_size is faster",
-            loop.global_batch_size, loop.batch_size, accum, micro,
+            "loop.global_batch_size: the %d samples of a rank have no divisor near loop.batch_size=%d, so an update "
+            "takes %d micro-batches of %d; a multiple of loop.batch_size for each rank is faster",
+            micro * accum, loop.batch_size, accum, micro,
         )  # fmt: skip
     per_epoch = epoch_length / loop.global_batch_size
     total = _total_steps(loop, per_epoch)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.config import MachineConfig, TrainingConfig
 from engine.lr_finder import find_lr
@@ -113,21 +112,9 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
         )
 
 
-def check_batch_norm(task: Task, config: TrainingConfig, plan: Plan) -> None:
-    """Raise UserError (`loop.batch_size`) where batch norm would take its statistics from one sample."""
-    ranks = plan.world_size if config.runtime.sync_batchnorm else 1
-    if ranks * plan.micro_batch_size == 1 and any(isinstance(module, _BatchNorm) for module in task.modules()):
-        raise UserError(
-            f"loop.batch_size: {config.loop.batch_size} makes micro-batches of one sample of "
-            f"loop.global_batch_size={config.loop.global_batch_size}, and the network has batch norm, which needs two "
-            "or more; set both to multiples of 8, say"
-        )
-
-
 def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
     """Check what can be checked before any image is read, and log what will run."""
     check_knobs(task, config)
-    check_batch_norm(task, config, plan)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: check_tracker(config.tracking))

@@ -148,7 +148,7 @@ def test_a_class_folder_with_one_image_and_no_validation_folder(tmp_path):
     run("finetune", [*overrides, "task.allow_missing_classes=true"], tmp_path)
     said = (tmp_path / "run/log.txt").read_text()
     assert "no val/ folder: split off 2 of 9 images (fraction 0.1), stratified over 3 classes" in said
-    assert "WARNING data.root: 1 class ('C') with a single image, which stays in training" in said
+    assert "WARNING data.root: 1 class ('C') with a single image (of weight above 0), which stays in training" in said
 
 
 def test_class_folders_in_other_scripts_nested_and_empty_ones(tmp_path):
@@ -238,6 +238,24 @@ def test_training_images_of_which_none_can_be_read_end_the_run(tmp_path):
     matches(refusal("finetune", [*TINY, "data.root=images", "run_dir=other"], tmp_path), message)
 
 
+def test_a_manifest_of_which_no_image_can_be_read_says_so_without_a_validation_split_too(tmp_path):
+    make_images(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images/val")
+    for path in (tmp_path / "images/train").rglob("*.png"):
+        path.write_bytes(b"")
+    run("prepare", ["job=manifest", "data=image_folder", "data.root=images"], tmp_path)
+    message = "data.root: all 8 training images of 'images' have weight 0 in its manifest"
+    matches(refusal("finetune", [*TINY, "data.root=images", "run_dir=run"], tmp_path), message)
+
+
+def test_batch_norm_over_one_value_is_named(tmp_path):
+    make_images(tmp_path / "images")
+    own = ["model=timm", "model.name=resnet18", "data=image_folder", "augment.image_size_hw=[32,32]"]
+    sizes = ["loop.global_batch_size=1", "loop.batch_size=1"]
+    with pytest.raises(UserError, match=r"^loop.batch_size: the network's batch norm cannot train on micro-batches of"):
+        run("finetune", [*SHORT, *own, *sizes, "data.root=images", "run_dir=run"], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("gone", "pattern"),
     [
@@ -269,10 +287,6 @@ WRONG = {
     ),
     "augment.mean=[0.5] augment.std=[0.5]": (
         "augment.mean: 1 numbers for a network of 3 input channels (model.in_channels); give one per channel"
-    ),
-    "model=timm model.name=resnet18 loop.global_batch_size=13 loop.batch_size=8": (
-        "loop.batch_size: 8 makes micro-batches of one sample of loop.global_batch_size=13, and the network has batch "
-        "norm, which needs two or more; set both to multiples of 8, say"
     ),
     "model=timm model.name=resnt18": "model.name: unknown timm model 'resnt18'; close names: resnet18, ",
     "model=timm model.name=hf-hub:x/y": "model.name: unknown timm model 'hf-hub:x/y'; ",

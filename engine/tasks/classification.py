@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from data.collection import Collection, check_classes
 from data.image_data import ImageData
 from data.loader import Fields
-from data.rows import spread, training_rows
+from data.rows import refuse_weightless, spread, training_rows
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
 from engine.measures.means import Means
@@ -169,6 +169,7 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split; and the weights of the classes, if any."""
+        refuse_weightless(collection)
         names = check_classes(collection, config.task.allow_missing_classes)
         if config.task.class_weights == "none":
             return {"class_names": names}

@@ -231,5 +231,5 @@ def names_beside(path: Path) -> list[str]:
         names = stated.get("label_names") or [labels[str(index)] for index in range(len(labels))]
         return [str(name) for name in names]
     except (KeyError, TypeError) as error:
-        log.warning("the class names in config.json beside %s are passed over: %r", path, error)
+        log.warning("the class names in config.json beside %s are ignored: %r", path, error)
         return []

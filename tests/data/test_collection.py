@@ -338,7 +338,9 @@ def test_the_same_fraction_gives_the_same_index_and_a_given_split_stays(load, ro
     load(root, 0.2)
     assert said()[3].startswith("data.root: 'val' holds no image") and said()[4].startswith("no image in val/: split")
     load(jsonl(root, [{"path": f"{name}/1.png", "label": name} for name in "ab"]), 0.2)
-    single = "data.root: 2 classes ('a', 'b') with a single image, which stays in training, so validation lacks the"
+    single = (
+        "data.root: 2 classes ('a', 'b') with a single image (of weight above 0), which stays in training, so valid"
+    )
     assert said()[5].startswith("no row of manifest.jsonl is in split val: split off 0 of 2 images")
     assert said()[6].startswith(single)
 

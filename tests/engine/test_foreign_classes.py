@@ -71,9 +71,9 @@ def test_a_file_that_numbers_its_classes_takes_the_collections_names(names, tmp_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{broken", "config.json is passed over (Expecting property name"),
-        ("[1]", "config.json is passed over (no JSON object); class names and licence in it are not known"),
-        ('{"id2label": {"5": "cat"}}', "are passed over: KeyError('0')"),
+        ("{broken", "config.json is ignored (Expecting property name"),
+        ("[1]", "config.json is ignored (no JSON object); its class names and licence are unknown"),
+        ('{"id2label": {"5": "cat"}}', "are ignored: KeyError('0')"),
     ],
 )
 def test_a_damaged_config_beside_the_weights_is_said(text, message, tmp_path, log):

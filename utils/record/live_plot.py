@@ -52,7 +52,7 @@ class GrowingRows(Rows):
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise UserError(f"run_dir: {self._path} cannot be read ({error.strerror}); ask for that right") from None
+            raise UserError(f"run_dir: {self._path} cannot be read ({error.strerror})") from None
         if self._file is None:
             return False
         *lines, self._part = (self._part + self._file.read()).split(b"\n")

@@ -23,7 +23,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"run_dir: {file} is damaged ({error})") from None
     except OSError as error:
-        raise UserError(f"run_dir: {file} cannot be read ({error.strerror}); ask for that right") from None
+        raise UserError(f"run_dir: {file} cannot be read ({error.strerror})") from None
 
 
 def is_complete(path: Path) -> bool:

@@ -8,7 +8,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_MAX_BYTES = 64_000_000  # of a file of 21,841 class names: about one million
+_MAX_BYTES = 64_000_000  # a file with 21,841 class names has about one million
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -27,6 +27,6 @@ def read_config_beside(path: Path) -> dict[str, Any]:
         if not isinstance(stated, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s is passed over (%s); class names and licence in it are not known", file, error)
+        log.warning("%s is ignored (%s); its class names and licence are unknown", file, error)
         return {}
     return stated
