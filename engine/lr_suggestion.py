@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 LEAST_POINTS = 20
-# A rise must exceed so many standard deviations of the smoothed loss; a fall, `_fall_factor` of them and this share of
-# the loss at first.
+# The least rise in standard deviations of the smoothed loss, and the least fall as a share of the first losses.
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
 _BEGUN = 0.1  # of the whole fall: then it has begun

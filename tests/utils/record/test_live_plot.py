@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -290,7 +291,10 @@ def test_a_file_that_may_not_be_read_is_named(name, tmp_path, monkeypatch, capsy
 
 
 def run_module(folder, **more):
-    return subprocess.Popen([sys.executable, "-m", "utils.record.live_plot", str(folder)], cwd=ROOT, **more)
+    """Start the command; it hears Ctrl-C even where these tests run in a shell's background, which ignores it."""
+    command = [sys.executable, "-m", "utils.record.live_plot", str(folder)]
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=hear, **more)
 
 
 def wait_for(condition, seconds=60):
@@ -373,6 +377,7 @@ def test_a_process_that_dies_is_one_warning(tmp_path, caplog, monkeypatch):
 
 PARENT = """
 import os, sys, time
+from functools import partial
 from pathlib import Path
 from utils.record.live_process import LivePlots
 live = LivePlots(Path(sys.argv[1]))
