@@ -84,8 +84,7 @@ def _find_problem(curve: Curve, smoothing: float) -> str | None:
         return f"the loss diverged after {count} updates; set a lower lr_finder.start_lr"
     lowest = _EDGE + int(smoothed[_EDGE:].argmin())
     first, low = float(np.median(losses[: _edge(count)])), float(smoothed[lowest])
-    fall_noise = _noise(losses, smoothing, lowest)[1]
-    if first - low >= max(_fall_factor(count, smoothing) * fall_noise, _LEAST_FALL * abs(first)):
+    if first - low >= _least_fall(losses, smoothing, lowest, first):
         return None
     if curve.diverged:
         return (
@@ -111,13 +110,14 @@ def _noise(losses: Sequence[float], smoothing: float, place: int) -> tuple[float
     return smoothed, math.hypot(1.25 * one / math.sqrt(_edge(len(losses))), smoothed)
 
 
-def _fall_factor(count: int, smoothing: float) -> float:
-    """Return how many standard deviations a fall to the lowest of `count` smoothed losses must exceed.
+def _least_fall(losses: Sequence[float], smoothing: float, lowest: int, first: float) -> float:
+    """Return how far the smoothed loss at `lowest`, the lowest of all, must be below `first` to be more than noise.
 
     The least of n independent normal values is about sqrt(2 ln n) deviations below their mean.
     """
-    independent = max(1.0, count * (1.0 - smoothing))
-    return max(_NOISE_FACTOR, 1.0 + math.sqrt(2.0 * math.log(independent)))
+    independent = max(1.0, len(losses) * (1.0 - smoothing))
+    deviations = max(_NOISE_FACTOR, 1.0 + math.sqrt(2.0 * math.log(independent)))
+    return max(deviations * _noise(losses, smoothing, lowest)[1], _LEAST_FALL * abs(first))
 
 
 def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
@@ -128,13 +128,12 @@ def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     """
     smoothed, lowest = curve.smoothed, _EDGE
     first = float(np.median(smoothed[_EDGE : max(2 * _EDGE, len(smoothed) // 8)]))
-    factor = _fall_factor(len(smoothed), smoothing)
     for place in range(_EDGE, len(smoothed)):
         if smoothed[place] < smoothed[lowest]:
             lowest = place
-        noise, fall_noise = _noise(curve.losses, smoothing, lowest)
+        noise = _noise(curve.losses, smoothing, lowest)[0]
         fall, rise = first - smoothed[lowest], smoothed[place] - smoothed[lowest]
-        has_fallen = fall > max(_LEAST_FALL * abs(first), factor * fall_noise)
+        has_fallen = fall > _least_fall(curve.losses, smoothing, lowest, first)
         if has_fallen and rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise):
             break
     fall = first - smoothed[lowest]

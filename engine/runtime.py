@@ -56,8 +56,7 @@ class Runtime:
 
 
 def choose_device(wanted: str, key: str = "runtime.device") -> str:
-    """Return cpu or cuda. Raises UserError (`key`) where cuda was requested and neither this machine nor a planned job
-    has a GPU."""
+    """Return cpu or cuda. Raises UserError (`key`) for cuda where there is none, here or in a planned job."""
     if wanted == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
         raise UserError(f"{key}: cuda was requested and torch sees no GPU; set {key}=auto or cpu")
     if wanted == "cpu":

@@ -360,9 +360,7 @@ def test_the_process_ignores_the_signals_of_a_run_and_ends_with_its_pipe(tmp_pat
     assert (folder / "plots/accuracy_live.png").exists() and not live_process._pipes
 
 
-def test_a_process_that_dies_is_one_warning(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(live_process.log, "propagate", True)
-    monkeypatch.setattr(live_process.log.parent, "propagate", True)
+def test_a_process_that_dies_is_one_warning(tmp_path, log):
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_text("nothing\n")
     live = LivePlots(folder)
@@ -370,14 +368,13 @@ def test_a_process_that_dies_is_one_warning(tmp_path, caplog, monkeypatch):
     for _ in range(3):
         live.check()
     live.close()
-    (text,) = [record.getMessage() for record in caplog.records]
+    (text,) = log.messages
     assert text.startswith("tracking.live_plots: the process that draws has ended with status 2 (live_plot: run_dir: ")
     assert text.endswith(f"the run is not affected. `python -m utils.record.live_plot {folder}` draws the plots")
 
 
 PARENT = """
 import os, sys, time
-from functools import partial
 from pathlib import Path
 from utils.record.live_process import LivePlots
 live = LivePlots(Path(sys.argv[1]))
