@@ -8,7 +8,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,15 +104,20 @@ def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) 
             yield {"path": str(path), **row}
 
 
-def write_rows(rows: list[dict[str, Any]], temporary: Path, columns: list[str] | None) -> None:
-    """Write rows as CSV with these columns, or as JSON lines."""
-    with open(temporary, "w", encoding="utf-8", newline="") as stream:
-        if columns is None:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            return
-        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_rows(rows: Iterable[dict[str, Any]], path: Path, columns: list[str] | None) -> int:
+    """Write each row when it comes, as CSV with these columns or as JSON lines; return how many hold an error."""
+    errors = 0
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        if columns is not None:
+            writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+        for row in rows:
+            errors += "error" in row
+            if columns is None:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            else:
+                writer.writerow(row)
+    return errors
 
 
 @entry_point("predict", PredictConfig)
@@ -132,13 +137,12 @@ def main(config: PredictConfig, job: Job) -> str:
     paths = find_images(config.input)
     if config.dry_run:
         return f"dry run: {len(paths)} images, nothing is predicted"
-    rows = list(track(predict_all(predictor, paths, config), len(paths), "predicting"))
+    rows = track(predict_all(predictor, paths, config), len(paths), "predicting")
     columns = _COLUMNS[predictor.output] if output.suffix == ".csv" else None
     with output_errors("output", output):
-        write_atomically(output, lambda temporary: write_rows(rows, temporary, columns))
-    failed = sum("error" in row for row in rows)
-    log.info("wrote %s: %d images, %d unreadable", output, len(rows), failed)
-    return f"{len(rows)} images"
+        unreadable = write_atomically(output, lambda temporary: write_rows(rows, temporary, columns))
+    log.info("wrote %s: %d images, %d unreadable", output, len(paths), unreadable)
+    return f"{len(paths)} images"
 
 
 if __name__ == "__main__":

@@ -526,9 +526,10 @@ def test_an_output_that_cannot_be_written(script, place):
         run(script, given, place)
 
 
-def test_an_image_that_cannot_be_read_is_a_line_of_the_prediction(place, tmp_path):
+def test_an_image_that_cannot_be_read_is_a_line_of_the_prediction(place, tmp_path, log):
     make_images(tmp_path / "images", "A")
     (tmp_path / "images/val/A/000.png").write_bytes(b"no image")
     run("predict", [f"weights={place}/tuned", "input=images", "output=found.csv"], tmp_path)
+    assert "wrote found.csv: 6 images, 1 unreadable" in log.text
     lines = (tmp_path / "found.csv").read_text().splitlines()
     assert len(lines) == 1 + 6 and sum("images/val/A/000.png,,," in line for line in lines) == 1

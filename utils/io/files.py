@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 
 def fsync_path(path: Path) -> None:
@@ -26,20 +27,21 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling of `path`, flush it, and move it into place.
+def write_atomically(path: Path, write: Callable[[Path], T]) -> T:
+    """Let `write` fill a temporary sibling of `path`, flush it, and move it into place; return what `write` returns.
 
     A reader sees the old file or the new one, never a part. The temporary file is removed when `write` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        written = write(temporary)
         fsync_path(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+    return written
 
 
 @contextmanager
