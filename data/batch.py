@@ -8,6 +8,7 @@ Shapes may differ from batch to batch. A field of ragged length, such as tag ids
 sample after sample) and `<name>_offsets` [B + 1].
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+@functools.cache  # memory is kept for each stream, and every evaluation has a loader of its own
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class DeviceCopier:
     """Move batches to a device. On a GPU, copies have a stream of their own: they overlap with the step before.
 
@@ -63,7 +69,7 @@ class DeviceCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = _copy_stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch on the device, ready for the current stream; without waiting for the copy."""

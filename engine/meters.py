@@ -109,10 +109,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class PeakMemory:
-    """The most memory that a run has used, over all resumptions."""
+    """The most memory that a run has used, over all resumptions; a GPU's is counted from here on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, 0.0  # of earlier processes
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # a sweep runs several jobs in one process
 
     @property
     def gib(self) -> float:

@@ -50,6 +50,8 @@ def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runt
     shards = config.parallel == "fsdp" and distributed.is_distributed()
     _change_layers(task, config, runtime)
     compiles = choose_compile(config, runtime.device.type, total_steps)
+    if compiles:
+        torch.compiler.reset()  # of a sweep's jobs before: their shapes would count as dynamic ones
     if shards:
         return _shard(task, runtime, compiles)  # moves one unit after another to the device
     task.to(runtime.device)

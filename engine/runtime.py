@@ -144,7 +144,8 @@ def _set_backends(config: MachineConfig, device: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not config.deterministic
     precision = "ieee" if config.deterministic or config.precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = precision
+    # Not matmul.fp32_precision: after it, the older names, which libraries read, raise.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.conv.fp32_precision = precision
 
 

@@ -46,8 +46,11 @@ class _Response(torch.autograd.Function):
         by_share, mean = gamma * meeting, norms.mean(dim=-1, keepdim=True) + ctx.eps
         by_norm = by_share / mean - (by_share * norms).mean(dim=-1, keepdim=True) / mean.square()
         # The norm's own gradient is x / norm, and 0 where the norm is 0.
-        factor = torch.where(norms > 0, by_norm / norms, 0.0).to(x.dtype)
-        by_x = torch.addcmul(torch.addcmul(grad, grad, (gamma * share).to(grad.dtype)), x, factor)
+        factor, scale = torch.where(norms > 0, by_norm / norms, 0.0), gamma * share
+        if x.dtype == torch.float16:  # of a channel that is almost 0, the factor overflows
+            by_x = torch.addcmul(grad * (1.0 + scale), x.to(wide), factor).to(x.dtype)
+        else:
+            by_x = torch.addcmul(torch.addcmul(grad, grad, scale.to(grad.dtype)), x, factor.to(x.dtype))
         return by_x, by_gamma.to(gamma.dtype), by_beta.to(gamma.dtype).view_as(gamma), None, None
 
 

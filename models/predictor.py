@@ -16,6 +16,9 @@ from torch import Tensor
 from models.image_model import OUTPUT_NAMES, ImageModel, Output
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _MAX_SIDE = 16_384  # pixels that a file may ask images to be resized to
 # The metadata key of the names of a model's outputs.
@@ -115,6 +118,8 @@ class OnnxPredictor(Predictor):
 
         # ONNX Runtime lists the providers that it was built with, not those that work here: torch knows that.
         providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+        if providers:
+            onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
         refuse_external_data(path, "weights")
         try:
             self._session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
@@ -123,6 +128,11 @@ class OnnxPredictor(Predictor):
             errors.NotImplemented, errors.RuntimeException,
         ) as error:  # fmt: skip
             raise unreadable_onnx(path, "weights", error) from None
+        if not set(providers) <= set(self._session.get_providers()):
+            log.warning(
+                "weights: ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", path,
+            )  # fmt: skip
         found = self._session.get_modelmeta().custom_metadata_map
         if "atelier" not in found:
             raise UserError(f"weights: {path} was not exported by Atelier: it has no metadata; use export.py")

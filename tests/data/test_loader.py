@@ -630,7 +630,7 @@ def test_on_a_gpu_copies_have_a_stream_that_the_step_waits_for(monkeypatch):
     """With streams that only note; a GPU test copies really."""
     notes = []
     streams = {name: FakeStream(name, notes) for name in ("copies", "compute")}
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams["copies"])
+    monkeypatch.setattr(data.batch, "_copy_stream", lambda device: streams["copies"])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["compute"])
     monkeypatch.setattr(data.batch, "to_device", lambda batch, device: notes.append("to_device") or batch)

@@ -104,7 +104,8 @@ def chosen(monkeypatch):
     It sets switches of the process, which are put back afterwards.
     """
     cudnn = torch.backends.cudnn
-    before = MATMUL.fp32_precision, CONV.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    before = CONV.fp32_precision, cudnn.benchmark
+    matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.setenv(name, "")  # so that what the code sets is removed again
         monkeypatch.delenv(name)
@@ -116,7 +117,8 @@ def chosen(monkeypatch):
         return choose_runtime(CONFIG.model_copy(update=AUTO | changes))
 
     yield choose
-    MATMUL.fp32_precision, CONV.fp32_precision, cudnn.benchmark, deterministic = before
+    CONV.fp32_precision, cudnn.benchmark = before
+    torch.set_float32_matmul_precision(matmul)
     torch.use_deterministic_algorithms(deterministic)
 
 
@@ -162,6 +164,7 @@ def test_float32_is_exact_where_it_is_a_reference(precision, deterministic, floa
     assert (MATMUL.fp32_precision, CONV.fp32_precision) == (other, other)  # a CPU has no use for them
     chosen((8, 0), precision=precision, deterministic=deterministic)
     assert (MATMUL.fp32_precision, CONV.fp32_precision) == (float32, float32)
+    assert MATMUL.allow_tf32 is (float32 == "tf32")  # the older name may be read, too
     assert torch.backends.cudnn.benchmark is not deterministic
     assert torch.are_deterministic_algorithms_enabled() is deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -70,6 +70,15 @@ def test_weight_file_and_onnx_file_predict_alike(model, tmp_path):
         np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the GPU is used")
+def test_an_onnx_file_that_cannot_run_on_the_gpu_asked_for_says_so(tmp_path, log):
+    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
+    export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-4))
+    predictor = load_predictor(tmp_path / "model.onnx", torch.device("cuda", 0))
+    assert f"cannot load its CUDA libraries, so {tmp_path}/model.onnx runs on the CPU; pip install" in log.text
+    assert predictor.predict(torch.zeros(1, 3, 24, 32, dtype=torch.uint8)).shape == (1, 3)
+
+
 def test_the_onnx_file_says_what_it_takes_and_gives(tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
     export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-4))

@@ -105,6 +105,20 @@ def test_grn_reduces_in_float32(dtype):
     assert x.grad.isfinite().all() and grn.gamma.grad.dtype == torch.float32
 
 
+def test_grn_in_fp16_bears_a_channel_that_is_almost_dead():
+    """The smallest number of fp16 at one site: the norm's gradient divides by it."""
+    grn = random_grn(4, torch.float32)
+    values = torch.randn(1, 7, 7, 4)
+    values[..., 0] = 0.0
+    values[0, 3, 3, 0] = 6e-8
+    upstream, gradients = torch.randn(1, 7, 7, 4), []
+    for dtype in (torch.float16, torch.float32):
+        x = values.half().to(dtype).requires_grad_()
+        grn(x).backward(upstream.half().to(dtype))
+        gradients.append(x.grad.float())
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("over_batch", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_grn_gradients_are_those_of_the_formula(over_batch, masked):

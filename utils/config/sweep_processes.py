@@ -25,6 +25,7 @@ def run_at_once(sweep: Sweep, script: str, name_of: Callable[[list[str]], str]) 
     """Run a sweep's jobs as processes of a script; returns the greatest of their exit statuses, 75 where stopped."""
     if detect_world().size > 1:
         raise UserError("sweep.at_once: jobs at once are processes of their own; start the sweep with python alone")
+    gpus = visible_gpus(sweep.gpus)
     statuses = [EXIT_OK]
     if sweep.trials is None:
         jobs = iter(sweep.jobs(name_of))
@@ -38,8 +39,26 @@ def run_at_once(sweep: Sweep, script: str, name_of: Callable[[list[str]], str]) 
                 search.tell(job)
 
         processes = JobProcesses(script, search.next_job, tell)
-    processes.run(sweep.at_once, sweep.gpus)
+    processes.run(sweep.at_once, gpus)
     return EXIT_STOPPED if processes.stopping else max(statuses)
+
+
+def visible_gpus(numbers: Sequence[int]) -> list[str]:
+    """Return what CUDA calls GPUs that are numbered among those that this process sees.
+
+    Raises UserError (`sweep.gpus`) where CUDA_VISIBLE_DEVICES has fewer.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in numbers]
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    for number in numbers:
+        if not 0 <= number < len(names):
+            raise UserError(
+                f"sweep.gpus: {number} is none of the {len(names)} GPUs of CUDA_VISIBLE_DEVICES={visible}; they are "
+                "numbered from 0"
+            )
+    return [names[number] for number in numbers]
 
 
 @dataclass
@@ -57,7 +76,7 @@ class JobProcesses:
     _processes: set[subprocess.Popen] = field(default_factory=set)
     _lock: Any = field(default_factory=Lock)
 
-    def run(self, at_once: int, gpus: Sequence[int]) -> None:
+    def run(self, at_once: int, gpus: Sequence[str]) -> None:
         """Run all jobs; a stop signal is passed on to those that run, and no other is started.
 
         Raises what a thread raised, such as the disk's error.
@@ -75,13 +94,13 @@ class JobProcesses:
         if self.error is not None:
             raise self.error
 
-    def _take_jobs(self, gpu: int | None) -> None:
+    def _take_jobs(self, gpu: str | None) -> None:
         try:
             self._take_all(gpu)
         except Exception as error:  # raised in the main thread, when the other jobs have ended
             self.error = error
 
-    def _take_all(self, gpu: int | None) -> None:
+    def _take_all(self, gpu: str | None) -> None:
         while not self.stopping and self.error is None:
             with self._lock:
                 job = self.next_job()
@@ -91,7 +110,7 @@ class JobProcesses:
             with self._lock:
                 self.ended(job, status)
 
-    def _run(self, job: SweepJob, gpu: int | None) -> int:
+    def _run(self, job: SweepJob, gpu: str | None) -> int:
         """Run a job, unless it is complete; its output goes into a file beside its folder."""
         folder = Path(job.folder)
         if job.is_complete:
@@ -99,7 +118,7 @@ class JobProcesses:
             return EXIT_OK
         environment = {**os.environ, SWEEP_VARIABLE: folder.parent.name}
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         folder.parent.mkdir(parents=True, exist_ok=True)
         output = folder.with_name(f"{folder.name}.log")
         log.info("started%s: see %s", "" if gpu is None else f" on GPU {gpu}", output)
@@ -113,6 +132,7 @@ class JobProcesses:
             if self.stopping:
                 process.send_signal(signal.SIGTERM)
             status = process.wait()
+            status = status if status >= 0 else 128 - status  # ended by a signal: a shell's number
         self._processes.discard(process)
         if status not in (EXIT_OK, EXIT_STOPPED):
             log.error("failed with status %d: see %s", status, output)

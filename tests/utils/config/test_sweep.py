@@ -19,7 +19,8 @@ from utils.config.sweep import parse_sweep
 from utils.config.sweep_processes import run_at_once
 from utils.errors import UserError
 
-# It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75.
+# It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75. With pair=true,
+# jobs 1 and 2 wait for each other.
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -30,12 +31,18 @@ folder = Path(values["run_dir"]); folder.mkdir(parents=True, exist_ok=True)
 (folder / "sweep.txt").write_text(os.environ.get("ATELIER_SWEEP", ""))
 if values.get("top") == "bad":
     sys.exit(3)
+if values.get("top") == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 if values.get("top") == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
-time.sleep(0.3)
+late = time.time() + 30
+while "pair" in values and values["top"] in "12" and len(list(folder.parent.glob("*top=[12]/started.json"))) < 2:
+    assert time.time() < late
+    time.sleep(0.01)
 top = float(values.get("top", 0))
 (folder / "result.json").write_text(json.dumps({"metric": "m", "value": -(top - 3) ** 2, "is_lowest_best": False}))
+(folder / "ended.json").write_text(json.dumps(time.time()))
 (folder / "complete.json").write_text("{}")
 """
 
@@ -43,6 +50,7 @@ top = float(values.get("top", 0))
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "script.py").write_text(SCRIPT)
     return str(tmp_path / "script.py")
 
@@ -114,10 +122,22 @@ def test_jobs_know_their_sweep(script):
 
 
 def test_jobs_run_at_once_on_the_gpus_given(script):
-    assert run(script, "top=1,2,3,4", "sweep.name=g", "sweep.gpus=[5,7]") == 0
+    assert run(script, "top=1,2,3,4", "pair=true", "sweep.name=g", "sweep.gpus=[5,7]") == 0
     found = started("g")
-    assert sorted(found) == ["top=1", "top=2", "top=3", "top=4"] and {gpu for _, gpu in found.values()} == {"5", "7"}
-    assert abs(found["top=1"][0] - found["top=2"][0]) < 0.3 < found["top=3"][0] - found["top=1"][0]
+    assert len(found) == 4 and {gpu for _, gpu in found.values()} == {"5", "7"}
+    starts = sorted(when for when, _ in found.values())
+    ends = sorted(json.loads(file.read_text()) for file in Path("outputs/sweeps/g").glob("*/ended.json"))
+    assert starts[2] >= ends[0] and starts[3] >= ends[1]
+
+
+def test_gpus_are_numbered_among_those_that_the_sweep_sees(script, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5d1f")
+    assert run(script, "top=1,2", "sweep.name=v", "sweep.gpus=[0,1]") == 0
+    assert {gpu for _, gpu in started("v").values()} == {"4", "GPU-5d1f"}
+    text = r"^sweep.gpus: 2 is none of the 2 GPUs of CUDA_VISIBLE_DEVICES=4, GPU-5d1f; they are numbered from 0$"
+    with pytest.raises(UserError, match=text):
+        run(script, "top=1,2", "sweep.name=w", "sweep.gpus=[0,2]")
+    assert started("w") == {}
 
 
 def test_a_job_that_fails_does_not_end_the_others_and_what_is_missing_runs_again(script, caplog):
@@ -127,6 +147,17 @@ def test_a_job_that_fails_does_not_end_the_others_and_what_is_missing_runs_again
     assert run(script, "top=1,bad,2,4", "sweep.name=f", "sweep.at_once=2") == 3
     after = started("f")
     assert {job for job in after if after[job] != before.get(job)} == {"top=bad", "top=4"}
+
+
+def test_a_job_that_is_killed_has_failed(script):
+    assert run(script, "top=1,killed,2", "sweep.name=k", "sweep.at_once=2") == 128 + 9
+    assert sorted(started("k")) == ["top=1", "top=2", "top=killed"]
+
+
+def test_the_disk_s_error_ends_the_sweep(script):
+    Path("outputs/sweeps/d/top=1.log").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        run(script, "top=1,2", "sweep.name=d", "sweep.at_once=2")
 
 
 def test_a_stop_signal_is_passed_on_and_no_job_is_started_then(script):
