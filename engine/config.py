@@ -138,9 +138,10 @@ class TrainingConfig(Strict):
 
     @model_validator(mode="after")
     def _momentum_is_scheduled_where_it_exists(self) -> "TrainingConfig":
-        if self.schedule.name == "onecycle" and self.schedule.cycle_momentum and self.optim.name == "timm":
+        moves = self.schedule.name == "onecycle" and self.schedule.cycle_momentum
+        if moves and self.optim.name == "timm" and not self.optim.has_beta1:
             raise ValueError(
-                "schedule.cycle_momentum: true moves the momentum, which timm's optimisers do not all have; "
-                "set schedule.cycle_momentum=false, or optim=adamw, optim=adan or optim=sgd"
+                f"schedule.cycle_momentum: true moves beta1, which timm's {self.optim.opt} does not have; set "
+                "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"
             )
         return self

@@ -173,6 +173,8 @@ def find_lr(run: Run, config: TrainingConfig) -> bool:
         listed = ", ".join(f"{name} {rate:.3g}" for name, rate in found.rates.items())
         log.info("lr_finder: %s; takes %.3g (%s); configured was %.3g", listed, found.taken, found.reason, plan.lr)
         run.use_lr(found.taken)
+    if found.warning is not None:
+        log.warning("lr_finder: %s", found.warning)
     log.info("lr_finder: %d updates with a loss in %.1f s, undone", len(curve.losses), seconds)
     distributed.rank_zero_call(lambda: _write(run, curve, found, seconds))
     return True

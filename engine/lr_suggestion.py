@@ -33,12 +33,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Rates by method, the one that is taken and its method (None: no answer in the curve), and why."""
+    """Rates by method, the one that is taken and its method (None: no answer in the curve), and why.
+
+    warning: why the rate may be too low, if so.
+    """
 
     taken: float | None
     reason: str
     rates: dict[str, float] = field(default_factory=dict)
     method: str | None = None
+    warning: str | None = None
 
 
 def smooth(losses: Sequence[float], factor: float) -> list[float]:
@@ -68,23 +72,24 @@ def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
         "minimum_tenth": curve.rates[lowest] / 10.0,
         "valley": curve.rates[(start + lowest) // 2],
     }
+    warning = _warn_of_the_end(curve, start, lowest)
     if method != "auto":
-        return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates, method)
+        return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates, method, warning)
     name = max(rates, key=rates.__getitem__)
     reason = f"{name}, the greatest of the three, below {curve.rates[lowest]:.3g}"
-    return Suggestion(rates[name], reason, rates, name)
+    return Suggestion(rates[name], reason, rates, name, warning)
 
 
 def _find_problem(curve: Curve, smoothing: float) -> str | None:
     """Return why a curve has no answer."""
-    count, smoothed, losses = len(curve.losses), np.asarray(curve.smoothed), np.asarray(curve.losses)
+    count, smoothed = len(curve.losses), np.asarray(curve.smoothed)
     if count < LEAST_POINTS and not curve.diverged:
         return f"{count} updates are too few; allow more with lr_finder.steps and lr_finder.max_share"
     if count < LEAST_POINTS:
         return f"the loss diverged after {count} updates; set a lower lr_finder.start_lr"
     lowest = _EDGE + int(smoothed[_EDGE:].argmin())
-    first, low = float(np.median(losses[: _edge(count)])), float(smoothed[lowest])
-    if first - low >= _least_fall(losses, smoothing, lowest, first):
+    first, low = _first_loss(curve), float(smoothed[lowest])
+    if first - low >= _least_fall(curve, smoothing, lowest):
         return None
     if curve.diverged:
         return (
@@ -94,30 +99,49 @@ def _find_problem(curve: Curve, smoothing: float) -> str | None:
     return f"the loss is flat (from {first:.4g} to {low:.4g}); set a higher lr_finder.end_lr or more lr_finder.steps"
 
 
-def _edge(count: int) -> int:
-    """Return how many of the first updates have rates that are too low to change anything."""
-    return max(_EDGE, count // 8)
+def _warn_of_the_end(curve: Curve, start: int, lowest: int) -> str | None:
+    """Return a warning where the loss still falls at the last rates."""
+    last = len(curve.smoothed) - 1
+    fall, rise = (curve.smoothed[place] - curve.smoothed[lowest] for place in (start, last))
+    if curve.diverged or lowest < last - last // 20 or rise > _UNSTABLE_RISE * fall:
+        return None
+    return (
+        f"the loss still falls at {curve.rates[last]:.3g}, the end of the test, so a higher rate may be better; "
+        "set a higher lr_finder.end_lr"
+    )
 
 
-def _noise(losses: Sequence[float], smoothing: float, place: int) -> tuple[float, float]:
+def _edge(rates: Sequence[float]) -> int:
+    """Return how many of the first rates are too low to change anything: an eighth of their range, in logarithms."""
+    limit = rates[0] * (rates[-1] / rates[0]) ** 0.125
+    return max(_EDGE, sum(rate < limit for rate in rates))
+
+
+def _first_loss(curve: Curve) -> float:
+    """Return the median of the losses before any rate changes them."""
+    return float(np.median(curve.losses[: _edge(curve.rates)]))
+
+
+def _noise(curve: Curve, smoothing: float, place: int) -> tuple[float, float]:
     """Return standard deviations: of the smoothed loss at `place`, and of its fall from the median of the first losses.
 
     That of one loss is taken from differences of successive losses, where the rates are low.
     """
+    losses = curve.losses
     one = float(np.std(np.diff(losses[: len(losses) // 2]))) / math.sqrt(2)
     forgotten = smoothing ** (place + 1)  # the first means are of few
     smoothed = one * math.sqrt((1 - smoothing) / (1 + smoothing) * (1 + forgotten) / (1 - forgotten))
-    return smoothed, math.hypot(1.25 * one / math.sqrt(_edge(len(losses))), smoothed)
+    return smoothed, math.hypot(1.25 * one / math.sqrt(_edge(curve.rates)), smoothed)
 
 
-def _least_fall(losses: Sequence[float], smoothing: float, lowest: int, first: float) -> float:
-    """Return how far the smoothed loss at `lowest`, the lowest of all, must be below `first` to be more than noise.
+def _least_fall(curve: Curve, smoothing: float, lowest: int) -> float:
+    """Return how far the smoothed loss at `lowest`, the lowest of all, must be below the first to be more than noise.
 
     The least of n independent normal values is about sqrt(2 ln n) deviations below their mean.
     """
-    independent = max(1.0, len(losses) * (1.0 - smoothing))
+    independent = max(1.0, len(curve.losses) * (1.0 - smoothing))
     deviations = max(_NOISE_FACTOR, 1.0 + math.sqrt(2.0 * math.log(independent)))
-    return max(deviations * _noise(losses, smoothing, lowest)[1], _LEAST_FALL * abs(first))
+    return max(deviations * _noise(curve, smoothing, lowest)[1], _LEAST_FALL * abs(_first_loss(curve)))
 
 
 def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
@@ -126,14 +150,13 @@ def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     Unstable: the loss rises by a quarter of its fall, and by more than noise. A network with batch norm hardly
     diverges: far above a usable rate its loss jumps up and down, and may fall again.
     """
-    smoothed, lowest = curve.smoothed, _EDGE
-    first = float(np.median(smoothed[_EDGE : max(2 * _EDGE, len(smoothed) // 8)]))
+    smoothed, lowest, first = curve.smoothed, _EDGE, _first_loss(curve)
     for place in range(_EDGE, len(smoothed)):
         if smoothed[place] < smoothed[lowest]:
             lowest = place
-        noise = _noise(curve.losses, smoothing, lowest)[0]
+        noise = _noise(curve, smoothing, lowest)[0]
         fall, rise = first - smoothed[lowest], smoothed[place] - smoothed[lowest]
-        has_fallen = fall > _least_fall(curve.losses, smoothing, lowest, first)
+        has_fallen = fall > _least_fall(curve, smoothing, lowest)
         if has_fallen and rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise):
             break
     fall = first - smoothed[lowest]

@@ -93,6 +93,11 @@ class TimmOptimConfig(_Optim):
         taken = {"params", "lr", "weight_decay"}
         return [name for name in inspect.signature(made).parameters if name not in taken]
 
+    @property
+    def has_beta1(self) -> bool:
+        """Return whether its groups hold `betas`, whose first a schedule may move."""
+        return "betas" in self.extra_arguments() and "adafactor" not in self.opt  # which keeps another name
+
     @model_validator(mode="after")
     def _extra_fits(self) -> "TimmOptimConfig":
         import timm.optim

@@ -107,7 +107,7 @@ def groups_table(groups: list[dict]) -> str:
 
 
 def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:
-    """Give every group its scheduled values: lr times its scale, weight decay, momentum or beta1."""
+    """Give every group its scheduled values: lr times its scale, weight decay, momentum or beta1 (Muon has both)."""
     for group in optimizer.param_groups:
         group["lr"] = values.lr * group["lr_scale"]
         fixed = group["fixed_decay"]
@@ -116,7 +116,7 @@ def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> N
             continue
         if "betas" in group:
             group["betas"] = (values.momentum, *group["betas"][1:])
-        else:
+        if "momentum" in group:
             group["momentum"] = values.momentum
 
 

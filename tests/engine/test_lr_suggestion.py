@@ -51,6 +51,24 @@ def test_all_suggestions_are_below_the_rate_of_the_lowest_loss():
     assert found.taken == max(found.rates.values()) and 0.05 < found.taken < 0.1
 
 
+@pytest.mark.parametrize("last, warns", [(0.01, True), (0.08, True), (0.2, False), (1.0, False)])
+def test_a_test_that_ends_in_the_fall_says_so(last, warns):
+    """The lowest loss is at 0.1."""
+    rates = [10 ** (-4 + (math.log10(last) + 4) * number / 80) for number in range(81)]
+    found = suggest(make_curve(valley, rates), "auto", FACTOR)
+    told = f"the loss still falls at {last:.3g}, the end of the test, so a higher rate may be better; set a higher "
+    assert found.taken is not None
+    assert found.warning == (told + "lr_finder.end_lr" if warns else None)
+
+
+def test_a_linear_sweep_over_decades_has_an_answer():
+    """Its second rate is 0.1: what the loss is without training is in the first few alone."""
+    rates = [1e-5 + number / 10 for number in range(100)]
+    losses = [6.0 - 4.0 * math.exp(-((rate - 2.0) ** 2)) + 4.0 * max(0.0, rate - 2.0) for rate in rates]
+    found = suggest(Curve(rates, losses, smooth(losses, 0.5), False), "auto", 0.5)
+    assert 0.3 < found.taken < 2.0 and found.warning is None
+
+
 def test_what_comes_after_the_first_instability_is_not_read():
     """A loss that jumps up and falls again far above the usable rates, as batch norm makes it."""
     jumps = make_curve(lambda rate: valley(rate) if rate < 0.2 else 1.6 - (rate - 0.2))
@@ -105,8 +123,8 @@ NO_ANSWER = {
         "the loss diverged after 7 updates; set a lower lr_finder.start_lr",
     ),
     "diverges without a fall": (
-        make_curve(lambda rate: 2.0 + 100 * rate, diverged=True),
-        "the loss diverges without falling below the 2.017 of its start; set a lower lr_finder.start_lr",
+        make_curve(lambda rate: 2.0 + 100 * max(0.0, rate - 1e-3), diverged=True),
+        "the loss diverges without falling below the 2 of its start; set a lower lr_finder.start_lr",
     ),
     "short": (make_curve(valley, RATES[:7]), "7 updates are too few; allow more with lr_finder.steps"),
     "nothing": (Curve([], [], [], True), "the loss diverged after 0 updates"),

@@ -151,9 +151,9 @@ CHOSEN = {
     ),
     "momentum schedule": (
         ["optim=timm", "schedule=onecycle"],
-        {},
-        "schedule.cycle_momentum: true moves the momentum, which timm's optimisers do not all have; set "
-        "schedule.cycle_momentum=false, or optim=adamw, optim=adan or optim=sgd",
+        {"optim.opt": "rmsproptf"},
+        "schedule.cycle_momentum: true moves beta1, which timm's rmsproptf does not have; set "
+        "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon",
     ),
     "an average of nothing": (
         [],
