@@ -364,7 +364,7 @@ def explain(config, runtime, chosen, reading, training, without):
         text += " Of settings that differ by less than the turns do, the simplest is taken."
     if rates[chosen] > _NEAR * without:
         text += " The network is the limit, not the loader."
-    if config.runtime.compile is not False:
+    if config.runtime.compile is True or (config.runtime.compile == "auto" and runtime.device.type == "cuda"):
         text += " Its steps here are eager; a compiled run needs more images per second."
     return text
 

@@ -13,6 +13,8 @@ LEAST_POINTS = 20
 # The least rise in standard deviations of the smoothed loss, and the least fall as a share of the first losses.
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
+# The same for means that follow the loss more closely: with fewer losses in a mean, noise alone goes further.
+_CLOSE_FACTOR, _CLOSE_RISE, _CLOSE_NOISE = 0.6, 0.5, 7.0
 _BEGUN = 0.1  # of the whole fall: then it has begun
 _EDGE = 5  # the first smoothed losses are means of few, so their slopes are noise
 
@@ -147,17 +149,20 @@ def _least_fall(curve: Curve, smoothing: float, lowest: int) -> float:
 def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     """Return where the loss begins to fall for good, and its lowest point before it becomes unstable.
 
-    Unstable: the loss rises by a quarter of its fall, and by more than noise. A network with batch norm hardly
-    diverges: far above a usable rate its loss jumps up and down, and may fall again.
+    Unstable: the loss rises by a quarter of its fall, or, smoothed less, by half of it, and by more than noise. A
+    network with batch norm hardly diverges: far above a usable rate its loss jumps up and down, and may fall again.
     """
     smoothed, lowest, first = curve.smoothed, _EDGE, _first_loss(curve)
+    close = smooth(curve.losses, min(_CLOSE_FACTOR, smoothing))
+    close_noise = _noise(curve, min(_CLOSE_FACTOR, smoothing), len(close))[0]
     for place in range(_EDGE, len(smoothed)):
         if smoothed[place] < smoothed[lowest]:
             lowest = place
-        noise = _noise(curve, smoothing, lowest)[0]
+        noise, low = _noise(curve, smoothing, lowest)[0], min(close[_EDGE : place + 1])
         fall, rise = first - smoothed[lowest], smoothed[place] - smoothed[lowest]
-        has_fallen = fall > _least_fall(curve, smoothing, lowest)
-        if has_fallen and rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise):
+        jumps = close[place] - low > max(_CLOSE_RISE * (first - low), _CLOSE_NOISE * close_noise)
+        rises = rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise)
+        if (rises or jumps) and fall > _least_fall(curve, smoothing, lowest):
             break
     fall = first - smoothed[lowest]
     starts = [place for place in range(_EDGE, lowest) if smoothed[place] > first - _BEGUN * fall]

@@ -311,13 +311,13 @@ def test_timms_optimisers_have_a_beta1_where_the_configuration_says_so(opt):
     try:
         settings = config("timm", opt=opt)
     except ValidationError:
-        return pytest.skip("needs a GPU")
+        pytest.skip("needs a GPU")
     groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "lr_scale": 1.0, "fixed_decay": 0.0}]
     try:
         optimizer = build_optimizer(settings, groups, 0.1)
     except UserError:  # SGD with Nesterov and no momentum
         assert not settings.has_beta1
-        return None
+        return
     assert settings.has_beta1 is ("betas" in optimizer.param_groups[0])
     set_group_values(optimizer, GroupValues(0.1, 0.0, 0.85))
     moved = [group["betas"][0] if settings.has_beta1 else 0.85 for group in optimizer.param_groups]
