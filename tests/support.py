@@ -9,11 +9,13 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,18 @@ def common(task, data, run_dir, *more):
         "tracking.samples=true",
         *more,
     ]
+
+
+@contextmanager
+def no_large_allocation(mib=64):
+    """Let an allocation fail that takes this process more than so many MiB beyond what it has; for Linux."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + mib * 2**20, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def free_port():

@@ -14,6 +14,7 @@ from PIL import Image
 import data.manifest_writer
 import data.table
 from data.collection import Row, check_classes, index_collection, open_collection
+from data.decode import TOO_LARGE
 from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
 from data.table import SCHEMA, assign_validation, build_table, hash_table, replace_column
@@ -442,7 +443,7 @@ def test_broken_sidecars_are_refused_by_name(refuse, root, data, message):
 @pytest.mark.parametrize("ending", [".txt", ".png.txt", ".json"])
 def test_a_sidecar_may_not_be_a_link_out_of_the_root(load, refuse, root, tmp_path, ending):
     put(root, "cat/a.png", "cat/b.png")
-    secret = tmp_path / f"secret{ending}"
+    secret = tmp_path / f"root_secret{ending}"  # its name begins like the root's
     secret.write_text('{"tags": ["secret"]}')
     link = root / f"cat/a{ending}"
     link.symlink_to(secret)
@@ -746,10 +747,13 @@ def test_validation_fraction_of_a_manifest(load, root):
     assert 2 < len(load(root, 0.25).rows("val")) < 20
 
 
-def test_a_root_that_cannot_be_written_uses_the_cache(load, root, cache, monkeypatch):
-    jsonl(put(root, "a.png"), [{"path": "a.png"}])
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert load(root).arrow.parent == cache
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_nothing_is_written_into_the_root(load, root, cache, has_manifest):
+    put(root, "cat/a.png", text="tag")
+    if has_manifest:
+        jsonl(root, [{"path": "cat/a.png"}])
+    before = sorted(root.rglob("*"))
+    assert load(root).arrow.parent == cache and sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -785,9 +789,9 @@ def test_a_root_that_cannot_be_written_uses_the_cache(load, root, cache, monkeyp
 )
 def test_jsonl_manifests_are_refused_by_line(refuse, root, tmp_path, row, message):
     put(root, "a.png", "b.png", "sub/b.png")
-    put(tmp_path / "elsewhere", "b.png")
-    (root / "out.png").symlink_to(tmp_path / "elsewhere" / "b.png")
-    (root / "away").symlink_to(tmp_path / "elsewhere")
+    put(tmp_path / "root_elsewhere", "b.png")
+    (root / "out.png").symlink_to(tmp_path / "root_elsewhere" / "b.png")
+    (root / "away").symlink_to(tmp_path / "root_elsewhere")
     (root / "dangling.png").symlink_to(root / "nowhere.png")
     (root / "itself.png").symlink_to("itself.png")
     refuse(jsonl(root, [{"path": "a.png"}, row]), message)
@@ -921,6 +925,7 @@ def test_write_manifest_round_trip(load, root):
 @pytest.mark.parametrize("parallel", [False, True])
 def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel):
     monkeypatch.setattr(data.manifest_writer, "_PARALLEL_FROM", 2 if parallel else 100)
+    monkeypatch.setattr(data.manifest_writer, "count_cores", lambda: 2)
     put(root, "a.png", "b.png", "c.png", "d.png")
     (root / "b.png").write_bytes(b"")
     (root / "d.png").write_bytes((root / "c.png").read_bytes()[:40])
@@ -934,6 +939,14 @@ def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel)
     assert write_manifest(str(root), validation_fraction=0, verify=False).unreadable == []
 
 
+def test_images_of_too_many_pixels_stay_with_weight_0(load, root):
+    put(root, "a.png", "b.png")
+    Image.new("L", (2, 5)).save(root / "b.png")
+    report = write_manifest(str(root), validation_fraction=0, verify=True, max_pixels=10)
+    assert report.kinds == {TOO_LARGE: 1} and [path for path, _ in report.unreadable] == ["a.png"]
+    assert load(root).table["weight"].to_pylist() == [0, 1]
+
+
 def test_a_file_that_ends_its_reader_is_listed_with_weight_0(load, root, monkeypatch):
     """tests/utils/test_processes.py kills the processes; here every second file does."""
 
@@ -941,6 +954,7 @@ def test_a_file_that_ends_its_reader_is_listed_with_weight_0(load, root, monkeyp
         return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
 
     monkeypatch.setattr(data.manifest_writer, "_PARALLEL_FROM", 2)
+    monkeypatch.setattr(data.manifest_writer, "count_cores", lambda: 2)
     monkeypatch.setattr(data.manifest_writer, "map_in_processes", all_but_every_second)
     put(root, "a.png", "b.png", "c.png")
     report = write_manifest(str(root), validation_fraction=0, verify=True)
@@ -962,9 +976,9 @@ def test_nobodys_manifest_is_overwritten(root, write):
 
 
 def test_a_manifest_is_not_made_of_links_out_of_the_root(root, tmp_path):
-    put(tmp_path / "elsewhere", "x.png")
+    put(tmp_path / "root_elsewhere", "x.png")
     put(root, "cat/a.png")
-    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "dog").symlink_to(tmp_path / "root_elsewhere")
     with pytest.raises(UserError, match="a manifest cannot name this image: path 'dog/x.png' lies in a link out of"):
         write_manifest(str(root), validation_fraction=0, verify=False)
     assert find_manifest(root) is None

@@ -9,6 +9,7 @@ import PIL
 import pytest
 from PIL import Image
 
+from data import inspection
 from data.decode import CUT_OFF, DAMAGED, UnreadableImage, inspect_image, pillow_version, read_image
 
 MAX_PIXELS = 10_000_000
@@ -269,6 +270,13 @@ def test_what_may_surprise_is_found(tmp_path, name):
     mode, options, traits = TRAITS[name]
     Image.new(mode, (4, 4)).save(tmp_path / name, **options)
     assert inspect_image(tmp_path / name) == (None, None, traits)
+
+
+def test_every_trait_has_a_line_in_the_report():
+    found = {trait for _, _, traits in TRAITS.values() for trait in traits} | {"rotated by EXIF", "broken metadata"}
+    assert set(inspection._TREATMENT) == found
+    report = inspection.ManifestReport(*[None] * 7, traits=dict.fromkeys(found, (2, "x.png")), listing=None)
+    assert sorted(line.split(": 2 images, ")[0] for line in report.trait_lines()) == sorted(found)
 
 
 def test_sixteen_bit_colour_is_found(tmp_path):

@@ -195,8 +195,9 @@ def test_the_pixels_are_those_that_were_measured(root):
     about = json.loads((root / "glyphs.json").read_text())
     assert about["version"] == glyphs.GLYPHS_VERSION and about["count"] == 54_653
     assert about["measured"] == glyphs.MEASURED
-    if about["freetype"] == glyphs.MEASURED["freetype"]:
-        assert about["pixels"] == glyphs.MEASURED["pixels"]
+    if about["freetype"] != glyphs.MEASURED["freetype"]:
+        pytest.skip(f"FreeType {about['freetype']} draws other pixels")
+    assert about["pixels"] == glyphs.MEASURED["pixels"]
 
 
 def test_a_second_call_does_nothing(root, monkeypatch):

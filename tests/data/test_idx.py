@@ -78,15 +78,24 @@ def test_a_complete_folder_is_left_alone_and_another_is_refused(source, tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(idx, "_write_folders", None)
         assert idx_to_folders(str(source), str(root), NAMES) is False
-        for change in (lambda: None, lambda: (root / MARKER).write_text("{"), lambda: (root / MARKER).unlink()):
-            change()
-            with pytest.raises(UserError, match=r"^data\.root: .*root' (is not empty|was made of other).* new folder"):
-                idx_to_folders(str(source), str(root), NAMES[::-1])
+        made = (root / MARKER).read_text()
+        other, foreign = "was made of other files or with other class_names", "is not empty"
+        for marker, names, what in ((made, NAMES[::-1], other), ("{", NAMES, foreign), (None, NAMES, foreign)):
+            (root / MARKER).unlink() if marker is None else (root / MARKER).write_text(marker)
+            with pytest.raises(UserError, match=rf"^data\.root: .*root' {what}, and is left alone; .* new folder"):
+                idx_to_folders(str(source), str(root), names)
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError, match=r"^data\.root: .*/file/root cannot be written \(Not a directory\); name another"
     ):
         idx_to_folders(str(source), str(tmp_path / "file/root"), NAMES)
+
+
+def test_images_of_other_files_are_not_kept(source, tmp_path):
+    idx_to_folders(str(source), str(tmp_path / "root"), NAMES)
+    (source / TRAIN_IMAGES).write_bytes(encode_idx(make_split(12, seed=9)[0]))
+    with pytest.raises(UserError, match=r"^data\.root: .*root' was made of other files"):
+        idx_to_folders(str(source), str(tmp_path / "root"), NAMES)
 
 
 def test_a_write_that_failed_leaves_nothing_and_is_done_again(source, tmp_path, monkeypatch):
@@ -203,6 +212,8 @@ def test_the_command(source, tmp_path):
         assert run("prepare", overrides, tmp_path) == "class folders in root"
     assert len(list((tmp_path / "root/train").glob("[abc]/*.png"))) == 12
     assert run("prepare", ["job=manifest", *folders], tmp_path) == "18 images, 0 unreadable"
+    small = ["job=manifest", *folders, "data.max_pixels=19"]
+    assert run("prepare", small, tmp_path) == "18 images, 18 unreadable"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
 
 import data.batch
 from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot, to_device
@@ -26,6 +25,7 @@ from data.rows import training_rows
 from data.source import FileSource, ImageDecoder
 from data.stream import BalancedSampler, Draw, EvaluationBatches, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
+from tests.data.test_read_ahead import Asked
 from tests.in_process import TINY, run
 from tests.support import make_collection
 from utils import rng
@@ -217,6 +217,13 @@ def test_reading_leaves_global_random_state_alone(folder, workers):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
+def test_the_files_of_coming_steps_are_asked_for(folder, monkeypatch):
+    asked = Asked()
+    monkeypatch.setattr("data.read_ahead.will_need", asked)
+    take(train_loader(folder), 1, between=lambda: asked.wait_for(range(30)))
 
 
 def test_an_image_that_a_balanced_epoch_draws_often_is_augmented_differently_each_time(folder):
@@ -702,13 +709,6 @@ def test_evaluation_sees_the_centre(image_hw, target_hw, eval_crop, seen, why):
     centres_x = left + (torch.arange(target_hw[1]) + 0.5) * step_x - 0.5
     assert (rows - centres_y).abs().max() < 0.8, why
     assert (columns - centres_x).abs().max() < 0.8, why
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_evaluation_of_a_square_equals_torchvisions_resize_and_centre_crop(interpolation):
-    image = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    theirs = v2.Compose([v2.Resize(32, InterpolationMode(interpolation), antialias=True), v2.CenterCrop(28)])
-    assert torch.equal(EvalTransform((28, 28), 0.875, interpolation)(image), theirs(image))
 
 
 @pytest.mark.parametrize("flip, mirrored", [(0.0, False), (1.0, True)])

@@ -82,6 +82,14 @@ def test_its_threads_end_with_the_stream(asked):
     assert not threads_of_ours()
 
 
+def test_the_system_is_asked_for_the_whole_file(tmp_path, monkeypatch):
+    asked, file = [], tmp_path / "x.png"
+    file.write_bytes(b"content")
+    monkeypatch.setattr(os, "posix_fadvise", lambda opened, *how: asked.append((os.fstat(opened).st_ino, *how)))
+    will_need(file)
+    assert asked == [(file.stat().st_ino, 0, 0, os.POSIX_FADV_WILLNEED)]
+
+
 def test_any_file_may_be_asked_for(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()

@@ -59,11 +59,13 @@ def test_epochs_and_seeds_have_orders_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_far_position_is_found_at_once(name):
+def test_a_far_position_is_found_at_once(monkeypatch, name):
     """A run that resumes at its millionth epoch must not build the ones before."""
-    sampler = SAMPLERS[name](0)
+    sampler, made = SAMPLERS[name](0), []
+    permutation = rng.Permutation
+    monkeypatch.setattr(rng, "Permutation", lambda *counters: made.append(counters) or permutation(*counters))
     row, _ = sampler.at(10**6 * sampler.epoch_length + 1)
-    assert row in ROWS
+    assert row in ROWS and 1 <= len(made) <= 3
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -163,6 +165,13 @@ def test_a_class_shows_all_its_samples_before_it_repeats_one(name, seed):
         assert len(set(laps[-1])) == len(laps[-1])
     long = [rows for number, rows in drawn.items() if (ids == number).sum() >= 5]
     assert all(rows[:5] != rows[5:10] for rows in long)  # each lap has an order of its own
+
+
+def test_a_known_balanced_order():
+    """An epoch is two rounds of three classes and one more sample."""
+    sampler = BalancedSampler(np.arange(7), np.array([0, 0, 0, 0, 1, 1, 2]), 0)
+    found = [sampler.at(position)[0] for position in range(14)]
+    assert found == [5, 0, 6, 4, 6, 2, 1, 3, 5, 6, 4, 0, 6, 4]
 
 
 def test_every_round_of_a_balanced_epoch_has_every_class_in_an_order_of_its_own():
@@ -386,16 +395,22 @@ def test_an_empty_validation_split_is_refused():
 
 
 @pytest.mark.parametrize(
-    "sampler",
-    [ShuffledSampler(range(10**8), 0), EvaluationBatches(range(10**8), seed=0, batch_size=9, rank=0, world_size=1)],
+    "first_rows",
+    [
+        lambda: [ShuffledSampler(range(10**8), 0).at(position)[0] for position in (0, 1, 10**8 - 1, 10**8, 7 * 10**9)],
+        lambda: [
+            draw.index
+            for draw in next(iter(EvaluationBatches(range(10**8), seed=0, batch_size=9, rank=0, world_size=1)))
+        ],
+    ],
+    ids=["training", "evaluation"],
 )
-def test_a_hundred_million_rows_start_at_once(sampler):
+def test_a_hundred_million_rows_start_at_once(first_rows):
     tracemalloc.start()
-    if isinstance(sampler, ShuffledSampler):
-        rows = [sampler.at(position)[0] for position in (0, 1, 10**8 - 1, 10**8, 7 * 10**9)]
-        assert len(set(rows)) == 5 and all(0 <= row < 10**8 for row in rows)
-    else:
-        assert [draw.index for draw in next(iter(sampler))] == list(range(9))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        rows = first_rows()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(rows)) == len(rows) and all(0 <= row < 10**8 for row in rows)
     assert peak < 2**20  # bytes

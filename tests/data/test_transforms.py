@@ -190,9 +190,14 @@ def test_normal_noise_has_the_mean_and_deviation_of_the_normalisation():
         noise = erase._noise((3, 200, 200)) / 255.0
     torch.testing.assert_close(noise.mean(dim=(1, 2)), torch.tensor([0.5, 0.3, 0.7]), atol=2e-3, rtol=0)
     torch.testing.assert_close(noise.std(dim=(1, 2)), torch.tensor([0.1, 0.05, 0.1]), atol=2e-3, rtol=0)
-    assert set(apply({**PUBLISHED, "random_erasing": 1.0, "erasing_noise": "normal"})[1].unique().tolist()) <= set(
-        range(256)
-    )
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_the_workers_erase_with_the_noise_that_is_configured(kind):
+    levels = {"mean": [0.2, 0.4, 0.6], "std": [1e-6] * 3}
+    image, erased = apply({"random_erasing": 1.0, "erasing_noise": kind, **levels})
+    colours = erased[:, (image != erased).any(dim=0)].T.tolist()
+    assert len(colours) > 30 and all(colour == [51, 102, 153] for colour in colours) == (kind == "normal")
 
 
 def test_squash_resizes_both_sides_and_crops_nothing():

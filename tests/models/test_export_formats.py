@@ -15,7 +15,6 @@ import torch
 import transformers
 from PIL import Image
 
-from data.config import AugmentConfig
 from data.transforms import EvalTransform
 from engine.tasks.exporting import Opened, without_head
 from models.build import build_network
@@ -31,6 +30,7 @@ from models.image_model import ImageModel
 from models.layers import GRN
 from models.normalise import Normalise
 from models.weights.initialise import initialise_from, to_timm
+from tests.in_process import configure
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights
@@ -490,5 +490,5 @@ def test_a_network_of_one_size_is_refused_for_any(tmp_path):
 
 def test_augment_states_the_preprocessing_that_is_exported():
     """What the tests above pass by hand is what AugmentConfig writes."""
-    values = AugmentConfig.model_fields
-    assert {"image_size_hw", "interpolation", "eval_crop", "eval_resize", "mean", "std"} <= set(values)
+    stated = configure("finetune", [])[0].augment.preprocessing(3)
+    assert stated.keys() == make(geometry())[1]["preprocessing"].keys() and stated["channels"] == 3

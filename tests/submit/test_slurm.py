@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from submitit.core.utils import FailedJobError
 
 from submit import slurm
 from submit.config import LaunchConfig
@@ -147,6 +148,9 @@ def test_wrong_values_are_refused(word, said):
 
 def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
     """It composes without the working tree, and its runs name the commit that it was copied from."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not head:
+        pytest.skip("this is no git checkout")
     copy_code(tmp_path / "code")
     assert {path.name for path in (tmp_path / "code").iterdir() if path.is_dir()} == set(FOLDERS)
     assert not list((tmp_path / "code").rglob("__pycache__"))
@@ -155,7 +159,6 @@ def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
         [sys.executable, "-c", ask], cwd=tmp_path / "code", env={**os.environ, "PYTHONPATH": ""},
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert json.loads(found)["commit"] == head
 
 
@@ -223,6 +226,68 @@ def test_a_rank_that_hangs_where_another_has_failed_is_killed(tmp_path, monkeypa
     job = ScriptJob("hangs", [], tmp_path / "code", tmp_path, tmp_path)
     assert job._run() == 3
     assert "another rank has failed, and this one does not end: it is killed" in capfd.readouterr().out
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """The first task of job 7, whose script ends as lost; ending the process is SystemExit."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("submit.job.os._exit", sys.exit)
+    (tmp_path / "lost.py").write_text("raise SystemExit(70)")
+    return ScriptJob("lost", [], tmp_path, tmp_path, tmp_path, max_lost_ranks=2)
+
+
+@pytest.mark.parametrize("status", [75, 0, 2])
+def test_only_a_script_that_was_stopped_is_continued(job, status):
+    words = ["bash", "-c", f"trap 'exit {status}' USR1; echo ready; while :; do sleep 0.01; done"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as job._process:
+        assert job._process.stdout.readline() == b"ready\n"
+        if status == 75:
+            assert job.checkpoint().function is job and job._process is None
+            assert not (job.folder / "end_0.json").exists()
+            return
+        with pytest.raises(SystemExit) as ended:
+            job.checkpoint()
+    assert ended.value.code == status
+    assert json.loads((job.folder / "end_0.json").read_text()) == {"status": status, "restarts": 0}
+
+
+def test_a_job_that_has_not_begun_is_continued(job):
+    job._process = None
+    assert job.checkpoint().function is job
+
+
+def test_a_job_is_continued_until_it_has_lost_too_many_ranks(job, monkeypatch):
+    continued, forbidden = [], []
+    monkeypatch.setattr(ScriptJob, "_continue", lambda self, status: continued.append(status))
+    monkeypatch.setattr("submit.job.forbid_requeue", forbidden.append)
+    assert [job._run() for _ in range(2)] == [70, 70] and (continued, forbidden) == ([70, 70], [])
+    assert job._run() == 70 and (continued, forbidden) == ([70, 70], ["7"])
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_job_is_put_back_until_slurm_has_done_it(job, monkeypatch, runs):
+    """One that SLURM itself ends is left to it."""
+    asked, slept, answers = [], [], iter([False, False, True])
+    monkeypatch.setattr("submit.job.is_running", lambda name: runs)
+    monkeypatch.setattr("submit.job.requeue", lambda name: asked.append(name) or next(answers))
+    monkeypatch.setattr("submit.job.time.sleep", slept.append)
+    job._continue(75)
+    assert (asked, slept) == ((["7"] * 3, [5.0, 5.0, 600]) if runs else ([], [600]))
+
+
+def test_what_slurm_refuses_names_the_key(job, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise FailedJobError("sbatch: error: Batch job submission failed:\n Invalid account")
+
+    monkeypatch.setattr("submit.executor.shutil.which", str)
+    monkeypatch.setattr("submit.executor._Executor.submit_array", refuse)
+    with pytest.raises(UserError) as refused:
+        queue_jobs(launch("account=vision"), tmp_path, [job])
+    assert str(refused.value) == (
+        "launch.account: SLURM refuses the job ('vision' was asked for): Batch job submission failed: Invalid account"
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,19 @@ def test_known_orders():
     assert rng.permutation(1, 0, 8).tolist() == [5, 4, 6, 3, 0, 2, 7, 1]
 
 
+@pytest.mark.parametrize(
+    ("count", "first"),
+    [
+        (257, [233, 161, 99, 48, 145, 55, 121, 229]),
+        (1000, [338, 587, 195, 112, 684, 38, 23, 607]),
+        (10**8, [66733093, 45233334, 54600747, 66218588]),
+    ],
+)
+def test_known_orders_without_a_table(count, first):
+    order = rng.Permutation(0, 0, count)
+    assert [order(index) for index in range(len(first))] == first
+
+
 def test_mix64_is_the_finaliser_of_splitmix64():
     """The published first outputs of the generator seeded with 1234567."""
     state, found = 1234567, []

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from utils.config.search import Search
 from utils.config.sweep import parse_sweep
 from utils.config.sweep_processes import run_at_once
 from utils.errors import UserError
+from utils.record.sweep_table import write_result
 
 # It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75. With pair=true,
 # jobs 1 and 2 wait for each other.
@@ -188,6 +190,19 @@ def test_a_trial_that_was_killed_is_made_again_with_its_values(script):
     job = Search(sweep, name_sweep_job).next_job()
     assert Search(sweep, name_sweep_job).next_job() == job
     assert re.fullmatch(r"top=[\d.e-]+ n=[1-8] c=[xy] .*", " ".join(job.words))
+
+
+@pytest.mark.parametrize(("is_lowest_best", "value"), [(True, -0.5), (False, 0.5), (None, None)])
+def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
+    search = Search(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"]), name_sweep_job)
+    job = search.next_job()
+    Path(job.folder).mkdir(parents=True)
+    if value is not None:
+        write_result(Path(job.folder), "m", SimpleNamespace(value=0.5, step=1), is_lowest_best=is_lowest_best)
+    search.tell(job)
+    (trial,) = search._study.trials
+    assert (trial.value, trial.state.name) == (value, "FAIL" if value is None else "COMPLETE")
+    assert search._study.direction.name == "MAXIMIZE"
 
 
 def test_a_search_without_a_range_is_refused(script):

@@ -2,13 +2,13 @@
 
 import json
 import random
-import resource
-import time
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from tests.support import no_large_allocation
 from utils.errors import UserError
 from utils.io.untrusted.safetensors_header import MAX_HEADER_BYTES, read_header
 from utils.io.weights import read_weights
@@ -104,16 +104,12 @@ def test_a_long_header_is_refused_unread(tmp_path):
         read_header(path, "init_from")
 
 
-def test_memory_does_not_grow(tmp_path):
-    """Files that promise terabytes cost nothing: neither memory (peak of the process) nor time."""
-    path, before = tmp_path / "w.safetensors", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    for name in ("huge shape", "shape beyond 64 bits", "huge shape with offsets", "length 2**60", "length 2**64 - 1"):
-        path.write_bytes(FORGED[name][0])
-        with pytest.raises(UserError):
-            read_weights(path, "init_from")
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown_mib < 4 and time.perf_counter() - started < 1, grown_mib
+@pytest.mark.parametrize("name", [name for name in FORGED if name.startswith(("huge", "shape beyond", "length 2**"))])
+def test_a_file_that_promises_terabytes_takes_no_memory(name, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(FORGED[name][0])
+    with no_large_allocation(), pytest.raises(UserError, match=re.escape(FORGED[name][1])):
+        read_weights(path, "init_from")
 
 
 def test_a_header_that_is_true_describes_the_tensors(tmp_path):

@@ -81,6 +81,11 @@ def test_the_loss_of_training_is_named_as_what_it_is(tmp_path, monkeypatch):
     names = [text.get_text() for text in panels["loss"].get_legend().get_texts()]
     assert names == ["training, as optimised", "validation", "validation, average"]
     assert panels["grad norm"].lines[0].get_label() == "training"
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in panels["loss"].lines] == [
+        ([20 * number for number in range(1, 10)], [5.0 / number for number in range(1, 10)]),
+        ([100, 200], [4.0, 2.0]),
+        ([100, 200], [0.5, 0.5]),
+    ]
     figure.canvas.draw()
     assert panels["loss"].get_legend().get_window_extent().x0 > panels["loss"]._left_title.get_window_extent().x1
     plt.close(figure)
