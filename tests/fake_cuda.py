@@ -2,6 +2,7 @@
 
     python tests/fake_cuda.py TASK:OPTIMISER:PRECISION ...      one line of JSON for each case
     python tests/fake_cuda.py faults                            planted faults that must be found
+    python tests/fake_cuda.py vote                              the vote of several ranks on stopping
 
 Tensors are those of torch's FakeTensorMode: they have shape, dtype, layout and the device cuda:0, but no memory. Every
 operation checks devices and dtypes as on a GPU, and autocast is that of CUDA. What runs is the loop of every entry
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 _SHIM = """
 static signed char count = 0;
@@ -71,6 +74,7 @@ from engine.train_one_epoch import StopVote, train_one_epoch
 from engine.writer import HostCopies
 from models.config import ModelConfig
 from optim.config import KnobConfig
+from utils.ranks import distributed
 
 DEVICE = torch.device("cuda", 0)
 SIZE, BATCH, STEPS, NAMES = 64, 4, 3, [f"name {index}" for index in range(7)]
@@ -204,6 +208,7 @@ def fake_gpu():
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "manual_seed", lambda _: None),
+        (torch.cuda, "reset_peak_memory_stats", lambda _: None),
         (torch.cuda, "Event", _Event),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
@@ -333,31 +338,48 @@ def zeros(*shape):
     return torch.zeros(shape, device=DEVICE)
 
 
+def run_vote():
+    """Read the votes of two steps as one of several ranks does; returns the host reads."""
+    with fake_gpu() as device, mock.patch.object(distributed, "is_distributed", return_value=True):
+        device.strict, vote = True, StopVote()
+        result = SimpleNamespace(stop=zeros())
+        # The first call has nothing to read; the second reads a host copy, and `Device` gives True for that.
+        assert [vote.read(result, requested=False) for _ in range(2)] == [False, True]
+        return device.waits
+
+
+_READ, _COPY = "a number is read", "a copy between host and device"
+# Each fault, and what is said of it.
 FAULTS = {
-    "a CPU tensor in CUDA arithmetic": lambda: zeros(3) + torch.zeros(3),
-    "item": lambda: zeros(1).item(),
-    "bool": lambda: bool(zeros(1) > 0),
-    "tolist": lambda: zeros(2).tolist(),
-    "a boolean index": lambda: zeros(3)[zeros(3) > 0],
-    "a tensor of a number": lambda: zeros(3) * torch.tensor(2.0, device=DEVICE),
-    "a copy to the host": lambda: zeros(3).cpu(),
-    "matrices of two dtypes": lambda: zeros(2, 2) @ zeros(2, 2).bfloat16(),
-    "found_inf on the host": lambda: torch._fused_sgd_(
-        [zeros(2)], [zeros(2)], [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0, nesterov=False,
-        maximize=False, is_first_step=False, found_inf=torch.zeros(()),
+    "a CPU tensor in CUDA arithmetic": (lambda: zeros(3) + torch.zeros(3), "on the same device"),
+    "item": (lambda: zeros(1).item(), _READ),
+    "bool": (lambda: bool(zeros(1) > 0), _READ),
+    "tolist": (lambda: zeros(2).tolist(), _READ),
+    "a boolean index": (lambda: zeros(3)[zeros(3) > 0], "the shape of aten::index depends on values"),
+    "a tensor of a number": (lambda: zeros(3) * torch.tensor(2.0, device=DEVICE), _COPY),
+    "a copy to the host": (lambda: zeros(3).cpu(), _COPY),
+    "matrices of two dtypes": (
+        lambda: zeros(2, 2) @ zeros(2, 2).bfloat16(), "aten::mm of ['torch.bfloat16', 'torch.float32']",
+    ),
+    "found_inf on the host": (
+        lambda: torch._fused_sgd_(
+            [zeros(2)], [zeros(2)], [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=False, found_inf=torch.zeros(()),
+        ),
+        "aten::_fused_sgd_: found_inf",
     ),
 }  # fmt: skip
 
 
-def find_fault(body):
-    """Return whether a planted fault is found."""
+def find_fault(body, expected):
+    """Return whether a planted fault is found, and nothing else."""
     with fake_gpu() as device:
         device.strict = True
         try:
             body()
-        except Exception:  # any refusal is a find
-            return True
-        return bool(device.waits)
+        except Exception as error:
+            device.waits.append(str(error))
+        return bool(device.waits) and all(expected in text for text in device.waits)
 
 
 def main():
@@ -365,9 +387,9 @@ def main():
         row = {"case": case, "error": None, "waits": []}
         try:
             if case == "faults":
-                row["waits"] = [name for name, body in FAULTS.items() if not find_fault(body)]  # those missed
+                row["waits"] = [name for name, fault in FAULTS.items() if not find_fault(*fault)]  # those missed
             else:
-                row["waits"] = run_case(*case.split(":"))
+                row["waits"] = run_vote() if case == "vote" else run_case(*case.split(":"))
         except Exception as error:
             row["error"] = "".join(traceback.format_exception(error)[-4:])
         sys.stdout.write(json.dumps(row) + "\n")

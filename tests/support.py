@@ -232,6 +232,14 @@ def rows(path, kind=None):
     return [row for row in found if kind is None or row["kind"] == kind]
 
 
+def assert_same_rows(first, second, tolerance=1e-5):
+    """Compare all rows of two runs' metrics.jsonl, the evaluations' too, without readings."""
+    for a, b in zip(rows(first / "metrics.jsonl"), rows(second / "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == (pytest.approx(value, rel=tolerance) if isinstance(value, float) else value), name
+
+
 def training_log(run_dir):
     """Return the lines of a run's training_log.txt as name -> text, without readings."""
     with open(Path(run_dir) / "training_log.txt", newline="") as stream:

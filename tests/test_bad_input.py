@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.plan import split_batch
 from tests.in_process import SHORT, TINY, make_images, run
 from tests.support import make_collection
 from utils.config.messages import ConfigError
@@ -171,7 +170,7 @@ def test_class_folders_in_other_scripts_nested_and_empty_ones(tmp_path):
         assert [row["class"] for row in csv.DictReader(stream)] == sorted(names)
     run("predict", ["weights=run", "input=images/val", "output=found.csv"], tmp_path)
     with open(tmp_path / "found.csv", encoding="utf-8") as stream:
-        assert any(name in "".join(map(str, row.values())) for row in csv.DictReader(stream) for name in names)
+        assert {row["class"] for row in csv.DictReader(stream)} <= set(names)
 
 
 # ---------------------------------------------------------------------------------------------------- unreadable images
@@ -223,14 +222,10 @@ def test_a_batch_of_which_nothing_can_be_read_is_skipped(tmp_path):
     assert (tmp_path / "run/weights/last_weights.safetensors").exists()
 
 
-def test_training_images_of_which_none_can_be_read_end_the_run(tmp_path):
+def test_a_manifest_of_which_no_training_image_can_be_read_is_refused(tmp_path):
     make_images(tmp_path / "images")
     for path in (tmp_path / "images/train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError) as refused:
-        run("finetune", [*TINY, "data.root=images", "run_dir=run"], tmp_path)
-    matches(str(refused.value), "data.root: no image of steps 1 to 2 could be read, see the warnings above and unreada")
-    assert len((tmp_path / "run/unreadable.jsonl").read_text().splitlines()) == 8
     run("prepare", ["job=manifest", "data=image_folder", "data.root=images"], tmp_path)
     message = (
         "data.root: all 8 training images of 'images' have weight 0 in its manifest, as unreadable images do; repl"
@@ -356,30 +351,6 @@ def test_a_compiler_that_is_not_there(place, monkeypatch):
     monkeypatch.setattr("engine.runtime.missing_for_compile", lambda device: ["a compiler on the PATH (g++)"])
     message = refusal("finetune", [*TINY, "data.root=images", "runtime.compile=true", "run_dir=refused"], place)
     matches(message, "runtime.compile: true needs a compiler on the PATH (g++), not found here; install that or set")
-
-
-@pytest.mark.parametrize(
-    ("batch", "ranks", "chunk", "message"),
-    [
-        (10, 4, None, "loop.global_batch_size: 10 does not divide by the 4 ranks; set it to 8, 12, or start another"),
-        (
-            3,
-            8,
-            None,
-            "loop.global_batch_size: 3 does not divide by the 8 ranks; set it to 8, or start another number of",
-        ),
-        (
-            10,
-            1,
-            4,
-            "loop.global_batch_size: 10 is not a multiple of the sampler's chunk of 4 samples of one shape; set",
-        ),
-    ],
-)
-def test_a_batch_that_does_not_divide(batch, ranks, chunk, message):
-    with pytest.raises(UserError) as refused:
-        split_batch(batch, ranks, 4, chunk)
-    assert str(refused.value).startswith(message)
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming

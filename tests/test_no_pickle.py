@@ -19,18 +19,29 @@ ALLOWED = {
 }
 # torch.save is among them: what is written is safetensors, JSON, Arrow, PNG and text.
 _CALLS = {
-    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.save", "torch.jit.load", "torch.package",
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.save", "torch.jit.load", "torch.hub.load",
     "np.save", "numpy.save", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "pd.read_pickle", "pandas.read_pickle",
     "pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "pickle.Unpickler", "shutil.unpack_archive",
 }  # fmt: skip
 _METHODS = {"extractall", "read_pickle", "to_pickle"}
 
 
-def _name(node):
-    """Return the dotted name of what is called, `?` where it is no name."""
+def _name(node, aliases):
+    """Return the dotted name of what is called as its module has it, `?` where it is no name."""
     if isinstance(node, ast.Attribute):
-        return f"{_name(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else "?"
+        return f"{_name(node.value, aliases)}.{node.attr}"
+    return aliases.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+
+
+def _find_aliases(tree):
+    """Return the full name of each name that an import gives, anywhere in a module."""
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {name.asname: name.name for name in node.names if name.asname}
+        elif isinstance(node, ast.ImportFrom):
+            aliases |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+    return aliases
 
 
 def _given(call, name):
@@ -39,14 +50,15 @@ def _given(call, name):
 
 def find_unsafe(source):
     """Return `what` of each unsafe line of a source, with its line."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    aliases = _find_aliases(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(f"import {name.name}", node.lineno) for name in node.names if name.name in _MODULES]
         elif isinstance(node, ast.ImportFrom) and node.module in _MODULES:
             found.append((f"from {node.module}", node.lineno))
         elif isinstance(node, ast.Call):
-            name = _name(node.func)
+            name = _name(node.func, aliases).removeprefix("builtins.")
             if name in _CALLS or name.rpartition(".")[2] in _METHODS:
                 found.append((name, node.lineno))
             if name == "torch.load" and _given(node, "weights_only") is not True:
@@ -77,6 +89,10 @@ def test_no_room_unpickles_or_evaluates():
         "np.load(p, allow_pickle=flag)", "yaml.load(t, yaml.Loader)", "eval(t)", "exec(t)",
         "subprocess.run(c, shell=True)", "archive.extractall(p)", "torch.save(x, p)",
         "def f():\n    if x:\n        return eval(t)", "pd.read_pickle(p)",
+        "from torch import load\nload(p)", "import torch as t\nt.load(p)", "from torch import save\nsave(x, p)",
+        "from os import system\nsystem(c)", "from yaml import load as read\nread(t, L)", "torch.hub.load(r, m)",
+        "def f():\n    from shutil import unpack_archive\n    unpack_archive(p)", "builtins.eval(t)",
+        "import torch.hub as hub\nhub.load(r, m)",
     ],
 )  # fmt: skip
 def test_a_planted_call_is_found(source):
@@ -92,6 +108,9 @@ def test_a_planted_call_is_found(source):
         "re.compile(t)",
         "torch.compile(m)",
         "json.load(f)",
+        "from json import load\nload(f)",
+        "from re import compile\ncompile(t)",
+        "from torch import load\nload(p, weights_only=True)",
     ],
 )
 def test_what_is_right_passes(source):

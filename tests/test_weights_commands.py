@@ -15,6 +15,7 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.export.parity import vary_weights
 from tests.in_process import SHORT, make_images, run
+from tests.support import rows as rows_of
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.files import read_json
@@ -298,8 +299,12 @@ def test_int8_reports_the_accuracy_that_it_costs(place):
     assert report["file"] == "model_int8.onnx" and report["images"] == 4
     assert report["top1_loss"] == pytest.approx(report["top1_fp32"] - report["top1"]) and "top1_loss=" in line
     assert report["top1_fp32"] == metrics(place, "run_dir=run", "weights=best", *ON_CPU)["top1"]
-    run("predict", ["weights=run/export/model_int8.onnx", "input=images", "output=found.csv"], place)
-    assert "A" in (place / "found.csv").read_text()
+    found = []
+    for weights in ("run", "run/export/model_int8.onnx"):
+        run("predict", [f"weights={weights}", "input=images", "output=found.jsonl"], place)
+        found.append([{each["class"]: each["prob"] for each in row["top"]} for row in rows_of(place / "found.jsonl")])
+    assert len(found[0]) == len(found[1]) == 12
+    assert all(int8 == pytest.approx(fp32, abs=0.02) for fp32, int8 in zip(*found))
 
 
 @pytest.mark.slow

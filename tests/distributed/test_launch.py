@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, SCRIPTS, checkpoint_tensors, command, common, rows, run, start
+from tests.support import ROOT, checkpoint_tensors, command, common, rows, run, start
 
 pytestmark = pytest.mark.ddp
 
@@ -199,10 +199,6 @@ def test_slurm_variables_start_the_same_job(collection, tmp_path):
     assert [job.wait() for job in started] == [[0], [0]]
     assert "2 ranks x 1 accum_steps x 4 batch_size" in started[0].output
     assert checkpoint_tensors(tmp_path / "run", 3)
-
-
-def test_every_script_of_the_rule_of_three_is_known():
-    assert all((ROOT / script).is_file() for script in SCRIPTS.values())
 
 
 def test_a_multirun_keeps_one_process_group_over_its_jobs(collection, tmp_path):

@@ -19,7 +19,6 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from engine.measures.confusion import Confusion, ConfusionCounts
-from engine.measures.top_samples import TopSamples
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -190,17 +189,6 @@ def test_tables_and_pictures_are_the_same_on_one_two_and_three_ranks(tmp_path):
         assert first[0] == pytest.approx(scalars, rel=1e-12)
         assert first[1:] == (tables, images)
         assert all(other == (first[0], {}, {}) for other in others)
-
-
-def test_kept_samples_are_the_best_of_all_batches():
-    generator = torch.Generator().manual_seed(0)
-    score, eligible = torch.rand(50, generator=generator).round(decimals=1), torch.rand(50, generator=generator) < 0.7
-    top = TopSamples(8)
-    for ids in torch.arange(50).split(7):
-        top.add(score[ids], eligible[ids], {"sample_id": ids, "square": ids**2})
-    expected = sorted(np.flatnonzero(eligible).tolist(), key=lambda number: (-float(score[number]), number))[:8]
-    found = top.reduce()
-    assert found["sample_id"].tolist() == expected and found["square"].tolist() == [n**2 for n in expected]
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,21 @@ from engine.tasks.kind import Setup
 from tests.engine.test_exactness import NOISY, assert_same_tensors
 from tests.in_process import SMALL_MODEL, configure
 from tests.in_process import run as run_here
-from tests.support import SCRIPTS, checkpoint_tensors, common, rows, run, samples_by_step, slow_but, start
+from tests.support import (
+    SCRIPTS,
+    assert_same_rows,
+    checkpoint_tensors,
+    common,
+    rows,
+    run,
+    samples_by_step,
+    slow_but,
+    start,
+)
 from utils.errors import UserError
 
 FSDP = "runtime.parallel=fsdp"
 QUICK = ["fcmae"]
-
-
-def assert_same_rows(first, second, tolerance=1e-5):
-    """All rows of two runs' metrics.jsonl, the evaluations' too."""
-    for a, b in zip(rows(first / "metrics.jsonl"), rows(second / "metrics.jsonl"), strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert b[name] == (pytest.approx(value, rel=tolerance) if isinstance(value, float) else value), name
 
 
 def compare(task, collection, folder, *settings, steps=12, tolerance=2e-5):

@@ -46,7 +46,7 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
     prepare_head(task.network, task.normalise, batches, runtime, fit=True)
     assert torch.equal(state, torch.random.get_rng_state())
     loss, share = measure(task, batches)
-    assert share > 0.75 and loss < 0.7 * loss_before and task.training
+    assert share > 0.75 and loss < 0.7 * loss_before and task.network.training
     after = task.network.state_dict()
     changed = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     assert {name for name in after if not torch.equal(after[name], before[name])} == changed

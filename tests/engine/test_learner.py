@@ -1,11 +1,19 @@
 """The learner alone, without a run folder: it learns, its state round-trips, rules freeze what they name."""
 
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+from engine.evaluator import Evaluator
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.runtime import choose_runtime
+from engine.step import LossScale
+from engine.task import Report, Roles, StepOutput, Task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
@@ -38,6 +46,13 @@ def make_batch(seed=0):
     }
 
 
+def in_fp16(learner):
+    """Give a learner the autocast and the loss scale of fp16, which choose_runtime refuses on a CPU."""
+    learner.runtime = replace(learner.runtime, precision="fp16")
+    learner.scale = LossScale(learner.runtime)
+    return learner
+
+
 def tensors_of(learner):
     groups, _ = learner.state()
     return {f"{group}/{name}": tensor.clone() for group, named in groups.items() for name, tensor in named.items()}
@@ -66,6 +81,65 @@ def test_a_loaded_state_continues_bit_for_bit():
         learner.update([batch])
     left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_loaded_state_has_its_loss_scale():
+    first, second = in_fp16(make_learner()), in_fp16(make_learner())
+    first.scale.scale, first.scale.good_steps = torch.tensor(1024.0), torch.tensor(7.0)
+    second.load_state(*first.state(), "here")
+    assert (second.scale.scale, second.scale.good_steps) == (1024.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decays"), [("true", [1 / 10, 2 / 11, 3 / 12, 4 / 13]), ("false", [0.9, 0.9, 0.9, 0.9])]
+)
+def test_the_average_is_that_of_the_weights_after_each_update(warmup, decays):
+    learner, batch = make_learner("loop.ema_decay=0.9", f"loop.ema_warmup={warmup}"), make_batch()
+
+    def weights():
+        return {name: tensor.double() for name, tensor in learner.state()[0]["weights"].items()}
+
+    average = weights()
+    for decay in decays:
+        learner.update([batch])
+        average = {name: decay * average[name] + (1 - decay) * tensor for name, tensor in weights().items()}
+    found = learner.state()[0]["average_weights"]
+    assert found.keys() == average.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), average[name], rtol=1e-6, atol=1e-7)
+
+
+class OnFrozen(Task):
+    """A linear layer on a frozen encoder that has statistics and draws."""
+
+    roles = Roles(frozen=("encoder",))
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+        self.network = nn.Linear(4, 1)
+
+    def forward(self, batch, knobs):
+        features = self.encoder(batch["images"].float()).mean(dim=(2, 3))
+        return StepOutput(self.network(features).squeeze(1).square())
+
+    def evaluate(self, loaders, step):
+        return Report({"loss": 0.0})
+
+
+def test_a_frozen_network_stays_in_eval_mode_without_gradients():
+    config, _ = configure("finetune", [*OURS, *SHORT])
+    plan = Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3)
+    learner = Learner(OnFrozen(), config, plan, choose_runtime(config.runtime))
+    task, before = learner.task, copy.deepcopy(learner.task.encoder.state_dict())
+    task.train()
+    learner.update([make_batch()])
+    Evaluator(SimpleNamespace(evaluation={}), plan, 1.0, None, None, None)._measure(learner)
+    assert task.network.training and not any(module.training for module in task.encoder.modules())
+    learner.update([make_batch()])
+    after = task.encoder.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(parameter.requires_grad for parameter in task.encoder.parameters())
 
 
 def test_the_state_of_another_network_is_refused():

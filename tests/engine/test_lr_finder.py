@@ -4,8 +4,8 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +18,12 @@ from engine.lr_suggestion import smooth
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
-from engine.step import LossScale
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from optim.groups import set_group_values, set_peak_lr
 from tests.engine.test_fsdp import assert_same_rows
-from tests.engine.test_learner import OURS, make_batch, make_learner, tensors_of
+from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
+from tests.engine.test_onecycle_run import torchs_values
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
 from tests.support import rows
 from tests.support import run as run_ranks
@@ -61,13 +61,6 @@ def make_run(learner, *, must_stop=False):
         learner=learner, must_stop=must_stop, recorder=SimpleNamespace(phase=lambda *_: None),
         plan=SimpleNamespace(total_steps=1000),
     )  # fmt: skip
-
-
-def in_fp16(learner):
-    """Give a learner the autocast and the loss scale of fp16, which choose_runtime refuses on a CPU."""
-    learner.runtime = replace(learner.runtime, precision="fp16")
-    learner.scale = LossScale(learner.runtime)
-    return learner
 
 
 def test_the_updates_are_the_runs_own():
@@ -290,18 +283,21 @@ def test_the_run_equals_one_whose_rate_was_given(searched):
     ]
 
 
-def test_a_resumed_run_does_not_search_again(searched, capsys):
+def test_a_resumed_run_does_not_search_again(searched, tmp_path, capsys):
     """It continues at the rate found, in the same recipe's folder."""
     folder, base = searched
-    written = (folder / "run/lr_finder.json").stat().st_mtime_ns
-    run("finetune", [*base, *SEARCH, "loop.total_steps=26", f"run_dir={folder}/run"], folder)
+    path = shutil.copytree(folder / "run", tmp_path / "run")
+    written = (path / "lr_finder.json").stat().st_mtime_ns
+    run("finetune", [*base, *SEARCH, "loop.total_steps=26", f"run_dir={path}"], folder)
     said = capsys.readouterr().err
     assert "resumed from" in said and "lr_finder" not in said
     assert "the peak rate is" in said and "which the range test of this run found" in said
-    assert (folder / "run/lr_finder.json").stat().st_mtime_ns == written
-    found = json.loads((folder / "run/lr_finder.json").read_text())["taken"]
-    state = json.loads((folder / "run/checkpoints/step_00000026/state.json").read_text())
-    assert state["found_lr"] == found
+    assert (path / "lr_finder.json").stat().st_mtime_ns == written
+    found = json.loads((path / "lr_finder.json").read_text())["taken"]
+    assert json.loads((path / "checkpoints/step_00000026/state.json").read_text())["found_lr"] == found
+    rates = {row["step"]: row["lr"] for row in rows(path / "metrics.jsonl", "train")}
+    (before, _), (last, _) = torchs_values(26, found)[24:]
+    assert (rates[25], rates[26]) == pytest.approx((before, last), rel=1e-9)
 
 
 def test_the_rate_found_is_not_part_of_the_recipe(searched, tmp_path, capsys):
@@ -374,7 +370,7 @@ def test_a_range_test_for_a_run_that_began_without_one_is_refused(searched):
         run("finetune", again, folder)
 
 
-@pytest.mark.parametrize("script", ["train", "finetune", "pretrain_fcmae"])
+@pytest.mark.parametrize("script", ["finetune", "pretrain_fcmae"])  # train: test_train.py
 def test_a_rate_beside_a_range_test_is_refused(script):
     given = ["lr_finder.enabled=true", "optim.lr=0.3"]
     with pytest.raises(ConfigError, match=r"optim.lr: 0.3 is not read, because the range test finds the rate; set"):

@@ -6,6 +6,7 @@ raises. Steps that log, evaluate or save are excluded: those may wait.
 """
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,3 +236,16 @@ def test_on_a_gpu_torchs_own_check_is_silent(kind, optim, changes, precision):
         run_steps(training, batches, STEPS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_fake_cuda.py reads votes on the CPU")
+def test_on_a_gpu_ranks_read_the_vote_of_the_step_before(monkeypatch):
+    monkeypatch.setattr("utils.ranks.distributed.is_distributed", lambda: True)
+    vote, results = StopVote(), [SimpleNamespace(stop=torch.tensor(stop, device="cuda")) for stop in (0.0, 1.0, 0.0)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [vote.read(result, requested=False) for result in results]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found == [False, False, True]

@@ -18,6 +18,7 @@ from tests.in_process import TINY, make_images, run
 from tests.support import checkpoint_tensors, rows
 from utils.errors import UserError
 from utils.io.files import read_json, sha256_file
+from utils.io.weights import read_weights
 from utils.ranks import distributed
 
 # Two steps an epoch; the last step evaluates in any case.
@@ -157,17 +158,16 @@ def test_a_forged_state_of_the_optimiser_is_refused_before_any_tensor_is_read(
 # --- the best figure
 
 
-def spoil(monkeypatch, step):
-    """Let the evaluation at a step find NaN."""
+def find(monkeypatch, values):
+    """Let the evaluations at some steps find other values."""
     evaluate = ClassificationTask.evaluate
 
-    def spoilt(self, loaders, at):
-        report = evaluate(self, loaders, at)
-        if at == step:
-            report.scalars[self.best_metric] = math.nan
+    def changed(self, loaders, step):
+        report = evaluate(self, loaders, step)
+        report.scalars[self.best_metric] = values.get(step, report.scalars[self.best_metric])
         return report
 
-    monkeypatch.setattr(ClassificationTask, "evaluate", spoilt)
+    monkeypatch.setattr(ClassificationTask, "evaluate", changed)
 
 
 def best_of(place, step):
@@ -175,7 +175,7 @@ def best_of(place, step):
 
 
 def test_a_first_figure_that_is_not_finite_is_not_the_best(place, monkeypatch):
-    spoil(monkeypatch, 2)
+    find(monkeypatch, {2: math.nan})
     finetune(place, "loop.total_steps=4", "loop.evaluate_every_epochs=1", "loop.keep_checkpoints=9")
     assert best_of(place, 2) == {"value": None, "step": None}
     assert best_of(place, 4)["step"] == 4 and math.isfinite(best_of(place, 4)["value"])
@@ -183,9 +183,42 @@ def test_a_first_figure_that_is_not_finite_is_not_the_best(place, monkeypatch):
 
 
 def test_a_later_one_leaves_the_best_as_it_is(place, monkeypatch):
-    spoil(monkeypatch, 4)
+    find(monkeypatch, {4: math.nan})
     finetune(place, "loop.total_steps=4", "loop.evaluate_every_epochs=1", "loop.keep_checkpoints=9")
     assert best_of(place, 4) == best_of(place, 2) and best_of(place, 2)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "is_lowest", "killed_at"),
+    [([0.2, 0.6, 0.4, 0.6], False, None), ([0.2, 0.6, 0.4, 0.6], False, 2), ([0.6, 0.2, 0.4, 0.2], True, None)],
+)
+def test_the_best_weights_are_those_of_the_best_figure(values, is_lowest, killed_at, place, monkeypatch):
+    """Of two equal figures those of the first."""
+    find(monkeypatch, dict(enumerate(values, start=1)))
+    monkeypatch.setattr(ClassificationTask, "best_is_lowest", is_lowest)
+    settings = ["loop.total_steps=4", "loop.evaluate_every_epochs=0.5", "loop.keep_checkpoints=9", "optim.lr=0.01"]
+    if killed_at is not None:
+        finetune(place, *settings, kill_at_step=killed_at)
+    finetune(place, *settings)
+    assert best_of(place, 4) == {"value": values[1], "step": 2}
+    best, metadata = read_weights(place / "run/weights/best_weights.safetensors", "weights")
+    assert metadata["step"] == 2
+    for step in (1, 2, 3, 4):
+        saved = load_file(place / f"run/checkpoints/step_{step:08d}/weights.safetensors")
+        assert all(torch.equal(best[name], saved[name]) for name in saved) == (step == 2)
+
+
+# --- a requeued job
+
+
+def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch):
+    settings = ["loop.total_steps=3", "resume=never"]
+    finetune(place, *settings, kill_at_step=2)
+    with pytest.raises(UserError, match=r"^resume: never was given, but run holds [12] checkpoints"):
+        finetune(place, *settings)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "resumed from run/checkpoints/step_0000000" in finetune(place, *settings)
+    assert left(place)[-1] == 3 and [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == [1, 2, 3]
 
 
 # --- ranks, as far as one process can tell

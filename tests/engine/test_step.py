@@ -20,6 +20,7 @@ from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
+from utils.ranks import distributed
 
 CPU = torch.device("cpu")
 OPTIMISERS = ["adamw", "adan", "sgd", "timm nadamw", "timm lamb"]
@@ -389,6 +390,14 @@ def test_draws_of_the_forward_pass_depend_on_seed_step_and_micro_step_alone():
     assert not torch.allclose(twice, first)
 
 
+def test_draws_of_the_forward_pass_depend_on_the_rank(monkeypatch):
+    updates = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        updates.append(update_of(Regression(dropout=0.5), [make_batch()])[0]["network.3.weight"])
+    assert not torch.allclose(*updates)
+
+
 def test_a_request_to_stop_is_in_the_result():
     task = Regression()
     assert make_step(task, [make_batch()], descent(task)).stop == 0
@@ -631,3 +640,14 @@ def test_a_resumed_watch_knows_them_still():
     resumed.read(EMPTY_STEPS)
     with pytest.raises(UserError, match="^data.root: no image of steps 1 to 10"):
         resumed.check(EMPTY_STEPS, last=False)
+
+
+def test_skipped_steps_count_for_a_hundred_steps():
+    watch, step = watched([BAD] * 3 + [GOOD] * 97, limit=2)
+    with pytest.raises(UserError, match=r"^loop.max_skipped_steps: 3 of the last 100 steps before step 100 were not"):
+        watch.check(step, last=False)
+    for number, left in ((101, [2, 3]), (102, [3]), (103, [])):
+        watch.add(number, [make_batch(2)], result(0.0, 8.0))
+        watch.read(number)
+        watch.check(number, last=False)
+        assert watch.steps == left

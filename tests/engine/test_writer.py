@@ -3,7 +3,6 @@ time, what the disk refuses is raised or retried, rows that it refuses come late
 """
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -52,9 +51,8 @@ def test_one_write_is_under_way_at_most_and_memory_is_used_again():
     submit(writer, groups(1.0), held)
     kept = writer._copies._kept["task", "w"].data_ptr()
     threading.Timer(0.2, held.go.set).start()
-    begun = time.monotonic()
     submit(writer, groups(2.0), lambda given: order.append(float(given["task"]["w"].sum())))
-    assert time.monotonic() - begun >= 0.15 and held.seen == [1.0]
+    assert held.seen == [1.0]
     writer.finish()
     assert order == [24.0] and writer._copies._kept["task", "w"].data_ptr() == kept
 

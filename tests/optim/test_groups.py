@@ -260,11 +260,6 @@ def test_a_task_with_nothing_to_train_is_refused():
         build_groups(task, config())
 
 
-def test_layer_decay_of_a_network_without_stages_is_refused():
-    with pytest.raises(UserError, match=r"^optim\.layer_decay: 0\.9 needs a network that numbers its layers"):
-        build_groups(owner(nn.Linear(3, 3)), config(layer_decay=0.9))
-
-
 # --- what is made of the groups
 
 

@@ -106,7 +106,7 @@ def test_fused_equals_unfused_torch(name):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), None], ids=["nan", "inf", "finite"])
 @pytest.mark.parametrize("steps_before", [0, 1, 4])
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adan"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_found_inf_leaves_parameters_and_state_bit_for_bit(name, steps_before, poison):
     model = network()
     optimizer = build(name, model)
@@ -126,7 +126,7 @@ def test_found_inf_leaves_parameters_and_state_bit_for_bit(name, steps_before, p
 
 
 @pytest.mark.parametrize("skipped", [[0], [0, 1], [2, 7]])
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adan"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_skipped_steps_are_change_nothing(name, skipped):
     skipping, straight = network(), network()
     mine, other = build(name, skipping), build(name, straight)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from engine.run import start_ranks
+from tests.in_process import TINY, configure, working_in
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.distributed import World, detect_world
@@ -121,6 +123,24 @@ def test_a_world_of_one_needs_no_group(monkeypatch):
     distributed.barrier()
     distributed.check_same("x", 1)
     assert distributed.shutdown() is False
+
+
+def test_ranks_that_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: ["a", "b", "a"])
+    with pytest.raises(UserError, match=r"^version: ranks \[1\] differ from rank 0 \('b' against 'a'\); start all"):
+        distributed.check_same("version", "a")
+
+
+def test_a_start_compares_configuration_and_precision(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(distributed, "check_same", lambda *given: compared.append(given))
+    for seed in (0, 1):
+        config, _ = configure("finetune", [*TINY, "data.root=images", f"seed={seed}"])
+        with working_in(tmp_path):
+            start_ranks(config)
+    names, values = zip(*compared)
+    assert names == ("configuration", "runtime.precision") * 2
+    assert values[0] != values[2] and values[1] == values[3] == "fp32"
 
 
 def test_an_error_of_rank_0_alone_keeps_its_kind():

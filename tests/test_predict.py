@@ -1,0 +1,83 @@
+"""Rows of predict.py: literal values of each output, and each row against the network applied to its file alone."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.transforms import EvalTransform
+from engine.tasks.rebuild import load_image_model
+from predict import make_row
+from tests.in_process import TINY, make_images, run
+from tests.support import rows
+
+
+def row_of(output, values, **config):
+    predictor = SimpleNamespace(output=output, names=["a", "b", "c"])
+    return make_row(np.array(values, dtype=np.float32), predictor, SimpleNamespace(**config))
+
+
+def test_classes_are_the_most_probable_ones_in_order():
+    first, second = {"class": "b", "prob": 0.7}, {"class": "a", "prob": 0.2}
+    assert row_of("classes", [0.2, 0.7, 0.1], top=2) == {**first, "top": [first, second]}
+    assert row_of("classes", [0.2, 0.7, 0.1], top=1) == {**first, "top": [first]}
+    assert [found["class"] for found in row_of("classes", [0.2, 0.7, 0.1], top=9)["top"]] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "probs"),
+    [
+        ([0.6, 0.9, 0.4], "b, a", {"b": 0.9, "a": 0.6}),
+        ([0.1, 0.4, 0.5], "c", {"c": 0.5}),  # the threshold itself is enough
+        ([0.1, 0.4, 0.2], "", {}),
+    ],
+)
+def test_tags_are_those_above_the_threshold_in_order(values, tags, probs):
+    found = row_of("tags", values, threshold=0.5)
+    assert found == {"tags": tags, "probs": probs} and list(found["probs"]) == list(probs)
+
+
+def test_features_are_written_as_they_are():
+    assert row_of("features", [0.25, -1.5]) == {"features": [0.25, -1.5]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a run of three classes, and images of which the third of six cannot be read."""
+    folder = tmp_path_factory.mktemp("predict")
+    make_images(folder / "images", "ABC")
+    run("finetune", [*TINY, "data.root=images", "run_dir=run", "optim.lr=0.05", "model.head_init_scale=1.0"], folder)
+    (folder / "images/val/B/000.png").write_bytes(b"no image")
+    return folder
+
+
+def test_each_row_is_what_the_network_says_of_its_file(place):
+    """Two batches, the first without its last image."""
+    given = ["weights=run", "input=images/val", "top=3", "batch_size=3"]
+    for output in ("found.jsonl", "found.csv"):
+        run("predict", [*given, f"output={output}"], place)
+    found = rows(place / "found.jsonl")
+    with open(place / "found.csv", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [row["path"] for row in found] == [f"images/val/{c}/{number:03}.png" for c in "ABC" for number in range(2)]
+    assert found[2].keys() == {"path", "error"} and table[2]["class"] == table[2]["prob"] == ""
+
+    model, metadata = load_image_model(place / "run/weights/best_weights.safetensors")
+    transform, names = EvalTransform.of(metadata["preprocessing"]), metadata["class_names"]
+    seen = set()
+    for row, line in zip(found, table):
+        if "error" in row:
+            assert (line["path"], line["error"]) == (row["path"], row["error"])
+            continue
+        pixels = torch.from_numpy(np.array(Image.open(place / row["path"]).convert("RGB"))).permute(2, 0, 1)
+        with torch.no_grad():
+            values, order = model(transform(pixels)[None])[-1][0].sort(descending=True)
+        assert [each["class"] for each in row["top"]] == [names[index] for index in order]
+        assert [each["prob"] for each in row["top"]] == pytest.approx(values.tolist(), abs=2e-6)
+        assert (row["class"], row["prob"]) == (row["top"][0]["class"], row["top"][0]["prob"])
+        assert line == {"path": row["path"], "class": row["class"], "prob": str(row["prob"]), "error": ""}
+        seen.add(round(row["prob"], 3))
+    assert len(seen) == 5  # images that one network tells apart
