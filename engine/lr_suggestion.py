@@ -124,16 +124,16 @@ def _first_loss(curve: Curve) -> float:
     return float(np.median(curve.losses[: _edge(curve.rates)]))
 
 
-def _noise(curve: Curve, smoothing: float, place: int) -> tuple[float, float]:
-    """Return standard deviations: of the smoothed loss at `place`, and of its fall from the median of the first losses.
+def _noise_of_one(losses: Sequence[float]) -> float:
+    """Return the standard deviation of one loss, from differences of successive losses where the rates are low."""
+    return float(np.std(np.diff(losses[: len(losses) // 2]))) / math.sqrt(2)
 
-    That of one loss is taken from differences of successive losses, where the rates are low.
-    """
-    losses = curve.losses
-    one = float(np.std(np.diff(losses[: len(losses) // 2]))) / math.sqrt(2)
+
+def _noise(curve: Curve, smoothing: float, place: int) -> float:
+    """Return the standard deviation of the smoothed loss at `place`."""
     forgotten = smoothing ** (place + 1)  # the first means are of few
-    smoothed = one * math.sqrt((1 - smoothing) / (1 + smoothing) * (1 + forgotten) / (1 - forgotten))
-    return smoothed, math.hypot(1.25 * one / math.sqrt(_edge(curve.rates)), smoothed)
+    share = (1 - smoothing) / (1 + smoothing) * (1 + forgotten) / (1 - forgotten)
+    return _noise_of_one(curve.losses) * math.sqrt(share)
 
 
 def _least_fall(curve: Curve, smoothing: float, lowest: int) -> float:
@@ -143,7 +143,9 @@ def _least_fall(curve: Curve, smoothing: float, lowest: int) -> float:
     """
     independent = max(1.0, len(curve.losses) * (1.0 - smoothing))
     deviations = max(_NOISE_FACTOR, 1.0 + math.sqrt(2.0 * math.log(independent)))
-    return max(deviations * _noise(curve, smoothing, lowest)[1], _LEAST_FALL * abs(_first_loss(curve)))
+    of_first = 1.25 * _noise_of_one(curve.losses) / math.sqrt(_edge(curve.rates))  # of a median of normal values
+    noise = math.hypot(of_first, _noise(curve, smoothing, lowest))
+    return max(deviations * noise, _LEAST_FALL * abs(_first_loss(curve)))
 
 
 def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
@@ -153,15 +155,16 @@ def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     network with batch norm hardly diverges: far above a usable rate its loss jumps up and down, and may fall again.
     """
     smoothed, lowest, first = curve.smoothed, _EDGE, _first_loss(curve)
-    close = smooth(curve.losses, min(_CLOSE_FACTOR, smoothing))
-    close_noise = _noise(curve, min(_CLOSE_FACTOR, smoothing), len(close))[0]
+    close_smoothing = min(_CLOSE_FACTOR, smoothing)
+    close, close_low = smooth(curve.losses, close_smoothing), math.inf
+    least_jump = _CLOSE_NOISE * _noise(curve, close_smoothing, len(close))
     for place in range(_EDGE, len(smoothed)):
         if smoothed[place] < smoothed[lowest]:
             lowest = place
-        noise, low = _noise(curve, smoothing, lowest)[0], min(close[_EDGE : place + 1])
+        close_low = min(close_low, close[place])
         fall, rise = first - smoothed[lowest], smoothed[place] - smoothed[lowest]
-        jumps = close[place] - low > max(_CLOSE_RISE * (first - low), _CLOSE_NOISE * close_noise)
-        rises = rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * noise)
+        rises = rise > max(_UNSTABLE_RISE * fall, _NOISE_FACTOR * _noise(curve, smoothing, lowest))
+        jumps = close[place] - close_low > max(_CLOSE_RISE * (first - close_low), least_jump)
         if (rises or jumps) and fall > _least_fall(curve, smoothing, lowest):
             break
     fall = first - smoothed[lowest]

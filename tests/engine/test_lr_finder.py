@@ -21,11 +21,10 @@ from engine.runtime import choose_runtime
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from optim.groups import set_group_values, set_peak_lr
-from tests.engine.test_fsdp import assert_same_rows
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.engine.test_onecycle_run import torchs_values
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
-from tests.support import rows
+from tests.support import assert_same_rows, rows
 from tests.support import run as run_ranks
 from utils.config.messages import ConfigError
 from utils.errors import UserError
