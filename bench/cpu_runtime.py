@@ -15,14 +15,15 @@ import torch
 
 from bench.commands import update_ms
 from bench.measure import describe_machine, row_of, write
-from utils.hardware import has_bf16
+from utils.hardware import has_fast_bf16
 
 STEPS, TURNS = 60, 2
-BASE = "bf16" if has_bf16("cpu") else "fp32"  # what auto takes
+BASE = "bf16" if has_fast_bf16("cpu") else "fp32"  # what auto takes
+OTHER = "fp32" if BASE == "bf16" else "bf16"
 PRECISION = f"runtime.precision={BASE}"
 SIDES = {
     f"eager {BASE}": [PRECISION],
-    **({"eager fp32": ["runtime.precision=fp32"]} if BASE == "bf16" else {}),
+    **({f"eager {OTHER}": [f"runtime.precision={OTHER}"]} if torch.cpu.get_capabilities().get("avx512_bf16") else {}),
     f"{BASE}, channels-last": [PRECISION, "runtime.channels_last=true"],
     f"{BASE}, compiled": [PRECISION, "runtime.compile=true"],
 }

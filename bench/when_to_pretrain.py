@@ -36,7 +36,7 @@ from bench.commands import ROOT, last_top1, log_of, read_number, read_rows, run_
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
-from utils.hardware import has_bf16
+from utils.hardware import has_fast_bf16
 from utils.ranks.processes import count_cores
 from utils.record.run_config import is_complete
 
@@ -186,7 +186,7 @@ class Bench:
             if not saved.exists():
                 training = lightly.Training(
                     command, self.images, in_channels=3, seed=seed, threads=threads or self.threads,
-                    changes={"precision": "bf16-mixed"} if has_bf16("cpu") else {},  # as ours
+                    changes={"precision": "bf16-mixed"} if has_fast_bf16("cpu") else {},  # as ours
                 )  # fmt: skip
                 found = lightly.pretrain(self.lightly_python, training, folder, steps)
                 saved.write_text(json.dumps([str(found.weights), found.sec_per_step]))

@@ -14,7 +14,7 @@ import torch
 
 from engine.config import MachineConfig, RuntimeConfig
 from utils.errors import UserError
-from utils.hardware import has_bf16
+from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.record.logging import get_logger
@@ -65,12 +65,12 @@ def choose_device(wanted: str, key: str = "runtime.device") -> str:
 
 
 def _choose_precision(wanted: str, device: str) -> str:
-    """Return bf16 where the hardware multiplies it natively, else float32; fp16 only when asked for."""
+    """Return bf16 where the hardware multiplies it faster, else float32; fp16 only when asked for."""
     if wanted == "fp16" and device == "cpu" and not distributed.plans_gpus():
         raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
     if wanted != "auto":
         return wanted
-    if has_bf16(device):
+    if has_fast_bf16(device):
         return "bf16"
     return "fp16" if device == "cuda" else "fp32"
 

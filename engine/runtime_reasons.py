@@ -2,7 +2,7 @@
 
 from engine.config import RuntimeConfig
 from engine.runtime import COMPILE_PAYS_AFTER_STEPS, Runtime, missing_for_compile
-from utils.hardware import has_bf16
+from utils.hardware import has_fast_bf16
 
 # CPU: bf16 against float32, both eager (docs/benchmarks.md). GPU: bounds of convnextv2_tiny with 128
 # images on an H200, 51 ms of products in exact float32 and 4.3 in bf16; not yet measured.
@@ -13,10 +13,10 @@ _BF16_GAIN = {
 _COMPILE_GAIN = "10 to 20 ms of a step, estimated"  # on a GPU
 _CPU_COMPILE = (
     "on a CPU some networks gain from it and others lose, after half a minute of compiling (timm's ConvNeXt V2 atto at "
-    "64 px: 1.5 times the speed; ours: 0.95; ResNet-18 at 32 px: 0.9): try runtime.compile=true"
+    "64 px: 1.3 to 1.5 times the speed; ours: 0.95 to 1.03; ResNet-18 at 32 px: 0.9 to 1.1): try runtime.compile=true"
 )
-# Training in eager bf16, against channels-first (docs/benchmarks.md, Choices of runtime on a CPU).
-_CPU_CHANNELS_LAST = "(three with small images: 0.98 to 1.12 times the speed)"
+# Training, eager, against channels-first (docs/benchmarks.md, Choices of runtime on a CPU).
+_CPU_CHANNELS_LAST = "(three with small images: 0.88 to 1.12 times the speed)"
 
 
 def runtime_reasons(config: RuntimeConfig, runtime: Runtime, *, compiles: bool, total_steps: int) -> list[str]:
@@ -34,23 +34,23 @@ def _origin(value: object) -> str:
 
 def _precision(config: RuntimeConfig, runtime: Runtime) -> str:
     device = runtime.device.type
-    line, native = f"precision={runtime.precision} ({_origin(config.precision)})", has_bf16(device)
+    line, is_fast = f"precision={runtime.precision} ({_origin(config.precision)})", has_fast_bf16(device)
     what, faster = ("this GPU", "fp16") if device == "cuda" else ("this CPU", "fp32")
+    has = f"{what} multiplies bf16 faster than float32" if is_fast else f"{what} has no fast bf16 arithmetic"
     if runtime.precision == "bf16":
-        reason = "multiplies bf16 natively" if native else f"has no bf16 arithmetic, so {faster} is faster here"
-        return f"{line}: {what} {reason}"
+        return f"{line}: {has}" if is_fast else f"{line}: {has}, so {faster} is faster here"
     if runtime.precision == "fp16":
         reason = "bf16 is as fast here and needs no loss scale"
-        return f"{line}: {reason if native else f'{what} has fp16, and no bf16 arithmetic'}"
-    if native:
-        return f"{line}: {what} multiplies bf16 natively: runtime.precision=bf16 would give {_BF16_GAIN[device]}"
+        return f"{line}: {reason if is_fast else f'{what} has fp16, and no fast bf16 arithmetic'}"
+    if is_fast:
+        return f"{line}: {has}: runtime.precision=bf16 would give {_BF16_GAIN[device]}"
     advice = "; runtime.precision=auto would take fp16" if device == "cuda" else ""
-    return f"{line}: {what} has no bf16 arithmetic{advice}"
+    return f"{line}: {has}{advice}"
 
 
 def _tf32(config: RuntimeConfig) -> str:
     """As `choose_runtime` sets it; GPUs have had TF32 for as long as bf16."""
-    if not has_bf16("cuda"):
+    if not has_fast_bf16("cuda"):
         return "tf32=off: this GPU has none"
     exact = {}
     if config.precision == "fp32":

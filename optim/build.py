@@ -52,9 +52,9 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
             import timm.optim
 
             if "muon" in config.opt:
-                from optim.muon import avoid_emulated_bf16
+                from optim.muon import avoid_slow_bf16
 
-                avoid_emulated_bf16()
+                avoid_slow_bf16()
             made = timm.optim.get_optimizer_class(config.opt, bind_defaults=True)
             try:
                 return made(groups, lr=lr, **config.extra)

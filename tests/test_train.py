@@ -25,7 +25,7 @@ DEFAULTS = {
     "optim.name": "sgd",
     "optim.nesterov": True,
     "optim.lr": None,
-    "optim.base_lr": 0.2,
+    "optim.base_lr": 0.4,
     "optim.weight_decay": 5e-4,
     "schedule.name": "onecycle",
     "schedule.peak_fraction": 0.3,

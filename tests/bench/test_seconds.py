@@ -68,7 +68,7 @@ def test_lightly_train_gets_the_precision_of_ours_and_runs_once(native, tmp_path
         return lightly.Pretrained(8.0, 2.0, folder / "run/weights.pt")
 
     monkeypatch.setattr(lightly, "pretrain", pretrain)
-    monkeypatch.setattr(when_to_pretrain, "has_bf16", lambda device: native)
+    monkeypatch.setattr(when_to_pretrain, "has_fast_bf16", lambda device: native)
     bench = SimpleNamespace(out=tmp_path, images=tmp_path / "images.txt", lightly_python="python3", threads=2)
     twice = [
         when_to_pretrain.Bench.pretrain_alone(bench, "dino", "pre_dino_10_3", 4, 3, threads) for threads in (None, 1)

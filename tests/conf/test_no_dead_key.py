@@ -4,6 +4,7 @@ a wrong type, is refused by its dotted key. Reads: every leaf is read by the pro
 """
 
 import copy
+import shutil
 import sys
 import typing
 from collections import defaultdict
@@ -185,7 +186,8 @@ class Recorder:
 
 def without_a_cluster(monkeypatch):
     """Let submit/slurm.py go through where nothing is checked, queued or awaited."""
-    jobs = [SimpleNamespace(job_id="7")]
+    jobs, which = [SimpleNamespace(job_id="7")], shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *more: name if name == "sbatch" else which(name, *more))
     monkeypatch.setattr("submit.executor._Executor.submit_array", lambda executor, calls: jobs)
     monkeypatch.setattr("submit.slurm.wait_for", lambda ids, folder, follow: 0)
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)

@@ -133,11 +133,17 @@ def test_a_gpu_takes_bf16_where_it_multiplies_it(capability, precision, chosen):
 
 
 @pytest.mark.parametrize(
-    "avx512, amx, precision", [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]
+    "capabilities, precision",
+    [
+        (["avx2"], "fp32"),
+        (["avx512_bf16"], "bf16"),  # AMD
+        (["avx512_bf16", "avx512_fp16"], "fp32"),  # Intel; AMX hidden by a virtual machine
+        (["avx512_bf16", "avx512_fp16", "amx_bf16"], "bf16"),
+        (["bf16", "neon"], "fp32"),  # ARM
+    ],
 )
-def test_a_cpu_takes_bf16_where_it_multiplies_it(avx512, amx, precision, chosen, monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+def test_a_cpu_takes_bf16_where_it_multiplies_it_faster(capabilities, precision, chosen, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict.fromkeys(capabilities, True))
     runtime = chosen()
     assert (str(runtime.device), runtime.precision, runtime.channels_last) == ("cpu", precision, False)
     assert chosen((9, 0), device="cpu").precision == precision  # the GPU's bf16 is not the CPU's

@@ -13,13 +13,13 @@ from tests.in_process import TINY, configure, make_images, run
 CPU = Runtime(torch.device("cpu"), "bf16", False, 0, 4)
 GPU = replace(CPU, device=torch.device("cuda"), channels_last=True, workers=7)
 CPU_FORMAT = (
-    "on a CPU some networks gain from it and others lose (three with small images: 0.98 to 1.12 times the speed)"
+    "on a CPU some networks gain from it and others lose (three with small images: 0.88 to 1.12 times the speed)"
 )
 OLD, SHORT, LONG = {"native": False}, {"steps": 2}, {"steps": 5000}
 
 
 def lines(monkeypatch, runtime, *overrides, native=True, missing=(), compiles=False, steps=1000):
-    monkeypatch.setattr(module, "has_bf16", lambda device: native)
+    monkeypatch.setattr(module, "has_fast_bf16", lambda device: native)
     monkeypatch.setattr(module, "missing_for_compile", lambda device: list(missing))
     config, _ = configure("train", [f"runtime.{override}" for override in overrides])
     found = runtime_reasons(config.runtime, runtime, compiles=compiles, total_steps=steps)
@@ -29,32 +29,32 @@ def lines(monkeypatch, runtime, *overrides, native=True, missing=(), compiles=Fa
 @pytest.mark.parametrize(
     "runtime, chosen, overrides, more, said",
     [
-        (CPU, "bf16", [], {}, "(auto): this CPU multiplies bf16 natively"),
-        (CPU, "fp32", [], OLD, "(auto): this CPU has no bf16 arithmetic"),
+        (CPU, "bf16", [], {}, "(auto): this CPU multiplies bf16 faster than float32"),
+        (CPU, "fp32", [], OLD, "(auto): this CPU has no fast bf16 arithmetic"),
         (
             CPU, "fp32", ["precision=fp32"], {},
-            "(as configured): this CPU multiplies bf16 natively: runtime.precision=bf16 would give 0.9 to 1.5 times "
-            "the speed, measured on two cores",
+            "(as configured): this CPU multiplies bf16 faster than float32: runtime.precision=bf16 would "
+            "give 0.9 to 1.5 times the speed, measured on two cores",
         ),
         (
             CPU, "bf16", ["precision=bf16"], OLD,
-            "(as configured): this CPU has no bf16 arithmetic, so fp32 is faster here",
+            "(as configured): this CPU has no fast bf16 arithmetic, so fp32 is faster here",
         ),
-        (GPU, "bf16", [], {}, "(auto): this GPU multiplies bf16 natively"),
-        (GPU, "fp16", [], OLD, "(auto): this GPU has fp16, and no bf16 arithmetic"),
+        (GPU, "bf16", [], {}, "(auto): this GPU multiplies bf16 faster than float32"),
+        (GPU, "fp16", [], OLD, "(auto): this GPU has fp16, and no fast bf16 arithmetic"),
         (GPU, "fp16", ["precision=fp16"], {}, "(as configured): bf16 is as fast here and needs no loss scale"),
         (
             GPU, "fp32", ["precision=fp32"], {},
-            "(as configured): this GPU multiplies bf16 natively: runtime.precision=bf16 would give products in a "
-            "twelfth of the time, on paper for an H200",
+            "(as configured): this GPU multiplies bf16 faster than float32: runtime.precision=bf16 would "
+            "give products in a twelfth of the time, on paper for an H200",
         ),
         (
             GPU, "fp32", ["precision=fp32"], OLD,
-            "(as configured): this GPU has no bf16 arithmetic; runtime.precision=auto would take fp16",
+            "(as configured): this GPU has no fast bf16 arithmetic; runtime.precision=auto would take fp16",
         ),
         (
             GPU, "bf16", ["precision=bf16"], OLD,
-            "(as configured): this GPU has no bf16 arithmetic, so fp16 is faster here",
+            "(as configured): this GPU has no fast bf16 arithmetic, so fp16 is faster here",
         ),
     ],
 )  # fmt: skip
@@ -146,8 +146,8 @@ def test_tf32_is_a_matter_of_gpus(monkeypatch):
 
 
 def test_a_run_logs_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine.runtime.has_bf16", lambda device: True)
-    monkeypatch.setattr(module, "has_bf16", lambda device: True)
+    monkeypatch.setattr("engine.runtime.has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(module, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(module, "missing_for_compile", lambda device: [])
     overrides = [f"runtime.{key}=auto" for key in ("precision", "compile", "channels_last", "workers")]
     images = make_images(tmp_path / "images")
@@ -155,7 +155,7 @@ def test_a_run_logs_them(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err.splitlines()
     start = said.index("runtime: device=cpu precision=bf16 channels_last=False workers=0 threads=1 compile=False")
     assert said[start + 1 : start + 5] == [
-        "  precision=bf16 (auto): this CPU multiplies bf16 natively",
+        "  precision=bf16 (auto): this CPU multiplies bf16 faster than float32",
         f"  compile=off (auto): {_CPU_COMPILE}",
         f"  channels_last=off (auto): {CPU_FORMAT}; try runtime.channels_last=true",
         "  workers=0 (auto): on a CPU, training needs the cores itself; bench/loader.py measures other settings",

@@ -303,7 +303,7 @@ def test_optimisers_that_need_whole_parameters_are_refused(opt):
 @pytest.mark.parametrize("opt", sorted(timm.optim.list_optimizers("*muon")))
 @pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
 def test_muon_multiplies_in_bf16_only_where_the_cpu_does(opt, native, monkeypatch):
-    monkeypatch.setattr("optim.muon.has_bf16", lambda device: native)
+    monkeypatch.setattr("optim.muon.has_fast_bf16", lambda device: native)
     dtypes, original = [], optim.muon._orthogonalise
 
     def spy(*arguments, **options):

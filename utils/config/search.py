@@ -2,7 +2,8 @@
 
 What is swept is what Hydra's grammar has: `key=a,b` and `choice(a,b)`, `range(1,9)`, `interval(1e-4,1e-2)`, in
 logarithms with `tag(log, ..)`. The state is in the sweep's folder (optuna.log), so a search that is typed again goes
-on: trials that were under way are made again, with the same values and in the same run folders.
+on: trials that were under way are made again, with the same values and in the same run folders. With one job at once,
+the same results lead to the same trials.
 """
 
 from collections.abc import Callable
@@ -38,32 +39,42 @@ class Search:
         for trial in self._study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # of a search that was killed
             self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             self._study.enqueue_trial(trial.params)
+        # A search that goes on must not draw again what it drew at first.
+        self._study.sampler = optuna.samplers.TPESampler(seed=len(self._study.trials))
         done = len(self._study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)))
         self._left, self._asked = sweep.trials - done, {}
 
     def next_job(self) -> SweepJob | None:
-        """Return the next trial's job; None after the last."""
-        if self._left <= 0:
-            return None
-        self._left -= 1
-        trial = self._study.ask()
+        """Return the next trial's job; None after the last.
+
+        Trials may draw the same values, and so the same run folder. One whose job is under way gets that job's result.
+        """
+        while self._left > 0:
+            self._left -= 1
+            trial = self._study.ask()
+            job = self._job_of(trial)
+            self._asked.setdefault(job, []).append(trial)
+            if len(self._asked[job]) == 1:
+                return job
+        return None
+
+    def _job_of(self, trial: Any) -> SweepJob:
         chosen = {one.key_or_group: _suggest(trial, one) for one in self._swept}
         words = [
             f"{one.get_key_element()}={chosen[one.key_or_group]}" if one.is_sweep_override() else one.input_line
             for one in self._sweep.overrides
             if one.key_or_group != "run_dir"
         ]
-        job = self._sweep.job(words, self._name_of)
-        self._asked[job] = trial
-        return job
+        return self._sweep.job(words, self._name_of)
 
     def tell(self, job: SweepJob) -> None:
-        """Take a job's result from its run folder; without one the trial has failed."""
-        result, trial = read_result(Path(job.folder)), self._asked.pop(job)
-        if result is None or result["value"] is None:
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(trial, -result["value"] if result["is_lowest_best"] else result["value"])
+        """Take a job's result from its run folder; without one its trials have failed."""
+        result = read_result(Path(job.folder))
+        for trial in self._asked.pop(job):
+            if result is None or result["value"] is None:
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            else:
+                self._study.tell(trial, -result["value"] if result["is_lowest_best"] else result["value"])
 
 
 def _suggest(trial: Any, override: Override) -> str | int | float:

@@ -185,11 +185,34 @@ def test_a_search_comes_near_the_best_and_goes_on_where_it_stopped(script):
     assert len(tops) == 14 and min(abs(top - 3) for top in tops) < 1.5
 
 
+def test_a_search_is_repeatable_and_draws_anew_where_it_goes_on(script, monkeypatch, tmp_path):
+    def search(folder, *trials):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        for number in trials:
+            assert run(script, "top=interval(0,10)", "sweep.name=r", f"sweep.trials={number}") == 0
+        return set(started("r"))
+
+    assert search("first", 3) == search("second", 3)
+    assert len(search("third", 3, 6)) == 6
+
+
 def test_a_trial_that_was_killed_is_made_again_with_its_values(script):
     sweep = parse_sweep(["--multirun", "top=interval(0,10)", "n=range(1,9)", "c=x,y", "sweep.name=k", "sweep.trials=2"])
     job = Search(sweep, name_sweep_job).next_job()
     assert Search(sweep, name_sweep_job).next_job() == job
     assert re.fullmatch(r"top=[\d.e-]+ n=[1-8] c=[xy] .*", " ".join(job.words))
+
+
+def test_trials_of_the_same_values_are_one_job_at_a_time(script):
+    search = Search(parse_sweep(["--multirun", "c=x,y", "sweep.name=k", "sweep.trials=5"]), name_sweep_job)
+    jobs = [search.next_job(), search.next_job()]
+    assert {job.folder for job in jobs} == {"outputs/sweeps/k/c=x", "outputs/sweeps/k/c=y"}
+    assert search.next_job() is None  # the other three are those two again
+    for job in jobs:
+        write_result(Path(job.folder), "m", SimpleNamespace(value=0.5, step=1), is_lowest_best=False)
+        search.tell(job)
+    assert [(trial.value, trial.state.name) for trial in search._study.trials] == [(0.5, "COMPLETE")] * 5
 
 
 @pytest.mark.parametrize(("is_lowest_best", "value"), [(True, -0.5), (False, 0.5), (None, None)])
