@@ -34,11 +34,12 @@ class Submission:
 
     def wait_until(self, found, what, seconds=90):
         """Wait until `found()` holds."""
-        until = time.monotonic() + seconds
-        while not found():
+
+        def is_there():
             assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < until, f"waited for {what}"
-            time.sleep(0.2)
+            return found()
+
+        wait_until(is_there, what, seconds)
 
     def wait_for_step(self, step):
         file = self.folder / "run/metrics.jsonl"
@@ -59,6 +60,14 @@ class Submission:
         """What the job has left of its end."""
         (file,) = self.folder.glob("outputs/slurm/*/end_0.json")
         return json.loads(file.read_text())
+
+
+def wait_until(found, what, seconds=90):
+    """Wait until `found()` holds."""
+    until = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < until, f"waited for {what}"
+        time.sleep(0.2)
 
 
 def submit(cluster, folder, *words):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.slurm.accounting import missing_programs
 from tests.slurm.cluster import why_impossible
-from tests.slurm.jobs import TRAINING, ask, submit
+from tests.slurm.jobs import TRAINING, ask, submit, wait_until
 
 MISSING = why_impossible() or ", ".join(missing_programs())
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(MISSING), reason=f"not here: {MISSING}")]
@@ -19,8 +19,8 @@ def words(images):
 def test_a_job_of_an_account_runs_and_is_in_the_books(cluster, words, tmp_path):
     submission = submit(cluster, tmp_path, "launch.account=vision", *words)
     assert "has ended with status 0" in submission.wait_for(0)
-    books = ask(cluster, "sacct", "-n", "-X", "-j", submission.job, "-o", "State,Account")
-    assert books.split() == ["COMPLETED", "vision"]
+    books = ["sacct", "-n", "-X", "-j", submission.job, "-o", "State,Account"]  # written a moment after the end
+    wait_until(lambda: ask(cluster, *books).split() == ["COMPLETED", "vision"], "the books", 30)
 
 
 @pytest.mark.parametrize(("key", "value"), [("account", "nobody"), ("qos", "none")])

@@ -75,27 +75,41 @@ def test_a_node_that_fails_costs_no_run(lost, cluster, images, undisturbed, tmp_
     assert_nothing_lost(submission, undisturbed)
 
 
+NEAR_ITS_END = ["launch.time_min=10", "launch.stop_before_end_sec=120"]
+
+
+def shorten_time(cluster, submission):
+    """Leave the job at most two minutes, so that SLURM asks it to save now, and not before its first step."""
+    minutes = int(ask(cluster, "squeue", "-h", "-j", submission.job, "-o", "%M").split(":")[-2])
+    ask(cluster, "scontrol", "update", f"JobId={submission.job}", f"TimeLimit={minutes + 2}")
+
+
 def test_a_time_limit_is_no_end(cluster, images, tmp_path):
-    """SLURM's least is a minute; the job is asked to save before, and goes on where it was."""
-    words = [*TWO_NODES, "launch.time_min=1", "launch.stop_before_end_sec=40", *TRAINING, f"data.root={images}"]
-    submission = submit(cluster, tmp_path, *words, "loop.total_steps=1000000")
-    submission.wait_until(lambda: re.search(r"resumed from .* at step (\d+)", submission.log()), "a restart", 200)
+    """The job is asked to save before, and goes on where it was."""
+    words = [*TWO_NODES, *NEAR_ITS_END, *TRAINING, f"data.root={images}", "loop.total_steps=1000000"]
+    submission = submit(cluster, tmp_path, *words)
+    submission.wait_for_step(20)
+    shorten_time(cluster, submission)
+    submission.wait_until(lambda: "the job continues in the queue" in submission.log(), "the end of its time")
+    ask(cluster, "scontrol", "update", f"JobId={submission.job}", "TimeLimit=10")
+    submission.wait_until(lambda: re.search(r"resumed from .* at step (\d+)", submission.log()), "a restart")
     stopped = int(re.search(r"resumed from .* at step (\d+)", submission.log()).group(1))
     submission.wait_for_step(stopped + 20)
     ask(cluster, "scancel", submission.job)
     submission.wait_for(1)
     steps = [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= stopped + 20
+    assert stopped >= 20 and steps == list(range(1, len(steps) + 1)) and len(steps) >= stopped + 20
 
 
 def test_the_last_time_limit_that_a_job_may_reach_is_its_end(cluster, images, tmp_path):
     """It has saved, so its status is 75."""
-    times = ["launch.time_min=1", "launch.stop_before_end_sec=40", "launch.max_requeues=0"]
-    submission = submit(
-        cluster, tmp_path, *TWO_NODES, *times, *TRAINING, f"data.root={images}", "loop.total_steps=1000000"
-    )
+    words = [*TWO_NODES, *NEAR_ITS_END, "launch.max_requeues=0", *TRAINING, f"data.root={images}"]
+    submission = submit(cluster, tmp_path, *words, "loop.total_steps=1000000")
+    submission.wait_for_step(20)
+    shorten_time(cluster, submission)
     assert "has ended with status 75, after 0 restarts" in submission.wait_for(75)
-    assert "stopped at step" in submission.log() and ask(cluster, "squeue", "-h") == ""
+    assert "stopped at step" in submission.log()
+    assert ask(cluster, "squeue", "-h") == ""
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
