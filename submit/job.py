@@ -25,6 +25,7 @@ from utils.ranks.slurm_step import restart_count, slurm_port
 # torchrun passes these on, and waits for its ranks to save.
 _TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _AGAIN_SEC = 5.0
+_SIGNAL_SEC = 2.0  # by which SLURM's signal reaches one task later than another
 _PATIENCE_SEC = 600  # for the ranks to save, and for the scheduler to end the tasks of a requeued job
 _FAILURE_SEC = 30  # for the other ranks to end by themselves where one has failed
 # A script that a signal ended: asked to stop before it could listen, or killed (by the kernel, where memory ran out).
@@ -150,7 +151,11 @@ class ScriptJob:
         return count <= self.max_lost_ranks
 
     def _continue(self, status: int) -> None:
-        """Put the job back into the queue, unless SLURM itself ends it or requeues it, and wait for the end."""
+        """Put the job back into the queue, unless SLURM itself ends it or requeues it, and wait for the end.
+
+        Another task's signal may have ended the script. submitit, which counts the time limits, has the first word.
+        """
+        time.sleep(_SIGNAL_SEC)
         if is_running(job_id()):
             _say(f"{self.script}.py has ended with status {status}; the job continues in the queue")
             until = time.monotonic() + _PATIENCE_SEC

@@ -33,11 +33,12 @@ class Submission:
         return output
 
     def wait_until(self, found, what, seconds=90):
-        """Wait until `found()` holds."""
+        """Wait until `found()` holds, while the submission goes on."""
 
         def is_there():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            return found()
+            there = found()
+            assert there or self.process.poll() is None, self.process.communicate()[0]
+            return there
 
         wait_until(is_there, what, seconds)
 

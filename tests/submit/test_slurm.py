@@ -4,12 +4,14 @@ jobs of a sweep. Real jobs are in tests/slurm/.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from submit import slurm
 from submit.config import LaunchConfig
@@ -274,7 +276,30 @@ def test_a_job_is_put_back_until_slurm_has_done_it(job, monkeypatch, runs):
     monkeypatch.setattr("submit.job.requeue", lambda name: asked.append(name) or next(answers))
     monkeypatch.setattr("submit.job.time.sleep", slept.append)
     job._continue(75)
-    assert (asked, slept) == ((["7"] * 3, [5.0, 5.0, 600]) if runs else ([], [600]))
+    assert (asked, slept) == ((["7"] * 3, [2.0, 5.0, 5.0, 600]) if runs else ([], [2.0, 600]))
+
+
+def test_the_last_time_limit_ends_the_job_though_its_signal_comes_after_the_end_of_the_script(job, monkeypatch):
+    """SLURM had signalled the other task first, so that the script had saved already."""
+    asked = []
+    monkeypatch.setattr("submit.job.is_running", lambda name: True)
+    monkeypatch.setattr("submit.job.requeue", asked.append)
+    (job.code / "lost.py").write_text("raise SystemExit(75)")
+
+    def submitit_ends_it(*_):
+        assert job.checkpoint().function is job
+        raise UncompletedJobError
+
+    old = signal.signal(signal.SIGUSR2, submitit_ends_it)
+    late = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR2))
+    monkeypatch.setattr(ScriptJob, "_wait", lambda self, folder: late.start() or self._process.wait())
+    try:
+        with pytest.raises(SystemExit) as ended:
+            job()
+    finally:
+        signal.signal(signal.SIGUSR2, old)
+    assert ended.value.code == 75 and not asked
+    assert json.loads((job.folder / "end_0.json").read_text()) == {"status": 75, "restarts": 0}
 
 
 def test_what_slurm_refuses_names_the_key(job, monkeypatch, tmp_path):
