@@ -161,7 +161,7 @@ class TrainTraining(OurTraining):
     def run(self, name, seed, steps):
         """Train; returns the mean seconds of a step, its share of the range test's included.
 
-        Runs of less than 200 steps, as in calibration, are too short for a range test.
+        Runs of less than 300 steps, as in calibration, are too short for a range test.
         """
         after, file = super().run(name, seed, steps), self.folder / "lr_finder.json"
         if not file.exists():

@@ -3,9 +3,10 @@
 python bench/loader.py data.root=PATH [data=image_folder|glyphs] [augment=light] [seconds=90] [any key of train.py]
 
 Four measurements, all with the readers of training, in turns (each turn opens its stream anew, warms it up, and then
-counts for the same time): the parts of an image's way, in one process; reading alone, by workers and
-augment.on_device; by prefetch and batch size; and reading for training steps of the configured network, which decides,
-because on a CPU workers take the cores that training needs. Figures are medians, with the least and the greatest.
+counts for the same time): the parts of an image's way, in one process; reading alone, by workers, augment.on_device
+and batch size; reading for training steps of the configured network, which decides, because on a CPU workers take the
+cores that training needs; and by prefetch, for training steps with the workers that are advised. Figures are medians,
+with the least and the greatest.
 seconds: of all turns together; slow images take longer, since each turn reads some batches. `quick` measures next to
 nothing, for the tests.
 """
@@ -51,7 +52,7 @@ from utils.text_table import align_columns
 
 SECONDS, QUICK_SECONDS = 90.0, 3.0
 # Of the seconds.
-_PARTS_SHARE, _READ_SHARE, _STEP_SHARE = 0.1, 0.4, 0.5
+_PARTS_SHARE, _READ_SHARE, _STEP_SHARE, _PREFETCH_SHARE = 0.1, 0.25, 0.45, 0.2
 _NEAR = 0.95  # of the best: a simpler setting is taken
 _PREFETCH, _CLASSES = (1, 2, 4, 8), 100
 _PARTS_IMAGES, _PARTS_BYTES = 48, 3 * 10**8  # decoded images of the first measurement
@@ -369,6 +370,19 @@ def explain(config, runtime, chosen, reading, training, without):
     return text
 
 
+def measure_reading(collection, settings, image_sec, seconds, turns):
+    """Return images per second of reading alone: the settings, and with most workers half and twice the batch size.
+
+    image_sec: of one image in a worker. Slow images are read in smaller batches, so that a turn has some.
+    """
+    each = seconds / (1.4 * turns * (len(settings) + 2))
+    size = fitting_batch(settings[0].batch_size, image_sec, each)
+    fit = [setting._replace(batch_size=size) for setting in settings]
+    many = fit[-1]._replace(on_device=False)
+    sizes = [many._replace(batch_size=other) for other in other_sizes(size)]
+    return measure_settings(collection, fit + sizes, seconds, turns)
+
+
 def measure(config, seconds, quick):
     """Measure, print and write the figures of a configuration."""
     runtime, turns = choose_runtime(config.runtime), 1 if quick else 3
@@ -377,18 +391,14 @@ def measure(config, seconds, quick):
     say(parts_table(parts))
 
     most = min(config.loop.batch_size, config.loop.global_batch_size)
-    workers, choices = list_workers(quick), collection.choices()
     usual = Setting(False, 0, config.runtime.prefetch_batches, most)
-    settings = [usual._replace(on_device=choice, workers=count) for choice in choices for count in workers]
-    many = usual._replace(workers=max(workers))
-    prefetch = [many._replace(prefetch=count) for count in (_PREFETCH[:1] if quick else _PREFETCH)]
-    # Slow images are read in smaller batches, so that a turn has some.
-    each = _READ_SHARE * seconds / (1.4 * turns * (len(settings) + len(prefetch) + 1))
-    size = fitting_batch(most, 1e-3 * sum(statistics.median(parts[name]) for name in IN_WORKER), each)
-    sizes = [] if quick else [many._replace(batch_size=other) for other in other_sizes(size)]
-    every = [setting._replace(batch_size=size) for setting in dict.fromkeys([*settings, *prefetch])] + sizes
-    reading = measure_settings(collection, every, _READ_SHARE * seconds, turns)
-
+    settings = [
+        usual._replace(on_device=choice, workers=count)
+        for choice in collection.choices()
+        for count in list_workers(quick)
+    ]
+    image_sec = 1e-3 * sum(statistics.median(parts[name]) for name in IN_WORKER)
+    reading = measure_reading(collection, settings, image_sec, _READ_SHARE * seconds, turns)
     say(align_columns([_HEAD, *rows_of("reading alone", reading)]))
 
     step = TrainingStep(config, runtime)
@@ -399,30 +409,33 @@ def measure(config, seconds, quick):
     alone = images_per_sec(same, step, alone, each, runtime.device)
     fit = [setting._replace(batch_size=size) for setting in settings]
     training = measure_settings(collection, fit, _STEP_SHARE * seconds - each, turns, step)
-
     say(align_columns([_HEAD, *rows_of("training step", training)]))
     if len(collection.choices()) == 1:
         say("augment.on_device=true was not measured: augment.rand_augment runs in the workers")
-    chosen = choose(training)
-    waits = choose({one: reading[one] for one in every[: -len(sizes) or None] if one.workers == many.workers
-                    and not one.on_device})  # fmt: skip
+
+    chosen, prefetch = choose(training), {}
+    if chosen.workers:  # without them nothing is read ahead
+        others = [chosen._replace(prefetch=count) for count in (_PREFETCH[:1] if quick else _PREFETCH)]
+        prefetch = measure_settings(collection, others, _PREFETCH_SHARE * seconds, turns, step)
+        say(align_columns([_HEAD, *rows_of("training step", prefetch)]))
     advised = {
         "runtime.workers": chosen.workers,
-        "runtime.prefetch_batches": waits.prefetch if chosen.workers else config.runtime.prefetch_batches,
+        "runtime.prefetch_batches": choose(prefetch).prefetch if prefetch else usual.prefetch,
         "augment.on_device": str(chosen.on_device).lower(),
     }
-    write(parts, reading, training, advised, machine=describe_machine(runtime.device), quick=quick)
+    found = {"reading": reading, "training": training, "prefetch": prefetch}
+    write(parts, found, advised, machine=describe_machine(runtime.device), quick=quick)
     say(explain(config, runtime, chosen, reading, training, alone))
     say(" ".join(f"{key}={value}" for key, value in advised.items()))
 
 
-def write(parts, reading, training, advised, **more):
+def write(parts, found, advised, **more):
     """Write all turns to outputs/bench/loader.json; a quick run's to quick/."""
     path = (OUT / "quick" if more["quick"] else OUT) / "loader.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     rates = {
-        name: [{**setting._asdict(), "images_per_sec": values} for setting, values in found.items()]
-        for name, found in (("reading", reading), ("training", training))
+        name: [{**setting._asdict(), "images_per_sec": values} for setting, values in measured.items()]
+        for name, measured in found.items()
     }
     path.write_text(json.dumps({**more, "advised": advised, "ms_per_image": parts, **rates}, indent=2) + "\n")
     say(str(path.relative_to(ROOT)))

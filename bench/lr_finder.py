@@ -23,7 +23,7 @@ from bench.commands import ROOT, last_top1, log_of, read_number, run_command
 OUT = ROOT / "outputs/bench/lr_finder"
 RIVAL = ROOT / "outputs/bench/torch_lr_finder"
 RATES = "0.003,0.01,0.03,0.1,0.3,1.0"
-QUICK = ["loop.total_steps=24", "lr_finder.max_share=1.0", "loop.global_batch_size=16", "runtime.compile=false"]
+QUICK = ["loop.total_steps=32", "lr_finder.max_share=1.0", "loop.global_batch_size=16", "runtime.compile=false"]
 PYTHON = sys.executable
 
 
@@ -106,7 +106,7 @@ def main():
         value, seconds = train(f"{place}found_{seed}", [*overrides, f"seed={seed}"])
         file = OUT / f"{place}found_{seed}/lr_finder.json"
         if not file.exists():
-            sys.exit("lr_finder: the run is too short for a range test; set loop.total_steps=200 or more")
+            sys.exit("lr_finder: the run is too short for a range test; set loop.total_steps=300 or more")
         report = json.loads(file.read_text())
         found.append(report)
         shares.append((report["seconds"] - report["curve"]["first_update_sec"]) / seconds)

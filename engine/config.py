@@ -88,7 +88,7 @@ class LRFinderConfig(Strict):
     curve: Literal["exponential", "linear"]
     smoothing: Annotated[float, Field(ge=0, lt=1)]
     diverge_factor: Annotated[float, Field(gt=1)]
-    suggestion: Literal["auto", "steepest", "minimum_tenth", "valley"]
+    suggestion: Literal["auto", "steepest", "minimum_half", "minimum_tenth", "valley"]
 
     @model_validator(mode="after")
     def _rates_rise(self) -> "LRFinderConfig":

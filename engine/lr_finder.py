@@ -19,7 +19,7 @@ import torch
 
 from engine.config import LRFinderConfig, TrainingConfig
 from engine.learner import Learner
-from engine.lr_suggestion import LEAST_POINTS, Curve, Suggestion, smooth, suggest
+from engine.lr_suggestion import Curve, Suggestion, smooth, suggest
 from engine.run_parts import Run
 from engine.task import checkpointed_state
 from optim.groups import set_peak_lr
@@ -32,6 +32,7 @@ from utils.record.progress import counting
 
 log = get_logger(__name__)
 
+_LEAST_UPDATES = 30  # with fewer, what is suggested varies by more than a factor 3
 _LEAST_BEFORE_DIVERGING = 5  # updates whose noise does not count as divergence
 _MOST_SKIPPED = 4  # in a row, by the loss scale of fp16: gradients that have grown more than 8 times diverge
 
@@ -145,15 +146,15 @@ def find_lr(run: Run, config: TrainingConfig) -> bool:
     finder, plan, started = config.lr_finder, run.plan, time.perf_counter()
     share = math.floor(finder.max_share * plan.total_steps)
     steps = min(finder.steps, share)
-    if steps < LEAST_POINTS:
-        limit, remedy = "lr_finder.steps", f"set lr_finder.steps to {LEAST_POINTS} or more"
+    if steps < _LEAST_UPDATES:
+        limit, remedy = "lr_finder.steps", f"set lr_finder.steps to {_LEAST_UPDATES} or more"
         if share <= finder.steps:
             limit = f"lr_finder.max_share={finder.max_share:g} of the run"
-            needed = math.ceil(LEAST_POINTS / finder.max_share)
+            needed = math.ceil(_LEAST_UPDATES / finder.max_share)
             remedy = f"a run of {needed} steps has a range test, or one with a higher lr_finder.max_share"
         log.warning(
             "lr_finder: %d steps are %s, and %d are needed; the rate stays %.3g. For a range test: %s",
-            steps, limit, LEAST_POINTS, plan.lr, remedy,
+            steps, limit, _LEAST_UPDATES, plan.lr, remedy,
         )  # fmt: skip
         return True
     batches = run.streams.train.steps(plan.total_steps, plan)
@@ -165,7 +166,8 @@ def find_lr(run: Run, config: TrainingConfig) -> bool:
     if curve is None:
         log.warning("lr_finder: stopped on request; the same command makes the range test again")
         return False
-    found = suggest(curve, finder.suggestion, finder.smoothing)
+    adaptive = not isinstance(run.learner.optimizer, torch.optim.SGD)
+    found = suggest(curve, finder.suggestion, finder.smoothing, adaptive=adaptive)
     seconds = time.perf_counter() - started
     if found.taken is None:
         log.warning("lr_finder: no answer in the curve: %s. The rate stays %.3g", found.reason, plan.lr)

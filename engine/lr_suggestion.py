@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-LEAST_POINTS = 20
+_LEAST_POINTS = 20
 # The least rise in standard deviations of the smoothed loss, and the least fall as a share of the first losses.
 _NOISE_FACTOR, _LEAST_FALL = 3.0, 0.01
 _UNSTABLE_RISE = 0.25  # of the fall before
@@ -56,12 +56,13 @@ def smooth(losses: Sequence[float], factor: float) -> list[float]:
     return means
 
 
-def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
-    """Return what a curve suggests by `method`; auto takes the greatest. All are below the rate of the lowest loss.
+def suggest(curve: Curve, method: str, smoothing: float, *, adaptive: bool) -> Suggestion:
+    """Return what a curve suggests by `method`. All rates are below that of the lowest loss, which may be unstable.
 
-    steepest: where the loss falls fastest. minimum_tenth: a tenth of the rate of the lowest loss (Smith takes a little
-    less than the rate where the loss becomes ragged). valley: half way, in updates, from where it begins to fall to
-    where it is lowest.
+    steepest: where the loss falls fastest. minimum_half, minimum_tenth: a half and a tenth of the rate of the lowest
+    loss (Smith takes a little less than the rate where the loss becomes ragged). valley: half way, in updates, from
+    where it begins to fall to where it is lowest. auto: the greatest; for an adaptive optimiser the least, because its
+    first updates bear rates with which a whole run learns less (docs/lr_finder.md has the figures).
 
     smoothing: the factor that the curve was smoothed with.
     """
@@ -71,23 +72,25 @@ def suggest(curve: Curve, method: str, smoothing: float) -> Suggestion:
     start, lowest = _find_fall(curve, smoothing)
     rates = {
         "steepest": curve.rates[_steepest(curve.rates, curve.smoothed, start, lowest)],
+        "minimum_half": curve.rates[lowest] / 2.0,
         "minimum_tenth": curve.rates[lowest] / 10.0,
         "valley": curve.rates[(start + lowest) // 2],
     }
     warning = _warn_of_the_end(curve, start, lowest)
     if method != "auto":
         return Suggestion(rates[method], f"lr_finder.suggestion={method}", rates, method, warning)
-    name = max(rates, key=rates.__getitem__)
-    reason = f"{name}, the greatest of the three, below {curve.rates[lowest]:.3g}"
+    name = (min if adaptive else max)(rates, key=rates.__getitem__)
+    which = "least of the four, for an adaptive optimiser" if adaptive else "greatest of the four"
+    reason = f"{name}, the {which}; the loss is lowest at {curve.rates[lowest]:.3g}"
     return Suggestion(rates[name], reason, rates, name, warning)
 
 
 def _find_problem(curve: Curve, smoothing: float) -> str | None:
     """Return why a curve has no answer."""
     count, smoothed = len(curve.losses), np.asarray(curve.smoothed)
-    if count < LEAST_POINTS and not curve.diverged:
+    if count < _LEAST_POINTS and not curve.diverged:
         return f"{count} updates are too few; allow more with lr_finder.steps and lr_finder.max_share"
-    if count < LEAST_POINTS:
+    if count < _LEAST_POINTS:
         return f"the loss diverged after {count} updates; set a lower lr_finder.start_lr"
     lowest = _EDGE + int(smoothed[_EDGE:].argmin())
     first, low = _first_loss(curve), float(smoothed[lowest])

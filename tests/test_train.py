@@ -136,7 +136,7 @@ def test_each_class_is_reported(place):
         lines = list(csv.DictReader(stream))
     assert [(line["class"], line["samples"]) for line in lines] == [(name, "1") for name in COLOURS]
     with open(place / "run/tables/confusions.csv", newline="") as stream:
-        assert [(line["true"], line["predicted"]) for line in csv.DictReader(stream)] == [("yellow", "red")]
+        assert ("yellow", "red") in [(line["true"], line["predicted"]) for line in csv.DictReader(stream)]
 
 
 @pytest.mark.parametrize("weights", ["best", "last"])

@@ -233,8 +233,8 @@ def test_no_trace_is_left_of_it(case, updates_before):
 # ------------------------------------------------------------------------------------------------------------ the run
 
 SEARCH = [
-    "lr_finder.enabled=true", "lr_finder.steps=24", "lr_finder.max_share=0.9", "lr_finder.end_lr=1.0",
-    "lr_finder.start_lr=1e-4", "loop.total_steps=24", "optim=sgd", "schedule=onecycle", "loop.checkpoint_every_steps=8",
+    "lr_finder.enabled=true", "lr_finder.steps=36", "lr_finder.max_share=0.9", "lr_finder.end_lr=1.0",
+    "lr_finder.start_lr=1e-4", "loop.total_steps=36", "optim=sgd", "schedule=onecycle", "loop.checkpoint_every_steps=9",
 ]  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def test_it_writes_what_it_found_and_says_why(searched):
     folder, _ = searched
     found = json.loads((folder / "run/lr_finder.json").read_text())
     lowest = 10 * found["rates"]["minimum_tenth"]
-    assert found["reason"].endswith(f", the greatest of the three, below {lowest:.3g}")
+    assert found["reason"].endswith(f", the greatest of the four; the loss is lowest at {lowest:.3g}")
     listed = ", ".join(f"{name} {rate:.3g}" for name, rate in found["rates"].items())
     said = (folder / "run/log.txt").read_text()
     assert (
@@ -262,7 +262,7 @@ def test_it_writes_what_it_found_and_says_why(searched):
     assert found["taken"] == max(found["rates"].values())
     assert found["configured"] != found["taken"]
     assert len(found["curve"]["rates"]) == len(found["curve"]["losses"]) == len(found["curve"]["smoothed"])
-    assert len(found["curve"]["losses"]) == 21  # of 24 steps at most 0.9: lr_finder.max_share
+    assert len(found["curve"]["losses"]) == 32  # of 36 steps at most 0.9: lr_finder.max_share
     assert (folder / "run/plots/lr_finder_plot.png").stat().st_size > 10_000
 
 
@@ -287,22 +287,22 @@ def test_a_resumed_run_does_not_search_again(searched, tmp_path, capsys):
     folder, base = searched
     path = shutil.copytree(folder / "run", tmp_path / "run")
     written = (path / "lr_finder.json").stat().st_mtime_ns
-    run("finetune", [*base, *SEARCH, "loop.total_steps=26", f"run_dir={path}"], folder)
+    run("finetune", [*base, *SEARCH, "loop.total_steps=38", f"run_dir={path}"], folder)
     said = capsys.readouterr().err
     assert "resumed from" in said and "lr_finder" not in said
     assert "the peak rate is" in said and "which the range test of this run found" in said
     assert (path / "lr_finder.json").stat().st_mtime_ns == written
     found = json.loads((path / "lr_finder.json").read_text())["taken"]
-    assert json.loads((path / "checkpoints/step_00000026/state.json").read_text())["found_lr"] == found
+    assert json.loads((path / "checkpoints/step_00000038/state.json").read_text())["found_lr"] == found
     rates = {row["step"]: row["lr"] for row in rows(path / "metrics.jsonl", "train")}
-    (before, _), (last, _) = torchs_values(26, found)[24:]
-    assert (rates[25], rates[26]) == pytest.approx((before, last), rel=1e-9)
+    (before, _), (last, _) = torchs_values(38, found)[36:]
+    assert (rates[37], rates[38]) == pytest.approx((before, last), rel=1e-9)
 
 
 def test_the_rate_found_is_not_part_of_the_recipe(searched, tmp_path, capsys):
     """The folder's name is the recipe's hash: the same command finds the run, and its rate."""
     _, base = searched
-    for steps in (24, 26):
+    for steps in (36, 38):
         run("finetune", [*base, *SEARCH, f"loop.total_steps={steps}"], tmp_path)
     assert "which the range test of this run found" in capsys.readouterr().err
     assert len(list((tmp_path / "outputs/finetune").iterdir())) == 1
@@ -354,7 +354,7 @@ def test_two_ranks_find_the_rate_of_one(searched):
 def test_a_rate_that_a_resumed_run_would_not_read_is_refused(key, more, searched):
     folder, base = searched
     allow = f"resume_allow=[optim.{key},lr_finder.enabled]"
-    again = [*base, *SEARCH, "loop.total_steps=30", f"optim.{key}=0.5", *more, allow]
+    again = [*base, *SEARCH, "loop.total_steps=40", f"optim.{key}=0.5", *more, allow]
     with pytest.raises(UserError, match=rf"optim.{key}: 0.5 has no effect, because the range test of this run found"):
         run("finetune", [*again, f"run_dir={folder}/run"], folder)
 
@@ -380,10 +380,10 @@ def test_a_rate_beside_a_range_test_is_refused(script):
 
 TOO_FEW = {
     "lr_finder.max_share=0.5": (
-        "12 steps are lr_finder.max_share=0.5 of the run, and 20 are needed",
-        "a run of 40 steps has a range test, or one with a higher lr_finder.max_share",
+        "18 steps are lr_finder.max_share=0.5 of the run, and 30 are needed",
+        "a run of 60 steps has a range test, or one with a higher lr_finder.max_share",
     ),
-    "lr_finder.steps=10": ("10 steps are lr_finder.steps, and 20 are needed", "set lr_finder.steps to 20 or more"),
+    "lr_finder.steps=10": ("10 steps are lr_finder.steps, and 30 are needed", "set lr_finder.steps to 30 or more"),
 }
 
 

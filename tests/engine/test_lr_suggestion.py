@@ -5,11 +5,17 @@ import math
 import pytest
 import torch
 
-from engine.lr_suggestion import Curve, smooth, suggest
+from engine.lr_suggestion import Curve, smooth
+from engine.lr_suggestion import suggest as suggest_for
 from utils.rng import generator_for
 
 RATES = [10 ** (-4 + 4 * number / 80) for number in range(81)]
 FACTOR = 0.8
+
+
+def suggest(curve, method, smoothing, adaptive=False):
+    """For SGD, where nothing else is said."""
+    return suggest_for(curve, method, smoothing, adaptive=adaptive)
 
 
 def make_curve(loss_at, rates=RATES, diverged=False):
@@ -30,15 +36,23 @@ def test_smoothing_corrects_the_bias_of_the_first_means():
 
 
 @pytest.mark.parametrize(
-    "method, rate", [("steepest", 10**-2.5), ("minimum_tenth", 0.01), ("valley", 0.01), ("auto", 0.01)]
+    "method, rate",
+    [("steepest", 10**-2.5), ("minimum_half", 0.05), ("minimum_tenth", 0.01), ("valley", 0.01), ("auto", 0.05)],
 )
 def test_a_curve_with_a_valley(method, rate):
     found = suggest(make_curve(valley), method, FACTOR)
     assert found.taken == pytest.approx(rate, rel=0.15) and found.taken in found.rates.values()
-    assert set(found.rates) == {"steepest", "minimum_tenth", "valley"}
-    assert found.method == ("valley" if method == "auto" else method)
-    auto = "valley, the greatest of the three, below 0.1"
+    assert set(found.rates) == {"steepest", "minimum_half", "minimum_tenth", "valley"}
+    assert found.method == ("minimum_half" if method == "auto" else method)
+    auto = "minimum_half, the greatest of the four; the loss is lowest at 0.1"
     assert found.reason == (auto if method == "auto" else f"lr_finder.suggestion={method}")
+
+
+def test_an_adaptive_optimiser_takes_the_least():
+    found = suggest(make_curve(valley), "auto", FACTOR, adaptive=True)
+    assert found.method == "steepest" and found.taken == min(found.rates.values()) == pytest.approx(10**-2.5, rel=0.15)
+    assert found.reason == "steepest, the least of the four, for an adaptive optimiser; the loss is lowest at 0.1"
+    assert suggest(make_curve(valley), "valley", FACTOR, adaptive=True).method == "valley"
 
 
 def test_all_suggestions_are_below_the_rate_of_the_lowest_loss():

@@ -7,8 +7,10 @@ import numpy as np
 
 from utils.record.plots import BLUE, GREEN, INK, ORANGE, plt, save_figure, style_axes
 
-_COLORS = {"steepest": ORANGE, "minimum_tenth": GREEN, "valley": "#862e9c"}
-_NAMES = {"steepest": "steepest descent", "minimum_tenth": "minimum / 10", "valley": "valley"}
+_COLORS = {"steepest": ORANGE, "minimum_half": INK, "minimum_tenth": GREEN, "valley": "#862e9c"}
+_NAMES = {
+    "steepest": "steepest descent", "minimum_half": "minimum / 2", "minimum_tenth": "minimum / 10", "valley": "valley",
+}  # fmt: skip
 
 
 def plot_range_test(

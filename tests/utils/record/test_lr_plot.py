@@ -7,7 +7,7 @@ from utils.record import lr_plot
 
 RATES = [10.0**-number for number in range(5, -1, -1)]
 FALLS = [2.0, 2.0, 1.5, 1.0, 1.2, 40.0]
-SUGGESTIONS = {"steepest": 1e-3, "minimum_tenth": 1e-4, "valley": 2e-3}
+SUGGESTIONS = {"steepest": 1e-3, "minimum_half": 5e-4, "minimum_tenth": 1e-4, "valley": 2e-3}
 
 
 @pytest.fixture
@@ -29,9 +29,10 @@ def test_every_suggestion_is_marked_at_its_rate_and_one_is_taken(draw):
     axis = draw(FALLS, SUGGESTIONS, "steepest")
     upright = {line.get_label(): line for line in axis.lines if len(set(line.get_xdata())) == 1}
     assert {label: line.get_xdata()[0] for label, line in upright.items()} == {
-        "steepest descent: 0.001  (taken)": 1e-3, "minimum / 10: 0.0001": 1e-4, "valley: 0.002": 2e-3,
+        "steepest descent: 0.001  (taken)": 1e-3, "minimum / 2: 0.0005": 5e-4, "minimum / 10: 0.0001": 1e-4,
+        "valley: 0.002": 2e-3,
     }  # fmt: skip
-    assert [line.get_linestyle() for line in upright.values()] == ["-", "--", "--"]
+    assert [line.get_linestyle() for line in upright.values()] == ["-", "--", "--", "--"]
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
     assert legend == ["loss", "smoothed", *upright]
     axis.figure.canvas.draw()  # the title is no mathematics
