@@ -154,6 +154,8 @@ def _least_fall(curve: Curve, smoothing: float, lowest: int) -> float:
 def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
     """Return where the loss begins to fall for good, and its lowest point before it becomes unstable.
 
+    Where the bottom is flat, that is its end: the last point that is above the lowest by no more than noise.
+
     Unstable: the loss rises by a quarter of its fall, or, smoothed less, by half of it, and by more than noise. A
     network with batch norm hardly diverges: far above a usable rate its loss jumps up and down, and may fall again.
     """
@@ -170,6 +172,9 @@ def _find_fall(curve: Curve, smoothing: float) -> tuple[int, int]:
         jumps = close[place] - close_low > max(_CLOSE_RISE * (first - close_low), least_jump)
         if (rises or jumps) and fall > _least_fall(curve, smoothing, lowest):
             break
+    limit = smoothed[lowest] + _noise(curve, smoothing, lowest)
+    while lowest + 1 < len(smoothed) and smoothed[lowest + 1] <= limit:
+        lowest += 1
     fall = first - smoothed[lowest]
     starts = [place for place in range(_EDGE, lowest) if smoothed[place] > first - _BEGUN * fall]
     return max(starts, default=_EDGE), lowest

@@ -169,3 +169,15 @@ def test_a_curve_without_an_answer(case):
     curve, reason = NO_ANSWER[case]
     found = suggest(Curve(curve.rates, curve.losses, smooth(curve.losses, FACTOR), curve.diverged), "auto", FACTOR)
     assert found.taken is None and found.rates == {} and found.reason.startswith(reason)
+
+
+def test_of_a_flat_bottom_the_end_counts():
+    """Where noise makes it lowest says nothing."""
+
+    def flat_bottom(rate):
+        return valley(min(rate, 0.01)) + (0.0 if rate < 0.3 else 30 * math.log10(rate / 0.3))
+
+    tail = [0.01 * (-1) ** number for number in range(len(RATES))]
+    losses = [flat_bottom(rate) + noise for rate, noise in zip(RATES, tail)]
+    found = suggest(Curve(RATES, losses, losses, False), "minimum_half", 0.0)
+    assert losses.index(min(losses)) < RATES.index(0.1) and 0.1 < found.taken < 0.16
