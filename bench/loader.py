@@ -26,9 +26,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from torch.nn import functional as F
 
 from bench.measure import OUT, describe_machine, take_turns
+from bench.training_step import TrainingStep, synchronise
 from data.batch import collate
 from data.config import AugmentConfig
 from data.decode import UnreadableImage
@@ -39,8 +39,6 @@ from data.stream import Draw, ShuffledSampler
 from data.transforms import CropTransform, TrainTransform
 from engine.runtime import choose_runtime
 from engine.tasks.kind import no_fields
-from models.build import build_network, check_image_size
-from models.normalise import Normalise
 from train import TrainConfig
 from utils import rng
 from utils.config.entry_point import CONF, ROOT, quote_paths, validate
@@ -54,7 +52,7 @@ SECONDS, QUICK_SECONDS = 90.0, 3.0
 # Of the seconds.
 _PARTS_SHARE, _READ_SHARE, _STEP_SHARE, _PREFETCH_SHARE = 0.1, 0.25, 0.45, 0.2
 _NEAR = 0.95  # of the best: a simpler setting is taken
-_PREFETCH, _CLASSES = (1, 2, 4, 8), 100
+_PREFETCH = (1, 2, 4, 8)
 _PARTS_IMAGES, _PARTS_BYTES = 48, 3 * 10**8  # decoded images of the first measurement
 
 
@@ -227,44 +225,6 @@ def over_all(part, samples):
 # ------------------------------------------------------------------------------------------------------------ the turns
 
 
-class TrainingStep:
-    """Forward and backward pass and update of the configured network, on labels of no meaning."""
-
-    def __init__(self, config, runtime):
-        torch.manual_seed(config.seed)
-        self.runtime = runtime
-        check_image_size(config.model, tuple(config.augment.image_size_hw))
-        self.network = build_network(config.model, _CLASSES).to(runtime.device)
-        if runtime.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)
-        augment = config.augment
-        self.normalise = Normalise(augment.mean, augment.std, config.model.in_channels).to(runtime.device)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-4)
-        self.shape = (config.model.in_channels, *augment.image_size_hw)
-
-    def __call__(self, batch):
-        """Make one update."""
-        with self.runtime.autocast():
-            loss = F.cross_entropy(self.network(self.normalise(batch["images"])), batch["key"] % _CLASSES)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def fitting_batch(self, most, seconds):
-        """Return the largest batch size, 4, 8, 16 .. up to `most`, of which two steps fit into `seconds`."""
-        most = max(most, 2)  # batch norm needs two
-        size, keys = min(4, most), torch.arange(most, device=self.runtime.device)
-        while True:
-            images = torch.zeros(size, *self.shape, dtype=torch.uint8, device=keys.device)
-            for _ in range(2):
-                started = time.perf_counter()
-                self({"images": images, "key": keys[:size]})
-                synchronise(self.runtime.device)
-            if size == most or 4 * (time.perf_counter() - started) > seconds:  # of twice the size, two steps
-                return size
-            size = min(2 * size, most)
-
-
 def fitting_batch(most, per_image_sec, seconds):
     """Return `most` or a half, a quarter .. of it, 4 at least: a batch size of which some fit into `seconds`."""
     while most > 4 and 5 * most * per_image_sec > seconds:
@@ -275,12 +235,6 @@ def fitting_batch(most, per_image_sec, seconds):
 def other_sizes(size):
     """Return half and twice a batch size; half of one is none."""
     return [other for other in (size // 2, 2 * size) if other > 0]
-
-
-def synchronise(device):
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def images_per_sec(batches, step, setting, seconds, device):
