@@ -169,7 +169,7 @@ class Demo:
 def last_full_figures():
     """Return control -> text as docs/results.md tells it: rows such as | `top1_few_labels` | ... | 0.61 |."""
     found = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", RESULTS.read_text(), flags=re.MULTILINE)
-    return {name: text for name, text in found if name in CONTROLS}
+    return {name: text.strip("*") for name, text in found if name in CONTROLS}  # bold in Markdown
 
 
 def table(summary, pictures, out):
