@@ -60,6 +60,7 @@ COLOURS = ["black", "blue", "green", "red", "white", "yellow"]
 CORRUPT, MISLABELLED = "black/0.png", "yellow/5.png"  # of training and of what is split off
 SHORT = [
     "augment.image_size_hw=[32,32]", "loop.total_steps=30", "loop.global_batch_size=10", "lr_finder.max_share=1.0",
+    "lr_finder.suggestion=minimum_tenth",  # at a higher rate 30 steps miss another image, too
     "runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp32",
 ]  # fmt: skip
 
@@ -136,7 +137,7 @@ def test_each_class_is_reported(place):
         lines = list(csv.DictReader(stream))
     assert [(line["class"], line["samples"]) for line in lines] == [(name, "1") for name in COLOURS]
     with open(place / "run/tables/confusions.csv", newline="") as stream:
-        assert ("yellow", "red") in [(line["true"], line["predicted"]) for line in csv.DictReader(stream)]
+        assert [(line["true"], line["predicted"]) for line in csv.DictReader(stream)] == [("yellow", "red")]
 
 
 @pytest.mark.parametrize("weights", ["best", "last"])
