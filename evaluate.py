@@ -21,8 +21,9 @@ from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
 from engine.tasks.foreign import ForeignSource, check_average, rebuild_foreign
-from engine.tasks.kinds import KINDS
-from engine.tasks.rebuild import Rebuilt, rebuild_task
+from engine.tasks.kind import Rebuilt, Setup
+from engine.tasks.kinds import FOREIGN
+from engine.tasks.rebuild import rebuild_task
 from models.config import ModelConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
@@ -76,21 +77,20 @@ class EvaluateConfig(Strict):
 
 def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, ImageData]:
     """Return the folder of the results, the task with the weights, and the data."""
-    settings = {"batch_size": config.batch_size, "run_path": None}
     if config.model is not None:
-        kind = KINDS["classification"]
-        data = kind.open_data(config.data, config.model, runtime, seed=0, **settings)
-        names = {name for split in ("train", "val") for name in data.collection.class_names(split)}
+        setup = Setup(config.model, FOREIGN.foreign)
+        data = FOREIGN.pipeline.open(config.data, setup, runtime, seed=0, batch_size=config.batch_size)
         source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
         place = config.model.name if config.weights == "timm" else Path(config.weights).stem
-        return Path("outputs/evaluate") / place, rebuild_foreign(source, sorted(names)), data
+        return Path("outputs/evaluate") / place, rebuild_foreign(source, data.collection), data
     saved = None if config.run_dir is None else read_run_config(Path(config.run_dir))
     path = choose_weights(config.run_dir or "", config.weights)
     folder = Path("outputs/evaluate") / path.stem if config.run_dir is None else Path(config.run_dir)
     rebuilt = rebuild_task(path)
     chosen = config.data or TypeAdapter(DataConfig).validate_python(saved["data"])
     seed = 0 if saved is None else saved["seed"]
-    return folder, rebuilt, rebuilt.kind.open_data(chosen, rebuilt.setup.model, runtime, seed=seed, **settings)
+    pipeline = rebuilt.kind.pipeline
+    return folder, rebuilt, pipeline.open(chosen, rebuilt.setup, runtime, seed=seed, batch_size=config.batch_size)
 
 
 def describe_source(config: EvaluateConfig, rebuilt: Rebuilt) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
 
-    loaders = rebuilt.kind.evaluation(data, rebuilt.setup, training=False)
+    loaders = rebuilt.kind.pipeline.evaluation(data, rebuilt.setup, training=False)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
     step = rebuilt.metadata["step"]

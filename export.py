@@ -12,32 +12,25 @@ docs/weights.md has each format, what it can hold, and how it is loaded.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
 from data.config import AugmentConfig, DataConfig
+from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
-from engine.tasks.exporting import (
-    Opened,
-    averaged,
-    measure_loss,
-    open_other,
-    open_own,
-    read_images,
-    without_head,
-)  # fmt: skip
+from engine.tasks.exporting import averaged, find_export, open_other, open_own, without_head
 from engine.tasks.foreign import ForeignSource, check_average
+from engine.tasks.kind import ExportSettings, Opened, Rebuilt
+from engine.tasks.kinds import export_formats, options_of
 from models.config import ModelConfig
 from models.export.model_card import licence_of
-from models.export.onnx_file import FILES, OnnxSettings, export_onnx, open_session
 from models.export.report import add_report, refuse_other_format
-from models.export.targets import TARGETS, export_folder
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
+from utils.errors import close_names
 from utils.io.files import output_errors
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.logging import get_logger
@@ -47,9 +40,13 @@ from utils.record.wandb_export import send_export
 log = get_logger(__name__)
 
 _PATIENCE_SEC = 1800.0  # of a rank that hangs
-# The greatest difference from PyTorch that is accepted without `tolerance`, of ONNX as a share of the largest output.
-# Measured: 1e-6, 2e-3 and 0.1 at most, with drawn and with varied weights. What int8 costs is told by its accuracy.
-_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5}
+
+
+def check_format(name: str) -> str:
+    """Raise ValueError for a format that no kind has."""
+    if name not in (formats := export_formats()):
+        raise ValueError(f"unknown format {name!r}; {close_names(name, formats)}")
+    return name
 
 
 class ExportConfig(Strict):
@@ -60,7 +57,7 @@ class ExportConfig(Strict):
     run's own. `licence` replaces what is known of the licence of the source weights.
     """
 
-    format: Literal["onnx", "timm", "transformers", "official", "minkowski", "safetensors", "pth"]
+    format: Annotated[str, AfterValidator(check_format)]
     run_dir: str | None
     weights: str | Annotated[list[str], Field(min_length=1)]
     init_weights: Literal["model", "ema"]
@@ -83,10 +80,6 @@ class ExportConfig(Strict):
         """Return the weights as a list."""
         return [self.weights] if isinstance(self.weights, str) else self.weights
 
-    def file(self) -> str:
-        """Return the name of the file that holds the weights."""
-        return FILES[self.precision] if self.format == "onnx" else TARGETS[self.format].file
-
     def machine(self) -> MachineConfig:
         """Return the machine that int8 is calibrated and measured on."""
         return MachineConfig(
@@ -107,12 +100,11 @@ class ExportConfig(Strict):
         check_average(self.init_weights, self.model)
         if self.model is None and (self.augment is not None or "timm" in self.names()):
             raise ValueError("model: must be given with augment and with weights=timm")
-        if self.format != "onnx" and (self.precision != "fp32" or self.dynamic_size):
-            raise ValueError(f"precision: precision and dynamic_size are for format=onnx, not for {self.format}")
+        for key, default in (("precision", "fp32"), ("dynamic_size", False)):
+            if getattr(self, key) != default and key not in options_of(self.format):
+                raise ValueError(f"{key}: format={self.format} does not read it; remove {key}, or set format=onnx")
         if self.precision == "int8" and self.run_dir is None:
             raise ValueError("precision: int8 is measured on a run's validation split; add run_dir=RUN")
-        if self.precision == "int8" and self.backbone_only:
-            raise ValueError("precision: int8 of a backbone is not judged by any accuracy; set backbone_only=false")
         return self
 
 
@@ -126,24 +118,18 @@ def open_weights(config: ExportConfig) -> Iterator[Opened]:
         yield open_own(path)
 
 
-def export_to_onnx(config: ExportConfig, opened: Opened, folder: Path) -> dict[str, Any]:
-    """Write the ONNX file and return its report."""
-    tolerance = _TOLERANCES[config.precision] if config.tolerance is None else config.tolerance
-    settings = OnnxSettings(config.precision, config.dynamic_size, tolerance)
-    model, file = opened.model, folder / config.file()
-    if config.precision != "int8":
-        return {"file": file.name, "onnx_max_abs_diff": export_onnx(model, opened.metadata, file, settings)}
-    assert opened.rebuilt is not None and config.run_dir is not None
-    kind, setup, saved = opened.rebuilt.kind, opened.rebuilt.setup, read_run_config(Path(config.run_dir))
-    data = kind.open_data(
-        config.data or TypeAdapter(DataConfig).validate_python(saved["data"]), setup.model,
-        start_machine(config.machine()), seed=saved["seed"], batch_size=config.batch_size, run_path=None,
-    )  # fmt: skip
-    count = config.calibration_images
-    settings = replace(settings, calibration=read_images(kind.calibration(data, setup, count), count))
-    difference = export_onnx(model, opened.metadata, file, settings)
-    loss = measure_loss(model, open_session(file), kind.evaluation(data, setup, training=False)["val"])
-    return {"file": file.name, "onnx_max_abs_diff": difference, **loss}
+def settings_of(config: ExportConfig) -> ExportSettings:
+    """Return how the files are written."""
+
+    def open_data(rebuilt: Rebuilt) -> ImageData:
+        saved = read_run_config(Path(config.run_dir))
+        chosen = config.data or TypeAdapter(DataConfig).validate_python(saved["data"])
+        runtime = start_machine(config.machine())
+        return rebuilt.kind.pipeline.open(
+            chosen, rebuilt.setup, runtime, seed=saved["seed"], batch_size=config.batch_size
+        )
+
+    return ExportSettings(config.precision, config.dynamic_size, config.tolerance, config.calibration_images, open_data)
 
 
 @entry_point("export", ExportConfig)
@@ -157,19 +143,14 @@ def main(config: ExportConfig, job: Job) -> str:
             opened = without_head(opened)
 
         # -------------------------------------------------------------------------------------------- 2. The files
+        export, settings = find_export(config.format, opened), settings_of(config)
         inside = "export" if config.format == "onnx" else f"export/{config.format}"
         folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
         with output_errors("output", folder):
-            refuse_other_format(folder, config.file(), config.format)
+            refuse_other_format(folder, export.file(settings), config.format)
             if config.dry_run:
                 return "dry run: nothing is written"
-            if config.format == "onnx":
-                report = export_to_onnx(config, opened, folder)
-            else:
-                tolerance = _TOLERANCES["fp32"] if config.tolerance is None else config.tolerance
-                target = TARGETS[config.format]
-                network = opened.whole if target.holds_decoder else opened.model.network
-                report = export_folder(target, network, opened.metadata, folder, tolerance)
+            report = export.write(opened, folder, settings)
             step, licence = opened.metadata["step"], licence_of(opened.metadata)
             report |= {"format": config.format, "step": step, "licence": licence}
             add_report(folder, report)

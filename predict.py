@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -21,6 +20,7 @@ from data.scan import IMAGE_SUFFIXES
 from data.transforms import EvalTransform
 from engine.runtime import choose_device
 from engine.tasks.rebuild import load_image_model
+from models.outputs import RowOptions
 from models.predictor import OnnxPredictor, Predictor, TorchPredictor
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
@@ -31,9 +31,6 @@ from utils.record.logging import get_logger
 from utils.record.progress import track
 
 log = get_logger(__name__)
-
-# The columns of a CSV file by the model's output; vectors do not fit one.
-_COLUMNS = {"classes": ["path", "class", "prob", "error"], "tags": ["path", "tags", "error"]}
 
 
 class PredictConfig(Strict):
@@ -71,21 +68,6 @@ def find_images(source: str) -> list[Path]:
     return found
 
 
-def make_row(values: np.ndarray, predictor: Predictor, config: PredictConfig) -> dict[str, Any]:
-    """Return what is written of one image's output [K]."""
-    match predictor.output:
-        case "classes":
-            order = np.argsort(-values)[: config.top]
-            classes = [{"class": predictor.names[index], "prob": round(float(values[index]), 6)} for index in order]
-            return {**classes[0], "top": classes}
-        case "tags":
-            order = [index for index in np.argsort(-values) if values[index] >= config.threshold]
-            probs = {predictor.names[index]: round(float(values[index]), 6) for index in order}
-            return {"tags": ", ".join(probs), "probs": probs}
-        case "features":
-            return {"features": [float(value) for value in values]}
-
-
 def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) -> Iterator[dict[str, Any]]:
     """Yield a row per image, in order: its path, and its prediction or an error."""
     preprocessing = predictor.preprocessing
@@ -98,9 +80,10 @@ def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) 
                 images.append(transform(torch.from_numpy(pixels).permute(2, 0, 1)))
             except UnreadableImage as error:
                 errors[path] = error.reason
-        predicted = iter(predictor.predict(torch.stack(images)) if images else ())
+        options = RowOptions(config.top, config.threshold)
+        predicted = iter(predictor.rows(torch.stack(images), options) if images else ())
         for path in paths[start : start + config.batch_size]:
-            row = {"error": errors[path]} if path in errors else make_row(next(predicted), predictor, config)
+            row = {"error": errors[path]} if path in errors else next(predicted)
             yield {"path": str(path), **row}
 
 
@@ -130,15 +113,17 @@ def main(config: PredictConfig, job: Job) -> str:
     weights = find_weights(config.weights, "best", "weights")
     device = choose_device(config.device, "device")
     predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
-    if output.suffix == ".csv" and predictor.output not in _COLUMNS:
-        raise UserError(f"output: {weights} outputs {predictor.output}, which CSV does not hold; name a .jsonl file")
+    columns = None
+    if output.suffix == ".csv":
+        if predictor.output.columns is None:
+            raise UserError(f"output: {weights} gives vectors, which CSV does not hold; name a .jsonl file")
+        columns = ["path", *predictor.output.columns, "error"]
 
     # --------------------------------------------------------------------------------------------- 2. The predictions
     paths = find_images(config.input)
     if config.dry_run:
         return f"dry run: {len(paths)} images, nothing is predicted"
     rows = track(predict_all(predictor, paths, config), len(paths), "predicting")
-    columns = _COLUMNS[predictor.output] if output.suffix == ".csv" else None
     with output_errors("output", output):
         unreadable = write_atomically(output, lambda temporary: write_rows(rows, temporary, columns))
     log.info("wrote %s: %d images, %d unreadable", output, len(paths), unreadable)

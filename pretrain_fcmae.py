@@ -4,13 +4,13 @@ r"""Pretrain a ConvNeXt V2 by FCMAE, without labels.
     torchrun --nproc_per_node=8 pretrain_fcmae.py model=convnextv2_base data=image_folder data.root=PATH \
         augment=pretrain
 
-The same command resumes.
+It trains on all images of the training split, labelled or not. The same command resumes.
 """
 
-from engine.run import build_task, run_path, run_training, start_ranks
-from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import find_kind, task_schema
-from utils.config.entry_point import Job, entry_point
+from engine.tasks.image_pipeline import ImageTrainingConfig
+from engine.tasks.kinds import task_schema
+from engine.tasks.training import train
+from utils.config.entry_point import entry_point
 
 
 class PretrainConfig(ImageTrainingConfig):
@@ -19,26 +19,7 @@ class PretrainConfig(ImageTrainingConfig):
     task: task_schema("pretrain_fcmae")
 
 
-@entry_point("pretrain_fcmae", PretrainConfig)
-def main(config: PretrainConfig, job: Job) -> str:
-    """Pretrain."""
-    # ------------------------------------------------------------------------------------------ 1. Ranks and machine
-    runtime = start_ranks(config)
-
-    # --------------------------------------------------------------------------------------------------- 2. The data
-    # All images of the training split, labelled or not. The loader's workers draw the masks. Labels are only used to
-    # probe the encoder.
-    kind = find_kind(config.task.name, "task.name")
-    data = kind.open_training_data(config, runtime, run_path(config, job))
-    setup = kind.set_up(config, data.collection)
-    streams = kind.streams(data, setup, config)
-
-    # --------------------------------------------------------------------------------------------------- 3. The task
-    task = build_task(lambda: kind.build(setup), config)
-
-    # ----------------------------------------------------------------------------------------------- 4. The training
-    return run_training(task, streams, config, job, runtime)
-
+main = entry_point("pretrain_fcmae", PretrainConfig)(train)
 
 if __name__ == "__main__":
     main()

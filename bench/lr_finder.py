@@ -59,9 +59,9 @@ def rival_suggestion(overrides):
 
     config, _ = configure("train", [*overrides, "runtime.precision=fp32", "runtime.compile=false"])
     runtime, kind = start_ranks(config), find_kind(config.task.name, "task.name")
-    data = kind.open_training_data(config, runtime, OUT / "rival")
+    data = kind.pipeline.open_training(config, runtime, OUT / "rival")
     setup = kind.set_up(config, data.collection)
-    streams = kind.streams(data, setup, config)
+    streams = kind.pipeline.streams(data, setup, config)
     task = build_task(lambda: kind.build(setup), config)
     plan = derive_plan(config, streams)
     learner = Learner(task, config, plan, runtime)

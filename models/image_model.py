@@ -1,34 +1,23 @@
-"""A network with its normalisation and its output: classes, tags or features."""
-
-from typing import Literal
+"""A network with its normalisation and its output."""
 
 from torch import Tensor, nn
 
 from models.normalise import Normalise
-
-Output = Literal["classes", "tags", "features"]
-# The names of an ImageModel's outputs, in order. A prediction uses the last.
-OUTPUT_NAMES: dict[Output, tuple[str, ...]] = {
-    "classes": ("logits", "probs"),
-    "tags": ("logits", "probs"),
-    "features": ("features",),
-}
+from models.outputs import OUTPUTS
 
 
 class ImageModel(nn.Module):
-    """A trained network with its normalisation: uint8, or float in [0, 1], [B, C, H, W] to its outputs."""
+    """A trained network with its normalisation: uint8, or float in [0, 1], [B, C, H, W] to its outputs.
 
-    def __init__(self, network: nn.Module, normalise: Normalise, output: Output) -> None:
+    output_name: a name in models/outputs.py.
+    """
+
+    def __init__(self, network: nn.Module, normalise: Normalise, output_name: str) -> None:
         super().__init__()
-        self.network, self.normalise, self.output = network, normalise, output
+        self.network, self.normalise, self.output_name = network, normalise, output_name
+        self.output = OUTPUTS[output_name]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return float32 (logits, probs) [B, K], by softmax for classes and sigmoid for tags; or (features,) [B, C]."""
+        """Return float32 (logits, probs) [B, K], or (features,) [B, C]."""
         outputs = self.network(self.normalise(images)).float()
-        match self.output:
-            case "classes":
-                return outputs, outputs.softmax(dim=1)
-            case "tags":
-                return outputs, outputs.sigmoid()
-            case "features":
-                return (outputs,)
+        return (outputs,) if self.output.activate is None else (outputs, self.output.activate(outputs))

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from torch import Tensor
 
-from models.image_model import OUTPUT_NAMES, ImageModel, Output
+from models.image_model import ImageModel
+from models.outputs import OUTPUTS, RowOptions
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
 from utils.record.logging import get_logger
@@ -21,8 +22,6 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _MAX_SIDE = 16_384  # pixels that a file may ask images to be resized to
-# The metadata key of the names of a model's outputs.
-NAME_KEYS: dict[Output, str] = {"classes": "class_names", "tags": "tag_names"}
 
 
 class _Preprocessing(BaseModel):
@@ -55,15 +54,12 @@ class _Metadata(BaseModel):
     preprocessing: _Preprocessing
 
 
-class _Classes(_Metadata):
-    class_names: Annotated[list[str], Field(min_length=1)]
-
-
-class _Tags(_Metadata):
-    tag_names: Annotated[list[str], Field(min_length=1)]
-
-
-_SCHEMAS = {"classes": _Classes, "tags": _Tags}
+_Names = Annotated[list[str], Field(min_length=1)]
+_SCHEMAS = {
+    name: create_model("_Named", __base__=_Metadata, **{output.names_key: (_Names, ...)})
+    for name, output in OUTPUTS.items()
+    if output.names_key is not None
+}
 
 
 def check_metadata(path: Path, key: str, metadata: Any) -> None:
@@ -86,14 +82,17 @@ class Predictor:
     """Predictions for batches of uint8 images; `names` of the outputs and `preprocessing` as in training."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.output: Output = metadata["output"]
-        name_key = NAME_KEYS.get(self.output)
-        self.names: list[str] = [] if name_key is None else list(metadata[name_key])
+        self.output = OUTPUTS[metadata["output"]]
+        self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return probabilities float32 [B, K], or features [B, C], of uint8 images [B, C, H, W]."""
         raise NotImplementedError
+
+    def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
+        """Return what is written of each of some uint8 images [B, C, H, W]."""
+        return [self.output.make_row(values, self.names, options) for values in self.predict(images)]
 
 
 class TorchPredictor(Predictor):
@@ -141,10 +140,10 @@ class OnnxPredictor(Predictor):
         except (ValueError, RecursionError) as error:
             raise unreadable_onnx(path, "weights", error) from None
         check_metadata(path, "weights", metadata)
-        if metadata.get("output") not in OUTPUT_NAMES:
+        if metadata.get("output") not in OUTPUTS:
             raise UserError(f"weights: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
         super().__init__(metadata)
-        self._name = OUTPUT_NAMES[self.output][-1]
+        self._name = self.output.heads[-1]
         self._check_graph(path)
 
     def _check_graph(self, path: Path) -> None:

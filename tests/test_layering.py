@@ -137,7 +137,7 @@ def test_nothing_is_passed_over():
     rooms = {room_of(module_of(file, ROOT)) for file in list_files(ROOT)}
     assert set(ALLOWED) - {"submit"} | {"tests"} <= rooms <= set(ALLOWED) | FREE
     assert len(list_files(ROOT)) > 60 and len(arrows) > 200
-    assert {("finetune", "engine.tasks.classification"), ("engine.config", "optim.config")} <= arrows
+    assert {("finetune", "engine.tasks.training"), ("engine.config", "optim.config")} <= arrows
     assert ("engine.tasks.fcmae", "models.fcmae") in arrows
     assert ("tests.test_layering", "utils.config.entry_point") in arrows
 

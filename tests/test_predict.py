@@ -1,7 +1,6 @@
 """Rows of predict.py: literal values of each output, and each row against the network applied to its file alone."""
 
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +9,14 @@ from PIL import Image
 
 from data.transforms import EvalTransform
 from engine.tasks.rebuild import load_image_model
-from predict import make_row
+from models.outputs import OUTPUTS, RowOptions
 from tests.in_process import TINY, make_images, run
 from tests.support import rows
 
 
 def row_of(output, values, **config):
-    predictor = SimpleNamespace(output=output, names=["a", "b", "c"])
-    return make_row(np.array(values, dtype=np.float32), predictor, SimpleNamespace(**config))
+    options = RowOptions(**{"top": 1, "threshold": 0.5, **config})
+    return OUTPUTS[output].make_row(np.array(values, dtype=np.float32), ["a", "b", "c"], options)
 
 
 def test_classes_are_the_most_probable_ones_in_order():

@@ -160,12 +160,8 @@ REFUSED = {
         "model.pretrained: train.py begins from scratch; python finetune.py model.pretrained=true"
     ),
     "task.head=kept": (
-        "task.head: kept needs weights to begin with, and train.py begins from scratch; set "
-        "task.head=drawn or standardised"
-    ),
-    "task.head=fitted": (
-        "task.head: fitted needs weights to begin with, and train.py begins from scratch; set "
-        "task.head=drawn or standardised"
+        "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in init_from, "
+        "or set task.head=drawn or standardised"
     ),
     "optim.lr=0.1": (
         "optim.lr: 0.1 is not read, because the range test finds the rate; set lr_finder.enabled=false to train at "

@@ -333,7 +333,7 @@ def test_reports_of_several_files_lie_beside_each_other(place):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["format=timm", "run_dir=run", "precision=fp16"], "precision: precision and dynamic_size are for format=onnx"),
+        (["format=timm", "run_dir=run", "precision=fp16"], "precision: format=timm does not read it"),
         (
             ["format=onnx", "weights=fcmae.pt", "output=x", "precision=int8", *MODEL],
             "precision: int8 is measured on a run",

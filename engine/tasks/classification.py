@@ -13,6 +13,7 @@ from data.collection import Collection, check_classes
 from data.image_data import ImageData
 from data.loader import Fields
 from data.rows import refuse_weightless, spread, training_rows
+from data.table import SPLITS
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
 from engine.measures.means import Means
@@ -20,12 +21,13 @@ from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Exported, Knobs, Report, StepOutput, Task, log_mean
 from engine.tasks.head import prepare_head
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup
+from engine.tasks.image_exports import IMAGE_EXPORTS
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
+from engine.tasks.kind import Kind, Setup, TaskConfig
 from engine.tasks.labels import LabelFields
 from engine.tasks.mixing import Mixing
 from models.build import build_network, check_image_size
 from models.weights.initialise import initialise_from
-from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -38,7 +40,7 @@ _PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
 
 
-class ClassificationTaskConfig(Strict):
+class ClassificationTaskConfig(TaskConfig):
     """`mixup_alpha`, `cutmix_alpha` and their probabilities are those of `Mixing`.
 
     class_weights: `balanced` multiplies a training image's loss by N / (K n): N images, K classes, n of its own class.
@@ -53,6 +55,19 @@ class ClassificationTaskConfig(Strict):
     mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
     allow_missing_classes: bool
     head: Literal["drawn", "standardised", "fitted", "kept"]
+
+    def check_run(self, config: ImageTrainingConfig) -> None:
+        """Raise ValueError for classes that are balanced twice, and for a head kept from no weights."""
+        if config.loop.sampling == "balanced" and self.class_weights == "balanced":
+            raise ValueError(
+                "task.class_weights: balanced, beside loop.sampling=balanced, would make up for the sizes of classes "
+                "twice; set task.class_weights=none or loop.sampling=shuffled"
+            )
+        if self.head == "kept" and config.init_from is None and not getattr(config.model, "pretrained", False):
+            raise ValueError(
+                "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in "
+                "init_from, or set task.head=drawn or standardised"
+            )
 
 
 class ClassificationTask(Task):
@@ -154,13 +169,31 @@ def balance(class_ids: np.ndarray, image_weights: np.ndarray, names: Sequence[st
     return weights.tolist()
 
 
+class ClassificationPipeline(ImagePipeline[ClassificationTaskConfig]):
+    """Labelled images."""
+
+    def rows(self, collection: Collection, setup: Setup[ClassificationTaskConfig], rows: np.ndarray) -> np.ndarray:
+        """Return the rows of the known classes."""
+        return rows[collection.class_ids(setup.facts["class_names"])[rows] >= 0]
+
+    def fields(self, collection: Collection, setup: Setup[ClassificationTaskConfig]) -> Fields:
+        """Return what adds the label."""
+        return LabelFields(collection.class_ids(setup.facts["class_names"]))
+
+
 class ClassificationKind(Kind[ClassificationTaskConfig]):
     """Labelled images; the training split's classes are the classes."""
 
     config = ClassificationTaskConfig
+    pipeline = ClassificationPipeline()
     scripts = ("train", "finetune")
     output = "classes"
     fact_names = ("class_names",)
+    foreign = ClassificationTaskConfig(
+        name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
+        mix_probability=0.0, mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
+    )  # fmt: skip
+    exports = IMAGE_EXPORTS
     later_keys: ClassVar[Mapping[str, Any]] = {
         "mix_probability": 1.0,
         "mix_switch_probability": 0.5,
@@ -177,17 +210,13 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         weights = balance(collection.class_ids(names)[rows], collection.weights()[rows], names)
         return {"class_names": names, "class_weights": weights}
 
+    def output_names(self, collection: Collection) -> list[str]:
+        """Return the classes of both splits, sorted."""
+        return sorted({name for split in SPLITS for name in collection.class_names(split)})
+
     def build(self, setup: Setup[ClassificationTaskConfig]) -> ClassificationTask:
         """Return the task."""
         return ClassificationTask(setup)
-
-    def rows(self, collection: Collection, setup: Setup[ClassificationTaskConfig], rows: np.ndarray) -> np.ndarray:
-        """Return the rows of the known classes."""
-        return rows[collection.class_ids(setup.facts["class_names"])[rows] >= 0]
-
-    def fields(self, collection: Collection, setup: Setup[ClassificationTaskConfig]) -> Fields:
-        """Return what adds the label."""
-        return LabelFields(collection.class_ids(setup.facts["class_names"]))
 
     def prepare(
         self,
@@ -200,9 +229,9 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         """Standardise the features of a new head, or fit it, as `task.head` says."""
         if task.head not in ("standardised", "fitted"):
             return
-        rows = self.rows(data.collection, setup, training_rows(data.collection, config.loop.train_paths))
+        pipeline, collection = self.pipeline, data.collection
+        rows = pipeline.rows(collection, setup, training_rows(collection, config.loop.train_paths))
         # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
-        loader = data.evaluation(
-            spread(rows, HEAD_IMAGES), self.fields(data.collection, setup), self.views(setup, config.augment)
-        )
+        views = pipeline.views(setup, config.augment)
+        loader = data.evaluation(spread(rows, HEAD_IMAGES), pipeline.fields(collection, setup), views)
         prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

@@ -1,24 +1,24 @@
-"""What export.py opens and measures: a model from one weight file or the mean of several, and a file's accuracy."""
+"""What export.py opens: a model from one weight file, or from the mean of several."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.tasks.foreign import ForeignSource, open_foreign
-from engine.tasks.rebuild import Rebuilt, rebuild_task
+from engine.tasks.image_exports import IMAGE_EXPORTS
+from engine.tasks.kind import Export, Opened
+from engine.tasks.rebuild import rebuild_task
 from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.fcmae import FCMAE
 from models.image_model import ImageModel
+from models.outputs import NAME_KEYS
 from models.weights.fit import load_into
-from utils.contracts import Batch
-from utils.errors import UserError
+from utils.errors import UserError, close_names
 from utils.io.weights import read_weights, write_weights
 from utils.record.logging import get_logger
 
@@ -82,7 +82,7 @@ def _refuse_other_meaning(first: tuple[Path, dict[str, Any]], other: tuple[Path,
 
 def _meaning(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return what gives a weight file's tensors their meaning, by dotted key."""
-    found = {key: metadata.get(key) for key in ("class_names", "tag_names", "frozen")}
+    found = {key: metadata.get(key) for key in (*sorted(NAME_KEYS), "frozen")}
     task, model, preprocessing = (
         value if isinstance(value := metadata.get(key), dict) else {} for key in ("task", "model", "preprocessing")
     )
@@ -106,31 +106,14 @@ def merge_origins(origins: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
     }
 
 
-class Opened(NamedTuple):
-    """What is exported: the model; the whole network of its file (an FCMAE with its decoder, say); metadata of a weight
-    file, with `output`; and the task, where the file is ours.
-    """
-
-    model: ImageModel
-    whole: nn.Module
-    metadata: dict[str, Any]
-    rebuilt: Rebuilt | None = None
-
-    def with_licence(self, licence: str | None) -> Self:
-        """Return the same with a licence of the source weights; None leaves what is known of it."""
-        if licence is None:
-            return self
-        origin = {**(self.metadata.get("origin") or {}), "licence": licence}
-        return self._replace(metadata={**self.metadata, "origin": origin})
-
-
 def open_own(path: Path) -> Opened:
-    """Open a weight file of ours. Raises UserError (`weights`) where the task has no output for one image."""
+    """Open a weight file of ours. Raises UserError (`weights`) where its task has no export."""
     rebuilt = rebuild_task(path)
-    if rebuilt.kind.output is None:
-        name = rebuilt.metadata["task"]["name"]
-        raise UserError(f"weights: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
+    if not rebuilt.kind.exports:
+        raise UserError(f"weights: {path} is of task {rebuilt.metadata['task']['name']!r}, which has no export")
     whole = getattr(rebuilt.task, "network", None)
+    if rebuilt.kind.output is None:
+        return Opened(None, whole, rebuilt.metadata, rebuilt)
     model = rebuilt.image_model()
     metadata = {**rebuilt.metadata, "output": rebuilt.kind.output}
     return Opened(model, whole if isinstance(whole, FCMAE) else model.network, metadata, rebuilt)
@@ -142,13 +125,23 @@ def open_other(source: ForeignSource) -> Opened:
     return Opened(model, model.network, metadata)
 
 
+def find_export(name: str, opened: Opened) -> Export:
+    """Return a format of what was opened. Raises UserError (`format`) where it has no such format."""
+    exports = IMAGE_EXPORTS if opened.rebuilt is None else opened.rebuilt.kind.exports
+    if name not in exports:
+        raise UserError(f"format: {name!r} is no format of these weights; {close_names(name, exports)}")
+    return exports[name]
+
+
 def without_head(opened: Opened) -> Opened:
     """Return the backbone: the network without head and final norm, whose output is the mean of the last map.
 
-    A network of timm gives its pooled features; where it pools a map and norms the result, that norm is left out too.
+    A network of timm gives its pooled features; where it pools a map and norms the result, that norm is removed too.
     The metadata name no task, because a file of these weights has none: it is for `init_from`.
     """
     model, metadata = opened.model, opened.metadata
+    if model is None:
+        raise UserError("backbone_only: true, but this task has no network on single images; set backbone_only=false")
     network = model.network
     if hasattr(network, "reset_classifier"):
         _remove_timm_head(network)
@@ -156,7 +149,7 @@ def without_head(opened: Opened) -> Opened:
         backbone = build_network(ConvNeXtV2Config.model_validate(metadata["model"]), num_classes=0)
         load_into(backbone, network.state_dict(), keep_head=False)
         network = backbone
-    kept = {key: value for key, value in metadata.items() if key not in ("class_names", "tag_names")}
+    kept = {key: value for key, value in metadata.items() if key not in NAME_KEYS}
     backbone = ImageModel(network, model.normalise, "features").eval()
     return Opened(backbone, network, {**kept, "task": None, "output": "features"})
 
@@ -168,57 +161,3 @@ def _remove_timm_head(network: nn.Module) -> None:
     network.reset_classifier(0)
     if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
         head.reset(0, reset_other=True)
-
-
-def read_images(loader: Iterable[Batch], count: int) -> Iterator[np.ndarray]:
-    """Yield up to `count` readable images of a loader as float32 batches in [0, 1]."""
-    left = count
-    for batch in loader:
-        images = batch["images"][batch["weight"] > 0][:left].cpu()
-        left -= len(images)
-        if len(images):
-            yield to_unit(images)
-        if left <= 0:
-            return
-
-
-def to_unit(images: Tensor) -> np.ndarray:
-    """Return uint8 images as float32 in [0, 1]."""
-    return images.cpu().numpy().astype(np.float32) / 255.0
-
-
-@torch.inference_mode()
-def measure_loss(
-    model: ImageModel, predict: Callable[[np.ndarray], list[np.ndarray]], loader: Iterable[Batch]
-) -> dict[str, float]:
-    """Compare a file's outputs with PyTorch's over all readable images of a loader, on the CPU.
-
-    For classes: top-1 of both, where images have labels, and the share of images whose first class is the same. For
-    tags and features: the mean cosine similarity of the outputs.
-    """
-    images = labelled = 0
-    sums = {"torch": 0.0, "file": 0.0, "same": 0.0}
-    for batch in loader:
-        valid = (batch["weight"] > 0).cpu()
-        pictures = batch["images"].cpu()[valid]
-        if not len(pictures):
-            continue
-        wanted = model(pictures)[0]
-        found = torch.from_numpy(predict(to_unit(pictures))[0])
-        images += len(pictures)
-        if model.output != "classes":
-            sums["same"] += float(torch.cosine_similarity(wanted, found, dim=1).sum())
-            continue
-        sums["same"] += float((wanted.argmax(1) == found.argmax(1)).sum())
-        if "labels" in batch:
-            labels = batch["labels"].cpu()[valid]
-            labelled += len(labels)
-            sums["torch"] += float((wanted.argmax(1) == labels).sum())
-            sums["file"] += float((found.argmax(1) == labels).sum())
-    if images == 0:
-        raise UserError("data.root: no image of the validation split could be read, so the loss is not known")
-    report = {"images": float(images), "agreement": sums["same"] / images}
-    if labelled:
-        report |= {"top1_fp32": sums["torch"] / labelled, "top1": sums["file"] / labelled}
-        report["top1_loss"] = report["top1_fp32"] - report["top1"]
-    return report

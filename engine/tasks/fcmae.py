@@ -20,7 +20,9 @@ from engine.measures.means import Means
 from engine.measures.probe import Probe
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, evaluation_views
+from engine.tasks.image_exports import IMAGE_EXPORTS
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, evaluation_views
+from engine.tasks.kind import Kind, Setup, TaskConfig
 from engine.tasks.labels import LabelFields
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
@@ -50,7 +52,7 @@ class ProbeConfig(Strict):
     k: Annotated[int, Field(ge=1)]
 
 
-class FCMAETaskConfig(Strict):
+class FCMAETaskConfig(TaskConfig):
     """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
 
     name: Literal["fcmae"]
@@ -170,26 +172,8 @@ class FCMAETask(Task):
         return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
 
 
-class FCMAEKind(Kind[FCMAETaskConfig]):
+class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
     """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it."""
-
-    config = FCMAETaskConfig
-    scripts = ("pretrain_fcmae",)
-    output = "features"
-    later_keys: ClassVar[Mapping[str, Any]] = {"initial_weights": "normal"}
-
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return nothing, after checking that patches, image and network fit."""
-        patch_count(config.model, config.task, config.augment.image_size_hw)
-        return {}
-
-    def build(self, setup: Setup[FCMAETaskConfig]) -> FCMAETask:
-        """Return the task."""
-        return FCMAETask(setup)
-
-    def image_network(self, task: FCMAETask) -> nn.Module:
-        """Return the encoder."""
-        return task.network.encoder
 
     def fields(self, collection: Collection, setup: Setup[FCMAETaskConfig]) -> Fields:
         """Return what adds the mask."""
@@ -235,3 +219,27 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
         return {
             name: data.evaluation(rows, fields, views) for name, rows in (("probe_train", train), ("probe_val", val))
         }
+
+
+class FCMAEKind(Kind[FCMAETaskConfig]):
+    """Pretraining without labels; its encoder gives features."""
+
+    config = FCMAETaskConfig
+    pipeline = FCMAEPipeline()
+    scripts = ("pretrain_fcmae",)
+    output = "features"
+    exports = IMAGE_EXPORTS
+    later_keys: ClassVar[Mapping[str, Any]] = {"initial_weights": "normal"}
+
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return nothing, after checking that patches, image and network fit."""
+        patch_count(config.model, config.task, config.augment.image_size_hw)
+        return {}
+
+    def build(self, setup: Setup[FCMAETaskConfig]) -> FCMAETask:
+        """Return the task."""
+        return FCMAETask(setup)
+
+    def image_network(self, task: FCMAETask) -> nn.Module:
+        """Return the encoder."""
+        return task.network.encoder

@@ -10,16 +10,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.collection import Collection
 from data.config import AugmentConfig
-from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import Rebuilt, Setup
+from engine.tasks.kinds import FOREIGN
 from engine.tasks.pretrained import stated_preprocessing
-from engine.tasks.rebuild import Rebuilt
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.image_model import ImageModel
 from models.normalise import Normalise
+from models.outputs import OUTPUTS
 from models.weights.fit import fit_state, optional_prefixes
 from models.weights.initialise import convert
 from models.weights.origin import find_origin
@@ -33,11 +33,7 @@ log = get_logger(__name__)
 
 _MAX_CLASSES = 10**6  # that a file may claim
 _SHOWN_CHARACTERS = 60  # of a class name
-# The classification that a foreign file is measured as; what trains it is not known.
-_TASK = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
-    mix_probability=0.0, mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
-)  # fmt: skip
+_NAMES = OUTPUTS[FOREIGN.output].names_key
 
 
 def check_average(which: Literal["model", "ema"], model: ModelConfig | None) -> None:
@@ -78,49 +74,48 @@ class ForeignSource(NamedTuple):
 def open_foreign(source: ForeignSource) -> tuple[ImageModel, dict[str, Any]]:
     """Return the model of a foreign file, in eval mode, and metadata as a weight file of ours has them.
 
-    Its output is `classes` where the file has a head, else `features`. Classes are named as in the file or in the
-    configuration beside it, or by their numbers (`numbered_classes` in the metadata). Raises UserError (`weights`),
-    with a table of misfits.
+    Its output is that of the kind FOREIGN where the file has a head, else `features`. Outputs are named as in the file
+    or in the configuration beside it, or by their numbers (`numbered_classes` in the metadata). Raises UserError
+    (`weights`), with a table of misfits.
     """
     preprocessing = source.preprocessing()
     if source.weights == "timm":
         network, origin, names, numbered = _open_timm(source)
     else:
         network, origin, names, numbered = _open_file(source)
-    output = "classes" if names else "features"
+    output = FOREIGN.output if names else "features"
     normalise = Normalise(preprocessing["mean"], preprocessing["std"], source.model.in_channels)
     metadata = {
-        "task": _TASK.model_dump() if names else None,
+        "task": FOREIGN.foreign.model_dump() if names else None,
         "model": source.model.model_dump(),
         "preprocessing": preprocessing,
         "output": output,
         "step": 0,
         "origin": origin,
-        **({"class_names": names, "numbered_classes": numbered} if names else {}),
+        **({_NAMES: names, "numbered_classes": numbered} if names else {}),
     }
     return ImageModel(network, normalise, output).eval(), metadata
 
 
-def rebuild_foreign(source: ForeignSource, class_names: Sequence[str]) -> Rebuilt:
-    """Return a classification task of a foreign file, whose classes are those of the collection.
+def rebuild_foreign(source: ForeignSource, collection: Collection) -> Rebuilt:
+    """Return a task of a foreign file, whose outputs are those of a collection.
 
-    Their order is the file's where it names its classes, and that of `class_names` where it only numbers them. Raises
-    UserError (`weights`) where the file has no head of as many classes, or names others.
+    Their order is the file's where it names its outputs, and sorted where it only numbers them. Raises UserError
+    (`weights`) where the file has no head of as many outputs, or names others.
     """
     model, metadata = open_foreign(source)
-    names = _order_classes(source.weights, metadata, list(class_names))
-    metadata = {**metadata, "class_names": names, "numbered_classes": False}
-    facts = {"class_names": names}
-    setup = Setup(source.model, _TASK, metadata["preprocessing"], facts)
+    names = _order_classes(source.weights, metadata, FOREIGN.output_names(collection))
+    metadata = {**metadata, _NAMES: names, "numbered_classes": False}
+    setup = Setup(source.model, FOREIGN.foreign, metadata["preprocessing"], {_NAMES: names})
     with torch.device("meta"):
-        task = ClassificationTask(setup)
+        task = FOREIGN.build(setup)
     task.network, task.normalise = model.network, setup.normalise()
-    return Rebuilt(KINDS["classification"], task.eval(), setup, metadata, source.weights)
+    return Rebuilt(FOREIGN, task.eval(), setup, metadata, source.weights)
 
 
 def _order_classes(weights: str, metadata: Mapping[str, Any], wanted: list[str]) -> list[str]:
     """Return the classes of a collection in the order of a file's outputs, or raise as `rebuild_foreign` says."""
-    names = metadata.get("class_names", [])
+    names = metadata.get(_NAMES, [])
     same = sorted(names) == sorted(wanted)
     if same and not metadata["numbered_classes"]:
         return names
@@ -204,12 +199,12 @@ def _stated_names(path: Path, metadata: Mapping[str, Any], count: int) -> list[s
     """
     if count == 0 or metadata.get("numbered_classes"):
         return []
-    names = metadata.get("class_names") or names_beside(path)
+    names = metadata.get(_NAMES) or names_beside(path)
     if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == count):
         length = len(names) if isinstance(names, list) else type(names).__name__
         raise UserError(
             f"weights: {path} has a head of {count} classes, but the names given for them are {length}; correct "
-            "class_names in its metadata, or label_names or id2label in config.json beside it"
+            f"{_NAMES} in its metadata, or label_names or id2label in config.json beside it"
         )
     return names if names != [f"LABEL_{index}" for index in range(count)] else []  # as transformers numbers them
 

@@ -3,14 +3,14 @@
 from typing import Any, TypeVar
 
 from data.config import AugmentConfig
-from engine.tasks.kind import ImageTrainingConfig
+from engine.config import TrainingConfig
 from models.config import TimmConfig
 from utils.errors import UserError
 from utils.io.weights import refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-Config = TypeVar("Config", bound=ImageTrainingConfig)
+Config = TypeVar("Config", bound=TrainingConfig)
 # What `augment` can express of timm's preprocessing: a test of each value, and the values that pass it.
 _EXPRESSIBLE = {
     "crop_pct": (lambda value: 0 < value <= 1, "eval_crop up to 1"),

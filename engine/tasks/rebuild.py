@@ -5,7 +5,6 @@ the size that they state is allocated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from engine.task import Task, fingerprint_frozen
-from engine.tasks.kind import Kind, Setup
+from engine.tasks.kind import Kind, Rebuilt, Setup
 from engine.tasks.kinds import find_kind
 from models.image_model import ImageModel
-from models.predictor import check_metadata, wrong_metadata
+from models.predictor import wrong_metadata
 from models.weights.fit import fit_state, load_into
 from utils.errors import UserError
 from utils.io.weights import read_weights
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """A task with the weights of a file, in eval mode, and what it was rebuilt from."""
-
-    kind: Kind
-    task: Task
-    setup: Setup
-    metadata: dict[str, Any]
-    weights: str
-
-    def image_model(self) -> ImageModel:
-        """Return the network from images to the kind's output."""
-        return ImageModel(self.kind.image_network(self.task), self.setup.normalise(), self.kind.output).eval()
 
 
 def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:
@@ -88,7 +72,7 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, S
             f"export.py format=onnx weights={path} model=... augment=... output=FOLDER"
         )
     kind = find_kind(metadata["task"].get("name"), f"{key}: {path}")
-    check_metadata(path, key, {**metadata, "output": kind.output})
+    kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})
     try:
         model = TypeAdapter(kind.model_schema).validate_python(metadata["model"])
         task = kind.config.model_validate({**kind.later_keys, **metadata["task"]})
@@ -97,7 +81,7 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, S
     facts = {name: metadata[name] for name in kind.fact_names if name in metadata}
     if missing := [name for name in kind.fact_names if name not in facts]:
         raise UserError(f"{key}: {path} names no {', '.join(missing)} in its metadata; make the file again")
-    return kind, Setup(model, task, metadata["preprocessing"], facts)
+    return kind, Setup(model, task, metadata.get("preprocessing", {}), facts)
 
 
 def _split(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

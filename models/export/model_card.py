@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.predictor import NAME_KEYS
+from models.outputs import OUTPUTS
 
 _UNKNOWN = "unknown"
 
@@ -19,7 +19,7 @@ def label_names(metadata: Mapping[str, Any]) -> list[str]:
     """Return the names of a head's outputs, classes or tags; none for a backbone, or where they are mere numbers."""
     if metadata.get("numbered_classes"):
         return []
-    return list(metadata.get(NAME_KEYS.get(metadata["output"], ""), ()))
+    return list(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
 
 
 def write_card(folder: Path, title: str, usage: str, metadata: Mapping[str, Any]) -> None:

@@ -26,8 +26,7 @@ from models.export.inference_form import ChannelScale, to_inference_form
 from models.export.model_card import licence_of
 from models.export.onnx_precision import nodes_of, to_fp16, to_int8
 from models.export.parity import refuse_difference, vary_weights
-from models.image_model import OUTPUT_NAMES, ImageModel
-from models.predictor import NAME_KEYS
+from models.image_model import ImageModel
 from utils.errors import UserError
 
 # What ONNX Runtime reads since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
@@ -116,7 +115,7 @@ def _check_varied(
     The copy is in float32 where int8 is asked for, and where fp16 is and the network has no GRN: the maps of others may
     grow beyond fp16 with varied weights.
     """
-    varied = ImageModel(vary_weights(model.network), model.normalise, model.output).eval()
+    varied = ImageModel(vary_weights(model.network), model.normalise, model.output_name).eval()
     in_fp16 = settings.precision == "fp16" and any("grn" in name for name, _ in varied.named_parameters())
     if in_fp16 or settings.precision == "fp32":
         tolerance, precision = settings.tolerance, settings.precision
@@ -165,7 +164,7 @@ def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["images"],
-                output_names=list(OUTPUT_NAMES[model.output]),
+                output_names=list(model.output.heads),
                 dynamic_shapes={"images": dims},
                 verbose=False,
             ).model_proto
@@ -196,7 +195,7 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     for node in proto.graph.node:
         node.doc_string = ""
     proto.ir_version = min(proto.ir_version, IR_VERSION)
-    keys = ("output", NAME_KEYS.get(model.output), "preprocessing", "step")
+    keys = ("output", model.output.names_key, "preprocessing", "step")
     kept = {key: metadata[key] for key in keys if key in metadata}
     onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, "licence": licence_of(metadata)})})
 
@@ -216,9 +215,8 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
         found, wanted = [torch.from_numpy(output) for output in session(sample.numpy())], model(sample)
         absolute += [_greatest(theirs, ours) for theirs, ours in zip(found, wanted, strict=True)]
         relative.append(absolute[-len(found)] / max(float(wanted[0].abs().max()), _LEAST_OUTPUT))
-        if len(found) == 2:  # large logits make small differences of theirs great ones of the probabilities
-            probs = found[0].softmax(dim=1) if model.output == "classes" else found[0].sigmoid()
-            relative.append(_greatest(found[1], probs))
+        if model.output.activate is not None:  # large logits make small differences of theirs great ones of the probs
+            relative.append(_greatest(found[1], model.output.activate(found[0])))
     return _Differences(float(np.max(absolute)), float(np.max(relative)))  # of which NaN is the greatest
 
 

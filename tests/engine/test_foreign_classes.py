@@ -39,7 +39,7 @@ def source_of(path):
 
 
 def open_as(path, wanted):
-    return rebuild_foreign(source_of(path), wanted)
+    return rebuild_foreign(source_of(path), SimpleNamespace(class_names=lambda split: wanted))
 
 
 def test_a_file_that_names_its_classes_gives_their_order(tmp_path):

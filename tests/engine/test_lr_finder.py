@@ -199,9 +199,12 @@ def make_of(script, *overrides):
     torch.manual_seed(0)
     task, batch = kind.build(setup), make_batch()
     task.initialise(None)
-    fields = [kind.fields(None, setup)(SimpleNamespace(generator=generator_for(key))) for key in batch["key"].tolist()]
+    fields = [
+        kind.pipeline.fields(None, setup)(SimpleNamespace(generator=generator_for(key)))
+        for key in batch["key"].tolist()
+    ]
     batch |= {name: torch.stack([field[name] for field in fields]) for name in fields[0]}
-    batch |= dict.fromkeys(kind.views(setup, config.augment), batch["images"])
+    batch |= dict.fromkeys(kind.pipeline.views(setup, config.augment), batch["images"])
     return Learner(task, config, Plan(1, 8, 8, 1, 80, 100, 0, 5e-3), choose_runtime(config.runtime)), batch
 
 

@@ -149,9 +149,9 @@ def test_tags_go_to_transformers_with_their_names(place):
 
 
 def test_what_a_task_has_no_output_for_is_refused(place):
-    with pytest.raises(UserError, match=r"^weights: flow/.* is of task 'flow', which has no output for one image"):
+    with pytest.raises(UserError, match=r"^weights: flow/.* is of task 'flow', which has no export"):
         call(export, place, run_dir="flow", **EXPORT)
-    with pytest.raises(UserError, match=r"^output: .* outputs features, which CSV does not hold; name a \.jsonl"):
+    with pytest.raises(UserError, match=r"^output: .* gives vectors, which CSV does not hold; name a \.jsonl"):
         predictions(place, "features.csv", weights="multicrop")
 
 

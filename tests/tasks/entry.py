@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import finetune
 from engine.tasks.kinds import KINDS
+from engine.tasks.training import train
 from utils.config.entry_point import entry_point
 
 
 def add_kind(name, kind, schema):
     """Add a kind to the table; returns the command that trains it, with conf/<name>.yaml beside this file."""
     KINDS[name] = kind
-    return entry_point(name, schema, config_dir=Path(__file__).parent / "conf")(finetune.main.main)
+    return entry_point(name, schema, config_dir=Path(__file__).parent / "conf")(train)

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 from data.stream import GroupedSampler
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
-from engine.tasks.kind import ImageTrainingConfig, Kind
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
+from engine.tasks.kind import Kind, TaskConfig
 from tests.tasks.entry import add_kind
 from utils import rng
 from utils.config.schema import Strict
@@ -23,7 +24,7 @@ from utils.config.schema import Strict
 SHAPES_HW = [(32, 32), (24, 40)]
 
 
-class FlowTaskConfig(Strict):
+class FlowTaskConfig(TaskConfig):
     name: Literal["flow"]
     chunk: int
     label_dropout: float
@@ -45,12 +46,11 @@ class FlowTask(Task):
 
     def __init__(self, setup):
         super().__init__()
-        channels, width = setup.model.in_channels, setup.model.width
-        self.encoder = nn.Conv2d(channels, 4, kernel_size=4, stride=4, bias=False)
+        self.encoder = nn.Conv2d(setup.model.in_channels, 4, kernel_size=4, stride=4, bias=False)
         nn.init.orthogonal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
-        body = nn.Sequential(nn.Conv2d(5, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 4, 3, padding=1))
+        body = [nn.Conv2d(5, setup.model.width, 3, padding=1), nn.SiLU(), nn.Conv2d(setup.model.width, 4, 3, padding=1)]
         label = nn.Embedding(len(setup.facts["class_names"]) + 1, 4)  # 0: no class
-        self.velocity = nn.ModuleDict({"label": label, "body": body})
+        self.velocity = nn.ModuleDict({"label": label, "body": nn.Sequential(*body)})
         self.normalise, self._metadata = setup.normalise(), setup.metadata()
 
     def exported(self):
@@ -61,31 +61,21 @@ class FlowTask(Task):
             latents = self.encoder(self.normalise(batch["images"])).float()
         times = rng.uniform(batch["key"], (1, 1, 1))
         noise = rng.normal(batch["key"], latents.shape[1:], draw=1)
-        noisy_latents = (
-            (1 - times) * latents + times * noise + self.velocity["label"](batch["labels"])[:, :, None, None]
-        )
+        label = self.velocity["label"](batch["labels"])[:, :, None, None]
+        noisy_latents = (1 - times) * latents + times * noise + label
         level = times.expand(-1, 1, *latents.shape[2:])
         pred = self.velocity["body"](torch.cat([noisy_latents, level], dim=1)).float()
-        loss = (pred - (noise - latents)).square().mean(dim=(1, 2, 3))
-        return {"loss": loss, "dropped": (batch["labels"] == 0).float()}
+        return {"loss": (pred - noise + latents).square().mean(dim=(1, 2, 3)), "dropped": batch["labels"] == 0}
 
     def forward(self, batch, knobs):
-        found = self._losses(batch)
-        return StepOutput(found["loss"], {"dropped": log_mean(found["dropped"], batch["weight"])})
+        loss, dropped = self._losses(batch).values()
+        return StepOutput(loss, {"dropped": log_mean(dropped, batch["weight"])})
 
     def evaluate(self, loaders, step):
         return Report(measure_means(loaders["val"], self._losses))
 
 
-class FlowKind(Kind):
-    config, model_schema, fact_names = FlowTaskConfig, ToyModelConfig, ("class_names",)
-
-    def find_facts(self, config, collection):
-        return {"class_names": collection.class_names("train")}
-
-    def build(self, setup):
-        return FlowTask(setup)
-
+class FlowPipeline(ImagePipeline):
     def fields(self, collection, setup):
         class_ids = collection.class_ids(setup.facts["class_names"])
 
@@ -100,6 +90,16 @@ class FlowKind(Kind):
 
     def sampler(self, collection, setup, config, rows):
         return GroupedSampler(rows, rows % len(SHAPES_HW), setup.task.chunk, config.seed)
+
+
+class FlowKind(Kind):
+    config, model_schema, pipeline, fact_names = FlowTaskConfig, ToyModelConfig, FlowPipeline(), ("class_names",)
+
+    def find_facts(self, config, collection):
+        return {"class_names": collection.class_names("train")}
+
+    def build(self, setup):
+        return FlowTask(setup)
 
 
 main = add_kind("flow", FlowKind(), FlowConfig)

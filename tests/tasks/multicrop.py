@@ -14,17 +14,18 @@ import torch
 from data.transforms import TrainTransform
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task
-from engine.tasks.kind import ImageTrainingConfig, Kind
+from engine.tasks.image_exports import IMAGE_EXPORTS
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
+from engine.tasks.kind import Kind, TaskConfig
 from models.build import build_network
 from models.weights.initialise import initialise_from
 from tests.tasks.entry import add_kind
-from utils.config.schema import Strict
 from utils.ranks import distributed
 
 GLOBAL, LOCAL = ("global_1", "global_2"), ("local_1", "local_2", "local_3", "local_4")
 
 
-class MultiCropTaskConfig(Strict):
+class MultiCropTaskConfig(TaskConfig):
     name: Literal["multicrop"]
     dim: int
     local_size_hw: list[int]
@@ -88,19 +89,21 @@ class MultiCropTask(Task):
         return {"loss": -(target.exp() * mirrored).sum(dim=1)}
 
 
+class MultiCropPipeline(ImagePipeline):
+    def views(self, setup, augment):
+        small = augment.model_copy(update={"image_size_hw": setup.task.local_size_hw, "crop_scale": [0.05, 0.4]})
+        return {name: TrainTransform(augment) for name in GLOBAL} | {name: TrainTransform(small) for name in LOCAL}
+
+
 class MultiCropKind(Kind):
-    config = MultiCropTaskConfig
-    output = "features"
+    config, pipeline = MultiCropTaskConfig, MultiCropPipeline()
+    output, exports = "features", IMAGE_EXPORTS
 
     def build(self, setup):
         return MultiCropTask(setup)
 
     def image_network(self, task):
         return task.teacher
-
-    def views(self, setup, augment):
-        small = augment.model_copy(update={"image_size_hw": setup.task.local_size_hw, "crop_scale": [0.05, 0.4]})
-        return {name: TrainTransform(augment) for name in GLOBAL} | {name: TrainTransform(small) for name in LOCAL}
 
 
 main = add_kind("multicrop", MultiCropKind(), MultiCropConfig)

@@ -11,14 +11,15 @@ from torch.nn import functional as F
 from data.batch import Ragged, multi_hot
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, StepOutput, Task, log_mean
-from engine.tasks.kind import ImageTrainingConfig, Kind
+from engine.tasks.image_exports import IMAGE_EXPORTS
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
+from engine.tasks.kind import Kind, TaskConfig
 from models.build import build_network
 from models.weights.initialise import initialise_from
 from tests.tasks.entry import add_kind
-from utils.config.schema import Strict
 
 
-class TaggingTaskConfig(Strict):
+class TaggingTaskConfig(TaskConfig):
     name: Literal["tagging"]
     positive_weight: float
 
@@ -70,9 +71,14 @@ class TaggingTask(Task):
         return Report(measure_means(loaders["val"], lambda batch: {"loss": self._losses(batch)[0]}))
 
 
+class TaggingPipeline(ImagePipeline):
+    def fields(self, collection, setup):
+        return TagFields(setup.facts["tag_names"])
+
+
 class TaggingKind(Kind):
-    config = TaggingTaskConfig
-    output = "tags"
+    config, pipeline = TaggingTaskConfig, TaggingPipeline()
+    output, exports = "tags", IMAGE_EXPORTS
     fact_names = ("tag_names",)
 
     def find_facts(self, config, collection):
@@ -80,9 +86,6 @@ class TaggingKind(Kind):
 
     def build(self, setup):
         return TaggingTask(setup)
-
-    def fields(self, collection, setup):
-        return TagFields(setup.facts["tag_names"])
 
 
 main = add_kind("tagging", TaggingKind(), TaggingConfig)

@@ -1,0 +1,28 @@
+"""The `main` of every training script: from a checked configuration to a trained run."""
+
+from engine.config import TrainingConfig
+from engine.run import build_task, run_path, run_training, start_ranks
+from engine.tasks.kinds import find_kind
+from utils.config.entry_point import Job
+
+
+def train(config: TrainingConfig, job: Job) -> str:
+    """Train what `task` names; the same command resumes. Returns a line with the result."""
+    # ------------------------------------------------------------------------------------------ 1. Ranks and machine
+    runtime = start_ranks(config)
+    kind = find_kind(config.task.name, "task.name")
+    config = kind.pipeline.complete(config)
+
+    # --------------------------------------------------------------------------------------------------- 2. The data
+    data = kind.pipeline.open_training(config, runtime, run_path(config, job))
+    setup = kind.set_up(config, data.collection)
+    streams = kind.pipeline.streams(data, setup, config)
+
+    # --------------------------------------------------------------------------------------------------- 3. The task
+    task = build_task(lambda: kind.build(setup), config)
+
+    # ----------------------------------------------------------------------------------------------- 4. The training
+    # A new run loads init_from, then prepares what depends on the data, such as a fitted head.
+    return run_training(
+        task, streams, config, job, runtime, prepare=lambda: kind.prepare(task, data, setup, config, runtime)
+    )
