@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.rows import choose_probe_rows
+from engine.tasks.kind import Setup
 from engine.tasks.kinds import find_kind
 from tests.in_process import TINY, configure, working_in
 from tests.support import make_collection
@@ -58,8 +59,8 @@ def build(root, folder, train_images=100, val_images=100):
     try:
         with working_in(folder):
             machine = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
-            data = kind.open_data(config.data, config.model, machine, seed=0, batch_size=4, run_path=None)
-            loaders = kind.evaluation(data, kind.set_up(config, data.collection), training=True)
+            data = kind.pipeline.open(config.data, Setup(config.model, config.task), machine, seed=0, batch_size=4)
+            loaders = kind.pipeline.evaluation(data, kind.set_up(config, data.collection), training=True)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
