@@ -171,9 +171,9 @@ def _check_found_rate(state: dict[str, Any], config: dict[str, Any]) -> None:
 
 
 def _check_fingerprints(saved: dict[str, str], run: Run, config: TrainingConfig) -> None:
-    """Compare fingerprints of the data and of frozen networks."""
+    """Compare fingerprints of the data, of facts and of frozen networks; one that an older run lacks is not known."""
     for name, found in run.fingerprints.items():
-        if saved.get(name) == found:
+        if saved.get(name, found) == found:
             continue
         if name not in config.resume_allow:
             raise UserError(

@@ -194,11 +194,6 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         mix_probability=0.0, mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
     )  # fmt: skip
     exports = IMAGE_EXPORTS
-    later_keys: ClassVar[Mapping[str, Any]] = {
-        "mix_probability": 1.0,
-        "mix_switch_probability": 0.5,
-        "class_weights": "none",
-    }
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split; and the weights of the classes, if any."""

@@ -4,7 +4,7 @@ The loader's workers draw the mask from each sample's key, so it is the same on 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -229,7 +229,6 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
     scripts = ("pretrain_fcmae",)
     output = "features"
     exports = IMAGE_EXPORTS
-    later_keys: ClassVar[Mapping[str, Any]] = {"initial_weights": "normal"}
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return nothing, after checking that patches, image and network fit."""

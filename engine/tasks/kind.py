@@ -113,7 +113,6 @@ class Kind(Generic[Config]):
     fact_names: ClassVar[tuple[str, ...]] = ()
     foreign: ClassVar[TaskConfig | None] = None
     exports: ClassVar[Mapping[str, "Export"]] = {}
-    later_keys: ClassVar[Mapping[str, Any]] = {}
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return what the task must know of the collection. Raises UserError where the collection does not suit it."""

@@ -18,6 +18,7 @@ from engine.tasks.kinds import find_kind
 from models.image_model import ImageModel
 from models.predictor import wrong_metadata
 from models.weights.fit import fit_state, load_into
+from utils.config.recipe import with_added
 from utils.errors import UserError
 from utils.io.weights import read_weights
 
@@ -75,7 +76,7 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, S
     kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})
     try:
         model = TypeAdapter(kind.model_schema).validate_python(metadata["model"])
-        task = kind.config.model_validate({**kind.later_keys, **metadata["task"]})
+        task = kind.config.model_validate(with_added("task", metadata["task"], kind.config.model_fields))
     except ValidationError as error:
         raise wrong_metadata(path, key, error) from None
     facts = {name: metadata[name] for name in kind.fact_names if name in metadata}

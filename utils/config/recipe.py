@@ -7,7 +7,7 @@ another folder; on resume everything outside the list must be equal.
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
@@ -40,6 +40,30 @@ FREE_KEYS = (
 )
 
 
+class Added(NamedTuple):
+    """A key that came after the first runs. before: what held without it. hashed: folders are named with it already."""
+
+    before: Any
+    hashed: bool = False
+
+
+# Keys that releases have added. A run or a weight file without the key has the value of `before`; a key of that value
+# leaves the name of the default run folder as it was. A new key with an effect on results belongs here.
+ADDED_KEYS = {
+    "task.mix_probability": Added(1.0, hashed=True),
+    "task.mix_switch_probability": Added(0.5, hashed=True),
+    "task.class_weights": Added("none", hashed=True),
+    "task.initial_weights": Added("normal", hashed=True),
+    "lr_finder.enabled": Added(False, hashed=True),
+}
+
+
+def with_added(group: str, values: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """Return the values of a group of the configuration, with the added keys among `fields` that they lack."""
+    added = {name: ADDED_KEYS[key].before for name in fields if (key := f"{group}.{name}") in ADDED_KEYS}
+    return {**added, **values}
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values under dotted keys; lists stay values."""
     flat: dict[str, Any] = {}
@@ -62,8 +86,13 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
 
 def recipe_hash(config: Mapping[str, Any]) -> str:
     """Return 8 hexadecimal digits of the recipe's hash."""
-    kept = {key: value for key, value in flatten(config).items() if not is_free(key)}
+    kept = {key: value for key, value in flatten(config).items() if not is_free(key) and not _is_as_before(key, value)}
     return sha256_text(canonical_json(kept))[:8]
+
+
+def _is_as_before(key: str, value: Any) -> bool:
+    added = ADDED_KEYS.get(key)
+    return added is not None and not added.hashed and value == added.before
 
 
 def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], folder: str) -> list[str]:
@@ -77,7 +106,8 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
             raise UserError(f"resume_allow: {pattern!r} is not a key of this configuration; --cfg job prints the keys")
     refused, passed = [], []
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        absent = ADDED_KEYS[key].before if key in ADDED_KEYS else "(absent)"
+        before, after = old.get(key, absent), new.get(key, absent)
         if before == after:
             continue
         line = f"{key}: {before!r} in the run, {after!r} now"
