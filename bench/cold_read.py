@@ -22,7 +22,7 @@ from data.config import AugmentConfig, GlyphsConfig
 from data.image_data import load_collection
 from data.loader import SampleReader
 from data.read_ahead import ReadAhead
-from data.source import FileSource, ImageDecoder
+from data.source import ImageFiles
 from data.stream import RankBatches, ShuffledSampler
 from data.transforms import TrainTransform
 
@@ -66,8 +66,8 @@ def main():
     quick = sys.argv[1:] == ["quick"]
     collection = load_collection(read_group(GlyphsConfig, "data", "glyphs"))
     transform = TrainTransform(read_group(AugmentConfig, "augment", "glyphs"))
-    decoder, views = ImageDecoder(1, max_pixels=10**6), {"images": transform}
-    reader = SampleReader(collection, FileSource(collection), decoder, views, no_fields, training=True)
+    source = ImageFiles(collection, 1, max_pixels=10**6)
+    reader = SampleReader(collection, source, {"images": transform}, no_fields, training=True)
     batches = iter(
         RankBatches(
             ShuffledSampler(collection.rows("train"), seed=0), seed=0, global_batch_size=BATCH, micro_batch_size=BATCH,

@@ -31,14 +31,14 @@ from bench.measure import OUT, describe_machine, take_turns
 from bench.training_step import TrainingStep, synchronise
 from data.batch import collate
 from data.config import AugmentConfig
-from data.decode import UnreadableImage
+from data.decode import UnreadableImage, decode_image, read_file
 from data.device_augment import DeviceAugment, training_views
-from data.image_data import ImageData
-from data.source import FileSource, ImageDecoder
+from data.image_data import ImageData, load_collection
+from data.source import IMAGE, ImageFiles
 from data.stream import Draw, ShuffledSampler
 from data.transforms import CropTransform, TrainTransform
 from engine.runtime import choose_runtime
-from engine.tasks.kind import no_fields
+from engine.tasks.image_pipeline import no_fields
 from train import TrainConfig
 from utils import rng
 from utils.config.entry_point import CONF, ROOT, quote_paths, validate
@@ -111,10 +111,9 @@ class Collection:
     def __init__(self, config, device):
         self.config = config
         self.machine = SimpleNamespace(device=device, workers=0, prefetch_batches=1)  # each turn sets its own
-        self.decoder = ImageDecoder(config.model.in_channels, config.data.max_pixels)
-        self.data = ImageData(
-            config.data, self.machine, seed=config.seed, batch_size=1, decoder=self.decoder, run_path=None
-        )
+        collection = load_collection(config.data)
+        self.source = ImageFiles(collection, config.model.in_channels, config.data.max_pixels)
+        self.data = ImageData(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
         self.rows = self.data.collection.rows("train")
         self.loaders = {choice: self._loader(choice) for choice in self.choices()}
         self._step = 0  # turns read on where the last one stopped
@@ -141,14 +140,13 @@ class Collection:
 
 
 def take_samples(collection, most):
-    """Return (draw, (bytes, name), decoded image) of up to `most` readable images, at most _PARTS_BYTES of them."""
-    config, source = collection.config, FileSource(collection.data.collection)
+    """Return (draw, bytes, decoded image) of up to `most` readable images, at most _PARTS_BYTES of them."""
+    config, source = collection.config, collection.source
     sampler, found = ShuffledSampler(collection.rows, config.seed), []
     for position in range(sampler.epoch_length):
         draw = Draw(position, sampler.at(position)[0], rng.sample_key(config.seed, position))
         try:
-            content = (source.read(draw), source.name_of(draw))
-            found.append((draw, content, collection.decoder(*content)))
+            found.append((draw, read_file(source.file_of(draw.index)), source.read(draw.index)[IMAGE]))
         except UnreadableImage:
             continue
         if len(found) == most or sum(image.numel() for _, _, image in found) > _PARTS_BYTES:
@@ -161,12 +159,12 @@ def take_samples(collection, most):
 def measure_parts(collection, seconds, quick):
     """Return milliseconds per image of each part of an image's way in one process, as take_turns gives them."""
     config, device, threads = collection.config, collection.machine.device, torch.get_num_threads()
-    source, decoder = FileSource(collection.data.collection), collection.decoder
+    source = collection.source
     samples = take_samples(collection, 4 if quick else _PARTS_IMAGES)
     crop = CropTransform(config.augment)
     views = {
-        "read": lambda draw, content, image: source.read(draw),
-        "decode": lambda draw, content, image: decoder(*content),
+        "read": lambda draw, content, image: read_file(source.file_of(draw.index)),
+        "decode": lambda draw, content, image: decode_image(content, "", source.channels, source.max_pixels),
         "crop and resize": lambda draw, content, image: crop(image, draw),
         "augment in the worker": seeded(TrainTransform(config.augment)),
     }

@@ -1,6 +1,7 @@
 """The data of a script: one object, made once and asked for training and evaluation streams.
 
-data = ImageData(config.data, runtime, seed=0, batch_size=128, decoder=ImageDecoder(3, max_pixels), run_path=run)
+collection = load_collection(config.data)
+data = ImageData(collection, ImageFiles(collection, 3, max_pixels), runtime, seed=0, batch_size=128, run_path=run)
 train = data.train(rows, fields, training_views(augment))
 val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransform.of(preprocessing)})
 """
@@ -8,13 +9,15 @@ val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransf
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
 from data.decode import pillow_version
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog
-from data.source import Decoder, FileSource
+from data.source import Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
 from data.transforms import Transform
 from utils.contracts import Batch, DeviceHook, Machine
@@ -62,24 +65,23 @@ def device_hook(views: Mapping[str, Transform], on_device: DeviceHook | None) ->
 
 
 class ImageData:
-    """A collection and how this process reads it.
+    """A collection and how this process reads it: the records of a source.
 
     batch_size: of evaluation. run_path: the folder whose unreadable.jsonl lists unreadable images; None for none.
     """
 
     def __init__(
         self,
-        config: DataConfig,
+        collection: Collection,
+        source: Source,
         machine: Machine,
         *,
         seed: int,
         batch_size: int,
-        decoder: Decoder,
         run_path: Path | None,
     ) -> None:
-        self.collection = load_collection(config)
-        self.fingerprints = {"data.root": self.collection.fingerprint}
-        self._source, self._decoder = FileSource(self.collection), decoder
+        self.collection, self._source = collection, source
+        self.fingerprints = {"data.root": collection.fingerprint, **source.fingerprints}
         self._machine, self._seed, self._batch_size = machine, seed, batch_size
         self._unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
 
@@ -103,15 +105,16 @@ class ImageData:
         fields: Fields,
         views: Mapping[str, Transform],
         *,
+        groups: np.ndarray | None = None,
         on_device: DeviceHook | None = None,
     ) -> EvaluationLoader:
-        """Return a loader of some rows, each exactly once over all ranks."""
+        """Return a loader of some rows, each exactly once over all ranks; groups: as in `EvaluationBatches`."""
         batches = EvaluationBatches(
             rows, seed=self._seed, batch_size=self._batch_size, rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            world_size=distributed.world_size(), groups=groups,
         )  # fmt: skip
         reader, hook = self._reader(fields, views, training=False), device_hook(views, on_device)
         return EvaluationLoader(reader, batches, self._machine, unreadable=self._unreadable, on_device=hook)
 
     def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
-        return SampleReader(self.collection, self._source, self._decoder, views, fields, training=training)
+        return SampleReader(self.collection, self._source, views, fields, training=training)

@@ -1,8 +1,7 @@
 """Readers and loaders: from draws to batches on the device.
 
-A worker reads a sample's bytes from the source, decodes them once, makes the named views of it with the sample's key,
-and adds the fields of the task. A sample that cannot be read is blank, has weight 0 and is reported by name; it never
-ends a run.
+A worker reads a sample's record from the source, makes the named views of its image with the sample's key, and adds the
+fields of the task. A sample that cannot be read is blank, has weight 0 and is reported by name; it never ends a run.
 """
 
 import ctypes
@@ -24,7 +23,7 @@ from data.batch import DeviceCopier, Ragged, Sample, collate
 from data.collection import Collection, RowView
 from data.decode import UnreadableImage
 from data.read_ahead import ReadAhead
-from data.source import Decoder, Source
+from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches, RankBatches, Sampler
 from data.transforms import Transform
 from utils import rng
@@ -43,7 +42,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Example(NamedTuple):
-    """What a field may look at: the row, the decoded array before any transform, and the views made of it.
+    """What a field may look at: the row, the record before any transform, and the views made of it.
 
     index: the row's number. generator: seeded with the sample's key, for the fields alone. training: False in
     evaluation streams, so that label dropout, say, does not reach the validation split.
@@ -53,7 +52,7 @@ class Example(NamedTuple):
     row: RowView
     generator: torch.Generator
     training: bool
-    image: Tensor
+    record: Record
     views: Mapping[str, Tensor]
 
 
@@ -64,40 +63,39 @@ Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
 class SampleReader(Dataset):
     """Read the sample of a draw. Picklable; workers open the collection themselves.
 
-    views: the transforms that make the named tensors of a sample. The first is seeded with the sample's key, the others
-    with keys hashed from it, so another view changes none of those before it.
+    views: the transforms that make named tensors of the record's image. The first is seeded with the sample's key, the
+    others with keys hashed from it, so another view changes none of those before it. Other tensors of a record reach a
+    sample by its fields.
     """
 
     def __init__(
         self,
         collection: Collection,
         source: Source,
-        decoder: Decoder,
         views: Mapping[str, Transform],
         fields: Fields,
         *,
         training: bool,
     ) -> None:
-        self.collection, self.source, self.decoder = collection, source, decoder
+        self.collection, self.source = collection, source
         self.views, self.fields, self.training = dict(views), fields, training
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (name, reason) where it could not be read."""
-        row, problem, image = self.collection.view(draw.index), None, None
+        row, problem, record = self.collection.view(draw.index), None, None
         weight = row.weight
         if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
-            name = self.source.name_of(draw)
             try:
-                image = self.decoder(self.source.read(draw), name)
+                record = self.source.read(draw.index)
             except UnreadableImage as error:
-                problem = (name, error.reason)
-        if image is None:
-            image = self.decoder.blank()
+                problem = (self.source.name_of(draw.index), error.reason)
+        if record is None:
+            record = self.source.blank(draw.group)
         views = {}
         for number, (name, transform) in enumerate(self.views.items()):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
             with rng.seeded(key):
-                views[name] = transform(image, draw).contiguous()
+                views[name] = transform(record[IMAGE], draw).contiguous()
         padding = draw.position < 0
         sample: Sample = {
             "sample_id": torch.tensor(draw.index),
@@ -106,7 +104,7 @@ class SampleReader(Dataset):
             **views,
         }
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_KEY))
-        example = Example(draw.index, row, generator, self.training, image, views)
+        example = Example(draw.index, row, generator, self.training, record, views)
         return {**sample, **self.fields(example)}, problem
 
 
@@ -199,7 +197,7 @@ def _data_loader(reader: SampleReader, batches: Iterable[list[Draw]], machine: M
     forks = workers > 0 and multiprocessing.get_start_method() == "fork"
     return DataLoader(
         reader,
-        batch_sampler=ReadAhead(batches, reader.source.file_of),
+        batch_sampler=ReadAhead(batches, lambda draw: reader.source.file_of(draw.index)),
         num_workers=workers,
         prefetch_factor=machine.prefetch_batches if workers > 0 else None,
         collate_fn=_collate,

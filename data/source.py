@@ -1,81 +1,73 @@
-"""Where samples come from: a source gives the bytes of a sample, a decoder makes an array of them.
+"""Where samples come from: a source gives the record of a row, a dictionary of tensors.
 
-`FileSource` and `ImageDecoder` read the image files of a collection. Another store (LMDB, shards, cached latents) is
-another source, with a decoder for what it holds.
+`ImageFiles` reads the image files of a collection. Another store (LMDB, shards, cached latents) is another source: it
+decodes what it holds, and its records may have several tensors.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.collection import Collection
 from data.decode import decode_image, read_file
-from data.stream import Draw
 from utils.errors import UserError
 
+IMAGE = "image"  # the tensor of a record that views are made of
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
+
+Record = dict[str, Tensor]
 
 
 class Source(Protocol):
-    """Give the bytes of samples. Picklable: loader workers open it themselves."""
+    """Give the records of a collection's rows. Picklable: loader workers open the store themselves.
 
-    def read(self, draw: Draw) -> bytes:
-        """Return a sample's bytes. Raises UnreadableImage where that is not possible."""
+    fingerprints: what must not change while a run is resumed, beside the collection; by configuration key.
+    """
 
-    def name_of(self, draw: Draw) -> str:
-        """Return a sample's name, for messages."""
+    fingerprints: Mapping[str, str]
 
-    def file_of(self, draw: Draw) -> Path | None:
-        """Return the file that holds a sample, None where there is no file for it alone."""
+    def read(self, row: int) -> Record:
+        """Return a row's record. Raises UnreadableImage where that is not possible."""
 
+    def blank(self, group: int) -> Record:
+        """Return the record that replaces an unreadable one of a shape group; its weight is 0."""
 
-class Decoder(Protocol):
-    """Make an array of a sample's bytes. Picklable."""
+    def name_of(self, row: int) -> str:
+        """Return a row's name, for messages."""
 
-    def __call__(self, content: bytes, name: str) -> Tensor:
-        """Return [C, H, W] of any dtype and number of channels. Raises UnreadableImage where the bytes are not one."""
-
-    def blank(self) -> Tensor:
-        """Return the array that replaces a sample that cannot be read; its weight is 0."""
+    def file_of(self, row: int) -> Path | None:
+        """Return the file that holds a row and no other, None where there is no such file."""
 
 
-class FileSource:
-    """The image files of a collection."""
+class ImageFiles:
+    """The image files of a collection, as `image`, uint8 [channels, H, W]; refuses more than `max_pixels` undecoded."""
 
-    def __init__(self, collection: Collection) -> None:
-        self._collection = collection
+    fingerprints: Mapping[str, str] = {}
 
-    def read(self, draw: Draw) -> bytes:
-        """Return the bytes of the row's file."""
-        return read_file(self._collection.absolute_path(draw.index))
-
-    def name_of(self, draw: Draw) -> str:
-        """Return the row's path."""
-        return self._collection.view(draw.index).path
-
-    def file_of(self, draw: Draw) -> Path:
-        """Return the row's file."""
-        return self._collection.absolute_path(draw.index)
-
-
-class ImageDecoder:
-    """Decode image files to uint8 [channels, H, W]; larger ones than `max_pixels` are refused undecoded."""
-
-    def __init__(self, channels: int, max_pixels: int) -> None:
+    def __init__(self, collection: Collection, channels: int, max_pixels: int) -> None:
         if channels not in (1, 3):
             raise UserError(
                 f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
             )
-        self.channels, self.max_pixels = channels, max_pixels
+        self.collection, self.channels, self.max_pixels = collection, channels, max_pixels
 
-    def __call__(self, content: bytes, name: str) -> Tensor:
-        """Return the decoded image."""
-        pixels: np.ndarray = decode_image(content, name, self.channels, self.max_pixels)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+    def read(self, row: int) -> Record:
+        """Return the decoded image of the row's file."""
+        content = read_file(self.file_of(row))
+        pixels = decode_image(content, self.name_of(row), self.channels, self.max_pixels)
+        return {IMAGE: torch.from_numpy(pixels).permute(2, 0, 1)}
 
-    def blank(self) -> Tensor:
+    def blank(self, group: int) -> Record:
         """Return a black image."""
-        return torch.zeros(self.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)
+        return {IMAGE: torch.zeros(self.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}
+
+    def name_of(self, row: int) -> str:
+        """Return the row's path."""
+        return self.collection.view(row).path
+
+    def file_of(self, row: int) -> Path:
+        """Return the row's file."""
+        return self.collection.absolute_path(row)

@@ -192,28 +192,47 @@ class RankBatches:
 class EvaluationBatches:
     """A rank's share of some rows, each exactly once. All ranks make the same number of batches; the last is padded.
 
-    Padding repeats a row with `position` -1, to which the reader gives weight 0. A row's key depends on the row alone,
-    so masks and noise of an evaluation are the same at every step and on any number of ranks.
+    groups: the shape group of each row, [len(rows)]: a batch has rows of one group, and each group's last batch is
+    padded. Padding repeats a row with `position` -1, to which the reader gives weight 0. A row's key depends on the row
+    alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
     """
 
-    def __init__(self, rows: Sequence[int], *, seed: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        groups: np.ndarray | None = None,
+    ) -> None:
         if len(rows) == 0:
             raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
         self._rows, self._seed, self._batch_size = rows, seed, batch_size
-        self._mine = range(rank, len(rows), world_size)
-        self._count = -(-len(range(0, len(rows), world_size)) // batch_size)
+        self._rank, self._world_size = rank, world_size
+        self._groups: list[tuple[int, Sequence[int]]] = [(0, range(len(rows)))]  # and the places of its rows
+        if groups is not None:
+            self._groups = [(int(group), np.flatnonzero(groups == group)) for group in np.unique(groups)]
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
-        return self._count
+        return sum(self._count(places) for _, places in self._groups)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yield the batches."""
-        for number in range(self._count):
-            mine = self._mine[number * self._batch_size : (number + 1) * self._batch_size]
-            draws = [
-                Draw(place, int(self._rows[place]), rng.sample_key(self._seed, int(self._rows[place]), 1))
-                for place in mine
-            ]
-            filler = Draw(-1, int(self._rows[0]), 0)
-            yield draws + [filler] * (min(self._batch_size, len(self._rows)) - len(draws))
+        for group, places in self._groups:
+            mine, size = places[self._rank :: self._world_size], self._batch_size
+            filler = Draw(-1, int(self._rows[places[0]]), 0, group)
+            for number in range(self._count(places)):
+                draws = [self._draw(int(place), group) for place in mine[number * size : (number + 1) * size]]
+                yield draws + [filler] * (min(size, len(places)) - len(draws))
+
+    def _count(self, places: Sequence[int]) -> int:
+        """Return the batches of a group on each rank."""
+        share = -(-len(places) // self._world_size)
+        return -(-share // self._batch_size)
+
+    def _draw(self, place: int, group: int) -> Draw:
+        row = int(self._rows[place])
+        return Draw(place, row, rng.sample_key(self._seed, row, 1), group)

@@ -10,10 +10,10 @@ from pydantic import model_validator
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, training_views
-from data.image_data import ImageData
+from data.image_data import ImageData, load_collection
 from data.loader import Fields
 from data.rows import spread, training_rows
-from data.source import ImageDecoder
+from data.source import ImageFiles
 from data.stream import Sampler, build_sampler
 from data.transforms import EvalTransform, Transform
 from engine.config import TrainingConfig
@@ -77,8 +77,9 @@ class ImagePipeline(Generic[Config]):
         batch_size: int,
         run_path: Path | None,
     ) -> ImageData:
-        decoder = ImageDecoder(model.in_channels, config.max_pixels)
-        return ImageData(config, runtime, seed=seed, batch_size=batch_size, decoder=decoder, run_path=run_path)
+        collection = load_collection(config)
+        source = ImageFiles(collection, model.in_channels, config.max_pixels)
+        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- samples
 

@@ -1,5 +1,6 @@
 """Readers and loaders. Purity over workers, ranks and stray draws, unreadable images, ragged fields, transforms."""
 
+import dbm.dumb
 import hashlib
 import json
 import logging
@@ -16,14 +17,15 @@ import yaml
 from PIL import Image
 
 import data.batch
+import data.source
 from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot, to_device
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
-from data.decode import UnreadableImage
+from data.decode import UnreadableImage, decode_image
 from data.loader import EvaluationLoader, SampleReader, TrainLoader, UnreadableLog
 from data.rows import training_rows
-from data.source import FileSource, ImageDecoder
-from data.stream import BalancedSampler, Draw, EvaluationBatches, ShuffledSampler
+from data.source import ImageFiles
+from data.stream import BalancedSampler, Draw, EvaluationBatches, GroupedSampler, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from tests.data.test_read_ahead import Asked
 from tests.in_process import TINY, run
@@ -89,8 +91,8 @@ def machine(workers=0, prefetch=2):
 
 def make_reader(collection, transform, fields=None, *, channels=3, max_pixels=10**6, training=True, **views):
     views = {"images": transform, **views}
-    decoder = ImageDecoder(channels, max_pixels)
-    return SampleReader(collection, FileSource(collection), decoder, views, fields or DrawnFields(), training=training)
+    source = ImageFiles(collection, channels, max_pixels)
+    return SampleReader(collection, source, views, fields or DrawnFields(), training=training)
 
 
 def train_loader(collection, *, workers=0, prefetch=2, sampler=None, file=None, fields=None, seed=0, **changes):
@@ -472,8 +474,8 @@ def test_an_image_that_weighs_nothing_is_not_decoded(tmp_path, monkeypatch):
     (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loader = train_loader(open_folder(tmp_path / "images", tmp_path / "cache"))
     read = []
-    decode = ImageDecoder.__call__
-    monkeypatch.setattr(ImageDecoder, "__call__", lambda *given: read.append(given[2]) or decode(*given))
+    decode = data.source.decode_image
+    monkeypatch.setattr(data.source, "decode_image", lambda *given: read.append(given[1]) or decode(*given))
     samples, problems = zip(*[loader.reader[Draw(0, row, 5)] for row in range(2)])
     assert read == ["1.png"] and problems == (None, None)
     assert [float(sample["weight"]) for sample in samples] == [0.0, 1.0]
@@ -775,7 +777,7 @@ class Seen:
     def __call__(self, example):
         return {
             "training": torch.tensor(example.training),
-            "size_hw": torch.tensor(example.image.shape[1:]),
+            "size_hw": torch.tensor(example.record["image"].shape[1:]),
             "view": example.views["images"].float().mean(),
         }
 
@@ -789,46 +791,95 @@ def test_fields_see_the_stream_the_decoded_image_and_the_views(folder):
         assert sample["view"] == sample["images"].float().mean()
 
 
-class LatentSource:
-    """Four channels of float16 for each row, as a cache of latents holds them; row 3 is damaged."""
+# ------------------------------------------------------------------------------------------------------- other sources
 
-    def read(self, draw):
-        size = 4 * 6 * 5 if draw.index != 3 else 7
-        return np.full(size, draw.index, dtype=np.float16).tobytes()
 
-    def name_of(self, draw):
-        return f"latent {draw.index}"
+class Store:
+    """A key-value store in place of LMDB: a file for all rows, which each process opens for itself."""
 
-    def file_of(self, draw):
+    fingerprints = {}
+
+    def __init__(self, collection, path):
+        self.path, self._opened = path, None
+        with dbm.dumb.open(str(path), "n") as store:
+            for row in range(len(collection)):
+                store[str(row)] = collection.absolute_path(row).read_bytes()
+
+    def __getstate__(self):
+        return {"path": self.path, "_opened": None}
+
+    def read(self, row):
+        self._opened = self._opened or dbm.dumb.open(str(self.path), "r")  # noqa: SIM115
+        pixels = decode_image(self._opened[str(row)], str(row), 3, 10**6)
+        return {"image": torch.from_numpy(pixels).permute(2, 0, 1)}
+
+    def name_of(self, row):
+        return f"record {row}"
+
+    def file_of(self, row):
         return None
 
 
-class LatentDecoder:
-    def __call__(self, content, name):
-        if len(content) != 2 * 4 * 6 * 5:
-            raise UnreadableImage(name, "cut off", f"{len(content)} bytes")
-        return torch.frombuffer(bytearray(content), dtype=torch.float16).view(4, 6, 5)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_of_records_gives_what_the_files_give(folder, workers, tmp_path):
+    views, sampler = {"images": TrainTransform(augment())}, ShuffledSampler(folder.rows("train"), 0)
+    found = []
+    for source in (ImageFiles(folder, 3, 10**6), Store(folder, tmp_path / "store")):
+        reader = SampleReader(folder, source, views, DrawnFields(), training=True)
+        loader = TrainLoader(reader, sampler, machine(workers), seed=0, unreadable=UnreadableLog(None))
+        found.append([batch["images"] for step in take(loader, 2, GLOBAL) for batch in step])
+    assert all(map(torch.equal, *found))
 
-    def blank(self):
-        return torch.zeros(4, 6, 5, dtype=torch.float16)
+
+SHAPES = [(6, 5), (4, 8)]
 
 
-def keep(image, draw):
-    return image
+class Latents:
+    """Latents of two shapes, each with an embedding, as a cache for diffusion holds them; row 3 is damaged."""
+
+    fingerprints = {"vae": "1"}
+
+    def read(self, row):
+        if row == 3:
+            raise UnreadableImage("latent 3", "cut off", "7 bytes")
+        latents = torch.full((4, *SHAPES[row % 2]), row, dtype=torch.float16)
+        return {"latents": latents, "embedding": torch.tensor([row, row + 1.0])}
+
+    def blank(self, group):
+        return {"latents": torch.zeros(4, *SHAPES[group], dtype=torch.float16), "embedding": torch.zeros(2)}
+
+    def name_of(self, row):
+        return f"latent {row}"
+
+    def file_of(self, row):
+        return None
+
+
+def keep_all(example):
+    return example.record
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_another_source_and_decoder_go_through_reader_collate_and_loader(folder, workers):
-    reader = SampleReader(folder, LatentSource(), LatentDecoder(), {"latents": keep}, DrawnFields(), training=False)
-    batches = EvaluationBatches(folder.rows("train"), seed=0, batch_size=8, rank=0, world_size=1)
+def test_records_of_several_tensors_and_shapes_are_trained_on_and_evaluated(folder, workers):
+    rows = folder.rows("train")
+    reader = SampleReader(folder, Latents(), {}, keep_all, training=False)
+    batches = EvaluationBatches(rows, seed=0, batch_size=8, rank=0, world_size=1, groups=rows % 2)
+    trained = GroupedSampler(rows, rows % 2, 4, seed=0)
     unreadable = UnreadableLog(None)
+    loader = TrainLoader(reader, trained, machine(workers), seed=0, unreadable=unreadable)
     found = list(EvaluationLoader(reader, batches, machine(workers), unreadable=unreadable))
-    latents = torch.cat([batch["latents"] for batch in found])
-    ids, weights = (torch.cat([batch[name] for batch in found]) for name in ("sample_id", "weight"))
-    assert latents.shape == (40, 4, 6, 5) and latents.dtype == torch.float16 and unreadable.count == 1
-    expected = torch.where(ids == 3, 0, ids).half()
-    assert torch.equal(latents, expected.view(-1, 1, 1, 1).expand_as(latents))
-    assert weights.tolist() == [float(number != 3) for number in ids.tolist()]
+    seen = []
+    for batch in (*found, *(batch for step in take(loader, 3, 4) for batch in step)):
+        group = int(batch["sample_id"][0]) % 2
+        ids, weights = batch["sample_id"], batch["weight"]
+        assert batch["latents"].shape == (len(ids), 4, *SHAPES[group]) and bool((ids % 2 == group).all())
+        assert torch.equal(batch["latents"][:, 0, 0, 0], torch.where(ids == 3, 0, ids).half())
+        assert torch.equal(batch["embedding"][:, 1], torch.where(ids == 3, 0, ids + 1.0))
+        assert bool((weights[ids == 3] == 0).all())
+    for batch in found:
+        padding = batch["weight"] == 0
+        seen += [row for row, blank in zip(batch["sample_id"].tolist(), padding.tolist()) if not blank or row == 3]
+    assert sorted(set(seen)) == rows.tolist() and len(seen) >= len(rows) and unreadable.count == 1
 
 
 def add_noise(batch):

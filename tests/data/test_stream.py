@@ -334,6 +334,24 @@ def test_an_index_drawn_twice_has_two_keys():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_evaluation_in_groups_takes_each_row_once_and_mixes_no_shapes(world, batch_size):
+    rows = np.arange(23) * 3
+    groups = np.where(rows % 2, 5, np.where(rows % 5 == 0, 9, 2))
+    made = [
+        list(EvaluationBatches(rows, seed=0, batch_size=batch_size, rank=rank, world_size=world, groups=groups))
+        for rank in range(world)
+    ]
+    assert len({len(batches) for batches in made}) == 1
+    draws = [draw for batches in made for batch in batches for draw in batch]
+    assert sorted(draw.index for draw in draws if draw.position >= 0) == rows.tolist()
+    group_of = dict(zip(rows.tolist(), groups.tolist()))
+    assert all(draw.group == group_of[draw.index] for draw in draws)
+    for each in zip(*made):  # the same step on all ranks
+        assert len({draw.group for batch in each for draw in batch}) == len({len(batch) for batch in each}) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 37])
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
 def test_evaluation_takes_each_row_once_in_equally_many_batches(world, count, batch_size):

@@ -82,7 +82,7 @@ def make_classifier(config=CLASSIFY, classes=4, model=MODEL):
 
 def example(key=0, index=0):
     """What fields are given; these look at the index and the generator alone."""
-    return Example(index, None, generator_for(key), True, None, {})
+    return Example(index, None, generator_for(key), True, {}, {})
 
 
 def learn(task, batch, runtime, steps, lr):
