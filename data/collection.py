@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from data.manifest import find_manifest, read_manifest
 from data.scan import check_root, scan_folder
 from data.table import (
+    MEASURED,
     SCHEMA,
     SPLIT_NAMES,
     SPLITS,
@@ -57,8 +58,8 @@ class RowView:
 
     def __getattr__(self, name: str) -> Any:
         """Return a column's value, as `Row` has it. Raises AttributeError where there is no such column."""
-        if name not in Row._fields:
-            raise AttributeError(f"a row has {', '.join(Row._fields)}, not {name}")
+        if name not in self._table.column_names:
+            raise AttributeError(f"a row has {', '.join(self._table.column_names)}, not {name}")
         value = self._table[name][self._index].as_py()
         return tuple(value) if name == "tags" else value
 
@@ -122,6 +123,19 @@ class Collection:
         """Return every row's weight, float32 [N]; 0 is not trained on."""
         return self.table["weight"].to_numpy()
 
+    def column(self, name: str) -> np.ndarray:
+        """Return every row's value in a further column of the manifest, [N] or, of vectors, [N, C].
+
+        Absent numbers are NaN. Raises UserError (`data.root`) where the collection has no such column.
+        """
+        if name not in self.table.column_names:
+            made = " (prepare.py job=manifest fills it)" if name in MEASURED else ""
+            raise UserError(f"data.root: {str(self.root)!r} has no column {name!r}; give its manifest one{made}")
+        column = self.table[name].combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):
+            return column.flatten().to_numpy().reshape(len(column), -1)
+        return column.to_numpy(zero_copy_only=False)
+
     def tag_counts(self, split: str) -> dict[str, int]:
         """Return how many images of a split carry each tag: the most frequent first, then by name."""
         return count_values(self._column("tags", split))
@@ -148,7 +162,8 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     if manifest is None:
         _warn_of_similar_classes(table)
     fingerprint = hash_table(table)
-    target = cache / f"{fingerprint}.arrow"
+    whole = hash_table(table, measured=True)
+    target = cache / (f"{fingerprint}.arrow" if whole == fingerprint else f"{fingerprint}-{whole}.arrow")
     if not target.is_file():
         table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
         write_atomically(target, lambda file: _write_index(file, table))
@@ -274,6 +289,6 @@ def _map_index(arrow: Path) -> pa.Table:
         raise UserError(
             f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it, and it will be made again"
         ) from error
-    if not table.schema.equals(SCHEMA):
+    if not pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA):
         raise UserError(f"data.root: the index {str(arrow)!r} is of another version; delete it: it will be made again")
     return table

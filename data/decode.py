@@ -105,11 +105,15 @@ class _Unsupported(ValueError):
 
 
 class Inspection(NamedTuple):
-    """The findings for one file: `kind` and `reason` are None where it can be read; traits may surprise its owner."""
+    """The findings for one file: `kind` and `reason` are None where it can be read; traits may surprise its owner.
+
+    size_hw: of the upright image; None where it cannot be read.
+    """
 
     kind: str | None
     reason: str | None
     traits: tuple[str, ...]
+    size_hw: tuple[int, int] | None = None
 
 
 def pillow_version() -> str:
@@ -150,12 +154,12 @@ def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PI
         warnings.simplefilter("always")
         try:
             name = os.fspath(path)
-            traits = _open(read_file(path), name, max_pixels, functools.partial(_find_traits, name=name))
+            found = _open(read_file(path), name, max_pixels, functools.partial(_find_traits, name=name))
         except UnreadableImage as error:
             return Inspection(error.kind, error.reason, ())
-    if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in traits:
-        traits = (*traits, "broken metadata")
-    return Inspection(None, None, traits)
+    if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in found.traits:
+        return found._replace(traits=(*found.traits, "broken metadata"))
+    return found
 
 
 def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
@@ -316,8 +320,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _find_traits(image: Image.Image, name: str) -> tuple[str, ...]:
-    """Decode an opened image and return what about it its owner may not expect."""
+def _find_traits(image: Image.Image, name: str) -> Inspection:
+    """Decode an opened image and return its size, and what about it its owner may not expect."""
     raw, turned = _raw_mode(image), image.format == "TIFF" and _orientation(image) in _UPRIGHT
     upright, orientation = _load_upright(image)
     _convert(upright, 3)
@@ -330,7 +334,8 @@ def _find_traits(image: Image.Image, name: str) -> tuple[str, ...]:
         "named as another format": _is_misnamed(image, name),
         "broken metadata": orientation is None,
     }
-    return tuple(trait for trait, there in found.items() if there)
+    traits = tuple(trait for trait, there in found.items() if there)
+    return Inspection(None, None, traits, (upright.height, upright.width))
 
 
 def _has_frames(image: Image.Image) -> bool:

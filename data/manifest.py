@@ -1,8 +1,8 @@
 """The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images and what is known of
 them.
 
-Columns are those of `data.table.SCHEMA`; only `path` is required. A manifest may come from a stranger, so its paths
-must stay in the root.
+Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns are kept. A manifest may come from a
+stranger, so its paths must stay in the root.
 """
 
 import os
@@ -15,8 +15,11 @@ import pyarrow as pa
 
 from data.manifest_formats import CSV, JSONL, PARQUET, build_columns, conform, read_csv, read_jsonl, read_parquet
 from data.scan import list_folder
-from data.table import SPLIT_NAMES, replace_column, settle_test_split, sort_rows
+from data.table import MEASURED, SPLIT_NAMES, further_fields, replace_column, settle_test_split, sort_rows
 from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 Locate = Callable[[int], str]
 
@@ -31,10 +34,10 @@ def find_manifest(root: Path) -> Path | None:
 
 
 def read_manifest(root: Path, file: Path) -> pa.Table:
-    """Read a manifest into a table of SCHEMA, sorted by path, with every file's size filled in.
+    """Read a manifest into a table, sorted by path, with every file's size filled in.
 
     Raises UserError (`data.root`) naming the file, the column or the row (counted from 0; in JSONL and CSV the line,
-    from 1): broken file; unknown, missing or mistyped column; path that is absent, repeated, or leads out of the root;
+    from 1): broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root;
     unknown split; weight that is negative or not finite.
     """
     if file.name == PARQUET:
@@ -48,6 +51,8 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         """Return the position of a row in the file, for messages."""
         return f"{unit} {numbers[index]}"
 
+    if further := [field.name for field in further_fields(table.schema) if field.name not in MEASURED]:
+        log.info("data.root: %s has the further columns %s", file.name, ", ".join(further))
     if table.num_rows == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
     _check_weights(file, table, locate)

@@ -1,6 +1,7 @@
-"""The file formats of a manifest: Parquet, JSONL and CSV, read into the columns of `data.table.SCHEMA`."""
+"""The file formats of a manifest: Parquet, JSONL and CSV, read into the columns of a collection's table."""
 
 import csv
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.scan import parse_json
-from data.table import SCHEMA
-from utils.errors import UserError, close_names
+from data.table import MEASURED, SCHEMA, column_type
+from utils.errors import UserError
 from utils.io.untrusted.parquet import refuse_parquet_bomb
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 _COLUMNS = ", ".join(SCHEMA.names)
+_ALIKE = 0.75  # a name as similar as this to one of ours is a misspelling of it
 
 
 def read_parquet(file: Path) -> pa.Table:
@@ -31,20 +33,33 @@ def read_parquet(file: Path) -> pa.Table:
 
 
 def conform(file: Path, table: pa.Table) -> pa.Table:
-    """Cast a table to SCHEMA, filling in absent columns. Raises UserError for a column that does not fit."""
-    unknown = sorted(set(table.column_names) - set(SCHEMA.names))
-    if unknown or "path" not in table.column_names or len(set(table.column_names)) < len(table.column_names):
+    """Cast a table to SCHEMA and its further columns to theirs, filling in absent ones.
+
+    Raises UserError for a column that does not fit.
+    """
+    if "path" not in table.column_names or len(set(table.column_names)) < len(table.column_names):
         raise UserError(
-            f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; path must be there, allowed "
-            f"are {_COLUMNS}, each once" + (f"; remove or rename {', '.join(unknown)}" if unknown else "")
+            f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; path must be there, and any of "
+            f"{_COLUMNS}, each once"
         )
+    for name in table.column_names:
+        if fault := _fault_of_name(name):
+            raise UserError(f"data.root: {str(file)!r} has the {fault}")
     columns = {name: _cast(file, name, table[name]) for name in table.column_names}
     return build_columns(columns, table.num_rows)
 
 
 def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Cast a column to its type in SCHEMA. Raises UserError where that would change its meaning."""
-    wanted, found = SCHEMA.field(name).type, column.type
+    found = column.type
+    if name not in SCHEMA.names:
+        wanted = column_type(found)
+        if wanted is None:
+            raise UserError(
+                f"data.root: column {name!r} of {str(file)!r} is {found}; write numbers, text or lists of fixed length"
+            )
+        return column.cast(wanted)
+    wanted = SCHEMA.field(name).type
     if not (pa.types.is_null(found) or _kind(found) == _kind(wanted) or (name, _kind(found)) == ("weight", "integer")):
         raise UserError(f"data.root: column {name!r} of {str(file)!r} is {found}; write it as {wanted}")
     if name == "path" and column.null_count:
@@ -80,7 +95,40 @@ def build_columns(columns: dict[str, Any], rows: int | None = None) -> pa.Table:
         if field.name == "tags":
             column = pc.if_else(pc.is_valid(column), column, pa.scalar([], field.type))
         arrays.append(column.fill_null(1.0) if field.name == "weight" else column)
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+    for name, column in columns.items():
+        if name not in SCHEMA.names:
+            table = table.append_column(name, column)
+    return table
+
+
+def _fault_of_name(name: str) -> str | None:
+    """Return the error where a column's name is a misspelling of one of ours, None for any other name."""
+    close = difflib.get_close_matches(name, SCHEMA.names, n=1, cutoff=_ALIKE)
+    if name in (*SCHEMA.names, *MEASURED) or not close:
+        return None
+    return f"unknown column {name!r}; close: {close[0]}. Rename it, or give a further column another name"
+
+
+def _further_columns(file: Path, columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return the columns, the further ones as arrays of one type. Raises UserError where values are of several."""
+    found: dict[str, Any] = {}
+    for name, values in columns.items():
+        if name in SCHEMA.names:
+            found[name] = values
+            continue
+        lengths = {len(value) for value in values if isinstance(value, list)}
+        try:
+            array = pa.array(values, pa.list_(pa.float32(), lengths.pop()) if len(lengths) == 1 else None)
+        except (pa.ArrowException, TypeError) as error:
+            raise UserError(f"data.root: column {name!r} of {str(file)!r} mixes types ({error}); use one") from error
+        if (kind := column_type(array.type)) is None:
+            raise UserError(
+                f"data.root: column {name!r} of {str(file)!r} is {array.type}; write numbers, text or lists of numbers "
+                "of one length"
+            )
+        found[name] = array.cast(kind)
+    return found
 
 
 def read_jsonl(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
@@ -101,10 +149,12 @@ def read_jsonl(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
             if text:
                 if fault := _fault_of_record(record):
                     raise UserError(f"data.root: {str(file)!r}, line {number}: {fault}")
-                for name in SCHEMA.names:
-                    columns[name].append(record.get(name))
+                for name in record.keys() - columns.keys():
+                    columns[name] = [None] * len(lines)
+                for name, values in columns.items():
+                    values.append(record.get(name))
                 lines.append(number)
-    return columns, lines
+    return _further_columns(file, columns), lines
 
 
 def read_csv(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
@@ -113,7 +163,7 @@ def read_csv(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
     The first row names the columns. Empty fields are absent. Tags are separated by commas, so a list of several needs
     quotes.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    columns: dict[str, list[Any]] = {}
     lines = []
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -123,15 +173,26 @@ def read_csv(file: Path) -> tuple[dict[str, list[Any]], list[int]]:
                 record = _record_of_csv(file, reader.line_num, row)
                 if fault := _fault_of_record(record):
                     raise UserError(f"data.root: {str(file)!r}, line {reader.line_num}: {fault}")
-                for name in SCHEMA.names:
-                    columns[name].append(record.get(name))
+                for name in reader.fieldnames:
+                    columns.setdefault(name, []).append(record.get(name))
                 lines.append(reader.line_num)
     except OSError as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error.strerror})") from error
     except (csv.Error, UnicodeDecodeError) as error:
         where = f"line {len(lines) + 2}"
         raise UserError(f"data.root: {str(file)!r}, {where}: broken CSV ({error}); save it as UTF-8 CSV") from error
-    return columns, lines
+    numbers = {name: _parse_numbers(values) for name, values in columns.items() if name not in SCHEMA.names}
+    return _further_columns(file, {"path": [], **columns, **numbers}), lines
+
+
+def _parse_numbers(texts: list[str | None]) -> list[Any]:
+    """Return the texts of a column as numbers where all of them are, else as they are."""
+    for parse in (int, float):
+        try:
+            return [None if text is None else parse(text) for text in texts]
+        except ValueError:
+            continue
+    return texts
 
 
 def _check_csv_header(file: Path, names: Sequence[str]) -> None:
@@ -140,9 +201,8 @@ def _check_csv_header(file: Path, names: Sequence[str]) -> None:
     if "path" not in names or len(set(names)) < len(names):
         raise UserError(f"data.root: {str(file)!r}, line 1: the columns are {', '.join(names)}; {advice}")
     for name in names:
-        if name not in SCHEMA.names:
-            close = close_names(name, SCHEMA.names)
-            raise UserError(f"data.root: {str(file)!r}, line 1: unknown column {name!r}; {close}")
+        if fault := _fault_of_name(name):
+            raise UserError(f"data.root: {str(file)!r}, line 1: {fault}")
 
 
 def _record_of_csv(file: Path, line: int, row: dict[str | None, Any]) -> dict[str, Any]:
@@ -170,9 +230,9 @@ def _fault_of_record(record: Any) -> str | None:
     if "path" not in record or record["path"] is None:
         return "path is missing; name the image, relative to the manifest's folder"
     for name, value in record.items():
-        if name not in SCHEMA.names:
-            return f"unknown key {name!r}; allowed are {_COLUMNS}"
-        if value is None:
+        if fault := _fault_of_name(name):
+            return fault
+        if value is None or name not in SCHEMA.names:
             continue
         kind = _kind(SCHEMA.field(name).type)
         fits = {

@@ -22,7 +22,7 @@ from data.inspection import (
 from data.manifest import find_files, find_manifest
 from data.manifest_formats import PARQUET, read_parquet
 from data.scan import check_root, scan_folder
-from data.table import SCHEMA, assign_validation, count_values, replace_column
+from data.table import MEASURED, assign_validation, count_values, replace_column
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.ranks.processes import count_cores, map_in_processes
@@ -42,9 +42,9 @@ def write_manifest(
 ) -> ManifestReport:
     """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file.
 
-    verify: decode every image too; one that is unreadable stays in the manifest with weight 0 and is reported, by name
-    in `manifest.unreadable.jsonl`. A file that cannot even be opened is treated so in any case. progress: called with
-    the images done and their number.
+    verify: decode every image too, and fill in the columns width and height, in pixels, of the upright image. One that
+    is unreadable stays in the manifest with weight 0 and is reported, by name in `manifest.unreadable.jsonl`. A file
+    that cannot even be opened is treated so in any case. progress: called with the images done and their number.
 
     Raises UserError (`data.root`) as `scan_folder` does, for a link out of the root, for a folder that cannot be
     written, and for a manifest already there that this function did not write.
@@ -60,6 +60,10 @@ def write_manifest(
     table = replace_column(
         table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32())
     )
+    if verify:
+        for axis, name in enumerate(("height", "width")):
+            sizes = [None if size is None else size[axis] for size in (file.inspection.size_hw for file in found)]
+            table = replace_column(table, name, pa.array(sizes, MEASURED[name]))
     table = assign_validation(table, validation_fraction)
     unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
     counts = [count_values(table[name]) for name in ("split", "label", "tags")]
@@ -75,12 +79,11 @@ def write_manifest(
 
 
 def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
-    """Write a table of SCHEMA as the root's `manifest.parquet`, atomically, and return its path.
+    """Write a table as the root's `manifest.parquet`, atomically, and return its path.
 
     Only what the maker "write_manifest" wrote is ever overwritten by it. Raises UserError (`data.root`) where the
     folder is not writable.
     """
-    assert table.schema.equals(SCHEMA), table.schema
     table = table.replace_schema_metadata({_MAKER: maker.encode()})
     try:
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))

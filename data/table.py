@@ -1,4 +1,7 @@
-"""The table that every collection becomes: its columns, splits, order and hash."""
+"""The table that every collection becomes: its columns, splits, order and hash.
+
+It has the columns of SCHEMA, and after them what else a manifest has: further columns of numbers, texts or vectors.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -26,13 +29,38 @@ SCHEMA = pa.schema(
         ("weight", pa.float32()),  # of the loss; 0 = not to be trained on
     ]
 )
+# Columns that prepare.py fills from the files. They follow from the files' content, so they are not in the fingerprint,
+# and a manifest made again keeps the runs on it.
+MEASURED = {"width": pa.int64(), "height": pa.int64()}
 _LARGE = {pa.string(): pa.large_string(), SCHEMA.field("tags").type: pa.large_list(pa.large_string())}
-_WIDE = pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in SCHEMA])
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names that a message shows
 SPLITS = ("train", "val")
 _TEST = "test"  # until `settle_test_split`
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": _TEST}  # as users write it
+
+
+def further_fields(schema: pa.Schema) -> list[pa.Field]:
+    """Return the fields of a schema that are not in SCHEMA."""
+    return [field for field in schema if field.name not in SCHEMA.names]
+
+
+def column_type(found: pa.DataType) -> pa.DataType | None:
+    """Return the type in which a further column is kept: int64, float64, text, or a vector of float32; None for others.
+
+    A vector is a list of fixed length.
+    """
+    if pa.types.is_dictionary(found):
+        return column_type(found.value_type)
+    if pa.types.is_boolean(found) or pa.types.is_integer(found):
+        return pa.int64()
+    if pa.types.is_floating(found):
+        return pa.float64()
+    if pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found):
+        return pa.string()
+    if pa.types.is_fixed_size_list(found) and pa.types.is_floating(found.value_type):
+        return pa.list_(pa.float32(), found.list_size)
+    return None
 
 
 def build_table(columns: dict[str, list[Any]]) -> pa.Table:
@@ -46,14 +74,16 @@ def build_table(columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def sort_rows(table: pa.Table) -> pa.Table:
-    """Return a table of SCHEMA sorted by path, in chunks of a fixed number of rows.
+    """Return a table sorted by path, in chunks of a fixed number of rows.
 
     By way of 64-bit offsets: Arrow cannot reorder a column whose texts together pass 2 GiB otherwise.
     """
-    wide = table.cast(_WIDE).combine_chunks()
+    schema = pa.schema([*SCHEMA, *further_fields(table.schema)])
+    wide = table.cast(pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in schema]))
+    wide = wide.combine_chunks()
     order = pc.sort_indices(wide, [("path", "ascending")])
     starts = range(0, max(table.num_rows, 1), _CHUNK_ROWS)
-    return pa.concat_tables([wide.take(order[start : start + _CHUNK_ROWS]).cast(SCHEMA) for start in starts])
+    return pa.concat_tables([wide.take(order[start : start + _CHUNK_ROWS]).cast(schema) for start in starts])
 
 
 def settle_test_split(table: pa.Table) -> pa.Table:
@@ -146,10 +176,14 @@ def show_some(texts: Sequence[str]) -> str:
     return ", ".join(texts[:_NAMED]) + (", ..." if len(texts) > _NAMED else "")
 
 
-def hash_table(table: pa.Table) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of every column, the same however the table is cut into chunks."""
+def hash_table(table: pa.Table, *, measured: bool = False) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of the columns, the same however the table is cut into chunks.
+
+    measured: with the columns of MEASURED.
+    """
     digest = hashlib.sha256()
-    for field in SCHEMA:
+    further = [field for field in further_fields(table.schema) if measured or field.name not in MEASURED]
+    for field in (*SCHEMA, *further):
         digest.update(f"{field.name} {field.type} {table.num_rows}\n".encode())
         _hash_column(digest.update, table[field.name])
     return digest.hexdigest()[:16]
@@ -159,7 +193,9 @@ def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> No
     """Feed a column's nulls, lengths and values, each in one run over all chunks, to a hash."""
     update(pc.is_null(column).to_numpy().tobytes())
     column = column.drop_null()
-    if pa.types.is_list(column.type):
+    if pa.types.is_fixed_size_list(column.type):
+        _hash_column(update, pc.list_flatten(column))
+    elif pa.types.is_list(column.type):
         update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
         _hash_column(update, pc.list_flatten(column))
     elif pa.types.is_string(column.type):
@@ -180,5 +216,7 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return the table with one column exchanged."""
-    return table.set_column(table.column_names.index(name), SCHEMA.field(name), column)
+    """Return the table with one column exchanged; a new one is added at the end."""
+    if name not in table.column_names:
+        return table.append_column(name, column)
+    return table.set_column(table.column_names.index(name), table.schema.field(name), column)

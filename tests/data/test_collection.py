@@ -763,7 +763,8 @@ def test_nothing_is_written_into_the_root(load, root, cache, has_manifest):
         ('"a.png"', 'line 2: "a.png" is not an object; write one as in'),
         ({"label": "x"}, "line 2: path is missing; name the image"),
         ({"path": None}, "line 2: path is missing"),
-        ({"path": "b.png", "file": 1}, "line 2: unknown key 'file'; allowed are path, size, sha256, split, label"),
+        ({"path": "b.png", "lable": 1}, "line 2: unknown column 'lable'; close: label"),
+        ({"path": "b.png", "extra": {"a": 1}}, "column 'extra' of "),
         ({"path": "b.png", "label": 3}, "line 2: label is 3; write a text"),
         ({"path": "b.png", "tags": "x y"}, 'line 2: tags is "x y"; write a list of text'),
         ({"path": "b.png", "size": 1.5}, "line 2: size is 1.5; write an integer"),
@@ -876,8 +877,9 @@ def test_links_inside_the_root_are_fine_in_a_manifest(load, root):
 @pytest.mark.parametrize(
     "arrays,message",
     [
-        ({"file": ["a.png"]}, "manifest.parquet' has the columns file; path must be there, allowed are path, size"),
-        ({"path": ["a.png"], "x": [1], "y": [1]}, "each once; remove or rename x, y"),
+        ({"file": ["a.png"]}, "manifest.parquet' has the columns file; path must be there, and any of path, size"),
+        ({"path": ["a.png"], "lable": [1]}, "has the unknown column 'lable'; close: label"),
+        ({"path": ["a.png"], "x": [["y"]]}, "write numbers, text or lists of fixed length"),
         ({"path": ["a.png"], "label": [3]}, "column 'label' of "),
         ({"path": ["a.png"], "tags": ["x"]}, "is string; write it as list<item: string>"),
         ({"path": ["a.png"], "tags": [["x", None]]}, "holds lists with a null"),
@@ -982,3 +984,67 @@ def test_a_manifest_is_not_made_of_links_out_of_the_root(root, tmp_path):
     with pytest.raises(UserError, match="a manifest cannot name this image: path 'dog/x.png' lies in a link out of"):
         write_manifest(str(root), validation_fraction=0, verify=False)
     assert find_manifest(root) is None
+
+
+# Further columns.
+
+
+VECTORS = [[0.5, 1.0], [2.0, -1.0]]
+
+
+def further(form, root):
+    """Write a manifest of two images with further columns."""
+    put(root, "a.png", "b.png")
+    records = [
+        {"path": "a.png", "label": "x", "score": 1, "hash": "f0", "width": 9, "embedding": VECTORS[0]},
+        {"path": "b.png", "label": "y", "score": 2.5, "hash": None, "width": 8, "embedding": VECTORS[1]},
+    ]
+    match form:
+        case "jsonl":
+            jsonl(root, records)
+        case "csv":
+            csv_manifest(root, "path,label,score,hash,width\na.png,x,1,f0,9\nb.png,y,2.5,,8\n")
+        case "parquet":
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(sum(VECTORS, [])), 2)
+            columns = {
+                name: [record[name] for record in records] for name in ("path", "label", "score", "hash", "width")
+            }
+            pq.write_table(pa.table({**columns, "embedding": vectors}), root / "manifest.parquet")
+    return root
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_further_columns_are_kept_with_their_types(form, load, root):
+    collection = pickle.loads(pickle.dumps(load(further(form, root))))
+    assert collection.column("score").tolist() == [1.0, 2.5] and collection.column("hash").tolist() == ["f0", None]
+    assert collection.column("width").dtype == np.int64 and collection.view(1).width == 8
+    if form != "csv":
+        assert collection.column("embedding").tolist() == VECTORS
+    with pytest.raises(UserError, match=r"^data.root: .* has no column 'height'; .*prepare.py job=manifest fills it"):
+        collection.column("height")
+
+
+def test_further_columns_are_in_the_fingerprint_unless_they_follow_from_the_files(load, root):
+    plain = load(jsonl(put(root, "a.png"), [{"path": "a.png"}]))
+    measured = load(jsonl(root, [{"path": "a.png", "width": 3}]))
+    scored = load(jsonl(root, [{"path": "a.png", "width": 3, "score": 1.0}]))
+    assert plain.fingerprint == measured.fingerprint != scored.fingerprint
+    assert len({found.arrow for found in (plain, measured, scored)}) == 3
+    assert measured.column("width").tolist() == [3]
+
+
+def test_a_column_of_several_types_is_refused(refuse, root):
+    records = [{"path": "a.png", "score": 1}, {"path": "b.png", "score": "high"}]
+    refuse(jsonl(put(root, "a.png", "b.png"), records), "column 'score' of ")
+
+
+def test_prepare_fills_in_the_sizes_of_upright_images(load, root):
+    put(root, "x/a.png")
+    Image.new("RGB", (30, 20)).save(
+        root / "x/b.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\x01\3\0\1\0\0\0\6\0\0\0\0\0\0\0"
+    )
+    before = load(root).fingerprint
+    write_manifest(str(root), validation_fraction=0.0, verify=True)
+    collection = load(root)
+    assert collection.column("width").tolist()[1] == 20 and collection.column("height").tolist()[1] == 30
+    assert collection.fingerprint != before  # of the checksums

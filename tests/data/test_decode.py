@@ -269,7 +269,8 @@ TRAITS = {
 def test_what_may_surprise_is_found(tmp_path, name):
     mode, options, traits = TRAITS[name]
     Image.new(mode, (4, 4)).save(tmp_path / name, **options)
-    assert inspect_image(tmp_path / name) == (None, None, traits)
+    found = inspect_image(tmp_path / name)
+    assert found[:3] == (None, None, traits) and found.size_hw is not None
 
 
 def test_every_trait_has_a_line_in_the_report():
@@ -289,7 +290,7 @@ def refused(path, pattern, max_pixels=MAX_PIXELS):
         read_image(path, 3, max_pixels)
     error = caught.value
     assert error.path == str(path) and str(error) == f"{path}: {error.reason}"
-    assert inspect_image(path, max_pixels) == (error.kind, error.reason, ())
+    assert inspect_image(path, max_pixels) == (error.kind, error.reason, (), None)
     return error.kind
 
 
