@@ -30,6 +30,7 @@ class LoopConfig(Strict):
     ema_warmup: bool
     log_every_steps: Positive
     evaluate_every_epochs: Annotated[float, Field(gt=0)]
+    evaluate_raw: bool
     plot_every_steps: Positive | None
     checkpoint_every_steps: Positive
     keep_checkpoints: Positive

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from engine.config import LoopConfig
 from engine.learner import Learner
 from engine.parallel import reshard
 from engine.plan import Plan
@@ -31,54 +32,63 @@ class Best:
 
 @dataclass
 class Evaluator:
-    """Evaluate a learner on the evaluation streams, every `every_epochs`.
+    """Evaluate a learner on the evaluation streams, every `loop.evaluate_every_epochs`.
 
-    patience_epochs: the run ends where the best value is older than this (`has_stalled`); null: it never does.
-    best: of what is exported, the average where there is one; best_raw: then that of the weights themselves.
+    best: of what is exported, the average where there is one; best_raw: then that of the weights themselves, where
+    `loop.evaluate_raw` asks for it.
     """
 
     streams: Streams
     plan: Plan
-    every_epochs: float
-    patience_epochs: float | None
+    loop: LoopConfig
     recorder: Recorder
     saver: Saver
     best: Best = field(default_factory=Best)
     best_raw: Best = field(default_factory=Best)
     last_report: dict[str, float] = field(default_factory=dict)
     last_step: int = 0  # of the newest evaluation
+    _before: dict[str, Best] = field(default_factory=dict)  # while newer best weights are being written
 
     @property
     def has_stalled(self) -> bool:
-        """Whether the newest evaluation is `patience_epochs` or more after the best one."""
-        if self.patience_epochs is None or self.best.step is None:
+        """Whether the newest evaluation is `loop.early_stop_epochs` or more after the best one."""
+        patience = self.loop.early_stop_epochs
+        if patience is None or self.best.step is None:
             return False
-        age = self.plan.epoch_at(self.last_step) - self.plan.epoch_at(self.best.step)
-        return age >= self.patience_epochs - 1e-9
+        return self.plan.epoch_at(self.last_step) - self.plan.epoch_at(self.best.step) >= patience - 1e-9
 
     def evaluate(self, learner: Learner) -> None:
-        """Measure the weights and, where there is one, their average; write the best of each.
+        """Measure what is exported, and the weights beside their average where asked; write the best of each.
 
-        The best weights are written while the network holds the weights that were measured.
+        The best weights are copied while the network holds the weights that were measured.
         """
-        step = learner.step
+        step, scalars = learner.step, {}
         self.recorder.phase(step, "evaluating")
         learner.sync_buffers()
-        report = self._measure(learner)
-        scalars = dict(report.scalars)
+        self.settle()
+        if not learner.exports_average or self.loop.evaluate_raw:
+            report = self._measure(learner)
+            scalars |= report.scalars
+            self._keep_best(learner, report, "best_raw" if learner.exports_average else "best", averaged=False)
         if learner.exports_average:
-            self.best_raw = self._keep_best(learner, report, self.best_raw, averaged=False)
             with learner.averages.swapped():
                 report = self._measure(learner)
                 scalars |= {f"ema/{name}": value for name, value in report.scalars.items()}
-                self.best = self._keep_best(learner, report, self.best, averaged=True)
-        else:
-            self.best = self._keep_best(learner, report, self.best, averaged=False)
+                self._keep_best(learner, report, "best", averaged=True)
         self.last_report, self.last_step = scalars, step
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         self.recorder.add_report(step, report.tables, report.images)
         self.recorder.plot(step, may_skip=not self.has_stalled)  # the curves end where the run stops early
+
+    def settle(self) -> None:
+        """Wait for best weights that are being written; where the disk refused them, the best before them stays.
+
+        On all ranks, before what is best is saved or compared.
+        """
+        for name in self.saver.take_refused():
+            setattr(self, name, self._before[name])
+        self._before.clear()
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""
@@ -105,15 +115,17 @@ class Evaluator:
             learner.task.train()
             reshard(learner.model)
 
-    def _keep_best(self, learner: Learner, report: Report, best: Best, *, averaged: bool) -> Best:
-        """Write the exported networks as they are now where the report is better than `best`; returns the best now."""
-        task, value = learner.task, report.scalars[learner.task.best_metric]
+    def _keep_best(self, learner: Learner, report: Report, name: str, *, averaged: bool) -> None:
+        """Write the exported networks as they are now where the report is better than the best named `name`."""
+        task, value, best = learner.task, report.scalars[learner.task.best_metric], getattr(self, name)
         if not math.isfinite(value):
             log.warning("step %d: %s is %s, so these are not the best weights", learner.step, task.best_metric, value)
-            return best
+            return
         if best.value is not None and (value >= best.value if task.best_is_lowest else value <= best.value):
-            return best
-        return Best(value, learner.step) if self.saver.write_best(learner, averaged=averaged) else best
+            return
+        self.saver.write_best(learner, name, averaged=averaged)
+        self._before[name] = best
+        setattr(self, name, Best(value, learner.step))
 
     def _due_loaders(self, step: int) -> dict[str, Iterable[Batch]]:
         """Return the loaders that are due; each of their batches counts as progress."""
@@ -129,6 +141,6 @@ class Evaluator:
 
         def is_due(name: str) -> bool:
             every = self.streams.every_epochs.get(name)
-            return every is None or self.plan.is_due_among(step, every, self.every_epochs)
+            return every is None or self.plan.is_due_among(step, every, self.loop.evaluate_every_epochs)
 
         return {name: tracked(name, loader) for name, loader in self.streams.evaluation.items() if is_due(name)}

@@ -81,13 +81,25 @@ def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
 
             setattr(task, name, convert_sync_batchnorm(network))
         if config.grad_checkpointing:
-            try:
-                network.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError):  # timm's networks: without the method, or refusing
-                raise UserError(
-                    f"runtime.grad_checkpointing: true, but {type(network).__name__} cannot recompute its blocks; set "
-                    "it to false"
-                ) from None
+            _checkpoint_gradients(network)
+
+
+# As timm (and our networks), diffusers and transformers name it.
+_CHECKPOINTING = ("set_grad_checkpointing", "enable_gradient_checkpointing", "gradient_checkpointing_enable")
+
+
+def _checkpoint_gradients(network: nn.Module) -> None:
+    """Let a network recompute its blocks in the backward pass, by the method that its library gives it."""
+    method = next((found for name in _CHECKPOINTING if (found := getattr(network, name, None)) is not None), None)
+    try:
+        if method is None:
+            raise AssertionError
+        method()
+    except AssertionError:  # as timm's networks refuse it
+        raise UserError(
+            f"runtime.grad_checkpointing: true, but {type(network).__name__} cannot recompute its blocks; set it to "
+            "false"
+        ) from None
 
 
 def find_units(task: nn.Module) -> list[nn.Module]:

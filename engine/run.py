@@ -80,6 +80,8 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
+    if not config.dry_run:
+        task.load_frozen()
     freeze(task)
     return task
 

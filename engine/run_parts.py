@@ -63,7 +63,8 @@ class Run:
         self.recorder.open(self.step, self.streams.train.path_of, goes_on=not self.is_complete)
 
     def save(self, *, last: bool) -> None:
-        """Write a checkpoint of this step; as `Saver.save`."""
+        """Write a checkpoint of this step; as `Saver.save`. The best weights that it names are on the disk."""
+        self.evaluator.settle()
         state = {
             "precision": self.learner.runtime.precision,
             "threads": torch.get_num_threads(),
@@ -92,7 +93,6 @@ def build_run(
     learner = Learner(task, config, plan, runtime)
     recorder = Recorder(config, plan, learner.values_at, runtime, folder.path)
     saver = Saver(folder, config.loop, frozen)
-    loop = config.loop
-    evaluator = Evaluator(streams, plan, loop.evaluate_every_epochs, loop.early_stop_epochs, recorder, saver)
+    evaluator = Evaluator(streams, plan, config.loop, recorder, saver)
     fingerprints = {**streams.fingerprints, **{f"frozen.{name}": value for name, value in frozen.items()}}
     return Run(learner, recorder, evaluator, saver, streams, plan, stop, fingerprints)

@@ -11,7 +11,7 @@ from engine.config import LoopConfig
 from engine.learner import Learner, Tensors
 from engine.parallel import is_sharded
 from engine.recorder import Recorder
-from engine.writer import CheckpointWriter
+from engine.writer import CheckpointWriter, Groups
 from utils.errors import UserError
 from utils.io.files import link_or_copy
 from utils.io.weights import weight_metadata, write_weights
@@ -32,6 +32,7 @@ class Saver:
         self.folder, self._frozen = folder, frozen
         self.writer = CheckpointWriter(in_background=loop.save_in_background, retries=loop.on_failed_save == "retry")
         self._keep = loop.keep_checkpoints
+        self._refused: list[str] = []
 
     def save(
         self, learner: Learner, recorder: Recorder, state: dict[str, Any], *, best_step: int | None, last: bool
@@ -62,29 +63,35 @@ class Saver:
             distributed.rank_zero_call(self.writer.finish)
         recorder.start_clock(step)
 
-    def write_best(self, learner: Learner, *, averaged: bool) -> bool:
-        """Write the exported networks, as they are now, as the best weights; on all ranks.
+    def write_best(self, learner: Learner, name: str, *, averaged: bool) -> None:
+        """Write the exported networks, as they are now, as the weights `name`, best or best_raw; on all ranks.
 
-        averaged: they hold the average now. Where the run has one and they do not, the file is `best_raw`.
-        Returns False where the disk refuses them and `loop.on_failed_save` is retry.
+        They are copied at once and written like a checkpoint, before the next one. averaged: they hold the average now.
         """
-        tensors = learner.exported_tensors()
+        tensors, step = learner.exported_tensors(), learner.step
         metadata = self._metadata(learner, averaged=averaged)
-        name = "best_raw" if learner.exports_average and not averaged else "best"
         path = self.folder.weights / f"{name}_weights.safetensors"
 
-        def write() -> bool:
+        def write(groups: Groups) -> None:
             try:
-                with write_errors(self.folder.weights, f"the best weights of step {learner.step}", {"": tensors}):
-                    write_weights(path, tensors, metadata)
-            except UserError as error:
-                if not self.writer.retries:
-                    raise
-                log.error("%s\nThe run continues with the best weights of before (loop.on_failed_save=retry)", error)
-                return False
-            return True
+                with write_errors(self.folder.weights, f"the best weights of step {step}", groups):
+                    write_weights(path, groups[name], metadata)
+            except UserError:
+                self._refused.append(name)
+                raise
 
-        return distributed.rank_zero_call(write)
+        if distributed.is_main():
+            self.writer.submit({name: tensors}, write, f"saved {path}", copied=is_sharded(learner.model))
+
+    def take_refused(self) -> list[str]:
+        """Wait until nothing is being written; return which best weights the disk has refused since; on all ranks."""
+
+        def wait() -> list[str]:
+            self.writer.wait()
+            refused, self._refused = self._refused, []
+            return refused
+
+        return distributed.rank_zero_call(wait)
 
     def _metadata(self, learner: Learner, *, averaged: bool) -> dict[str, Any]:
         """Return the metadata of a weight file."""

@@ -14,8 +14,9 @@ networks run stacked blocks by calling them: FSDP all-gathers a block's weights 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.io.files import hash_once
 from utils.io.weights import InitFrom
 
+FILE_HASHES = Path("outputs/cache/file_hashes.json")
 Knobs = dict[str, Tensor]
 
 
@@ -59,8 +62,8 @@ class Roles:
 
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
-    frozen: networks that are never trained and never checkpointed. They are rebuilt at every start and compared by
-        fingerprint on resume.
+    frozen: networks that are never trained and never checkpointed. `load_frozen` makes them at every start; they are
+        compared by fingerprint on resume.
 
     A network in none of these, such as an EMA teacher, is checkpointed but gets no gradient.
     """
@@ -100,6 +103,13 @@ class Task(nn.Module):
         """Return one loss per sample."""
         raise NotImplementedError
 
+    def load_frozen(self) -> None:
+        """Make the frozen networks; called at the start, on resume and on rebuild, never on the meta device."""
+
+    def frozen_files(self) -> Mapping[str, Sequence[Path]]:
+        """Return the files that frozen networks were loaded from, by network; one without files has its own tensors."""
+        return {}
+
     def initialise(self, source: InitFrom | None) -> None:
         """Load initial weights (`init_from`) and set `origin`; called on a new run, not on resume.
 
@@ -122,15 +132,20 @@ class Task(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all networks but the frozen ones, which stay in eval mode."""
         super().train(mode)
-        for name in self.roles.frozen:
-            self.get_submodule(name).eval()
+        for network in frozen_networks(self).values():
+            network.eval()
         return self
+
+
+def frozen_networks(task: Task) -> dict[str, nn.Module]:
+    """Return the frozen networks by name; in a dry run they are not loaded."""
+    return {name: network for name in task.roles.frozen if (network := getattr(task, name, None)) is not None}
 
 
 def freeze(task: Task) -> None:
     """Turn off the gradients of the frozen networks."""
-    for name in task.roles.frozen:
-        task.get_submodule(name).requires_grad_(False)
+    for network in frozen_networks(task).values():
+        network.requires_grad_(False)
 
 
 def trained_networks(task: Task) -> dict[str, nn.Module]:
@@ -170,11 +185,16 @@ def exports_average(task: Task) -> bool:
 
 
 def fingerprint_frozen(task: Task) -> dict[str, str]:
-    """Return a hash of each frozen network's tensors (names, shapes, dtypes and bytes), by network."""
-    fingerprints = {}
-    for network in task.roles.frozen:
+    """Return a hash of each frozen network by name: of its files, or else of its tensors' names, shapes and bytes."""
+    fingerprints, files = {}, task.frozen_files()
+    for network, module in frozen_networks(task).items():
         digest = hashlib.sha256()
-        for name, tensor in sorted(task.get_submodule(network).state_dict().items()):
+        if network in files:
+            for path in files[network]:
+                digest.update(f"{path.name} {hash_once(path, FILE_HASHES)}\n".encode())
+            fingerprints[network] = digest.hexdigest()[:16]
+            continue
+        for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         fingerprints[network] = digest.hexdigest()[:16]

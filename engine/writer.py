@@ -19,7 +19,10 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class HostCopies:
-    """Host memory that tensors are copied to; reused by the next save, and pinned for tensors of a GPU."""
+    """Host memory that tensors are copied to; reused by the next save, and pinned for tensors of a GPU.
+
+    Best weights and checkpoints are written in turn, and each keeps its memory.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
@@ -39,7 +42,7 @@ class HostCopies:
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 copies[group][name] = copy.copy_(tensor.detach(), non_blocking=True)
                 on_gpu = on_gpu or tensor.is_cuda
-        self._kept = {(group, name): copy for group, made in copies.items() for name, copy in made.items()}
+                self._kept[group, name] = copies[group][name]
         event = None
         if on_gpu:
             event = torch.cuda.Event()
@@ -87,6 +90,11 @@ class CheckpointWriter:
         copies, event = (groups, None) if copied else self._copies.take(groups)
         self._thread = threading.Thread(target=self._run, args=(copies, event, write), name="checkpoint writer")
         self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the running write; its error stays for `failed`."""
+        self._join()
+        self._log_and_forget()
 
     def finish(self) -> None:
         """Wait for the running write. Raises its error, even where the run would retry: no other save follows."""

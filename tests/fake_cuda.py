@@ -293,8 +293,10 @@ def run_case(task, optim, precision):
     with fake_gpu() as device:
         kind, setup = make_setup(task)
         torch.manual_seed(0)
+        network = kind.build(setup)
+        network.load_frozen()
         run = build_bench_run(
-            kind.build(setup), batch_size=BATCH, accum_steps=2, optim={"option": optim}, loop={"ema_decay": 0.99},
+            network, batch_size=BATCH, accum_steps=2, optim={"option": optim}, loop={"ema_decay": 0.99},
             runtime={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},
         )  # fmt: skip
         learner = run.learner

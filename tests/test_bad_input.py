@@ -443,7 +443,7 @@ OTHERS = {
     "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors was not written by a run of At",
     "predict weights=nowhere input=images": "weights: nowhere does not exist; name a run folder or a weight file",
     "predict weights=empty input=images": "weights: the run empty has no best weights; is it a run folder that has",
-    "predict weights=pretrained input=images": "output: pretrained/weights/ ... outputs features, which CSV does not",
+    "predict weights=pretrained input=images": "output: pretrained/weights/ ... gives vectors, which CSV does not",
     "predict weights=foreign.pth input=images": "weights: foreign.pth was not written by a run of Atelier; name a run",
     "predict weights=broken.onnx input=images": "weights: broken.onnx is not a readable ONNX file (",
     "predict weights=broken.safetensors input=images": "weights: broken.safetensors is not a readable sa",

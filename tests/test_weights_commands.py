@@ -38,7 +38,11 @@ def place(tmp_path_factory):
     make_images(folder / "images")
     encoder = vary_weights(build_network(CONFIG, 0))
     torch.save({"model": encoder.state_dict()}, folder / "fcmae.pt")
-    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", "loop.ema_decay=0.5", "optim.lr=0.01"], folder)
+    run(
+        "finetune",
+        [*SMALL, "init_from=fcmae.pt", "run_dir=run", "loop.ema_decay=0.5", "loop.evaluate_raw=true", "optim.lr=0.01"],
+        folder,
+    )
     return folder
 
 

@@ -38,6 +38,7 @@ def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:
 
     tensors, metadata = read_weights(path, key, check)
     task = found["kind"].build(found["setup"])
+    task.load_frozen()
     for name, state in _split(task, tensors).items():
         load_into(task.get_submodule(name), state, keep_head=True)
     if (built := fingerprint_frozen(task)) != (saved := metadata.get("frozen", {})):

@@ -25,15 +25,16 @@ PLAN = Plan(1, 10, 10, 1, 100, 1000, 0, 0.1)  # 10 steps an epoch
     ],
 )
 def test_when_it_stalls(patience, best, newest, stalled):
-    evaluator = Evaluator(None, PLAN, 1.0, patience, None, None, best=Best(0.5, best), last_step=newest)
+    loop = SimpleNamespace(early_stop_epochs=patience)
+    evaluator = Evaluator(None, PLAN, loop, None, None, best=Best(0.5, best), last_step=newest)
     assert evaluator.has_stalled == stalled
 
 
 def test_a_value_that_is_no_number_is_never_the_best(log):
     learner = SimpleNamespace(task=SimpleNamespace(best_metric="top1"), step=20)
-    evaluator = Evaluator(None, PLAN, 1.0, None, None, None, best=Best(0.5, 10))
-    report = Report({"top1": float("nan")})
-    assert evaluator._keep_best(learner, report, evaluator.best, averaged=False) is evaluator.best
+    evaluator = Evaluator(None, PLAN, None, None, None, best=Best(0.5, 10))
+    evaluator._keep_best(learner, Report({"top1": float("nan")}), "best", averaged=False)
+    assert evaluator.best == Best(0.5, 10)
     assert "step 20: top1 is nan, so these are not the best weights" in log.text
 
 
@@ -61,3 +62,22 @@ def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):
     assert "the run is complete: 5 of 20 steps are done" in capsys.readouterr().err
     run("finetune", [*command, "loop.early_stop_epochs=3.0"], tmp_path)
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_best_weights_that_the_disk_refuses_are_not_the_best():
+    """They are written in the background; before a checkpoint names them, the run knows whether they are there."""
+    refused = []
+    saver = SimpleNamespace(
+        write_best=lambda learner, name, averaged: None, take_refused=lambda: [refused.pop()] if refused else []
+    )
+    learner = SimpleNamespace(task=SimpleNamespace(best_metric="top1", best_is_lowest=False), step=20)
+    evaluator = Evaluator(None, PLAN, None, None, saver, best=Best(0.5, 10))
+    evaluator._keep_best(learner, Report({"top1": 0.6}), "best", averaged=False)
+    assert evaluator.best == Best(0.6, 20)
+    evaluator.settle()
+    assert evaluator.best == Best(0.6, 20)
+    learner.step = 30
+    evaluator._keep_best(learner, Report({"top1": 0.7}), "best", averaged=False)
+    refused.append("best")
+    evaluator.settle()
+    assert evaluator.best == Best(0.6, 20)

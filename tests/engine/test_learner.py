@@ -134,7 +134,7 @@ def test_a_frozen_network_stays_in_eval_mode_without_gradients():
     task, before = learner.task, copy.deepcopy(learner.task.encoder.state_dict())
     task.train()
     learner.update([make_batch()])
-    Evaluator(SimpleNamespace(evaluation={}), plan, 1.0, None, None, None)._measure(learner)
+    Evaluator(SimpleNamespace(evaluation={}), plan, None, None, None)._measure(learner)
     assert task.network.training and not any(module.training for module in task.encoder.modules())
     learner.update([make_batch()])
     after = task.encoder.state_dict()

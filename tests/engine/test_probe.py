@@ -218,7 +218,7 @@ def test_a_run_with_a_probe_is_the_same_run_and_resumes_bit_for_bit(collection, 
     settings = [
         "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
         "loop.checkpoint_every_steps=4", "loop.save_in_background=false", "loop.evaluate_every_epochs=1.0",
-        "model.drop_path_rate=0.3",
+        "loop.evaluate_raw=true", "model.drop_path_rate=0.3",
     ]  # fmt: skip
     often, never = [*settings, "task.probe.every_epochs=1.5"], [*settings, "task.probe.every_epochs=null"]
     uninterrupted, killed, without = tmp_path / "uninterrupted", tmp_path / "killed", tmp_path / "without"

@@ -46,25 +46,25 @@ class FlowTask(Task):
 
     def __init__(self, setup):
         super().__init__()
-        self.encoder = nn.Conv2d(setup.model.in_channels, 4, kernel_size=4, stride=4, bias=False)
-        nn.init.orthogonal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
         body = [nn.Conv2d(5, setup.model.width, 3, padding=1), nn.SiLU(), nn.Conv2d(setup.model.width, 4, 3, padding=1)]
         label = nn.Embedding(len(setup.facts["class_names"]) + 1, 4)  # 0: no class
         self.velocity = nn.ModuleDict({"label": label, "body": nn.Sequential(*body)})
-        self.normalise, self._metadata = setup.normalise(), setup.metadata()
+        self.normalise, self._metadata, self.channels = setup.normalise(), setup.metadata(), setup.model.in_channels
+
+    def load_frozen(self):
+        self.encoder = nn.Conv2d(self.channels, 4, kernel_size=4, stride=4, bias=False)
+        nn.init.orthogonal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
 
     def exported(self):
         return Exported(("velocity",), self._metadata)
 
     def _losses(self, batch):
-        with torch.no_grad():
-            latents = self.encoder(self.normalise(batch["images"])).float()
+        latents = self.encoder(self.normalise(batch["images"])).float()
         times = rng.uniform(batch["key"], (1, 1, 1))
         noise = rng.normal(batch["key"], latents.shape[1:], draw=1)
-        label = self.velocity["label"](batch["labels"])[:, :, None, None]
-        noisy_latents = (1 - times) * latents + times * noise + label
+        noisy = (1 - times) * latents + times * noise + self.velocity["label"](batch["labels"])[:, :, None, None]
         level = times.expand(-1, 1, *latents.shape[2:])
-        pred = self.velocity["body"](torch.cat([noisy_latents, level], dim=1)).float()
+        pred = self.velocity["body"](torch.cat([noisy, level], dim=1)).float()
         return {"loss": (pred - noise + latents).square().mean(dim=(1, 2, 3)), "dropped": batch["labels"] == 0}
 
     def forward(self, batch, knobs):

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "loop.batch_size",
     "loop.log_every_steps",
     "loop.evaluate_every_epochs",
+    "loop.evaluate_raw",
     "loop.plot_every_steps",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",

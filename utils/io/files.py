@@ -146,3 +146,20 @@ def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_once(path: Path, cache: Path) -> str:
+    """Return the SHA-256 of a file; `cache`, a JSON file, keeps it until the file's size or time of change differ."""
+    status, key = path.stat(), os.path.realpath(path)
+    version = [status.st_size, status.st_mtime_ns]
+    try:
+        known = read_json(cache)
+    except (OSError, ValueError):
+        known = {}
+    entry = known.get(key) if isinstance(known, dict) else None
+    if isinstance(entry, list) and entry[:2] == version and isinstance(entry[-1], str):
+        return entry[-1]
+    digest = sha256_file(path)
+    with ignore_write_errors(cache):
+        write_json(cache, {**(known if isinstance(known, dict) else {}), key: [*version, digest]})
+    return digest

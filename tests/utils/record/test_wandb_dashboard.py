@@ -51,7 +51,11 @@ def test_every_figure_of_the_dashboard_is_one_that_runs_log(tmp_path):
     images = make_images(tmp_path / "images")
     common = [*TINY, f"data.root={images}", "loop.total_steps=4"]
     run("pretrain_fcmae", [*common, "task.decoder_dim=8", "run_dir=pre"], tmp_path)
-    run("finetune", [*common, "run_dir=fine", "loop.ema_decay=0.9", "schedule=onecycle"], tmp_path)
+    run(
+        "finetune",
+        [*common, "run_dir=fine", "loop.ema_decay=0.9", "loop.evaluate_raw=true", "schedule=onecycle"],
+        tmp_path,
+    )
     logged, pictures, tables = set(), set(), set()
     for name in ("pre", "fine"):
         for row in rows_with_readings(tmp_path / name):
