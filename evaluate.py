@@ -26,7 +26,7 @@ from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import rebuild_task
 from models.config import ModelConfig
 from utils.config.entry_point import Job, entry_point
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json
 from utils.io.result_folder import open_result_folder
 from utils.io.weights import WEIGHT_NAMES, choose_weights
@@ -45,10 +45,10 @@ class EvaluateConfig(Strict):
     Without `run_dir`, `data` must be given; `model` and `augment` too where the file is not ours.
     """
 
-    run_dir: str | None
-    weights: str
+    run_dir: PathText | None
+    weights: PathText
     init_weights: Literal["model", "ema"]
-    output: str | None
+    output: PathText | None
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None

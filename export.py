@@ -29,7 +29,7 @@ from models.config import ModelConfig
 from models.export.model_card import licence_of
 from models.export.report import add_report, refuse_other_format
 from utils.config.entry_point import Job, entry_point
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 from utils.errors import close_names
 from utils.io.files import output_errors
 from utils.io.weights import WEIGHT_NAMES, choose_weights
@@ -58,10 +58,10 @@ class ExportConfig(Strict):
     """
 
     format: Annotated[str, AfterValidator(check_format)]
-    run_dir: str | None
-    weights: str | Annotated[list[str], Field(min_length=1)]
+    run_dir: PathText | None
+    weights: PathText | Annotated[list[PathText], Field(min_length=1)]
     init_weights: Literal["model", "ema"]
-    output: str | None
+    output: PathText | None
     backbone_only: bool
     precision: Literal["fp32", "fp16", "int8"]
     dynamic_size: bool

@@ -23,7 +23,7 @@ from engine.tasks.rebuild import load_image_model
 from models.outputs import RowOptions
 from models.predictor import OnnxPredictor, Predictor, TorchPredictor
 from utils.config.entry_point import Job, entry_point
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.files import output_errors, write_atomically
 from utils.io.weights import find_weights
@@ -36,9 +36,9 @@ log = get_logger(__name__)
 class PredictConfig(Strict):
     """`weights` is a run folder or a file, `output` a .jsonl or .csv file; `top` of classes, `threshold` of tags."""
 
-    weights: str
-    input: str
-    output: str
+    weights: PathText
+    input: PathText
+    output: PathText
     top: Annotated[int, Field(ge=1)]
     threshold: Annotated[float, Field(ge=0, le=1)]
     batch_size: Annotated[int, Field(ge=1)]

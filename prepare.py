@@ -19,7 +19,7 @@ from data.idx import idx_to_folders
 from data.manifest_writer import write_manifest
 from data.scan import check_root
 from utils.config.entry_point import Job, entry_point
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.progress import counting
@@ -38,7 +38,7 @@ class PrepareConfig(Strict):
     job: Literal["glyphs", "manifest", "idx"]
     dry_run: bool
     verify: bool
-    source: str | None
+    source: PathText | None
     class_names: list[str] | None
     data: DataConfig
 

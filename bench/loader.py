@@ -43,6 +43,7 @@ from train import TrainConfig
 from utils import rng
 from utils.config.entry_point import CONF, ROOT, quote_paths, validate
 from utils.config.messages import ConfigError, hydra_problem
+from utils.config.schema import path_keys
 from utils.errors import EXIT_USER_ERROR, UserError
 from utils.ranks.processes import count_cores
 from utils.record.logging import setup_logging
@@ -85,7 +86,7 @@ def read_arguments(words):
         overrides.insert(0, "data=image_folder")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            values = compose("train", overrides=quote_paths(overrides, multirun=False))
+            values = compose("train", overrides=quote_paths(overrides, path_keys(TrainConfig), multirun=False))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError([hydra_problem(error, TrainConfig, CONF)]) from None
     return validate(values, TrainConfig), seconds or (QUICK_SECONDS if quick else SECONDS), quick

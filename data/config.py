@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -15,7 +15,7 @@ _POLICY = re.compile(r"rand(-(m\d+|n[1-9]\d*|p[01]?\.?\d*|mstd\d+\.?\d*|mmax\d+|
 class _Data(Strict):
     """What every collection has. `validation_fraction` is used only where the collection has no validation split."""
 
-    root: str
+    root: PathText
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     max_pixels: PositiveInt
 

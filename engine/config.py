@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 from utils.record.config import TrackingConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -104,10 +104,10 @@ class TrainingConfig(Strict):
     """What every training script's schema begins with; the script adds model, task, data and augment."""
 
     seed: Annotated[int, Field(ge=0)]
-    run_dir: str | None
-    init_from: str | None
+    run_dir: PathText | None
+    init_from: PathText | None
     init_weights: Literal["model", "ema"]
-    resume: str
+    resume: PathText
     resume_allow: list[str]
     dry_run: bool
     loop: LoopConfig

@@ -17,7 +17,7 @@ from engine.checkpoint import (
 from engine.config import TrainingConfig
 from engine.run_parts import Run
 from engine.skips import LOWER_RATE, TooManySkipped
-from utils.config.recipe import check_resumable
+from utils.config.recipe import check_resumable, with_added
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.slurm_step import restart_count
@@ -152,8 +152,8 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
 
 def _check_found_rate(state: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse what nothing would read: another rate, where a range test has found it, and a range test afterwards."""
-    started_with_test = state["config"].get("lr_finder", {}).get("enabled", False)  # older checkpoints have none
-    if config["lr_finder"]["enabled"] and not started_with_test:
+    test = with_added("lr_finder", state["config"].get("lr_finder", {}), ("enabled",))
+    if config["lr_finder"]["enabled"] and not test["enabled"]:
         raise UserError(
             "lr_finder.enabled: true has no effect on a run that began without a range test; set "
             "lr_finder.enabled=false, or start another run with run_dir=..."

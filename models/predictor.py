@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.image_model import ImageModel
 from models.outputs import OUTPUTS, RowOptions
+from utils.config.recipe import ADDED_KEYS
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
 from utils.record.logging import get_logger
@@ -31,7 +32,7 @@ class _Preprocessing(BaseModel):
 
     image_size_hw: Annotated[list[Annotated[int, Field(ge=1, le=_MAX_SIDE)]], Field(min_length=2, max_length=2)]
     interpolation: Literal["bilinear", "bicubic"]
-    eval_resize: Literal["crop", "squash"] = "crop"  # older files do not state it
+    eval_resize: Literal["crop", "squash"] = ADDED_KEYS["augment.eval_resize"].before
     eval_crop: Annotated[float, Field(gt=0.01, le=1)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]

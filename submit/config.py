@@ -3,13 +3,16 @@
 import re
 from typing import Annotated, Literal, Self
 
+from omegaconf import OmegaConf
 from pydantic import Field, field_validator, model_validator
 
+from utils.config.entry_point import CONF, ROOT
 from utils.config.schema import Strict
 
 Count = Annotated[int, Field(ge=1)]
-_Script = Literal["train", "pretrain_fcmae", "finetune", "evaluate", "predict", "export", "prepare"]
-_TRAINING = ("train", "pretrain_fcmae", "finetune")  # these save when they are asked to stop, and continue
+# The files at the root that have a primary file in conf/.
+SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if (CONF / f"{file.stem}.yaml").is_file())
+Script = Literal[*SCRIPTS]
 # What submitit and this room set themselves, or what undoes it.
 _OWN_LINES = {
     "job-name", "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "gpus-per-node", "gpus-per-task", "gpus",
@@ -28,7 +31,7 @@ class LaunchConfig(Strict):
     lost.
     """
 
-    script: _Script
+    script: Script
     folder: str
     job_name: str | None
     nodes: Count
@@ -82,7 +85,7 @@ class LaunchConfig(Strict):
                 "so the job would be stopped as it starts; set it lower"
             )
         many = self.nodes * self.ranks_on_node
-        if self.script in ("predict", "export", "prepare") and many > 1:
+        if many > 1 and not (self.trains or "runtime" in _config_parts(self.script)):
             raise ValueError(
                 f"launch.script: {self.script}.py is one process, and {many} are asked for; set launch.nodes=1 "
                 "launch.ranks_per_node=1"
@@ -97,4 +100,11 @@ class LaunchConfig(Strict):
     @property
     def trains(self) -> bool:
         """Whether the script saves when it is asked to stop, and continues."""
-        return self.script in _TRAINING
+        return "common" in _config_parts(self.script)
+
+
+def _config_parts(script: str) -> set[str]:
+    """Return the keys and the groups of a script's primary file."""
+    values = OmegaConf.load(CONF / f"{script}.yaml")
+    groups = {part if isinstance(part, str) else next(iter(part)) for part in values.defaults}
+    return groups | {str(key) for key in values}

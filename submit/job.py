@@ -116,22 +116,21 @@ class ScriptJob:
                 self._process.kill()
 
     def checkpoint(self) -> Any:
-        """Wait until the script has saved, and return what continues it; in a signal handler of the first task."""
+        """Stop the script, and return what continues it. A script that was at its end or has failed ends this process.
+
+        submitit calls it in the first task, in a signal handler.
+        """
         from submitit.helpers import DelayedSubmission
 
-        process, self._process = self._process, None  # which cannot be pickled
-        if process is None:  # it has not begun
+        process, self._process = self._process, None  # a process cannot be pickled
+        if process is None:  # the script has not begun
             return DelayedSubmission(self)
-        started, status = time.monotonic(), process.returncode
-        if status is None:
-            process.send_signal(signal.SIGUSR1)  # SLURM signals it too; both together are one request
-            # `wait` may hold a lock in the frame that the signal has interrupted.
-            found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        # torchrun always ends with 1; without a note of its ranks it was still starting them.
-        status = EXIT_STOPPED if status != EXIT_OK and self.torchrun_ranks is not None else _meaning(status)
-        status = judge_status(self._status_folder(), status)
-        if status not in (EXIT_STOPPED, EXIT_LOST_RANK):  # it was at its end, or has failed
+        started = time.monotonic()
+        status = _stop(process)
+        if self.torchrun_ranks is not None and status != EXIT_OK:
+            status = EXIT_STOPPED  # torchrun always ends with 1; unless its ranks have noted theirs, none had started
+        status = judge_status(self._status_folder(), _meaning(status))
+        if status not in (EXIT_STOPPED, EXIT_LOST_RANK):
             self._end(status)
             os._exit(status)
         _say(f"ended with status {status} after {time.monotonic() - started:.1f} s; the job continues in the queue")
@@ -181,6 +180,16 @@ def job_id() -> str:
     """Return the number by which SLURM knows this job; ARRAY_INDEX in an array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def _stop(process: subprocess.Popen) -> int:
+    """Ask a script to save; returns its exit status, which is negative where a signal has ended it."""
+    if process.returncode is not None:
+        return process.returncode
+    process.send_signal(signal.SIGUSR1)  # SLURM signals it too; both together are one request
+    # Not process.wait, which may hold a lock in the frame that submitit's signal has interrupted.
+    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def _meaning(status: int) -> int:

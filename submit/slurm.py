@@ -9,6 +9,7 @@ What begins with `launch` is read here (conf/launch/slurm.yaml); everything else
 its own dry run before anything is queued. docs/slurm.md leads from an empty cluster to a requeued job.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -24,8 +25,8 @@ from submit.executor import container_words, make_executor, queue_jobs
 from submit.follow import wait_for
 from submit.job import ScriptJob
 from submit.snapshot import copy_code
-from utils.config.entry_point import ROOT, Job, entry_point, name_sweep_job, quote_paths
-from utils.config.schema import Strict
+from utils.config.entry_point import ROOT, Job, entry_point, quote_paths
+from utils.config.schema import Strict, path_keys
 from utils.config.sweep import FLAGS, Sweep, parse_sweep
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import output_errors, write_json
@@ -49,7 +50,7 @@ def main(config: SubmitConfig, job: Job) -> str:
     """Check, copy, queue, and wait where asked to."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
-    sweep = parse_sweep(quote_paths(SCRIPT_WORDS, multirun=True)) if set(FLAGS) & set(SCRIPT_WORDS) else None
+    sweep = read_sweep(launch.script, SCRIPT_WORDS) if set(FLAGS) & set(SCRIPT_WORDS) else None
     jobs = [SCRIPT_WORDS] if sweep is None else list_jobs(sweep)
     if not jobs:
         return f"all jobs of the sweep {sweep.name} are complete"
@@ -101,11 +102,17 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
         raise SystemExit(done.returncode)
 
 
+def read_sweep(script: str, words: list[str]) -> Sweep:
+    """Return the sweep of a --multirun. The script's own schema says which words are paths."""
+    keys = path_keys(importlib.import_module(script).main.schema)
+    return parse_sweep(quote_paths(words, keys, multirun=True))
+
+
 def list_jobs(sweep: Sweep) -> list[list[str]]:
     """Return the words of each job of a --multirun that is not complete, each with a run folder of its own."""
     if sweep.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
-    jobs = sweep.jobs(name_sweep_job)
+    jobs = sweep.jobs()
     left = [job.arguments for job in jobs if not job.is_complete]
     if len(left) < len(jobs):
         log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))

@@ -22,6 +22,7 @@ from data.glyphs import GLYPHS_VERSION
 from data.manifest_writer import write_manifest
 from tests.support import make_collection
 from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
+from utils.config.schema import path_keys
 from utils.io.files import write_json
 
 TRAINING = ("pretrain_fcmae", "finetune", "train")
@@ -62,7 +63,8 @@ def load_command(script: str) -> Any:
 
 def compose(script: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, Job]:
     """Compose a script's configuration as its command line would; returns the values and the job."""
-    quoted, config_dir = quote_paths(list(overrides), multirun=False), load_command(script).config_dir
+    command = load_command(script)
+    quoted, config_dir = quote_paths(list(overrides), path_keys(command.schema), multirun=False), command.config_dir
     search = [] if config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]
     script = script.rpartition(".")[2]
     with initialize_config_dir(str(config_dir), version_base="1.3"):

@@ -1,9 +1,11 @@
 """A run folder of an older release is resumed, evaluated and predicted from by the code of today."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from engine.resume import _check_fingerprints
 from tests.in_process import configure, run
 from tests.support import ROOT, rows
 from utils.config import recipe
@@ -38,6 +40,12 @@ def test_a_changed_value_is_still_refused(place):
     command = (place / "run/overrides.txt").read_text().split()
     with pytest.raises(UserError, match="task.label_smoothing"):
         run("finetune", [*command, "loop.total_steps=8", "task.label_smoothing=0.2"], place)
+
+
+def test_a_fingerprint_that_a_run_lacks_is_unknown_and_passes():
+    run, config = SimpleNamespace(fingerprints={"facts": "new", "data": "same"}), SimpleNamespace(resume_allow=[])
+    run.saver = SimpleNamespace(folder=OLD)
+    _check_fingerprints({"data": "same"}, run, config)
 
 
 # --------------------------------------------------------------------------------------------- the table of added keys

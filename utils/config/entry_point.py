@@ -12,14 +12,13 @@ and no traceback.
 """
 
 import os
-import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,11 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from utils.config.messages import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
-from utils.config.schema import Strict
-from utils.config.sweep import parse_sweep
+from utils.config.schema import Strict, path_keys
+from utils.config.sweep import FLAGS, name_sweep_job, parse_sweep
 from utils.config.sweep_processes import run_at_once
 from utils.errors import EXIT_CRASH, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError, lost_worker
-from utils.io.files import sha256_text
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.ranks.job_status import note_status
@@ -49,9 +47,6 @@ Schema = TypeVar("Schema", bound=Strict)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-_NAME_BYTES = 200  # of a sweep job's folder; file systems take 255
-# Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`: these keys' values are quoted.
-PATH_KEYS = ("run_dir", "data.root", "init_from", "resume", "input", "output", "weights", "source")
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,17 @@ class JobResult:
     result: str
 
 
-def quote_paths(arguments: list[str], multirun: bool) -> list[str]:
-    """Quote the values of path keys so that Hydra takes them literally; quoted values stay as they are.
+def quote_paths(arguments: list[str], keys: Container[str], multirun: bool) -> list[str]:
+    """Quote the values of some keys, which are paths, so that Hydra takes them literally; quoted values stay.
 
-    In a multirun, a comma in a value that names no existing file separates two values, as Hydra has it. A value in
-    brackets with a comma is a list of paths.
+    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. In a multirun, a comma in a
+    value that names no existing file separates two values, as Hydra has it. A value in brackets with a comma is a list
+    of paths.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key.lstrip("+") in PATH_KEYS:
+        if equals and key.lstrip("+") in keys:
             if _is_list(value):
                 quoted.append(f"{key}=[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]")
                 continue
@@ -130,41 +126,6 @@ def _job_from_hydra(script: str) -> Job:
     return Job(script, choices, overrides, sweep_name)
 
 
-def name_sweep_job(overrides: list[str]) -> str:
-    """Return the folder name of a sweep's job: its overrides; with a hash where they had to be changed or cut."""
-    full = ",".join(sorted(text for text in overrides if not re.match(r"run_dir=|sweep\.", text)))
-    clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
-    return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
-
-
-def _run_job(
-    main: Callable[[Any, Job], str | None], schema: type[Schema], script: str, values: DictConfig
-) -> JobResult:
-    """Validate and run one job; every way it can end becomes an exit status."""
-    setup_logging()
-    job = _job_from_hydra(script)
-    try:
-        return JobResult(job.overrides, EXIT_OK, main(validate(values, schema), job) or "done")
-    except ConfigError as error:
-        _say(f"{script}.py: {error}")
-        return JobResult(job.overrides, EXIT_USER_ERROR, error.problems[0])
-    except UserError as error:
-        _say(f"{script}.py: {error}", other_ranks=True)
-        return JobResult(job.overrides, EXIT_USER_ERROR, str(error).splitlines()[0])
-    except (HydraException, OmegaConfBaseException) as error:
-        problem = hydra_problem(error, schema, CONF)
-        _say(f"{script}.py: {ConfigError([problem])}")
-        return JobResult(job.overrides, EXIT_USER_ERROR, problem)
-    except Exception as error:
-        if (lost := lost_worker(error)) is not None:
-            _say(f"{script}.py: {lost}", other_ranks=True)
-            return JobResult(job.overrides, EXIT_LOST_RANK, lost)
-        # A defect: show its traceback; the sweep continues.
-        text = safe_lines(traceback.format_exc())
-        sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
-        return JobResult(job.overrides, EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
-
-
 def _say(message: str, *, other_ranks: bool = False) -> None:
     """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
     rank, message = environment_rank(), safe_lines(message)
@@ -207,62 +168,101 @@ def _leave(status: int) -> None:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Refuse Hydra's rerun option, which reads a pickle, and a group set to null, which Hydra refuses unnamed."""
+    """Refuse Hydra's rerun option, which reads a pickle, and groups without or with a second file, as Hydra does."""
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key.startswith("--experimental-rerun"):
             raise ConfigError([f"{key}: reads a pickled file, which Atelier never does; give the overrides"])
-        if value == "null" and (options := list_options(key, CONF)):
-            raise ConfigError([f"{key}: null chooses no file; leave it out, or choose {', '.join(options)}"])
+        group = key.lstrip("+")
+        if (value == "null" or key != group) and (options := list_options(group, CONF)):
+            raise ConfigError([f"{group}: {argument} chooses no file; write {group}=NAME, one of {', '.join(options)}"])
+
+
+@dataclass(frozen=True)
+class Command(Generic[Schema]):
+    """A script as a command. Its parts serve those who compose and run it in their own process (tests, notebooks)."""
+
+    script: str
+    main: Callable[[Schema, Job], str | None]
+    schema: type[Schema]
+    config_dir: Path
+
+    def __call__(self) -> None:
+        """Run the command of sys.argv, and end the process with its status."""
+        setup_logging()  # again for each job of a sweep
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
+        try:
+            status = self._run(sys.argv[1:])
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            status, _ = self._report(error)
+        except ValueError as error:  # jobs raise nothing, so it is Hydra's: options that exclude each other
+            status, _ = self._report(HydraException(str(error)))
+        except SystemExit as stop:
+            if stop.code not in (EXIT_STOPPED, EXIT_LOST_RANK):
+                raise
+            status = stop.code
+        _leave(status)
+
+    def _run(self, arguments: list[str]) -> int:
+        """Run the job or the sweep of some arguments; returns the greatest exit status."""
+        _check_arguments(arguments)
+        multirun = not set(FLAGS).isdisjoint(arguments)
+        arguments = quote_paths(order_arguments(arguments), path_keys(self.schema), multirun)
+        sweep = parse_sweep(arguments) if multirun else None
+        if sweep is not None and not sweep.is_in_turn:
+            status = run_at_once(sweep, sys.argv[0])
+            _log_ranking(Path(sweep.base))
+            return status
+        results = self._run_in_turn(arguments)
+        if (multirun or len(results) > 1) and results and environment_rank() == 0:
+            setup_logging()  # Hydra has switched our loggers off again
+            if sweep is not None:
+                _log_ranking(Path(sweep.base))
+            log.info("%s", Lines(_table(results)))
+        return max((result.status for result in results), default=EXIT_OK)
+
+    def _run_in_turn(self, arguments: list[str]) -> list[JobResult]:
+        """Let Hydra compose and run the jobs, in this process."""
+        results: list[JobResult] = []
+
+        def job(values: DictConfig) -> None:
+            results.append(self._run_job(values))
+
+        elsewhere = self.config_dir != CONF  # a stranger's primary file finds our groups
+        sys.argv[1:] = [*arguments, f"hydra.searchpath=['file://{CONF}']"] if elsewhere else arguments
+        hydra.main(config_path=str(self.config_dir), config_name=self.script, version_base="1.3")(job)()
+        return results
+
+    def _run_job(self, values: DictConfig) -> JobResult:
+        """Validate and run one job; every way it can end becomes an exit status."""
+        setup_logging()
+        job = _job_from_hydra(self.script)
+        try:
+            return JobResult(job.overrides, EXIT_OK, self.main(validate(values, self.schema), job) or "done")
+        except Exception as error:
+            return JobResult(job.overrides, *self._report(error))
+
+    def _report(self, error: Exception) -> tuple[int, str]:
+        """Show an error; returns its exit status and its line in a sweep's table."""
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            error = ConfigError([hydra_problem(error, self.schema, CONF)])
+        if isinstance(error, ConfigError):
+            _say(f"{self.script}.py: {error}")
+            return EXIT_USER_ERROR, error.problems[0]
+        if isinstance(error, UserError):
+            _say(f"{self.script}.py: {error}", other_ranks=True)
+            return EXIT_USER_ERROR, str(error).splitlines()[0]
+        if (lost := lost_worker(error)) is not None:
+            _say(f"{self.script}.py: {lost}", other_ranks=True)
+            return EXIT_LOST_RANK, lost
+        # A defect: show its traceback; the sweep continues.
+        text = safe_lines("".join(traceback.format_exception(error)))
+        sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
+        return EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def entry_point(
     config_name: str, schema: type[Schema], config_dir: Path = CONF
-) -> Callable[[Callable[[Schema, Job], str | None]], Callable[[], None]]:
+) -> Callable[[Callable[[Schema, Job], str | None]], Command[Schema]]:
     """Turn `main(config, job)` into a command; its return value is its line in a sweep's table."""
-
-    def decorate(main: Callable[[Schema, Job], str | None]) -> Callable[[], None]:
-        def command() -> None:
-            setup_logging()  # again for each job of a sweep
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
-            results: list[JobResult] = []
-            arguments = sys.argv[1:]
-            multirun = "--multirun" in arguments or "-m" in arguments
-            sys.argv[1:] = quote_paths(order_arguments(arguments), multirun)
-            if config_dir != CONF:  # a stranger's primary file finds our groups
-                sys.argv.append(f"hydra.searchpath=['file://{CONF}']")
-
-            def job(values: DictConfig) -> None:
-                results.append(_run_job(main, schema, config_name, values))
-
-            try:
-                _check_arguments(sys.argv[1:])
-                sweep = parse_sweep(sys.argv[1:]) if multirun else None
-                if sweep is not None and not sweep.is_in_turn:
-                    status = run_at_once(sweep, sys.argv[0], name_sweep_job)
-                    _log_ranking(Path(sweep.base))
-                    _leave(status)
-                hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(job)()
-            except UserError as error:
-                _say(f"{config_name}.py: {error}")
-                _leave(EXIT_USER_ERROR)
-            # Jobs raise nothing, so a ValueError is Hydra's too: `optim=null`, options that exclude each other.
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                _say(f"{config_name}.py: {ConfigError([hydra_problem(error, schema, CONF)])}")
-                _leave(EXIT_USER_ERROR)
-            except SystemExit as stop:
-                if stop.code in (EXIT_STOPPED, EXIT_LOST_RANK):
-                    _leave(stop.code)
-                raise
-            if (multirun or len(results) > 1) and results and environment_rank() == 0:
-                setup_logging()  # Hydra has switched our loggers off again
-                if sweep is not None:
-                    _log_ranking(Path(sweep.base))
-                log.info("%s", Lines(_table(results)))
-            _leave(max((result.status for result in results), default=EXIT_OK))
-
-        # The command's parts, for callers that compose and run it in their own process (tests, notebooks).
-        command.main, command.schema, command.config_dir = main, schema, config_dir
-        return command
-
-    return decorate
+    return lambda main: Command(config_name, main, schema, config_dir)

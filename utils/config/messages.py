@@ -2,15 +2,14 @@
 
 import difflib
 import re
-import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from utils.config.schema import is_free_group, known_keys, walk_keys
 from utils.errors import UserError, close_names
 
 _MOST = 3  # keys that an advice names
@@ -31,50 +30,7 @@ class ConfigError(UserError):
         return type(self), (self.problems,)
 
 
-# ------------------------------------------------------------------------------------------------- keys that there are
-
-
-def _tags(model: type[BaseModel]) -> set[str]:
-    """Return the texts by which unions tell a model from the others: those of its single-valued literals."""
-    choices = [typing.get_args(field.annotation) for field in model.model_fields.values()]
-    return {values[0] for values in choices if len(values) == 1 and isinstance(values[0], str)}
-
-
-def _models(annotation: Any, values: Any = None) -> list[type[BaseModel]]:
-    """Return the models that an annotation admits; of a union those whose tag is in `values`, if any is."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    options = [] if _is_free(annotation) else typing.get_args(annotation)
-    found = [model for option in options for model in _models(option)]
-    texts = {value for value in values.values() if isinstance(value, str)} if isinstance(values, dict) else set()
-    return [model for model in found if texts & _tags(model)] or found
-
-
-def _walk(schema: type[BaseModel], values: Any = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield a schema's dotted keys, groups and leaves, with their annotations.
-
-    Of a union all models' keys, or those that `values` choose; below free keys those that `values` has.
-    """
-    for name, field in schema.model_fields.items():
-        key, inner = f"{prefix}{name}", values.get(name) if isinstance(values, dict) else None
-        yield key, field.annotation
-        for model in _models(field.annotation, inner):
-            yield from _walk(model, inner, f"{key}.")
-        if _is_free(field.annotation):
-            for own, value in (inner or {}).items() if isinstance(inner, dict) else ():
-                yield f"{key}.{own}", None
-                for model in _models(typing.get_args(field.annotation)[1], value):
-                    yield from _walk(model, value, f"{key}.{own}.")
-
-
-def _is_free(annotation: Any) -> bool:
-    """Return whether a group's own keys are free, such as those of schedule.knobs."""
-    return typing.get_origin(annotation) is dict
-
-
-def known_keys(schema: type[BaseModel], values: Any = None) -> list[str]:
-    """Return a schema's dotted keys, as `_walk` finds them, each once."""
-    return list(dict.fromkeys(key for key, _ in _walk(schema, values)))
+# ---------------------------------------------------------------------------------------------------- unknown keys
 
 
 def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
@@ -91,7 +47,7 @@ def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
     beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == level]
     if beside:
         return f"{dotted}: unknown key; {close_names(parts[-1], beside)}"
-    if any(key == level and _is_free(annotation) for key, annotation in _walk(schema, values)):
+    if any(key == level and is_free_group(field) for key, field in walk_keys(schema, values)):
         return f"{dotted}: unknown key; {level} takes new keys with a plus: +{dotted}=VALUE"
     return f"{dotted}: unknown key; {level} is a value without keys"
 
@@ -189,15 +145,11 @@ def hydra_problem(error: Exception, schema: type[BaseModel], conf: Path) -> str:
         if not equals:
             return f"{key}: no value is given; write {key}=VALUE"
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
-    text = str(error)
-    full_key = re.search(r"full_key: ([\w.]+)", text)
-    if refused := re.search(r"(?:Could not override|Could not delete from config\.|Key) '([^']+)'", text):
-        return _unknown(full_key.group(1) if full_key else refused.group(1), schema)
-    if twice := re.match(r"Multiple values for ([\w/]+)", text):
-        return f"{twice.group(1)}: is chosen already; write {twice.group(1)}=NAME, without +"
+    if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
+        return _unknown(error.__cause__.full_key, schema)
     if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {text.splitlines()[0]}"
-    return text
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
+    return str(error)
 
 
 def _missing_file(error: MissingConfigException, conf: Path) -> str:

@@ -56,6 +56,7 @@ ADDED_KEYS = {
     "task.class_weights": Added("none", hashed=True),
     "task.initial_weights": Added("normal", hashed=True),
     "lr_finder.enabled": Added(False, hashed=True),
+    "augment.eval_resize": Added("crop", hashed=True),
 }
 
 

@@ -6,7 +6,6 @@ on: trials that were under way are made again, with the same values and in the s
 the same results lead to the same trials.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from utils.record.sweep_table import read_result
 class Search:
     """The trials of a sweep: `next_job` asks for one, `tell` gives its result back."""
 
-    def __init__(self, sweep: Sweep, name_of: Callable[[list[str]], str]) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         import optuna  # takes a second
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sweep, self._name_of, self._optuna = sweep, name_of, optuna
+        self._sweep, self._optuna = sweep, optuna
         self._swept = [one for one in sweep.overrides if one.is_sweep_override()]
         if not self._swept:
             raise UserError("sweep.trials: nothing is swept; add a range, optim.lr=tag(log,interval(1e-4,1e-2))")
@@ -65,7 +64,7 @@ class Search:
             for one in self._sweep.overrides
             if one.key_or_group != "run_dir"
         ]
-        return self._sweep.job(words, self._name_of)
+        return self._sweep.job(words)
 
     def tell(self, job: SweepJob) -> None:
         """Take a job's result from its run folder; without one its trials have failed."""

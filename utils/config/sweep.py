@@ -9,7 +9,8 @@ in turn (the default) run in one process, by Hydra.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from utils.config.messages import ConfigError
+from utils.io.files import sha256_text
 from utils.record.run_config import is_complete
 
 FLAGS = ("--multirun", "-m")
 FOLDER = "outputs/sweeps"
+_NAME_BYTES = 200  # of a job's folder; file systems take 255
 SWEEP_VARIABLE = "ATELIER_SWEEP"  # the name of the sweep, for a job that runs as a command of its own
 
 
@@ -71,11 +74,11 @@ class Sweep:
         """Return its name: of its folder."""
         return Path(self.base).name
 
-    def job(self, words: Sequence[str], name_of: Callable[[list[str]], str]) -> SweepJob:
-        """Return the job of some overrides; name_of: from overrides to a folder's name."""
-        return SweepJob(tuple(words), f"{self.base}/{name_of(list(words))}")
+    def job(self, words: Sequence[str]) -> SweepJob:
+        """Return the job of some overrides."""
+        return SweepJob(tuple(words), f"{self.base}/{name_sweep_job(words)}")
 
-    def jobs(self, name_of: Callable[[list[str]], str]) -> list[SweepJob]:
+    def jobs(self) -> list[SweepJob]:
         """Return all jobs: each choice with each other."""
         choices = [
             [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
@@ -84,7 +87,14 @@ class Sweep:
             for one in self.overrides
             if one.key_or_group != "run_dir"
         ]
-        return [self.job(words, name_of) for words in itertools.product(*choices)]
+        return [self.job(words) for words in itertools.product(*choices)]
+
+
+def name_sweep_job(overrides: Iterable[str]) -> str:
+    """Return the folder name of a job: its overrides; with a hash where they had to be changed or cut."""
+    full = ",".join(sorted(text for text in overrides if not re.match(r"run_dir=|sweep\.", text)))
+    clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
+    return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
 
 
 def _values(overrides: Iterable[Override]) -> dict[str, Any]:

@@ -21,26 +21,18 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-def run_at_once(sweep: Sweep, script: str, name_of: Callable[[list[str]], str]) -> int:
+def run_at_once(sweep: Sweep, script: str) -> int:
     """Run a sweep's jobs as processes of a script; returns the greatest of their exit statuses, 75 where stopped."""
     if detect_world().size > 1:
         raise UserError("sweep.at_once: jobs at once are processes of their own; start the sweep with python alone")
     gpus = visible_gpus(sweep.gpus)
-    statuses = [EXIT_OK]
     if sweep.trials is None:
-        jobs = iter(sweep.jobs(name_of))
-        processes = JobProcesses(script, lambda: next(jobs, None), lambda _, status: statuses.append(status))
+        processes = JobProcesses(script, iter(sweep.jobs()))
     else:
-        search = Search(sweep, name_of)
-
-        def tell(job: SweepJob, status: int) -> None:
-            statuses.append(status)
-            if status != EXIT_STOPPED:
-                search.tell(job)
-
-        processes = JobProcesses(script, search.next_job, tell)
+        search = Search(sweep)
+        processes = JobProcesses(script, iter(search.next_job, None), search.tell)
     processes.run(sweep.at_once, gpus)
-    return EXIT_STOPPED if processes.stopping else max(statuses)
+    return EXIT_STOPPED if processes.stopping else max(processes.statuses, default=EXIT_OK)
 
 
 def visible_gpus(numbers: Sequence[int]) -> list[str]:
@@ -65,12 +57,13 @@ def visible_gpus(numbers: Sequence[int]) -> list[str]:
 class JobProcesses:
     """Processes that take jobs, one after another, until there are none.
 
-    next_job: returns a job, or None; ended: takes a job and its exit status. Neither is called by two threads at once.
+    ended: called with each job that was not stopped. It and `jobs` are used by one thread at a time.
     """
 
     script: str
-    next_job: Callable[[], SweepJob | None]
-    ended: Callable[[SweepJob, int], None]
+    jobs: Iterator[SweepJob]
+    ended: Callable[[SweepJob], None] = lambda job: None
+    statuses: list[int] = field(default_factory=list)
     stopping: bool = False
     error: Exception | None = None
     _processes: set[subprocess.Popen] = field(default_factory=set)
@@ -103,12 +96,14 @@ class JobProcesses:
     def _take_all(self, gpu: str | None) -> None:
         while not self.stopping and self.error is None:
             with self._lock:
-                job = self.next_job()
+                job = next(self.jobs, None)
             if job is None:
                 return
             status = self._run(job, gpu)
             with self._lock:
-                self.ended(job, status)
+                self.statuses.append(status)
+                if status != EXIT_STOPPED:
+                    self.ended(job)
 
     def _run(self, job: SweepJob, gpu: str | None) -> int:
         """Run a job, unless it is complete; its output goes into a file beside its folder."""

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.config.entry_point import name_sweep_job
 from utils.config.messages import ConfigError
 from utils.config.search import Search
 from utils.config.sweep import parse_sweep
@@ -58,7 +57,7 @@ def script(tmp_path, monkeypatch):
 
 
 def run(script, *words):
-    return run_at_once(parse_sweep(["--multirun", *words]), script, name_sweep_job)
+    return run_at_once(parse_sweep(["--multirun", *words]), script)
 
 
 def started(name):
@@ -68,9 +67,7 @@ def started(name):
 
 
 def test_jobs_are_all_choices_with_each_other():
-    jobs = parse_sweep(["-m", "a=1,2", "b=x", "seed=range(0,2)", "sweep.name=n", "sweep.at_once=2"]).jobs(
-        name_sweep_job
-    )
+    jobs = parse_sweep(["-m", "a=1,2", "b=x", "seed=range(0,2)", "sweep.name=n", "sweep.at_once=2"]).jobs()
     assert [job.arguments for job in jobs] == [
         [
             f"a={a}",
@@ -83,7 +80,7 @@ def test_jobs_are_all_choices_with_each_other():
         for a in (1, 2)
         for seed in (0, 1)
     ]
-    assert parse_sweep(["a=1,2", "run_dir=here"]).jobs(name_sweep_job)[1].folder == "here/a=2"
+    assert parse_sweep(["a=1,2", "run_dir=here"]).jobs()[1].folder == "here/a=2"
 
 
 @pytest.mark.parametrize(
@@ -199,13 +196,13 @@ def test_a_search_is_repeatable_and_draws_anew_where_it_goes_on(script, monkeypa
 
 def test_a_trial_that_was_killed_is_made_again_with_its_values(script):
     sweep = parse_sweep(["--multirun", "top=interval(0,10)", "n=range(1,9)", "c=x,y", "sweep.name=k", "sweep.trials=2"])
-    job = Search(sweep, name_sweep_job).next_job()
-    assert Search(sweep, name_sweep_job).next_job() == job
+    job = Search(sweep).next_job()
+    assert Search(sweep).next_job() == job
     assert re.fullmatch(r"top=[\d.e-]+ n=[1-8] c=[xy] .*", " ".join(job.words))
 
 
 def test_trials_of_the_same_values_are_one_job_at_a_time(script):
-    search = Search(parse_sweep(["--multirun", "c=x,y", "sweep.name=k", "sweep.trials=5"]), name_sweep_job)
+    search = Search(parse_sweep(["--multirun", "c=x,y", "sweep.name=k", "sweep.trials=5"]))
     jobs = [search.next_job(), search.next_job()]
     assert {job.folder for job in jobs} == {"outputs/sweeps/k/c=x", "outputs/sweeps/k/c=y"}
     assert search.next_job() is None  # the other three are those two again
@@ -217,7 +214,7 @@ def test_trials_of_the_same_values_are_one_job_at_a_time(script):
 
 @pytest.mark.parametrize(("is_lowest_best", "value"), [(True, -0.5), (False, 0.5), (None, None)])
 def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
-    search = Search(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"]), name_sweep_job)
+    search = Search(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"]))
     job = search.next_job()
     Path(job.folder).mkdir(parents=True)
     if value is not None:

@@ -8,9 +8,8 @@ import logging
 
 import pytest
 
-from tests.in_process import TINY, make_images
+from tests.in_process import TINY, make_images, run_command
 from tests.in_process import run as run_script
-from tests.support import command
 from utils.io.safe_text import HIDDEN, Lines, escape_controls, hide_secrets, hide_secrets_in
 from utils.record import logging as house
 
@@ -146,11 +145,13 @@ def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     run_script("finetune", [*overrides[:-1], "loop.total_steps=5"], tmp_path)  # and it goes on
 
 
-def test_a_real_command_hides_the_key_in_what_it_refuses(tmp_path):
-    done = command(
-        "python", "finetune.py", "data.root=https://me:word@host/x", "run_dir=x", "tracking=sesame-open-up\x1b[1A",
-        SOME_API_KEY="sesame-open-up",
-    )  # fmt: skip
-    assert done.returncode == 2 and "sesame" not in done.stderr and "\x1b" not in done.stderr
-    done = command("python", "prepare.py", "job=manifest", "data=image_folder", "data.root=https://me:word@host/x")
-    assert done.returncode == 2 and f"https://{HIDDEN}@host/x" in done.stderr and "word" not in done.stderr
+def test_a_command_hides_the_key_in_what_it_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SOME_API_KEY", "sesame-open-up")
+    words = ["data.root=https://me:word@host/x", "run_dir=x", "tracking=sesame-open-up\x1b[1A"]
+    assert run_command("finetune", words, tmp_path, monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "tracking" in said and "sesame" not in said and "\x1b" not in said
+    words = ["job=manifest", "data=image_folder", "data.root=https://me:word@host/x"]
+    assert run_command("prepare", words, tmp_path, monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert f"https://{HIDDEN}@host/x" in said and "word" not in said

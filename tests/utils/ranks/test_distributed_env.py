@@ -88,18 +88,6 @@ def test_a_node_list_without_a_host_says_what_to_set():
         detect_world({**STEP, "SLURM_STEP_NODELIST": "[1]"})
 
 
-@pytest.mark.parametrize(
-    ("environment", "rank"),
-    [({}, 0), ({"RANK": "3"}, 3), ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, 2), ({"RANK": "x"}, 0)],
-)
-def test_the_rank_before_there_is_a_group(environment, rank, monkeypatch):
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert environment_rank() == rank
-
-
 def test_the_rank_before_there_is_a_group_is_that_of_the_world(monkeypatch):
     """Otherwise a process would be silent, or all would speak."""
     for environment, world in WORLDS.values():
