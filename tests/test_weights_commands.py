@@ -1,6 +1,5 @@
 """Weights of others through the commands: evaluate.py and export.py without a run, timm's weights, means, licences."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 
 from engine.tasks.exporting import merge_origins
 from models.build import build_network
-from models.config import ConvNeXtV2Config, TimmConfig
+from models.config import ConvNeXtV2Config
 from models.export.parity import vary_weights
 from tests.in_process import SHORT, make_images, run
 from tests.support import rows as rows_of
@@ -24,7 +23,10 @@ from utils.io.weights import read_weights, write_weights
 MODEL = ["model=convnextv2_atto", "model.depths=[1,1,1,1]", "model.dims=[8,12,16,20]"]
 SMALL = [*MODEL, *SHORT, "augment.image_size_hw=[32,32]", "data=image_folder", "data.root=images"]
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
-IMAGES = ["data=image_folder", "data.root=images", "augment.image_size_hw=[32,32]", *ON_CPU]
+DATA = ["data=image_folder", "data.root=images"]
+IMAGES = [*DATA, "augment.image_size_hw=[32,32]", *ON_CPU]
+BEST = "weights=run/weights/best_weights.safetensors"
+RESNET = "test_resnet.r160_in1k"
 CONFIG = ConvNeXtV2Config(
     family="convnextv2", name="convnextv2_atto", in_channels=3, depths=[1, 1, 1, 1], dims=[8, 12, 16, 20],
     stem_stride=4, drop_path_rate=0.0, head_init_scale=1.0,
@@ -36,14 +38,15 @@ def place(tmp_path_factory):
     """Return a folder with images of classes A and B, and a run with an average, trained from a released-like file."""
     folder = tmp_path_factory.mktemp("weights")
     make_images(folder / "images")
-    encoder = vary_weights(build_network(CONFIG, 0))
-    torch.save({"model": encoder.state_dict()}, folder / "fcmae.pt")
-    run(
-        "finetune",
-        [*SMALL, "init_from=fcmae.pt", "run_dir=run", "loop.ema_decay=0.5", "loop.evaluate_raw=true", "optim.lr=0.01"],
-        folder,
-    )
+    torch.save({"model": vary_weights(build_network(CONFIG, 0)).state_dict()}, folder / "fcmae.pt")
+    averages = ["loop.ema_decay=0.5", "loop.evaluate_raw=true", "optim.lr=0.01"]
+    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", *averages], folder)
     return folder
+
+
+def weights_of(place, run, name="last"):
+    """Return tensors and metadata of a weight file of a run."""
+    return read_weights(place / f"{run}/weights/{name}_weights.safetensors", "w")
 
 
 def metrics(folder, *overrides):
@@ -64,34 +67,22 @@ def test_a_released_file_is_measured_without_a_run(place):
         assert found == pytest.approx(wanted, abs=1e-5) and found["samples"] == 4
 
 
-def test_a_file_of_ours_needs_the_collection_alone(place):
-    wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
-    found = metrics(
-        place, "weights=run/weights/best_weights.safetensors", "data=image_folder", "data.root=images", *ON_CPU
-    )
-    assert found == wanted
-
-
 def test_results_without_a_run_lie_below_outputs(place):
-    run(
-        "evaluate",
-        ["weights=run/weights/best_weights.safetensors", "data=image_folder", "data.root=images", *ON_CPU],
-        place,
-    )
+    run("evaluate", [BEST, *DATA, *ON_CPU], place)
     folder = place / "outputs/evaluate/best_weights"
-    assert read_json(folder / "metrics.json")["samples"] == 4
+    wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
+    assert read_json(folder / "metrics.json").items() >= wanted.items() and wanted["samples"] == 4
     assert (folder / "plots/evaluate_confusion.png").is_file() and (folder / "tables/evaluate_classes.csv").is_file()
 
 
 def test_each_file_and_collection_has_results_of_its_own(place):
     """Two runs' best weights have one name; the same command finds its folder again."""
     (place / "other").mkdir(exist_ok=True)
-    tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors", "w")
+    tensors, metadata = weights_of(place, "run", "best")
     write_weights(place / "other/own_weights.safetensors", tensors, metadata)
     write_weights(place / "own_weights.safetensors", tensors, {**metadata, "step": 99})
-    data = ["data=image_folder", "data.root=images", *ON_CPU]
     for name in ("own_weights", "other/own_weights", "own_weights"):
-        run("evaluate", [f"weights={name}.safetensors", *data], place)
+        run("evaluate", [f"weights={name}.safetensors", *DATA, *ON_CPU], place)
     found = [read_json(place / f"outputs/evaluate/{name}/metrics.json") for name in ("own_weights", "own_weights-2")]
     assert [values["step"] for values in found] == [99, metadata["step"]]
     assert not (place / "outputs/evaluate/own_weights-3").exists()
@@ -101,60 +92,41 @@ def test_a_validation_split_alone_is_enough(place):
     """Somebody who checks a published figure may have no training images."""
     (place / "only").mkdir()
     (place / "only/val").symlink_to(place / "images/val")
-    file = "weights=run/weights/best_weights.safetensors"
-    assert metrics(place, file, "data=image_folder", "data.root=only", *ON_CPU)["samples"] == 4
+    assert metrics(place, BEST, "data=image_folder", "data.root=only", *ON_CPU)["samples"] == 4
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "key"),
     [
-        (
-            ["weights=best"],
-            "run_dir: must be given, because weights=best is one of a run's; add run_dir=RUN, or weights=",
-        ),
-        (["weights=fcmae.pt"], "data: must be given where there is no run_dir; add data=image_folder data.root=PATH"),
-        (["run_dir=run", *MODEL], "model: the run states its own; remove model, or run_dir and give weights=FILE"),
-        (["weights=fcmae.pt", "augment=light", *IMAGES], "model: must be given with augment and with weights=timm"),
-        (
-            ["run_dir=run", "init_weights=ema"],
-            "init_weights: ema is read for torch checkpoints that are not",
-        ),
-        (["weights=fcmae.pt", "init_weights=ema", *IMAGES[:2]], "init_weights: ema is read for torch checkpoints that"),
+        (["weights=best"], "run_dir"),
+        (["weights=fcmae.pt"], "data"),
+        (["run_dir=run", *MODEL], "model"),
+        (["weights=fcmae.pt", "augment=light", *IMAGES], "model"),
+        (["run_dir=run", "init_weights=ema"], "init_weights"),
+        (["weights=fcmae.pt", "init_weights=ema", *DATA], "init_weights"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(overrides, message, place):
+def test_keys_that_do_not_fit_are_refused(overrides, key, place):
     with pytest.raises(ConfigError) as refused:
         run("evaluate", overrides, place)
-    assert refused.value.problems[0].startswith(message)
+    assert refused.value.problems[0].startswith(f"{key}: ")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            [*MODEL, "data=image_folder", "data.root=images"],
-            "augment: must be given, because a weight file does not say",
-        ),
-        (
-            [*MODEL, "augment=glyphs", *IMAGES],
-            "weights: fcmae.pt has no head, and the collection has 2 classes; give the",
-        ),
+        ([*MODEL, *DATA], "augment: must be given"),
+        ([*MODEL, "augment=glyphs", *IMAGES], "weights: fcmae.pt has no head, and the collection has 2 classes"),
+        (["weights=seven.pt", *MODEL, "augment=glyphs", *IMAGES], "weights: seven.pt has a head of 7 classes"),
         (["model=convnextv2_tiny", "augment=glyphs", *IMAGES], "weights: 196 of the checkpoint's tensors do not fit"),
         (["model=timm", "augment=glyphs", *IMAGES], "weights: "),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(overrides, message, place):
+    torch.save({"model": vary_weights(build_network(CONFIG, 7)).state_dict()}, place / "seven.pt")
     with pytest.raises(UserError) as refused:
         run("evaluate", ["weights=fcmae.pt", *overrides, *ON_CPU], place)
     assert str(refused.value).startswith(message)
-
-
-def test_a_head_of_other_classes_is_refused(place):
-    torch.save({"model": vary_weights(build_network(CONFIG, 7)).state_dict()}, place / "seven.pt")
-    with pytest.raises(
-        UserError, match=r"^weights: seven\.pt has a head of 7 classes, and the collection has 2 classes"
-    ):
-        run("evaluate", ["weights=seven.pt", *MODEL, "augment=glyphs", *IMAGES], place)
 
 
 # --- licences, origins, and the best raw weights
@@ -162,52 +134,36 @@ def test_a_head_of_other_classes_is_refused(place):
 
 def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
     for name in ("last", "best", "best_raw", "ema"):
-        _, metadata = read_weights(place / f"run/weights/{name}_weights.safetensors", "weights")
+        _, metadata = weights_of(place, "run", name)
         assert metadata["origin"] == {"source": "fcmae.pt", "layout": "official", "licence": "cc-by-nc-4.0"}
     run("export", ["format=timm", "run_dir=run"], place)
     assert read_json(place / "run/export/timm/config.json")["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
     assert read_json(place / "run/export/timm/export.json")["model.safetensors"]["licence"] == "cc-by-nc-4.0"
-    # A run from that export: the file beside the weights states it.
+    # A run from that export: the file beside the weights states it. A resumed one still knows it.
     run("finetune", [*SMALL, "init_from=run/export/timm", "run_dir=second"], place)
-    _, metadata = read_weights(place / "second/weights/last_weights.safetensors", "weights")
+    run("finetune", [*SMALL, "init_from=run/export/timm", "run_dir=second", "loop.total_steps=3"], place)
+    _, metadata = weights_of(place, "second")
     assert metadata["origin"]["licence"] == "cc-by-nc-4.0" and metadata["origin"]["layout"] == "timm"
-    run("export", ["format=onnx", "run_dir=second", "licence=mine"], place)
-    assert read_json(place / "second/export/export.json")["model.onnx"]["licence"] == "mine"
-
-
-def test_a_resumed_run_still_knows_its_origin(place):
-    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=resumed"], place)
-    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=resumed", "loop.total_steps=3"], place)
-    assert read_weights(place / "resumed/weights/last_weights.safetensors", "weights")[1]["step"] == 3
-    assert (
-        read_weights(place / "resumed/weights/last_weights.safetensors", "weights")[1]["origin"]["source"] == "fcmae.pt"
-    )
+    assert metadata["step"] == 3
+    run("export", ["format=safetensors", "run_dir=second", "licence=mine", "output=mine"], place)
+    assert read_json(place / "mine/export.json")["model.safetensors"]["licence"] == "mine"
 
 
 def test_with_an_average_the_best_raw_weights_are_kept_too(place):
-    best, best_raw = (
-        read_weights(place / f"run/weights/{name}_weights.safetensors", "weights") for name in ("best", "best_raw")
-    )
+    best, best_raw = (weights_of(place, "run", name) for name in ("best", "best_raw"))
     assert (best[1]["average"], best_raw[1]["average"]) == (True, False)
     assert not torch.equal(best[0]["head.weight"], best_raw[0]["head.weight"])
-    found, rows = metrics(place, "run_dir=run", "weights=best_raw", *ON_CPU), []
-    for line in (place / "run/metrics.jsonl").read_text().splitlines():
-        rows += [row for row in [json.loads(line)] if row["kind"] == "evaluate"]
+    found = metrics(place, "run_dir=run", "weights=best_raw", *ON_CPU)
+    rows = [row for row in rows_of(place / "run/metrics.jsonl") if row["kind"] == "evaluate"]
     assert found["top1"] == max(row["top1"] for row in rows)
     run("finetune", [*SMALL, "run_dir=plain"], place)
     assert not (place / "plain/weights/best_raw_weights.safetensors").exists()
 
 
 def test_the_average_of_a_run_is_a_start_too(place):
-    run(
-        "finetune",
-        [*SMALL, "init_from=run", "init_weights=ema", "task.head=kept", "optim.lr=0", "run_dir=from_ema"],
-        place,
-    )
-    ours, ema = (
-        read_weights(place / f"{run}_weights.safetensors", "w")[0]
-        for run in ("from_ema/weights/last", "run/weights/ema")
-    )
+    settings = ["init_from=run", "init_weights=ema", "task.head=kept", "optim.lr=0", "run_dir=from_ema"]
+    run("finetune", [*SMALL, *settings], place)
+    ours, ema = weights_of(place, "from_ema")[0], weights_of(place, "run", "ema")[0]
     assert all(torch.equal(tensor, ema[name]) for name, tensor in ours.items())
 
 
@@ -216,23 +172,18 @@ def test_the_average_of_a_run_is_a_start_too(place):
 
 def test_several_files_are_averaged(place):
     run("export", ["format=safetensors", "run_dir=run", "weights=[last,best_raw,ema]", "output=mean"], place)
-    states = [
-        read_weights(place / f"run/weights/{name}_weights.safetensors", "w")[0] for name in ("last", "best_raw", "ema")
-    ]
+    states = [weights_of(place, "run", name)[0] for name in ("last", "best_raw", "ema")]
     mean, metadata = read_weights(place / "mean/model.safetensors", "w")
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, sum(state[name] for state in states) / 3)
     assert len(metadata["averaged"]) == 3
-    with pytest.raises(
-        UserError, match=r"^weights: .* are not of one network, so they have no mean: \d+ tensors differ"
-    ):
-        torch.save(build_network(CONFIG, 0).state_dict(), place / "other.pt")
+    torch.save(build_network(CONFIG, 0).state_dict(), place / "other.pt")
+    with pytest.raises(UserError, match=r"^weights: .* are not of one network"):
         run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.pt]", "output=x"], place)
 
 
 def test_weights_whose_outputs_mean_other_things_have_no_mean(place):
-    last = place / "run/weights/last_weights.safetensors"
-    tensors, metadata = read_weights(last, "w")
+    tensors, metadata = weights_of(place, "run")
     changes = {
         "class_names": {"class_names": ["B", "A"]},
         "preprocessing.mean": {"preprocessing": {**metadata["preprocessing"], "mean": [0.1] * 3}},
@@ -241,15 +192,13 @@ def test_weights_whose_outputs_mean_other_things_have_no_mean(place):
     }
     for key, change in changes.items():
         write_weights(place / "other.safetensors", tensors, {**metadata, **change})
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError, match=rf"^weights: .* have no mean, because {key} differs: "):
             run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.safetensors]", "output=x"], place)
-        assert f"other.safetensors have no mean, because {key} differs: " in str(refused.value)
-        assert str(refused.value).endswith("runs with the same task, network, classes and preprocessing")
     assert not (place / "x").exists()
 
 
 def test_a_mean_has_the_licences_of_all(place):
-    tensors, metadata = read_weights(place / "run/weights/last_weights.safetensors", "w")
+    tensors, metadata = weights_of(place, "run")
     origins = [None, metadata["origin"], {"source": "b.pt", "layout": "timm", "licence": "apache-2.0"}]
     for index, origin in enumerate(origins):
         write_weights(place / f"licence{index}.safetensors", tensors, {**metadata, "origin": origin})
@@ -279,22 +228,14 @@ def test_a_foreign_file_is_converted_without_a_run(place):
 def test_a_file_of_features_only_is_for_init_from(name, source, place):
     run("export", ["format=safetensors", *source, f"output={name}"], place)
     file = f"{name}/model.safetensors"
-    for script, arguments in (("evaluate", IMAGES[:2] + ON_CPU), ("predict", ["input=images", "output=f.jsonl"])):
-        with pytest.raises(UserError, match=rf"^weights: {file} has features only, .* load it with init_from={file}"):
+    for script, arguments in (("evaluate", DATA + ON_CPU), ("predict", ["input=images", "output=f.jsonl"])):
+        with pytest.raises(UserError, match=rf"^weights: {file} has features only, .* init_from={file}"):
             run(script, [f"weights={file}", *arguments], place)
     run("finetune", [*SMALL, f"init_from={file}", "optim.lr=0", f"run_dir=from_{name}"], place)
-    tensors = read_weights(place / file, "w")[0]
-    found = read_weights(place / f"from_{name}/weights/last_weights.safetensors", "w")[0]
+    tensors, found = read_weights(place / file, "w")[0], weights_of(place, f"from_{name}")[0]
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
-
-
-def test_a_file_of_somebody_else_is_refused_with_what_to_do(place):
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"python export\.py format=onnx weights=fcmae\.pt model="):
         run("predict", ["weights=fcmae.pt", "input=images", "output=f.jsonl"], place)
-    assert str(refused.value).endswith(
-        "add model=... augment=... (evaluate.py, export.py); for predict.py convert it first: "
-        "python export.py format=onnx weights=fcmae.pt model=... augment=... output=FOLDER"
-    )
 
 
 def test_int8_reports_the_accuracy_that_it_costs(place):
@@ -311,53 +252,37 @@ def test_int8_reports_the_accuracy_that_it_costs(place):
     assert all(int8 == pytest.approx(fp32, abs=0.02) for fp32, int8 in zip(*found))
 
 
-@pytest.mark.slow
 def test_reports_of_several_files_lie_beside_each_other(place):
-    for precision in ("fp32", "fp16"):
-        run("export", ["format=onnx", "run_dir=run", f"precision={precision}", "output=both"], place)
+    for form in ("safetensors", "pth"):
+        run("export", [f"format={form}", "run_dir=run", "output=both"], place)
     reports = read_json(place / "both/export.json")
-    assert {name: report["file"] for name, report in reports.items()} == {
-        "model.onnx": "model.onnx", "model_fp16.onnx": "model_fp16.onnx"
+    assert {name: report["format"] for name, report in reports.items()} == {
+        "model.safetensors": "safetensors", "model.pth": "pth"
     }  # fmt: skip
-    run("export", ["format=safetensors", "run_dir=run", "output=both"], place)
-    assert {**reports, "model.safetensors": 0}.keys() == read_json(place / "both/export.json").keys()
     before = (place / "both/model.safetensors").read_bytes()
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"^output: .*format=safetensors"):
         run("export", ["format=timm", "run_dir=run", "output=both"], place)
-    assert str(refused.value) == (
-        "output: both has the model.safetensors of format=safetensors, which format=timm would replace; name another "
-        "folder"
-    )
     assert (place / "both/model.safetensors").read_bytes() == before
     (place / "both/export.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"^output: both/export\.json is not a report of export\.py; move it away"):
+    with pytest.raises(UserError, match=r"^output: both/export\.json"):
         run("export", ["format=safetensors", "run_dir=run", "output=both"], place)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "key"),
     [
-        (["format=timm", "run_dir=run", "precision=fp16"], "precision: format=timm does not read it"),
-        (
-            ["format=onnx", "weights=fcmae.pt", "output=x", "precision=int8", *MODEL],
-            "precision: int8 is measured on a run",
-        ),
-        (
-            ["format=onnx", "weights=fcmae.pt", *MODEL],
-            "output: must be given where there is no run_dir; add output=FOLDER",
-        ),
-        (["format=onnx"], "run_dir: must be given for weights=best; add run_dir=RUN, or weights=FILE"),
-        (["format=onnx", "run_dir=run", *MODEL], "model: is for one weight file that is not ours"),
-        (
-            ["format=onnx", "run_dir=run", "init_weights=ema"],
-            "init_weights: ema is read for torch checkpoints that",
-        ),
+        (["format=timm", "run_dir=run", "precision=fp16"], "precision"),
+        (["format=onnx", "weights=fcmae.pt", "output=x", "precision=int8", *MODEL], "precision"),
+        (["format=onnx", "weights=fcmae.pt", *MODEL], "output"),
+        (["format=onnx"], "run_dir"),
+        (["format=onnx", "run_dir=run", *MODEL], "model"),
+        (["format=onnx", "run_dir=run", "init_weights=ema"], "init_weights"),
     ],
 )
-def test_wrong_exports_are_refused(overrides, message, place):
+def test_wrong_exports_are_refused(overrides, key, place):
     with pytest.raises(ConfigError) as refused:
         run("export", overrides, place)
-    assert refused.value.problems[0].startswith(message)
+    assert refused.value.problems[0].startswith(f"{key}: ")
 
 
 # --- timm's weights
@@ -379,72 +304,60 @@ def use_cache(monkeypatch, folder):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-TIMM = [
-    "model=timm",
-    *SHORT,
-    "augment=glyphs",
-    "augment.image_size_hw=[64,64]",
-    "data=image_folder",
-    "data.root=images",
-]
+TIMM = ["model=timm", *SHORT, *DATA, "augment=glyphs", "augment.image_size_hw=[64,64]"]
 
 
-@pytest.mark.parametrize("asks", ["model.pretrained=true", "init_from=timm"])
-def test_timms_weights_come_from_its_cache_with_their_preprocessing(asks, place, monkeypatch, tmp_path):
-    name = "test_resnet.r160_in1k"
+def test_timms_weights_come_from_its_cache_with_their_preprocessing(place, monkeypatch, tmp_path):
     network = vary_weights(timm.create_model("test_resnet"))
-    fill_cache(monkeypatch, tmp_path, name, network)
-    run("finetune", [*TIMM, f"model.name={name}", asks, "optim.lr=0", f"run_dir=timm_{asks.partition('=')[0]}"], place)
-    folder = place / f"timm_{asks.partition('=')[0]}"
-    config = timm.get_pretrained_cfg(name)
-    state, metadata = read_weights(folder / "weights/last_weights.safetensors", "w")
+    fill_cache(monkeypatch, tmp_path, RESNET, network)
+    run("finetune", [*TIMM, f"model.name={RESNET}", "model.pretrained=true", "optim.lr=0", "run_dir=timm"], place)
+    config = timm.get_pretrained_cfg(RESNET)
+    state, metadata = weights_of(place, "timm")
     for key, value in network.state_dict().items():
         if not key.startswith("fc.") and "running" not in key and "num_batches" not in key:
             assert torch.equal(state[key], value), key
     used = metadata["preprocessing"]
     assert used["mean"] == list(config.mean) and used["eval_crop"] == config.crop_pct
     assert used["interpolation"] == config.interpolation and used["image_size_hw"] == [64, 64]
-    assert metadata["origin"] == {"source": f"timm {name}", "layout": "timm", "licence": config.license}
-    text = (folder / "log.txt").read_text()
-    assert f"augment: taken over from timm's {name}: mean=" in text and "eval_crop=" in text
-    run("evaluate", [f"run_dir={folder.name}", *ON_CPU], place)  # rebuilds the network without the hub
+    assert metadata["origin"] == {"source": f"timm {RESNET}", "layout": "timm", "licence": config.license}
+    text = (place / "timm/log.txt").read_text()
+    assert f"augment: taken over from timm's {RESNET}: mean=" in text and "eval_crop=" in text
+    run("evaluate", ["run_dir=timm", *ON_CPU], place)  # rebuilds the network without the hub
+    # init_from=timm means the same. A kept head has the classes of its pretraining: another number is refused.
+    with pytest.raises(UserError, match=rf"^task\.head: kept, but timm {RESNET} has no head of these 2"):
+        run("finetune", [*TIMM, f"model.name={RESNET}", "init_from=timm", "task.head=kept", "run_dir=kept"], place)
 
 
 @pytest.mark.slow
 def test_dinov3s_convnext_goes_through_timm(place, monkeypatch, tmp_path):
-    name = "convnext_tiny.dinov3_lvd1689m"
+    name, tensor = "convnext_tiny.dinov3_lvd1689m", "stages.3.blocks.2.mlp.fc2.weight"
     network = timm.create_model(name, num_classes=0)
     fill_cache(monkeypatch, tmp_path, name, network)
     run("finetune", [*TIMM, f"model.name={name}", "model.pretrained=true", "optim.lr=0", "run_dir=dino"], place)
-    state, metadata = read_weights(place / "dino/weights/last_weights.safetensors", "w")
+    state, metadata = weights_of(place, "dino")
     assert metadata["origin"]["licence"] == "dinov3-license" and metadata["preprocessing"]["eval_crop"] == 1.0
-    assert torch.equal(
-        state["stages.3.blocks.2.mlp.fc2.weight"], network.state_dict()["stages.3.blocks.2.mlp.fc2.weight"]
-    )
+    assert torch.equal(state[tensor], network.state_dict()[tensor])
 
 
 def test_timms_network_is_measured_and_exported_by_its_name(place, monkeypatch, tmp_path):
-    name = "test_resnet.r160_in1k"
-    network = vary_weights(timm.create_model("test_resnet"))
-    fill_cache(monkeypatch, tmp_path, name, network)
-    run("export", ["format=onnx", "weights=timm", "model=timm", f"model.name={name}", "output=by_name"], place)
-    report = read_json(place / "by_name/export.json")["model.onnx"]
-    assert report["onnx_max_abs_diff"] < 1e-3 and report["licence"] == timm.get_pretrained_cfg(name).license
+    fill_cache(monkeypatch, tmp_path, RESNET, vary_weights(timm.create_model("test_resnet")))
+    run("export", ["format=pth", "weights=timm", "model=timm", f"model.name={RESNET}", "output=by_name"], place)
+    report = read_json(place / "by_name/export.json")["model.pth"]
+    assert report["max_abs_diff"] < 1e-3 and report["licence"] == timm.get_pretrained_cfg(RESNET).license
     with pytest.raises(UserError, match=r"^weights: timm has a head of 1000 classes, and the collection has 2"):
-        run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *IMAGES[:2], *ON_CPU], place)
+        run("evaluate", ["weights=timm", "model=timm", f"model.name={RESNET}", *DATA, *ON_CPU], place)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.name=test_resnet.r160_in1k", "init_from=timm"],
-         "init_from: timm's weights of test_resnet.r160_in1k are not in its cache and cannot be downloaded ("),
-        (["model.name=resnet10t.x", "model.pretrained=true"], "model.name: timm has no weights named "),
-        (["model.pretrained=true", "init_from=fcmae.pt"], "model.pretrained: true, and init_from names other weights"),
-        (["model=convnextv2_atto", "init_from=timm"], "init_from: timm gives weights to its own networks, not to "),
-        (["init_from=timm", "init_weights=ema"], "init_weights: ema, but the weights of timm have no average beside"),
+        ([f"model.name={RESNET}", "init_from=timm"], f"init_from: timm's weights of {RESNET} are not in its cache"),
+        (["model.name=resnet10t.x", "model.pretrained=true"], "model.name: "),
+        (["model.pretrained=true", "init_from=fcmae.pt"], "model.pretrained: "),
+        (["model=convnextv2_atto", "init_from=timm"], "init_from: "),
+        (["init_from=timm", "init_weights=ema"], "init_weights: "),
     ],
-)  # fmt: skip
+)
 def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, monkeypatch, tmp_path):
     use_cache(monkeypatch, tmp_path)
     with pytest.raises(UserError) as refused:
@@ -453,41 +366,23 @@ def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, mo
     assert not (place / "refused").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("volo_d4_448.sail_in1k", "with crop_pct 1.15, and augment expresses eval_crop up to 1; "),
-        ("BORDER", "with crop_mode border, and augment expresses the crop modes center and squash; "),
-    ],
-)
-def test_a_preprocessing_of_timms_that_ours_cannot_express_is_refused(name, message, place, monkeypatch):
+@pytest.mark.parametrize("name", ["volo_d4_448.sail_in1k", "BORDER"])
+def test_a_preprocessing_of_timms_that_ours_cannot_express_is_refused(name, place, monkeypatch):
+    reason = "crop_pct 1.15"
     if name == "BORDER":
-        name, stated = "test_resnet.r160_in1k", timm.get_pretrained_cfg("test_resnet.r160_in1k")
+        name, stated, reason = RESNET, timm.get_pretrained_cfg(RESNET), "crop_mode border"
         monkeypatch.setattr("timm.get_pretrained_cfg", lambda _: replace(stated, crop_mode="border"))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=rf"^init_from: .*{name} with {reason}, .*init_from=FILE"):
         run("finetune", [*TIMM, f"model.name={name}", "init_from=timm", "run_dir=refused"], place)
-    assert str(refused.value) == (
-        f"init_from: timm prepares the images of {name} {message}give the weight file and an augment of yours: "
-        "init_from=FILE"
-    )
-    with pytest.raises(UserError, match=r"^augment: timm prepares .*; say how to prepare them: augment=light with aug"):
-        run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *IMAGES[:2], *ON_CPU], place)
-
-
-def test_a_kept_head_may_be_timms(place, monkeypatch, tmp_path):
-    """Its classes are those of its pretraining; of another number they are refused."""
-    fill_cache(monkeypatch, tmp_path, "test_resnet.r160_in1k", timm.create_model("test_resnet"))
-    with pytest.raises(UserError, match=r"^task\.head: kept, but timm test_resnet\.r160_in1k has no head of these 2"):
-        run("finetune", [*TIMM, "model.name=test_resnet.r160_in1k", "model.pretrained=true", "task.head=kept",
-                         "run_dir=kept"], place)  # fmt: skip
+    with pytest.raises(UserError, match=r"^augment: "):
+        run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *DATA, *ON_CPU], place)
 
 
 def test_small_networks_of_timm_take_one_channel(place, monkeypatch, tmp_path):
     network = vary_weights(timm.create_model("test_resnet"))
-    fill_cache(monkeypatch, tmp_path, "test_resnet.r160_in1k", network)
-    config = TimmConfig(family="timm", name="test_resnet.r160_in1k", in_channels=1, drop_path_rate=None)
-    run("finetune", [*TIMM, f"model.name={config.name}", "model.in_channels=1", "model.pretrained=true", "optim.lr=0",
-                     "run_dir=grey"], place)  # fmt: skip
-    state, metadata = read_weights(place / "grey/weights/last_weights.safetensors", "w")
+    fill_cache(monkeypatch, tmp_path, RESNET, network)
+    grey = ["model.in_channels=1", "model.pretrained=true", "optim.lr=0", "run_dir=grey"]
+    run("finetune", [*TIMM, f"model.name={RESNET}", *grey], place)
+    state, metadata = weights_of(place, "grey")
     assert torch.allclose(state["conv1.0.weight"], network.conv1[0].weight.sum(dim=1, keepdim=True))
-    np.testing.assert_allclose(metadata["preprocessing"]["mean"], [np.mean(timm.get_pretrained_cfg(config.name).mean)])
+    np.testing.assert_allclose(metadata["preprocessing"]["mean"], [np.mean(timm.get_pretrained_cfg(RESNET).mean)])

@@ -1,9 +1,10 @@
-"""The shape of a ConvNeXt V2, read off its tensors: what every other library wants to know."""
+"""The shape of a ConvNeXt V2, read off its tensors, and what other libraries cannot express of it."""
 
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
@@ -64,34 +65,33 @@ def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
 
 
 def official_state(network: nn.Module, target: str) -> dict[str, Tensor]:
-    """Return a ConvNeXt V2's tensors under official names, be it ours or timm's.
+    """Return a ConvNeXt V2's tensors under official names, ours or timm's.
 
-    Raises UserError (`format`) for a network of another kind.
+    Raises UserError (`format`) for another network.
     """
     layout, state = recognise(network.state_dict())
     if layout not in ("official", "timm") or not any(".grn." in name for name in state):
-        raise UserError(
-            f"format: {target} holds ConvNeXt V2 here, and {type(network).__name__} is none; set format=timm, onnx or "
-            "safetensors"
-        )
+        name = type(network).__name__
+        raise UserError(f"format: {target} takes ConvNeXt V2, and not {name}; set format=timm, onnx or safetensors")
     return state
 
 
-def refuse_stem(geometry: Geometry, target: str, allowed: tuple[int, ...]) -> None:
-    """Raise UserError (`format`) where a library has no stem of this stride."""
-    if geometry.stem_stride not in allowed:
-        strides = " or ".join(map(str, allowed))
-        reason = "a 3x3 stem" if geometry.stem_stride == 1 else f"a stem of stride {geometry.stem_stride}"
-        raise UserError(
-            f"format: {target} has a stem of stride {strides} only, and this network has {reason}; set format=onnx, "
-            "safetensors, or transformers for a stem of stride 2"
-        )
+def with_norm(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the final norm that an encoder lacks and timm and transformers have: scale 1, shift 0."""
+    width = read_geometry(official).dims[-1]
+    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **official}
 
 
-def refuse_stages(geometry: Geometry, target: str) -> None:
-    """Raise UserError (`format`) where a library has four stages only."""
-    if len(geometry.depths) != 4:
-        raise UserError(
-            f"format: {target} has ConvNeXt V2 of four stages only, and this network has {len(geometry.depths)}; set "
-            "format=transformers, onnx or safetensors"
-        )
+def refuse_shape(geometry: Geometry, target: str, strides: tuple[int, ...], *, any_stages: bool = False) -> None:
+    """Raise UserError (`format`) for a network whose stem or number of stages a library does not have."""
+    if len(geometry.depths) != 4 and not any_stages:
+        has, found = "ConvNeXt V2 of four stages", len(geometry.depths)
+    elif geometry.stem_stride not in strides:
+        has = f"a stem of stride {' or '.join(map(str, strides))}"
+        found = "a 3x3 stem" if geometry.stem_stride == 1 else f"a stem of stride {geometry.stem_stride}"
+    else:
+        return
+    raise UserError(
+        f"format: {target} has {has} only, and this network has {found}; set format=onnx or safetensors, or "
+        "transformers for other numbers of stages and a stem of stride 2"
+    )

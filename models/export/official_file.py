@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.export.geometry import official_state, read_geometry, refuse_stages, refuse_stem
+from models.export.geometry import official_state, read_geometry, refuse_shape
 from models.export.model_card import licence_of
 from models.export.parity import Outputs
 from models.fcmae import FCMAE
@@ -31,9 +31,7 @@ FILE = "model.pth"
 
 def check_official(network: nn.Module, target: str) -> None:
     """Raise UserError (`format`) where the official code has no such network."""
-    geometry = read_geometry(_backbone_state(network, target))
-    refuse_stages(geometry, f"the {target} layout")
-    refuse_stem(geometry, f"the {target} layout", (4,))
+    refuse_shape(read_geometry(_backbone_state(network, target)), f"the {target} layout", (4,))
 
 
 def write_official(network: nn.Module, metadata: Mapping[str, Any], folder: Path) -> None:

@@ -14,17 +14,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import torch
 
-from models.export.inference_form import ChannelScale, to_inference_form
+from models.export.inference_form import to_inference_form
 from models.export.model_card import licence_of
-from models.export.onnx_precision import nodes_of, to_fp16, to_int8
+from models.export.onnx_precision import to_fp16, to_int8
 from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
 from utils.errors import UserError
@@ -33,13 +33,9 @@ from utils.errors import UserError
 OPSET, IR_VERSION = 18, 9
 _MAX_BYTES = 2**31 - 2**22  # protobuf's limit is 2 GiB; 4 MiB are for the graph itself
 _CHECKED_BATCHES = (1, 5)
-_LARGEST_SIDE = 4096  # pixels, of a file for images of any size
-FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
-
-
-# Of a float32 graph with varied weights, where the file itself has other numbers.
-_GRAPH_TOLERANCE = 1e-3
-_LEAST_OUTPUT = 1e-9  # in the place of zeros, as of a head that was set to 0
+_LARGEST_SIDE = 4096  # pixels, with dynamic_size
+_GRAPH_TOLERANCE = 1e-3  # of the float32 graph with varied weights, for a file in fp16 or int8
+_LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head that was set to 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class OnnxSettings:
     """How a file is written. tolerance: the greatest accepted difference from PyTorch, relative to the largest output.
 
     dynamic_size: the file takes images of any size from the network's stride up. calibration: float32 images
-    [B, C, H, W] in [0, 1] for int8, which is compared on the first batch of them; the others on noise.
+    [B, C, H, W] in [0, 1] for int8, which is compared on their first batch. Other files are compared on noise.
     """
 
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
@@ -59,29 +55,28 @@ class OnnxSettings:
 def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, settings: OnnxSettings) -> float:
     """Write the file and return the greatest difference of its outputs from PyTorch's.
 
-    A copy with varied weights is traced too, because with small weights a wrong graph gives almost the right outputs.
-    Raises UserError (`tolerance`) where the outputs of either differ by more; then no file is written and an old one
-    stays. Raises UserError (`format`) before any work where the weights exceed the size of an ONNX file, and UserError
-    (`dynamic_size`) for a network that cannot take other sizes.
+    A copy with varied weights is compared too, because with small weights a wrong graph gives almost the right outputs.
+    Raises UserError: `tolerance` if the outputs of either differ by more; `format` for weights above the size of an
+    ONNX file; `dynamic_size` for a network of one size; `calibration_images` if there is none. Then no file is written
+    and an old one stays.
     """
     _refuse_large(model, metadata, path)
     samples = _draw_samples(metadata["preprocessing"], model, settings.dynamic_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        temporary = Path(folder) / path.name
-        precision = settings.precision
-        if precision == "int8":
+        temporary, compared = Path(folder) / path.name, samples
+        if settings.precision == "int8":  # on the first of its images: noise is outside its ranges
             images = iter(settings.calibration)
-            first = [image for image in (next(images, None),) if image is not None]
-            _write(model, metadata, temporary, samples[-1], replace(settings, calibration=chain(first, images)))
-            differences = _compare(model, temporary, [torch.from_numpy(image) for image in first])
-        else:
-            _write(model, metadata, temporary, samples[-1], settings)
-            differences = _compare(model, temporary, samples)
-        refuse_difference(differences.relative, settings.tolerance, "ONNX Runtime")
+            compared = [torch.from_numpy(batch) for batch in islice(images, 1)]
+            if not compared:
+                raise UserError("calibration_images: no image could be read; check data.root")
+            settings = replace(settings, calibration=chain([compared[0].numpy()], images))
+        _write(model, metadata, temporary, samples[-1], settings)
+        absolute, relative = _compare(model, temporary, compared)
+        refuse_difference(relative, settings.tolerance, "ONNX Runtime")
         _check_varied(model, metadata, Path(folder) / "varied.onnx", samples, settings)
         os.replace(temporary, path)
-    return differences.absolute
+    return absolute
 
 
 def _write(
@@ -92,15 +87,11 @@ def _write(
     proto = _trace(rewritten, sample, settings.dynamic_size)
     if settings.precision == "fp16":
         proto = to_fp16(proto, rewritten)
-    in_grn = [node.name for node in nodes_of(proto, rewritten, lambda module: isinstance(module, ChannelScale))]
+    elif settings.precision == "int8":
+        proto = to_int8(proto, rewritten, settings.calibration)
     _clean(proto, metadata, model)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
-    if settings.precision == "int8":
-        to_int8(path, settings.calibration, in_grn)
-        proto = onnx.load(path)
-        _clean(proto, metadata, model)
-        onnx.save(proto, path)
 
 
 def _check_varied(
@@ -110,19 +101,11 @@ def _check_varied(
     samples: Sequence[torch.Tensor],
     settings: OnnxSettings,
 ) -> None:
-    """Export a copy with varied weights and compare it; raises UserError (`tolerance`) where its outputs differ.
-
-    The copy is in float32 where int8 is asked for, and where fp16 is and the network has no GRN: the maps of others may
-    grow beyond fp16 with varied weights.
-    """
+    """Export a copy with varied weights in float32 and compare it; raises UserError (`tolerance`) if outputs differ."""
     varied = ImageModel(vary_weights(model.network), model.normalise, model.output_name).eval()
-    in_fp16 = settings.precision == "fp16" and any("grn" in name for name, _ in varied.named_parameters())
-    if in_fp16 or settings.precision == "fp32":
-        tolerance, precision = settings.tolerance, settings.precision
-    else:
-        tolerance, precision = _GRAPH_TOLERANCE, "fp32"
-    _write(varied, metadata, path, samples[-1], replace(settings, precision=precision))
-    refuse_difference(_compare(varied, path, samples).relative, tolerance, "a copy with varied weights")
+    _write(varied, metadata, path, samples[-1], replace(settings, precision="fp32"))
+    tolerance = settings.tolerance if settings.precision == "fp32" else _GRAPH_TOLERANCE
+    refuse_difference(_compare(varied, path, samples)[1], tolerance, "a copy with varied weights")
 
 
 def _refuse_large(model: ImageModel, metadata: Mapping[str, Any], path: Path) -> None:
@@ -200,16 +183,12 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, "licence": licence_of(metadata)})})
 
 
-class _Differences(NamedTuple):
-    """The greatest difference of any output; and that of the first, logits or features, as a share of its largest."""
-
-    absolute: float
-    relative: float
-
-
 @torch.inference_mode()
-def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> _Differences:
-    """Compare a file's outputs with PyTorch's. Its probabilities must be those of its own logits, too."""
+def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Return the greatest difference of a file's outputs from PyTorch's, and that of its logits as a share of them.
+
+    The share is of the largest logit, or feature. The probabilities of the file must also be those of its own logits.
+    """
     session, absolute, relative = open_session(path), [], []
     for sample in samples:
         found, wanted = [torch.from_numpy(output) for output in session(sample.numpy())], model(sample)
@@ -217,7 +196,7 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
         relative.append(absolute[-len(found)] / max(float(wanted[0].abs().max()), _LEAST_OUTPUT))
         if model.output.activate is not None:  # large logits make small differences of theirs great ones of the probs
             relative.append(_greatest(found[1], model.output.activate(found[0])))
-    return _Differences(float(np.max(absolute)), float(np.max(relative)))  # of which NaN is the greatest
+    return float(np.max(absolute)), float(np.max(relative))  # NaN counts as the greatest
 
 
 def _greatest(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+import tempfile
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx
@@ -34,19 +34,19 @@ def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
     (facebookresearch/ConvNeXt-V2 issue 66). Inputs and outputs stay float32. Raises UserError (`precision`) for a graph
     with branches or loops.
     """
-    wide = {node.name for node in nodes_of(proto, model, _is_wide)}
+    wide = _names_of_nodes(proto, model, _is_wide)
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    return _Fp16Graph(graph, wide).convert(proto)
+    return _Fp16Graph(graph, set(wide)).convert(proto)
 
 
 def _is_wide(module: nn.Module) -> bool:
     return isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES
 
 
-def nodes_of(proto: onnx.ModelProto, model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[onnx.NodeProto]:
-    """Return the nodes that were traced in the modules that are chosen."""
+def _names_of_nodes(proto: onnx.ModelProto, model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[str]:
+    """Return the names of the nodes that were traced in the chosen modules."""
     modules = {name for name, module in model.named_modules() if chosen(module)}
-    return [node for node in proto.graph.node if modules & set(_scopes(node))]
+    return [node.name for node in proto.graph.node if modules & set(_scopes(node))]
 
 
 class _Fp16Graph:
@@ -87,7 +87,7 @@ class _Fp16Graph:
         return result
 
     def _read(self, name: str, wide: bool) -> str:
-        """Return the name under which a node of a width reads a tensor, after adding what converts it."""
+        """Return the name under which a wide or narrow node reads a tensor; add its conversion where it is missing."""
         if name in self._weights:
             weight = self._weights[name]
             if wide:
@@ -111,48 +111,41 @@ def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:
-    """Return the modules that a node was traced in, as the exporter notes them: "['', 'network', 'network.norm']"."""
+    """Return the modules that a node was traced in; the exporter notes "['', 'network', 'network.norm']"."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     return re.findall(r"'([^']*)'", text)
 
 
-def to_int8(path: Path, samples: Iterable[np.ndarray], excluded: Sequence[str]) -> None:
-    """Quantise a float32 file in place: weights per channel and activations to int8, from the ranges of `samples`.
+def to_int8(proto: onnx.ModelProto, model: nn.Module, samples: Iterable[np.ndarray]) -> onnx.ModelProto:
+    """Return the graph with int8 weights (per channel) and activations, from the ranges of `samples`.
 
-    samples: float32 images [B, C, H, W] in [0, 1]. Convolutions and matrix products are quantised, but for the nodes
-    `excluded`; norms, GELU and GRN stay float32. Weights take seven bits of the eight: x86 CPUs without VNNI add two
-    products in 16 bits, which saturates with eight. Raises UserError (`calibration_images`) where there is no sample.
+    samples: float32 images [B, C, H, W] in [0, 1]. Convolutions and matrix products are quantised, except in GRN; norms
+    and GELU stay float32. Weights take seven bits of the eight: x86 CPUs without VNNI add two products in 16 bits,
+    which saturates with eight.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    feeds = ({"images": sample} for sample in samples)
+
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.samples: Iterator[np.ndarray] = iter(samples)
-            self.count = 0
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            sample = next(self.samples, None)
-            self.count += sample is not None
-            return None if sample is None else {"images": sample}
+            return next(feeds, None)
 
-    reader = Reader()
-    prepared = path.with_suffix(".prepared")
-    quant_pre_process(os.fspath(path), os.fspath(prepared), skip_symbolic_shape=True, skip_optimization=True)
-    first = reader.get_next()
-    if first is None:
-        raise UserError("calibration_images: no image could be read to find the ranges of int8; check data.root")
-    reader.samples = iter([first["images"], *reader.samples])
-    quantize_static(
-        os.fspath(prepared),
-        os.fspath(path),
-        reader,
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-        nodes_to_exclude=list(excluded),
-        per_channel=True,
-        reduce_range=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-    )
-    prepared.unlink()
+    with tempfile.TemporaryDirectory(prefix="atelier-int8-") as folder:
+        plain, prepared, quantised = (os.path.join(folder, f"{name}.onnx") for name in ("plain", "prepared", "int8"))
+        onnx.save(proto, plain)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True, skip_optimization=True)
+        quantize_static(
+            prepared,
+            quantised,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=_names_of_nodes(proto, model, lambda module: isinstance(module, ChannelScale)),
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return onnx.load(quantised)

@@ -10,12 +10,11 @@ NAME = "export.json"
 
 
 def refuse_other_format(folder: Path, file: str, form: str) -> None:
-    """Raise UserError (`output`) where a folder has a file of this name in another format, which would be replaced."""
+    """Raise UserError (`output`) where a folder has a file of this name in another format."""
     earlier = _read(folder).get(file, {}).get("format", form)
     if earlier != form:
         raise UserError(
-            f"output: {folder} has the {file} of format={earlier}, which format={form} would replace; name another "
-            "folder"
+            f"output: format={form} would replace the {file} of format={earlier} in {folder}; name another folder"
         )
 
 
@@ -25,7 +24,7 @@ def add_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the reports in a folder by file; earlier versions wrote the last one alone."""
+    """Return the reports in a folder by file."""
     path = folder / NAME
     if not path.is_file():
         return {}
@@ -33,8 +32,6 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         found = read_json(path)
     except (ValueError, RecursionError):
         found = None
-    if isinstance(found, dict) and isinstance(found.get("file"), str):
-        return {found["file"]: found}
     if not isinstance(found, dict) or not all(isinstance(report, dict) for report in found.values()):
         raise UserError(f"output: {path} is not a report of export.py; move it away, or name another folder")
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.export.geometry import Geometry, official_state, read_geometry, refuse_stages, refuse_stem
+from models.export.geometry import official_state, read_geometry, refuse_shape, with_norm
 from models.export.model_card import label_names, licence_of, write_card
 from models.export.parity import Outputs
 from models.weights.initialise import to_timm
@@ -26,12 +26,9 @@ _BASE = "convnextv2_tiny"  # whose builder takes the depths and dims of a size o
 
 def check_timm(network: nn.Module) -> None:
     """Raise UserError (`format`) where timm cannot express a network."""
-    if hasattr(network, "pretrained_cfg"):
-        return
-    geometry = read_geometry(official_state(network, "timm"))
-    refuse_stages(geometry, "timm")
     # With patch_size=2, timm's first stage halves the map again, which ours does not.
-    refuse_stem(geometry, "timm", (4,))
+    if not hasattr(network, "pretrained_cfg"):
+        refuse_shape(read_geometry(official_state(network, "timm")), "timm", (4,))
 
 
 def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -52,7 +49,7 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
             theirs = timm.create_model(
                 name, num_classes=geometry.num_classes, in_chans=geometry.in_channels, **arguments
             )
-        state, classes = to_timm(_with_norm(official, geometry), theirs), geometry.num_classes
+        state, classes = to_timm(with_norm(official), theirs), geometry.num_classes
         config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
         names = {"first_conv": "stem.0", "classifier": "head.fc"}
     config["num_classes"] = classes
@@ -75,12 +72,6 @@ def load_timm_folder(folder: Path) -> Outputs:
     with torch.random.fork_rng(devices=[]):
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return network if network.num_classes else network.forward_features
-
-
-def _with_norm(state: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
-    """Add the final norm that an encoder lacks and timm and transformers have: scale 1, shift 0."""
-    width = geometry.dims[-1]
-    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}
 
 
 def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:

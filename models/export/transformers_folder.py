@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.export.geometry import official_state, read_geometry, refuse_stem
+from models.export.geometry import official_state, read_geometry, refuse_shape, with_norm
 from models.export.model_card import label_names, licence_of, write_card
 from models.export.parity import Outputs
 from models.weights.names import translate
 from utils.errors import UserError
 
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # of Pillow
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def check_transformers(network: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Raise UserError (`format`) where transformers cannot express a network or its preprocessing."""
-    refuse_stem(read_geometry(official_state(network, "transformers")), "transformers", (2, 4))
+    refuse_shape(read_geometry(official_state(network, "transformers")), "transformers", (2, 4), any_stages=True)
     _processor(metadata["preprocessing"])
 
 
@@ -50,13 +50,11 @@ def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: 
     config.license = licence_of(metadata)
     if metadata["output"] == "tags":
         config.problem_type = "multi_label_classification"
-    state = translate(official, "official", "transformers")
+    state = translate(with_norm(official), "official", "transformers")
     with torch.random.fork_rng(devices=[]):
         theirs = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)
-    if not geometry.num_classes:  # a bare backbone has no prefix, and an encoder no final norm
+    if not geometry.num_classes:  # a bare backbone has no prefix
         state = {name.removeprefix("convnextv2."): tensor for name, tensor in state.items()}
-        state = {"layernorm.weight": torch.ones(geometry.dims[-1]), "layernorm.bias": torch.zeros(geometry.dims[-1]),
-                 **state}  # fmt: skip
     theirs.load_state_dict(state, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     theirs.save_pretrained(folder)

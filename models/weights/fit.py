@@ -22,6 +22,10 @@ _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(w
 _GRN = re.compile(r"(^|\.)grn\.(gamma|beta)$")
 _MAX_ROWS = 20
 _ENCODER = "encoder."
+_ADVICE = (
+    "Set the model group (model.name, for timm with the image size as in vit_tiny_patch16_384; model.in_channels, "
+    "model.depths, model.dims, model.stem_stride) to what the checkpoint was trained with, or name another file."
+)
 
 
 class Fit(NamedTuple):
@@ -46,10 +50,10 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
 def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
     """Return which tensors of a state a network takes; they may be on the meta device.
 
-    state: of a network of this kind; or of an FCMAE, of which a classifier takes the encoder; or of an encoder or a
-    classifier, of which an FCMAE takes the encoder and keeps its decoder. The head stays at its initial values if
-    `keep_head` is false, or if the state has none or one of another shape; so does the final norm if the state has
-    none. GRN tensors may have 1, 2 or 4 axes, and a stem may be of other channels (`adapt_stem`).
+    A classifier takes the encoder of an FCMAE. An FCMAE takes an encoder, or that of a classifier, and keeps its own
+    decoder. The head stays at its initial values if `keep_head` is false, or if the state has no head or one of another
+    shape. So does the final norm if the state has none. GRN tensors may have 1, 2 or 4 axes, and a stem may have other
+    input channels (`adapt_stem`).
 
     Raises UserError (`key`) with a table of every other name that is missing, unexpected, of a wrong shape or of
     another kind of number.
@@ -70,16 +74,13 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
         for name, tensor in found.items()
         if name not in left and (name in wanted or not name.startswith(head + norm))
     }
-    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key, _advice(network))
+    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
     dropped = [name for name in state if given.keys().isdisjoint({name, name.removeprefix(_ENCODER), _ENCODER + name})]
     return Fit(given, [name for name in wanted if name in left], dropped)
 
 
 def _fit_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the encoder out of the state of an FCMAE, or name an encoder's tensors as one that has a decoder does.
-
-    A state stays as it is where it and the network both are of an FCMAE, or neither.
-    """
+    """Remove the encoder's prefix and the decoder, or add the prefix, as the network wants it."""
     theirs, ours = (any(name.startswith(_ENCODER) for name in names) for names in (state, wanted))
     if theirs and not ours:
         return {name.removeprefix(_ENCODER): state[name] for name in state if not _FCMAE_ONLY.match(name)}
@@ -141,20 +142,7 @@ def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(f"{name}." for name in names), ("head.norm.",) if "head.fc" in names else ()
 
 
-def _advice(network: nn.Module) -> str:
-    """Return what to do about a state that does not fit a network."""
-    if hasattr(network, "pretrained_cfg"):
-        return (
-            "Set model.name to the network of timm that the checkpoint was trained with (of many, the name has the "
-            "image size: vit_tiny_patch16_384) and model.in_channels to its channels, or name another file."
-        )
-    return (
-        "Set the model group (model.name, model.depths, model.dims, model.in_channels, model.stem_stride) to what the "
-        "checkpoint was trained with, or name another file."
-    )
-
-
-def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str, advice: str) -> None:
+def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> None:
     """Raise UserError with a table unless both have the same names and shapes, and numbers of one kind."""
     rows = []
     for name in [*wanted, *(name for name in given if name not in wanted)]:
@@ -169,7 +157,7 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
     table = indent(align_columns(shown), "  ")
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-    raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}")
+    raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{_ADVICE}")
 
 
 def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:

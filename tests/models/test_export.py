@@ -28,16 +28,9 @@ CONVNEXT = ConvNeXtV2Config(
 )  # fmt: skip
 RESNET = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_rate=None)
 TASK = ClassificationTaskConfig(
-    name="classification",
-    label_smoothing=0.0,
-    class_weights="none",
-    mixup_alpha=0.0,
-    cutmix_alpha=0.0,
-    mix_probability=1.0,
-    mix_switch_probability=0.5,
-    allow_missing_classes=False,
-    head="drawn",
-)
+    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
+    mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="drawn",
+)  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -70,36 +63,44 @@ def test_weight_file_and_onnx_file_predict_alike(model, tmp_path):
         np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return a folder with a classifier as w.safetensors and as model.onnx."""
+    folder = tmp_path_factory.mktemp("exported")
+    write_classifier(folder / "w.safetensors", CONVNEXT)
+    export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", OnnxSettings(tolerance=1e-4))
+    return folder
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the GPU is used")
-def test_an_onnx_file_that_cannot_run_on_the_gpu_asked_for_says_so(tmp_path, log):
-    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
-    export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-4))
-    predictor = load_predictor(tmp_path / "model.onnx", torch.device("cuda", 0))
-    assert f"cannot load its CUDA libraries, so {tmp_path}/model.onnx runs on the CPU; pip install" in log.text
+def test_an_onnx_file_that_cannot_run_on_the_gpu_asked_for_says_so(exported, log):
+    predictor = load_predictor(exported / "model.onnx", torch.device("cuda", 0))
+    assert f"{exported}/model.onnx runs on the CPU" in log.text
     assert predictor.predict(torch.zeros(1, 3, 24, 32, dtype=torch.uint8)).shape == (1, 3)
 
 
-def test_the_onnx_file_says_what_it_takes_and_gives(tmp_path):
-    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
-    export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-4))
-    proto = onnx.load(tmp_path / "model.onnx")
+def test_the_onnx_file_says_what_it_takes_and_gives(exported):
+    """ONNX Runtime 1.15 (May 2023) reads opset 18 and IR 9. Nothing in the file names files of this machine."""
+    proto = onnx.load(exported / "model.onnx")
     assert [value.name for value in proto.graph.input] == ["images"]
     assert [value.name for value in proto.graph.output] == ["logits", "probs"]
     shape = proto.graph.input[0].type.tensor_type.shape.dim
     assert shape[0].dim_param and [size.dim_value for size in shape[1:]] == [3, 24, 32]
     found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
-    assert found["class_names"] == ["ä", "b,c", "d"] and found["step"] == 3
+    assert found["class_names"] == ["ä", "b,c", "d"] and found["step"] == 3 and found["licence"] == "unknown"
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)] and proto.ir_version <= 9
+    text = str(proto)
+    assert ".py" not in text and "metadata_props" not in text.replace('metadata_props {\n  key: "atelier"', "")
 
 
-def test_a_file_that_differs_too_much_is_not_kept(tmp_path):
-    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
+def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"the old one")
-    with pytest.raises(UserError, match="tolerance: ONNX Runtime differs from PyTorch by .* the file was not kept"):
+    with pytest.raises(UserError, match="^tolerance: ONNX Runtime"):
         export_onnx(
-            *load_image_model(tmp_path / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-30)
+            *load_image_model(exported / "w.safetensors"), tmp_path / "model.onnx", OnnxSettings(tolerance=1e-30)
         )
     assert (tmp_path / "model.onnx").read_bytes() == b"the old one"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "w.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_weights_that_no_run_wrote_are_refused(tmp_path):
@@ -173,12 +174,9 @@ def test_an_onnx_file_that_names_other_files_is_refused(location, inner, tmp_pat
     (folder / "beside.bin").write_bytes(bytes(32))
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     save_graph(folder / "m.onnx", "{}", location, inner=inner)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"^weights: .* takes data from another file") as refused:
         load_predictor(folder / "m.onnx", CPU)
-    assert str(refused.value) == (
-        f"weights: {folder / 'm.onnx'} takes data from another file, {location!r}, which is not read; export it as one "
-        "file (export.py does)"
-    )
+    assert repr(location) in str(refused.value)
 
 
 PREPROCESSING = {
@@ -188,36 +186,28 @@ PREPROCESSING = {
 METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PREPROCESSING}
 
 
+def stated(**changes):
+    return json.dumps({**METADATA, **changes})
+
+
 @pytest.mark.parametrize(
-    ("metadata", "message"),
+    ("metadata", "key"),
     [
-        ("{broken", "is not a readable ONNX file (Expecting property name"),
-        ("[" * 100_000, "is not a readable ONNX file ("),
-        ("[1]", "has wrong metadata (: Input should be"),
-        (
-            json.dumps({**METADATA, "class_names": [1]}),
-            "has wrong metadata (class_names.0: Input should be a valid string)",
-        ),
-        (
-            json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "image_size_hw": [10**6, 10**6]}}),
-            "has wrong metadata (preprocessing.image_size_hw.0: Input should be less than or equal to 16384)",
-        ),
-        (
-            json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.0] * 3}}),
-            "has wrong metadata (preprocessing.std.0: Input should be greater than 0)",
-        ),
-        (
-            json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.5]}}),
-            "has wrong metadata (preprocessing: Value error, 3 numbers in mean and 1 in std, for 3 channels)",
-        ),
-        (json.dumps(METADATA), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; a file that"),
+        ("{broken", "is not a readable ONNX file"),
+        ("[" * 100_000, "is not a readable ONNX file"),
+        ("[1]", "has wrong metadata (: "),
+        (stated(class_names=[1]), "has wrong metadata (class_names.0: "),
+        (stated(preprocessing={**PREPROCESSING, "image_size_hw": [10**6] * 2}), "(preprocessing.image_size_hw.0: "),
+        (stated(preprocessing={**PREPROCESSING, "std": [0.0] * 3}), "(preprocessing.std.0: "),
+        (stated(preprocessing={**PREPROCESSING, "std": [0.5]}), "(preprocessing: "),
+        (stated(), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; "),
     ],
 )
-def test_metadata_of_strangers_are_checked(metadata, message, tmp_path):
+def test_metadata_of_strangers_are_checked(metadata, key, tmp_path):
     save_graph(tmp_path / "m.onnx", metadata, outputs=("probs",))
     with pytest.raises(UserError) as refused:
         load_predictor(tmp_path / "m.onnx", CPU)
-    assert str(refused.value).startswith(f"weights: {tmp_path / 'm.onnx'} {message}")
+    assert str(refused.value).startswith(f"weights: {tmp_path / 'm.onnx'} ") and key in str(refused.value)
 
 
 EIGHT = {"class_names": list("abcdefgh")}
@@ -226,7 +216,7 @@ EIGHT = {"class_names": list("abcdefgh")}
 @pytest.mark.parametrize(
     ("graph", "metadata", "message"),
     [
-        ({}, {}, r"the outputs {'probs': \[1, 8\]}; .* gives 'probs', \[batch, 2\]$"),
+        ({}, {}, r"the outputs {'probs': \[1, 8\]}; .*\[batch, 2\]$"),
         ({"shape": (8,)}, EIGHT, r"the outputs {'probs': \[8\]}; .* gives 'probs', \[batch, 8\]$"),
         ({"outputs": ("y",)}, EIGHT, r"the outputs {'y': \[1, 8\]}; .* gives 'probs', \[batch, 8\]$"),
         ({"images": "x"}, EIGHT, r"has the inputs \[\('x', 'tensor\(float\)'\)\] .* takes 'images', tensor\(float\)"),
@@ -272,48 +262,34 @@ def test_class_names_that_do_not_fit_the_head_are_refused(tmp_path):
         load_image_model(tmp_path / "w.safetensors")
 
 
+def published(size):
+    return OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base"])
 def test_every_published_size_up_to_base_exports(size, tmp_path):
-    values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
-    model = ConvNeXtV2Config.model_validate({**values, "head_init_scale": 1.0})
     torch.manual_seed(0)
-    preprocessing = {
-        "image_size_hw": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3, "eval_crop": 1.0,
-        "interpolation": "bilinear",
-    }  # fmt: skip
-    task = ClassificationTask(Setup(model, TASK, preprocessing, {"class_names": ["a", "b", "c"]}))
-    write_weights(
-        tmp_path / "w.safetensors",
-        task.network.state_dict(),
-        {"task": TASK.model_dump(), "model": model.model_dump(), "step": 0, **task.exported().metadata},
-    )
-    assert (
-        export_onnx(*load_image_model(tmp_path / "w.safetensors"), tmp_path / "m.onnx", OnnxSettings(tolerance=1e-3))
-        < 1e-3
-    )
+    network = build_network(ConvNeXtV2Config.model_validate({**published(size), "head_init_scale": 1.0}), 3).eval()
+    model = ImageModel(network, Normalise([0.5] * 3, [0.5] * 3, 3), "classes").eval()
+    metadata = {"output": "classes", "class_names": ["a", "b", "c"], "step": 0,
+                "preprocessing": {**PREPROCESSING, "image_size_hw": [64, 64]}}  # fmt: skip
+    assert export_onnx(model, metadata, tmp_path / "m.onnx", OnnxSettings(tolerance=1e-3)) < 1e-3
 
 
-@pytest.mark.parametrize("size", sorted(path.stem for path in (CONF / "model").glob("convnextv2_*.yaml")))
+@pytest.mark.parametrize("size", ["large", "huge"])
 def test_a_network_above_two_gibibytes_is_refused_before_any_work(size, tmp_path, monkeypatch):
-    """Of the published sizes that is huge alone; each on the meta device, where nothing has a value."""
+    """Only huge is, among the published sizes; each on the meta device, where nothing has a value."""
 
     def begin(*_):
         raise UserError("the export began")
 
     monkeypatch.setattr("models.export.onnx_file._trace", begin)
-    values = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{size}.yaml"))
     with torch.device("meta"):
-        network = build_network(ConvNeXtV2Config.model_validate(values), 1000)
+        network = build_network(ConvNeXtV2Config.model_validate(published(size)), 1000)
     model = ImageModel(network, Normalise([0.5] * 3, [0.5] * 3, 3), "classes")
-    metadata = {"preprocessing": PREPROCESSING, "model": values}
-    with pytest.raises(UserError) as refused:
+    metadata = {"preprocessing": PREPROCESSING, "model": published(size)}
+    begins = {"large": "the export began", "huge": r"format: convnextv2_huge has 2\.46 GiB of weights"}[size]
+    with pytest.raises(UserError, match=f"^{begins}"):
         export_onnx(model, metadata, tmp_path / "export/model.onnx", OnnxSettings(tolerance=1e-4))
-    if size != "convnextv2_huge":
-        assert str(refused.value) == "the export began"
-        return
-    assert str(refused.value).startswith(
-        "format: convnextv2_huge has 2.46 GiB of weights and one ONNX file holds at most 2 GiB, so "
-        f"{tmp_path}/export/model.onnx cannot be written; export a smaller network (model=convnextv2_large, say), or"
-    )
-    assert not list(tmp_path.iterdir())
+    assert size == "large" or not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from engine.tasks.exporting import Opened, without_head
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.convnextv2 import ConvNeXtV2
-from models.export import onnx_file
+from models.export import onnx_file, timm_folder
 from models.export.inference_form import InferenceBlock, to_inference_form
 from models.export.onnx_file import OnnxSettings, export_onnx
 from models.export.parity import vary_weights
@@ -30,7 +30,6 @@ from models.image_model import ImageModel
 from models.layers import GRN
 from models.normalise import Normalise
 from models.weights.initialise import initialise_from, to_timm
-from tests.in_process import configure
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights
@@ -55,6 +54,10 @@ def geometry(size="small", stem_stride=4, stages=4, in_channels=3):
     )  # fmt: skip
 
 
+def timm_config(name, in_channels=3):
+    return TimmConfig(family="timm", name=name, in_channels=in_channels, drop_path_rate=None)
+
+
 def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):
     """Return a model with varied weights, and its metadata."""
     values = {
@@ -64,14 +67,9 @@ def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):
     network = vary_weights(build_network(config, num_classes))
     output = "classes" if num_classes else "features"
     model = ImageModel(network, Normalise(values["mean"], values["std"], config.in_channels), output).eval()
-    metadata = {
-        "task": {"name": "classification"},
-        "model": config.model_dump(),
-        "preprocessing": values,
-        "step": 7,
-        "output": output,
-        "origin": {"source": "a.pt", "layout": "official", "licence": "cc-by-nc-4.0"},
-    }
+    origin = {"source": "a.pt", "layout": "official", "licence": "cc-by-nc-4.0"}
+    metadata = {"task": {"name": "classification"}, "model": config.model_dump(), "preprocessing": values, "step": 7,
+                "output": output, "origin": origin}  # fmt: skip
     return model, metadata | ({"class_names": NAMES} if num_classes else {})
 
 
@@ -120,7 +118,7 @@ def test_timm_loads_the_folder_and_the_file(size, tmp_path):
     assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
 
 
-PREPROCESSINGS = [{}, {"eval_resize": "squash", "eval_crop": 1.0}, {"interpolation": "bilinear"}]
+PREPROCESSINGS = [{}, {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear"}]
 
 
 # transformers cuts half a pixel lower than torchvision where the margin is odd, as with 0.95.
@@ -152,21 +150,19 @@ def test_preprocessing_is_equal(form, preprocessing, tmp_path):
 
 
 def test_any_network_of_timm_goes_to_timm(tmp_path):
-    config = TimmConfig(family="timm", name="test_resnet", in_channels=1, drop_path_rate=None)
-    model, metadata = make(config, mean=[0.4], std=[0.3])
+    model, metadata = make(timm_config("test_resnet", in_channels=1), mean=[0.4], std=[0.3])
     export("timm", model, metadata, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     inputs = torch.randn(2, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(inputs), model.network(inputs))
-    with pytest.raises(UserError, match=r"^format: transformers holds ConvNeXt V2 here, and ResNet is none"):
+    with pytest.raises(UserError, match=r"^format: "):
         export("transformers", model, metadata, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_timms_own_convnext_v2_goes_to_transformers_and_official(tmp_path):
-    config = TimmConfig(family="timm", name="convnextv2_atto", in_channels=3, drop_path_rate=None)
-    model, metadata = make(config)
+    model, metadata = make(timm_config("convnextv2_atto"))
     _, inputs = normalised(model)
     export("transformers", model, metadata, tmp_path / "hf")
     loaded = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path / "hf").eval()
@@ -181,7 +177,7 @@ def test_timms_own_convnext_v2_goes_to_transformers_and_official(tmp_path):
 # --- transformers
 
 
-@pytest.mark.parametrize(("stem_stride", "stages"), [(4, 4), (2, 4), (4, 3), (2, 3), (4, 2)])
+@pytest.mark.parametrize(("stem_stride", "stages"), [(4, 4), (2, 3)])
 def test_transformers_loads_the_folder(stem_stride, stages, tmp_path):
     model, metadata = make(geometry(stem_stride=stem_stride, stages=stages))
     export("transformers", model, metadata, tmp_path)
@@ -194,7 +190,7 @@ def test_transformers_loads_the_folder(stem_stride, stages, tmp_path):
 
 def test_a_crop_that_is_not_square_is_refused_by_transformers(tmp_path):
     model, metadata = make(geometry(), image_size_hw=(64, 96))
-    with pytest.raises(UserError, match=r"^format: transformers' image processors crop squares only.* 64 x 96; set"):
+    with pytest.raises(UserError, match=r"^format: .* 64 x 96; set"):
         export("transformers", model, metadata, tmp_path / "x")
     model, metadata = make(geometry(), image_size_hw=(64, 96), eval_resize="squash")
     export("transformers", model, metadata, tmp_path / "x")
@@ -204,49 +200,36 @@ def test_a_crop_that_is_not_square_is_refused_by_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "settings", "message"),
+    ("form", "settings", "reason"),
     [
-        (
-            "timm",
-            {"stem_stride": 2},
-            "format: timm has a stem of stride 4 only, and this network has a stem of stride 2",
-        ),
-        (
-            "timm",
-            {"stages": 3},
-            "format: timm has ConvNeXt V2 of four stages only, and this network has 3; set format=",
-        ),
-        ("transformers", {"stem_stride": 1}, "format: transformers has a stem of stride 2 or 4 only, .* a 3x3 stem"),
-        ("official", {"stem_stride": 2}, "format: the official layout has a stem of stride 4 only"),
-        ("official", {"stages": 2}, "format: the official layout has ConvNeXt V2 of four stages only"),
-        ("minkowski", {"stages": 3}, "format: the minkowski layout has ConvNeXt V2 of four stages only"),
+        ("timm", {"stem_stride": 2}, "a stem of stride 2"),
+        ("timm", {"stages": 3}, "four stages only, and this network has 3"),
+        ("transformers", {"stem_stride": 1}, "stride 2 or 4 only, and this network has a 3x3 stem"),
+        ("official", {"stem_stride": 2}, "a stem of stride 2"),
+        ("minkowski", {"stages": 3}, "four stages only, and this network has 3"),
     ],
 )
-def test_what_a_format_cannot_express_is_refused_with_the_reason(form, settings, message, tmp_path):
+def test_what_a_format_cannot_express_is_refused_with_the_reason(form, settings, reason, tmp_path):
     model, metadata = make(geometry(**settings))
-    with pytest.raises(UserError, match=f"^{message}"):
+    with pytest.raises(UserError, match=rf"^format: .*{reason}"):
         export(form, model, metadata, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     """With weights as small as drawn ones, its logits would pass; a copy with varied weights shows it."""
-    from models.export import timm_folder
-
     right = timm_folder.to_timm
 
     def wrong(state, network):
-        return {
-            name: tensor.flip(0) if name.endswith("conv_dw.weight") else tensor
-            for name, tensor in right(state, network).items()
-        }
+        flipped = {name: tensor.flip(0) for name, tensor in state.items() if name.endswith("dwconv.weight")}
+        return right({**state, **flipped}, network)
 
     monkeypatch.setattr(timm_folder, "to_timm", wrong)
     model, metadata = make(geometry())
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter.mul_(1e-3)
-    with pytest.raises(UserError, match=r"^tolerance: a copy with varied weights differs from PyTorch by"):
+    with pytest.raises(UserError, match=r"^tolerance: a copy with varied weights"):
         export("timm", model, metadata, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -278,8 +261,7 @@ def test_a_backbone_goes_to_every_format(tmp_path):
 def test_the_backbone_of_a_timm_network_gives_what_ours_gives(form, tmp_path):
     """timm's reset_classifier leaves the norm behind the pool; the features are the mean of the last map in both."""
     model, metadata = make(geometry("atto"))
-    config = TimmConfig(family="timm", name="convnextv2_atto", in_channels=3, drop_path_rate=None)
-    theirs, their_metadata = make(config)
+    theirs, their_metadata = make(timm_config("convnextv2_atto"))
     theirs.network.load_state_dict(to_timm(model.network.state_dict(), theirs.network))
     images, inputs = normalised(model)
     with torch.no_grad():
@@ -315,88 +297,61 @@ def test_an_fcmae_goes_whole_into_the_layout_of_the_official_pretraining(tmp_pat
     assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
-def test_a_file_of_ours_keeps_its_metadata(tmp_path):
-    model, metadata = make(geometry(stem_stride=1, stages=2))
-    export("safetensors", model, metadata, tmp_path)
-    tensors, found = read_weights(tmp_path / "model.safetensors", "weights")
-    assert found["class_names"] == NAMES and found["origin"]["licence"] == "cc-by-nc-4.0"
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.network.state_dict().items())
-
-
-@pytest.mark.parametrize("timm_name", [None, "resnet18"])
-def test_a_state_dict_for_torch_has_the_networks_own_names(timm_name, tmp_path):
-    config = TimmConfig(family="timm", name="resnet18", in_channels=3, drop_path_rate=None) if timm_name else geometry()
+@pytest.mark.parametrize("timm_name", [None, "test_resnet"])
+def test_a_state_dict_for_torch_and_a_file_of_ours_have_the_networks_own_names(timm_name, tmp_path):
+    config = timm_config(timm_name) if timm_name else geometry(stem_stride=1, stages=2)
     model, metadata = make(config)
     export("pth", model, metadata, tmp_path)
     content = torch.load(tmp_path / "model.pth", weights_only=True)
     assert content["licence"] == "cc-by-nc-4.0"
+    export("safetensors", model, metadata, tmp_path)
+    tensors, found = read_weights(tmp_path / "model.safetensors", "weights")
+    assert found["class_names"] == NAMES and found["origin"]["licence"] == "cc-by-nc-4.0"
     fresh = build_network(config, len(NAMES))
-    fresh.load_state_dict(content["model"])
-    assert all(torch.equal(tensor, model.network.state_dict()[name]) for name, tensor in fresh.state_dict().items())
+    for state in (content["model"], tensors):
+        fresh.load_state_dict(state)
+        assert all(torch.equal(tensor, model.network.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
 
 # --- ONNX
 
 
 def export_file(tmp_path, model, metadata, **settings):
-    path = tmp_path / onnx_file.FILES[settings.get("precision", "fp32")]
+    path = tmp_path / "model.onnx"
     return export_onnx(model, metadata, path, OnnxSettings(**settings)), onnx.load(path), path
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_versions_are_those_that_onnx_runtime_reads_for_years(precision, tmp_path):
-    """ONNX Runtime 1.20 (November 2024) reads opset 21 and IR 10; 1.15 reads opset 18 and IR 9."""
-    model, metadata = make(geometry())
-    _, proto, _ = export_file(tmp_path, model, metadata, precision=precision, tolerance=5e-2)
-    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)] and proto.ir_version <= 9
-    text = str(proto)
-    assert ".py" not in text and "metadata_props" not in text.replace('metadata_props {\n  key: "atelier"', "")
-    assert json.loads(proto.metadata_props[0].value)["licence"] == "cc-by-nc-4.0"
-
-
-def types_of(proto):
-    graph = onnx.shape_inference.infer_shapes(proto).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
-
-
 def test_fp16_sums_in_float32(tmp_path):
+    """Squares of GRN's input exceed the range of fp16 here: activations of some hundreds, which GRN divides again."""
     model, metadata = make(geometry())
+    with torch.no_grad():
+        for stage in model.network.stages:
+            for block in stage:
+                block.pwconv1.weight.mul_(100.0)
+                block.pwconv2.weight.mul_(0.01)
     difference, proto, path = export_file(tmp_path, model, metadata, precision="fp16", tolerance=5e-2)
-    assert difference < 2e-2
-    types, wide, narrow = types_of(proto), onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-    sums = {"LayerNormalization", "Softmax", "Sigmoid", "ReduceMean", "Sqrt", "Pow"}
+    images, _ = normalised(model)
+    assert difference < 5e-2 and np.isfinite(onnx_file.open_session(path)(images.numpy())[0]).all()
+    graph, wide, narrow = (
+        onnx.shape_inference.infer_shapes(proto).graph,
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+    )
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     squares = {name for node in proto.graph.node if node.op_type == "Pow" for name in node.output}
     checked = set()
     for node in proto.graph.node:
-        if node.op_type in sums:
+        if node.op_type in {"LayerNormalization", "Softmax", "Sigmoid", "ReduceMean", "Sqrt", "Pow"}:
             checked.add(node.op_type)
             assert all(types[name] == wide for name in node.input[:1]) and types[node.output[0]] == wide, node
         if node.op_type in ("Conv", "MatMul", "Gemm"):
-            is_sum = bool(squares & set(node.input))  # of GRN, a product with ones
+            is_sum = bool(squares & set(node.input))  # GRN's, a product with ones
             assert {types[name] for name in node.input} == {wide if is_sum else narrow}
             checked |= {"GRN"} if is_sum else set()
     assert {"LayerNormalization", "Softmax", "ReduceMean", "GRN"} <= checked
     assert path.stat().st_size < 0.6 * sum(p.nbytes for p in model.parameters()) + 60_000
     assert [value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)] == [wide] * 3
-
-
-def test_fp16_keeps_a_grn_whose_squares_exceed_fp16(tmp_path):
-    model, metadata = make(geometry())
-    with torch.no_grad():
-        for stage in model.network.stages:
-            for block in stage:
-                block.pwconv1.weight.mul_(100.0)  # activations of some hundreds; GRN divides them again
-                block.pwconv2.weight.mul_(0.01)
-    difference, _, path = export_file(tmp_path, model, metadata, precision="fp16", tolerance=5e-2)
-    images, inputs = normalised(model)
-    with torch.no_grad():
-        block = model.network.stages[0][0]
-        inner = torch.nn.functional.gelu(
-            block.pwconv1(block.norm(block.dwconv(model.network.downsample_layers[0](inputs)).permute(0, 2, 3, 1)))
-        )
-        assert inner.square().max() > 65504
-    assert difference < 5e-2 and np.isfinite(onnx_file.open_session(path)(images.numpy())[0]).all()
 
 
 def test_the_rewritten_network_is_the_same_function():
@@ -413,8 +368,9 @@ def test_the_rewritten_network_is_the_same_function():
     assert to_inference_form(model) is model
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 2e-2), ("int8", 0.5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "quiet"), [("fp32", 1e-3, True), ("fp16", 2e-2, False), ("int8", 0.5, True)]
+)
 def test_a_wrong_graph_of_small_logits_is_found(precision, tolerance, quiet, tmp_path, monkeypatch):
     """The logits of a head scaled by 0.001 differ by less than any absolute tolerance where a block is left out.
 
@@ -428,15 +384,12 @@ def test_a_wrong_graph_of_small_logits_is_found(precision, tolerance, quiet, tmp
     images, _ = normalised(model)
     assert model(images)[0].abs().max() < 1e-3
     right = InferenceBlock.forward
-
-    def leave_out_the_last(self, x, visible=None):
-        return x if x.shape[1] == 12 else right(self, x)
-
-    monkeypatch.setattr(InferenceBlock, "forward", leave_out_the_last)
-    found = (
-        r"^tolerance: a copy with varied weights differs from" if quiet else r"^tolerance: .* differs from PyTorch by"
+    monkeypatch.setattr(
+        InferenceBlock, "forward", lambda self, x, visible=None: x if x.shape[1] == 12 else right(self, x)
     )
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(
+        UserError, match=rf"^tolerance: {'a copy with varied weights' if quiet else '.*'} differs from PyTorch"
+    ):
         export_file(tmp_path, model, metadata, precision=precision, tolerance=tolerance, calibration=[images.numpy()])
     assert not list(tmp_path.iterdir())
 
@@ -445,11 +398,10 @@ def test_a_wrong_graph_of_small_logits_is_found(precision, tolerance, quiet, tmp
 def test_int8_needs_images_and_is_near(tmp_path):
     model, metadata = make(geometry("atto"))
     images = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    with pytest.raises(UserError, match=r"^calibration_images: no image could be read"):
+    with pytest.raises(UserError, match=r"^calibration_images: "):
         export_file(tmp_path, model, metadata, precision="int8", tolerance=0.5)
-    _, proto, path = export_file(
-        tmp_path, model, metadata, precision="int8", tolerance=0.5, calibration=[images.numpy()]
-    )
+    calibration = (batch.numpy() for batch in images.split(8))
+    _, proto, path = export_file(tmp_path, model, metadata, precision="int8", tolerance=0.5, calibration=calibration)
     weights = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8]
     large = [weight for weight in weights if weight.ndim > 1]
     assert large and all(abs(weight.astype(int)).max() <= 64 for weight in large), "sums saturate without VNNI"
@@ -457,18 +409,14 @@ def test_int8_needs_images_and_is_near(tmp_path):
     assert path.stat().st_size < 0.45 * sum(p.nbytes for p in model.parameters())
     with torch.no_grad():
         same = model(images)[0].argmax(1).numpy() == onnx_file.open_session(path)(images.numpy())[0].argmax(1)
-    assert same.mean() >= 0.75 and not list(tmp_path.glob("*.prepared"))
+    assert same.mean() >= 0.75 and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [pytest.param(geometry(), marks=pytest.mark.slow),
-     TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)],
-    ids=["convnextv2", "timm"],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [geometry(), timm_config("test_resnet")], ids=["convnextv2", "timm"])
 def test_a_file_for_images_of_any_size(config, tmp_path):
     model, metadata = make(config)
-    _, proto, path = export_file(tmp_path, model, metadata, dynamic_size=True)
+    _, _, path = export_file(tmp_path, model, metadata, dynamic_size=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert all(isinstance(side, str) for side in (session.get_inputs()[0].shape[0], *session.get_inputs()[0].shape[2:]))
     for size in ((64, 64), (96, 160), (33, 71)):
@@ -478,17 +426,9 @@ def test_a_file_for_images_of_any_size(config, tmp_path):
         np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_network_of_one_size_is_refused_for_any(tmp_path):
-    config = TimmConfig(family="timm", name="test_vit3", in_channels=3, drop_path_rate=None)
-    model, metadata = make(config, image_size_hw=(160, 160))
-    with pytest.raises(
-        UserError, match=r"^dynamic_size: true, but VisionTransformer cannot be exported for images of any"
-    ):
+    model, metadata = make(timm_config("test_vit3"), image_size_hw=(160, 160))
+    with pytest.raises(UserError, match=r"^dynamic_size: true, but VisionTransformer"):
         export_file(tmp_path, model, metadata, dynamic_size=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_augment_states_the_preprocessing_that_is_exported():
-    """What the tests above pass by hand is what AugmentConfig writes."""
-    stated = configure("finetune", [])[0].augment.preprocessing(3)
-    assert stated.keys() == make(geometry())[1]["preprocessing"].keys() and stated["channels"] == 3

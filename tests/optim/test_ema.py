@@ -11,15 +11,9 @@ from optim.ema import EMA, Averages, ema_decay_at
 ONE = torch.tensor(1.0)
 
 
-def network(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(2)).to(dtype)
-
-
 def made(dtype=torch.float64):
-    model = network(dtype)
-    model(torch.randn(2, 2, 5, 5, dtype=dtype))
-    return model
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 2)).to(dtype)
 
 
 def wander(model, step):
@@ -64,13 +58,6 @@ def test_the_decay_warms_up(step, decay, expected):
     assert ema_decay_at(step, decay, warmup=False) == decay
 
 
-def test_a_short_run_forgets_its_initial_weights():
-    share = 1.0
-    for step in range(100):
-        share *= ema_decay_at(step, 0.9999, warmup=True)
-    assert share < 1e-12  # without warm-up it would be 0.99
-
-
 # --- the recursion
 
 
@@ -97,16 +84,7 @@ def test_counters_are_copied_not_averaged():
     wander(model, 0)
     ema.update(0.9, ONE)
     counter = ema.tensors["1.num_batches_tracked"]
-    assert counter.dtype == torch.int64 and counter == model[1].num_batches_tracked == 2
-
-
-def test_a_decay_of_zero_follows_the_weights():
-    model = made(torch.float32)
-    ema = EMA(model)
-    wander(model, 0)
-    ema.update(0.0, ONE)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(ema.tensors[name], tensor)
+    assert counter.dtype == torch.int64 and counter == model[1].num_batches_tracked == 1
 
 
 def test_a_skipped_step_keeps_the_average_bit_for_bit():
@@ -147,22 +125,16 @@ def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses  # optimiser and DDP hold them
 
 
-def test_swapped_gives_the_weights_back_after_an_error():
-    model = made(torch.float32)
-    ema = EMA(model)
-    wander(model, 0)
-    own = copied(model)
-    with pytest.raises(RuntimeError, match="evaluation broke"), ema.swapped():
-        raise RuntimeError("evaluation broke")
-    same_bits(copied(model), own)
-
-
-def test_what_an_evaluation_does_to_buffers_does_not_reach_the_average():
+def test_an_evaluation_that_breaks_or_changes_buffers_leaves_weights_and_average_alone():
     model = made(torch.float32)
     ema = EMA(model)
     average = copy.deepcopy(ema.tensors)
-    with ema.swapped():
+    wander(model, 0)
+    own = copied(model)
+    with pytest.raises(RuntimeError, match="evaluation broke"), ema.swapped():
         wander(model, 3)
+        raise RuntimeError("evaluation broke")
+    same_bits(copied(model), own)
     same_bits(ema.tensors, average)
 
 
@@ -193,8 +165,8 @@ def test_the_average_of_another_network_is_not_taken():
 
 
 def test_averages_of_several_networks_are_those_of_each_alone():
-    models = {"unet": made(), "encoder": made()}
-    averages = Averages(models, {"unet": "device", "encoder": "cpu"})
+    models, devices = {"unet": made(), "encoder": made()}, {"unet": "device", "encoder": "cpu"}
+    averages = Averages(models, devices)
     alone = {name: EMA(model) for name, model in models.items()}
     for step in range(5):
         for number, (name, model) in enumerate(models.items()):
@@ -209,6 +181,6 @@ def test_averages_of_several_networks_are_those_of_each_alone():
             same_bits(copied(model), alone[name].tensors)
     for name, model in models.items():
         same_bits(copied(model), before[name])
-    again = Averages(models, {"unet": "device", "encoder": "cpu"})
+    again = Averages(models, devices)
     again.load(averages.tensors())
     same_bits(again.tensors(), expected)

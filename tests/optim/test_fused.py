@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from optim.fused import flat_view, subtract_scaled_
+from optim.fused import subtract_scaled_
 
 LAYOUTS = {
     "contiguous": lambda shape: torch.randn(shape),
@@ -40,12 +40,3 @@ def test_no_tensor_is_copied(layout):
     with profile(activities=[ProfilerActivity.CPU]) as found:
         subtract_scaled_([target], [source], 0.25)
     assert not {event.key for event in found.key_averages()} & {"aten::clone", "aten::copy_"}
-
-
-def test_a_flat_view_shares_the_memory_in_its_order():
-    tensor = LAYOUTS["channels-last"]((2, 3, 4, 5))
-    flat = flat_view(tensor)
-    assert flat.data_ptr() == tensor.data_ptr() and flat.shape == (120,) and flat.is_contiguous()
-    assert torch.equal(flat, tensor.permute(0, 2, 3, 1).reshape(-1))
-    with pytest.raises(RuntimeError):  # not dense: as a vector it would hold elements that are not the tensor's
-        flat_view(torch.randn(4, 4)[:, :2])

@@ -27,14 +27,9 @@ def config(name="adamw", **changes):
 
 def encoder(num_classes):
     return ConvNeXtV2(
-        in_channels=3,
-        num_classes=num_classes,
-        depths=DEPTHS,
-        dims=[4, 8, 8, 12],
-        stem_stride=4,
-        drop_path_rate=0.0,
+        in_channels=3, num_classes=num_classes, depths=DEPTHS, dims=[4, 8, 8, 12], stem_stride=4, drop_path_rate=0.0,
         head_init_scale=1.0,
-    )
+    )  # fmt: skip
 
 
 def owner(network):
@@ -53,19 +48,11 @@ def classifier():
 
 
 def fcmae():
-    return owner(
-        FCMAE(
-            encoder=encoder(0),
-            image_size_hw=(32, 64),
-            patch_px=32,
-            decoder_dim=8,
-            decoder_depth=1,
-            norm_pix_loss=True,
-            mask_ratio=0.5,
-            execution="sparse",
-            grn_over="sample",
-        )
-    )
+    network = FCMAE(
+        encoder=encoder(0), image_size_hw=(32, 64), patch_px=32, decoder_dim=8, decoder_depth=1, norm_pix_loss=True,
+        mask_ratio=0.5, execution="sparse", grn_over="sample",
+    )  # fmt: skip
+    return owner(network)
 
 
 def by_name(groups):
@@ -82,32 +69,18 @@ def by_name(groups):
 # --- a partition
 
 
-@pytest.mark.parametrize("kind", ["single", "group", "timm"])
-@pytest.mark.parametrize("decay", [1.0, 0.7])
+@pytest.mark.parametrize("decay, kind", [(1.0, "single"), (0.7, "single"), (0.7, "group"), (0.7, "timm")])
 @pytest.mark.parametrize("make", [classifier, fcmae])
 def test_groups_partition_the_trainable_parameters(make, decay, kind):
     task = make()
     named = dict(task.named_parameters())
     groups = build_groups(task, config(layer_decay=decay, layer_decay_kind=kind))
-    found = by_name(groups)
-    assert set(found) == set(named)
-    ids = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(ids) == sorted(map(id, named.values()))
+    assert set(by_name(groups)) == set(named)
     for group in groups:
         assert all(named[name] is parameter for name, parameter in zip(group["names"], group["params"]))
-    assert len({(group["lr_scale"], group["decays"]) for group in groups}) == len(groups)
-
-
-def test_groups_come_in_one_order_from_the_lowest_rate_up():
-    groups = build_groups(classifier(), config(layer_decay=0.7))
     keys = [(group["lr_scale"], group["decays"]) for group in groups]
-    assert keys == sorted(keys)
-    assert keys[0][0] == pytest.approx(0.7**7) and keys[-1] == (1.0, True)
-
-
-def test_without_layer_decay_there_are_two_groups():
-    groups = build_groups(classifier(), config())
-    assert [(group["lr_scale"], group["decays"]) for group in groups] == [(1.0, False), (1.0, True)]
+    assert keys == sorted(set(keys)) and keys[-1] == (1.0, True)
+    assert decay < 1 or keys == [(1.0, False), (1.0, True)]
 
 
 def test_frozen_parameters_are_ignored():
@@ -171,30 +144,15 @@ def test_rules_set_what_they_state_and_nothing_else():
     ]
     usual = by_name(build_groups(classifier(), config(layer_decay=0.5)))
     found = by_name(build_groups(classifier(), config(layer_decay=0.5, rules=rules)))
-    keys = ("lr_scale", "decays", "fixed_decay", "freeze_steps")
-    changed = {name for name in usual if any(usual[name][key] != found[name][key] for key in keys)}
+    keys = ("lr_scale", "freeze_steps", "decays", "fixed_decay")
+    values = {name: tuple(group[key] for key in keys) for name, group in found.items()}
     kernels = {name for name in usual if name.endswith(".dwconv.weight")}
+    changed = {name for name in usual if values[name] != tuple(usual[name][key] for key in keys)}
     assert changed == {"network.head.weight", "network.head.bias", *kernels}
     for name in kernels:
         assert found[name]["fixed_decay"] == 0.0 and found[name]["lr_scale"] == usual[name]["lr_scale"] < 1
-    weight, bias = (found[f"network.head.{name}"] for name in ("weight", "bias"))
-    assert (weight["lr_scale"], weight["freeze_steps"], weight["decays"], weight["fixed_decay"]) == (
-        10.0,
-        3,
-        True,
-        None,
-    )
-    assert (bias["lr_scale"], bias["freeze_steps"], bias["decays"], bias["fixed_decay"]) == (10.0, 3, False, 0.3)
-
-
-def test_a_rules_weight_decay_is_fixed_and_the_rate_is_scaled():
-    rules = [rule("network.head.*", weight_decay=0.3, lr_scale=0.5)]
-    optimizer = torch.optim.AdamW(build_groups(classifier(), config(rules=rules)), lr=1.0)
-    set_group_values(optimizer, GroupValues(0.2, 0.05))
-    for group in optimizer.param_groups:
-        head = any(name.startswith("network.head.") for name in group["names"])
-        assert group["weight_decay"] == (0.3 if head else 0.05 if group["decays"] else 0.0)
-        assert group["lr"] == (0.1 if head else 0.2)
+    assert values["network.head.weight"] == (10.0, 3, True, None)
+    assert values["network.head.bias"] == (10.0, 3, False, 0.3)
 
 
 def test_frozen_groups_do_not_change_and_nor_does_their_state():
@@ -215,41 +173,26 @@ def test_frozen_groups_do_not_change_and_nor_does_their_state():
     assert {steps[name] for name in frozen} == {1.0} and {steps[name] for name in set(before) - frozen} == {3.0}
 
 
-def test_patterns_tell_capital_letters():
-    with pytest.raises(UserError, match="matches no parameter"):
-        build_groups(classifier(), config(rules=[rule("Network.head.weight", lr_scale=0.5)]))
-
-
 # --- refusals
 
 
 def test_a_rule_without_a_match_is_refused_with_close_names():
     rules = [rule("*.dwconv.weight", lr_scale=0.5), rule("network.heed.weight", lr_scale=0.5)]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"^optim\.rules\.1\.match: .* close: .*network\.head\.weight"):
         build_groups(classifier(), config(rules=rules))
-    message = str(caught.value)
-    assert message.startswith("optim.rules.1.match: 'network.heed.weight' matches no parameter; close: ")
-    assert "network.head.weight" in message
+    with pytest.raises(UserError, match="matches no parameter"):  # patterns tell capital letters
+        build_groups(classifier(), config(rules=[rule("Network.head.weight", lr_scale=0.5)]))
 
 
 def test_two_rules_that_state_the_same_for_a_parameter_are_refused():
     rules = [rule("network.head.*", lr_scale=0.5), rule("*.weight", lr_scale=2.0)]
-    message = r"optim\.rules\.1\.lr_scale: '\*\.weight' and 'network\.head\.\*' both set it for network\.head\.weight; "
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"^optim\.rules\.1\.lr_scale: .*network\.head\.weight; "):
         build_groups(classifier(), config(rules=rules))
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({}, "sets nothing; give lr_scale, weight_decay or freeze_steps"),
-        ({"lr_scale": -1.0}, "greater than or equal to 0"),
-        ({"freeze_steps": 0}, "greater than or equal to 1"),
-        ({"lr": 0.1}, "Extra inputs are not permitted"),
-    ],
-)
-def test_a_wrong_rule_is_refused(settings, message):
-    with pytest.raises(ValidationError, match=message):
+@pytest.mark.parametrize("settings", [{}, {"lr_scale": -1.0}, {"freeze_steps": 0}, {"lr": 0.1}])
+def test_a_wrong_rule_is_refused(settings):
+    with pytest.raises(ValidationError, match="rules.0"):
         config(rules=[rule("*", **settings)])
 
 
@@ -271,30 +214,24 @@ def test_the_table_counts_tensors_and_parameters():
     assert decayed.split() == ["1.00000", "yes", "0", "1", "3,000", "network.weight"]
 
 
-def made(optimizer_class, **settings):
-    groups = build_groups(classifier(), config(layer_decay=0.5))
-    return optimizer_class(groups, lr=1.0, **settings)
-
-
-def test_every_group_gets_its_share_of_the_rate_and_decays_or_not():
-    optimizer = made(torch.optim.AdamW, betas=(0.9, 0.999))
-    set_group_values(optimizer, GroupValues(0.2, 0.05, None))
-    for group in optimizer.param_groups:
-        assert group["lr"] == 0.2 * group["lr_scale"]
-        assert group["weight_decay"] == (0.05 if group["decays"] else 0.0)
-        assert group["betas"] == (0.9, 0.999)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.2 * 0.5**exponent for exponent in range(8)}
-
-
-def test_values_are_set_not_multiplied_up():
-    optimizer = made(torch.optim.AdamW)
-    for _ in range(3):
+def test_every_group_gets_its_share_of_the_rate_and_its_decay():
+    rules = [rule("network.head.*", weight_decay=0.3, lr_scale=0.25)]
+    groups = build_groups(classifier(), config(layer_decay=0.5, rules=rules))
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999))
+    for _ in range(2):  # values are set, not multiplied up
         set_group_values(optimizer, GroupValues(0.2, 0.05, None))
-    assert max(group["lr"] for group in optimizer.param_groups) == 0.2
+    for group in optimizer.param_groups:
+        head = any(name.startswith("network.head.") for name in group["names"])
+        assert group["lr"] == 0.2 * group["lr_scale"]
+        assert group["weight_decay"] == (0.3 if head else 0.05 if group["decays"] else 0.0)
+        assert group["betas"] == (0.9, 0.999)
+    exponents = {2, *range(8)}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.2 * 0.5**exponent for exponent in exponents}
 
 
 def test_momentum_is_beta1_or_momentum():
-    adam, sgd = made(torch.optim.AdamW, betas=(0.9, 0.999)), made(torch.optim.SGD, momentum=0.9)
+    groups = [build_groups(classifier(), config()) for _ in "ab"]
+    adam, sgd = torch.optim.AdamW(groups[0], betas=(0.9, 0.999)), torch.optim.SGD(groups[1], momentum=0.9)
     for optimizer in (adam, sgd):
         set_group_values(optimizer, GroupValues(0.1, 0.0, 0.85))
     assert all(group["betas"] == (0.85, 0.999) for group in adam.param_groups)

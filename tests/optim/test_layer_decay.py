@@ -1,7 +1,6 @@
 """Layer decay. Literal tables for every published size, worked values, reference equality (timm's groups), refusals."""
 
 import functools
-import re
 
 import pytest
 import timm
@@ -13,6 +12,7 @@ from models.build import build_network
 from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from models.weights.names import translate_name
 from optim.layer_decay import layer_scales
 from utils.config.entry_point import CONF
 from utils.errors import UserError
@@ -51,14 +51,9 @@ def make_network(depths, num_classes=5):
     """A narrow network on the meta device."""
     with torch.device("meta"):
         return ConvNeXtV2(
-            in_channels=3,
-            num_classes=num_classes,
-            depths=depths,
-            dims=[4] * len(depths),
-            stem_stride=4,
-            drop_path_rate=0.0,
-            head_init_scale=1.0,
-        )
+            in_channels=3, num_classes=num_classes, depths=depths, dims=[4] * len(depths), stem_stride=4,
+            drop_path_rate=0.0, head_init_scale=1.0,
+        )  # fmt: skip
 
 
 def layer_id(name, depths, kind):
@@ -95,10 +90,6 @@ def downsample_ids(depths, kind):
     ]
     assert all(len(found) == 1 for found in ids)
     return [found.pop() for found in ids]
-
-
-def test_all_eight_published_sizes_are_here():
-    assert sorted(SIZES) == sorted(SINGLE) == sorted(GROUP_STAGE_2)
 
 
 @pytest.mark.parametrize("size", SINGLE)
@@ -191,54 +182,31 @@ def test_group_keeps_a_third_stage_deeper_than_published_below_the_fourth():
     assert set(fourth) == {12}
 
 
-@pytest.mark.parametrize("kind", ["single", "group", "timm"])
-def test_every_parameter_of_the_network_but_norm_and_head_is_scaled(kind):
-    scales = layer_scales(make_network((2, 2, 6, 2)), kind, 0.9)
-    assert sorted(name for name, scale in scales.items() if scale == 1.0) == sorted(HEAD)
-
-
 # --- timm
 
-TO_OFFICIAL = [  # (timm's name, the published one); research/convnextv2.md, 6.2
-    (r"^stem\.(\d)\.", r"downsample_layers.0.\1."),
-    (r"^stages\.(\d+)\.downsample\.(\d)\.", r"downsample_layers.\1.\2."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.norm\.", r"stages.\1.\2.norm."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.weight", r"stages.\1.\2.grn.gamma"),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.bias", r"stages.\1.\2.grn.beta"),
-    (r"^head\.norm\.", r"norm."),
-    (r"^head\.fc\.", r"head."),
-]
 
-
-def official_name(name):
-    found = [re.sub(pattern, replacement, name) for pattern, replacement in TO_OFFICIAL if re.search(pattern, name)]
-    assert len(found) == 1, name
-    return found[0]
+def timms_scales(network):
+    groups = timm.optim.param_groups_layer_decay(network, weight_decay=0.05, layer_decay=0.8)
+    scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    return {name: scales[id(parameter)] for name, parameter in network.named_parameters()}
 
 
 @pytest.mark.parametrize("size", ["atto", "nano"])
 def test_timm_kind_equals_timms_own_groups(size):
-    network = timm.create_model(f"convnextv2_{size}", pretrained=False)
-    groups = timm.optim.param_groups_layer_decay(network, weight_decay=0.05, layer_decay=0.8)
-    theirs = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
-    names = dict(network.named_parameters())
-    assert len(theirs) == len(names)
-    for name, parameter in names.items():
-        ours = layer_scale(official_name(name), SIZES[size], "timm", 0.8)
-        assert ours == pytest.approx(theirs[id(parameter)], rel=1e-12), name
+    with torch.device("meta"):
+        network = timm.create_model(f"convnextv2_{size}", pretrained=False)
+    ours = layer_scales(make_network(tuple(SIZES[size])), "timm", 0.8)
+    theirs = {translate_name(name, "timm", "official"): scale for name, scale in timms_scales(network).items()}
+    assert theirs == pytest.approx(ours, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_networks_of_timm_are_numbered_by_timms_matcher(name):
-    network = build_network(TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None), num_classes=5)
-    groups = timm.optim.param_groups_layer_decay(network, weight_decay=0.05, layer_decay=0.8)
-    theirs = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    with torch.device("meta"):
+        network = build_network(TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None), num_classes=5)
     found = layer_scales(network, "timm", 0.8)
     assert len(set(found.values())) > 3
-    for parameter_name, parameter in network.named_parameters():
-        assert found[parameter_name] == pytest.approx(theirs[id(parameter)], rel=1e-12), parameter_name
+    assert found == pytest.approx(timms_scales(network), rel=1e-12)
 
 
 # --- off, and refusals
@@ -250,12 +218,10 @@ def test_a_decay_of_one_is_off_for_any_network(network):
 
 
 def test_layer_decay_of_a_network_without_layers_is_refused():
-    with pytest.raises(
-        UserError, match=r"^optim\.layer_decay: 0\.75 needs a network that numbers its layers, and Linear"
-    ):
+    with pytest.raises(UserError, match=r"^optim\.layer_decay: 0\.75 .* Linear"):
         layer_scales(torch.nn.Linear(3, 3), "single", 0.75)
 
 
 def test_kinds_of_convnextv2_are_refused_for_a_network_of_timm():
-    with pytest.raises(UserError, match=r"^optim\.layer_decay_kind: group numbers .* set optim\.layer_decay_kind=timm"):
-        layer_scales(timm.create_model("resnet18"), "group", 0.75)
+    with pytest.raises(UserError, match=r"^optim\.layer_decay_kind: group .* set optim\.layer_decay_kind=timm"):
+        layer_scales(timm.create_model("test_resnet"), "group", 0.75)
