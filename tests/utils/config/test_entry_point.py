@@ -231,16 +231,18 @@ def list_runs(folder):
     return sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("config.json"))
 
 
-def test_a_multirun_of_a_real_script(tmp_path, monkeypatch):
+def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capsys):
     """Each job has a run folder of its own, a wrong one is named in the table; run_dir is the sweep's folder."""
     make_images(tmp_path / "images")
     shared = [*TINY, "data.root=images", "--multirun"]
-    first = start("finetune.py", [*shared, "seed=0,1", "sweep.name=seeds", "optim.lr=0.1,-1"], tmp_path)
-    assert first.wait() == [2] and "Traceback" not in first.output
+    words = [*shared, "seed=0,1", "sweep.name=seeds", "optim.lr=0.1,-1"]
+    assert run_in_process("finetune", words, tmp_path, monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
     runs = list_runs(tmp_path / "outputs/sweeps")
     assert len(runs) == 2 and all(path.startswith("seeds/") for path in runs)
     assert [finished_steps(tmp_path / "outputs/sweeps" / path) for path in runs] == [[1, 2]] * 2
-    table = first.output[first.output.index("\njob ") :].splitlines()[2:]
+    table = said[said.index("\njob ") :].splitlines()[2:]
     refused = "failed (2)  optim.lr: must be greater than or equal to 0, found -1"
     assert [("ok" in row.split(), refused in row) for row in table] == [(True, False), (False, True)] * 2
 
