@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from data.decode import UnreadableImage, read_image
+from data.image_data import load_files
 from data.scan import IMAGE_SUFFIXES
-from data.transforms import EvalTransform
-from engine.runtime import choose_device
+from engine.config import MachineConfig
+from engine.runtime import choose_device, choose_runtime
 from engine.tasks.rebuild import load_image_model
 from models.outputs import RowOptions
 from models.predictor import OnnxPredictor, Predictor, TorchPredictor
@@ -44,7 +44,15 @@ class PredictConfig(Strict):
     batch_size: Annotated[int, Field(ge=1)]
     max_pixels: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
     dry_run: bool
+
+    def machine(self) -> MachineConfig:
+        """Return the machine that predicts."""
+        return MachineConfig(
+            device=self.device, precision="fp32", channels_last=False, workers=self.workers, threads=None,
+            deterministic=False, hang_timeout_sec=1800.0,
+        )  # fmt: skip
 
 
 def load_predictor(path: Path, device: torch.device) -> Predictor:
@@ -70,21 +78,16 @@ def find_images(source: str) -> list[Path]:
 
 def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) -> Iterator[dict[str, Any]]:
     """Yield a row per image, in order: its path, and its prediction or an error."""
-    preprocessing = predictor.preprocessing
-    transform = EvalTransform.of(preprocessing)
-    for start in range(0, len(paths), config.batch_size):
-        images, errors = [], {}
-        for path in paths[start : start + config.batch_size]:
-            try:
-                pixels = read_image(path, preprocessing["channels"], config.max_pixels)
-                images.append(transform(torch.from_numpy(pixels).permute(2, 0, 1)))
-            except UnreadableImage as error:
-                errors[path] = error.reason
-        options = RowOptions(config.top, config.threshold)
-        predicted = iter(predictor.rows(torch.stack(images), options) if images else ())
-        for path in paths[start : start + config.batch_size]:
-            row = {"error": errors[path]} if path in errors else next(predicted)
-            yield {"path": str(path), **row}
+    loader, reasons = load_files(
+        paths, predictor.preprocessing, choose_runtime(config.machine()), max_pixels=config.max_pixels,
+        batch_size=config.batch_size,
+    )  # fmt: skip
+    options, left = RowOptions(config.top, config.threshold), iter(paths)
+    for batch in loader:
+        readable = batch["weight"] > 0
+        predicted = iter(predictor.rows(batch["images"][readable], options) if readable.any() else ())
+        for there, path in zip(readable.tolist(), left):
+            yield {"path": str(path), **(next(predicted) if there else {"error": reasons.of[str(path)]})}
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path, columns: list[str] | None) -> int:

@@ -8,6 +8,7 @@ val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransf
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from data.decode import pillow_version
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog
-from data.source import Source
+from data.source import ImageFiles, Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
-from data.transforms import Transform
+from data.transforms import EvalTransform, Transform
 from utils.contracts import Batch, DeviceHook, Machine
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -62,6 +63,52 @@ def device_hook(views: Mapping[str, Transform], on_device: DeviceHook | None) ->
         return batch
 
     return apply if hooks else None
+
+
+class _FileRow(NamedTuple):
+    path: str
+    weight: float = 1.0
+
+
+class ListedFiles:
+    """Image files that are no collection, in the order of the list; as `ImageFiles` reads them."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def view(self, row: int) -> _FileRow:
+        """Return a file's path and weight."""
+        return _FileRow(str(self.paths[row]))
+
+    def absolute_path(self, row: int) -> Path:
+        """Return a file."""
+        return self.paths[row]
+
+
+class Reasons:
+    """Why files could not be read, by path."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, str] = {}
+
+    def add(self, problems: Sequence[tuple[str, str]]) -> None:
+        """Take the problems of a batch."""
+        self.of.update(problems)
+
+
+def load_files(
+    paths: Sequence[Path], preprocessing: Mapping[str, Any], machine: Machine, *, max_pixels: int, batch_size: int
+) -> tuple[EvaluationLoader, Reasons]:
+    """Return a loader of image files as evaluation prepares them, in order, and the reasons of those unreadable.
+
+    It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
+    """
+    files, reasons = ListedFiles(paths), Reasons()
+    source = ImageFiles(files, preprocessing["channels"], max_pixels)
+    views = {"images": EvalTransform.of(preprocessing)}
+    reader = SampleReader(files, source, views, lambda example: {}, training=False)
+    batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)
+    return EvaluationLoader(reader, batches, machine, unreadable=reasons), reasons
 
 
 class ImageData:

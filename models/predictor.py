@@ -161,4 +161,4 @@ class OnnxPredictor(Predictor):
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return the predictions."""
-        return self._session.run([self._name], {"images": images.numpy().astype(np.float32) / 255.0})[0]
+        return self._session.run([self._name], {"images": images.cpu().numpy().astype(np.float32) / 255.0})[0]

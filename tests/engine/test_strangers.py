@@ -118,7 +118,15 @@ def test_labels_are_dropped_in_training_only(place):
 
 def predictions(place, output, **values):
     """Predict the validation images, with all tags; returns the file's rows."""
-    config = {"top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu", "dry_run": False}
+    config = {
+        "top": 2,
+        "threshold": 0.0,
+        "batch_size": 3,
+        "max_pixels": 10**6,
+        "device": "cpu",
+        "workers": 0,
+        "dry_run": False,
+    }
     call(predict, place, **{**config, "input": "images/val", "output": output, **values})
     with open(place / output, newline="") as stream:
         return list(csv.DictReader(stream)) if output.endswith(".csv") else [json.loads(line) for line in stream]
