@@ -1,30 +1,22 @@
 """IDX files, the format of MNIST and of the collections made like it, written as class folders of PNG files.
 
-    bytes 0-1    0
-    byte 2       type of an item; 8: unsigned byte, the only one that is read
-    byte 3       number of axes: 3 for images (count, height, width), 1 for labels (count)
-    then         the length of each axis, 4 bytes, big-endian
-    the rest     the items, the last axis first
-
-The files may come from strangers. What a header claims is compared with the file's size before anything is allocated: a
-plain file must be exactly as long as it claims, and one that is gzipped must not unpack to more than images do.
-Source: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE".
+torchvision reads them. The files may come from strangers, so a gzipped one must not unpack to more than images do.
 """
 
 import gzip
-import io
-import math
 import os
 import shutil
-import stat
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from utils.errors import UserError
 from utils.io.files import fsync_path, output_errors, read_json, sha256_file, write_json
@@ -37,8 +29,6 @@ FILES = {
 MARKER = "idx.json"  # written last: a folder that has it is complete
 VERSION = 1
 
-_UNSIGNED_BYTE = 8
-_CONTENT = {1: "labels", 3: "images"}  # by the number of axes
 _GZIP = b"\x1f\x8b"
 # Limits of what a gzipped file unpacks to. MNIST unpacks to 5 times its size, Fashion-MNIST to 2; deflate reaches 1032.
 _MAX_RATIO, _FREE_BYTES = 100, 2**20
@@ -90,8 +80,7 @@ def idx_to_folders(
 
 def encode_idx(items: np.ndarray) -> bytes:
     """Return a plain IDX file of uint8 items: images [N, H, W] or labels [N]."""
-    assert items.dtype == np.uint8 and items.ndim in _CONTENT, (items.dtype, items.shape)
-    return bytes((0, 0, _UNSIGNED_BYTE, items.ndim)) + struct.pack(f">{items.ndim}I", *items.shape) + items.tobytes()
+    return bytes((0, 0, 8, items.ndim)) + struct.pack(f">{items.ndim}I", *items.shape) + items.tobytes()
 
 
 def find_idx(source: str, name: str) -> Path:
@@ -100,9 +89,7 @@ def find_idx(source: str, name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"source: {source!r} is not a folder; set source to the folder that holds {name} or {name}.gz")
     for file in (folder / name, folder / f"{name}.gz"):
-        if file.exists():
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise UserError(f"source: {str(file)!r} is not a file; put the IDX file in its place")
+        if file.is_file():
             return file
     raise UserError(
         f"source: {source!r} has neither {name} nor {name}.gz; an IDX collection has the four files "
@@ -113,44 +100,25 @@ def find_idx(source: str, name: str) -> Path:
 def read_idx(file: Path, axes: int) -> np.ndarray:
     """Read an IDX file of unsigned bytes, plain or gzipped; axes: 1 for labels, 3 for images.
 
-    Raises UserError (`source`) where the header is another, claims more or less than the file holds, or an axis is 0.
+    Raises UserError (`source`) where the file is not one, holds more or less than its header claims, or nothing.
     """
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as plain:
-            packed = plain.read(len(_GZIP)) == _GZIP
-            plain.seek(0)
-            if not packed:
-                return _read_items(plain, file, axes, size, packed=False)
-            with gzip.GzipFile(fileobj=plain) as unpacked:
-                return _read_items(unpacked, file, axes, size, packed=True)
-    except (OSError, EOFError, zlib.error) as error:
+        with open(file, "rb") as stream, tempfile.NamedTemporaryFile() as plain:
+            packed = stream.read(len(_GZIP)) == _GZIP
+            stream.seek(0)
+            if packed:
+                limit = _FREE_BYTES + _MAX_RATIO * file.stat().st_size
+                content = gzip.GzipFile(fileobj=stream).read(limit + 1)
+                if len(content) > limit:
+                    raise _damaged(file, f"it unpacks to more than {_MAX_RATIO} times its size")
+                plain.write(content)
+                plain.flush()
+            items = read_sn3_pascalvincent_tensor(plain.name if packed else str(file))
+    except (OSError, EOFError, zlib.error, ValueError, RuntimeError, AssertionError, KeyError, IndexError) as error:
         raise _damaged(file, str(error) or type(error).__name__) from None
-
-
-def _read_items(stream: BinaryIO | gzip.GzipFile, file: Path, axes: int, size: int, *, packed: bool) -> np.ndarray:
-    """Check the header at the start of `stream`, then read the items; `size` is that of the file."""
-    length = 4 + 4 * axes
-    header = stream.read(length)
-    if header[:4] != bytes((0, 0, _UNSIGNED_BYTE, axes)):
-        found, expected = header[:4].hex() or "0", f"0x{_UNSIGNED_BYTE << 8 | axes:08x}"
-        raise _damaged(file, f"it begins with 0x{found}, not with {expected}, as {_CONTENT[axes]} do")
-    if len(header) < length:
-        raise _damaged(file, f"its header ends after {len(header)} of {length} bytes")
-    shape = struct.unpack(f">{axes}I", header[4:])
-    claimed, times = math.prod(shape), " x ".join(f"{side:,}" for side in shape)
-    if claimed == 0:
-        raise _damaged(file, f"it claims {times} items, which is none")
-    if not packed and length + claimed != size:
-        raise _damaged(file, f"it claims {times} bytes behind its header of {length}, and has {size - length:,}")
-    if packed and claimed > _FREE_BYTES + _MAX_RATIO * size:
-        raise _damaged(file, f"it has {size:,} bytes and claims to unpack to {times}, over {_MAX_RATIO} times as many")
-    items = stream.read(claimed)
-    if len(items) < claimed:
-        raise _damaged(file, f"it claims {times} bytes and holds {len(items):,}")
-    if stream.read(1):
-        raise _damaged(file, f"it claims {times} bytes and holds more")
-    return np.frombuffer(items, np.uint8).reshape(shape)
+    if items.dtype != torch.uint8 or items.ndim != axes or items.numel() == 0:
+        raise _damaged(file, f"it holds {list(items.shape)} of {items.dtype}, not bytes on {axes} axes")
+    return items.numpy()
 
 
 def _damaged(file: Path, why: str) -> UserError:
@@ -239,15 +207,7 @@ def _write_folders(
             os.makedirs(folders[label])
         digits = max(5, len(str(len(split.labels) - 1)))
         for index, (image, label) in enumerate(zip(split.images, split.labels)):
-            with open(f"{folders[label]}/{index:0{digits}}.png", "xb") as stream:
-                stream.write(_encode(image))
+            Image.fromarray(image).save(f"{folders[label]}/{index:0{digits}}.png")
             done += 1
             if progress is not None and done % 500 == 0:
                 progress(done, total)
-
-
-def _encode(image: np.ndarray) -> bytes:
-    """Encode [H, W] uint8 as a PNG file."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, format="PNG")
-    return stream.getvalue()

@@ -17,7 +17,6 @@ from engine.plan import Plan, make_plan
 from engine.resume import resume, roll_back, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
-from engine.runtime_reasons import runtime_reasons
 from engine.skips import LOWER_RATE, TooManySkipped
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
@@ -124,8 +123,6 @@ def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtim
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.info("runtime: %s compile=%s", runtime.describe(), compiles)
-    for line in runtime_reasons(config.runtime, runtime, compiles=compiles, total_steps=plan.total_steps):
-        log.info("  %s", line)
     log.info("plan: %s", plan.describe())
     for name, network in networks.items():
         count = sum(parameter.numel() for parameter in network.parameters())

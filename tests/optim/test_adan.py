@@ -80,16 +80,30 @@ def test_twenty_steps_equal_the_formula(betas, weight_decay):
                 assert value == pytest.approx(expected, rel=1e-12, abs=1e-12), (step, index, place)
 
 
-def test_twenty_steps_equal_timms():
+@pytest.mark.parametrize("foreach", [False, True])
+def test_twenty_steps_equal_timms(foreach):
     settings = {"lr": 0.03, "betas": BETAS, "eps": 1e-8, "weight_decay": 0.3}
     start, gradients = problem()
     ours, theirs = parameters_at(start), parameters_at(start)
-    mine, other = Adan(ours, **settings), timm.optim.Adan(theirs, **settings, no_prox=False, caution=False)
+    mine = Adan(ours, **settings)
+    other = timm.optim.Adan(theirs, **settings, no_prox=False, caution=False, foreach=foreach)
     for now in gradients:
         take_step(mine, ours, now)
         take_step(other, theirs, now)
     for left, right in zip(ours, theirs):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_equals_the_formula_to_rounding():
+    start, gradients = problem(dtype=torch.float32)
+    exact = parameters_at([tensor.double() for tensor in start])
+    rounded = parameters_at(start)
+    reference, optimizer = Adan(exact, lr=0.03, weight_decay=0.1), Adan(rounded, lr=0.03, weight_decay=0.1)
+    for now in gradients:
+        take_step(reference, exact, [gradient.double() for gradient in now])
+        take_step(optimizer, rounded, now)
+    for left, right in zip(rounded, exact):
+        torch.testing.assert_close(left.double(), right, rtol=2e-6, atol=2e-6)
 
 
 def test_groups_have_their_own_rates_and_decay():
@@ -114,12 +128,25 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert torch.equal(parameters[1], before) and not optimizer.state[parameters[1]]
 
 
+def test_a_closure_can_do_the_backward_pass():
+    parameter = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = Adan([parameter], lr=0.1)
+
+    def closure():
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4.0
+    assert parameter.item() == pytest.approx(1.9)  # the first update has the size of the rate
+
+
 # --- skipped steps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("poison", [float("nan"), 1.0], ids=["nan", "finite"])
-@pytest.mark.parametrize("steps_before", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1.0], ids=["nan", "inf", "finite"])
+@pytest.mark.parametrize("steps_before", [0, 1, 5])
 def test_found_inf_leaves_parameters_and_state_bit_for_bit(steps_before, poison, dtype):
     start, gradients = problem(dtype=dtype)
     parameters = parameters_at(start)
@@ -138,7 +165,7 @@ def test_found_inf_leaves_parameters_and_state_bit_for_bit(steps_before, poison,
         assert all(not any(value) for name, value in after.items() if "/" in name)
 
 
-@pytest.mark.parametrize("skipped", [[0, 1, 2], [0, 4, 5, 9]])
+@pytest.mark.parametrize("skipped", [[0], [0, 1, 2], [3], [0, 4, 5, 9]])
 def test_skipped_steps_are_change_nothing(skipped):
     start, gradients = problem(steps=12, dtype=torch.float32)
     with_skips, without = parameters_at(start), parameters_at(start)
@@ -152,7 +179,7 @@ def test_skipped_steps_are_change_nothing(skipped):
     assert bits(skipping, with_skips) == bits(plain, without)
 
 
-# --- convergence, layout, saving
+# --- convergence, dtypes
 
 
 def test_it_converges_on_a_quadratic():
@@ -170,6 +197,21 @@ def test_it_converges_on_a_quadratic():
         loss.backward()
         optimizer.step()
     assert (parameter - target).abs().max() < 5e-3  # from 2.2
+
+
+def test_bfloat16_parameters_and_state_stay_finite():
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(50, generator=generator).bfloat16())
+    optimizer = Adan([parameter], lr=0.01, weight_decay=0.02)
+    for step in range(200):
+        scale = 10.0 ** (step % 9 - 6)  # 1e-6 to 1e2
+        parameter.grad = (torch.randn(50, generator=generator) * scale).bfloat16()
+        parameter.grad[0] = 0.0
+        optimizer.step()
+    assert parameter.dtype == torch.bfloat16 and parameter.isfinite().all()
+    state = optimizer.state[parameter]
+    assert all(value.isfinite().all() for value in state.values())
+    assert state["step"] == 200 and state["step"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

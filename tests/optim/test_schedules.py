@@ -1,12 +1,14 @@
 """Schedules. Literal tables at every step of 10-step runs, reference equality (torch's OneCycleLR), properties."""
 
+import random
+
 import pytest
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from optim.config import KnobConfig, ScheduleConfig
-from optim.schedules import Schedule
+from optim.schedules import Schedule, cosine, linear
 from utils.config.entry_point import CONF
 
 STEPS = 10
@@ -67,6 +69,7 @@ COSINE_MIN_LR = [
     (0.1439339828220179, "0.1 + 0.3 (2 - sqrt 2) / 4"),
     (0.1114180701233070, "above min_lr to the last step"),
 ]
+COSINE_ALL_WARMUP = [(step / 10, "a warm-up as long as the run never leaves the line") for step in range(1, 11)]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ COSINE_MIN_LR = [
         ({"warmup": 3}, COSINE_WARMUP_3),
         ({"warmup": 0}, COSINE_NO_WARMUP),
         ({"lr": 0.4, "warmup": 2, "min_lr": 0.1}, COSINE_MIN_LR),
-        ({"warmup": 10}, [(step / 10, "a line") for step in range(1, 11)]),
+        ({"warmup": 10}, COSINE_ALL_WARMUP),
     ],
     ids=["warmup", "no_warmup", "min_lr", "all_warmup"],
 )
@@ -94,11 +97,16 @@ def test_weight_decay_stays_where_no_end_is_given():
     assert [schedule.at(step).weight_decay for step in range(STEPS)] == [0.05] * STEPS
 
 
-@pytest.mark.parametrize("end", [0.4, 0.0])  # 0 is a value, not "not set"
-def test_weight_decay_goes_to_its_end_along_a_cosine_without_warmup(end):
-    schedule = make("cosine", weight_decay=0.04, weight_decay_end=end, warmup=3)
+def test_weight_decay_goes_to_its_end_along_a_cosine_without_warmup():
+    schedule = make("cosine", weight_decay=0.04, weight_decay_end=0.4, warmup=3)
     shares = [rate for rate, _ in COSINE_NO_WARMUP]  # it moves from the first step on, warm-up or not
-    close([schedule.at(step).weight_decay for step in range(STEPS)], [end + (0.04 - end) * share for share in shares])
+    close([schedule.at(step).weight_decay for step in range(STEPS)], [0.4 + (0.04 - 0.4) * share for share in shares])
+
+
+def test_weight_decay_can_end_at_zero():
+    """0 is a value: it must not read as "not set"."""
+    schedule = make("cosine", weight_decay=0.5, weight_decay_end=0.0)
+    close([schedule.at(step).weight_decay for step in range(STEPS)], [0.5 * share for share, _ in COSINE_NO_WARMUP])
 
 
 def test_cosine_and_constant_leave_momentum_alone():
@@ -143,6 +151,11 @@ THREE_PHASES = [  # linear; cut at 10 x 0.4 - 1 = step 3 and 2 x 3 = step 6
 ]
 
 
+def test_a_momentum_that_would_rise_to_the_peak_is_refused():
+    with pytest.raises(ValueError, match=r"schedule.momentum_low: 0.99 is above schedule.momentum_high=0.95; the mom"):
+        make("onecycle", momentum_low=0.99)
+
+
 def test_onecycle_at_every_step():
     values = [make("onecycle").at(step) for step in range(STEPS)]
     close([value.lr for value in values], [rate for rate, _, _ in ONE_CYCLE], 1e-14)
@@ -159,7 +172,8 @@ def test_onecycle_in_three_straight_phases_at_every_step():
 
 CYCLES = [
     (total, peak_fraction, curve, three_phase)
-    for total, peak_fraction in [(10, 0.3), (101, 0.5), (12, 0.9), (2, 0.3)]  # the last has its peak before step 0
+    # The last has its peak before step 0.
+    for total, peak_fraction in [(10, 0.3), (7, 0.3), (100, 0.25), (101, 0.5), (12, 0.9), (3, 0.4), (2, 0.3)]
     for curve in ("cosine", "linear")
     for three_phase in (False, True)
     if not three_phase or peak_fraction <= 0.5  # above, there is no time for the way down
@@ -204,20 +218,30 @@ def test_onecycle_has_values_where_the_peak_is_the_first_step(total, peak_fracti
 # --- knobs
 
 KNOB_TABLE = {
-    "linear": [step / 9 for step in range(10)],  # the last step has the end value
-    "cosine": [  # (1 - cos(pi step / 9)) / 2
-        0.0, 0.0301536896070458, 0.1169777784405110, 0.25, 0.4131759111665348,
-        0.5868240888334652, 0.75, 0.8830222215594890, 0.9698463103929542, 1.0,
+    "linear": [0.0, 1 / 9, 2 / 9, 3 / 9, 4 / 9, 5 / 9, 6 / 9, 7 / 9, 8 / 9, 1.0],  # the last step has the end value
+    "cosine": [
+        0.0,
+        0.0301536896070458,  # (1 - cos(pi 1/9)) / 2
+        0.1169777784405110,
+        0.25,  # a third of the way: (1 - 1/2) / 2
+        0.4131759111665348,
+        0.5868240888334652,
+        0.75,
+        0.8830222215594890,
+        0.9698463103929542,
+        1.0,
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("curve", KNOB_TABLE)
-@pytest.mark.parametrize("name, start, end", [("cosine", 0.996, 1.0), ("constant", 0.0, 1.0), ("onecycle", 4.0, -2.0)])
+@pytest.mark.parametrize("name", ["cosine", "constant", "onecycle"])
+@pytest.mark.parametrize("start, end", [(0.0, 1.0), (0.996, 1.0), (4.0, -2.0)])
 def test_a_phase_over_the_run_at_every_step(name, curve, start, end):
     schedule = make(name, knobs={"gamma": {"start": start, "phases": [{"to": end, "curve": curve}]}})
-    found = [schedule.knobs_at(step)["gamma"] for step in range(STEPS)]
-    close(found, [start + (end - start) * share for share in KNOB_TABLE[curve]])
+    found = [schedule.knobs_at(step) for step in range(STEPS)]
+    assert all(set(values) == {"gamma"} for values in found)
+    close([values["gamma"] for values in found], [start + (end - start) * share for share in KNOB_TABLE[curve]])
 
 
 PHASES = {  # ten steps, four an epoch
@@ -249,46 +273,61 @@ def test_a_run_of_one_step_has_its_knobs_at_their_start():
     assert make("constant", total=1, knobs=knobs).knobs_at(0) == {"gamma": 3.0}
 
 
+@pytest.mark.parametrize(
+    "phases, message",
+    [
+        ([{"to": 1.0, "curve": "linear"}, {"to": 2.0, "curve": "linear"}], "only the last may have no duration"),
+        ([{"to": 1.0, "curve": "linear", "steps": 3, "epochs": 1.0}], "a phase has one duration"),
+        ([{"to": 1.0, "curve": "square"}], "'cosine' or 'linear'"),
+        ([{"to": 1.0, "curve": "linear", "fraction": 1.5}], "less than or equal to 1"),
+        ([{"to": 1.0, "curve": "linear", "steps": 0}], "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_phase_is_refused(phases, message):
+    with pytest.raises(ValidationError, match=message):
+        KnobConfig(start=0.0, phases=phases)
+
+
 # --- properties
+
+
+@pytest.mark.parametrize("curve", [cosine, linear])
+def test_curves_are_clamped_outside_the_run(curve):
+    assert [curve(2.0, 5.0, fraction) for fraction in (-1.0, 0.0, 1.0, 7.0)] == pytest.approx([2.0, 2.0, 5.0, 5.0])
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant", "onecycle"])
+def test_values_do_not_depend_on_what_was_asked_before(name):
+    schedule = make(name, warmup=3)
+    in_order = [schedule.at(step) for step in range(STEPS)]
+    for step in random.Random(0).choices(range(STEPS), k=50):
+        assert schedule.at(step) == in_order[step] == make(name, warmup=3).at(step)
+
+
+@pytest.mark.parametrize("warmup", range(12))
+def test_no_update_of_a_cosine_is_lost_to_a_rate_of_zero(warmup):
+    assert min(rates(make("cosine", warmup=min(warmup, STEPS)))) > 0
 
 
 # --- refusals
 
 
 @pytest.mark.parametrize(
-    "name, key, value",
+    "name, key, value, message",
     [
-        ("cosine", "min_lr", -0.1),
-        ("cosine", "warmup_epochs", float("nan")),
-        ("cosine", "warmup_steps", 1.5),
-        ("constant", "min_lr", 0.1),
-        ("onecycle", "peak_fraction", 1.0),
-        ("onecycle", "curve", "sine"),
-        ("onecycle", "momentum_high", 1.0),
-        ("onecycle", "div_factor", 0.5),
-        ("onecycle", "warmup_epochs", 1.0),  # its way up is its warm-up
+        ("cosine", "min_lr", -0.1, "greater than or equal to 0"),
+        ("cosine", "warmup_epochs", float("nan"), "finite number"),
+        ("cosine", "warmup_steps", 1.5, "valid integer"),
+        ("constant", "min_lr", 0.1, "Extra inputs are not permitted"),
+        ("onecycle", "peak_fraction", 1.0, "less than 1"),
+        ("onecycle", "curve", "sine", "Input should be 'cosine' or 'linear'"),
+        ("onecycle", "momentum_high", 1.0, "less than 1"),
+        ("onecycle", "div_factor", 0.5, "greater than or equal to 1"),
+        ("onecycle", "warmup_epochs", 1.0, "Extra inputs are not permitted"),  # its way up is its warm-up
     ],
 )
-def test_a_wrong_value_is_refused_by_its_key(name, key, value):
+def test_a_wrong_value_is_refused_by_its_key(name, key, value, message):
     with pytest.raises(ValidationError) as caught:
         make(name, **{key: value})
     assert caught.value.errors()[0]["loc"][-1] == key
-
-
-@pytest.mark.parametrize(
-    "phases, key",
-    [
-        ([{"to": 1.0, "curve": "linear"}, {"to": 2.0, "curve": "linear"}], "phases: only the last"),
-        ([{"to": 1.0, "curve": "linear", "steps": 3, "epochs": 1.0}], "a phase has one duration"),
-        ([{"to": 1.0, "curve": "linear", "fraction": 1.5}], "fraction"),
-        ([{"to": 1.0, "curve": "linear", "steps": 0}], "steps"),
-    ],
-)
-def test_a_wrong_phase_is_refused(phases, key):
-    with pytest.raises(ValidationError, match=key):
-        KnobConfig(start=0.0, phases=phases)
-
-
-def test_a_momentum_that_would_rise_to_the_peak_is_refused():
-    with pytest.raises(ValidationError, match=r"schedule.momentum_low: 0.99 "):
-        make("onecycle", momentum_low=0.99)
+    assert message in str(caught.value)
