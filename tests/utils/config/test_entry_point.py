@@ -41,6 +41,7 @@ class PathsConfig(Strict):
     batch_size: int
     max_pixels: int
     device: str
+    workers: str
     dry_run: bool
 
 
