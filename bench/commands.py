@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,21 +10,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_command(command, log, env=None):
-    """Run a command from the repository, its output in `log`; returns its seconds. Ends the bench where it fails.
+def run_command(command, log, *, may_fail=False):
+    """Run a command from the repository, its output in `log`; returns its seconds.
 
-    env: environment variables beside this process's own.
+    Ends the bench where it fails, unless it may.
     """
     command = list(map(str, command))
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with open(log, "w") as stream:
-        code = subprocess.run(
-            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
-        ).returncode
+        code = subprocess.call(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
     seconds = time.perf_counter() - started
     sys.stderr.write(f"{log.stem}: {seconds:.0f} s in all\n")
-    if code != 0:
+    if code != 0 and not may_fail:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         bench = Path(sys.argv[0]).stem
         sys.exit(f"{bench}: {' '.join(command)} ended with status {code} ({log}):\n{tail}")
@@ -73,20 +69,3 @@ def step_windows(folder):
         windows.append((steps, steps * batch / row["images_per_sec"]))
         before = row["step"]
     return windows
-
-
-def update_ms(name, steps, *overrides):
-    """Train train.py's network for some steps into outputs/bench/<name>; returns the milliseconds of an update.
-
-    Without evaluation, checkpoints and range test, and without the first tenth of the steps, which starts up.
-    """
-    folder = ROOT / "outputs/bench" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [
-        f"run_dir={folder}", f"loop.total_steps={steps}", f"loop.log_every_steps={max(1, steps // 10)}",
-        "lr_finder.enabled=false", "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000",
-        *overrides,
-    ]  # fmt: skip
-    run_command([sys.executable, "train.py", *words], log_of(folder))
-    windows = step_windows(folder)[1:]
-    return 1e3 * sum(seconds for _, seconds in windows) / sum(steps for steps, _ in windows)

@@ -10,7 +10,6 @@ refused.
 """
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.commands import ROOT, last_top1, log_of, rows_of
 from utils.ranks.processes import count_cores
 
-RESULTS = ROOT / "docs/results.md"
 USAGE = "python bench/demo.py [full] [out=FOLDER] [KEY=VALUE ...]"
 ONE_FACE = ('loop.train_paths=["images/DejaVuSans/*"]', "loop.evaluate_every_epochs=14")
 # About 250 seconds of one core each: 0.145 s a step of pretraining, 0.315 s of fine-tuning, 0.315 s of ResNet-18.
@@ -33,7 +31,7 @@ RESNET18 = (
     "lr_finder.enabled=false", "optim.lr=0.2", "loop.total_steps=800", "runtime.compile=false",
     "tracking.live_plots=false",
 )  # fmt: skip
-# Keys that only the full demo fills (they need more than the demo's minutes).
+# Keys of the summary that only the full demo has.
 CONTROLS = {
     "top1_from_scratch": "labels of one face: the same ConvNeXt V2 from scratch",
     "top1_all_labels": "all labels: FCMAE, then fine-tuning",
@@ -109,10 +107,6 @@ class Demo:
         """Return a JSON file of the demo's folder."""
         return json.loads((ROOT / self.out / name).read_text())
 
-    def top1(self, run):
-        """Return top-1 of a training's last evaluation."""
-        return last_top1(ROOT / self.out / run)
-
     def training_seconds(self, *runs):
         """Return the seconds of the steps of some runs, their evaluations and start-up not counted."""
         return round(sum(rows_of(ROOT / self.out / run, "epoch")[-1]["seconds"] for run in runs), 1)
@@ -138,7 +132,8 @@ class Demo:
         with self.beside_resnet18("all_labels_resnet18"):
             self.finetune("all_labels", f"init_from={self.out}/pretrain")
             self.finetune("scratch", *SCRATCH, *ONE_FACE)
-        return dict(zip(CONTROLS, map(self.top1, ("scratch", "all_labels", "all_labels_resnet18"))))
+        runs = ("scratch", "all_labels", "all_labels_resnet18")
+        return dict(zip(CONTROLS, (last_top1(ROOT / self.out / run) for run in runs)))
 
     def summary(self, controls):
         """Return what the runs found, from their own files."""
@@ -147,7 +142,7 @@ class Demo:
             "pretrain_loss_first": losses[0],
             "pretrain_loss_last": losses[-1],
             "top1": self.read("finetune/metrics.json")["top1"],
-            "top1_resnet18": self.top1("resnet18"),
+            "top1_resnet18": last_top1(ROOT / self.out / "resnet18"),
             "training_seconds": self.training_seconds("pretrain", "finetune"),
             "training_seconds_resnet18": self.training_seconds("resnet18"),
             **controls,
@@ -166,32 +161,19 @@ class Demo:
         return paths
 
 
-def last_full_figures():
-    """Return control -> text as docs/results.md tells it: rows such as | `top1_few_labels` | ... | 0.61 |."""
-    found = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", RESULTS.read_text(), flags=re.MULTILINE)
-    return {name: text.strip("*") for name, text in found if name in CONTROLS}  # bold in Markdown
-
-
 def table(summary, pictures, out):
     """Return the closing table."""
+
+    def figure(top1, seconds):
+        return f"{summary[top1]:.3f}   in {summary[seconds]:.0f} s of training"
+
     lines = [
         ("pretraining loss", f"{summary['pretrain_loss_first']:.3f} -> {summary['pretrain_loss_last']:.3f}"),
         ("top-1 on an unseen typeface, 958 characters", "(guessing 0.001; 1-NN on pixels, all labels, 0.31)"),
-        (
-            "  labels of one face: FCMAE, then fine-tuning",
-            f"{summary['top1']:.3f}   in {summary['training_seconds']:.0f} s of training",
-        ),
-        (
-            "  labels of one face: ResNet-18 from scratch (train.py)",
-            f"{summary['top1_resnet18']:.3f}   in {summary['training_seconds_resnet18']:.0f} s",
-        ),
+        ("  labels of one face: FCMAE, then fine-tuning", figure("top1", "training_seconds")),
+        ("  ResNet-18 from scratch (train.py)", figure("top1_resnet18", "training_seconds_resnet18")),
     ]
-    known = last_full_figures()
-    for name, title in CONTROLS.items():
-        if summary[name] is not None:
-            lines.append((f"  {title}", f"{summary[name]:.3f}"))
-        elif name in known:
-            lines.append((f"  {title}", f"{known[name]}   (not run now: from docs/results.md; make demo-full runs it)"))
+    lines += [(f"  {title}", f"{summary[name]:.3f}") for name, title in CONTROLS.items() if name in summary]
     lines.append(("ONNX against PyTorch", f"{summary['onnx_max_abs_diff']:.1e}"))
     lines += [(f"  {name}", f"{value:.0f} s") for name, value in summary["seconds"].items()]
     lines.append(("all stages", f"{sum(summary['seconds'].values()):.0f} s"))
@@ -203,9 +185,8 @@ def table(summary, pictures, out):
 
 def read_arguments(words):
     """Return (full, out, the values for all trainings) of the command line."""
-    for word in words:
-        if word != "full" and "=" not in word:
-            sys.exit(f"demo: {word!r} is neither full nor KEY=VALUE; usage: {USAGE}")
+    if wrong := [word for word in words if word != "full" and "=" not in word]:
+        sys.exit(f"demo: {wrong[0]!r} is neither full nor KEY=VALUE; usage: {USAGE}")
     arguments = dict(word.split("=", 1) for word in words if word != "full")
     return "full" in words, arguments.pop("out", "outputs/demo"), arguments
 
@@ -233,8 +214,7 @@ def main():
     arguments.setdefault("runtime.threads", max(1, count_cores() // 2))
     demo = Demo(out, [f"{key}={value}" for key, value in arguments.items()])
     demo.main_line()
-    controls = demo.controls() if full else dict.fromkeys(CONTROLS)
-    summary = demo.summary(controls)
+    summary = demo.summary(demo.controls() if full else {})
     (ROOT / out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     sys.stdout.write("\n" + table(summary, demo.pictures(), out) + "\n")
 

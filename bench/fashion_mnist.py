@@ -2,12 +2,9 @@
 
 python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]
 
-Run it on an idle machine.
-
 source: the folder of the four IDX files (`dpkg -L dataset-fashion-mnist`, of Debian's package of that name).
-timm_script: `train.py` of a checkout of huggingface/pytorch-image-models that fits the installed timm. Without it,
-timm's arms are skipped. quick: a few steps per arm of a small network, eager, on random images where no source is
-given; its figures mean nothing.
+timm_script: `train.py` of a checkout of huggingface/pytorch-image-models that fits the installed timm; without it,
+timm's arms are skipped. quick: a few steps per arm of a small network on random images where no source is given.
 
 | arm | what trains for `seconds` |
 |---|---|
@@ -18,47 +15,37 @@ given; its figures mean nothing.
 | timm_resnet18 | timm's script with resnet18 |
 | timm_defaults | timm's script with resnet18 and its own defaults: SGD at 0.05, batches of 128, float32, wide crops |
 
-All arms see grey images of 64 px and are judged by their last weights. All but train_half and timm_defaults share
-crops, mirror and a label smoothing of 0.1.
-timm's stem of stride 2 is followed by one more halving than ours (its first stage then halves the map), so with equal
-depths and widths its network has a quarter of the sites and of the arithmetic.
-What is counted is the time of the training steps, with reading and augmenting their images; starting, compiling (the
-first ten steps) and evaluating are not, on either side. Ours run eager: 278 images/s against 235 to 252 compiled. Each
-arm's milliseconds per step are found by a short run first, then by its run of the seed before. From these follow the
-steps of a run. Seconds really used are in the JSON.
-
-timm's arms: AdamW (fused), cosine per update with a warm-up of a tenth, batches of 64, clipping at 1, bf16, one loader
-process. ConvNeXt V2 is compiled and in channels_last. timm counts in whole epochs, so the run is cut into ten "epochs"
-of a tenth of the steps (--train-batches-per-epoch), each a fresh random draw of the training images.
-Tried, one seed, 400 steps of 64 (a fifth of a run of 240 s), top-1: ConvNeXt V2 at a rate of 2e-3 0.806, 4e-3 0.801;
-resnet18 with AdamW, eager, 2e-3 0.856, 5e-4 0.840. Speed alone: ConvNeXt V2 compiled in bf16 0.10 to 0.13 s per step,
-compiled float32 0.15 to 0.24, eager 0.14 to 0.60 in either precision; resnet18 eager bf16 0.16 to 0.22, compiled and
-channels_last 0.24 to 0.34 (a shared machine, hence the ranges). Not tried: SGD, other batches, a run of 240 s.
+All arms see grey images of 64 px and are judged by their last weights. The seconds are those of the training steps,
+with reading and augmenting their images; starting, compiling (the first ten steps) and evaluating are not counted.
+Each arm's milliseconds per step are found by a short run first, then by its run of the seed before. docs/results.md
+says what the arms have in common and what was tried for timm's. timm counts in whole epochs, so its run is cut into ten
+"epochs" of a tenth of the steps (--train-batches-per-epoch), each a fresh random draw of the training images.
 """
 
 import csv
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import statistics
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 import yaml
 
 from bench.commands import ROOT, last_top1, log_of, read_number, run_command, step_windows
+from bench.measure import describe_machine
 from data.idx import FILES, encode_idx
-from utils.ranks.processes import count_cores
 from utils.text_table import align_columns
 
-USAGE = "python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]"
+USAGE = (
+    "usage: python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]"
+)
 CLASS_NAMES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot"
 PRETRAINING_SHARE = 1 / 3
 TRAIN_SHARE = 0.46  # for train_half: the speed drifts, and half of what timm's arm really takes is its limit
@@ -98,21 +85,30 @@ def sec_per_step(windows):
 class Settings:
     """What a run of the bench was asked for, and the network that all ConvNeXt V2 have."""
 
-    def __init__(self, arguments, quick):
-        self.quick = quick
-        self.seconds, self.seeds = arguments["seconds"], arguments["seeds"]
-        self.timm_script = arguments["timm_script"]
+    def __init__(self, words):
+        given = {"source": None, "timm_script": None, "arms": None, "seconds": "240", "seeds": "3"}
+        self.quick = "quick" in words
+        for word in words:
+            key, equals, value = word.partition("=")
+            if equals and key in given:
+                given[key] = value
+            elif word != "quick":
+                sys.exit(f"fashion_mnist: {word!r} is neither quick nor one of {', '.join(given)}; {USAGE}")
+        self.seconds = read_number("seconds", given["seconds"], float)
+        self.seeds = read_number("seeds", "1" if self.quick else given["seeds"], int)
+        self.timm_script, self.source = given["timm_script"], given["source"]
+        if self.source is None and not self.quick:
+            sys.exit(f"fashion_mnist: source is not given; name the folder of the four IDX files; {USAGE}")
+        if self.timm_script is not None and not Path(self.timm_script).is_file():
+            sys.exit(f"fashion_mnist: timm_script={self.timm_script} is not a file; name train.py of timm's checkout")
         known = OURS if self.timm_script is None else (*OURS, *TIMM)
-        self.arms = arguments["arms"].split(",") if arguments["arms"] else list(known)
+        self.arms = given["arms"].split(",") if given["arms"] else list(known)
         if wrong := [arm for arm in self.arms if arm not in known]:
-            why = "needs timm_script" if wrong[0] in TIMM else f"is not one of {', '.join(known)}"
-            sys.exit(f"fashion_mnist: arms: {wrong[0]!r} {why}; usage: {USAGE}")
-        self.out = ROOT / "outputs/bench" / ("quick/fashion_mnist" if quick else "fashion_mnist")
-        own = quick and arguments["source"] is None
-        self.source = str(self.out / "source") if own else arguments["source"]
-        self.root = str(self.out / "collection") if own else "collections/fashion_mnist"
+            sys.exit(f"fashion_mnist: arms: {wrong[0]!r} is not one of {', '.join(known)}; {USAGE}")
+        self.out = ROOT / "outputs/bench" / ("quick/fashion_mnist" if self.quick else "fashion_mnist")
+        self.root = str(self.out / "collection") if self.quick else "collections/fashion_mnist"
         self.model = yaml.safe_load((ROOT / "conf/experiment/fashion_mnist/scratch.yaml").read_text())["model"]
-        if quick:
+        if self.quick:
             self.model |= {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
 
 
@@ -167,7 +163,7 @@ class TrainTraining(OurTraining):
         if not file.exists():
             return after
         test = json.loads(file.read_text())
-        return after + (test["seconds"] - test["curve"]["first_update_sec"]) / steps
+        return after + (test["seconds"] - test["first_update_sec"]) / steps
 
 
 class TimmTraining:
@@ -293,34 +289,13 @@ def table(found):
     return align_columns(lines)
 
 
-def read_arguments(words):
-    """Return the settings of a command line."""
-    arguments = {"source": None, "timm_script": None, "arms": None, "seconds": "240", "seeds": "3"}
-    quick = "quick" in words
-    if quick:
-        arguments["seeds"] = "1"
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word != "quick" and not (equals and key in arguments):
-            sys.exit(f"fashion_mnist: {word!r} is neither quick nor one of {', '.join(arguments)}; usage: {USAGE}")
-        if equals:
-            arguments[key] = value
-    for key, kind in (("seconds", float), ("seeds", int)):
-        arguments[key] = read_number(key, arguments[key], kind)
-    if arguments["source"] is None and not quick:
-        sys.exit(f"fashion_mnist: source is not given; name the folder of the four IDX files; usage: {USAGE}")
-    script = arguments["timm_script"]
-    if script is not None and not Path(script).is_file():
-        sys.exit(f"fashion_mnist: timm_script={script} is not a file; name train.py of a checkout of timm")
-    return Settings(arguments, quick)
-
-
 def main():
-    settings = read_arguments(sys.argv[1:])
+    settings = Settings(sys.argv[1:])
     if settings.out.exists():  # of an earlier run of this bench
         shutil.rmtree(settings.out)
-    if settings.quick and settings.source == str(settings.out / "source"):
-        make_random_source(settings.out / "source")
+    if settings.source is None:
+        settings.source = settings.out / "source"
+        make_random_source(settings.source)
     run_command(
         [
             sys.executable, "prepare.py", "job=idx", f"source={settings.source}", "data=image_folder",
@@ -329,9 +304,8 @@ def main():
         settings.out / "prepare.log",
     )  # fmt: skip
     found = Bench(settings).run()
-    machine = {"name": platform.machine(), "cores": count_cores(),
-               **{name: version(name) for name in ("torch", "timm")}}  # fmt: skip
     path = settings.out.with_suffix(".json")
+    machine = describe_machine(torch.device("cpu"))
     report = {"machine": machine, "seconds": settings.seconds, "quick": settings.quick, "arms": found}
     path.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(f"{table(found)}\n{path.relative_to(ROOT)}\n")

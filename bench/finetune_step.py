@@ -28,16 +28,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 
-from bench.measure import (
-    bench_loop,
-    build_bench_run,
-    describe_machine,
-    read_group,
-    row_of,
-    runtime_of,
-    take_turns,
-    write,
-)
+from bench.measure import Comparison, bench_loop, build_bench_run, read_group, run_bench
 from engine.runtime import can_compile
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
@@ -50,13 +41,13 @@ NETWORKS = {"convnextv2_atto": 224, "resnet18": 128}
 DEFAULTS, BEST = {}, {"fused": True}  # of timm's --opt-kwargs
 
 
-def make_task(name, size):
+def make_task(name, size, label_smoothing=SMOOTHING):
     """Return our task with the network."""
     if name.startswith("convnextv2"):
         model = read_group(ModelConfig, "model", name)
     else:
         model = read_group(ModelConfig, "model", "timm", name=name)
-    config = read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=SMOOTHING)
+    config = read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=label_smoothing)
     torch.manual_seed(0)
     preprocessing = {"image_size_hw": [size, size], "mean": MEAN, "std": STD}
     facts = {"class_names": [str(index) for index in range(CLASSES)]}
@@ -80,12 +71,9 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
     if runtime == "reference":
         machine = {"device": "auto", "deterministic": False, **machine}
     run = build_bench_run(
-        task,
-        batch_size=len(batch["weight"]),
-        epoch_steps=steps,
-        runtime={"option": runtime, **machine},
+        task, batch_size=len(batch["weight"]), epoch_steps=steps, runtime={"option": runtime, **machine},
         loop={"clip_grad_norm": CLIP, "ema_decay": EMA_DECAY if ema else None},
-    )
+    )  # fmt: skip
     stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
     return lambda: train_one_epoch(run, stream, bench_loop(), next(epochs), vote)
 
@@ -107,13 +95,9 @@ class TimmScript:
             [(batch["images"], batch["labels"])] * steps, mean=tuple(MEAN), std=tuple(STD), device=self.device
         )
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched="cosine",
-            num_epochs=10**4,
-            warmup_epochs=5,
-            step_on_epochs=False,
+            self.optimizer, sched="cosine", num_epochs=10**4, warmup_epochs=5, step_on_epochs=False,
             updates_per_epoch=steps,
-        )
+        )  # fmt: skip
         self.updates = 0
 
     def autocast(self):
@@ -141,65 +125,50 @@ class TimmScript:
             self.scheduler.step_update(num_updates=self.updates, metric=losses.avg)
 
 
-class Bench:
-    """The rows of one network: sizes by device, new sides for each."""
+class Sides:
+    """The sides of one network: a new network for each unless one is given."""
 
-    def __init__(self, name, size, quick):
-        self.name, self.size, self.quick = name, 64 if quick else size, quick
-        self.device = runtime_of("fp32").device
-        on_gpu = self.device.type == "cuda"
-        self.count, self.steps, self.turns = (2, 1, 2) if quick else (128, 20, 7) if on_gpu else (16, 2, 5)
-        self.batch = make_batch(self.size, self.count, self.device)
-        self.rows = []
+    def __init__(self, name, device, quick):
+        self.name, self.size = name, 64 if quick else NETWORKS[name]
+        self.count, self.steps = (2, 1) if quick else (128, 20) if device.type == "cuda" else (16, 2)
+        self.batch = make_batch(self.size, self.count, device)
 
-    def ours(self, **settings):
-        """Return our side, with a new network unless a task is given."""
-        task = settings.pop("task", None) or make_task(self.name, self.size)
-        return our_turn(task, self.batch, self.steps, **settings)
+    def ours(self, task=None, **settings):
+        """Return our side."""
+        return our_turn(task or make_task(self.name, self.size), self.batch, self.steps, **settings)
 
-    def theirs(self, network=None, **settings):
-        """Return timm's side, with a network of timm's own unless one is given."""
+    def theirs(self, network=None, optim=BEST, **settings):
+        """Return timm's side, with timm's own network."""
         network = network or timm.create_model(self.name, num_classes=CLASSES)
-        return TimmScript(network, self.batch, self.steps, **settings)
+        return TimmScript(network, self.batch, self.steps, optim=optim, **settings)
 
-    def measure(self, setting, sides, warmup=1):
-        """Add rows: the first side against each other one."""
-        found = take_turns(sides, steps=self.steps, warmup=warmup, turns=self.turns, device=self.device)
-        first, *others = sides
-        self.rows += [row_of(f"{self.name}, {setting}", found, first, other) for other in others]
+    def compare(self, setting, sides, warmup=1):
+        """Return the comparison of a setting."""
+        return Comparison(f"{self.name}, {setting}", sides, self.steps, warmup)
 
-    def run(self):
-        """Measure everything and return the rows."""
+
+def comparisons(device, quick):
+    """Yield all settings of both networks."""
+    for name in NETWORKS:
+        sides = Sides(name, device, quick)
         for ema in (False, True):
-            sides = {
-                "atelier": self.ours(ema=ema),
-                "timm": self.theirs(ema=ema, optim=DEFAULTS),
-                "timm fused": self.theirs(ema=ema, optim=BEST),
-            }
-            self.measure("eager fp32, EMA" if ema else "eager fp32", sides)
-        task = make_task(self.name, self.size)
-        same = self.theirs(copy.deepcopy(task.network), ema=False, optim=BEST)
-        self.measure("eager fp32, same network", {"atelier": self.ours(task=task, ema=False), "timm fused": same})
+            theirs = {"timm": sides.theirs(ema=ema, optim=DEFAULTS), "timm fused": sides.theirs(ema=ema)}
+            yield sides.compare("eager fp32, EMA" if ema else "eager fp32", {"atelier": sides.ours(ema=ema), **theirs})
+        task = make_task(name, sides.size)
+        same = {"timm fused": sides.theirs(copy.deepcopy(task.network), ema=False)}
+        yield sides.compare("eager fp32, same network", {"atelier": sides.ours(task, ema=False), **same})
         fast = {"ema": False, "precision": "bf16"}
-        self.measure("eager bf16", {"atelier": self.ours(**fast), "timm fused": self.theirs(optim=BEST, **fast)})
-        if can_compile(self.device.type) and not self.quick:
+        yield sides.compare("eager bf16", {"atelier": sides.ours(**fast), "timm fused": sides.theirs(**fast)})
+        if can_compile(device.type) and not quick:
             fast = {"ema": True, "precision": "bf16", "compile": True, "channels_last": True}
-            sides = {"atelier": self.ours(**fast), "timm fused": self.theirs(optim=BEST, **fast)}
-            self.measure("compiled bf16, channels-last, EMA", sides, warmup=3)
+            both = {"atelier": sides.ours(**fast), "timm fused": sides.theirs(**fast)}
+            yield sides.compare("compiled bf16, channels-last, EMA", both, warmup=3)
             torch.compiler.reset()
-        auto = {"runtime": "auto", **({"compile": False} if self.quick else {})}
-        sides = {"runtime=auto": self.ours(ema=False, **auto), "eager fp32": self.ours(ema=False)}
-        self.measure("ours alone", sides, warmup=3)
+        auto = {"runtime": "auto", **({"compile": False} if quick else {})}
+        both = {"runtime=auto": sides.ours(ema=False, **auto), "eager fp32": sides.ours(ema=False)}
+        yield sides.compare("ours alone", both, warmup=3)
         torch.compiler.reset()
-        return self.rows
-
-
-def main():
-    quick = sys.argv[1:] == ["quick"]
-    rows = [row for name, size in NETWORKS.items() for row in Bench(name, size, quick).run()]
-    machine = describe_machine(runtime_of("fp32").device)
-    write("finetune_step", rows, machine=machine, timm=timm.__version__, quick=quick)
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(comparisons)

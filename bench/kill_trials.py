@@ -7,7 +7,7 @@ third one is aimed at a save: it comes at a random moment after a checkpoint's t
 counts as inside a save where that folder is left behind. At the end every tensor of the last checkpoint, the rows of
 metrics.jsonl and the samples of every step are compared with the uninterrupted run's. With accumulation, EMA, drop path
 and loader workers; other keys (`runtime.parallel=fsdp`, `loop.save_in_background=false`) go to both runs. The result
-goes to outputs/bench/kill_trials.json, a row for each command.
+is added to outputs/bench/kill_trials.jsonl.
 """
 
 import json
@@ -22,22 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.measure import OUT, report
+from bench.measure import OUT
 from tests.support import checkpoint_tensors, common, make_collection, rows, run, samples_by_step, start
 
 STEPS_PER_KILL = 8  # on average between two kills, so that the run does not end before the last
 STEP_SEC = 0.025  # about what a step takes on a free core; on a busy one the kills come closer together
-SETTINGS = [
-    "loop.global_batch_size=8",
-    "loop.batch_size=2",  # so that one rank accumulates over four micro-batches, two ranks over two
-    "loop.ema_decay=0.95",
-    "loop.checkpoint_every_steps=3",
-    "loop.evaluate_every_epochs=2",
-    "loop.clip_grad_norm=1.0",
-    "runtime.workers=2",
-    "model.drop_path_rate=0.2",
+SETTINGS = [  # one rank accumulates over four micro-batches, two ranks over two
+    "loop.global_batch_size=8", "loop.batch_size=2", "loop.ema_decay=0.95", "loop.checkpoint_every_steps=3",
+    "loop.evaluate_every_epochs=2", "loop.clip_grad_norm=1.0", "runtime.workers=2", "model.drop_path_rate=0.2",
     "schedule.warmup_steps=5",
-]
+]  # fmt: skip
 
 
 def read_arguments(arguments):
@@ -130,24 +124,14 @@ def main():
     run(values["script"], command, folder, ranks=ranks)
     different = compare(straight, killed, steps)
     row = {
-        "script": values["script"],
-        "ranks": ranks,
-        "overrides": overrides,
-        "steps": steps,
-        "kills": done,
-        "inside_a_save": inside,
-        "aimed_at_a_save": aimed,
-        "equal_bit_for_bit": not different,
-        "different": different[:10],
-        "minutes": round((time.monotonic() - began) / 60, 1),
-    }
+        "script": values["script"], "ranks": ranks, "overrides": overrides, "steps": steps, "kills": done,
+        "inside_a_save": inside, "aimed_at_a_save": aimed, "equal_bit_for_bit": not different,
+        "different": different[:10], "minutes": round((time.monotonic() - began) / 60, 1),
+    }  # fmt: skip
     OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / "kill_trials.json"
-    table = [] if not path.exists() else json.loads(path.read_text())
-    same = {key: row[key] for key in ("script", "ranks", "overrides")}
-    table = [old for old in table if {key: old[key] for key in same} != same] + [row]
-    path.write_text(json.dumps(table, indent=2) + "\n")
-    report(row)
+    with open(OUT / "kill_trials.jsonl", "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    sys.stdout.write(json.dumps(row, indent=2) + "\n")
     sys.exit(0 if not different and done == kills else 1)
 
 

@@ -1,134 +1,171 @@
-"""The rate that the range test suggests, beside the best of a grid, and beside torch-lr-finder's suggestion.
+"""The range test's rate beside the best of a grid, fastai's and torch-lr-finder's, in twelve cases.
 
-python bench/lr_finder.py [KEY=VALUE ...] [rates=0.01,0.03,...] [seeds=1] [quick]      (on an idle machine)
+python bench/lr_finder.py fashion_mnist=FOLDER [steps=200] [quick]      (on an idle machine)
 
-For each seed: train.py with its defaults and the values given finds a rate and trains with it; then the same run with
-each rate of the grid and no search; then torch-lr-finder 0.2.2 at its defaults (100 iterations up to a rate of 10,
-exponential, smoothing 0.05, steepest gradient) on the same network, optimiser and images, in float32. The last table
-has top-1 after the last step; the finder's cost is its share of the run's seconds, without its first update, which
-compiles. torch-lr-finder is installed into outputs/bench/torch_lr_finder/.
+Cases: Fashion-MNIST and made images (noise of ten bands of frequencies), three networks, SGD and AdamW. For each:
+train.py with every rate of the grid, and once more with a range test. From that test's losses come our rate, fastai's
+`valley`, and torch-lr-finder's steepest gradient; theirs are smoothed as they do. The table has the rates, and top-1
+after the last step with the rate of the grid that is nearest. A run that diverges counts as top-1 0.
+fashion_mnist: a folder of class folders, from `prepare.py job=idx` (docs/collections.md).
 """
 
+import itertools
 import json
-import shutil
-import subprocess
+import math
 import sys
 from pathlib import Path
-from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+from PIL import Image
+
 from bench.commands import ROOT, last_top1, log_of, read_number, run_command
+from utils.record.run_config import is_complete
+from utils.text_table import align_columns
 
 OUT = ROOT / "outputs/bench/lr_finder"
-RIVAL = ROOT / "outputs/bench/torch_lr_finder"
-RATES = "0.003,0.01,0.03,0.1,0.3,1.0"
-QUICK = ["loop.total_steps=32", "lr_finder.max_share=1.0", "loop.global_batch_size=16", "runtime.compile=false"]
-PYTHON = sys.executable
+NETWORKS = {
+    "resnet10t": ["model=timm", "model.name=resnet10t"],
+    "convnextv2_glyph": ["model=convnextv2_glyph"],
+    "regnetx_002": ["model=timm", "model.name=regnetx_002"],
+}
+OPTIMISERS = {  # words and the grid
+    "sgd": (["optim=sgd_train"], (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    "adamw": (["optim=adamw"], (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)),
+}
+COMMON = [
+    "data=image_folder", "model.in_channels=1", "augment.image_size_hw=[32,32]", "augment.mean=[0.5]",
+    "augment.std=[0.5]", "loop.global_batch_size=64", "loop.evaluate_every_epochs=1.0e+9", "runtime.compile=false",
+    "loop.checkpoint_every_steps=1000000000", "tracking.live_plots=false",
+]  # fmt: skip
 
 
-def train(name, overrides):
-    """Run train.py into a folder; returns (top-1, seconds in all)."""
-    folder = OUT / name
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier bench's
-    words = ["train.py", f"run_dir={folder}", "tracking.live_plots=false", *overrides]
-    seconds = run_command([PYTHON, *words], log_of(folder))
-    return last_top1(folder), seconds
+def make_images(folder, classes=10, count=4000):
+    """Write grey images of 32 px: noise of one band of frequencies for each class, in noise of all frequencies."""
+    if (folder / "complete").exists():
+        return folder
+    draw, frequency = np.random.default_rng(0), np.hypot(*np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32)))
+    for number in range(count):
+        kind, split = number % classes, "val" if number % (5 * classes) < classes else "train"
+        band = np.abs(frequency - 0.04 * (kind + 1)) < 0.02
+        texture = np.fft.ifft2(np.fft.fft2(draw.normal(size=(32, 32))) * band).real
+        pixels = 128 + 40 * texture / texture.std() * draw.uniform(0.3, 1) + 30 * draw.normal(size=(32, 32))
+        place = folder / split / f"class{kind}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number:05}.png")
+    (folder / "complete").touch()
+    return folder
 
 
-def install_rival():
-    """Install torch-lr-finder into a folder of its own; returns whether it can be imported."""
-    if not (RIVAL / "torch_lr_finder").is_dir():
-        pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(RIVAL)]
-        done = subprocess.run([*pip, "torch-lr-finder==0.2.2"], capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"lr_finder: torch-lr-finder could not be installed:\n{done.stderr[-1000:]}")
+def link_images(source, folder):
+    """Link the first images of each class of a collection: 1,000 for training, 100 for validation."""
+    for split, count in (("train", 1000), ("val", 100)):
+        for place in (source / split).iterdir():
+            (folder / split / place.name).mkdir(parents=True, exist_ok=True)
+            for image in sorted(place.iterdir())[:count]:
+                link = folder / split / place.name / image.name
+                link.unlink(missing_ok=True)
+                link.symlink_to(image.resolve())
+    return folder
 
 
-def rival_suggestion(overrides):
-    """Return the rate that torch-lr-finder suggests for the network, optimiser and images of train.py."""
-    install_rival()
-    sys.path.insert(0, str(RIVAL))
-    import torch
-    from torch_lr_finder import LRFinder
-
-    from engine.learner import Learner
-    from engine.run import build_task, derive_plan, start_ranks
-    from engine.tasks.kinds import find_kind
-    from tests.in_process import configure
-
-    config, _ = configure("train", [*overrides, "runtime.precision=fp32", "runtime.compile=false"])
-    runtime, kind = start_ranks(config), find_kind(config.task.name, "task.name")
-    data = kind.pipeline.open_training(config, runtime, OUT / "rival")
-    setup = kind.set_up(config, data.collection)
-    streams = kind.pipeline.streams(data, setup, config)
-    task = build_task(lambda: kind.build(setup), config)
-    plan = derive_plan(config, streams)
-    learner = Learner(task, config, plan, runtime)
-    steps = streams.train.steps(0, plan)
-
-    class Pairs(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            for batches in steps:
-                for batch in batches:
-                    yield task.normalise(batch["images"]), batch["labels"]
-
-    loss = torch.nn.CrossEntropyLoss(label_smoothing=config.task.label_smoothing)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = 1e-6
-    finder = LRFinder(task.network, learner.optimizer, loss, device="cpu")
-    finder.range_test(torch.utils.data.DataLoader(Pairs(), batch_size=None), end_lr=10.0, num_iter=100)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    _, rate = finder.plot(suggest_lr=True)
-    steps.close()
-    return float(rate)
+def train(folder, words):
+    """Run train.py into a folder, unless that was done; returns its top-1, 0 where the loss diverged."""
+    result = folder.with_name(f"{folder.name}.top1")
+    if not result.exists():
+        run_command([sys.executable, "train.py", f"run_dir={folder}", *COMMON, *words], log_of(folder), may_fail=True)
+        result.write_text(str(last_top1(folder) if is_complete(folder) else 0.0))
+    return float(result.read_text())
 
 
-def rate_of(report):
-    """Return the rate that a range test takes, as text."""
-    return "none" if report["taken"] is None else f"{report['taken']:.3g}"
+def valley(rates, losses):
+    """Return fastai's default suggestion: half way through the longest fall of the loss, smoothed by 0.98.
+
+    Source: fastai.callback.schedule `valley`, and the losses that `LRFinder` gives it.
+    """
+    losses = exponential_means(losses, 0.98)
+    cut = slice(len(losses) // 10, -5)
+    rates, losses = rates[cut], losses[cut]
+    length, before = [1] * len(losses), [None] * len(losses)
+    for last in range(len(losses)):
+        for first in range(last):
+            if losses[first] > losses[last] and length[first] + 1 > length[last]:
+                length[last], before[last] = length[first] + 1, first
+    last = start = int(np.argmax(length))
+    while before[start] is not None:
+        start = before[start]
+    third = (last - start) / 3
+    return rates[start + int(third) + int(third / 2)]
+
+
+def steepest(rates, losses):
+    """Return torch-lr-finder's suggestion: the steepest gradient of the loss, smoothed by 0.05, its ends left out."""
+    smoothed = [losses[0]]
+    for loss in losses[1:]:
+        smoothed.append(0.05 * loss + 0.95 * smoothed[-1])
+    cut = slice(10, -5)
+    return rates[cut][int(np.argmin(np.gradient(smoothed[cut])))]
+
+
+def exponential_means(losses, factor):
+    """Return exponential means with bias correction."""
+    mean, means = 0.0, []
+    for number, loss in enumerate(losses, start=1):
+        mean = factor * mean + (1 - factor) * loss
+        means.append(mean / (1 - factor**number))
+    return means
+
+
+def measure(name, words, rates):
+    """Return the row of a case."""
+    found = train(OUT / f"{name}_test", [*words, "lr_finder.max_share=1.0"])
+    top1 = {
+        rate: train(OUT / f"{name}_{rate:g}", [*words, "lr_finder.enabled=false", f"optim.lr={rate}"]) for rate in rates
+    }
+    test, best = json.loads((OUT / f"{name}_test/lr_finder.json").read_text()), max(top1, key=top1.get)
+    suggested = {"ours": test["taken"], "fastai valley": valley(test["rates"], test["losses"]),
+                 "torch-lr-finder": steepest(test["rates"], test["losses"])}  # fmt: skip
+    return {"case": name, "best": best, "top1": top1, "top1_found": found, "suggested": suggested}
+
+
+def table(rows):
+    """Return the rows, and for each finder the share within a factor of 3 of the best rate."""
+    finders = list(rows[0]["suggested"])
+    lines = [("case", "best of the grid", *finders)]
+    for row in rows:
+        cells = [f"{row['best']:g}: {row['top1'][row['best']]:.3f}"]
+        for rate in row["suggested"].values():
+            near = rate and min(row["top1"], key=lambda known: abs(math.log(known / rate)))
+            cells.append(f"{rate:.2g}: {row['top1'][near]:.3f}" if rate else "no answer")
+        lines.append((row["case"], *cells))
+    hits = [sum(is_near(row["suggested"][name], row["best"]) for row in rows) for name in finders]
+    lines.append(("within a factor of 3", "", *(f"{hit} of {len(rows)}" for hit in hits)))
+    return align_columns(lines)
+
+
+def is_near(rate, best):
+    """Return whether a rate is there, and within a factor of 3 of the best of the grid, which has steps of about 3."""
+    return rate is not None and max(rate / best, best / rate) <= 3.0 + 1e-9
 
 
 def main():
-    words = sys.argv[1:]
-    quick, words = "quick" in words, [word for word in words if word != "quick"]
-    if wrong := [word for word in words if "=" not in word]:
-        sys.exit(f"lr_finder: {wrong[0]!r} is neither quick nor KEY=VALUE\n{__doc__.splitlines()[2]}")
-    named = dict(word.split("=", 1) for word in words)
-    rates = [read_number("rates", text, float) for text in named.pop("rates", "0.1" if quick else RATES).split(",")]
-    seeds = range(read_number("seeds", named.pop("seeds", "1"), int))
-    overrides = [f"{key}={value}" for key, value in named.items()] + (QUICK if quick else [])
-    place = "quick/" if quick else ""
-    found, top1, shares = [], {}, []
-    for seed in seeds:
-        value, seconds = train(f"{place}found_{seed}", [*overrides, f"seed={seed}"])
-        file = OUT / f"{place}found_{seed}/lr_finder.json"
-        if not file.exists():
-            sys.exit("lr_finder: the run is too short for a range test; set loop.total_steps=300 or more")
-        report = json.loads(file.read_text())
-        found.append(report)
-        shares.append((report["seconds"] - report["curve"]["first_update_sec"]) / seconds)
-        top1.setdefault("found", []).append(value)
-        for rate in rates:
-            given = [*overrides, f"seed={seed}", "lr_finder.enabled=false", f"optim.lr={rate}"]
-            top1.setdefault(rate, []).append(train(f"{place}rate_{rate:g}_{seed}", given)[0])
-    best = max(rates, key=lambda rate: mean(top1[rate]))
-    lines = ["| rate | top-1 |", "|---|---|"]
-    for rate, values in top1.items():
-        name = "found: " + ", ".join(map(rate_of, found)) if rate == "found" else f"{rate:g}"
-        lines.append(f"| {name} | {mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |")
-    for one in found:
-        if one["taken"] is None:
-            lines.append(f"no answer: {one['reason']}; the run kept {one['configured']:g}")
-            continue
-        taken, named = one["taken"], ", ".join(f"{k} {v:.3g}" for k, v in one["rates"].items())
-        lines.append(f"takes {rate_of(one)} ({named}): {taken / best:.2f} times the best of the grid, {best:g}")
-    lines.append(f"the range test's share of the run's seconds: {', '.join(f'{share:.3f}' for share in shares)}")
-    if not quick:  # it is installed from PyPI
-        lines.append(f"torch-lr-finder 0.2.2 suggests {rival_suggestion(overrides):.3g}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    given = dict(word.partition("=")[::2] for word in sys.argv[1:] if word != "quick")
+    quick = "quick" in sys.argv[1:]
+    if unknown := given.keys() - {"fashion_mnist", "steps"}:
+        sys.exit(f"lr_finder: {min(unknown)!r} is not one of fashion_mnist, steps, quick")
+    steps = read_number("steps", given.get("steps", "100" if quick else "200"), int)
+    roots = {"made": make_images(OUT / "made")}
+    if "fashion_mnist" in given:
+        roots = {"fashion": link_images(Path(given["fashion_mnist"]), OUT / "fashion"), **roots}
+    cases = list(itertools.product(roots, NETWORKS, OPTIMISERS))[: 1 if quick else None]
+    rows = []
+    for data, network, optimiser in cases:
+        own, rates = OPTIMISERS[optimiser]
+        words = [f"data.root={roots[data]}", *NETWORKS[network], *own, f"loop.total_steps={steps}"]
+        rows.append(measure(f"{data}_{network}_{optimiser}", words, rates[3:4] if quick else rates))
+    (OUT / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    sys.stdout.write(table(rows) + "\n")
 
 
 if __name__ == "__main__":

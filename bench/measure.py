@@ -1,4 +1,12 @@
-"""What the benches share: sides measured in turns, ratios with their spread, a table and a JSON file.
+"""The runner of the benches: sides measured in turns, ratios with their spread, a table and a JSON file.
+
+A bench yields comparisons, and `run_bench` does the rest:
+
+    def comparisons(device, quick):
+        yield Comparison("atto, eager", {"ours": turn, "theirs": other_turn}, steps=10)
+
+    if __name__ == "__main__":
+        run_bench(comparisons)
 
 Numbers are compared within one run only: the sides take turns (A, B, A, B, ...), after a warm-up of each, and a ratio
 is that of two neighbouring turns.
@@ -9,13 +17,16 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from pydantic import TypeAdapter
+from torch.profiler import ProfilerActivity, profile
 
 from engine.config import LoopConfig, RuntimeConfig, TrainingConfig
 from engine.plan import Plan
@@ -30,6 +41,128 @@ from utils.text_table import align_columns
 OUT = ROOT / "outputs/bench"
 # Nothing is due in a run with these values of `loop`.
 BENCH_LOOP = {"log_every_steps": 10**9, "evaluate_every_epochs": 1e9, "checkpoint_every_steps": 10**9}
+_PAUSE_SEC = 0.3  # before a turn on a CPU: idle threads of another side's own pool spin for a while
+
+Turn = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sides of one setting: name -> a function that makes `steps` steps. The first is ours, and compared with each.
+
+    warmup: calls of each side that are not counted; facts: what else the JSON file and the table say.
+    """
+
+    setting: str
+    sides: dict[str, Turn]
+    steps: int = 1
+    warmup: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]], turns: int = 5) -> None:
+    """Measure what `comparisons(device, quick)` yields, print the table and write outputs/bench/<script>.json.
+
+    The file also has a profile of our side of each comparison. The command's only word is `quick`: two turns, to
+    outputs/bench/quick/; their figures mean nothing.
+    """
+    if sys.argv[1:] not in ([], ["quick"]):
+        sys.exit(f"{sys.argv[0]}: the only argument is quick")
+    quick, rows = len(sys.argv) > 1, []
+    device = runtime_of("fp32").device
+    for comparison in comparisons(device, quick):
+        rows += measure(comparison, device, 2 if quick else turns)
+        rows[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
+    path = (OUT / "quick" if quick else OUT) / f"{Path(sys.argv[0]).stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": describe_machine(device), "quick": quick, "rows": rows}, indent=2) + "\n")
+    sys.stdout.write(f"{table(rows)}\n{path.relative_to(ROOT)}\n")
+
+
+def measure(comparison: Comparison, device: torch.device, turns: int) -> list[dict[str, Any]]:
+    """Return a row for our side against each other one: median milliseconds of a step, and the ratio of the turns."""
+    found = take_turns(comparison, device, turns)
+    ours, *others = comparison.sides
+    rows = []
+    for theirs in others:
+        ratios = [above / below for above, below in zip(found[ours], found[theirs])]
+        rows.append(
+            {
+                "setting": comparison.setting, "ours": ours, "theirs": theirs,
+                "ours_ms": round(statistics.median(found[ours]), 3),
+                "theirs_ms": round(statistics.median(found[theirs]), 3),
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+                **comparison.facts,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def take_turns(comparison: Comparison, device: torch.device, turns: int) -> dict[str, list[float]]:
+    """Return milliseconds per step of each side and turn."""
+    for turn in comparison.sides.values():
+        for _ in range(comparison.warmup):
+            time_ms(turn, device)
+    found: dict[str, list[float]] = {name: [] for name in comparison.sides}
+    for _ in range(turns):
+        for name, turn in comparison.sides.items():
+            time.sleep(_PAUSE_SEC if device.type == "cpu" else 0.0)
+            found[name].append(time_ms(turn, device) / comparison.steps)
+    return found
+
+
+def time_ms(turn: Turn, device: torch.device) -> float:
+    """Return the milliseconds of one turn, to the end of its work on the device."""
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        turn()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last)
+    started = time.perf_counter()
+    turn()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table; below 1, ours is faster."""
+    cells = [("setting", "ours", "ms", "theirs", "ms", "ratio (least to greatest)")]
+    for row in rows:
+        low, high = row["ratio_min_max"]
+        spread = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+        cells.append(
+            (row["setting"], row["ours"], f"{row['ours_ms']:.2f}", row["theirs"], f"{row['theirs_ms']:.2f}", spread)
+        )
+    return align_columns(cells)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return the machine and the versions that a figure was measured with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {"torch": torch.__version__, "timm": timm.__version__}
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), **versions}
+
+
+def top_operations(turn: Turn, device: torch.device, count: int = 12) -> dict[str, float]:
+    """Return the operations that take most of a turn, in percent of the time of all."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as found:
+        turn()
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events) or 1
+    return {event.key[:80]: round(100 * getattr(event, key) / total, 1) for event in events[:count]}
+
+
+def repeated(step: Callable[[int], Any], steps: int) -> Turn:
+    """Return a turn that makes `steps` steps, each told its number."""
+    return lambda: [step(number) for number in range(steps)]
+
+
+# -------------------------------------------------------------------------------------------------- parts of the engine
 
 
 def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
@@ -41,6 +174,12 @@ def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
 def bench_loop() -> LoopConfig:
     """Return the loop's configuration of a run in which nothing is due."""
     return read_group(LoopConfig, "loop", "default", **BENCH_LOOP)
+
+
+def runtime_of(precision: str) -> Runtime:
+    """Return the runtime of this machine's best device at a precision, eager, with torch's own thread count."""
+    config = read_group(RuntimeConfig, "runtime", "reference", device="auto", precision=precision, deterministic=False)
+    return choose_runtime(config)
 
 
 def build_bench_run(
@@ -74,123 +213,4 @@ def build_bench_run(
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
-    streams = Streams(None, {}, {})
-    return build_run(task, streams, config, plan, choose_runtime(config.runtime), folder, StopRequest())
-
-
-def runtime_of(precision: str) -> Runtime:
-    """Return the runtime of this machine's best device at a precision, eager, with torch's own thread count."""
-    config = read_group(RuntimeConfig, "runtime", "reference", device="auto", precision=precision, deterministic=False)
-    return choose_runtime(config)
-
-
-def time_ms(turn: Callable[[], None], device: torch.device) -> float:
-    """Return the milliseconds of one turn, to the end of its work on the device."""
-    if device.type == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        turn()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last)
-    started = time.perf_counter()
-    turn()
-    return 1e3 * (time.perf_counter() - started)
-
-
-def take_turns(
-    sides: dict[str, Callable[[], None]],
-    *,
-    steps: int,
-    warmup: int,
-    turns: int,
-    device: torch.device,
-    pause_sec: float = 0.0,
-) -> dict[str, list[float]]:
-    """Return milliseconds per step of each side and turn; a call makes `steps` steps, `warmup` counts calls.
-
-    pause_sec: before each turn, for sides with thread pools of their own: idle threads spin for a while.
-    """
-    for turn in sides.values():
-        for _ in range(warmup):
-            time_ms(turn, device)
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(turns):
-        for name, turn in sides.items():
-            time.sleep(pause_sec)
-            found[name].append(time_ms(turn, device) / steps)
-    return found
-
-
-def ratio_of(numerator: list[float], denominator: list[float]) -> dict[str, Any]:
-    """Return the ratio of each turn's pair as median, least and greatest."""
-    ratios = [above / below for above, below in zip(numerator, denominator)]
-    return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-    }
-
-
-def compare(
-    first: Callable[[int], None], second: Callable[[int], None], device: torch.device, *, quick: bool
-) -> dict[str, Any]:
-    """Measure two functions of the step's number in turns: medians in ms, and the ratio first / second."""
-    warmup, steps, turns = (1, 1, 2) if quick else (2, 3, 5)
-
-    def turn_of(step: Callable[[int], None]) -> Callable[[], None]:
-        def turn() -> None:
-            for number in range(steps):
-                step(number)
-
-        return turn
-
-    sides = {"first": turn_of(first), "second": turn_of(second)}
-    found = take_turns(sides, steps=steps, warmup=warmup, turns=turns, device=device)
-    medians = {f"{name}_ms": round(statistics.median(values), 3) for name, values in found.items()}
-    return {**medians, **ratio_of(found["first"], found["second"])}
-
-
-def row_of(setting: str, found: dict[str, list[float]], ours: str, theirs: str) -> dict[str, Any]:
-    """Return a row for `table`: medians in ms, and the ratio ours / theirs (below 1: ours is faster)."""
-    return {
-        "setting": setting,
-        "ours": ours,
-        "theirs": theirs,
-        "ours_ms": round(statistics.median(found[ours]), 3),
-        "theirs_ms": round(statistics.median(found[theirs]), 3),
-        **ratio_of(found[ours], found[theirs]),
-    }
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return the machine that a figure was measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return rows of `row_of` as a table."""
-    cells = [("setting", "ours", "ms", "theirs", "ms", "ratio (least to greatest)")]
-    for row in rows:
-        low, high = row["ratio_min_max"]
-        spread = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
-        cells.append(
-            (row["setting"], row["ours"], f"{row['ours_ms']:.2f}", row["theirs"], f"{row['theirs_ms']:.2f}", spread)
-        )
-    return align_columns(cells)
-
-
-def write(name: str, rows: list[dict[str, Any]], *, quick: bool, **more: Any) -> Path:
-    """Print the table and write outputs/bench/<name>.json; quick runs go to quick/."""
-    path = (OUT / "quick" if quick else OUT) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**more, "quick": quick, "rows": rows}, indent=2) + "\n")
-    sys.stdout.write(f"{table(rows)}\n{path.relative_to(ROOT)}\n")
-    return path
-
-
-def report(row: dict[str, Any]) -> None:
-    """Print one result as JSON."""
-    sys.stdout.write(json.dumps(row, indent=2) + "\n")
-    sys.stdout.flush()
+    return build_run(task, Streams(None, {}, {}), config, plan, choose_runtime(config.runtime), folder, StopRequest())

@@ -1,13 +1,10 @@
-"""FCMAE in sparse against dense execution of the same network at 224 px: a whole step's seconds, activation memory.
+"""FCMAE in sparse against dense execution of the same network at 224 px: a whole step's time, activation memory.
 
-python bench/pretrain_step.py [SIZE ...] [quick]        (on an idle machine; quick: no compiling)
+python bench/pretrain_step.py [quick]        (on an idle machine; quick: the smallest network, not compiled)
 
-Sizes: atto, tiny, base; all three by default.
-
-Both sides run `train_step` with AdamW on the same weights, images and masks, in turns, after a warm-up. The bound is
-the ratio of their multiply-adds, counted by torch's flop counter over the forward pass. Activation memory is what
-autograd keeps for the backward pass: bytes of saved tensors, each storage counted once, without parameters. The
-profile of the sparse step says what remains.
+Both sides run `train_step` with AdamW on the same weights, images and masks. `bound`: the ratio of their multiply-adds,
+counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of what autograd keeps for the
+backward pass: bytes of saved tensors, each storage counted once, without parameters.
 """
 
 import sys
@@ -16,10 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import compare, read_group, report, runtime_of
+from bench.measure import Comparison, read_group, repeated, run_bench, runtime_of
 from engine.step import LossScale, train_step
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
@@ -28,6 +24,7 @@ from models.fcmae import draw_mask
 
 BATCH = {"cpu": {"atto": 8, "tiny": 4, "base": 2}, "cuda": {"atto": 256, "tiny": 128, "base": 64}}
 SETTINGS = {"eager fp32": ("fp32", False), "compiled bf16": ("bf16", True)}
+STEPS = 3
 
 
 def make_task(size, execution, device):
@@ -49,11 +46,11 @@ def make_batch(size, device):
     }
 
 
-def count_macs(task, batch):
-    """Return the multiply-adds of a forward pass."""
+def count_flops(task, batch):
+    """Return the arithmetic of a forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task(batch, {})
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops()
 
 
 def saved_bytes(task, batch, runtime):
@@ -76,66 +73,33 @@ def saved_bytes(task, batch, runtime):
 
 def stepper(task, batch, runtime):
     """Return a function that makes one whole step of the engine."""
-    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
-    scale = LossScale(runtime)
-
-    def step(number):
-        train_step(task, task, [batch], optimizer, scale, {}, step=number, seed=0, clip_grad_norm=None, runtime=runtime)
-
-    return step
+    optimizer, scale = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True), LossScale(runtime)
+    return lambda number: train_step(
+        task, task, [batch], optimizer, scale, {}, step=number, seed=0, clip_grad_norm=None, runtime=runtime
+    )
 
 
-def shares(step, device):
-    """Return the operations that take most of a step, in percent of their own time."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as found:
-        step(0)
-    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda event: -getattr(event, time))
-    total = sum(getattr(event, time) for event in events)
-    return {event.key[:60]: round(100 * getattr(event, time) / total, 1) for event in events[:8]}
-
-
-def measure_size(size, setting, quick):
-    """Return one row: seconds and bytes of both executions, their ratios, and the bound."""
-    precision, compiled = SETTINGS[setting]
-    runtime = runtime_of(precision)
-    device = runtime.device
-    batch = make_batch(size, device)
-    tasks = {execution: make_task(size, execution, device) for execution in ("sparse", "dense")}
-    macs = {name: count_macs(task, batch) for name, task in tasks.items()}
-    memory = {name: saved_bytes(task, batch, runtime) for name, task in tasks.items()}
-    for task in tasks.values():
-        if compiled:
-            task.compile()
-    steps = {name: stepper(task, batch, runtime) for name, task in tasks.items()}
-    found = compare(steps["dense"], steps["sparse"], device, quick=quick)
-    bound = macs["dense"] / macs["sparse"]
-    return {
-        "size": size,
-        "setting": setting,
-        "batch": len(batch["weight"]),
-        "dense_ms": found["first_ms"],
-        "sparse_ms": found["second_ms"],
-        "speedup": found["ratio"],
-        "speedup_min_max": found["ratio_min_max"],
-        "bound_by_macs": round(bound, 2),
-        "share_of_bound": round(found["ratio"] / bound, 2),
-        "activation_mib_dense": round(memory["dense"] / 2**20, 1),
-        "activation_mib_sparse": round(memory["sparse"] / 2**20, 1),
-        "activation_ratio": round(memory["sparse"] / memory["dense"], 2),
-        "profile_percent": shares(steps["sparse"], device),
-    }
-
-
-def main():
-    words = sys.argv[1:]
-    sizes = [word for word in words if word != "quick"] or ["atto", "tiny", "base"]
-    for size in sizes:
-        for setting in ["eager fp32"] if "quick" in words else SETTINGS:
+def comparisons(device, quick):
+    """Yield sparse against dense for each size and setting."""
+    for size in ["atto"] if quick else BATCH[device.type]:
+        for setting in ["eager fp32"] if quick else SETTINGS:
+            precision, compiled = SETTINGS[setting]
+            runtime, batch = runtime_of(precision), make_batch(size, device)
             torch.compiler.reset()
-            report(measure_size(size, setting, "quick" in words))
+            tasks = {execution: make_task(size, execution, device) for execution in ("sparse", "dense")}
+            flops = {name: count_flops(task, batch) for name, task in tasks.items()}
+            memory = {name: saved_bytes(task, batch, runtime) for name, task in tasks.items()}
+            for task in tasks.values():
+                if compiled:
+                    task.compile()
+            steps = {name: stepper(task, batch, runtime) for name, task in tasks.items()}
+            facts = {
+                "bound": round(flops["sparse"] / flops["dense"], 3),
+                "activation_memory": round(memory["sparse"] / memory["dense"], 3),
+            }
+            sides = {name: repeated(step, STEPS) for name, step in steps.items()}
+            yield Comparison(f"{size}, batch {len(batch['weight'])}, {setting}", sides, STEPS, 2, facts)
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(comparisons)

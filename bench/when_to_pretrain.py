@@ -2,42 +2,34 @@
 
 python bench/when_to_pretrain.py [KEY=VALUE ...] [quick]          (on an idle machine; hours with the defaults)
 
-    arms=resnet18,convnext,fcmae     also simclr and dino, LightlyTrain's, in an environment of its own
+    arms=resnet18,convnext,fcmae
     labels=all,two_faces,few         12,298 labels of 958 characters; 2,050, of two faces; 500, of 250 characters
     minutes=1,2.5,5,10,20,40  seeds=3  out=outputs/bench/when_to_pretrain
-    at_once=1                        trainings at the same time, each with its share of the cores
 
 Every arm gets the same seconds, pretraining included. Its steps follow from the seconds of a step, which are measured
 first, alone, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle
-machine. at_once leaves the steps as they are; another number of threads rounds differently.
+machine.
 Start-up, evaluation and drawing are not counted, on any side; start-up includes the fit of FCMAE's head, some seconds.
 Each result is a row of results.jsonl; the same command goes on where it was stopped. It ends with a table, table.md and
 curves.png: means over the seeds, their spread, and a line where FCMAE overtakes the best start from scratch.
 
-The validation split is a typeface that no arm has seen. What LightlyTrain pretrains is fine-tuned by finetune.py.
+The validation split is a typeface that no arm has seen.
 """
 
 import itertools
 import json
-import math
 import shutil
 import sys
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, median
-from threading import Lock
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import lightly
 from bench.commands import ROOT, last_top1, log_of, read_number, read_rows, run_command, step_windows
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
-from utils.hardware import has_fast_bf16
-from utils.ranks.processes import count_cores
 from utils.record.run_config import is_complete
 
 FACES = ("DejaVuSans", "DejaVuSerif")
@@ -55,20 +47,18 @@ LABELS = {
 }
 DEFAULTS = {
     "arms": "resnet18,convnext,fcmae", "labels": "all,two_faces,few", "minutes": "1,2.5,5,10,20,40", "seeds": "3",
-    "out": "outputs/bench/when_to_pretrain", "at_once": "1",
+    "out": "outputs/bench/when_to_pretrain",
 }  # fmt: skip
-COLORS = {"resnet18": "#d9480f", "convnext": "#868e96", "fcmae": "#1c6dd0", "simclr": "#2b8a3e", "dino": "#862e9c"}
+COLORS = {"resnet18": "#d9480f", "convnext": "#868e96", "fcmae": "#1c6dd0"}
 TITLES = {
     "resnet18": "ResNet-18 from scratch (train.py)",
     "convnext": "ConvNeXt V2 from scratch",
     "fcmae": "FCMAE, then fine-tuning",
-    "simclr": "LightlyTrain simclr (ResNet-18), then fine-tuning",
-    "dino": "LightlyTrain dino (ResNet-18), then fine-tuning",
 }
 
 
 class Arm(NamedTuple):
-    """A way to train: the command with labels, the one without (or LightlyTrain's method), and its share of the time.
+    """A way to train: the command with labels, the one without, and its share of the time.
 
     timed: the name of the training's seconds in speeds.json; arms that share it have equal steps. warmup: share of the
     steps of each, where the schedule has one.
@@ -83,19 +73,12 @@ class Arm(NamedTuple):
 
 GLYPHS = "finetune.py experiment=glyphs/demo_finetune"
 PRETRAIN = "pretrain_fcmae.py experiment=glyphs/demo_pretrain task.probe.every_epochs=null"
-RESNET18 = (
-    "finetune.py model=resnet18 augment=train_glyphs loop.global_batch_size=128 schedule=onecycle optim=sgd "
-    "optim.weight_decay=5.0e-4"
-)
 ARMS = {
     "resnet18": Arm(
         "train.py augment=train_glyphs lr_finder.enabled=false optim.lr=0.2 tracking.live_plots=false", "resnet18"
     ),
     "convnext": Arm(f"{GLYPHS} task.head=drawn", "convnext", warmup=0.1),
     "fcmae": Arm(GLYPHS, "convnext", PRETRAIN, share=0.5, warmup=0.1),
-    # The rates: the best of docs/when_to_pretrain.md.
-    "simclr": Arm(f"{RESNET18} optim.lr=0.8", "resnet18_tuned", "simclr", share=0.5),
-    "dino": Arm(f"{RESNET18} optim.lr=0.4", "resnet18_tuned", "dino", share=0.5),
 }
 SCRATCH = ("resnet18", "convnext")
 
@@ -128,14 +111,12 @@ def make_few(collection, folder):
     return folder
 
 
-def run_script(words, folder, steps, seed, more=(), threads=None):
-    """Run a training into a folder, unless it is complete there; threads: of torch, if not all."""
+def run_script(words, folder, steps, seed, more=()):
+    """Run a training into a folder, unless it is complete there."""
     if not is_complete(folder):
         script, *overrides = words.split()
         own = [f"run_dir={folder}", f"loop.total_steps={steps}", f"seed={seed}", *RARE, *more]
-        few = [] if threads is None else [f"runtime.threads={threads}", "runtime.workers=0"]
-        env = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        run_command([sys.executable, script, *overrides, *own, *few], log_of(folder), env)
+        run_command([sys.executable, script, *overrides, *own], log_of(folder))
         shutil.rmtree(folder / "checkpoints")
 
 
@@ -154,17 +135,11 @@ class Bench:
         self.arms, self.labels = values["arms"].split(","), values["labels"].split(",")
         self.minutes = [read_number("minutes", text, float) for text in values["minutes"].split(",")]
         self.seeds = range(read_number("seeds", values["seeds"], int))
-        self.at_once = read_number("at_once", values["at_once"], int)
-        self.threads, self.locks = count_cores(), defaultdict(Lock)
         for key, given, known in (("arms", self.arms, ARMS), ("labels", self.labels, LABELS)):
             if wrong := [name for name in given if name not in known]:
                 fail(f"{key}: {wrong[0]!r} is not one of {', '.join(known)}")
         collection = load_collection(read_group(DataConfig, "data", "glyphs"))
         self.few = make_few(collection, self.out / "few")
-        self.lightly_python = None
-        if {"simclr", "dino"} & set(self.arms):
-            self.lightly_python = lightly.ensure_environment(ROOT / "outputs/bench/lightly_env")
-            self.images = lightly.write_image_list(lightly.training_images(collection), self.out / "images.txt")
 
     def words_of(self, labels):
         """Return what selects the labels."""
@@ -173,26 +148,11 @@ class Bench:
         faces = ",".join(f'"images/{face}/*"' for face in FACES)
         return ["data=glyphs", *([f"loop.train_paths=[{faces}]"] if labels == "two_faces" else [])]
 
-    def pretrain(self, arm, name, steps, seed, threads=None):
-        """Pretrain; returns (what init_from takes, seconds of a step). Label sets share it: the first one runs it."""
-        with self.locks[name]:
-            return self.pretrain_alone(arm, name, steps, seed, threads)
-
-    def pretrain_alone(self, arm, name, steps, seed, threads):
-        """Pretrain where it is not done."""
-        folder, command = self.out / "runs" / name, ARMS[arm].pretrain
-        if command in lightly.METHODS:
-            saved = folder / "found.json"
-            if not saved.exists():
-                training = lightly.Training(
-                    command, self.images, in_channels=3, seed=seed, threads=threads or self.threads,
-                    changes={"precision": "bf16-mixed"} if has_fast_bf16("cpu") else {},  # as ours
-                )  # fmt: skip
-                found = lightly.pretrain(self.lightly_python, training, folder, steps)
-                saved.write_text(json.dumps([str(found.weights), found.sec_per_step]))
-            return json.loads(saved.read_text())
-        run_script(command, folder, steps, seed, [*self.warmup(arm, steps), *self.batch], threads)
-        return str(folder), sec_per_step(folder)
+    def pretrain(self, arm, name, steps, seed):
+        """Pretrain where it is not done; returns the folder. Label sets share it."""
+        folder = self.out / "runs" / name
+        run_script(ARMS[arm].pretrain, folder, steps, seed, [*self.warmup(arm, steps), *self.batch])
+        return folder
 
     def warmup(self, arm, steps):
         """Return the override of the warm-up."""
@@ -219,7 +179,7 @@ class Bench:
         """Return the seconds of a step of an arm's pretraining, if the name is that, or of its training."""
         steps = QUICK_STEPS if self.quick else CALIBRATION_STEPS
         if name.startswith("pretrain_"):
-            return self.pretrain(arm, f"speed_{name}_{turn}", steps, 0)[1]
+            return sec_per_step(self.pretrain(arm, f"speed_{name}_{turn}", steps, 0))
         folder = self.out / "runs" / f"speed_{name}_{turn}"
         labels = self.words_of("few" if self.quick else "all")
         run_script(ARMS[arm].train, folder, steps, 0, [*labels, *self.warmup(arm, steps), *self.batch])
@@ -233,12 +193,11 @@ class Bench:
         if self.quick:
             own, steps = min(own, QUICK_STEPS), QUICK_STEPS
         more = [*self.words_of(labels), *self.warmup(arm, steps), *self.batch]
-        threads = None if self.at_once == 1 else max(1, self.threads // self.at_once)
         if own:
-            source, _ = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed, threads)
+            source = self.pretrain(arm, f"pre_{arm}_{minutes:g}_{seed}", own, seed)
             more.append(f"init_from={source}")
         folder = self.out / "runs" / f"{arm}_{labels}_{minutes:g}_{seed}"
-        run_script(ARMS[arm].train, folder, steps, seed, more, threads)
+        run_script(ARMS[arm].train, folder, steps, seed, more)
         runtime = json.loads((folder / "environment.json").read_text())["runtime"]
         precision = dict(word.split("=") for word in runtime.split())["precision"]
         found = {"top1": last_top1(folder), "steps": [own, steps], "precision": precision}
@@ -249,18 +208,11 @@ class Bench:
         file, speeds = self.out / "results.jsonl", self.speeds()
         rows = read_rows(file)
         done = {(row["arm"], row["labels"], row["minutes"], row["seed"]) for row in rows}
-        grid = itertools.product(self.minutes, self.seeds, self.labels, self.arms)
-        jobs = [(arm, labels, minutes, seed) for minutes, seed, labels, arm in grid]
-        with ThreadPoolExecutor(self.at_once) as pool:
-            futures = [pool.submit(self.run, *job, speeds) for job in jobs if job not in done]
-            try:
-                for future in as_completed(futures):
-                    rows.append(future.result())
-                    with open(file, "a") as stream:
-                        stream.write(json.dumps(rows[-1]) + "\n")
-            except BaseException:  # SystemExit of a command that failed, or an interrupt
-                pool.shutdown(cancel_futures=True)
-                raise
+        for minutes, seed, labels, arm in itertools.product(self.minutes, self.seeds, self.labels, self.arms):
+            if (arm, labels, minutes, seed) not in done:
+                rows.append(self.run(arm, labels, minutes, seed, speeds))
+                with open(file, "a") as stream:
+                    stream.write(json.dumps(rows[-1]) + "\n")
         return rows
 
 
@@ -296,22 +248,8 @@ def table(found, labels, arms, minutes):
     return "\n".join(lines[1:])
 
 
-def crossings(found, labels):
-    """Return the minutes where FCMAE overtakes the best start from scratch: between two budgets, on a log scale."""
-    ahead = {}
-    for minutes, (fcmae, *_) in found.get((labels, "fcmae"), {}).items():
-        rivals = [found.get((labels, arm), {}).get(minutes) for arm in SCRATCH]
-        if all(rivals):
-            ahead[minutes] = fcmae - max(value[0] for value in rivals)
-    return [
-        math.exp(math.log(first) + math.log(second / first) * -ahead[first] / (ahead[second] - ahead[first]))
-        for first, second in itertools.pairwise(sorted(ahead))
-        if ahead[first] < 0 <= ahead[second]
-    ]
-
-
 def draw(found, labels, arms, path):
-    """Draw a panel for each set of labels: top-1 over minutes, the mean of the seeds, their spread, and crossings."""
+    """Draw a panel for each set of labels: top-1 over minutes, the mean of the seeds and their spread."""
     from utils.record.plots import plt, save_figure
 
     figure, axes = plt.subplots(1, len(labels), figsize=(5.2 * len(labels), 4.4), squeeze=False)
@@ -326,9 +264,6 @@ def draw(found, labels, arms, path):
                 label=TITLES[arm],
             )  # fmt: skip
         axis.set_xscale("log")
-        for minutes in crossings(found, name):
-            axis.axvline(minutes, color="#495057", linestyle=":", linewidth=1)
-            axis.annotate(f" FCMAE ahead\n from {minutes:.2g} min", (minutes, 0.03), fontsize=8, color="#495057")
         ticks = sorted({minutes for arm in arms for minutes in found.get((name, arm), {})})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()

@@ -89,8 +89,3 @@ def test_words_of_the_command_line(monkeypatch):
     assert demo.read_arguments([]) == (False, "outputs/demo", {})
     with pytest.raises(SystemExit, match=r"^demo: 'ful' is neither full nor KEY=VALUE; usage: python bench/demo.py \["):
         demo.read_arguments(["ful"])
-
-
-def test_controls_that_were_not_run_are_told_without_markdown():
-    told = demo.last_full_figures()
-    assert set(told) == set(demo.CONTROLS) and all(0 < float(text) < 1 for text in told.values())

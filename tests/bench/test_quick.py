@@ -10,17 +10,16 @@ from tests.support import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-TABLES = ["step_overhead", "save_cost", "optimizer_step", "finetune_step", "cold_read", "onnx_speed", "live_plots",
-          "cpu_runtime"]  # fmt: skip
+TABLES = ["step_overhead", "finetune_step", "pretrain_step", "onnx_speed"]
 
 
-@pytest.mark.parametrize("words", TABLES)
-def test_a_bench_prints_a_table_of_ratios(words):
-    done = command("python", f"bench/{words}.py", "quick", timeout=900)
+@pytest.mark.parametrize("name", TABLES)
+def test_a_bench_prints_a_table_of_ratios(name):
+    done = command("python", f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows, path = done.stdout.splitlines()
     assert head.startswith("setting") and head.endswith("ratio (least to greatest)")
-    assert rows and path == f"outputs/bench/quick/{words}.json"
+    assert rows and path == f"outputs/bench/quick/{name}.json"
 
 
 SMALL = ["model=convnextv2_atto", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]"]
@@ -31,14 +30,9 @@ def test_the_loader_bench_prints_settings_that_a_command_takes(tmp_path):
     done = command("python", "bench/loader.py", "quick", f"data.root={images}", *SMALL, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    parts = ["read", "decode", "crop and resize", "augment in the worker", "collate", "draw for the device"]
-    assert lines[0].startswith("part") and [line.split("  ")[0] for line in lines[1:7]] == parts
-    assert sum(line.startswith("reading alone") for line in lines) >= 4
-    by_prefetch = 0 if lines[-1].startswith("runtime.workers=0 ") else 1
-    assert sum(line.startswith("training step") for line in lines) == 4 + by_prefetch
-    assert lines[-3] == "outputs/bench/quick/loader.json" and lines[-2].startswith("why: ")
-    keys = [word.partition("=")[0] for word in lines[-1].split()]
-    assert keys == ["runtime.workers", "runtime.prefetch_batches", "augment.on_device"]
+    assert sum(line.startswith("reading alone") for line in lines) == 4
+    assert sum(line.startswith("training step") for line in lines) == 4
+    assert [word.partition("=")[0] for word in lines[-1].split()] == ["runtime.workers", "augment.on_device"]
     assert configure("finetune", lines[-1].split())
 
 
@@ -56,12 +50,6 @@ def test_the_loader_bench_refuses_bad_arguments(words, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_pretraining_bench_prints_its_rows():
-    done = command("python", "bench/pretrain_step.py", "atto", "quick", timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('"share_of_bound"') == 1
-
-
 def test_the_fashion_mnist_bench_runs_on_images_of_noise():
     """Its own arms, through prepare.py, pretraining and fine-tuning; timm's script is not at hand here."""
     done = command("python", "bench/fashion_mnist.py", "quick", timeout=900)
@@ -71,14 +59,12 @@ def test_the_fashion_mnist_bench_runs_on_images_of_noise():
     assert path == "outputs/bench/quick/fashion_mnist.json"
 
 
-def test_the_lr_finder_bench_compares_the_rate_found_with_a_grid(tmp_path):
-    images = make_images(tmp_path / "images")
-    own = ["data=image_folder", f"data.root={images}", *SMALL]
-    done = command("python", "bench/lr_finder.py", "quick", "rates=0.01,0.1", *own, timeout=900)
+def test_the_lr_finder_bench_compares_three_finders_with_a_grid():
+    done = command("python", "bench/lr_finder.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert lines[0] == "| rate | top-1 |" and [line.split()[1] for line in lines[2:5]] == ["found:", "0.01", "0.1"]
-    assert "times the best of the grid" in lines[5] and lines[6].startswith("the range test's share of the run's")
+    head, row, last = done.stdout.splitlines()
+    assert head.split()[-2:] == ["valley", "torch-lr-finder"] and row.startswith("made_resnet18_sgd")
+    assert last.startswith("within a factor of 3")
 
 
 def test_the_bench_of_pretraining_goes_on_where_it_stopped():
