@@ -37,7 +37,6 @@ class LoopConfig(Strict):
     save_in_background: bool
     on_failed_save: Literal["stop", "retry"]
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
-    on_too_many_skipped: Literal["stop", "rollback"]
 
 
 class MachineConfig(Strict):
@@ -77,27 +76,12 @@ class SweepConfig(Strict):
 class LRFinderConfig(Strict):
     """A range test before the first update, which finds the peak learning rate (engine/lr_finder.py).
 
-    `steps` updates, at most `max_share` of the run's, with rates from start_lr to end_lr along `curve`; it ends early
-    where the smoothed loss exceeds `diverge_factor` times its lowest. smoothing: of the exponential mean.
+    steps: its updates; a run of which they are more than `max_share` has no range test.
     """
 
     enabled: bool
-    start_lr: Annotated[float, Field(gt=0)]
-    end_lr: Annotated[float, Field(gt=0)]
-    steps: Positive
+    steps: Annotated[int, Field(ge=100)]
     max_share: Annotated[float, Field(gt=0, le=1)]
-    curve: Literal["exponential", "linear"]
-    smoothing: Annotated[float, Field(ge=0, lt=1)]
-    diverge_factor: Annotated[float, Field(gt=1)]
-    suggestion: Literal["auto", "steepest", "minimum_half", "minimum_tenth", "valley"]
-
-    @model_validator(mode="after")
-    def _rates_rise(self) -> "LRFinderConfig":
-        if self.end_lr <= self.start_lr:
-            raise ValueError(
-                f"lr_finder.end_lr: {self.end_lr:g} is not above lr_finder.start_lr={self.start_lr:g}; the sweep rises"
-            )
-        return self
 
 
 class TrainingConfig(Strict):

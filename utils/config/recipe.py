@@ -36,7 +36,6 @@ FREE_KEYS = (
     "loop.save_in_background",
     "loop.on_failed_save",
     "loop.max_skipped_steps",
-    "loop.on_too_many_skipped",
     "task.probe.*",
 )
 
@@ -57,6 +56,18 @@ ADDED_KEYS = {
     "task.initial_weights": Added("normal", hashed=True),
     "lr_finder.enabled": Added(False, hashed=True),
     "augment.eval_resize": Added("crop", hashed=True),
+}
+
+# Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that
+# was no part of the recipe. They change nothing on a resumption: the rate that a range test found is in the checkpoint.
+REMOVED_KEYS = {
+    "lr_finder.start_lr": 1e-5,
+    "lr_finder.end_lr": 10.0,
+    "lr_finder.curve": "exponential",
+    "lr_finder.smoothing": 0.9,
+    "lr_finder.diverge_factor": 4.0,
+    "lr_finder.suggestion": "auto",
+    "loop.on_too_many_skipped": None,
 }
 
 
@@ -89,7 +100,8 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
 def recipe_hash(config: Mapping[str, Any]) -> str:
     """Return 8 hexadecimal digits of the recipe's hash."""
     kept = {key: value for key, value in flatten(config).items() if not is_free(key) and not _is_as_before(key, value)}
-    return sha256_text(canonical_json(kept))[:8]
+    removed = {key: value for key, value in REMOVED_KEYS.items() if value is not None}
+    return sha256_text(canonical_json({**removed, **kept}))[:8]
 
 
 def _is_as_before(key: str, value: Any) -> bool:
@@ -107,7 +119,7 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
         if not any(fnmatch.fnmatchcase(key, pattern) for key in old | new):
             raise UserError(f"resume_allow: {pattern!r} is not a key of this configuration; --cfg job prints the keys")
     refused, passed = [], []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted((old.keys() | new.keys()) - REMOVED_KEYS.keys()):
         absent = ADDED_KEYS[key].before if key in ADDED_KEYS else "(absent)"
         before, after = old.get(key, absent), new.get(key, absent)
         if before == after:
