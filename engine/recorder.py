@@ -23,7 +23,7 @@ from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
 from utils.record.background import BackgroundTracker
-from utils.record.live_process import LivePlots, start_live_plots
+from utils.record.live_plot import LivePlots, start_live_plots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar, format_duration
@@ -59,7 +59,7 @@ class Recorder:
         self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
         self.bar = Bar("training", plan.total_steps)
-        self.skips = SkipWatch(config.loop.max_skipped_steps, rolls_back=config.loop.on_too_many_skipped == "rollback")
+        self.skips = SkipWatch(config.loop.max_skipped_steps)
         self.log_meter, self.epoch_meter = Meter(runtime.device), Meter(runtime.device)
         self._tracking, self._plan, self._values_at = config.tracking, plan, values_at
         self._metrics: MetricsLog | None = None
@@ -81,13 +81,10 @@ class Recorder:
             self._live_plots = start_live_plots(self.folder)
 
     def open(self, step: int, path_of: Callable[[int], str], *, goes_on: bool = True) -> None:
-        """Open the files that are written row by row, without rows beyond `step`; again after a roll-back.
+        """Open the files that are written row by row, without rows beyond `step`.
 
         goes_on: the run trains, so that the row of an epoch that an earlier end has cut is dropped, too.
         """
-        for record in (self._metrics, self._samples):
-            if record is not None:
-                record.close()
         if distributed.is_main():
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step, self._plan.epoch_start(step) if goes_on else step)
@@ -220,14 +217,14 @@ class Recorder:
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **scheduled, **readings})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
-        """Draw the curves of the run so far, on rank 0.
+        """Draw the curves of the run so far, on rank 0, unless another process does.
 
         may_skip: not if they were drawn shortly before, unless this is the last step.
         """
         self.phase(step, "plotting")  # on all ranks: the watchdog compares their counts
         started = time.perf_counter()
         skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
-        if self._metrics is not None and not skipped:
+        if self._metrics is not None and self._live_plots is None and not skipped:
             from utils.record.plots import plot_curves  # imports matplotlib
 
             path = self.folder / "plots" / "curves.png"

@@ -10,7 +10,7 @@ from utils.config.schema import Strict
 class _Tracking(Strict):
     """metrics.jsonl is always written; `samples` also records the samples of each step, for audits.
 
-    live_plots: another process draws plots/*_live.png while the run trains (utils/record/live_plot.py).
+    live_plots: another process draws plots/curves.png while the run trains (utils/record/live_plot.py).
     """
 
     samples: bool

@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors, write_text
 
 
@@ -51,6 +52,18 @@ class Rows:
             name for row in self.rows if row["kind"] == kind for name, value in row.items() if isinstance(value, float)
         )
         return list(names)
+
+
+def read_rows(path: Path) -> Rows:
+    """Return the complete rows of a file that a run may be writing; none where there is no file.
+
+    Raises UserError (`run_dir`) for a line that is not JSON.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        return Rows([json.loads(line) for line in lines])
+    except ValueError as error:
+        raise UserError(f"run_dir: {path} has a line that is not JSON ({error}); remove that line") from None
 
 
 class MetricsLog(Rows):

@@ -18,7 +18,8 @@ _PANEL_POINTS = 1500
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
 _SCHEDULED = ("lr", "momentum")
 _LAST = (*_SCHEDULED, "images_per_sec")
-_TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
+_TITLES = {"lr": "learning rate", "images_per_sec": "images per second", "top1": "top-1"}
+_TRAINED_AS = {"top1": "accuracy"}  # figures of evaluation and of training that share a panel
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -54,7 +55,7 @@ def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.
 
 def draw_training(axis: plt.Axes, steps: list[int], values: list[float], name: str) -> None:
     """Draw a noisy figure of training lightly, and its running mean over it."""
-    label = "training, as optimised" if name == "loss" else "training"  # with label smoothing, mixup and the like
+    label = "as optimised" if name == "loss" else "training"  # with label smoothing, mixup and the like
     width = 2 * (len(values) // 60) + 1
     if width == 1:
         axis.plot(steps, values, color=BLUE, linewidth=1.5, marker=_lone_marker(values), markersize=5, label=label)
@@ -75,14 +76,12 @@ def _lone_marker(values: Sequence[float]) -> str | None:
 
 def draw_evaluated(axis: plt.Axes, metrics: Rows, name: str) -> None:
     """Draw the figures of evaluations, of the weights and of their average."""
-    series = (("validation", name, ORANGE, "o"), ("validation, average", f"ema/{name}", GREEN, "D"))
+    series = (("validation", name, ORANGE, "o"), ("average", f"ema/{name}", GREEN, "D"))
     for label, full, color, marker in series:
         steps, values = metrics.series(full, "evaluate")
-        # Few points show as such; many would hide their line.
-        size = 5 if len(steps) <= 30 else 0
-        axis.plot(
-            steps, values, color=color, linewidth=1.4, marker=marker, markersize=size, label=label if steps else None
-        )
+        size = 5 if len(steps) <= 30 else 0  # few points show as such; many would hide their line
+        if steps:
+            axis.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=size, label=label)
 
 
 def is_steep(axis: plt.Axes) -> bool:
@@ -115,58 +114,93 @@ def style_axes(axis: plt.Axes) -> None:
         spine.set_color("#868e96")
 
 
-def _finish_panel(axis: plt.Axes, name: str, last_step: int) -> None:
-    """Give a panel its title, axes and a legend beside its title, outside the data."""
+def _finish_panel(axis: plt.Axes, name: str, last_step: int, steps_per_epoch: float) -> None:
+    """Give a panel its title, axes and, beside its title, a legend with the newest values."""
     axis.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color=INK)
-    axis.set_xlabel("step", fontsize=9, color=INK)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     style_panel(axis, last_step)
-    labels = [line.get_label() for line in axis.lines if not line.get_label().startswith("_")]
-    if len(labels) > 1:
-        axis.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels), frameon=False, fontsize=8.5,
-            borderaxespad=0.2, handlelength=1.2, columnspacing=0.8,
-        )  # fmt: skip
+    epochs = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, last_step / steps_per_epoch)
+    places = [epoch * steps_per_epoch for epoch in epochs if 0 <= epoch * steps_per_epoch <= 1.02 * last_step]
+    number = EngFormatter(sep="")
+    axis.set_xticks(places, [f"{place / steps_per_epoch:g}\n{number(round(place))}" for place in places])
+    axis.set_xlabel("epoch, step", fontsize=9, color=INK)
+    named = [line for line in axis.lines if not line.get_label().startswith("_")]
+    for line in named:
+        line.set_label(f"{line.get_label()} {line.get_ydata()[-1]:.4g}")
+    axis.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(named), frameon=False, fontsize=8.5,
+        borderaxespad=0.2, handlelength=1.2, columnspacing=0.8,
+    )  # fmt: skip
 
 
-def plot_curves(metrics: Rows, path: Path, title: str) -> None:
-    """Draw every figure of the run over its steps: loss, then evaluations, then rate and speed."""
-    if not metrics.rows:
-        return
-    evaluated = [name.removeprefix("ema/") for name in metrics.names("evaluate")]
+def plot_range_test(
+    rates: Sequence[float], losses: tuple[Sequence[float], Sequence[float]], taken: float | None, title: str, path: Path
+) -> None:
+    """Draw a range test: losses (raw, smoothed) over rates, and the rate that is taken.
+
+    The axis of losses ends a little above where the test began: what diverges beyond says nothing more.
+    """
+    raw, smoothed = losses
+    figure, axis = plt.subplots(figsize=(8.4, 4.8))
+    axis.plot(rates, raw, color=BLUE, linewidth=0.8, alpha=0.35, label="loss")
+    axis.plot(rates, smoothed, color=BLUE, linewidth=2.0, label="mean of neighbours")
+    if taken is not None:
+        axis.axvline(taken, color=ORANGE, linewidth=2.0, label=f"taken: {taken:.2g}")
+    low, high = min(smoothed), float(np.percentile(raw[: len(raw) // 4 or 1], 98))
+    high = max(high, min(max(raw), high + 0.5 * abs(high))) if taken is None else high
+    margin = 0.08 * (high - low) or 0.1
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("learning rate", color=INK)
+    axis.set_ylabel("training loss", color=INK)
+    axis.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
+    style_axes(axis)
+    axis.legend(frameon=False, fontsize=9.5)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _panels(metrics: Rows) -> list[tuple[str, str]]:
+    """Return (figure of training, figure of evaluation) of each panel: loss, evaluations, the rest, rate and speed."""
+    evaluated = list(dict.fromkeys(name.removeprefix("ema/") for name in metrics.names("evaluate")))
     trained = metrics.names("train")
     # A number of samples or of epochs says nothing as a curve, left-out steps only where there are any.
-    hidden = {"epoch", "samples", *_LAST}
+    hidden = {"epoch", "samples", *_LAST, *(_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS)}
     if not any(metrics.series("skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
     names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden]
     names = sorted(names, key=lambda name: name != "loss") + [name for name in _LAST if name in trained]
-    if not names:  # an epoch ended before the first log
+    return [(_TRAINED_AS.get(name, name), name) for name in names]
+
+
+def plot_curves(metrics: Rows, path: Path, title: str) -> None:
+    """Draw every figure of the run over its steps, while it trains and at its end."""
+    panels = _panels(metrics)
+    if not panels:  # an epoch ended before the first log
         return
-    columns = len(names) if len(names) <= 3 else 2 if len(names) == 4 else 3
-    rows = -(-len(names) // columns)
+    columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
+    rows = -(-len(panels) // columns)
     width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + _HEAD_INCHES
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
     # Margins in inches: matplotlib's layout engines draw everything again to measure it.
     figure.subplots_adjust(
-        left=0.75 / width, right=1 - 0.2 / width, bottom=0.55 / height, top=1 - (_HEAD_INCHES + 0.4) / height,
-        wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=0.95 / (_PANEL_INCHES[1] - 0.95),
+        left=0.75 / width, right=1 - 0.2 / width, bottom=0.65 / height, top=1 - (_HEAD_INCHES + 0.4) / height,
+        wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=1.05 / (_PANEL_INCHES[1] - 1.05),
     )  # fmt: skip
-    last_step = max(row["step"] for row in metrics.rows)
+    last = next(row for row in reversed(metrics.rows) if row["kind"] in ("train", "evaluate"))  # which has the epoch
     figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, va="center", parse_math=False)
-    for axis, name in zip(axes.flat, names):
-        steps, values = metrics.series(name, "train")
-        if name in _SCHEDULED:
-            draw_scheduled(axis, steps, values, name)
+    for axis, (trained, evaluated) in zip(axes.flat, panels):
+        steps, values = metrics.series(trained, "train")
+        if trained in _SCHEDULED:
+            draw_scheduled(axis, steps, values, trained)
         elif steps:
-            draw_training(axis, steps, values, name)
-        draw_evaluated(axis, metrics, name)
-        if name not in _LAST and is_steep(axis):
+            draw_training(axis, steps, values, trained)
+        draw_evaluated(axis, metrics, evaluated)
+        if trained not in _LAST and is_steep(axis):
             axis.set_yscale("log")
-        if name == "images_per_sec":
+        if trained == "images_per_sec":
             axis.set_ylim(0, 1.15 * max(values))
-        _finish_panel(axis, _TITLES.get(name, name), last_step)
-    for axis in axes.flat[len(names) :]:
+        _finish_panel(axis, _TITLES.get(evaluated, evaluated), last["step"], last["step"] / last["epoch"])
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
     save_figure(figure, path)

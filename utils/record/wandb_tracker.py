@@ -89,7 +89,7 @@ class WandbTracker:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")  # a kill may leave an incomplete last line
         for row in map(json.loads, lines):
             step, kind = row.pop("step"), row.pop("kind")
-            if known.get(kind, known["train"]) < step <= self._info.step:  # a rollback stands before its step
+            if known.get(kind, known["train"]) < step <= self._info.step:
                 self.add_row(step, kind, row)
                 sent += 1
         return sent

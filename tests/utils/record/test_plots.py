@@ -49,17 +49,12 @@ def test_a_figure_that_cannot_be_written_is_closed(tmp_path):
 def fill(folder, rows, evaluations, ema):
     metrics = MetricsLog(folder, 0)
     for number in range(1, rows + 1):
-        figures = {
-            "epoch": number / 10,
-            "loss": 5.0 / number,
-            "lr": 1e-3,
-            "images_per_sec": 100.0,
-            "skipped_steps": 0.0,
-        }
+        figures = {"epoch": number / 10, "loss": 5.0 / number, "accuracy": 0.5, "lr": 1e-3, "images_per_sec": 100.0,
+                   "skipped_steps": 0.0}  # fmt: skip
         metrics.add(20 * number, "train", figures | {"grad_norm": float("nan") if number == 2 else 1.0})
     for number in range(1, evaluations + 1):
-        figures = {"loss": 4.0 / number, "top1": number / 50, "samples": 10.0}
-        metrics.add(100 * number, "evaluate", figures | ({f"ema/{name}": 0.5 for name in figures} if ema else {}))
+        figures = {"epoch": number / 2, "loss": 4.0 / number, "top1": number / 50, "samples": 10.0}
+        metrics.add(100 * number, "evaluate", figures | ({"ema/loss": 0.5, "ema/top1": 0.5} if ema else {}))
     metrics.close()
     return metrics
 
@@ -79,8 +74,11 @@ def test_the_loss_of_training_is_named_as_what_it_is(tmp_path, monkeypatch):
     (figure,) = kept
     panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
     names = [text.get_text() for text in panels["loss"].get_legend().get_texts()]
-    assert names == ["training, as optimised", "validation", "validation, average"]
-    assert panels["grad norm"].lines[0].get_label() == "training"
+    assert names == ["as optimised 0.5556", "validation 2", "average 0.5"]
+    assert list(panels) == ["loss", "top-1", "grad norm", "learning rate", "images per second"]  # accuracy is in top-1
+    assert [line.get_label() for line in panels["top-1"].lines][:2] == ["training 0.5", "validation 0.04"]
+    labels = [label.get_text() for label in panels["loss"].get_xticklabels()]
+    assert labels == ["0\n0", "0.2\n40", "0.4\n80", "0.6\n120", "0.8\n160", "1\n200"]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in panels["loss"].lines] == [
         ([20 * number for number in range(1, 10)], [5.0 / number for number in range(1, 10)]),
         ([100, 200], [4.0, 2.0]),
