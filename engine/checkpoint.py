@@ -195,20 +195,6 @@ def find_continuation(folder: Path, resume: str) -> Path | None:
     return found if Path(made_with) == Path(resume) else None
 
 
-def find_checkpoint_before(folder: Path, step: int) -> Path | None:
-    """Return the newest undamaged checkpoint of fewer than `step` updates and remove those beyond; None without one.
-
-    For a roll-back: a process killed after it would otherwise resume from one beyond.
-    """
-    beyond = [path for path in list_checkpoints(folder) if _step_of(path) >= step]
-    before = [path for path in list_checkpoints(folder) if _step_of(path) < step and find_damage(path) is None]
-    if not before:
-        return None
-    for path in beyond:
-        remove_checkpoint(path)
-    return before[-1]
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 

@@ -1,7 +1,6 @@
 """All derived values, computed in one place: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 
 from engine.config import LoopConfig
@@ -53,14 +52,14 @@ class Plan:
         return self._multiples(step, every_epochs) > self._multiples(step - 1, every_epochs)
 
     def is_due_among(self, step: int, every_epochs: float, among_every_epochs: float) -> bool:
-        """Return whether `step` is the first of those due every `among_every_epochs` that is at or beyond a multiple
-        of `every_epochs`, or ends the run; `step` must be one of them.
+        """Return whether `step` is the first of the steps due every `among_every_epochs` to reach another multiple of
+        `every_epochs`, or ends the run; it must be one of them.
         """
         if step == self.total_steps:
             return True
-        crossed = self._multiples(step - 1, among_every_epochs)
-        previous = bisect_left(range(step), crossed, key=lambda earlier: self._multiples(earlier, among_every_epochs))
-        return self._multiples(step, every_epochs) > self._multiples(previous, every_epochs)
+        crossed = self._multiples(step - 1, among_every_epochs)  # by the step that was due before
+        before = math.ceil(crossed * among_every_epochs * self.epoch_length / self.global_batch_size - 1e-9)
+        return self._multiples(step, every_epochs) > self._multiples(before, every_epochs)
 
     def _multiples(self, step: int, every_epochs: float) -> int:
         """Return how many multiples of `every_epochs` above 0 lie at or before `step`."""

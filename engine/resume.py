@@ -1,4 +1,4 @@
-"""Resuming: choose a checkpoint, check it against this run, restore it, roll back to it."""
+"""Resuming: choose a checkpoint, check it against this run, restore it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from engine.checkpoint import (
     Checkpoint,
     find_checkpoint,
-    find_checkpoint_before,
     find_continuation,
     list_checkpoints,
     load_checkpoint,
@@ -16,7 +15,6 @@ from engine.checkpoint import (
 )
 from engine.config import TrainingConfig
 from engine.run_parts import Run
-from engine.skips import LOWER_RATE, TooManySkipped
 from utils.config.recipe import check_resumable, with_added
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -56,39 +54,6 @@ def resume(run: Run, config: TrainingConfig) -> None:
     distributed.rank_zero_call(lambda: _move_aside(folder, run.step))
 
 
-def roll_back(run: Run, request: TooManySkipped) -> None:
-    """Return to the newest checkpoint before the skipped steps, and pass over the samples read since.
-
-    The same samples would fail again. The best weights stay: they were measured before. Raises UserError where there
-    is no such checkpoint.
-    """
-    evaluator, reached, passed_over = run.evaluator, run.step, run.passed_over_steps
-    best, best_raw = evaluator.best, evaluator.best_raw
-
-    def find() -> str | None:
-        run.saver.writer.close()
-        found = find_checkpoint_before(run.saver.folder.checkpoints, request.first)
-        return str(found) if found else None
-
-    found = distributed.rank_zero_call(find)
-    if found is None:
-        raise UserError(
-            f"{request.message}there is no checkpoint before them to roll back to; {LOWER_RATE} or a lower "
-            "loop.checkpoint_every_steps"
-        )
-    _restore(run, load_checkpoint(Path(found)))
-    evaluator.best, evaluator.best_raw = best, best_raw
-    run.passed_over_steps = passed_over + reached - run.step
-    run.open_records()
-    # A row of the next step, so that a resume from this checkpoint drops it and writes it again.
-    figures = {"from_step": reached, "passed_over_steps": run.passed_over_steps}
-    run.recorder.add_row(run.step + 1, "rollback", figures)
-    log.warning(
-        "%srolled back to step %d; the samples of %d steps are passed over",
-        request.message, run.step, reached - run.step,
-    )  # fmt: skip
-
-
 def _choose(config: TrainingConfig, folder: RunFolder) -> str | None:
     """Return the checkpoint to continue from; on rank 0."""
     if _is_auto(config):
@@ -125,6 +90,11 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
     folder, state = run.saver.folder, checkpoint.state
     for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
         log.warning("resume_allow accepts %s", line)
+    if state.get("passed_over"):
+        raise UserError(
+            f"resume: {checkpoint.path} is of a run that has rolled back, which this release cannot continue; start "
+            "another run with run_dir=... and init_from=RUN"
+        )
     _check_found_rate(state, folder.config)
     _check_fingerprints(state["fingerprints"], run, config)
     saved, found = state["precision"], run.learner.runtime.precision
@@ -204,6 +174,5 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     run.learner.task.origin = state.get("origin")  # older checkpoints have none
     run.recorder.load_state(state)
     run.evaluator.load_state(state)
-    run.passed_over_steps = state["passed_over"]
     if state.get("found_lr") is not None:  # older checkpoints have none
         run.use_lr(state["found_lr"])

@@ -14,10 +14,9 @@ import torch
 from engine.config import MachineConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
-from engine.resume import resume, roll_back, will_resume
+from engine.resume import resume, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
-from engine.skips import LOWER_RATE, TooManySkipped
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import StopVote, train_one_epoch
@@ -47,7 +46,6 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 # The watchdog names a rank that hangs; the time-out of the process group is a second line of defence.
 _GROUP_PATIENCE = 4
-MAX_ROLLBACKS = 3  # per process: if four stretches of samples fail, the samples are not the cause
 
 
 # ------------------------------------------------------------------------------------------------------------ starting
@@ -181,7 +179,7 @@ def _train(run: Run, config: TrainingConfig) -> bool:
         run.open_records()
         recorder.watchdog.start()
         may_train = not config.lr_finder.enabled or run.step > 0 or find_lr(run, config)
-        finished = may_train and _train_with_rollbacks(run, config)
+        finished = may_train and _train_epochs(run, config)
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
         lost = None if known else recorder.watchdog.name_lost_ranks()
@@ -216,21 +214,6 @@ def _send_model(run: Run) -> None:
     run.recorder.add_model(*weights, metadata)
 
 
-def _train_with_rollbacks(run: Run, config: TrainingConfig) -> bool:
-    rollbacks = 0
-    while True:
-        try:
-            return _train_epochs(run, config)
-        except TooManySkipped as request:
-            rollbacks += 1
-            if rollbacks > MAX_ROLLBACKS:
-                raise UserError(
-                    f"{request.message}the run has rolled back {MAX_ROLLBACKS} times, past other samples each time; "
-                    f"{LOWER_RATE}, loop.clip_grad_norm or runtime.precision=fp32"
-                ) from None
-            roll_back(run, request)
-
-
 def _train_epochs(run: Run, config: TrainingConfig) -> bool:
     """Run the remaining epochs; returns False where the run was asked to stop."""
     plan, streams = run.plan, run.streams
@@ -238,7 +221,7 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
         log.info("the run is complete: %d of %d steps are done", run.step, plan.total_steps)
         return True
     started = time.perf_counter()
-    batches = streams.train.steps(run.step + run.passed_over_steps, plan)
+    batches = streams.train.steps(run.step, plan)
     vote = StopVote()
     run.recorder.start_clock(run.step)
     try:

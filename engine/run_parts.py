@@ -22,8 +22,7 @@ from utils.record.run_folder import RunFolder
 class Run:
     """One run: learner, recorder, evaluator and saver, and what connects them.
 
-    passed_over_steps: steps whose samples roll-backs have passed over in the stream. found_lr: the peak rate that a
-    range test has found; it is checkpointed, so a resumed run does not search again.
+    found_lr: the peak rate that a range test has found; it is checkpointed, so a resumed run does not search again.
     """
 
     learner: Learner
@@ -34,7 +33,6 @@ class Run:
     plan: Plan
     stop: StopRequest
     fingerprints: dict[str, str]
-    passed_over_steps: int = 0
     found_lr: float | None = None
 
     @property
@@ -69,8 +67,7 @@ class Run:
             "precision": self.learner.runtime.precision,
             "threads": torch.get_num_threads(),
             "world_size": self.plan.world_size,
-            "position": (self.step + self.passed_over_steps) * self.plan.global_batch_size,
-            "passed_over": self.passed_over_steps,
+            "position": self.step * self.plan.global_batch_size,
             "fingerprints": self.fingerprints,
             "origin": self.learner.task.origin,
             "found_lr": self.found_lr,

@@ -31,16 +31,6 @@ WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
 EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, with any limit
 _DETAILED = 10  # steps of a report whose samples are listed
 _SHOWN = 8  # paths in a message; the file has all
-# What an instability asks for; a range test's rate stays with its run, and `optim.lr` beside it is refused.
-LOWER_RATE = "start another run with a lower optim.lr (and lr_finder.enabled=false, if a range test found the rate)"
-
-
-class TooManySkipped(Exception):
-    """Ask for a roll-back: more steps were skipped than `loop.max_skipped_steps`, the first of them `first`."""
-
-    def __init__(self, first: int, message: str) -> None:
-        super().__init__(message)
-        self.first, self.message = first, message
 
 
 @dataclass(frozen=True)
@@ -72,8 +62,8 @@ class SkipWatch:
     `steps`: the numbers (from 1) of the skipped steps among the last WINDOW_STEPS; `empty`: those without weight.
     """
 
-    def __init__(self, limit: int | None, *, rolls_back: bool) -> None:
-        self.limit, self.rolls_back = limit, rolls_back
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
         self.steps: list[int] = []
         self.empty: list[int] = []
         self._ranks: dict[int, list[int]] = {}  # step -> the ranks whose losses were not finite
@@ -132,8 +122,8 @@ class SkipWatch:
     def check(self, step: int, *, last: bool) -> None:
         """Raise where too many steps were skipped up to `step`; `last` marks the run's last step.
 
-        UserError where no image could be read for EMPTY_STEPS steps, or in all of a shorter run. Where more steps than
-        the limit were skipped, UserError, or TooManySkipped for a roll-back.
+        UserError where no image could be read for EMPTY_STEPS steps, or in all of a shorter run, and where more steps
+        were skipped than the limit.
         """
         newest = range(max(1, step - EMPTY_STEPS + 1), step + 1)
         if (last or len(newest) == EMPTY_STEPS) and set(newest) <= set(self.empty):
@@ -153,14 +143,10 @@ class SkipWatch:
             f"were {' or '.join(reasons)}, first step {self.steps[0]}; {self.limit} are allowed. See "
             "skipped_steps.jsonl for their samples; "
         )
-        if self.rolls_back:
-            raise TooManySkipped(self.steps[0], message)
-        remedy = f"{LOWER_RATE}, or set loop.clip_grad_norm, runtime.precision=fp32,"
+        remedy = "start another run with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm"
         if len(self.steps) == len(self.empty):
-            remedy = "fix the images (prepare.py job=manifest lists unreadable ones), or set"
-        raise UserError(
-            f"{message}{remedy} a higher limit or null, or loop.on_too_many_skipped=rollback to continue past them"
-        )
+            remedy = "fix the images (prepare.py job=manifest lists unreadable ones)"
+        raise UserError(f"{message}{remedy}, or a higher limit")
 
     def _report(self, skipped: list[_Update]) -> None:
         """Log on rank 0 the samples of skipped steps: those with a bad loss, or all where every loss is finite."""

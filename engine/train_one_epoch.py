@@ -45,8 +45,8 @@ class StopVote:
 def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: StopVote) -> bool:
     """Run the stream to the end of an epoch, or of the run; returns False where it was asked to stop (and has saved).
 
-    Raises UserError where a checkpoint could not be written or too many steps were skipped, TooManySkipped for a
-    roll-back. `stream` yields this rank's micro-batches of step after step, beginning with the run's next step.
+    Raises UserError where a checkpoint could not be written or too many steps were skipped. `stream` yields this rank's
+    micro-batches of step after step, beginning with the run's next step.
     """
     learner, recorder, plan = run.learner, run.recorder, run.plan
     end = plan.epoch_end(epoch)

@@ -87,35 +87,38 @@ def _collect(
     """Return the head's input [N, C], labels [N], and the layer norm that makes this input (None without one)."""
     network.to(runtime.device).eval()
     normalise.to(runtime.device)
-    outputs: list[tuple[nn.LayerNorm, Tensor]] = []
-    inputs: list[Tensor] = []
-    before: list[nn.LayerNorm] = []
-    collected = Features()
+    seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
 
-    def keep_output(module: nn.LayerNorm, _: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.numel() == len(output) * head.in_features:
-            outputs.append((module, output))
+    def keep_output(norm: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[norm] = output
 
-    # Layer norms with a scale and a shift; a batch norm standardises by itself, over its batch.
-    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm)]
-    affine = [norm for norm in norms if norm.weight is not None and norm.bias is not None]
-    hooks = [norm.register_forward_hook(keep_output) for norm in affine]
-    hooks.append(head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])))
+    def keep_input(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[linear] = arguments[0]
+
+    norms = [module for module in network.modules() if _is_affine_norm(module)]
+    hooks = [norm.register_forward_hook(keep_output) for norm in norms]
+    hooks.append(head.register_forward_pre_hook(keep_input))
+    collected, before = Features(), None
     try:
         for batch in loader:
-            outputs.clear()
+            seen.clear()
             with runtime.autocast():
                 network(normalise(batch["images"]))
-            features = inputs.pop()
-            # Layers between the two that return their input (dropout, flatten) share its memory.
-            before[:] = [module for module, output in outputs if output.data_ptr() == features.data_ptr()]
+            features = seen[head]
+            # What lies between the two returns its input (dropout, flatten), so both share their memory.
+            same = [norm for norm in norms if norm in seen and seen[norm].data_ptr() == features.data_ptr()]
+            before = next((norm for norm in same if seen[norm].numel() == features.numel()), None)
             collected.add(features, batch["labels"], batch["sample_id"], batch["weight"])
     finally:
         for hook in hooks:
             hook.remove()
         network.train()
-    features, labels = collected.reduce()
-    return features, labels, before[0] if before else None
+    return *collected.reduce(), before
+
+
+def _is_affine_norm(module: nn.Module) -> bool:
+    """Return whether a module is a layer norm with scale and shift; a batch norm standardises by itself."""
+    return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:

@@ -580,9 +580,9 @@ def test_a_saved_meter_continues_bit_for_bit():
 # --- steps of which nothing could be read
 
 
-def watched(results, limit=None, rolls_back=False):
+def watched(results, limit=None):
     """A watch over steps from 1 on, given as (applied, weight), and how many of them there are."""
-    watch = SkipWatch(limit, rolls_back=rolls_back)
+    watch = SkipWatch(limit)
     for number, (applied, weight) in enumerate(results, start=1):
         watch.add(number, [make_batch(2)], result(0.0, weight, applied=applied))
     watch.read(len(results))
@@ -633,7 +633,7 @@ def test_steps_of_which_nothing_could_be_read_count_among_the_skipped():
 
 def test_a_resumed_watch_knows_them_still():
     watch, step = watched([EMPTY] * 6)
-    resumed = SkipWatch(None, rolls_back=False)
+    resumed = SkipWatch(None)
     resumed.load(watch.steps, watch.empty)
     for number in range(step + 1, EMPTY_STEPS + 1):
         resumed.add(number, [make_batch(2)], result(0.0, 0.0, applied=0.0))

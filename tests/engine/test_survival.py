@@ -26,7 +26,6 @@ from tests.support import (
     make_collection,
     rows,
     run,
-    samples_by_step,
     slow_but,
     start,
 )
@@ -426,59 +425,6 @@ def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch)
     assert done.returncode != 0
     assert "step 7 was skipped: its loss was not finite on rank 1; samples: train/" in done.stderr
     assert "were not finite (losses on rank 1), first step 7" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_roll_back_continues_past_the_samples(collection, tmp_path):
-    """Steps 7 to 9 read bad samples; from step 10 the run goes back to step 5 and reads those of step 11 on."""
-    bad = tmp_path / "bad"
-    settings = [*BAD, "loop.max_skipped_steps=2", "loop.on_too_many_skipped=rollback"]
-    overrides = common("classification", collection, bad, *settings)
-    started = start(TROUBLED, overrides, tmp_path, variables=poison("7 9"))
-    assert started.wait() == [0]
-    assert "rolled back to step 5; the samples of 5 steps are passed over" in started.output
-    taken = samples_by_step(bad)
-    assert sorted(taken) == list(range(1, 21))
-    run(
-        "finetune.py",
-        common("classification", collection, tmp_path / "straight", *BAD, "loop.total_steps=25"),
-        tmp_path,
-    )
-    straight = samples_by_step(tmp_path / "straight")
-    assert all(taken[step] == straight[step if step <= 5 else step + 5] for step in taken)
-    rolled = rows(bad / "metrics.jsonl", "rollback")
-    assert rolled == [{"step": 6, "kind": "rollback", "from_step": 10, "passed_over_steps": 5}]
-    assert [row["step"] for row in rows(bad / "metrics.jsonl", "train")] == [5, 10, 15, 20]
-    assert sum(row["skipped_steps"] for row in rows(bad / "metrics.jsonl", "train")) == 0
-
-    # A kill after the roll-back, before and after the next checkpoint, changes nothing.
-    for step in (7, 12):
-        killed = tmp_path / f"killed{step}"
-        overrides = common("classification", collection, killed, *settings)
-        started = start(TROUBLED, overrides, tmp_path, variables=poison("7 9"))
-        wait_for(started, lambda path=killed / "metrics.jsonl", step=step: path.exists()
-                 and '"rollback"' in path.read_text() and (step < 10 or '"step": 10' in path.read_text()))  # fmt: skip
-        started.signal(signal.SIGKILL)
-        started.wait()
-        assert start(TROUBLED, overrides, tmp_path, variables=poison("7 9")).wait() == [0]
-        assert_equal_runs(bad, killed, 20)
-
-
-def test_roll_backs_are_bounded(collection, tmp_path):
-    settings = [*BAD, "loop.max_skipped_steps=2", "loop.on_too_many_skipped=rollback"]
-    overrides = common("classification", collection, tmp_path / "bad", *settings)
-    started = start(TROUBLED, overrides, tmp_path, variables=poison("7 200"))
-    assert started.wait() == [2]
-    assert started.output.count("rolled back to step 5") == 3
-    assert "the run has rolled back 3 times, past other samples each time" in started.output
-
-
-def test_without_a_checkpoint_before_them_there_is_nothing_to_roll_back_to(collection, tmp_path):
-    settings = [*BAD, "loop.max_skipped_steps=1", "loop.on_too_many_skipped=rollback"]
-    overrides = common("classification", collection, tmp_path / "bad", *settings)
-    started = start(TROUBLED, overrides, tmp_path, variables=poison("3 5"))
-    assert started.wait() == [2]
-    assert "there is no checkpoint before them to roll back to" in started.output
 
 
 # --- images that go away

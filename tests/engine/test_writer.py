@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import find_checkpoint_before, list_checkpoints
 from engine.writer import CheckpointWriter, HostCopies
-from tests.engine.test_checkpoint import flip_a_bit, make
 from utils.errors import UserError, lost_worker
 from utils.io.files import AppendFile, ignore_write_errors
 
@@ -150,19 +148,6 @@ def test_a_file_that_will_be_rewritten_only_warns(tmp_path, log):
     with ignore_write_errors(tmp_path / "curves.png"):
         raise OSError(28, "No space left on device")
     assert "curves.png cannot be written (No space left on device); it will be rewritten" in log.text
-
-
-# --- a roll-back's checkpoint
-
-
-def test_a_roll_back_takes_the_newest_whole_one_before_and_removes_those_beyond(tmp_path):
-    for step in (10, 20, 30, 40):
-        make(tmp_path, step)
-    flip_a_bit(tmp_path / "step_00000020/task.safetensors")
-    assert find_checkpoint_before(tmp_path, 30).name == "step_00000010"
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000020"]
-    assert find_checkpoint_before(tmp_path, 10) is None
-    assert len(list_checkpoints(tmp_path)) == 2  # where nothing is before, nothing is removed
 
 
 # --- a loader's worker
