@@ -55,8 +55,6 @@ def idx_to_folders(
     together, for names that do not fit the labels, and for a `root` that holds anything else.
     """
     folder = Path(os.path.abspath(root))
-    if class_names is not None:
-        _check_names(class_names)
     files = {split: tuple(find_idx(source, name) for name in names) for split, names in FILES.items()}
     about = {
         "version": VERSION,
@@ -136,46 +134,25 @@ def _read_split(images_file: Path, labels_file: Path) -> Split:
     return Split(images, labels, labels_file)
 
 
-def _check_names(class_names: Sequence[str]) -> None:
-    """Raise UserError (`class_names`) for names that cannot be different folders."""
-    for name in class_names:
-        if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
-            raise UserError(
-                f"class_names: {name!r} cannot name a folder; give a name without '/', that does not begin with a dot"
-            )
-        if len(os.fsencode(name)) > 255:
-            raise UserError(f"class_names: {name[:40]!r}... is too long to name a folder; give at most 255 bytes")
-    twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
-    if twice:
-        raise UserError(f"class_names: {twice[0]!r} occurs twice; give each label a name of its own")
-
-
 def _name_labels(splits: dict[str, Split], class_names: Sequence[str] | None) -> list[str]:
     """Return the name of each label, from 0 on. Raises UserError for a label or a list of names that does not fit."""
-    train = splits["train"]
-    count = int(train.labels.max()) + 1
-    if class_names is None:
-        _check_labels(splits["val"], count, f"source: the labels of {str(train.labels_file)!r} are 0 to {count - 1}")
-        digits = len(str(count - 1))
-        return [f"{label:0{digits}}" for label in range(count)]
-    for split in splits.values():
-        _check_labels(split, len(class_names), f"class_names: {len(class_names)} names are given")
-    if len(class_names) != count:
+    count = int(splits["train"].labels.max()) + 1
+    if (other := int(splits["val"].labels.max())) >= count:
         raise UserError(
-            f"class_names: {len(class_names)} names for {count} labels, 0 to {count - 1} in {str(train.labels_file)!r};"
-            " give one name for each label"
+            f"source: {str(splits['val'].labels_file)!r} has the label {other}, and the training images have 0 to "
+            f"{count - 1}; use files of one collection"
+        )
+    if class_names is None:
+        return [f"{label:0{len(str(count - 1))}}" for label in range(count)]
+    for name in class_names:
+        if not name or name.startswith(".") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > 255:
+            raise UserError(f"class_names: {name!r} cannot name a folder; give a short name without '/' and first dot")
+    if len(set(class_names)) != count or len(class_names) != count:
+        raise UserError(
+            f"class_names: {len(set(class_names))} different names for {count} labels, 0 to {count - 1}; give one name "
+            "for each label"
         )
     return list(class_names)
-
-
-def _check_labels(split: Split, count: int, so_far: str) -> None:
-    """Raise UserError for a label that is `count` or more."""
-    above = np.flatnonzero(split.labels >= count)
-    if len(above):
-        raise UserError(
-            f"{so_far}, but image {above[0]} has label {split.labels[above[0]]} in {str(split.labels_file)!r}, out "
-            f"of range; allowed are 0 to {count - 1}: give one name for each label, and files of one collection"
-        )
 
 
 def _is_complete(folder: Path, about: dict[str, object]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pyarrow as pa
 
-from data.manifest_formats import CSV, JSONL, PARQUET, build_columns, conform, read_csv, read_jsonl, read_parquet
+from data.manifest_formats import CSV, JSONL, PARQUET, read_table
 from data.scan import list_folder
 from data.table import MEASURED, SPLIT_NAMES, further_fields, replace_column, settle_test_split, sort_rows
 from utils.errors import UserError
@@ -36,20 +36,15 @@ def find_manifest(root: Path) -> Path | None:
 def read_manifest(root: Path, file: Path) -> pa.Table:
     """Read a manifest into a table, sorted by path, with every file's size filled in.
 
-    Raises UserError (`data.root`) naming the file, the column or the row (counted from 0; in JSONL and CSV the line,
-    from 1): broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root;
-    unknown split; weight that is negative or not finite.
+    Raises UserError (`data.root`) naming the file, the column or the row (counted from 0, without the header of CSV):
+    broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root; unknown
+    split; weight that is negative or not finite.
     """
-    if file.name == PARQUET:
-        table = conform(file, read_parquet(file))
-        unit, numbers = "row", range(table.num_rows)
-    else:
-        columns, numbers = read_jsonl(file) if file.name == JSONL else read_csv(file)
-        table, unit = build_columns(columns), "line"
+    table = read_table(file)
 
     def locate(index: int) -> str:
         """Return the position of a row in the file, for messages."""
-        return f"{unit} {numbers[index]}"
+        return f"row {index}"
 
     if further := [field.name for field in further_fields(table.schema) if field.name not in MEASURED]:
         log.info("data.root: %s has the further columns %s", file.name, ", ".join(further))

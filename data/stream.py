@@ -84,26 +84,31 @@ class BalancedSampler:
         self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
 
     def at(self, position: int) -> tuple[int, int]:
-        """Return (row, 0).
+        """Return (row, 0)."""
+        number, turn = self._class_at(position)
+        members = self._members[number]
+        lap, index = divmod(turn, len(members))
+        order = _order(self.seed, rng.hash_counters(number, lap, 2), len(members))
+        return int(self.rows[members[order(index)]]), 0
 
-        An epoch has full rounds of all classes, in a random order each. The positions that are left go to the classes
+    def _class_at(self, position: int) -> tuple[int, int]:
+        """Return the class of a position, and how often that class came before.
+
+        An epoch has full rounds of all classes, each in a random order. The positions that are left go to the classes
         that are next in turn, so that over the epochs every class occurs equally often.
         """
         classes = len(self._members)
         rounds, extra = divmod(self.epoch_length, classes)
         epoch, offset = divmod(position, self.epoch_length)
         turn, place = divmod(offset, classes)
-        given = epoch * extra  # extra positions in the epochs before
         key = rng.hash_counters(epoch, turn, 1)
+        extra_before = epoch * extra  # positions beyond full rounds, in the epochs before
         if turn < rounds:
             number = _order(self.seed, key, classes)(place)
         else:
-            number = (given + _order(self.seed, key, extra)(place)) % classes
-        members = self._members[number]
-        turn += epoch * rounds + (given + classes - 1 - number) // classes  # of this class, since the first epoch
-        lap, index = divmod(turn, len(members))
-        order = _order(self.seed, rng.hash_counters(number, lap, 2), len(members))
-        return int(self.rows[members[order(index)]]), 0
+            number = (extra_before + _order(self.seed, key, extra)(place)) % classes
+        extra_of_class = (extra_before + classes - 1 - number) // classes
+        return number, epoch * rounds + extra_of_class + turn
 
 
 class GroupedSampler:

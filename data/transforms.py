@@ -194,22 +194,26 @@ class EvalTransform:
         )
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
-        """Return the resized image or centre."""
+        """Return the resized image or its centre, [C, H, W].
+
+        The centre has the pixels of torchvision's resize and centre crop of the whole image. Only the middle of a long
+        image is resized, because the whole could exceed the memory.
+        """
         if self._squash:
-            size = list(self._size_hw)
-            return v2.functional.resize(image, size, interpolation=self._interpolation, antialias=True)
+            return self._resize(image, self._size_hw)
         factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))
-        whole = [max(least, _resized(side, factor)) for least, side in zip(self._size_hw, image.shape[-2:])]
-        image = _cut_middle(image, [math.ceil(_LONGEST * side / factor) for side in self._resized_hw])
-        # Even or odd as the whole's, so that the centre is cut where it would be cut from the whole.
-        size = [_resized(side, factor) for side in image.shape[-2:]]
-        size = [side + (of_whole - side) % 2 for side, of_whole in zip(size, whole)]
-        image = v2.functional.resize(image, size, interpolation=self._interpolation, antialias=True)
-        starts = [
-            round((of_whole - kept) / 2) - (of_whole - side) // 2
-            for of_whole, side, kept in zip(whole, size, self._size_hw)
-        ]
-        return v2.functional.crop(image, *starts, *self._size_hw)
+        whole_hw = [max(least, _resized(side, factor)) for least, side in zip(self._size_hw, image.shape[-2:])]
+        middle = _cut_middle(image, [math.ceil(_LONGEST * side / factor) for side in self._resized_hw])
+        starts, middle_hw = [], []
+        for side, whole, kept in zip(middle.shape[-2:], whole_hw, self._size_hw):
+            resized = _resized(side, factor)
+            resized += (whole - resized) % 2  # odd or even as the whole, whose centre it shares then
+            starts.append(round((whole - kept) / 2) - (whole - resized) // 2)
+            middle_hw.append(resized)
+        return v2.functional.crop(self._resize(middle, middle_hw), *starts, *self._size_hw)
+
+    def _resize(self, image: Tensor, size_hw: Sequence[int]) -> Tensor:
+        return v2.functional.resize(image, list(size_hw), interpolation=self._interpolation, antialias=True)
 
 
 def _resized(side: int, factor: float) -> int:

@@ -154,25 +154,21 @@ def test_files_that_do_not_belong_together_are_refused(source, tmp_path):
 
 def test_a_label_out_of_range_is_named(source, tmp_path):
     (source / VAL_LABELS).write_bytes(encode_idx(np.array([0, 1, 2, 7, 0, 0], np.uint8)))
-    message = refused(source, tmp_path / "root")
-    assert message.startswith(
-        f"source: the labels of '{source / TRAIN_LABELS}.gz' are 0 to 2, but image 3 has label 7 "
-    )
     message = refused(source, tmp_path / "root", NAMES)
-    assert message.startswith("class_names: 3 names are given, but image 3 has label 7 in ") and VAL_LABELS in message
+    assert message.startswith("source: ") and VAL_LABELS in message and "label 7" in message
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (NAMES[:2], r"class_names: 2 names are given, but image 2 has label 2 in .*allowed are 0 to 1: give one name"),
-        ([*NAMES, "dress"], r"class_names: 4 names for 3 labels, 0 to 2 in .*train-labels.*; give one name for each"),
-        (["a", "b", "a"], r"class_names: 'a' occurs twice; "),
+        (NAMES[:2], r"class_names: 2 different names for 3 labels"),
+        ([*NAMES, "dress"], r"class_names: 4 different names for 3 labels"),
+        (["a", "b", "a"], r"class_names: 2 different names"),
         (["a", "b", "T-shirt/top"], r"class_names: 'T-shirt/top' cannot name a folder; "),
         (["a", "b", ".."], r"class_names: '\.\.' cannot name a folder; "),
         (["a", "b", ""], r"class_names: '' cannot name a folder; "),
         (["a", "b", "c\n"], r"class_names: 'c\\n' cannot name a folder; "),
-        (["a", "b", "c" * 300], r"class_names: 'c+'\.\.\. is too long to name a folder; "),
+        (["a", "b", "c" * 300], r"class_names: 'c+' cannot name a folder; "),
     ],
 )
 def test_names_that_do_not_fit_are_refused(names, message, source, tmp_path):
