@@ -7,7 +7,8 @@ from utils.config.entry_point import ROOT
 from utils.io.files import write_json
 from utils.record.run_folder import GIT_FILE, git_state
 
-FOLDERS = ("conf", "data", "engine", "models", "optim", "submit", "utils")
+# The rooms, which are packages, and their configuration.
+FOLDERS = ["conf", *sorted(file.parent.name for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests")]
 
 
 def copy_code(target: Path) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -14,7 +13,6 @@ from tests.support import draw_nothing, make_collection
 from utils.record.logging import ROOT
 
 torch.set_num_threads(1)
-STARTED = time.monotonic()
 
 
 @pytest.fixture(scope="session")
@@ -48,21 +46,5 @@ def no_curves(monkeypatch):
 
 
 def pytest_addoption(parser):
-    """Add the flag that rewrites the golden curves (the diff is for review), and the seconds that CI has left."""
+    """Add the flag that rewrites the golden curves; the diff is for review."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")
-    parser.addoption(
-        "--budget-sec", type=float, help="skip the tests that would start later than this; benches are last"
-    )
-
-
-def pytest_collection_modifyitems(config, items):
-    """Put the tests of the benches last, where the seconds are limited."""
-    if config.getoption("--budget-sec") is not None:
-        items.sort(key=lambda item: item.nodeid.startswith("tests/bench/"))
-
-
-def pytest_runtest_setup(item):
-    """Skip a test that starts after the seconds of --budget-sec."""
-    budget = item.config.getoption("--budget-sec")
-    if budget is not None and time.monotonic() - STARTED > budget:
-        pytest.skip(f"not run: the {budget:g} s of --budget-sec are over")

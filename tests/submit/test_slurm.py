@@ -160,7 +160,11 @@ def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
     if not head:
         pytest.skip("this is no git checkout")
     copy_code(tmp_path / "code")
-    assert {path.name for path in (tmp_path / "code").iterdir() if path.is_dir()} == set(FOLDERS)
+    assert (
+        {path.name for path in (tmp_path / "code").iterdir() if path.is_dir()}
+        == set(FOLDERS)
+        > {"conf", "data", "submit"}
+    )
     assert not list((tmp_path / "code").rglob("__pycache__"))
     ask = "from utils.record.run_folder import git_state; import json; print(json.dumps(git_state()))"
     found = subprocess.run(
