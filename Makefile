@@ -23,10 +23,10 @@ demo: install  ## the whole main job on the embedded glyphs, six minutes on two 
 demo-full: install  ## the demo and its controls: from scratch, and both with all labels; thirteen minutes
 	$(PY) bench/demo.py full
 
-test: install lint  ## lint, then all tests but the slow ones; six to seven minutes on two cores
+test: install lint  ## lint, then all tests but the slow ones; four minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"
 
-test-slow: install  ## the slow tests, about sixteen minutes on two cores; MORE: arguments for pytest
+test-slow: install  ## the slow tests, about thirteen minutes on two cores; MORE: arguments for pytest
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not slurm" $(MORE)
 
 SLURM := slurm-wlm munge slurmdbd mariadb-server

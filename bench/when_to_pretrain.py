@@ -10,8 +10,8 @@ Every arm gets the same seconds, pretraining included. Its steps follow from the
 first, alone, in turns, and kept in speeds.json: so a run that other work slows down still has the steps of an idle
 machine.
 Start-up, evaluation and drawing are not counted, on any side; start-up includes the fit of FCMAE's head, some seconds.
-Each result is a row of results.jsonl; the same command goes on where it was stopped. It ends with a table, table.md and
-curves.png: means over the seeds, their spread, and a line where FCMAE overtakes the best start from scratch.
+Each result is a row of results.jsonl; the same command goes on where it was stopped. It ends with a table, table.md:
+means over the seeds, and their spread.
 
 The validation split is a typeface that no arm has seen.
 """
@@ -49,7 +49,6 @@ DEFAULTS = {
     "arms": "resnet18,convnext,fcmae", "labels": "all,two_faces,few", "minutes": "1,2.5,5,10,20,40", "seeds": "3",
     "out": "outputs/bench/when_to_pretrain",
 }  # fmt: skip
-COLORS = {"resnet18": "#d9480f", "convnext": "#868e96", "fcmae": "#1c6dd0"}
 TITLES = {
     "resnet18": "ResNet-18 from scratch (train.py)",
     "convnext": "ConvNeXt V2 from scratch",
@@ -248,35 +247,6 @@ def table(found, labels, arms, minutes):
     return "\n".join(lines[1:])
 
 
-def draw(found, labels, arms, path):
-    """Draw a panel for each set of labels: top-1 over minutes, the mean of the seeds and their spread."""
-    from utils.record.plots import plt, save_figure
-
-    figure, axes = plt.subplots(1, len(labels), figsize=(5.2 * len(labels), 4.4), squeeze=False)
-    for axis, name in zip(axes[0], labels):
-        for arm in arms:
-            points = found.get((name, arm), {})
-            values = list(points.values())
-            middles = [middle for middle, _, _ in values]
-            spread = [[middle - low for middle, low, _ in values], [high - middle for middle, _, high in values]]
-            axis.errorbar(
-                list(points), middles, spread, fmt="o-", markersize=4, color=COLORS[arm], capsize=4,
-                label=TITLES[arm],
-            )  # fmt: skip
-        axis.set_xscale("log")
-        ticks = sorted({minutes for arm in arms for minutes in found.get((name, arm), {})})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("minutes of training in all, two CPU cores")
-        axis.set_title(LABELS[name], loc="left", fontsize=10)
-        axis.grid(color="#dee2e6", linewidth=0.7)
-        axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("top-1 on an unseen typeface")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    save_figure(figure, path)
-
-
 def main():
     words = sys.argv[1:]
     quick, values = "quick" in words, dict(DEFAULTS)
@@ -289,8 +259,7 @@ def main():
     found = summarise(bench.run_all())
     text = table(found, bench.labels, bench.arms, bench.minutes)
     (bench.out / "table.md").write_text(text + "\n")
-    draw(found, bench.labels, bench.arms, bench.out / "curves.png")
-    sys.stdout.write(f"{text}\n\n{bench.out / 'curves.png'}\n")
+    sys.stdout.write(f"{text}\n\n{bench.out / 'table.md'}\n")
 
 
 if __name__ == "__main__":

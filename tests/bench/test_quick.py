@@ -63,7 +63,7 @@ def test_the_lr_finder_bench_compares_three_finders_with_a_grid():
     done = command("python", "bench/lr_finder.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, row, last = done.stdout.splitlines()
-    assert head.split()[-2:] == ["valley", "torch-lr-finder"] and row.startswith("made_resnet18_sgd")
+    assert head.split()[-2:] == ["valley", "torch-lr-finder"] and row.startswith("made_resnet10t_sgd")
     assert last.startswith("within a factor of 3")
 
 
@@ -73,7 +73,7 @@ def test_the_bench_of_pretraining_goes_on_where_it_stopped():
     first = command("python", "bench/when_to_pretrain.py", *words, "seeds=1", timeout=900)
     assert first.returncode == 0, first.stderr[-3000:]
     lines = first.stdout.splitlines()
-    assert lines[0].startswith("500 labels") and lines[2] == "| arm | 0.05 min |" and lines[-1].endswith("curves.png")
+    assert lines[0].startswith("500 labels") and lines[2] == "| arm | 0.05 min |" and lines[-1].endswith("table.md")
     assert lines[4].startswith("| FCMAE, ")
     again = command("python", "bench/when_to_pretrain.py", *words, "seeds=1", timeout=900)
     assert " s in all" in first.stderr

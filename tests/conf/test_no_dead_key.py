@@ -224,7 +224,8 @@ def run_all(recorder, folder, monkeypatch):
         "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
     }
-    search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100"]
+    search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100",
+              "loop.max_skipped_steps=null"]  # fmt: skip
     for script in ("pretrain_fcmae", "finetune", "train"):
         more = ["task.decoder_dim=8"] if script == "pretrain_fcmae" else []
         for name, overrides in others.items():
