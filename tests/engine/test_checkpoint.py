@@ -78,16 +78,6 @@ def test_all_damaged_is_an_error_never_a_start_from_zero(tmp_path):
     assert find_checkpoint(tmp_path / "none") is None
 
 
-def test_another_format_is_not_guessed_at(tmp_path):
-    from utils.io.files import sha256_text
-
-    path = make(tmp_path, 1)
-    text = json.dumps(json.loads((path / "state.json").read_text()) | {"format": 99})
-    (path / "state.json").write_text(text)
-    (path / "state.sha256").write_text(sha256_text(text))
-    assert find_damage(path) == "state.json has format 99, this version reads 2"
-
-
 def test_a_half_written_checkpoint_is_none_and_is_removed_later(tmp_path):
     half = tmp_path / ".step_00000030.tmp-1"
     shutil.copytree(make(tmp_path, 10), half)
@@ -104,7 +94,7 @@ def test_an_error_while_writing_leaves_the_old_ones_and_nothing_else(tmp_path, m
 
     monkeypatch.setattr("engine.checkpoint.write_tensors", full)
     with pytest.raises(
-        UserError, match=r"run_dir: the checkpoint of step 20 cannot be written to .*: it needs 0\.0 MiB, "
+        UserError, match=r"^run_dir: the checkpoint of step 20 cannot be written to .*: it needs 0\.0 MiB"
     ):
         make(tmp_path, 20)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
@@ -122,22 +112,17 @@ def forge(path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda state: state["checksums"].update({"../x.safetensors": "0"}),
-            "names '../x.safetensors', which is not a group",
-        ),
-        (
-            lambda state: state["checksums"].update({"/etc/passwd": "0"}),
-            "names '/etc/passwd', which is not a group of tensors",
-        ),
+        (lambda state: state["checksums"].update({"../x.safetensors": "0"}), "names '../x.safetensors'"),
+        (lambda state: state["checksums"].update({"/etc/passwd": "0"}), "names '/etc/passwd'"),
         (lambda state: state.update(groups=["../x"], checksums={"../x.safetensors": "0"}), "names '../x.safetensors'"),
         (lambda state: state.update(checksums=[]), "cannot be read (AttributeError"),
         (lambda state: state.update(groups=[1]), "cannot be read (TypeError"),
         (lambda state: state.pop("groups"), "cannot be read (KeyError"),
+        (lambda state: state.update(format=99), "state.json has format 99, this version reads 2"),
     ],
-    ids=["parent", "absolute", "group", "list", "number", "none"],
+    ids=["parent", "absolute", "group", "list", "number", "none", "format"],
 )
-def test_a_state_that_names_other_places_is_refused(change, said, tmp_path):
+def test_a_state_of_another_form_is_refused(change, said, tmp_path):
     path = make(tmp_path, 10)
     forge(path, change)
     with pytest.raises(UserError) as refused:
@@ -150,9 +135,7 @@ def test_a_header_that_lies_is_refused_though_its_checksum_is_right(tmp_path):
     file = path / "task.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"shape":[3,2]', b'"shape":[9,9]'))
     forge(path, lambda state: state["checksums"].update({file.name: sha256_file(file)}))
-    with pytest.raises(
-        UserError, match=r"^resume: .*task\.safetensors is not a readable .* takes 324 bytes, but is given 24"
-    ):
+    with pytest.raises(UserError, match=r"^resume: .*task\.safetensors is not a readable .* takes 324 bytes"):
         load_checkpoint(path)
 
 
@@ -169,25 +152,24 @@ def test_the_check_comes_before_any_tensor_is_read(tmp_path, monkeypatch):
         load_checkpoint(path, refuse)
 
 
-def test_retention_keeps_the_newest_and_the_best(tmp_path):
-    for step in (10, 20, 30, 40):
-        make(tmp_path, step)
-    remove_old(tmp_path, keep=2, step=40, best_step=10)
-    assert steps_in(tmp_path) == [10, 30, 40]
-
-
 def steps_in(folder):
     return [int(path.name.removeprefix("step_")) for path in list_checkpoints(folder)]
 
 
 @pytest.mark.parametrize(
-    ("there", "keep", "step", "left"),
-    [([1200, 1300, 1400], 1, 1300, [1300, 1400]), ([400, 600, 1000, 1200], 2, 600, [400, 600, 1000, 1200])],
+    ("there", "keep", "step", "best", "left"),
+    [
+        ([10, 20, 30, 40], 2, 40, 10, [10, 30, 40]),
+        ([1200, 1300, 1400], 1, 1300, None, [1300, 1400]),
+        ([400, 600, 1000, 1200], 2, 600, None, [400, 600, 1000, 1200]),
+    ],
 )
-def test_retention_counts_no_checkpoint_beyond_the_one_just_saved(there, keep, step, left, tmp_path):
+def test_retention_keeps_the_newest_the_best_and_those_beyond_the_one_just_saved(
+    there, keep, step, best, left, tmp_path
+):
     for number in there:
         make(tmp_path, number)
-    remove_old(tmp_path, keep=keep, step=step, best_step=None)
+    remove_old(tmp_path, keep=keep, step=step, best_step=best)
     assert steps_in(tmp_path) == left
 
 
@@ -256,65 +238,23 @@ def test_optimiser_state_is_kept_by_name_for_any_groups(tmp_path):
         load_optimizer_state(optimizer("ab"), *optimizer_state(first))
 
 
+# --- what an optimiser's state may be
+
+OURS = ("adamw", "adan", "sgd")
+TIMMS = ("nadamw", "lamb", "lambc", "adanw", "lion", "muon", "adafactor")
 TIMM = {"name": "timm", "extra": {}, "lr": 0.01, "base_lr": 0.0, "weight_decay": 0.05, "layer_decay": 1.0,
         "layer_decay_kind": "single", "rules": []}  # fmt: skip
 
 
-def make_optimizer(name):
-    """Return a small network and the optimiser over it, both alike each time."""
-    torch.manual_seed(0)
-    # Wide enough for adafactor to keep rows and columns of the first weight.
-    network = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.GELU(), torch.nn.Linear(24, 2))
-    config = TypeAdapter(OptimConfig).validate_python({**TIMM, **OPTIMISERS[name]})
-    return network, build_optimizer(config, build_groups(network, {}, config), 0.01)
-
-
-OPTIMISERS = {name: {"opt": name} for name in ("nadamw", "lamb", "lambc", "adanw", "lion", "muon", "adafactor")}
-
-
-@pytest.mark.parametrize("name", sorted(OPTIMISERS))
-def test_timms_optimisers_continue_bit_for_bit(name, tmp_path):
-    """Six updates equal three, a checkpoint, and three more; some of timm's count their steps in the group."""
-
-    def update(network, optimizer, step):
-        for parameter in network.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
-        optimizer.step()
-
-    network, optimizer = make_optimizer(name)
-    for step in range(3):
-        update(network, optimizer, step)
-    tensors, others = optimizer_state(optimizer)
-    path = save_checkpoint(tmp_path, 3, {"task": network.state_dict(), "optimizer": tensors}, {"optimizer": others})
-    for step in range(3, 6):
-        update(network, optimizer, step)
-
-    checkpoint = load_checkpoint(path)
-    again, resumed = make_optimizer(name)
-    again.load_state_dict(checkpoint.tensors["task"])
-    load_optimizer_state(resumed, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-    for step in range(3, 6):
-        update(again, resumed, step)
-    for one, other in zip(network.parameters(), again.parameters()):
-        assert torch.equal(one, other)
-
-
-# --- what an optimiser's state may be
-
-OURS = ("adamw", "adan", "sgd")
-
-
-def make_ours(name, network):
-    config = TypeAdapter(OptimConfig).validate_python(yaml.safe_load((CONF / "optim" / f"{name}.yaml").read_text()))
-    return build_optimizer(config, build_groups(network, {}, config), 0.01)
-
-
 def stepped(name, device="cpu", memory_format=torch.contiguous_format):
-    """A small network of a layout, one of our optimisers over it, and what makes a step of both."""
+    """Return a small network of a layout, an optimiser over it, and what makes a step of both."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4))
+    # The linear layer is wide enough for adafactor to keep rows and columns of its weight.
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4), torch.nn.Linear(20, 24))
     network.to(device=device, memory_format=memory_format)
-    optimizer = make_ours(name, network)
+    values = yaml.safe_load((CONF / "optim" / f"{name}.yaml").read_text()) if name in OURS else {**TIMM, "opt": name}
+    config = TypeAdapter(OptimConfig).validate_python(values)
+    optimizer = build_optimizer(config, build_groups(network, {}, config), 0.01)
 
     def update(step):
         for parameter in network.parameters():
@@ -325,10 +265,15 @@ def stepped(name, device="cpu", memory_format=torch.contiguous_format):
     return network, optimizer, update
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", OURS)
-def test_fused_optimisers_continue_bit_for_bit_in_any_layout(name, memory_format, tmp_path):
-    """Six updates equal three, a checkpoint, and three more: a file keeps no layout, and their kernels ask for none."""
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [(name, torch.contiguous_format) for name in OURS + TIMMS] + [(name, torch.channels_last) for name in OURS],
+)
+def test_optimisers_continue_bit_for_bit(name, memory_format, tmp_path):
+    """Six updates equal three, a checkpoint, and three more.
+
+    A file keeps no layout, and fused kernels ask for none; some of timm's count their steps in the group.
+    """
     network, optimizer, update = stepped(name, memory_format=memory_format)
     for step in range(3):
         update(step)
@@ -345,6 +290,8 @@ def test_fused_optimisers_continue_bit_for_bit_in_any_layout(name, memory_format
         update(step)
     for one, other in zip(network.parameters(), again.parameters()):
         assert torch.equal(one, other)
+    if name == "adafactor":  # without rows and columns the test would prove less
+        assert {(24,), (20,)} <= {tuple(value.shape) for value in tensors.values()}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -370,53 +317,32 @@ FORGED = {  # what stands under the name in place of the whole shape (4, 3, 2, 2
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("kind", FORGED)
 @pytest.mark.parametrize("name", ["adamw", "adan"])
-def test_a_state_of_another_shape_is_refused_where_kernels_would_not_notice(name, kind, device):
-    network, optimizer, update = stepped(name)
+def test_a_state_of_another_shape_is_refused_where_kernels_would_not_notice(name, kind):
+    _, optimizer, update = stepped(name)
     update(0)
     before = {key: value.clone() for key, value in optimizer_state(optimizer)[0].items()}
     tensors, others = optimizer_state(optimizer)
     full, value, said = FORGED[kind]
     (tensors if isinstance(value, torch.Tensor) else others)[full] = value
-    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+    shapes = {key: tensor.to("meta") for key, tensor in tensors.items()}
     with pytest.raises(UserError, match=rf"^resume: '{full}' of the optimiser of run/step_1 {said}"):
-        check_optimizer_state(optimizer, tensors, others, "run/step_1")
+        check_optimizer_state(optimizer, shapes, others, "run/step_1")
     with pytest.raises(UserError, match=rf"^resume: '{full}' of the optimiser of the checkpoint {said}"):
         load_optimizer_state(optimizer, tensors, others)
     after = optimizer_state(optimizer)[0]
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-GROUP_KEYS = {"lr": 9.0, "weight_decay": 0.5, "params": [], "names": ["x"], "betas": [0, 0], "eps": 1.0, "new": 1}
-
-
-@pytest.mark.parametrize("key", GROUP_KEYS)
-@pytest.mark.parametrize("name", ["lamb", "adanw", "muon"])
-def test_a_state_may_not_change_a_groups_settings(name, key):
-    _, optimizer = make_optimizer(name)
-    first = optimizer.param_groups[0]["names"][0]
-    with pytest.raises(UserError, match=rf"^resume: run/step_1 holds '{first}//{key}', which is not state of this"):
-        load_optimizer_state(optimizer, {}, {f"{first}//{key}": GROUP_KEYS[key]}, "run/step_1")
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_fused_optimisers_keep_nothing_in_their_groups(name):
+@pytest.mark.parametrize("name", ["lamb", "adanw", "muon", *OURS])
+def test_a_state_may_not_change_a_groups_settings(name):
+    """Some of timm's keep their steps in the group, ours keep nothing there."""
     _, optimizer, _ = stepped(name)
     first = optimizer.param_groups[0]["names"][0]
-    for key in ("step", "lr", "fused"):
-        with pytest.raises(UserError, match="which is not state of this optimiser"):
-            load_optimizer_state(optimizer, {}, {f"{first}//{key}": 1})
+    others = {"lr": 9.0, "weight_decay": 0.5, "params": [], "names": ["x"], "betas": [0, 0], "eps": 1.0, "new": 1}
+    for key, value in (others | ({"step": 1} if name in OURS else {})).items():
+        with pytest.raises(UserError, match=rf"^resume: run/step_1 holds '{first}//{key}', which is not state of this"):
+            load_optimizer_state(optimizer, {}, {f"{first}//{key}": value}, "run/step_1")
     with pytest.raises(UserError, match="has other parameter groups"):
         load_optimizer_state(optimizer, {}, {"elsewhere//step": 1})
-
-
-def test_adafactor_keeps_rows_and_columns():
-    """What the tests above leave to timm: without it they would prove less."""
-    network, optimizer = make_optimizer("adafactor")
-    for parameter in network.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    shapes = {tuple(value.shape) for value in optimizer_state(optimizer)[0].values()}
-    assert (24,) in shapes and (20,) in shapes

@@ -27,13 +27,7 @@ OPTIMISERS = ["adamw", "adan", "sgd", "timm nadamw", "timm lamb"]
 
 
 def runtime(precision="fp32"):
-    return Runtime(
-        device=CPU,
-        precision=precision,
-        channels_last=False,
-        workers=0,
-        prefetch_batches=2,
-    )
+    return Runtime(device=CPU, precision=precision, channels_last=False, workers=0, prefetch_batches=2)
 
 
 class Poisoned(torch.autograd.Function):
@@ -106,19 +100,8 @@ def descent(task, lr=1.0):
 
 def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, knobs=None, seed=0, **more):
     run = more.pop("runtime", runtime())
-    return train_step(
-        model or task,
-        task,
-        batches,
-        optimizer,
-        scale or LossScale(run),
-        knobs or {},
-        step=step,
-        seed=seed,
-        clip_grad_norm=clip,
-        runtime=run,
-        **more,
-    )
+    settings = {"step": step, "seed": seed, "clip_grad_norm": clip, "runtime": run, **more}
+    return train_step(model or task, task, batches, optimizer, scale or LossScale(run), knobs or {}, **settings)
 
 
 def update_of(task, batches, **settings):
@@ -126,6 +109,10 @@ def update_of(task, batches, **settings):
     before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
     result = make_step(task, batches, descent(task), **settings)
     return {name: before[name] - parameter.detach() for name, parameter in task.named_parameters()}, result
+
+
+def length_of(update):
+    return torch.stack([each.norm() for each in update.values()]).norm()
 
 
 def expected_gradient(batch):
@@ -160,15 +147,14 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize("weight, why", WEIGHTS)
-@pytest.mark.parametrize("micro", [8, 4, 2, 1])
+@pytest.mark.parametrize("micro", [8, 2, 1])
 def test_a_step_is_the_weighted_mean_for_any_micro_batch(weight, micro, why):
     batch = make_batch(weight=weight)
     gradient, loss, error, count = expected_gradient(batch)
     update, result = update_of(Regression(), split(batch, micro))
     for name, expected in gradient.items():
         torch.testing.assert_close(update[name].double(), expected, rtol=1e-5, atol=3e-7, msg=f"{why}: {name}")
-    norm = torch.stack([each.norm() for each in gradient.values()]).norm()
-    torch.testing.assert_close(result.grad_norm.double(), norm, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.grad_norm.double(), length_of(gradient), rtol=1e-5, atol=1e-7)
     assert result.applied == 1
     total, denominator = result.sums["loss"]
     assert total.dtype == denominator.dtype == torch.float64
@@ -189,7 +175,7 @@ def test_ten_steps_of_one_micro_batch_equal_ten_of_four(name):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("micro", [8, 2, 1])
+@pytest.mark.parametrize("micro", [8, 2])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_sample_of_weight_0_changes_nothing_even_where_its_loss_is_nan(micro, poison):
     weight = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
@@ -298,19 +284,19 @@ def test_training_continues_as_if_a_skipped_step_had_never_been(name, skipped, k
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_finite_step_moves_parameters_and_batch_statistics(name):
+def test_a_finite_step_moves_parameters_and_batch_statistics_and_leaves_no_gradient(name):
     task = Regression(norm=True)
     before = bits(task)
-    optimizer = make_optimizer(name, task)
-    assert make_step(task, [make_batch()], optimizer).applied == 1
+    assert make_step(task, [make_batch()], make_optimizer(name, task)).applied == 1
     after = bits(task)
     assert all(after[key] != before[key] for key in before)
+    assert all(parameter.grad is None for parameter in task.parameters())
 
 
 # --- clipping
 
 
-@pytest.mark.parametrize("limit", [1e-3, 0.1, 1.0, 1e6])
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("micro", [8, 2])
 def test_clipping_equals_torchs(limit, micro):
     batch = make_batch(weight=WEIGHTS[3][0])
@@ -322,52 +308,23 @@ def test_clipping_equals_torchs(limit, micro):
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)  # before clipping
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(update[name], parameter.grad, rtol=1e-4, atol=2e-7)
-    clipped = torch.stack([each.norm() for each in update.values()]).norm()
-    assert clipped <= min(limit, float(norm)) * (1 + 1e-4)
+    assert length_of(update) <= min(limit, float(norm)) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("limit", [1e-2, 0.1])
-def test_clipping_under_bf16_autocast(limit):
+def test_clipping_under_bf16_autocast():
     """The gradients are float32, of bf16 products: clipped to the limit, with the norm from before in the log."""
-
-    def length(update):
-        return torch.stack([each.norm() for each in update.values()]).norm()
-
-    run = runtime("bf16")
+    run, limit = runtime("bf16"), 0.1
     whole, before = update_of(Regression(), split(make_batch(), 4), runtime=run)
     update, result = update_of(Regression(), split(make_batch(), 4), runtime=run, clip=limit)
     assert result.grad_norm == before.grad_norm > limit
     assert result.grad_norm != update_of(Regression(), split(make_batch(), 4))[1].grad_norm  # autocast was on
-    torch.testing.assert_close(length(whole), before.grad_norm, rtol=1e-4, atol=0)
-    torch.testing.assert_close(length(update), torch.tensor(limit), rtol=1e-3, atol=0)
+    torch.testing.assert_close(length_of(whole), before.grad_norm, rtol=1e-4, atol=0)
+    torch.testing.assert_close(length_of(update), torch.tensor(limit), rtol=1e-3, atol=0)
     for name, each in whole.items():
         torch.testing.assert_close(update[name], each * (limit / before.grad_norm), rtol=1e-3, atol=2e-7)
 
 
-def test_without_a_limit_nothing_is_clipped():
-    update, _ = update_of(Regression(), [make_batch()])
-    gradient = expected_gradient(make_batch())[0]
-    for name in update:
-        torch.testing.assert_close(update[name].double(), gradient[name], rtol=1e-5, atol=3e-7)
-
-
 # --- what else a step does
-
-
-def test_gradients_are_gone_after_a_step():
-    task = Regression()
-    optimizer = descent(task)
-    make_step(task, [make_batch()], optimizer)
-    assert all(parameter.grad is None for parameter in task.parameters())
-
-
-def test_frozen_parameters_stay():
-    task = Regression()
-    task.network[0].requires_grad_(False)
-    before = task.network[0].weight.clone()
-    optimizer = make_optimizer("adamw", task)
-    assert make_step(task, [make_batch()], optimizer).applied == 1
-    assert torch.equal(task.network[0].weight, before)
 
 
 def test_knobs_reach_every_forward_pass():
@@ -377,7 +334,7 @@ def test_knobs_reach_every_forward_pass():
     assert task.knobs_seen == [knobs] * 4
 
 
-def test_draws_of_the_forward_pass_depend_on_seed_step_and_micro_step_alone():
+def test_draws_of_the_forward_pass_depend_on_seed_step_micro_step_and_rank_alone(monkeypatch):
     def update(batches=None, **settings):
         torch.rand(int(torch.randint(1, 50, ())))  # stray draws
         return update_of(Regression(dropout=0.5), batches or [make_batch()], **settings)[0]["network.3.weight"]
@@ -388,14 +345,8 @@ def test_draws_of_the_forward_pass_depend_on_seed_step_and_micro_step_alone():
     assert not torch.equal(update(step=3, seed=2), first)
     twice = update([make_batch(), make_batch()], step=3, seed=1)  # the same samples under two masks
     assert not torch.allclose(twice, first)
-
-
-def test_draws_of_the_forward_pass_depend_on_the_rank(monkeypatch):
-    updates = []
-    for rank in (0, 1):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        updates.append(update_of(Regression(dropout=0.5), [make_batch()])[0]["network.3.weight"])
-    assert not torch.allclose(*updates)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert not torch.allclose(update(step=3, seed=1), first)
 
 
 def test_a_request_to_stop_is_in_the_result():
@@ -495,25 +446,6 @@ def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
     assert found == expected
 
 
-def test_the_scale_of_other_precisions_is_one_and_stays():
-    for precision in ("fp32", "bf16"):
-        scale = LossScale(runtime(precision))
-        for applied in (1.0, 0.0, 1.0):
-            scale.update(torch.tensor(applied), torch.ones(()))
-        assert scale.scale == 1
-
-
-def test_a_saved_scale_continues_where_it_was(monkeypatch):
-    monkeypatch.setattr(LossScale, "growth_interval", 3)
-    through, resumed = LossScale(runtime("fp16")), LossScale(runtime("fp16"))
-    for _ in range(2):
-        through.update(torch.tensor(1.0), torch.ones(()))
-    resumed.load({name: tensor.clone() for name, tensor in through.state().items()})
-    for scale in (through, resumed):
-        scale.update(torch.tensor(1.0), torch.ones(()))
-        assert scale.scale == 2 * 65536
-
-
 # --- meters
 
 
@@ -525,19 +457,12 @@ def result(loss, count, applied=1.0, norm=2.0, **logs):
     return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.zeros(()), torch.tensor(count))
 
 
-def test_means_weigh_steps_by_their_counts():
+def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alone():
     meter = Meter(CPU)
     meter.add(result(8.0, 4.0, accuracy=(3.0, 4.0), norm=1.0))
+    meter.add(result(0.0, 0.0, accuracy=(0.0, 0.0), applied=0.0))
     meter.add(result(1.0, 1.0, accuracy=(0.0, 1.0), norm=4.0))
-    assert meter.means() == {"loss": 9 / 5, "accuracy": 3 / 5, "grad_norm": 2.5, "skipped_steps": 0.0}
-
-
-def test_skipped_steps_count_as_skipped_and_nowhere_else():
-    meter = Meter(CPU)
-    meter.add(result(8.0, 4.0, accuracy=(3.0, 4.0)))
-    for _ in range(3):
-        meter.add(result(0.0, 0.0, accuracy=(0.0, 0.0), applied=0.0))
-    assert meter.means() == {"loss": 2.0, "accuracy": 0.75, "grad_norm": 2.0, "skipped_steps": 3.0}
+    assert meter.means() == {"loss": 9 / 5, "accuracy": 3 / 5, "grad_norm": 2.5, "skipped_steps": 1.0}
 
 
 def test_a_mean_over_nothing_is_nan_and_means_restart():
@@ -551,19 +476,6 @@ def test_a_mean_over_nothing_is_nan_and_means_restart():
         assert meter.means() == {"loss": total / count, "grad_norm": 2.0, "skipped_steps": 0.0}
 
 
-def test_meters_of_real_steps_equal_the_exact_means():
-    task, meter = Regression(), Meter(CPU)
-    batches = [make_batch(seed=step, weight=weight) for step, (weight, _) in enumerate(WEIGHTS[:4])]
-    losses = weights = 0.0
-    for batch in batches:
-        with torch.no_grad():
-            loss = (task.network(batch["x"]).squeeze(1) - batch["y"]).square()
-        losses += float((loss * batch["weight"]).sum())
-        weights += float(batch["weight"].sum())
-        meter.add(make_step(task, split(batch, 4), make_optimizer("sgd", task, lr=0.0, weight_decay=0.0)))
-    assert meter.means()["loss"] == pytest.approx(losses / weights, rel=1e-6)
-
-
 def test_a_saved_meter_continues_bit_for_bit():
     through, resumed = Meter(CPU), Meter(CPU)
     for step in range(5):
@@ -572,9 +484,6 @@ def test_a_saved_meter_continues_bit_for_bit():
     for meter in (through, resumed):
         meter.add(result(1 / 11, 1 / 13, accuracy=(0.7, 0.9)))
     assert resumed.state() == through.state() and resumed.means() == through.means()
-    empty = Meter(CPU)
-    empty.load(Meter(CPU).state())
-    assert empty.means() == {}
 
 
 # --- steps of which nothing could be read
@@ -616,18 +525,16 @@ def test_a_run_of_which_nothing_can_be_read_ends_for_any_limit(results, last, en
     assert f"steps {max(1, step - EMPTY_STEPS + 1)} to" in str(ended.value)
 
 
-def test_steps_of_which_nothing_could_be_read_count_among_the_skipped():
-    watch, step = watched([EMPTY, GOOD, EMPTY, GOOD], limit=1)
-    assert (watch.steps, watch.empty) == ([1, 3], [1, 3])
-    with pytest.raises(UserError) as ended:
-        watch.check(step, last=False)
-    assert str(ended.value).startswith(
-        "loop.max_skipped_steps: 2 of the last 4 steps before step 4 were without an image that could be read (2 of "
-        "them), first step 1; 1 are allowed. "
-    )
-    assert "fix the images" in str(ended.value)
-    watch, step = watched([EMPTY, BAD, GOOD], limit=1)
-    with pytest.raises(UserError, match=r"were not finite \(.*\) or without an image that could be read \(1 of them\)"):
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ([EMPTY, GOOD, EMPTY, GOOD], "2 of the last 4 steps before step 4 .* could be read"),
+        ([EMPTY, BAD, GOOD], r"were not finite \(.*\) or without an image that could be read \(1 of them\)"),
+    ],
+)
+def test_steps_of_which_nothing_could_be_read_count_among_the_skipped(results, said):
+    watch, step = watched(results, limit=1)
+    with pytest.raises(UserError, match=f"^loop.max_skipped_steps: .*{said}"):
         watch.check(step, last=True)
 
 
