@@ -133,17 +133,3 @@ def test_evaluation_is_exact_on_any_number_of_ranks(task, collection, tmp_path):
         assert other.keys() == figures[0].keys()
         for name, value in figures[0].items():
             assert other[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
-
-
-def test_a_resumed_run_does_not_ask_for_the_weights_it_began_with(collection, tmp_path):
-    """init_from is read once: the pretraining run may be gone when the fine-tuning resumes."""
-    settings = [
-        "loop.total_steps=6", "loop.global_batch_size=8", "loop.checkpoint_every_steps=2",
-        "loop.save_in_background=false",
-    ]  # fmt: skip
-    run(SCRIPTS["fcmae"], common("fcmae", collection, tmp_path / "pretrained", *settings), tmp_path)
-    overrides = common("classification", collection, tmp_path / "tuned", *settings, f"init_from={tmp_path}/pretrained")
-    printed = run(SCRIPTS["classification"], overrides, tmp_path, expect=-9, kill_at_step=5)
-    assert "left at their initial values: norm.weight" in printed
-    (tmp_path / "pretrained").rename(tmp_path / "gone")
-    assert "at step 4" in run(SCRIPTS["classification"], overrides, tmp_path)

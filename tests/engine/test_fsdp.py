@@ -8,10 +8,8 @@ from torch import nn
 
 from engine.parallel import _shard, find_units
 from engine.runtime import Runtime, can_compile
-from engine.tasks.fcmae import FCMAETask
-from engine.tasks.kind import Setup
 from tests.engine.test_exactness import NOISY, assert_same_tensors
-from tests.in_process import SMALL_MODEL, configure
+from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
 from tests.support import (
     SCRIPTS,
@@ -27,51 +25,37 @@ from tests.support import (
 from utils.errors import UserError
 
 FSDP = "runtime.parallel=fsdp"
-QUICK = ["fcmae"]
+OTHERS = [
+    "classification optim=adan",
+    "classification optim=sgd",
+    "classification optim=timm optim.opt=nadamw",
+    "classification optim.layer_decay=0.7",
+    "fcmae task.execution=dense",
+    "fcmae runtime.grad_checkpointing=true",
+]
 
 
-def compare(task, collection, folder, *settings, steps=12, tolerance=2e-5):
-    """One rank, two ranks by ddp, two by fsdp: the same weights, optimiser state, average, losses and evaluations."""
+@pytest.mark.ddp
+@pytest.mark.parametrize("case", slow_but(["fcmae"], [*sorted(SCRIPTS), *OTHERS]))
+def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
+    """The same weights, optimiser state, average, losses and evaluations."""
+    task, *settings = case.split()
     settings = [
-        f"loop.total_steps={steps}", "loop.global_batch_size=16", f"loop.checkpoint_every_steps={steps}",
-        "optim.lr=0.001", "loop.ema_decay=0.9", "loop.clip_grad_norm=0.05", "loop.evaluate_every_epochs=2", *settings,
+        "loop.total_steps=12", "loop.global_batch_size=16", "loop.checkpoint_every_steps=12", "optim.lr=0.001",
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=0.05", "loop.evaluate_every_epochs=2", *settings,
     ]  # fmt: skip
     variants = {"one": (1, 16, []), "ddp": (2, 4, []), "fsdp": (2, 4, [FSDP])}  # two ranks take two micro-batches each
     for name, (ranks, cap, more) in variants.items():
-        overrides = common(task, collection, folder / name, *settings, f"loop.batch_size={cap}", *more)
-        printed = run(SCRIPTS[task], overrides, folder, ranks=ranks)
+        overrides = common(task, collection, tmp_path / name, *settings, f"loop.batch_size={cap}", *more)
+        printed = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks)
         assert ("MiB of parameters on this rank" in printed) is (name == "fsdp")
-    sharded = checkpoint_tensors(folder / "fsdp", steps)
+    sharded = checkpoint_tensors(tmp_path / "fsdp", 12)
     for name in ("one", "ddp"):
-        assert_same_tensors(checkpoint_tensors(folder / name, steps), sharded, tolerance)
-        assert_same_rows(folder / name, folder / "fsdp")
-        assert samples_by_step(folder / name) == samples_by_step(folder / "fsdp")
-    norms = [row["grad_norm"] for row in rows(folder / "fsdp/metrics.jsonl", "train")]
+        assert_same_tensors(checkpoint_tensors(tmp_path / name, 12), sharded, tolerance=2e-5)
+        assert_same_rows(tmp_path / name, tmp_path / "fsdp")
+        assert samples_by_step(tmp_path / name) == samples_by_step(tmp_path / "fsdp")
+    norms = [row["grad_norm"] for row in rows(tmp_path / "fsdp/metrics.jsonl", "train")]
     assert max(norms) > 0.05, "nothing was clipped"
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("task", slow_but(QUICK, sorted(SCRIPTS)))
-def test_sharded_equals_replicated_equals_one_rank(task, collection, tmp_path):
-    compare(task, collection, tmp_path)
-
-
-@pytest.mark.ddp
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "settings"),
-    [
-        ("classification", ["optim=adan"]),
-        ("classification", ["optim=sgd"]),
-        ("classification", ["optim=timm", "optim.opt=nadamw"]),
-        ("classification", ["optim.layer_decay=0.7"]),
-        ("fcmae", ["task.execution=dense"]),
-        ("fcmae", ["runtime.grad_checkpointing=true"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
-)
-def test_with_other_optimisers_and_executions_too(task, settings, collection, tmp_path):
-    compare(task, collection, tmp_path, *settings)
 
 
 @pytest.mark.ddp
@@ -90,36 +74,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, t
     assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
 
 
-def moved(task, collection, folder, legs, *settings):
-    """One run of six steps by each (ranks, way), killed after all but the last; returns it, its like on one rank, and
-    the number of steps.
-    """
-    total = 6 * len(legs)
-    settings = [
-        f"loop.total_steps={total}", "loop.global_batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
-        "loop.save_in_background=false", "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
-    ]  # fmt: skip
-    for done, (ranks, way) in zip(range(0, total, 6), legs):
-        overrides = common(
-            task, collection, folder / "moved", *settings, "loop.batch_size=3", f"runtime.parallel={way}"
-        )
-        end = {"expect": -9, "kill_at_step": done + 6} if done + 6 < total else {}
-        printed = run(SCRIPTS[task], overrides, folder, ranks=ranks, **end)
-        assert done == 0 or f"at step {done}" in printed
-    run(SCRIPTS[task], common(task, collection, folder / "one", *settings), folder)
-    return folder / "moved", folder / "one", total
-
-
 LEGS = [(2, "ddp"), (2, "fsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
 MORE_LEGS = [(1, "fsdp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), (1, "ddp"), (2, "fsdp")]
-
-
-def assert_moves(task, collection, folder, legs, *settings):
-    there, here, step = moved(task, collection, folder, legs, *settings)
-    assert_same_tensors(checkpoint_tensors(there, step), checkpoint_tensors(here, step), tolerance=2e-5)
-    assert samples_by_step(there) == samples_by_step(here)
-    losses = [[row["loss"] for row in rows(path / "metrics.jsonl", "train")] for path in (there, here)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == step
 
 
 @pytest.mark.ddp
@@ -132,7 +88,22 @@ def assert_moves(task, collection, folder, legs, *settings):
     + [("classification", LEGS, ["optim=timm", "optim.opt=adan"])],
 )
 def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(task, legs, settings, collection, tmp_path):
-    assert_moves(task, collection, tmp_path, legs, *settings)
+    """Six steps by each (ranks, way) of a run, killed after all but the last, against a run on one rank."""
+    total, there, here = 6 * len(legs), tmp_path / "moved", tmp_path / "one"
+    settings = [
+        f"loop.total_steps={total}", "loop.global_batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
+        "loop.save_in_background=false", "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
+    ]  # fmt: skip
+    for done, (ranks, way) in zip(range(0, total, 6), legs):
+        overrides = common(task, collection, there, *settings, "loop.batch_size=3", f"runtime.parallel={way}")
+        end = {"expect": -9, "kill_at_step": done + 6} if done + 6 < total else {}
+        printed = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks, **end)
+        assert done == 0 or f"at step {done}" in printed
+    run(SCRIPTS[task], common(task, collection, here, *settings), tmp_path)
+    assert_same_tensors(checkpoint_tensors(there, total), checkpoint_tensors(here, total), tolerance=2e-5)
+    assert samples_by_step(there) == samples_by_step(here)
+    losses = [[row["loss"] for row in rows(path / "metrics.jsonl", "train")] for path in (there, here)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == total
 
 
 @pytest.mark.ddp
@@ -157,29 +128,24 @@ def test_a_step_that_is_not_finite_changes_no_rank(optim, collection, tmp_path):
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_batch_statistics_and_a_network_of_timm(collection, tmp_path):
-    """Batch norm keeps each rank's own statistics, as under ddp, and weights can be used alone."""
-    settings = ["loop.total_steps=6", "loop.global_batch_size=8", "loop.ema_decay=0.9", "optim.lr=0.001"]
-    network = ["model=timm", "model.name=test_resnet"]
+@pytest.mark.parametrize(
+    ("task", "settings", "tolerance"),
+    [
+        # Batch norm keeps each rank's own statistics, as under ddp.
+        ("classification", ["model=timm", "model.name=test_resnet", "loop.ema_decay=0.9"], 2e-5),
+        # Autocast over float32 parameters; the optimiser's kernel rounds the last elements of rows anew.
+        ("fcmae", ["runtime.precision=bf16", "loop.clip_grad_norm=null"], 1e-6),
+    ],
+)
+def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, tolerance, collection, tmp_path):
+    settings = [*settings, "loop.total_steps=6", "loop.global_batch_size=8", "optim.lr=0.001"]
     for way in ("ddp", "fsdp"):
-        overrides = common("classification", collection, tmp_path / way, *settings, f"runtime.parallel={way}")
-        overrides = [*(text for text in overrides if not text.startswith("model")), *network]
-        run("finetune.py", overrides, tmp_path, ranks=2)
-    assert_same_tensors(checkpoint_tensors(tmp_path / "ddp", 6), checkpoint_tensors(tmp_path / "fsdp", 6), 2e-5)
-    run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=ema", "runtime.threads=1"], tmp_path)
-
-
-@pytest.mark.ddp
-@pytest.mark.slow
-def test_in_bfloat16(collection, tmp_path):
-    """Autocast over float32 parameters, as under ddp; the optimiser's kernel rounds the last elements of rows anew."""
-    settings = ["loop.total_steps=6", "loop.global_batch_size=8", "optim.lr=0.001", "loop.clip_grad_norm=null"]
-    for way in ("ddp", "fsdp"):
-        overrides = common(
-            "fcmae", collection, tmp_path / way, *settings, "runtime.precision=bf16", f"runtime.parallel={way}"
-        )
-        run("pretrain_fcmae.py", overrides, tmp_path, ranks=2)
-    assert_same_tensors(checkpoint_tensors(tmp_path / "ddp", 6), checkpoint_tensors(tmp_path / "fsdp", 6), 1e-6)
+        overrides = common(task, collection, tmp_path / way, *settings, f"runtime.parallel={way}")
+        timm = "model=timm" in settings
+        overrides = [text for text in overrides if not timm or not text.startswith("model") or text in settings]
+        run(SCRIPTS[task], overrides, tmp_path, ranks=2)
+    assert_same_tensors(checkpoint_tensors(tmp_path / "ddp", 6), checkpoint_tensors(tmp_path / "fsdp", 6), tolerance)
+    run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=last", "runtime.threads=1"], tmp_path)
 
 
 @pytest.mark.ddp
@@ -224,20 +190,8 @@ def test_units_are_blocks_in_stacks_and_nothing_else():
     found = find_units(network)
     assert set(found) == {block, nested, *nested.inner}  # `small` is not worth a collective
     assert found.index(nested) > max(found.index(inner) for inner in nested.inner)
-
-
-def test_a_parameter_of_two_blocks_belongs_to_neither():
-    first, second, third = Pair(8), Pair(8), Pair(8)
-    second.first.weight = first.first.weight
-    assert find_units(nn.Sequential(first, second, third)) == [third]
-
-
-def test_the_units_of_fcmae_are_its_blocks():
-    config, _ = configure("pretrain_fcmae", [*SMALL_MODEL, "task.decoder_dim=16"])
-    preprocessing = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
-    task = FCMAETask(Setup(config.model, config.task, preprocessing))
-    network = task.network
-    assert set(find_units(task)) == {*network.encoder.stages[0], *network.encoder.stages[1], *network.decoder}
+    nested.inner[0].first.weight = block.first.weight  # of two blocks: it is in no unit
+    assert find_units(network) == [nested.inner[1]]
 
 
 def test_a_single_number_is_refused_as_a_parameter():
@@ -249,13 +203,8 @@ def test_a_single_number_is_refused_as_a_parameter():
 
 
 def test_an_optimiser_of_whole_parameters_is_refused_before_a_folder_is_made(collection, tmp_path):
-    overrides = [
-        "data=image_folder",
-        f"data.root={collection}",
-        "optim=timm",
-        "optim.opt=lamb",
-        f"run_dir={tmp_path}/run",
-    ]
+    data = ["data=image_folder", f"data.root={collection}", f"run_dir={tmp_path}/run"]
+    overrides = [*data, "optim=timm", "optim.opt=lamb"]
     with pytest.raises(UserError, match=r"^runtime.parallel: fsdp gives each rank some rows .* optim.opt=lamb is not"):
         run_here("finetune", [*SMALL_MODEL, *overrides, FSDP], tmp_path)
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
 """How a head begins. Property (recognises what a linear layer can), equality (ranks), refusals, an end-to-end run."""
 
-import json
+import copy
 import shutil
 
 import pytest
@@ -13,9 +13,10 @@ from models.build import build_network
 from models.config import TimmConfig
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
-from tests.in_process import TINY, configure
-from tests.support import common, make_collection, rows, run
-from utils.config.messages import ConfigError
+from tests.in_process import TINY, run
+from tests.support import common, make_collection, rows
+from tests.support import run as run_ranks
+from utils.errors import UserError
 
 
 def make_batches(classes=4, count=6):
@@ -88,16 +89,13 @@ def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_feature
     task, batches = make_classifier(), make_batches()
     if not norm:
         task.network.norm = nn.Identity()
-    head = task.network.head
-    weight, bias = head.weight.clone(), head.bias.clone()
+    head = copy.deepcopy(task.network.head)
     raw = features_of(task, batches)
     prepare_head(task.network, task.normalise, batches, runtime, fit=False)
     standard = (raw - raw.mean(dim=0)) / raw.std(dim=0, correction=0)
-    expected = standard @ weight.T + bias
     with torch.no_grad():
-        found = head(features_of(task, batches))
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert torch.equal(head.weight, weight) == norm
+        torch.testing.assert_close(task.network.head(features_of(task, batches)), head(standard), atol=1e-4, rtol=0)
+    assert torch.equal(task.network.head.weight, head.weight) == norm
 
 
 def test_a_norm_that_cannot_shift_is_left_as_it_is(runtime):
@@ -130,13 +128,9 @@ def test_padding_and_unreadable_images_are_ignored(runtime):
         prepare_head(task.network, task.normalise, batches, runtime, fit=True)
         heads.append(task.network.head.weight.clone())
     assert torch.equal(*heads)
-
-
-def test_no_readable_image_is_an_error(runtime):
-    task = make_classifier()
-    batches = [batch | {"weight": torch.zeros(8)} for batch in make_batches()]
-    with pytest.raises(ValueError, match=r"^task\.head: 0 images could be read .* set task\.head=drawn"):
-        prepare_head(task.network, task.normalise, batches, runtime, fit=True)
+    unreadable = [batch | {"weight": torch.zeros(8)} for batch in batches]
+    with pytest.raises(ValueError, match=r"^task\.head: 0 images could be read"):
+        prepare_head(task.network, task.normalise, unreadable, runtime, fit=True)
 
 
 def test_timm_networks_and_those_without_a_linear_head():
@@ -146,59 +140,61 @@ def test_timm_networks_and_those_without_a_linear_head():
         find_head(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
-@pytest.mark.parametrize("kind", ["fitted", "standardised"])
-def test_a_run_begins_with_it_and_resumes_without_it(kind, tmp_path):
-    collection = make_collection(tmp_path / "images", per_class=8)
-    overrides = common("classification", collection, tmp_path / "run", f"task.head={kind}")
-    text = run("finetune.py", [*overrides, "loop.total_steps=2"], tmp_path)
-    assert "task.head: features standardised over 24 images; " in text
-    assert ("weights fitted; of each, held out, the loss is " in text) == (kind == "fitted")
-    assert "task.head" not in run("finetune.py", [*overrides, "loop.total_steps=4"], tmp_path)
-    assert json.loads((tmp_path / "run/config.json").read_text())["task"]["head"] == kind
+# --- whole runs
 
 
-def test_one_head_on_any_number_of_ranks(tmp_path):
-    collection = make_collection(tmp_path / "images", per_class=8)
-    losses = []
-    for ranks in (1, 2):
-        folder = tmp_path / f"run{ranks}"
-        run(
-            "finetune.py", common("classification", collection, folder, "task.head=fitted", "loop.total_steps=1"),
-            tmp_path, ranks=ranks,
-        )  # fmt: skip
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses.append(next(row["loss"] for row in rows if row["kind"] == "train"))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with images of A, B and C, and of A, B and D, and a run on the first in first/."""
+    folder = tmp_path_factory.mktemp("head")
+    for classes in ("ABC", "ABD"):
+        make_collection(folder / classes, per_class=8, classes=classes)
+    finetune(folder, "ABC", "run_dir=first", "loop.total_steps=12", "optim.lr=0.005", "model.head_init_scale=1.0")
+    return folder
+
+
+def finetune(folder, data, *overrides):
+    run("finetune", [*TINY, f"data.root={data}", "loop.global_batch_size=8", *overrides], folder)
 
 
 def last_evaluation(run_dir):
     return rows(run_dir / "metrics.jsonl", "evaluate")[-1]["loss"]
 
 
-def test_a_kept_head_continues_where_its_run_ended(tmp_path):
-    collection = make_collection(tmp_path / "images", per_class=8)
-    run("finetune.py", common("classification", collection, tmp_path / "first", "loop.total_steps=12"), tmp_path)
-    given = ["loop.total_steps=1", "optim.lr=1e-12", f"init_from={tmp_path}/first"]
-    text = run(
-        "finetune.py", common("classification", collection, tmp_path / "kept", "task.head=kept", *given), tmp_path
-    )
-    assert "left at their initial values: none" in text
-    assert last_evaluation(tmp_path / "kept") == pytest.approx(last_evaluation(tmp_path / "first"), rel=1e-5)
-    # Where it resumes, what it began with is not asked for.
-    shutil.rmtree(tmp_path / "first")
-    more = common("classification", collection, tmp_path / "kept", "task.head=kept", "loop.total_steps=2", *given[1:])
-    run("finetune.py", more, tmp_path)
+@pytest.mark.parametrize("kind", ["fitted", "standardised"])
+def test_a_run_begins_with_it_and_resumes_without_it(kind, place):
+    given = ["ABC", f"task.head={kind}", f"run_dir={kind}"]
+    finetune(place, *given)
+    text = (place / kind / "log.txt").read_text()
+    assert "task.head: features standardised over 24 images; " in text
+    assert ("weights fitted; of each, held out, the loss is " in text) == (kind == "fitted")
+    finetune(place, *given, "loop.total_steps=4")
+    assert "task.head" not in (place / kind / "log.txt").read_text()[len(text) :]
 
 
-def test_a_kept_head_of_other_classes_ends_the_start(tmp_path):
-    first, other = (make_collection(tmp_path / classes, per_class=4, classes=classes) for classes in ("ABC", "ABD"))
-    run("finetune.py", common("classification", first, tmp_path / "first", "loop.total_steps=1"), tmp_path)
-    kept = ["task.head=kept", f"init_from={tmp_path}/first"]
-    text = run("finetune.py", common("classification", other, tmp_path / "run", *kept), tmp_path, expect=2)
-    assert "is of 3 classes and this run of 3, and class 2 is 'C' there and 'D' here; set task.head=drawn" in text
-    assert not (tmp_path / "run").exists()
+def test_one_head_on_any_number_of_ranks(place, tmp_path):
+    losses = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"run{ranks}"
+        overrides = common("classification", place / "ABC", folder, "task.head=fitted", "loop.total_steps=1")
+        run_ranks("finetune.py", overrides, tmp_path, ranks=ranks)
+        losses.append(rows(folder / "metrics.jsonl", "train")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_head_of_nothing_is_not_kept(tmp_path):
-    with pytest.raises(ConfigError, match=r"task\.head: kept keeps the head of init_from, and init_from is null; name"):
-        configure("finetune", [*TINY, f"data.root={tmp_path}", "task.head=kept"])
+def test_a_kept_head_continues_where_its_run_ended_and_resumes_without_it(place):
+    """init_from is read once: that run may be gone when this one resumes."""
+    shutil.copytree(place / "first", place / "before")
+    given = ["ABC", "task.head=kept", "optim.lr=1e-12", "run_dir=kept", "init_from=before"]
+    finetune(place, *given, "loop.total_steps=1")
+    assert "left at their initial values: none" in (place / "kept/log.txt").read_text()
+    assert last_evaluation(place / "kept") == pytest.approx(last_evaluation(place / "first"), rel=1e-5)
+    shutil.rmtree(place / "before")
+    finetune(place, *given, "loop.total_steps=2")
+    assert "resumed from" in (place / "kept/log.txt").read_text()
+
+
+def test_a_kept_head_of_other_classes_ends_the_start(place):
+    with pytest.raises(UserError, match=r"^task\.head: .* class 2 is 'C' there and 'D' here"):
+        finetune(place, "ABD", "task.head=kept", "init_from=first", "run_dir=other")
+    assert not (place / "other").exists()

@@ -23,7 +23,7 @@ PREDICTED = torch.randint(0, CLASSES, (SAMPLES,), generator=GENERATOR)
 SCORES = torch.randint(0, 9, (SAMPLES,), generator=GENERATOR).float()  # with ties
 VALID = torch.rand(SAMPLES, generator=GENERATOR) > 0.3
 FEATURES = torch.randn(SAMPLES, 8, generator=GENERATOR) + 2 * torch.nn.functional.one_hot(LABELS, 8)
-SPLITS = [[SAMPLES], [1] * SAMPLES, [7, 20, 1, 32]]
+SPLITS = [[1] * SAMPLES, [7, 20, 1, 32]]
 
 
 def batches(split, *columns):
