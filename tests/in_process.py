@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
+import engine.learner
 from data.glyphs import GLYPHS_VERSION
 from data.manifest_writer import write_manifest
 from tests.support import make_collection
@@ -103,6 +105,25 @@ def run(script: str, overrides: Sequence[str], folder: Path) -> str:
     config, job = configure(script, overrides)
     with working_in(folder):
         return load_command(script).main(config, job)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+def run_until_killed(script: str, overrides: Sequence[str], folder: Path, step: int) -> None:
+    """Run a script's body that dies before update `step` (counted from 0)."""
+    train_step = engine.learner.train_step
+
+    def fatal(*arguments, **named):
+        if named["step"] == step:
+            raise Killed
+        return train_step(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.learner, "train_step", fatal)
+        with pytest.raises(Killed):
+            run(script, overrides, folder)
 
 
 def run_command(script: str, arguments: Sequence[str], folder: Path, monkeypatch: Any) -> int:

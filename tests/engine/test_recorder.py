@@ -12,7 +12,7 @@ import torch
 import engine.meters
 import engine.recorder
 import utils.record.plots
-from engine.meters import TrainingClock, peak_memory_gib
+from engine.meters import peak_memory_gib
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
@@ -46,20 +46,18 @@ def drawn(tmp_path, monkeypatch):
 
 
 def test_evaluations_in_quick_succession_draw_in_a_twentieth_of_the_time(drawn):
+    """The last evaluation and steps that were asked for are always drawn."""
     recorder, steps, clock = drawn
-    for step in range(1, 100):
-        clock["now"] += 2.0
-        recorder.plot(step, may_skip=True)
-    assert len(steps) == pytest.approx(99 * 2 / 21, abs=1) and steps[0] == "step 5: plotting"  # not in the first 10 s
-
-
-def test_the_last_evaluation_and_steps_that_were_asked_for_are_always_drawn(drawn):
-    recorder, steps, _ = drawn
     recorder.plot(1, may_skip=True)
     recorder.plot(2, may_skip=True)
     recorder.plot(3)
+    assert steps == ["step 3: plotting"]
+    for step in range(4, 100):
+        clock["now"] += 2.0
+        recorder.plot(step, may_skip=True)
+    assert len(steps) == pytest.approx(96 * 2 / 21, abs=2)
     recorder.plot(100, may_skip=True)
-    assert steps == ["step 3: plotting", "step 100: plotting"]
+    assert steps[-1] == "step 100: plotting"
 
 
 # -------------------------------------------------------------------------------------------------- readings of epochs
@@ -124,19 +122,6 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder.close(completed_step=None)
 
 
-def test_a_checkpoint_without_seconds_begins_at_none(tmp_path, clock):
-    recorder = make_recorder(tmp_path)
-    state = {"step": 14, **recorder.state()}
-    del state["clock"]
-    recorder.load_state(state)
-    recorder.open(14, str)
-    train_to(recorder, clock, 14, 20)
-    recorder.end_epoch(20, 1, {})
-    assert last_row(recorder)["seconds"] == pytest.approx(1.2)
-    assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
-    recorder.close(completed_step=None)
-
-
 @pytest.mark.parametrize(
     "is_older, own, peak",
     [(False, 1.25, 3.0), (False, 4.5, 4.5), (True, 1.25, 1.25)],
@@ -147,7 +132,7 @@ def test_the_peak_of_memory_goes_on_after_a_resumption(is_older, own, peak, tmp_
     monkeypatch.setattr(engine.meters, "peak_memory_gib", lambda device: 3.0)
     state = {"step": 14, **json.loads(json.dumps(make_recorder(tmp_path).state()))}
     if is_older:
-        del state["peak_memory_gib"]
+        del state["peak_memory_gib"], state["clock"]
     monkeypatch.setattr(engine.meters, "peak_memory_gib", lambda device: own)
     recorder = make_recorder(tmp_path)
     recorder.load_state(state)
@@ -155,10 +140,6 @@ def test_the_peak_of_memory_goes_on_after_a_resumption(is_older, own, peak, tmp_
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["peak_memory_gib"] == recorder.state()["peak_memory_gib"] == peak
     recorder.close(completed_step=None)
-
-
-def test_an_epoch_that_took_no_time_has_no_speed(clock):
-    assert TrainingClock().end_epoch(10) != TrainingClock().end_epoch(10)  # NaN, which is null in a row
 
 
 def test_the_peak_of_memory_is_that_of_the_kernel():
@@ -189,7 +170,7 @@ def read_log(folder):
 def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
     """Two steps an epoch: a run of three steps that goes on to five and six has the rows of one of six."""
     images = make_images(tmp_path / "images")
-    common = [*TINY, f"data.root={images}", "run_dir=run", "schedule=constant", "schedule.warmup_epochs=0"]
+    common = [*TINY, f"data.root={images}", "run_dir=run", "schedule=onecycle", "task.label_smoothing=0"]
     run("finetune", [*common, "loop.total_steps=3"], tmp_path)
     part = read_log(tmp_path)
     assert [(line["step"], line["epoch"]) for line in part] == [("2", "1"), ("3", "2")]
@@ -207,17 +188,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
         assert float(line["train/loss"]) == pytest.approx((losses[step - 1] + losses[step]) / 2)
         first = float(lines[step // 2 - 2]["seconds"]) if step > 2 else 0.0
         assert float(line["images_per_sec"]) == pytest.approx(8 / (float(line["seconds"]) - first))
-
-
-def test_the_log_of_a_resumed_run_has_every_column(tmp_path):
-    images = make_images(tmp_path / "images")
-    common = [*TINY, f"data.root={images}", "run_dir=run", "schedule=onecycle", "task.label_smoothing=0"]
-    run("finetune", [*common, "loop.total_steps=3"], tmp_path)
-    run("finetune", [*common, "loop.total_steps=6"], tmp_path)
-    lines = read_log(tmp_path)
     columns = ["epoch", "train/loss", "train/accuracy", "loss", "top1", "top2", "lr", "momentum"]
     columns += ["images_per_sec", "seconds", "peak_memory_gib"]
-    assert [name for name in columns if name not in lines[0]] == []
+    assert set(columns) <= set(lines[0]) and list(lines[0])[-5:] == columns[-5:]
     assert all(float(line[name]) >= 0 for line in lines for name in columns)
-    seconds = [float(line["seconds"]) for line in lines]
-    assert seconds == sorted(seconds) and seconds[0] > 0 and list(lines[0])[-5:] == columns[-5:]

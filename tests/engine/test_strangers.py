@@ -97,14 +97,10 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     assert not any("encoder" in name for name in names) and "velocity.label.weight" not in names  # bare names
     assert "label.weight" in load_file(checkpoint / "weights.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state["fingerprints"]["frozen.encoder"] == read_weights(
-        place / "flow/weights/best_weights.safetensors", "weights"
-    )[1]["frozen"]["encoder"]  # fmt: skip
-    shutil.copytree(place / "flow", place / "forged")
-    forge(
-        place / "forged/checkpoints/step_00000003",
-        lambda state: state["fingerprints"].update({"frozen.encoder": "another"}),
-    )
+    metadata = read_weights(place / "flow/weights/best_weights.safetensors", "weights")[1]
+    assert state["fingerprints"]["frozen.encoder"] == metadata["frozen"]["encoder"]
+    forged = shutil.copytree(place / "flow", place / "forged") / "checkpoints/step_00000003"
+    forge(forged, lambda state: state["fingerprints"].update({"frozen.encoder": "another"}))
     with pytest.raises(UserError, match=r"^resume: frozen\.encoder of forged has changed since the checkpoint"):
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=forged", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
@@ -119,41 +115,35 @@ def test_labels_are_dropped_in_training_only(place):
 def predictions(place, output, **values):
     """Predict the validation images, with all tags; returns the file's rows."""
     config = {
-        "top": 2,
-        "threshold": 0.0,
-        "batch_size": 3,
-        "max_pixels": 10**6,
-        "device": "cpu",
-        "workers": 0,
-        "dry_run": False,
-    }
-    call(predict, place, **{**config, "input": "images/val", "output": output, **values})
+        "input": "images/val", "top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu",
+        "workers": 0, "dry_run": False,
+    }  # fmt: skip
+    call(predict, place, **{**config, "output": output, **values})
     with open(place / output, newline="") as stream:
         return list(csv.DictReader(stream)) if output.endswith(".csv") else [json.loads(line) for line in stream]
 
 
-def test_tags_and_features_are_exported_and_predicted(place):
-    for task in ("tagging", "multicrop"):
-        call(export, place, run_dir=task, **EXPORT)
-        found = [predictions(place, "found.jsonl", weights=weights) for weights in (task, f"{task}/export/model.onnx")]
-        assert len(found[0]) == 4 and [row["path"] for row in found[0]] == [row["path"] for row in found[1]]
-        if task == "tagging":
-            for ours, exported in zip(*found):
-                assert ours["probs"] == pytest.approx(exported["probs"], abs=1e-5)
-            likely = [[tag for tag, prob in row["probs"].items() if prob >= 0.5] for row in found[0]]
-            table = predictions(place, "tags.csv", weights=task, threshold=0.5)
-            assert [row["tags"] for row in table] == [", ".join(tags) for tags in likely]
-            assert all(0 < len(tags) < len(row["probs"]) for tags, row in zip(likely, found[0]))
-        else:
-            vectors = [torch.tensor([row["features"] for row in given]) for given in found]
-            assert vectors[0].shape == (4, 32)
-            torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
-
-
-def test_tags_go_to_transformers_with_their_names(place):
+def test_tags_are_exported_and_predicted(place):
+    call(export, place, run_dir="tagging", **EXPORT)
+    ours, exported = (predictions(place, "tags.jsonl", weights=f"tagging{file}") for file in ("", "/export/model.onnx"))
+    assert len(ours) == 4 and [row["path"] for row in ours] == [row["path"] for row in exported]
+    assert all(one["probs"] == pytest.approx(other["probs"], abs=1e-5) for one, other in zip(ours, exported))
+    likely = [[tag for tag, prob in row["probs"].items() if prob >= 0.5] for row in ours]
+    table = predictions(place, "tags.csv", weights="tagging", threshold=0.5)
+    assert [row["tags"] for row in table] == [", ".join(tags) for tags in likely]
+    assert all(0 < len(tags) < len(row["probs"]) for tags, row in zip(likely, ours))
     call(export, place, run_dir="tagging", **{**EXPORT, "format": "transformers"})
     config = json.loads((place / "tagging/export/transformers/config.json").read_text())
     assert config["problem_type"] == "multi_label_classification" and config["id2label"]["7"].startswith("tag ")
+
+
+def test_features_are_exported_and_predicted(place):
+    call(export, place, run_dir="multicrop", **EXPORT)
+    files = ("", "/export/model.onnx")
+    found = [predictions(place, "features.jsonl", weights=f"multicrop{file}") for file in files]
+    vectors = [torch.tensor([row["features"] for row in given]) for given in found]
+    assert vectors[0].shape == (4, 32)
+    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_task_has_no_output_for_is_refused(place):

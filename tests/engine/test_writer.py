@@ -10,7 +10,7 @@ import torch
 
 from engine.writer import CheckpointWriter, HostCopies
 from utils.errors import UserError, lost_worker
-from utils.io.files import AppendFile, ignore_write_errors
+from utils.io.files import AppendFile
 
 
 def groups(value):
@@ -69,16 +69,19 @@ def test_a_refusal_is_raised_by_finish_and_stops_what_follows(log):
     assert written == [] and "saved" not in log.text
     with pytest.raises(UserError, match="/x does not take it"):
         writer.finish()
+    submit(writer, groups(3.0), refuse)
+    writer.close()  # reports what it does not raise
+    assert "/x does not take it" in log.text and not writer.failed
 
 
 @pytest.mark.parametrize("in_background", [True, False])
 def test_a_refusal_is_ignored_where_the_run_retries_but_not_at_the_end(in_background, log):
     writer, written = CheckpointWriter(in_background=in_background, retries=True), []
     submit(writer, groups(1.0), refuse)
-    submit(writer, groups(2.0), written.append, "saved the second")
-    assert not writer.failed and "tries again at its next save (loop.on_failed_save=retry)" in log.text
+    submit(writer, groups(2.0), written.append)
+    assert not writer.failed and "(loop.on_failed_save=retry)" in log.text
     submit(writer, groups(3.0), refuse)
-    assert len(written) == 1 and "saved the second" in log.text
+    assert len(written) == 1
     with pytest.raises(UserError):
         writer.finish()
 
@@ -90,20 +93,6 @@ def test_a_defect_is_always_raised():
     assert writer.failed
     with pytest.raises(KeyError):
         writer.finish()
-
-
-def test_close_reports_errors_that_are_not_raised(log):
-    writer = CheckpointWriter(in_background=True, retries=False)
-    submit(writer, groups(1.0), refuse)
-    writer.close()
-    assert "/x does not take it" in log.text and not writer.failed
-
-
-def test_copies_are_contiguous_for_any_order_of_axes():
-    last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    copies, event = HostCopies().take({"task": {"x": last, "n": torch.tensor(3), "b": last.bfloat16()}})
-    assert event is None and copies["task"]["x"].is_contiguous() and torch.equal(copies["task"]["x"], last)
-    assert copies["task"]["n"] == 3 and copies["task"]["b"].dtype == torch.bfloat16
 
 
 @pytest.mark.gpu
@@ -135,19 +124,10 @@ def test_rows_that_the_disk_refuses_come_later_and_in_order(tmp_path, monkeypatc
     rows.sync()
     rows.close()
     assert path.read_text() == "a\nb\nc\nd\n"
-
-
-def test_what_the_disk_never_accepted_is_reported_at_the_end(log):
-    rows = AppendFile(Path("/dev/full"))
-    rows.write("abc\n")
-    rows.close()
-    assert "/dev/full lacks its last 4 bytes, which the disk refused" in log.text
-
-
-def test_a_file_that_will_be_rewritten_only_warns(tmp_path, log):
-    with ignore_write_errors(tmp_path / "curves.png"):
-        raise OSError(28, "No space left on device")
-    assert "curves.png cannot be written (No space left on device); it will be rewritten" in log.text
+    lost = AppendFile(Path("/dev/full"))
+    lost.write("abc\n")
+    lost.close()
+    assert "/dev/full lacks its last 4 bytes" in log.text
 
 
 # --- a loader's worker
@@ -156,16 +136,11 @@ def test_a_file_that_will_be_rewritten_only_warns(tmp_path, log):
 DEAD = {
     "DataLoader worker (pid 12) is killed by signal: Killed. ": "worker 12 of this rank has ended (is killed by",
     "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "worker 12, 13 of this rank has ended (exited un",
-    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-    "shared memory.": "(is killed by signal: Bus error. It is possible",
 }
 
 
 @pytest.mark.parametrize(("said", "named"), DEAD.items())
 def test_what_torch_says_of_a_dead_worker_becomes_advice(said, named):
     message = lost_worker(RuntimeError(said))
-    assert named in message and message.startswith("runtime.workers: ") and "The same command resumes" in message
-
-
-def test_other_errors_are_none_of_it():
-    assert lost_worker(RuntimeError("shapes differ")) is None and lost_worker(KeyError("DataLoader worker")) is None
+    assert message.startswith("runtime.workers: ") and named in message
+    assert lost_worker(RuntimeError("shapes differ")) is None and lost_worker(KeyError(said)) is None

@@ -126,8 +126,23 @@ def hang_reading(position):
     data.loader.SampleReader.__getitem__ = hanging
 
 
-if __name__ == "__main__":
-    name, *amounts = os.environ["TROUBLE"].split()
+# What the troubles replace.
+PATCHED = (
+    (data.loader.EvaluationLoader, "__iter__"),
+    (data.loader.SampleReader, "__getitem__"),
+    (engine.checkpoint, "sha256_file"),
+    (engine.checkpoint, "write_tensors"),
+    (engine.learner, "train_step"),
+    (engine.tasks.classification.ClassificationTask, "forward"),
+)
+
+
+def start(name, *amounts):
+    """Begin a trouble in this process."""
     kinds = (slow_evaluation, slow_save, full_disk, nan, kill_rank, kill_worker, lose_images, hang_reading)
     {kind.__name__: kind for kind in kinds}[name](*amounts)
+
+
+if __name__ == "__main__":
+    start(*os.environ["TROUBLE"].split())
     finetune.main()
