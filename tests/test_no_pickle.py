@@ -102,16 +102,9 @@ def test_a_planted_call_is_found(source):
 @pytest.mark.parametrize(
     "source",
     [
-        "task.eval()",
-        "torch.load(p, weights_only=True)",
-        "np.load(p)",
-        "re.compile(t)",
-        "torch.compile(m)",
-        "json.load(f)",
-        "from json import load\nload(f)",
-        "from re import compile\ncompile(t)",
-        "from torch import load\nload(p, weights_only=True)",
+        "task.eval()", "torch.load(p, weights_only=True)", "np.load(p)", "re.compile(t)", "torch.compile(m)",
+        "from json import load\nload(f)", "from torch import load\nload(p, weights_only=True)",
     ],
-)
+)  # fmt: skip
 def test_what_is_right_passes(source):
     assert find_unsafe(source) == []

@@ -30,19 +30,9 @@ SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
-MAKE = (
-    "install",
-    "demo",
-    "demo-full",
-    "test",
-    "test-slow",
-    "test-slurm",
-    "lint",
-    "bench",
-    "bench-gpu",
-    "simd",
-    "clean",
-)
+MAKE = {
+    "install", "demo", "demo-full", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +47,9 @@ def folder(tmp_path_factory):
 
 def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
-    assert scripts == {
-        "prepare.py",
-        "train.py",
-        "pretrain_fcmae.py",
-        "finetune.py",
-        "evaluate.py",
-        "export.py",
-        "predict.py",
-        "submit/slurm.py",
-    }
-    assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == set(MAKE)
+    root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "evaluate", "export", "predict", "submit/slurm")
+    assert scripts == {f"{name}.py" for name in root_scripts}
+    assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
     assert len(COMMANDS) == 30
 
 
@@ -112,10 +94,10 @@ def test_the_torchrun_command_is_the_one_that_is_tested():
     assert all(f'"{word}"' in source or word in ("torchrun", "finetune.py") for word in shlex.split(line))
 
 
-@pytest.mark.parametrize("target", MAKE)
-def test_every_make_target_is_there(target):
+@pytest.mark.parametrize("targets", [MAKE - {"install"}, {"install"}], ids=["others", "install"])
+def test_every_make_target_is_there(targets):
     """make accepts a phony target without a rule, too: it has nothing to do then."""
-    done = subprocess.run(["make", "-nB", target], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "-nB", *targets], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Nothing to be done" not in done.stdout, done.stdout + done.stderr
 
 
@@ -171,9 +153,9 @@ def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
         assert config["script"] == ("train" if "resnet18" in name else "finetune")
 
 
-def test_a_stage_that_fails_ends_the_demo(capfd):
-    with pytest.raises(SystemExit, match=r"demo: finetune ended with status 2; its output above says why"):
-        demo.run_stage("finetune", ["finetune.py", "bogus=1"])
+def test_a_stage_that_fails_ends_the_demo():
+    with pytest.raises(SystemExit, match="demo: finetune ended with status 2"):
+        demo.run_stage("finetune", ["-c", "raise SystemExit(2)"])
     assert demo.run_stage("nothing", ["-c", "pass"]) >= 0
 
 

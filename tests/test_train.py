@@ -47,9 +47,9 @@ def test_the_defaults_are_those_of_the_recipe(data):
     assert job.choices["augment"] == f"train_{data}"
 
 
-@pytest.mark.parametrize(("optim", "decay"), [("adamw", 0.05), ("sgd", 1e-4), ("adan", 0.02), ("sgd_train", 5e-4)])
-def test_another_optimiser_has_its_own_weight_decay(optim, decay):
-    assert configure("train", [f"optim={optim}"])[0].optim.weight_decay == decay
+def test_another_optimiser_has_its_own_weight_decay():
+    for optim, decay in {"adamw": 0.05, "sgd": 1e-4, "adan": 0.02, "sgd_train": 5e-4}.items():
+        assert configure("train", [f"optim={optim}"])[0].optim.weight_decay == decay
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
@@ -145,37 +145,20 @@ def test_a_pth_has_the_networks_own_names(weights, place, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
-REFUSED = {
-    "init_from=runs/first": "init_from: train.py begins from scratch; python finetune.py init_from=runs/first",
-    "model.pretrained=true": (
-        "model.pretrained: train.py begins from scratch; python finetune.py model.pretrained=true"
-    ),
-    "task.head=kept": (
-        "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in init_from, "
-        "or set task.head=drawn or standardised"
-    ),
-    "optim.lr=0.1": (
-        "optim.lr: 0.1 is not read, because the range test finds the rate; set lr_finder.enabled=false to train at "
-        "this rate, or optim.lr=null and optim.base_lr for the rate where the test has no answer"
-    ),
-}
+REFUSED = ["init_from=runs/first", "model.pretrained=true", "task.head=kept", "optim.lr=0.1"]
 
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_what_a_run_from_scratch_would_not_read_is_refused(override):
     with pytest.raises(ConfigError) as refused:
         configure("train", [override])
-    assert refused.value.problems == [REFUSED[override]]
+    (problem,) = refused.value.problems
+    assert problem.startswith(f"{override.partition('=')[0]}: ")
 
 
-@pytest.mark.parametrize("script", ["train", "finetune"])
-def test_classes_are_balanced_once(script):
+def test_classes_are_balanced_once():
     sampling, weights = "loop.sampling=balanced", "task.class_weights=balanced"
-    configure(script, [sampling])
-    configure(script, [weights])
-    with pytest.raises(ConfigError) as refused:
-        configure(script, [sampling, weights])
-    assert refused.value.problems == [
-        "task.class_weights: balanced, beside loop.sampling=balanced, would make up for the sizes of classes twice; "
-        "set task.class_weights=none or loop.sampling=shuffled"
-    ]
+    configure("train", [sampling])
+    configure("train", [weights])
+    with pytest.raises(ConfigError, match=r"task\.class_weights: balanced, beside loop\.sampling=balanced"):
+        configure("train", [sampling, weights])

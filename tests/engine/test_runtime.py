@@ -1,18 +1,13 @@
 """What `auto` chooses on which machine: literal tables, on machines that are not there."""
 
 import os
+import re
 
 import pytest
 import torch
 
 from engine.config import RuntimeConfig
-from engine.runtime import (
-    COMPILE_PAYS_AFTER_STEPS,
-    can_compile,
-    choose_compile,
-    choose_runtime,
-    missing_for_compile,
-)
+from engine.runtime import COMPILE_PAYS_AFTER_STEPS, can_compile, choose_compile, choose_runtime, missing_for_compile
 from utils.errors import UserError
 from utils.ranks.distributed import GPUS_VARIABLE
 
@@ -60,13 +55,11 @@ def machine(tmp_path, monkeypatch):
         ("cpu", {"programs": ["clang++"], "CXX": "clang++"}, []),
         ("cpu", {"programs": ["ccache", "g++"], "CXX": "ccache g++"}, []),
         ("cpu", {"programs": ["g++"], "CXX": "nope"}, ["the compiler that CXX names ('nope')"]),
-        ("cpu", {"programs": ["g++"], "CXX": ""}, ["the compiler that CXX names ('')"]),
         ("cpu", {"headers": None, "CXX": "nope -O3"}, ["CXX names ('nope -O3')", "headers"]),
         ("cuda", {"programs": ["gcc"]}, []),
         ("cuda", {"programs": ["clang"]}, []),
         ("cuda", {"programs": ["g++"]}, ["a compiler on the PATH (gcc or clang)"]),
         ("cuda", {"programs": ["gcc"], "CC": "nope"}, ["the compiler that CC names ('nope')"]),
-        ("cuda", {"programs": ["gcc"], "headers": None}, ["headers"]),
         ("cuda", {"programs": ["gcc"], "triton": False}, ["the package triton"]),
     ],
 )
@@ -79,10 +72,8 @@ def test_what_is_missing_is_named(device, given, missing, machine):
     if not missing:
         assert choose_compile(config, device, 1) is True
         return
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=f"^runtime.compile: true needs {re.escape(' and '.join(found))}"):
         choose_compile(config, device, 1)
-    message = f"runtime.compile: true needs {' and '.join(found)}, not found here; install that or set "
-    assert str(refused.value) == message + "runtime.compile=auto"
 
 
 @pytest.mark.parametrize("headers", ["include", None])
@@ -122,9 +113,7 @@ def chosen(monkeypatch):
     torch.use_deterministic_algorithms(deterministic)
 
 
-@pytest.mark.parametrize(
-    "capability, precision", [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")]
-)
+@pytest.mark.parametrize("capability, precision", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_a_gpu_takes_bf16_where_it_multiplies_it(capability, precision, chosen):
     runtime = chosen(capability)
     assert (str(runtime.device), runtime.precision, runtime.channels_last) == ("cuda:0", precision, True)
@@ -153,13 +142,7 @@ def test_a_cpu_takes_bf16_where_it_multiplies_it_faster(capabilities, precision,
 
 @pytest.mark.parametrize(
     "precision, deterministic, float32",
-    [
-        ("auto", False, "tf32"),
-        ("bf16", False, "tf32"),
-        ("fp32", False, "ieee"),
-        ("auto", True, "ieee"),
-        ("fp32", True, "ieee"),
-    ],
+    [("auto", False, "tf32"), ("bf16", False, "tf32"), ("fp32", False, "ieee"), ("auto", True, "ieee")],
 )
 def test_float32_is_exact_where_it_is_a_reference(precision, deterministic, float32, chosen):
     """Whatever the job before has set."""
@@ -185,21 +168,14 @@ TORCHRUN, SLURM = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4"}, "SLURM_
         (8, 8, {}, 7),
         (None, 8, {}, 7),  # a system without affinity
         (8, 64, {}, 7),
-        (64, 64, {}, 24),
         (25, 25, {}, 24),
-        (24, 24, {}, 23),
         (64, 64, TORCHRUN, 15),
         (32, 64, TORCHRUN, 7),  # a container's cores, shared by its ranks
-        (64, 64, {"LOCAL_WORLD_SIZE": "4"}, 15),
         (64, 64, {"LOCAL_WORLD_SIZE": "4", SLURM: "1"}, 15),
-        (64, 64, {SLURM: "4"}, 15),
-        (64, 64, {SLURM: "4(x2)"}, 15),
         (64, 64, {SLURM: "4,3"}, 15),
         (64, 64, {SLURM: "1,4(x2)"}, 15),
         (16, 64, {SLURM: "4(x2)"}, 15),  # each task is bound to its own cores
-        (4, 4, TORCHRUN, 1),
         (2, 2, TORCHRUN, 1),
-        (1, 1, {}, 1),
         (1, 64, {SLURM: "4(x2)"}, 1),
     ],
 )
