@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -94,11 +93,10 @@ def test_the_torchrun_command_is_the_one_that_is_tested():
     assert all(f'"{word}"' in source or word in ("torchrun", "finetune.py") for word in shlex.split(line))
 
 
-@pytest.mark.parametrize("targets", [MAKE - {"install"}, {"install"}], ids=["others", "install"])
-def test_every_make_target_is_there(targets):
+@pytest.mark.parametrize("target", sorted(MAKE))
+def test_every_make_target_is_there(target):
     """make accepts a phony target without a rule, too: it has nothing to do then."""
-    done = subprocess.run(["make", "-nB", *targets], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Nothing to be done" not in done.stdout, done.stdout + done.stderr
+    assert re.search(rf"^{target}:( .+|\n\t)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
 def few_glyphs(root):
