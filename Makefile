@@ -42,8 +42,14 @@ lint: install  ## ruff: rules and format
 bench: install  ## side-by-side measurements; run it on an idle machine
 	$(PY) bench/step_overhead.py
 
-bench-gpu: install  ## GPU tests, benches and a profile on one GPU, at most eight minutes; writes outputs/bench/gpu/
-	$(PY) bench/gpu.py
+GPU := outputs/bench/gpu
+bench-gpu: install  ## GPU tests, benches and their profiles on one GPU, at most eight minutes; writes outputs/bench/
+	mkdir -p $(GPU)
+	status=0; \
+	timeout 90 $(PY) -m pytest -q -m gpu -x --timeout=80 tests > $(GPU)/tests.txt 2>&1 || status=1; \
+	for name in pretrain_step finetune_step step_overhead; do \
+		timeout 130 $(PY) bench/$$name.py > $(GPU)/$$name.txt 2>&1 || status=1; \
+	done; tail -n 20 $(GPU)/*.txt; exit $$status
 
 simd: install  ## replace Pillow by pillow-simd (needs a C compiler and the zlib and libjpeg headers)
 	$(PY) -m pip uninstall --quiet --yes pillow

@@ -24,9 +24,25 @@ def run_command(command, log, *, may_fail=False):
     sys.stderr.write(f"{log.stem}: {seconds:.0f} s in all\n")
     if code != 0 and not may_fail:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        bench = Path(sys.argv[0]).stem
-        sys.exit(f"{bench}: {' '.join(command)} ended with status {code} ({log}):\n{tail}")
+        fail(f"{' '.join(command)} ended with status {code} ({log}):\n{tail}")
     return seconds
+
+
+def fail(message):
+    """End the bench with a message."""
+    sys.exit(f"{Path(sys.argv[0]).stem}: {message}")
+
+
+def read_settings(**defaults):
+    """Return the command line's KEY=VALUE over the defaults, as texts, and whether it says `quick`."""
+    words, given = sys.argv[1:], dict(defaults)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in given:
+            given[key] = value
+        elif word != "quick":
+            fail(f"{word!r} is neither quick nor KEY=VALUE with a key of {', '.join(defaults)}")
+    return given, "quick" in words
 
 
 def read_number(key, text, kind):
@@ -36,7 +52,7 @@ def read_number(key, text, kind):
     except ValueError:
         number = 0
     if not 0 < number < math.inf:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {key}: {text!r} is not a {'whole ' if kind is int else ''}number above 0")
+        fail(f"{key}: {text!r} is not a {'whole ' if kind is int else ''}number above 0")
     return number
 
 

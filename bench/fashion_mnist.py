@@ -38,14 +38,11 @@ import numpy as np
 import torch
 import yaml
 
-from bench.commands import ROOT, last_top1, log_of, read_number, run_command, step_windows
+from bench.commands import ROOT, fail, last_top1, log_of, read_number, read_settings, run_command, step_windows
 from bench.measure import describe_machine
 from data.idx import FILES, encode_idx
 from utils.text_table import align_columns
 
-USAGE = (
-    "usage: python bench/fashion_mnist.py source=FOLDER [timm_script=PATH] [arms=..] [seconds=240] [seeds=3] [quick]"
-)
 CLASS_NAMES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot"
 PRETRAINING_SHARE = 1 / 3
 TRAIN_SHARE = 0.46  # for train_half: the speed drifts, and half of what timm's arm really takes is its limit
@@ -85,26 +82,19 @@ def sec_per_step(windows):
 class Settings:
     """What a run of the bench was asked for, and the network that all ConvNeXt V2 have."""
 
-    def __init__(self, words):
-        given = {"source": None, "timm_script": None, "arms": None, "seconds": "240", "seeds": "3"}
-        self.quick = "quick" in words
-        for word in words:
-            key, equals, value = word.partition("=")
-            if equals and key in given:
-                given[key] = value
-            elif word != "quick":
-                sys.exit(f"fashion_mnist: {word!r} is neither quick nor one of {', '.join(given)}; {USAGE}")
+    def __init__(self):
+        given, self.quick = read_settings(source=None, timm_script=None, arms=None, seconds="240", seeds="3")
         self.seconds = read_number("seconds", given["seconds"], float)
         self.seeds = read_number("seeds", "1" if self.quick else given["seeds"], int)
         self.timm_script, self.source = given["timm_script"], given["source"]
         if self.source is None and not self.quick:
-            sys.exit(f"fashion_mnist: source is not given; name the folder of the four IDX files; {USAGE}")
+            fail("source is not given; name the folder of the four IDX files")
         if self.timm_script is not None and not Path(self.timm_script).is_file():
-            sys.exit(f"fashion_mnist: timm_script={self.timm_script} is not a file; name train.py of timm's checkout")
+            fail(f"timm_script={self.timm_script} is not a file; name train.py of timm's checkout")
         known = OURS if self.timm_script is None else (*OURS, *TIMM)
         self.arms = given["arms"].split(",") if given["arms"] else list(known)
         if wrong := [arm for arm in self.arms if arm not in known]:
-            sys.exit(f"fashion_mnist: arms: {wrong[0]!r} is not one of {', '.join(known)}; {USAGE}")
+            fail(f"arms: {wrong[0]!r} is not one of {', '.join(known)}")
         self.out = ROOT / "outputs/bench" / ("quick/fashion_mnist" if self.quick else "fashion_mnist")
         self.root = str(self.out / "collection") if self.quick else "collections/fashion_mnist"
         self.model = yaml.safe_load((ROOT / "conf/experiment/fashion_mnist/scratch.yaml").read_text())["model"]
@@ -290,7 +280,7 @@ def table(found):
 
 
 def main():
-    settings = Settings(sys.argv[1:])
+    settings = Settings()
     if settings.out.exists():  # of an earlier run of this bench
         shutil.rmtree(settings.out)
     if settings.source is None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from bench.commands import ROOT, last_top1, log_of, read_number, run_command
+from bench.commands import ROOT, last_top1, log_of, read_number, read_settings, run_command
 from utils.record.run_config import is_complete
 from utils.text_table import align_columns
 
@@ -150,13 +150,10 @@ def is_near(rate, best):
 
 
 def main():
-    given = dict(word.partition("=")[::2] for word in sys.argv[1:] if word != "quick")
-    quick = "quick" in sys.argv[1:]
-    if unknown := given.keys() - {"fashion_mnist", "steps"}:
-        sys.exit(f"lr_finder: {min(unknown)!r} is not one of fashion_mnist, steps, quick")
-    steps = read_number("steps", given.get("steps", "100" if quick else "200"), int)
+    given, quick = read_settings(fashion_mnist=None, steps=None)
+    steps = read_number("steps", given["steps"] or ("100" if quick else "200"), int)
     roots = {"made": make_images(OUT / "made")}
-    if "fashion_mnist" in given:
+    if given["fashion_mnist"] is not None:
         roots = {"fashion": link_images(Path(given["fashion_mnist"]), OUT / "fashion"), **roots}
     cases = list(itertools.product(roots, NETWORKS, OPTIMISERS))[: 1 if quick else None]
     rows = []

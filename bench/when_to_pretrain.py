@@ -26,7 +26,17 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.commands import ROOT, last_top1, log_of, read_number, read_rows, run_command, step_windows
+from bench.commands import (
+    ROOT,
+    fail,
+    last_top1,
+    log_of,
+    read_number,
+    read_rows,
+    read_settings,
+    run_command,
+    step_windows,
+)
 from bench.measure import read_group
 from data.config import DataConfig
 from data.image_data import load_collection
@@ -80,11 +90,6 @@ ARMS = {
     "fcmae": Arm(GLYPHS, "convnext", PRETRAIN, share=0.5, warmup=0.1),
 }
 SCRATCH = ("resnet18", "convnext")
-
-
-def fail(message):
-    """End the bench with a message."""
-    sys.exit(f"when_to_pretrain: {message}")
 
 
 def make_few(collection, folder):
@@ -248,13 +253,7 @@ def table(found, labels, arms, minutes):
 
 
 def main():
-    words = sys.argv[1:]
-    quick, values = "quick" in words, dict(DEFAULTS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word != "quick" and (not equals or key not in DEFAULTS):
-            fail(f"{word!r} is neither quick nor KEY=VALUE with a key of {', '.join(DEFAULTS)}")
-        values |= {key: value} if equals else {}
+    values, quick = read_settings(**DEFAULTS)
     bench = Bench(values, quick)
     found = summarise(bench.run_all())
     text = table(found, bench.labels, bench.arms, bench.minutes)
