@@ -77,7 +77,7 @@ from optim.config import KnobConfig
 from utils.ranks import distributed
 
 DEVICE = torch.device("cuda", 0)
-SIZE, BATCH, STEPS, NAMES = 64, 4, 3, [f"name {index}" for index in range(7)]
+SIZE, BATCH, STEPS, NAMES = 64, 4, 2, [f"name {index}" for index in range(7)]
 _VALUE_SHAPED = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount", "aten::equal"}
 _FUSED = {"aten::_fused_sgd_", "aten::_fused_adamw_"}
 # CUDA kernels that refuse two floating-point dtypes where the fake ones do not.
@@ -114,11 +114,8 @@ class Device(TorchDispatchMode):
             if name == "aten::equal":
                 return True
             if masks:
-                args = (
-                    args[0],
-                    [t if t is None else torch.arange(len(t), device=t.device) for t in args[1]],
-                    *args[2:],
-                )
+                indices = [t if t is None else torch.arange(len(t), device=t.device) for t in args[1]]
+                args = (args[0], indices, *args[2:])
         if name in _FUSED:
             return _check_fused(name, args, kwargs)
         if name in _ONE_DTYPE and on_device:
@@ -237,9 +234,9 @@ def fake_gpu():
 
 
 def make_setup(task):
-    """Return the kind and the setup of a task, by name; `resnet18` is a classifier with batch norm."""
-    if task == "resnet18":
-        model, task = read_group(ModelConfig, "model", "timm", name="resnet18"), "classification"
+    """Return the kind and the setup of a task, by name; `test_resnet` is a classifier with batch norm."""
+    if task == "test_resnet":
+        model, task = read_group(ModelConfig, "model", "timm", name="test_resnet"), "classification"
     else:
         small = {"depths": [1, 1], "dims": [8, 16], "stem_stride": 2, "drop_path_rate": 0.1}
         model = read_group(ModelConfig, "model", "convnextv2_atto", **small)

@@ -27,7 +27,7 @@ _METHODS = {"extractall", "read_pickle", "to_pickle"}
 
 
 def _name(node, aliases):
-    """Return the dotted name of what is called as its module has it, `?` where it is no name."""
+    """Return the dotted name of what is called as its module has it, `?` if it is no name."""
     if isinstance(node, ast.Attribute):
         return f"{_name(node.value, aliases)}.{node.attr}"
     return aliases.get(node.id, node.id) if isinstance(node, ast.Name) else "?"

@@ -5,14 +5,14 @@ What it writes is tested with whole runs, too (test_survival, test_exactness, te
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
-import torch
 
 import engine.meters
 import engine.recorder
 import utils.record.plots
-from engine.meters import peak_memory_gib
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
@@ -98,7 +98,9 @@ def test_an_epochs_row_counts_training_alone(tmp_path, clock):
         "peak_memory_gib",
     ]  # fmt: skip
     assert row["images_per_sec"] == pytest.approx(8 / 0.2) and row["seconds"] == pytest.approx(2.0)
-    assert (row["epoch"], row["lr"], row["momentum"]) == (1, 0.5, 0.9) and 0.01 < row["peak_memory_gib"] < 100
+    assert (row["epoch"], row["lr"], row["momentum"]) == (1, 0.5, 0.9)
+    (kib,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert row["peak_memory_gib"] == pytest.approx(int(kib) / 2**20, rel=0.05)
     recorder.close(completed_step=None)
 
 
@@ -140,12 +142,6 @@ def test_the_peak_of_memory_goes_on_after_a_resumption(is_older, own, peak, tmp_
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["peak_memory_gib"] == recorder.state()["peak_memory_gib"] == peak
     recorder.close(completed_step=None)
-
-
-def test_the_peak_of_memory_is_that_of_the_kernel():
-    with open("/proc/self/status") as stream:
-        (kib,) = [line.split()[1] for line in stream if line.startswith("VmHWM")]
-    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(kib) / 2**20, rel=0.05)
 
 
 @pytest.mark.parametrize("completed_step", [60, None])

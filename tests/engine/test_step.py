@@ -53,10 +53,8 @@ class Regression(Task):
         middle = [nn.BatchNorm1d(6)] if norm else []
         layers = [nn.Linear(4, 6), *middle, nn.GELU(), nn.Dropout(dropout), nn.Linear(6, 1)]
         self.network = nn.Sequential(*layers).to(dtype)
-        self.knobs_seen = []
 
     def forward(self, batch, knobs):
-        self.knobs_seen.append(knobs)
         error = self.network(batch["x"]).squeeze(1) - batch["y"]
         loss = error.square()
         if "poison_loss" in batch:
@@ -215,17 +213,6 @@ def test_a_step_that_weighs_little_is_none_that_weighs_nothing(weight):
     assert result.applied == 1 and all(each.any() for each in update.values())
 
 
-def test_a_loss_of_another_shape_than_the_weights_is_our_mistake():
-    class Mean(Regression):
-        def forward(self, batch, knobs):
-            output = super().forward(batch, knobs)
-            return StepOutput(output.loss.mean(), output.logs)
-
-    task = Mean()
-    with pytest.raises(AssertionError, match=r"loss \(\), weights \(8,\)"):
-        make_step(task, [make_batch()], descent(task))
-
-
 # --- steps that are not finite
 
 POISONS = {
@@ -325,13 +312,6 @@ def test_clipping_under_bf16_autocast():
 
 
 # --- what else a step does
-
-
-def test_knobs_reach_every_forward_pass():
-    task = Regression()
-    knobs = {"gamma": torch.tensor(0.5)}
-    make_step(task, split(make_batch(), 2), descent(task), knobs=knobs)
-    assert task.knobs_seen == [knobs] * 4
 
 
 def test_draws_of_the_forward_pass_depend_on_seed_step_micro_step_and_rank_alone(monkeypatch):
@@ -463,17 +443,8 @@ def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alo
     meter.add(result(0.0, 0.0, accuracy=(0.0, 0.0), applied=0.0))
     meter.add(result(1.0, 1.0, accuracy=(0.0, 1.0), norm=4.0))
     assert meter.means() == {"loss": 9 / 5, "accuracy": 3 / 5, "grad_norm": 2.5, "skipped_steps": 1.0}
-
-
-def test_a_mean_over_nothing_is_nan_and_means_restart():
-    meter = Meter(CPU)
-    assert meter.means() == {}
-    meter.add(result(0.0, 0.0, applied=0.0))
-    means = meter.means()
-    assert means["loss"] != means["loss"] and means["skipped_steps"] == 1.0
-    for total, count in ((3.0, 1.0), (10.0, 5.0)):
-        meter.add(result(total, count))
-        assert meter.means() == {"loss": total / count, "grad_norm": 2.0, "skipped_steps": 0.0}
+    meter.add(result(3.0, 1.0))
+    assert meter.means() == {"loss": 3.0, "grad_norm": 2.0, "skipped_steps": 0.0}  # they begin anew
 
 
 def test_a_saved_meter_continues_bit_for_bit():
@@ -505,7 +476,6 @@ GOOD, EMPTY, BAD = (1.0, 8.0), (0.0, 0.0), (0.0, 8.0)
     ("results", "last", "ends"),
     [
         ([GOOD] * 5 + [EMPTY] * EMPTY_STEPS, False, True),
-        ([EMPTY] * EMPTY_STEPS, False, True),
         ([GOOD] * 5 + [EMPTY] * (EMPTY_STEPS - 1), False, False),
         ([GOOD] * 5 + [EMPTY] * (EMPTY_STEPS - 1), True, False),
         ([EMPTY] * 3, False, False),  # a few small steps of unreadable images do not end a run,
@@ -520,9 +490,9 @@ def test_a_run_of_which_nothing_can_be_read_ends_for_any_limit(results, last, en
     if not ends:
         watch.check(step, last=last)
         return
-    with pytest.raises(UserError, match=rf"^data\.root: no image of steps \d+ to {step} could be read") as ended:
+    first = max(1, step - EMPTY_STEPS + 1)
+    with pytest.raises(UserError, match=rf"^data\.root: no image of steps {first} to {step} could be read"):
         watch.check(step, last=last)
-    assert f"steps {max(1, step - EMPTY_STEPS + 1)} to" in str(ended.value)
 
 
 @pytest.mark.parametrize(
