@@ -21,21 +21,24 @@ class UserError(ValueError):
     """Tell the user which key or file is wrong, what was found, what is allowed and what to do."""
 
 
-def lost_worker(error: Exception) -> str | None:
+def lost_worker(error: BaseException | None) -> str | None:
     """Return what to tell the user where torch says that a loader's worker process has ended, None for other errors.
 
-    torch raises it in the main thread wherever that is, so no place that reads a loader could catch it.
+    torch raises it in the main thread wherever that is, so no place that reads a loader could catch it, and another
+    error may follow from it.
     """
-    found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
-    if found is None or not isinstance(error, RuntimeError):
-        return None
-    said = " ".join(found.group(2).split()).rstrip(". ")
-    return (
-        f"runtime.workers: loader worker {found.group(1)} of this rank has ended ({said}). Most often the machine ran "
-        "out of memory (see dmesg or the scheduler's report) or out of shared memory (/dev/shm): set a lower "
-        "runtime.workers, runtime.prefetch_batches or loop.batch_size. The same command resumes from the last "
-        "checkpoint"
-    )
+    while error is not None:
+        found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
+        if found is not None and isinstance(error, RuntimeError):
+            said = " ".join(found.group(2).split()).rstrip(". ")
+            return (
+                f"runtime.workers: loader worker {found.group(1)} of this rank has ended ({said}). Most often the "
+                "machine ran out of memory (see dmesg or the scheduler's report) or out of shared memory (/dev/shm): "
+                "set a lower runtime.workers, runtime.prefetch_batches or loop.batch_size. The same command resumes "
+                "from the last checkpoint"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def close_names(name: str, known: Iterable[str]) -> str:

@@ -321,7 +321,7 @@ def test_a_disk_that_becomes_read_only(small_disk, collection, tmp_path):
 def test_a_killed_worker_is_named_with_what_to_do(collection, straight, tmp_path):
     killed, settings = tmp_path / "killed", ["loop.checkpoint_every_steps=10", "runtime.workers=2"]
     started, overrides = start_troubled(f"kill_worker 17 {tmp_path}/marker", collection, killed, *settings)
-    assert started.wait() == [70]
+    assert started.wait() == [70], started.output[-3000:]
     assert re.search(
         r"finetune\.py: runtime\.workers: loader worker \d+ of this rank has ended .* set a lower runtime\.workers",
         started.output,
