@@ -144,3 +144,6 @@ def test_what_torch_says_of_a_dead_worker_becomes_advice(said, named):
     message = lost_worker(RuntimeError(said))
     assert message.startswith("runtime.workers: ") and named in message
     assert lost_worker(RuntimeError("shapes differ")) is None and lost_worker(KeyError(said)) is None
+    following = AttributeError("what was being read")
+    following.__context__ = RuntimeError(said)
+    assert lost_worker(following) == message
