@@ -308,7 +308,9 @@ REFUSED = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_leaf_is_read(script, runs):
     fields, reads = list_fields(load_command(script).schema), runs[0][script]
-    dead = {name for name in fields - reads - PROVED if not name.startswith(REFUSED.get(script, ()))}
+    # A kind of the tests is in the schema where another test of this process has imported it.
+    elsewhere = (*REFUSED.get(script, ()), "TaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
+    dead = {name for name in fields - reads - PROVED if not name.startswith(elsewhere)}
     assert dead == set()
 
 
