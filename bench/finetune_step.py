@@ -32,7 +32,7 @@ from bench.measure import Comparison, bench_loop, build_bench_run, read_group, r
 from engine.runtime import can_compile
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
-from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 
 CLASSES, SMOOTHING, CLIP, EMA_DECAY = 1000, 0.1, 1.0, 0.9998
@@ -74,7 +74,7 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
         task, batch_size=len(batch["weight"]), epoch_steps=steps, runtime={"option": runtime, **machine},
         loop={"clip_grad_norm": CLIP, "ema_decay": EMA_DECAY if ema else None},
     )  # fmt: skip
-    stream, epochs, vote = itertools.repeat([batch]), itertools.count(), StopVote()
+    stream, epochs, vote = itertools.repeat([batch]), itertools.count(), Vote()
     return lambda: train_one_epoch(run, stream, bench_loop(), next(epochs), vote)
 
 

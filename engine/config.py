@@ -33,6 +33,7 @@ class LoopConfig(Strict):
     evaluate_raw: bool
     plot_every_steps: Positive | None
     checkpoint_every_steps: Positive
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None
     keep_checkpoints: Positive
     save_in_background: bool
     on_failed_save: Literal["stop", "retry"]

@@ -83,8 +83,8 @@ class Learner:
         """Return the scheduled values of the update that follows `step` updates."""
         return self.schedule.at(step)
 
-    def update(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
-        """Make one update from this rank's micro-batches. `stop`: this rank asks to end the run.
+    def update(self, batches: Sequence[Batch], *, ask: float = 0.0) -> StepResult:
+        """Make one update from this rank's micro-batches. `ask`: what this rank asks for (engine/step.py).
 
         Raises UserError (`loop.batch_size`) where batch norm has one value per channel.
         """
@@ -93,7 +93,7 @@ class Learner:
         try:
             result = train_step(
                 self.model, self.task, batches, self.optimizer, self.scale, knobs,
-                step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, stop=stop,
+                step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, ask=ask,
             )  # fmt: skip
         except ValueError as error:
             if _NEEDS_TWO not in str(error):

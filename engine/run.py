@@ -19,7 +19,7 @@ from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
-from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.train_one_epoch import Vote, train_one_epoch
 from optim.build import check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
@@ -165,7 +165,7 @@ def run_training(
         distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
         finished = _train(run, config)
     if not finished:
-        log.warning("stopped at step %d on request; the same command continues from there", run.step)
+        log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)
     return _summarise(run)
 
@@ -222,7 +222,7 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
         return True
     started = time.perf_counter()
     batches = streams.train.steps(run.step, plan)
-    vote = StopVote()
+    vote = Vote()
     run.recorder.start_clock(run.step)
     try:
         with run.recorder.bar.opened(run.step):

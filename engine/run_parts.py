@@ -11,6 +11,7 @@ from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import Runtime
 from engine.saver import Saver
+from engine.step import SAVE, STOP
 from engine.streams import Streams
 from engine.task import Task, fingerprint_frozen
 from optim.groups import set_peak_lr
@@ -45,10 +46,13 @@ class Run:
         """Whether all steps are done, or the best value is too old (`loop.early_stop_epochs`)."""
         return self.step >= self.plan.total_steps or self.evaluator.has_stalled
 
-    @property
-    def must_stop(self) -> bool:
-        """Whether this rank asks to end the run: a signal came, or a checkpoint could not be written."""
-        return self.stop.requested or self.saver.writer.failed
+    def asks_for(self, *, may_save: bool = False) -> float:
+        """Return what this rank asks for: STOP where a signal came or a checkpoint could not be written, SAVE where
+        one is due by time, or 0.
+        """
+        if self.stop.requested or self.saver.writer.failed:
+            return STOP
+        return SAVE if may_save and self.saver.is_due() else 0.0
 
     def use_lr(self, lr: float) -> None:
         """Take a peak learning rate that was found, in place of the configured one."""

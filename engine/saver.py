@@ -4,6 +4,7 @@ The weights of a checkpoint are a weight file of their own, which weights/last_w
 weights/ema_weights.safetensors link to: no tensor is written twice.
 """
 
+import time
 from typing import Any
 
 from engine.checkpoint import remove_old, save_checkpoint, write_errors
@@ -33,6 +34,15 @@ class Saver:
         self.writer = CheckpointWriter(in_background=loop.save_in_background, retries=loop.on_failed_save == "retry")
         self._keep = loop.keep_checkpoints
         self._refused: list[str] = []
+        self._every_minutes = loop.checkpoint_every_minutes
+        self._started, self._has_asked = time.monotonic(), False
+
+    def is_due(self) -> bool:
+        """Return, once, whether `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
+        if self._every_minutes is None or self._has_asked or not distributed.is_main():
+            return False
+        self._has_asked = time.monotonic() - self._started >= 60.0 * self._every_minutes
+        return self._has_asked
 
     def save(
         self, learner: Learner, recorder: Recorder, state: dict[str, Any], *, best_step: int | None, last: bool
@@ -61,6 +71,7 @@ class Saver:
             )
         if last:
             distributed.rank_zero_call(self.writer.finish)
+        self._started, self._has_asked = time.monotonic(), False
         recorder.start_clock(step)
 
     def write_best(self, learner: Learner, name: str, *, averaged: bool) -> None:

@@ -25,13 +25,17 @@ from utils.ranks import distributed
 from utils.ranks.sharded import holds_rows
 
 
+# What a rank may ask for in a step: to end the run, or to save. Only rank 0 asks to save, so a sum of SAVE or more tells.
+STOP, SAVE = 1.0, 0.5
+
+
 @dataclass
 class StepResult:
     """Device scalars of one step, equal on all ranks.
 
     sums: log name -> (sum, count) over all samples of the step, float64; 0 for a skipped step.
     applied: 1 where the optimiser stepped, 0 where the step was skipped.
-    stop: above 0 where a rank was asked to stop.
+    asked: the sum of what the ranks ask for, STOP and SAVE.
     weight: the sum of the samples' weights; 0, which skips the step, where no image could be read.
     losses: the losses [B] of this rank's micro-batches, detached.
     """
@@ -39,7 +43,7 @@ class StepResult:
     sums: dict[str, tuple[Tensor, Tensor]]
     grad_norm: Tensor
     applied: Tensor
-    stop: Tensor
+    asked: Tensor
     weight: Tensor
     losses: Sequence[Tensor] = ()
 
@@ -139,26 +143,26 @@ def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[
 
 
 def _reduce(
-    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, stop: bool, *, rows_only: bool
+    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, ask: float, *, rows_only: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
-    """Sum figures and flags over ranks in one collective: (sums, gradient norm, skip, stop).
+    """Sum figures and flags over ranks in one collective: (sums, gradient norm, skip, asked).
 
     A step that is not finite, or whose `weight` is 0, is skipped. `figures` begin with the loss. `rows_only`: the norm
     is that of this rank's rows, so the squares are summed over ranks.
     """
-    total = F.pad(figures, (2, 1 if rows_only else 0), value=float(stop))
+    total = F.pad(figures, (2, 1 if rows_only else 0), value=float(ask))
     # In float64 the sum of two finite float32 is finite, and any other is not.
     total[0] = ~torch.isfinite(norm + figures[0])
     if rows_only:
         total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
-    bad, stop_asked = (total[0] > 0) | (weight == 0), total[1]
+    bad, asked = (total[0] > 0) | (weight == 0), total[1]
     kept = torch.where(bad, 0.0, total).unbind()
     sums = {"loss": (kept[2], torch.where(bad, 0.0, weight.double()))}
     sums |= {name: (kept[3 + 2 * index], kept[4 + 2 * index]) for index, name in enumerate(names)}
     if rows_only:
         norm = kept[-1].sqrt().to(norm.dtype)
-    return sums, norm, bad, stop_asked
+    return sums, norm, bad, asked
 
 
 def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:
@@ -183,11 +187,11 @@ def train_step(
     seed: int,
     clip_grad_norm: float | None,
     runtime: Runtime,
-    stop: bool = False,
+    ask: float = 0.0,
 ) -> StepResult:
     """Make update number `step` (from 0) of the task from its micro-batches of this rank.
 
-    `model` is the wrapped task (engine/parallel.py); `stop`: this rank was asked to stop. No host synchronisation,
+    `model` is the wrapped task (engine/parallel.py); `ask`: what this rank asks for. No host synchronisation,
     except for timm's optimisers, which cannot skip on the device and cost one per step.
     """
     weight = step_weight(batches)
@@ -212,7 +216,7 @@ def train_step(
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if inverse_scale is not None:
         norm = norm * inverse_scale
-    sums, norm, bad, stop_asked = _reduce(_sum(rows), names, weight, norm, stop, rows_only=holds_rows(parameters))
+    sums, norm, bad, asked = _reduce(_sum(rows), names, weight, norm, ask, rows_only=holds_rows(parameters))
     _clip(grads, norm, clip_grad_norm, inverse_scale)
 
     found_inf = bad.float()
@@ -225,4 +229,4 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     before.put_back(bad)
     scale.update(applied, weight)
-    return StepResult(sums, torch.where(bad, 0.0, norm), applied, stop_asked, weight, losses)
+    return StepResult(sums, torch.where(bad, 0.0, norm), applied, asked, weight, losses)

@@ -10,39 +10,39 @@ import torch
 
 from engine.config import LoopConfig
 from engine.run_parts import Run
-from engine.step import StepResult
+from engine.step import STOP, StepResult
 from utils.contracts import Batch
 from utils.ranks import distributed
 
 
-class StopVote:
-    """Learn, without waiting for the device, whether any rank was asked to stop.
+class Vote:
+    """Learn, without waiting for the device, what the ranks ask for: to stop, or to save.
 
     On a GPU the sum over ranks is copied in the background and read one step later. All ranks read the same number, so
-    all stop at the same step.
+    all stop, or save, at the same step.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
-    def read(self, result: StepResult, requested: bool) -> bool:
-        """Return the vote on the step before (GPU ranks), or on this one."""
+    def read(self, result: StepResult, ask: float) -> float:
+        """Return what was asked for at the step before (GPU ranks), or at this one; at least STOP, SAVE or 0."""
         if not distributed.is_distributed():
-            return requested
-        if result.stop.device.type != "cuda":
-            return bool(result.stop > 0)
+            return ask
+        if result.asked.device.type != "cuda":
+            return float(result.asked)
         earlier = self._pending
-        copy, event = torch.empty((), dtype=result.stop.dtype, pin_memory=True), torch.cuda.Event()
-        copy.copy_(result.stop, non_blocking=True)
+        copy, event = torch.empty((), dtype=result.asked.dtype, pin_memory=True), torch.cuda.Event()
+        copy.copy_(result.asked, non_blocking=True)
         event.record()
         self._pending = (copy, event)
         if earlier is None:
-            return False
+            return 0.0
         earlier[1].synchronize()
-        return bool(earlier[0] > 0)
+        return float(earlier[0])
 
 
-def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: StopVote) -> bool:
+def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: Vote) -> bool:
     """Run the stream to the end of an epoch, or of the run; returns False where it was asked to stop (and has saved).
 
     Raises UserError where a checkpoint could not be written or too many steps were skipped. `stream` yields this rank's
@@ -58,7 +58,8 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
 
         # 2. The update.
         recorder.phase(learner.step, "computing")
-        result = learner.update(batches, stop=run.must_stop)
+        ask = run.asks_for(may_save=True)
+        result = learner.update(batches, ask=ask)
 
         # 3. The record.
         recorder.add_step(learner.step, batches, result)
@@ -66,7 +67,8 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         # 4. What is due. Figures come before the checkpoint, so that a resumed run has them.
         step = learner.step
         last = step == plan.total_steps
-        stopping = vote.read(result, run.must_stop)
+        asked = vote.read(result, max(ask, run.asks_for()))
+        stopping = asked >= STOP
         evaluates = plan.is_due(step, loop.evaluate_every_epochs)
         may_end = last or (evaluates and loop.early_stop_epochs is not None)
         if step % loop.log_every_steps == 0 or may_end:
@@ -78,7 +80,7 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         last = run.is_complete
         if step == end or last:
             recorder.end_epoch(step, epoch, run.evaluator.last_report)
-        if step % loop.checkpoint_every_steps == 0 or last or stopping:
+        if step % loop.checkpoint_every_steps == 0 or asked or last:
             run.save(last=last or stopping)
         if last or stopping:
             return last

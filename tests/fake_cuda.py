@@ -70,7 +70,7 @@ from engine.streams import Streams
 from engine.tasks.fcmae import patch_count
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.train_one_epoch import Vote, train_one_epoch
 from engine.writer import HostCopies
 from models.config import ModelConfig
 from optim.config import KnobConfig
@@ -277,7 +277,7 @@ def make_batch(task, setup):
 def run_steps(run, batches):
     """Run the loop until its stream ends."""
     try:
-        train_one_epoch(run, iter([batches] * STEPS), bench_loop(), 0, StopVote())
+        train_one_epoch(run, iter([batches] * STEPS), bench_loop(), 0, Vote())
     except StopIteration:
         return
     except RuntimeError as error:
@@ -340,10 +340,10 @@ def zeros(*shape):
 def run_vote():
     """Read the votes of two steps as one of several ranks does; returns the host reads."""
     with fake_gpu() as device, mock.patch.object(distributed, "is_distributed", return_value=True):
-        device.strict, vote = True, StopVote()
-        result = SimpleNamespace(stop=zeros())
-        # The first call has nothing to read; the second reads a host copy, and `Device` gives True for that.
-        assert [vote.read(result, requested=False) for _ in range(2)] == [False, True]
+        device.strict, vote = True, Vote()
+        result = SimpleNamespace(asked=zeros())
+        # The first call has nothing to read; the second reads a host copy, whose value is anything here.
+        assert vote.read(result, 0.0) == 0.0 and isinstance(vote.read(result, 0.0), float)
         return device.waits
 
 

@@ -13,6 +13,7 @@ EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = 70  # or a loader's worker: a process of the job was ended from outside
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130  # by Ctrl-C, where there was nothing to save
 
 _SHOWN = 20  # names in a message
 

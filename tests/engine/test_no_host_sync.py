@@ -17,7 +17,7 @@ from bench.measure import bench_loop, build_bench_run, read_group
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
-from engine.train_one_epoch import StopVote, train_one_epoch
+from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 from models.fcmae import draw_mask
 from optim.build import skips_on_device
@@ -138,7 +138,7 @@ def run_steps(training, batches, steps):
     """Run the loop itself until its stream ends."""
     before = training.step
     with pytest.raises(StopIteration):
-        train_one_epoch(training, iter([batches] * steps), LOOP, 0, StopVote())
+        train_one_epoch(training, iter([batches] * steps), LOOP, 0, Vote())
     assert training.step == before + steps
 
 
@@ -228,10 +228,10 @@ def test_on_a_gpu_torchs_own_check_is_silent(kind, optim, changes, precision):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_fake_cuda.py reads votes on the CPU")
 def test_on_a_gpu_ranks_read_the_vote_of_the_step_before(monkeypatch):
     monkeypatch.setattr("utils.ranks.distributed.is_distributed", lambda: True)
-    vote, results = StopVote(), [SimpleNamespace(stop=torch.tensor(stop, device="cuda")) for stop in (0.0, 1.0, 0.0)]
+    vote, results = Vote(), [SimpleNamespace(asked=torch.tensor(stop, device="cuda")) for stop in (0.0, 1.0, 0.0)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [vote.read(result, requested=False) for result in results]
+        found = [vote.read(result, 0.0) for result in results]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found == [False, False, True]
+    assert found == [0.0, 0.0, 1.0]

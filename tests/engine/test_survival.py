@@ -136,7 +136,7 @@ def test_on_a_gpu_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, prec
 # --- signals
 
 
-@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]))
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT], [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]))
 def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection, straight, tmp_path):
     """A scheduler signals the loader's workers too: they go on until their rank has saved."""
     stopped = tmp_path / "stopped"
@@ -146,6 +146,7 @@ def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(number, collection
     started.signal(number)
     assert started.wait() == [75]
     assert started.output.count(f"{number.name}: finishing the step, then saving") == 1
+    assert f"saved in {stopped}; the same command continues" in started.output and "Traceback" not in started.output
     step = rows(stopped / "metrics.jsonl")[-1]["step"]
     assert checkpoints(stopped)[-1] == f"step_{step:08d}" and step < 40
     run("finetune.py", overrides, tmp_path)
@@ -176,6 +177,17 @@ def test_a_second_signal_leaves_at_once(trouble, collection, tmp_path):
     assert started.wait(timeout=20) == [75]  # the trouble takes longer
     assert "SIGTERM again: leaving at once, without saving" in started.output
     assert checkpoints(tmp_path / "run") == before
+
+
+def test_a_checkpoint_is_due_by_time_too_and_changes_no_result(tmp_path):
+    """A run of slow steps never reaches loop.checkpoint_every_steps."""
+    make_images(tmp_path / "images")
+    settings = [*TINY, "data.root=images", "loop.total_steps=6", "loop.checkpoint_every_steps=1000"]
+    run_here("finetune", [*settings, "run_dir=plain"], tmp_path)
+    run_here("finetune", [*settings, "run_dir=timed", "loop.checkpoint_every_minutes=1e-6"], tmp_path)
+    saved = [(tmp_path / name / "log.txt").read_text().count(f"saved {name}/checkpoints/") for name in ("plain", "timed")]
+    assert saved == [1, 6]
+    assert_equal_runs(tmp_path / "plain", tmp_path / "timed", 6)
 
 
 # --- the disk

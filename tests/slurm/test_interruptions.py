@@ -39,7 +39,7 @@ def test_a_signal_saves_requeues_and_continues(cluster, images, undisturbed, tmp
     ask(cluster, "scancel", "--signal=USR2", submission.job)
     submission.wait_for(0)
     assert_nothing_lost(submission, undisturbed)
-    stopped = int(re.search(r"stopped at step (\d+) on request", submission.log()).group(1))
+    stopped = int(re.search(r"stopped at step (\d+)", submission.log()).group(1))
     assert f"resumed from {tmp_path}/run/checkpoints/step_{stopped:08d} at step {stopped}" in submission.log()
     for task, node in enumerate(cluster.names):
         assert f"[{node}, task {task}] " in submission.log(task)

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "loop.evaluate_raw",
     "loop.plot_every_steps",
     "loop.checkpoint_every_steps",
+    "loop.checkpoint_every_minutes",
     "loop.keep_checkpoints",
     "loop.save_in_background",
     "loop.on_failed_save",

@@ -140,8 +140,7 @@ class JobProcesses:
             for process in list(self._processes):
                 process.send_signal(signal.SIGTERM)
 
-        numbers = (*SIGNALS, signal.SIGINT)
-        before = {number: signal.signal(number, pass_on) for number in numbers}
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
         try:
             yield
         finally:

@@ -1,5 +1,5 @@
-"""Stop on request: SIGTERM, SIGUSR1 and SIGUSR2 ask the loop to finish its step, save and leave; a second one leaves at
-once. SIGUSR2 is what submitit has SLURM send before a preemption or the end of the time.
+"""Stop on request: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 ask the loop to finish its step, save and leave; a
+second one leaves at once. SIGUSR2 is what submitit has SLURM send before a preemption or the end of the time.
 """
 
 import os
@@ -10,11 +10,11 @@ from types import FrameType
 
 from utils.errors import EXIT_STOPPED
 from utils.ranks.job_status import note_status
-from utils.record.logging import environment_rank, place_of
+from utils.record.logging import environment_rank, is_launched, place_of
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # A launcher forwards to its ranks a signal that they received as well: one request, milliseconds apart. A second
-# request of a user or scheduler comes later.
+# request of a user or scheduler comes later; without a launcher, a tenth of this later.
 REPEAT_SEC = 2.0
 
 _current: "StopRequest | None" = None
@@ -56,8 +56,8 @@ class StopRequest:
         now = time.monotonic()
         if not self.requested:
             self.since, self.requested = now, True
-            _tell(number, ": finishing the step, then saving")
-        elif now - self.since >= REPEAT_SEC:
+            _tell(number, ": finishing the step, then saving; once more leaves at once")
+        elif now - self.since >= REPEAT_SEC * (1.0 if is_launched() else 0.1):
             _tell(number, " again: leaving at once, without saving")
             note_status(EXIT_STOPPED)
             os._exit(EXIT_STOPPED)

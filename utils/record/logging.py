@@ -106,6 +106,11 @@ def environment_rank() -> int:
     return 0
 
 
+def is_launched() -> bool:
+    """Return whether a launcher, torchrun or SLURM, has started this process."""
+    return not {"RANK", "SLURM_PROCID"}.isdisjoint(os.environ)
+
+
 def place_of(rank: int) -> str:
     """Return what marks a rank's lines: rank and node in a SLURM job of several ranks, else the rank if not 0."""
     node, ranks = os.environ.get("SLURMD_NODENAME"), os.environ.get("WORLD_SIZE")

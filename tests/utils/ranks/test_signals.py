@@ -25,7 +25,13 @@ def run(code):
 
 def test_a_signal_that_a_launcher_passes_on_is_no_second_request():
     status, said = run("    send(signal.SIGTERM); send(signal.SIGUSR1)\nassert signals.stop_requested_sec() is None")
-    assert (status, said) == (0, "SIGTERM: finishing the step, then saving\n")
+    assert (status, said) == (0, "SIGTERM: finishing the step, then saving; once more leaves at once\n")
+
+
+def test_without_a_launcher_a_second_ctrl_c_leaves_at_once(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    status, said = run("    time.sleep(0.3); send(signal.SIGINT); time.sleep(60)")
+    assert status == 75 and said.splitlines()[1:] == ["SIGINT again: leaving at once, without saving"]
 
 
 def test_a_second_request_leaves_at_once():
