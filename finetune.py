@@ -2,9 +2,8 @@ r"""Fine-tune a network for classification, from an FCMAE or another run, or fro
 
     python finetune.py init_from=outputs/pretrain_fcmae/RUN                              the embedded glyphs
     python finetune.py model=timm model.name=convnextv2_tiny.fcmae_ft_in22k_in1k model.pretrained=true \
-        data=image_folder data.root=PATH augment=light
-    torchrun --nproc_per_node=8 finetune.py model=convnextv2_base data=image_folder data.root=PATH augment=light \
-        init_from=RUN
+        data=image_folder data.root=PATH
+    torchrun --nproc_per_node=8 finetune.py model=convnextv2_base data=image_folder data.root=PATH init_from=RUN
 
 The same command resumes.
 """

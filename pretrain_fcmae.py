@@ -1,8 +1,7 @@
 r"""Pretrain a ConvNeXt V2 by FCMAE, without labels.
 
     python pretrain_fcmae.py                                                         the embedded glyphs
-    torchrun --nproc_per_node=8 pretrain_fcmae.py model=convnextv2_base data=image_folder data.root=PATH \
-        augment=pretrain
+    torchrun --nproc_per_node=8 pretrain_fcmae.py model=convnextv2_base data=image_folder data.root=PATH
 
 It trains on all images of the training split, labelled or not. The same command resumes.
 """

@@ -211,6 +211,6 @@ def build_bench_run(
     common = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never"}
     config = TrainingConfig.model_validate({**common, **values})
     size = batch_size * accum_steps
-    plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3)
+    plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3, 1e9)
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
     return build_run(task, Streams(None, {}, {}), config, plan, choose_runtime(config.runtime), folder, StopRequest())

@@ -299,6 +299,11 @@ class EvaluationLoader(_Loader):
         super().__init__(reader, machine, unreadable, on_device)
         self.batches = batches
 
+    @property
+    def samples(self) -> int:
+        """Samples over all ranks."""
+        return self.batches.samples
+
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
         return len(self.batches)

@@ -220,6 +220,11 @@ class EvaluationBatches:
         if groups is not None:
             self._groups = [(int(group), np.flatnonzero(groups == group)) for group in np.unique(groups)]
 
+    @property
+    def samples(self) -> int:
+        """Samples over all ranks."""
+        return len(self._rows)
+
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
         return sum(self._count(places) for _, places in self._groups)

@@ -14,8 +14,9 @@ Positive = Annotated[int, Field(ge=1)]
 class LoopConfig(Strict):
     """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
 
-    total_epochs: `auto` derives it from the size of the collection (engine/plan.py). early_stop_epochs: the run ends
-    after an evaluation that comes this many epochs after the best one.
+    total_epochs, evaluate_every_epochs: `auto` derives them from the collection's sizes (engine/plan.py).
+    early_stop_epochs: the run ends after an evaluation that comes this many epochs after the best one.
+    checkpoint_every_minutes: beside the steps, by the clock of rank 0; checkpoints change no result.
     """
 
     total_epochs: Literal["auto"] | Annotated[float, Field(gt=0)]
@@ -29,7 +30,7 @@ class LoopConfig(Strict):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None
     ema_warmup: bool
     log_every_steps: Positive
-    evaluate_every_epochs: Annotated[float, Field(gt=0)]
+    evaluate_every_epochs: Literal["auto"] | Annotated[float, Field(gt=0)]
     evaluate_raw: bool
     plot_every_steps: Positive | None
     checkpoint_every_steps: Positive

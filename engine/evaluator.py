@@ -32,7 +32,7 @@ class Best:
 
 @dataclass
 class Evaluator:
-    """Evaluate a learner on the evaluation streams, every `loop.evaluate_every_epochs`.
+    """Evaluate a learner on the evaluation streams, every `plan.evaluate_every_epochs`.
 
     best: of what is exported, the average where there is one; best_raw: then that of the weights themselves, where
     `loop.evaluate_raw` asks for it.
@@ -141,6 +141,6 @@ class Evaluator:
 
         def is_due(name: str) -> bool:
             every = self.streams.every_epochs.get(name)
-            return every is None or self.plan.is_due_among(step, every, self.loop.evaluate_every_epochs)
+            return every is None or self.plan.is_due_among(step, every, self.plan.evaluate_every_epochs)
 
         return {name: tracked(name, loader) for name, loader in self.streams.evaluation.items() if is_due(name)}

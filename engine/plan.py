@@ -13,6 +13,9 @@ log = get_logger(__name__)
 
 # `loop.total_epochs=auto`: enough updates for a small network from scratch, and enough epochs for a large collection.
 AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
+# `loop.evaluate_every_epochs=auto`: evaluations read at most this share of the images that training reads, and there are
+# at least so many of them.
+AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     lr: float
+    evaluate_every_epochs: float = 1.0
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
@@ -97,7 +101,8 @@ def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | 
         )
     share = global_batch_size // world_size
     unit = share if chunk is None else math.gcd(share, chunk)
-    micro = max(size for size in range(1, min(unit, cap) + 1) if unit % size == 0)
+    small = [size for size in range(1, math.isqrt(unit) + 1) if unit % size == 0]
+    micro = max(size for one in small for size in (one, unit // one) if size <= cap)
     return micro, share // micro
 
 
@@ -109,8 +114,9 @@ def make_plan(
     world_size: int,
     epoch_length: int,
     chunk: int | None = None,
+    evaluation_samples: int = 0,
 ) -> Plan:
-    """Derive the plan. Raises UserError where the batch does not divide, or the run has too many steps."""
+    """Derive the plan. evaluation_samples: what one evaluation reads. Raises UserError where the batch does not divide, or the run has too many steps."""
     micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
     if chunk is None and 2 * micro < min(loop.batch_size, micro * accum):
         log.warning(
@@ -146,7 +152,16 @@ def make_plan(
         total_steps=total,
         warmup_steps=_warmup_steps(schedule, per_epoch, total),
         lr=lr,
+        evaluate_every_epochs=_evaluate_every(loop, total / per_epoch, evaluation_samples / epoch_length),
     )
+
+
+def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
+    """Return the epochs between evaluations. epochs: of the run; share: of an epoch that one evaluation reads."""
+    if loop.evaluate_every_epochs != "auto":
+        return loop.evaluate_every_epochs
+    share *= 2 if loop.evaluate_raw and loop.ema_decay is not None else 1
+    return min(max(1.0, share / AUTO_EVALUATION_SHARE), epochs / AUTO_EVALUATIONS)
 
 
 def _total_steps(loop: LoopConfig, steps_per_epoch: float) -> int:

@@ -92,6 +92,7 @@ def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:
         world_size=distributed.planned_world_size() if config.dry_run else distributed.world_size(),
         epoch_length=streams.train.epoch_length,
         chunk=streams.train.chunk,
+        evaluation_samples=streams.evaluation_samples,
     )
 
 

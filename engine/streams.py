@@ -19,3 +19,9 @@ class Streams:
     evaluation: Mapping[str, Iterable[Batch]]
     fingerprints: Mapping[str, str]
     every_epochs: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def evaluation_samples(self) -> int:
+        """Samples that every evaluation reads, of the loaders that say how many they have."""
+        every = [loader for name, loader in self.evaluation.items() if name not in self.every_epochs]
+        return sum(getattr(loader, "samples", 0) for loader in every)

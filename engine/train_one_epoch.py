@@ -69,7 +69,7 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         last = step == plan.total_steps
         asked = vote.read(result, max(ask, run.asks_for()))
         stopping = asked >= STOP
-        evaluates = plan.is_due(step, loop.evaluate_every_epochs)
+        evaluates = plan.is_due(step, plan.evaluate_every_epochs)
         may_end = last or (evaluates and loop.early_stop_epochs is not None)
         if step % loop.log_every_steps == 0 or may_end:
             recorder.log_step(step)

@@ -38,12 +38,13 @@ SHORT = [
     "loop.global_batch_size=4",
     "loop.batch_size=2",
     "loop.log_every_steps=1",
+    "loop.evaluate_every_epochs=1",
     "loop.checkpoint_every_steps=1",
     "runtime=reference",
     "runtime.device=cpu",
     "runtime.threads=1",
 ]
-TINY = [*SMALL_MODEL, *SHORT, "data=image_folder"]
+TINY = [*SMALL_MODEL, *SHORT, "data=image_folder", "augment=glyphs"]
 
 
 def make_images(root: Path, classes: str = "AB") -> Path:

@@ -83,7 +83,7 @@ def common(task, data, run_dir, *more):
     """Return the overrides of a tiny run of a task."""
     return [
         *TINY[task],
-        *(["data=image_folder"] if task in ("fcmae", "classification") else []),
+        *(["data=image_folder", "augment=glyphs"] if task in ("fcmae", "classification") else []),
         f"data.root={data}",
         f"run_dir={run_dir}",
         "runtime=reference",
@@ -93,6 +93,7 @@ def common(task, data, run_dir, *more):
         "optim.lr=0.005",
         "schedule.warmup_steps=2",
         "loop.log_every_steps=1",
+        "loop.evaluate_every_epochs=1",
         "tracking.samples=true",
         *more,
     ]

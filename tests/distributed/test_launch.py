@@ -149,7 +149,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_continues(ranks, collecti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues(number, collection, tmp_path):
     """As srun, systemd and cgroups do it: each rank gets SIGTERM twice, and SIGUSR1 ends torchrun with its store.
 

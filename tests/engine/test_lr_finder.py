@@ -23,7 +23,7 @@ from optim.groups import set_group_values, set_peak_lr
 from optim.schedules import GroupValues
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.engine.test_onecycle_run import torchs_values
-from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
+from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
 from tests.support import assert_same_rows, rows
 from tests.support import run as run_ranks
 from utils.config.messages import ConfigError
@@ -285,7 +285,7 @@ def searched(tmp_path_factory):
     """A run with a range test: its folder and that of the working directory."""
     folder = tmp_path_factory.mktemp("search")
     images = make_images(folder / "images")
-    base = [*SMALL_MODEL, *SHORT, "model.head_init_scale=1.0", "data=image_folder", f"data.root={images}"]
+    base = [*TINY, "model.head_init_scale=1.0", f"data.root={images}"]
     run("finetune", [*base, *SEARCH, f"run_dir={folder}/run"], folder)
     return folder, base
 

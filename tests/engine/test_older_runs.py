@@ -20,7 +20,7 @@ def place(tmp_path_factory):
     """Return a folder with the old run, resumed by the same command with two more steps."""
     folder = tmp_path_factory.mktemp("old") / "copy"
     shutil.copytree(OLD, folder)
-    command = (folder / "run/overrides.txt").read_text().split()
+    command = [*(folder / "run/overrides.txt").read_text().split(), "augment=glyphs"]  # the default of then
     run("finetune", [*command, "loop.total_steps=6"], folder)
     return folder
 
@@ -36,7 +36,7 @@ def test_its_weights_are_evaluated(weights, place):
 
 
 def test_a_changed_value_is_still_refused(place):
-    command = (place / "run/overrides.txt").read_text().split()
+    command = [*(place / "run/overrides.txt").read_text().split(), "augment=glyphs"]
     with pytest.raises(UserError, match="task.label_smoothing"):
         run("finetune", [*command, "loop.total_steps=8", "task.label_smoothing=0.2"], place)
 

@@ -18,7 +18,7 @@ def read(group, name, **changes):
     return yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) | changes
 
 
-def plan(*, epoch_length, world_size=1, schedule="cosine", chunk=None, optim=None, warmup=None, **loop):
+def plan(*, epoch_length, world_size=1, evaluation_samples=0, schedule="cosine", chunk=None, optim=None, warmup=None, **loop):
     """The plan of the default files with some keys of loop, optim and schedule changed."""
     return make_plan(
         LoopConfig.model_validate(read("loop", "default", **loop)),
@@ -27,6 +27,7 @@ def plan(*, epoch_length, world_size=1, schedule="cosine", chunk=None, optim=Non
         world_size=world_size,
         epoch_length=epoch_length,
         chunk=chunk,
+        evaluation_samples=evaluation_samples,
     )
 
 
@@ -269,3 +270,24 @@ def test_due_among_evaluations_is_the_first_at_or_beyond_each_multiple(every, am
             or step * plan.global_batch_size // samples > earlier * plan.global_batch_size // samples
         ]
         assert [step for step in evaluations if plan.is_due_among(step, float(every), float(among))] == expected, plan
+
+
+# --- evaluations
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "loop", "epochs"),
+    [
+        (1_281_167, 50_000, {"total_epochs": 100}, 1.0),  # a twenty-fifth of an epoch
+        (1_000, 400, {"total_epochs": 40}, 2.0),
+        (289, 1_958, {"total_epochs": 1000}, 5 * 1_958 / 289),
+        (2_890, 19_580, {"total_epochs": 20}, 4.0),  # five times a run
+        (1_000, 400, {"total_epochs": 40, "evaluate_raw": True, "ema_decay": 0.99}, 4.0),
+        (1_000, 400, {"total_epochs": 40, "evaluate_every_epochs": 0.5}, 0.5),
+    ],
+)
+def test_evaluations_read_a_fifth_of_what_training_reads_and_come_five_times(training, validation, loop, epochs):
+    made = plan(epoch_length=training, evaluation_samples=validation, **loop)
+    assert made.evaluate_every_epochs == pytest.approx(epochs, rel=0.01)
+    due = [step for step in range(1, made.total_steps + 1) if made.is_due(step, made.evaluate_every_epochs)]
+    assert len(due) >= 5
