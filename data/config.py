@@ -99,6 +99,17 @@ class AugmentConfig(Strict):
             "channels": channels,
         }
 
+    def describe(self) -> str:
+        """Return the image size and the augmentation in a line."""
+        height, width = self.image_size_hw
+        steps = [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
+        steps += ["mirror"] if self.horizontal_flip else ["no mirror"]
+        steps += ["affine map"] if self.affine is not None else []
+        steps += ["colours"] if self.color_jitter is not None else []
+        steps += [self.rand_augment] if self.rand_augment is not None else []
+        steps += ["random erasing"] if self.random_erasing else []
+        return f"{height} x {width} px; {', '.join(steps)}"
+
     @field_validator("rand_augment")
     @classmethod
     def _is_a_policy(cls, policy: str | None) -> str | None:

@@ -42,14 +42,16 @@ def load_collection(config: DataConfig) -> Collection:
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
 
     collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
-    log.info(
-        "collection: %s, %s training and %s validation images, read by %s",
-        config.root,
-        f"{len(collection.rows('train')):,}",
-        f"{len(collection.rows('val')):,}",
-        pillow_version(),
-    )
+    log.debug("collection: %s, read by %s", describe_collection(collection), pillow_version())
     return collection
+
+
+def describe_collection(collection: Collection) -> str:
+    """Return a collection in a line: its root, splits and classes."""
+    train, val = (f"{len(collection.rows(split)):,}" for split in ("train", "val"))
+    classes = len(collection.class_names("train"))
+    labels = f" of {classes} classes" if classes else ", without labels"
+    return f"{collection.root}: {train} training and {val} validation images{labels}"
 
 
 def device_hook(views: Mapping[str, Transform], on_device: DeviceHook | None) -> DeviceHook | None:

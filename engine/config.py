@@ -61,6 +61,7 @@ class RuntimeConfig(MachineConfig):
     prefetch_batches: Positive
     sync_batchnorm: bool
     grad_checkpointing: bool
+    explain: bool
 
 
 class SweepConfig(Strict):

@@ -1,7 +1,7 @@
 """The evaluator: measures a run's weights, and keeps the best of what is exported."""
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,10 +16,13 @@ from engine.saver import Saver
 from engine.streams import Streams
 from engine.task import Report
 from utils.contracts import Batch
+from utils.record.figures import show_evaluated
 from utils.record.logging import get_logger
 from utils.record.progress import track
 
 log = get_logger(__name__)
+
+_SHOWN = 3  # figures of a report on the screen
 
 
 @dataclass
@@ -77,9 +80,20 @@ class Evaluator:
                 self._keep_best(learner, report, "best", averaged=True)
         self.last_report, self.last_step = scalars, step
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
-        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        log.info("%s", self._line(step, scalars))
         self.recorder.add_report(step, report.tables, report.images)
         self.recorder.plot(step, may_skip=not self.has_stalled)  # the curves end where the run stops early
+
+    def _line(self, step: int, scalars: Mapping[str, float]) -> str:
+        """Return an evaluation's line: the first figures of each report, and the best value so far."""
+        shown = {"": 0, "ema/": 0}
+        parts = [f"epoch {self.plan.shown_epoch(step):g}/{self.plan.epochs:g}"]
+        for name, value in scalars.items():
+            prefix = "ema/" if name.startswith("ema/") else ""
+            shown[prefix] += 1
+            if shown[prefix] <= _SHOWN:
+                parts.append(f"{show_evaluated(name)} {value:.4g}")
+        return "  ".join([*parts, *([] if self.best.value is None else [f"best {self.best.value:.4g}"])])
 
     def settle(self) -> None:
         """Wait for best weights that are being written; where the disk refused them, the best before them stays.

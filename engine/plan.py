@@ -36,6 +36,15 @@ class Plan:
         """Return the epochs read after `step` updates, as a fraction."""
         return step * self.global_batch_size / self.epoch_length
 
+    @property
+    def epochs(self) -> float:
+        """The epochs of the run, with a digit after the point."""
+        return self.shown_epoch(self.total_steps)
+
+    def shown_epoch(self, step: int) -> float:
+        """Return the epochs read after `step` updates, with a digit after the point."""
+        return round(self.epoch_at(step), 1)
+
     def epoch_end(self, epoch: int) -> int:
         """Return the step that completes epoch number `epoch`, counted from 0; the last one ends with the run."""
         return min(-(-(epoch + 1) * self.epoch_length // self.global_batch_size), self.total_steps)
@@ -134,11 +143,11 @@ def make_plan(
     lr = optim.base_lr * loop.global_batch_size / 256
     if optim.lr is not None:
         lr = optim.lr
-        log.info("optim.lr=%g is set, so optim.base_lr=%g is not used", lr, optim.base_lr)
+        log.debug("optim.lr=%g is set, so optim.base_lr=%g is not used", lr, optim.base_lr)
     else:
-        log.info("lr=%.3g: optim.base_lr=%g x %d samples / 256", lr, optim.base_lr, loop.global_batch_size)
+        log.debug("lr=%.3g: optim.base_lr=%g x %d samples / 256", lr, optim.base_lr, loop.global_batch_size)
     if isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum:
-        log.info(
+        log.debug(
             "schedule.cycle_momentum: the momentum (beta1) goes from %g to %g and back; optim's own is that of a range "
             "test only",
             schedule.momentum_high, schedule.momentum_low,
@@ -167,11 +176,11 @@ def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
 def _total_steps(loop: LoopConfig, steps_per_epoch: float) -> int:
     epochs = loop.total_epochs
     if loop.total_steps is not None:
-        log.info("loop.total_steps=%d is set, so loop.total_epochs=%s is not used", loop.total_steps, epochs)
+        log.debug("loop.total_steps=%d is set, so loop.total_epochs=%s is not used", loop.total_steps, epochs)
         return loop.total_steps
     if epochs == "auto":
         epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch)), AUTO_MOST_EPOCHS)
-        log.info(
+        log.debug(
             "loop.total_epochs=auto: %d epochs; at least %d, and for small collections more, up to %d, for %d updates",
             epochs, AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS,
         )  # fmt: skip
@@ -184,7 +193,7 @@ def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps:
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if schedule.warmup_steps is not None:
         warmup = schedule.warmup_steps
-        log.info("schedule.warmup_steps=%d is set, so schedule.warmup_epochs is not used", warmup)
+        log.debug("schedule.warmup_steps=%d is set, so schedule.warmup_epochs is not used", warmup)
     if warmup > total_steps:
         log.warning(
             "schedule.warmup_epochs or schedule.warmup_steps: a warm-up of %d steps is longer than the run; it is cut "

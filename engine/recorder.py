@@ -23,10 +23,11 @@ from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
 from utils.record.background import BackgroundTracker
+from utils.record.figures import show_duration
 from utils.record.live_plot import LivePlots, start_live_plots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
-from utils.record.progress import Bar, format_duration
+from utils.record.progress import Bar
 from utils.record.report_files import TableRow, write_report
 from utils.record.run_config import mark_complete
 from utils.record.sample_log import SampleLog
@@ -35,6 +36,9 @@ from utils.record.trackers import start_tracker
 
 log = get_logger(__name__)
 
+_BAR_SEC = 2.0  # between two movements of the bar's figures where logs are farther apart
+_ESTIMATE_STEPS = 20
+_SHORT_SEC, _LONG_SEC = 60.0, 2 * 3600.0
 _TRAINING_PHASES = ("loading", "computing")
 _FIRST_PLOT_SEC = 10.0  # a run that is shorter draws at its end alone
 _PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
@@ -70,6 +74,8 @@ class Recorder:
         self._training_clock = TrainingClock()
         self._clock = (0, 0.0)
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
+        self._moved = time.perf_counter()
+        self._device, self._first_step = runtime.device.type, (0, 0.0)
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -141,11 +147,30 @@ class Recorder:
             self._samples.add(step, batches)
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
-        """Take the result of update number `step` (from 1); nothing is read from the device."""
+        """Take the result of update number `step` (from 1); without a terminal nothing is read from the device."""
         self.log_meter.add(result)
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
         self.bar.advance(step)
+        if self.bar.is_shown and time.perf_counter() - self._moved >= _BAR_SEC:  # reads from the device
+            self._move_bar(step, self.log_meter.means(goes_on=True)["loss"], self.bar.remaining_sec(step))
+        self._estimate(step)
+
+    def _estimate(self, step: int) -> None:
+        """Say, after the first steps of this process, how long the rest takes; the very first is not counted."""
+        if self._first_step[0] == 0:
+            self._first_step = (step, time.perf_counter())
+        first, since = self._first_step
+        if step - first == _ESTIMATE_STEPS:
+            each = (time.perf_counter() - since) / _ESTIMATE_STEPS
+            left_sec = each * (self._plan.total_steps - step)
+            if left_sec > _SHORT_SEC:
+                log.info("about %s for the steps that are left, without evaluations", show_duration(left_sec))
+            if self._device == "cpu" and left_sec > _LONG_SEC:
+                log.info(
+                    "on a CPU that is long: half of augment.image_size_hw is a quarter of the work; a smaller model or "
+                    "fewer loop.total_epochs make it shorter, too"
+                )
 
     def add_row(self, step: int, kind: str, figures: dict[str, Any]) -> None:
         """Write a row of metrics, on rank 0."""
@@ -186,13 +211,11 @@ class Recorder:
             self._live_plots.check()
         left_sec = self.bar.remaining_sec(step)
         log.info(
-            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.2f  %.0f images/s  ETA %s",
-            step, plan.total_steps, plan.epoch_at(step), means["loss"], values.lr, means["grad_norm"],
-            images_per_sec, format_duration(left_sec),
+            "step %d/%d (epoch %.4g)  train loss %.4g  lr %.3g  %s images/s  %s left",
+            step, plan.total_steps, plan.shown_epoch(step), means["loss"], values.lr,
+            f"{images_per_sec:,.0f}" if images_per_sec >= 10 else f"{images_per_sec:.2g}", show_duration(left_sec),
         )  # fmt: skip
-        epochs = [plan.epoch_of(number - 1) + 1 for number in (step, plan.total_steps)]
-        figures = f"loss {means['loss']:.4f}  lr {values.lr:.2e}  {images_per_sec:,.0f} images/s"
-        self.bar.show(f"epoch {epochs[0]}/{epochs[1]}", figures, left_sec)
+        self._move_bar(step, means["loss"], left_sec)
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)
@@ -200,6 +223,12 @@ class Recorder:
         else:
             self.skips.forget(step)
         self.start_clock(step)
+
+    def _move_bar(self, step: int, loss: float, left_sec: float | None) -> None:
+        """Give the progress bar its figures."""
+        epochs = f"epoch {self._plan.shown_epoch(step):g}/{self._plan.epochs:g}"
+        self.bar.show(epochs, f"train loss {loss:.4g}  lr {self._values_at(step - 1).lr:.3g}", left_sec)
+        self._moved = time.perf_counter()
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
         """Write the epoch's row: its mean losses, the newest evaluation, the schedule, speed, time and memory.

@@ -5,18 +5,20 @@ The run folder is opened only after data and task are built, so a mistake leaves
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from logging import DEBUG, INFO
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from engine.config import MachineConfig, TrainingConfig
+from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
 from engine.resume import resume, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
+from engine.screen import end_screen, start_screen
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import Vote, train_one_epoch
@@ -55,7 +57,7 @@ def start_machine(config: MachineConfig) -> Runtime:
     """Join the ranks and decide what `auto` means on this machine."""
     device = choose_device(config.device)
     world = distributed.init_process_group(device, _GROUP_PATIENCE * config.hang_timeout_sec)
-    setup_logging(world.rank)
+    setup_logging(world.rank, explain=isinstance(config, RuntimeConfig) and config.explain)
     return choose_runtime(config)
 
 
@@ -112,7 +114,9 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
         )
 
 
-def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
+def describe_run(
+    task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job
+) -> None:
     """Check what can be checked before any image is read, and log what will run."""
     check_knobs(task, config)
     if config.runtime.parallel == "fsdp":
@@ -121,12 +125,14 @@ def describe_run(task: Task, config: TrainingConfig, plan: Plan, runtime: Runtim
     networks = trained_networks(task)
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
-    log.info("runtime: %s compile=%s", runtime.describe(), compiles)
-    log.info("plan: %s", plan.describe())
+    log.debug("runtime: %s compile=%s", runtime.describe(), compiles)
+    log.debug("plan: %s", plan.describe())
     for name, network in networks.items():
         count = sum(parameter.numel() for parameter in network.parameters())
-        log.info("%s: %s, %s parameters", name, type(network).__name__, f"{count:,}")
-    log.info("parameter groups:\n%s", Lines(groups_table(groups)))
+        log.debug("%s: %s, %s parameters", name, type(network).__name__, f"{count:,}")
+    folder = str(run_path(config, job))
+    log.info("%s", Lines(start_screen(job.script, config, plan, runtime, networks, streams.described, folder)))
+    log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -140,17 +146,19 @@ def run_training(
     runtime: Runtime,
     *,
     prepare: Callable[[], None] | None = None,
+    next_commands: Sequence[str] = (),
 ) -> str:
     """Train to the end of the plan, or from where the run folder left off; returns a line with the result.
 
-    `prepare`: called on a new run after the task has loaded `init_from`, such as to fit a head. With dry_run set,
+    `prepare`: called on a new run after the task has loaded `init_from`, such as to fit a head. `next_commands`: what
+    can be typed next, with {run} for the run folder; shown at the end. With dry_run set,
     everything is checked and logged and nothing is made. Raises UserError for what the user can fix, SystemExit(75)
     after a stop signal.
     """
     plan = derive_plan(config, streams)
-    describe_run(task, config, plan, runtime)  # refuses what it can before a folder is made
+    describe_run(task, streams, config, plan, runtime, job)  # refuses what it can before a folder is made
     if config.dry_run:
-        log.info("dry run: the run folder would be %s", run_path(config, job))
+        log.info("dry run: nothing was written")
         return f"dry run: {plan.total_steps} steps"
     if not distributed.rank_zero_call(lambda: will_resume(config, run_path(config, job))):
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
@@ -164,14 +172,14 @@ def run_training(
         run = build_run(task, streams, config, plan, runtime, folder, stop)
         resume(run, config)
         distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
-        finished = _train(run, config)
+        finished = _train(run, config, next_commands)
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)
     return _summarise(run)
 
 
-def _train(run: Run, config: TrainingConfig) -> bool:
+def _train(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bool:
     """Train with all records open; returns False where the run was asked to stop."""
     recorder = run.recorder
     try:
@@ -180,7 +188,7 @@ def _train(run: Run, config: TrainingConfig) -> bool:
         run.open_records()
         recorder.watchdog.start()
         may_train = not config.lr_finder.enabled or run.step > 0 or find_lr(run, config)
-        finished = may_train and _train_epochs(run, config)
+        finished = may_train and _train_epochs(run, config, next_commands)
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
         lost = None if known else recorder.watchdog.name_lost_ranks()
@@ -215,11 +223,14 @@ def _send_model(run: Run) -> None:
     run.recorder.add_model(*weights, metadata)
 
 
-def _train_epochs(run: Run, config: TrainingConfig) -> bool:
+def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bool:
     """Run the remaining epochs; returns False where the run was asked to stop."""
     plan, streams = run.plan, run.streams
     if run.is_complete:
-        log.info("the run is complete: %d of %d steps are done", run.step, plan.total_steps)
+        log.info(
+            "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another run_dir",
+            run.step, plan.total_steps,
+        )  # fmt: skip
         return True
     started = time.perf_counter()
     batches = streams.train.steps(run.step, plan)
@@ -232,7 +243,6 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
                     return False
     finally:
         batches.close()
-    log.info("trained to step %d in %.1f s", run.step, time.perf_counter() - started)
     if run.step < plan.total_steps:
         best, name = run.evaluator.best, run.learner.task.best_metric
         log.info(
@@ -245,6 +255,7 @@ def _train_epochs(run: Run, config: TrainingConfig) -> bool:
             "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
             streams.train.unreadable_count,
         )
+    log.info("%s", Lines(end_screen(run, time.perf_counter() - started, next_commands)))
     return True
 
 

@@ -13,12 +13,14 @@ class Streams:
     fingerprints: what must not change while a run is resumed, by configuration key, such as the collection's content.
     every_epochs: for evaluation loaders that not every evaluation needs (a probe), the epochs between two uses. The
         first evaluation at or after each multiple uses them, and so does that of the run's last step.
+    described: lines of the first screen, such as `collection` and `images`.
     """
 
     train: TrainStream
     evaluation: Mapping[str, Iterable[Batch]]
     fingerprints: Mapping[str, str]
     every_epochs: Mapping[str, float] = field(default_factory=dict)
+    described: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def evaluation_samples(self) -> int:

@@ -127,7 +127,7 @@ class CheckpointWriter:
 
     def _log_done(self) -> None:
         if self._error is None:
-            log.info("%s", self._message)
+            log.debug("%s", self._message)
 
     def _log_and_forget(self) -> None:
         """Where the run retries, log a failed write and forget it."""

@@ -31,19 +31,19 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def count_removed(num_patches: int, mask_ratio: float) -> int:
     """Return how many of `num_patches` a mask removes: all but int(num_patches * (1 - mask_ratio)).
 
-    Raises UserError (`task.mask_ratio`) unless at least two patches are kept, from which a removed one can be told, and
-    one is removed.
+    Raises UserError (`task.mask_ratio`) unless at least one patch is kept and one removed.
     Source: facebookresearch/ConvNeXt-V2:models/fcmae.py. The rounding is theirs: 19 of 49 patches are kept at 0.6.
     """
     kept = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
-    if 2 <= kept < num_patches:
+    if 1 <= kept < num_patches:
         return num_patches - kept
-    least = math.floor(1000 * (1 - 2 / num_patches)) / 1000
-    ratio = f", or a ratio above 0 and up to {least}" if least > 0 else ""
+    if num_patches < 2:
+        advice = "there is nothing to mask; raise augment.image_size_hw or lower task.patch_px"
+    else:
+        advice = f"set it above 0 and below {math.floor(1000 * (1 - 1 / num_patches)) / 1000}"
     raise UserError(
-        f"task.mask_ratio: {mask_ratio} of {num_patches} patches keeps {kept}, and FCMAE needs two visible patches or "
-        f"more and a removed one; set a larger augment.image_size_hw, a lower task.patch_px (a network of a smaller "
-        f"total stride){ratio}"
+        f"task.mask_ratio: {mask_ratio} of {num_patches} patches does not keep at least one and remove at least one; "
+        f"{advice}"
     )
 
 

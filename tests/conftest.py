@@ -23,14 +23,14 @@ def collection(tmp_path_factory):
 
 @pytest.fixture
 def log(caplog):
-    """Return caplog with what our loggers say from level INFO on, whatever other tests did to logging."""
+    """Return caplog with what our loggers say, reasons (DEBUG) too, whatever other tests did to logging."""
     ours = logging.getLogger(ROOT)
     loggers = [ours, *(logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(ROOT))]
     before = [(logger, logger.level, logger.propagate, logger.disabled) for logger in loggers]
     for logger in loggers:
         logger.disabled = False
     ours.propagate = False  # else a message comes twice
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG)
     ours.addHandler(caplog.handler)
     yield caplog
     ours.removeHandler(caplog.handler)

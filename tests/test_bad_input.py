@@ -259,7 +259,8 @@ WRONG = {
     "init_from=pretrained model.dims=[8,24]": "init_from: 12 of ... (16, 8, 2, 2)      (24, 8, 2, 2) ... Set the model",
     "pretrain_fcmae augment.image_size_hw=[15,16]": "augment.image_size_hw: [15, 16] ... task.patch_px=4",
     "pretrain_fcmae task.patch_px=3": "task.patch_px: 3 is not a multiple of the encoder's total stride 4",
-    "pretrain_fcmae task.mask_ratio=0.999": "task.mask_ratio: 0.999 ... or a ratio above 0 and up to 0.875",
+    "pretrain_fcmae task.mask_ratio=0.9": "task.mask_ratio: 0.9 of 16 patches of 4 px leaves one visible",
+    "pretrain_fcmae task.mask_ratio=0.999": "task.mask_ratio: 0.999 ... ; set it above 0 and below 0.937",
 }
 
 

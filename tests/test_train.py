@@ -99,7 +99,7 @@ def test_a_corrupt_image_is_met_in_the_range_test_and_the_run_completes(place, l
     assert [row["path"] for row in rows] == [CORRUPT] and rows[0]["reason"]
     assert log.count(f"unreadable image {CORRUPT}: ") == 1
     met = log.index(f"unreadable image {CORRUPT}: ")
-    assert met < log.index("lr_finder: takes") < log.index("trained to step 120")
+    assert met < log.index("lr_finder: takes") < log.index("finished: 120 steps in ")
     assert read_json(place / "run/complete.json") == {"step": 120}
 
 
@@ -113,7 +113,7 @@ def test_a_picture_is_drawn(name, place):
 def test_the_training_log_has_a_row_for_each_epoch(place):
     with open(place / "run/training_log.txt", newline="") as stream:
         lines = list(csv.DictReader(stream))
-    columns = ["epoch", "train/loss", "train/accuracy", "loss", "top1", "top5", "lr", "momentum", "images_per_sec"]
+    columns = ["epoch", "train_loss", "train_accuracy", "val_loss", "top1", "top5", "lr", "momentum", "images_per_sec"]
     columns += ["seconds", "peak_memory_gib"]
     assert [name for name in columns if name not in lines[0]] == []
     assert [int(line["step"]) for line in lines] == list(range(3, 121, 3))

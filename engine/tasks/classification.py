@@ -193,6 +193,11 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
         mix_probability=0.0, mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
     )  # fmt: skip
+    next_commands = (
+        *Kind.next_commands,
+        "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
+        "python export.py format=onnx run_dir={run}",
+    )
     exports = IMAGE_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:

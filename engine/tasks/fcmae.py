@@ -4,6 +4,7 @@ The loader's workers draw the mask from each sample's key, so it is the same on 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -87,11 +88,22 @@ def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
 
 
 def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequence[int]) -> int:
-    """Return the number of patches of an image. Raises UserError where patches, image and network do not fit."""
+    """Return the number of patches of an image.
+
+    Raises UserError where patches, image and network do not fit, and where a single patch would be visible: nothing of
+    the others can be told from it.
+    """
     height, width = image_size_hw
     patch_px = _patch_px(model, config)
     check_patch_grid(model.total_stride, (height, width), patch_px)
-    return (height // patch_px) * (width // patch_px)
+    count = (height // patch_px) * (width // patch_px)
+    if count - count_removed(count, config.mask_ratio) < 2:
+        raise UserError(
+            f"task.mask_ratio: {config.mask_ratio} of {count} patches of {patch_px} px leaves one visible, of which "
+            f"nothing can be learned; set a larger augment.image_size_hw (it is {height} x {width}), a lower "
+            "task.mask_ratio, or a model of a smaller total stride, such as model=convnextv2_glyph"
+        )
+    return count
 
 
 class FCMAETask(Task):
@@ -184,7 +196,7 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
         streams, every = super().streams(data, setup, config), setup.task.probe.every_epochs
         probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
-        return Streams(streams.train, streams.evaluation, streams.fingerprints, probes)
+        return replace(streams, every_epochs=probes)
 
     def evaluation(
         self, data: ImageData, setup: Setup[FCMAETaskConfig], *, training: bool
@@ -228,6 +240,7 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
     pipeline = FCMAEPipeline()
     scripts = ("pretrain_fcmae",)
     output = "features"
+    next_commands = ("python finetune.py init_from={run}", *Kind.next_commands)
     exports = IMAGE_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:

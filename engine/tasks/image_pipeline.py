@@ -10,7 +10,7 @@ from pydantic import model_validator
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, training_views
-from data.image_data import ImageData, load_collection
+from data.image_data import ImageData, describe_collection, load_collection
 from data.loader import Fields
 from data.rows import spread, training_rows
 from data.source import ImageFiles
@@ -25,6 +25,9 @@ from models.config import ModelConfig
 from models.predictor import check_metadata
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class ImageTrainingConfig(TrainingConfig):
@@ -62,7 +65,9 @@ class ImagePipeline(Generic[Config]):
         self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int
     ) -> ImageData:
         """Open a collection to evaluate a task on it."""
-        return self._open(config, setup.model, runtime, seed, batch_size, None)
+        data = self._open(config, setup.model, runtime, seed, batch_size, None)
+        log.info("%s", describe_collection(data.collection))
+        return data
 
     def open_training(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a training run; unreadable images are listed in its folder, `run_path`."""
@@ -115,7 +120,8 @@ class ImagePipeline(Generic[Config]):
             )
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         fingerprints = {**data.fingerprints, **setup.fingerprints()}
-        return Streams(train, self.evaluation(data, setup, training=True), fingerprints)
+        described = {"collection": describe_collection(collection), "images": config.augment.describe()}
+        return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
 
     def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""

@@ -101,7 +101,7 @@ class Kind(Generic[Config]):
 
     config: the schema of its `task` group; model_schema: of its `model` group. scripts: the root scripts that train it.
     output: what its network makes of one image, a name in models/outputs.py; None where it makes nothing of an image
-    alone. fact_names: the facts that its task reads. foreign: the config as which weights that are not ours are
+    alone. next_commands: what can be typed after a run. fact_names: the facts that its task reads. foreign: the config as which weights that are not ours are
     measured; None where they cannot be. exports: the formats that export.py writes, by name.
     """
 
@@ -113,6 +113,7 @@ class Kind(Generic[Config]):
     fact_names: ClassVar[tuple[str, ...]] = ()
     foreign: ClassVar[TaskConfig | None] = None
     exports: ClassVar[Mapping[str, "Export"]] = {}
+    next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return what the task must know of the collection. Raises UserError where the collection does not suit it."""

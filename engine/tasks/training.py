@@ -24,5 +24,6 @@ def train(config: TrainingConfig, job: Job) -> str:
     # ----------------------------------------------------------------------------------------------- 4. The training
     # A new run loads init_from, then prepares what depends on the data, such as a fitted head.
     return run_training(
-        task, streams, config, job, runtime, prepare=lambda: kind.prepare(task, data, setup, config, runtime)
-    )
+        task, streams, config, job, runtime, prepare=lambda: kind.prepare(task, data, setup, config, runtime),
+        next_commands=kind.next_commands,
+    )  # fmt: skip

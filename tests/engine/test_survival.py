@@ -102,7 +102,7 @@ def test_eight_kills_leave_no_trace(task, collection, tmp_path):
 @pytest.mark.parametrize("background", slow_but(["true"], ["true", "false"]))
 def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collection, straight, tmp_path):
     killed = tmp_path / "killed"
-    settings = ["loop.checkpoint_every_steps=10", f"loop.save_in_background={background}"]
+    settings = ["loop.checkpoint_every_steps=10", f"loop.save_in_background={background}", "runtime.explain=true"]
     started, overrides = start_troubled("slow_save 0.1", collection, killed, *settings)
     wait_for(started, lambda: (killed / "checkpoints/step_00000010").exists() and "saving slowly" in
              started.output.partition("saved ")[2])  # fmt: skip

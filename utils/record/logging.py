@@ -119,11 +119,14 @@ def place_of(rank: int) -> str:
     return "" if rank == 0 else f"[rank {rank}] "
 
 
-def setup_logging(rank: int | None = None) -> None:
-    """Send messages to stderr: everything from rank 0, warnings from the others, marked with their rank."""
+def setup_logging(rank: int | None = None, *, explain: bool = False) -> None:
+    """Send messages to stderr: from rank 0 all but reasons, warnings from the others, marked with their rank.
+
+    Reasons, such as those of an `auto`, are logged as DEBUG; log.txt has them, and stderr with `explain`.
+    """
     rank = environment_rank() if rank is None else rank
     logger = logging.getLogger(ROOT)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for name in logging.root.manager.loggerDict:
         if name.split(".")[0] == ROOT:  # Hydra's `disabled` logging switches off every logger that it finds
@@ -132,7 +135,8 @@ def setup_logging(rank: int | None = None) -> None:
         logger.removeHandler(handler)
         handler.close()
     stream = _StderrHandler(sys.stderr)
-    stream.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    shown = logging.DEBUG if explain else logging.INFO
+    stream.setLevel(shown if rank == 0 else logging.WARNING)
     stream.setFormatter(_SafeFormatter("%(message)s", place_of(rank)))
     logger.addHandler(stream)
     logger.addHandler(_EarlyRecords())

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) ->
     if text != content:  # a full disk may have no room for a copy
         write_text(path, text.decode("utf-8"))
     return [row for _, row in kept]
+
+
+def _column(name: str) -> str:
+    """Return the column of an epoch's figure in training_log.txt: `train_loss` for train/loss, `val_loss` for loss."""
+    return re.sub(r"\bloss$", "val_loss", name) if not name.startswith("train/") else name.replace("/", "_", 1)
 
 
 class Rows:
@@ -99,10 +105,12 @@ class MetricsLog(Rows):
 
     def _write_csv(self) -> None:
         rows = [
-            {name: value for name, value in row.items() if name != "kind"}
+            {_column(name): f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             for row in self.rows
             if row["kind"] == "epoch"
         ]
+        for row in rows:
+            del row["kind"]
         if not rows:
             self._csv.unlink(missing_ok=True)
             return

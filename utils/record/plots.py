@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 
 from utils.io.files import write_atomically
+from utils.record.figures import show_name
 from utils.record.metrics_log import Rows
 
 matplotlib.use("Agg")
@@ -18,7 +19,7 @@ _PANEL_POINTS = 1500
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
 _SCHEDULED = ("lr", "momentum")
 _LAST = (*_SCHEDULED, "images_per_sec")
-_TITLES = {"lr": "learning rate", "images_per_sec": "images per second", "top1": "top-1"}
+_TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 _TRAINED_AS = {"top1": "accuracy"}  # figures of evaluation and of training that share a panel
 
 
@@ -116,7 +117,7 @@ def style_axes(axis: plt.Axes) -> None:
 
 def _finish_panel(axis: plt.Axes, name: str, last_step: int, steps_per_epoch: float) -> None:
     """Give a panel its title, axes and, beside its title, a legend with the newest values."""
-    axis.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_title(name, loc="left", fontsize=11, fontweight="bold", color=INK)
     style_panel(axis, last_step)
     epochs = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, last_step / steps_per_epoch)
     places = [epoch * steps_per_epoch for epoch in epochs if 0 <= epoch * steps_per_epoch <= 1.02 * last_step]
@@ -200,7 +201,7 @@ def plot_curves(metrics: Rows, path: Path, title: str) -> None:
             axis.set_yscale("log")
         if trained == "images_per_sec":
             axis.set_ylim(0, 1.15 * max(values))
-        _finish_panel(axis, _TITLES.get(evaluated, evaluated), last["step"], last["step"] / last["epoch"])
+        _finish_panel(axis, _TITLES.get(evaluated, show_name(evaluated)), last["step"], last["step"] / last["epoch"])
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     save_figure(figure, path)

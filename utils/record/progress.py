@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from utils.record.figures import show_duration
 from utils.record.logging import environment_rank, get_logger, print_through
 
 log = get_logger(__name__)
@@ -32,14 +33,6 @@ T = TypeVar("T")
 _REDRAW_SEC = 0.25
 _LOG_SEC = 60.0
 _WIDE_COLUMNS = 110  # below, figures go before the bar and the elapsed time
-
-
-def format_duration(seconds: float | None) -> str:
-    """Return hours, minutes and seconds, `27:04:05`; dashes where the duration is not known."""
-    if seconds is None:
-        return "-:--:--"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def shows_bars() -> bool:
@@ -63,7 +56,7 @@ class _EtaColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Render."""
         given = task.fields["eta_sec"]
-        return Text(f"ETA {format_duration(task.time_remaining if given is None else given)}", "cyan")
+        return Text(f"{show_duration(task.time_remaining if given is None else given)} left", "cyan")
 
 
 class _Display:
@@ -171,6 +164,11 @@ class Bar:
         if self._line is not None and _display is not None:
             _display.progress.update(self._line, description=what, figures=figures, eta_sec=eta_sec)
             _display.redraw(now=True)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it is on the screen."""
+        return self._line is not None
 
     def remaining_sec(self, done: int) -> float | None:
         """Estimate the seconds from `done` to the end by the mean speed since the bar was opened; None at the start.

@@ -182,7 +182,7 @@ def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any
     path = Path(distributed.rank_zero_call(open_on_main))
     handler = log_to_file(path / "log.txt") if distributed.is_main() else None
     try:
-        log.info("run folder: %s", path)
+        log.debug("run folder: %s", path)
         yield RunFolder(path, config, job)
     finally:
         if handler is not None:

@@ -102,7 +102,7 @@ def test_the_csv_has_a_row_an_epoch_and_the_columns_of_all(tmp_path):
     log.add(8, "epoch", {"epoch": 2, "loss": float("nan"), "top1": 0.25})
     log.close()
     assert read_csv(tmp_path) == [
-        ["step", "epoch", "loss", "top1"],
+        ["step", "epoch", "val_loss", "top1"],
         ["4", "1", "0.5", ""],
         ["8", "2", "", "0.25"],
     ]
@@ -116,7 +116,7 @@ def test_the_csv_of_a_resumed_run_has_no_repeat(tmp_path):
     log = MetricsLog(tmp_path, 6)
     log.add(8, "epoch", {"epoch": 2, "loss": 0.1})
     log.close()
-    assert read_csv(tmp_path) == [["step", "epoch", "loss"], ["4", "1", "1.0"], ["8", "2", "0.1"]]
+    assert read_csv(tmp_path) == [["step", "epoch", "val_loss"], ["4", "1", "1"], ["8", "2", "0.1"]]
 
 
 def test_the_csv_loses_the_rows_beyond_a_checkpoint_at_once(tmp_path):
@@ -126,7 +126,7 @@ def test_the_csv_loses_the_rows_beyond_a_checkpoint_at_once(tmp_path):
         log.add(4 * epoch, "epoch", {"epoch": epoch, "loss": 1.0 / epoch})
     log.close()
     MetricsLog(tmp_path, 6).close()
-    assert read_csv(tmp_path) == [["step", "epoch", "loss"], ["4", "1", "1.0"]]
+    assert read_csv(tmp_path) == [["step", "epoch", "val_loss"], ["4", "1", "1"]]
     MetricsLog(tmp_path, 2).close()
     assert not (tmp_path / "training_log.txt").exists()
 

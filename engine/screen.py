@@ -1,0 +1,77 @@
+"""What a run says on the screen at its start, after its first steps and at its end; log.txt has more."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config import TrainingConfig
+from engine.plan import Plan
+from engine.run_parts import Run
+from engine.runtime import Runtime
+from utils.record.figures import show_duration, show_evaluated
+
+def _rows(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def start_screen(
+    script: str,
+    config: TrainingConfig,
+    plan: Plan,
+    runtime: Runtime,
+    networks: Mapping[str, nn.Module],
+    data: Mapping[str, str],
+    folder: str,
+) -> str:
+    """Return the first screen. networks: what is trained; data: the lines of the collection and its images."""
+    values = config.model_dump(mode="json")
+    count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    source = "" if config.init_from is None else f", begins with {config.init_from}"
+    length = f"{plan.epochs:g} epochs of {plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
+    rows = [
+        *data.items(),
+        ("training", f"{length}, of {plan.global_batch_size} images each; evaluated every {plan.evaluate_every_epochs:.3g}"
+                     " epochs"),
+        ("rate", _rate(config, plan)),
+        ("machine", _machine(runtime, plan)),
+        ("run folder", folder),
+    ]  # fmt: skip
+    return f"{script}.py: {values['task']['name']}, {values['model']['name']}, {count:,} parameters{source}\n{_rows(rows)}"
+
+
+def _rate(config: TrainingConfig, plan: Plan) -> str:
+    """Return the peak learning rate and where it comes from."""
+    optimizer = f", {config.optim.name}, schedule {config.schedule.name}"
+    if config.lr_finder.enabled:
+        return f"found by a range test before the first update{optimizer}"
+    if config.optim.lr is not None:
+        return f"{plan.lr:.3g} (optim.lr){optimizer}"
+    return f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.global_batch_size} / 256){optimizer}"
+
+
+def _machine(runtime: Runtime, plan: Plan) -> str:
+    ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
+    batches = "" if plan.accum_steps == 1 else f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
+    name = "CPU" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
+    return (
+        f"{ranks}{name}, {runtime.precision}, {torch.get_num_threads()} threads, "
+        f"{runtime.workers} loader workers{batches}"
+    )
+
+
+def end_screen(run: Run, seconds: float, next_commands: Sequence[str]) -> str:
+    """Return the last screen of a complete run. next_commands: what to type next, with {run} for its folder."""
+    evaluator, plan, folder = run.evaluator, run.plan, run.saver.folder
+    best, metric = evaluator.best, run.learner.task.best_metric
+    rows: list[tuple[str, Any]] = []
+    if best.step is not None:
+        last = evaluator.last_report.get(f"ema/{metric}" if run.learner.exports_average else metric)
+        rows = [
+            ("best", f"{show_evaluated(metric)} {best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}"),
+            ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
+        ]
+    rows += [("curves", f"{folder.plots}/curves.png"), ("tables", f"{folder.path}/tables, training_log.txt")]
+    rows += [("next" if number == 0 else "", line.format(run=folder.path)) for number, line in enumerate(next_commands)]
+    return f"finished: {run.step:,} steps in {show_duration(seconds)}\n{_rows(rows)}"

@@ -1,0 +1,23 @@
+"""How a figure is written on the screen, in a table and over a curve."""
+
+import re
+
+
+def show_name(name: str) -> str:
+    """Return a figure's name for people: `top-5` for top5, `mean class accuracy`, `average top-1` for ema/top1."""
+    name = re.sub(r"^ema/", "average ", name)
+    return re.sub(r"\btop(\d+)\b", r"top-\1", name).replace("_", " ").replace("/", " ")
+
+
+def show_evaluated(name: str) -> str:
+    """Return the name of an evaluation's figure: its loss is the validation's."""
+    return re.sub(r"\bloss\b", "val loss", show_name(name))
+
+
+def show_duration(seconds: float | None) -> str:
+    """Return hours, minutes and seconds, `27:04:05` or `3:05`; dashes where the duration is not known."""
+    if seconds is None:
+        return "-:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
