@@ -20,7 +20,7 @@ from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
-from engine.tasks.foreign import ForeignSource, check_average, rebuild_foreign
+from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
 from engine.tasks.kind import Rebuilt, Setup
 from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import rebuild_task
@@ -78,7 +78,7 @@ class EvaluateConfig(Strict):
 def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, ImageData]:
     """Return the folder of the results, the task with the weights, and the data."""
     if config.model is not None:
-        setup = Setup(config.model, FOREIGN.foreign)
+        setup = Setup(config.model, FOREIGN.foreign, DROPPED)
         data = FOREIGN.pipeline.open(config.data, setup, runtime, seed=0, batch_size=config.batch_size)
         source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
         place = config.model.name if config.weights == "timm" else Path(config.weights).stem

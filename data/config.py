@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from utils.canvas import Background
 from utils.config.schema import PathText, Strict
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -13,11 +14,15 @@ _POLICY = re.compile(r"rand(-(m\d+|n[1-9]\d*|p[01]?\.?\d*|mstd\d+\.?\d*|mmax\d+|
 
 
 class _Data(Strict):
-    """What every collection has. `validation_fraction` is used only where the collection has no validation split."""
+    """What every collection has. `validation_fraction` is used only where the collection has no validation split.
+
+    background: under transparent images; null: white in training, and what the weights state elsewhere.
+    """
 
     root: PathText
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     max_pixels: PositiveInt
+    background: Background | None = None  # configurations of before do not state it
 
 
 class ImageFolderConfig(_Data):

@@ -1,15 +1,17 @@
-"""Decode one image file: 8 bit, upright, on white; or raise an `UnreadableImage` with the reason."""
+"""Decode one image file: 8 bit, upright, on a background; or raise an `UnreadableImage` with the reason."""
 
 import functools
 import io
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
+
+from utils.canvas import DEFAULT, background_rgb
 
 # The formats that are read, with any suffix. A closed list: some of Pillow's other readers start programs
 # (EPS runs Ghostscript), and a collection may come from strangers. TGA has no signature, so it is tried last and only
@@ -121,9 +123,20 @@ def pillow_version() -> str:
     return f"{'pillow-simd' if '.post' in PIL.__version__ else 'pillow'} {PIL.__version__}"
 
 
-def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int, background: Any = DEFAULT) -> np.ndarray:
     """Read and decode an image file, as `decode_image` does."""
-    return decode_image(read_file(path), os.fspath(path), channels, max_pixels)
+    return decode_image(read_file(path), os.fspath(path), channels, max_pixels, background)
+
+
+def has_alpha(path: str | os.PathLike[str]) -> bool:
+    """Return whether an image file has an alpha channel or transparent colour, from its header; one that is not
+    readable has none.
+    """
+    try:
+        with Image.open(path, formats=_formats_of(os.fspath(path))) as image:
+            return _is_transparent(image)
+    except Exception:  # training reports it
+        return False
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -135,17 +148,17 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         raise UnreadableImage(os.fspath(path), *_explain(error)) from error
 
 
-def decode_image(content: bytes, name: str, channels: int, max_pixels: int) -> np.ndarray:
+def decode_image(content: bytes, name: str, channels: int, max_pixels: int, background: Any = DEFAULT) -> np.ndarray:
     """Decode the first frame of a file's bytes to uint8 [H, W, channels], range 0-255, writable.
 
-    channels: 1 (grey) or 3 (RGB). EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8
+    channels: 1 (grey) or 3 (RGB). EXIF rotation is applied, transparency put on `background`, 16-bit grey scaled to 8
     bit, CMYK converted; of an icon the largest image is taken. max_pixels: a larger image is refused from its header,
     before anything is decoded; Pillow's own limit (DEFAULT_MAX_PIXELS) applies as well. name: of the file.
 
     Raises UnreadableImage for any reason: empty, cut off, damaged, not an image, too large, unsupported.
     """
     assert channels in (1, 3), channels
-    return _open(content, name, max_pixels, functools.partial(_to_array, channels=channels))
+    return _open(content, name, max_pixels, functools.partial(_to_array, channels=channels, background=background))
 
 
 def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Inspection:
@@ -237,9 +250,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in _ALPHA or "transparency" in image.info
+
+
+def _to_array(image: Image.Image, channels: int, background: Any) -> np.ndarray:
     """Decode an opened image of any mode to uint8 [H, W, channels]."""
-    return _convert(_load_upright(image)[0], channels)
+    return _convert(_load_upright(image)[0], channels, background_rgb(background))
 
 
 def _load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
@@ -255,16 +272,18 @@ def _load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
     return (image if method is None else image.transpose(method)), orientation
 
 
-def _convert(image: Image.Image, channels: int) -> np.ndarray:
+def _convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
     """Convert a loaded image of any mode to uint8 [H, W, channels]."""
     if image.mode == "F":
         raise _Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits per channel")
     if image.mode == "LAB":
         raise _Unsupported("L*a*b* colours; save the image as RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _to_eight_bit(image)
-    elif image.mode in _ALPHA or "transparency" in image.info:
-        image = _on_white(image)
+        image = _to_eight_bit(image, colour)
+    elif _is_transparent(image) and colour is not None:
+        image = _on_colour(image, colour)
+    elif image.mode == "RGBa":
+        image = image.convert("RGBA")  # Pillow converts premultiplied colours to nothing else
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)  # which copies even where there is nothing to do
     pixels = np.array(image)  # a copy: Pillow's own buffer is read-only
@@ -299,8 +318,8 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to white.
+def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
+    """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to a colour.
 
     Raises _Unsupported for 32-bit integers that do not fit 16 bits, whose range is unknown.
     """
@@ -308,29 +327,32 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
         raise _Unsupported(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
     grey = _TO_EIGHT_BIT[pixels]
-    if isinstance(clear := image.info.get("transparency"), int):
-        grey[pixels == clear] = 255
+    clear = image.info.get("transparency")
+    if isinstance(clear, int) and colour is not None:
+        coloured = np.repeat(grey[..., None], 3, axis=2)
+        coloured[pixels == clear] = colour
+        return Image.fromarray(coloured)
     return Image.fromarray(grey)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Composite an image with an alpha channel, or with a transparent palette entry or colour, on white."""
+def _on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Composite an image with an alpha channel, or with a transparent palette entry or colour, on a colour."""
     image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    canvas = Image.new("RGBA", image.size, (*colour, 255))
+    return Image.alpha_composite(canvas, image).convert("RGB")
 
 
 def _find_traits(image: Image.Image, name: str) -> Inspection:
     """Decode an opened image and return its size, and what about it its owner may not expect."""
     raw, turned = _raw_mode(image), image.format == "TIFF" and _orientation(image) in _UPRIGHT
     upright, orientation = _load_upright(image)
-    _convert(upright, 3)
+    _convert(upright, 3, background_rgb(DEFAULT))
     found = {
         "several frames": _has_frames(image),
         "CMYK": image.mode == "CMYK",
         "16 bits per channel": image.mode.startswith("I") or ";16" in raw,
         "rotated by EXIF": turned or orientation in _UPRIGHT,
-        "transparent": image.mode in _ALPHA or "transparency" in image.info,
+        "transparent": _is_transparent(image),
         "named as another format": _is_misnamed(image, name),
         "broken metadata": orientation is None,
     }

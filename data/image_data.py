@@ -14,13 +14,15 @@ import numpy as np
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
-from data.decode import pillow_version
+from data.decode import has_alpha, pillow_version
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog
+from data.rows import spread
 from data.source import ImageFiles, Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
 from data.transforms import EvalTransform, Transform
+from utils.canvas import background_of
 from utils.contracts import Batch, DeviceHook, Machine
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -29,6 +31,7 @@ from utils.record.progress import counting
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/collections")
+_LOOKED_AT = 500  # images whose headers are read at a start
 
 
 def load_collection(config: DataConfig) -> Collection:
@@ -44,6 +47,17 @@ def load_collection(config: DataConfig) -> Collection:
     collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), pillow_version())
     return collection
+
+
+def describe_transparency(collection: Collection, background: Any) -> str:
+    """Return how many images have an alpha channel, looked up in the headers of at most some of them; "" for none."""
+    rows = spread(collection.rows("train"), _LOOKED_AT)
+    count = sum(has_alpha(collection.absolute_path(int(row))) for row in rows) if distributed.is_main() else 0
+    if count == 0:
+        return ""
+    of = f"{len(rows):,} looked at" if len(rows) < len(collection.rows("train")) else f"{len(rows):,}"
+    what = "their alpha is dropped" if background == "drop" else f"put on {background}"
+    return f"; {count:,} of {of} have an alpha channel, {what} (data.background)"
 
 
 def describe_collection(collection: Collection) -> str:
@@ -106,7 +120,7 @@ def load_files(
     It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
     files, reasons = ListedFiles(paths), Reasons()
-    source = ImageFiles(files, preprocessing["channels"], max_pixels)
+    source = ImageFiles(files, preprocessing["channels"], max_pixels, background_of(preprocessing))
     views = {"images": EvalTransform.of(preprocessing)}
     reader = SampleReader(files, source, views, lambda example: {}, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)

@@ -20,7 +20,7 @@ _TREATMENT = {
     "CMYK": "converted to RGB without an ink profile",
     "16 bits per channel": "scaled to 8",
     "rotated by EXIF": "rotated upright",
-    "transparent": "placed on white",
+    "transparent": "placed on data.background (white if not set)",
     "named as another format": "read as what they are",
     "broken metadata": "ignored",
 }

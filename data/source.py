@@ -6,13 +6,14 @@ decodes what it holds, and its records may have several tensors.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from data.collection import Collection
 from data.decode import decode_image, read_file
+from utils.canvas import DEFAULT
 from utils.errors import UserError
 
 IMAGE = "image"  # the tensor of a record that views are made of
@@ -43,21 +44,24 @@ class Source(Protocol):
 
 
 class ImageFiles:
-    """The image files of a collection, as `image`, uint8 [channels, H, W]; refuses more than `max_pixels` undecoded."""
+    """The image files of a collection, as `image`, uint8 [channels, H, W]; refuses more than `max_pixels` undecoded.
+
+    background: under transparent images (utils/canvas.py).
+    """
 
     fingerprints: Mapping[str, str] = {}
 
-    def __init__(self, collection: Collection, channels: int, max_pixels: int) -> None:
+    def __init__(self, collection: Collection, channels: int, max_pixels: int, background: Any = DEFAULT) -> None:
         if channels not in (1, 3):
             raise UserError(
                 f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
             )
-        self.collection, self.channels, self.max_pixels = collection, channels, max_pixels
+        self.collection, self.channels, self.max_pixels, self.background = collection, channels, max_pixels, background
 
     def read(self, row: int) -> Record:
         """Return the decoded image of the row's file."""
         content = read_file(self.file_of(row))
-        pixels = decode_image(content, self.name_of(row), self.channels, self.max_pixels)
+        pixels = decode_image(content, self.name_of(row), self.channels, self.max_pixels, self.background)
         return {IMAGE: torch.from_numpy(pixels).permute(2, 0, 1)}
 
     def blank(self, group: int) -> Record:

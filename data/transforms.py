@@ -172,7 +172,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 
 class EvalTransform:
-    """The shorter side to image size / eval_crop, then the centre; or both sides to image size (`squash`)."""
+    """The shorter side to image size / eval_crop, rounded down, then the centre; or both to image size (`squash`)."""
 
     def __init__(
         self, image_size_hw: Sequence[int], eval_crop: float, interpolation: str, eval_resize: str = "crop"
@@ -180,7 +180,7 @@ class EvalTransform:
         height, width = image_size_hw
         self._squash = eval_resize == "squash"
         self._size_hw = (height, width)
-        self._resized_hw = (round(height / eval_crop), round(width / eval_crop))
+        self._resized_hw = (math.floor(height / eval_crop), math.floor(width / eval_crop))
         self._interpolation = InterpolationMode(interpolation)
 
     @classmethod

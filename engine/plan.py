@@ -13,8 +13,8 @@ log = get_logger(__name__)
 
 # `loop.total_epochs=auto`: enough updates for a small network from scratch, and enough epochs for a large collection.
 AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
-# `loop.evaluate_every_epochs=auto`: evaluations read at most this share of the images that training reads, and there are
-# at least so many of them.
+# `loop.evaluate_every_epochs=auto`: evaluations read at most this share of the images that training reads, and there
+# are at least so many of them.
 AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
 
 
@@ -125,7 +125,10 @@ def make_plan(
     chunk: int | None = None,
     evaluation_samples: int = 0,
 ) -> Plan:
-    """Derive the plan. evaluation_samples: what one evaluation reads. Raises UserError where the batch does not divide, or the run has too many steps."""
+    """Derive the plan. evaluation_samples: what one evaluation reads.
+
+    Raises UserError where the batch does not divide, or the run has too many steps.
+    """
     micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
     if chunk is None and 2 * micro < min(loop.batch_size, micro * accum):
         log.warning(

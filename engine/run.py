@@ -114,9 +114,7 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
         )
 
 
-def describe_run(
-    task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job
-) -> None:
+def describe_run(task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job) -> None:
     """Check what can be checked before any image is read, and log what will run."""
     check_knobs(task, config)
     if config.runtime.parallel == "fsdp":

@@ -12,6 +12,7 @@ from engine.run_parts import Run
 from engine.runtime import Runtime
 from utils.record.figures import show_duration, show_evaluated
 
+
 def _rows(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
 
@@ -29,16 +30,20 @@ def start_screen(
     values = config.model_dump(mode="json")
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
-    length = f"{plan.epochs:g} epochs of {plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
+    length = (
+        f"{plan.epochs:g} epochs of {plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
+    )
+    evaluated = f"evaluated every {plan.evaluate_every_epochs:.3g} epochs"
     rows = [
         *data.items(),
-        ("training", f"{length}, of {plan.global_batch_size} images each; evaluated every {plan.evaluate_every_epochs:.3g}"
-                     " epochs"),
+        ("training", f"{length}, of {plan.global_batch_size} images each; {evaluated}"),
         ("rate", _rate(config, plan)),
         ("machine", _machine(runtime, plan)),
         ("run folder", folder),
     ]  # fmt: skip
-    return f"{script}.py: {values['task']['name']}, {values['model']['name']}, {count:,} parameters{source}\n{_rows(rows)}"
+    return (
+        f"{script}.py: {values['task']['name']}, {values['model']['name']}, {count:,} parameters{source}\n{_rows(rows)}"
+    )
 
 
 def _rate(config: TrainingConfig, plan: Plan) -> str:
@@ -53,7 +58,9 @@ def _rate(config: TrainingConfig, plan: Plan) -> str:
 
 def _machine(runtime: Runtime, plan: Plan) -> str:
     ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
-    batches = "" if plan.accum_steps == 1 else f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
+    batches = (
+        "" if plan.accum_steps == 1 else f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
+    )
     name = "CPU" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
     return (
         f"{ranks}{name}, {runtime.precision}, {torch.get_num_threads()} threads, "
@@ -69,7 +76,10 @@ def end_screen(run: Run, seconds: float, next_commands: Sequence[str]) -> str:
     if best.step is not None:
         last = evaluator.last_report.get(f"ema/{metric}" if run.learner.exports_average else metric)
         rows = [
-            ("best", f"{show_evaluated(metric)} {best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}"),
+            (
+                "best",
+                f"{show_evaluated(metric)} {best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}",
+            ),
             ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
         ]
     rows += [("curves", f"{folder.plots}/curves.png"), ("tables", f"{folder.path}/tables, training_log.txt")]

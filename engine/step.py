@@ -24,8 +24,7 @@ from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.ranks.sharded import holds_rows
 
-
-# What a rank may ask for in a step: to end the run, or to save. Only rank 0 asks to save, so a sum of SAVE or more tells.
+# What a rank may ask for in a step: to end the run, or to save. Only rank 0 asks to save, so the sum tells.
 STOP, SAVE = 1.0, 0.5
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.image_model import ImageModel
 from models.outputs import OUTPUTS, RowOptions
+from utils.canvas import DEFAULT, Background
 from utils.config.recipe import ADDED_KEYS
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
@@ -37,6 +38,7 @@ class _Preprocessing(BaseModel):
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
     channels: Literal[1, 3]
+    background: Background = DEFAULT
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:

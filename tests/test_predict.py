@@ -1,6 +1,7 @@
 """Rows of predict.py: literal values of each output, and each row against the network applied to its file alone."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from engine.tasks.rebuild import load_image_model
 from models.outputs import OUTPUTS, RowOptions
 from tests.in_process import TINY, make_images, run
 from tests.support import rows
+from utils.io.weights import read_weights
 
 
 def row_of(output, values, **config):
@@ -80,3 +82,25 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
         assert line == {"path": row["path"], "class": row["class"], "prob": str(row["prob"]), "error": ""}
         seen.add(round(row["prob"], 3))
     assert len(seen) == 5  # images that one network tells apart
+
+
+# --- the background of transparent images
+
+
+def test_the_background_of_training_goes_with_the_weights(tmp_path, capsys):
+    """Training states it, weight files keep it, predictions and evaluations use it, and the start counts the images."""
+    make_images(tmp_path / "images")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "images/train/A/clear.png")
+    run("finetune", [*TINY, "data.root=images", "run_dir=run", "data.background=[255,0,0]"], tmp_path)
+    said = capsys.readouterr().err
+    assert "; 1 of 9 have an alpha channel, put on [255, 0, 0] (data.background)" in said
+    metadata = read_weights(tmp_path / "run/weights/last_weights.safetensors", "weights")[1]
+    assert metadata["preprocessing"]["background"] == [255, 0, 0]
+    (tmp_path / "one").mkdir()
+    results = {}
+    for name, colour in (("clear", (0, 0, 0, 0)), ("red", (255, 0, 0)), ("white", (255, 255, 255))):
+        Image.new("RGBA" if len(colour) == 4 else "RGB", (32, 32), colour).save(tmp_path / f"one/{name}.png")
+        words = ["weights=run", f"input=one/{name}.png", "output=found.jsonl", "device=cpu"]
+        run("predict", words, tmp_path)
+        results[name] = json.loads((tmp_path / "found.jsonl").read_text())["top"]
+    assert results["clear"] == results["red"] != results["white"]

@@ -18,6 +18,7 @@ from models.fcmae import FCMAE
 from models.image_model import ImageModel
 from models.outputs import NAME_KEYS
 from models.weights.fit import load_into
+from utils.canvas import DEFAULT
 from utils.errors import UserError, close_names
 from utils.io.weights import read_weights, write_weights
 from utils.record.logging import get_logger
@@ -87,7 +88,10 @@ def _meaning(metadata: dict[str, Any]) -> dict[str, Any]:
         value if isinstance(value := metadata.get(key), dict) else {} for key in ("task", "model", "preprocessing")
     )
     found |= {f"model.{key}": value for key, value in model.items() if key not in _TRAINING_KEYS}
-    found |= {f"preprocessing.{key}": value for key, value in {"eval_resize": "crop", **preprocessing}.items()}
+    found |= {
+        f"preprocessing.{key}": value
+        for key, value in {"eval_resize": "crop", "background": DEFAULT, **preprocessing}.items()
+    }
     return {"task.name": task.get("name"), **found}
 
 

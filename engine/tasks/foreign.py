@@ -34,6 +34,8 @@ log = get_logger(__name__)
 _MAX_CLASSES = 10**6  # that a file may claim
 _SHOWN_CHARACTERS = 60  # of a class name
 _NAMES = OUTPUTS[FOREIGN.output].names_key
+# timm and transformers train and serve on convert("RGB").
+DROPPED = {"background": "drop"}
 
 
 def check_average(which: Literal["model", "ema"], model: ModelConfig | None) -> None:
@@ -60,7 +62,7 @@ class ForeignSource(NamedTuple):
     def preprocessing(self) -> dict[str, Any]:
         """Return the preprocessing; without `augment`, what timm states. Raises UserError where neither is known."""
         if self.augment is not None:
-            return self.augment.preprocessing(self.model.in_channels)
+            return {**self.augment.preprocessing(self.model.in_channels), **DROPPED}
         if not isinstance(self.model, TimmConfig):
             raise UserError(
                 "augment: must be given, because a weight file does not say how its images were prepared; the "
@@ -68,7 +70,7 @@ class ForeignSource(NamedTuple):
                 "augment.eval_resize=squash"
             )
         advice = "say how to prepare them: augment=light with augment.eval_crop and the other keys"
-        return {**stated_preprocessing(self.model, "augment", advice), "channels": self.model.in_channels}
+        return {**stated_preprocessing(self.model, "augment", advice), "channels": self.model.in_channels, **DROPPED}
 
 
 def open_foreign(source: ForeignSource) -> tuple[ImageModel, dict[str, Any]]:

@@ -43,6 +43,7 @@ def write_folder(name: str, opened: Opened, folder: Path, settings: ExportSettin
 
 def write_onnx(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:
     """Write the ONNX file; of int8, the report has the task's metric of both, the file and PyTorch."""
+    from models.export.model_card import write_card
     from models.export.onnx_file import OnnxSettings, export_onnx, open_session
 
     precision = settings.precision
@@ -54,6 +55,7 @@ def write_onnx(opened: Opened, folder: Path, settings: ExportSettings) -> dict[s
         calibration = read_images(rebuilt.kind.pipeline.calibration(data, rebuilt.setup, count), count)
     written = OnnxSettings(precision, settings.dynamic_size, settings.tolerance or _TOLERANCES[precision], calibration)
     report = {"file": path.name, "onnx_max_abs_diff": export_onnx(opened.model, opened.metadata, path, written)}
+    write_card(folder, "onnx", path.name, opened.metadata)
     return report if data is None else {**report, **measure_loss(rebuilt, data, open_session(path))}
 
 

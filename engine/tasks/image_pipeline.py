@@ -10,7 +10,7 @@ from pydantic import model_validator
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, training_views
-from data.image_data import ImageData, describe_collection, load_collection
+from data.image_data import ImageData, describe_collection, describe_transparency, load_collection
 from data.loader import Fields
 from data.rows import spread, training_rows
 from data.source import ImageFiles
@@ -23,6 +23,7 @@ from engine.tasks.kind import Config, Setup, TaskConfig
 from engine.tasks.pretrained import use_pretrained
 from models.config import ModelConfig
 from models.predictor import check_metadata
+from utils.canvas import DEFAULT, Background, background_of
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -53,7 +54,8 @@ class ImagePipeline(Generic[Config]):
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return what evaluation does to an image."""
-        return config.augment.preprocessing(config.model.in_channels)
+        background = DEFAULT if config.data.background is None else config.data.background
+        return {**config.augment.preprocessing(config.model.in_channels), "background": background}
 
     def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
         """Raise UserError (`key`) that names the first wrong value of a weight file's preprocessing and names."""
@@ -65,25 +67,28 @@ class ImagePipeline(Generic[Config]):
         self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int
     ) -> ImageData:
         """Open a collection to evaluate a task on it."""
-        data = self._open(config, setup.model, runtime, seed, batch_size, None)
+        background = background_of(setup.preprocessing) if config.background is None else config.background
+        data = self._open(config, setup.model, background, runtime, seed, batch_size, None)
         log.info("%s", describe_collection(data.collection))
         return data
 
     def open_training(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a training run; unreadable images are listed in its folder, `run_path`."""
-        return self._open(config.data, config.model, runtime, config.seed, config.loop.batch_size, run_path)
+        background = self.preprocessing(config)["background"]
+        return self._open(config.data, config.model, background, runtime, config.seed, config.loop.batch_size, run_path)
 
     def _open(
         self,
         config: DataConfig,
         model: ModelConfig,
+        background: Background,
         runtime: Runtime,
         seed: int,
         batch_size: int,
         run_path: Path | None,
     ) -> ImageData:
         collection = load_collection(config)
-        source = ImageFiles(collection, model.in_channels, config.max_pixels)
+        source = ImageFiles(collection, model.in_channels, config.max_pixels, background)
         return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- samples
@@ -120,7 +125,8 @@ class ImagePipeline(Generic[Config]):
             )
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         fingerprints = {**data.fingerprints, **setup.fingerprints()}
-        described = {"collection": describe_collection(collection), "images": config.augment.describe()}
+        alpha = describe_transparency(collection, setup.preprocessing["background"])
+        described = {"collection": describe_collection(collection) + alpha, "images": config.augment.describe()}
         return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
 
     def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:

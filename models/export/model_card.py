@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.export.snippets import SNIPPETS
 from models.outputs import OUTPUTS
+from utils.canvas import background_of
 
 _UNKNOWN = "unknown"
 
@@ -15,6 +17,18 @@ def licence_of(metadata: Mapping[str, Any]) -> str:
     return origin.get("licence") or _UNKNOWN
 
 
+def describe_preprocessing(preprocessing: Mapping[str, Any]) -> str:
+    """Return what is done to an image, in words."""
+    height, width = preprocessing["image_size_hw"]
+    resize = f"both sides to {height} x {width} px ({preprocessing['interpolation']})"
+    if preprocessing.get("eval_resize", "crop") == "crop":
+        resize = (
+            f"the shorter side to {height} x {width} px / {preprocessing['eval_crop']:g}, rounded down "
+            f"({preprocessing['interpolation']}), and the centre of {height} x {width}"
+        )
+    return f"{resize}; values in [0, 1] minus {preprocessing['mean']}, divided by {preprocessing['std']}"
+
+
 def label_names(metadata: Mapping[str, Any]) -> list[str]:
     """Return the names of a head's outputs, classes or tags; none for a backbone, or where they are mere numbers."""
     if metadata.get("numbered_classes"):
@@ -22,10 +36,21 @@ def label_names(metadata: Mapping[str, Any]) -> list[str]:
     return list(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
 
 
-def write_card(folder: Path, title: str, usage: str, metadata: Mapping[str, Any]) -> None:
-    """Write README.md, with the licence where the hub looks for it."""
+def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) -> None:
+    """Write README.md, with the licence where the hub looks for it. file: the exported one, of format `form`."""
     licence, origin = licence_of(metadata), metadata.get("origin") or {}
-    lines = ["---", f"license: {licence}", "---", "", f"# {title}", "", f"    {usage}", ""]
+    preprocessing = metadata["preprocessing"]
+    lines = ["---", f"license: {licence}", "---", "", f"# {metadata['model']['name']}, format {form}", ""]
+    background = background_of(preprocessing)
+    under = "leave transparency out" if background == "drop" else f"put transparent images on {background}"
+    lines += [
+        f"The network was trained on images prepared so: {under}; then {describe_preprocessing(preprocessing)}.",
+        "",
+    ]
+    if form in SNIPPETS:
+        lines += ["```python", SNIPPETS[form](metadata, file).rstrip(), "```", ""]
+    elif form == "safetensors" and metadata.get("task"):
+        lines += [f"    python predict.py weights={file} input=image.png output=predictions.jsonl", ""]
     if origin:
         lines.append(f"Trained from {origin.get('source')} (layout {origin.get('layout')}), licence: {licence}.")
     if "cc-by-nc" in licence.lower():

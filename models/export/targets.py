@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.export.model_card import write_card
 from models.export.official_file import (
     FILE,
     check_official,
@@ -48,6 +49,7 @@ class Target:
     it takes an FCMAE whole. of_encoder: the last map is compared, not logits.
     """
 
+    name: str
     file: str
     check: Callable[[nn.Module, Metadata], None]
     write: Callable[[nn.Module, Metadata, Path], None]
@@ -67,10 +69,15 @@ def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
 
 
 TARGETS = {
-    "timm": Target("model.safetensors", lambda network, _: check_timm(network), write_timm, load_timm_folder),
-    "transformers": Target("model.safetensors", check_transformers, write_transformers, load_transformers_folder),
-    "official": Target(FILE, lambda network, _: check_official(network, "official"), write_official, load_official),
+    "timm": Target("timm", "model.safetensors", check_timm, write_timm, load_timm_folder),
+    "transformers": Target(
+        "transformers", "model.safetensors", check_transformers, write_transformers, load_transformers_folder
+    ),
+    "official": Target(
+        "official", FILE, lambda network, _: check_official(network, "official"), write_official, load_official
+    ),
     "minkowski": Target(
+        "minkowski",
         FILE,
         lambda network, _: check_official(network, "minkowski"),
         write_minkowski,
@@ -78,8 +85,10 @@ TARGETS = {
         holds_decoder=True,
         of_encoder=True,
     ),
-    "safetensors": Target(_SAFETENSORS, lambda network, _: None, write_safetensors, None, holds_decoder=True),
-    "pth": Target(FILE, lambda network, _: None, write_pth, None, holds_decoder=True),
+    "safetensors": Target(
+        "safetensors", _SAFETENSORS, lambda network, _: None, write_safetensors, None, holds_decoder=True
+    ),
+    "pth": Target("pth", FILE, lambda network, _: None, write_pth, None, holds_decoder=True),
 }
 
 
@@ -109,6 +118,7 @@ def export_folder(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
         target.write(network, metadata, Path(temporary))
+        write_card(Path(temporary), target.name, target.file, metadata)
         found = difference(outputs(network.eval()), load(Path(temporary)), images)
         refuse_difference(found, tolerance, "what the target's own network gives")
         for path in sorted(Path(temporary).iterdir()):

@@ -7,7 +7,6 @@ Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_f
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from models.export.geometry import official_state, read_geometry, refuse_shape, with_norm
-from models.export.model_card import label_names, licence_of, write_card
+from models.export.model_card import label_names, licence_of
 from models.export.parity import Outputs
 from models.weights.initialise import to_timm
+from utils.errors import UserError
 from utils.io.weights import write_tensors
 
 _BASE = "convnextv2_tiny"  # whose builder takes the depths and dims of a size of ours
 
 
-def check_timm(network: nn.Module) -> None:
-    """Raise UserError (`format`) where timm cannot express a network."""
+def check_timm(network: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Raise UserError (`format`) where timm cannot express a network or its preprocessing."""
+    preprocessing = metadata["preprocessing"]
+    height, width = preprocessing["image_size_hw"]
+    if height != width and preprocessing.get("eval_resize", "crop") == "crop":
+        raise UserError(
+            f"format: timm rounds the sides of crops that are not square in another way, and the images here are "
+            f"{height} x {width}; set format=onnx, or train with augment.eval_resize=squash"
+        )
     # With patch_size=2, timm's first stage halves the map again, which ours does not.
     if not hasattr(network, "pretrained_cfg"):
         refuse_shape(read_geometry(official_state(network, "timm")), "timm", (4,))
@@ -61,8 +68,6 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    usage = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
-    write_card(folder, f"{metadata['model']['name']} for timm", usage, metadata)
 
 
 def load_timm_folder(folder: Path) -> Outputs:
@@ -88,18 +93,13 @@ def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _preprocessing(ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our preprocessing in timm's words. timm rounds the resized side down, we to the nearest."""
-    height, width = ours["image_size_hw"]
-    crop = ours["eval_crop"]
-    resized = round(min(height, width) / crop)
-    if math.floor(min(height, width) / crop) != resized:
-        crop = min(height, width) / (resized + 0.5)
+    """Return our preprocessing in timm's words."""
     squashes = ours.get("eval_resize", "crop") == "squash"
     return {
-        "input_size": [ours["channels"], height, width],
+        "input_size": [ours["channels"], *ours["image_size_hw"]],
         "mean": ours["mean"],
         "std": ours["std"],
         "interpolation": ours["interpolation"],
-        "crop_pct": 1.0 if squashes else crop,
+        "crop_pct": 1.0 if squashes else ours["eval_crop"],
         "crop_mode": "squash" if squashes else "center",
     }

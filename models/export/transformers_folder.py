@@ -5,6 +5,7 @@ transformers.AutoImageProcessor.from_pretrained("FOLDER")
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from models.export.geometry import official_state, read_geometry, refuse_shape, with_norm
-from models.export.model_card import label_names, licence_of, write_card
+from models.export.model_card import label_names, licence_of
 from models.export.parity import Outputs
 from models.weights.names import translate
 from utils.errors import UserError
@@ -60,8 +61,6 @@ def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: 
     theirs.save_pretrained(folder)
     processor = json.dumps(_processor(metadata["preprocessing"]), indent=2)
     (folder / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
-    usage = f'transformers.{type(theirs).__name__}.from_pretrained("FOLDER")'
-    write_card(folder, f"{metadata['model']['name']} for transformers", usage, metadata)
 
 
 def load_transformers_folder(folder: Path) -> Outputs:
@@ -95,6 +94,6 @@ def _processor(ours: Mapping[str, Any]) -> dict[str, Any]:
             f"format: transformers' image processors crop squares only, and the images here are {height} x {width}; "
             "set format=timm or onnx, or train with augment.eval_resize=squash"
         )
-    edge = {"shortest_edge": round(height / ours["eval_crop"])}
+    edge = {"shortest_edge": math.floor(height / ours["eval_crop"])}
     return {"image_processor_type": "BitImageProcessor", "size": edge, "do_center_crop": True, "crop_size": size,
             **common}  # fmt: skip

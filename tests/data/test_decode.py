@@ -165,6 +165,35 @@ def test_transparent_colour_is_white(tmp_path, mode, colour):
     assert (read(tmp_path / "x.png") == 255).all()
 
 
+@pytest.mark.parametrize("background", ["white", "black", 77, [10, 20, 30], "drop"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16"])
+def test_the_background_of_transparent_pixels_is_as_stated(mode, background, tmp_path):
+    """The left pixel is clear, the right one is not; `drop` is Pillow's convert("RGB")."""
+    stored = {"RGBA": (200, 100, 50), "P": (200, 100, 50), "LA": (90,) * 3, "L": (90,) * 3, "I;16": (90,) * 3}[mode]
+    path = tmp_path / "x.png"
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode, (2, 1), (*stored[: len(mode) - 1], 0))
+        image.putpixel((1, 0), (*stored[: len(mode) - 1], 255))
+        image.save(path)
+    elif mode == "P":
+        image = Image.new("P", (2, 1))
+        image.putpalette([*stored, *stored])
+        image.putdata([0, 1])
+        image.save(path, transparency=0)
+    elif mode == "L":
+        image = Image.new("L", (2, 1), 90)
+        image.putpixel((1, 0), 91)
+        image.save(path, transparency=90)
+    else:
+        Image.fromarray(np.array([[90 * 257, 91 * 257]], np.uint16)).save(path, transparency=90 * 257)
+    colour = {"white": (255,) * 3, "black": (0,) * 3, "77": (77,) * 3, "drop": stored}.get(str(background), background)
+    clear, opaque = read_image(path, 3, 100, background)[0].tolist()
+    assert tuple(clear) == tuple(colour)
+    assert opaque == ([91] * 3 if mode in ("L", "I;16") else list(stored))
+    if background == "drop" and mode != "I;16":  # which Pillow clips
+        assert np.array_equal(read_image(path, 3, 100, "drop"), np.asarray(Image.open(path).convert("RGB")))
+
+
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)

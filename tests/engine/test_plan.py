@@ -18,7 +18,9 @@ def read(group, name, **changes):
     return yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) | changes
 
 
-def plan(*, epoch_length, world_size=1, evaluation_samples=0, schedule="cosine", chunk=None, optim=None, warmup=None, **loop):
+def plan(
+    *, epoch_length, world_size=1, evaluation_samples=0, schedule="cosine", chunk=None, optim=None, warmup=None, **loop
+):
     """The plan of the default files with some keys of loop, optim and schedule changed."""
     return make_plan(
         LoopConfig.model_validate(read("loop", "default", **loop)),

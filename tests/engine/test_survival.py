@@ -185,7 +185,9 @@ def test_a_checkpoint_is_due_by_time_too_and_changes_no_result(tmp_path):
     settings = [*TINY, "data.root=images", "loop.total_steps=6", "loop.checkpoint_every_steps=1000"]
     run_here("finetune", [*settings, "run_dir=plain"], tmp_path)
     run_here("finetune", [*settings, "run_dir=timed", "loop.checkpoint_every_minutes=1e-6"], tmp_path)
-    saved = [(tmp_path / name / "log.txt").read_text().count(f"saved {name}/checkpoints/") for name in ("plain", "timed")]
+    saved = [
+        (tmp_path / name / "log.txt").read_text().count(f"saved {name}/checkpoints/") for name in ("plain", "timed")
+    ]
     assert saved == [1, 6]
     assert_equal_runs(tmp_path / "plain", tmp_path / "timed", 6)
 

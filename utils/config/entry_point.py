@@ -33,7 +33,16 @@ from utils.config.messages import ConfigError, hydra_problem, list_options, miss
 from utils.config.schema import Strict, path_keys
 from utils.config.sweep import FLAGS, name_sweep_job, parse_sweep
 from utils.config.sweep_processes import run_at_once
-from utils.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError, lost_worker
+from utils.errors import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_LOST_RANK,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    UserError,
+    lost_worker,
+)
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.ranks.job_status import note_status

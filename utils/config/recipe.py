@@ -57,6 +57,7 @@ ADDED_KEYS = {
     "task.initial_weights": Added("normal", hashed=True),
     "lr_finder.enabled": Added(False, hashed=True),
     "augment.eval_resize": Added("crop", hashed=True),
+    "data.background": Added(None),
 }
 
 # Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,13 +89,26 @@ def read_weights(
             metadata["origin"] = {"licence": content.licence}
         if check is not None:
             check(content.tensors, metadata)
+        refuse_not_finite(content.tensors, path, key)
         return content.tensors, metadata
     shapes, metadata = _describe(path, key)
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
     if check is not None:
         check(shapes, metadata)
-    return read_tensors(path, key), metadata
+    tensors = read_tensors(path, key)
+    refuse_not_finite(tensors, path, key)
+    return tensors, metadata
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path, key: str) -> None:
+    """Raise UserError (`key`) where a tensor of a file has values that are NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (fine := torch.isfinite(tensor)).all():
+            raise UserError(
+                f"{key}: {path} has {int((~fine).sum()):,} values in {name} that are not finite (NaN, infinite); give "
+                "weights of before, such as an earlier checkpoint or best_weights.safetensors"
+            )
 
 
 def refuse_average(which: Literal["model", "ema"], why: str) -> None:
@@ -144,6 +158,11 @@ def find_weights(run_or_file: str, which: str, key: str) -> Path:
         if not path.exists():
             raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
         return path
+    if shards := sorted(path.glob("*.index.json")):
+        raise UserError(
+            f"{key}: the weights in {path} are in several files ({shards[0].name}), which Atelier does not read; save "
+            "them as one: model.save_pretrained(FOLDER, max_shard_size='1TB') in transformers"
+        )
     if not (path / "weights").is_dir() and (path / "config.json").is_file():
         for name in _FOLDER_FILES:
             if (path / name).is_file():

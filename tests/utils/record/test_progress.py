@@ -15,8 +15,8 @@ import pytest
 
 from tests.in_process import TINY, make_images, run
 from utils.record import progress
-from utils.record.logging import get_logger, setup_logging
 from utils.record.figures import show_duration
+from utils.record.logging import get_logger, setup_logging
 from utils.record.progress import Bar, counting, track
 
 

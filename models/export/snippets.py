@@ -1,0 +1,125 @@
+"""Complete programs for the README.md of an export: from an image file to predictions, in the library of the format.
+
+Each runs as it stands in the folder of the export, with an image.png in it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models.outputs import OUTPUTS
+from utils.canvas import background_of, background_rgb
+
+
+def _read(metadata: Mapping[str, Any]) -> str:
+    """Return the lines that read `image`, upright, on the background that the network was trained with."""
+    preprocessing = metadata["preprocessing"]
+    colour, mode = background_rgb(background_of(preprocessing)), "L" if preprocessing["channels"] == 1 else "RGB"
+    lines = ['image = ImageOps.exif_transpose(Image.open("image.png"))']
+    if colour is None:
+        lines.append(f'image = image.convert("{mode}")  # leaves transparency out, as in training')
+        return "\n".join(lines)
+    lines += [
+        'image = image.convert("RGBA")',
+        f'canvas = Image.new("RGBA", image.size, {(*colour, 255)})  # the background in training',
+        f'image = Image.alpha_composite(canvas, image).convert("RGB"){".convert(mode)" if mode == "L" else ""}',
+    ]
+    return "\n".join(lines).replace("(mode)", '("L")')
+
+
+def _has_head(metadata: Mapping[str, Any]) -> bool:
+    return OUTPUTS[metadata["output"]].activate is not None
+
+
+def _activation(metadata: Mapping[str, Any]) -> str:
+    return "sigmoid()" if metadata["output"] == "tags" else "softmax(-1)"
+
+
+def timm_snippet(metadata: Mapping[str, Any], file: str) -> str:
+    """Return the program for timm."""
+    result = "print(model.forward_features(batch).mean((-2, -1))[0])"
+    if _has_head(metadata):
+        result = (
+            f"probs = model(batch)[0].{_activation(metadata)}\n"
+            'names = json.load(open("config.json")).get("label_names") or range(len(probs))\n'
+            "print(sorted(zip(probs.tolist(), names), reverse=True)[:5])"
+        )
+    return f"""import json
+import timm
+import torch
+from PIL import Image, ImageOps
+
+{_read(metadata)}
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+batch = transform(image)[None]
+with torch.inference_mode():
+    {result.replace(chr(10), chr(10) + "    ")}
+"""
+
+
+def transformers_snippet(metadata: Mapping[str, Any], file: str) -> str:
+    """Return the program for transformers."""
+    head = _has_head(metadata)
+    network = "ConvNextV2ForImageClassification" if head else "ConvNextV2Model"
+    result = "print(model(**batch).last_hidden_state.mean((-2, -1))[0])"
+    if head:
+        result = (
+            f"probs = model(**batch).logits[0].{_activation(metadata)}\n"
+            "names = model.config.id2label.values()\n"
+            "print(sorted(zip(probs.tolist(), names), reverse=True)[:5])"
+        )
+    return f"""import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, {network}
+
+{_read(metadata)}
+model = {network}.from_pretrained(".").eval()
+batch = AutoImageProcessor.from_pretrained(".")(image, return_tensors="pt")
+with torch.inference_mode():
+    {result.replace(chr(10), chr(10) + "    ")}
+"""
+
+
+def onnx_snippet(metadata: Mapping[str, Any], file: str) -> str:
+    """Return the program for ONNX Runtime."""
+    preprocessing = metadata["preprocessing"]
+    height, width = preprocessing["image_size_hw"]
+    resample = f"Image.Resampling.{preprocessing['interpolation'].upper()}"
+    if preprocessing.get("eval_resize", "crop") == "squash":
+        resize = f"image = image.resize(({width}, {height}), {resample})"
+    else:
+        sides = [int(side / preprocessing["eval_crop"]) for side in (width, height)]
+        resize = (
+            f"factor = max({sides[0]} / image.width, {sides[1]} / image.height)\n"
+            "size = [int(side * factor + 1e-6) for side in image.size]\n"
+            f"image = image.resize((max({width}, size[0]), max({height}, size[1])), {resample})\n"
+            f"left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)\n"
+            f"image = image.crop((left, top, left + {width}, top + {height}))"
+        )
+    axes = "[None, None]" if preprocessing["channels"] == 1 else ".transpose(2, 0, 1)[None]"
+    output = OUTPUTS[metadata["output"]]
+    result = "print(outputs[-1][0])"
+    if _has_head(metadata):
+        result = (
+            'metadata = json.loads(session.get_modelmeta().custom_metadata_map["atelier"])\n'
+            f'print(sorted(zip(outputs[-1][0].tolist(), metadata["{output.names_key}"]), reverse=True)[:5])'
+        )
+    return f"""import json
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+{_read(metadata)}
+{resize}
+batch = (np.asarray(image, np.float32) / 255){axes}
+session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
+outputs = session.run(None, {{"images": batch}})
+{result}
+"""
+
+
+SNIPPETS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
+    "timm": timm_snippet,
+    "transformers": transformers_snippet,
+    "onnx": onnx_snippet,
+}

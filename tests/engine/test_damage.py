@@ -1,0 +1,113 @@
+"""Damaged records beside good checkpoints: a run goes on after a warning, or ends with one line; never a traceback."""
+
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+from tests.in_process import TINY, make_images, run, run_command
+
+SETTINGS = [*TINY, "data.root=images", "run_dir=run", "loop.keep_checkpoints=9"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run of four steps."""
+    folder = tmp_path_factory.mktemp("damage")
+    make_images(folder / "images")
+    run("finetune", [*SETTINGS, "loop.total_steps=4", "loop.ema_decay=0.9"], folder)
+    return folder
+
+
+def write(content):
+    return lambda path: path.write_bytes(content)
+
+
+def as_folder(path):
+    path.mkdir()
+
+
+def as_dangling_link(path):
+    path.symlink_to("nowhere")
+
+
+def as_fifo(path):
+    os.mkfifo(path)
+
+
+DAMAGE = {
+    "empty": write(b""),
+    "cut": None,
+    "list": write(b"[]\n"),
+    "nan": write(b"NaN\n"),
+    "text": write(b'"text"\n'),
+    "number": write(b"1" * 5000 + b"\n"),
+    "not UTF-8": write(b"\xff\xfe{}\n"),
+    "nested": write(b"[" * 100_000 + b"\n"),
+    "NULs": write(b"\0" * 300 + b"\n"),
+    "without keys": write(b"{}\n"),
+    "wrong types": write(b'{"step": "4", "kind": 3, "path": [], "script": 1, "data": 7, "seed": null}\n'),
+    "folder": as_folder,
+    "dangling link": as_dangling_link,
+    "FIFO": as_fifo,
+}
+FILES = (
+    "config.json", "metrics.jsonl", "skipped_steps.jsonl", "unreadable.jsonl", "log.txt", "training_log.txt",
+    "overrides.txt", "environment.json", "result.json", "complete.json", "plots", "tables", "weights",
+)  # fmt: skip
+COMMANDS = {
+    "resume": ("finetune", [*SETTINGS, "loop.total_steps=5", "loop.ema_decay=0.9"]),
+    "evaluate": ("evaluate", ["run_dir=run", "runtime.device=cpu"]),
+    "predict": ("predict", ["weights=run", "input=images/val", "output=found.jsonl", "device=cpu"]),
+    "export": ("export", ["format=safetensors", "run_dir=run"]),
+}
+
+
+def damage(place, target, file, kind):
+    """Copy the place, with one file of the run damaged."""
+    for name in ("images", "run"):
+        shutil.copytree(place / name, target / name, symlinks=True)
+    path = target / "run" / file
+    before = path.read_bytes() if path.is_file() else b""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if kind == "cut":
+        path.write_bytes(before[: len(before) // 2])
+    else:
+        DAMAGE[kind](path)
+
+
+@contextmanager
+def at_most(seconds):
+    """End what hangs, such as a read of a FIFO."""
+
+    def end(number, frame):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_record(file, kind, place, tmp_path, monkeypatch, capsys):
+    wrong = []
+    for name, (script, words) in COMMANDS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        damage(place, folder, file, kind)
+        with at_most(30):
+            status = run_command(script, words, folder, monkeypatch)
+        said = capsys.readouterr().err
+        if "Traceback" in said or status not in (0, 2):
+            wrong.append((name, status, said[-1500:]))
+    assert not wrong, "\n\n".join(map(str, wrong))

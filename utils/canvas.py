@@ -1,0 +1,23 @@
+"""The background that transparent images are put on, a value of the recipe, of weight files and of exports."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+_Level = Annotated[int, Field(ge=0, le=255)]
+# `drop` leaves alpha out, as Pillow's convert("RGB") does: what transparent pixels hold below it shows.
+Background = Literal["white", "black", "drop"] | _Level | Annotated[list[_Level], Field(min_length=3, max_length=3)]
+DEFAULT = "white"
+
+
+def background_rgb(background: Any) -> tuple[int, int, int] | None:
+    """Return the colour of a Background, None for `drop`."""
+    if background == "drop":
+        return None
+    named = {"white": 255, "black": 0}.get(background, background) if isinstance(background, str) else background
+    return tuple(named) if isinstance(named, list | tuple) else (named,) * 3
+
+
+def background_of(preprocessing: Any) -> Any:
+    """Return the background that a weight file's preprocessing states; older files do not, and are on white."""
+    return preprocessing.get("background", DEFAULT)
