@@ -1,0 +1,140 @@
+"""The vocabulary of a tagger is a file of the form that taggers are shipped with: selected_tags.csv.
+
+    tag_id,name,category,count
+    9999999,general,9,51234
+    470575,1girl,0,44120
+
+Row i, counted from 0 behind the header, names output i. There is no padding and no row for unknown tags. Further
+columns are allowed, and not read here.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+
+from utils.errors import UserError
+from utils.io.files import sha256_text, write_atomically
+
+# Danbooru's numbers of categories.
+CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
+GENERAL, CHARACTER, RATING = 0, 4, 9
+# The four ratings come first, in this order, with the numbers that published taggers give them.
+RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
+FILE = "selected_tags.csv"
+_SCHEMA = pa.schema([("tag_id", pa.int64()), ("name", pa.string()), ("category", pa.int64()), ("count", pa.int64())])
+_SHOWN = 5  # names that a message shows
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The outputs of a tagger, in their order: `names[i]` of `categories[i]`, on `counts[i]` training images.
+
+    A rating and a tag may share a name (`general` is both on some boards); a name is unique within its category.
+    """
+
+    names: tuple[str, ...]
+    categories: tuple[int, ...]
+    counts: tuple[int, ...]
+    tag_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return the number of outputs."""
+        return len(self.names)
+
+    @cached_property
+    def hash(self) -> str:
+        """Return 16 hexadecimal digits of the names and categories in their order, which give outputs their meaning."""
+        return sha256_text("\n".join(f"{category} {name}" for category, name in zip(self.categories, self.names)))[:16]
+
+    @cached_property
+    def columns(self) -> dict[tuple[int, str], int]:
+        """Return the output of each (category, name)."""
+        return {key: index for index, key in enumerate(zip(self.categories, self.names))}
+
+    def of_category(self, category: int) -> np.ndarray:
+        """Return the outputs of a category, int64 [n], ascending."""
+        return np.flatnonzero(np.asarray(self.categories) == category)
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as the metadata of a weight file."""
+        return {
+            "tag_names": list(self.names),
+            "tag_categories": list(self.categories),
+            "tag_counts": list(self.counts),
+            "tag_ids": list(self.tag_ids),
+        }
+
+
+FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")
+
+
+def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary that `Vocabulary.facts` put into metadata."""
+    return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
+
+
+def read_vocabulary(path: Path, key: str) -> Vocabulary:
+    """Read a selected_tags.csv. Raises UserError (`key`) that names the first wrong row."""
+    try:
+        table = arrow_csv.read_csv(
+            path, convert_options=arrow_csv.ConvertOptions(column_types=_SCHEMA, include_columns=_SCHEMA.names,
+                                                     strings_can_be_null=False),
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise UserError(f"{key}: {path} does not exist; prepare.py job=vocabulary makes one") from None
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(
+            f"{key}: {path} is no vocabulary ({error}); it needs the columns {', '.join(_SCHEMA.names)}, as "
+            "prepare.py job=vocabulary writes them"
+        ) from None
+    found = Vocabulary(*(tuple(table[name].to_pylist()) for name in ("name", "category", "count", "tag_id")))
+    check_vocabulary(found, f"{key}: {path}")
+    return found
+
+
+def check_vocabulary(vocabulary: Vocabulary, what: str) -> None:
+    """Raise UserError, which begins with `what`, where a row has no meaning or two mean the same."""
+    if len(vocabulary) == 0:
+        raise UserError(f"{what} has no tag")
+    for row, (category, name) in enumerate(zip(vocabulary.categories, vocabulary.names)):
+        if category is None or not name or name != name.strip() or "\n" in name:
+            raise UserError(
+                f"{what}, row {row}: name {name!r}, category {category}; each row needs a name and a category"
+            )
+    if len(vocabulary.columns) < len(vocabulary):
+        keys = Counter(zip(vocabulary.categories, vocabulary.names))
+        category, name = keys.most_common(1)[0][0]
+        raise UserError(f"{what} has {name!r} of category {category} more than once; keep one of the rows")
+
+
+def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, Sequence[Any]] | None = None) -> None:
+    """Write a selected_tags.csv, atomically; further: more columns, behind the four."""
+    further = further or {}
+    rows = zip(vocabulary.tag_ids, vocabulary.names, vocabulary.categories, vocabulary.counts, *further.values())
+
+    def write(file: Path) -> None:
+        with open(file, "w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow([*_SCHEMA.names, *further])
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def describe_difference(ours: Vocabulary, theirs: Vocabulary) -> str:
+    """Return how two vocabularies differ, for messages: the outputs that one lacks, or the first that moved."""
+    only = [sorted(a.columns.keys() - b.columns.keys()) for a, b in ((ours, theirs), (theirs, ours))]
+    if not only[0] and not only[1]:
+        moved = next(i for i in range(len(ours)) if ours.names[i] != theirs.names[i])
+        return f"the same tags in another order, from row {moved} on: {ours.names[moved]!r} and {theirs.names[moved]!r}"
+    shown = [f"{len(keys)} ({', '.join(name for _, name in keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
+             for keys in only]  # fmt: skip
+    return f"{len(ours)} and {len(theirs)} tags; only in the first: {shown[0]}; only in the second: {shown[1]}"
