@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
@@ -23,7 +23,7 @@ from engine.runtime import Runtime
 from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
 from engine.tasks.kind import Rebuilt, Setup
 from engine.tasks.kinds import FOREIGN
-from engine.tasks.rebuild import rebuild_task
+from engine.tasks.rebuild import read_run_data, rebuild_task
 from models.config import ModelConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
@@ -34,7 +34,6 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
-from utils.record.run_config import read_run_config
 
 log = get_logger(__name__)
 
@@ -83,13 +82,12 @@ def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, 
         source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
         place = config.model.name if config.weights == "timm" else Path(config.weights).stem
         return Path("outputs/evaluate") / place, rebuild_foreign(source, data.collection), data
-    saved = None if config.run_dir is None else read_run_config(Path(config.run_dir))
+    saved = None if config.run_dir is None else read_run_data(Path(config.run_dir))
     path = choose_weights(config.run_dir or "", config.weights)
     folder = Path("outputs/evaluate") / path.stem if config.run_dir is None else Path(config.run_dir)
     rebuilt = rebuild_task(path)
-    chosen = config.data or TypeAdapter(DataConfig).validate_python(saved["data"])
-    seed = 0 if saved is None else saved["seed"]
-    pipeline = rebuilt.kind.pipeline
+    seed = 0 if saved is None else saved.seed
+    pipeline, chosen = rebuilt.kind.pipeline, config.data or saved.data
     return folder, rebuilt, pipeline.open(chosen, rebuilt.setup, runtime, seed=seed, batch_size=config.batch_size)
 
 
@@ -127,7 +125,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
         output = folder / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
             write_json(output, {"weights": rebuilt.weights, "step": step, **report.scalars})
-        write_report(folder, report.tables, report.images, prefix="evaluate_")
+        with output_errors("run_dir", folder):
+            write_report(folder, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)
     line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
     log.info("%s", line)

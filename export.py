@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
@@ -25,6 +25,7 @@ from engine.tasks.exporting import averaged, find_export, open_other, open_own, 
 from engine.tasks.foreign import ForeignSource, check_average
 from engine.tasks.kind import ExportSettings, Opened, Rebuilt
 from engine.tasks.kinds import export_formats, options_of
+from engine.tasks.rebuild import read_run_data
 from models.config import ModelConfig
 from models.export.model_card import licence_of
 from models.export.report import add_report, refuse_other_format
@@ -34,7 +35,6 @@ from utils.errors import close_names
 from utils.io.files import output_errors
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.logging import get_logger
-from utils.record.run_config import read_run_config
 from utils.record.wandb_export import send_export
 
 log = get_logger(__name__)
@@ -122,11 +122,10 @@ def settings_of(config: ExportConfig) -> ExportSettings:
     """Return how the files are written."""
 
     def open_data(rebuilt: Rebuilt) -> ImageData:
-        saved = read_run_config(Path(config.run_dir))
-        chosen = config.data or TypeAdapter(DataConfig).validate_python(saved["data"])
+        saved = read_run_data(Path(config.run_dir))
         runtime = start_machine(config.machine())
         return rebuilt.kind.pipeline.open(
-            chosen, rebuilt.setup, runtime, seed=saved["seed"], batch_size=config.batch_size
+            config.data or saved.data, rebuilt.setup, runtime, seed=saved.seed, batch_size=config.batch_size
         )
 
     return ExportSettings(config.precision, config.dynamic_size, config.tolerance, config.calibration_images, open_data)

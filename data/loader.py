@@ -123,7 +123,7 @@ class UnreadableLog:
         self._stream: AppendFile | None = None
         self._waiting, self._warned = "", False
         self._seen: set[str] = set()
-        if file is not None and file.exists():
+        if file is not None and file.is_file():
             text = file.read_bytes().decode("utf-8", errors="replace")
             self._seen = {path for line in text.split("\n") if (path := _listed_path(line)) is not None}
             if text and not text.endswith("\n"):
@@ -163,7 +163,7 @@ def _listed_path(line: str) -> str | None:
     """Return the path of a row; None for a line that a kill or a full disk has torn."""
     try:
         return str(json.loads(line)["path"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.io.files import fsync_path, read_json, sha256_file, sha256_text
 from utils.io.untrusted.safetensors_header import read_header
-from utils.io.weights import read_tensors, write_tensors
+from utils.io.weights import read_tensors, refuse_not_finite, write_tensors
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -132,6 +132,9 @@ def move_aside_beyond(folder: Path, step: int) -> list[Path]:
 
 def find_damage(path: Path) -> str | None:
     """Return the first error in a checkpoint's files, None where all agree with their checksums."""
+    for file in path.iterdir():
+        if not file.is_file():  # reading a FIFO would wait for ever
+            return f"{file.name} is not a regular file"
     try:
         text = (path / "state.json").read_text(encoding="utf-8")
         if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
@@ -147,7 +150,7 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # or JSON of another shape
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of any shape
         return f"it cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -199,11 +202,10 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
-    """Read a checkpoint that `find_checkpoint` returned, or one that the user named.
+def describe_checkpoint(path: Path) -> Checkpoint:
+    """Return a checkpoint that `find_checkpoint` returned, or one that the user named, with tensors on the meta device.
 
-    check: called with the state and the tensors on the meta device before any tensor is read, so that a checkpoint of
-    another recipe or of other shapes is refused at the cost of its headers.
+    Raises UserError (`resume`) where it is none, or is damaged.
     """
     if not path.is_dir():
         raise UserError(f"resume: {path} is not a checkpoint folder; name one like RUN/checkpoints/step_00001200")
@@ -211,12 +213,30 @@ def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = Non
     if problem is not None:
         raise UserError(f"resume: {path} is damaged: {problem}; name another one or set resume=auto")
     state = read_json(path / "state.json")
-    files = {Path(name).stem: path / name for name in state["checksums"]}
-    shapes = {name: read_header(files[name], "resume").tensors if name in files else {} for name in state["groups"]}
+    shapes = {name: read_header(file, "resume").tensors if file else {} for name, file in _files(path, state).items()}
+    return Checkpoint(str(path), shapes, state)
+
+
+def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
+    """Read a checkpoint.
+
+    check: called with what `describe_checkpoint` returns before any tensor is read, so that a checkpoint of another
+    recipe or of other shapes is refused at the cost of its headers.
+    """
+    described = describe_checkpoint(path)
     if check is not None:
-        check(Checkpoint(str(path), shapes, state))
-    tensors = {name: read_tensors(files[name], "resume") if name in files else {} for name in state["groups"]}
-    return Checkpoint(str(path), tensors, state)
+        check(described)
+    files = _files(path, described.state)
+    tensors = {name: read_tensors(file, "resume") if file else {} for name, file in files.items()}
+    for name, group in tensors.items():
+        refuse_not_finite(group, path / f"{name}.safetensors", "resume")
+    return Checkpoint(str(path), tensors, described.state)
+
+
+def _files(path: Path, state: Mapping[str, Any]) -> dict[str, Path | None]:
+    """Return the file of each group; None for a group without tensors."""
+    names = {group: f"{group}.safetensors" for group in state["groups"]}
+    return {group: path / name if name in state["checksums"] else None for group, name in names.items()}
 
 
 def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> None:

@@ -1,12 +1,14 @@
 """Resuming: choose a checkpoint, check it against this run, restore it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.checkpoint import (
     Checkpoint,
+    describe_checkpoint,
     find_checkpoint,
     find_continuation,
     list_checkpoints,
@@ -23,6 +25,64 @@ from utils.record.logging import get_logger
 from utils.record.run_folder import RunFolder
 
 log = get_logger(__name__)
+
+
+class _Part(BaseModel):
+    """A part of a checkpoint's state: strict, with keys of its own beside the stated ones."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Optim(_Part):
+    name: str
+
+
+class _Config(_Part):
+    optim: _Optim
+    resume: str
+
+
+_Sums = dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]
+
+
+class _Meters(_Part):
+    log: _Sums
+    epoch: _Sums
+
+
+class _Best(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    value: float | None = None
+    step: int | None = None
+
+
+class _Clock(_Part):
+    seconds: float
+    epoch_step: float
+    epoch_seconds: float
+
+
+class _State(_Part):
+    """What is read of a checkpoint's state.json, which may be forged."""
+
+    step: Annotated[int, Field(ge=0)]
+    config: _Config
+    fingerprints: dict[str, str]
+    precision: str
+    threads: int
+    optimizer: dict[str, Any]
+    meters: _Meters
+    skipped: list[int]
+    skipped_empty: list[int]
+    best: _Best
+    best_raw: _Best = _Best()
+    last_report: dict[str, float]
+    last_evaluated: int = 0
+    clock: _Clock | None = None
+    peak_memory_gib: float | None = None
+    found_lr: float | None = None
+    origin: dict[str, Any] | None = None
 
 
 def _is_auto(config: TrainingConfig) -> bool:
@@ -52,6 +112,13 @@ def resume(run: Run, config: TrainingConfig) -> None:
     if run.found_lr is not None:
         log.info("the peak rate is %.3g, which the range test of this run found", run.found_lr)
     distributed.rank_zero_call(lambda: _move_aside(folder, run.step))
+
+
+def check_resume(config: TrainingConfig, folder: RunFolder, total_steps: int) -> None:
+    """Check in a dry run what can be checked of the checkpoint that the run would continue from. Raises as `resume`."""
+    found = _choose(config, folder)
+    if found is not None:
+        _check_recipe(describe_checkpoint(Path(found)), folder, config, total_steps)
 
 
 def _choose(config: TrainingConfig, folder: RunFolder) -> str | None:
@@ -87,15 +154,8 @@ def _move_aside(folder: RunFolder, step: int) -> None:
 
 def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
     """Compare a checkpoint's recipe, data, machine and tensors with this run's."""
-    folder, state = run.saver.folder, checkpoint.state
-    for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
-        log.warning("resume_allow accepts %s", line)
-    if state.get("passed_over"):
-        raise UserError(
-            f"resume: {checkpoint.path} is of a run that has rolled back, which this release cannot continue; start "
-            "another run with run_dir=... and init_from=RUN"
-        )
-    _check_found_rate(state, folder.config)
+    state = checkpoint.state
+    _check_recipe(checkpoint, run.saver.folder, config, run.plan.total_steps)
     _check_fingerprints(state["fingerprints"], run, config)
     saved, found = state["precision"], run.learner.runtime.precision
     if saved != found:
@@ -111,13 +171,34 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
             torch.get_num_threads(),
             state["threads"],
         )
-    if checkpoint.step > run.plan.total_steps:
-        raise UserError(
-            f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {run.plan.total_steps} "
-            "requested; request more, or give another run_dir"
-        )
     others = state["optimizer"] if _has_own_optimizer(checkpoint, run) else None
     run.learner.check_state(checkpoint.tensors, others, checkpoint.path)
+
+
+def _check_recipe(checkpoint: Checkpoint, folder: RunFolder, config: TrainingConfig, total_steps: int) -> None:
+    """Compare a checkpoint's recipe and length with those of the run that continues from it."""
+    state = checkpoint.state
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"resume: {checkpoint.path} has a wrong state.json ({where}: {error.errors()[0]['msg']}), though its "
+            "checksum is right; name another checkpoint, or start another run with run_dir=..."
+        ) from None
+    for line in check_resumable(state["config"], folder.config, config.resume_allow, checkpoint.path):
+        log.warning("resume_allow accepts %s", line)
+    if state.get("passed_over"):
+        raise UserError(
+            f"resume: {checkpoint.path} is of a run that has rolled back, which this release cannot continue; start "
+            "another run with run_dir=... and init_from=RUN"
+        )
+    _check_found_rate(state, folder.config)
+    if checkpoint.step > total_steps:
+        raise UserError(
+            f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {total_steps} "
+            "requested; request more, or give another run_dir"
+        )
 
 
 def _check_found_rate(state: dict[str, Any], config: dict[str, Any]) -> None:

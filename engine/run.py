@@ -15,7 +15,7 @@ import torch
 from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
-from engine.resume import resume, will_resume
+from engine.resume import check_resume, resume, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
 from engine.screen import end_screen, start_screen
@@ -33,6 +33,7 @@ from utils.ranks import distributed
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger, setup_logging
 from utils.record.run_folder import (
+    RunFolder,
     default_run_dir,
     environment_state,
     open_run_folder,
@@ -155,14 +156,16 @@ def run_training(
     """
     plan = derive_plan(config, streams)
     describe_run(task, streams, config, plan, runtime, job)  # refuses what it can before a folder is made
+    values = config.model_dump(mode="json")
+    resumes = distributed.rank_zero_call(lambda: will_resume(config, run_path(config, job)))
+    if not resumes:
+        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
     if config.dry_run:
+        check_resume(config, RunFolder(run_path(config, job), values, job), plan.total_steps)
         log.info("dry run: nothing was written")
         return f"dry run: {plan.total_steps} steps"
-    if not distributed.rank_zero_call(lambda: will_resume(config, run_path(config, job))):
-        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
-        if prepare is not None:
-            prepare()
-    values = config.model_dump(mode="json")
+    if not resumes and prepare is not None:
+        prepare()
     with (
         open_run_folder(values, job, environment_state(runtime=runtime.describe())) as folder,
         StopRequest() as stop,

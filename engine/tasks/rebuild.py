@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from data.config import DataConfig
 from engine.task import Task, fingerprint_frozen
 from engine.tasks.kind import Kind, Rebuilt, Setup
 from engine.tasks.kinds import find_kind
@@ -21,6 +22,28 @@ from models.weights.fit import fit_state, load_into
 from utils.config.recipe import with_added
 from utils.errors import UserError
 from utils.io.weights import read_weights
+from utils.record.run_config import CONFIG_FILE, read_run_config
+
+
+class RunData(BaseModel):
+    """The data of a run, as its folder states them."""
+
+    model_config = ConfigDict(strict=True)
+
+    data: DataConfig
+    seed: int
+
+
+def read_run_data(run: Path) -> RunData:
+    """Return the data of a run folder. Raises UserError (`run_dir`) where its config.json does not state them."""
+    try:
+        return RunData.model_validate(read_run_config(run))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"run_dir: {run / CONFIG_FILE} is damaged ({where}: {error.errors()[0]['msg']}); give weights=FILE "
+            "data=NAME data.root=PATH in place of run_dir"
+        ) from None
 
 
 def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:

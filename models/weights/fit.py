@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from models.weights.geometry import describe_held
 from utils.errors import UserError
 from utils.text_table import align_columns
 
@@ -41,10 +42,19 @@ class Fit(NamedTuple):
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
-    """Copy a state into a freshly built network, as `fit_state` says, which raises before anything is changed."""
+    """Copy a state into a freshly built network, as `fit_state` says, which raises before anything is changed.
+
+    A network on the meta device takes nothing.
+    """
     fit = fit_state(network, state, keep_head=keep_head, key=key)
-    network.load_state_dict(fit.given, strict=False)
+    if not is_meta(network):
+        network.load_state_dict(fit.given, strict=False)
     return fit
+
+
+def is_meta(network: nn.Module) -> bool:
+    """Return whether a network is on the meta device, as in a dry run."""
+    return any(parameter.is_meta for parameter in network.parameters())
 
 
 def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
@@ -157,7 +167,9 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
     table = indent(align_columns(shown), "  ")
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-    raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{_ADVICE}")
+    held = describe_held(given)
+    advice = f"The checkpoint is of {held}: set that, or name another file." if held else _ADVICE
+    raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}")
 
 
 def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:

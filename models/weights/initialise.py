@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.fit import Fit, fit_state, load_into, optional_prefixes
+from models.weights.fit import Fit, fit_state, is_meta, load_into, optional_prefixes
 from models.weights.layouts import recognise, refuse_v1, strip_wrappers
 from models.weights.names import is_in_layout, translate
 from models.weights.origin import find_origin
@@ -42,8 +42,9 @@ def initialise_from(
     """Give a network the weights that `init_from` names and return their origin; None leaves it as it is.
 
     With `keep_head` and `class_names`, the file must have a head of these classes; where it does not name its classes,
-    as many. Raises UserError that begins with `init_from:`, with `init_weights:` where an average is asked for and the
-    file has none, or with `task.head:` for the head.
+    as many. Of a network on the meta device, names and shapes are checked alone. Raises UserError that begins with
+    `init_from:`, with `init_weights:` where an average is asked for and the file has none, or with `task.head:` for the
+    head.
     """
     if source is None:
         return None
@@ -63,7 +64,7 @@ def initialise_from(
             if keep_head and class_names is not None:
                 _check_head(network, left, path, metadata.get("class_names"), class_names)
 
-        tensors, metadata = read_weights(path, "init_from", check, source.weights)
+        tensors, metadata = read_weights(path, "init_from", check, source.weights, shapes_only=is_meta(network))
         converted = convert(network, tensors, path, "init_from")
         fit = converted.load_into(network, keep_head=keep_head, key="init_from")
         _report_adapted(converted.state, fit)

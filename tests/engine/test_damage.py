@@ -1,13 +1,18 @@
 """Damaged records beside good checkpoints: a run goes on after a warning, or ends with one line; never a traceback."""
 
+import json
 import os
 import shutil
 import signal
 from contextlib import contextmanager
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.in_process import TINY, make_images, run, run_command
+from utils.io.files import sha256_file, sha256_text
 
 SETTINGS = [*TINY, "data.root=images", "run_dir=run", "loop.keep_checkpoints=9"]
 
@@ -53,9 +58,10 @@ DAMAGE = {
     "dangling link": as_dangling_link,
     "FIFO": as_fifo,
 }
+FOLDERS = ("plots", "tables", "weights")
 FILES = (
     "config.json", "metrics.jsonl", "skipped_steps.jsonl", "unreadable.jsonl", "log.txt", "training_log.txt",
-    "overrides.txt", "environment.json", "result.json", "complete.json", "plots", "tables", "weights",
+    "overrides.txt", "environment.json", "result.json", "complete.json", *FOLDERS,
 )  # fmt: skip
 COMMANDS = {
     "resume": ("finetune", [*SETTINGS, "loop.total_steps=5", "loop.ema_decay=0.9"]),
@@ -65,20 +71,20 @@ COMMANDS = {
 }
 
 
-def damage(place, target, file, kind):
-    """Copy the place, with one file of the run damaged."""
+def damage(place, target, files, kind):
+    """Copy the place, with some files of the run damaged."""
     for name in ("images", "run"):
         shutil.copytree(place / name, target / name, symlinks=True)
-    path = target / "run" / file
-    before = path.read_bytes() if path.is_file() else b""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    if kind == "cut":
-        path.write_bytes(before[: len(before) // 2])
-    else:
-        DAMAGE[kind](path)
+    for path in [target / "run" / file for file in files]:
+        before = path.read_bytes() if path.is_file() else b""
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if kind == "cut":
+            path.write_bytes(before[: len(before) // 2])
+        else:
+            DAMAGE[kind](path)
 
 
 @contextmanager
@@ -97,17 +103,107 @@ def at_most(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture
+def commands(place, tmp_path, monkeypatch, capsys):
+    """Return what runs every command, each on a damaged copy of the run, and returns {command: (status, stderr)}."""
+
+    def run_all(files, kind):
+        found = {}
+        for name, (script, words) in COMMANDS.items():
+            folder = tmp_path / name
+            folder.mkdir()
+            damage(place, folder, files, kind)
+            with at_most(60):
+                status = run_command(script, words, folder, monkeypatch)
+            found[name] = (status, capsys.readouterr().err)
+            assert "Traceback" not in found[name][1] and status in (0, 2), (name, found[name])
+        return found
+
+    return run_all
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_records(kind, commands):
+    """All of them at once: the run goes on from its checkpoint, and names each file that it sets aside."""
+    status, said = commands(FILES, kind)["resume"]
+    assert status == 0
+    assert "resumed from run/checkpoints/step_00000004" in said
+    in_place = {
+        "folder": FILES[:-3],
+        "FIFO": FILES,
+        "dangling link": FILES,
+        "without keys": FOLDERS,
+        "wrong types": FOLDERS,
+    }
+    for file in in_place.get(kind, ("config.json", *FOLDERS)):
+        assert f"run/{file} is" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["empty", "list", "number", "folder", "FIFO"])
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_record(file, kind, place, tmp_path, monkeypatch, capsys):
-    wrong = []
-    for name, (script, words) in COMMANDS.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        damage(place, folder, file, kind)
-        with at_most(30):
-            status = run_command(script, words, folder, monkeypatch)
-        said = capsys.readouterr().err
-        if "Traceback" in said or status not in (0, 2):
-            wrong.append((name, status, said[-1500:]))
-    assert not wrong, "\n\n".join(map(str, wrong))
+def test_a_damaged_record(file, kind, commands):
+    commands([file], kind)
+
+
+# --- forged checkpoints
+
+
+def forge(state):
+    """Write a state.json, a dictionary or a text, into the checkpoint, with a right checksum."""
+
+    def change(path):
+        text = state if isinstance(state, str) else json.dumps(json.loads((path / "state.json").read_text()) | state)
+        (path / "state.json").write_text(text)
+        (path / "state.sha256").write_text(sha256_text(text))
+
+    return change
+
+
+def not_finite(path):
+    file = path / "weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata)
+    checksums = json.loads((path / "state.json").read_text())["checksums"]
+    forge({"checksums": checksums | {file.name: sha256_file(file)}})(path)
+
+
+def in_place(name, make):
+    def change(path):
+        (path / name).unlink()
+        make(path / name)
+
+    return change
+
+
+def moved_out(path):
+    shutil.move(path.parent, path.parents[2] / "elsewhere")
+    path.parent.symlink_to(path.parents[2] / "elsewhere")
+
+
+BEFORE = "trying the one before it"
+FORGED = {
+    "without keys": (forge('{"format": 2, "step": 4, "groups": [], "checksums": {}}'), "config: "),
+    "nested": (forge("[" * 100_000), BEFORE),
+    "another meter": (forge({"meters": {"log": {"loss": [1.0]}, "epoch": {}}}), "meters.log.loss: "),
+    "another best": (forge({"best": {"value": "high"}}), "best.value: "),
+    "text for a step": (forge({"step": "4"}), "step: "),
+    "not finite": (not_finite, "weights.safetensors has"),
+    "state is a FIFO": (in_place("state.json", os.mkfifo), BEFORE),
+    "weights are a device": (in_place("weights.safetensors", lambda p: p.symlink_to("/dev/zero")), BEFORE),
+    "a link out of the run": (moved_out, "run_dir: run/checkpoints is a link out of the run folder"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_checkpoint_is_refused_by_name(case, place, tmp_path, monkeypatch, capsys):
+    change, phrase = FORGED[case]
+    damage(place, tmp_path, [], "empty")
+    change(tmp_path / "run/checkpoints/step_00000004")
+    with at_most(60):
+        status = run_command(*COMMANDS["resume"], tmp_path, monkeypatch)
+    said = capsys.readouterr().err
+    assert phrase in said and "Traceback" not in said, said
+    assert status == (0 if phrase == BEFORE else 2)

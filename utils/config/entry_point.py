@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from utils.config.messages import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
 from utils.config.schema import Strict, path_keys
+from utils.config.source_model import follow_init_from
 from utils.config.sweep import FLAGS, name_sweep_job, parse_sweep
 from utils.config.sweep_processes import run_at_once
 from utils.errors import (
@@ -250,6 +251,7 @@ class Command(Generic[Schema]):
         setup_logging()
         job = _job_from_hydra(self.script)
         try:
+            job = follow_init_from(values, job)
             return JobResult(job.overrides, EXIT_OK, self.main(validate(values, self.schema), job) or "done")
         except Exception as error:
             return JobResult(job.overrides, *self._report(error))

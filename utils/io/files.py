@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,8 +129,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file. Raises OSError, and ValueError for what is no regular file, or no JSON."""
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+        raise ValueError("it is not a regular file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename what is in the place of a file or folder of ours, and warn; nothing is lost."""
+    number = next(number for number in count() if not os.path.lexists(f"{path}.damaged-{number}"))
+    os.rename(path, f"{path}.damaged-{number}")
+    log.warning("%s %s; it is now %s.damaged-%d, and the run goes on without it", path, why, path.name, number)
 
 
 def canonical_json(value: Any) -> str:

@@ -28,5 +28,5 @@ def _read_source(folder: Path) -> Any:
     """Return what a folder's results are of; None where it does not say."""
     try:
         return read_json(folder / _SOURCE)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None

@@ -70,6 +70,8 @@ def read_weights(
     key: str,
     check: Callable[[Mapping[str, Tensor], dict[str, Any]], None] | None = None,
     which: Literal["model", "ema"] = "model",
+    *,
+    shapes_only: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
 
@@ -77,8 +79,8 @@ def read_weights(
     read, so that what does not fit is refused for the price of the header. A file of torch, told by its first bytes, is
     read by torch with weights_only, so no code in it runs, and checked afterwards; its metadata are the names of the
     `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average; a safetensors file is an
-    average where its metadata say so. Raises UserError that begins with `key`, the configuration key that named the
-    file, or with `init_weights` where the file has no average.
+    average where its metadata say so. shapes_only: return the tensors on the meta device. Raises UserError that begins
+    with `key`, the configuration key that named the file, or with `init_weights` where the file has no average.
     """
     if not path.is_file():
         raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
@@ -90,12 +92,15 @@ def read_weights(
         if check is not None:
             check(content.tensors, metadata)
         refuse_not_finite(content.tensors, path, key)
-        return content.tensors, metadata
+        tensors = content.tensors
+        return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
     shapes, metadata = _describe(path, key)
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
     if check is not None:
         check(shapes, metadata)
+    if shapes_only:
+        return shapes, metadata
     tensors = read_tensors(path, key)
     refuse_not_finite(tensors, path, key)
     return tensors, metadata

@@ -15,12 +15,16 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors, write_text
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) -> list[dict[str, Any]]:
     """Drop a JSONL file's rows beyond `last_step`, and an incomplete last line; returns the rest.
 
-    last_epoch_step: the same for rows of kind `epoch`, where it is given.
+    last_epoch_step: the same for rows of kind `epoch`, where it is given. Lines that are no rows, such as the zeros
+    that a power failure leaves, are dropped with a warning.
     """
     limits = {} if last_epoch_step is None else {"epoch": last_epoch_step}
     if not path.exists():
@@ -28,12 +32,23 @@ def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) ->
     # Not splitlines, which splits at characters that a path may hold. As bytes: a kill may cut a character.
     content = path.read_bytes()
     *lines, _ = content.split(b"\n")
-    rows = [(line, json.loads(line)) for line in lines]
+    rows = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
+    if len(rows) < len(lines):
+        log.warning("%s: %d damaged lines are dropped", path, len(lines) - len(rows))
     kept = [(line, row) for line, row in rows if row["step"] <= limits.get(row.get("kind"), last_step)]
     text = b"".join(line + b"\n" for line, _ in kept)
     if text != content:  # a full disk may have no room for a copy
         write_text(path, text.decode("utf-8"))
     return [row for _, row in kept]
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return a line's row, None where it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _column(name: str) -> str:
@@ -49,15 +64,13 @@ class Rows:
 
     def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:
         """Return the steps and values of one figure."""
-        found = [(row["step"], row[name]) for row in self.rows if row["kind"] == kind and row.get(name) is not None]
+        found = [(row["step"], row[name]) for row in self.rows if row.get("kind") == kind and row.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
 
     def names(self, kind: str) -> list[str]:
         """Return the names of the numeric figures of a kind of row, in order of appearance."""
-        names = dict.fromkeys(
-            name for row in self.rows if row["kind"] == kind for name, value in row.items() if isinstance(value, float)
-        )
-        return list(names)
+        rows = [row for row in self.rows if row.get("kind") == kind]
+        return list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float)))
 
 
 def read_rows(path: Path) -> Rows:
@@ -66,10 +79,10 @@ def read_rows(path: Path) -> Rows:
     Raises UserError (`run_dir`) for a line that is not JSON.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        return Rows([json.loads(line) for line in lines])
-    except ValueError as error:
-        raise UserError(f"run_dir: {path} has a line that is not JSON ({error}); remove that line") from None
+    rows = [_parse_row(line) for line in lines]
+    if None in rows:
+        raise UserError(f"run_dir: line {rows.index(None) + 1} of {path} is damaged; remove that line")
+    return Rows(rows)
 
 
 class MetricsLog(Rows):
@@ -107,7 +120,7 @@ class MetricsLog(Rows):
         rows = [
             {_column(name): f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             for row in self.rows
-            if row["kind"] == "epoch"
+            if row.get("kind") == "epoch"
         ]
         for row in rows:
             del row["kind"]

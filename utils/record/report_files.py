@@ -37,7 +37,7 @@ def save_image(path: Path, image: np.ndarray) -> None:
 def write_report(
     folder: Path, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray], prefix: str = ""
 ) -> None:
-    """Write the tables and images of a report; images are [H, W, 3] uint8. On rank 0 only."""
+    """Write the tables and images of a report; images are [H, W, 3] uint8. On rank 0 only. Raises OSError."""
     for name, rows in tables.items():
         write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
     for name, image in images.items():

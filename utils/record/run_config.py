@@ -3,27 +3,30 @@
 It does not import torch, which `live_plot` does not need.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
 
+CONFIG_FILE = "config.json"
 _COMPLETE_FILE = "complete.json"
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
     """Return the configuration that a run folder was made with (`script` beside the schema's keys)."""
-    file = path / "config.json"
+    file = path / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"run_dir: {path} is not a run folder: it has no config.json; name a folder that training made")
     try:
-        return read_json(file)
-    except json.JSONDecodeError as error:
+        config = read_json(file)
+    except ValueError as error:
         raise UserError(f"run_dir: {file} is damaged ({error})") from None
     except OSError as error:
         raise UserError(f"run_dir: {file} cannot be read ({error.strerror})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"run_dir: {file} is damaged (it holds no configuration)")
+    return config
 
 
 def is_complete(path: Path) -> bool:

@@ -24,15 +24,22 @@ from utils.config.entry_point import ROOT, Job
 from utils.config.recipe import recipe_hash
 from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import UserError
-from utils.io.files import read_json, write_json, write_text
+from utils.io.files import read_json, set_aside, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.ranks.slurm_step import restart_count
 from utils.record.logging import get_logger, log_to_file, stop_logging_to
+from utils.record.run_config import CONFIG_FILE, read_run_config
 
 log = get_logger(__name__)
 
 GIT_FILE = "git_state.json"
+# What a run reads or appends to, and where it writes.
+_RECORDS = (
+    CONFIG_FILE, "overrides.txt", "environment.json", "log.txt", "metrics.jsonl", "training_log.txt",
+    "unreadable.jsonl", "skipped_steps.jsonl", "lr_finder.json", "result.json", "complete.json", "wandb_run_id.txt",
+)  # fmt: skip
+_FOLDERS = ("checkpoints", "weights", "plots", "tables", "samples")
 _REQUEUED_SEC = 120.0  # for the processes of a job's start before to end
 
 
@@ -150,12 +157,37 @@ def _lock(path: Path) -> Any:
         return stream
 
 
+def _set_aside_damaged(path: Path) -> None:
+    """Set aside what is in the place of a record or folder of the run and is none, or cannot be read."""
+    for name in _RECORDS:
+        file = path / name
+        if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+            set_aside(file, "is not a regular file")
+    for name in _FOLDERS:
+        folder = path / name
+        if os.path.lexists(folder) and not folder.is_dir():
+            set_aside(folder, "is not a folder")
+    if (path / CONFIG_FILE).exists():
+        try:
+            read_run_config(path)
+        except UserError:
+            set_aside(path / CONFIG_FILE, "is damaged")
+    place, checkpoints = os.path.realpath(path), os.path.realpath(path / "checkpoints")
+    if os.path.dirname(checkpoints) != place:
+        raise UserError(
+            f"run_dir: {path / 'checkpoints'} is a link out of the run folder, to {checkpoints}, where saving could "
+            "remove what belongs to others; move that folder into its place, or give another run_dir"
+        )
+
+
 def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Any:
     try:
+        if path.is_dir():
+            _set_aside_damaged(path)
         for folder in (path, path / "checkpoints", path / "weights", path / "plots"):
             folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
-        for name, value in (("config.json", {"script": job.script, **config}), ("environment.json", environment)):
+        for name, value in ((CONFIG_FILE, {"script": job.script, **config}), ("environment.json", environment)):
             if not (path / name).exists():
                 write_json(path / name, value)
         write_text(path / "overrides.txt", "".join(f"{hide_secrets(text)}\n" for text in job.overrides))
@@ -197,8 +229,8 @@ def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:
 
     config.json is there at every moment. Raises UserError where the disk refuses it.
     """
-    saved, now = path / "config.json", {"script": job.script, **config}
-    if (before := read_json(saved)) == now:
+    saved, now = path / CONFIG_FILE, {"script": job.script, **config}
+    if (before := read_run_config(path)) == now:
         return
     try:
         write_json(path / "config.before_resume.json", before)

@@ -43,9 +43,12 @@ def write_result(folder: Path, metric: str, best: Any, *, is_lowest_best: bool) 
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return a run's best value as it was written; None where there is none."""
-    file = folder / RESULT_FILE
-    return read_json(file) if file.exists() else None
+    """Return a run's best value as it was written; None where there is none, or it cannot be read."""
+    try:
+        found = read_json(folder / RESULT_FILE)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
 
 
 def read_jobs(folder: Path) -> list[SweptRun]:
