@@ -256,7 +256,7 @@ WRONG = {
     "init_from=images": "init_from: the run images has no last weights",
     "init_from=broken.safetensors": "init_from: broken.safetensors is not a readable safetensors file (",
     "init_from=foreign.pth": "init_from: ... stages.0.0.grn.gamma  ... Set the model",
-    "init_from=pretrained model.dims=[8,24]": "init_from: 12 of ... (16, 8, 2, 2)      (24, 8, 2, 2) ... Set the model",
+    "init_from=pretrained model.dims=[8,24]": "init_from: 12 of ... (16, 8, 2, 2)      (24, 8, 2, 2) ... dims=[8,16]",
     "pretrain_fcmae augment.image_size_hw=[15,16]": "augment.image_size_hw: [15, 16] ... task.patch_px=4",
     "pretrain_fcmae task.patch_px=3": "task.patch_px: 3 is not a multiple of the encoder's total stride 4",
     "pretrain_fcmae task.mask_ratio=0.9": "task.mask_ratio: 0.9 of 16 patches of 4 px leaves one visible",

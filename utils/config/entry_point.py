@@ -16,7 +16,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -251,7 +251,7 @@ class Command(Generic[Schema]):
         setup_logging()
         job = _job_from_hydra(self.script)
         try:
-            job = follow_init_from(values, job)
+            job = replace(job, choices=follow_init_from(values, job.overrides, job.choices))
             return JobResult(job.overrides, EXIT_OK, self.main(validate(values, self.schema), job) or "done")
         except Exception as error:
             return JobResult(job.overrides, *self._report(error))

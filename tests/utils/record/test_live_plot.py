@@ -114,7 +114,7 @@ def make_damaged(folder):
         (lambda folder: None, "is not a run folder"),
         (make_other, "not the folder of a training run"),
         (make_run, "metrics.jsonl has no row yet"),
-        (make_damaged, "a line that is not JSON"),
+        (make_damaged, "is damaged; remove that line"),
     ],
     ids=["missing", "no training", "no row", "damaged"],
 )
