@@ -12,6 +12,8 @@ from utils.record.metrics_log import Rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 INK, BLUE, ORANGE, GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
@@ -29,6 +31,24 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     finally:
         plt.close(figure)
+
+
+def open_square(title: str, x_label: str, y_label: str) -> tuple[Figure, plt.Axes]:
+    """Return a figure and its axes of shares, 0 to 1 both; it is not pyplot's, so nothing must close it."""
+    figure = Figure(figsize=(6.4, 6.0), dpi=110, layout="tight")
+    axis = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.01))
+    axis.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
+    axis.set_xlabel(x_label, color=INK)
+    axis.set_ylabel(y_label, color=INK)
+    style_axes(axis)
+    return figure, axis
+
+
+def figure_to_image(figure: Figure) -> np.ndarray:
+    """Return a figure as [H, W, 3] uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:

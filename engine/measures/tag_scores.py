@@ -1,0 +1,163 @@
+"""The figures of a tagger's evaluation: of all tags, of each category, of bands of frequency, and of each tag.
+
+P = R is the threshold at which precision equals recall, to the nearest edge of the histograms. Micro is of all
+decisions together, also those on tags without positives. Macro is a mean over the tags that have positives:
+scikit-learn's, with `labels` set to those.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.measures.tags import EDGES, TagCounts, edge_below
+from utils.errors import UserError
+from utils.vocabulary import CATEGORIES, Vocabulary
+
+PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as thresholds
+_FIXED = int(edge_below(math.log(0.35 / 0.65)))  # the threshold of most tools
+_BANDS = (0, 100, 1_000, 10_000)  # the least number of training images of each
+_HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least number of positives of a tag there
+
+
+def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return precision, recall and F1, elementwise; 0 where one would divide by zero."""
+    f1 = 2 * tp / np.maximum(predicted + positives, 1)
+    return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
+
+
+def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
+    """Return the edge nearest to where precision, rising, meets recall, falling; the last where they never meet."""
+    above = np.flatnonzero(precision >= recall)
+    edge = int(above[0]) if len(above) else len(precision) - 1
+    gaps = np.abs(precision - recall)
+    return edge - 1 if edge > 0 and gaps[edge - 1] < gaps[edge] else edge
+
+
+@dataclass(frozen=True)
+class Group:
+    """Curves of some tags over the edges: tp, predicted and the macro means are [BINS].
+
+    num_tags: those with positives, over which the means are; num_empty: those without.
+    """
+
+    name: str
+    num_tags: int
+    num_empty: int
+    tp: np.ndarray
+    predicted: np.ndarray
+    macro: dict[str, np.ndarray]  # precision, recall, f1, mcc
+    mean_ap: float
+    mean_best_f1: float
+
+    @property
+    def support(self) -> int:
+        """Return the number of positives of all tags."""
+        return int(self.tp[0])
+
+    def micro(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the micro precision, recall and F1 at each edge."""
+        return rates(self.tp, self.predicted, self.tp[0])
+
+    def row(self) -> dict[str, Any]:
+        """Return its figures."""
+        precision, recall, f1 = self.micro()
+        micro, macro = equal_point(precision, recall), equal_point(self.macro["precision"], self.macro["recall"])
+        figures = {
+            "mAP": self.mean_ap,
+            "macro_f1": self.macro["f1"][macro],
+            "macro_pr_threshold": PROBS[macro],
+            "macro_mcc": self.macro["mcc"][macro],
+            "micro_f1": f1[micro],
+            "micro_pr_threshold": PROBS[micro],
+            "macro_f1_at_0.35": self.macro["f1"][_FIXED],
+            "micro_f1_at_0.35": f1[_FIXED],
+            "macro_best_f1": self.mean_best_f1,
+        }
+        counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
+        return {"group": self.name, **counts, **{name: float(value) for name, value in figures.items()}}
+
+
+def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    """Return which tags each group has, bool [T] by name: all, categories, bands of training images."""
+    counts, categories = np.asarray(vocabulary.counts), np.asarray(vocabulary.categories)
+    members = {"all": np.ones(len(vocabulary), dtype=bool)}
+    for number in np.unique(categories):
+        members[category_name(number)] = categories == number
+    for least, limit in zip(_BANDS, (*_BANDS[1:], math.inf)):
+        name = f"{least:,} or more images" if limit == math.inf else f"{least:,} to {limit - 1:,} images"
+        members[name] = (counts >= least) & (counts < limit)
+    return {name: member for name, member in members.items() if member.any()}
+
+
+def category_name(number: int) -> str:
+    """Return a category's name, or its number where it has none."""
+    return next((name for name, known in CATEGORIES.items() if known == number), str(number))
+
+
+class TagScores:
+    """Derive the figures. Per tag, [T]: support, ap (NaN without positives), best_f1 and the edge that reaches it.
+
+    best_edge is the middle of several that are equal. groups: by name. Raises UserError where no tag has a positive.
+    """
+
+    def __init__(self, counts: TagCounts, vocabulary: Vocabulary) -> None:
+        self.counts, self.vocabulary = counts, vocabulary
+        self.ap = counts.average_precision()
+        members = _members(vocabulary)
+        member = torch.from_numpy(np.stack(list(members.values()))).to(counts.scores.device).double()
+        micro, macro, per_tag = 0.0, 0.0, []
+        for own, tp, predicted in counts.tails():
+            tp, predicted = tp.double(), predicted.double()
+            positives, total = tp[:, :1], predicted[:, :1]
+            f1 = 2 * tp / (predicted + positives).clamp(min=1)
+            spread = (predicted * (total - predicted) * positives * (total - positives)).sqrt()
+            mcc = (tp * total - predicted * positives) / spread.clamp(min=1)
+            curves = torch.stack([tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1, mcc])
+            macro = macro + (member[:, own] * (positives.T > 0)) @ curves  # [4, G, BINS]
+            micro = micro + member[:, own] @ torch.stack([tp, predicted])
+            best = f1.amax(1, keepdim=True)
+            order = (f1 == best).cumsum(1)
+            middle = (order >= (order[:, -1:] + 1) // 2).int().argmax(1, keepdim=True)
+            per_tag.append(torch.cat([positives, best, middle], dim=1))
+        support, self.best_f1, edges = torch.cat(per_tag).cpu().numpy().T
+        self.support, self.best_edge = support.astype(np.int64), edges.astype(np.int64)
+        if not self.support.any():
+            raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
+        tp, predicted = micro.cpu().numpy().astype(np.int64)
+        macro, held = macro.cpu().numpy(), self.support > 0
+        self.groups: dict[str, Group] = {}
+        for number, (name, own) in enumerate(members.items()):
+            scored, size = own & held, max(1, int((own & held).sum()))
+            means = dict(zip(("precision", "recall", "f1", "mcc"), macro[:, number] / size))
+            self.groups[name] = Group(
+                name, int(scored.sum()), int((own & ~held).sum()), tp[number], predicted[number], means,
+                float(self.ap[scored].sum() / size), float(self.best_f1[scored].sum() / size),
+            )  # fmt: skip
+
+    def scalars(self) -> dict[str, float]:
+        """Return the figures of all tags."""
+        row = self.groups["all"].row()
+        return {name: float(value) for name, value in row.items() if name != "group"}
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """Return `tag_groups`, `tags`, in the vocabulary's order, and `hardest_tags`, the lowest AP first."""
+        tags = self._tag_rows()
+        hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
+        groups = [group.row() for group in self.groups.values() if group.num_tags]
+        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
+
+    def _tag_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each tag; without positives its figures are None."""
+        precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
+        figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
+        names = ("ap", "best_f1", "best_threshold", "precision", "recall")
+        words = self.vocabulary
+        return [
+            {"tag": name, "category": category_name(category), "training_images": count, "support": support,
+             **dict(zip(names, values if support else [None] * len(names)))}
+            for name, category, count, support, values in zip(
+                words.names, words.categories, words.counts, self.support.tolist(), figures.tolist())
+        ]  # fmt: skip

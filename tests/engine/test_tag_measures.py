@@ -1,0 +1,253 @@
+"""The figures of a tagger: equal to scikit-learn's for any split into batches and two ranks; no `add` waits."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+from torchmetrics.classification import BinaryCalibrationError
+
+from engine.measures import tags
+from engine.measures.drawings import draw_pr_curves, draw_reliability
+from engine.measures.tag_scores import PROBS, TagScores
+from engine.measures.tags import BINS, EDGES, TagHistograms
+from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, measure_reliability, to_fit
+from tests.engine.test_no_host_sync import count
+from utils.errors import UserError
+from utils.ranks import distributed
+from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
+from utils.vocabulary import Vocabulary
+
+IMAGES, TAGS = 900, 40
+GENERATOR = torch.Generator().manual_seed(0)
+PRIORS = torch.linspace(-5.5, 1, TAGS)
+LATENT = PRIORS + 1.5 * torch.randn(IMAGES, TAGS, generator=GENERATOR)
+TARGETS = (torch.rand(IMAGES, TAGS, generator=GENERATOR) < LATENT.sigmoid()).float()
+TARGETS[:, 3] = 0  # a tag without positives
+LOGITS = 2 * LATENT + 0.5 + 0.5 * torch.randn(IMAGES, TAGS, generator=GENERATOR)  # too confident
+VALID = torch.rand(IMAGES, generator=GENERATOR) > 0.1
+KNOWN = torch.ones(IMAGES, TAGS, dtype=torch.bool)
+KNOWN[:, :4] = (torch.rand(IMAGES, generator=GENERATOR) > 0.3)[:, None]  # ratings
+CATEGORIES = (9,) * 4 + (0,) * 26 + (4,) * 10
+COUNTS = tuple(int(20000 * share) for share in TARGETS.mean(0))
+VOCABULARY = Vocabulary(tuple(f"tag_{i}" for i in range(TAGS)), CATEGORIES, COUNTS, tuple(range(TAGS)))
+SPLITS = [[IMAGES], [100] * 9, [1, 300, 599]]
+SCORED = np.arange(TAGS) != 3
+
+
+def logit(prob):
+    return np.log(prob / (1 - prob))
+
+
+def fill(split=SPLITS[0], rows=slice(None), logits=LOGITS):
+    measure = TagHistograms(TAGS)
+    for batch in zip(*(column[rows].split(split) for column in (logits, TARGETS, VALID, KNOWN))):
+        measure.add(*batch)
+    return measure
+
+
+def columns():
+    """Yield (targets, logits) of each tag's samples."""
+    for tag in range(TAGS):
+        used = VALID & KNOWN[:, tag]
+        yield TARGETS[used, tag].numpy(), LOGITS[used, tag].numpy()
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return TagScores(fill().reduce(), VOCABULARY)
+
+
+def exact_ap():
+    return np.array([metrics.average_precision_score(*column) for column, some in zip(columns(), SCORED) if some])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_average_precision_is_scikit_learns(split):
+    found = fill(split).reduce().average_precision()
+    assert np.abs(found[SCORED] - exact_ap()).max() < 5e-4 and np.isnan(found[3])
+
+
+def test_average_precision_of_equal_logits_is_that_of_one_threshold(monkeypatch):
+    coarse = (LOGITS / 4).round()  # all that is kept is a run of equal logits, partly kept
+    kept = fill(logits=torch.where(LOGITS > 1e9, LOGITS, coarse)).reduce().average_precision()
+    monkeypatch.setattr(tags, "_KEPT", 1000)  # more than there are images: exact
+    whole = fill(logits=coarse).reduce().average_precision()
+    exact = [metrics.average_precision_score(truth, (logits / 4).round()) for truth, logits in columns() if truth.any()]
+    assert whole[SCORED] == pytest.approx(exact, abs=1e-9)
+    assert np.abs(kept - whole)[SCORED].max() < 0.1  # the convention of ties alone differs
+
+
+@pytest.mark.parametrize("shift, spread, bound", [(-9, 1.0, 1e-3), (-7, 0.1, 1e-3), (0, 0.2, 1e-3)])
+def test_average_precision_of_rare_tags_among_many_images(shift, spread, bound):
+    images, number = 50_000, 40
+    logits = shift + spread * torch.randn(images, number, generator=GENERATOR)
+    targets = torch.zeros(images, number)
+    for tag in range(number):
+        targets[: 1 + tag // 2, tag] = 1
+    logits += 4 * spread * targets
+    measure = TagHistograms(number)
+    measure.add(logits, targets, torch.ones(images, dtype=torch.bool))
+    exact = [metrics.average_precision_score(targets[:, tag], logits[:, tag]) for tag in range(number)]
+    assert 0.2 < np.mean(exact) < 0.9
+    assert np.abs(measure.reduce().average_precision() - exact).max() < bound
+
+
+@pytest.mark.parametrize("edge", [100, 700, 900, 1100])
+def test_curves_at_an_edge_are_scikit_learns(scores, edge):
+    group, decided = scores.groups["all"], [(truth, logits >= EDGES[edge]) for truth, logits in columns()]
+    names = {"precision": metrics.precision_score, "recall": metrics.recall_score, "f1": metrics.f1_score}
+    scored = [pair for pair in decided if pair[0].any()]
+    for name, score in names.items():
+        assert group.macro[name][edge] == pytest.approx(np.mean([score(*pair, zero_division=0) for pair in scored]))
+    exact = np.mean([metrics.matthews_corrcoef(*pair) for pair in scored])
+    assert group.macro["mcc"][edge] == pytest.approx(exact)
+    truth, decision = (np.concatenate(column) for column in zip(*decided))
+    assert group.micro()[2][edge] == pytest.approx(metrics.f1_score(truth, decision, zero_division=0))
+
+
+def test_the_micro_curve_is_scikit_learns(scores):
+    truth, logits = (np.concatenate(column) for column in zip(*columns()))
+    *exact, thresholds = metrics.precision_recall_curve(truth, logits)
+    place = np.searchsorted(thresholds, EDGES[200:1200])
+    for found, curve in zip(scores.groups["all"].micro(), exact):
+        assert found[200:1200] == pytest.approx(curve[place], abs=1e-4)
+
+
+def test_scalars(scores):
+    found, probs = scores.scalars(), [(truth, 1 / (1 + np.exp(-logits))) for truth, logits in columns()]
+    scored = [pair for pair in probs if pair[0].any()]
+    assert found["mAP"] == pytest.approx(exact_ap().mean(), abs=1e-4)
+    assert (found["tags"], found["tags_without_positives"]) == (TAGS - 1, 1)
+    assert found["support"] == sum(truth.sum() for truth, _ in probs)
+    everything = tuple(np.concatenate(column) for column in zip(*probs))
+    for average, pairs in (("micro", [everything]), ("macro", scored)):
+        for name, threshold in ((f"{average}_f1_at_0.35", 0.35), (f"{average}_f1", found[f"{average}_pr_threshold"])):
+            exact = np.mean([metrics.f1_score(truth, prob >= threshold) for truth, prob in pairs])
+            assert found[name] == pytest.approx(exact)
+        precision, recall = (
+            np.mean([score(truth, prob >= threshold, zero_division=0) for truth, prob in pairs])
+            for score in (metrics.precision_score, metrics.recall_score)
+        )
+        assert precision == pytest.approx(recall, abs=0.005)
+    curves = [np.stack(metrics.precision_recall_curve(*pair)[:2]) for pair in scored]
+    best = [(2 * curve.prod(0) / np.maximum(curve.sum(0), 1e-9)).max() for curve in curves]
+    assert np.mean(best) - 0.005 < found["macro_best_f1"] <= np.mean(best)
+
+
+def test_tables(scores):
+    tables = scores.tables()
+    groups = {row["group"]: row for row in tables["tag_groups"]}
+    assert {"all", "rating", "general", "character", "1,000 to 9,999 images"} <= set(groups)
+    assert sum(groups[name]["support"] for name in ("rating", "general", "character")) == groups["all"]["support"]
+    assert groups["rating"]["tags_without_positives"] == 1
+    assert groups["character"]["mAP"] == pytest.approx(np.nanmean(scores.ap[30:]))
+    row = tables["tags"][20]
+    assert (row["tag"], row["category"], row["training_images"]) == ("tag_20", "general", COUNTS[20])
+    assert row["best_f1"] == pytest.approx(2 / (1 / row["precision"] + 1 / row["recall"]))
+    assert tables["tags"][3]["ap"] is None and len(tables["tags"]) == TAGS
+    ap = [row["ap"] for row in tables["hardest_tags"]]
+    assert ap == sorted(ap) and all(row["support"] >= 10 for row in tables["hardest_tags"])
+
+
+def test_two_ranks_equal_one(monkeypatch):
+    whole, first, second = fill().reduce(), fill([450], slice(450)), fill([225] * 2, slice(450, None))
+    theirs = {torch.float32: second._scores, torch.bool: second._hits}
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda counts: counts + second._counts)
+    monkeypatch.setattr(distributed, "gather_rows", lambda own: torch.cat([own, theirs[own.dtype]]))
+    both = first.reduce()
+    assert torch.equal(both.histograms, whole.histograms) and torch.equal(both.scores, whole.scores)
+    assert np.array_equal(both.average_precision(), whole.average_precision(), equal_nan=True)
+
+
+def test_adding_never_waits_for_the_device():
+    assert count(lambda: fill([300] * 3)) == []
+
+
+def test_what_is_not_finite_or_not_valid():
+    measure, logits = TagHistograms(TAGS), LOGITS.clone()
+    logits[~VALID] = torch.nan
+    logits[VALID.nonzero()[0], 5:8] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    measure.add(logits, TARGETS, VALID)
+    found = measure.reduce()
+    assert (found.histograms.sum((1, 2)) == VALID.sum()).all()
+    assert [found.histograms[tag, :, place].sum() for tag, place in ((5, 0), (6, BINS - 1), (7, 0))] == [1, 1, 1]
+    assert np.isfinite(found.average_precision()[SCORED]).all()
+
+
+def test_no_positive_at_all_is_an_error():
+    measure = TagHistograms(TAGS)
+    measure.add(LOGITS, torch.zeros_like(TARGETS), VALID)
+    with pytest.raises(UserError, match=r"^data\.root: "):
+        TagScores(measure.reduce(), VOCABULARY)
+
+
+# ------------------------------------------------------------------------------------------------------- thresholds
+
+
+@pytest.fixture(scope="module")
+def halves():
+    fit = to_fit(torch.arange(IMAGES))
+    parts = []
+    for chosen in (fit, ~fit):
+        measure = TagHistograms(TAGS)
+        measure.add(LOGITS, TARGETS, VALID & chosen, KNOWN)
+        parts.append(TagScores(measure.reduce(), VOCABULARY))
+    return parts
+
+
+def test_profiles_meet_their_targets_on_the_images_of_the_fit(halves):
+    table = calibrate(halves[0], halves[0], precision=0.8, recall=0.9)
+    rows = {(row.profile, row.category): row for row in table.rows if row.profile != PER_TAG}
+    assert set(rows) == {(profile, number) for profile in CATEGORY_PROFILES for number in (0, 4, 9, OVERALL)}
+    for number in (0, 4, OVERALL):
+        balanced, precise, complete = (rows[profile, number] for profile in CATEGORY_PROFILES)
+        assert abs(balanced.precision - balanced.recall) < 0.02
+        assert precise.threshold > balanced.threshold > complete.threshold
+        assert 0.8 <= precise.precision < 0.9 and 0.9 <= complete.recall < 0.92
+    rare = rows["high_precision", 9]  # does not reach it
+    assert rare.precision == round(halves[0].groups["rating"].micro()[0].max(), 6) < 0.8
+
+
+def test_thresholds_are_measured_on_other_images(halves):
+    table = calibrate(*halves, precision=0.8, recall=0.9)
+    balanced, rows = table.of_categories("balanced"), [row for row in table.rows if row.profile == PER_TAG]
+    used = VALID & ~to_fit(torch.arange(IMAGES))
+    for tag in (10, 35):
+        decided = LOGITS[used, tag].sigmoid() >= rows[tag].threshold
+        assert rows[tag].f1 == pytest.approx(metrics.f1_score(TARGETS[used, tag], decided), abs=1e-5)
+        support, best, category = halves[0].support[tag], PROBS[halves[0].best_edge[tag]], balanced[CATEGORIES[tag]]
+        expected = (support * logit(best) + 50 * logit(category)) / (support + 50)
+        assert expected - 0.016 < logit(rows[tag].threshold) < expected + 1e-3
+    assert (rows[3].support, rows[3].f1, rows[3].threshold) == (0, None, balanced[9])
+    general = next(row for row in table.rows if row.category == 0)
+    truth, decided = TARGETS[used, 4:30].flatten(), LOGITS[used, 4:30].sigmoid().flatten() >= general.threshold
+    assert general.f1 == pytest.approx(metrics.f1_score(truth, decided), abs=1e-5)
+
+
+def test_platt_scaling_and_calibration_error(halves):
+    fitted, reported = halves
+    used = (VALID & to_fit(torch.arange(IMAGES)))[:, None] & KNOWN
+    truth, logits, group = TARGETS[used], LOGITS[used], fitted.groups["all"]
+    exact = LogisticRegression(C=1e9, tol=1e-8).fit(logits[:, None].numpy(), truth.numpy())
+    assert fit_platt(group) == pytest.approx((exact.coef_[0, 0], exact.intercept_[0]), abs=2e-3)
+    plain, error = measure_reliability(group), BinaryCalibrationError(n_bins=15)(logits.sigmoid(), truth.int())
+    assert plain.error() == pytest.approx(error.item(), abs=2e-3)
+    rows = {row["group"]: row for row in calibration_rows(fitted, reported)}
+    assert rows["all"]["ece_above_scaled"] < 0.5 * rows["all"]["ece_above"]
+    assert {"all", "general", "character", "rating"} <= set(rows)
+
+
+def test_pictures(scores):
+    group = scores.groups["all"]
+    curves = {"as it is": measure_reliability(group), "scaled": measure_reliability(group, *fit_platt(group))}
+    for image in (draw_reliability(curves), draw_pr_curves({"all": group, "general": scores.groups["general"]})):
+        assert image.dtype == np.uint8 and image.shape[2] == 3 and (image < 128).any()
+
+
+def test_platt_scaling_of_separable_tags_is_finite():
+    measure, targets = TagHistograms(1), torch.tensor([[0.0]] * 50 + [[1.0]] * 5)
+    measure.add(6 * targets - 3, targets, torch.ones(55, dtype=torch.bool))
+    scores = TagScores(measure.reduce(), Vocabulary(("a",), (0,), (5,), (0,)))
+    scale, shift = fit_platt(scores.groups["all"])
+    assert 0.5 < scale < 5 and abs(shift) < 5

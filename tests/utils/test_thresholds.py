@@ -1,0 +1,90 @@
+"""thresholds.csv: what is written is read; another vocabulary, a part of a file and no such file are refused."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from utils.errors import UserError
+from utils.thresholds import (
+    CATEGORY_PROFILES,
+    OVERALL,
+    PER_TAG,
+    Threshold,
+    ThresholdTable,
+    mcut,
+    read_thresholds,
+    write_thresholds,
+)
+from utils.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(("general", "1girl", 'odd,"name"', "miku"), (9, 0, 0, 4), (9, 8, 7, 6), (1, 2, 3, 4))
+CATEGORY_ROWS = tuple(
+    Threshold(number, name, 0.1 * place + 0.05 * number / 9, 0.5, 0.25, 1 / 3, 7, profile)
+    for place, profile in enumerate(CATEGORY_PROFILES, start=3)
+    for number, name in ((0, "general"), (9, "rating"), (OVERALL, "all"))
+)
+TAG_ROWS = tuple(
+    Threshold(category, name, place / 10, None, None, None, 0, PER_TAG)
+    for place, (category, name) in enumerate(zip(VOCABULARY.categories, VOCABULARY.names), start=1)
+)
+TABLE = ThresholdTable(VOCABULARY.hash, CATEGORY_ROWS + TAG_ROWS)
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_thresholds(tmp_path / "thresholds.csv", TABLE)
+    return tmp_path / "thresholds.csv"
+
+
+def test_a_table_is_read_as_it_was_written(path):
+    assert read_thresholds(path, VOCABULARY, "thresholds") == TABLE
+
+
+def test_each_tag_has_a_threshold_of_each_profile():
+    assert TABLE.of_tags(VOCABULARY, PER_TAG) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert TABLE.of_tags(VOCABULARY, "balanced") == pytest.approx([0.35, 0.3, 0.3, 0.3 - 0.05 / 9])
+    assert TABLE.of_tags(VOCABULARY, "high_recall").dtype == np.float32
+
+
+def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
+    first = {}
+    for row in csv.DictReader(path.read_text().splitlines()):
+        first.setdefault(int(row["category"]), float(row["threshold"]))
+    assert {number: first[number] for number in (0, 9)} == pytest.approx({0: 0.3, 9: 0.35})
+
+
+def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
+    other = Vocabulary(("general", "1boy", 'odd,"name"', "miku"), *list(vars(VOCABULARY).values())[1:4])
+    with pytest.raises(UserError, match=r"^thresholds: (?s:.*)1boy(?s:.*)1girl"):
+        read_thresholds(path, other, "thresholds")
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda lines: lines[:-1], "3 of 4 tags"),
+        (lambda lines: [line for line in lines if ",high_recall," not in line], "high_recall"),
+        (lambda lines: ["category,name,threshold", "0,general,0.3"], "no thresholds.csv"),
+        (lambda lines: [lines[0], lines[1].replace("0.3", "nan")], "no thresholds.csv"),
+        (lambda lines: [lines[0], lines[1].replace("0.3", "1.5")], "1.5"),
+        (lambda lines: [lines[0], "0,general"], "no thresholds.csv"),
+        (lambda lines: [], "no thresholds.csv"),
+    ],
+)
+def test_a_file_that_is_no_whole_table_is_refused(path, change, complaint):
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    with pytest.raises(UserError, match=rf"^thresholds: (?s:.*){complaint}"):
+        read_thresholds(path, VOCABULARY, "thresholds")
+
+
+def test_no_file_and_no_text_are_refused(path):
+    with pytest.raises(UserError, match=r"^thresholds: .* does not exist"):
+        read_thresholds(path.with_name("none.csv"), VOCABULARY, "thresholds")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"^thresholds: "):
+        read_thresholds(path, VOCABULARY, "thresholds")
+
+
+def test_mcut_cuts_in_the_middle_of_the_largest_gap():
+    assert mcut(np.array([[0.1, 0.9, 0.8, 0.3], [0.0, 0.2, 1.0, 0.1]])) == pytest.approx([0.55, 0.6])

@@ -1,0 +1,114 @@
+"""The thresholds of a tagger: one file, thresholds.csv, that evaluation writes and prediction and exports read.
+
+    category,name,threshold,precision,recall,f1,support,profile,vocabulary
+    0,general,0.412,0.71,0.71,0.71,51234,balanced,9f0c...
+    0,1girl,0.433,0.95,0.97,0.96,8120,per_tag,9f0c...
+
+A row is of a category, of all tags (category -1) or, with profile per_tag, of a tag. An image gets a tag whose
+probability is at least the threshold. A category's balanced row comes before its others: tools that look for
+`category,name,threshold` take the first (deepghs/imgutils:imgutils/generic/multilabel_timm.py).
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.record.report_files import write_table
+from utils.vocabulary import Vocabulary, describe_difference
+
+CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
+PER_TAG = "per_tag"
+OVERALL = -1  # in place of a category: all tags
+FILE = "thresholds.csv"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A probability, and what was measured with it; None without support."""
+
+    category: int
+    name: str
+    threshold: float
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+    profile: str
+
+
+@dataclass(frozen=True)
+class ThresholdTable:
+    """The thresholds of a vocabulary, given by its hash; per_tag rows are in its order."""
+
+    vocabulary: str
+    rows: tuple[Threshold, ...]
+
+    def of_categories(self, profile: str) -> dict[int, float]:
+        """Return a profile's threshold of each category; that of all tags is OVERALL."""
+        return {row.category: row.threshold for row in self.rows if row.profile == profile}
+
+    def of_tags(self, vocabulary: Vocabulary, profile: str) -> np.ndarray:
+        """Return each tag's threshold, [T] float32; a category without one has that of all tags."""
+        if profile == PER_TAG:
+            return np.array([row.threshold for row in self.rows if row.profile == PER_TAG], dtype=np.float32)
+        found = self.of_categories(profile)
+        return np.array([found.get(number, found[OVERALL]) for number in vocabulary.categories], dtype=np.float32)
+
+
+def write_thresholds(path: Path, table: ThresholdTable) -> None:
+    """Write a thresholds.csv, atomically."""
+    write_table(path, [{**asdict(row), "vocabulary": table.vocabulary} for row in table.rows])
+
+
+def read_thresholds(path: Path, vocabulary: Vocabulary, key: str) -> ThresholdTable:
+    """Read a thresholds.csv. Raises UserError (`key`) where it is none, or of another vocabulary."""
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            rows, hashes = zip(*_parse(stream))
+    except FileNotFoundError:
+        raise UserError(f"{key}: {path} does not exist; evaluate.py calibrate=true writes one") from None
+    except (KeyError, ValueError, TypeError, OSError, csv.Error) as error:
+        raise UserError(
+            f"{key}: {path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
+        ) from None
+    table, tags = ThresholdTable(hashes[0], rows), [row for row in rows if row.profile == PER_TAG]
+    if table.vocabulary != vocabulary.hash:
+        nothing = (0,) * len(tags)
+        theirs = Vocabulary(tuple(row.name for row in tags), tuple(row.category for row in tags), nothing, nothing)
+        raise UserError(
+            f"{key}: {path} is of another vocabulary than the tagger: {describe_difference(vocabulary, theirs)}; name "
+            "the file that evaluate.py calibrate=true wrote for this tagger"
+        )
+    lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
+    if lacks or len(tags) != len(vocabulary):
+        raise UserError(
+            f"{key}: {path} is not complete: {len(tags)} of {len(vocabulary)} tags, profiles without a row of category "
+            f"{OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
+        )
+    return table
+
+
+def _parse(stream: Iterator[str]) -> Iterator[tuple[Threshold, str]]:
+    """Yield rows and their vocabulary. Raises KeyError or ValueError for what is none."""
+    for row in csv.DictReader(stream):
+        measured = (float(row[name]) if row[name] else None for name in ("precision", "recall", "f1"))
+        found = Threshold(
+            int(row["category"]), row["name"], float(row["threshold"]), *measured, int(row["support"]), row["profile"]
+        )
+        if not 0 <= found.threshold <= 1:
+            raise ValueError(f"threshold {found.threshold} of {found.name!r} is not between 0 and 1")
+        yield found, row["vocabulary"]
+
+
+def mcut(probs: np.ndarray) -> np.ndarray:
+    """Return a threshold for each image [B]: the middle of the largest gap in its sorted probabilities [B, n >= 2].
+
+    Source: Largeron, Moulin and Géry 2012, MCut: A Thresholding Strategy for Multi-label Classification.
+    """
+    ranked = np.sort(probs, axis=1)[:, ::-1]
+    gap = (ranked[:, :-1] - ranked[:, 1:]).argmax(axis=1)[:, None]
+    return (np.take_along_axis(ranked, gap, 1) + np.take_along_axis(ranked, gap + 1, 1))[:, 0] / 2
