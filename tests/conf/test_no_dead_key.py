@@ -285,6 +285,7 @@ PROVED = {
     "AugmentConfig.std",
     "AugmentConfig.eval_crop",
     "AugmentConfig.eval_resize",
+    "AugmentConfig.pad",
 }
 # Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
 # For weight files without a run, `augment` and `model` are the groups of training, whose other keys mean nothing there;
