@@ -32,12 +32,15 @@ _DRY_RUN = "dry run: nothing is written"
 class PrepareConfig(Strict):
     """`verify` decodes every image; unreadable ones get weight 0 in the manifest.
 
+    `duplicates` finds near-duplicates as well, and needs `verify`.
+
     `source` and `class_names` are for job=idx: the folder of the IDX files, and a name for each label.
     """
 
     job: Literal["glyphs", "manifest", "idx"]
     dry_run: bool
     verify: bool
+    duplicates: bool
     source: PathText | None
     class_names: list[str] | None
     data: DataConfig
@@ -93,6 +96,8 @@ def prepare_glyphs(config: PrepareConfig) -> str:
 
 def prepare_manifest(config: PrepareConfig) -> str:
     """Check the images of `data.root` and write its manifest."""
+    if config.duplicates and not config.verify:
+        raise UserError("duplicates: true, and verify=false decodes no image; set verify=true, or duplicates=false")
     if config.dry_run:
         check_root(config.data.root)  # which write_manifest does too
         return _DRY_RUN
@@ -101,12 +106,13 @@ def prepare_manifest(config: PrepareConfig) -> str:
             config.data.root,
             validation_fraction=config.data.validation_fraction,
             verify=config.verify,
+            duplicates=config.duplicates,
             max_pixels=config.data.max_pixels,
             progress=progress,
         )
     for line in report.unreadable_lines(most=20):
         log.warning("%s", line)
-    for line in report.trait_lines():
+    for line in (*report.trait_lines(), *report.duplicate_lines()):
         log.info("%s", line)
     splits = ", ".join(f"{count:,} {split}" for split, count in report.splits.items())
     log.info(

@@ -65,13 +65,15 @@ class ColorJitterConfig(Strict):
 class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
+    `pad` square puts the whole image into the middle of a square of the background, first, in training and evaluation.
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
     `horizontal_flip`; `color_jitter` where it is not null; `rand_augment`, a policy of timm, where it is not null,
     which fills with the mean; random erasing with probability `random_erasing`, by `uniform` noise or by `normal` noise
     of `mean` and `std`. Pixels that the affine map uncovers get the grey level `fill`. Evaluation: `crop` resizes the
-    shorter side to image size / `eval_crop` and takes the centre, `squash` resizes both sides. `mean` and `std` (of
-    values in [0, 1], one per channel) are applied on the device.
+    shorter side to image size / `eval_crop` and takes the centre, `squash` resizes both sides. `interpolation` varied
+    draws one of the others for each training image, and is bicubic in evaluation. `mean` and `std` (of values in
+    [0, 1], one per channel) are applied on the device.
 
     `on_device` true: the workers decode, crop and resize, and the rest runs on the device, on whole batches
     (data/device_augment.py). The draws have the same distributions. What differs: `affine` acts on the resized image,
@@ -81,6 +83,7 @@ class AugmentConfig(Strict):
     """
 
     image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    pad: Literal["none", "square"]
     crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
     crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
@@ -91,7 +94,7 @@ class AugmentConfig(Strict):
     erasing_noise: Literal["uniform", "normal"]
     fill: Annotated[int, Field(ge=0, le=255)]
     on_device: bool
-    interpolation: Literal["bilinear", "bicubic"]
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
     eval_resize: Literal["crop", "squash"]
     eval_crop: Annotated[float, Field(gt=0, le=1)]
     mean: list[float]
@@ -100,14 +103,16 @@ class AugmentConfig(Strict):
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return what evaluation does to an image, as it is written into weight files."""
         return {
-            **self.model_dump(include={"image_size_hw", "interpolation", "eval_resize", "eval_crop", "mean", "std"}),
+            **self.model_dump(include={"image_size_hw", "pad", "eval_resize", "eval_crop", "mean", "std"}),
+            "interpolation": "bicubic" if self.interpolation == "varied" else self.interpolation,
             "channels": channels,
         }
 
     def describe(self) -> str:
         """Return the image size and the augmentation in a line."""
         height, width = self.image_size_hw
-        steps = [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
+        steps = ["padded to a square"] if self.pad == "square" else []
+        steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
         steps += ["mirror"] if self.horizontal_flip else ["no mirror"]
         steps += ["affine map"] if self.affine is not None else []
         steps += ["colours"] if self.color_jitter is not None else []

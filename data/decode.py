@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from data.duplicates import perceptual_hash
 from utils.canvas import DEFAULT, background_rgb
 
 # The formats that are read, with any suffix. A closed list: some of Pillow's other readers start programs
@@ -109,13 +110,14 @@ class _Unsupported(ValueError):
 class Inspection(NamedTuple):
     """The findings for one file: `kind` and `reason` are None where it can be read; traits may surprise its owner.
 
-    size_hw: of the upright image; None where it cannot be read.
+    size_hw: of the upright image; None where it cannot be read. phash: of data/duplicates.py, where it was asked for.
     """
 
     kind: str | None
     reason: str | None
     traits: tuple[str, ...]
     size_hw: tuple[int, int] | None = None
+    phash: int | None = None
 
 
 def pillow_version() -> str:
@@ -161,13 +163,18 @@ def decode_image(content: bytes, name: str, channels: int, max_pixels: int, back
     return _open(content, name, max_pixels, functools.partial(_to_array, channels=channels, background=background))
 
 
-def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Inspection:
-    """Decode a file and say why it cannot be read, or else what about it is converted, dropped or odd."""
+def inspect_image(
+    path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, *, hashed: bool = False
+) -> Inspection:
+    """Decode a file and say why it cannot be read, or else what about it is converted, dropped or odd.
+
+    hashed: with the perceptual hash.
+    """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             name = os.fspath(path)
-            found = _open(read_file(path), name, max_pixels, functools.partial(_find_traits, name=name))
+            found = _open(read_file(path), name, max_pixels, functools.partial(_find_traits, name=name, hashed=hashed))
         except UnreadableImage as error:
             return Inspection(error.kind, error.reason, ())
     if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in found.traits:
@@ -342,11 +349,11 @@ def _on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
-def _find_traits(image: Image.Image, name: str) -> Inspection:
+def _find_traits(image: Image.Image, name: str, hashed: bool) -> Inspection:
     """Decode an opened image and return its size, and what about it its owner may not expect."""
     raw, turned = _raw_mode(image), image.format == "TIFF" and _orientation(image) in _UPRIGHT
     upright, orientation = _load_upright(image)
-    _convert(upright, 3, background_rgb(DEFAULT))
+    pixels = _convert(upright, 3, background_rgb(DEFAULT))
     found = {
         "several frames": _has_frames(image),
         "CMYK": image.mode == "CMYK",
@@ -357,7 +364,8 @@ def _find_traits(image: Image.Image, name: str) -> Inspection:
         "broken metadata": orientation is None,
     }
     traits = tuple(trait for trait, there in found.items() if there)
-    return Inspection(None, None, traits, (upright.height, upright.width))
+    phash = perceptual_hash(pixels) if hashed else None
+    return Inspection(None, None, traits, (upright.height, upright.width), phash)
 
 
 def _has_frames(image: Image.Image) -> bool:

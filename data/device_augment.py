@@ -13,7 +13,7 @@ needs floats is rounded once, at the end, and a batch is the same as one from th
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from data.config import AugmentConfig
 from data.stream import Draw
 from data.transforms import CropTransform, NoiseErasing, TrainTransform, Transform, color_jitter, random_affine
 from utils import rng
+from utils.canvas import DEFAULT
 from utils.contracts import Batch
 
 IMAGES, AUGMENT = "images", "augment"
@@ -262,8 +263,11 @@ def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
-def training_views(config: AugmentConfig) -> Mapping[str, Transform]:
-    """Return the views of a training image: `images`, and with `augment.on_device` the parameters for the device."""
+def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Mapping[str, Transform]:
+    """Return the views of a training image: `images`, and with `augment.on_device` the parameters for the device.
+
+    background: of what `augment.pad` adds.
+    """
     if not config.on_device:
-        return {IMAGES: TrainTransform(config)}
-    return {IMAGES: CropTransform(config), AUGMENT: DeviceAugment(config)}
+        return {IMAGES: TrainTransform(config, background)}
+    return {IMAGES: CropTransform(config, background), AUGMENT: DeviceAugment(config)}

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from data.decode import NOT_OPENED, Inspection, inspect_image
 from utils.io.files import sha256_file, write_atomically
 
@@ -39,7 +42,8 @@ class ManifestReport:
 
     kinds: of the unreadable images, by the kind of fault. traits: of the readable ones, what is converted,
     dropped or odd (an image may have several), each with the first image that has it. Both need verify. listing: the
-    file that names every unreadable image, None where there is none.
+    file that names every unreadable image, None where there is none. groups: the numbers of images that are
+    near-duplicates of one another, the largest first; None where nobody asked.
     """
 
     path: Path
@@ -51,6 +55,7 @@ class ManifestReport:
     kinds: dict[str, int]
     traits: dict[str, tuple[int, str]]
     listing: Path | None
+    groups: list[int] | None = None
 
     def unreadable_lines(self, most: int) -> list[str]:
         """Say which images are unreadable, up to `most` by name, how many by kind, and what to do."""
@@ -66,6 +71,16 @@ class ManifestReport:
         )
         return lines
 
+    def duplicate_lines(self) -> list[str]:
+        """Return a line that counts near-duplicates; none where nobody asked."""
+        if self.groups is None:
+            return []
+        largest = f", the largest of {self.groups[0]:,}" if self.groups else ""
+        return [
+            f"{sum(self.groups):,} of {self.rows:,} images are near-duplicates of others, some mirrored: "
+            f"{len(self.groups):,} groups{largest} (column group of the manifest)"
+        ]
+
     def trait_lines(self) -> list[str]:
         """Return a line for each trait of readable images that their owner may not expect."""
         return [
@@ -74,13 +89,20 @@ class ManifestReport:
         ]
 
 
-def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:
-    """Return a file's SHA-256 (None if it cannot be read) and what else was found."""
+def count_groups(groups: pa.ChunkedArray) -> list[int]:
+    """Return the sizes of the groups of more than one image, the largest first."""
+    counts = pc.value_counts(groups.drop_null()).field("counts").to_pylist()
+    return sorted((count for count in counts if count > 1), reverse=True)
+
+
+def inspect_file(file: str, verify: bool, max_pixels: int, hashed: bool = False) -> Inspected:
+    """Return a file's SHA-256 (None if it cannot be read) and what else was found; hashed: as in `inspect_image`."""
     try:
         digest = sha256_file(Path(file))
     except OSError as error:
         return Inspected(None, Inspection(NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})", ()))
-    return Inspected(digest, inspect_image(file, max_pixels) if verify else Inspection(None, None, ()))
+    found = inspect_image(file, max_pixels, hashed=hashed) if verify else Inspection(None, None, ())
+    return Inspected(digest, found)
 
 
 def fatal_file(file: str) -> Inspected:

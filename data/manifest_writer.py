@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.decode import DEFAULT_MAX_PIXELS
+from data.duplicates import group_duplicates
 from data.inspection import (
     UNREADABLE,
     Inspected,
     ManifestReport,
+    count_groups,
     count_kinds,
     count_traits,
     fatal_file,
@@ -37,6 +40,7 @@ def write_manifest(
     *,
     validation_fraction: float,
     verify: bool,
+    duplicates: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> ManifestReport:
@@ -44,7 +48,8 @@ def write_manifest(
 
     verify: decode every image too, and fill in the columns width and height, in pixels, of the upright image. One that
     is unreadable stays in the manifest with weight 0 and is reported, by name in `manifest.unreadable.jsonl`. A file
-    that cannot even be opened is treated so in any case. progress: called with the images done and their number.
+    that cannot even be opened is treated so in any case. duplicates: fill in phash and group (data/duplicates.py) too,
+    which needs verify. progress: called with the images done and their number.
 
     Raises UserError (`data.root`) as `scan_folder` does, for a link out of the root, for a folder that cannot be
     written, and for a manifest already there that this function did not write.
@@ -54,7 +59,8 @@ def write_manifest(
     table = scan_folder(folder)
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
-    found = _inspect_all([str(folder / path) for path in paths], verify, max_pixels, progress)
+    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels, hashed=duplicates)
+    found = _inspect_all([str(folder / path) for path in paths], inspect, progress)
     reasons = [inspection.reason for _, inspection in found]
     table = replace_column(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
     table = replace_column(
@@ -64,6 +70,8 @@ def write_manifest(
         for axis, name in enumerate(("height", "width")):
             sizes = [None if size is None else size[axis] for size in (file.inspection.size_hw for file in found)]
             table = replace_column(table, name, pa.array(sizes, MEASURED[name]))
+    if duplicates:
+        table = _add_groups(table, found)
     table = assign_validation(table, validation_fraction)
     unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
     counts = [count_values(table[name]) for name in ("split", "label", "tags")]
@@ -75,7 +83,16 @@ def write_manifest(
         count_kinds(found),
         count_traits(paths, found),
         list_unreadable(folder / UNREADABLE, unreadable),
+        count_groups(table["group"]) if duplicates else None,
     )
+
+
+def _add_groups(table: pa.Table, found: list[Inspected]) -> pa.Table:
+    """Return the table with the columns phash and group; both are null where an image cannot be read."""
+    hashes = pa.array([file.inspection.phash for file in found], MEASURED["phash"])
+    groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
+    table = replace_column(table, "phash", hashes)
+    return replace_column(table, "group", pc.replace_with_mask(hashes, hashes.is_valid(), groups))
 
 
 def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
@@ -106,10 +123,9 @@ def _refuse_foreign(root: Path) -> None:
 
 
 def _inspect_all(
-    files: list[str], verify: bool, max_pixels: int, progress: Callable[[int, int], None] | None
+    files: list[str], inspect: Callable[[str], Inspected], progress: Callable[[int, int], None] | None
 ) -> list[Inspected]:
     """Return SHA-256 and findings of each file; with many files, in one process per core."""
-    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
     if len(files) < _PARALLEL_FROM or count_cores() == 1:
         return _count_off(map(inspect, files), len(files), progress)
     return _count_off(map_in_processes(inspect, files, fatal_file), len(files), progress)

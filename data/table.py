@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 )
 # Columns that prepare.py fills from the files. They follow from the files' content, so they are not in the fingerprint,
 # and a manifest made again keeps the runs on it.
-MEASURED = {"width": pa.int64(), "height": pa.int64()}
+MEASURED = {"width": pa.int64(), "height": pa.int64(), "phash": pa.int64(), "group": pa.int64()}
 _LARGE = {pa.string(): pa.large_string(), SCHEMA.field("tags").type: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names that a message shows

@@ -18,10 +18,13 @@ from torchvision.transforms import InterpolationMode, v2
 from data.config import AugmentConfig
 from data.stream import Draw
 from utils import rng
+from utils.canvas import DEFAULT, background_levels, background_of
 
 # Only the middle of a very long image is resized, at most this many times the evaluation size: a strip of 1 x 50,000
-# pixels would become one of 256 x 12,800,000.
+# pixels would become one of 256 x 12,800,000. Of one that is padded, all is shrunk to this many times the image size.
 _LONGEST = 8
+_VARIED = ("bilinear", "bicubic", "lanczos", "area")
+_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 
 
 class Transform(Protocol):
@@ -33,6 +36,40 @@ class Transform(Protocol):
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
         ...
+
+
+def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
+    """Return an image, uint8 [C, H, W], resized.
+
+    lanczos and area are Pillow's: not every torchvision has them for tensors. area, a box, repeats pixels to enlarge.
+    """
+    if interpolation in _PILLOWS:
+        picture = v2.functional.to_pil_image(image)
+        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
+    return v2.functional.resize(image, list(size_hw), interpolation=InterpolationMode(interpolation), antialias=True)
+
+
+class SquarePad:
+    """Put the whole image, uint8 [C, H, W], into the middle of a square; an odd pixel goes to the right or the bottom.
+
+    The square has the colour of the background (utils/canvas.py); for `drop`, which states none, it is white.
+    """
+
+    def __init__(self, image_size_hw: Sequence[int], background: Any) -> None:
+        self._longest, self._background = _LONGEST * max(image_size_hw), background
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the square, [C, S, S]."""
+        shrink = self._longest / max(image.shape[-2:])
+        if shrink < 1:
+            image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
+        channels, height, width = image.shape
+        side = max(height, width)
+        levels = torch.tensor(background_levels(self._background, channels), dtype=torch.uint8)
+        square = levels.view(-1, 1, 1).repeat(1, side, side)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[:, top : top + height, left : left + width] = image
+        return square
 
 
 class NoiseErasing(v2.RandomErasing):
@@ -76,7 +113,10 @@ class PolicyAugment(v2.Transform):
         settings = {
             "translate_const": int(0.45 * min(config.image_size_hw)),
             "img_mean": mean if len(mean) > 1 else mean[0],
-            "interpolation": getattr(Image.Resampling, config.interpolation.upper()),
+            # Pillow's affine maps have these two alone.
+            "interpolation": {"bilinear": Image.Resampling.BILINEAR}.get(
+                config.interpolation, Image.Resampling.BICUBIC
+            ),
         }
         assert config.rand_augment is not None
         self._policy = rand_augment_transform(config.rand_augment, settings)
@@ -116,22 +156,29 @@ def color_jitter(config: AugmentConfig) -> v2.ColorJitter:
     return v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
 
 
-def random_resized_crop(config: AugmentConfig) -> v2.RandomResizedCrop:
-    """Return the random crop, resized to the image size."""
-    return v2.RandomResizedCrop(
-        tuple(config.image_size_hw),
-        scale=tuple(config.crop_scale),
-        ratio=tuple(config.crop_ratio),
-        interpolation=InterpolationMode(config.interpolation),
-        antialias=True,
-    )
+class ResizedCrop(v2.RandomResizedCrop):
+    """The random crop of `augment`, resized to the image size by its interpolation."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
+        self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Return the drawn crop, resized."""
+        choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
+        return resize(v2.functional.crop(inpt, **params), self.size, self._choices[choice])
+
+
+def squares(config: AugmentConfig, background: Any) -> list[SquarePad]:
+    """Return the step that pads a training image, where `augment.pad` asks for one."""
+    return [SquarePad(config.image_size_hw, background)] if config.pad == "square" else []
 
 
 class CropTransform:
-    """The random resized crop alone: what a worker does where `augment.on_device` is true."""
+    """The random resized crop alone, of the padded image: what a worker does where `augment.on_device` is true."""
 
-    def __init__(self, config: AugmentConfig) -> None:
-        self._crop = random_resized_crop(config)
+    def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
+        self._crop = v2.Compose([*squares(config, background), ResizedCrop(config)])
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the resized crop."""
@@ -141,15 +188,16 @@ class CropTransform:
 class TrainTransform:
     """Affine map, random resized crop, mirror, colours, RandAugment and erasing, all in the worker (`augment`).
 
+    background: of the square that `augment.pad` puts the image on first.
     Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
     """
 
-    def __init__(self, config: AugmentConfig) -> None:
-        steps: list[torch.nn.Module] = []
+    def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
+        steps: list[Any] = [*squares(config, background)]
         if config.affine is not None:
             # Before the resize: after it, training images would be blurred and validation images not.
             steps += on_pillow(random_affine(config))
-        steps.append(random_resized_crop(config))
+        steps.append(ResizedCrop(config))
         if config.horizontal_flip > 0:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
         if config.color_jitter is not None:
@@ -172,25 +220,35 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 
 class EvalTransform:
-    """The shorter side to image size / eval_crop, rounded down, then the centre; or both to image size (`squash`)."""
+    """The shorter side to image size / eval_crop, rounded down, then the centre; or both to image size (`squash`).
+
+    pad: makes the image a square first.
+    """
 
     def __init__(
-        self, image_size_hw: Sequence[int], eval_crop: float, interpolation: str, eval_resize: str = "crop"
+        self,
+        image_size_hw: Sequence[int],
+        eval_crop: float,
+        interpolation: str,
+        eval_resize: str = "crop",
+        pad: SquarePad | None = None,
     ) -> None:
         height, width = image_size_hw
         self._squash = eval_resize == "squash"
         self._size_hw = (height, width)
         self._resized_hw = (math.floor(height / eval_crop), math.floor(width / eval_crop))
-        self._interpolation = InterpolationMode(interpolation)
+        self._interpolation, self._pad = interpolation, pad
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> Self:
         """Return the transform that a weight file's preprocessing states (AugmentConfig.preprocessing)."""
+        size_hw, pads = preprocessing["image_size_hw"], preprocessing.get("pad") == "square"
         return cls(
-            preprocessing["image_size_hw"],
+            size_hw,
             preprocessing["eval_crop"],
             preprocessing["interpolation"],
-            preprocessing.get("eval_resize", "crop"),  # older files do not state it
+            preprocessing.get("eval_resize", "crop"),  # older files state neither this nor the padding
+            SquarePad(size_hw, background_of(preprocessing)) if pads else None,
         )
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
@@ -199,8 +257,10 @@ class EvalTransform:
         The centre has the pixels of torchvision's resize and centre crop of the whole image. Only the middle of a long
         image is resized, because the whole could exceed the memory.
         """
+        if self._pad is not None:
+            image = self._pad(image)
         if self._squash:
-            return self._resize(image, self._size_hw)
+            return resize(image, self._size_hw, self._interpolation)
         factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))
         whole_hw = [max(least, _resized(side, factor)) for least, side in zip(self._size_hw, image.shape[-2:])]
         middle = _cut_middle(image, [math.ceil(_LONGEST * side / factor) for side in self._resized_hw])
@@ -210,10 +270,7 @@ class EvalTransform:
             resized += (whole - resized) % 2  # odd or even as the whole, whose centre it shares then
             starts.append(round((whole - kept) / 2) - (whole - resized) // 2)
             middle_hw.append(resized)
-        return v2.functional.crop(self._resize(middle, middle_hw), *starts, *self._size_hw)
-
-    def _resize(self, image: Tensor, size_hw: Sequence[int]) -> Tensor:
-        return v2.functional.resize(image, list(size_hw), interpolation=self._interpolation, antialias=True)
+        return v2.functional.crop(resize(middle, middle_hw, self._interpolation), *starts, *self._size_hw)
 
 
 def _resized(side: int, factor: float) -> int:

@@ -32,7 +32,8 @@ class _Preprocessing(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     image_size_hw: Annotated[list[Annotated[int, Field(ge=1, le=_MAX_SIDE)]], Field(min_length=2, max_length=2)]
-    interpolation: Literal["bilinear", "bicubic"]
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "area"]
+    pad: Literal["none", "square"] = ADDED_KEYS["augment.pad"].before
     eval_resize: Literal["crop", "squash"] = ADDED_KEYS["augment.eval_resize"].before
     eval_crop: Annotated[float, Field(gt=0.01, le=1)]
     mean: list[float]

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
+from PIL import Image
 from pydantic import Field
 
 _Level = Annotated[int, Field(ge=0, le=255)]
@@ -16,6 +17,12 @@ def background_rgb(background: Any) -> tuple[int, int, int] | None:
         return None
     named = {"white": 255, "black": 0}.get(background, background) if isinstance(background, str) else background
     return tuple(named) if isinstance(named, list | tuple) else (named,) * 3
+
+
+def background_levels(background: Any, channels: int) -> list[int]:
+    """Return the level of each channel, 1 (luma) or 3, of a Background; of `drop`, which states no colour, white's."""
+    colour = background_rgb(background) or (255, 255, 255)
+    return list(colour) if channels == 3 else [Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))]
 
 
 def background_of(preprocessing: Any) -> Any:

@@ -90,7 +90,7 @@ def _meaning(metadata: dict[str, Any]) -> dict[str, Any]:
     found |= {f"model.{key}": value for key, value in model.items() if key not in _TRAINING_KEYS}
     found |= {
         f"preprocessing.{key}": value
-        for key, value in {"eval_resize": "crop", "background": DEFAULT, **preprocessing}.items()
+        for key, value in {"pad": "none", "eval_resize": "crop", "background": DEFAULT, **preprocessing}.items()
     }
     return {"task.name": task.get("name"), **found}
 

@@ -103,7 +103,7 @@ class ImagePipeline(Generic[Config]):
 
     def views(self, setup: Setup[Config], augment: AugmentConfig) -> Mapping[str, Transform]:
         """Return the named views of a training image; a kind with its own makes them in the workers."""
-        return training_views(augment)
+        return training_views(augment, setup.preprocessing["background"])
 
     def sampler(
         self, collection: Collection, setup: Setup[Config], config: ImageTrainingConfig, rows: np.ndarray

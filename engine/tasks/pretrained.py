@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 _EXPRESSIBLE = {
     "crop_pct": (lambda value: 0 < value <= 1, "eval_crop up to 1"),
     "crop_mode": (("center", "squash").__contains__, "the crop modes center and squash"),
-    "interpolation": (("bilinear", "bicubic").__contains__, "bilinear and bicubic"),
+    "interpolation": (("bilinear", "bicubic", "lanczos").__contains__, "bilinear, bicubic and lanczos"),
 }
 
 

@@ -1,6 +1,7 @@
 """What other libraries cannot express of a ConvNeXt V2, and its tensors as they take them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,15 @@ def with_norm(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add the final norm that an encoder lacks and timm and transformers have: scale 1, shift 0."""
     width = read_geometry(official).dims[-1]
     return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **official}
+
+
+def refuse_padding(preprocessing: Mapping[str, Any], library: str) -> None:
+    """Raise UserError (`format`) where images are padded first, which a library's transforms do not do as ours."""
+    if preprocessing.get("pad", "none") != "none":
+        raise UserError(
+            f"format: the images were padded before they were resized (augment.pad={preprocessing['pad']}), which "
+            f"{library}'s own transforms cannot do; set format=onnx, or train with augment.pad=none"
+        )
 
 
 def refuse_shape(geometry: Geometry, target: str, strides: tuple[int, ...], *, any_stages: bool = False) -> None:

@@ -26,6 +26,8 @@ def describe_preprocessing(preprocessing: Mapping[str, Any]) -> str:
             f"the shorter side to {height} x {width} px / {preprocessing['eval_crop']:g}, rounded down "
             f"({preprocessing['interpolation']}), and the centre of {height} x {width}"
         )
+    if preprocessing.get("pad", "none") == "square":
+        resize = f"padded to a square of the same colour, an odd pixel to the right or the bottom; {resize}"
     return f"{resize}; values in [0, 1] minus {preprocessing['mean']}, divided by {preprocessing['std']}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.outputs import OUTPUTS
-from utils.canvas import background_of, background_rgb
+from utils.canvas import background_levels, background_of, background_rgb
 
 
 def _read(metadata: Mapping[str, Any]) -> str:
@@ -24,6 +24,18 @@ def _read(metadata: Mapping[str, Any]) -> str:
         f'image = Image.alpha_composite(canvas, image).convert("RGB"){".convert(mode)" if mode == "L" else ""}',
     ]
     return "\n".join(lines).replace("(mode)", '("L")')
+
+
+def _pad(preprocessing: Mapping[str, Any]) -> str:
+    """Return the lines that put `image` into the middle of a square, none where it is not padded."""
+    if preprocessing.get("pad", "none") == "none":
+        return ""
+    levels = background_levels(background_of(preprocessing), preprocessing["channels"])
+    return f"""side = max(image.size)
+square = Image.new(image.mode, (side, side), {tuple(levels) if len(levels) == 3 else levels[0]})
+square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+image = square
+"""
 
 
 def _has_head(metadata: Mapping[str, Any]) -> bool:
@@ -84,7 +96,8 @@ def onnx_snippet(metadata: Mapping[str, Any], file: str) -> str:
     """Return the program for ONNX Runtime."""
     preprocessing = metadata["preprocessing"]
     height, width = preprocessing["image_size_hw"]
-    resample = f"Image.Resampling.{preprocessing['interpolation'].upper()}"
+    interpolation = preprocessing["interpolation"]
+    resample = f"Image.Resampling.{'BOX' if interpolation == 'area' else interpolation.upper()}"
     if preprocessing.get("eval_resize", "crop") == "squash":
         resize = f"image = image.resize(({width}, {height}), {resample})"
     else:
@@ -110,7 +123,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 {_read(metadata)}
-{resize}
+{_pad(preprocessing)}{resize}
 batch = (np.asarray(image, np.float32) / 255){axes}
 session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{"images": batch}})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.export.geometry import official_state, read_geometry, refuse_shape, with_norm
+from models.export.geometry import official_state, read_geometry, refuse_padding, refuse_shape, with_norm
 from models.export.model_card import label_names, licence_of
 from models.export.parity import Outputs
 from models.weights.initialise import to_timm
@@ -27,6 +27,7 @@ _BASE = "convnextv2_tiny"  # whose builder takes the depths and dims of a size o
 def check_timm(network: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Raise UserError (`format`) where timm cannot express a network or its preprocessing."""
     preprocessing = metadata["preprocessing"]
+    refuse_padding(preprocessing, "timm")
     height, width = preprocessing["image_size_hw"]
     if height != width and preprocessing.get("eval_resize", "crop") == "crop":
         raise UserError(
@@ -99,7 +100,7 @@ def _preprocessing(ours: Mapping[str, Any]) -> dict[str, Any]:
         "input_size": [ours["channels"], *ours["image_size_hw"]],
         "mean": ours["mean"],
         "std": ours["std"],
-        "interpolation": ours["interpolation"],
+        "interpolation": "box" if ours["interpolation"] == "area" else ours["interpolation"],
         "crop_pct": 1.0 if squashes else ours["eval_crop"],
         "crop_mode": "squash" if squashes else "center",
     }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.export.geometry import official_state, read_geometry, refuse_shape, with_norm
+from models.export.geometry import official_state, read_geometry, refuse_padding, refuse_shape, with_norm
 from models.export.model_card import label_names, licence_of
 from models.export.parity import Outputs
 from models.weights.names import translate
@@ -25,6 +25,7 @@ _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 def check_transformers(network: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Raise UserError (`format`) where transformers cannot express a network or its preprocessing."""
     refuse_shape(read_geometry(official_state(network, "transformers")), "transformers", (2, 4), any_stages=True)
+    refuse_padding(metadata["preprocessing"], "transformers")
     _processor(metadata["preprocessing"])
 
 
@@ -78,9 +79,14 @@ def load_transformers_folder(folder: Path) -> Outputs:
 def _processor(ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return our preprocessing as an image processor of transformers.
 
-    Raises UserError (`format`) for a crop that is not square, which its processors do not have.
+    Raises UserError (`format`) for what its processors do not have: other filters, and a crop that is not square.
     """
     height, width = ours["image_size_hw"]
+    if ours["interpolation"] not in _RESAMPLE:
+        raise UserError(
+            f"format: transformers' image processors resize {' or '.join(_RESAMPLE)} only, and the images here were "
+            f"resized {ours['interpolation']}; set format=timm or onnx"
+        )
     common = {
         "do_resize": True, "resample": _RESAMPLE[ours["interpolation"]], "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": ours["mean"], "image_std": ours["std"],

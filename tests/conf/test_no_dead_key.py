@@ -259,7 +259,7 @@ def run_all(recorder, folder, monkeypatch):
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("tests.tasks.tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
-    go("prepare", "job=manifest", *folders)
+    go("prepare", "job=manifest", "duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
     without_a_cluster(monkeypatch)
     go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
@@ -285,6 +285,7 @@ PROVED = {
     "AugmentConfig.std",
     "AugmentConfig.eval_crop",
     "AugmentConfig.eval_resize",
+    "AugmentConfig.pad",
 }
 # Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
 # For weight files without a run, `augment` and `model` are the groups of training, whose other keys mean nothing there;

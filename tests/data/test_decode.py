@@ -319,7 +319,7 @@ def refused(path, pattern, max_pixels=MAX_PIXELS):
         read_image(path, 3, max_pixels)
     error = caught.value
     assert error.path == str(path) and str(error) == f"{path}: {error.reason}"
-    assert inspect_image(path, max_pixels) == (error.kind, error.reason, (), None)
+    assert inspect_image(path, max_pixels) == (error.kind, error.reason, (), None, None)
     return error.kind
 
 

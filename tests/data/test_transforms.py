@@ -7,18 +7,23 @@ import random
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode, v2
 
 from data import transforms
 from data.config import AugmentConfig
+from data.device_augment import training_views
 from data.stream import Draw
-from data.transforms import EvalTransform, NoiseErasing, PolicyAugment, TrainTransform
+from data.transforms import EvalTransform, NoiseErasing, PolicyAugment, SquarePad, TrainTransform
 from utils import rng
+from utils.canvas import background_levels
+from utils.config.entry_point import CONF
 
 PLAIN = {
-    "image_size_hw": [32, 48], "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5], "horizontal_flip": 0.0,
+    "image_size_hw": [32, 48], "pad": "none", "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5],
+    "horizontal_flip": 0.0,
     "affine": None, "color_jitter": None, "rand_augment": None, "random_erasing": 0.0, "erasing_noise": "uniform",
     "fill": 200, "on_device": False, "interpolation": "bilinear", "eval_resize": "crop", "eval_crop": 1.0,
     "mean": [0.5], "std": [0.5],
@@ -244,3 +249,75 @@ def test_every_size_and_crop_of_timms_networks_gives_timms_pixels():
         for image in images:
             ours, wanted = EvalTransform((size, size), crop, "bicubic")(image).int(), centre(resize(image)).int()
             assert (ours - wanted).abs().float().mean() < 1, (size, crop)  # of noise: one pixel off, it is some 60
+
+
+# --- padding to a square, and the filters of the resize
+
+
+def by_pillow(image, size, interpolation, colour):
+    """The picture in the middle of a square, resized: Pillow's own, an odd pixel to the right or the bottom."""
+    picture = v2.functional.to_pil_image(image)
+    side = max(picture.size)
+    square = Image.new(picture.mode, (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    filters = {"area": "BOX"}.get(interpolation, interpolation.upper())
+    return v2.functional.pil_to_tensor(square.resize((size, size), getattr(Image.Resampling, filters)))
+
+
+def soft(channels, image_hw):
+    coarse = torch.rand(1, channels, 7, 9, generator=torch.Generator().manual_seed(2)) * 255
+    fine = torch.nn.functional.interpolate(coarse, image_hw, mode="bicubic").clamp(0, 255)
+    return fine[0].round().to(torch.uint8)
+
+
+PADDED = {"image_size_hw": [32, 32], "pad": "square", "crop_ratio": [1.0, 1.0], "mean": [0.5] * 3, "std": [0.5] * 3}
+BACKGROUNDS = [("white", 3, (255,) * 3), ("drop", 3, (255,) * 3), ([250, 0, 40], 3, (250, 0, 40)), ("black", 1, 0)]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "area"])
+@pytest.mark.parametrize(("background", "channels", "colour"), BACKGROUNDS)
+@pytest.mark.parametrize("image_hw", [(90, 51), (50, 91), (64, 64), (20, 9)])
+def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channels, colour, interpolation):
+    values = {**PLAIN, **PADDED, "interpolation": interpolation, "mean": [0.5] * channels, "std": [0.5] * channels}
+    config, image = AugmentConfig(**values), soft(channels, image_hw)
+    wanted = by_pillow(image, 32, interpolation, colour).int()
+    evaluation = EvalTransform.of({**config.preprocessing(channels), "background": background})(image)
+    assert (evaluation.int() - wanted).abs().max() <= 1
+    for on_device in (False, True):
+        view = training_views(config.model_copy(update={"on_device": on_device}), background)["images"]
+        assert torch.equal(view(image, Draw(0, 0, 0)), evaluation)
+
+
+def test_an_odd_pixel_goes_to_the_right_or_the_bottom():
+    square = SquarePad((32, 32), 7)(torch.zeros(3, 2, 5, dtype=torch.uint8))
+    assert square[0, :, 0].tolist() == [7, 0, 0, 7, 7]
+    assert torch.equal(SquarePad((32, 32), 7)(torch.zeros(3, 5, 2, dtype=torch.uint8)), square.mT)
+    assert background_levels([255, 0, 0], 1) == [76]  # the luma that decoding gives it too
+
+
+@pytest.mark.parametrize("image_hw", [(1, 50_000), (9_000, 700)])
+def test_a_strip_is_shrunk_before_it_is_padded(image_hw):
+    image = torch.zeros(3, *image_hw, dtype=torch.uint8)
+    square = SquarePad((32, 32), "white")(image)
+    assert square.shape == (3, 256, 256)
+    assert (square == 0).float().mean() == pytest.approx(max(min(image_hw) / max(image_hw), 1 / 256), rel=0.03)
+
+
+def test_varied_draws_each_filter_by_the_key_and_evaluates_bicubic():
+    config = AugmentConfig(**{**PLAIN, **PADDED, "interpolation": "varied"})
+    image, transform, found = soft(3, (91, 60)), TrainTransform(config), {}
+    for key in range(200):
+        with rng.seeded(key):
+            pixels = transform(image, Draw(0, 0, key))
+        found.setdefault(pixels.numpy().tobytes(), []).append(key)
+    assert len(found) == 4 and all(35 < len(keys) < 65 for keys in found.values())
+    kept = config.preprocessing(3)
+    assert kept["interpolation"] == "bicubic" and EvalTransform.of(kept)(image).numpy().tobytes() in found
+
+
+def test_the_padded_recipe_shows_the_whole_image_and_does_not_mirror():
+    values = yaml.safe_load((CONF / "augment" / "tagger.yaml").read_text())
+    image = torch.zeros(3, 100, 40, dtype=torch.uint8)
+    found = EvalTransform.of(AugmentConfig(**values).preprocessing(3))(image)
+    assert found.shape == (3, 448, 448) and values["horizontal_flip"] == 0
+    assert (found[0] < 128).float().mean() == pytest.approx(0.4, abs=0.01)

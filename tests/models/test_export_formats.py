@@ -119,12 +119,13 @@ def test_timm_loads_the_folder_and_the_file(size, tmp_path):
 
 
 PREPROCESSINGS = [{}, {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear"}]
+PILLOWS = [{"interpolation": "lanczos"}, {"interpolation": "area"}]
 
 
 # transformers cuts half a pixel lower than torchvision where the margin is odd, as with 0.95.
 @pytest.mark.parametrize(
     ("form", "preprocessing"),
-    [("timm", {"eval_crop": 0.95}), *(("timm", values) for values in PREPROCESSINGS),
+    [("timm", {"eval_crop": 0.95}), *(("timm", values) for values in PREPROCESSINGS + PILLOWS),
      *(("transformers", values) for values in PREPROCESSINGS)],
 )  # fmt: skip
 def test_preprocessing_is_equal(form, preprocessing, tmp_path):
@@ -194,6 +195,18 @@ def test_a_crop_that_is_not_square_is_refused_by_transformers(tmp_path):
         export("transformers", model, metadata, tmp_path / "x")
     model, metadata = make(geometry(), image_size_hw=(64, 96), eval_resize="squash")
     export("transformers", model, metadata, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("form", "preprocessing", "advice"),
+    [("timm", {"pad": "square"}, "augment.pad=square.* set format=onnx"),
+     ("transformers", {"pad": "square"}, "augment.pad=square.* set format=onnx"),
+     *(("transformers", values, "bilinear or bicubic only") for values in PILLOWS)],
+)  # fmt: skip
+def test_a_preprocessing_that_a_library_lacks_is_refused(form, preprocessing, advice, tmp_path):
+    with pytest.raises(UserError, match=f"^format: .*{advice}"):
+        export(form, *make(geometry(), **preprocessing), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 # --- what cannot be expressed

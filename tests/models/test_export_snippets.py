@@ -28,10 +28,15 @@ def transparent_picture(path):
     Image.fromarray(pixels).save(path)
 
 
+PADDED = {"pad": "square", "eval_crop": 1.0, "interpolation": "area"}
+
+
 @pytest.mark.parametrize("background", ["white", [255, 0, 40], "drop"])
-@pytest.mark.parametrize("form", ["timm", "transformers", "onnx"])
-def test_a_snippet_predicts_as_we_do(form, background, tmp_path):
-    model, metadata = make(geometry(), background=background)
+@pytest.mark.parametrize(
+    ("form", "preprocessing"), [("timm", {}), ("transformers", {}), ("onnx", {}), ("onnx", PADDED)]
+)
+def test_a_snippet_predicts_as_we_do(form, preprocessing, background, tmp_path):
+    model, metadata = make(geometry(), background=background, **preprocessing)
     IMAGE_EXPORTS[form].write(Opened(model, model.network, metadata), tmp_path, SETTINGS)
     transparent_picture(tmp_path / "image.png")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)

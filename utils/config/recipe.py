@@ -58,6 +58,7 @@ ADDED_KEYS = {
     "lr_finder.enabled": Added(False, hashed=True),
     "augment.eval_resize": Added("crop", hashed=True),
     "data.background": Added(None),
+    "augment.pad": Added("none"),
 }
 
 # Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that

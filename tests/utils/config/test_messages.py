@@ -56,7 +56,7 @@ MESSAGES = [
     ("model.name", 3, "must be a valid string, found 3"),
     ("dry_run", 1, "must be a valid boolean, found 1"),
     ("optim.layer_decay", 1.5, "must be less than or equal to 1, found 1.5"),
-    ("augment.interpolation", "cubic", "must be 'bilinear' or 'bicubic', found 'cubic'"),
+    ("augment.interpolation", "cubic", "must be 'bilinear', 'bicubic', 'lanczos', 'area' or 'varied', found 'cubic'"),
     ("loop", [1], "must be a group of keys, found [1]"),
     ("loop.batch_size", ABSENT, "missing; add loop.batch_size=VALUE or the file of its group"),
     ("optim", ABSENT, "missing; add optim=VALUE or the file of its group"),
