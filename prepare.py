@@ -2,6 +2,7 @@
 
 python prepare.py job=glyphs                                          draw the embedded collection
 python prepare.py job=manifest data=image_folder data.root=PATH       check every image, write manifest.parquet
+python prepare.py job=vocabulary data=image_folder data.root=PATH vocabulary.output=FILE     collect the tags to train
 python prepare.py job=idx source=FOLDER data=image_folder data.root=PATH     write IDX files as class folders
 
 Fashion-MNIST lies in the folder that `dpkg -L dataset-fashion-mnist` names, of Debian's package of that name:
@@ -13,16 +14,20 @@ python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/
 from pathlib import Path
 from typing import Literal
 
-from data.config import DataConfig
+from data.config import DataConfig, VocabularyConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.idx import idx_to_folders
+from data.image_data import load_collection
 from data.manifest_writer import write_manifest
 from data.scan import check_root
+from data.tags.vocabulary import make_vocabulary
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.io.files import output_errors
 from utils.record.logging import get_logger
 from utils.record.progress import counting
+from utils.vocabulary import write_vocabulary
 
 log = get_logger(__name__)
 
@@ -37,13 +42,14 @@ class PrepareConfig(Strict):
     `source` and `class_names` are for job=idx: the folder of the IDX files, and a name for each label.
     """
 
-    job: Literal["glyphs", "manifest", "idx"]
+    job: Literal["glyphs", "manifest", "idx", "vocabulary"]
     dry_run: bool
     verify: bool
     duplicates: bool
     source: PathText | None
     class_names: list[str] | None
     data: DataConfig
+    vocabulary: VocabularyConfig
 
 
 @entry_point("prepare", PrepareConfig)
@@ -54,7 +60,8 @@ def main(config: PrepareConfig, job: Job) -> str:
     for key, value in (("source", config.source), ("class_names", config.class_names)):
         if value is not None:
             raise UserError(f"{key}: {value!r} is read by job=idx only, not by job={config.job}; remove {key}")
-    return prepare_glyphs(config) if config.job == "glyphs" else prepare_manifest(config)
+    jobs = {"glyphs": prepare_glyphs, "manifest": prepare_manifest, "vocabulary": prepare_vocabulary}
+    return jobs[config.job](config)
 
 
 # ------------------------------------------------------------------------------------------------------------- job=idx
@@ -120,6 +127,24 @@ def prepare_manifest(config: PrepareConfig) -> str:
         report.path, f"{report.rows:,}", splits, len(report.classes), len(report.tags), len(report.unreadable),
     )  # fmt: skip
     return f"{report.rows} images, {len(report.unreadable)} unreadable"
+
+
+# ------------------------------------------------------------------------------------------------------ job=vocabulary
+
+
+def prepare_vocabulary(config: PrepareConfig) -> str:
+    """Collect the tags of `data.root` into a vocabulary."""
+    wanted = config.vocabulary
+    if wanted.output is None:
+        raise UserError("vocabulary.output: job=vocabulary needs it; set it to a file, as outputs/selected_tags.csv")
+    if config.dry_run:
+        check_root(config.data.root)
+        return _DRY_RUN
+    made, report = make_vocabulary(load_collection(config.data), wanted)
+    with output_errors("vocabulary.output", Path(wanted.output)):
+        write_vocabulary(Path(wanted.output), made)
+    log.info("wrote %s: %s", wanted.output, report)
+    return f"{len(made)} tags"
 
 
 if __name__ == "__main__":

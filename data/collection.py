@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.manifest import find_manifest, read_manifest
-from data.scan import check_root, scan_folder
+from data.scan import check_root
 from data.table import (
     MEASURED,
     SCHEMA,
@@ -27,6 +27,7 @@ from data.table import (
     name_classes,
     show_some,
 )
+from data.tags.posts import read_folder
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.record.logging import get_logger
@@ -153,11 +154,11 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     `validation_fraction` of them are moved there as `assign_validation` says. The index is kept in `cache`, outside the
     collection, so that an index that came with a collection is never read.
 
-    Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `scan_folder` do.
+    Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
     """
     folder = check_root(root)
     manifest = find_manifest(folder)
-    table = scan_folder(folder) if manifest is None else read_manifest(folder, manifest)
+    table = read_folder(folder) if manifest is None else read_manifest(folder, manifest)
     table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))
     if manifest is None:
         _warn_of_similar_classes(table)

@@ -40,6 +40,25 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
+class VocabularyConfig(Strict):
+    """What prepare.py job=vocabulary takes into a vocabulary, which it writes to `output`.
+
+    min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line. aliases,
+    implications: CSV files of two columns. rating_s: what the ratings s and safe mean; null where there are none.
+    append_to: a vocabulary that keeps its rows, and gets new ones behind them.
+    """
+
+    output: PathText | None
+    min_count: PositiveInt
+    categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
+    ignore: PathText | None
+    keep: PathText | None
+    aliases: PathText | None
+    implications: PathText | None
+    rating_s: Literal["sensitive", "general"] | None
+    append_to: PathText | None
+
+
 class AffineConfig(Strict):
     """A random turn of up to `degrees`, shift of up to `translate` of the sides, zoom within `scale`, and shear."""
 

@@ -26,7 +26,12 @@ Locate = Callable[[int], str]
 
 def find_manifest(root: Path) -> Path | None:
     """Return the root's manifest, None where it has none. Raises UserError where it has two."""
-    found = [root / name for name in (PARQUET, JSONL, CSV) if (root / name).exists()]
+    return find_one(root, (PARQUET, JSONL, CSV))
+
+
+def find_one(root: Path, names: Iterable[str]) -> Path | None:
+    """Return the one of some files that is at the root, None without any. Raises UserError where two are."""
+    found = [root / name for name in names if (root / name).exists()]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from utils.io.untrusted.parquet import refuse_parquet_bomb
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 _COLUMNS = ", ".join(SCHEMA.names)
 _ALIKE = 0.75  # a name as similar as this to one of ours is a misspelling of it
-_BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
+BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
 
 
 def read_table(file: Path) -> pa.Table:
@@ -34,15 +35,18 @@ def read_table(file: Path) -> pa.Table:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
 
 
-def read_parquet(file: Path) -> pa.Table:
-    """Read a Parquet file as it is. Raises ArrowException or OSError where it is not one, UserError for a bomb."""
+def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file as it is, or those of some columns that it has.
+
+    Raises ArrowException or OSError where it is not one, UserError for a bomb.
+    """
     with pq.ParquetFile(file) as parquet:  # not read_table, which takes folders named a=b for columns
         refuse_parquet_bomb(file, parquet.metadata, "data.root")
-        return parquet.read()
+        return parquet.read(columns)
 
 
 def _read_jsonl(file: Path) -> pa.Table:
-    content = file.read_bytes().removeprefix(_BOM)
+    content = file.read_bytes().removeprefix(BOM)
     options = pa.json.ReadOptions(block_size=len(content) + 1)  # so that a column has one type
     return pa.json.read_json(pa.BufferReader(content), read_options=options)
 
@@ -91,7 +95,7 @@ def _conform(file: Path, table: pa.Table) -> pa.Table:
         if fault := _fault_of_name(name):
             raise UserError(f"data.root: {str(file)!r} has the {fault}")
     columns = {name: _cast(file, name, table[name]) for name in table.column_names}
-    return _build_columns(columns, table.num_rows)
+    return fill_columns(columns, table.num_rows)
 
 
 def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -139,7 +143,7 @@ def _kind(kind: pa.DataType) -> str:
     return "integer" if pa.types.is_integer(kind) else "number" if pa.types.is_floating(kind) else str(kind)
 
 
-def _build_columns(columns: dict[str, Any], rows: int) -> pa.Table:
+def fill_columns(columns: dict[str, Any], rows: int) -> pa.Table:
     """Build a table of SCHEMA in the given order of rows; null tags become none, null weights 1."""
     arrays = []
     for field in SCHEMA:

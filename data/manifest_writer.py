@@ -24,8 +24,9 @@ from data.inspection import (
 )
 from data.manifest import find_files, find_manifest
 from data.manifest_formats import PARQUET, read_parquet
-from data.scan import check_root, scan_folder
+from data.scan import check_root
 from data.table import MEASURED, assign_validation, count_values, replace_column
+from data.tags.posts import read_folder
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.ranks.processes import count_cores, map_in_processes
@@ -51,12 +52,12 @@ def write_manifest(
     that cannot even be opened is treated so in any case. duplicates: fill in phash and group (data/duplicates.py) too,
     which needs verify. progress: called with the images done and their number.
 
-    Raises UserError (`data.root`) as `scan_folder` does, for a link out of the root, for a folder that cannot be
+    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that cannot be
     written, and for a manifest already there that this function did not write.
     """
     folder = check_root(root)
     _refuse_foreign(folder)
-    table = scan_folder(folder)
+    table = read_folder(folder)
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
     inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels, hashed=duplicates)

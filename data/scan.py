@@ -1,23 +1,23 @@
 """Read a folder of images as it is into one Arrow table, for a collection without a manifest.
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
-and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it: `x.txt` or `x.jpg.txt` (comma
-separated tags; the raw text is the caption) and `x.json` or `x.jpg.json` (a booru's record). Names that begin with a
-dot are ignored, links are followed.
+and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (data/tags/sidecars.py), and
+kohya's metadata at the root may know more (data/tags/metadata.py). Names that begin with a dot are ignored, links are
+followed.
 """
 
-import json
 import os
-import re
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from data.table import SPLIT_NAMES, build_table, settle_test_split, show_some
+from data.tags.metadata import read_metadata
+from data.tags.records import Sidecar
+from data.tags.sidecars import SUFFIXES, read_sidecars
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -27,22 +27,14 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
-_MAX_SIDECAR_BYTES = 16 * 2**20
 _WARNED = 5  # folders without an image that are named
 
 
-class Sidecar(NamedTuple):
-    """The content of the files beside an image."""
+class FoundImage(NamedTuple):
+    """An image file: its path relative to the root, and its bytes."""
 
-    tags: tuple[str, ...] = ()
-    rating: str | None = None
-    caption: str | None = None
-
-
-class _Image(NamedTuple):
     path: str
     size: int
-    sidecar: Sidecar
 
 
 # By folder ("" or ending with a slash): the number of its files that are no images, and the first of them.
@@ -72,20 +64,24 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def scan_folder(root: Path) -> pa.Table:
-    """Read every image and sidecar below a folder into a table of SCHEMA, sorted by path.
+    """Read every image and sidecar below a folder into a table of SCHEMA, sorted by path; with ids, if any has one.
 
-    Logs nested folders, and warns of folders that hold no image or are named like one.
+    Logs nested folders, images without sidecars and sidecars without images, and warns of folders that hold no image or
+    are named like one.
     Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
     dangling or circular link; a name that is not UTF-8; a sidecar that cannot be read.
     """
-    images: list[_Image] = []
+    images: list[FoundImage] = []
+    sidecars: list[Sidecar] = []
     others: _Others = {}
+    orphans: list[str] = []
     for folder, entries, names in _walk(root):
-        place = root / folder
         suffixed = [entry for entry in entries if _is_image_name(entry.name)]
-        images += [_read_image_entry(root, place, folder, entry, names) for entry in suffixed]
+        images += [_read_image_entry(folder, entry) for entry in suffixed]
+        sidecars += [read_sidecars(root, root / folder, entry.name, names) for entry in suffixed]
         rest = names.difference(entry.name for entry in suffixed)
         others[folder] = (len(rest), min(rest, default=""))
+        orphans += [folder + name for name in _find_orphans(rest, names - rest)]
     if not images:
         raise UserError(
             f"data.root: {str(root)!r} holds no image, {_describe_others(others, '')}; allowed are "
@@ -96,16 +92,31 @@ def scan_folder(root: Path) -> pa.Table:
     class_depth = 2 if _is_in_split(paths[0]) else 1
     _warn_of_folders(paths, others, class_depth)
     _log_nested(paths, class_depth)
+    _log_sidecars(sidecars, orphans)
+    metadata = read_metadata(root, paths)
+    sidecars = [sidecar.updated(metadata.get(path)) for path, sidecar in zip(paths, sidecars)]
     columns = {
         "path": paths,
         "size": [image.size for image in images],
         "split": [split for split, _ in places],
         "label": [label for _, label in places],
-        "tags": [image.sidecar.tags for image in images],
-        "rating": [image.sidecar.rating for image in images],
-        "caption": [image.sidecar.caption for image in images],
+        "tags": [sidecar.tags or () for sidecar in sidecars],
+        "rating": [sidecar.rating for sidecar in sidecars],
+        "caption": [sidecar.caption for sidecar in sidecars],
     }
+    if any(sidecar.id is not None for sidecar in sidecars):
+        columns["id"] = [sidecar.id for sidecar in sidecars]
     return settle_test_split(build_table(columns))
+
+
+def list_images(root: Path) -> list[FoundImage]:
+    """Return every image below a folder. Raises UserError (`data.root`) for links and names as `scan_folder` does."""
+    return [
+        _read_image_entry(folder, entry)
+        for folder, entries, _ in _walk(root)
+        for entry in entries
+        if _is_image_name(entry.name)
+    ]
 
 
 def _is_image_name(name: str) -> bool:
@@ -146,8 +157,8 @@ def _extend_chain(entry: os.DirEntry[str], chain: tuple[str, ...]) -> tuple[str,
     return (*chain, target)
 
 
-def _read_image_entry(root: Path, place: Path, folder: str, entry: os.DirEntry[str], names: set[str]) -> _Image:
-    """Take an image's path, size and sidecars. Raises UserError for a dangling link or a name that is not UTF-8."""
+def _read_image_entry(folder: str, entry: os.DirEntry[str]) -> FoundImage:
+    """Take an image's path and size. Raises UserError for a dangling link or a name that is not UTF-8."""
     path = folder + entry.name
     try:
         path.encode()
@@ -161,7 +172,7 @@ def _read_image_entry(root: Path, place: Path, folder: str, entry: os.DirEntry[s
         raise UserError(f"data.root: {entry.path!r} cannot be read ({error.strerror}); remove it") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"data.root: {entry.path!r} is neither a file nor a folder; remove it")
-    return _Image(path, status.st_size, read_sidecars(root, place, entry.name, names))
+    return FoundImage(path, status.st_size)
 
 
 def _place_images(root: Path, paths: list[str]) -> list[tuple[str, str | None]]:
@@ -231,6 +242,24 @@ def _find_empty(paths: list[str], others: _Others, class_depth: int) -> list[str
     return empty
 
 
+def _find_orphans(rest: set[str], images: set[str]) -> list[str]:
+    """Return the files of a folder that are named as sidecars, but of none of its images; none beside no image."""
+    owners = images | {os.path.splitext(name)[0] for name in images}
+    pairs = [os.path.splitext(name) for name in sorted(rest)] if images else []
+    return [stem + suffix for stem, suffix in pairs if suffix in SUFFIXES and stem not in owners]
+
+
+def _log_sidecars(sidecars: list[Sidecar], orphans: list[str]) -> None:
+    """Log how many images lack a sidecar, and how many sidecars an image, in a collection that has sidecars."""
+    count = sum(sidecar != Sidecar() for sidecar in sidecars)
+    if 0 < count < len(sidecars) or (count and orphans):
+        first = f" (such as {orphans[0]!r})" if orphans else ""
+        log.info(
+            "sidecars: %s of %s images have one; %s text and JSON files%s belong to no image and are ignored",
+            f"{count:,}", f"{len(sidecars):,}", f"{len(orphans):,}", first,
+        )  # fmt: skip
+
+
 def _log_nested(paths: list[str], class_depth: int) -> None:
     """Log how many images lie in folders inside their class folder, with an example."""
     nested = [path for path in paths if path.count("/") > class_depth]
@@ -251,120 +280,3 @@ def _refuse_mixture(root: Path, paths: list[str], marks: list[bool], what: str, 
             f"data.root: {str(root)!r} mixes layouts: {yes!r} {what}, {no!r} is not; {advice}, "
             "or name images, splits and labels in a manifest.jsonl"
         )
-
-
-def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidecar:
-    """Read the sidecars of the image `name` in a folder of the collection `root` whose file names are `names`.
-
-    The JSON file takes precedence over the text file, `x.jpg.txt` over `x.txt`.
-    Raises UserError (`data.root`) naming the sidecar where it cannot be read.
-    """
-    stem = os.path.splitext(name)[0]
-    texts = [folder / file for file in (f"{name}.txt", f"{stem}.txt") if file in names]
-    records = [folder / file for file in (f"{name}.json", f"{stem}.json") if file in names]
-    for file in (*texts[:1], *records[:1]):
-        _check_sidecar(root, file, folder / name)
-    caption = _read_text(texts[0]).strip() or None if texts else None
-    tags = _unique_tags(re.split(r"[,\n]", caption)) if caption else ()
-    if not records:
-        return Sidecar(tags, None, caption)
-    record = _read_record(records[0])
-    stated = _tags_of_record(records[0], record)
-    return Sidecar(
-        tags if stated is None else stated,
-        _text_of_record(records[0], record, "rating"),
-        _text_of_record(records[0], record, "caption") or caption,
-    )
-
-
-def _check_sidecar(root: Path, file: Path, image: Path) -> None:
-    """Raise UserError for a sidecar that is not a file, is too large, or is a link out of the collection.
-
-    A link may lead into the collection, or to a file beside the image's own target, as in a folder of links to pairs.
-    Otherwise any text file of this machine could become a caption.
-    """
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise UserError(f"data.root: the sidecar {str(file)!r} cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_SIDECAR_BYTES:
-        raise UserError(
-            f"data.root: the sidecar {str(file)!r} is not a file of at most {_MAX_SIDECAR_BYTES:,} bytes; remove it"
-        )
-    if file.is_symlink():
-        target, allowed = os.path.realpath(file), (os.path.realpath(root), os.path.dirname(os.path.realpath(image)))
-        if os.path.dirname(target) != allowed[1] and not target.startswith(allowed[0].rstrip("/") + "/"):
-            raise UserError(
-                f"data.root: the sidecar {str(file)!r} is a link out of the collection, to {target!r}; put the file "
-                "in its place, or remove the link"
-            )
-
-
-def _read_text(file: Path) -> str:
-    """Read a sidecar as UTF-8, with or without a byte order mark."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.root: the sidecar {str(file)!r} is not UTF-8 ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"data.root: the sidecar {str(file)!r} cannot be read ({error.strerror})") from error
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError for invalid JSON, and for half a surrogate pair, which UTF-8 cannot encode."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _read_record(file: Path) -> dict[str, Any]:
-    """Read a JSON sidecar, which must be one object."""
-    try:
-        record = parse_json(_read_text(file))
-    except ValueError as error:
-        raise UserError(f"data.root: the sidecar {str(file)!r} is broken JSON ({error}); fix or remove it") from error
-    if not isinstance(record, dict):
-        raise UserError(
-            f"data.root: the sidecar {str(file)!r} holds a JSON {type(record).__name__}; an object with tags, rating "
-            "or caption is allowed"
-        )
-    return record
-
-
-def _text_of_record(file: Path, record: dict[str, Any], key: str) -> str | None:
-    """Return a text of a record, None where it is absent, null or blank."""
-    value = record.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"data.root: {key!r} in the sidecar {str(file)!r} is {value!r}; write a text, or leave it out")
-    return (value or "").strip() or None
-
-
-def _tags_of_record(file: Path, record: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return a record's tags, None where it states none: from `tags`, else `tag_string`, else `tag_string_*`."""
-    key = next((key for key in ("tags", "tag_string") if record.get(key) is not None), None)
-    found = [record[key]] if key else [value for name, value in record.items() if name.startswith("tag_string_")]
-    if not found:
-        return None
-    tags = []
-    for value in found:
-        # e621 groups its tags by kind: {"general": [...], "species": [...]}
-        parts = list(value.values()) if isinstance(value, dict) else [value]
-        for part in parts:
-            # Boorus separate with spaces and allow no comma in a tag; people who write JSON by hand use commas.
-            words = re.split(r"[,\n]" if "," in part else r"\s", part) if isinstance(part, str) else part
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise UserError(
-                    f"data.root: the tags in the sidecar {str(file)!r} are {value!r}; write a list of texts, or one "
-                    "text with spaces between the tags"
-                )
-            tags += words
-    return _unique_tags(tags)
-
-
-def _unique_tags(tags: list[str]) -> tuple[str, ...]:
-    """Strip tags and drop blank and repeated ones, keeping the order. Interned, for a collection repeats them."""
-    return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))

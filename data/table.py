@@ -64,13 +64,20 @@ def column_type(found: pa.DataType) -> pa.DataType | None:
 
 
 def build_table(columns: dict[str, list[Any]]) -> pa.Table:
-    """Build a table of SCHEMA, sorted by path, from its columns; one that is absent is null, a weight 1."""
+    """Build a table of SCHEMA, sorted by path, from its columns; one that is absent is null, a weight 1.
+
+    Further columns are of integers.
+    """
     count = len(columns["path"])
     defaults = {"weight": [1.0] * count, "tags": [()] * count}
     arrays = [
         pa.array(columns.get(field.name, defaults.get(field.name, [None] * count)), field.type) for field in SCHEMA
     ]
-    return sort_rows(pa.Table.from_arrays(arrays, schema=SCHEMA))
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+    for name, values in columns.items():
+        if name not in SCHEMA.names:
+            table = table.append_column(name, pa.array(values, pa.int64()))
+    return sort_rows(table)
 
 
 def sort_rows(table: pa.Table) -> pa.Table:
@@ -106,10 +113,12 @@ def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ f
     """Move a share of the rows to "val" where no row is there yet, stratified by class, and log how many.
 
     Of a class of n images, round(fraction * n) go (halves up), at least 1 and at most n - 1: those whose paths have the
-    lowest hashes. The image of a class of one stays in training, with a warning. An image without a label goes if its
-    path's hash is in the lowest `fraction` of all hashes. So the choice in a class does not depend on other classes.
-    An added image moves at most one other image of its class, and none if it has no label. Images of weight 0, which
-    nothing reads, stay in training and do not count.
+    lowest hashes. The image of a class of one stays in training, with a warning. An image without a label goes by its
+    `id`, if the table has that column: those of the highest id % 1000, 950 and more for 0.05; else if its path's hash
+    is in the lowest `fraction` of all hashes. So the choice in a class does not depend on other classes. An added image
+    moves at most one other image of its class, and none if it has no label. Images of weight 0, which nothing reads,
+    stay in training and do not count. Rows of one `group`, if the table has that column, count as one and go where the
+    one of the lowest id, or else path, goes.
 
     absent: what the log says of the missing split.
     Raises UserError (`data.validation_fraction`) unless 0 <= fraction < 1.
@@ -119,12 +128,20 @@ def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ f
     if fraction == 0 or "val" in table["split"].unique().to_pylist():
         return table
     names = pc.unique(table["label"]).drop_null()
-    class_ids = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
+    labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
     unread = pc.equal(table["weight"], 0.0).fill_null(False).to_numpy()
-    class_ids = np.where(unread, -1, class_ids)
+    ids = _integers(table, "id")
+    leads = _find_leads(_integers(table, "group"), ids, unread)
+    decides = (leads == np.arange(len(leads))) & ~unread
+    class_ids = np.where(decides, labels, -1)
     counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names))
-    chosen = _choose_validation(_hash_paths(table["path"]), class_ids, counts, fraction) & ~unread
-    _log_validation(chosen[~unread], class_ids[~unread], counts, fraction, absent)
+    hashes = _hash_paths(table["path"])
+    chosen = hashes < np.uint64(fraction * 2**64)
+    chosen = chosen if ids is None else np.where(ids.mask, chosen, ids.data % 1000 >= round(1000 * (1 - fraction)))
+    chosen = _choose_of_classes(chosen, hashes, class_ids, counts, fraction) & decides
+    chosen = chosen[leads] & ~unread
+    rule = "a hash of their path" if ids is None else "id % 1000"
+    _log_validation(chosen[~unread], labels[~unread], fraction, absent, rule)
     if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
         log.warning(
             "data.root: %s with a single image (of weight above 0), which stays in training, so validation lacks the "
@@ -134,8 +151,33 @@ def assign_validation(table: pa.Table, fraction: float, absent: str = "no val/ f
     return replace_column(table, "split", pa.array(np.where(chosen, "val", "train"), pa.string()))
 
 
-def _choose_validation(hashes: np.ndarray, class_ids: np.ndarray, counts: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which rows `assign_validation` moves, bool [N].
+def _integers(table: pa.Table, name: str) -> np.ma.MaskedArray | None:
+    """Return a further column of integers, absent ones masked; None where the table has none of that name and type."""
+    if name not in table.column_names or not pa.types.is_integer(table.schema.field(name).type):
+        return None
+    return np.ma.array(table[name].fill_null(0).to_numpy(), mask=pc.is_null(table[name]).to_numpy())
+
+
+def _find_leads(groups: np.ma.MaskedArray | None, ids: np.ma.MaskedArray | None, unread: np.ndarray) -> np.ndarray:
+    """Return the row of each row's group that decides for it, int64 [N]: of those read that of the lowest id, or path.
+
+    A row without a group decides for itself. unread: bool [N], of rows in the order of their paths.
+    """
+    leads = np.arange(len(unread))
+    if groups is None:
+        return leads
+    members = np.flatnonzero(~groups.mask)
+    ids = leads if ids is None else ids.filled(np.iinfo(np.int64).max)
+    order = members[np.lexsort((members, ids[members], unread[members], groups.data[members]))]
+    starts = np.diff(groups.data[order], prepend=groups.data[order[:1]] - 1) != 0
+    leads[order] = order[starts][np.cumsum(starts) - 1]
+    return leads
+
+
+def _choose_of_classes(
+    chosen: np.ndarray, hashes: np.ndarray, class_ids: np.ndarray, counts: np.ndarray, fraction: float
+) -> np.ndarray:
+    """Return which rows `assign_validation` moves, bool [N]: of each class a share, of the others those `chosen`.
 
     hashes: uint64 [N]. class_ids: [N], -1 for no label. counts: [K], the images of each class.
     """
@@ -143,7 +185,7 @@ def _choose_validation(hashes: np.ndarray, class_ids: np.ndarray, counts: np.nda
     share = np.where(counts >= 2, share, 0)
     order = np.lexsort((hashes, class_ids))[len(class_ids) - counts.sum() :]  # the labelled rows, by class and hash
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each within its class
-    chosen = hashes < np.uint64(fraction * 2**64)
+    chosen = chosen.copy()
     chosen[order] = place < np.repeat(share, counts)
     return chosen
 
@@ -154,12 +196,11 @@ def _hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def _log_validation(
-    chosen: np.ndarray, class_ids: np.ndarray, counts: np.ndarray, fraction: float, absent: str
-) -> None:
+def _log_validation(chosen: np.ndarray, labels: np.ndarray, fraction: float, absent: str, rule: str) -> None:
     """Log how many rows were chosen for validation, and by which rule."""
-    rules = [f"stratified over {len(counts)} class{'' if len(counts) == 1 else 'es'}"] if len(counts) else []
-    rules += ["those without a label by a hash of their path"] if (class_ids < 0).any() else []
+    classes = len(np.unique(labels[labels >= 0]))
+    rules = [f"stratified over {classes} class{'' if classes == 1 else 'es'}"] if classes else []
+    rules += [f"those without a label by {rule}"] if (labels < 0).any() else []
     log.info(
         "%s: split off %s of %s images (fraction %s), %s",
         absent, f"{chosen.sum():,}", f"{len(chosen):,}", fraction, ", ".join(rules),

@@ -396,7 +396,7 @@ def test_text_sidecars(load, root, text, tags, caption):
         ({"tags": "long hair, 1girl"}, ("long hair", "1girl"), None, "text, side"),
         ({"tags": {"general": ["a"], "species": ["b"]}}, ("a", "b"), None, "text, side"),
         ({"tag_string": "a b", "tag_string_general": "a", "rating": None}, ("a", "b"), None, "text, side"),
-        ({"tag_string_general": "a", "tag_string_artist": "b"}, ("a", "b"), None, "text, side"),
+        ({"tag_string_general": "a", "tag_string_artist": "b"}, ("a", "artist:b"), None, "text, side"),
         ({"tags": [], "id": 5}, (), None, "text, side"),
         ({"rating": "e"}, ("text", "side"), "e", "text, side"),
     ],

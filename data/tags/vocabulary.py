@@ -1,0 +1,132 @@
+"""Make a vocabulary of the tags of a collection, or add its new tags to one that a tagger was trained on."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from data.collection import Collection
+from data.config import VocabularyConfig
+from data.tags.index import map_tags
+from data.tags.names import Tag, parse_tag
+from data.tags.rules import TagRules, read_rules
+from utils.errors import UserError
+from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, read_vocabulary
+
+_KEY = "vocabulary."
+_MAX_LENGTH = 255  # of a name; longer ones are sentences
+_TOO_LONG = f"longer than {_MAX_LENGTH} characters"
+_SHOWN = 3  # tags that a message shows
+
+
+def make_vocabulary(collection: Collection, wanted: VocabularyConfig) -> tuple[Vocabulary, str]:
+    """Return the vocabulary that the configuration asks for, and a report of what was taken and dropped.
+
+    Raises UserError (`vocabulary.*`) where a file cannot be read, ratings are ambiguous, or no tag is left.
+    """
+    rules = read_rules(wanted.rating_s, wanted.aliases, wanted.implications, _KEY)
+    found = count_tags(collection, rules)
+    chosen, dropped = choose_tags(found, wanted)
+    if len(chosen) == len(RATINGS):
+        most = [f"{name!r} on {count:,}" for name, count in zip(found.names, found.counts)][len(RATINGS) :][:_SHOWN]
+        raise UserError(
+            f"{_KEY}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
+            f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); set a lower one, or give the "
+            "images sidecars (docs/collections.md)"
+        )
+    base = None if wanted.append_to is None else read_vocabulary(Path(wanted.append_to), f"{_KEY}append_to")
+    made = chosen if base is None else append_tags(base, chosen)
+    kinds = {number: name for name, number in CATEGORIES.items()}
+    counts = Counter(kinds.get(number, f"of category {number}") for number in made.categories)
+    taken = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    new = "" if base is None else f", {len(made) - len(base):,} of them new"
+    lost = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "nothing"
+    return made, f"{len(made):,} tags ({taken}){new}; dropped: {lost}"
+
+
+def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
+    """Return the four ratings and every tag, each with the number of training images that have it, implied tags too.
+
+    Images of weight 0 do not count. Raises UserError (`<key>rating_s`) as `map_tags` does.
+    """
+    table = collection.table.select(["tags", "rating", "split", "weight"])
+    table = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.greater(table["weight"], 0.0)))
+    found: Counter[Tag] = Counter()
+    for entry in pc.value_counts(pc.list_flatten(table["tags"])).to_pylist():
+        tag = rules.resolve(parse_tag(entry["values"]))
+        found.update(dict.fromkeys([tag, *rules.implications.get(tag.name, ())], entry["counts"]))
+    ordered = [tag for tag, _ in found.most_common() if tag.name and tag.category != RATING]
+    stated = {tag.name for tag in ordered if tag.category is not None}
+    tags = [tag for tag in ordered if tag.category is not None]
+    tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in stated]
+    tags = [Tag(RATING, name) for name in RATINGS] + tags
+    every = _build(tags, [0] * len(tags))
+    return _build(tags, np.bincount(map_tags(table, every, rules).ids, minlength=len(every)).tolist())
+
+
+def choose_tags(found: Vocabulary, wanted: VocabularyConfig) -> tuple[Vocabulary, Counter[str]]:
+    """Return the ratings and the chosen tags in the order of published taggers, and how many were dropped, by reason.
+
+    The order: ratings, general, characters, the other categories; in each by descending count, then by name. A tag of
+    `keep` is taken in any case. A tag of a list without a category is that of its name in any category.
+    """
+    categories = [RATING, *(CATEGORIES[name] for name in wanted.categories)]
+    ignore, keep = (_read_names(getattr(wanted, name), _KEY + name) for name in ("ignore", "keep"))
+    dropped: Counter[str] = Counter()
+    chosen = []
+    for row, (tag, count) in enumerate(zip(map(Tag, found.categories, found.names), found.counts)):
+        listed = {tag, Tag(None, tag.name)}
+        if tag.category == RATING:
+            chosen.append((0, 0, row, "", tag, count))
+            continue
+        reasons = {
+            _TOO_LONG: len(tag.name) > _MAX_LENGTH,
+            "of other categories": tag.category not in categories,
+            "ignored": bool(listed & ignore),
+            f"on fewer than {wanted.min_count} images": count < wanted.min_count,
+        }
+        if any(reasons.values()) and not listed & keep:
+            dropped[next(reason for reason, holds in reasons.items() if holds)] += 1
+        else:
+            chosen.append(({GENERAL: 1, CHARACTER: 2}.get(tag.category, 3), tag.category, -count, tag.name, tag, count))
+    chosen.sort()
+    return _build([entry[-2] for entry in chosen], [entry[-1] for entry in chosen]), dropped
+
+
+def append_tags(base: Vocabulary, chosen: Vocabulary) -> Vocabulary:
+    """Return a vocabulary with the chosen tags that it lacks behind its own, which stay as they are; no rating.
+
+    A general tag whose name has another category in `base` is not new: images may state no category.
+    """
+    names = {name for category, name in base.columns if category != RATING}
+    tags, counts = [], []
+    for tag, count in zip(map(Tag, chosen.categories, chosen.names), chosen.counts):
+        is_known = tag in base.columns or (tag.category == GENERAL and tag.name in names)
+        if tag.category != RATING and not is_known:
+            tags.append(tag)
+            counts.append(count)
+    added = _build(tags, counts, start=len(base))
+    joined = zip(base.facts().values(), added.facts().values())
+    return Vocabulary(*(tuple(first + second) for first, second in joined))
+
+
+def _read_names(path: str | None, key: str) -> frozenset[Tag]:
+    """Read a list of tags, one on each line, without blank lines and those that begin with `#`; none of None.
+
+    Raises UserError (`key`) where the file cannot be read.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {path} cannot be read ({error}); give a text file in UTF-8, a tag on a line") from None
+    return frozenset(parse_tag(line) for line in lines if line.strip() and not line.startswith("#"))
+
+
+def _build(tags: Sequence[Tag], counts: Sequence[int], start: int = 0) -> Vocabulary:
+    """Build a vocabulary; the number of a tag that is no rating is its row, counted from `start`."""
+    ids = [RATINGS[tag.name] if tag.category == RATING else start + row for row, tag in enumerate(tags)]
+    return Vocabulary(tuple(tag.name for tag in tags), tuple(tag.category for tag in tags), tuple(counts), tuple(ids))

@@ -1,0 +1,268 @@
+"""Tags as outputs of a vocabulary, and vocabularies: literal cases, refusals, and rows of any texts (Hypothesis)."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.collection import index_collection, open_collection
+from data.config import VocabularyConfig
+from data.table import build_table
+from data.tags.index import index_tags, map_tags
+from data.tags.names import Tag, parse_rating, parse_tag
+from data.tags.rules import TagRules, read_rules
+from data.tags.vocabulary import append_tags, choose_tags, count_tags, make_vocabulary
+from tests.in_process import run
+from utils.errors import UserError
+from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
+
+NO_RULES = TagRules(None, {}, {}, "task.")
+FUZZ = settings(max_examples=60, deadline=None, database=None)
+
+
+def vocabulary(*tags, ratings=True):
+    """Return the ratings and tags: (category, name), or a name for a general one."""
+    keys = [(9, name) for name in RATINGS] if ratings else []
+    keys += [(0, tag) if isinstance(tag, str) else tag for tag in tags]
+    return Vocabulary(tuple(name for _, name in keys), tuple(number for number, _ in keys), (1,) * len(keys),
+                      tuple(range(len(keys))))  # fmt: skip
+
+
+def collection_of(root, rows):
+    """Return a collection of a manifest; the files are empty."""
+    for row in rows:
+        (root / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+        (root / row["path"]).touch()
+    (root / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arrow = index_collection(str(root), validation_fraction=0, cache=root / ".cache")
+    return open_collection(str(root), arrow)
+
+
+def of_rows(tags, ratings=None):
+    paths = [f"{number:03}" for number in range(len(tags))]
+    return build_table({"path": paths, "tags": tags, "rating": ratings or [None] * len(tags)})
+
+
+def rows_of(found):
+    return [found.ids[start:end].tolist() for start, end in zip(found.offsets, found.offsets[1:])]
+
+
+def rules_of(root, aliases="", implications="", rating_s=None):
+    (root / "aliases.csv").write_text(aliases)
+    (root / "implications.csv").write_text(implications)
+    return read_rules(rating_s, str(root / "aliases.csv"), str(root / "implications.csv"), "task.")
+
+
+# Mapping.
+
+
+def test_tags_and_ratings_become_outputs():
+    tags = [
+        ["Long Hair", "long_hair", "(smile:1.1)", "gone", "gone "],
+        ["miku", "character:miku", "artist:miku", "rating:general"],
+        ["rating:e", "rating:g"],
+        ["explicit"],
+        ["rating:e", " "],
+        [],
+    ]
+    known = vocabulary("smile", "long_hair", (4, "miku"))
+    found = map_tags(of_rows(tags, ["q", None, None, "weird", "1", None]), known, NO_RULES)
+    assert rows_of(found) == [[2, 4, 5], [0, 6], [], [], [1], []]
+    assert found.ids.dtype == np.int32 and found.offsets.dtype == np.int64
+    assert found.rating_known.tolist() == [True, True, False, False, True, False]
+    assert found.tagged.tolist() == [True, True, False, False, False, False]
+    assert found.report["dropped"] == {
+        "tags that are not in the vocabulary": 4,
+        "tags that are blank": 1,
+        "images without tags": 1,
+        "images without a tag of the vocabulary": 3,
+        "ratings that are absent": 1,
+        "ratings that are unknown": 2,
+    }
+    assert found.report["such_as"][0] == "gone" and (found.report["rows"], found.report["tagged"]) == (6, 2)
+
+
+def test_aliases_and_implications(tmp_path):
+    aliases = "cat ears,animal ears\nkitty,cat\ncat,character:Felix\n"
+    rules = rules_of(tmp_path, aliases, "felix,tail\n\ntail,animal\nlost,tail\n")
+    table = of_rows([["kitty"], ["cat_ears", "artist:kitty"], ["lost"]])
+    found = map_tags(table, vocabulary("animal", "animal_ears", (4, "felix"), "tail", ratings=False), rules)
+    assert rows_of(found) == [[0, 2, 3], [0, 1, 2, 3], [0, 3]]
+    assert rules.hash != rules_of(tmp_path, "kitty,cat\n").hash != NO_RULES.hash
+
+
+BAD_RULES = [
+    ({"aliases": "a,b\nb,c\nc,a\n"}, "task.aliases: a -> b -> c -> a is a circle"),
+    ({"aliases": "a,b\na,c\n"}, "line 2: 'a' is an alias of two tags"),
+    ({"implications": "x,y\na\n"}, "implications.csv, line 2: ['a']; write two tags"),
+    ({"implications": "a,  \n"}, "line 1: ['a', '  ']"),
+    ({"aliases": "a\udcff,b\n"}, "aliases.csv cannot be read"),
+]
+
+
+@pytest.mark.parametrize("files, message", BAD_RULES)
+def test_bad_rules_are_refused_by_line(tmp_path, files, message):
+    for name in ("aliases", "implications"):
+        (tmp_path / f"{name}.csv").write_bytes(files.get(name, "").encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"^task\.(aliases|implications): ") as caught:
+        read_rules(None, str(tmp_path / "aliases.csv"), str(tmp_path / "implications.csv"), "task.")
+    assert message in str(caught.value)
+    with pytest.raises(UserError, match=r"^task\.aliases: nowhere cannot be read"):
+        read_rules(None, "nowhere", None, "task.")
+
+
+def test_what_s_means_is_stated():
+    table = of_rows([["a"], ["a"], ["rating:safe"], ["a"]], ["s", "Safe", None, "g"])
+    with pytest.raises(UserError, match=r"^task\.rating_s: null, and 3 of 4 images are rated s or safe; set sensitive"):
+        map_tags(table, vocabulary("a"), NO_RULES)
+    for meaning, column in (("general", 0), ("sensitive", 1)):
+        found = map_tags(table, vocabulary("a"), TagRules(meaning, {}, {}, "task."))
+        assert rows_of(found) == [[column, 4], [column, 4], [column], [0, 4]]
+    assert rows_of(map_tags(table, vocabulary("a", ratings=False), NO_RULES)) == [[0], [0], [], [0]]
+
+
+TEXTS = st.sampled_from(["a", "A ", "b c", "(b_c:2)", "character:a", "x", "", "rating:q", "meta:d", "d", 'q",\\('])
+ROWS = st.tuples(st.lists(TEXTS | st.text(max_size=3), max_size=6), st.sampled_from([None, "e", "?"]))
+
+
+@FUZZ
+@given(st.lists(ROWS, min_size=1))
+def test_any_rows_are_mapped_as_one_by_one(rows):
+    known = vocabulary("a", "b_c", (5, "d"), (4, "a"))
+    found = map_tags(of_rows([tags for tags, _ in rows], [rating for _, rating in rows]), known, NO_RULES)
+    for (tags, rating), outputs in zip(rows, rows_of(found)):
+        parsed = {parse_tag(text) for text in tags}
+        keys = {({"d": 5}.get(tag.name, 0) if tag.category is None else tag.category, tag.name) for tag in parsed}
+        ratings = {parse_rating(name) for number, name in keys if number == 9} & set(RATINGS)
+        ratings = {"explicit"} if rating == "e" else ratings if len(ratings) == 1 else set()
+        expected = {known.columns[key] for key in keys if key in known.columns and key[0] != 9}
+        assert outputs == sorted({known.columns[9, name] for name in ratings} | expected)
+
+
+# The index.
+
+
+def test_the_index_is_made_once_and_mapped(tmp_path, log):
+    rows = [{"path": "a", "tags": ["x", "y"], "rating": "e"}, {"path": "b", "tags": ["z"]}]
+    collection, known = collection_of(tmp_path / "root", rows), vocabulary("y", "x")
+    index = index_tags(collection, known, NO_RULES, tmp_path / "cache")
+    assert (
+        "1 of 2 images have one of the vocabulary, 1 a known rating; dropped: 1 tags that are not" in log.messages[-1]
+    )
+    before = (index.folder / "ids.npy").stat()
+    again = pickle.loads(pickle.dumps(index_tags(collection, known, NO_RULES, tmp_path / "cache")))
+    assert (again.folder / "ids.npy").stat() == before and isinstance(again.ids, np.memmap)
+    assert len(pickle.dumps(index)) < 500 and again.report == index.report
+    assert [again.of_row(row).tolist() for row in range(2)] == [[3, 4, 5], []]
+    others = [index_tags(collection, vocabulary("x", "y"), NO_RULES, tmp_path / "cache"),
+              index_tags(collection, known, rules_of(tmp_path, "z,x"), tmp_path / "cache")]  # fmt: skip
+    assert len({found.folder for found in (index, *others)}) == 3 and others[1].of_row(1).tolist() == [5]
+    (index.folder / "ids.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^data\.root: the index .* cannot be read .*delete it"):
+        index_tags(collection, known, NO_RULES, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("tags, found", [(["other"], "their tags are such as ['other']"), ([], "they have no tag")])
+def test_a_collection_of_another_vocabulary_is_refused(tmp_path, tags, found):
+    collection = collection_of(tmp_path / "root", [{"path": "a", "tags": tags, "rating": "g"}])
+    with pytest.raises(UserError, match=r"^data\.root: none of the 1 images of .* has a tag of the voc") as caught:
+        index_tags(collection, vocabulary("x"), NO_RULES, tmp_path / "cache")
+    assert found in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+# Vocabularies.
+
+
+def wanted(**changes):
+    keys = dict.fromkeys(("output", "ignore", "keep", "aliases", "implications", "rating_s", "append_to"))
+    return VocabularyConfig(**{**keys, "min_count": 2, "categories": ["general", "character"], **changes})
+
+
+def rows_with(counts, first=0):
+    """Return manifest rows, of which `counts[tag]` have a tag."""
+    rows = [{"path": f"{first + number}", "tags": []} for number in range(max(counts.values()))]
+    for tag, count in counts.items():
+        for row in rows[:count]:
+            row["tags"].append(tag)
+    return rows
+
+
+COUNTS = {"b": 2, "A ": 3, "a": 2, "miku": 2, "character:miku": 3, "artist:x": 4, "rare": 1, "kept": 1, "bad": 4}
+COUNTS |= {"c,d": 2, "y" * 300: 4, "rating:q": 1}
+
+
+def test_a_vocabulary_is_made_in_the_order_of_published_taggers(tmp_path):
+    rows = rows_with(COUNTS)
+    rows += [{"path": "v", "tags": ["a", "val"], "split": "val"}, {"path": "w", "tags": ["rare"], "weight": 0}]
+    collection = collection_of(tmp_path / "root", rows)
+    (tmp_path / "ignore.txt").write_text("# comment\n\nBad\ncharacter:a\n")
+    (tmp_path / "keep.txt").write_text("kept\n")
+    lists = {name: str(tmp_path / f"{name}.txt") for name in ("ignore", "keep")}
+    made, report = make_vocabulary(collection, wanted(**lists))
+    assert made.names == (*RATINGS, "a", "b", "c,d", "kept", "miku")
+    assert made.categories == (9, 9, 9, 9, 0, 0, 0, 0, 4) and made.counts == (0, 0, 1, 0, 3, 2, 2, 1, 3)
+    assert made.tag_ids == (*RATINGS.values(), 4, 5, 6, 7, 8)
+    assert report == (
+        "9 tags (4 rating, 4 general, 1 character); dropped: 1 of other categories; 1 ignored; 1 longer than 255 "
+        "characters; 1 on fewer than 2 images"
+    )
+
+
+def test_implied_tags_count_and_other_categories_come_last(tmp_path):
+    collection = collection_of(tmp_path / "root", rows_with({"kitty": 3, "cat": 1, "artist:z": 2, "copyright:y": 2}))
+    rules = rules_of(tmp_path, "kitty,cat", "cat,animal")
+    found = count_tags(collection, rules)
+    chosen, _ = choose_tags(found, wanted(categories=["artist", "general", "copyright"]))
+    assert list(zip(chosen.names, chosen.counts))[4:] == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]
+
+
+def test_appending_moves_no_row(tmp_path):
+    base = vocabulary("old", (4, "miku"), "b")
+    write_vocabulary(tmp_path / FILE, base)
+    collection = collection_of(tmp_path / "root", rows_with({"b": 5, "miku": 4, "new": 3, "character:newer": 9}))
+    made, report = make_vocabulary(collection, wanted(append_to=str(tmp_path / FILE)))
+    assert made.names == (*base.names, "new", "newer") and made.counts == (*base.counts, 3, 9)
+    assert made.tag_ids == (*base.tag_ids, 7, 8) and "2 of them new" in report
+    assert append_tags(made, made) == made
+
+
+def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
+    collection = collection_of(tmp_path / "root", rows_with({"a": 1, "b": 3}))
+    with pytest.raises(
+        UserError, match=r"^vocabulary\.min_count: no tag of general, character is on 4 .*'b' on 3, 'a'"
+    ):
+        make_vocabulary(collection, wanted(min_count=4))
+    with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere cannot be read"):
+        make_vocabulary(collection, wanted(ignore="nowhere"))
+    rated = collection_of(tmp_path / "rated", [{"path": "a", "tags": ["x"], "rating": "s"}])
+    with pytest.raises(UserError, match=r"^vocabulary\.rating_s: null, and 1 of 1 images"):
+        make_vocabulary(rated, wanted())
+    with pytest.raises(UserError, match=r"^vocabulary\.append_to: nowhere does not exist"):
+        make_vocabulary(collection, wanted(append_to="nowhere"))
+
+
+@FUZZ
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=8))
+def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, texts):
+    root = tmp_path_factory.mktemp("any")
+    collection = collection_of(root / "root", [{"path": "a", "tags": ["tag", *texts]}])
+    made = count_tags(collection, TagRules("general", {}, {}, "task."))
+    write_vocabulary(root / FILE, made)
+    assert read_vocabulary(root / FILE, "key") == made
+    expected = {tag for tag in map(parse_tag, texts) if tag.name and tag.category != 9}
+    assert expected <= {Tag(c, n) for c, n in made.columns} | {Tag(None, n) for n in made.names}
+
+
+def test_prepare_writes_a_vocabulary(collection, tmp_path, log):
+    words = ["job=vocabulary", "data=image_folder", f"data.root={collection}", "vocabulary.min_count=3"]
+    with pytest.raises(UserError, match=r"^vocabulary\.output: job=vocabulary needs it"):
+        run("prepare", words, tmp_path)
+    words.append("vocabulary.output=made/tags.csv")
+    assert run("prepare", [*words, "dry_run=true"], tmp_path).startswith("dry run") and not (tmp_path / "made").exists()
+    said = run("prepare", words, tmp_path)
+    made = read_vocabulary(tmp_path / "made/tags.csv", "key")
+    assert said == f"{len(made)} tags" and made.names[4].startswith("tag_") and min(made.counts[4:]) >= 3
+    assert log.messages[-1].startswith("wrote made/tags.csv: ") and "on fewer than 3 images" in log.messages[-1]

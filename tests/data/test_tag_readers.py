@@ -1,0 +1,307 @@
+"""Readers of tags: literal tables per layout, refusals by file, and files of any content (Hypothesis)."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.collection import index_collection, open_collection
+from data.manifest_writer import write_manifest
+from data.tags.names import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
+from utils.errors import UserError
+
+FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def put(root, *paths):
+    """Write images."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2)).save(root / path, format="PNG")
+    return root
+
+
+def write(root, name, content):
+    """Write bytes, a text, or anything else as JSON; return the root."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(content)
+    return root
+
+
+def load(root, fraction=0.0):
+    return open_collection(str(root), index_collection(str(root), validation_fraction=fraction, cache=root / ".cache"))
+
+
+def rows(root):
+    table = load(root).table
+    ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(table)
+    return {
+        path: (tags, rating, caption, number)
+        for path, tags, rating, caption, number in zip(
+            *(table[name].to_pylist() for name in ("path", "tags", "rating", "caption")), ids
+        )
+    }
+
+
+def refused(root, *parts):
+    with pytest.raises(UserError, match=r"^data\.root: ") as caught:
+        load(root)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+# Spelling.
+
+SPELLINGS = {
+    "Long Hair": (None, "long_hair"),
+    " hat \\(x\\) ": (None, "hat_(x)"),
+    "(blue eyes:1.2)": (None, "blue_eyes"),
+    "(hatsune miku \\(cosplay\\):.5)": (None, "hatsune_miku_(cosplay)"),
+    "\\(a:1\\)": (None, "(a:1)"),
+    "character:Hatsune Miku": (4, "hatsune_miku"),
+    "creator: someone": (1, "someone"),
+    "series:fate/stay night": (3, "fate/stay_night"),
+    "general:meta:x": (0, "meta:x"),
+    "rating:safe": (9, "safe"),
+    "re:zero": (None, "re:zero"),
+    ":3": (None, ":3"),
+    "cafe\u0301\u3000\t x": (None, "caf\u00e9_x"),
+    'don\'t_say_"lazy",_x': (None, 'don\'t_say_"lazy",_x'),
+    "^ ^": (None, "^_^"),
+    " \n": (None, ""),
+    "meta:": (5, ""),
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_spelling(text):
+    assert parse_tag(text) == Tag(*SPELLINGS[text])
+
+
+def test_kaomoji_and_ratings():
+    assert len(KAOMOJI) == 19 and {parse_tag(name) for name in KAOMOJI} == {Tag(None, name) for name in KAOMOJI}
+    assert [with_spaces(name) for name in ("long_hair", ">_<")] == ["long hair", ">_<"]
+    texts = ["g", "Rating: General", "1", "sensitive", "2", "q", "E", "s", "rating:safe", "other", ""]
+    names = ["general", "general", "sensitive", "sensitive", "questionable", "questionable", "explicit", "s", "safe"]
+    assert [parse_rating(text) for text in texts] == [*names, "other", ""]
+
+
+@FUZZ
+@given(st.text(max_size=40))
+def test_a_spelt_name_is_spelt_as_itself(text):
+    tag = parse_tag(text)
+    assert not any(letter.isspace() for letter in tag.name)
+    if "\\" not in tag.name and not tag.name.startswith("("):
+        assert parse_tag(f"general:{tag.name}") == Tag(0, tag.name)
+
+
+# Sidecars.
+
+RECORDS = [
+    (
+        {"id": 7, "tag_string": "1girl b_(c) x,y", "tag_string_general": "1girl", "tag_string_artist": "x,y",
+         "rating": "s"},
+        (["1girl", "b_(c)", "artist:x,y"], "s", None, 7),
+    ),
+    (
+        {"tag_string_copyright": "a b", "tag_string_meta": "", "tag_string_general": None},
+        (["copyright:a", "copyright:b"], None, None, None),
+    ),
+    (  # gallery-dl: lists, or texts, beside all tags
+        {"tags": ["a", "b", "c"], "tags_general": ["a"], "tags_character": ["b"], "tags_artist": "c"},
+        (["a", "character:b", "artist:c"], None, None, None),
+    ),
+    ({"tags": {"artist": ["x"], "general": ["y z"], "lore": "w v"}}, (["artist:x", "y z", "w", "v"], None, None, None)),
+    # our predecessor
+    ({"filename": "b.png", "tags": "a b, c", "rating": 1}, (["a b", "c"], "1", None, None)),
+    ({"tags": ["a,b", 'c "d"'], "rating": "safe", "id": True}, (["a,b", 'c "d"'], "safe", None, None)),
+    ({"tags": [], "id": 2**70}, ([], None, None, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, row", RECORDS)
+def test_json_sidecars(tmp_path, record, row):
+    assert rows(write(put(tmp_path, "a.png"), "a.png.json", record)) == {"a.png": row}
+
+
+TEXTS = [
+    ({"a.png.txt": "creator:b c\nseries:x, y\nrating:safe\n"}, ["creator:b c", "series:x, y", "rating:safe"]),
+    ({"a.png.txt": "one, two"}, ["one", "two"]),
+    ({"a.txt": "one, two\nthree, one"}, ["one", "two", "three"]),
+    ({"a.caption": "one, two"}, ["one", "two"]),
+    ({"a.txt": "one", "a.caption": "a text, long"}, ["one"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files, tags", TEXTS)
+def test_text_sidecars(tmp_path, files, tags):
+    for name, text in files.items():
+        write(put(tmp_path, "a.png"), name, text)
+    text = files.get("a.caption", next(iter(files.values()))).strip()
+    assert rows(tmp_path) == {"a.png": (tags, None, text, None)}
+
+
+def test_images_without_sidecars_and_sidecars_without_images_are_counted(tmp_path, log):
+    for name in ("x/a.txt", "x/b.txt", "x/c.png.json", "notes/d.txt"):
+        write(put(tmp_path, "x/a.png", "x/e.png"), name, "{}")
+    load(tmp_path)
+    (message,) = [text for text in log.messages if text.startswith("sidecars: ")]
+    assert "1 of 2 images have one; 2 text and JSON files (such as 'x/b.txt') belong to no image" in message
+
+
+# kohya's metadata.
+
+
+def test_metadata_of_kohya(tmp_path, log):
+    put(tmp_path, "x/a.png", "x/b.png", "x/meta_c.png", "x/d.png")
+    entries = {
+        "x/a": {"tags": "long hair, hat \\(x\\)", "caption": "a girl", "train_resolution": [2, 2]},
+        "C:\\photos\\x\\b.png": {"caption": ["one, two", "three"]},
+        "/elsewhere/x/gone.png": {"tags": "t"},
+    }
+    write(write(write(tmp_path, "meta_lat.json", entries), "x/a.txt", "old"), "x/d.txt", "kept")
+    assert rows(tmp_path) == {
+        "x/a.png": (["long hair", "hat \\(x\\)"], None, "a girl", None),
+        "x/b.png": (["one", "two", "three"], None, "one, two\nthree", None),
+        "x/d.png": (["kept"], None, "kept", None),
+        "x/meta_c.png": ([], None, None, None),
+    }
+    assert "meta_lat.json: 2 of 3 entries are of images here; the others, such as '/elsewhere/x/gone.png', " in log.text
+
+
+def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
+    put(tmp_path, "a.png", "meta_b.png")
+    lines = [{"image_path": "imgs/a.png", "caption": "1girl, solo", "image_size": [2, 2]}, {"image_path": "z.png"}]
+    write(tmp_path, "meta_tags.jsonl", "\n\n".join(map(json.dumps, lines)))
+    write(write(tmp_path, "meta_b.json", {"tags": "own"}), "meta_info.json", {"version": 1})
+    found = rows(tmp_path)
+    assert found["a.png"][0] == ["1girl", "solo"] and found["meta_b.png"][0] == ["own"]
+    assert "'meta_info.json' is named like kohya's metadata" in log.text
+
+
+BAD_METADATA = [
+    ({"meta_a.json": '{"a": '}, "meta_a.json' is broken JSON"),
+    ({"meta_a.json": "[1]"}, "meta_a.json' holds a JSON list"),
+    ({"meta_a.json": b'{"a": {"tags": "\xff"}}'}, "meta_a.json' is not UTF-8"),
+    ({"meta_a.json": '{"a": {"tags": 5}}'}, "meta_a.json', 'a' are 5"),
+    ({"meta_a.json": '{"a": {"tags": "x"}, "d/a.png": {}}'}, "'a' and 'd/a.png' both name 'a.png'"),
+    ({"meta_a.json": '{"a": {}}', "meta_b.json": '{"a": {}}'}, "holds both meta_a.json and meta_b.json"),
+    ({"meta_a.jsonl": '{"image_path": "a.png"}\n{'}, "meta_a.jsonl', object 1, is broken JSON"),
+]
+
+
+@pytest.mark.parametrize("files, message", BAD_METADATA)
+def test_bad_metadata_is_refused_by_name(tmp_path, files, message):
+    for name, content in files.items():
+        write(put(tmp_path, "a.png"), name, content)
+    refused(tmp_path, message)
+
+
+# Tables of posts.
+
+POSTS = [
+    {"id": 4000123, "md5": "ab" * 16, "file_ext": "png", "rating": "g", "tag_string_general": " 1girl  solo ",
+     "tag_string_character": "miku", "tag_string_artist": "", "tag_string": "other", "score": {"x": 1}},
+    {"id": 17, "md5": "cd" * 16, "rating": "s", "tag_string": "a,b c", "tag_string_general": None},
+    {"id": 18, "md5": None, "rating": None, "tag_string": ""},
+    {"id": 19, "md5": None, "rating": "q", "tag_string_general": "gone"},
+]  # fmt: skip
+FOUND = {
+    "0123/4000123.png": (["1girl", "solo", "character:miku"], "g", None, 4000123),
+    "18.jpg": ([], None, None, 18),
+    "cd/" + "cd" * 16 + ".webp": (["a,b", "c"], "s", None, 17),
+}
+
+
+def write_posts(root, form, posts=POSTS):
+    match form:
+        case "jsonl":
+            write(root, "posts.jsonl", b"\xef\xbb\xbf" + "\n".join(map(json.dumps, posts)).encode())
+        case "json":
+            write(root, "posts.json", posts)
+        case "parquet":
+            columns = {name: [post.get(name) for post in posts] for name in posts[0] if name != "score"}
+            table = pa.table(columns).set_column(0, "id", pa.array(columns["id"], pa.int32()))
+            pq.write_table(table.append_column("score", pa.array([[1]] * len(posts))), root / "posts.parquet")
+    return root
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_a_table_of_posts(tmp_path, form, log):
+    write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
+    assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
+    assert f"posts.{form}: 3 of 5 posts have an image" in log.text and "3 of 4 images a post" in log.text
+    write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
+    assert rows(tmp_path) == FOUND
+
+
+BAD_POSTS = [
+    ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl' cannot be read"),
+    ({"posts.jsonl": '{"id": "x", "tag_string": "a"}'}, "posts.jsonl' cannot be read"),
+    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
+    ({"posts.json": '{"id": 1}'}, "posts.json' cannot be read (it holds no list of objects)"),
+    ({"posts.json": b'[{"id": 1, "tag_string": "\xff"}]'}, "posts.json' is not UTF-8"),
+    ({"posts.json": '[{"id": 1, "tag_string": 5}]'}, "posts.json' cannot be read"),
+    ({"posts.json": "[]"}, "posts.json"),
+    ({"posts.json": '[{"id": 1}]'}, "states none of tag_string, tag_string_general"),
+    ({"posts.json": '[{"tag_string": "a"}]'}, "states none of id, md5"),
+    ({"posts.json": '[{"id": 9, "md5": "ee", "tag_string": "a"}]'}, "holds 1, none of them 9.*, ee.*; name images by"),
+    ({"posts.json": "[]", "posts.jsonl": ""}, "holds both posts.jsonl and posts.json"),
+    ({"posts.parquet": "PAR1"}, "posts.parquet' cannot be read"),
+]
+
+
+@pytest.mark.parametrize("files, message", BAD_POSTS)
+def test_bad_tables_of_posts_are_refused_by_name(tmp_path, files, message):
+    for name, content in files.items():
+        write(put(tmp_path, "1.png"), name, content)
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("name", ["posts.json", "meta_x.json"])
+def test_tables_that_are_links_out_of_the_root_are_refused(tmp_path, name):
+    root = put(tmp_path / "root", "1.png")
+    write(tmp_path, "secret.json", {"1": {"tags": "secret"}})
+    (root / name).symlink_to(tmp_path / "secret.json")
+    refused(root, name, "is a link out of the collection")
+
+
+# Anything.
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("x" * 10_000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["tags", "tag_string", "tag_string_artist", "tags_meta", "rating", "caption", "id", "md5"])
+JSON = st.dictionaries(KEYS | st.text(max_size=5), VALUES, max_size=5).map(json.dumps).map(str.encode)
+NESTED = st.dictionaries(
+    st.sampled_from(["a", "a.png", "x/a", ""]), st.dictionaries(KEYS, VALUES, max_size=4), max_size=3
+)
+CONTENT = (
+    st.binary(max_size=60) | JSON | NESTED.map(json.dumps).map(str.encode) | JSON.map(lambda text: b"[" + text + b"]")
+)
+NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "meta_x.json", "meta_x.jsonl", "posts.json", "posts.jsonl")
+
+
+@FUZZ
+@given(st.dictionaries(st.sampled_from(NAMES), CONTENT, min_size=1, max_size=2))
+def test_any_content_is_read_or_refused_by_the_name_of_its_file(files):
+    root = Path(tempfile.mkdtemp())
+    try:
+        for name, content in files.items():
+            write(put(root, "a.png"), name, content)
+        found = rows(root)
+        assert set(found) == {"a.png"}
+    except UserError as error:
+        assert str(error).startswith("data.root: ") and any(name in str(error) for name in files), error
+    finally:
+        shutil.rmtree(root)
