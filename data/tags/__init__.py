@@ -1,0 +1,1 @@
+"""Tags: from what a collection has to the outputs of a tagger."""
