@@ -1,0 +1,143 @@
+"""What a mirror does to tags: tables of pairs, drops and forbidden mirrors by mode; bad maps are refused with the file
+and the entry. On the device: flipping twice is identity, the coin is the key's, and nothing waits for the host."""
+
+import json
+
+import pytest
+import torch
+
+from data.glyphs import TRAIN_FACES, describe_code, read_codes
+from data.tags.mirror import Mirror
+from data.tags.orientation import build_orientation
+from tests.engine.test_no_host_sync import count
+from utils.errors import UserError
+from utils.vocabulary import Vocabulary
+
+BOORU = {  # name: category
+    "1girl": 0, "left-handed": 0, "right-handed": 0, "right-over-left_kimono": 0, "english_text": 0, "signature": 0,
+    "bright_pupils": 0, "leftovers": 0, "left_4_dead": 3, "left-handed_(artist)": 1, "general": 9,
+}  # fmt: skip
+
+
+def vocabulary_of(tags):
+    names, count = tuple(tags), len(tags)
+    return Vocabulary(names, tuple(tags.values()), (1,) * count, tuple(range(count)))
+
+
+def build(tags, name="booru"):
+    """Return pairs, drops, forbidden mirrors and what the map says nothing of, by name."""
+    found, names = build_orientation(vocabulary_of(tags), str(name), "task.orientation"), list(tags)
+    pairs = {frozenset(names[output] for output in pair) for pair in found.pairs}
+    return pairs, *({names[output] for output in outputs} for outputs in (found.dropped, found.no_flip)), found
+
+
+def write(folder, text):
+    path = folder / "map.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_booru_tags_pair_drop_and_forbid():
+    pairs, dropped, no_flip, found = build(BOORU)
+    assert pairs == {frozenset({"left-handed", "right-handed"})} and dropped == {"right-over-left_kimono"}
+    assert no_flip == {"english_text", "signature"} and found.uncovered == ["leftovers"]
+    assert "leftovers" in found.describe() and json.loads(json.dumps(found.facts())) == found.facts()
+
+
+@pytest.mark.parametrize("mode", ["strict", "balanced", "permissive"])
+def test_the_mode_decides_of_a_tag_without_its_mirror_image(mode, tmp_path):
+    text = f"mode: {mode}\nnever_flip: [b]\nsymmetric: [left_c*]\n"
+    text += "patterns: [{match: '^(left|right)', swap: [left, right]}]"
+    tags = dict.fromkeys(["left_a", "b", "left_cd", "left_e", "right_e"], 0)
+    pairs, dropped, no_flip, _ = build(tags, write(tmp_path, text))
+    assert pairs == {frozenset({"left_e", "right_e"})}
+    assert dropped == ({"left_a"} if mode == "balanced" else set())
+    assert no_flip == ({"b", "left_a"} if mode == "strict" else {"b"})
+
+
+def test_pairs_come_before_patterns_and_hold_in_every_category(tmp_path):
+    path = write(tmp_path, "pairs: [[left_a, port], [x, y]]\npatterns: [{match: .*, swap: [left, right]}]")
+    tags = {"left_a": 0, "port": 0, "left_right_b": 0, "right_left_b": 0, "x": 4, "y": 4, "left": 4, "right": 4}
+    assert build(tags, path)[0] == {
+        frozenset(two) for two in (("left_a", "port"), ("left_right_b", "right_left_b"), "xy")
+    }
+
+
+def test_words_of_glyphs_swap_and_letters_stay():
+    words = {word for code in read_codes(TRAIN_FACES[0]) for word in describe_code(code)[1]}
+    pairs, _, no_flip, found = build(dict.fromkeys(sorted(words), 0), "glyphs")
+    wanted = [("left", "right"), ("leftwards", "rightwards"), ("east", "west"), ("less", "greater")]
+    assert {frozenset(two) for two in wanted} <= pairs
+    assert {"letter", "digit", "braille"} <= no_flip and found.uncovered == []
+    assert all("right" not in pair and "copyright" not in pair for pair in pairs - {frozenset(wanted[0])})
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ("pattern: []", "pattern: unknown key; close: patterns"),
+        ("mode: careful", "mode: must be 'strict'"),
+        ("patterns: [{match: '(left', swap: [left, right]}]", "patterns.0.match: '(left' is no regular expression"),
+        ("patterns: [{match: left, swap: [left]}]", "patterns.0.swap: must have at least 2"),
+        ("pairs: [[a, b], [c, c]]", "pairs.1: 'c' is named twice"),
+        ("pairs: [[a, b], [b, c]]", "pairs.1: 'b' has a pair or is symmetric already"),
+        ("pairs: [[a, b]]\nsymmetric: [a]", "pairs.0: 'a' has a pair"),
+        ("never_flip: [no]", "never_flip.0: must be a valid string, found False"),
+        ("patterns: [{match: x, swap: [x, y]}, {match: ^left, swap: [left, right]}]", "patterns.1: 'left' becomes 'ri"),
+        ("mode: [", "cannot be read"),
+        ("[a]", "must be a group of keys"),
+    ],
+)  # fmt: skip
+def test_a_bad_map_is_refused_with_file_and_entry(text, entry, tmp_path):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as refused:
+        build({"left": 0, "a": 0}, path)
+    assert str(refused.value).startswith(f"task.orientation: {path}") and entry in str(refused.value)
+    with pytest.raises(UserError, match=r"^task.orientation: nowhere cannot be read"):
+        build({"left": 0}, "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------- on the device
+
+
+def batch(count=64):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 4, 6), generator=generator, dtype=torch.uint8)
+    targets = (torch.rand(count, len(BOORU), generator=generator) < 0.4).float()
+    return images, targets, torch.randint(0, 2**62, (count,), generator=generator)
+
+
+def mirror_of(tags=BOORU):
+    return Mirror(build_orientation(vocabulary_of(tags), "booru", "k").facts(), len(tags))
+
+
+def test_always_turns_images_and_tags_and_never_leaves_them():
+    images, targets, keys = batch()
+    always, never = torch.ones(64, dtype=torch.int8), -torch.ones(64, dtype=torch.int8)
+    turned, tags = mirror_of()(images, targets, always, keys)
+    wanted, names = targets.clone(), list(BOORU)
+    wanted[:, [1, 2]] = targets[:, [2, 1]]
+    wanted[:, names.index("right-over-left_kimono")] = 0
+    assert torch.equal(turned, images.flip(-1)) and torch.equal(tags, wanted)
+    back, twice = mirror_of()(turned, tags, always, keys)
+    assert torch.equal(back, images) and torch.equal(twice, targets * (wanted.sum(0) > 0))  # but for what was dropped
+    left, same = mirror_of()(images, targets, never, keys)
+    assert torch.equal(left, images) and torch.equal(same, targets)
+
+
+def test_the_coin_is_the_keys_and_writing_forbids_it():
+    images, targets, keys = batch(600)
+    flip = torch.zeros(600, dtype=torch.int8)
+    turned, _ = mirror_of()(images, targets, flip, keys)
+    mirrored = (turned == images.flip(-1)).flatten(1).all(1)
+    writing = targets[:, [4, 5]].any(1)
+    assert not mirrored[writing].any() and 0.4 < mirrored[~writing].float().mean() < 0.6
+    assert torch.equal(mirror_of()(images[7:9], targets[7:9], None, keys[7:9])[0], turned[7:9])  # however it is split
+
+
+def test_it_has_no_state_and_needs_no_host():
+    images, targets, keys = batch()
+    mirror, flip = mirror_of(), torch.zeros(64, dtype=torch.int8)
+    assert mirror.state_dict() == {} and count(lambda: mirror(images, targets, flip, keys)) == []
+    plain = mirror_of({"1girl": 0, "general": 9})
+    assert torch.equal(plain(images, targets[:, :2], flip, keys)[1], targets[:, :2])
