@@ -140,7 +140,7 @@ def prepare_vocabulary(config: PrepareConfig) -> str:
     if config.dry_run:
         check_root(config.data.root)
         return _DRY_RUN
-    made, report = make_vocabulary(load_collection(config.data), wanted)
+    made, report = make_vocabulary(load_collection(config.data), wanted, "vocabulary.")
     with output_errors("vocabulary.output", Path(wanted.output)):
         write_vocabulary(Path(wanted.output), made)
     log.info("wrote %s: %s", wanted.output, report)

@@ -19,10 +19,7 @@ from data.tags.rules import TagRules
 from utils.errors import UserError
 from utils.io.files import read_json, write_atomically, write_json
 from utils.ranks import distributed
-from utils.record.logging import get_logger
 from utils.vocabulary import GENERAL, RATING, Vocabulary
-
-log = get_logger(__name__)
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
 _REPORT = "report.json"  # written last: a folder that has it is complete
@@ -75,7 +72,6 @@ class TagIndex:
 def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
     """Return the collection's tags as outputs of the vocabulary; made on rank 0 where `cache` lacks them.
 
-    Logs how many rows and tags were dropped, by reason.
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and where no row has a tag of the vocabulary.
     """
 
@@ -89,9 +85,7 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
             write_json(folder / _REPORT, found.report)
         return str(folder)
 
-    index = TagIndex(Path(distributed.rank_zero_call(make)))
-    log.info("%s", describe_report(index.report))
-    return index
+    return TagIndex(Path(distributed.rank_zero_call(make)))
 
 
 def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagRows:

@@ -15,28 +15,28 @@ from data.tags.rules import TagRules, read_rules
 from utils.errors import UserError
 from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, read_vocabulary
 
-_KEY = "vocabulary."
 _MAX_LENGTH = 255  # of a name; longer ones are sentences
 _TOO_LONG = f"longer than {_MAX_LENGTH} characters"
 _SHOWN = 3  # tags that a message shows
 
 
-def make_vocabulary(collection: Collection, wanted: VocabularyConfig) -> tuple[Vocabulary, str]:
+def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) -> tuple[Vocabulary, str]:
     """Return the vocabulary that the configuration asks for, and a report of what was taken and dropped.
 
-    Raises UserError (`vocabulary.*`) where a file cannot be read, ratings are ambiguous, or no tag is left.
+    key: what the configuration keys begin with. Raises UserError (`<key>...`) where a file cannot be read, ratings are
+    ambiguous, or no tag is left.
     """
-    rules = read_rules(wanted.rating_s, wanted.aliases, wanted.implications, _KEY)
+    rules = read_rules(wanted.rating_s, wanted.aliases, wanted.implications, key)
     found = count_tags(collection, rules)
-    chosen, dropped = choose_tags(found, wanted)
+    chosen, dropped = choose_tags(found, wanted, key)
     if len(chosen) == len(RATINGS):
         most = [f"{name!r} on {count:,}" for name, count in zip(found.names, found.counts)][len(RATINGS) :][:_SHOWN]
         raise UserError(
-            f"{_KEY}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
+            f"{key}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
             f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); set a lower one, or give the "
             "images sidecars (docs/collections.md)"
         )
-    base = None if wanted.append_to is None else read_vocabulary(Path(wanted.append_to), f"{_KEY}append_to")
+    base = None if wanted.append_to is None else read_vocabulary(Path(wanted.append_to), f"{key}append_to")
     made = chosen if base is None else append_tags(base, chosen)
     kinds = {number: name for name, number in CATEGORIES.items()}
     counts = Counter(kinds.get(number, f"of category {number}") for number in made.categories)
@@ -66,14 +66,14 @@ def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
     return _build(tags, np.bincount(map_tags(table, every, rules).ids, minlength=len(every)).tolist())
 
 
-def choose_tags(found: Vocabulary, wanted: VocabularyConfig) -> tuple[Vocabulary, Counter[str]]:
+def choose_tags(found: Vocabulary, wanted: VocabularyConfig, key: str) -> tuple[Vocabulary, Counter[str]]:
     """Return the ratings and the chosen tags in the order of published taggers, and how many were dropped, by reason.
 
     The order: ratings, general, characters, the other categories; in each by descending count, then by name. A tag of
     `keep` is taken in any case. A tag of a list without a category is that of its name in any category.
     """
     categories = [RATING, *(CATEGORIES[name] for name in wanted.categories)]
-    ignore, keep = (_read_names(getattr(wanted, name), _KEY + name) for name in ("ignore", "keep"))
+    ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
     dropped: Counter[str] = Counter()
     chosen = []
     for row, (tag, count) in enumerate(zip(map(Tag, found.categories, found.names), found.counts)):

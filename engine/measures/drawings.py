@@ -55,9 +55,7 @@ def _predictions(
     kept: Mapping[str, np.ndarray], order: np.ndarray, class_names: Sequence[str]
 ) -> list[pictures.Prediction]:
     """Return samples in an order; `kept` has images [N, C, H, W], labels, predicted and prob [N]."""
-    images = kept["images"]
-    if images.dtype != np.uint8:
-        images = (images * 255.0).round().clip(0, 255).astype(np.uint8)
+    images = _as_bytes(kept["images"])
     return [
         pictures.Prediction(
             images[index].transpose(1, 2, 0),
@@ -67,6 +65,30 @@ def _predictions(
         )
         for index in order
     ]
+
+
+def _as_bytes(images: np.ndarray) -> np.ndarray:
+    """Return images of bytes, or of floats from 0 to 1, as bytes."""
+    return images if images.dtype == np.uint8 else (images * 255.0).round().clip(0, 255).astype(np.uint8)
+
+
+def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """Draw the images of the greatest losses, and of each the worst tags.
+
+    kept: images [N, C, H, W]; wrong, missed: [N, k] outputs of tags that were given wrongly and that were not given;
+    wrong_prob, missed_prob: [N, k], the probability of the mistake, for a missed tag 1 - that of the tag.
+    """
+    captions = []
+    for index in range(len(kept["images"])):
+        wrong, missed = (
+            [(names[tag], prob) for tag, prob in zip(kept[kind][index], kept[f"{kind}_prob"][index]) if prob > 0.5]
+            for kind in ("wrong", "missed")
+        )
+        captions.append([(f"+ {name} ({prob:.2f})", False) for name, prob in wrong]
+                        + [(f"- {name} ({1 - prob:.2f})", True) for name, prob in missed])  # fmt: skip
+    images = [image.transpose(1, 2, 0) for image in _as_bytes(kept["images"])]
+    title = "Greatest losses\n+ given wrongly, in red; - not given, in blue (probability of the tag)"
+    return pictures.caption_grid(images, captions, title)
 
 
 def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.ndarray) -> np.ndarray:

@@ -114,7 +114,7 @@ class ClassificationTask(Task):
     @torch.compiler.disable
     def _mix(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return mixed images and soft targets [B, K]; train_step has seeded the draws."""
-        return self._mixing(images, labels, weight, len(self.class_names))
+        return self._mixing(images, F.one_hot(labels, len(self.class_names)).to(images.dtype), weight)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.

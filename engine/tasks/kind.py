@@ -22,13 +22,14 @@ from data.image_data import ImageData
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
-from engine.task import Task
+from engine.task import Report, Task
 from models.config import ModelConfig
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.io.files import canonical_json, sha256_text
+from utils.thresholds import ThresholdTable
 
 Config = TypeVar("Config", bound="TaskConfig")
 
@@ -144,6 +145,13 @@ class Kind(Generic[Config]):
 
 
 # ------------------------------------------------------------------------------------------------- what comes of a task
+
+
+class Calibrated(NamedTuple):
+    """The thresholds that a task has fitted, and a report of them."""
+
+    thresholds: ThresholdTable
+    report: Report
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 | name | script | rows | fields | output |
 |---|---|---|---|---|
 | classification | finetune.py, train.py | labelled images | labels | classes |
+| tagging | finetune.py, train.py | images with tags | tags, rating_known, flip | tags |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 """
 
@@ -15,10 +16,12 @@ from pydantic import Field
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.fcmae import FCMAEKind
 from engine.tasks.kind import Kind
+from engine.tasks.tagging import TaggingKind
 from utils.errors import UserError, close_names
 
 KINDS: dict[str, Kind] = {
     "classification": ClassificationKind(),
+    "tagging": TaggingKind(),
     "fcmae": FCMAEKind(),
 }
 

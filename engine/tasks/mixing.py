@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,11 @@ class Mixing:
         top, bottom, left, right = box = _draw_box(height, width, share)
         return _Draw(1.0 - (bottom - top) * (right - left) / (height * width), box)
 
-    def __call__(self, images: Tensor, labels: Tensor, weight: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and soft targets float32 [B, K].
+    def __call__(self, images: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mixed images [B, C, H, W] and targets [B, K].
 
-        images: float [B, C, H, W]; labels: int64 [B]; weight: [B], 0 where an image could not be read.
+        images: float [B, C, H, W]; targets: float [B, K]; weight: [B], 0 where an image could not be read.
         """
-        targets = F.one_hot(labels, num_classes).to(images.dtype)
         drawn = self.draw(*images.shape[-2:])
         if drawn is None:
             return images, targets

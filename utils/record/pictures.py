@@ -81,6 +81,26 @@ def prediction_grid(predictions: Sequence[Prediction], title: str) -> np.ndarray
     return np.asarray(page)
 
 
+def caption_grid(
+    images: Sequence[np.ndarray], captions: Sequence[Sequence[tuple[str, bool]]], title: str
+) -> np.ndarray:
+    """Draw images with lines under each, in blue where their flag is true and in red where not; long ones are cut."""
+    tiles, most = [_to_tile(image, 2 * _GRID_TILE_PX) for image in images], 2 * _GRID_TILE_PX
+    cell, height = most + 20, max([tile.height for tile in tiles], default=0)
+    row = height + 24 * max(map(len, captions), default=0) + 28
+    columns = min(_GRID_COLUMNS // 2, max(1, len(tiles)))
+    page, top = _titled_page(title, columns * cell, -(-len(tiles) // columns) * row)
+    for place, (tile, lines) in enumerate(zip(tiles, captions)):
+        centre, y = _MARGIN + place % columns * cell + cell // 2, top + place // columns * row
+        _paste_framed(page, tile, centre - tile.width // 2, y)
+        for number, (line, flag) in enumerate(lines):
+            text = fit(line, _CAPTION_PX, most)
+            draw_text(
+                page, centre, y + height + 18 + 24 * number, text, _CAPTION_PX, _RIGHT if flag else _WRONG, "centre"
+            )
+    return np.asarray(page)
+
+
 def confusion_matrix(
     counts: np.ndarray,
     samples: np.ndarray,

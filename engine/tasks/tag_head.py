@@ -1,0 +1,47 @@
+"""How a tagger's head starts: with the tags' frequencies, and with the rows of an earlier tagger, by their tags."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.tasks.head import find_head
+from models.weights.fit import is_meta, optional_prefixes
+from models.weights.initialise import convert
+from utils.io.weights import InitFrom, read_weights
+from utils.record.logging import get_logger
+from utils.vocabulary import FACTS, Vocabulary, vocabulary_of
+
+log = get_logger(__name__)
+
+_LOWEST = -8.0  # of a bias; a tag on no training image has no logarithm
+_SHOWN = 5
+
+
+def prior_bias(priors: Tensor) -> Tensor:
+    """Return the biases at which an untrained head gives each tag its frequency; priors: [T], shares of images."""
+    return priors.logit(eps=1e-6).clamp(_LOWEST, 0.0)
+
+
+@torch.no_grad()
+def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
+    """Copy the head's rows of tags that `init_from`, a tagger of ours, has; nothing where it is none.
+
+    A new tag gets the mean of its rows, and the bias of its frequency.
+    """
+    if source.source == "timm" or is_meta(network):
+        return
+    path = source.find()
+    state, metadata = read_weights(path, "init_from", which=source.weights)
+    if not set(FACTS) <= metadata.keys():
+        return
+    known, state = vocabulary_of(metadata), convert(network, state, path, "init_from").state
+    head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
+    weight, bias = state[f"{prefix}weight"].flatten(1), state[f"{prefix}bias"]
+    pairs = [(row, known.columns[key]) for key, row in vocabulary.columns.items() if key in known.columns]
+    rows, old = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
+    head.weight.copy_(weight.mean(0))
+    head.bias.copy_(prior_bias(priors))
+    head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
+    found = set(rows.tolist())
+    new = [name for row, name in enumerate(vocabulary.names) if row not in found]
+    shown = ", ".join(new[:_SHOWN]) + (", ..." if len(new) > _SHOWN else "")
+    log.info("init_from: the head continues %d tags of %s; new: %d (%s)", len(pairs), path, len(new), shown or "none")
