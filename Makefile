@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-full test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-interop demo demo-full test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -16,6 +16,12 @@ $(STAMP): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(STAMP)
+
+INTEROP := .venv-interop
+install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/test_wd14_tools.py
+	test -x $(INTEROP)/bin/python || $(PY) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dghs-imgutils==0.19.0
 
 demo: install  ## the whole main job on the embedded glyphs, six minutes on two CPU cores
 	$(PY) bench/demo.py
@@ -56,4 +62,4 @@ simd: install  ## replace Pillow by pillow-simd (needs a C compiler and the zlib
 	$(PY) -m pip install --quiet --no-deps --no-binary pillow-simd pillow-simd
 
 clean:  ## remove environment, outputs and drawn collections
-	rm -rf $(VENV) outputs collections .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) outputs collections .pytest_cache .ruff_cache

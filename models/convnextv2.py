@@ -139,7 +139,16 @@ class ConvNeXtV2(nn.Module):
 
         images: float [B, C, H, W]. Pixels beyond a multiple of `total_stride` are ignored.
         """
-        return self.head(self.norm(self.forward_features(images).mean(dim=(-2, -1))))
+        return self.forward_head(self.forward_features(images))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits of a feature map; with `pre_logits` what the head reads, [B, C_last] (timm's names)."""
+        pooled = self.norm(features.mean(dim=(-2, -1)))
+        return pooled if pre_logits else self.head(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head (timm's name)."""
+        return self.head
 
     def forward_features(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the last feature map [B, C_last, h, w], 0 at masked sites.

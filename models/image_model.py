@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from models.normalise import Normalise
+from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS
 
 
@@ -16,8 +17,13 @@ class ImageModel(nn.Module):
         super().__init__()
         self.network, self.normalise, self.output_name = network, normalise, output_name
         self.output = OUTPUTS[output_name]
+        self.form = OnnxForm(outputs={name: name for name in self.output.heads})  # of its ONNX file
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return float32 (logits, probs) [B, K], or (features,) [B, C]."""
         outputs = self.network(self.normalise(images)).float()
         return (outputs,) if self.output.activate is None else (outputs, self.output.activate(outputs))
+
+    def with_network(self, network: nn.Module) -> "ImageModel":
+        """Return the same, in eval mode, around another network."""
+        return ImageModel(network, self.normalise, self.output_name).eval()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
 from models.image_model import ImageModel
+from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS, RowOptions
 from utils.canvas import DEFAULT, Background
 from utils.config.recipe import ADDED_KEYS
@@ -56,6 +57,7 @@ class _Metadata(BaseModel):
     model_config = ConfigDict(strict=True)
 
     preprocessing: _Preprocessing
+    form: OnnxForm | None = None
 
 
 _Names = Annotated[list[str], Field(min_length=1)]
@@ -147,21 +149,24 @@ class OnnxPredictor(Predictor):
         if metadata.get("output") not in OUTPUTS:
             raise UserError(f"weights: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
         super().__init__(metadata)
-        self._name = self.output.heads[-1]
+        plain = {"outputs": {name: name for name in self.output.heads}}
+        self._form = OnnxForm.model_validate(metadata.get("form") or plain)
+        self._name = next((name for name, what in self._form.outputs.items() if what == self.output.heads[-1]), "probs")
         self._check_graph(path)
 
     def _check_graph(self, path: Path) -> None:
         """Raise UserError where the graph is not images -> outputs of the metadata's names."""
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = {value.name: value.shape for value in self._session.get_outputs()}
-        shape = outputs.get(self._name, [])
-        if inputs != [("images", "tensor(float)")] or len(shape) != 2 or (self.names and shape[1] != len(self.names)):
+        shape, taken = outputs.get(self._name, []), [(self._form.input, "tensor(float)")]
+        if inputs != taken or len(shape) != 2 or (self.names and shape[1] != len(self.names)):
             wanted = len(self.names) if self.names else "C"
             raise UserError(
                 f"weights: {path} has the inputs {inputs} and the outputs {outputs}; a file that export.py made takes "
-                f"'images', tensor(float), and gives '{self._name}', [batch, {wanted}]"
+                f"'{self._form.input}', tensor(float), and gives '{self._name}', [batch, {wanted}]"
             )
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return the predictions."""
-        return self._session.run([self._name], {"images": images.cpu().numpy().astype(np.float32) / 255.0})[0]
+        taken = self._form.to_input(images.cpu().float() / 255.0)
+        return self._session.run([self._name], {self._form.input: taken.numpy()})[0]

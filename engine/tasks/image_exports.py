@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 # The greatest difference from PyTorch that is accepted without `tolerance`, of ONNX as a share of the largest output.
 # Measured: 1e-6, 2e-3 and 0.1 at most, with drawn and with varied weights. The metric says what int8 costs.
-_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5}
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5}
 _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 # The formats of models/export/targets.py, and the file that holds the weights.
 _FOLDERS = {
@@ -38,7 +38,7 @@ def write_folder(name: str, opened: Opened, folder: Path, settings: ExportSettin
 
     target = TARGETS[name]
     network = opened.whole if target.holds_decoder else opened.model.network
-    return export_folder(target, network, opened.metadata, folder, settings.tolerance or _TOLERANCES["fp32"])
+    return export_folder(target, network, opened.metadata, folder, settings.tolerance or TOLERANCES["fp32"])
 
 
 def write_onnx(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def write_onnx(opened: Opened, folder: Path, settings: ExportSettings) -> dict[s
         rebuilt = _check_measurable(opened)
         data, count = settings.open_data(rebuilt), settings.calibration_images
         calibration = read_images(rebuilt.kind.pipeline.calibration(data, rebuilt.setup, count), count)
-    written = OnnxSettings(precision, settings.dynamic_size, settings.tolerance or _TOLERANCES[precision], calibration)
+    written = OnnxSettings(precision, settings.dynamic_size, settings.tolerance or TOLERANCES[precision], calibration)
     report = {"file": path.name, "onnx_max_abs_diff": export_onnx(opened.model, opened.metadata, path, written)}
     write_card(folder, "onnx", path.name, opened.metadata)
     return report if data is None else {**report, **measure_loss(rebuilt, data, open_session(path))}

@@ -24,6 +24,7 @@ from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.task import Report, Task
 from models.config import ModelConfig
+from models.export.tag_files import Thresholds
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
@@ -194,7 +195,7 @@ class ExportSettings:
     """How a file is written.
 
     tolerance: the greatest accepted difference from PyTorch; None takes the format's own. open_data: opens the run's
-    collection, for what is calibrated or measured. calibration_images: of it, at most.
+    collection, for what is calibrated or measured. calibration_images: of it, at most. thresholds: of a tagger's tags.
     """
 
     precision: Literal["fp32", "fp16", "int8"]
@@ -202,6 +203,7 @@ class ExportSettings:
     tolerance: float | None
     calibration_images: int
     open_data: Callable[[Rebuilt], ImageData]
+    thresholds: Thresholds | None = None
 
 
 @dataclass(frozen=True)

@@ -63,4 +63,4 @@ def to_inference_form(model: ImageModel) -> ImageModel:
             if block.grn.over_batch:  # the norm runs over the batch: a channel's factor is not its sample's alone
                 return model
             stage[index] = InferenceBlock(block)
-    return ImageModel(network, model.normalise, model.output_name).eval()
+    return model.with_network(network)

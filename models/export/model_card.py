@@ -49,6 +49,9 @@ def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) 
         f"The network was trained on images prepared so: {under}; then {describe_preprocessing(preprocessing)}.",
         "",
     ]
+    if metadata.get("channel_order") == "BGR":
+        lines += ["It takes BGR: turn the channels round after timm's transform, on an image that is padded to a "
+                  "white square, as neggles/wdv3-timm does.", ""]  # fmt: skip
     if form in SNIPPETS:
         lines += ["```python", SNIPPETS[form](metadata, file).rstrip(), "```", ""]
     elif form == "safetensors" and metadata.get("task"):

@@ -4,6 +4,8 @@ input     images  float32 [batch, C, H, W], RGB in [0, 1]; the normalisation is 
 outputs   logits, probs  float32 [batch, K]; or features  float32 [batch, C]
 metadata  `atelier`: JSON with output, names, preprocessing and licence
 
+A model may state another form (models/onnx_form.py), which the metadata then have as `form`.
+
 Precisions: fp32; fp16, where every norm, softmax and sigmoid stays in float32; int8 (models/export/onnx_precision.py).
 """
 
@@ -28,6 +30,7 @@ from models.export.onnx_precision import to_fp16, to_int8
 from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
 from utils.errors import UserError
+from utils.vocabulary import FACTS
 
 # What ONNX Runtime reads since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
 OPSET, IR_VERSION = 18, 9
@@ -105,7 +108,7 @@ def _check_varied(
 
     The copy is in float32 for int8, and for fp16 of a network without GRN: the maps of others may grow beyond fp16.
     """
-    varied = ImageModel(vary_weights(model.network), model.normalise, model.output_name).eval()
+    varied = model.with_network(vary_weights(model.network))
     in_fp16 = settings.precision == "fp16" and any("grn" in name for name, _ in varied.named_parameters())
     as_asked = in_fp16 or settings.precision == "fp32"
     _write(varied, metadata, path, samples[-1], settings if as_asked else replace(settings, precision="fp32"))
@@ -148,11 +151,11 @@ def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.
             warnings.simplefilter("ignore")  # deprecations inside the exporter, which a user cannot change
             proto = torch.onnx.export(
                 model,
-                (sample,),
+                (model.form.to_input(sample),),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["images"],
-                output_names=list(model.output.heads),
+                input_names=[model.form.input],
+                output_names=list(model.form.outputs),
                 dynamic_shapes={"images": dims},
                 verbose=False,
             ).model_proto
@@ -183,7 +186,7 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     for node in proto.graph.node:
         node.doc_string = ""
     proto.ir_version = min(proto.ir_version, IR_VERSION)
-    keys = ("output", model.output.names_key, "preprocessing", "step")
+    keys = ("output", model.output.names_key, "preprocessing", "step", "form", "vocabulary", "thresholds", *FACTS)
     kept = {key: metadata[key] for key in keys if key in metadata}
     onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, "licence": licence_of(metadata)})})
 
@@ -192,15 +195,20 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
 def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> tuple[float, float]:
     """Return the greatest difference of a file's outputs from PyTorch's, and that of its logits as a share of them.
 
-    The share is of the largest logit, or feature. The probabilities of the file must also be those of its own logits.
+    The share is of the largest logit, or feature. The probabilities of the file must also be those of its own logits,
+    or, without these, PyTorch's.
     """
     session, absolute, relative = open_session(path), [], []
     for sample in samples:
-        found, wanted = [torch.from_numpy(output) for output in session(sample.numpy())], model(sample)
-        absolute += [_greatest(theirs, ours) for theirs, ours in zip(found, wanted, strict=True)]
-        relative.append(absolute[-len(found)] / max(float(wanted[0].abs().max()), _LEAST_OUTPUT))
-        if model.output.activate is not None:  # large logits make small differences of theirs great ones of the probs
-            relative.append(_greatest(found[1], model.output.activate(found[0])))
+        taken = model.form.to_input(sample)
+        wanted = dict(zip(model.form.outputs.values(), model(taken), strict=True))
+        found = dict(zip(wanted, map(torch.from_numpy, session(taken.numpy())), strict=True))
+        absolute += [_greatest(found[what], wanted[what]) for what in wanted]
+        for what, ours in wanted.items():
+            scale = max(float(ours.abs().max()), _LEAST_OUTPUT)
+            if what == "probs":  # large logits make small differences of theirs great ones of the probs
+                ours, scale = model.output.activate(found["logits"]) if "logits" in found else ours, 1.0
+            relative.append(_greatest(found[what], ours) / scale)
     return float(np.max(absolute)), float(np.max(relative))  # NaN counts as the greatest
 
 
@@ -209,8 +217,9 @@ def _greatest(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def open_session(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Return a function from float32 images [B, C, H, W] in [0, 1] to a file's outputs, on the CPU."""
+    """Return a function from a batch of what a file takes to its outputs, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})
+    (taken,) = session.get_inputs()
+    return lambda images: session.run(None, {taken.name: images})

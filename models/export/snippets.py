@@ -38,6 +38,14 @@ image = square
 """
 
 
+# What the programs that read taggers do to every image.
+_SQUARE = """side = max(image.size)
+square = Image.new("RGB", (side, side), "white")
+square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+image = square
+"""
+
+
 def _has_head(metadata: Mapping[str, Any]) -> bool:
     return OUTPUTS[metadata["output"]].activate is not None
 
@@ -48,6 +56,7 @@ def _activation(metadata: Mapping[str, Any]) -> str:
 
 def timm_snippet(metadata: Mapping[str, Any], file: str) -> str:
     """Return the program for timm."""
+    turned = metadata.get("channel_order") == "BGR"
     result = "print(model.forward_features(batch).mean((-2, -1))[0])"
     if _has_head(metadata):
         result = (
@@ -61,9 +70,9 @@ import torch
 from PIL import Image, ImageOps
 
 {_read(metadata)}
-model = timm.create_model("local-dir:.", pretrained=True).eval()
+{_SQUARE if turned else ""}model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-batch = transform(image)[None]
+batch = transform(image)[None]{"[:, [2, 1, 0]]  # BGR" if turned else ""}
 with torch.inference_mode():
     {result.replace(chr(10), chr(10) + "    ")}
 """
@@ -131,8 +140,30 @@ outputs = session.run(None, {{"images": batch}})
 """
 
 
+def wd14_snippet(metadata: Mapping[str, Any], file: str) -> str:
+    """Return the program for ONNX Runtime that prepares an image and reads the tags as programs for taggers do."""
+    side = metadata["preprocessing"]["image_size_hw"][0]
+    return f"""import csv
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+{_read(metadata)}
+{_SQUARE}image = image.resize(({side}, {side}), Image.Resampling.BICUBIC)
+batch = np.asarray(image, np.float32)[None, :, :, ::-1]  # BGR, 0 to 255
+session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
+probs = session.run(["output"], {{"input": batch}})[0][0].tolist()
+rows = list(csv.DictReader(open("selected_tags.csv", encoding="utf-8", newline="")))
+rating = rows[max(range(4), key=lambda row: probs[row])]["name"]
+tags = [(prob, row["name"]) for prob, row in zip(probs, rows)
+        if row["category"] != "9" and prob >= float(row.get("best_threshold", 0.35))]
+print({{"rating": rating, "tags": {{name: round(prob, 4) for prob, name in sorted(tags, reverse=True)}}}})
+"""
+
+
 SNIPPETS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "timm": timm_snippet,
     "transformers": transformers_snippet,
     "onnx": onnx_snippet,
+    "wd14": wd14_snippet,
 }

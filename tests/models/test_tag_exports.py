@@ -1,0 +1,207 @@
+"""The exports of a tagger: order of the tags, the files, what predict.py reads of them, and refusals.
+
+tests/models/test_wd14_tools.py has them in the programs that read them.
+"""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from ast import literal_eval
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from engine.tasks.kind import ExportSettings, Opened
+from engine.tasks.tag_exports import TAG_EXPORTS
+from models.build import build_network
+from models.export.parity import vary_weights
+from models.export.tag_files import Thresholds, check_images, describe_changes, to_wd_order, write_imgutils
+from models.export.tag_graph import make_form, make_graph, to_bgr
+from models.image_model import ImageModel
+from models.normalise import Normalise
+from predict import load_predictor
+from tests.models.test_export_formats import geometry, timm_config
+from utils.errors import UserError
+from utils.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
+
+MEAN, STD = [0.45, 0.5, 0.6], [0.4, 0.5, 0.6]
+NAMES = ("few", "many", "explicit", "painter", "general", "general", "ann_(x)", "new")
+VOCABULARY = Vocabulary(NAMES, (0, 0, 9, 1, 9, 0, 4, 0), (3, 9, 4, 8, 5, 3, 2, 7), (10, 11, 12, 13, 14, 15, 16, 17))
+ORDERED = ["general", "sensitive", "questionable", "explicit", "many", "new", "few", "general", "ann_(x)"]
+ROWS = [4, -1, -1, 2, 1, 7, 0, 5, 6]
+
+
+def open_tagger(config, side=64, vocabulary=VOCABULARY, **preprocessing):
+    preprocessing = {
+        "image_size_hw": [side, side], "mean": MEAN, "std": STD, "eval_crop": 1.0, "interpolation": "bicubic",
+        "eval_resize": "crop", "channels": 3, "background": "white", "pad": "square",
+    } | preprocessing  # fmt: skip
+    network = vary_weights(build_network(config, len(vocabulary)))
+    metadata = {"task": {"name": "tagging"}, "model": config.model_dump(), "preprocessing": preprocessing, "step": 7,
+                "output": "tags", **vocabulary.facts()}  # fmt: skip
+    return Opened(ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), network, metadata)
+
+
+def settings(precision="fp32", thresholds=None):
+    return ExportSettings(precision, False, None, 1, None, thresholds)
+
+
+@pytest.fixture(scope="module")
+def wd14(tmp_path_factory):
+    """Return a folder with a file of wd14."""
+    folder = tmp_path_factory.mktemp("wd14")
+    thresholds = Thresholds({0: 0.5}, {(0, "new"): 0.1})
+    report = TAG_EXPORTS["wd14"].write(open_tagger(geometry()), folder, settings(thresholds=thresholds))
+    assert report["left_out"] == {"artist": 1} and report["constant"] == ["questionable", "sensitive"]
+    return folder
+
+
+def test_the_order_of_wd_files_fills_every_place():
+    ordered, rows = to_wd_order(VOCABULARY)
+    assert list(ordered.names) == ORDERED and rows == ROWS
+    assert ordered.categories == (9, 9, 9, 9, 0, 0, 0, 0, 4)
+    assert ordered.tag_ids[:5] == (9999999, 9999998, 9999997, 9999996, 11) and ordered.counts[:2] == (5, 0)
+    bare, rows = to_wd_order(Vocabulary(("painter",), (1,), (1,), (1,)))
+    assert bare.categories == (9, 9, 9, 9, 0, 4) and rows == [-1] * 6
+    changes = describe_changes(VOCABULARY, bare)
+    assert changes["left_out"] == {"general": 4, "artist": 1, "character": 1} and changes["tags"] == 6
+    assert changes["constant"] == ["no_character", "no_general_tag", "questionable", "sensitive"]
+
+
+def test_a_wd14_file_takes_and_gives_what_the_programs_expect(wd14):
+    proto = onnx.load(wd14 / "model.onnx")
+    (taken,), gives = proto.graph.input, proto.graph.output
+    sizes = taken.type.tensor_type.shape.dim
+    assert taken.name == "input" and sizes[0].dim_param and [size.dim_value for size in sizes[1:]] == [64, 64, 3]
+    assert [value.name for value in gives] == ["output", "embedding"]
+    assert [value.type.tensor_type.shape.dim[1].dim_value for value in gives] == [len(ORDERED), 20]
+    assert proto.ir_version <= 9 and [entry.version for entry in proto.opset_import] == [18]
+    assert {path.name for path in wd14.iterdir()} == {"model.onnx", "selected_tags.csv", "inv.npz", "README.md"}
+    found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
+    assert vocabulary_of(found) == read_vocabulary(wd14 / "selected_tags.csv", "x") == to_wd_order(VOCABULARY)[0]
+    assert found["vocabulary"] == VOCABULARY.hash
+    assert found["thresholds"] == [0.35, 0.35, 0.35, 0.35, 0.5, 0.1, 0.5, 0.5, 0.35]
+    with open(wd14 / "selected_tags.csv", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["best_threshold"]) for row in rows] == found["thresholds"]
+
+
+def test_predict_reads_a_wd14_file(wd14):
+    predictor = load_predictor(wd14 / "model.onnx", torch.device("cpu"))
+    assert predictor.names == ORDERED
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted = open_tagger(geometry()).model(images)[1].numpy()
+    wanted = np.where(np.array(ROWS) < 0, 0, wanted[:, ROWS])
+    np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
+
+
+def test_the_program_in_the_readme_prints_rating_and_tags(wd14):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 4), dtype=np.uint8)
+    Image.fromarray(pixels).resize((90, 50), Image.Resampling.BICUBIC).save(wd14 / "image.png")
+    (program,) = re.findall(r"```python\n(.*?)```", (wd14 / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", program], cwd=wd14, capture_output=True, text=True, timeout=120)
+    (wd14 / "image.png").unlink()
+    found = literal_eval(done.stdout)
+    image = Image.fromarray(pixels).resize((90, 50), Image.Resampling.BICUBIC)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    square = Image.new("RGB", (90, 90), "white")
+    square.paste(image, (0, 20))
+    image = torch.from_numpy(np.array(square.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    with torch.no_grad():
+        probs = dict(zip(zip(VOCABULARY.categories, NAMES), open_tagger(geometry()).model(image[None])[1][0].tolist()))
+    least = {(0, "new"): 0.1, (4, "ann_(x)"): 0.35}
+    wanted = {key[1]: prob for key, prob in probs.items() if key[0] in (0, 4) and prob >= least.get(key, 0.5)}
+    assert found["tags"] == pytest.approx(wanted, abs=1e-3) and wanted
+    assert found["rating"] == max(("general", "explicit"), key=lambda name: probs[9, name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_network_of_timm_in_fp16(name, tmp_path):
+    opened = open_tagger(timm_config(name), side=160, vocabulary=VOCABULARY)
+    report = TAG_EXPORTS["wd14"].write(opened, tmp_path, settings("fp16"))
+    assert report["onnx_max_abs_diff"] < 0.1
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert {value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)} == {1}
+    assert any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in proto.graph.initializer)
+    images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    probs = load_predictor(tmp_path / "model.onnx", torch.device("cpu")).predict(images)
+    with torch.no_grad():
+        np.testing.assert_allclose(probs[:, 4:], opened.model(images)[1][:, ROWS[4:]].numpy(), atol=2e-2)
+    assert not probs[:, 1:3].any()
+
+
+@pytest.mark.parametrize("form", ["wd14", "imgutils", "cl_tagger"])
+@pytest.mark.parametrize("name", [None, "test_resnet", "test_vit"])
+def test_forms_give_what_the_network_gives(name, form):
+    """`make_graph` compares; the stem that is turned round, too."""
+    opened = open_tagger(timm_config(name) if name else geometry(), side=160)
+    graph = make_graph(opened.model, make_form(form, opened.metadata["preprocessing"]), ROWS, [160, 160])
+    assert graph.get_submodule("network").get_classifier().out_features == len(ROWS)
+    to_bgr(opened.model.network, [160, 160])
+
+
+def test_networks_that_the_forms_cannot_hold_are_refused():
+    opened = open_tagger(timm_config("repvit_m0_9"))  # its head is a norm and a layer
+    with pytest.raises(UserError, match=r"^format: .*RepVit"):
+        make_graph(opened.model, make_form("wd14", {}), ROWS, [64, 64])
+    with pytest.raises(UserError, match=r"^format: .*BGR"):
+        to_bgr(build_network(timm_config("crossvit_9_240"), 3).eval(), [240, 240])  # two stems
+    wrong = open_tagger(geometry())
+    wrong.model.network.forward_head = lambda features, pre_logits=False: features.mean((2, 3))
+    with pytest.raises(UserError, match=r"^tolerance: "):
+        make_graph(wrong.model, make_form("wd14", {}), ROWS, [64, 64])
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "key"),
+    [
+        ("wd14", {"image_size_hw": [64, 96]}, "format"),
+        ("cl_tagger", {"channels": 1}, "format"),
+        ("imgutils", {"precision": "int8"}, "precision"),
+        ("wd14", {"output": "features"}, "backbone_only"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_refused(form, change, key, tmp_path):
+    opened = open_tagger(geometry())
+    metadata = {**opened.metadata, "output": change.get("output", "tags")}
+    metadata["preprocessing"] = metadata["preprocessing"] | change
+    with pytest.raises(UserError, match=f"^{key}: "):
+        TAG_EXPORTS[form].write(opened._replace(metadata=metadata), tmp_path, settings(change.get("precision", "fp32")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "warnings"),
+    [({}, 0), ({"image_size_hw": [384, 384]}, 1), ({"pad": "none"}, 1), ({"background": "drop"}, 1)],
+)
+def test_images_that_the_programs_prepare_otherwise_are_warned_of(change, warnings, log):
+    check_images("wd14", {"image_size_hw": [448, 448], "channels": 3, "pad": "square", "background": "white"} | change)
+    assert len(log.records) == warnings
+
+
+def test_imgutils_gets_our_preprocessing_in_its_own_words(tmp_path):
+    def steps(**change):
+        write_imgutils(tmp_path, VOCABULARY, None, open_tagger(geometry(), **change).metadata["preprocessing"])
+        return [tuple(step.values())[:3] for step in json.loads((tmp_path / "preprocess.json").read_text())["test"]]
+
+    assert steps(eval_resize="squash", pad="none", interpolation="area")[1] == ("resize", "box", [64, 64])
+    assert steps(eval_crop=0.875, pad="none")[1:3] == [("resize", "bicubic", 73), ("center_crop", [64, 64])]
+    assert steps()[1] == ("pad_to_size", "bicubic", [64, 64])
+    assert not (tmp_path / "thresholds.csv").exists()
+
+
+@pytest.mark.parametrize("form", [{"outputs": {"output": "probs"}, "layout": "CHWN"}, {"outputs": {}}, "wd14"])
+def test_a_form_that_is_none_is_refused(form, wd14, tmp_path):
+    proto = onnx.load(wd14 / "model.onnx")
+    (entry,) = proto.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | {"form": form})
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"^weights: "):
+        load_predictor(tmp_path / "model.onnx", torch.device("cpu"))
