@@ -77,7 +77,7 @@ class Group:
             "macro_best_f1": self.mean_best_f1,
         }
         counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
-        return {"group": self.name, **counts, **{name: float(value) for name, value in figures.items()}}
+        return {"group": self.name, **{name: float(value) for name, value in figures.items()}, **counts}
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:

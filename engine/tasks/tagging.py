@@ -128,7 +128,7 @@ class TaggingTask(Task):
         priors = facts.get("tag_priors")
         self._priors = None if priors is None else torch.tensor(priors, device="cpu")
         if priors is not None:
-            torch.nn.init.zeros_(find_head(self.network).bias).add_(prior_bias(torch.tensor(priors)))
+            find_head(self.network).bias.data.copy_(prior_bias(torch.tensor(priors)))
         counts = torch.tensor(self.vocabulary.counts)
         weights = frequency_weights(counts, config.tag_weight_power) if config.tag_weight_power else None
         self.register_buffer("tag_weights", weights, persistent=False)
