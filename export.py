@@ -9,6 +9,8 @@
 docs/weights.md has each format, what it can hold, and how it is loaded.
 """
 
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

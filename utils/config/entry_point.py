@@ -29,7 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from utils.config.messages import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
+from utils.config.messages import ConfigError, hydra_problem, missing_problems, validation_problems
+from utils.config.options import ROOT, list_options
 from utils.config.schema import Strict, path_keys
 from utils.config.sweep import FLAGS, name_sweep_job, parse_sweep
 from utils.config.sweep_processes import run_at_once
@@ -54,7 +55,6 @@ from utils.text_table import align_columns
 log = get_logger(__name__)
 Schema = TypeVar("Schema", bound=Strict)
 
-ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
 

@@ -9,6 +9,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from utils.config.options import list_options
 from utils.config.schema import is_free_group, known_keys, walk_keys
 from utils.errors import UserError, close_names
 
@@ -160,8 +161,3 @@ def _missing_file(error: MissingConfigException, conf: Path) -> str:
     if not known:
         return f"{missing}: no such file in {conf}"
     return f"{group}: unknown {name!r}; {close_names(name, known)} (files of {conf / group})"
-
-
-def list_options(group: str, conf: Path) -> list[str]:
-    """Return the options of a group: its files, those of subfolders as `folder/name`."""
-    return sorted(file.relative_to(conf / group).with_suffix("").as_posix() for file in (conf / group).rglob("*.yaml"))

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from tests.in_process import SCRIPTS, compose, load_command, run_command
 from utils.config.entry_point import CONF, validate
-from utils.config.messages import ConfigError, list_options, missing_problems
+from utils.config.messages import ConfigError, missing_problems
+from utils.config.options import list_options
 from utils.config.schema import known_keys
 from utils.errors import UserError, close_names
 
