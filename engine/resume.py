@@ -114,7 +114,7 @@ def _check(checkpoint: Checkpoint, run: Run, config: TrainingConfig) -> None:
     if checkpoint.step > run.plan.total_steps:
         raise UserError(
             f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {run.plan.total_steps} "
-            "requested; request more, or give another run_dir"
+            "requested; request more, or give another run_dir (a sweep: another sweep.name)"
         )
     others = state["optimizer"] if _has_own_optimizer(checkpoint, run) else None
     run.learner.check_state(checkpoint.tensors, others, checkpoint.path)
