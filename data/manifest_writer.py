@@ -19,7 +19,7 @@ from data.inspection import (
     inspect_file,
     list_unreadable,
 )
-from data.manifest import find_files, find_manifest
+from data.manifest import find_files, find_labels, find_manifest
 from data.manifest_formats import PARQUET, read_parquet
 from data.scan import check_root, scan_folder
 from data.table import MEASURED, assign_validation, count_values, replace_column
@@ -50,8 +50,9 @@ def write_manifest(
     written, and for a manifest already there that this function did not write.
     """
     folder = check_root(root)
-    _refuse_foreign(folder)
+    _refuse_foreign(find_manifest(folder))
     table = scan_folder(folder)
+    _refuse_foreign(find_labels(folder, table))
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
     found = _inspect_all([str(folder / path) for path in paths], verify, max_pixels, progress)
@@ -92,9 +93,8 @@ def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
     return root / PARQUET
 
 
-def _refuse_foreign(root: Path) -> None:
-    """Raise UserError where the root has a manifest that `write_manifest` did not make."""
-    file = find_manifest(root)
+def _refuse_foreign(file: Path | None) -> None:
+    """Raise UserError for a manifest that `write_manifest` did not make."""
     if file is None:
         return
     made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
