@@ -160,4 +160,11 @@ def _missing_file(error: MissingConfigException, conf: Path) -> str:
     known = list_options(group, conf) if name else []
     if not known:
         return f"{missing}: no such file in {conf}"
-    return f"{group}: unknown {name!r}; {close_names(name, known)} (files of {conf / group})"
+    advice = f"timm has it: model=timm model.name={name}" if group == "model" and _is_in_timm(name) else ""
+    return f"{group}: unknown {name!r}; {advice or close_names(name, known)} (files of {conf / group})"
+
+
+def _is_in_timm(name: str) -> bool:
+    import timm  # takes seconds
+
+    return timm.is_model(name)
