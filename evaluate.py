@@ -1,13 +1,17 @@
 """Measure weights on a collection's validation split: exact on any number of ranks.
 
     python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
+    python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
     python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
     python evaluate.py weights=FILE model=convnextv2_tiny augment=randaugment data=image_folder data.root=PATH
                                                                                    a released file (docs/weights.md)
+    python evaluate.py weights=timm model=timm model.name=resnet18.a1_in1k data=image_folder data.root=PATH
 
 Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below outputs/evaluate/, in
 a folder for each file and collection.
 """
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

@@ -10,6 +10,8 @@
 docs/weights.md has each format, what it can hold, and how it is loaded.
 """
 
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ from engine.tasks.kind import ExportSettings, Opened, Rebuilt
 from engine.tasks.kinds import export_formats, options_of
 from engine.tasks.rebuild import read_run_data
 from models.config import ModelConfig
-from models.export.model_card import licence_of
+from models.export.model_card import licence_entry
 from models.export.report import add_report, refuse_other_format
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
@@ -151,14 +153,15 @@ def main(config: ExportConfig, job: Job) -> str:
             if config.dry_run:
                 return "dry run: nothing is written"
             report = export.write(opened, folder, settings)
-            step, licence = opened.metadata["step"], licence_of(opened.metadata)
-            report |= {"format": config.format, "step": step, "licence": licence}
+            report |= {"format": config.format, "step": opened.metadata["step"]}
+            report |= licence_entry("licence", opened.metadata)
             add_report(folder, report)
     if config.run_dir is not None:
         files = [file for file in folder.iterdir() if file.is_file() and file.stat().st_mtime >= started]
         send_export(Path(config.run_dir), config.format, files, report, weights=config.names())
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
-    log.info("wrote %s (licence of the source weights: %s)  %s", folder / report["file"], report["licence"], line)
+    licence = f" (licence of the source weights: {report['licence']})" if "licence" in report else ""
+    log.info("wrote %s%s  %s", folder / report["file"], licence, line)
     return f"{folder / report['file']}  {line}"
 
 

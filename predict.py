@@ -1,10 +1,15 @@
 """Predict classes, tags or features of images, from a run, a weight file or an ONNX file.
 
     python predict.py weights=RUN input=PATH output=predictions.jsonl
+    python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
+    python predict.py weights=RUN input=PATH output=predictions.csv batch_size=16 workers=0 device=cpu
+    python predict.py weights=RUN input=PATH output=predictions.jsonl dry_run=true     counts the images
 
 `input` is an image or a folder, read with its subfolders. An image that cannot be read gets a row with the reason.
 """
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 import csv
 import json

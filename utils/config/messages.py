@@ -9,6 +9,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from utils.config.options import list_options
 from utils.config.schema import is_free_group, known_keys, walk_keys
 from utils.errors import UserError, close_names
 
@@ -159,9 +160,11 @@ def _missing_file(error: MissingConfigException, conf: Path) -> str:
     known = list_options(group, conf) if name else []
     if not known:
         return f"{missing}: no such file in {conf}"
-    return f"{group}: unknown {name!r}; {close_names(name, known)} (files of {conf / group})"
+    advice = f"timm has it: model=timm model.name={name}" if group == "model" and _is_in_timm(name) else ""
+    return f"{group}: unknown {name!r}; {advice or close_names(name, known)} (files of {conf / group})"
 
 
-def list_options(group: str, conf: Path) -> list[str]:
-    """Return the options of a group: its files, those of subfolders as `folder/name`."""
-    return sorted(file.relative_to(conf / group).with_suffix("").as_posix() for file in (conf / group).rglob("*.yaml"))
+def _is_in_timm(name: str) -> bool:
+    import timm  # takes seconds
+
+    return timm.is_model(name)
