@@ -28,15 +28,16 @@ from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_v
 
 CHUNK, TAGS_PER_ROW, ROWS_READ = 131_072, 30, 1000
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 import numpy as np
 from data.tags.index import TagIndex
-before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+kib = lambda name: int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0])
+before = kib("VmRSS")
 index = TagIndex(Path(sys.argv[1]))
 lengths = np.diff(index.offsets)
 found = [index.of_row(row).sum() for row in np.linspace(0, len(lengths) - 1, 1000).astype(int)]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before / 2**20)
+print((kib("VmHWM") - before) / 1024)
 """
 
 
