@@ -27,6 +27,7 @@ log = get_logger(__name__)
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
 _REPORT = "report.json"  # written last: a folder that has it is complete
 _SHOWN = 5  # dropped tags that a report names
+_CHUNK_ROWS = 2**17
 _ABSENT, _UNKNOWN, _AMBIGUOUS = -1, -2, -3  # instead of an output
 
 
@@ -219,9 +220,10 @@ class _Mapper:
 
 
 def _chunks(table: pa.Table) -> Iterable[tuple[pa.ListArray, pa.StringArray]]:
-    """Yield the tags and ratings of some rows after another."""
-    for batch in table.select(["tags", "rating"]).to_batches(max_chunksize=2**17):
-        yield batch.column("tags"), batch.column("rating")
+    """Yield the tags and ratings of some rows after another; at least once."""
+    for start in range(0, max(len(table), 1), _CHUNK_ROWS):
+        part = table.slice(start, _CHUNK_ROWS)
+        yield part["tags"].combine_chunks(), part["rating"].combine_chunks()
 
 
 def _encode(texts: pa.StringArray) -> tuple[list[str], np.ndarray]:
