@@ -7,10 +7,13 @@ Differs: a sample whose partner could not be read is not mixed.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from engine.tasks.kind import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Mixing:
         top, bottom, left, right = box = _draw_box(height, width, share)
         return _Draw(1.0 - (bottom - top) * (right - left) / (height * width), box)
 
+    @torch.compiler.disable
     def __call__(self, images: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and targets [B, K].
+        """Return mixed images [B, C, H, W] and targets [B, K]; train_step has seeded the draws.
 
         images: float [B, C, H, W]; targets: float [B, K]; weight: [B], 0 where an image could not be read.
         """
@@ -63,6 +67,19 @@ class Mixing:
             torch.where(mixes.view(-1, 1, 1, 1), mixed, images),
             torch.where(mixes[:, None], torch.lerp(targets.flip(0), targets, drawn.share), targets),
         )
+
+
+class MixingConfig(TaskConfig):
+    """The keys of a task that mixes its batches, as `Mixing` explains them."""
+
+    mixup_alpha: Annotated[float, Field(ge=0)]
+    cutmix_alpha: Annotated[float, Field(ge=0)]
+    mix_probability: Annotated[float, Field(ge=0, le=1)]
+    mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
+
+    def mixing(self) -> Mixing:
+        """Return what mixes a batch."""
+        return Mixing(self.mixup_alpha, self.cutmix_alpha, self.mix_probability, self.mix_switch_probability)
 
 
 class _Draw(NamedTuple):
