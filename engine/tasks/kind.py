@@ -29,6 +29,7 @@ from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
+from utils.errors import UserError, close_names
 from utils.io.files import canonical_json, sha256_text
 from utils.thresholds import ThresholdTable
 
@@ -143,6 +144,13 @@ class Kind(Generic[Config]):
         self, task: Task, data: ImageData, setup: Setup[Config], config: TrainingConfig, runtime: Runtime
     ) -> None:
         """Change the initial weights by looking at the data, on a new run only."""
+
+
+def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
+    """Return the kind of a task name in a table. Raises UserError (`key`) where the table has none."""
+    if not isinstance(name, str) or name not in kinds:
+        raise UserError(f"{key}: unknown task {name!r}; {close_names(str(name), kinds)}")
+    return kinds[name]
 
 
 # ------------------------------------------------------------------------------------------------- what comes of a task
