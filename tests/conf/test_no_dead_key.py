@@ -241,6 +241,12 @@ def run_all(recorder, folder, monkeypatch):
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
     go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
        "resume_allow=[optim.lr]")  # fmt: skip
+    tagging = ["task=tagging", "task.min_count=1", "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
+    for script in ("finetune", "train"):
+        for loss in ("asl", "focal", "hill"):
+            go(script, *small, *folders, *tagging, f"task.loss.name={loss}", f"run_dir={script}_{loss}")
+        go(script, *small, *folders, *tagging[2:], "task=distillation", f"task.teacher={script}_hill",
+           "task.label_share=0.5", "task.targets=both", f"run_dir={script}_distilled")  # fmt: skip
     durations = ("steps: 1", "epochs: 0.1", "fraction: 0.3")
     phases = ", ".join(f"{{to: 0.05, curve: linear, {duration}}}" for duration in durations)
     go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop",
@@ -281,6 +287,7 @@ PROVED = {
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
+    *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "ConvNeXtV2Config.name",
     "AugmentConfig.mean",
     "AugmentConfig.std",
