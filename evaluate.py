@@ -25,7 +25,7 @@ from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
 from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
-from engine.tasks.kind import Rebuilt, Setup
+from engine.tasks.kind import Rebuilt, Setup, Targets
 from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import read_run_data, rebuild_task
 from models.config import ModelConfig
@@ -38,12 +38,15 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
+from utils.thresholds import FILE as THRESHOLDS
+from utils.thresholds import write_thresholds
 
 log = get_logger(__name__)
 
 
 class EvaluateConfig(Strict):
     """`weights` is best, best_raw, last, ema, a file, or `timm`; `output` a JSON file (null: metrics.json).
+    `calibrate` also writes the thresholds of a tagger.
 
     Without `run_dir`, `data` must be given; `model` and `augment` too where the file is not ours.
     """
@@ -56,6 +59,8 @@ class EvaluateConfig(Strict):
     data: DataConfig | None
     augment: AugmentConfig | None
     batch_size: Annotated[int, Field(ge=1)]
+    calibrate: bool
+    calibration: Targets
     dry_run: bool
     runtime: MachineConfig
 
@@ -132,6 +137,15 @@ def main(config: EvaluateConfig, job: Job) -> str:
         with output_errors("run_dir", folder):
             write_report(folder, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)
+    if config.calibrate:
+        with torch.inference_mode(), runtime.autocast():
+            tracked = track(loaders["val"], len(loaders["val"]), "calibrating")
+            found = rebuilt.kind.calibrate(task, tracked, config.calibration)
+        if distributed.is_main():
+            with output_errors("run_dir", folder):
+                write_thresholds(folder / THRESHOLDS, found.thresholds)
+                write_report(folder, found.report.tables, found.report.images, prefix="evaluate_")
+            log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
     line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
     log.info("%s", line)
     return line

@@ -90,13 +90,17 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
     assert seen == ["été/a b", "x=y"]
 
 
+TAG_FILES = ("vocabulary", "aliases", "implications", "orientation")
+VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "append_to")
+
+
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
-        ("finetune", {"run_dir", "data.root", "init_from", "resume"}),
-        ("prepare", {"data.root", "source"}),
+        ("finetune", {"run_dir", "data.root", "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
+        ("prepare", {"data.root", "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
         ("evaluate", {"run_dir", "weights", "output", "data.root"}),
-        ("export", {"run_dir", "weights", "output", "data.root"}),
+        ("export", {"run_dir", "weights", "output", "thresholds", "data.root"}),
         ("predict", {"weights", "input", "output"}),
     ],
 )
@@ -232,8 +236,8 @@ def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capsys):
     assert table[2].endswith(" failed (2): optim.lr: must be greater than or equal to 0, found -1")
     assert runs == ["seeds/lr=0.1,seed=0", "seeds/lr=0.1,seed=1"]
 
-    assert run_in_process("finetune", [*words, "optim.eps=1e-6", "optim.lr=0.1"], tmp_path, monkeypatch) == 2
-    refused = "resume: outputs/sweeps/seeds/lr=0.1,seed=0 was made with another recipe:\n  optim.eps: 1e-08 in the run"
+    assert run_in_process("finetune", [*words, "optim.eps=1e-6"], tmp_path, monkeypatch) == 2
+    refused = "lr=0.1,seed=0/checkpoints/step_00000002 was made with another recipe:\n  optim.eps: 1e-08 in the run"
     assert refused in capsys.readouterr().err
 
     assert run_in_process("finetune", [*shared, "seed=0", "run_dir=chosen"], tmp_path, monkeypatch) == 0
