@@ -200,7 +200,8 @@ class TaggingTask(Task):
             counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
             worst.add(loss, valid, {**_find_mistakes(logits, targets), **{name: batch[name] for name in _PICTURE}})
         scores = TagScores(counts.reduce(), self.vocabulary)
-        report, kept = Report({**means.reduce(), **scores.scalars()}), worst.reduce()
+        measured, kept = means.reduce(), worst.reduce()
+        report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {
