@@ -10,10 +10,10 @@ a folder for each file and collection.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import TypeAdapter, model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
@@ -25,6 +25,7 @@ from engine.tasks.kind import Rebuilt, Setup
 from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import rebuild_task
 from models.config import ModelConfig
+from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json
@@ -52,7 +53,7 @@ class EvaluateConfig(Strict):
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: BatchSize
     dry_run: bool
     runtime: MachineConfig
 
