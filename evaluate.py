@@ -14,10 +14,10 @@ a folder for each file and collection.
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
@@ -29,6 +29,7 @@ from engine.tasks.kind import Rebuilt, Setup, Targets
 from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import read_run_data, rebuild_task
 from models.config import ModelConfig
+from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json
@@ -58,7 +59,7 @@ class EvaluateConfig(Strict):
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: BatchSize
     calibrate: bool
     calibration: Targets
     dry_run: bool

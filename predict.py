@@ -15,10 +15,9 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from data.image_data import load_files
 from data.scan import IMAGE_SUFFIXES
@@ -27,6 +26,7 @@ from engine.runtime import choose_device, choose_runtime
 from engine.tasks.rebuild import load_image_model
 from models.outputs import RowOptions
 from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -44,12 +44,12 @@ class PredictConfig(Strict):
     weights: PathText
     input: PathText
     output: PathText
-    top: Annotated[int, Field(ge=1)]
-    threshold: Annotated[float, Field(ge=0, le=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    max_pixels: Annotated[int, Field(ge=1)]
+    top: Count
+    threshold: Fraction
+    batch_size: BatchSize
+    max_pixels: Pixels
     device: Literal["auto", "cpu", "cuda"]
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
+    workers: Literal["auto"] | Workers
     dry_run: bool
 
     def machine(self) -> MachineConfig:
