@@ -30,8 +30,8 @@ SHORT = [
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
 MAKE = {
-    "install", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm", "lint", "bench",
-    "bench-gpu", "simd", "clean",
+    "install", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm", "lint",
+    "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 
 
