@@ -36,8 +36,13 @@ class PathsConfig(Strict):
     weights: PathText
     input: PathText
     output: PathText
+    existing: str | None
+    like: PathText | None
     top: int
-    threshold: float
+    threshold: float | None
+    thresholds: PathText | None
+    profile: str
+    text: dict
     batch_size: int
     max_pixels: int
     device: str
@@ -98,7 +103,7 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
         ("prepare", {"data.root", "source"}),
         ("evaluate", {"run_dir", "weights", "output", "data.root"}),
         ("export", {"run_dir", "weights", "output", "data.root"}),
-        ("predict", {"weights", "input", "output"}),
+        ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )
 def test_a_schema_says_which_keys_are_paths(script, keys):
@@ -182,7 +187,7 @@ def test_another_rank_shows_what_it_may_be_alone_with(start_command, capsys, mon
 def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS, "--cfg", "job") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("weights: w\ninput: i\noutput: o\ntop: 5\n") and printed.err == ""
+    assert printed.out.startswith("weights: w\ninput: i\noutput: o\nexisting: null\n") and printed.err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ multiruns
