@@ -1,19 +1,24 @@
 """Measure weights on a collection's validation split: exact on any number of ranks.
 
     python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
+    python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
     python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
     python evaluate.py weights=FILE model=convnextv2_tiny augment=randaugment data=image_folder data.root=PATH
                                                                                    a released file (docs/weights.md)
+    python evaluate.py weights=timm model=timm model.name=resnet18.a1_in1k data=image_folder data.root=PATH
 
 Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below outputs/evaluate/, in
 a folder for each file and collection.
 """
 
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+
+import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
@@ -21,10 +26,11 @@ from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
 from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
-from engine.tasks.kind import Rebuilt, Setup
+from engine.tasks.kind import Rebuilt, Setup, Targets
 from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import read_run_data, rebuild_task
 from models.config import ModelConfig
+from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json
@@ -34,12 +40,15 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
+from utils.thresholds import FILE as THRESHOLDS
+from utils.thresholds import write_thresholds
 
 log = get_logger(__name__)
 
 
 class EvaluateConfig(Strict):
     """`weights` is best, best_raw, last, ema, a file, or `timm`; `output` a JSON file (null: metrics.json).
+    `calibrate` also writes the thresholds of a tagger.
 
     Without `run_dir`, `data` must be given; `model` and `augment` too where the file is not ours.
     """
@@ -51,7 +60,9 @@ class EvaluateConfig(Strict):
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: BatchSize
+    calibrate: bool
+    calibration: Targets
     dry_run: bool
     runtime: MachineConfig
 
@@ -114,20 +125,32 @@ def main(config: EvaluateConfig, job: Job) -> str:
     loaders = rebuilt.kind.pipeline.evaluation(data, rebuilt.setup, training=False)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
-    step = rebuilt.metadata["step"]
+    step, started = rebuilt.metadata["step"], time.perf_counter()
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
+    seconds = time.perf_counter() - started
     if distributed.is_main():
         if config.run_dir is None:
             with output_errors("output", folder):
                 folder = open_result_folder(folder, describe_source(config, rebuilt))
         output = folder / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
-            write_json(output, {"weights": rebuilt.weights, "step": step, **report.scalars})
+            write_json(
+                output, {"weights": rebuilt.weights, "step": step, "seconds": round(seconds, 3), **report.scalars}
+            )
         with output_errors("run_dir", folder):
             write_report(folder, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)
+    if config.calibrate:
+        with torch.inference_mode(), runtime.autocast():
+            tracked = track(loaders["val"], len(loaders["val"]), "calibrating")
+            found = rebuilt.kind.calibrate(task, tracked, config.calibration)
+        if distributed.is_main():
+            with output_errors("run_dir", folder):
+                write_thresholds(folder / THRESHOLDS, found.thresholds)
+                write_report(folder, found.report.tables, found.report.images, prefix="evaluate_")
+            log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
     line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
     log.info("%s", line)
     return line

@@ -1,6 +1,7 @@
 """Predict classes, tags or features of images, from a run, a weight file or an ONNX file.
 
     python predict.py weights=RUN input=PATH output=predictions.jsonl
+    python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
     python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
     python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
@@ -8,6 +9,8 @@
 `input` is an image, a folder with its subfolders, a pattern, a list of these, or `-`. An image that cannot be read gets
 a row with the reason.
 """
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +41,7 @@ from engine.runtime import choose_device, choose_runtime
 from engine.tasks.rebuild import load_image_model
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -64,15 +68,15 @@ class PredictConfig(Strict):
     output: PathText
     existing: Literal["skip", "append", "overwrite"] | None
     like: PathText | None
-    top: Annotated[int, Field(ge=1)]
-    threshold: Annotated[float, Field(ge=0, le=1)] | None
+    top: Count
+    threshold: Fraction | None
     thresholds: PathText | None
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
     text: TextConfig
-    batch_size: Annotated[int, Field(ge=1)]
-    max_pixels: Annotated[int, Field(ge=1)]
+    batch_size: BatchSize
+    max_pixels: Pixels
     device: Literal["auto", "cpu", "cuda"]
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
+    workers: Literal["auto"] | Workers
     dry_run: bool
 
     def machine(self) -> MachineConfig:

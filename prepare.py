@@ -1,15 +1,17 @@
-"""Slow offline work on a collection.
+r"""Slow offline work on a collection.
 
-python prepare.py job=glyphs                                          draw the embedded collection
-python prepare.py job=manifest data=image_folder data.root=PATH       check every image, write manifest.parquet
-python prepare.py job=vocabulary data=image_folder data.root=PATH vocabulary.output=FILE     collect the tags to train
-python prepare.py job=idx source=FOLDER data=image_folder data.root=PATH     write IDX files as class folders
+    python prepare.py job=glyphs                                              draw the embedded collection
+    python prepare.py job=manifest data=image_folder data.root=PATH           check all images, write manifest.parquet
+    python prepare.py job=manifest data=image_folder data.root=PATH verify=false             without decoding them
+    python prepare.py job=vocabulary data=image_folder data.root=PATH vocabulary.output=FILE   the tags to train
+    python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
+        'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
 
-Fashion-MNIST lies in the folder that `dpkg -L dataset-fashion-mnist` names, of Debian's package of that name:
-
-python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
-    'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
+The last one writes IDX files as class folders. Those of Fashion-MNIST lie in the folder that
+`dpkg -L dataset-fashion-mnist` names, of Debian's package of that name.
 """
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 from pathlib import Path
 from typing import Literal

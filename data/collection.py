@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.manifest import find_manifest, read_manifest
+from data.manifest import describe_csv, find_labels, find_manifest, read_manifest
 from data.scan import check_root
 from data.table import (
     MEASURED,
@@ -150,15 +150,19 @@ class Collection:
 def index_collection(root: str, *, validation_fraction: float, cache: Path) -> Path:
     """Read a collection, check it, and return its index: an uncompressed Arrow IPC file named by the content's hash.
 
-    A manifest at the root takes precedence over the folder's layout. Where no row is in the validation split,
-    `validation_fraction` of them are moved there as `assign_validation` says. The index is kept in `cache`, outside the
-    collection, so that an index that came with a collection is never read.
+    A manifest at the root takes precedence over the folder's layout; a CSV file with labels does where the layout has
+    none. Where no row is in the validation split, `validation_fraction` of them are moved there as `assign_validation`
+    says. The index is kept in `cache`, outside the collection, so that an index that came with a collection is never
+    read.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
     """
     folder = check_root(root)
     manifest = find_manifest(folder)
     table = read_folder(folder) if manifest is None else read_manifest(folder, manifest)
+    if manifest is None and (manifest := find_labels(folder, table)) is not None:
+        images, table = table.num_rows, read_manifest(folder, manifest)
+        log.info("data.root: %s is read as the manifest: %d of %d images", manifest.name, table.num_rows, images)
     table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))
     if manifest is None:
         _warn_of_similar_classes(table)
@@ -194,8 +198,8 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         found = f"the class {train[0]!r} alone" if train else "no class"
         raise UserError(
             f"data.root: {root!r} has {found} in its training split; classification needs two. Set data.root to the "
-            "folder whose sub-folders are the classes (or train/ and val/ with the classes in them), or give the "
-            "manifest a label column"
+            "folder whose sub-folders are the classes (or train/ and val/ with the classes in them), or name the "
+            f"images in a CSV file there, with the columns path and label{describe_csv(collection.root)}"
         )
     unknown = sorted(set(val) - set(train))
     _refuse_two_spellings(root, train, unknown)

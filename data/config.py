@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from utils.canvas import Background
+from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Side
 from utils.config.schema import PathText, Strict
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-_POLICY = re.compile(r"rand(-(m\d+|n[1-9]\d*|p[01]?\.?\d*|mstd\d+\.?\d*|mmax\d+|inc[01]))*")
+_Jitter = Annotated[float, Field(ge=0, le=100)]
+_Zoom = Annotated[float, Field(ge=0.01, le=100)]
+_POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*")
 
 
 class _Data(Strict):
@@ -20,8 +21,8 @@ class _Data(Strict):
     """
 
     root: PathText
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
-    max_pixels: PositiveInt
+    validation_fraction: BelowOne
+    max_pixels: Pixels
     background: Background | None = None  # configurations of before do not state it
 
 
@@ -48,7 +49,7 @@ class TextConfig(Strict):
     """
 
     order: Literal["score", "vocabulary", "characters_first"]
-    max_tags: PositiveInt | None
+    max_tags: Count | None
     exclude: list[str]
     rating: Literal["first", "last"] | None
     spaces: bool
@@ -65,7 +66,7 @@ class VocabularyConfig(Strict):
     """
 
     output: PathText | None
-    min_count: PositiveInt
+    min_count: Count
     categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
     ignore: PathText | None
     keep: PathText | None
@@ -80,8 +81,8 @@ class AffineConfig(Strict):
 
     degrees: Annotated[float, Field(ge=0, le=180)]
     translate: Fraction
-    scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
-    shear_degrees: Annotated[float, Field(ge=0, lt=90)]
+    scale: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
+    shear_degrees: Annotated[float, Field(ge=0, le=85)]
 
 
 class ColorJitterConfig(Strict):
@@ -91,9 +92,9 @@ class ColorJitterConfig(Strict):
     colour circle by -h to h, in turns. Saturation and hue do nothing to grey images. Source: torchvision's ColorJitter.
     """
 
-    brightness: Annotated[float, Field(ge=0)]
-    contrast: Annotated[float, Field(ge=0)]
-    saturation: Annotated[float, Field(ge=0)]
+    brightness: _Jitter
+    contrast: _Jitter
+    saturation: _Jitter
     hue: Annotated[float, Field(ge=0, le=0.5)]
 
 
@@ -117,10 +118,10 @@ class AugmentConfig(Strict):
     change.
     """
 
-    image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
     pad: Literal["none", "square"]
-    crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
-    crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+    crop_scale: Annotated[list[Annotated[float, Field(ge=1e-6, le=1)]], Field(min_length=2, max_length=2)]
+    crop_ratio: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
     affine: AffineConfig | None
     color_jitter: ColorJitterConfig | None
@@ -131,9 +132,9 @@ class AugmentConfig(Strict):
     on_device: bool
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
     eval_resize: Literal["crop", "squash"]
-    eval_crop: Annotated[float, Field(gt=0, le=1)]
-    mean: list[float]
-    std: list[Annotated[float, Field(gt=0)]]
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)]
+    mean: list[Fraction]
+    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return what evaluation does to an image, as it is written into weight files."""

@@ -1,5 +1,5 @@
 """The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images and what is known of
-them.
+them. Where folders are no classes, a CSV file of any name with the columns path and label is one.
 
 Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns are kept. A manifest may come from a
 stranger, so its paths must stay in the root.
@@ -12,10 +12,11 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data.manifest_formats import CSV, JSONL, PARQUET, read_table
+from data.manifest_formats import CSV, JSONL, PARQUET, read_header, read_table
 from data.scan import list_folder
-from data.table import MEASURED, SPLIT_NAMES, further_fields, replace_column, settle_test_split, sort_rows
+from data.table import MEASURED, SPLIT_NAMES, further_fields, replace_column, settle_test_split, show_some, sort_rows
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -36,6 +37,34 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
         names = " and ".join(file.name for file in found)
         raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")
     return found[0] if found else None
+
+
+def find_labels(root: Path, scanned: pa.Table) -> Path | None:
+    """Return the CSV file at the root that has the columns path and label; None without one, or with class folders.
+
+    scanned: what `scan_folder` found. Raises UserError (`data.root`) where there are several such files.
+    """
+    if pc.count_distinct(scanned["label"]).as_py() > 1:
+        return None
+    found = [file for file, columns in _list_csv(root) if {"path", "label"} <= set(columns)]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise UserError(
+            f"data.root: {str(root)!r} holds {names}, each with the columns path and label; join them in one {CSV} "
+            "with a column split (train, val), or keep the one that is right"
+        )
+    return found[0] if found else None
+
+
+def describe_csv(root: Path) -> str:
+    """Return the columns of the CSV files at the root, for a message; empty where there is none."""
+    texts = [f"{file.name} has the columns {show_some(columns)}" for file, columns in _list_csv(root)]
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _list_csv(root: Path) -> list[tuple[Path, list[str]]]:
+    names = sorted(entry.name for entry in list_folder(root) if entry.name.lower().endswith(".csv") and entry.is_file())
+    return [(root / name, read_header(root / name)) for name in names]
 
 
 def read_manifest(root: Path, file: Path) -> pa.Table:

@@ -20,6 +20,7 @@ from utils.io.untrusted.parquet import refuse_parquet_bomb
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 _COLUMNS = ", ".join(SCHEMA.names)
 _ALIKE = 0.75  # a name as similar as this to one of ours is a misspelling of it
+_MAX_HEADER = 2**16  # characters
 BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
 
 
@@ -28,7 +29,7 @@ def read_table(file: Path) -> pa.Table:
 
     Raises UserError (`data.root`) for a broken file, and for a column that is missing, misspelt or of another type.
     """
-    read = {PARQUET: read_parquet, JSONL: _read_jsonl, CSV: _read_csv}[file.name]
+    read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix.lower()]
     try:
         return _conform(file, read(file))
     except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
@@ -49,6 +50,15 @@ def _read_jsonl(file: Path) -> pa.Table:
     content = file.read_bytes().removeprefix(BOM)
     options = pa.json.ReadOptions(block_size=len(content) + 1)  # so that a column has one type
     return pa.json.read_json(pa.BufferReader(content), read_options=options)
+
+
+def read_header(file: Path) -> list[str]:
+    """Return the names in a CSV file's first line; none where it cannot be read."""
+    try:
+        with open(file, encoding="utf-8-sig", errors="replace", newline="") as stream:
+            return next(csv.reader([stream.readline(_MAX_HEADER)]), [])
+    except (OSError, csv.Error):
+        return []
 
 
 def _read_csv(file: Path) -> pa.Table:

@@ -22,7 +22,7 @@ from data.inspection import (
     inspect_file,
     list_unreadable,
 )
-from data.manifest import find_files, find_manifest
+from data.manifest import find_files, find_labels, find_manifest
 from data.manifest_formats import PARQUET, read_parquet
 from data.scan import check_root
 from data.table import MEASURED, assign_validation, count_values, replace_column
@@ -56,8 +56,9 @@ def write_manifest(
     written, and for a manifest already there that this function did not write.
     """
     folder = check_root(root)
-    _refuse_foreign(folder)
+    _refuse_foreign(find_manifest(folder))
     table = read_folder(folder)
+    _refuse_foreign(find_labels(folder, table))
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
     inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels, hashed=duplicates)
@@ -110,9 +111,8 @@ def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
     return root / PARQUET
 
 
-def _refuse_foreign(root: Path) -> None:
-    """Raise UserError where the root has a manifest that `write_manifest` did not make."""
-    file = find_manifest(root)
+def _refuse_foreign(file: Path | None) -> None:
+    """Raise UserError for a manifest that `write_manifest` did not make."""
     if file is None:
         return
     made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None

@@ -197,7 +197,7 @@ def _check_recipe(checkpoint: Checkpoint, folder: RunFolder, config: TrainingCon
     if checkpoint.step > total_steps:
         raise UserError(
             f"loop.total_steps: the run is already at step {checkpoint.step}, beyond the {total_steps} "
-            "requested; request more, or give another run_dir"
+            "requested; request more, or give another run_dir (a sweep: another sweep.name)"
         )
 
 

@@ -17,6 +17,7 @@ from models.image_model import ImageModel
 from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS, Columns, RowOptions
 from utils.canvas import DEFAULT, Background
+from utils.config.bounds import Side
 from utils.config.recipe import ADDED_KEYS
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
@@ -25,15 +26,13 @@ from utils.vocabulary import GENERAL
 
 log = get_logger(__name__)
 
-_MAX_SIDE = 16_384  # pixels that a file may ask images to be resized to
-
 
 class _Preprocessing(BaseModel):
     """The preprocessing that a file states; the file may come from a stranger."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    image_size_hw: Annotated[list[Annotated[int, Field(ge=1, le=_MAX_SIDE)]], Field(min_length=2, max_length=2)]
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area"]
     pad: Literal["none", "square"] = ADDED_KEYS["augment.pad"].before
     eval_resize: Literal["crop", "squash"] = ADDED_KEYS["augment.eval_resize"].before

@@ -3,6 +3,7 @@ r"""Submit a script to SLURM, through submitit.
     python submit/slurm.py                                            fine-tuning on the glyphs, on one GPU
     python submit/slurm.py launch.script=pretrain_fcmae launch.nodes=8 launch.gpus_per_node=8 experiment=NAME
     python submit/slurm.py launch.dry_run=true                        print the sbatch script, queue nothing
+    python submit/slurm.py launch.script=train launch.time_min=60 data=image_folder data.root=PATH
     python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
 
 What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
@@ -19,6 +20,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 from submit.config import LaunchConfig
 from submit.executor import container_words, make_executor, queue_jobs

@@ -207,6 +207,8 @@ def test_a_mean_has_the_licences_of_all(place):
     merged = read_weights(place / "merged/model.safetensors", "w")[1]["origin"]
     assert merged["licence"] == "cc-by-nc-4.0 and apache-2.0" and merged["source"] == "fcmae.pt and b.pt"
     assert merge_origins([origins[1], {**origins[2], "licence": None}])["licence"] == "cc-by-nc-4.0 and unknown"
+    drawn = [{"source": name, "layout": "atelier"} for name in "ab"]
+    assert merge_origins([*drawn, origins[1]])["licence"] == "cc-by-nc-4.0" and "licence" not in merge_origins(drawn)
 
 
 def test_a_foreign_file_is_converted_without_a_run(place):

@@ -24,6 +24,7 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
 _REPORT = "report.json"  # written last: a folder that has it is complete
 _SHOWN = 5  # dropped tags that a report names
+_CHUNK_ROWS = 2**17
 _ABSENT, _UNKNOWN, _AMBIGUOUS = -1, -2, -3  # instead of an output
 
 
@@ -52,7 +53,7 @@ class TagIndex:
         self.folder = folder
         try:
             self.ids, self.offsets, self.rating_known, self.tagged = (
-                np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
             )
             self.report: dict[str, Any] = read_json(folder / _REPORT)
         except (OSError, ValueError) as error:
@@ -139,26 +140,28 @@ class _Mapper:
     def map_rows(self, tags: pa.ListArray, ratings: pa.StringArray) -> tuple[np.ndarray, ...]:
         """Return ids int32 [n], and of each row the number of ids, whether its rating is known, and whether tagged."""
         rows, ids = self._map_tags(tags)
-        is_rating = self._is_rating[ids]
+        is_rating, width = self._is_rating[ids], len(self._is_rating)
+        rated, outputs = np.divmod(np.unique(rows[is_rating] * width + ids[is_rating]), width)
         from_tags = np.full(len(tags), _ABSENT)
-        from_tags[rows[is_rating]] = ids[is_rating]
-        from_tags[np.bincount(rows[is_rating], minlength=len(tags)) > 1] = _UNKNOWN
+        from_tags[rated] = outputs
+        from_tags[np.bincount(rated, minlength=len(tags)) > 1] = _UNKNOWN
         stated = self._map_ratings(ratings)
         rating = np.where((stated >= 0) | (from_tags == _ABSENT), stated, from_tags)
+        known = np.flatnonzero(rating >= 0)
         rows, ids = rows[~is_rating], ids[~is_rating]
         tagged = np.bincount(rows, minlength=len(tags)) > 0
+        pairs = np.concatenate([rows * width + ids, known * width + rating[known]])
+        pairs.sort()
+        rows, ids = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], width)
         has_none = tags.value_lengths().to_numpy() == 0
         self._count("images without tags", has_none.sum())
         self._count("images without a tag of the vocabulary", (~tagged & ~has_none).sum())
         self._count("ratings that are absent", (rating == _ABSENT).sum())
         self._count("ratings that are unknown", (rating == _UNKNOWN).sum())
-        known = np.flatnonzero(rating >= 0)
-        rows, ids = np.concatenate([rows, known]), np.concatenate([ids, rating[known]])
-        lengths = np.bincount(rows, minlength=len(tags))
-        return ids[np.lexsort((ids, rows))].astype(np.int32), lengths, rating >= 0, tagged
+        return ids.astype(np.int32), np.bincount(rows, minlength=len(tags)), rating >= 0, tagged
 
     def _map_tags(self, tags: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row and the output of each tag, each pair once, by row."""
+        """Return the row and the output of each tag, row after row; with repetitions."""
         texts, codes = _encode(tags.flatten())
         found = [self._outputs(text) for text in texts]
         for text, outputs, count in zip(texts, found, np.bincount(codes, minlength=len(texts)).tolist()):
@@ -170,10 +173,9 @@ class _Mapper:
         counts = sizes[codes]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = np.repeat((np.cumsum(sizes) - sizes)[codes], counts)
-        outputs = np.fromiter(chain.from_iterable(found), np.int64)[starts + within]
+        ids = np.fromiter(chain.from_iterable(found), np.int64)[starts + within]
         rows = np.repeat(np.repeat(np.arange(len(tags)), tags.value_lengths().to_numpy()), counts)
-        pairs = np.unique((rows * len(self._is_rating) + outputs)[outputs >= 0])
-        return np.divmod(pairs, len(self._is_rating))
+        return rows[ids >= 0], ids[ids >= 0]
 
     def _map_ratings(self, ratings: pa.StringArray) -> np.ndarray:
         """Return the output of each row's rating, int64 [rows], or _ABSENT, _UNKNOWN or _AMBIGUOUS."""
@@ -212,9 +214,10 @@ class _Mapper:
 
 
 def _chunks(table: pa.Table) -> Iterable[tuple[pa.ListArray, pa.StringArray]]:
-    """Yield the tags and ratings of some rows after another."""
-    for batch in table.select(["tags", "rating"]).to_batches(max_chunksize=2**17):
-        yield batch.column("tags"), batch.column("rating")
+    """Yield the tags and ratings of some rows after another; at least once."""
+    for start in range(0, max(len(table), 1), _CHUNK_ROWS):
+        part = table.slice(start, _CHUNK_ROWS)
+        yield part["tags"].combine_chunks(), part["rating"].combine_chunks()
 
 
 def _encode(texts: pa.StringArray) -> tuple[list[str], np.ndarray]:
@@ -226,7 +229,7 @@ def _encode(texts: pa.StringArray) -> tuple[list[str], np.ndarray]:
 def _write_array(path: Path, array: np.ndarray) -> None:
     def write(file: Path) -> None:
         with open(file, "wb") as stream:
-            np.save(stream, array)
+            np.lib.format.write_array(stream, array, allow_pickle=False)
 
     write_atomically(path, write)
 

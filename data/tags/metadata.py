@@ -74,12 +74,8 @@ def _match(file: Path, entries: _Entries, paths: Iterable[str]) -> dict[str, Sid
 
 def _read_entry(where: str, record: dict[str, Any]) -> Sidecar:
     """Read an entry; its tags are separated by commas, and come from the caption where it has no other."""
-    tags, caption = record.get("tags"), record.get("caption")
+    tags = record.get("tags")
     if isinstance(tags, str):
         tags = list(parse_text(tags).tags)
-    if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
-        caption = "\n".join(caption)
-    sidecar = parse_record(where, {**record, "tags": tags, "caption": caption})
-    if sidecar.tags is None and sidecar.caption is not None:
-        return sidecar._replace(tags=parse_text(sidecar.caption).tags)
-    return sidecar
+    sidecar = parse_record(where, {**record, "tags": tags})
+    return sidecar if sidecar.tags is not None else parse_text(sidecar.caption or "").updated(sidecar)

@@ -102,6 +102,8 @@ def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
 
     figure, axis = plots.open_square("Precision and recall, all decisions of a group together", "recall", "precision")
     for name, group in groups.items():
+        if not group.support or (name != "all" and group.support == groups["all"].support):
+            continue
         precision, recall, _ = group.micro()
         some = group.predicted > 0
         axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")

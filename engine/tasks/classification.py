@@ -1,11 +1,10 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +27,7 @@ from engine.tasks.labels import LabelFields
 from engine.tasks.mixing import Mixing
 from models.build import build_network, check_image_size
 from models.weights.initialise import initialise_from
+from utils.config.bounds import Alpha, BelowOne, Fraction
 from utils.contracts import Batch
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -47,12 +47,12 @@ class ClassificationTaskConfig(TaskConfig):
     """
 
     name: Literal["classification"]
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    label_smoothing: BelowOne
     class_weights: Literal["none", "balanced"]
-    mixup_alpha: Annotated[float, Field(ge=0)]
-    cutmix_alpha: Annotated[float, Field(ge=0)]
-    mix_probability: Annotated[float, Field(ge=0, le=1)]
-    mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
+    mixup_alpha: Alpha
+    cutmix_alpha: Alpha
+    mix_probability: Fraction
+    mix_switch_probability: Fraction
     allow_missing_classes: bool
     head: Literal["drawn", "standardised", "fitted", "kept"]
 

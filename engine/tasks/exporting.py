@@ -98,15 +98,16 @@ def _meaning(metadata: dict[str, Any]) -> dict[str, Any]:
 def merge_origins(origins: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     """Return one origin that names each source, layout and licence; None where no weights came from elsewhere.
 
-    A source whose licence is not known makes `unknown` one of the licences.
+    A source of unknown licence makes `unknown` one of the licences; one that began with drawn weights adds none.
     """
     known = [origin for origin in origins if isinstance(origin, dict)]
     distinct = [origin for index, origin in enumerate(known) if origin not in known[:index]]
     if len(distinct) < 2:
         return distinct[0] if distinct else None
     return {
-        key: " and ".join(dict.fromkeys(str(origin.get(key) or "unknown") for origin in distinct))
+        key: " and ".join(dict.fromkeys(str(origin[key] or "unknown") for origin in distinct if key in origin))
         for key in ("source", "layout", "licence")
+        if any(key in origin for origin in distinct)
     }
 
 

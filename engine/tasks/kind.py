@@ -12,8 +12,9 @@ A kind's config, task and Kind are in one file; kinds.py has an entry for each. 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from pydantic import Field
 from torch import nn
 
 from data.collection import Collection
@@ -29,6 +30,7 @@ from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
+from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
 from utils.thresholds import ThresholdTable
 
@@ -98,6 +100,20 @@ class Pipeline(Protocol[Config]):
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
 
 
+class Targets(Strict):
+    """What the profiles high_precision and high_recall are to reach."""
+
+    precision: Annotated[float, Field(gt=0, lt=1)]
+    recall: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Calibrated(NamedTuple):
+    """The thresholds that a task has fitted, and a report of them."""
+
+    thresholds: ThresholdTable
+    report: Report
+
+
 class Kind(Generic[Config]):
     """One kind of training. Subclasses state what differs.
 
@@ -144,15 +160,13 @@ class Kind(Generic[Config]):
     ) -> None:
         """Change the initial weights by looking at the data, on a new run only."""
 
+    def calibrate(self, task: Task, loader: Iterable[Batch], targets: Targets) -> Calibrated:
+        """Return thresholds that are fitted on a half of the loader's samples and measured on the other."""
+        name = self.config.__name__.removesuffix("TaskConfig").lower()
+        raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
+
 
 # ------------------------------------------------------------------------------------------------- what comes of a task
-
-
-class Calibrated(NamedTuple):
-    """The thresholds that a task has fitted, and a report of them."""
-
-    thresholds: ThresholdTable
-    report: Report
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.head import find_head
-from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Calibrated, Kind, Setup, TaskConfig
+from engine.tasks.kind import Calibrated, Kind, Setup, Targets, TaskConfig
 from engine.tasks.mixing import Mixing
+from engine.tasks.tag_exports import TAG_EXPORTS
 from engine.tasks.tag_head import continue_head, prior_bias
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, frequency_weights
 from models.build import build_network, check_image_size
@@ -200,7 +200,8 @@ class TaggingTask(Task):
             counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
             worst.add(loss, valid, {**_find_mistakes(logits, targets), **{name: batch[name] for name in _PICTURE}})
         scores = TagScores(counts.reduce(), self.vocabulary)
-        report, kept = Report({**means.reduce(), **scores.scalars()}), worst.reduce()
+        measured, kept = means.reduce(), worst.reduce()
+        report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {
@@ -209,7 +210,7 @@ class TaggingTask(Task):
             }
         return report
 
-    def calibrate(self, loader: Iterable[Batch], precision: float, recall: float) -> Calibrated:
+    def calibrate(self, loader: Iterable[Batch], wanted: Targets) -> Calibrated:
         """Fit thresholds on one half of the samples, by their keys, and measure them on the other."""
         fitted, others = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
@@ -218,7 +219,7 @@ class TaggingTask(Task):
             for counts, own in ((fitted, half), (others, ~half)):
                 counts.add(logits, targets.nan_to_num(), valid & own, known)
         mine, theirs = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
-        table = calibrate(mine, theirs, precision, recall)
+        table = calibrate(mine, theirs, wanted.precision, wanted.recall)
         group, scaling = theirs.groups["all"], fit_platt(mine.groups["all"])
         curves = {"as trained": measure_reliability(group), "scaled": measure_reliability(group, *scaling)}
         rows = calibration_rows(mine, theirs)
@@ -285,7 +286,7 @@ class TaggingKind(Kind[TaggingTaskConfig]):
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
-    exports = IMAGE_EXPORTS
+    exports = TAG_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary, and what training alone reads: the tags' frequencies, and what a mirror does."""
@@ -305,6 +306,10 @@ class TaggingKind(Kind[TaggingTaskConfig]):
     def build(self, setup: Setup[TaggingTaskConfig]) -> TaggingTask:
         """Return the task."""
         return TaggingTask(setup)
+
+    def calibrate(self, task: TaggingTask, loader: Iterable[Batch], targets: Targets) -> Calibrated:
+        """Return thresholds, and how well the probabilities are calibrated."""
+        return task.calibrate(loader, targets)
 
 
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:

@@ -11,10 +11,19 @@ from utils.canvas import background_of
 _UNKNOWN = "unknown"
 
 
-def licence_of(metadata: Mapping[str, Any]) -> str:
-    """Return the licence of the weights that a model began with; `unknown` where nothing states one."""
+def licence_of(metadata: Mapping[str, Any]) -> str | None:
+    """Return the licence of the weights that a model began with; `unknown` where nothing states one.
+
+    None where it began with drawn weights: no licence of others applies.
+    """
     origin = metadata.get("origin") or {}
-    return origin.get("licence") or _UNKNOWN
+    return (origin["licence"] or _UNKNOWN) if "licence" in origin else None
+
+
+def licence_entry(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the licence under a key of an exported file; empty where there is none."""
+    licence = licence_of(metadata)
+    return {} if licence is None else {key: licence}
 
 
 def describe_preprocessing(preprocessing: Mapping[str, Any]) -> str:
@@ -42,7 +51,8 @@ def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) 
     """Write README.md, with the licence where the hub looks for it. file: the exported one, of format `form`."""
     licence, origin = licence_of(metadata), metadata.get("origin") or {}
     preprocessing = metadata["preprocessing"]
-    lines = ["---", f"license: {licence}", "---", "", f"# {metadata['model']['name']}, format {form}", ""]
+    lines = [] if licence is None else ["---", f"license: {licence}", "---", ""]
+    lines += [f"# {metadata['model']['name']}, format {form}", ""]
     background = background_of(preprocessing)
     under = "leave transparency out" if background == "drop" else f"put transparent images on {background}"
     lines += [
@@ -56,8 +66,12 @@ def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) 
         lines += ["```python", SNIPPETS[form](metadata, file).rstrip(), "```", ""]
     elif form == "safetensors" and metadata.get("task"):
         lines += [f"    python predict.py weights={file} input=image.png output=predictions.jsonl", ""]
-    if origin:
-        lines.append(f"Trained from {origin.get('source')} (layout {origin.get('layout')}), licence: {licence}.")
-    if "cc-by-nc" in licence.lower():
-        lines.append("The licence of the source weights forbids commercial use, of these weights too.")
+    if "source" in origin:
+        lines.append(f"Trained from {origin['source']} (layout {origin.get('layout')}).")
+    if licence is None:
+        lines.append("Training began with drawn weights: no licence of other weights applies, and these are your own.")
+    else:
+        lines.append(f"Licence of the source weights: {licence}.")
+    if licence is not None and "cc-by-nc" in licence.lower():
+        lines.append("It forbids commercial use, of these weights too.")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -68,7 +68,10 @@ def _backbone_state(network: nn.Module, target: str) -> dict[str, Tensor]:
 
 
 def save_pth(state: Mapping[str, Tensor], metadata: Mapping[str, Any], folder: Path) -> None:
-    """Write tensors and the licence for torch.load, without anything that weights_only refuses."""
+    """Write tensors and the licence for torch.load, without anything that weights_only refuses.
+
+    The entry `licence` is there without a licence too: a file of the model alone is presumed to be a released one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     torch.save({"model": plain, "licence": licence_of(metadata)}, folder / FILE)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.export.geometry import official_state, read_geometry, refuse_padding, refuse_shape, with_norm
-from models.export.model_card import label_names, licence_of
+from models.export.model_card import label_names, licence_entry
 from models.export.parity import Outputs
 from models.weights.initialise import to_timm
 from utils.errors import UserError
@@ -63,9 +63,10 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
     config["num_classes"] = classes
     if label_names(metadata):
         config["label_names"] = label_names(metadata)
-    licence = licence_of(metadata)
-    config["pretrained_cfg"] = {**_preprocessing(metadata["preprocessing"]), **names, "num_classes": classes,
-                                "license": licence, "custom_load": False, "fixed_input_size": False}  # fmt: skip
+    config["pretrained_cfg"] = {
+        **_preprocessing(metadata["preprocessing"]), **names, **licence_entry("license", metadata),
+        "num_classes": classes, "custom_load": False, "fixed_input_size": False,
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models.export.geometry import official_state, read_geometry, refuse_padding, refuse_shape, with_norm
-from models.export.model_card import label_names, licence_of
+from models.export.model_card import label_names, licence_entry
 from models.export.parity import Outputs
 from models.weights.names import translate
 from utils.errors import UserError
@@ -49,7 +49,7 @@ def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: 
         image_size=metadata["preprocessing"]["image_size_hw"][0],
         **(labels if len(labels["label2id"]) == len(names) and names else {"num_labels": geometry.num_classes or 2}),
     )
-    config.license = licence_of(metadata)
+    config.update(licence_entry("license", metadata))
     if metadata["output"] == "tags":
         config.problem_type = "multi_label_classification"
     state = translate(with_norm(official), "official", "transformers")

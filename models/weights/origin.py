@@ -1,6 +1,7 @@
 """What is known of where weights come from, above all their licence, which stays with what is trained from them.
 
-An origin is JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown).
+An origin is JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown). It
+has no `licence` where the source is of a run that began with drawn weights.
 """
 
 from pathlib import Path
@@ -23,7 +24,10 @@ def find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, 
     torch file with the released files' layout and single entry is presumed to be one of them.
     """
     earlier = metadata.get("origin")
-    licence = earlier.get("licence") if isinstance(earlier, dict) else None
+    earlier = earlier if isinstance(earlier, dict) else {}
+    if "task" in metadata and "licence" not in earlier:
+        return {"source": str(path), "layout": layout}
+    licence = earlier.get("licence")
     if "task" in metadata or licence is not None:
         reason = "the file states it"
     else:

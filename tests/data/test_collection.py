@@ -842,6 +842,43 @@ def test_csv_manifests_are_refused(refuse, root, text, message):
     refuse(root, message)
 
 
+@pytest.mark.parametrize("folder", ["", "images/", "train/"])
+def test_a_csv_of_any_name_gives_labels_where_folders_do_not(load, root, said, folder):
+    put(root, f"{folder}a.png", f"{folder}b.png", f"{folder}c.png")
+    (root / "labels.csv").write_text(f"score,label,path\n1,cat,{folder}a.png\n2,dog,{folder}b.png\n", encoding="utf-8")
+    (root / "notes.csv").write_text("path,comment\nx,y\n")
+    collection = load(root)
+    assert columns(collection, "path", "label") == [(f"{folder}a.png", "cat"), (f"{folder}b.png", "dog")]
+    assert "data.root: labels.csv is read as the manifest: 2 of 3 images" in said()
+    with pytest.raises(UserError, match=r"labels\.csv' was not made from this folder and is not overwritten"):
+        write_manifest(str(root), validation_fraction=0, verify=False)
+
+
+def test_class_folders_and_a_manifest_win_over_a_csv_of_another_name(load, root):
+    put(root, "A/a.png", "B/b.png")
+    (root / "labels.csv").write_text("path,label\nA/a.png,x\n")
+    assert columns(load(root), "label") == [("A",), ("B",)]
+    assert columns(load(csv_manifest(root, "path,label\nA/a.png,y\n")), "label") == [("y",)]
+
+
+def test_a_csv_that_cannot_be_used_is_named_with_what_it_has(load, root):
+    put(root, "a.png", "b.png")
+    (root / "labels.csv").write_bytes(b"filename,class\na.png,f\xfcr\n")
+    message = r"in a CSV file there, with the columns path and label \(labels.csv has the columns filename, class\)"
+    with pytest.raises(UserError, match=message):
+        check_classes(load(root), False)
+
+
+def test_two_csv_files_with_labels_and_a_wrong_path_are_refused(refuse, root):
+    put(root, "a.png", "b.png")
+    for name in ("one.csv", "two.CSV"):
+        (root / name).write_text("path,label\na.png,x\n")
+    refuse(root, "holds one.csv and two.CSV, each with the columns path and label; join them in one manifest.csv")
+    (root / "two.CSV").unlink()
+    (root / "one.csv").write_text("path,label\nc.png,x\n")
+    refuse(root, "one.csv', row 0: path 'c.png' does not exist")
+
+
 # Parquet.
 
 

@@ -237,6 +237,9 @@ def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
         make_vocabulary(collection, wanted(min_count=4))
     with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere cannot be read"):
         make_vocabulary(collection, wanted(ignore="nowhere"))
+    unread = collection_of(tmp_path / "unread", [{"path": "a", "tags": ["x"], "weight": 0}])
+    with pytest.raises(UserError, match=r"^vocabulary\.min_count: .*found: no tag"):
+        make_vocabulary(unread, wanted())
     rated = collection_of(tmp_path / "rated", [{"path": "a", "tags": ["x"], "rating": "s"}])
     with pytest.raises(UserError, match=r"^vocabulary\.rating_s: null, and 1 of 1 images"):
         make_vocabulary(rated, wanted())

@@ -164,7 +164,7 @@ def test_metadata_of_kohya(tmp_path, log):
     put(tmp_path, "x/a.png", "x/b.png", "x/meta_c.png", "x/d.png")
     entries = {
         "x/a": {"tags": "long hair, hat \\(x\\)", "caption": "a girl", "train_resolution": [2, 2]},
-        "C:\\photos\\x\\b.png": {"caption": ["one, two", "three"]},
+        "C:\\photos\\x\\b.png": {"caption": "one, two\nthree"},
         "/elsewhere/x/gone.png": {"tags": "t"},
     }
     write(write(write(tmp_path, "meta_lat.json", entries), "x/a.txt", "old"), "x/d.txt", "kept")

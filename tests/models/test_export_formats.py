@@ -118,6 +118,29 @@ def test_timm_loads_the_folder_and_the_file(size, tmp_path):
     assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
 
 
+@pytest.mark.parametrize("form", ["timm", "transformers", "pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("origin", "licence"),
+    [
+        (None, None),
+        ({"source": "run", "layout": "atelier"}, None),
+        ({"source": "a.pt", "layout": "official", "licence": None}, "unknown"),
+    ],
+)
+def test_unknown_is_the_licence_of_foreign_weights_alone(form, origin, licence, tmp_path):
+    """A run that began with drawn weights, or with such a run, has nothing to license."""
+    model, metadata = make(geometry())
+    export(form, model, metadata | {"origin": origin}, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert ("unknown" in card, "license:" in card, "your own" in card) == (bool(licence), bool(licence), not licence)
+    if form in ("timm", "transformers"):
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config.get("pretrained_cfg", config).get("license") == licence
+    if form == "pth":  # the entry keeps it from being taken for a released file
+        content = torch.load(tmp_path / "model.pth", weights_only=True)
+        assert set(content) == {"model", "licence"} and content["licence"] == licence
+
+
 PREPROCESSINGS = [{}, {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear"}]
 PILLOWS = [{"interpolation": "lanczos"}, {"interpolation": "area"}]
 

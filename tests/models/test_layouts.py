@@ -350,6 +350,10 @@ def test_the_licence_of_released_files_is_presumed_and_carried(tmp_path, monkeyp
     write_weights(tmp_path / "own.safetensors", ours().state_dict(), {"task": {}, "origin": origin})
     later = start(ours(), tmp_path / "own.safetensors")
     assert later == {"source": str(tmp_path / "own.safetensors"), "layout": "atelier", "licence": "cc-by-nc-4.0"}
+    # A run that began with drawn weights, and one that began with that run.
+    for source, metadata in (("drawn", {}), ("next", {"origin": {"source": "drawn", "layout": "atelier"}})):
+        write_weights(tmp_path / source, ours().state_dict(), {"task": {}, **metadata})
+        assert start(ours(), tmp_path / source) == {"source": str(tmp_path / source), "layout": "atelier"}
     # The same network, trained by the user with the official code, has other entries.
     torch.save({"model": ours(0).state_dict(), "optimizer": {}, "epoch": 1}, tmp_path / "mine.pt")
     assert start(ours(), tmp_path / "mine.pt")["licence"] is None

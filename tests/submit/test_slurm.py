@@ -177,11 +177,12 @@ def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
 def test_jobs_of_a_sweep_are_those_that_are_not_complete(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--multirun", "optim.lr=1,2,3", "sweep.name=rates"]
-    complete = tmp_path / "outputs/sweeps/rates/optim.lr=2/complete.json"
+    complete = tmp_path / "outputs/sweeps/rates/lr=2/complete.json"
     complete.parent.mkdir(parents=True)
     complete.write_text("{}")
+    (complete.parent / "overrides.txt").write_text("optim.lr=2\nrun_dir=outputs/sweeps/rates/lr=2\n")
     assert slurm.list_jobs(parse_sweep(words)) == [
-        [f"optim.lr={rate}", "sweep.name=rates", f"run_dir=outputs/sweeps/rates/optim.lr={rate}"] for rate in (1, 3)
+        [f"optim.lr={rate}", "sweep.name=rates", f"run_dir=outputs/sweeps/rates/lr={rate}"] for rate in (1, 3)
     ]
     with pytest.raises(UserError, match=r"^sweep.trials: a search needs the results of the jobs before"):
         slurm.list_jobs(parse_sweep([*words, "sweep.trials=3"]))

@@ -24,15 +24,21 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from utils.config.messages import ConfigError, hydra_problem, list_options, missing_problems, validation_problems
+from utils.config.messages import (
+    ConfigError,
+    encoding_problems,
+    hydra_problem,
+    missing_problems,
+    validation_problems,
+)
+from utils.config.options import ROOT, list_options
 from utils.config.schema import Strict, path_keys
 from utils.config.source_model import follow_init_from
-from utils.config.sweep import FLAGS, name_sweep_job, parse_sweep
+from utils.config.sweep import FLAGS, JobResult, Sweep, parse_sweep
 from utils.config.sweep_processes import run_at_once
 from utils.errors import (
     EXIT_CRASH,
@@ -49,13 +55,11 @@ from utils.ranks import distributed
 from utils.ranks.job_status import note_status
 from utils.record.background import has_unfinished
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
-from utils.record.sweep_table import RESULT_FILE, read_jobs, sweep_table
-from utils.text_table import align_columns
+from utils.record.sweep_table import read_jobs, sweep_table, with_results
 
 log = get_logger(__name__)
 Schema = TypeVar("Schema", bound=Strict)
 
-ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
 
@@ -67,15 +71,6 @@ class Job:
     choices: dict[str, str]
     overrides: list[str]
     sweep_name: str | None = None
-
-
-@dataclass
-class JobResult:
-    """A row of the table at a sweep's end."""
-
-    overrides: list[str]
-    status: int
-    result: str
 
 
 def quote_paths(arguments: list[str], keys: Container[str], multirun: bool) -> list[str]:
@@ -116,6 +111,8 @@ def _quote(value: str) -> str:
 def validate(values: Any, schema: type[Schema]) -> Schema:
     """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
     container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    if problems := encoding_problems(container):  # pydantic fails with some of them
+        raise ConfigError(problems)
     problems = missing_problems(container)  # a text field would take `???` for a text
     try:
         config = schema.model_validate(container)
@@ -126,14 +123,11 @@ def validate(values: Any, schema: type[Schema]) -> Schema:
     return config
 
 
-def _job_from_hydra(script: str) -> Job:
+def _job_from_hydra(script: str, sweep: Sweep | None) -> Job:
     state = HydraConfig.get()
     overrides = OmegaConf.to_container(state.overrides.task, resolve=False)  # `${...}` is resolved with the values
     choices = {name: str(choice) for name, choice in state.runtime.choices.items() if not name.startswith("hydra/")}
-    sweep_name = None
-    if state.mode == RunMode.MULTIRUN:
-        sweep_name = name_sweep_job(overrides)
-    return Job(script, choices, overrides, sweep_name)
+    return Job(script, choices, overrides, None if sweep is None else sweep.name_job(overrides))
 
 
 def _say(message: str, *, other_ranks: bool = False) -> None:
@@ -143,27 +137,6 @@ def _say(message: str, *, other_ranks: bool = False) -> None:
         sys.stderr.write(f"{place_of(rank)}{message}\n")
     elif other_ranks:
         sys.stderr.write(f"{place_of(rank)}{message.splitlines()[0]}\n")
-
-
-def _table(results: list[JobResult]) -> str:
-    """Return the jobs of a sweep as a table; overrides common to all jobs are omitted."""
-    everywhere = set.intersection(*(set(result.overrides) for result in results))
-    rows = [("job", "status", "result")]
-    rows += [
-        (
-            " ".join(o for o in r.overrides if o not in everywhere) or "-",
-            "ok" if r.status == EXIT_OK else f"failed ({r.status})",
-            r.result,
-        )
-        for r in results
-    ]
-    return align_columns(rows)
-
-
-def _log_ranking(folder: Path) -> None:
-    """Log the jobs of a sweep, the best first, where their runs have results."""
-    if any((path / RESULT_FILE).exists() for path in folder.glob("*")):
-        log.info("%s", Lines(sweep_table(read_jobs(folder))))
 
 
 def _leave(status: int) -> None:
@@ -222,34 +195,38 @@ class Command(Generic[Schema]):
         multirun = not set(FLAGS).isdisjoint(arguments)
         arguments = quote_paths(order_arguments(arguments), path_keys(self.schema), multirun)
         sweep = parse_sweep(arguments) if multirun else None
-        if sweep is not None and not sweep.is_in_turn:
-            status = run_at_once(sweep, sys.argv[0])
-            _log_ranking(Path(sweep.base))
-            return status
-        results = self._run_in_turn(arguments)
-        if (multirun or len(results) > 1) and results and environment_rank() == 0:
-            setup_logging()  # Hydra has switched our loggers off again
-            if sweep is not None:
-                _log_ranking(Path(sweep.base))
-            log.info("%s", Lines(_table(results)))
-        return max((result.status for result in results), default=EXIT_OK)
+        if sweep is None or sweep.is_in_turn:
+            results = self._run_in_turn(arguments, sweep)
+            status = max((result.status for result in results), default=EXIT_OK)
+        else:
+            status, results = run_at_once(sweep, sys.argv[0])
+        if sweep is not None and environment_rank() == 0:
+            self._log_table(sweep, results)
+        return status
 
-    def _run_in_turn(self, arguments: list[str]) -> list[JobResult]:
+    def _log_table(self, sweep: Sweep, results: list[JobResult]) -> None:
+        """Log the jobs of a sweep, those of its folder too, the best first."""
+        jobs = read_jobs(Path(sweep.base)) if "sweep" in self.schema.model_fields else []  # else they have no folders
+        if jobs := with_results(jobs, results):
+            setup_logging()  # Hydra has switched our loggers off again
+            log.info("%s", Lines(sweep_table(jobs)))
+
+    def _run_in_turn(self, arguments: list[str], sweep: Sweep | None) -> list[JobResult]:
         """Let Hydra compose and run the jobs, in this process."""
         results: list[JobResult] = []
 
         def job(values: DictConfig) -> None:
-            results.append(self._run_job(values))
+            results.append(self._run_job(values, sweep))
 
         elsewhere = self.config_dir != CONF  # a stranger's primary file finds our groups
         sys.argv[1:] = [*arguments, f"hydra.searchpath=['file://{CONF}']"] if elsewhere else arguments
         hydra.main(config_path=str(self.config_dir), config_name=self.script, version_base="1.3")(job)()
         return results
 
-    def _run_job(self, values: DictConfig) -> JobResult:
+    def _run_job(self, values: DictConfig, sweep: Sweep | None) -> JobResult:
         """Validate and run one job; every way it can end becomes an exit status."""
         setup_logging()
-        job = _job_from_hydra(self.script)
+        job = _job_from_hydra(self.script, sweep)
         try:
             job = replace(job, choices=follow_init_from(values, job.overrides, job.choices))
             return JobResult(job.overrides, EXIT_OK, self.main(validate(values, self.schema), job) or "done")

@@ -136,6 +136,6 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
         keys = ",".join(line.partition(":")[0] for line in refused)
         raise UserError(
             f"resume: {folder} was made with another recipe:\n  " + "\n  ".join(refused) + "\nStart another run with "
-            f"run_dir=..., or accept these with 'resume_allow=[{keys}]'."
+            f"run_dir=... (a sweep with sweep.name=...), or accept these with 'resume_allow=[{keys}]'."
         )
     return passed

@@ -4,8 +4,8 @@
     python finetune.py --multirun optim.lr=0.001,0.003 sweep.gpus=[0,1]
     python finetune.py --multirun 'optim.lr=tag(log,interval(1e-4,1e-2))' sweep.trials=20
 
-Each job has its own run folder, whose name is its overrides, so a sweep that is typed again runs what is missing. Jobs
-in turn (the default) run in one process, by Hydra.
+Each job has its own run folder, whose name is what is swept (`lr=0.001,seed=0`), so a sweep that is typed again runs
+what is missing. Jobs in turn (the default) run in one process, by Hydra.
 """
 
 import itertools
@@ -20,10 +20,11 @@ from hydra.core.override_parser.types import Override
 
 from utils.config.messages import ConfigError
 from utils.io.files import sha256_text
-from utils.record.run_config import is_complete
+from utils.record.run_config import is_complete, read_settings, settings_of
 
-FLAGS = ("--multirun", "-m")
+FLAGS = ("--multirun", "-m", "hydra.mode=MULTIRUN")
 FOLDER = "outputs/sweeps"
+_QUOTES = "'\""
 _NAME_BYTES = 200  # of a job's folder; file systems take 255
 SWEEP_VARIABLE = "ATELIER_SWEEP"  # the name of the sweep, for a job that runs as a command of its own
 
@@ -42,8 +43,17 @@ class SweepJob:
 
     @property
     def is_complete(self) -> bool:
-        """Whether its run is complete."""
-        return is_complete(Path(self.folder))
+        """Whether its run is complete, with these overrides: with others it may continue, or refuse them."""
+        return is_complete(Path(self.folder)) and read_settings(Path(self.folder)) == settings_of(self.words)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job has ended: its overrides, its exit status and a line of text."""
+
+    overrides: Sequence[str]
+    status: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,20 @@ class Sweep:
 
     def job(self, words: Sequence[str]) -> SweepJob:
         """Return the job of some overrides."""
-        return SweepJob(tuple(words), f"{self.base}/{name_sweep_job(words)}")
+        return SweepJob(tuple(words), f"{self.base}/{self.name_job(words)}")
+
+    def name_job(self, words: Iterable[str]) -> str:
+        """Return the name of a job's run folder: the overrides of its `words` that are swept.
+
+        A key is its last part; the whole key where two end alike. With a hash where the name had to be changed or cut.
+        """
+        constant = {one.get_key_element() for one in self.overrides if not one.is_sweep_override()}
+        swept = [word.partition("=") for word in words if word.partition("=")[0] not in constant]
+        ends = [key.lstrip("+").rpartition(".")[2] for key, _, _ in swept]
+        names = [end if ends.count(end) == 1 else key for end, (key, _, _) in zip(ends, swept)]
+        full = ",".join(sorted(f"{name}={value.strip(_QUOTES)}" for name, (_, _, value) in zip(names, swept)))
+        clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
+        return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
 
     def jobs(self) -> list[SweepJob]:
         """Return all jobs: each choice with each other."""
@@ -88,13 +111,6 @@ class Sweep:
             if one.key_or_group != "run_dir"
         ]
         return [self.job(words) for words in itertools.product(*choices)]
-
-
-def name_sweep_job(overrides: Iterable[str]) -> str:
-    """Return the folder name of a job: its overrides; with a hash where they had to be changed or cut."""
-    full = ",".join(sorted(text for text in overrides if not re.match(r"run_dir=|sweep\.", text)))
-    clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
-    return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
 
 
 def _values(overrides: Iterable[Override]) -> dict[str, Any]:

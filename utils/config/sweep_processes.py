@@ -12,7 +12,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from utils.config.search import Search
-from utils.config.sweep import SWEEP_VARIABLE, Sweep, SweepJob
+from utils.config.sweep import SWEEP_VARIABLE, JobResult, Sweep, SweepJob
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import SIGNALS
@@ -21,8 +21,8 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-def run_at_once(sweep: Sweep, script: str) -> int:
-    """Run a sweep's jobs as processes of a script; returns the greatest of their exit statuses, 75 where stopped."""
+def run_at_once(sweep: Sweep, script: str) -> tuple[int, list[JobResult]]:
+    """Run a sweep's jobs as processes of a script; returns the sweep's exit status, 75 where stopped, and the jobs'."""
     if detect_world().size > 1:
         raise UserError("sweep.at_once: jobs at once are processes of their own; start the sweep with python alone")
     gpus = visible_gpus(sweep.gpus)
@@ -32,7 +32,8 @@ def run_at_once(sweep: Sweep, script: str) -> int:
         search = Search(sweep)
         processes = JobProcesses(script, iter(search.next_job, None), search.tell)
     processes.run(sweep.at_once, gpus)
-    return EXIT_STOPPED if processes.stopping else max(processes.statuses, default=EXIT_OK)
+    results = processes.results
+    return EXIT_STOPPED if processes.stopping else max((one.status for one in results), default=EXIT_OK), results
 
 
 def visible_gpus(numbers: Sequence[int]) -> list[str]:
@@ -63,7 +64,7 @@ class JobProcesses:
     script: str
     jobs: Iterator[SweepJob]
     ended: Callable[[SweepJob], None] = lambda job: None
-    statuses: list[int] = field(default_factory=list)
+    results: list[JobResult] = field(default_factory=list)  # of jobs that were not stopped
     stopping: bool = False
     error: Exception | None = None
     _processes: set[subprocess.Popen] = field(default_factory=set)
@@ -101,8 +102,8 @@ class JobProcesses:
                 return
             status = self._run(job, gpu)
             with self._lock:
-                self.statuses.append(status)
                 if status != EXIT_STOPPED:
+                    self.results.append(JobResult(job.words, status, f"see {job.folder}.log"))
                     self.ended(job)
 
     def _run(self, job: SweepJob, gpu: str | None) -> int:

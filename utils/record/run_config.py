@@ -3,13 +3,16 @@
 It does not import torch, which `live_plot` does not need.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
+from utils.io.safe_text import hide_secrets
 
 CONFIG_FILE = "config.json"
+OVERRIDES_FILE = "overrides.txt"
 _COMPLETE_FILE = "complete.json"
 
 
@@ -27,6 +30,17 @@ def read_run_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"run_dir: {file} is damaged (it holds no configuration)")
     return config
+
+
+def settings_of(overrides: Iterable[str]) -> frozenset[str]:
+    """Return the overrides that say what a run is, not where it is or of which sweep; without secrets."""
+    return frozenset(hide_secrets(text) for text in overrides if not text.startswith(("run_dir=", "sweep.")))
+
+
+def read_settings(path: Path) -> frozenset[str]:
+    """Return the overrides that a run was started with, as `settings_of` does."""
+    file = path / OVERRIDES_FILE
+    return settings_of(file.read_text(encoding="utf-8").splitlines() if file.exists() else ())
 
 
 def is_complete(path: Path) -> bool:

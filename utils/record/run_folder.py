@@ -29,7 +29,7 @@ from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.ranks.slurm_step import restart_count
 from utils.record.logging import get_logger, log_to_file, stop_logging_to
-from utils.record.run_config import CONFIG_FILE, read_run_config
+from utils.record.run_config import CONFIG_FILE, OVERRIDES_FILE, read_run_config
 
 log = get_logger(__name__)
 
@@ -190,10 +190,15 @@ def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, A
         for name, value in ((CONFIG_FILE, {"script": job.script, **config}), ("environment.json", environment)):
             if not (path / name).exists():
                 write_json(path / name, value)
-        write_text(path / "overrides.txt", "".join(f"{hide_secrets(text)}\n" for text in job.overrides))
+        if not (path / OVERRIDES_FILE).exists():
+            _write_overrides(path, job)
     except OSError as error:
         raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); give another run_dir") from None
     return lock
+
+
+def _write_overrides(path: Path, job: Job) -> None:
+    write_text(path / OVERRIDES_FILE, "".join(f"{hide_secrets(text)}\n" for text in job.overrides))
 
 
 @contextmanager
@@ -225,14 +230,16 @@ def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any
 
 
 def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:
-    """Replace the saved configuration by that of the resumption where they differ; the old one stays beside it.
+    """Replace the saved configuration and overrides by those of the resumption; the old configuration stays beside it.
 
     config.json is there at every moment. Raises UserError where the disk refuses it.
     """
     saved, now = path / CONFIG_FILE, {"script": job.script, **config}
-    if (before := read_run_config(path)) == now:
-        return
+    before = read_run_config(path)
     try:
+        _write_overrides(path, job)
+        if before == now:
+            return
         write_json(path / "config.before_resume.json", before)
         write_json(saved, now)
     except OSError as error:

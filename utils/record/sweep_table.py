@@ -8,15 +8,16 @@ or on a cluster, and can be made while some still run.
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from utils.errors import UserError
+from utils.config.sweep import JobResult
+from utils.errors import EXIT_OK, UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
-from utils.record.run_config import is_complete
+from utils.record.run_config import OVERRIDES_FILE, is_complete, read_settings, settings_of
 from utils.text_table import align_columns
 from utils.tool import print_result
 
@@ -29,7 +30,7 @@ class SweptRun:
     """A job: its overrides, and the best value of its task's metric; None where there is none yet."""
 
     overrides: frozenset[str]
-    state: str  # complete, or not complete
+    state: str  # complete, not complete, why it failed, or the result of a job without a run folder
     metric: str | None = None
     value: float | None = None
     is_lowest_best: bool = False
@@ -52,21 +53,29 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_jobs(folder: Path) -> list[SweptRun]:
-    """Return the jobs whose run folders are in a sweep's folder. Raises UserError where there is none."""
-    files = sorted(folder.glob("*/overrides.txt"))
-    if not files:
-        raise UserError(f"{folder} holds no job of a sweep; give outputs/sweeps/NAME")
-    return [_read_job(file.parent) for file in files]
+    """Return the jobs whose run folders are in a sweep's folder."""
+    return [_read_job(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]
 
 
 def _read_job(folder: Path) -> SweptRun:
-    given = (folder / "overrides.txt").read_text(encoding="utf-8").splitlines()
-    overrides = frozenset(text for text in given if not text.startswith(("run_dir=", "sweep.")))
+    overrides, result = read_settings(folder), read_result(folder)
     state = "complete" if is_complete(folder) else "not complete"
-    result = read_result(folder)
     if result is None:
         return SweptRun(overrides, state)
     return SweptRun(overrides, state, result["metric"], result["value"], result["is_lowest_best"])
+
+
+def with_results(jobs: Iterable[SweptRun], results: Iterable[JobResult]) -> list[SweptRun]:
+    """Return jobs with how some have ended: those that failed say why, and those without a run folder are added."""
+    runs = {job.overrides: job for job in jobs}
+    for result in results:
+        overrides = settings_of(result.overrides)
+        if result.status != EXIT_OK:
+            state = f"failed ({result.status}): {result.text}"
+            runs[overrides] = replace(runs.get(overrides, SweptRun(overrides, state)), state=state)
+        else:
+            runs.setdefault(overrides, SweptRun(overrides, result.text))
+    return list(runs.values())
 
 
 def rank_jobs(jobs: Sequence[SweptRun]) -> list[list[SweptRun]]:
@@ -89,7 +98,10 @@ def _values(group: Sequence[SweptRun]) -> list[float]:
 
 
 def sweep_table(jobs: Sequence[SweptRun]) -> str:
-    """Return the table: what a group's overrides have of their own, its jobs, mean and spread of the metric."""
+    """Return the table: what a group's overrides have of their own, its jobs, mean and spread of the metric.
+
+    Columns that say nothing, such as the spread where no group has two jobs, are left out.
+    """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
     metric = next((job.metric for job in jobs if job.metric is not None), "value")
     rows = [("settings", "runs", metric, "least to greatest", "state")]
@@ -100,7 +112,15 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"
         rows.append((" ".join(own) or "-", str(len(group)), value, spread, states))
-    return align_columns(rows)
+    columns = [column for column in zip(*rows) if set(column[1:]) - {"-", "1"}]
+    return align_columns(list(zip(*columns)))
+
+
+def find_table(folder: Path) -> str:
+    """Return the table of a sweep's folder. Raises UserError where it holds no job."""
+    if not (jobs := read_jobs(folder)):
+        raise UserError(f"{folder} holds no job of a sweep; give outputs/sweeps/NAME")
+    return sweep_table(jobs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m utils.record.sweep_table", description="Rank the jobs of a sweep.")
     parser.add_argument("folder", type=Path, help="outputs/sweeps/NAME")
     folder = parser.parse_args(arguments).folder
-    return print_result("sweep_table", lambda: sweep_table(read_jobs(folder)))
+    return print_result("sweep_table", lambda: find_table(folder))
 
 
 if __name__ == "__main__":

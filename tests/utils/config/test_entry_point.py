@@ -18,7 +18,6 @@ from utils.config.entry_point import (
     quote_paths,
 )
 from utils.config.schema import PathText, Strict, path_keys
-from utils.config.sweep import name_sweep_job
 from utils.errors import UserError
 from utils.record.run_folder import default_run_dir
 
@@ -96,13 +95,17 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
     assert seen == ["été/a b", "x=y"]
 
 
+TAG_FILES = ("vocabulary", "aliases", "implications", "orientation")
+VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "append_to")
+
+
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
-        ("finetune", {"run_dir", "data.root", "init_from", "resume"}),
-        ("prepare", {"data.root", "source"}),
+        ("finetune", {"run_dir", "data.root", "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
+        ("prepare", {"data.root", "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
         ("evaluate", {"run_dir", "weights", "output", "data.root"}),
-        ("export", {"run_dir", "weights", "output", "data.root"}),
+        ("export", {"run_dir", "weights", "output", "thresholds", "data.root"}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )
@@ -202,12 +205,12 @@ def test_a_failed_job_does_not_end_a_multirun(start_command, capsys):
     assert start_command(body, *PATHS, "top=1,2,3,x,4", "--multirun") == 2
     rows = capsys.readouterr().err.splitlines()[-6:]
     assert [row.split(None, 1) for row in rows] == [
-        ["job", "status      result"],
-        ["top=1", "ok          top=1"],
-        ["top=2", "failed (2)  top: two is odd"],
-        ["top=3", "ok          top=3"],
-        ["top=x", "failed (2)  top: must be a valid integer, found 'x'"],
-        ["top=4", "failed (1)  ZeroDivisionError: integer division or modulo by zero"],
+        ["settings", "state"],
+        ["top=1", "top=1"],
+        ["top=2", "failed (2): top: two is odd"],
+        ["top=3", "top=3"],
+        ["top=x", "failed (2): top: must be a valid integer, found 'x'"],
+        ["top=4", "failed (1): ZeroDivisionError: integer division or modulo by zero"],
     ]
 
 
@@ -215,22 +218,6 @@ def test_an_unknown_option_in_a_multirun_is_refused_before_any_job(tmp_path, mon
     arguments = ["--multirun", "model=convnextv2_atto,convnextv2_tny"]
     assert run_in_process("finetune", arguments, tmp_path, monkeypatch) == 2
     assert "  model: unknown 'convnextv2_tny'; close: convnextv2_tiny" in capsys.readouterr().err
-
-
-def test_a_job_of_a_multirun_is_named_by_its_overrides():
-    assert name_sweep_job(["seed=1", "optim.lr=0.1"]) == "optim.lr=0.1,seed=1"
-    assert name_sweep_job(["seed=1", "run_dir=here", "sweep.name=first"]) == "seed=1"
-    assert name_sweep_job([]) == "job"
-
-
-def test_names_of_jobs_differ_where_characters_were_changed_or_cut():
-    long = [f"optim.no_decay=[{'x' * 300}]"]
-    names = [
-        name_sweep_job(overrides)
-        for overrides in (["data.root=a/b"], ["data.root=a b"], ["data.root=a_b"], [*long, "seed=1"], [*long, "seed=2"])
-    ]
-    assert len(set(names)) == 5 and names[2] == "data.root=a_b" and names[0].startswith("data.root=a_b-")
-    assert all("/" not in name and len(name.encode()) <= 255 for name in [*names, name_sweep_job(["x=" + "日" * 200])])
 
 
 def list_runs(folder):
@@ -248,9 +235,15 @@ def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capsys):
     runs = list_runs(tmp_path / "outputs/sweeps")
     assert len(runs) == 2 and all(path.startswith("seeds/") for path in runs)
     assert [finished_steps(tmp_path / "outputs/sweeps" / path) for path in runs] == [[1, 2]] * 2
-    table = said[said.index("\njob ") :].splitlines()[2:]
-    refused = "failed (2)  optim.lr: must be greater than or equal to 0, found -1"
-    assert [("ok" in row.split(), refused in row) for row in table] == [(True, False), (False, True)] * 2
+    table = said[said.index("\nsettings ") :].splitlines()[1:]  # one table
+    assert [row.split()[:2] for row in table] == [["settings", "runs"], ["optim.lr=0.1", "2"], ["optim.lr=-1", "2"]]
+    assert table[1].endswith(" complete")
+    assert table[2].endswith(" failed (2): optim.lr: must be greater than or equal to 0, found -1")
+    assert runs == ["seeds/lr=0.1,seed=0", "seeds/lr=0.1,seed=1"]
+
+    assert run_in_process("finetune", [*words, "optim.eps=1e-6"], tmp_path, monkeypatch) == 2
+    refused = "lr=0.1,seed=0/checkpoints/step_00000002 was made with another recipe:\n  optim.eps: 1e-08 in the run"
+    assert refused in capsys.readouterr().err
 
     assert run_in_process("finetune", [*shared, "seed=0", "run_dir=chosen"], tmp_path, monkeypatch) == 0
     assert len(list_runs(tmp_path / "chosen")) == 1 and list_runs(tmp_path / "outputs/sweeps") == runs

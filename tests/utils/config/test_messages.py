@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from tests.in_process import SCRIPTS, compose, load_command, run_command
 from utils.config.entry_point import CONF, validate
-from utils.config.messages import ConfigError, list_options, missing_problems
+from utils.config.messages import ConfigError, missing_problems
+from utils.config.options import list_options
 from utils.config.schema import known_keys
 from utils.errors import UserError, close_names
 
@@ -178,6 +179,7 @@ FROM_HYDRA = [
     (["+schedule.knobs.heat={start: 1.0, strat: 1.0, phases: []}"], "schedule.knobs.heat.strat: ", "close: start"),
     (["seed.x=3"], "seed.x: ", "seed is a value without keys"),
     (["model=convnextv2_tny"], "model: unknown 'convnextv2_tny'", "close: convnextv2_tiny"),
+    (["model=resnet50"], "model: unknown 'resnet50'", "timm has it: model=timm model.name=resnet50"),
     (["experiment=glyphs/demo_fintune"], "experiment: unknown 'glyphs/demo_fintune'", "close: glyphs/demo_finetune"),
     (["tracking=null"], "tracking: ", "jsonl, tensorboard, wandb"),
     (["+optim=adan"], "optim: ", "optim=NAME, one of adamw"),

@@ -38,7 +38,7 @@ if values.get("top") == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
 late = time.time() + 30
-while "pair" in values and values["top"] in "12" and len(list(folder.parent.glob("*top=[12]/started.json"))) < 2:
+while "pair" in values and values["top"] in "12" and len(list(folder.parent.glob("top=[12]/started.json"))) < 2:
     assert time.time() < late
     time.sleep(0.01)
 top = float(values.get("top", 0))
@@ -57,7 +57,7 @@ def script(tmp_path, monkeypatch):
 
 
 def run(script, *words):
-    return run_at_once(parse_sweep(["--multirun", *words]), script)
+    return run_at_once(parse_sweep(["--multirun", *words]), script)[0]
 
 
 def started(name):
@@ -75,12 +75,49 @@ def test_jobs_are_all_choices_with_each_other():
             f"seed={seed}",
             "sweep.name=n",
             "sweep.at_once=2",
-            f"run_dir=outputs/sweeps/n/a={a},b=x,seed={seed}",
+            f"run_dir=outputs/sweeps/n/a={a},seed={seed}",
         ]
         for a in (1, 2)
         for seed in (0, 1)
     ]
     assert parse_sweep(["a=1,2", "run_dir=here"]).jobs()[1].folder == "here/a=2"
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["optim.lr=0.1,0.2", "loop.total_steps=4", "sweep.name=n"], ["lr=0.1", "lr=0.2"]),
+        (["b.x=range(1,3)", "+a.y=choice(u,v)", "run_dir=here"], ["x=1,y=u", "x=1,y=v", "x=2,y=u", "x=2,y=v"]),
+        (["model.name=a,b", "data.name=c,d"], [f"data.name={d},model.name={m}" for m in "ab" for d in "cd"]),
+        (["seed=1,2", "data.seed=3"], ["seed=1", "seed=2"]),
+        (["init_from='run','x y'"], ["init_from=run", "init_from=x_y-HASH"]),
+        (["m.depths=[1,2],[3]"], ["depths=_1,2_-HASH", "depths=_3_-HASH"]),
+        (["seed=1", "sweep.name=first"], ["job"]),
+    ],
+)
+def test_a_job_is_named_by_what_is_swept(words, names):
+    """The same in turn, where Hydra gives the overrides, and in a sequence of another order."""
+    sweep = parse_sweep(["-m", *words])
+    assert [re.sub(r"-\w{8}$", "-HASH", Path(job.folder).name) for job in sweep.jobs()] == names
+    again = parse_sweep(["-m", *reversed(words)])
+    assert {job.folder for job in again.jobs()} == {job.folder for job in sweep.jobs()}
+
+
+def test_names_of_jobs_differ_where_characters_were_changed_or_cut():
+    long = "x" * 300
+    sweep = parse_sweep(["a=1,2", f"b='x/y',x_y,'x y',{long}1,{long}2,'{'日' * 200}'"])
+    names = {Path(job.folder.removeprefix(sweep.base + "/")).as_posix() for job in sweep.jobs()}
+    assert len(names) == 12 and "a=1,b=x_y" in names
+    assert all("/" not in name and len(name.encode()) <= 255 for name in names)
+
+
+def test_a_job_with_other_constants_is_not_complete(script):
+    words = ["top=1,2", "sweep.name=c", "sweep.at_once=2"]
+    assert run(script, *words, "n=4") == 0
+    before = started("c")
+    assert run(script, *words, "n=4") == 0 and started("c") == before
+    assert run(script, *words, "n=8") == 0  # the run itself refuses or continues
+    assert all(started("c")[job] != before[job] for job in ("top=1", "top=2"))
 
 
 @pytest.mark.parametrize(

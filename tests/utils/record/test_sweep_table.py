@@ -2,8 +2,9 @@
 
 import pytest
 
+from utils.config.sweep import JobResult
 from utils.io.files import write_json
-from utils.record.sweep_table import SweptRun, main, rank_jobs, read_jobs, sweep_table
+from utils.record.sweep_table import SweptRun, main, rank_jobs, read_jobs, sweep_table, with_results
 
 
 def make_run(folder, overrides, value=None, *, complete=True, is_lowest_best=False):
@@ -42,9 +43,25 @@ def test_what_is_best_is_first_and_what_has_no_value_last():
 
 def test_a_sweep_of_one_job_and_one_without_results(tmp_path):
     make_run(tmp_path / "a", ["seed=1"], 0.25)
-    assert sweep_table(read_jobs(tmp_path)).splitlines()[1].split() == ["-", "1", "0.2500", "-", "complete"]
+    assert sweep_table(read_jobs(tmp_path)).splitlines() == ["top1    state", "0.2500  complete"]
     make_run(tmp_path / "other/b", ["seed=1"], complete=False)
-    assert sweep_table(read_jobs(tmp_path / "other")).splitlines()[1].split() == ["-", "1", "-", "-", "not", "complete"]
+    assert sweep_table(read_jobs(tmp_path / "other")).splitlines() == ["state", "not complete"]
+
+
+def test_the_table_says_what_failed_and_what_has_no_run_folder(tmp_path):
+    for rate in (1, 2):
+        make_run(tmp_path / str(rate), [f"optim.lr={rate}"], 0.25 * rate, complete=rate == 1)
+    results = [JobResult([f"optim.lr={rate}", "sweep.name=x"], *ended) for rate, ended in
+               enumerate([(2, "no"), (0, "done"), (1, "why"), (0, "3 images")])]  # fmt: skip
+    assert [
+        line.split(maxsplit=2) for line in sweep_table(with_results(read_jobs(tmp_path), results)).splitlines()
+    ] == [
+        ["settings", "top1", "state"],
+        ["optim.lr=2", "0.5000", "failed (1): why"],
+        ["optim.lr=1", "0.2500", "complete"],
+        ["optim.lr=0", "-", "failed (2): no"],
+        ["optim.lr=3", "-", "3 images"],
+    ]
 
 
 def test_a_folder_without_jobs_is_refused(tmp_path, capsys):
