@@ -41,6 +41,22 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
+class TextConfig(Strict):
+    """How predict.py writes the tags of an image.
+
+    max_tags: the most probable ones; null: all. exclude: tags in any spelling. rating: where it stands, as
+    `rating:general`; null: nowhere. spaces: for underscores, but for kaomoji. escape: parentheses, by a backslash.
+    """
+
+    order: Literal["score", "vocabulary", "characters_first"]
+    max_tags: Count | None
+    exclude: list[str]
+    rating: Literal["first", "last"] | None
+    spaces: bool
+    escape: bool
+    separator: Annotated[str, Field(min_length=1)]
+
+
 class VocabularyConfig(Strict):
     """What prepare.py job=vocabulary takes into a vocabulary, which it writes to `output`.
 
