@@ -77,6 +77,11 @@ class TaggingTaskConfig(TaskConfig):
     mix_probability: Annotated[float, Field(ge=0, le=1)]
     mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors images and their tags."""
+        return self.orientation is not None
+
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise ValueError for a mirror that knows nothing of tags."""
         if config.augment.horizontal_flip > 0:
