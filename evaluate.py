@@ -13,6 +13,7 @@ a folder for each file and collection.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
+import time
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -125,17 +126,20 @@ def main(config: EvaluateConfig, job: Job) -> str:
     loaders = rebuilt.kind.pipeline.evaluation(data, rebuilt.setup, training=False)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
-    step = rebuilt.metadata["step"]
+    step, started = rebuilt.metadata["step"], time.perf_counter()
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
+    seconds = time.perf_counter() - started
     if distributed.is_main():
         if config.run_dir is None:
             with output_errors("output", folder):
                 folder = open_result_folder(folder, describe_source(config, rebuilt))
         output = folder / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
-            write_json(output, {"weights": rebuilt.weights, "step": step, **report.scalars})
+            write_json(
+                output, {"weights": rebuilt.weights, "step": step, "seconds": round(seconds, 3), **report.scalars}
+            )
         with output_errors("run_dir", folder):
             write_report(folder, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from utils.config.bounds import BelowOne, Depth, Factor, Width
+from utils.config.bounds import BelowOne, Depth, Factor, Side, Width
 from utils.config.schema import Strict
 
 
@@ -50,6 +50,8 @@ class ConvNeXtV2Config(Strict):
 class TimmConfig(Strict):
     """Describe a network by its timm name; `drop_path_rate: null` leaves the network's own default alone.
 
+    image_size_hw: for networks that are made for images of one size, such as ViTs; null: the size of the name. Weights
+    of another size are interpolated when they are loaded.
     pretrained: begin with the weights that timm has for the name, which is the same as init_from=timm.
     """
 
@@ -57,7 +59,9 @@ class TimmConfig(Strict):
     name: str = Field(min_length=1)
     in_channels: Width
     drop_path_rate: BelowOne | None
-    pretrained: bool = False  # weight files of before do not state it
+    # Weight files of before do not state these.
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    pretrained: bool = False
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

@@ -223,10 +223,15 @@ class _Schedule(Strict):
 
 
 class CosineConfig(_Schedule):
-    """Linear warm-up, then half a cosine from lr to min_lr; weight decay to weight_decay_end, if set."""
+    """Linear warm-up, then half a cosine from lr to min_lr; weight decay to weight_decay_end, if set.
+
+    restarts: how often the rate goes back to lr and down again; all cycles are equally long.
+    Source: Loshchilov and Hutter 2016 (arXiv 1608.03983), equation 5, with T_mult 1.
+    """
 
     name: Literal["cosine"]
     min_lr: Rate
+    restarts: CountOrZero
     weight_decay_end: Factor | None
 
 

@@ -81,6 +81,25 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
 
 
+def read_facts(path: Path, key: str, metadata: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary of a weight file, which may be a stranger's, from its metadata.
+
+    Raises UserError (`key`) that names the first wrong entry: a list of other values or another length, another hash.
+    """
+    wrong = f"{key}: {path} has wrong metadata"
+    columns = [metadata.get(name) for name in FACTS]
+    for name, column, kind in zip(FACTS, columns, (str, int, int, int)):
+        if not isinstance(column, list) or len(column) != len(columns[0]):
+            raise UserError(f"{wrong} ({name}: not a list as long as {FACTS[0]}); make the file again")
+        if not all(type(value) is kind and (kind is str or 0 <= value < 2**63) for value in column):
+            raise UserError(f"{wrong} ({name}: not all {kind.__name__}, of numbers from 0); make the file again")
+    found = vocabulary_of(metadata)
+    check_vocabulary(found, f"{key}: {path}")
+    if (stated := metadata.get("vocabulary_hash")) != found.hash:
+        raise UserError(f"{wrong} (vocabulary_hash: {stated!r}, of its tags {found.hash!r}); make the file again")
+    return found
+
+
 def read_vocabulary(path: Path, key: str) -> Vocabulary:
     """Read a selected_tags.csv. Raises UserError (`key`) that names the first wrong row."""
     try:

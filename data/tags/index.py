@@ -70,6 +70,16 @@ class TagIndex:
         """Return the outputs of a row, int32 [n], ascending."""
         return self.ids[self.offsets[row] : self.offsets[row + 1]]
 
+    def count(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """Return how many of some rows have each of `width` outputs, int64 [width]."""
+        chosen, counts = np.zeros(len(self.tagged), bool), np.zeros(width, np.int64)
+        chosen[rows] = True
+        for start in range(0, len(chosen), _CHUNK_ROWS):
+            offsets = self.offsets[start : start + _CHUNK_ROWS + 1]
+            has = np.repeat(chosen[start : start + _CHUNK_ROWS], np.diff(offsets))
+            counts += np.bincount(self.ids[offsets[0] : offsets[-1]][has], minlength=width)
+        return counts
+
 
 def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
     """Return the collection's tags as outputs of the vocabulary; made on rank 0 where `cache` lacks them.
