@@ -37,6 +37,7 @@ from utils.io.files import output_errors, write_json
 from utils.io.result_folder import open_result_folder
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.ranks import distributed
+from utils.record.figures import show_figures
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
@@ -151,7 +152,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
                 write_thresholds(folder / THRESHOLDS, found.thresholds)
                 write_report(folder, found.report.tables, found.report.images, prefix="evaluate_")
             log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
-    line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
+    line = show_figures(report.scalars)
     log.info("%s", line)
     return line
 

@@ -74,6 +74,11 @@ class TaggingTaskConfig(MixingConfig):
     label_smoothing: BelowOne
     tag_weight_power: Fraction
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors images and their tags."""
+        return self.orientation is not None
+
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that knows nothing of tags."""
         if config.augment.horizontal_flip > 0:
