@@ -24,9 +24,9 @@ from data.image_data import load_files
 from data.scan import IMAGE_SUFFIXES
 from engine.config import MachineConfig
 from engine.runtime import choose_device, choose_runtime
-from engine.tasks.rebuild import load_image_model
+from engine.tasks.rebuild import load_predictor
 from models.outputs import RowOptions
-from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from models.predictor import Predictor
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -58,11 +58,6 @@ class PredictConfig(Strict):
             device=self.device, precision="fp32", channels_last=False, workers=self.workers, threads=None,
             deterministic=False, hang_timeout_sec=1800.0,
         )  # fmt: skip
-
-
-def load_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor of a weight file or an ONNX file, by its suffix."""
-    return OnnxPredictor(path, device) if path.suffix == ".onnx" else TorchPredictor(*load_image_model(path), device)
 
 
 def find_images(source: str) -> list[Path]:
