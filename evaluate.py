@@ -15,12 +15,13 @@ outputs/evaluate/, in a folder for each file and collection. The arena writes ar
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
@@ -33,6 +34,7 @@ from engine.tasks.kind import Rebuilt, Setup, Targets
 from engine.tasks.kinds import FOREIGN
 from engine.tasks.rebuild import read_run_data, rebuild_task
 from models.config import ModelConfig
+from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json
@@ -40,6 +42,7 @@ from utils.io.result_folder import open_result_folder
 from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.ranks import distributed
+from utils.record.figures import show_figures
 from utils.record.html_page import FILE as PAGE
 from utils.record.html_page import write_page
 from utils.record.logging import get_logger
@@ -75,7 +78,7 @@ class EvaluateConfig(Strict):
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: BatchSize
     calibrate: bool
     calibration: Targets
     arena: ArenaConfig
@@ -178,17 +181,20 @@ def main(config: EvaluateConfig, job: Job) -> str:
     loaders = rebuilt.kind.pipeline.evaluation(data, rebuilt.setup, training=False)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
-    step = rebuilt.metadata["step"]
+    step, started = rebuilt.metadata["step"], time.perf_counter()
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
+    seconds = time.perf_counter() - started
     if distributed.is_main():
         if config.run_dir is None:
             with output_errors("output", folder):
                 folder = open_result_folder(folder, describe_source(config, rebuilt))
         output = folder / "metrics.json" if config.output is None else Path(config.output)
         with output_errors("output", output):
-            write_json(output, {"weights": rebuilt.weights, "step": step, **report.scalars})
+            write_json(
+                output, {"weights": rebuilt.weights, "step": step, "seconds": round(seconds, 3), **report.scalars}
+            )
         with output_errors("run_dir", folder):
             write_report(folder, report.tables, report.images, prefix="evaluate_")
         log.info("wrote %s", output)
@@ -209,7 +215,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         with output_errors("run_dir", folder):
             write_page(folder / PAGE, title, report.scalars, report.tables, report.images)
         log.info("wrote %s", folder / PAGE)
-    line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
+    line = show_figures(report.scalars)
     log.info("%s", line)
     return line
 

@@ -33,6 +33,7 @@ from models.config import ModelConfig
 from models.export.model_card import licence_entry
 from models.export.report import add_report, refuse_other_format
 from models.export.tag_files import Thresholds
+from utils.config.bounds import BatchSize, Count, Positive, Processes, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import close_names
@@ -72,17 +73,17 @@ class ExportConfig(Strict):
     backbone_only: bool
     precision: Literal["fp32", "fp16", "int8"]
     dynamic_size: bool
-    calibration_images: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    tolerance: Annotated[float, Field(gt=0)] | None
+    calibration_images: Count
+    batch_size: BatchSize
+    tolerance: Positive | None
     thresholds: PathText | None
     licence: str | None
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
     dry_run: bool
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)] | None
+    workers: Literal["auto"] | Workers
+    threads: Processes | None
 
     def names(self) -> list[str]:
         """Return the weights as a list."""

@@ -168,6 +168,7 @@ def repeated(step: Callable[[int], Any], steps: int) -> Turn:
 def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
     """Return an option of a configuration group as its schema, with changed values."""
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) | changes
+    values.pop("defaults", None)  # what a task chooses of other groups
     return TypeAdapter(kind).validate_python(values)
 
 

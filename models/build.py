@@ -13,7 +13,7 @@ from utils.errors import UserError
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build the network with fresh weights; `num_classes` 0 makes no head.
 
-    Raises UserError naming `model.name` or `model.drop_path_rate` where timm refuses them.
+    Raises UserError naming `model.name`, `model.drop_path_rate` or `model.image_size_hw` where timm refuses them.
     """
     match config:
         case ConvNeXtV2Config():
@@ -67,7 +67,7 @@ def _try_timm(config: TimmConfig, image_size_hw: tuple[int, int]) -> None:
     raise UserError(
         f"augment.image_size_hw: {list(image_size_hw)} is no size for {config.name} ({refusal}); set "
         f"augment.image_size_hw=[{own_hw[0]},{own_hw[1]}], for which it is made, or choose a network that takes other "
-        "sizes (model=convnextv2_tiny, model.name=resnet18)"
+        "sizes (model=convnextv2_tiny, model.name=resnet18), or a ViT made for this one (model.image_size_hw)"
     )
 
 
@@ -92,7 +92,8 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
         close = difflib.get_close_matches(config.name, known, n=3, cutoff=0.4)
         hint = f"close names: {', '.join(close)}" if close else f"timm {timm.__version__} knows {len(known)} names"
         raise UserError(f"model.name: unknown timm model {config.name!r}; {hint}")
-    extra = {} if config.drop_path_rate is None else {"drop_path_rate": config.drop_path_rate}
+    extra = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
+    extra = {name: value for name, value in extra.items() if value is not None}
     try:
         return timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra
@@ -103,9 +104,14 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
         bare = config.name.split(".")[0]
         raise UserError(f"model.name: {config.name!r} names weights that timm does not have; set {bare}") from error
     except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise UserError(
-            f"model.drop_path_rate: {config.drop_path_rate} given, but timm's {config.name} has no stochastic depth; "
-            "set null"
-        ) from error
+        if "drop_path_rate" in str(error):
+            raise UserError(
+                f"model.drop_path_rate: {config.drop_path_rate} given, but timm's {config.name} has no stochastic "
+                "depth; set null"
+            ) from error
+        if "img_size" in str(error):
+            raise UserError(
+                f"model.image_size_hw: {config.image_size_hw} given, but timm's {config.name} is not made for images "
+                "of one size; set null"
+            ) from error
+        raise

@@ -55,7 +55,9 @@ class Schedule:
             case ConstantConfig():
                 return GroupValues(self.lr, self.weight_decay)
             case CosineConfig():
-                fraction = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+                steps, restarts = max(1, self.total_steps - self.warmup_steps), self.config.restarts
+                cycles = (step - self.warmup_steps) * (restarts + 1) / steps
+                fraction = cycles - min(int(cycles), restarts)  # the last cycle ends at 1
                 return GroupValues(cosine(self.lr, self.config.min_lr, fraction), self._decay(step))
 
     def knobs_at(self, step: int) -> dict[str, float]:

@@ -30,7 +30,8 @@ _FORKS.set_forkserver_preload(["tests.preload"])
 SCRIPTS = {
     "fcmae": "pretrain_fcmae.py",
     "classification": "finetune.py",
-    "tagging": "tests/tasks/tagging.py",
+    "tagging": "finetune.py",
+    "thin_tagging": "tests/tasks/thin_tagging.py",
     "flow": "tests/tasks/flow.py",
     "multicrop": "tests/tasks/multicrop.py",
 }
@@ -42,7 +43,16 @@ TINY = {
         "model.dims=[8,16]",
         "model.head_init_scale=1.0",
     ],
-    "tagging": [],
+    "tagging": [
+        "task=tagging",
+        "task.min_count=1",
+        "model=convnextv2_glyph",
+        "model.depths=[1,1]",
+        "model.dims=[8,16]",
+        "model.head_init_scale=1.0",
+        "data=image_folder",
+    ],
+    "thin_tagging": [],
     "flow": [],
     "multicrop": [],
 }

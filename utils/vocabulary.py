@@ -26,11 +26,17 @@ from utils.io.files import sha256_text, write_atomically
 # Danbooru's numbers of categories.
 CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
 GENERAL, CHARACTER, RATING = 0, 4, 9
+_CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
 # The four ratings come first, in this order, with the numbers that published taggers give them.
 RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 FILE = "selected_tags.csv"
 _SCHEMA = pa.schema([("tag_id", pa.int64()), ("name", pa.string()), ("category", pa.int64()), ("count", pa.int64())])
 _SHOWN = 5  # names that a message shows
+
+
+def category_name(number: int) -> str:
+    """Return a category's name, or its number where it has none."""
+    return _CATEGORY_NAMES.get(number, str(number))
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,25 @@ FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")
 def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     """Return the vocabulary that `Vocabulary.facts` put into metadata."""
     return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
+
+
+def read_facts(path: Path, key: str, metadata: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary of a weight file, which may be a stranger's, from its metadata.
+
+    Raises UserError (`key`) that names the first wrong entry: a list of other values or another length, another hash.
+    """
+    wrong = f"{key}: {path} has wrong metadata"
+    columns = [metadata.get(name) for name in FACTS]
+    for name, column, kind in zip(FACTS, columns, (str, int, int, int)):
+        if not isinstance(column, list) or len(column) != len(columns[0]):
+            raise UserError(f"{wrong} ({name}: not a list as long as {FACTS[0]}); make the file again")
+        if not all(type(value) is kind and (kind is str or 0 <= value < 2**63) for value in column):
+            raise UserError(f"{wrong} ({name}: not all {kind.__name__}, of numbers from 0); make the file again")
+    found = vocabulary_of(metadata)
+    check_vocabulary(found, f"{key}: {path}")
+    if (stated := metadata.get("vocabulary_hash")) != found.hash:
+        raise UserError(f"{wrong} (vocabulary_hash: {stated!r}, of its tags {found.hash!r}); make the file again")
+    return found
 
 
 def read_vocabulary(path: Path, key: str) -> Vocabulary:

@@ -1,11 +1,11 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,11 +23,12 @@ from engine.task import Exported, Knobs, Report, StepOutput, Task, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, Setup, TaskConfig
+from engine.tasks.kind import Kind, Setup
 from engine.tasks.labels import LabelFields
-from engine.tasks.mixing import Mixing
+from engine.tasks.mixing import MixingConfig
 from models.build import build_network, check_image_size
 from models.weights.initialise import initialise_from
+from utils.config.bounds import BelowOne
 from utils.contracts import Batch
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -40,19 +41,15 @@ _PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
 
 
-class ClassificationTaskConfig(TaskConfig):
-    """`mixup_alpha`, `cutmix_alpha` and their probabilities are those of `Mixing`.
+class ClassificationTaskConfig(MixingConfig):
+    """How a classifier is trained.
 
     class_weights: `balanced` multiplies a training image's loss by N / (K n): N images, K classes, n of its own class.
     """
 
     name: Literal["classification"]
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    label_smoothing: BelowOne
     class_weights: Literal["none", "balanced"]
-    mixup_alpha: Annotated[float, Field(ge=0)]
-    cutmix_alpha: Annotated[float, Field(ge=0)]
-    mix_probability: Annotated[float, Field(ge=0, le=1)]
-    mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
     allow_missing_classes: bool
     head: Literal["drawn", "standardised", "fitted", "kept"]
 
@@ -84,10 +81,8 @@ class ClassificationTask(Task):
         self.network = build_network(setup.model, num_classes=len(self.class_names))
         self.normalise = setup.normalise()
         self.label_smoothing, self.head = config.label_smoothing, config.head
-        self._mixing = Mixing(
-            config.mixup_alpha, config.cutmix_alpha, config.mix_probability, config.mix_switch_probability
-        )
-        self._metadata = {key: value for key, value in setup.metadata().items() if key != "class_weights"}
+        self._mixing = config.mixing()
+        self._metadata = replace(setup, facts={"class_names": self.class_names}).metadata()
         weights = setup.facts.get("class_weights")  # for training alone
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 
@@ -100,20 +95,28 @@ class ClassificationTask(Task):
         return Exported(metadata=self._metadata)
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
-        """Return each sample's cross-entropy; targets are mixed where the images are."""
-        images, targets = self.normalise(batch["images"]), batch["labels"]
-        if self._mixing.is_on and self.training:
-            images, targets = self._mix(images, targets, batch["weight"])
+        """Return each sample's loss."""
+        images, targets = self.views(batch)
         logits = self.network(images).float()
-        loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        if self.class_weights is not None and self.training:
-            loss = loss * (self.class_weights[targets] if targets.ndim == 1 else targets @ self.class_weights)
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
-        return StepOutput(loss, {"accuracy": log_mean(correct, batch["weight"])})
+        return StepOutput(self.label_losses(logits, targets), {"accuracy": log_mean(correct, batch["weight"])})
+
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images for the network, and labels [B] or, where images are mixed, targets [B, K]."""
+        images, labels = self.normalise(batch["images"]), batch["labels"]
+        mixes = self._mixing.is_on and self.training
+        return self._mix(images, labels, batch["weight"]) if mixes else (images, labels)
+
+    def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample [B], times the weight of its class."""
+        loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        if self.class_weights is None or not self.training:
+            return loss
+        return loss * (self.class_weights[targets] if targets.ndim == 1 else targets @ self.class_weights)
 
     @torch.compiler.disable
     def _mix(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images and soft targets [B, K]; train_step has seeded the draws."""
+        """Return mixed images and soft targets [B, K]."""
         return self._mixing(images, F.one_hot(labels, len(self.class_names)).to(images.dtype), weight)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:

@@ -34,13 +34,13 @@ log = get_logger(__name__)
 _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores of the regression are between 0 and 1
 
 
-def find_head(network: nn.Module) -> nn.Linear:
-    """Return the layer that outputs logits. Raises UserError (`task.head`) where it is not a linear layer."""
+def find_head(network: nn.Module, key: str = "task.head", advice: str = "set task.head=drawn") -> nn.Linear:
+    """Return the layer that outputs logits. Raises UserError (`key`, with advice) where it is not a linear layer."""
     head = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise UserError(
-            "task.head: standardised and fitted need a network that ends in one linear layer with a bias; "
-            f"{type(network).__name__} ends in {type(head).__name__}; set task.head=drawn"
+            f"{key}: a network that ends in one linear layer with a bias is needed, and {type(network).__name__} ends "
+            f"in {type(head).__name__}; {advice}"
         )
     return head
 

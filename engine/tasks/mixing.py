@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.tasks.kind import TaskConfig
+from utils.config.bounds import Alpha, Fraction
+
 
 @dataclass(frozen=True)
 class Mixing:
@@ -43,8 +46,9 @@ class Mixing:
         top, bottom, left, right = box = _draw_box(height, width, share)
         return _Draw(1.0 - (bottom - top) * (right - left) / (height * width), box)
 
+    @torch.compiler.disable
     def __call__(self, images: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and targets [B, K].
+        """Return mixed images [B, C, H, W] and targets [B, K]; train_step has seeded the draws.
 
         images: float [B, C, H, W]; targets: float [B, K]; weight: [B], 0 where an image could not be read.
         """
@@ -63,6 +67,19 @@ class Mixing:
             torch.where(mixes.view(-1, 1, 1, 1), mixed, images),
             torch.where(mixes[:, None], torch.lerp(targets.flip(0), targets, drawn.share), targets),
         )
+
+
+class MixingConfig(TaskConfig):
+    """The keys of a task that mixes its batches, as `Mixing` explains them."""
+
+    mixup_alpha: Alpha
+    cutmix_alpha: Alpha
+    mix_probability: Fraction
+    mix_switch_probability: Fraction
+
+    def mixing(self) -> Mixing:
+        """Return what mixes a batch."""
+        return Mixing(self.mixup_alpha, self.cutmix_alpha, self.mix_probability, self.mix_switch_probability)
 
 
 class _Draw(NamedTuple):

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from engine.tasks.head import find_head
 from models.weights.fit import is_meta, optional_prefixes
 from models.weights.initialise import convert
+from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights
 from utils.record.logging import get_logger
-from utils.vocabulary import FACTS, Vocabulary, vocabulary_of
+from utils.vocabulary import Vocabulary, read_facts
 
 log = get_logger(__name__)
 
@@ -23,19 +24,23 @@ def prior_bias(priors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
-    """Copy the head's rows of tags that `init_from`, a tagger of ours, has; nothing where it is none.
+    """Copy the head's rows of the tags that `init_from` has too; nothing where it is no tagger of ours.
 
-    A new tag gets the mean of its rows, and the bias of its frequency.
+    A new tag begins with the mean of all rows of `init_from`, and the bias of its own frequency.
+    Raises UserError (`init_from`) where a file's vocabulary and head do not fit together.
     """
     if source.source == "timm" or is_meta(network):
         return
     path = source.find()
     state, metadata = read_weights(path, "init_from", which=source.weights)
-    if not set(FACTS) <= metadata.keys():
+    if "tag_names" not in metadata:
         return
-    known, state = vocabulary_of(metadata), convert(network, state, path, "init_from").state
+    known, state = read_facts(path, "init_from", metadata), convert(network, state, path, "init_from").state
     head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
-    weight, bias = state[f"{prefix}weight"].flatten(1), state[f"{prefix}bias"]
+    weight, bias = (state.get(f"{prefix}{name}", torch.empty(0)) for name in ("weight", "bias"))
+    if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.in_features:
+        raise UserError(f"init_from: {path} has no head of its {len(known)} tags; give the file of a whole tagger")
+    weight = weight.flatten(1)
     pairs = [(row, known.columns[key]) for key, row in vocabulary.columns.items() if key in known.columns]
     rows, old = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
     head.weight.copy_(weight.mean(0))

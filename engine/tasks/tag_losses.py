@@ -5,7 +5,7 @@ soft, anywhere from 0 to 1.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -52,12 +52,12 @@ def asymmetric(logits: Tensor, targets: Tensor, *, gamma_pos: Tensor, gamma_neg:
     """Return the asymmetric loss; its focusing weights get no gradient, as in the published training.
 
     Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
+    Differs: log p is exact for a positive of p < 1e-8 too, which so keeps its gradient.
     """
-    probs = logits.sigmoid()
-    shifted = (1 - probs + clip).clamp(max=1)  # 1 - p_m
-    log_likelihood = targets * probs.clamp(min=_EPS).log() + (1 - targets) * shifted.clamp(min=_EPS).log()
+    absent = ((-logits).sigmoid() + clip).clamp(max=1)  # 1 - p_m
+    log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
     with torch.no_grad():
-        right = probs * targets + shifted * (1 - targets)
+        right = logits.sigmoid() * targets + absent * (1 - targets)
         weight = (1 - right) ** (gamma_pos * targets + gamma_neg * (1 - targets))
     return -log_likelihood * weight
 
@@ -67,34 +67,39 @@ def focal(logits: Tensor, targets: Tensor, *, gamma_pos: Tensor, alpha: Tensor |
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; its gamma is `gamma_pos`.
     """
-    probs = logits.sigmoid()
-    right = probs * targets + (1 - probs) * (1 - targets)
-    loss = bce(logits, targets) * (1 - right) ** gamma_pos
+    wrong = _focus((-logits).sigmoid() * targets + logits.sigmoid() * (1 - targets), gamma_pos)
+    loss = bce(logits, targets) * wrong
     return loss if alpha is None else loss * (alpha * targets + (1 - alpha) * (1 - targets))
 
 
 def hill(logits: Tensor, targets: Tensor, *, gamma_pos: Tensor, margin: Tensor) -> Tensor:
     """Return the Hill loss, for tags that are often missing: a negative of high probability costs little.
 
-    Source: Zhang et al. 2021 (arXiv 2112.07368), equations 5 and 9, with lambda 1.5.
+    Source: Zhang et al. 2021 (arXiv 2112.07368), with lambda 1.5; xinyu1205/robust-loss-mlml, where gamma is 2:
+    src/loss_functions/losses.py.
     """
-    probs, shifted = logits.sigmoid(), logits - margin
-    positive = F.softplus(-shifted) * (1 - shifted.sigmoid()) ** gamma_pos
+    probs, below = logits.sigmoid(), margin - logits
+    positive = F.softplus(below) * _focus(below.sigmoid(), gamma_pos)
     return targets * positive + (1 - targets) * (1.5 - probs) * probs**2
 
 
-class _Loss:
-    """A formula and the parameters that it reads."""
+def _focus(wrong: Tensor, gamma: Tensor) -> Tensor:
+    """Return wrong ** gamma, whose slope is finite for a gamma below 1 too."""
+    return wrong.clamp(min=_EPS) ** gamma
 
-    def __init__(self, formula: Callable[..., Tensor], *parameters: str) -> None:
-        self.formula, self.parameters = formula, parameters
+
+class _Loss(NamedTuple):
+    """A formula, and the parameters that it reads."""
+
+    formula: Callable[..., Tensor]
+    parameters: tuple[str, ...] = ()
 
 
 LOSSES = {
     "bce": _Loss(bce),
-    "asl": _Loss(asymmetric, "gamma_pos", "gamma_neg", "clip"),
-    "focal": _Loss(focal, "gamma_pos", "alpha"),
-    "hill": _Loss(hill, "gamma_pos", "margin"),
+    "asl": _Loss(asymmetric, ("gamma_pos", "gamma_neg", "clip")),
+    "focal": _Loss(focal, ("gamma_pos", "alpha")),
+    "hill": _Loss(hill, ("gamma_pos", "margin")),
 }
 
 

@@ -1,13 +1,13 @@
 """Tagging: any number of tags for an image, each with its own probability."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from data.batch import Ragged, Sample, multi_hot
@@ -15,7 +15,7 @@ from data.collection import Collection
 from data.config import VocabularyConfig
 from data.image_data import ImageData
 from data.loader import Example, Fields
-from data.rows import refuse_weightless, training_rows
+from data.rows import training_rows
 from data.tags.index import TagIndex, describe_report, index_tags
 from data.tags.mirror import Mirror
 from data.tags.orientation import build_orientation
@@ -32,31 +32,32 @@ from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.head import find_head
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Calibrated, Kind, Setup, Targets, TaskConfig
-from engine.tasks.mixing import Mixing
+from engine.tasks.kind import Calibrated, Kind, Setup, Targets
+from engine.tasks.mixing import MixingConfig
 from engine.tasks.tag_exports import TAG_EXPORTS
 from engine.tasks.tag_head import continue_head, prior_bias
-from engine.tasks.tag_losses import TagLoss, TagLossConfig, frequency_weights
+from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
 from models.build import build_network, check_image_size
 from models.weights.initialise import initialise_from
+from utils.config.bounds import BelowOne, Count, Fraction
 from utils.config.schema import PathText
 from utils.contracts import Batch
+from utils.errors import UserError
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.vocabulary import FACTS, RATING, Vocabulary, read_vocabulary, vocabulary_of
+from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
-_SHOWN_AT = 0.35  # the threshold of the figures in training
+_SHOWN_LOGIT = math.log(0.35 / 0.65)  # the threshold of the figures in training, in logits
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
 _PICTURE = ("sample_id", "images")
-Alpha = Annotated[float, Field(ge=0, le=100)]
 
 
-class TaggingTaskConfig(TaskConfig):
-    """`mixup_alpha`, `cutmix_alpha` and their probabilities are those of `Mixing`.
+class TaggingTaskConfig(MixingConfig):
+    """How a tagger is trained.
 
     vocabulary: a selected_tags.csv; null: the general tags and characters on `min_count` training images or more.
     rating_s, aliases, implications: as in prepare.py. orientation: what a mirror does to tags: booru, glyphs, or the
@@ -65,23 +66,24 @@ class TaggingTaskConfig(TaskConfig):
 
     name: Literal["tagging"]
     vocabulary: PathText | None
-    min_count: Annotated[int, Field(ge=1)]
+    min_count: Count
     rating_s: Literal["sensitive", "general"] | None
     aliases: PathText | None
     implications: PathText | None
     orientation: PathText | None
     loss: TagLossConfig
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    tag_weight_power: Annotated[float, Field(ge=0, le=1)]
-    mixup_alpha: Alpha
-    cutmix_alpha: Alpha
-    mix_probability: Annotated[float, Field(ge=0, le=1)]
-    mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
+    label_smoothing: BelowOne
+    tag_weight_power: Fraction
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors images and their tags."""
+        return self.orientation is not None
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for a mirror that knows nothing of tags."""
+        """Raise UserError for a mirror that knows nothing of tags."""
         if config.augment.horizontal_flip > 0:
-            raise ValueError(
+            raise UserError(
                 f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
                 "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
             )
@@ -121,28 +123,26 @@ class TaggingTask(Task):
         self.normalise = setup.normalise()
         self.loss, self.label_smoothing = TagLoss(config.loss), config.label_smoothing
         self.knob_names = self.loss.scheduled
-        self._mixing = Mixing(
-            config.mixup_alpha, config.cutmix_alpha, config.mix_probability, config.mix_switch_probability
-        )
+        self._mixing = config.mixing()
         # Facts of training, which weight files do not have.
-        self.mirror = Mirror(facts["orientation"], width) if facts.get("orientation") else None
-        priors = facts.get("tag_priors")
+        orientation, priors = facts.get("orientation"), facts.get("tag_priors")
+        self.mirror = None if orientation is None else Mirror(orientation, width)
         self._priors = None if priors is None else torch.tensor(priors, device="cpu")
         if priors is not None:
-            find_head(self.network).bias.data.copy_(prior_bias(torch.tensor(priors)))
+            head = find_head(self.network, "model.name", "choose another network")
+            head.bias.data.copy_(prior_bias(self._priors))
         counts = torch.tensor(self.vocabulary.counts)
         weights = frequency_weights(counts, config.tag_weight_power) if config.tag_weight_power else None
         self.register_buffer("tag_weights", weights, persistent=False)
         is_rating = torch.tensor(self.vocabulary.categories) == RATING
         self.register_buffer("is_rating", is_rating, persistent=False)
-        self._metadata = {**setup.metadata(), "vocabulary_hash": self.vocabulary.hash}
-        for name in ("orientation", "tag_priors"):
-            self._metadata.pop(name, None)
+        own = replace(setup, facts={**self.vocabulary.facts(), "vocabulary_hash": self.vocabulary.hash})
+        self._metadata = own.metadata()
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; of a tagger of ours, the rows of its head by the tags' names."""
         self.origin = initialise_from(self.network, source, keep_head=False)
-        if source is not None and self._priors is not None:
+        if source is not None:
             continue_head(self.network, source, self.vocabulary, self._priors)
 
     def exported(self) -> Exported:
@@ -155,33 +155,32 @@ class TaggingTask(Task):
         return targets.masked_fill(~batch["rating_known"][:, None] & self.is_rating, torch.nan)
 
     def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
-        """Return each sample's loss, the sum over the tags that are known of it."""
+        """Return each sample's loss."""
+        images, targets = self.views(batch)
+        logits = self.network(images).float()
+        return StepOutput(self.label_losses(logits, targets, knobs), self._logs(logits, targets, batch["weight"]))
+
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images for the network and targets [B, T]; in training both are mirrored and mixed."""
         images, targets = batch["images"], self.targets(batch)
-        if self.mirror is not None and self.training:
+        if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
         images = self.normalise(images)
-        if self._mixing.is_on and self.training:
-            images, targets = self._mix(images, targets, batch["weight"])
-        logits = self.network(images).float()
-        return StepOutput(self.sum_losses(logits, targets, knobs), self._logs(logits, targets, batch["weight"]))
+        mixes = self.training and self._mixing.is_on
+        return self._mixing(images, targets, batch["weight"]) if mixes else (images, targets)
 
-    def sum_losses(self, logits: Tensor, targets: Tensor, knobs: Knobs) -> Tensor:
-        """Return the loss of each sample [B]; a target that is NaN counts nothing."""
+    def label_losses(self, logits: Tensor, targets: Tensor, knobs: Knobs) -> Tensor:
+        """Return the loss of each sample [B], the sum over its tags; a target that is NaN counts nothing."""
         known = ~targets.isnan()
         soft = targets.nan_to_num() * (1 - self.label_smoothing) + self.label_smoothing / 2
         losses = self.loss(logits, soft, knobs).where(known, 0.0)
         return (losses if self.tag_weights is None else losses * self.tag_weights).sum(dim=1)
 
-    @torch.compiler.disable
-    def _mix(self, images: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images and targets; train_step has seeded the draws."""
-        return self._mixing(images, targets, weight)
-
     @torch.no_grad()
     def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return precision and recall of all decisions at one threshold."""
         valid = (weight > 0)[:, None] & ~targets.isnan()
-        predicted = (logits > np.log(_SHOWN_AT / (1 - _SHOWN_AT))) & valid
+        predicted = (logits > _SHOWN_LOGIT) & valid
         has = (targets > 0.5) & valid
         right = (predicted & has).sum().float()
         return {"precision": (right, predicted.sum().float()), "recall": (right, has.sum().float())}
@@ -230,12 +229,12 @@ class TaggingTask(Task):
 
     def _measure(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
-        return self.network(self.normalise(batch["images"])).float(), self.targets(batch), batch["weight"] > 0
+        images, targets = self.views(batch)
+        return self.network(images).float(), targets, batch["weight"] > 0
 
     def _plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each sample [B], whatever the loss in training, so that runs compare."""
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
-        return losses.where(~targets.isnan(), 0.0).sum(dim=1)
+        return bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
 
 def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -250,6 +249,11 @@ def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
     """Images with a tag of the vocabulary."""
 
+    def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
+        """Raise UserError (`key`) that names the first wrong value of a weight file's preprocessing and vocabulary."""
+        super().check_metadata(path, key, metadata)
+        read_facts(path, key, metadata)
+
     def index(self, collection: Collection, setup: Setup[TaggingTaskConfig]) -> TagIndex:
         """Return the collection's tags as outputs."""
         return index_of(collection, vocabulary_of(setup.facts), setup.task)
@@ -260,20 +264,61 @@ class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
 
     def fields(self, collection: Collection, setup: Setup[TaggingTaskConfig]) -> Fields:
         """Return what adds the tags."""
-        flip = collection.column("flip") if "flip" in collection.table.column_names else None
-        return TagFields(self.index(collection, setup), flip)
+        return TagFields(self.index(collection, setup), read_flips(collection))
 
     def streams(self, data: ImageData, setup: Setup[TaggingTaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
         streams = super().streams(data, setup, config)
         tags = f"{len(setup.facts['tag_names']):,}; {describe_report(self.index(data.collection, setup).report)}"
-        return replace(streams, described={**streams.described, "tags": tags})
+        images = streams.described["images"]
+        if setup.task.orientation is not None:
+            images = images.replace("no mirror", f"mirrored with their tags ({setup.task.orientation})")
+        return replace(streams, described={**streams.described, "images": images, "tags": tags})
 
 
 def index_of(collection: Collection, vocabulary: Vocabulary, config: TaggingTaskConfig) -> TagIndex:
     """Return a collection's tags as outputs of a vocabulary. Raises UserError (`task.rating_s`, `data.root`)."""
     rules = read_rules(config.rating_s, config.aliases, config.implications, "task.")
     return index_tags(collection, vocabulary, rules, CACHE)
+
+
+def read_flips(collection: Collection) -> np.ndarray | None:
+    """Return the column `flip` of a manifest, int8 [N], 0 where it is empty; None without one.
+
+    Raises UserError (`data.root`) for other values than those of `TagFields`.
+    """
+    if "flip" not in collection.table.column_names:
+        return None
+    values = collection.column("flip")
+    if wrong := set(values[values == values].tolist()) - {-1, 0, 1}:
+        raise UserError(
+            f"data.root: the column flip of {str(collection.root)!r} has {next(iter(wrong))!r}; it may have -1 (never "
+            "mirrored), 1 (always) and 0 or nothing (by chance)"
+        )
+    return np.nan_to_num(values).astype(np.int8)
+
+
+def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
+    """Return the share of some images that has each output, of a rating among those with a known rating.
+
+    Raises UserError (`data.root`) where no image has a tag.
+    """
+    rows = rows[index.tagged[rows]]
+    if len(rows) == 0:
+        raise UserError(
+            "data.root: no training image has a tag of the vocabulary; give the training split sidecars, or choose "
+            "another task.vocabulary or loop.train_paths"
+        )
+    is_rating = np.asarray(vocabulary.categories) == RATING
+    images = np.where(is_rating, max(1, index.rating_known[rows].sum()), len(rows))
+    return (index.count(rows, len(vocabulary)) / images).tolist()
+
+
+def describe_mirror(vocabulary: Vocabulary, name: str) -> dict[str, Any]:
+    """Return what a mirror does to tags, as a fact, and log it. Raises UserError (`task.orientation`)."""
+    orientation = build_orientation(vocabulary, name, "task.orientation")
+    log.debug("task.orientation=%s: %s", name, orientation.describe())
+    return orientation.facts()
 
 
 class TaggingKind(Kind[TaggingTaskConfig]):
@@ -293,17 +338,12 @@ class TaggingKind(Kind[TaggingTaskConfig]):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary, and what training alone reads: the tags' frequencies, and what a mirror does."""
-        refuse_weightless(collection)
+        rows = training_rows(collection, config.loop.train_paths)
         vocabulary = choose_vocabulary(config.task, collection)
         index = index_of(collection, vocabulary, config.task)
-        rows = training_rows(collection, config.loop.train_paths)
-        rows = rows[index.tagged[rows]]
-        counts = np.bincount(np.concatenate([index.of_row(row) for row in rows]), minlength=len(vocabulary))
-        facts = {**vocabulary.facts(), "tag_priors": (counts / len(rows)).tolist()}
+        facts = {**vocabulary.facts(), "tag_priors": measure_priors(index, rows, vocabulary)}
         if config.task.orientation is not None:
-            orientation = build_orientation(vocabulary, config.task.orientation, "task.orientation")
-            log.debug("task.orientation=%s: %s", config.task.orientation, orientation.describe())
-            facts["orientation"] = orientation.facts()
+            facts["orientation"] = describe_mirror(vocabulary, config.task.orientation)
         return facts
 
     def build(self, setup: Setup[TaggingTaskConfig]) -> TaggingTask:

@@ -47,6 +47,8 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
     if hasattr(network, "pretrained_cfg"):
         state, classes = _with_head_norm(network), network.num_classes
         config = {"architecture": network.pretrained_cfg["architecture"], "num_features": network.num_features}
+        if image_size_hw := metadata["model"].get("image_size_hw"):
+            config["model_args"] = {"img_size": image_size_hw}
         names = {key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
     else:
         official = official_state(network, "timm")

@@ -6,29 +6,30 @@ import torch
 from torch import nn
 
 from models.weights.fit import Fit, load_into
+from models.weights.timm_filter import filter_state
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-def load_timm(network: nn.Module, *, keep_head: bool) -> tuple[Fit, dict[str, Any]]:
+def load_timm(network: nn.Module, *, keep_head: bool, key: str = "init_from") -> tuple[Fit, dict[str, Any]]:
     """Load timm's weights for a timm network into it; returns the fit, and the origin.
 
-    Raises UserError (`init_from`) where the network is not timm's, has no weights there, or they cannot be had.
+    Raises UserError (`key`) where the network is not timm's, has no weights there, or they cannot be had.
     """
     import timm
 
     stated = getattr(network, "pretrained_cfg", None)
     if not stated:
         raise UserError(
-            f"init_from: timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
+            f"{key}: timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
             "model.name=NAME, or give a weight file"
         )
     name = stated["architecture"] + (f".{stated['tag']}" if stated.get("tag") else "")
     if not (stated.get("url") or stated.get("hf_hub_id") or stated.get("file")):
         tags = ", ".join(timm.list_pretrained(f"{stated['architecture']}.*")[:8]) or "none"
-        raise UserError(f"init_from: timm has no weights for {name}; with weights: {tags}")
+        raise UserError(f"{key}: timm has no weights for {name}; with weights: {tags}")
     settings = {"num_classes": network.num_classes, "in_chans": _count_channels(network, stated)}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -36,12 +37,13 @@ def load_timm(network: nn.Module, *, keep_head: bool) -> tuple[Fit, dict[str, An
     except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"init_from: timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
+            f"{key}: timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
             f"timm.create_model('{name}', pretrained=True) where there is a network and copy the cache (HF_HOME), or "
-            "give the file: init_from=PATH"
+            f"give a file: {key}=PATH"
         ) from None
     keeps = keep_head and stated.get("num_classes") == network.num_classes
-    fit = load_into(network, loaded.state_dict(), keep_head=keeps)
+    state, _ = filter_state(network, loaded.state_dict())  # of another image size: positions are interpolated
+    fit = load_into(network, state, keep_head=keeps)
     licence = stated.get("license")
     log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
     return fit, {"source": f"timm {name}", "layout": "timm", "licence": licence}

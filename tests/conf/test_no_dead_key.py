@@ -260,7 +260,7 @@ def run_all(recorder, folder, monkeypatch):
            f"data.root={images if file is of_timm else glyphs}", *on_cpu)  # fmt: skip
         go("export", *file, f"output=exported_{len(file)}")
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
-    go("tests.tasks.tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
+    go("tests.tasks.thin_tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
@@ -314,7 +314,7 @@ REFUSED = {
 def test_every_leaf_is_read(script, runs):
     fields, reads = list_fields(load_command(script).schema), runs[0][script]
     # A kind of the tests is in the schema where another test of this process has imported it.
-    elsewhere = (*REFUSED.get(script, ()), "TaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
+    elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
     dead = {name for name in fields - reads - PROVED if not name.startswith(elsewhere)}
     assert dead == set()
 

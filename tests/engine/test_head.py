@@ -136,7 +136,7 @@ def test_padding_and_unreadable_images_are_ignored(runtime):
 def test_timm_networks_and_those_without_a_linear_head():
     config = TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)
     assert find_head(build_network(config, 7)).out_features == 7
-    with pytest.raises(ValueError, match=r"^task\.head: .* need a network that ends in one linear layer"):
+    with pytest.raises(ValueError, match=r"^task\.head: a network that ends in one linear layer"):
         find_head(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 

@@ -19,7 +19,7 @@ def images(count=6):
 def mix(seed, **changes):
     values = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5} | changes
     torch.manual_seed(seed)
-    return Mixing(**values)(images(), LABELS, ONES, 4)
+    return Mixing(**values)(images(), F.one_hot(LABELS, 4).float(), ONES)
 
 
 def test_mixup_is_timms_with_one_share_and_the_reverse_batch():

@@ -17,11 +17,13 @@ from bench.measure import bench_loop, build_bench_run, read_group
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
+from engine.tasks.tagging import TaggingTask, TaggingTaskConfig
 from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 from models.fcmae import draw_mask
 from optim.build import skips_on_device
 from utils.rng import generator_for
+from utils.vocabulary import Vocabulary
 
 STEPS, CLASSES, SIZE, BATCH = 10, 5, 32, 4
 PREPROCESSING = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -102,6 +104,12 @@ def make_task(kind, **changes):
     if kind == "fcmae":
         config = read_group(FCMAETaskConfig, "task", "fcmae", decoder_dim=16, **changes)
         return FCMAETask(Setup(model, config, PREPROCESSING)), model, config
+    if kind == "tagging":
+        config = read_group(TaggingTaskConfig, "task", "tagging", **changes)
+        names = tuple(str(index) for index in range(CLASSES))
+        facts = Vocabulary(names, (9, 9, 0, 0, 0), (1, 2, 3, 4, 5), tuple(range(CLASSES))).facts()
+        facts |= {"orientation": {"pairs": [[2, 3]], "dropped": [4], "no_flip": [4]}, "tag_priors": [0.5] * CLASSES}
+        return TaggingTask(Setup(model, config, PREPROCESSING, facts)), model, config
     config = read_group(ClassificationTaskConfig, "task", "classification", **changes)
     facts = {"class_names": [str(index) for index in range(CLASSES)]}
     return ClassificationTask(Setup(model, config, PREPROCESSING, facts)), model, config
@@ -119,6 +127,9 @@ def make_batch(kind, model, config, device, seed):
     if kind == "fcmae":
         patches = patch_count(model, config, [SIZE, SIZE])
         batch["mask"] = torch.stack([draw_mask(generator, patches, config.mask_ratio) for _ in range(BATCH)])
+    if kind == "tagging":
+        batch |= {"tags": torch.arange(CLASSES), "tags_offsets": torch.tensor([0, 2, 2, 3, CLASSES])}
+        batch |= {"rating_known": batch["weight"] > 0, "flip": torch.tensor([0, 1, -1, 0], dtype=torch.int8)}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -147,6 +158,7 @@ CASES = [
     ("fcmae", "adamw", {"execution": "dense", "grn_over": "batch"}),
     ("classification", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}),
     ("classification", "adan", {}),
+    ("tagging", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "tag_weight_power": 0.5}),
     ("classification", "sgd", {}),
     ("batch statistics", "adamw", {}),
 ]

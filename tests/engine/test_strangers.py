@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import evaluate
 import export
 import predict
-import tests.tasks.tagging  # noqa: F401 (adds its kind to the table)
+import tests.tasks.thin_tagging  # noqa: F401 (adds its kind to the table)
 from tests.engine.test_checkpoint import forge
 from tests.in_process import SHORT, make_images, run, working_in
 from tests.support import rows
@@ -29,8 +29,8 @@ def place(tmp_path_factory):
     """Return a folder with images and a run of each task, with an average."""
     folder = tmp_path_factory.mktemp("strangers")
     make_images(folder / "images")
-    for task in ("multicrop", "flow", "tagging"):
-        more = ["model.head_init_scale=1.0"] if task == "tagging" else []  # else all its probabilities are 0.5
+    for task in ("multicrop", "flow", "thin_tagging"):
+        more = ["model.head_init_scale=1.0"] if task == "thin_tagging" else []  # else all its probabilities are 0.5
         run(f"tests.tasks.{task}", [*OVERRIDES, *more, f"run_dir={task}", "loop.ema_decay=0.9"], folder)
     return folder
 
@@ -55,7 +55,7 @@ EXPORT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", ["multicrop", "flow", "tagging"])
+@pytest.mark.parametrize("task", ["multicrop", "flow", "thin_tagging"])
 def test_evaluate_finds_what_the_run_found(task, place):
     call(evaluate, place, run_dir=task, output=f"{task}.json", batch_size=3, runtime=RUNTIME, **WEIGHTS)
     found = json.loads((place / f"{task}.json").read_text())
@@ -114,7 +114,9 @@ def predictions(place, output, **values):
     """Predict the validation images, with all tags; returns the file's rows."""
     config = {
         "input": "images/val", "top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu",
-        "workers": 0, "dry_run": False,
+        "workers": 0, "dry_run": False, "existing": None, "like": None, "thresholds": None, "profile": "per_tag",
+        "text": {"order": "score", "max_tags": None, "exclude": [], "rating": None, "spaces": False, "escape": False,
+                 "separator": ", "},
     }  # fmt: skip
     call(predict, place, **{**config, "output": output, **values})
     with open(place / output, newline="") as stream:
@@ -122,16 +124,18 @@ def predictions(place, output, **values):
 
 
 def test_tags_are_exported_and_predicted(place):
-    call(export, place, run_dir="tagging", **EXPORT)
-    ours, exported = (predictions(place, "tags.jsonl", weights=f"tagging{file}") for file in ("", "/export/model.onnx"))
+    call(export, place, run_dir="thin_tagging", **EXPORT)
+    files = ("thin_tagging", "thin_tagging/export/model.onnx")
+    ours, exported = (predictions(place, "tags.jsonl", weights=file) for file in files)
     assert len(ours) == 4 and [row["path"] for row in ours] == [row["path"] for row in exported]
-    assert all(one["probs"] == pytest.approx(other["probs"], abs=1e-5) for one, other in zip(ours, exported))
-    likely = [[tag for tag, prob in row["probs"].items() if prob >= 0.5] for row in ours]
-    table = predictions(place, "tags.csv", weights="tagging", threshold=0.5)
+    ours, exported = ([row["probs"]["general"] for row in found] for found in (ours, exported))
+    assert all(one == pytest.approx(other, abs=1e-5) for one, other in zip(ours, exported))
+    likely = [[tag for tag, prob in probs.items() if prob >= 0.5] for probs in ours]
+    table = predictions(place, "tags.csv", weights="thin_tagging", threshold=0.5)
     assert [row["tags"] for row in table] == [", ".join(tags) for tags in likely]
-    assert all(0 < len(tags) < len(row["probs"]) for tags, row in zip(likely, ours))
-    call(export, place, run_dir="tagging", **{**EXPORT, "format": "transformers"})
-    config = json.loads((place / "tagging/export/transformers/config.json").read_text())
+    assert all(0 < len(tags) < len(probs) for tags, probs in zip(likely, ours))
+    call(export, place, run_dir="thin_tagging", **{**EXPORT, "format": "transformers"})
+    config = json.loads((place / "thin_tagging/export/transformers/config.json").read_text())
     assert config["problem_type"] == "multi_label_classification" and config["id2label"]["7"].startswith("tag ")
 
 

@@ -172,6 +172,14 @@ def test_a_size_that_a_timm_network_refuses_is_refused(name, size, reason, own, 
     assert f"; set augment.image_size_hw={own}, for which it is made, or choose a network that" in str(refused.value)
 
 
+def test_a_vit_is_made_for_another_size():
+    values = {**TIMM, "name": "test_vit", "image_size_hw": [64, 32]}
+    assert build_network(parse(values), 3)(torch.zeros(1, 3, 64, 32)).shape == (1, 3)
+    check_image_size(parse(values), (64, 32))
+    with pytest.raises(UserError, match=r"^model.image_size_hw: \[64, 32\] given, but timm's resnet18 is not made"):
+        build_network(parse({**values, "name": "resnet18"}), 3)
+
+
 def test_what_cannot_be_tried_on_the_meta_device_passes(monkeypatch):
     forward = "timm.models.vision_transformer.VisionTransformer.forward"
     monkeypatch.setattr(forward, lambda self, images: images.sum().item())

@@ -174,12 +174,14 @@ def test_preprocessing_is_equal(form, preprocessing, tmp_path):
 
 
 def test_any_network_of_timm_goes_to_timm(tmp_path):
-    model, metadata = make(timm_config("test_resnet", in_channels=1), mean=[0.4], std=[0.3])
-    export("timm", model, metadata, tmp_path)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    inputs = torch.randn(2, 1, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(inputs), model.network(inputs))
+    vit = make(timm_config("test_vit").model_copy(update={"image_size_hw": [64, 64]}))
+    resnet = make(timm_config("test_resnet", in_channels=1), mean=[0.4], std=[0.3])
+    for (model, metadata), channels in ((vit, 3), (resnet, 1)):
+        export("timm", model, metadata, tmp_path / str(channels))
+        loaded = timm.create_model(f"local-dir:{tmp_path / str(channels)}", pretrained=True).eval()
+        inputs = torch.randn(2, channels, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(inputs), model.network(inputs))
     with pytest.raises(UserError, match=r"^format: "):
         export("transformers", model, metadata, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -69,6 +69,18 @@ COSINE_MIN_LR = [
     (0.1439339828220179, "0.1 + 0.3 (2 - sqrt 2) / 4"),
     (0.1114180701233070, "above min_lr to the last step"),
 ]
+COSINE_RESTARTS = [
+    (0.5, "warm-up of 2"),
+    (1.0, "full rate"),
+    (1.0, "first of two cycles of 4"),
+    (0.8535533905932737, "(2 + sqrt 2) / 4"),
+    (0.5, "half way"),
+    (0.1464466094067262, "(2 - sqrt 2) / 4"),
+    (1.0, "the restart, at the full rate"),
+    (0.8535533905932737, ""),
+    (0.5, ""),
+    (0.1464466094067262, "0 would be reached by the update after the last"),
+]
 COSINE_ALL_WARMUP = [(step / 10, "a warm-up as long as the run never leaves the line") for step in range(1, 11)]
 
 
@@ -79,14 +91,17 @@ COSINE_ALL_WARMUP = [(step / 10, "a warm-up as long as the run never leaves the 
         ({"warmup": 0}, COSINE_NO_WARMUP),
         ({"lr": 0.4, "warmup": 2, "min_lr": 0.1}, COSINE_MIN_LR),
         ({"warmup": 10}, COSINE_ALL_WARMUP),
+        ({"warmup": 2, "restarts": 1}, COSINE_RESTARTS),
     ],
-    ids=["warmup", "no_warmup", "min_lr", "all_warmup"],
+    ids=["warmup", "no_warmup", "min_lr", "all_warmup", "restarts"],
 )
 def test_cosine_at_every_step(settings, table):
     close(rates(make("cosine", **settings)), [rate for rate, _ in table], 1e-14)
 
 
 def test_the_rate_reaches_min_lr_at_the_end_of_the_last_step():
+    for restarts in (0, 3):
+        assert make("cosine", min_lr=0.1, restarts=restarts).at(STEPS).lr == pytest.approx(0.1, abs=1e-15)
     schedule = make("cosine", lr=0.4, min_lr=0.1, warmup=2)
     assert schedule.at(STEPS).lr == pytest.approx(0.1, abs=1e-15)
     assert schedule.at(STEPS + 5).lr == pytest.approx(0.1, abs=1e-15)

@@ -5,7 +5,7 @@ import sys
 
 import tests.tasks.flow
 import tests.tasks.multicrop
-import tests.tasks.tagging  # noqa: F401 (each adds its kind to the table)
+import tests.tasks.thin_tagging  # noqa: F401 (each adds its kind to the table)
 
 if __name__ == "__main__":
     importlib.import_module(sys.argv.pop(1)).main()

@@ -59,6 +59,8 @@ ADDED_KEYS = {
     "augment.eval_resize": Added("crop", hashed=True),
     "data.background": Added(None),
     "augment.pad": Added("none"),
+    "schedule.restarts": Added(0),
+    "model.image_size_hw": Added(None),
 }
 
 # Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that

@@ -1,6 +1,6 @@
 """Tagging, thin: ragged tag ids, multi-hot targets on the device, a sigmoid per tag.
 
-python -m tests.tasks.tagging data.root=COLLECTION
+python -m tests.tasks.thin_tagging data.root=COLLECTION
 """
 
 from typing import Literal
@@ -19,13 +19,13 @@ from models.weights.initialise import initialise_from
 from tests.tasks.entry import add_kind
 
 
-class TaggingTaskConfig(TaskConfig):
-    name: Literal["tagging"]
+class ThinTaggingTaskConfig(TaskConfig):
+    name: Literal["thin_tagging"]
     positive_weight: float
 
 
-class TaggingConfig(ImageTrainingConfig):
-    task: TaggingTaskConfig
+class ThinTaggingConfig(ImageTrainingConfig):
+    task: ThinTaggingTaskConfig
 
 
 class TagFields:
@@ -39,7 +39,7 @@ class TagFields:
         return {"tags": Ragged(torch.tensor(ids, dtype=torch.int64))}
 
 
-class TaggingTask(Task):
+class ThinTaggingTask(Task):
     def __init__(self, setup):
         super().__init__()
         self.tag_names = setup.facts["tag_names"]
@@ -71,13 +71,13 @@ class TaggingTask(Task):
         return Report(measure_means(loaders["val"], lambda batch: {"loss": self._losses(batch)[0]}))
 
 
-class TaggingPipeline(ImagePipeline):
+class ThinTaggingPipeline(ImagePipeline):
     def fields(self, collection, setup):
         return TagFields(setup.facts["tag_names"])
 
 
-class TaggingKind(Kind):
-    config, pipeline = TaggingTaskConfig, TaggingPipeline()
+class ThinTaggingKind(Kind):
+    config, pipeline = ThinTaggingTaskConfig, ThinTaggingPipeline()
     output, exports = "tags", IMAGE_EXPORTS
     fact_names = ("tag_names",)
 
@@ -85,10 +85,10 @@ class TaggingKind(Kind):
         return {"tag_names": sorted(collection.tag_counts("train"))}
 
     def build(self, setup):
-        return TaggingTask(setup)
+        return ThinTaggingTask(setup)
 
 
-main = add_kind("tagging", TaggingKind(), TaggingConfig)
+main = add_kind("thin_tagging", ThinTaggingKind(), ThinTaggingConfig)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,310 @@
+"""The tagger: its loss, mirror, head and facts on a batch, and whole runs on a folder of images with sidecars."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from engine.tasks.kind import Setup
+from engine.tasks.rebuild import rebuild_task
+from engine.tasks.tag_head import prior_bias
+from engine.tasks.tag_losses import TagLossConfig
+from engine.tasks.tagging import TaggingTask, TaggingTaskConfig, measure_priors, read_flips
+from models.config import TimmConfig
+from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
+from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run, run_until_killed
+from tests.support import assert_same_rows, checkpoint_tensors, rows
+from utils.config.messages import ConfigError
+from utils.errors import UserError
+from utils.io.weights import InitFrom, read_weights, write_weights
+from utils.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    ("general", "sensitive", "questionable", "explicit", "left_arm", "right_arm", "text", "left_eye"),
+    (9, 9, 9, 9, 0, 0, 0, 0), (20, 10, 5, 5, 16, 12, 8, 4), tuple(range(8)),
+)  # fmt: skip
+PRIORS = [0.5, 0.25, 0.1, 0.1, 0.4, 0.3, 0.9, 0.0]
+FACTS = {
+    **VOCABULARY.facts(), "tag_priors": PRIORS, "orientation": {"pairs": [[4, 5]], "dropped": [7], "no_flip": [6]},
+}  # fmt: skip
+BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05, alpha=None, margin=1.0, scheduled=[])
+CONFIG = TaggingTaskConfig(
+    name="tagging", vocabulary=None, min_count=1, rating_s=None, aliases=None, implications=None, orientation=None,
+    loss=BCE, label_smoothing=0.0, tag_weight_power=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
+    mix_switch_probability=0.5,
+)  # fmt: skip
+TAGS = [[0, 4], [1, 5, 6], [4, 7], [2], [0, 4, 5], [3, 7], [1, 6], [0]]
+
+
+def make(facts=FACTS, **changes):
+    torch.manual_seed(0)
+    return TaggingTask(Setup(MODEL, CONFIG.model_copy(update=changes), PREPROCESSING, facts))
+
+
+def make_tags(tags=TAGS):
+    """A batch; an image without a rating has an unknown one."""
+    batch = make_batch(len(tags)) | {"tags": torch.tensor(sum(tags, []))}
+    batch["tags_offsets"] = torch.tensor([0, *np.cumsum([len(own) for own in tags])])
+    return batch | {"rating_known": torch.tensor([own[0] < 4 for own in tags])}
+
+
+# --- a batch
+
+
+def test_one_batch_is_learned_by_heart(runtime):  # noqa: F811
+    first, last = learn(make(facts={**VOCABULARY.facts(), "tag_priors": PRIORS}), make_tags(), runtime, steps=80)
+    assert last < first / 10
+
+
+def test_the_head_begins_with_the_frequencies():
+    bias = make().network.head.bias.sigmoid()
+    assert bias.tolist() == pytest.approx([0.5, 0.25, 0.1, 0.1, 0.4, 0.3, 0.5, 1 / (1 + np.exp(8))], abs=1e-6)
+    drawn = make(facts=VOCABULARY.facts()).network.head.bias
+    assert drawn.abs().max() == 0  # as a file is rebuilt
+    config = TimmConfig(family="timm", name="deit_tiny_distilled_patch16_224", in_channels=3, drop_path_rate=None)
+    with pytest.raises(UserError, match="^model.name: a network that ends in one linear layer"):
+        TaggingTask(Setup(config, CONFIG, {**PREPROCESSING, "image_size_hw": [224, 224]}, FACTS))
+
+
+def test_the_loss_is_a_sum_over_tags_with_weights_and_smoothing():
+    batch, plain = make_tags(), make(facts=VOCABULARY.facts())
+    logits = torch.randn(8, 8)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, (plain.targets(batch).nan_to_num() * 0.9 + 0.05), reduction="none"
+    )
+    weighted = make(facts=VOCABULARY.facts(), label_smoothing=0.1, tag_weight_power=1.0)
+    weights = (8 / torch.tensor(VOCABULARY.counts)).clamp(0.1, 10)  # 8: the median, the lower of two
+    expected = (expected * weights)[:, :].where(~plain.targets(batch).isnan(), 0.0).sum(1)
+    torch.testing.assert_close(weighted.label_losses(logits, plain.targets(batch), {}), expected)
+
+
+def test_an_unknown_rating_masks_its_four_columns_alone():
+    task, batch = make(facts=VOCABULARY.facts()), make_tags([[4], [5, 6]])
+    targets = task.targets(batch)
+    assert targets[:, :4].isnan().all() and targets[:, 4:].tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
+    task(batch, {}).loss.sum().backward()
+    rows = task.network.head.weight.grad.abs().sum(1)
+    assert (rows[:4] == 0).all() and (rows[4:] > 0).all() and (task.network.head.bias.grad[:4] == 0).all()
+
+
+def test_mixup_takes_the_ratings_out_where_either_is_unknown():
+    task, batch = make(mixup_alpha=1.0), make_tags([[0, 4], [1, 5], [2, 6], [7]])
+    torch.manual_seed(1)
+    task.mirror = None
+    images, targets = task.views(batch)
+    unknown = targets.isnan()
+    assert unknown[:, :4].tolist() == [[True] * 4, [False] * 4, [False] * 4, [True] * 4] and not unknown[:, 4:].any()
+    share = float(targets[1, 1])
+    assert 0 < share < 1 and targets[2].tolist() == pytest.approx([0, 1 - share, share, 0, 0, 1 - share, share, 0])
+    plain = task.normalise(batch["images"])
+    torch.testing.assert_close(images, share * plain + (1 - share) * plain.flip(0))
+    output = task(batch, {})
+    assert output.loss.isfinite().all() and all(value.isfinite() for pair in output.logs.values() for value in pair)
+
+
+def test_images_and_tags_are_mirrored_together_and_in_training_alone():
+    """Left and right change places, the tag without a partner goes, no image with text is mirrored but where told."""
+    task, batch = make(), make_tags([[0, 4]] * 20 + [[1, 5, 7]] * 20 + [[2, 4, 6]] * 20)
+    plain = task.normalise(batch["images"])
+    images, targets = task.views(batch)
+    mirrored = torch.tensor([torch.equal(one, other.flip(-1)) for one, other in zip(images, plain)])
+    assert 3 < mirrored[:20].sum() < 17 and 3 < mirrored[20:40].sum() < 17 and not mirrored[40:].any()
+    assert torch.equal(targets[:20, 5] == 1, mirrored[:20]) and torch.equal(targets[:20, 4] == 0, mirrored[:20])
+    assert torch.equal(targets[20:40, 7] == 0, mirrored[20:40])
+    told = task.views(batch | {"flip": torch.tensor([1, -1, 0] * 20, dtype=torch.int8)})[0]
+    assert torch.equal(told[::3], plain[::3].flip(-1)) and torch.equal(told[1::3], plain[1::3])
+    images, targets = task.eval().views(batch)
+    assert torch.equal(images, plain) and torch.equal(targets.nan_to_num(), task.targets(batch).nan_to_num())
+
+
+def test_scheduled_parameters_of_the_loss_are_knobs():
+    loss = BCE.model_copy(update={"name": "asl", "scheduled": ["gamma_neg", "clip"]})
+    task, batch = make(facts=VOCABULARY.facts(), loss=loss).eval(), make_tags()
+    assert task.knob_names == {"gamma_neg", "clip"} and make().knob_names == frozenset()
+    strong, weak = (
+        task(batch, {"gamma_neg": torch.tensor(gamma), "clip": torch.tensor(0.0)}).loss.sum() for gamma in (7.0, 0.0)
+    )
+    assert strong < weak / 2
+
+
+# --- an earlier tagger
+
+
+def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their_mean(tmp_path):
+    earlier = make()
+    torch.nn.init.normal_(earlier.network.head.weight)
+    path = tmp_path / "earlier.safetensors"
+    metadata = {"task": CONFIG.model_dump(), "model": MODEL.model_dump(), **earlier.exported().metadata}
+    write_weights(path, earlier.network.state_dict(), metadata)
+    assert "orientation" not in metadata and "tag_priors" not in metadata
+    names = ("hat", "text", "left_arm", "general", "general")  # a tag and a rating of one name
+    now = Vocabulary(names, (0, 0, 0, 9, 0), (9,) * 5, tuple(range(5)))
+    task = make(facts={**now.facts(), "tag_priors": [0.2, 0.3, 0.4, 0.5, 0.1]})
+    task.initialise(InitFrom(str(path), "model"))
+    head, before = task.network.head, earlier.network.head
+    assert torch.equal(head.weight[1:4], before.weight[[6, 4, 0]])
+    assert torch.equal(head.bias[1:4], before.bias[[6, 4, 0]])
+    torch.testing.assert_close(head.weight[[0, 4]], before.weight.mean(0).expand(2, -1))
+    torch.testing.assert_close(head.bias[[0, 4]], prior_bias(torch.tensor([0.2, 0.1])))
+    assert torch.equal(task.network.stages[0][0].dwconv.weight, earlier.network.stages[0][0].dwconv.weight)
+    assert task.origin["source"].endswith("earlier.safetensors")
+
+    short = {**earlier.network.state_dict(), "head.weight": before.weight[:3], "head.bias": before.bias[:3]}
+    write_weights(path, short, metadata)
+    with pytest.raises(UserError, match="^init_from: .* has no head of its 8 tags"):
+        task.initialise(InitFrom(str(path), "model"))
+
+
+# --- what is read of a collection
+
+
+class _Index:
+    tagged, rating_known = np.array([1, 1, 1, 0, 1], bool), np.array([1, 0, 1, 1, 0], bool)
+
+    def count(self, rows, width):
+        assert rows.tolist() == [0, 1, 2]
+        return np.array([1, 1, 0, 0, 3, 0, 0, 0])
+
+
+def test_priors_are_shares_of_the_images_that_are_known():
+    found = measure_priors(_Index(), np.array([0, 1, 2, 3]), VOCABULARY)
+    assert found == [0.5, 0.5, 0, 0, 1, 0, 0, 0]
+    with pytest.raises(UserError, match="^data.root: no training image has a tag of the vocabulary"):
+        measure_priors(_Index(), np.array([3]), VOCABULARY)
+
+
+def test_the_column_flip_may_have_gaps_and_nothing_strange(tmp_path):
+    class Found:
+        root = tmp_path
+        table = type("Table", (), {"column_names": ["flip"]})
+
+        def column(self, name):
+            return self.values
+
+    collection = Found()
+    collection.values = np.array([1, np.nan, -1, 0])
+    assert read_flips(collection).tolist() == [1, 0, -1, 0] and read_flips(collection).dtype == np.int8
+    for wrong in (np.array([0, 2]), np.array(["never", None], dtype=object)):
+        collection.values = wrong
+        with pytest.raises(UserError, match="^data.root: the column flip of"):
+            read_flips(collection)
+
+
+# --- runs
+
+RUN = [
+    *SMALL_MODEL, *SHORT, "task=tagging", "task.min_count=1", "task.rating_s=general", "data=image_folder",
+    "data.root=images", "model.head_init_scale=1.0", "augment.image_size_hw=[32,32]",
+]  # fmt: skip
+RATED = {"A": "square, rating:s", "B": "disc, round, rating:explicit"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, their sidecars, and a run with an average."""
+    folder = tmp_path_factory.mktemp("tagging")
+    make_images(folder / "images")
+    for file in (folder / "images").rglob("*.txt"):
+        tags = RATED[file.parent.name]
+        file.write_text(tags.rpartition(", ")[0] if file.stem == "003" else tags)
+    run("train", [*RUN, "run_dir=run", "loop.total_steps=60", "loop.ema_decay=0.5", "optim.lr=0.01",
+                  "loop.evaluate_every_epochs=15", "loop.checkpoint_every_steps=60", "lr_finder.enabled=false",
+                  "optim=adamw", "schedule=cosine"], folder)  # fmt: skip
+    return folder
+
+
+def test_a_run_learns_and_is_judged_by_its_map(place):
+    found, losses = (rows(place / "run/metrics.jsonl", kind) for kind in ("evaluate", "train"))
+    first, last = (sum(row["loss"] for row in part) for part in (losses[:5], losses[-5:]))
+    assert last < 0.8 * first
+    figures = {"loss", "mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "macro_mcc", "macro_best_f1", "samples"}
+    assert {f"ema/{name}" for name in figures} <= found[-1].keys()
+    state = json.loads((place / "run/checkpoints/step_00000060/state.json").read_text())
+    assert state["best"]["value"] == max(row["ema/mAP"] for row in found) > 0.5
+    files = " ".join(file.name for folder in ("tables", "plots") for file in (place / "run" / folder).iterdir())
+    assert all(name in files for name in ("tags", "tag_groups", "pr_curves", "mistakes"))
+
+
+def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
+    path = place / "run/weights/best_weights.safetensors"
+    tensors, metadata = read_weights(path, "weights")
+    vocabulary = rebuild_task(path).task.vocabulary
+    assert vocabulary.names == ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
+    assert metadata["vocabulary_hash"] == vocabulary.hash and not {"orientation", "tag_priors"} & metadata.keys()
+    # Orientation is the run's own, whatever a file says.
+    forged = place / "forged.safetensors"
+    write_weights(forged, tensors, {**metadata, "orientation": {"pairs": [[0, 999]]}, "tag_priors": [9.0]})
+    assert rebuild_task(forged).task.mirror is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tag_names", lambda names: None),
+        ("tag_names", lambda names: [*names[:-1], 7]),
+        ("tag_names", lambda names: [*names[:-2], "a", "a"]),
+        ("tag_categories", lambda values: values[:-1]),
+        ("tag_categories", lambda values: [True, *values[1:]]),
+        ("tag_counts", lambda values: [-1, *values[1:]]),
+        ("tag_ids", lambda values: [2**63, *values[1:]]),
+        ("tag_ids", lambda values: "1234567"),
+        ("vocabulary_hash", lambda value: "0" * 16),
+        ("vocabulary_hash", lambda value: None),
+    ],
+)
+def test_a_strangers_vocabulary_is_refused_by_its_key(name, change, place):
+    tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors", "weights")
+    path = place / "stranger.safetensors"
+    write_weights(path, tensors, {**metadata, name: change(metadata[name])})
+    with pytest.raises(UserError, match=rf"^weights: {path}.*(\({name}|'a' of category 0 more than once)"):
+        rebuild_task(path)
+
+
+def test_killed_and_resumed_equals_uninterrupted(place):
+    settings = [*RUN, "loop.total_steps=6", "task.mixup_alpha=0.5", "task.cutmix_alpha=1.0"]
+    run("finetune", [*settings, "run_dir=whole"], place)
+    run_until_killed("finetune", [*settings, "run_dir=killed"], place, 3)
+    run("finetune", [*settings, "run_dir=killed"], place)
+    one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert_same_rows(place / "whole", place / "killed", tolerance=0)
+
+
+def test_a_run_extends_another_and_has_the_exports_of_a_tagger(place):
+    shutil.copytree(place / "images", place / "more")
+    for file in (place / "more").rglob("*.txt"):
+        file.write_text(file.read_text() + ", drawing")
+    run("finetune", [*RUN, "data.root=more", "init_from=run", "run_dir=extended", "loop.total_steps=1",
+                     "optim.lr=1e-12"], place)  # fmt: skip
+    (before, old), (after, new) = (
+        read_weights(place / name / "weights/last_weights.safetensors", "weights") for name in ("run", "extended")
+    )
+    for row, tag in enumerate(new["tag_names"]):
+        known = tag in old["tag_names"]
+        expected = before["head.weight"][old["tag_names"].index(tag)] if known else before["head.weight"].mean(0)
+        torch.testing.assert_close(after["head.weight"][row], expected, rtol=0, atol=1e-6)
+    assert "drawing" in new["tag_names"] and "drawing" not in old["tag_names"]
+    assert run("export", ["format=wd14", "run_dir=extended", "dry_run=true"], place).startswith("dry run")
+
+
+def test_knobs_of_the_loss_are_demanded_and_read(place):
+    asl = ["task.loss.name=asl", "task.loss.scheduled=[gamma_neg]", "run_dir=asl"]
+    with pytest.raises(UserError, match="^schedule.knobs.gamma_neg: "):
+        run("finetune", [*RUN, *asl], place)
+    knobs = "+schedule.knobs.gamma_neg={start: 0.0, phases: [{to: 8.0, curve: linear}]}"
+    run("finetune", [*RUN, *asl, knobs, "optim.lr=0", "loop.total_steps=4", "task.orientation=null",
+                     "augment.crop_scale=[1.0,1.0]", "augment.interpolation=bilinear"], place)  # fmt: skip
+    losses = [row["loss"] for row in rows(place / "asl/metrics.jsonl", "train")]
+    assert sum(losses[2:]) < sum(losses[:2])  # each pair of steps sees the same images
+
+
+def test_what_is_wrong_is_named_by_its_key(place):
+    with pytest.raises(ConfigError, match="augment.horizontal_flip: 0.5 would mirror images without their tags"):
+        configure("finetune", [*RUN, "augment.horizontal_flip=0.5"])
+    with pytest.raises(UserError, match="^task.rating_s: null, and 3 of 8 images"):
+        run("finetune", [*RUN, "task.rating_s=null", "run_dir=x"], place)
+    with pytest.raises(UserError, match="^task.vocabulary: "):
+        run("finetune", [*RUN, "task.vocabulary=absent.csv", "run_dir=x"], place)
+    assert not (place / "x").exists()
