@@ -68,7 +68,7 @@ class _Metadata(BaseModel):
     @model_validator(mode="after")
     def _one_per_tag(self) -> Self:
         count = len(getattr(self, "tag_names", ()))
-        for name in ("tag_categories", "thresholds"):
+        for name in ("tag_categories", "tag_counts", "tag_ids", "thresholds"):
             if (found := getattr(self, name)) is not None and len(found) != count:
                 raise ValueError(f"{len(found)} {name} for {count} tags")
         return self

@@ -52,7 +52,7 @@ def weights_of(place, run, name="last"):
 def metrics(folder, *overrides):
     run("evaluate", [*overrides, "output=found.json"], folder)
     found = read_json(folder / "found.json")
-    return {name: value for name, value in found.items() if name not in ("weights", "step")}
+    return {name: value for name, value in found.items() if name not in ("weights", "step", "seconds")}
 
 
 # --- evaluate.py

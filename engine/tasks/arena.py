@@ -7,11 +7,10 @@ Every model prepares images as its file states. Only images that no model was tr
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from data.batch import multi_hot
@@ -24,7 +23,7 @@ from data.tags.rules import read_rules
 from data.transforms import EvalTransform
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.means import Means
-from engine.measures.tag_scores import TagScores, category_name
+from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.runtime import Runtime
 from engine.task import Report
@@ -32,12 +31,13 @@ from engine.tasks.rebuild import load_predictor
 from engine.tasks.tagging import CACHE, TagFields
 from models.predictor import Predictor
 from utils.canvas import background_of
+from utils.config.bounds import Count
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.vocabulary import FACTS, RATING, Vocabulary, vocabulary_of
+from utils.vocabulary import FACTS, RATING, Vocabulary, category_name, vocabulary_of
 
 log = get_logger(__name__)
 
@@ -49,7 +49,7 @@ _SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35",
 class ArenaConfig(Strict):
     """min_support: the images that a tag needs to be compared. rating_s, aliases, implications: as in prepare.py."""
 
-    min_support: Annotated[int, Field(ge=1)]
+    min_support: Count
     rating_s: Literal["sensitive", "general"] | None
     aliases: PathText | None
     implications: PathText | None
