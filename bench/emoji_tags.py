@@ -46,7 +46,7 @@ PRETRAINING_SHARE, QUICK_STEPS, QUICK_EMOJI = 1 / 3, 4, 100
 SHORT, LONG = 4, 24  # steps of the runs that tell the seconds of a step
 PRECISION = "bf16" if has_fast_bf16("cpu") else "fp32"
 OURS = [
-    "data=image_folder", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]",
+    "data=image_folder", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]", "augment.interpolation=bicubic",
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}", "loop.global_batch_size=128",
     "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000", f"runtime.precision={PRECISION}",
     "runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "runtime.compile=false",
