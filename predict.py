@@ -38,9 +38,9 @@ from data.predictions import (
 from data.tags.captions import find_excluded, join_tags, spell_tags
 from engine.config import MachineConfig
 from engine.runtime import choose_device, choose_runtime
-from engine.tasks.rebuild import load_image_model
+from engine.tasks.rebuild import load_predictor
 from models.outputs import OUTPUTS, RowOptions
-from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
@@ -111,11 +111,6 @@ def check_output(config: PredictConfig) -> None:
             f"output: {config.output} ends in {suffix!r}; name a .jsonl or .csv file; without like also .npz, and for "
             "tags .json, FOLDER/ or beside"
         )
-
-
-def load_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor of a weight file or an ONNX file, by its suffix."""
-    return OnnxPredictor(path, device) if path.suffix == ".onnx" else TorchPredictor(*load_image_model(path), device)
 
 
 def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:

@@ -12,10 +12,10 @@ draws the icons, once. quick: a few steps on a few emoji, and nothing where a pa
 | train | `train.py task=tagging` with its ResNet-18 and its defaults |
 | timm | the plain loop of bench/timm_tagger.py with timm's resnet18 |
 
-All have the same images of 48 px, tags, crops, turns, size of a batch and precision, and mirror nothing; their last
-weights are judged. Seconds are CPU seconds of one thread, so other work on the machine takes none of them: those of the
-training steps, with reading and augmenting. Of a command of ours they are what it takes beyond its fixed part (start
-and evaluation), which two short runs tell apart. `frequency` gives all images the tags' frequencies as scores.
+All have the same images of 48 px, tags, crops, turns and precision, and batches of 128 (64 in FCMAE); none mirrors. The
+last weights are judged. Seconds are CPU seconds of one thread, so other work on the machine takes none of them. They
+are those of the training steps, with reading and augmenting. Of a command of ours they are what it takes beyond its
+fixed part, start and evaluation, which two short runs tell apart. `frequency` gives all images the tags' frequencies.
 """
 
 import json
@@ -46,8 +46,8 @@ PRETRAINING_SHARE, QUICK_STEPS, QUICK_EMOJI = 1 / 3, 4, 100
 SHORT, LONG = 4, 24  # steps of the runs that tell the seconds of a step
 PRECISION = "bf16" if has_fast_bf16("cpu") else "fp32"
 OURS = [
-    "data=image_folder", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]",
-    "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}", "loop.global_batch_size=128",
+    "data=image_folder", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]", "augment.interpolation=bicubic",
+    "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
     "loop.evaluate_every_epochs=1.0e+9", "loop.checkpoint_every_steps=1000000000", f"runtime.precision={PRECISION}",
     "runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "runtime.compile=false",
 ]  # fmt: skip
@@ -55,11 +55,11 @@ OURS = [
 CONVNEXT = [
     "model=convnextv2_glyph", "model.depths=[1,1,4]", "optim=muon", "loop.clip_grad_norm=1.0", "loop.batch_size=64",
 ]  # fmt: skip
-TAGGING = ["task=tagging", "task.orientation=null"]
+TAGGING = ["task=tagging", "task.orientation=null", "loop.global_batch_size=128"]
 KINDS = {
     "pretrain": [
         "pretrain_fcmae.py", *CONVNEXT, "augment=tagger", "augment.crop_scale=[0.7,1.0]", "optim.lr=3.0e-3",
-        "task.decoder_dim=128", "task.probe.every_epochs=null",
+        "loop.global_batch_size=64", "task.decoder_dim=128", "task.probe.every_epochs=null",
     ],
     "finetune": ["finetune.py", *CONVNEXT, *TAGGING, "optim.lr=6.0e-3"],
     "train": ["train.py", *TAGGING, "tracking.live_plots=false"],

@@ -217,7 +217,7 @@ def test_implied_tags_count_and_other_categories_come_last(tmp_path):
     collection = collection_of(tmp_path / "root", rows_with({"kitty": 3, "cat": 1, "artist:z": 2, "copyright:y": 2}))
     rules = rules_of(tmp_path, "kitty,cat", "cat,animal")
     found = count_tags(collection, rules)
-    chosen, _ = choose_tags(found, wanted(categories=["artist", "general", "copyright"]))
+    chosen, _ = choose_tags(found, wanted(categories=["artist", "general", "copyright"]), "vocabulary.")
     assert list(zip(chosen.names, chosen.counts))[4:] == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]
 
 
