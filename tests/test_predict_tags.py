@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import predict
 from data.collection import index_collection, open_collection
 from data.config import TextConfig
 from data.tags.captions import find_excluded, join_tags, spell_tags
@@ -23,6 +22,7 @@ from engine.tasks.kind import ExportSettings
 from engine.tasks.tag_exports import TAG_EXPORTS
 from models.export.tag_files import Thresholds
 from models.outputs import OUTPUTS, Columns, RowOptions
+from models.predictor import TorchPredictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
@@ -247,7 +247,7 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
     whole = {file: file.read_text() for file in sorted({*images.rglob("*")} - known) if file.is_file()}
     for file in whole:
         file.unlink()
-    rows_of, calls = predict.TorchPredictor.rows, []
+    rows_of, calls = TorchPredictor.rows, []
 
     def fatal(self, *arguments):
         calls.append(arguments)
@@ -257,7 +257,7 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
 
     monkeypatch.setattr("data.predictions._KEPT_EVERY", 1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(predict.TorchPredictor, "rows", fatal)
+        patch.setattr(TorchPredictor, "rows", fatal)
         go(place, output, *words)
     if output.endswith(("jsonl", "csv")):
         with open(place / output, "a") as stream:
