@@ -52,6 +52,8 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     found = [pair for name in names for pair in _find(name, key)]
     if not found:
         raise UserError(f"{key}: stdin names no image; write a path on each line")
+    if unnamed := next((path for _, path in found if not _is_utf8(str(path))), None):
+        raise UserError(f"{key}: the file name {str(unnamed)!r} is not UTF-8; rename the file")
     root = os.path.commonpath([os.path.abspath(folder) for folder, _ in found])
     return Images(root, list(dict.fromkeys(path for _, path in found)))
 
@@ -75,6 +77,11 @@ def _only_images(paths: Iterable[Path], problem: str) -> list[Path]:
     if not found:
         raise UserError(f"{problem}; known endings: {', '.join(IMAGE_SUFFIXES)}")
     return found
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text can be written; a file name may hold bytes that no text has."""
+    return text == text.encode(errors="replace").decode()
 
 
 class Destination:

@@ -303,6 +303,9 @@ def test_images_are_found_by_list_pattern_and_stdin(place, images, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{path}\n" for path in wanted)))
     go(place, "copy/texts/", source="-")
     assert list(texts(images / "texts")) == [f"{path[4:-4]}.txt" for path in PATHS]  # below val, which they share
+    os.link(images / "val/A/000.png", os.fsencode(images) + b"/val/\xff.png")
+    with pytest.raises(UserError, match=r"^input: the file name .* is not UTF-8"):
+        go(place, "copy/x.jsonl")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(UserError, match=r"^input: stdin names no image"):
         go(place, "copy/x.jsonl", source="-")

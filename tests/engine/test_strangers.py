@@ -51,13 +51,15 @@ WEIGHTS = {
 }  # fmt: skip
 EXPORT = {
     **WEIGHTS, "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32", "dynamic_size": False,
-    "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "licence": None, "workers": 0, "threads": 1,
+    "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "thresholds": None, "licence": None, "workers": 0,
+    "threads": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["multicrop", "flow", "thin_tagging"])
 def test_evaluate_finds_what_the_run_found(task, place):
-    call(evaluate, place, run_dir=task, output=f"{task}.json", batch_size=3, runtime=RUNTIME, **WEIGHTS)
+    values = {"calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9}, "batch_size": 3, "runtime": RUNTIME}
+    call(evaluate, place, run_dir=task, output=f"{task}.json", **values, **WEIGHTS)
     found = json.loads((place / f"{task}.json").read_text())
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
     # What is exported is judged: the average where there is one of it, else the network itself.
