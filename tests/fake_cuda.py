@@ -249,6 +249,7 @@ def make_setup(task):
         "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
         "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
         "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
+        "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="both", label_share=0.5),
         "thin_tagging": lambda: kind.config(name=task, positive_weight=2.0),
         "multicrop": lambda: kind.config(
             name=task, dim=12, local_size_hw=[32, 32], student_temperature=0.1, centre_momentum=0.9
@@ -259,10 +260,12 @@ def make_setup(task):
         model = kind.model_schema(name="toy", in_channels=3, width=8)
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.fact_names, NAMES)
-    if task == "tagging":
+    if task in ("tagging", "distillation"):
         orientation = {"pairs": [[4, 5]], "dropped": [6], "no_flip": [6]}
         facts = Vocabulary(tuple(NAMES), (9, 9, 9, 9, 0, 0, 4), (5,) * 7, tuple(range(7))).facts()
-        facts |= {"orientation": orientation, "tag_priors": [0.1] * 7}
+        facts |= {"orientation": orientation, "tag_priors": [0.1] * 7, "labelled": True}
+        stated = {**preprocessing, "image_size_hw": [32, 32]}
+        facts["teacher"] = {"model": model.model_dump(), "preprocessing": stated, "outputs": 7}
     return kind, Setup(model, config, preprocessing, facts)
 
 
@@ -275,7 +278,7 @@ def make_batch(task, setup):
         sample |= {"images": images, "labels": torch.tensor(number % 3)}
         if task == "fcmae":
             sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
-        if task in ("tagging", "thin_tagging"):
+        if task in ("tagging", "distillation", "thin_tagging"):
             sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
             sample |= {"rating_known": torch.tensor(True), "flip": torch.tensor(0, dtype=torch.int8)}
         if task == "multicrop":
@@ -302,7 +305,8 @@ def run_case(task, optim, precision):
         kind, setup = make_setup(task)
         torch.manual_seed(0)
         network = kind.build(setup)
-        network.load_frozen()
+        if task != "distillation":  # its teacher has drawn weights
+            network.load_frozen()
         run = build_bench_run(
             network, batch_size=BATCH, accum_steps=2, optim={"option": optim}, loop={"ema_decay": 0.99},
             runtime={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},

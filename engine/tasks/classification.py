@@ -99,7 +99,7 @@ class ClassificationTask(Task):
         images, targets = self.views(batch)
         logits = self.network(images).float()
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
-        return StepOutput(self.label_losses(logits, targets), {"accuracy": log_mean(correct, batch["weight"])})
+        return StepOutput(self.label_losses(logits, targets, knobs), {"accuracy": log_mean(correct, batch["weight"])})
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and labels [B] or, where images are mixed, targets [B, K]."""
@@ -107,8 +107,8 @@ class ClassificationTask(Task):
         mixes = self._mixing.is_on and self.training
         return self._mix(images, labels, batch["weight"]) if mixes else (images, labels)
 
-    def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample [B], times the weight of its class."""
+    def label_losses(self, logits: Tensor, targets: Tensor, knobs: Knobs) -> Tensor:
+        """Return the cross-entropy of each sample [B], times the weight of its class; no knob is read."""
         loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
         if self.class_weights is None or not self.training:
             return loss

@@ -30,7 +30,7 @@ from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
-from utils.errors import UserError
+from utils.errors import UserError, close_names
 from utils.io.files import canonical_json, sha256_text
 from utils.thresholds import ThresholdTable
 
@@ -169,6 +169,13 @@ class Kind(Generic[Config]):
         """Return thresholds that are fitted on a half of the loader's samples and measured on the other."""
         name = self.config.__name__.removesuffix("TaskConfig").lower()
         raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
+
+
+def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
+    """Return the kind of a task name in a table. Raises UserError (`key`) where the table has none."""
+    if not isinstance(name, str) or name not in kinds:
+        raise UserError(f"{key}: unknown task {name!r}; {close_names(str(name), kinds)}")
+    return kinds[name]
 
 
 # ------------------------------------------------------------------------------------------------- what comes of a task

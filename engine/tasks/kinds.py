@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | classification | finetune.py, train.py | labelled images | labels | classes |
 | tagging | finetune.py, train.py | images with tags | tags, rating_known, flip | tags |
+| distillation | finetune.py, train.py | all images, or labelled ones | labels | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 """
 
@@ -14,26 +15,20 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from engine.tasks.classification import ClassificationKind
+from engine.tasks.distillation import DistillationKind
 from engine.tasks.fcmae import FCMAEKind
 from engine.tasks.kind import Kind
 from engine.tasks.tagging import TaggingKind
-from utils.errors import UserError, close_names
 
 KINDS: dict[str, Kind] = {
     "classification": ClassificationKind(),
     "tagging": TaggingKind(),
+    "distillation": DistillationKind(),
     "fcmae": FCMAEKind(),
 }
 
 # What weights that are not ours are taken for: they do not say what their head is for.
 FOREIGN = KINDS["classification"]
-
-
-def find_kind(name: Any, key: str) -> Kind:
-    """Return the kind of a task name. Raises UserError (`key`) where the table has none."""
-    if not isinstance(name, str) or name not in KINDS:
-        raise UserError(f"{key}: unknown task {name!r}; {close_names(str(name), KINDS)}")
-    return KINDS[name]
 
 
 def task_schema(script: str) -> Any:

@@ -56,10 +56,10 @@ def take_over(augment: AugmentConfig, model: TimmConfig) -> AugmentConfig:
     return AugmentConfig.model_validate({**augment.model_dump(), **changes})
 
 
-def stated_preprocessing(model: TimmConfig, key: str, advice: str) -> dict[str, Any]:
+def stated_preprocessing(model: TimmConfig, key: str, advice: str, name_key: str = "model.name") -> dict[str, Any]:
     """Return the keys of `augment` that timm states for a network's weights.
 
-    For one channel mean and std are averages, as timm has it. Raises UserError (`model.name`) where timm does not know
+    For one channel mean and std are averages, as timm has it. Raises UserError (`name_key`) where timm does not know
     the network, and UserError (`key`, with advice) for a preprocessing that `augment` cannot express.
     """
     import timm
@@ -71,7 +71,7 @@ def stated_preprocessing(model: TimmConfig, key: str, advice: str) -> dict[str, 
     if config is None:
         bare = model.name.split(".")[0]
         known = ", ".join(timm.list_pretrained(f"{bare}.*")[:8]) or f"none of {bare!r}"
-        raise UserError(f"model.name: timm has no weights named {model.name!r}; it has {known}")
+        raise UserError(f"{name_key}: timm has no weights named {model.name!r}; it has {known}")
     for name, (expressible, allowed) in _EXPRESSIBLE.items():
         if not expressible(value := getattr(config, name)):
             raise UserError(

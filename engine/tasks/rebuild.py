@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from data.config import DataConfig
-from engine.task import Task, fingerprint_frozen
-from engine.tasks.kind import Kind, Rebuilt, Setup
-from engine.tasks.kinds import find_kind
+from engine.task import fingerprint_frozen
+from engine.tasks.kind import Rebuilt
+from engine.tasks.kinds import KINDS
+from engine.tasks.setups import check_weights, split_networks
 from models.image_model import ImageModel
-from models.predictor import OnnxPredictor, Predictor, TorchPredictor, wrong_metadata
-from models.weights.fit import fit_state, load_into
-from utils.config.recipe import with_added
+from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from models.weights.fit import load_into
 from utils.errors import UserError
 from utils.io.weights import read_weights
 from utils.record.run_config import CONFIG_FILE, read_run_config
@@ -51,18 +51,12 @@ def rebuild_task(path: Path, key: str = "weights") -> Rebuilt:
     found: dict[str, Any] = {}
 
     def check(shapes: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        kind, setup = _read_setup(path, key, metadata)
-        with torch.device("meta"):
-            task = kind.build(setup)
-        for name, state in _split(task, shapes).items():
-            if missing := fit_state(task.get_submodule(name), state, keep_head=True, key=key).left:
-                raise UserError(f"{key}: {path} lacks {', '.join(missing)}; export or train the file again")
-        found.update(kind=kind, setup=setup)
+        found["kind"], found["setup"] = check_weights(path, key, shapes, metadata, KINDS)
 
     tensors, metadata = read_weights(path, key, check)
     task = found["kind"].build(found["setup"])
     task.load_frozen()
-    for name, state in _split(task, tensors).items():
+    for name, state in split_networks(task, tensors).items():
         load_into(task.get_submodule(name), state, keep_head=True)
     if (built := fingerprint_frozen(task)) != (saved := metadata.get("frozen", {})):
         raise UserError(
@@ -88,44 +82,3 @@ def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Pr
     if path.suffix == ".onnx":
         return OnnxPredictor(path, device, key)
     return TorchPredictor(*load_image_model(path, key), device)
-
-
-def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, Setup]:
-    """Return a file's kind and setup. Raises UserError that names the first wrong value of its metadata."""
-    if "task" in metadata and metadata["task"] is None and metadata.get("output") == "features":
-        raise UserError(
-            f"{key}: {path} has features only, neither a head nor a task; load it with init_from={path}, or export the "
-            "run without backbone_only"
-        )
-    if "task" not in metadata or "model" not in metadata or not isinstance(metadata["task"], dict):
-        raise UserError(
-            f"{key}: {path} was not written by a run of Atelier; name a run folder or such a file. If it is somebody "
-            "else's, add model=... augment=... (evaluate.py, export.py); for predict.py convert it first: python "
-            f"export.py format=onnx weights={path} model=... augment=... output=FOLDER"
-        )
-    kind = find_kind(metadata["task"].get("name"), f"{key}: {path}")
-    kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})
-    try:
-        model = TypeAdapter(kind.model_schema).validate_python(metadata["model"])
-        task = kind.config.model_validate(with_added("task", metadata["task"], kind.config.model_fields))
-    except ValidationError as error:
-        raise wrong_metadata(path, key, error) from None
-    facts = {name: metadata[name] for name in kind.fact_names if name in metadata}
-    if missing := [name for name in kind.fact_names if name not in facts]:
-        raise UserError(f"{key}: {path} names no {', '.join(missing)} in its metadata; make the file again")
-    return kind, Setup(model, task, metadata.get("preprocessing", {}), facts)
-
-
-def _split(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return a weight file's tensors by exported network, under the network's own names."""
-    networks = task.exported().networks
-    if len(networks) == 1:
-        return {networks[0]: dict(tensors)}
-    return {
-        network: {
-            name.removeprefix(f"{network}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{network}.")
-        }
-        for network in networks
-    }

@@ -149,6 +149,7 @@ class TaggingTask(Task):
         """Return the network, its vocabulary and its preprocessing."""
         return Exported(metadata=self._metadata)
 
+    @torch.compiler.disable  # the number of tags of a batch is not one to compile for
     def targets(self, batch: Batch) -> Tensor:
         """Return the targets float32 [B, T]: 1 with the tag, 0 without, NaN for the ratings where none is known."""
         targets = multi_hot(batch["tags"], batch["tags_offsets"], len(self.vocabulary))

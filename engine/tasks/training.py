@@ -2,7 +2,8 @@
 
 from engine.config import TrainingConfig
 from engine.run import build_task, run_path, run_training, start_ranks
-from engine.tasks.kinds import find_kind
+from engine.tasks.kind import find_kind
+from engine.tasks.kinds import KINDS
 from utils.config.entry_point import Job
 
 
@@ -10,7 +11,7 @@ def train(config: TrainingConfig, job: Job) -> str:
     """Train what `task` names; the same command resumes. Returns a line with the result."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime = start_ranks(config)
-    kind = find_kind(config.task.name, "task.name")
+    kind = find_kind(config.task.name, "task.name", KINDS)
     config = kind.pipeline.complete(config)
 
     # --------------------------------------------------------------------------------------------------- 2. The data

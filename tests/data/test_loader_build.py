@@ -9,7 +9,7 @@ import torch
 
 from data.rows import choose_probe_rows
 from engine.tasks.kind import Setup
-from engine.tasks.kinds import find_kind
+from engine.tasks.kinds import KINDS
 from tests.in_process import TINY, configure, working_in
 from tests.support import make_collection
 
@@ -48,7 +48,7 @@ def build(root, folder, train_images=100, val_images=100):
         ]
         + [f"task.probe.train_images={train_images}", f"task.probe.val_images={val_images}"],
     )
-    kind = find_kind("fcmae", "task.name")
+    kind = KINDS["fcmae"]
     messages = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: messages.append(record.getMessage())

@@ -17,7 +17,7 @@ from bench.measure import bench_loop, build_bench_run, read_group
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
-from engine.tasks.tagging import TaggingTask, TaggingTaskConfig
+from engine.tasks.kinds import KINDS
 from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 from models.fcmae import draw_mask
@@ -104,12 +104,13 @@ def make_task(kind, **changes):
     if kind == "fcmae":
         config = read_group(FCMAETaskConfig, "task", "fcmae", decoder_dim=16, **changes)
         return FCMAETask(Setup(model, config, PREPROCESSING)), model, config
-    if kind == "tagging":
-        config = read_group(TaggingTaskConfig, "task", "tagging", **changes)
+    if kind in ("tagging", "distillation"):
+        config = read_group(KINDS[kind].config, "task", kind, **changes)
         names = tuple(str(index) for index in range(CLASSES))
         facts = Vocabulary(names, (9, 9, 0, 0, 0), (1, 2, 3, 4, 5), tuple(range(CLASSES))).facts()
         facts |= {"orientation": {"pairs": [[2, 3]], "dropped": [4], "no_flip": [4]}, "tag_priors": [0.5] * CLASSES}
-        return TaggingTask(Setup(model, config, PREPROCESSING, facts)), model, config
+        facts["teacher"] = {"model": model.model_dump(), "preprocessing": PREPROCESSING, "outputs": CLASSES}
+        return KINDS[kind].build(Setup(model, config, PREPROCESSING, facts)), model, config
     config = read_group(ClassificationTaskConfig, "task", "classification", **changes)
     facts = {"class_names": [str(index) for index in range(CLASSES)]}
     return ClassificationTask(Setup(model, config, PREPROCESSING, facts)), model, config
@@ -127,7 +128,7 @@ def make_batch(kind, model, config, device, seed):
     if kind == "fcmae":
         patches = patch_count(model, config, [SIZE, SIZE])
         batch["mask"] = torch.stack([draw_mask(generator, patches, config.mask_ratio) for _ in range(BATCH)])
-    if kind == "tagging":
+    if kind in ("tagging", "distillation"):
         batch |= {"tags": torch.arange(CLASSES), "tags_offsets": torch.tensor([0, 2, 2, 3, CLASSES])}
         batch |= {"rating_known": batch["weight"] > 0, "flip": torch.tensor([0, 1, -1, 0], dtype=torch.int8)}
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -159,6 +160,7 @@ CASES = [
     ("classification", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}),
     ("classification", "adan", {}),
     ("tagging", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "tag_weight_power": 0.5}),
+    ("distillation", "adamw", {"teacher": "drawn", "targets": "both", "label_share": 0.5}),
     ("classification", "sgd", {}),
     ("batch statistics", "adamw", {}),
 ]

@@ -1,0 +1,240 @@
+"""Distillation: the losses by hand, the teacher's view, and whole runs whose teacher is a tiny tagger or classifier."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from data.manifest_writer import write_manifest
+from engine.tasks.distillation import DistillationKind, find_teacher
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from engine.tasks.rebuild import rebuild_task
+from models.config import TimmConfig
+from models.normalise import Normalise
+from tests.engine.test_tagging import RUN as TAGGER
+from tests.engine.test_tagging import VOCABULARY, make_tags
+from tests.engine.test_tasks import MODEL, PREPROCESSING
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
+from tests.support import checkpoint_tensors, rows
+from utils.errors import UserError
+from utils.io.weights import read_weights
+
+DISTIL = [
+    *SMALL_MODEL, *SHORT, "model.dims=[6,12]", "task=distillation", "task.rating_s=general", "data=image_folder",
+    "data.root=images", "model.head_init_scale=1.0", "augment.image_size_hw=[32,32]",
+]  # fmt: skip
+CONFIG = DistillationKind.config(
+    name="distillation", teacher="teacher", targets="both", temperature=2.0, label_share=0.25, feature_weight=3.0,
+    rating_s=None, aliases=None, implications=None, orientation=None, mixup_alpha=0.0, cutmix_alpha=0.0,
+    mix_probability=1.0, mix_switch_probability=0.5,
+)  # fmt: skip
+
+
+# --- a batch
+
+
+def make(names, outputs=8, teacher=None, size=(16, 16), **changes):
+    torch.manual_seed(0)
+    model = MODEL.model_copy(update={"dims": [8, 16]}) if teacher is None else teacher
+    stated = {"image_size_hw": list(size), "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.25, 0.5]}
+    facts = {"teacher": {"model": model.model_dump(), "preprocessing": stated, "outputs": outputs}}
+    facts["labelled"] = bool(names)
+    return KINDS["distillation"].build(Setup(MODEL, CONFIG.model_copy(update=changes), PREPROCESSING, facts | names))
+
+
+def look(task, batch, size):
+    """The teacher's and the student's logits and features, by other paths."""
+    pixels = batch["images"] / 255
+    seen = Normalise([0.3, 0.4, 0.5], [0.2, 0.25, 0.5], 3)(pixels)
+    seen = F.interpolate(seen, size, mode="bicubic", antialias=True)
+    found = []
+    for network, images in ((task.teacher, seen), (task.network, task.normalise(pixels))):
+        pooled = network.norm(network.forward_features(images).mean((-2, -1)))
+        found += [network.head(pooled), pooled]
+    return [tensor.detach().double() for tensor in found]
+
+
+def test_the_loss_of_tags_is_that_of_the_formula():
+    task, batch = make(VOCABULARY.facts()).train(), make_tags()
+    output = task(batch, {})
+    taught, wanted, logits, features = look(task, batch, (16, 16))
+    soft = (taught / 2).sigmoid()
+    teacher = -4 * (soft * F.logsigmoid(logits / 2) + (1 - soft) * F.logsigmoid(-logits / 2)).sum(1)
+    targets = task.targets(batch)
+    labels = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num().double(), reduction="none")
+    labels = labels.where(~targets.isnan(), 0.0).sum(1)
+    white = (wanted - wanted.mean(1, keepdim=True)) / (wanted.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    gap = (task.projection(features.float()).double() - white).abs()
+    smooth = torch.where(gap < 2, gap**2 / 4, gap - 1).mean(1)
+    expected = 0.75 * teacher + 0.25 * labels + 3 * smooth
+    torch.testing.assert_close(output.loss.double(), expected, rtol=1e-4, atol=1e-4)
+    parts = {"teacher_loss": teacher, "label_loss": labels, "feature_loss": smooth}
+    for name, part in parts.items():
+        torch.testing.assert_close(output.logs[name][0].double(), part.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_classes_is_a_divergence_at_a_temperature():
+    names = {"class_names": list("abcd")}
+    task = make(names, outputs=4, targets="logits", label_share=0.0)
+    batch = make_tags() | {"labels": torch.zeros(8, dtype=torch.int64)}
+    taught, _, logits, _ = look(task, batch, (16, 16))
+    soft = (taught / 2).softmax(1)
+    expected = 4 * (soft * (soft.log() - (logits / 2).log_softmax(1))).sum(1)
+    torch.testing.assert_close(task(batch, {}).loss.double(), expected, rtol=1e-4, atol=1e-4)
+    assert not hasattr(task, "projection") and (expected > 0).all()
+
+
+def test_the_teacher_is_frozen_and_gets_no_gradient():
+    task, batch = make(VOCABULARY.facts()), make_tags()
+    task.train()
+    assert not task.teacher.training and task.network.training and task.projection.training
+    task(batch, {}).loss.sum().backward()
+    assert all(parameter.grad is None for parameter in task.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in [*task.network.parameters(), *task.projection.parameters()])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
+def test_features_of_timms_networks_are_what_their_heads_read(name):
+    teacher = TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None)
+    task = make({}, outputs=7, teacher=teacher, size=(64, 64), targets="features", label_share=0.0).eval()
+    given = []
+    task.teacher.get_classifier().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    batch = make_tags()
+    assert task.projection.out_features == task.teacher.get_classifier().in_features
+    assert task(batch, {}).loss.isfinite().all() and given == []
+    seen = F.interpolate(task.renormalise(task.normalise(batch["images"])), (64, 64), mode="bicubic", antialias=True)
+    task.teacher(seen)
+    torch.testing.assert_close(
+        task.teacher.forward_head(task.teacher.forward_features(seen), pre_logits=True), given[0]
+    )
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with tagged and with bare images, and the runs of a tagger and a classifier."""
+    folder = tmp_path_factory.mktemp("distillation")
+    for name in ("images", "bare"):
+        make_images(folder / name)
+    for file in (folder / "images").rglob("*.txt"):
+        file.write_text({"A": "square, rating:s", "B": "disc, round"}[file.parent.name])
+    for file in (folder / "bare").rglob("*.txt"):
+        file.unlink()
+    steps = ["loop.total_steps=20", "loop.checkpoint_every_steps=20", "loop.evaluate_every_epochs=5", "optim.lr=0.01"]
+    run("finetune", [*TAGGER, *steps, "run_dir=teacher"], folder)
+    run("finetune", [*SMALL_MODEL, *SHORT, "data=image_folder", "augment=glyphs", "data.root=images",
+                     "run_dir=classifier"], folder)  # fmt: skip
+    return folder
+
+
+def train_rows(place, name):
+    return rows(place / name / "metrics.jsonl", "train")
+
+
+def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(place):
+    before = load_file(place / "teacher/weights/best_weights.safetensors")
+    steps = ["loop.total_steps=30", "loop.checkpoint_every_steps=30", "loop.evaluate_every_epochs=15", "optim.lr=0.01"]
+    run("finetune", [*DISTIL, *steps, "task.teacher=teacher", "data.root=bare", "run_dir=student",
+                     "task.targets=both"], place)  # fmt: skip
+    losses = [row["loss"] for row in train_rows(place, "student")]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 1  # its least is the teacher's entropy
+    found = rows(place / "student/metrics.jsonl", "evaluate")
+    assert "loss" in found[-1] and "mAP" not in found[-1]  # bare images have no tags
+
+    after = load_file(place / "teacher/weights/best_weights.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    names = {name for name in checkpoint_tensors(place / "student", 30) if name.startswith(("weights/", "task/"))}
+    assert not any("teacher" in name for name in names)
+    assert "weights/head.weight" in names and "task/projection.weight" in names
+
+    path = place / "student/weights/best_weights.safetensors"
+    metadata, teachers = (read_weights(place / name / "weights/best_weights.safetensors", "w")[1]
+                          for name in ("student", "teacher"))  # fmt: skip
+    rebuilt = rebuild_task(path)
+    assert rebuilt.kind.output == "tags" and metadata["task"]["name"] == "tagging" and "teacher" not in metadata
+    assert metadata["tag_names"] == teachers["tag_names"] and metadata["vocabulary_hash"] == teachers["vocabulary_hash"]
+    (place / "teacher").rename(place / "moved")  # it is needed no more
+    try:
+        run("evaluate", ["weights=student/weights/best_weights.safetensors", "data=image_folder", "data.root=images",
+                         "runtime.device=cpu", "runtime.threads=1"], place)  # fmt: skip
+    finally:
+        (place / "moved").rename(place / "teacher")
+
+
+def test_labels_are_mixed_in_and_tags_are_measured(place):
+    run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "task.mixup_alpha=0.5",
+                     "run_dir=labels"], place)  # fmt: skip
+    assert {"teacher_loss", "label_loss"} <= train_rows(place, "labels")[0].keys()
+    assert "mAP" in rows(place / "labels/metrics.jsonl", "evaluate")[-1]
+    with pytest.raises(UserError, match=r"^data.root: none of the 12 images of .*bare"):
+        run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "data.root=bare", "run_dir=x"], place)
+    with pytest.raises(UserError, match=r"^augment.horizontal_flip: "):
+        run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "augment.horizontal_flip=0.5",
+                         "run_dir=x"], place)  # fmt: skip
+
+
+def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(place):
+    settings = [*DISTIL, "loop.total_steps=6", "task.teacher=teacher/weights/last_weights.safetensors",
+                "task.label_share=0.3", "task.targets=both", "task.cutmix_alpha=1.0"]  # fmt: skip
+    run("finetune", [*settings, "run_dir=whole"], place)
+    run_until_killed("finetune", [*settings, "run_dir=killed"], place, 3)
+    run("finetune", [*settings, "run_dir=killed"], place)
+    one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    file, first = place / "teacher/weights/last_weights.safetensors", place / "teacher/weights/best_weights.safetensors"
+    kept = file.read_bytes()
+    file.unlink()
+    try:
+        file.write_bytes(first.read_bytes())
+        with pytest.raises(UserError, match=r"^resume: frozen\.teacher of whole has changed"):
+            run("finetune", [*settings, "run_dir=whole", "loop.total_steps=7"], place)
+    finally:
+        file.write_bytes(kept)
+
+
+def test_a_student_of_a_classifier_and_one_of_features(place):
+    write_manifest(str(place / "bare"), validation_fraction=0.0, verify=False)
+    run("finetune", [*DISTIL, "task.teacher=classifier", "augment=glyphs", "augment.image_size_hw=[32,32]",
+                     "data.root=images", "run_dir=classes"], place)  # fmt: skip
+    assert "top1" in rows(place / "classes/metrics.jsonl", "evaluate")[-1]
+    rebuilt = rebuild_task(place / "classes/weights/best_weights.safetensors")
+    assert rebuilt.kind.output == "classes" and rebuilt.task.class_names == ["A", "B"]
+
+    run("finetune", [*DISTIL, "task.teacher=teacher", "task.targets=features", "run_dir=features"], place)
+    path = place / "features/weights/best_weights.safetensors"
+    rebuilt = rebuild_task(path)
+    assert rebuilt.kind.output == "features" and rebuilt.task.teacher is None
+    assert rebuilt.image_model()(torch.zeros(1, 3, 32, 32))[0].shape == (1, 12)
+    with pytest.raises(UserError, match="^weights: a student of features is measured in its run"):
+        run("evaluate", ["run_dir=features", "runtime.device=cpu", "runtime.threads=1"], place)
+    run("finetune", [*TAGGER, "init_from=features", "model.dims=[6,12]", "run_dir=tuned"], place)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ("resnet1888", "'resnet1888' is neither a run nor a weight file nor a network of timm; .*resnet18"),
+        ("images", "the run images has no best weights"),
+        ("pixels.png", "pixels.png is not a readable safetensors file"),
+        ("features", r"unknown task 'distillation'"),
+    ],
+)
+def test_a_wrong_teacher_is_named(teacher, said, place):
+    (place / "pixels.png").write_bytes(next((place / "images").rglob("*.png")).read_bytes())
+    with pytest.raises(UserError, match=re.compile(rf"^task\.teacher: .*{said}", re.DOTALL)):
+        run("finetune", [*DISTIL, f"task.teacher={teacher}", "run_dir=x"], place)
+    with pytest.raises(UserError, match=r"^task\.teacher: .* takes images of 3 channels, and the student of 1; set"):
+        find_teacher(str(place / "teacher"), 1)
+
+
+def test_a_teacher_of_timm_states_its_preprocessing_and_has_a_head_or_none():
+    facts = find_teacher("resnet18", 3)
+    assert facts["teacher"]["preprocessing"]["image_size_hw"] == [224, 224] and len(facts["class_names"]) == 1000
+    assert set(find_teacher("vit_small_patch14_dinov2.lvd142m", 3)) == {"teacher"}
+    with pytest.raises(UserError, match=r"^task.teacher: timm has no weights named 'resnet18.nosuch'"):
+        find_teacher("resnet18.nosuch", 3)
