@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-interop demo demo-full test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-interop demo demo-full demo-tagger test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -28,6 +28,9 @@ demo: install  ## the whole main job on the embedded glyphs, six minutes on two 
 
 demo-full: install  ## the demo and its controls: from scratch, and both with all labels; thirteen minutes
 	$(PY) bench/demo.py full
+
+demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; six minutes on two cores
+	$(PY) bench/demo_tagger.py
 
 test: install lint  ## lint, then all tests but the slow ones; four minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"

@@ -32,6 +32,8 @@ from engine.tasks.rebuild import read_run_data
 from models.config import ModelConfig
 from models.export.model_card import licence_entry
 from models.export.report import add_report, refuse_other_format
+from models.export.tag_files import Thresholds
+from utils.config.bounds import BatchSize, Count, Positive, Processes, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import close_names
@@ -39,6 +41,9 @@ from utils.io.files import output_errors
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.logging import get_logger
 from utils.record.wandb_export import send_export
+from utils.thresholds import FILE as THRESHOLDS
+from utils.thresholds import read_thresholds
+from utils.vocabulary import vocabulary_of
 
 log = get_logger(__name__)
 
@@ -68,16 +73,17 @@ class ExportConfig(Strict):
     backbone_only: bool
     precision: Literal["fp32", "fp16", "int8"]
     dynamic_size: bool
-    calibration_images: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    tolerance: Annotated[float, Field(gt=0)] | None
+    calibration_images: Count
+    batch_size: BatchSize
+    tolerance: Positive | None
+    thresholds: PathText | None
     licence: str | None
     model: ModelConfig | None
     data: DataConfig | None
     augment: AugmentConfig | None
     dry_run: bool
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)] | None
+    workers: Literal["auto"] | Workers
+    threads: Processes | None
 
     def names(self) -> list[str]:
         """Return the weights as a list."""
@@ -121,7 +127,7 @@ def open_weights(config: ExportConfig) -> Iterator[Opened]:
         yield open_own(path)
 
 
-def settings_of(config: ExportConfig) -> ExportSettings:
+def settings_of(config: ExportConfig, opened: Opened) -> ExportSettings:
     """Return how the files are written."""
 
     def open_data(rebuilt: Rebuilt) -> ImageData:
@@ -131,7 +137,20 @@ def settings_of(config: ExportConfig) -> ExportSettings:
             config.data or saved.data, rebuilt.setup, runtime, seed=saved.seed, batch_size=config.batch_size
         )
 
-    return ExportSettings(config.precision, config.dynamic_size, config.tolerance, config.calibration_images, open_data)
+    return ExportSettings(
+        config.precision, config.dynamic_size, config.tolerance, config.calibration_images, open_data,
+        thresholds=find_thresholds(config, opened),
+    )  # fmt: skip
+
+
+def find_thresholds(config: ExportConfig, opened: Opened) -> Thresholds | None:
+    """Return a tagger's thresholds: those named, or those that evaluate.py has written into the run folder."""
+    own = None if config.run_dir is None else Path(config.run_dir) / THRESHOLDS
+    path = own if config.thresholds is None else Path(config.thresholds)
+    if opened.metadata["output"] != "tags" or path is None or (config.thresholds is None and not path.exists()):
+        return None
+    log.info("thresholds: %s", path)
+    return Thresholds.of_table(read_thresholds(path, vocabulary_of(opened.metadata), "thresholds"))
 
 
 @entry_point("export", ExportConfig)
@@ -145,7 +164,7 @@ def main(config: ExportConfig, job: Job) -> str:
             opened = without_head(opened)
 
         # -------------------------------------------------------------------------------------------- 2. The files
-        export, settings = find_export(config.format, opened), settings_of(config)
+        export, settings = find_export(config.format, opened), settings_of(config, opened)
         inside = "export" if config.format == "onnx" else f"export/{config.format}"
         folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
         with output_errors("output", folder):

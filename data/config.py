@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from utils.canvas import Background
+from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Side
 from utils.config.schema import PathText, Strict
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-_POLICY = re.compile(r"rand(-(m\d+|n[1-9]\d*|p[01]?\.?\d*|mstd\d+\.?\d*|mmax\d+|inc[01]))*")
+_Jitter = Annotated[float, Field(ge=0, le=100)]
+_Zoom = Annotated[float, Field(ge=0.01, le=100)]
+_POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*")
 
 
 class _Data(Strict):
@@ -20,8 +21,8 @@ class _Data(Strict):
     """
 
     root: PathText
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
-    max_pixels: PositiveInt
+    validation_fraction: BelowOne
+    max_pixels: Pixels
     background: Background | None = None  # configurations of before do not state it
 
 
@@ -40,6 +41,22 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
+class TextConfig(Strict):
+    """How predict.py writes the tags of an image.
+
+    max_tags: the most probable ones; null: all. exclude: tags in any spelling. rating: where it stands, as
+    `rating:general`; null: nowhere. spaces: for underscores, but for kaomoji. escape: parentheses, by a backslash.
+    """
+
+    order: Literal["score", "vocabulary", "characters_first"]
+    max_tags: Count | None
+    exclude: list[str]
+    rating: Literal["first", "last"] | None
+    spaces: bool
+    escape: bool
+    separator: Annotated[str, Field(min_length=1)]
+
+
 class VocabularyConfig(Strict):
     """What prepare.py job=vocabulary takes into a vocabulary, which it writes to `output`.
 
@@ -49,7 +66,7 @@ class VocabularyConfig(Strict):
     """
 
     output: PathText | None
-    min_count: PositiveInt
+    min_count: Count
     categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
     ignore: PathText | None
     keep: PathText | None
@@ -64,8 +81,8 @@ class AffineConfig(Strict):
 
     degrees: Annotated[float, Field(ge=0, le=180)]
     translate: Fraction
-    scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
-    shear_degrees: Annotated[float, Field(ge=0, lt=90)]
+    scale: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
+    shear_degrees: Annotated[float, Field(ge=0, le=85)]
 
 
 class ColorJitterConfig(Strict):
@@ -75,9 +92,9 @@ class ColorJitterConfig(Strict):
     colour circle by -h to h, in turns. Saturation and hue do nothing to grey images. Source: torchvision's ColorJitter.
     """
 
-    brightness: Annotated[float, Field(ge=0)]
-    contrast: Annotated[float, Field(ge=0)]
-    saturation: Annotated[float, Field(ge=0)]
+    brightness: _Jitter
+    contrast: _Jitter
+    saturation: _Jitter
     hue: Annotated[float, Field(ge=0, le=0.5)]
 
 
@@ -101,10 +118,10 @@ class AugmentConfig(Strict):
     change.
     """
 
-    image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
     pad: Literal["none", "square"]
-    crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
-    crop_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+    crop_scale: Annotated[list[Annotated[float, Field(ge=1e-6, le=1)]], Field(min_length=2, max_length=2)]
+    crop_ratio: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
     affine: AffineConfig | None
     color_jitter: ColorJitterConfig | None
@@ -115,9 +132,9 @@ class AugmentConfig(Strict):
     on_device: bool
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
     eval_resize: Literal["crop", "squash"]
-    eval_crop: Annotated[float, Field(gt=0, le=1)]
-    mean: list[float]
-    std: list[Annotated[float, Field(gt=0)]]
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)]
+    mean: list[Fraction]
+    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return what evaluation does to an image, as it is written into weight files."""
@@ -127,12 +144,12 @@ class AugmentConfig(Strict):
             "channels": channels,
         }
 
-    def describe(self) -> str:
-        """Return the image size and the augmentation in a line."""
+    def describe(self, task_mirrors: bool) -> str:
+        """Return the image size and the augmentation in a line; task_mirrors: whether the task mirrors."""
         height, width = self.image_size_hw
         steps = ["padded to a square"] if self.pad == "square" else []
         steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
-        steps += ["mirror"] if self.horizontal_flip else ["no mirror"]
+        steps += ["mirror" if self.horizontal_flip or task_mirrors else "no mirror"]
         steps += ["affine map"] if self.affine is not None else []
         steps += ["colours"] if self.color_jitter is not None else []
         steps += [self.rand_augment] if self.rand_augment is not None else []

@@ -7,6 +7,7 @@ fields of the task. A sample that cannot be read is blank, has weight 0 and is r
 import ctypes
 import json
 import multiprocessing
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch import DeviceCopier, Ragged, Sample, collate
 from data.collection import Collection, RowView
@@ -28,6 +29,7 @@ from data.stream import Draw, EvaluationBatches, RankBatches, Sampler
 from data.transforms import Transform
 from utils import rng
 from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
+from utils.errors import UserError
 from utils.io.files import AppendFile
 from utils.ranks import distributed
 from utils.ranks.signals import SIGNALS
@@ -109,7 +111,11 @@ class SampleReader(Dataset):
 
 
 def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
-    return collate([sample for sample, _ in loaded]), [problem for _, problem in loaded if problem is not None]
+    batch = collate([sample for sample, _ in loaded])
+    if get_worker_info() is not None:
+        # Where there is no room, this raises. The queue would drop the batch instead, and the rank wait for ever.
+        batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
+    return batch, [problem for _, problem in loaded if problem is not None]
 
 
 class UnreadableLog:
@@ -209,6 +215,20 @@ def _data_loader(reader: SampleReader, batches: Iterable[list[Draw]], machine: M
     )
 
 
+def _loaded(loader: DataLoader) -> Iterator[Loaded]:
+    """Yield what is loaded. Raises UserError (`runtime.workers`) where workers have too little shared memory for it."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
+            raise
+        raise UserError(
+            f"runtime.workers: a loader worker has no room for a batch ({found.group(1)}); set runtime.workers=0, or a "
+            "lower runtime.workers, runtime.prefetch_batches or loop.batch_size, or give the machine more shared "
+            "memory (/dev/shm; docker run --shm-size=8g)"
+        ) from None
+
+
 class _Loader:
     """What both loaders do: load, report unreadable samples, copy to the device, call the hook."""
 
@@ -221,7 +241,7 @@ class _Loader:
     def _load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:
         """Yield batches on the device."""
         copy = DeviceCopier(self._machine.device)
-        for loaded, problems in _data_loader(self.reader, batches, self._machine):
+        for loaded, problems in _loaded(_data_loader(self.reader, batches, self._machine)):
             self.unreadable.add(problems)
             batch = copy(loaded)
             yield batch if self._on_device is None else self._on_device(batch)

@@ -1,14 +1,25 @@
 """The shape of `loop`, `runtime` and of the keys that every training script has. Values are in conf/."""
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
-from utils.config.schema import PathText, Strict
+from utils.config.bounds import (
+    BatchSize,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Duration,
+    Patience,
+    Positive,
+    Processes,
+    Seed,
+    Workers,
+)
+from utils.config.schema import PathText, Strict, check_path
 from utils.record.config import TrackingConfig
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class LoopConfig(Strict):
@@ -19,23 +30,23 @@ class LoopConfig(Strict):
     checkpoint_every_minutes: beside the steps, by the clock of rank 0; checkpoints change no result.
     """
 
-    total_epochs: Literal["auto"] | Annotated[float, Field(gt=0)]
-    total_steps: Positive | None
-    early_stop_epochs: Annotated[float, Field(gt=0)] | None
-    global_batch_size: Positive
-    batch_size: Positive
+    total_epochs: Literal["auto"] | Duration
+    total_steps: Count | None
+    early_stop_epochs: Duration | None
+    global_batch_size: BatchSize
+    batch_size: BatchSize
     sampling: Literal["shuffled", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None
+    clip_grad_norm: Positive | None
+    ema_decay: BelowOne | None
     ema_warmup: bool
-    log_every_steps: Positive
-    evaluate_every_epochs: Literal["auto"] | Annotated[float, Field(gt=0)]
+    log_every_steps: Count
+    evaluate_every_epochs: Literal["auto"] | Duration
     evaluate_raw: bool
-    plot_every_steps: Positive | None
-    checkpoint_every_steps: Positive
-    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None
-    keep_checkpoints: Positive
+    plot_every_steps: Count | None
+    checkpoint_every_steps: Count
+    checkpoint_every_minutes: Duration | None
+    keep_checkpoints: Count
     save_in_background: bool
     on_failed_save: Literal["stop", "retry"]
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
@@ -47,10 +58,10 @@ class MachineConfig(Strict):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: Literal["auto"] | bool
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
-    threads: Positive | None
+    workers: Literal["auto"] | Workers
+    threads: Processes | None
     deterministic: bool
-    hang_timeout_sec: Annotated[float, Field(gt=0)]
+    hang_timeout_sec: Patience
 
 
 class RuntimeConfig(MachineConfig):
@@ -58,7 +69,7 @@ class RuntimeConfig(MachineConfig):
 
     parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
-    prefetch_batches: Positive
+    prefetch_batches: Processes
     sync_batchnorm: bool
     grad_checkpointing: bool
     explain: bool
@@ -70,10 +81,10 @@ class SweepConfig(Strict):
     at_once: jobs at the same time; gpus: each job gets one of them; trials: jobs whose values Optuna chooses.
     """
 
-    name: str
-    at_once: Positive
-    gpus: Annotated[list[int], Field(min_length=1)] | None
-    trials: Positive | None
+    name: Annotated[str, AfterValidator(check_path)]
+    at_once: Processes
+    gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None
+    trials: Count | None
 
 
 class LRFinderConfig(Strict):
@@ -83,14 +94,19 @@ class LRFinderConfig(Strict):
     """
 
     enabled: bool
-    steps: Annotated[int, Field(ge=100)]
+    steps: Annotated[int, Field(ge=100, le=10**6)]
     max_share: Annotated[float, Field(gt=0, le=1)]
+
+    @property
+    def needed_steps(self) -> int:
+        """Length of the shortest run that has a range test."""
+        return math.ceil(self.steps / self.max_share)
 
 
 class TrainingConfig(Strict):
     """What every training script's schema begins with; the script adds model, task, data and augment."""
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     run_dir: PathText | None
     init_from: PathText | None
     init_weights: Literal["model", "ema"]

@@ -7,9 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from utils.config.bounds import BelowOne, Depth, Factor, Side, Width
 from utils.config.schema import Strict
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class ConvNeXtV2Config(Strict):
@@ -17,13 +16,13 @@ class ConvNeXtV2Config(Strict):
 
     family: Literal["convnextv2"]
     name: str = Field(min_length=1)
-    in_channels: PositiveInt
+    in_channels: Width
     # A weight file states these too, and may come from a stranger.
-    depths: list[Annotated[int, Field(ge=1, le=1000)]] = Field(min_length=2, max_length=5)
-    dims: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(min_length=2, max_length=5)
+    depths: list[Depth] = Field(min_length=2, max_length=5)
+    dims: list[Width] = Field(min_length=2, max_length=5)
     stem_stride: Literal[1, 2, 4]
-    drop_path_rate: float = Field(ge=0, lt=1)
-    head_init_scale: float = Field(ge=0)
+    drop_path_rate: BelowOne
+    head_init_scale: Factor
 
     @field_validator("stem_stride", mode="before")
     @classmethod
@@ -58,10 +57,10 @@ class TimmConfig(Strict):
 
     family: Literal["timm"]
     name: str = Field(min_length=1)
-    in_channels: PositiveInt
-    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None
+    in_channels: Width
+    drop_path_rate: BelowOne | None
     # Weight files of before do not state these.
-    image_size_hw: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     pretrained: bool = False
 
 

@@ -56,11 +56,4 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
 
                 avoid_slow_bf16()
             made = timm.optim.get_optimizer_class(config.opt, bind_defaults=True)
-            try:
-                return made(groups, lr=lr, **config.extra)
-            except (TypeError, ValueError) as error:
-                arguments = ", ".join(config.extra_arguments())
-                raise UserError(
-                    f"optim.extra: timm's {config.opt} cannot be built with {config.extra} ({error}); its other "
-                    f"arguments are {arguments}"
-                ) from error
+            return made(groups, lr=lr, **config.extra)

@@ -1,14 +1,26 @@
 """The shape of `optim` and `schedule`. Values and defaults are in conf/optim/ and conf/schedule/."""
 
 import inspect
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
+from utils.config.bounds import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    Duration,
+    DurationOrZero,
+    Factor,
+    KnobValue,
+    Positive,
+    Rate,
+)
 from utils.config.schema import Strict
 from utils.errors import close_names
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+_OTHERS = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)  # of timm's types
 
 
 class RuleConfig(Strict):
@@ -20,9 +32,9 @@ class RuleConfig(Strict):
     """
 
     match: Annotated[str, Field(min_length=1)]
-    lr_scale: Annotated[float, Field(ge=0)] | None = None
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    freeze_steps: Annotated[int, Field(ge=1)] | None = None
+    lr_scale: Factor | None = None
+    weight_decay: Factor | None = None
+    freeze_steps: Count | None = None
 
     @model_validator(mode="after")
     def _states_something(self) -> "RuleConfig":
@@ -37,9 +49,9 @@ class _Optim(Strict):
     `lr` takes precedence over `base_lr`; base_lr is stated for 256 samples per step.
     """
 
-    lr: Annotated[float, Field(ge=0)] | None
-    base_lr: Annotated[float, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    lr: Rate | None
+    base_lr: Rate
+    weight_decay: Factor
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     layer_decay_kind: Literal["single", "group", "timm"]
     rules: list[RuleConfig]
@@ -49,23 +61,23 @@ class AdamWConfig(_Optim):
     """torch's AdamW, fused."""
 
     name: Literal["adamw"]
-    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]
-    eps: Annotated[float, Field(gt=0)]
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    eps: Positive
 
 
 class AdanConfig(_Optim):
     """Our Adan (optim/adan.py)."""
 
     name: Literal["adan"]
-    betas: Annotated[list[Beta], Field(min_length=3, max_length=3)]
-    eps: Annotated[float, Field(gt=0)]
+    betas: Annotated[list[BelowOne], Field(min_length=3, max_length=3)]
+    eps: Positive
 
 
 class SGDConfig(_Optim):
     """torch's SGD with momentum, fused."""
 
     name: Literal["sgd"]
-    momentum: Beta
+    momentum: BelowOne
     nesterov: bool
 
     @model_validator(mode="after")
@@ -80,18 +92,18 @@ class TimmOptimConfig(_Optim):
 
     name: Literal["timm"]
     opt: str
-    extra: dict[str, Any]
+    extra: dict[str, JsonValue]
 
-    def extra_arguments(self) -> list[str]:
-        """Return the names of the optimiser's own arguments."""
+    def extra_arguments(self) -> dict[str, Any]:
+        """Return the types of the optimiser's own arguments by name."""
         import timm.optim  # takes 0.8 s, so only where it is used
 
         try:
             made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
         except AssertionError as error:  # apex and bitsandbytes without a GPU
             raise ValueError(f"optim.opt: {self.opt} cannot be used here ({error}); choose another") from error
-        taken = {"params", "lr", "weight_decay"}
-        return [name for name in inspect.signature(made).parameters if name not in taken]
+        taken = {"params", "lr", "weight_decay", "capturable", "differentiable"}  # the last two: not in train_step
+        return {name: _type_of(one) for name, one in inspect.signature(made).parameters.items() if name not in taken}
 
     @property
     def has_beta1(self) -> bool:
@@ -116,10 +128,47 @@ class TimmOptimConfig(_Optim):
                 "be resumed exactly; take another, such as optim.opt=nadamw"
             )
         allowed = self.extra_arguments()
-        for name in self.extra:
+        for name, value in self.extra.items():
             if name not in allowed:
                 raise ValueError(f"optim.extra.{name}: {self.opt} takes no such argument; {close_names(name, allowed)}")
+            if isinstance(value, int) and abs(value) > 10**6:  # such as iterations of muon
+                raise ValueError(f"optim.extra.{name}: {value} is too large; set 1,000,000 at most")
+            try:  # as JSON, where a list may be a tuple, and nothing else passes for another type
+                TypeAdapter(allowed[name], config=_OTHERS).validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise ValueError(f"optim.extra.{name}: {value!r} does not suit {self.opt}: {reason}") from None
+        if not self.opt.startswith(("bnb", "fused")):  # kernels of a GPU alone
+            self._try_steps()
         return self
+
+    def _try_steps(self) -> None:
+        """Raise ValueError where the optimiser cannot be built with `extra`, or cannot step."""
+        import timm.optim
+        import torch
+
+        parameters = [torch.ones(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 3, 3))]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        try:
+            optimizer = timm.optim.get_optimizer_class(self.opt)(parameters, lr=0.1, **self.extra)
+            optimizer.step()
+            optimizer.step()
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"optim.extra: timm's {self.opt} cannot be built with {self.extra} ({error}); its other arguments are "
+                f"{', '.join(self.extra_arguments())}"
+            ) from error
+
+
+def _type_of(argument: inspect.Parameter) -> Any:
+    """Return the type of an argument, by its default where the function does not state it."""
+    if argument.annotation is not argument.empty:
+        return argument.annotation
+    default = argument.default
+    if isinstance(default, tuple):
+        return tuple[tuple(map(type, default))]
+    return float if type(default) is int else type(default)
 
 
 OptimConfig = Annotated[AdamWConfig | AdanConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")]
@@ -131,10 +180,10 @@ class PhaseConfig(Strict):
     Without a duration the phase lasts to the end of the run.
     """
 
-    to: float
+    to: KnobValue
     curve: Literal["cosine", "linear"]
-    steps: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Count | None = None
+    epochs: Duration | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @property
@@ -155,7 +204,7 @@ class KnobConfig(Strict):
     After the last phase the value is held; a phase from a value to the same value holds it too.
     """
 
-    start: float
+    start: KnobValue
     phases: list[PhaseConfig]
 
     @model_validator(mode="after")
@@ -168,8 +217,8 @@ class KnobConfig(Strict):
 class _Schedule(Strict):
     """What every schedule has. `warmup_steps` takes precedence over `warmup_epochs`."""
 
-    warmup_epochs: Annotated[float, Field(ge=0)]
-    warmup_steps: Annotated[int, Field(ge=0)] | None
+    warmup_epochs: DurationOrZero
+    warmup_steps: CountOrZero | None
     knobs: dict[str, KnobConfig]
 
 
@@ -181,9 +230,9 @@ class CosineConfig(_Schedule):
     """
 
     name: Literal["cosine"]
-    min_lr: Annotated[float, Field(ge=0)]
-    restarts: Annotated[int, Field(ge=0)]
-    weight_decay_end: Annotated[float, Field(ge=0)] | None
+    min_lr: Rate
+    restarts: CountOrZero
+    weight_decay_end: Factor | None
 
 
 class ConstantConfig(_Schedule):
@@ -204,11 +253,11 @@ class OneCycleConfig(Strict):
     curve: Literal["cosine", "linear"]
     three_phase: bool
     peak_fraction: Annotated[float, Field(gt=0, lt=1)]
-    div_factor: Annotated[float, Field(ge=1)]
-    final_div_factor: Annotated[float, Field(ge=1)]
+    div_factor: Annotated[float, Field(ge=1, le=1e12)]
+    final_div_factor: Annotated[float, Field(ge=1, le=1e12)]
     cycle_momentum: bool
-    momentum_low: Beta
-    momentum_high: Beta
+    momentum_low: BelowOne
+    momentum_high: BelowOne
     knobs: dict[str, KnobConfig]
 
     @model_validator(mode="after")

@@ -41,7 +41,8 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
 
     networks: the trained networks by attribute name in the task; layer decay applies within each. Parameters outside
     of them have scale 1. Beside the optimiser's own keys, a group has `names`, `lr_scale`, `decays`, `fixed_decay` and
-    `freeze_steps`. Raises UserError (`optim.rules`) where a rule matches nothing or two rules contradict each other.
+    `freeze_steps`. Raises UserError (`optim.rules`) where a rule matches nothing, two rules contradict each other, or
+    nothing is left to train at first.
     """
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -52,6 +53,11 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
         for name, scale in layer_scales(network, config.layer_decay_kind, config.layer_decay).items()
     }
     stated = _apply_rules(list(parameters), config.rules)
+    if (frozen := min(rule.get("freeze_steps", 0) for rule in stated.values())) > 0:
+        raise UserError(
+            f"optim.rules: freeze_steps freezes every parameter for the first {frozen:,} steps, which would train "
+            "nothing; leave some free, such as network.head.*"
+        )
     groups: dict[_Settings, dict] = {}
     for name, parameter in parameters.items():
         rule, scale = stated[name], scales.get(name, 1.0)

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 from omegaconf import OmegaConf
 from pydantic import Field, field_validator, model_validator
 
+from utils.config.bounds import Count, CountOrZero, Processes, Workers
 from utils.config.entry_point import CONF, ROOT
-from utils.config.schema import Strict
+from utils.config.schema import PathText, Strict
 
-Count = Annotated[int, Field(ge=1)]
 # The files at the root that have a primary file in conf/.
 SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if (CONF / f"{file.stem}.yaml").is_file())
 Script = Literal[*SCRIPTS]
@@ -32,26 +32,26 @@ class LaunchConfig(Strict):
     """
 
     script: Script
-    folder: str
+    folder: PathText
     job_name: str | None
     nodes: Count
-    gpus_per_node: Annotated[int, Field(ge=0)]
+    gpus_per_node: Workers
     gpu_type: str | None
-    ranks_per_node: Count | None
+    ranks_per_node: Processes | None
     start: Literal["srun", "torchrun"]
     partition: str | None
     account: str | None
     qos: str | None
     constraint: str | None
-    cpus_per_rank: Count | None
-    memory_gib: Annotated[float, Field(gt=0)] | None
+    cpus_per_rank: Processes | None
+    memory_gib: Annotated[float, Field(ge=1e-3, le=1e6)] | None
     time_min: Count
     stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]
-    max_requeues: Annotated[int, Field(ge=0)]
-    max_lost_ranks: Annotated[int, Field(ge=0)]
+    max_requeues: CountOrZero
+    max_lost_ranks: CountOrZero
     array_parallelism: Count
-    python: str | None
-    container: str | None
+    python: PathText | None
+    container: PathText | None
     container_mounts: list[str]
     setup: list[str]
     sbatch_lines: list[str]

@@ -30,7 +30,8 @@ SHORT = [
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
 MAKE = {
-    "install", "demo", "demo-full", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
+    "install", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm", "lint",
+    "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "evaluate", "export", "predict", "submit/slurm")
     assert scripts == {f"{name}.py" for name in root_scripts}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
-    assert len(COMMANDS) == 30
+    assert len(COMMANDS) == 36
 
 
 def make_released_file(path, num_classes):
@@ -65,6 +66,8 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
         script, *arguments = shlex.split(line)[1:]
         if script in ("train.py", "pretrain_fcmae.py", "finetune.py"):
             arguments += SHORT
+        if "task=tagging" in arguments:
+            arguments.append("task.min_count=1")  # of few images
         if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
             arguments.append("run_dir=RUN")
         if "weights=FILE" in arguments:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from engine.tasks.labels import LabelFields
 from engine.tasks.mixing import MixingConfig
 from models.build import build_network, check_image_size
 from models.weights.initialise import initialise_from
+from utils.config.bounds import BelowOne
 from utils.contracts import Batch
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -48,7 +48,7 @@ class ClassificationTaskConfig(MixingConfig):
     """
 
     name: Literal["classification"]
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    label_smoothing: BelowOne
     class_weights: Literal["none", "balanced"]
     allow_missing_classes: bool
     head: Literal["drawn", "standardised", "fitted", "kept"]

@@ -14,11 +14,11 @@ Source: Hinton et al. 2015 (arXiv 1503.02531); Beyer et al. 2022 (arXiv 2106.052
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +43,7 @@ from models.normalise import Normalise
 from models.weights.fit import load_into
 from models.weights.initialise import initialise_from
 from models.weights.timm_hub import load_timm
+from utils.config.bounds import BelowOne, Positive
 from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
@@ -67,13 +68,18 @@ class DistillationTaskConfig(MixingConfig):
     name: Literal["distillation"]
     teacher: PathText
     targets: Literal["logits", "features", "both"]
-    temperature: Annotated[float, Field(gt=0)]
-    label_share: Annotated[float, Field(ge=0, lt=1)]
-    feature_weight: Annotated[float, Field(gt=0)]
+    temperature: Positive
+    label_share: BelowOne
+    feature_weight: Positive
     rating_s: Literal["sensitive", "general"] | None
     aliases: PathText | None
     implications: PathText | None
     orientation: PathText | None
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors images and the tags that are their labels."""
+        return self.orientation is not None and self.label_share > 0
 
 
 def _outside(setup: Setup[DistillationTaskConfig]) -> tuple[ImagePipeline | None, Setup]:

@@ -30,6 +30,7 @@ from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_as_published, draw_mask
 from models.weights.initialise import initialise_from
+from utils.config.bounds import Count, Depth, Duration, Side, Width
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -47,10 +48,10 @@ _PICTURES = 10
 class ProbeConfig(Strict):
     """When frozen features are probed (null: never in training), on how many images at most, with k neighbours."""
 
-    every_epochs: Annotated[float, Field(gt=0)] | None
-    train_images: Annotated[int, Field(ge=1)]
-    val_images: Annotated[int, Field(ge=1)]
-    k: Annotated[int, Field(ge=1)]
+    every_epochs: Duration | None
+    train_images: Count
+    val_images: Count
+    k: Count
 
 
 class FCMAETaskConfig(TaskConfig):
@@ -58,9 +59,9 @@ class FCMAETaskConfig(TaskConfig):
 
     name: Literal["fcmae"]
     mask_ratio: Annotated[float, Field(gt=0, lt=1)]
-    patch_px: Annotated[int, Field(ge=1)] | None
-    decoder_dim: Annotated[int, Field(ge=1)]
-    decoder_depth: Annotated[int, Field(ge=1)]  # without a block, nothing of the image would reach a masked site
+    patch_px: Side | None
+    decoder_dim: Width
+    decoder_depth: Depth  # without a block, nothing of the image would reach a masked site
     norm_pix_loss: bool
     execution: Literal["sparse", "dense"]
     grn_over: Literal["sample", "batch"]

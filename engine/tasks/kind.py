@@ -12,8 +12,9 @@ A kind's config, task and Kind are in one file; kinds.py has an entry for each. 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from pydantic import Field
 from torch import nn
 
 from data.collection import Collection
@@ -40,6 +41,11 @@ class TaskConfig(Strict):
     """The base of all `task` groups; `name` is the kind's name in the table."""
 
     name: str
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the task mirrors training images itself."""
+        return False
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError where other keys of the run do not suit the task; the message begins with the key."""
@@ -99,6 +105,20 @@ class Pipeline(Protocol[Config]):
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
 
 
+class Targets(Strict):
+    """What the profiles high_precision and high_recall are to reach."""
+
+    precision: Annotated[float, Field(gt=0, lt=1)]
+    recall: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Calibrated(NamedTuple):
+    """The thresholds that a task has fitted, and a report of them."""
+
+    thresholds: ThresholdTable
+    report: Report
+
+
 class Kind(Generic[Config]):
     """One kind of training. Subclasses state what differs.
 
@@ -145,6 +165,11 @@ class Kind(Generic[Config]):
     ) -> None:
         """Change the initial weights by looking at the data, on a new run only."""
 
+    def calibrate(self, task: Task, loader: Iterable[Batch], targets: Targets) -> Calibrated:
+        """Return thresholds that are fitted on a half of the loader's samples and measured on the other."""
+        name = self.config.__name__.removesuffix("TaskConfig").lower()
+        raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
+
 
 def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
     """Return the kind of a task name in a table. Raises UserError (`key`) where the table has none."""
@@ -154,13 +179,6 @@ def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
 
 
 # ------------------------------------------------------------------------------------------------- what comes of a task
-
-
-class Calibrated(NamedTuple):
-    """The thresholds that a task has fitted, and a report of them."""
-
-    thresholds: ThresholdTable
-    report: Report
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ Differs: a sample whose partner could not be read is not mixed.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from engine.tasks.kind import TaskConfig
+from utils.config.bounds import Alpha, Fraction
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Mixing:
 class MixingConfig(TaskConfig):
     """The keys of a task that mixes its batches, as `Mixing` explains them."""
 
-    mixup_alpha: Annotated[float, Field(ge=0)]
-    cutmix_alpha: Annotated[float, Field(ge=0)]
-    mix_probability: Annotated[float, Field(ge=0, le=1)]
-    mix_switch_probability: Annotated[float, Field(ge=0, le=1)]
+    mixup_alpha: Alpha
+    cutmix_alpha: Alpha
+    mix_probability: Fraction
+    mix_switch_probability: Fraction
 
     def mixing(self) -> Mixing:
         """Return what mixes a batch."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from engine.tasks.kind import Rebuilt
 from engine.tasks.kinds import KINDS
 from engine.tasks.setups import check_weights, split_networks
 from models.image_model import ImageModel
+from models.predictor import OnnxPredictor, Predictor, TorchPredictor
 from models.weights.fit import load_into
 from utils.errors import UserError
 from utils.io.weights import read_weights
@@ -73,3 +75,10 @@ def load_image_model(path: Path, key: str = "weights") -> tuple[ImageModel, dict
         name = rebuilt.metadata["task"]["name"]
         raise UserError(f"{key}: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
     return rebuilt.image_model(), {**rebuilt.metadata, "output": rebuilt.kind.output}
+
+
+def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Predictor:
+    """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError (`key`)."""
+    if path.suffix == ".onnx":
+        return OnnxPredictor(path, device, key)
+    return TorchPredictor(*load_image_model(path, key), device)

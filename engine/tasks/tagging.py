@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from data.batch import Ragged, Sample, multi_hot
@@ -24,6 +23,7 @@ from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_reliability, draw_tag_mistakes
 from engine.measures.means import Means
+from engine.measures.tag_confusions import TagConfusions
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, measure_reliability, to_fit
@@ -32,13 +32,14 @@ from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.head import find_head
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Calibrated, Kind, Setup
+from engine.tasks.kind import Calibrated, Kind, Setup, Targets
 from engine.tasks.mixing import MixingConfig
 from engine.tasks.tag_exports import TAG_EXPORTS
 from engine.tasks.tag_head import continue_head, prior_bias
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
 from models.build import build_network, check_image_size
 from models.weights.initialise import initialise_from
+from utils.config.bounds import BelowOne, Count, Fraction
 from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -65,14 +66,19 @@ class TaggingTaskConfig(MixingConfig):
 
     name: Literal["tagging"]
     vocabulary: PathText | None
-    min_count: Annotated[int, Field(ge=1)]
+    min_count: Count
     rating_s: Literal["sensitive", "general"] | None
     aliases: PathText | None
     implications: PathText | None
     orientation: PathText | None
     loss: TagLossConfig
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    tag_weight_power: Annotated[float, Field(ge=0, le=1)]
+    label_smoothing: BelowOne
+    tag_weight_power: Fraction
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors images and their tags."""
+        return self.orientation is not None
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that knows nothing of tags."""
@@ -185,26 +191,29 @@ class TaggingTask(Task):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`: mAP, F1 where precision equals recall, and more (measures/tag_scores.py).
 
-        Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
+        Tables: `tags`, `tag_groups`, `hardest_tags`, `confusions`. Images: `pr_curves`, `mistakes`.
         """
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
+        confusions = TagConfusions(self.vocabulary)
         for batch in loaders["val"]:
             logits, targets, valid = self._measure(batch)
             loss = self._plain_loss(logits, targets)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
+            confusions.add(logits, targets, valid)
             worst.add(loss, valid, {**_find_mistakes(logits, targets), **{name: batch[name] for name in _PICTURE}})
         scores = TagScores(counts.reduce(), self.vocabulary)
-        report, kept = Report({**means.reduce(), **scores.scalars()}), worst.reduce()
+        measured, kept, pairs = means.reduce(), worst.reduce(), confusions.reduce()
+        report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         if distributed.is_main():
-            report.tables = scores.tables()
+            report.tables = {**scores.tables(), "confusions": pairs}
             report.images = {
                 "pr_curves": draw_pr_curves(scores.groups),
                 "mistakes": draw_tag_mistakes(kept, self.vocabulary.names),
             }
         return report
 
-    def calibrate(self, loader: Iterable[Batch], precision: float, recall: float) -> Calibrated:
+    def calibrate(self, loader: Iterable[Batch], wanted: Targets) -> Calibrated:
         """Fit thresholds on one half of the samples, by their keys, and measure them on the other."""
         fitted, others = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
@@ -213,7 +222,7 @@ class TaggingTask(Task):
             for counts, own in ((fitted, half), (others, ~half)):
                 counts.add(logits, targets.nan_to_num(), valid & own, known)
         mine, theirs = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
-        table = calibrate(mine, theirs, precision, recall)
+        table = calibrate(mine, theirs, wanted.precision, wanted.recall)
         group, scaling = theirs.groups["all"], fit_platt(mine.groups["all"])
         curves = {"as trained": measure_reliability(group), "scaled": measure_reliability(group, *scaling)}
         rows = calibration_rows(mine, theirs)
@@ -262,10 +271,7 @@ class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
         """Return the data of a run."""
         streams = super().streams(data, setup, config)
         tags = f"{len(setup.facts['tag_names']):,}; {describe_report(self.index(data.collection, setup).report)}"
-        images = streams.described["images"]
-        if setup.task.orientation is not None:
-            images = images.replace("no mirror", f"mirrored with their tags ({setup.task.orientation})")
-        return replace(streams, described={**streams.described, "images": images, "tags": tags})
+        return replace(streams, described={**streams.described, "tags": tags})
 
 
 def index_of(collection: Collection, vocabulary: Vocabulary, config: TaggingTaskConfig) -> TagIndex:
@@ -341,6 +347,10 @@ class TaggingKind(Kind[TaggingTaskConfig]):
     def build(self, setup: Setup[TaggingTaskConfig]) -> TaggingTask:
         """Return the task."""
         return TaggingTask(setup)
+
+    def calibrate(self, task: TaggingTask, loader: Iterable[Batch], targets: Targets) -> Calibrated:
+        """Return thresholds, and how well the probabilities are calibrated."""
+        return task.calibrate(loader, targets)
 
 
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:

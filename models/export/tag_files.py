@@ -17,7 +17,7 @@ import csv
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from torch import nn
@@ -27,6 +27,7 @@ from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
 from utils.io.files import write_json
 from utils.record.logging import get_logger
+from utils.thresholds import PER_TAG, ThresholdTable
 from utils.vocabulary import CATEGORIES, CHARACTER, FILE, GENERAL, RATING, RATINGS, Vocabulary, write_vocabulary
 
 log = get_logger(__name__)
@@ -43,6 +44,12 @@ class Thresholds(NamedTuple):
 
     categories: Mapping[int, float]
     tags: Mapping[tuple[int, str], float]
+
+    @classmethod
+    def of_table(cls, table: ThresholdTable) -> Self:
+        """Return the balanced threshold of each category, and each tag's own."""
+        own = {(row.category, row.name): row.threshold for row in table.rows if row.profile == PER_TAG}
+        return cls(table.of_categories("balanced"), own)
 
     def of_rows(self, vocabulary: Vocabulary) -> list[float]:
         """Return the threshold of each output."""
@@ -91,7 +98,9 @@ def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]
     if left_out:
         log.info("format: tags left out: %s", left_out)
     if constant:
-        log.info("format: outputs that the vocabulary lacks, whose probability is 0: %s", ", ".join(sorted(constant)))
+        log.info("format: rows that programs need and the vocabulary lacks, always 0: %s", ", ".join(sorted(constant)))
+    if not any(kept.counts[row] for row in kept.of_category(RATING)):
+        log.warning("format: no training image had a rating, so the ratings that programs show mean nothing")
     return {"tags": len(kept), "left_out": left_out, "constant": sorted(constant)}
 
 

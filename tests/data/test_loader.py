@@ -150,6 +150,17 @@ def test_samples_do_not_change_with_workers_or_prefetch(folder, expected, worker
     assert fingerprints(take(train_loader(folder, workers=workers, prefetch=prefetch), 3)) == expected
 
 
+def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeypatch):
+    """The loader's queue would drop the batch, and its reader wait for ever; on a real one: engine/test_survival.py."""
+
+    def refuse(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(UserError, match=r"^runtime\.workers: .*No space left on device.* set runtime\.workers=0"):
+        take(train_loader(folder, workers=1), 1)
+
+
 @pytest.mark.parametrize("micro, workers", [(32, 0), (8, 0), (8, 2), (1, 0)])
 def test_samples_do_not_change_with_micro_batches(folder, expected, micro, workers):
     steps = take(train_loader(folder, workers=workers), 3, micro)

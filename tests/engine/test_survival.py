@@ -346,6 +346,22 @@ def test_a_killed_worker_is_named_with_what_to_do(collection, straight, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.ddp
+def test_shared_memory_that_is_too_small(collection, tmp_path):
+    """In a mount namespace, so that no other process is disturbed."""
+    settings = [*SMALL, "runtime.workers=2", "augment.image_size_hw=[256,256]"]
+    mounts = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 99; exec "$@"'
+    done = command(
+        "unshare", "--mount", "sh", "-c", mounts, "sh", "python", ROOT / "finetune.py",
+        *common("classification", collection, tmp_path / "run", *settings), timeout=120,
+    )  # fmt: skip
+    if re.search("^(unshare|mount): ", done.stderr, re.MULTILINE):
+        pytest.skip(f"a file system cannot be mounted here ({done.stderr.strip()}); test_loader.py raises its error")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "finetune.py: runtime.workers: a loader worker has no room for a batch (unable to allocate" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
 @pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_worker 14"])
 def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
     """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""

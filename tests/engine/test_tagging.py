@@ -258,7 +258,7 @@ def test_a_strangers_vocabulary_is_refused_by_its_key(name, change, place):
     tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors", "weights")
     path = place / "stranger.safetensors"
     write_weights(path, tensors, {**metadata, name: change(metadata[name])})
-    with pytest.raises(UserError, match=rf"^weights: {path}.*(\({name}|'a' of category 0 more than once)"):
+    with pytest.raises(UserError, match=rf"^weights: {path}.*(\({name}|{name} for|'a' of category 0 more than once)"):
         rebuild_task(path)
 
 

@@ -28,7 +28,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from utils.config.messages import ConfigError, hydra_problem, missing_problems, validation_problems
+from utils.config.messages import (
+    ConfigError,
+    encoding_problems,
+    hydra_problem,
+    missing_problems,
+    validation_problems,
+)
 from utils.config.options import ROOT, list_options
 from utils.config.schema import Strict, path_keys
 from utils.config.source_model import follow_init_from
@@ -105,6 +111,8 @@ def _quote(value: str) -> str:
 def validate(values: Any, schema: type[Schema]) -> Schema:
     """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
     container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    if problems := encoding_problems(container):  # pydantic fails with some of them
+        raise ConfigError(problems)
     problems = missing_problems(container)  # a text field would take `???` for a text
     try:
         config = schema.model_validate(container)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,27 @@ def _not_given(dotted: str) -> str:
     return f"{dotted}: must be given; add {dotted}=VALUE"
 
 
-def missing_problems(values: Any, prefix: str = "") -> list[str]:
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each leaf; an empty group is one."""
+    if isinstance(values, dict | list) and values:
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), values
+
+
+def missing_problems(values: Any) -> list[str]:
     """Return a line for each `???` that was not replaced."""
-    if isinstance(values, dict):
-        return [line for key, value in values.items() for line in missing_problems(value, f"{prefix}{key}.")]
-    if isinstance(values, list):
-        return [line for index, value in enumerate(values) for line in missing_problems(value, f"{prefix}{index}.")]
-    return [_not_given(prefix.removesuffix("."))] if values == _MISSING else []
+    return [_not_given(dotted) for dotted, value in _leaves(values) if value == _MISSING]
+
+
+def encoding_problems(values: Any) -> list[str]:
+    """Return a line for each key or text that is not UTF-8: that of a command line may have any bytes."""
+    return [
+        f"{dotted}: must be UTF-8, found {value!a}; rename the file, or write the text anew"
+        for dotted, value in _leaves(values)
+        if re.search("[\ud800-\udfff]", dotted + (value if isinstance(value, str) else ""))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ pydantic

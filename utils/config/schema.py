@@ -7,8 +7,10 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
+
+_NAME_BYTES, _PATH_BYTES = 255, 4095
 
 
 class Strict(BaseModel):
@@ -21,8 +23,22 @@ class _PathMark:
     """Mark the text of a path."""
 
 
+def check_path(text: str) -> str:
+    """Raise ValueError for a text that is no path on any file system: empty, too long, or with a NUL."""
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is no path; give a file or folder, or null where the key may be without one")
+    content = text.encode()
+    longest = max(map(len, content.split(b"/")))
+    if longest > _NAME_BYTES or len(content) > _PATH_BYTES:
+        raise ValueError(
+            f"a path of {len(content):,} bytes, the longest name in it {longest:,}, is too long; file systems take "
+            f"{_NAME_BYTES} bytes in a name and {_PATH_BYTES:,} in all"
+        )
+    return text
+
+
 # A path on the command line is taken as it is written, though Hydra's grammar would refuse or change it.
-PathText = Annotated[str, _PathMark()]
+PathText = Annotated[str, _PathMark(), AfterValidator(check_path)]
 
 
 def walk_keys(schema: type[BaseModel], values: Any = None, prefix: str = "") -> Iterator[tuple[str, FieldInfo | None]]:

@@ -94,10 +94,10 @@ class Sweep:
         A key is its last part; the whole key where two end alike. With a hash where the name had to be changed or cut.
         """
         constant = {one.get_key_element() for one in self.overrides if not one.is_sweep_override()}
-        swept = [word.partition("=") for word in sorted(words) if word.partition("=")[0] not in constant]
+        swept = [word.partition("=") for word in words if word.partition("=")[0] not in constant]
         ends = [key.lstrip("+").rpartition(".")[2] for key, _, _ in swept]
         names = [end if ends.count(end) == 1 else key for end, (key, _, _) in zip(ends, swept)]
-        full = ",".join(f"{name}={value.strip(_QUOTES)}" for name, (_, _, value) in zip(names, swept))
+        full = ",".join(sorted(f"{name}={value.strip(_QUOTES)}" for name, (_, _, value) in zip(names, swept)))
         clean = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
         return (clean if clean == full else f"{clean}-{sha256_text(full)[:8]}") or "job"
 

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from utils.config.bounds import Patience
 from utils.config.schema import Strict
 
 
@@ -41,7 +42,7 @@ class WandbTrackingConfig(_Tracking):
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     notes: str | None
     model_artifact: bool
-    finish_timeout_sec: Annotated[float, Field(gt=0)]
+    finish_timeout_sec: Patience
 
 
 class TensorboardTrackingConfig(_Tracking):

@@ -35,8 +35,13 @@ class PathsConfig(Strict):
     weights: PathText
     input: PathText
     output: PathText
+    existing: str | None
+    like: PathText | None
     top: int
-    threshold: float
+    threshold: float | None
+    thresholds: PathText | None
+    profile: str
+    text: dict
     batch_size: int
     max_pixels: int
     device: str
@@ -90,14 +95,18 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
     assert seen == ["été/a b", "x=y"]
 
 
+TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
+VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "append_to")
+
+
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
-        ("finetune", {"run_dir", "data.root", "init_from", "resume"}),
-        ("prepare", {"data.root", "source"}),
-        ("evaluate", {"run_dir", "weights", "output", "data.root"}),
-        ("export", {"run_dir", "weights", "output", "data.root"}),
-        ("predict", {"weights", "input", "output"}),
+        ("finetune", {"run_dir", "data.root", "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
+        ("prepare", {"data.root", "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
+        ("evaluate", {"models", "run_dir", "weights", "output", "data.root", "arena.aliases", "arena.implications"}),
+        ("export", {"run_dir", "weights", "output", "thresholds", "data.root"}),
+        ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )
 def test_a_schema_says_which_keys_are_paths(script, keys):
@@ -181,7 +190,7 @@ def test_another_rank_shows_what_it_may_be_alone_with(start_command, capsys, mon
 def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS, "--cfg", "job") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("weights: w\ninput: i\noutput: o\ntop: 5\n") and printed.err == ""
+    assert printed.out.startswith("weights: w\ninput: i\noutput: o\nexisting: null\n") and printed.err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ multiruns
@@ -232,8 +241,8 @@ def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capsys):
     assert table[2].endswith(" failed (2): optim.lr: must be greater than or equal to 0, found -1")
     assert runs == ["seeds/lr=0.1,seed=0", "seeds/lr=0.1,seed=1"]
 
-    assert run_in_process("finetune", [*words, "optim.eps=1e-6", "optim.lr=0.1"], tmp_path, monkeypatch) == 2
-    refused = "resume: outputs/sweeps/seeds/lr=0.1,seed=0 was made with another recipe:\n  optim.eps: 1e-08 in the run"
+    assert run_in_process("finetune", [*words, "optim.eps=1e-6"], tmp_path, monkeypatch) == 2
+    refused = "lr=0.1,seed=0/checkpoints/step_00000002 was made with another recipe:\n  optim.eps: 1e-08 in the run"
     assert refused in capsys.readouterr().err
 
     assert run_in_process("finetune", [*shared, "seed=0", "run_dir=chosen"], tmp_path, monkeypatch) == 0

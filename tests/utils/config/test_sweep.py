@@ -105,7 +105,7 @@ def test_a_job_is_named_by_what_is_swept(words, names):
 
 def test_names_of_jobs_differ_where_characters_were_changed_or_cut():
     long = "x" * 300
-    sweep = parse_sweep(["a=1,2", "b=x/y,x_y,x y," + f"{long}1,{long}2,{'日' * 200}"])
+    sweep = parse_sweep(["a=1,2", f"b='x/y',x_y,'x y',{long}1,{long}2,'{'日' * 200}'"])
     names = {Path(job.folder.removeprefix(sweep.base + "/")).as_posix() for job in sweep.jobs()}
     assert len(names) == 12 and "a=1,b=x_y" in names
     assert all("/" not in name and len(name.encode()) <= 255 for name in names)

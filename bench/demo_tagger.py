@@ -1,0 +1,131 @@
+"""The demo of the tagger: from pictures with words to a model.onnx that programs for taggers read.
+
+python bench/demo_tagger.py [out=FOLDER] [KEY=VALUE ...]      (`make demo-tagger`; values go to all trainings)
+
+Pretrains on all glyphs without labels, fine-tunes on the words in the names of one typeface's characters, calibrates,
+exports to wd14, and predicts by ONNX Runtime. Beside it: the same network from scratch, a plain loop of timm with a
+ResNet-18 for the same seconds on the same images (bench/timm_tagger.py), and the same fine-tuning without the
+orientation map. All are measured on a typeface never seen. Two run at a time, each on half of the cores.
+"""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.commands import ROOT, log_of, read_rows, rows_of
+from bench.demo import clear, read_arguments, run_stage
+from utils.ranks.processes import count_cores
+from utils.text_table import align_columns
+
+FACE = "images/DejaVuSans/*"
+COLOURS = ("model.in_channels=3", "augment.mean=[0.5,0.5,0.5]", "augment.std=[0.5,0.5,0.5]", "augment.pad=square")
+# About 120 seconds of one core each: 0.145 s a step of pretraining, 0.315 s of fine-tuning.
+PRETRAIN = ("loop.total_steps=400", "schedule.warmup_steps=40", "loop.evaluate_every_epochs=100",
+            "task.probe.every_epochs=null")  # fmt: skip
+SCRATCH = ("loop.total_steps=385", "schedule.warmup_steps=39")
+
+
+@contextmanager
+def beside(name, out, *command):
+    """Run a command while the block runs, its output into a file; the demo ends where it fails."""
+    log = log_of(ROOT / out / name)
+    sys.stderr.write(f"\n== {name}, beside the next: python {' '.join(command)} > {log}\n")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as stream:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        yield
+        if process.wait():
+            sys.exit(f"demo: {name} ended with status {process.returncode}; {log} says why")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def sided_ap(folder):
+    """Return the mean AP of the tags that a mirror exchanges, and their number."""
+    with open(ROOT / folder / "tables/tags.csv", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["tag"].startswith(("left", "right")) and row["ap"]]
+    return sum(float(row["ap"]) for row in rows) / len(rows), len(rows)
+
+
+def run(out, overrides):
+    """Run all stages; returns their figures."""
+    threads = [text.partition("=")[2] for text in overrides if text.startswith("runtime.threads=")][-1]
+    seconds, vocabulary = {}, f"{out}/selected_tags.csv"
+
+    def tune(name, *arguments):
+        words = ["finetune.py", "experiment=glyphs/tagger", f"run_dir={out}/{name}", f"task.vocabulary={vocabulary}",
+                 f'loop.train_paths=["{FACE}"]']  # fmt: skip
+        return [*words, *arguments, *overrides]
+
+    def stage(name, *words):
+        seconds[name] = run_stage(name, list(words))
+
+    stage("glyphs", "prepare.py", "job=glyphs")
+    stage("vocabulary", "prepare.py", "job=vocabulary", f"vocabulary.output={vocabulary}")
+    with beside("scratch", out, *tune("scratch", *SCRATCH)):
+        stage("pretrain", "pretrain_fcmae.py", "experiment=glyphs/demo_pretrain", f"run_dir={out}/pretrain", *COLOURS,
+              *PRETRAIN, *overrides)  # fmt: skip
+        stage("finetune", *tune("finetune", f"init_from={out}/pretrain"))
+    spent = sum(rows_of(ROOT / out / name, "epoch")[-1]["seconds"] for name in ("pretrain", "finetune"))
+    rival = ["bench/timm_tagger.py", f"vocabulary={vocabulary}", f"out={out}/timm.json", f"paths={FACE}",
+             f"seconds={spent:.0f}", f"threads={threads}"]  # fmt: skip
+    with beside("timm", out, *rival):
+        stage("no_map", *tune("no_map", f"init_from={out}/pretrain", "task.orientation=null"))
+    stage("evaluate", "evaluate.py", f"run_dir={out}/finetune", "weights=last", "calibrate=true")
+    stage("export", "export.py", "format=wd14", f"run_dir={out}/finetune", "weights=last")
+    stage("predict", "predict.py", f"weights={out}/finetune/export/wd14/model.onnx",
+          "input=collections/glyphs/images/STIXGeneral", f"output={out}/predictions.jsonl")  # fmt: skip
+    return {"seconds": seconds, "training_seconds": spent}
+
+
+def collect(out):
+    """Return the figures that the runs left in their files."""
+    last = {name: rows_of(ROOT / out / name, "evaluate")[-1] for name in ("finetune", "scratch", "no_map")}
+    timm = json.loads((ROOT / out / "timm.json").read_text())
+    figures = {name: {key: row[key] for key in ("mAP", "macro_f1")} for name, row in last.items()}
+    figures["timm_resnet18"] = {key: timm[key] for key in ("mAP", "macro_f1")}
+    figures["frequency"] = {key: timm[f"frequency_{key}"] for key in ("mAP", "macro_f1")}
+    sided, number = sided_ap(f"{out}/finetune")
+    return {**figures, "sided_tags": number, "sided_ap": sided, "sided_ap_no_map": sided_ap(f"{out}/no_map")[0]}
+
+
+def table(found, out):
+    """Return the closing table."""
+    titles = {
+        "finetune": "FCMAE, then fine-tuning", "scratch": "the same network from scratch",
+        "timm_resnet18": "timm's ResNet-18, plain loop", "frequency": "the tags' frequencies",
+    }  # fmt: skip
+    rows = [(f"unseen typeface, {found['training_seconds']:.0f} s of training each", "mAP", "macro F1 at P = R")]
+    rows += [(text, *(f"{found[name][key]:.3f}" for key in ("mAP", "macro_f1"))) for name, text in titles.items()]
+    rows.append((f"mean AP of {found['sided_tags']} left and right tags", f"{found['sided_ap']:.3f}", "with the map"))
+    rows.append(("", f"{found['sided_ap_no_map']:.3f}", "without it, not mirrored"))
+    example = next(row for row in read_rows(ROOT / out / "predictions.jsonl") if row.get("tags"))
+    lines = [align_columns(rows), "", f"{Path(example['path']).name}: {example['tags']}", ""]
+    lines += [f"{name:<12} {value:.0f} s" for name, value in found["seconds"].items()]
+    lines.append(f"all stages   {sum(found['seconds'].values()):.0f} s")
+    lines += [f"picture      {out}/finetune/plots/{name}.png" for name in ("curves", "pr_curves", "mistakes")]
+    lines.append(f"for ComfyUI, sd-scripts, imgutils: {out}/finetune/export/wd14")
+    return "\n".join(lines)
+
+
+def main():
+    _, out, arguments = read_arguments(["out=outputs/demo_tagger", *sys.argv[1:]])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no training is left behind
+    clear(out)
+    arguments.setdefault("runtime.threads", str(max(1, count_cores() // 2)))
+    found = run(out, [f"{key}={value}" for key, value in arguments.items()])
+    found |= collect(out)
+    (ROOT / out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    sys.stdout.write("\n" + table(found, out) + "\n")
+
+
+if __name__ == "__main__":
+    main()
