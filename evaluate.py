@@ -6,25 +6,29 @@
     python evaluate.py weights=FILE model=convnextv2_tiny augment=randaugment data=image_folder data.root=PATH
                                                                                    a released file (docs/weights.md)
     python evaluate.py weights=timm model=timm model.name=resnet18.a1_in1k data=image_folder data.root=PATH
+    python evaluate.py job=arena models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
+                                                                                   taggers, ours and others', compared
 
-Writes metrics.json, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below outputs/evaluate/, in
-a folder for each file and collection.
+Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below
+outputs/evaluate/, in a folder for each file and collection. The arena writes arena.json, report.html, tables and plots.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
+from engine.tasks.arena import Arena, ArenaConfig
 from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
 from engine.tasks.kind import Rebuilt, Setup, Targets
 from engine.tasks.kinds import FOREIGN
@@ -35,24 +39,38 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json
 from utils.io.result_folder import open_result_folder
+from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.ranks import distributed
+from utils.record.figures import show_figures
+from utils.record.html_page import FILE as PAGE
+from utils.record.html_page import write_page
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
+from utils.text_table import show_rows
 from utils.thresholds import FILE as THRESHOLDS
-from utils.thresholds import write_thresholds
+from utils.thresholds import PER_TAG, write_thresholds
 
 log = get_logger(__name__)
+
+_DRY_RUN = "dry run: nothing is measured"
+
+
+def _as_list(value: Any) -> Any:
+    """Return one path, with brackets or without, as a list: on a command line, only a comma makes one of paths."""
+    return [value.removeprefix("[").removesuffix("]")] if isinstance(value, str) else value
 
 
 class EvaluateConfig(Strict):
     """`weights` is best, best_raw, last, ema, a file, or `timm`; `output` a JSON file (null: metrics.json).
-    `calibrate` also writes the thresholds of a tagger.
+    `calibrate` also writes the thresholds of a tagger. `job` arena compares `models` on `data`, as `arena` says.
 
     Without `run_dir`, `data` must be given; `model` and `augment` too where the file is not ours.
     """
 
+    job: Literal["weights", "arena"]
+    models: Annotated[list[PathText] | None, BeforeValidator(_as_list)]
     run_dir: PathText | None
     weights: PathText
     init_weights: Literal["model", "ema"]
@@ -63,11 +81,16 @@ class EvaluateConfig(Strict):
     batch_size: BatchSize
     calibrate: bool
     calibration: Targets
+    arena: ArenaConfig
     dry_run: bool
     runtime: MachineConfig
 
     @model_validator(mode="after")
     def _says_what_to_measure(self) -> Self:
+        if self.job == "arena":
+            return self._is_an_arena()
+        if self.models is not None:
+            raise ValueError("models: are read by job=arena, not by job=weights; add job=arena, or remove models")
         if self.run_dir is None and self.weights in WEIGHT_NAMES:
             raise ValueError(
                 f"run_dir: must be given, because weights={self.weights} is one of a run's; add run_dir=RUN, or "
@@ -82,6 +105,15 @@ class EvaluateConfig(Strict):
             raise ValueError(
                 "model: must be given with augment and with weights=timm; a weight file of ours states both itself"
             )
+        return self
+
+    def _is_an_arena(self) -> Self:
+        for key in ("models", "data"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}: job=arena needs models=[RUN,FOLDER] and data=image_folder data.root=PATH")
+        for key in ("run_dir", "model", "augment", "calibrate"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: job=arena measures models as they are; remove {key}, or set job=weights")
         return self
 
 
@@ -108,16 +140,40 @@ def describe_source(config: EvaluateConfig, rebuilt: Rebuilt) -> dict[str, Any]:
     return {"weights": str(Path(rebuilt.weights).resolve()), **values}
 
 
+def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
+    """Measure `models` on the tags that all of them know; returns the best one's line."""
+    arena = Arena(config.models, config.data, config.arena, runtime, config.batch_size)
+    if config.dry_run:
+        return _DRY_RUN
+    with torch.inference_mode(), runtime.autocast():
+        report = arena.measure()
+    rows = report.tables["arena"]
+    if distributed.is_main():
+        source, place = config.model_dump(mode="json", include={"models", "data", "arena"}), Path("outputs/evaluate")
+        with output_errors("output", place):
+            folder = open_result_folder(place / "arena", source)
+            write_report(folder, report.tables, report.images)
+            write_page(folder / PAGE, f"Arena: {config.data.root}", report.scalars, report.tables, report.images)
+        output = folder / "arena.json" if config.output is None else Path(config.output)
+        with output_errors("output", output):
+            write_json(output, {**report.scalars, "models": rows})
+        log.info("%s", Lines(show_rows(rows)))
+        log.info("wrote %s and %s", output, folder / PAGE)
+    return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
+
+
 @entry_point("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig, job: Job) -> str:
     """Evaluate."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime = start_machine(config.runtime)
+    if config.job == "arena":
+        return compare_taggers(config, runtime)
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data
     folder, rebuilt, data = open_task(config, runtime)
     if config.dry_run:
-        return "dry run: nothing is measured"
+        return _DRY_RUN
     task = rebuilt.task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
@@ -150,8 +206,16 @@ def main(config: EvaluateConfig, job: Job) -> str:
             with output_errors("run_dir", folder):
                 write_thresholds(folder / THRESHOLDS, found.thresholds)
                 write_report(folder, found.report.tables, found.report.images, prefix="evaluate_")
+            thresholds = [asdict(row) for row in found.thresholds.rows if row.profile != PER_TAG]
+            report.tables |= {"thresholds": thresholds, **found.report.tables}
+            report.images |= found.report.images
             log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
-    line = "  ".join(f"{name}={value:.4f}" for name, value in report.scalars.items())
+    if distributed.is_main() and report.tables:
+        title = f"{rebuilt.weights}, step {step}, on {data.collection.root}"
+        with output_errors("run_dir", folder):
+            write_page(folder / PAGE, title, report.scalars, report.tables, report.images)
+        log.info("wrote %s", folder / PAGE)
+    line = show_figures(report.scalars)
     log.info("%s", line)
     return line
 

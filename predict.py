@@ -3,49 +3,76 @@
     python predict.py weights=RUN input=PATH output=predictions.jsonl
     python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
-    python predict.py weights=RUN input=PATH output=predictions.csv batch_size=16 workers=0 device=cpu
-    python predict.py weights=RUN input=PATH output=predictions.jsonl dry_run=true     counts the images
+    python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
+    python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
 
-`input` is an image or a folder, read with its subfolders. An image that cannot be read gets a row with the reason.
+`input` is an image, a folder with its subfolders, a pattern, a list of these, or `-`. An image that cannot be read gets
+a row with the reason.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-import csv
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, Self
 
+import numpy as np
 import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
+from data.config import TextConfig
 from data.image_data import load_files
-from data.scan import IMAGE_SUFFIXES
+from data.predictions import (
+    Destination,
+    Images,
+    KohyaMetadata,
+    Row,
+    RowFile,
+    Sidecars,
+    find_images,
+    rank,
+    read_embeddings,
+    write_embeddings,
+)
+from data.tags.captions import find_excluded, join_tags, spell_tags
 from engine.config import MachineConfig
 from engine.runtime import choose_device, choose_runtime
-from engine.tasks.rebuild import load_image_model
-from models.outputs import RowOptions
-from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from engine.tasks.rebuild import load_predictor
+from models.outputs import OUTPUTS, RowOptions
+from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
-from utils.io.files import output_errors, write_atomically
+from utils.io.files import output_errors, sha256_file
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
+from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG, read_thresholds
+from utils.thresholds import FILE as THRESHOLDS
+from utils.vocabulary import Vocabulary
 
 log = get_logger(__name__)
 
 
 class PredictConfig(Strict):
-    """`weights` is a run folder or a file, `output` a .jsonl or .csv file; `top` of classes, `threshold` of tags."""
+    """`weights` is a run folder or a file; `output` a file, FOLDER/ or `beside`; `top` of classes, or of images.
+
+    threshold: of every tag; null: those of `thresholds`, by `profile`. existing: what is done where an image has tags
+    or, with skip, a row; null: rows are replaced, and texts are not touched.
+    """
 
     weights: PathText
-    input: PathText
+    input: PathText | Annotated[list[PathText], Field(min_length=1)]
     output: PathText
+    existing: Literal["skip", "append", "overwrite"] | None
+    like: PathText | None
     top: Count
-    threshold: Fraction
+    threshold: Fraction | None
+    thresholds: PathText | None
+    profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
+    text: TextConfig
     batch_size: BatchSize
     max_pixels: Pixels
     device: Literal["auto", "cpu", "cuda"]
@@ -59,82 +86,178 @@ class PredictConfig(Strict):
             deterministic=False, hang_timeout_sec=1800.0,
         )  # fmt: skip
 
+    def writes_sidecars(self) -> bool:
+        """Return whether `output` names a place for the texts of tags."""
+        return self.output == "beside" or self.output.endswith("/") or Path(self.output).is_dir()
 
-def load_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor of a weight file or an ONNX file, by its suffix."""
-    return OnnxPredictor(path, device) if path.suffix == ".onnx" else TorchPredictor(*load_image_model(path), device)
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.threshold is not None and (self.thresholds is not None or self.profile != PER_TAG):
+            raise ValueError(
+                f"threshold: {self.threshold:g} is that of every tag; remove it, or remove thresholds and profile"
+            )
+        return self
 
 
-def find_images(source: str) -> list[Path]:
-    """Return the image itself, or all images of a folder and its subfolders, sorted.
+def check_output(config: PredictConfig) -> None:
+    """Raise UserError (`output`) where nothing is written to such a file."""
+    suffix, allowed = Path(config.output).suffix, (".jsonl", ".csv")
+    if config.like is None:
+        if config.writes_sidecars():
+            return
+        allowed = (*allowed, ".json", ".npz")
+    if suffix not in allowed:
+        raise UserError(
+            f"output: {config.output} ends in {suffix!r}; name a .jsonl or .csv file; without like also .npz, and for "
+            "tags .json, FOLDER/ or beside"
+        )
 
-    Raises UserError (`input`) where there is none.
+
+def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:
+    """Return what rows are made of: of tags, those that are not excluded and reach their thresholds."""
+    text, least = config.text, np.float32(0.0)
+    if predictor.output is OUTPUTS["tags"]:
+        least = np.broadcast_to(choose_thresholds(config, predictor), len(predictor.names))
+        if text.exclude:
+            least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
+    return RowOptions(config.top, least, config.profile == MCUT, text.max_tags, text.order)
+
+
+def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray:
+    """Return the least probability of each tag, [T] or one for all.
+
+    Raises UserError (`thresholds`, `profile`) where there are none of the tagger, or of the profile.
     """
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"input: {path} does not exist; name an image or a folder")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if not found:
-        raise UserError(f"input: {path} holds no image; known endings: {', '.join(IMAGE_SUFFIXES)}")
-    return found
+    own = Path(config.weights) / THRESHOLDS
+    if config.threshold is not None or config.profile == MCUT:
+        return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
+    if config.thresholds is not None or own.is_file():
+        path, nothing = Path(config.thresholds or own), (0,) * len(predictor.names)
+        vocabulary = Vocabulary(tuple(predictor.names), tuple(predictor.categories.tolist()), nothing, nothing)
+        table = read_thresholds(path, vocabulary, "thresholds", predictor.vocabulary)
+        log.info("thresholds: %s, profile %s", path, config.profile)
+        return table.of_tags(vocabulary, config.profile)
+    if config.profile != PER_TAG:
+        raise UserError(
+            f"profile: {config.profile} is one of thresholds.csv, and {config.weights} comes with none; evaluate.py "
+            "calibrate=true writes it into the run, and thresholds=FILE names it"
+        )
+    log.info("thresholds: %s", "of the file" if predictor.thresholds else f"{DEFAULT}, nothing is calibrated")
+    return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
-def predict_all(predictor: Predictor, paths: list[Path], config: PredictConfig) -> Iterator[dict[str, Any]]:
-    """Yield a row per image, in order: its path, and its prediction or an error."""
+def open_destination(config: PredictConfig, predictor: Predictor, images: Images) -> Destination:
+    """Return where the predictions go. Raises UserError (`output`, `existing`) where they cannot go there."""
+    output, columns = Path(config.output), predictor.output.columns
+    if config.writes_sidecars() or output.suffix == ".json":
+        if predictor.output is not OUTPUTS["tags"]:
+            raise UserError(f"output: {output} is for tags, which {config.weights} does not give; name a .jsonl file")
+        if output.suffix == ".json" and not config.writes_sidecars():
+            return KohyaMetadata(images, output)
+        return Sidecars(images, None if config.output == "beside" else config.output)
+    if config.existing == "append":
+        raise UserError(f"existing: append is for the texts of tags, and {output} has rows; set skip or overwrite")
+    if output.suffix == ".csv" and columns is None:
+        raise UserError(f"output: {config.weights} gives vectors, which CSV does not hold; name a .jsonl file")
+    table = ["path", *columns, "error"] if output.suffix == ".csv" else None
+    return RowFile(output, table, keep=config.existing == "skip")
+
+
+def choose_pending(config: PredictConfig, destination: Destination, images: Images) -> list[Path]:
+    """Return the images to predict. Raises UserError (`existing`) where it does not say what to do with texts."""
+    there = {path for path in images.paths if destination.has(str(path))}
+    if there and config.existing is None:
+        raise UserError(
+            f"existing: null, and {len(there):,} of {len(images.paths):,} images have tags there already, such as "
+            f"{min(there)}; set skip (so that a command that was killed goes on), append or overwrite"
+        )
+    return [path for path in images.paths if path not in there or config.existing != "skip"]
+
+
+def predict_all(
+    predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Callable[[Tensor], Iterable[Row]]
+) -> Iterator[Row]:
+    """Yield a row per image, in order: its path, and what `predict` makes of it or an error."""
+    if not paths:
+        return
     loader, reasons = load_files(
         paths, predictor.preprocessing, choose_runtime(config.machine()), max_pixels=config.max_pixels,
         batch_size=config.batch_size,
     )  # fmt: skip
-    options, left = RowOptions(config.top, config.threshold), iter(paths)
+    left = iter(paths)
     for batch in loader:
         readable = batch["weight"] > 0
-        predicted = iter(predictor.rows(batch["images"][readable], options) if readable.any() else ())
+        predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
         for there, path in zip(readable.tolist(), left):
             yield {"path": str(path), **(next(predicted) if there else {"error": reasons.of[str(path)]})}
 
 
-def write_rows(rows: Iterable[dict[str, Any]], path: Path, columns: list[str] | None) -> int:
-    """Write each row when it comes, as CSV with these columns or as JSON lines; return how many hold an error."""
-    errors = 0
-    with open(path, "w", encoding="utf-8", newline="") as stream:
-        if columns is not None:
-            writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
-            writer.writeheader()
-        for row in rows:
-            errors += "error" in row
-            if columns is None:
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            else:
-                writer.writerow(row)
-    return errors
+def write_texts(rows: Iterable[Row], destination: Destination, config: PredictConfig) -> Iterator[Row]:
+    """Yield rows with the text of their tags, behind those that an image has already where these are kept."""
+    for row in rows:
+        if "tags" in row:
+            before = destination.tags(row["path"]) if config.existing == "append" else ()
+            words = spell_tags(row["tags"], row.get("rating"), config.text)
+            row["tags"] = join_tags([*before, *words], config.text.separator)
+        yield row
+
+
+def embed(key: str, predictor: Predictor, config: PredictConfig) -> tuple[list[str], np.ndarray]:
+    """Return the paths of the images of `key` that can be read, and their embeddings [N, D].
+
+    Raises UserError (`key`) where there is none.
+    """
+    paths = find_images(getattr(config, key), key).paths
+    rows = predict_all(predictor, paths, config, lambda images: [{"vector": one} for one in predictor.embed(images)])
+    found = [row for row in track(rows, len(paths), "embedding") if "vector" in row]
+    if len(found) < len(paths):
+        log.warning("%d of %d images cannot be read, and have no embedding", len(paths) - len(found), len(paths))
+    if not found:
+        raise UserError(f"{key}: {paths[0]} cannot be read, nor any other; predict.py output=x.jsonl gives the reasons")
+    return [row["path"] for row in found], np.stack([row["vector"] for row in found])
+
+
+def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
+    """Write embeddings of images, or which are most like one; weights: their hash."""
+    output, source = Path(config.output), config.input
+    stored = isinstance(source, str) and source.endswith(".npz")
+    paths, vectors = read_embeddings(Path(source), weights) if stored else embed("input", predictor, config)
+    with output_errors("output", output):
+        if config.like is None:
+            write_embeddings(output, paths, vectors, weights)
+        else:
+            columns = ["path", "similarity"] if output.suffix == ".csv" else None
+            found = rank(paths, vectors, embed("like", predictor, config)[1][0], config.top)
+            RowFile(output, columns, keep=False).write(found)
+    log.info("wrote %s: of %d images", output, len(paths))
+    return f"{len(paths)} images"
 
 
 @entry_point("predict", PredictConfig)
 def main(config: PredictConfig, job: Job) -> str:
     """Predict."""
     # -------------------------------------------------------------------------------------------------- 1. The model
-    output = Path(config.output)
-    if output.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"output: {output} ends in {output.suffix!r}; name a .jsonl or .csv file")
+    check_output(config)
     weights = find_weights(config.weights, "best", "weights")
     device = choose_device(config.device, "device")
     predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
-    columns = None
-    if output.suffix == ".csv":
-        if predictor.output.columns is None:
-            raise UserError(f"output: {weights} gives vectors, which CSV does not hold; name a .jsonl file")
-        columns = ["path", *predictor.output.columns, "error"]
+    if config.like is not None or config.output.endswith(".npz"):
+        return "dry run: nothing is embedded" if config.dry_run else search(config, predictor, sha256_file(weights))
 
-    # --------------------------------------------------------------------------------------------- 2. The predictions
-    paths = find_images(config.input)
+    # ------------------------------------------------------------------------ 2. The images, and where the rows go
+    options = choose_rows(config, predictor)
+    images = find_images(config.input, "input")
+    destination = open_destination(config, predictor, images)
+    paths = choose_pending(config, destination, images)
     if config.dry_run:
         return f"dry run: {len(paths)} images, nothing is predicted"
-    rows = track(predict_all(predictor, paths, config), len(paths), "predicting")
-    with output_errors("output", output):
-        unreadable = write_atomically(output, lambda temporary: write_rows(rows, temporary, columns))
-    log.info("wrote %s: %d images, %d unreadable", output, len(paths), unreadable)
+
+    # --------------------------------------------------------------------------------------------- 3. The predictions
+    rows = predict_all(predictor, paths, config, lambda images: predictor.rows(images, options))
+    with output_errors("output", Path(config.output)):
+        unreadable = destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
+    log.info("wrote %s: %d images, %d unreadable, %d there already", config.output, len(paths), unreadable,
+             len(images.paths) - len(paths))  # fmt: skip
     return f"{len(paths)} images"
 
 

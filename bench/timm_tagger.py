@@ -1,7 +1,9 @@
 """The rival of the tagger: a plain loop of timm, binary cross-entropy and torchmetrics, as people write it.
 
 python bench/timm_tagger.py vocabulary=FILE out=FILE.json [data=FOLDER] [network=resnet18] [seconds=60] [lr=0.002]
+                            [size=32] [threads=1]
 
+Seconds of a single thread are CPU seconds: other work on the machine takes none of them.
 It reads the same images and tags as train.py task=tagging, at the same size, with the same random crops and turns, in
 batches of 128, by torch's DataLoader, AdamW and one cycle. The last figures are mAP by torchmetrics (exact), and macro
 F1 where precision equals recall, by the counting that train.py uses, so that both sides are measured alike.
@@ -32,12 +34,8 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
 from utils.vocabulary import read_vocabulary
 
-SIZE, BATCH = 32, 128
-TRAIN = [
-    v2.RandomAffine(8, (0.08, 0.08), (0.8, 1.1), (-10, 10), interpolation=v2.InterpolationMode.BILINEAR, fill=255),
-    v2.RandomResizedCrop(SIZE, (0.87, 1.0), (1.0, 1.0), v2.InterpolationMode.BICUBIC),
-]
-EVAL = [v2.Resize((SIZE, SIZE), v2.InterpolationMode.BICUBIC)]
+BATCH = 128
+TURN = v2.RandomAffine(8, (0.08, 0.08), (0.8, 1.1), (-10, 10), interpolation=v2.InterpolationMode.BILINEAR, fill=255)
 FLOAT = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
 
 
@@ -73,9 +71,10 @@ class Tagged(Dataset):
 
 def train(network, loader, seconds, lr, precision):
     """Train for some seconds; returns (steps, seconds). The cycle's length is estimated from the first steps."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
-    started, step, schedule, images = time.perf_counter(), 0, None, iter(loader)
-    while time.perf_counter() - started < seconds:
+    started, step, schedule, images = clock(), 0, None, iter(loader)
+    while clock() - started < seconds:
         try:
             batch, targets = next(images)
         except StopIteration:
@@ -90,11 +89,11 @@ def train(network, loader, seconds, lr, precision):
         optimizer.step()
         step += 1
         if step == 10:
-            left = int((seconds - (time.perf_counter() - started)) / (time.perf_counter() - started) * 10)
+            left = int((seconds - (clock() - started)) / (clock() - started) * 10)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(left, 1) + 50, pct_start=0.1)
         elif schedule is not None and schedule.last_epoch < schedule.total_steps - 1:
             schedule.step()
-    return step, time.perf_counter() - started
+    return step, clock() - started
 
 
 @torch.inference_mode()
@@ -119,7 +118,7 @@ def evaluate(network, loader, vocabulary):
 def main():
     given, _ = read_settings(
         vocabulary="", out="", data="collections/glyphs", network="resnet18", seconds="60", lr="0.002", threads="0",
-        precision="bf16", paths="*",
+        precision="bf16", paths="*", size="32",
     )  # fmt: skip
     if not given["vocabulary"] or not given["out"]:
         fail("vocabulary and out must be given")
@@ -128,8 +127,10 @@ def main():
         torch.set_num_threads(int(given["threads"]))
     vocabulary = read_vocabulary(Path(given["vocabulary"]), "vocabulary")
     root = Path(given["data"])
-    train_set = Tagged(root, "train", vocabulary, TRAIN, given["paths"])
-    val_set = Tagged(root, "val", vocabulary, EVAL)
+    size, bicubic = read_number("size", given["size"], int), v2.InterpolationMode.BICUBIC
+    crop = v2.RandomResizedCrop(size, (0.87, 1.0), (1.0, 1.0), bicubic)
+    train_set = Tagged(root, "train", vocabulary, [TURN, crop], given["paths"])
+    val_set = Tagged(root, "val", vocabulary, [v2.Resize((size, size), bicubic)])
     network = timm.create_model(given["network"], num_classes=len(vocabulary))
     loader = DataLoader(train_set, BATCH, shuffle=True, drop_last=True)
     precision = torch.bfloat16 if given["precision"] == "bf16" else torch.float32

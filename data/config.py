@@ -41,6 +41,22 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
+class TextConfig(Strict):
+    """How predict.py writes the tags of an image.
+
+    max_tags: the most probable ones; null: all. exclude: tags in any spelling. rating: where it stands, as
+    `rating:general`; null: nowhere. spaces: for underscores, but for kaomoji. escape: parentheses, by a backslash.
+    """
+
+    order: Literal["score", "vocabulary", "characters_first"]
+    max_tags: Count | None
+    exclude: list[str]
+    rating: Literal["first", "last"] | None
+    spaces: bool
+    escape: bool
+    separator: Annotated[str, Field(min_length=1)]
+
+
 class VocabularyConfig(Strict):
     """What prepare.py job=vocabulary takes into a vocabulary, which it writes to `output`.
 
@@ -128,12 +144,12 @@ class AugmentConfig(Strict):
             "channels": channels,
         }
 
-    def describe(self) -> str:
-        """Return the image size and the augmentation in a line."""
+    def describe(self, task_mirrors: bool) -> str:
+        """Return the image size and the augmentation in a line; task_mirrors: whether the task mirrors."""
         height, width = self.image_size_hw
         steps = ["padded to a square"] if self.pad == "square" else []
         steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
-        steps += ["mirror"] if self.horizontal_flip else ["no mirror"]
+        steps += ["mirror" if self.horizontal_flip or task_mirrors else "no mirror"]
         steps += ["affine map"] if self.affine is not None else []
         steps += ["colours"] if self.color_jitter is not None else []
         steps += [self.rand_augment] if self.rand_augment is not None else []

@@ -141,6 +141,12 @@ def has_alpha(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the width and height in the header of an image file that can be read; EXIF may yet turn it."""
+    with Image.open(path, formats=_formats_of(os.fspath(path))) as image:
+        return image.size
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """Return a file's bytes. Raises UnreadableImage where it cannot be opened."""
     try:

@@ -189,7 +189,7 @@ def find_lr(run: Run, config: TrainingConfig) -> bool:
     Returns False where the run was asked to stop meanwhile.
     """
     steps, plan, started = config.lr_finder.steps, run.plan, time.perf_counter()
-    needed = math.ceil(steps / config.lr_finder.max_share)
+    needed = config.lr_finder.needed_steps
     if plan.total_steps < needed:
         log.warning(
             "lr_finder: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate stays %.3g. A run "

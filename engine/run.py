@@ -31,6 +31,7 @@ from utils.io.safe_text import Lines
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest
+from utils.record.figures import show_figures
 from utils.record.logging import get_logger, setup_logging
 from utils.record.run_folder import (
     RunFolder,
@@ -263,7 +264,7 @@ def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]
 def _summarise(run: Run) -> str:
     """Return the run's line in a sweep's table."""
     best, report = run.evaluator.best, run.evaluator.last_report
-    parts = [f"{name}={value:.4f}" for name, value in report.items() if math.isfinite(value)]
+    parts = [show_figures({name: value for name, value in report.items() if math.isfinite(value)})]
     if best.value is not None:
         parts.append(f"best {run.learner.task.best_metric}={best.value:.4f} at step {best.step}")
     return "  ".join(parts)

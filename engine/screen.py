@@ -49,7 +49,7 @@ def start_screen(
 def _rate(config: TrainingConfig, plan: Plan) -> str:
     """Return the peak learning rate and where it comes from."""
     optimizer = f", {config.optim.name}, schedule {config.schedule.name}"
-    if config.lr_finder.enabled:
+    if config.lr_finder.enabled and plan.total_steps >= config.lr_finder.needed_steps:
         return f"found by a range test before the first update{optimizer}"
     if config.optim.lr is not None:
         return f"{plan.lr:.3g} (optim.lr){optimizer}"

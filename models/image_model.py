@@ -24,6 +24,13 @@ class ImageModel(nn.Module):
         outputs = self.network(self.normalise(images)).float()
         return (outputs,) if self.output.activate is None else (outputs, self.output.activate(outputs))
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Return what the head reads, float32 [B, C]; of a network without a head its features."""
+        if self.output.activate is None:
+            return self(images)[-1]
+        features = self.network.forward_features(self.normalise(images))
+        return self.network.forward_head(features, pre_logits=True).float()
+
     def with_network(self, network: nn.Module) -> "ImageModel":
         """Return the same, in eval mode, around another network."""
         return ImageModel(network, self.normalise, self.output_name).eval()

@@ -1,6 +1,7 @@
 """Predictions from a weight file or an ONNX file: the same preprocessing, the same names.
 
-Both kinds of file carry names and preprocessing in their metadata, so nothing else is needed.
+Both kinds of file carry names and preprocessing in their metadata, so nothing else is needed. An ONNX file of
+somebody else's may be a tagger of the WD form (models/wd_file.py).
 """
 
 import json
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from models.image_model import ImageModel
 from models.onnx_form import OnnxForm
-from models.outputs import OUTPUTS, RowOptions
+from models.outputs import OUTPUTS, Columns, RowOptions
+from models.wd_file import read_wd_metadata
 from utils.canvas import DEFAULT, Background
 from utils.config.bounds import Side
 from utils.config.recipe import ADDED_KEYS
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
 from utils.record.logging import get_logger
+from utils.vocabulary import GENERAL
 
 log = get_logger(__name__)
 
@@ -51,12 +54,24 @@ class _Preprocessing(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """The metadata that a prediction needs; a file may have more."""
+    """The metadata that a prediction needs; a file may have more. Of tags: the categories and thresholds of each."""
 
     model_config = ConfigDict(strict=True)
 
     preprocessing: _Preprocessing
     form: OnnxForm | None = None
+    tag_categories: list[int] | None = None
+    tag_counts: list[int] | None = None
+    tag_ids: list[int] | None = None
+    thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_per_tag(self) -> Self:
+        count = len(getattr(self, "tag_names", ()))
+        for name in ("tag_categories", "tag_counts", "tag_ids", "thresholds"):
+            if (found := getattr(self, name)) is not None and len(found) != count:
+                raise ValueError(f"{len(found)} {name} for {count} tags")
+        return self
 
 
 _Names = Annotated[list[str], Field(min_length=1)]
@@ -84,20 +99,32 @@ def wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
 
 
 class Predictor:
-    """Predictions for batches of uint8 images; `names` of the outputs and `preprocessing` as in training."""
+    """Predictions for batches of uint8 images; `names` of the outputs and `preprocessing` as in training.
+
+    vocabulary: the hash of what a tagger was trained on, where its file states it. thresholds: [K], or None.
+    """
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = dict(metadata)
         self.output = OUTPUTS[metadata["output"]]
         self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
+        self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
+        self.thresholds: list[float] | None = metadata.get("thresholds")
+        self.vocabulary: str | None = metadata.get("vocabulary")
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return probabilities float32 [B, K], or features [B, C], of uint8 images [B, C, H, W]."""
         raise NotImplementedError
 
+    def embed(self, images: Tensor) -> np.ndarray:
+        """Return embeddings float32 [B, D] of uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
+        raise NotImplementedError
+
     def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
         """Return what is written of each of some uint8 images [B, C, H, W]."""
-        return [self.output.make_row(values, self.names, options) for values in self.predict(images)]
+        columns = Columns(self.names, self.categories)
+        return [self.output.make_row(values, columns, options) for values in self.predict(images)]
 
 
 class TorchPredictor(Predictor):
@@ -112,11 +139,16 @@ class TorchPredictor(Predictor):
         """Return the predictions."""
         return self._model(images.to(self._device))[-1].cpu().numpy()
 
+    @torch.inference_mode()
+    def embed(self, images: Tensor) -> np.ndarray:
+        """Return the embeddings."""
+        return self._model.embed(images.to(self._device)).cpu().numpy()
+
 
 class OnnxPredictor(Predictor):
-    """Predict with an exported file in ONNX Runtime."""
+    """Predict with an ONNX file in ONNX Runtime. Raises UserError (`key`) where it cannot be read."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, key: str = "weights") -> None:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -124,36 +156,38 @@ class OnnxPredictor(Predictor):
         providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         if providers:
             onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
-        refuse_external_data(path, "weights")
+        refuse_external_data(path, key)
         try:
             self._session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
         except (
             errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile, errors.InvalidArgument,
             errors.NotImplemented, errors.RuntimeException,
         ) as error:  # fmt: skip
-            raise unreadable_onnx(path, "weights", error) from None
+            raise unreadable_onnx(path, key, error) from None
         if not set(providers) <= set(self._session.get_providers()):
             log.warning(
-                "weights: ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", path,
+                "%s: ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", key, path,
             )  # fmt: skip
         found = self._session.get_modelmeta().custom_metadata_map
-        if "atelier" not in found:
-            raise UserError(f"weights: {path} was not exported by Atelier: it has no metadata; use export.py")
-        try:
-            metadata = json.loads(found["atelier"])
-        except (ValueError, RecursionError) as error:
-            raise unreadable_onnx(path, "weights", error) from None
-        check_metadata(path, "weights", metadata)
+        if "atelier" in found:
+            try:
+                metadata = json.loads(found["atelier"])
+            except (ValueError, RecursionError) as error:
+                raise unreadable_onnx(path, key, error) from None
+        else:
+            metadata = read_wd_metadata(path, key, self._session.get_inputs(), self._session.get_outputs())
+        check_metadata(path, key, metadata)
         if metadata.get("output") not in OUTPUTS:
-            raise UserError(f"weights: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
+            raise UserError(f"{key}: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
         super().__init__(metadata)
+        self._path = path
         plain = {"outputs": {name: name for name in self.output.heads}}
         self._form = OnnxForm.model_validate(metadata.get("form") or plain)
         self._name = next((name for name, what in self._form.outputs.items() if what == self.output.heads[-1]), "probs")
-        self._check_graph(path)
+        self._check_graph(path, key)
 
-    def _check_graph(self, path: Path) -> None:
+    def _check_graph(self, path: Path, key: str) -> None:
         """Raise UserError where the graph is not images -> outputs of the metadata's names."""
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = {value.name: value.shape for value in self._session.get_outputs()}
@@ -161,11 +195,27 @@ class OnnxPredictor(Predictor):
         if inputs != taken or len(shape) != 2 or (self.names and shape[1] != len(self.names)):
             wanted = len(self.names) if self.names else "C"
             raise UserError(
-                f"weights: {path} has the inputs {inputs} and the outputs {outputs}; a file that export.py made takes "
+                f"{key}: {path} has the inputs {inputs} and the outputs {outputs}; a file that export.py made takes "
                 f"'{self._form.input}', tensor(float), and gives '{self._name}', [batch, {wanted}]"
             )
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return the predictions."""
-        taken = self._form.to_input(images.cpu().float() / 255.0)
-        return self._session.run([self._name], {self._form.input: taken.numpy()})[0]
+        return self._run(self._name, images)
+
+    def embed(self, images: Tensor) -> np.ndarray:
+        """Return the embeddings."""
+        there = [value.name for value in self._session.get_outputs()]
+        found = [name for name, what in self._form.outputs.items() if what in ("embedding", "features")]
+        if not found or found[0] not in there:
+            raise UserError(
+                f"weights: {self._path} has no embedding among its outputs, {', '.join(there)}; name the run, or "
+                "export it with format=wd14 or imgutils, or backbone_only=true"
+            )
+        return self._run(found[0], images)
+
+    def _run(self, name: str, images: Tensor) -> np.ndarray:
+        taken = self._form.to_input(images.cpu().float() / 255.0).numpy()
+        one = self._session.get_inputs()[0].shape[0] == 1  # older WD files take one image at a time
+        parts = np.split(taken, len(taken)) if one else [taken]
+        return np.concatenate([self._session.run([name], {self._form.input: part})[0] for part in parts])

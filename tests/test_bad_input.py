@@ -360,7 +360,7 @@ OTHERS = {
     "export run_dir=tuned output=file": "output: file",
     "predict weights=nowhere input=images": "weights: nowhere does not exist",
     "predict weights=empty input=images": "weights: the run empty has no best weights",
-    "predict weights=pretrained input=images": "output: pretrained/weights/ ... gives vectors, which CSV does not",
+    "predict weights=pretrained input=images": "output: pretrained gives vectors, which CSV does not",
     "predict weights=foreign.pth input=images": "weights: foreign.pth was not written by a run",
     "predict weights=broken.onnx input=images": "weights: broken.onnx is not a readable ONNX file (",
     "predict weights=broken.safetensors input=images": "weights: broken.safetensors is not a readable sa",
@@ -368,6 +368,11 @@ OTHERS = {
     "predict weights=tuned input=nowhere": "input: nowhere does not exist",
     "predict weights=tuned input=texts": "input: texts holds no image",
     "predict weights=tuned input=images output=x.txt": "output: x.txt ends in '.txt'; name a .jsonl or .csv file",
+    "predict weights=tuned input=images output=texts/": "output: texts is for tags, which tuned does not give",
+    "predict weights=tuned input=images output=x.jsonl existing=append": "existing: append is for the texts of tags",
+    "predict weights=tuned input=*.webp": "input: *.webp matches no image",
+    "predict weights=tuned input=images output=x.json like=images/a.png": "output: x.json ends in '.json'",
+    "predict weights=tuned input=file.npz output=x.csv like=images/a.png": "input: file.npz has no embeddings (",
     "predict weights=tuned input=images output=file/found.csv": "output: file",
 }
 

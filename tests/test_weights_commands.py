@@ -74,6 +74,7 @@ def test_results_without_a_run_lie_below_outputs(place):
     wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
     assert read_json(folder / "metrics.json").items() >= wanted.items() and wanted["samples"] == 4
     assert (folder / "plots/evaluate_confusion.png").is_file() and (folder / "tables/evaluate_classes.csv").is_file()
+    assert "data:image/png" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_each_file_and_collection_has_results_of_its_own(place):

@@ -22,6 +22,8 @@ from utils.vocabulary import Vocabulary, describe_difference
 
 CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
+DEFAULT = 0.35  # that of most tools
+MCUT, MCUT_FLOOR = "mcut", 0.15  # deepghs/imgutils:imgutils/tagging/wd14.py has the floor for characters
 OVERALL = -1  # in place of a category: all tags
 FILE = "thresholds.csv"
 
@@ -52,11 +54,11 @@ class ThresholdTable:
         return {row.category: row.threshold for row in self.rows if row.profile == profile}
 
     def of_tags(self, vocabulary: Vocabulary, profile: str) -> np.ndarray:
-        """Return each tag's threshold, [T] float32; a category without one has that of all tags."""
-        if profile == PER_TAG:
-            return np.array([row.threshold for row in self.rows if row.profile == PER_TAG], dtype=np.float32)
-        found = self.of_categories(profile)
-        return np.array([found.get(number, found[OVERALL]) for number in vocabulary.categories], dtype=np.float32)
+        """Return each tag's threshold, [T] float32: its own, else that of its category, else that of all tags."""
+        own = {(row.category, row.name): row.threshold for row in self.rows if row.profile == profile == PER_TAG}
+        found = self.of_categories("balanced" if profile == PER_TAG else profile)
+        every = [own.get(key, found.get(key[0], found[OVERALL])) for key in vocabulary.columns]
+        return np.array(every, dtype=np.float32)
 
 
 def write_thresholds(path: Path, table: ThresholdTable) -> None:
@@ -64,8 +66,11 @@ def write_thresholds(path: Path, table: ThresholdTable) -> None:
     write_table(path, [{**asdict(row), "vocabulary": table.vocabulary} for row in table.rows])
 
 
-def read_thresholds(path: Path, vocabulary: Vocabulary, key: str) -> ThresholdTable:
-    """Read a thresholds.csv. Raises UserError (`key`) where it is none, or of another vocabulary."""
+def read_thresholds(path: Path, vocabulary: Vocabulary, key: str, trained: str | None = None) -> ThresholdTable:
+    """Read a thresholds.csv. Raises UserError (`key`) where it is none, or of another vocabulary.
+
+    trained: the hash of the vocabulary that a tagger was trained on, where its export has another order.
+    """
     try:
         with open(path, encoding="utf-8", newline="") as stream:
             rows, hashes = zip(*_parse(stream))
@@ -76,15 +81,15 @@ def read_thresholds(path: Path, vocabulary: Vocabulary, key: str) -> ThresholdTa
             f"{key}: {path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
         ) from None
     table, tags = ThresholdTable(hashes[0], rows), [row for row in rows if row.profile == PER_TAG]
-    if table.vocabulary != vocabulary.hash:
-        nothing = (0,) * len(tags)
-        theirs = Vocabulary(tuple(row.name for row in tags), tuple(row.category for row in tags), nothing, nothing)
+    nothing = (0,) * len(tags)
+    theirs = Vocabulary(tuple(row.name for row in tags), tuple(row.category for row in tags), nothing, nothing)
+    if table.vocabulary not in (vocabulary.hash, trained):
         raise UserError(
             f"{key}: {path} is of another vocabulary than the tagger: {describe_difference(vocabulary, theirs)}; name "
             "the file that evaluate.py calibrate=true wrote for this tagger"
         )
     lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
-    if lacks or len(tags) != len(vocabulary):
+    if lacks or theirs.hash != table.vocabulary:
         raise UserError(
             f"{key}: {path} is not complete: {len(tags)} of {len(vocabulary)} tags, profiles without a row of category "
             f"{OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"

@@ -26,11 +26,17 @@ from utils.io.files import sha256_text, write_atomically
 # Danbooru's numbers of categories.
 CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
 GENERAL, CHARACTER, RATING = 0, 4, 9
+_CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
 # The four ratings come first, in this order, with the numbers that published taggers give them.
 RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 FILE = "selected_tags.csv"
 _SCHEMA = pa.schema([("tag_id", pa.int64()), ("name", pa.string()), ("category", pa.int64()), ("count", pa.int64())])
 _SHOWN = 5  # names that a message shows
+
+
+def category_name(number: int) -> str:
+    """Return a category's name, or its number where it has none."""
+    return _CATEGORY_NAMES.get(number, str(number))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
 _REPORT = "report.json"  # written last: a folder that has it is complete
 _SHOWN = 5  # dropped tags that a report names
+_NOT_THERE, _NO_RATING = "tags that are not in the vocabulary", "ratings that are absent"
 _CHUNK_ROWS = 2**17
 _ABSENT, _UNKNOWN, _AMBIGUOUS = -1, -2, -3  # instead of an output
 
@@ -124,11 +125,16 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagRow
 
 def describe_report(report: dict[str, Any]) -> str:
     """Return a report in a line."""
-    dropped = "; ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "nothing"
-    such = f" (such as {', '.join(map(repr, report['such_as']))})" if report["such_as"] else ""
+    such = {_NOT_THERE: f" (such as {', '.join(map(repr, report['such_as']))})"}
+    dropped = [
+        f"{count:,} {reason}{such.get(reason, '')}"
+        for reason, count in report["dropped"].items()
+        if report["rated"] or reason != _NO_RATING
+    ]
+    rated = f"{report['rated']:,} a known rating" if report["rated"] else "none a rating"
     return (
-        f"tags: {report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {report['rated']:,} a "
-        f"known rating; dropped: {dropped}{such}"
+        f"{report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {rated}; "
+        f"dropped: {'; '.join(dropped) or 'nothing'}"
     )
 
 
@@ -166,7 +172,7 @@ class _Mapper:
         has_none = tags.value_lengths().to_numpy() == 0
         self._count("images without tags", has_none.sum())
         self._count("images without a tag of the vocabulary", (~tagged & ~has_none).sum())
-        self._count("ratings that are absent", (rating == _ABSENT).sum())
+        self._count(_NO_RATING, (rating == _ABSENT).sum())
         self._count("ratings that are unknown", (rating == _UNKNOWN).sum())
         return ids.astype(np.int32), np.bincount(rows, minlength=len(tags)), rating >= 0, tagged
 
@@ -176,7 +182,7 @@ class _Mapper:
         found = [self._outputs(text) for text in texts]
         for text, outputs, count in zip(texts, found, np.bincount(codes, minlength=len(texts)).tolist()):
             if not outputs:
-                self._count("tags that are not in the vocabulary" if text.strip() else "tags that are blank", count)
+                self._count(_NOT_THERE if text.strip() else "tags that are blank", count)
                 self.unknown[text] += count
             self.ambiguous += count if outputs == [_AMBIGUOUS] else 0
         sizes = np.array([len(outputs) for outputs in found], np.int64)

@@ -40,8 +40,8 @@ def parse_tag(text: str) -> Tag:
     if weighted := _WEIGHTED.fullmatch(text):
         text = weighted[1]
     text = unicodedata.normalize("NFC", _ESCAPED.sub(r"\1", text).lower())
-    prefix, _, rest = text.partition(":")
-    category = PREFIXES.get(prefix.strip())
+    prefix, colon, rest = text.partition(":")
+    category = PREFIXES.get(prefix.strip()) if colon else None
     return Tag(category, "_".join((text if category is None else rest).split()))
 
 

@@ -9,7 +9,7 @@ from data.tags.names import Tag, parse_tag
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
 
-_VERSION = 1  # of what tags are made of texts; a change makes every index again
+_VERSION = 2  # of what tags are made of texts; a change makes every index again
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,13 @@ def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.n
 
 
 def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
-    """Draw the micro precision of groups of tags over their recall."""
+    """Draw the micro precision of groups of tags over their recall; a group that has all the positives is `all`."""
     from utils.record import plots  # matplotlib
 
     figure, axis = plots.open_square("Precision and recall, all decisions of a group together", "recall", "precision")
+    whole = groups.get("all")
     for name, group in groups.items():
-        if not group.support or (name != "all" and group.support == groups["all"].support):
+        if not group.support or (whole is not None and group is not whole and group.support == whole.support):
             continue
         precision, recall, _ = group.micro()
         some = group.predicted > 0

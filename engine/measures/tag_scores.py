@@ -14,7 +14,7 @@ import torch
 
 from engine.measures.tags import EDGES, TagCounts, edge_below
 from utils.errors import UserError
-from utils.vocabulary import CATEGORIES, Vocabulary
+from utils.vocabulary import Vocabulary, category_name
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as thresholds
 _FIXED = int(edge_below(math.log(0.35 / 0.65)))  # the threshold of most tools
@@ -90,11 +90,6 @@ def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
         name = f"{least:,} or more images" if limit == math.inf else f"{least:,} to {limit - 1:,} images"
         members[name] = (counts >= least) & (counts < limit)
     return {name: member for name, member in members.items() if member.any()}
-
-
-def category_name(number: int) -> str:
-    """Return a category's name, or its number where it has none."""
-    return next((name for name, known in CATEGORIES.items() if known == number), str(number))
 
 
 class TagScores:

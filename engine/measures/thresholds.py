@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from engine.measures.tag_scores import PROBS, Group, TagScores, category_name, equal_point, rates
+from engine.measures.tag_scores import PROBS, Group, TagScores, equal_point, rates
 from engine.measures.tags import EDGES, edge_below
 from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable
+from utils.vocabulary import category_name
 
 _PRIOR = 50  # positives that a category's threshold counts as, beside those of a tag
 _CENTRES = np.append((EDGES[:-1] + EDGES[1:]) / 2, EDGES[-1])  # logit of each bin

@@ -126,7 +126,8 @@ class ImagePipeline(Generic[Config]):
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         fingerprints = {**data.fingerprints, **setup.fingerprints()}
         alpha = describe_transparency(collection, setup.preprocessing["background"])
-        described = {"collection": describe_collection(collection) + alpha, "images": config.augment.describe()}
+        images = config.augment.describe(config.task.mirrors)
+        described = {"collection": describe_collection(collection) + alpha, "images": images}
         return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
 
     def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:

@@ -42,6 +42,11 @@ class TaskConfig(Strict):
 
     name: str
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether the task mirrors training images itself."""
+        return False
+
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError where other keys of the run do not suit the task; the message begins with the key."""
 

@@ -17,7 +17,7 @@ from engine.task import Task, fingerprint_frozen
 from engine.tasks.kind import Kind, Rebuilt, Setup
 from engine.tasks.kinds import find_kind
 from models.image_model import ImageModel
-from models.predictor import wrong_metadata
+from models.predictor import OnnxPredictor, Predictor, TorchPredictor, wrong_metadata
 from models.weights.fit import fit_state, load_into
 from utils.config.recipe import with_added
 from utils.errors import UserError
@@ -81,6 +81,13 @@ def load_image_model(path: Path, key: str = "weights") -> tuple[ImageModel, dict
         name = rebuilt.metadata["task"]["name"]
         raise UserError(f"{key}: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
     return rebuilt.image_model(), {**rebuilt.metadata, "output": rebuilt.kind.output}
+
+
+def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Predictor:
+    """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError (`key`)."""
+    if path.suffix == ".onnx":
+        return OnnxPredictor(path, device, key)
+    return TorchPredictor(*load_image_model(path, key), device)
 
 
 def _read_setup(path: Path, key: str, metadata: dict[str, Any]) -> tuple[Kind, Setup]:

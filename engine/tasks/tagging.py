@@ -23,6 +23,7 @@ from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_reliability, draw_tag_mistakes
 from engine.measures.means import Means
+from engine.measures.tag_confusions import TagConfusions
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, measure_reliability, to_fit
@@ -73,6 +74,11 @@ class TaggingTaskConfig(MixingConfig):
     loss: TagLossConfig
     label_smoothing: BelowOne
     tag_weight_power: Fraction
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors images and their tags."""
+        return self.orientation is not None
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that knows nothing of tags."""
@@ -184,20 +190,22 @@ class TaggingTask(Task):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`: mAP, F1 where precision equals recall, and more (measures/tag_scores.py).
 
-        Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
+        Tables: `tags`, `tag_groups`, `hardest_tags`, `confusions`. Images: `pr_curves`, `mistakes`.
         """
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
+        confusions = TagConfusions(self.vocabulary)
         for batch in loaders["val"]:
             logits, targets, valid = self._measure(batch)
             loss = self._plain_loss(logits, targets)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
+            confusions.add(logits, targets, valid)
             worst.add(loss, valid, {**_find_mistakes(logits, targets), **{name: batch[name] for name in _PICTURE}})
         scores = TagScores(counts.reduce(), self.vocabulary)
-        measured, kept = means.reduce(), worst.reduce()
+        measured, kept, pairs = means.reduce(), worst.reduce(), confusions.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         if distributed.is_main():
-            report.tables = scores.tables()
+            report.tables = {**scores.tables(), "confusions": pairs}
             report.images = {
                 "pr_curves": draw_pr_curves(scores.groups),
                 "mistakes": draw_tag_mistakes(kept, self.vocabulary.names),

@@ -30,12 +30,14 @@ def describe_preprocessing(preprocessing: Mapping[str, Any]) -> str:
     """Return what is done to an image, in words."""
     height, width = preprocessing["image_size_hw"]
     resize = f"both sides to {height} x {width} px ({preprocessing['interpolation']})"
-    if preprocessing.get("eval_resize", "crop") == "crop":
+    is_square = preprocessing.get("pad", "none") == "square"
+    is_whole = is_square and height == width and preprocessing.get("eval_crop") == 1  # there is nothing to cut off
+    if preprocessing.get("eval_resize", "crop") == "crop" and not is_whole:
         resize = (
             f"the shorter side to {height} x {width} px / {preprocessing['eval_crop']:g}, rounded down "
             f"({preprocessing['interpolation']}), and the centre of {height} x {width}"
         )
-    if preprocessing.get("pad", "none") == "square":
+    if is_square:
         resize = f"padded to a square of the same colour, an odd pixel to the right or the bottom; {resize}"
     return f"{resize}; values in [0, 1] minus {preprocessing['mean']}, divided by {preprocessing['std']}"
 

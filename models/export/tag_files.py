@@ -98,7 +98,9 @@ def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]
     if left_out:
         log.info("format: tags left out: %s", left_out)
     if constant:
-        log.info("format: outputs that the vocabulary lacks, whose probability is 0: %s", ", ".join(sorted(constant)))
+        log.info("format: rows that programs need and the vocabulary lacks, always 0: %s", ", ".join(sorted(constant)))
+    if not any(kept.counts[row] for row in kept.of_category(RATING)):
+        log.warning("format: no training image had a rating, so the ratings that programs show mean nothing")
     return {"tags": len(kept), "left_out": left_out, "constant": sorted(constant)}
 
 

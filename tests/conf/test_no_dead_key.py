@@ -249,6 +249,9 @@ def run_all(recorder, folder, monkeypatch):
     go("evaluate", "run_dir=tuned", *on_cpu)
     go("export", "run_dir=tuned")
     go("export", "run_dir=tuned", "precision=int8", "calibration_images=2", "threads=1")
+    go("train", *small, *folders, "task=tagging", "task.min_count=1", "augment.image_size_hw=[16,16]", "run_dir=tagger")
+    go("evaluate", "run_dir=tagger", "calibrate=true", *on_cpu)
+    go("evaluate", "job=arena", "models=[tagger]", "arena.min_support=1", *folders, *on_cpu)
     # Weight files that are said to be of a network: one of ours and one of timm.
     of_ours = ["weights=tuned/weights/last_weights.safetensors", *SMALL_MODEL, "augment=glyphs"]
     of_timm = ["weights=finetune_timm/weights/last_weights.safetensors", "model=timm", "model.name=test_resnet"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.collection import index_collection, open_collection
 from data.config import VocabularyConfig
 from data.table import build_table
-from data.tags.index import index_tags, map_tags
+from data.tags.index import describe_report, index_tags, map_tags
 from data.tags.names import Tag, parse_rating, parse_tag
 from data.tags.rules import TagRules, read_rules
 from data.tags.vocabulary import append_tags, choose_tags, count_tags, make_vocabulary
@@ -83,6 +83,10 @@ def test_tags_and_ratings_become_outputs():
         "ratings that are unknown": 2,
     }
     assert found.report["such_as"][0] == "gone" and (found.report["rows"], found.report["tagged"]) == (6, 2)
+    said = describe_report(found.report)
+    assert "(such as 'gone'" in said and "3 a known rating" in said and "ratings that are absent" in said
+    said = describe_report(map_tags(of_rows([["smile"], ["smile"]]), known, NO_RULES).report)
+    assert said.endswith("dropped: nothing") and "none a rating" in said  # not a loss where no image has one
 
 
 def test_aliases_and_implications(tmp_path):
@@ -145,13 +149,11 @@ def test_any_rows_are_mapped_as_one_by_one(rows):
 # The index.
 
 
-def test_the_index_is_made_once_and_mapped(tmp_path, log):
+def test_the_index_is_made_once_and_mapped(tmp_path):
     rows = [{"path": "a", "tags": ["x", "y"], "rating": "e"}, {"path": "b", "tags": ["z"]}]
     collection, known = collection_of(tmp_path / "root", rows), vocabulary("y", "x")
     index = index_tags(collection, known, NO_RULES, tmp_path / "cache")
-    assert (
-        "1 of 2 images have one of the vocabulary, 1 a known rating; dropped: 1 tags that are not" in log.messages[-1]
-    )
+    assert "1 of 2 images have one of the vocabulary, 1 a known rating; dropped: 1" in describe_report(index.report)
     before = (index.folder / "ids.npy").stat()
     again = pickle.loads(pickle.dumps(index_tags(collection, known, NO_RULES, tmp_path / "cache")))
     assert (again.folder / "ids.npy").stat() == before and isinstance(again.ids, np.memmap)
@@ -201,7 +203,7 @@ def test_a_vocabulary_is_made_in_the_order_of_published_taggers(tmp_path):
     (tmp_path / "ignore.txt").write_text("# comment\n\nBad\ncharacter:a\n")
     (tmp_path / "keep.txt").write_text("kept\n")
     lists = {name: str(tmp_path / f"{name}.txt") for name in ("ignore", "keep")}
-    made, report = make_vocabulary(collection, wanted(**lists))
+    made, report = make_vocabulary(collection, wanted(**lists), "vocabulary.")
     assert made.names == (*RATINGS, "a", "b", "c,d", "kept", "miku")
     assert made.categories == (9, 9, 9, 9, 0, 0, 0, 0, 4) and made.counts == (0, 0, 1, 0, 3, 2, 2, 1, 3)
     assert made.tag_ids == (*RATINGS.values(), 4, 5, 6, 7, 8)
@@ -215,7 +217,7 @@ def test_implied_tags_count_and_other_categories_come_last(tmp_path):
     collection = collection_of(tmp_path / "root", rows_with({"kitty": 3, "cat": 1, "artist:z": 2, "copyright:y": 2}))
     rules = rules_of(tmp_path, "kitty,cat", "cat,animal")
     found = count_tags(collection, rules)
-    chosen, _ = choose_tags(found, wanted(categories=["artist", "general", "copyright"]))
+    chosen, _ = choose_tags(found, wanted(categories=["artist", "general", "copyright"]), "vocabulary.")
     assert list(zip(chosen.names, chosen.counts))[4:] == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]
 
 
@@ -223,7 +225,7 @@ def test_appending_moves_no_row(tmp_path):
     base = vocabulary("old", (4, "miku"), "b")
     write_vocabulary(tmp_path / FILE, base)
     collection = collection_of(tmp_path / "root", rows_with({"b": 5, "miku": 4, "new": 3, "character:newer": 9}))
-    made, report = make_vocabulary(collection, wanted(append_to=str(tmp_path / FILE)))
+    made, report = make_vocabulary(collection, wanted(append_to=str(tmp_path / FILE)), "vocabulary.")
     assert made.names == (*base.names, "new", "newer") and made.counts == (*base.counts, 3, 9)
     assert made.tag_ids == (*base.tag_ids, 7, 8) and "2 of them new" in report
     assert append_tags(made, made) == made
@@ -234,17 +236,17 @@ def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"^vocabulary\.min_count: no tag of general, character is on 4 .*'b' on 3, 'a'"
     ):
-        make_vocabulary(collection, wanted(min_count=4))
+        make_vocabulary(collection, wanted(min_count=4), "vocabulary.")
     with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere cannot be read"):
-        make_vocabulary(collection, wanted(ignore="nowhere"))
+        make_vocabulary(collection, wanted(ignore="nowhere"), "vocabulary.")
     unread = collection_of(tmp_path / "unread", [{"path": "a", "tags": ["x"], "weight": 0}])
     with pytest.raises(UserError, match=r"^vocabulary\.min_count: .*found: no tag"):
-        make_vocabulary(unread, wanted())
+        make_vocabulary(unread, wanted(), "vocabulary.")
     rated = collection_of(tmp_path / "rated", [{"path": "a", "tags": ["x"], "rating": "s"}])
     with pytest.raises(UserError, match=r"^vocabulary\.rating_s: null, and 1 of 1 images"):
-        make_vocabulary(rated, wanted())
+        make_vocabulary(rated, wanted(), "vocabulary.")
     with pytest.raises(UserError, match=r"^vocabulary\.append_to: nowhere does not exist"):
-        make_vocabulary(collection, wanted(append_to="nowhere"))
+        make_vocabulary(collection, wanted(append_to="nowhere"), "vocabulary.")
 
 
 @FUZZ

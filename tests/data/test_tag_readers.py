@@ -61,6 +61,7 @@ def refused(root, *parts):
 # Spelling.
 
 SPELLINGS = {
+    "Rating": (None, "rating"),  # without a colon, a tag
     "Long Hair": (None, "long_hair"),
     " hat \\(x\\) ": (None, "hat_(x)"),
     "(blue eyes:1.2)": (None, "blue_eyes"),

@@ -51,13 +51,15 @@ WEIGHTS = {
 }  # fmt: skip
 EXPORT = {
     **WEIGHTS, "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32", "dynamic_size": False,
-    "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "licence": None, "workers": 0, "threads": 1,
+    "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "thresholds": None, "licence": None, "workers": 0,
+    "threads": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["multicrop", "flow", "thin_tagging"])
 def test_evaluate_finds_what_the_run_found(task, place):
-    call(evaluate, place, run_dir=task, output=f"{task}.json", batch_size=3, runtime=RUNTIME, **WEIGHTS)
+    values = {"calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9}, "batch_size": 3, "runtime": RUNTIME}
+    call(evaluate, place, run_dir=task, output=f"{task}.json", **values, **WEIGHTS)
     found = json.loads((place / f"{task}.json").read_text())
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
     # What is exported is judged: the average where there is one of it, else the network itself.
@@ -114,7 +116,9 @@ def predictions(place, output, **values):
     """Predict the validation images, with all tags; returns the file's rows."""
     config = {
         "input": "images/val", "top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu",
-        "workers": 0, "dry_run": False,
+        "workers": 0, "dry_run": False, "existing": None, "like": None, "thresholds": None, "profile": "per_tag",
+        "text": {"order": "score", "max_tags": None, "exclude": [], "rating": None, "spaces": False, "escape": False,
+                 "separator": ", "},
     }  # fmt: skip
     call(predict, place, **{**config, "output": output, **values})
     with open(place / output, newline="") as stream:
@@ -126,11 +130,12 @@ def test_tags_are_exported_and_predicted(place):
     files = ("thin_tagging", "thin_tagging/export/model.onnx")
     ours, exported = (predictions(place, "tags.jsonl", weights=file) for file in files)
     assert len(ours) == 4 and [row["path"] for row in ours] == [row["path"] for row in exported]
-    assert all(one["probs"] == pytest.approx(other["probs"], abs=1e-5) for one, other in zip(ours, exported))
-    likely = [[tag for tag, prob in row["probs"].items() if prob >= 0.5] for row in ours]
+    ours, exported = ([row["probs"]["general"] for row in found] for found in (ours, exported))
+    assert all(one == pytest.approx(other, abs=1e-5) for one, other in zip(ours, exported))
+    likely = [[tag for tag, prob in probs.items() if prob >= 0.5] for probs in ours]
     table = predictions(place, "tags.csv", weights="thin_tagging", threshold=0.5)
     assert [row["tags"] for row in table] == [", ".join(tags) for tags in likely]
-    assert all(0 < len(tags) < len(row["probs"]) for tags, row in zip(likely, ours))
+    assert all(0 < len(tags) < len(probs) for tags, probs in zip(likely, ours))
     call(export, place, run_dir="thin_tagging", **{**EXPORT, "format": "transformers"})
     config = json.loads((place / "thin_tagging/export/transformers/config.json").read_text())
     assert config["problem_type"] == "multi_label_classification" and config["id2label"]["7"].startswith("tag ")

@@ -61,7 +61,7 @@ def wd14(tmp_path_factory):
     return folder
 
 
-def test_the_order_of_wd_files_fills_every_place():
+def test_the_order_of_wd_files_fills_every_place(caplog):
     ordered, rows = to_wd_order(VOCABULARY)
     assert list(ordered.names) == ORDERED and rows == ROWS
     assert ordered.categories == (9, 9, 9, 9, 0, 0, 0, 0, 4)
@@ -71,6 +71,7 @@ def test_the_order_of_wd_files_fills_every_place():
     changes = describe_changes(VOCABULARY, bare)
     assert changes["left_out"] == {"general": 4, "artist": 1, "character": 1} and changes["tags"] == 6
     assert changes["constant"] == ["no_character", "no_general_tag", "questionable", "sensitive"]
+    assert "no training image had a rating" in caplog.text
 
 
 def test_a_wd14_file_takes_and_gives_what_the_programs_expect(wd14):

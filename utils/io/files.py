@@ -31,20 +31,23 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], T]) -> T:
+def write_atomically(path: Path, write: Callable[[Path], T], *, flush: bool = True) -> T:
     """Let `write` fill a temporary sibling of `path`, flush it, and move it into place; return what `write` returns.
 
     A reader sees the old file or the new one, never a part. The temporary file is removed when `write` raises.
+    flush: False for one of many small files, which a power cut may lose.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         written = write(temporary)
-        fsync_path(temporary)
+        if flush:
+            fsync_path(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_path(path.parent)
+    if flush:
+        fsync_path(path.parent)
     return written
 
 

@@ -1,6 +1,7 @@
 """How a figure is written on the screen, in a table and over a curve."""
 
 import re
+from collections.abc import Mapping
 
 
 def show_name(name: str) -> str:
@@ -12,6 +13,14 @@ def show_name(name: str) -> str:
 def show_evaluated(name: str) -> str:
     """Return the name of an evaluation's figure: its loss is the validation's."""
     return re.sub(r"\bloss\b", "val loss", show_name(name))
+
+
+def show_figures(figures: Mapping[str, float]) -> str:
+    """Return figures in a line, counts as whole numbers: `mAP=0.5203  samples=1553`."""
+    return "  ".join(
+        f"{name}={value:.0f}" if value > 1 and value == round(value) else f"{name}={value:.4f}"
+        for name, value in figures.items()
+    )
 
 
 def show_duration(seconds: float | None) -> str:

@@ -20,6 +20,7 @@ INK, BLUE, ORANGE, GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
 _PANEL_POINTS = 1500
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
 _SCHEDULED = ("lr", "momentum")
+_COUNTS = ("samples", "support", "tags", "tags_without_positives")
 _LAST = (*_SCHEDULED, "images_per_sec")
 _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 _TRAINED_AS = {"top1": "accuracy"}  # figures of evaluation and of training that share a panel
@@ -185,8 +186,8 @@ def _panels(metrics: Rows) -> list[tuple[str, str]]:
     """Return (figure of training, figure of evaluation) of each panel: loss, evaluations, the rest, rate and speed."""
     evaluated = list(dict.fromkeys(name.removeprefix("ema/") for name in metrics.names("evaluate")))
     trained = metrics.names("train")
-    # A number of samples or of epochs says nothing as a curve, left-out steps only where there are any.
-    hidden = {"epoch", "samples", *_LAST, *(_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS)}
+    # A number of samples, tags or epochs says nothing as a curve, left-out steps only where there are any.
+    hidden = {"epoch", *_COUNTS, *_LAST, *(_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS)}
     if not any(metrics.series("skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
     names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden]

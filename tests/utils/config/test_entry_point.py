@@ -35,8 +35,13 @@ class PathsConfig(Strict):
     weights: PathText
     input: PathText
     output: PathText
+    existing: str | None
+    like: PathText | None
     top: int
-    threshold: float
+    threshold: float | None
+    thresholds: PathText | None
+    profile: str
+    text: dict
     batch_size: int
     max_pixels: int
     device: str
@@ -99,9 +104,9 @@ VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "appe
     [
         ("finetune", {"run_dir", "data.root", "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
         ("prepare", {"data.root", "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
-        ("evaluate", {"run_dir", "weights", "output", "data.root"}),
+        ("evaluate", {"models", "run_dir", "weights", "output", "data.root", "arena.aliases", "arena.implications"}),
         ("export", {"run_dir", "weights", "output", "thresholds", "data.root"}),
-        ("predict", {"weights", "input", "output"}),
+        ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )
 def test_a_schema_says_which_keys_are_paths(script, keys):
@@ -185,7 +190,7 @@ def test_another_rank_shows_what_it_may_be_alone_with(start_command, capsys, mon
 def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS, "--cfg", "job") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("weights: w\ninput: i\noutput: o\ntop: 5\n") and printed.err == ""
+    assert printed.out.startswith("weights: w\ninput: i\noutput: o\nexisting: null\n") and printed.err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ multiruns

@@ -1,0 +1,184 @@
+"""Compare taggers, ours and others', on the tags that all of them know, over the images of one collection.
+
+    report = Arena(["outputs/run", "wd-vit-tagger-v3"], data, config, runtime, batch_size=32).measure()
+
+Every model prepares images as its file states. Only images that no model was trained on compare them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import multi_hot
+from data.config import DataConfig
+from data.image_data import ImageData, load_collection
+from data.source import ImageFiles
+from data.tags.index import describe_report, index_tags
+from data.tags.names import parse_tag
+from data.tags.rules import read_rules
+from data.transforms import EvalTransform
+from engine.measures.drawings import draw_pr_curves
+from engine.measures.means import Means
+from engine.measures.tag_scores import TagScores
+from engine.measures.tags import TagCounts, TagHistograms
+from engine.runtime import Runtime
+from engine.task import Report
+from engine.tasks.rebuild import load_predictor
+from engine.tasks.tagging import CACHE, TagFields
+from models.predictor import Predictor
+from utils.canvas import background_of
+from utils.config.bounds import Count
+from utils.config.schema import PathText, Strict
+from utils.errors import UserError
+from utils.io.weights import find_weights
+from utils.record.logging import get_logger
+from utils.record.progress import track
+from utils.vocabulary import FACTS, RATING, Vocabulary, category_name, vocabulary_of
+
+log = get_logger(__name__)
+
+_ONNX = "model.onnx"  # of a folder
+_SLACK = 1e-3  # of probabilities beyond 0 and 1, as fp16 rounds them
+_SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
+
+
+class ArenaConfig(Strict):
+    """min_support: the images that a tag needs to be compared. rating_s, aliases, implications: as in prepare.py."""
+
+    min_support: Count
+    rating_s: Literal["sensitive", "general"] | None
+    aliases: PathText | None
+    implications: PathText | None
+
+
+class Entrant(NamedTuple):
+    """A model as it was named, what predicts with it, and the output of each (category, name) that it knows."""
+
+    name: str
+    predictor: Predictor
+    outputs: dict[tuple[int, str], int]
+
+
+class Arena:
+    """Models, the tags that all of them know, and the images that have such a tag.
+
+    Raises UserError (`models`, `data.root`, `arena...`) where one of them cannot be opened or they have none in common.
+    """
+
+    def __init__(
+        self, models: Sequence[str], data: DataConfig, config: ArenaConfig, runtime: Runtime, batch_size: int
+    ) -> None:
+        self._data, self._runtime, self._batch_size, self._min_support = data, runtime, batch_size, config.min_support
+        self._models = [open_model(name, runtime.device) for name in models]
+        self._shared = share_tags(self._models)
+        self._collection = load_collection(data)
+        rules = read_rules(config.rating_s, config.aliases, config.implications, "arena.")
+        self._index = index_tags(self._collection, self._shared, rules, CACHE)
+        log.info("the models share %s tags; %s", f"{len(self._shared):,}", describe_report(self._index.report))
+
+    def measure(self) -> Report:
+        """Measure all models, the same on any number of ranks.
+
+        Tables: `arena`, a row for each model, the best mAP first; `arena_groups`, all figures of each category;
+        `arena_tags`, the AP of each tag. Image: `pr_curves`. Raises UserError (`arena.min_support`, `models`).
+        """
+        rows, figures, wholes, tags = [], [], {}, []
+        for model in self._models:
+            counts, images = self._count(model)
+            scores = self._score(counts)
+            whole = wholes[model.name] = scores.groups["all"]
+            rows.append({"model": model.name, **{name: whole.row()[name] for name in _SHOWN}, "images": images})
+            names = dict.fromkeys(["all", *map(category_name, scores.vocabulary.categories)])
+            figures += [{"model": model.name, **scores.groups[name].row()} for name in names]
+            own = scores.tables()["tags"]
+            tags = tags or [{name: row[name] for name in ("tag", "category", "support")} for row in own]
+            tags = [{**row, model.name: mine["ap"]} for row, mine in zip(tags, own)]
+        rows.sort(key=lambda row: -row["mAP"])
+        return Report(
+            {"tags": len(tags), "images": images, "min_support": self._min_support},
+            {"arena": rows, "arena_groups": figures, "arena_tags": tags},
+            {"pr_curves": draw_pr_curves(wholes)},
+        )
+
+    def _count(self, model: Entrant) -> tuple[TagCounts, int]:
+        """Return the counts of the shared tags, and the number of images that could be read."""
+        preprocessing, width = model.predictor.preprocessing, len(self._shared)
+        background = background_of(preprocessing) if self._data.background is None else self._data.background
+        source = ImageFiles(self._collection, preprocessing["channels"], self._data.max_pixels, background)
+        data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
+        rows, views = np.flatnonzero(self._index.tagged), {"images": EvalTransform.of(preprocessing)}
+        loader = data.evaluation(rows, TagFields(self._index, None), views)
+        outputs = [model.outputs[key] for key in self._shared.columns]
+        is_rating = torch.tensor(self._shared.categories, device=self._runtime.device) == RATING
+        means, counts = Means(), TagHistograms(width)
+        for batch in track(loader, len(loader), f"measuring {model.name}"):
+            probs = _check_probs(model, model.predictor.predict(batch["images"])[:, outputs])
+            targets = multi_hot(batch["tags"], batch["tags_offsets"], width)
+            valid, known = batch["weight"] > 0, batch["rating_known"][:, None] | ~is_rating
+            counts.add(probs.to(targets.device).logit(), targets, valid, known)
+            means.add({}, valid)
+        images = int(means.reduce()["samples"])
+        return counts.reduce(), images
+
+    def _score(self, counts: TagCounts) -> TagScores:
+        """Return the scores of the tags with enough support."""
+        support = counts.histograms[:, 1].sum(1)
+        kept = support >= self._min_support
+        if not kept.any():
+            raise UserError(
+                f"arena.min_support: {self._min_support}, and the most frequent tag that the models share is on "
+                f"{int(support.max())} of the images; set a lower one, or give more images"
+            )
+        chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
+        return TagScores(chosen, _vocabulary([key for key, keep in zip(self._shared.columns, kept.tolist()) if keep]))
+
+
+def _check_probs(model: Entrant, found: np.ndarray) -> Tensor:
+    """Return probabilities, float32 [B, T]. Raises UserError (`models`) where a file gives something else."""
+    if found.min() < -_SLACK or found.max() > 1 + _SLACK:
+        raise UserError(
+            f"models: {model.name} gives {found.min():.3g} to {found.max():.3g}, not probabilities; name a file with "
+            "the sigmoid in its graph, as the WD form has it"
+        )
+    return torch.from_numpy(found).float().clamp(0, 1)
+
+
+def open_model(name: str, device: torch.device) -> Entrant:
+    """Open a run, a weight file, an ONNX file, or a folder with model.onnx. Raises UserError (`models`)."""
+    path = Path(name) / _ONNX
+    path = path if path.is_file() else find_weights(name, "best", "models")
+    predictor = load_predictor(path, device, "models")
+    if not set(FACTS) <= predictor.metadata.keys():
+        raise UserError(f"models: {path} is no tagger: it states no tags; name taggers alone")
+    return Entrant(name, predictor, known_outputs(vocabulary_of(predictor.metadata)))
+
+
+def known_outputs(vocabulary: Vocabulary) -> dict[tuple[int, str], int]:
+    """Return the output of each tag that a model was trained on, by (category, name as we spell it).
+
+    A tag of no training image only fills a place (models/export/tag_files.py).
+    """
+    keys = [(category, parse_tag(name).name) for category, name in vocabulary.columns]
+    return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}
+
+
+def share_tags(models: Sequence[Entrant]) -> Vocabulary:
+    """Return the tags that all models know, in the order of the first. Raises UserError (`models`) without any."""
+    keys = [key for key in models[0].outputs if all(key in other.outputs for other in models)]
+    if all(category == RATING for category, _ in keys):
+        sizes = ", ".join(f"{model.name} ({len(model.outputs):,} tags)" for model in models)
+        raise UserError(
+            f"models: no tag beside ratings has the same category and name in all of them: {sizes}; tags on no "
+            "training image (count 0) are left out"
+        )
+    return _vocabulary(keys)
+
+
+def _vocabulary(keys: Sequence[tuple[int, str]]) -> Vocabulary:
+    """Return tags without counts and numbers."""
+    nothing = (0,) * len(keys)
+    return Vocabulary(tuple(name for _, name in keys), tuple(category for category, _ in keys), nothing, nothing)

@@ -1,0 +1,62 @@
+"""Somebody else's tagger in the WD form: an ONNX file with selected_tags.csv beside it, as SmilingWolf publishes them.
+
+The file states nothing but its graph. By convention, images are on white, in the middle of a square, resized to the
+graph's side by bicubic, BGR from 0 to 255; the first output is probabilities, one for each row of the CSV file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from models.onnx_form import OnnxForm
+from utils.errors import UserError
+from utils.vocabulary import FILE, read_vocabulary
+
+
+class GraphValue(Protocol):
+    """An input or output, as ONNX Runtime describes it; a size that is not fixed is a name or None."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+def read_wd_metadata(
+    path: Path, key: str, inputs: Sequence[GraphValue], outputs: Sequence[GraphValue]
+) -> dict[str, Any]:
+    """Return the metadata that a file of ours would have.
+
+    Raises UserError (`key`) where no selected_tags.csv lies beside the file, the graph is of another form, or the CSV
+    file is of another tagger.
+    """
+    tags = path.with_name(FILE)
+    if not tags.is_file():
+        raise UserError(
+            f"{key}: {path} was not exported by Atelier: it has no metadata; use export.py, or put a WD tagger's "
+            f"{FILE} beside it"
+        )
+    if len(inputs) != 1 or not _is_wd(inputs[0], outputs[0]):
+        raise UserError(
+            f"{key}: {path} takes {[(value.type, value.shape) for value in inputs]} and gives {outputs[0].shape}; a "
+            "tagger of the WD form takes one tensor(float) of [batch, side, side, 3], and gives [batch, tags] first"
+        )
+    taken, given = inputs[0], outputs[0]
+    vocabulary = read_vocabulary(tags, key)
+    if given.shape[1] != len(vocabulary):
+        raise UserError(
+            f"{key}: {tags} has {len(vocabulary)} rows, and {path} gives {given.shape[1]} probabilities; put the file "
+            "beside it that it was published with"
+        )
+    preprocessing = {
+        "image_size_hw": taken.shape[1:3], "pad": "square", "background": "white", "interpolation": "bicubic",
+        "eval_resize": "squash", "eval_crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
+    }  # fmt: skip
+    form = OnnxForm(input=taken.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={given.name: "probs"})
+    return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}
+
+
+def _is_wd(taken: GraphValue, given: GraphValue) -> bool:
+    if taken.type != "tensor(float)" or len(taken.shape) != 4 or len(given.shape) != 2:
+        return False
+    batch, height, width, channels = taken.shape
+    return isinstance(height, int) and width == height and channels == 3 and (not isinstance(batch, int) or batch == 1)

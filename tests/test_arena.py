@@ -1,0 +1,170 @@
+"""evaluate.py on taggers: job=arena over files of the WD form, runs and weight files; report.html; what is refused."""
+
+import csv
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from engine.tasks.arena import known_outputs
+from engine.tasks.rebuild import load_predictor
+from tests.in_process import SHORT, SMALL_MODEL, configure, run
+from utils.config.messages import ConfigError
+from utils.errors import UserError
+from utils.io.files import read_json
+from utils.vocabulary import Vocabulary, write_vocabulary
+
+COLOURS = {"red": (230, 10, 20), "green": (10, 220, 30), "blue": (20, 10, 240)}
+ROWS = [(9, "general"), (9, "sensitive"), (0, "blue"), (0, "Green"), (0, "red"), (0, "rare"), (0, "of_no_image")]
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "batch_size=5"]
+DATA = ["data=image_folder", "data.root=images"]
+ARENA = ["job=arena", *DATA, *ON_CPU, "arena.rating_s=sensitive", "arena.min_support=4"]
+
+
+def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch="batch", shape=(8, 8, 3), tail=()):
+    """Write a tagger whose probabilities are sigmoid(scale * (mean of an input's channel / 255 - 0.5))."""
+    weights = scale / 255 * np.eye(3, dtype=np.float32)[:, list(columns)]
+    tensors = {"w": weights, "b": np.full(len(columns), -scale / 2, np.float32), "axes": np.array([1, 2])}
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Gemm", ["mean", "w", "b"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["probs"]),
+        *tail,
+    ]
+    output = "probs" if not tail else tail[-1].output[0]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, len(columns)])],
+        [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    folder.mkdir(exist_ok=True)
+    onnx.save(model, folder / "model.onnx")
+    categories, names = zip(*rows)
+    counts = tuple(0 if name == "of_no_image" else 9 for name in names)
+    write_vocabulary(folder / "selected_tags.csv", Vocabulary(names, categories, counts, (0,) * len(rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with 36 tagged images of three colours, a run on them, and two taggers of others."""
+    folder = tmp_path_factory.mktemp("arena")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for colour, level in COLOURS.items():
+            (folder / "images" / split / colour).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(np.array(level) + draw.integers(-10, 10, (12, 12 + number, 3)), 0, 255)
+                path = folder / "images" / split / colour / f"{number}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                rare = ", rare" if number == 0 and split == "val" else ""
+                path.with_suffix(".txt").write_text(f"{colour}, rating:{'gs'[number % 2]}{rare}, extra")
+    tagging = ["task=tagging", "task.min_count=1", "task.rating_s=sensitive", "augment.image_size_hw=[16,16]"]
+    run("train", [*SMALL_MODEL, *SHORT, *DATA, *tagging, "run_dir=run"], folder)
+    write_wd(folder / "wd")
+    write_wd(folder / "one", batch=1)  # as old files are
+    write_wd(folder / "blind", columns=(0, 0, 1, 2, 0, 0, 0))  # takes the channels for others
+    return folder
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_taggers_of_ours_and_of_others_are_compared(place):
+    line = run("evaluate", [*ARENA, "models=[run,wd,blind,one,run/weights/last_weights.safetensors]"], place)
+    folder = place / "outputs/evaluate/arena"
+    found = read_json(folder / "arena.json")
+    rows = {row["model"]: row for row in found["models"]}
+    assert found["tags"] == 5 and found["images"] == 36  # two ratings and the colours; `rare` is on too few
+    assert line.startswith(next(iter(rows))) and rows["one"] == {**rows["wd"], "model": "one"}
+    assert sorted(rows, key=lambda name: -rows[name]["mAP"]) == list(rows)
+    assert rows["blind"]["mAP"] < 0.6 < rows["wd"]["mAP"]
+    tags = {row["tag"]: row for row in rows_of(folder / "tables/arena_tags.csv")}
+    assert set(tags) == {"general", "sensitive", *COLOURS} and tags["green"]["support"] == "12"
+    assert all(float(tags[colour]["wd"]) == pytest.approx(1) for colour in COLOURS)  # its channels are BGR
+    assert {row["group"] for row in rows_of(folder / "tables/arena_groups.csv")} == {"all", "general", "rating"}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png" in page and "blind" in page
+
+
+def test_the_figures_of_a_run_are_those_of_evaluate(place):
+    """On the validation images alone, with a copy of the run's own tags."""
+    (place / "fresh").mkdir()
+    (place / "fresh/train").symlink_to(place / "images/val")
+    data = ["data=image_folder", "data.root=fresh", "data.validation_fraction=0.0"]
+    run("evaluate", [*ARENA, *data, "arena.min_support=1", "models=[run]", "output=arena.json"], place)
+    run("evaluate", ["run_dir=run", *ON_CPU, "calibrate=true"], place)
+    (row,), wanted = read_json(place / "arena.json")["models"], read_json(place / "run/metrics.json")
+    assert row["images"] == wanted["samples"] == 12
+    for name in ("mAP", "macro_f1", "micro_f1", "micro_f1_at_0.35"):
+        assert row[name] == pytest.approx(wanted[name], abs=1e-6)
+    page = (place / "run/report.html").read_text(encoding="utf-8")
+    for section in ("figures", "tag groups", "hardest tags", "pr curves", "mistakes", "reliability", "thresholds"):
+        assert f">{section}</h2>" in page
+
+
+def test_predict_reads_a_tagger_of_the_wd_form(place):
+    predictor = load_predictor(place / "wd/model.onnx", torch.device("cpu"))
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    means = images.double().mean((2, 3))[:, [2, 2, 2, 1, 0, 2, 2]]
+    np.testing.assert_allclose(predictor.predict(images), (12 * (means / 255 - 0.5)).sigmoid(), atol=1e-6)
+    assert predictor.names == [name for _, name in ROWS] and predictor.preprocessing["pad"] == "square"
+
+
+def test_a_tag_is_known_by_category_and_our_spelling():
+    words = Vocabulary(("Hat \\(x\\)", "general", "general", "no_character"), (0, 9, 0, 4), (1, 2, 3, 0), (0,) * 4)
+    assert known_outputs(words) == {(0, "hat_(x)"): 0, (9, "general"): 1, (0, "general"): 2}
+
+
+CLASHES = {
+    "no tag in common": lambda folder: write_wd(folder, rows=[*ROWS[:2], *((4, name) for _, name in ROWS[2:])]),
+    "another width": lambda folder: write_wd(folder, rows=ROWS[:-1]),
+    "NCHW": lambda folder: write_wd(folder, shape=(3, 8, 8)),
+    "no fixed side": lambda folder: write_wd(folder, shape=("h", "w", 3)),
+    "logits": lambda folder: write_wd(folder, tail=[helper.make_node("Identity", ["logits"], ["y"])]),
+    "no tags": lambda folder: (write_wd(folder) / "selected_tags.csv").unlink(),
+    "nothing": lambda folder: None,
+}
+
+
+@pytest.mark.parametrize("clash", CLASHES)
+def test_models_that_cannot_be_compared_are_refused(clash, place, tmp_path):
+    CLASHES[clash](tmp_path / "other")
+    with pytest.raises(UserError, match=r"^models: .*other"):
+        run("evaluate", [*ARENA, f"models=[wd,{tmp_path / 'other'}]"], place)
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [("arena.rating_s", ["arena.rating_s=null"]), ("arena.min_support", ["arena.min_support=99"]),
+     ("arena.aliases", ["arena.aliases=nowhere.csv"])],
+)  # fmt: skip
+def test_what_the_images_cannot_give_is_refused(key, overrides, place):
+    with pytest.raises(UserError, match=f"^{key}: "):
+        run("evaluate", [*ARENA, "models=[wd]", *overrides], place)
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("models", ["job=arena", *DATA]),
+        ("data", ["job=arena", "models=[a,b]"]),
+        ("run_dir", ["job=arena", "models=[a,b]", *DATA, "run_dir=run"]),
+        ("calibrate", ["job=arena", "models=[a,b]", *DATA, "calibrate=true"]),
+        ("models", ["models=[a,b]", "run_dir=run"]),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(key, overrides):
+    with pytest.raises(ConfigError, match=f"\n?.*{key}: "):
+        configure("evaluate", overrides)
+
+
+def test_a_dry_run_opens_the_models(place):
+    assert run("evaluate", [*ARENA, "models=[wd,run]", "dry_run=true"], place).startswith("dry run")

@@ -1,0 +1,416 @@
+"""predict.py on taggers: literal rows and texts of a made vector of probabilities, and where they are written."""
+
+import csv
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.collection import index_collection, open_collection
+from data.config import TextConfig
+from data.tags.captions import find_excluded, join_tags, spell_tags
+from data.tags.index import map_tags
+from data.tags.names import KAOMOJI, parse_tag
+from data.tags.rules import read_rules
+from engine.tasks.exporting import open_own
+from engine.tasks.kind import ExportSettings
+from engine.tasks.tag_exports import TAG_EXPORTS
+from models.export.tag_files import Thresholds
+from models.outputs import OUTPUTS, Columns, RowOptions
+from models.predictor import TorchPredictor
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.support import rows
+from utils.config.messages import ConfigError
+from utils.errors import UserError
+from utils.io.weights import read_weights, write_weights
+from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
+from utils.vocabulary import Vocabulary, category_name, write_vocabulary
+
+# As training leaves it, not in the WD order. Each tag with the probability that the made weights give it.
+PROBS = {
+    (0, "long_hair"): 0.9, (9, "general"): 0.2, (9, "explicit"): 0.7, (4, "miku_(series)"): 0.8, (0, "^_^"): 0.6,
+    (1, "painter"): 0.5, (0, "hat_(x)"): 0.4, (0, "1girl"): 0.95, (4, "rin"): 0.1, (0, "solo"): 0.3,
+}  # fmt: skip
+KEYS, VALUES = list(PROBS), np.array(list(PROBS.values()), dtype=np.float32)
+NAMES, CATEGORIES = [name for _, name in KEYS], np.array([number for number, _ in KEYS])
+VOCABULARY = Vocabulary(tuple(NAMES), tuple(CATEGORIES.tolist()), tuple(range(10, 20)), tuple(range(10)))
+TEXT = {"order": "score", "max_tags": None, "exclude": [], "rating": None, "spaces": False, "escape": False,
+        "separator": ", "}  # fmt: skip
+PATHS = [f"val/{name}/{number:03}.png" for name in "AB" for number in range(2)]
+
+
+def row_of(thresholds=0.35, **options):
+    thresholds = np.broadcast_to(np.float32(thresholds), len(NAMES))
+    return OUTPUTS["tags"].make_row(VALUES, Columns(NAMES, CATEGORIES), RowOptions(1, thresholds, **options))
+
+
+def text_of(tags, predicted=None, **config):
+    config = TextConfig(**TEXT | config)
+    return join_tags(spell_tags(tags, predicted, config), config.separator)
+
+
+# ------------------------------------------------------------------------------------------------------ rows and texts
+
+
+def test_a_row_has_the_rating_and_the_tags_by_category():
+    assert row_of(0.5) == {
+        "rating": "explicit", "rating_prob": 0.7, "tags": ["1girl", "long_hair", "miku_(series)", "^_^", "painter"],
+        "probs": {"general": {"1girl": 0.95, "long_hair": 0.9, "^_^": 0.6}, "character": {"miku_(series)": 0.8},
+                  "artist": {"painter": 0.5}},
+    }  # fmt: skip
+    assert "rating" not in OUTPUTS["tags"].make_row(VALUES[:1], Columns(["a"], np.zeros(1)), RowOptions(1, VALUES[:1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "tags"),
+    [
+        ({"order": "vocabulary"}, ["long_hair", "miku_(series)", "^_^", "painter", "hat_(x)", "1girl"]),
+        ({"order": "characters_first"}, ["miku_(series)", "1girl", "long_hair", "^_^", "painter", "hat_(x)"]),
+        ({"order": "vocabulary", "max_tags": 2}, ["long_hair", "1girl"]),  # the most probable ones
+        ({"thresholds": np.where(CATEGORIES == 4, 0.85, np.where(CATEGORIES == 0, 0.6, np.inf))},
+         ["1girl", "long_hair", "^_^"]),
+        # The gaps: 0.9 to 0.6 of general tags, 0.8 to 0.1 of characters; a category of one tag has 0.35.
+        ({"mcut": True, "thresholds": 0.15}, ["1girl", "long_hair", "miku_(series)", "painter"]),
+        ({"mcut": True, "thresholds": 0.92}, ["1girl"]),
+    ],
+)  # fmt: skip
+def test_which_tags_in_which_order(options, tags):
+    assert row_of(**options)["tags"] == tags
+
+
+def test_the_text_of_tags():
+    tags = row_of(0.35)["tags"]
+    assert text_of(tags) == "1girl, long_hair, miku_(series), ^_^, painter, hat_(x)"
+    assert text_of(tags, spaces=True, escape=True) == r"1girl, long hair, miku \(series\), ^_^, painter, hat \(x\)"
+    assert text_of(["a"], "explicit") == "a"
+    assert text_of(["a", "b"], "explicit", rating="first", separator=" | ") == "rating:explicit | a | b"
+    assert text_of(["general"], "general", rating="last") == "general, rating:general"
+    assert text_of([], "general") == ""
+
+
+def test_only_kaomoji_keep_their_underscores():
+    kept = ["0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@",
+            "^_^", "o_o", "u_u", "x_x", "|_|", "||_||"]  # fmt: skip
+    assert set(kept) == KAOMOJI and len(kept) == 19
+    assert text_of([*kept, "a_b", "t_t"], spaces=True, separator="\n").split("\n") == [*kept, "a b", "t t"]
+    assert [parse_tag(word).name for word in spell_tags(kept, None, TextConfig(**TEXT | {"escape": True}))] == kept
+
+
+def test_merged_tags_are_there_once_in_any_spelling():
+    old = ["A cat", "hat \\(x\\)", "character:miku"]
+    assert join_tags([*old, "hat_(x)", "miku", "a_cat", "new"], ", ") == "A cat, hat \\(x\\), character:miku, new"
+
+
+def test_excluded_tags_are_found_in_any_spelling(log):
+    wanted = ["Long hair", r"hat \(x\)", "character:rin", "artist:solo", "character:1girl", "nothing"]
+    found = find_excluded(NAMES, CATEGORIES, wanted)
+    assert [name for name, is_excluded in zip(NAMES, found) if is_excluded] == ["long_hair", "hat_(x)", "rin"]
+    (record,) = log.records
+    assert record.getMessage().endswith(": artist:solo, character:1girl, nothing")
+
+
+# ------------------------------------------------------------------------------------------------ in the test's process
+
+
+def make_table(threshold=0.0):
+    """Return thresholds: each profile's of the category's number / 10, and per tag one below its probability."""
+    per_tag = [Threshold(number, name, threshold or value - 0.01, None, None, None, 0, PER_TAG)
+               for (number, name), value in PROBS.items()]  # fmt: skip
+    least = {"balanced": 0.62, "high_precision": 0.85, "high_recall": 0.35}
+    categories = [Threshold(number, category_name(number), least[profile] - 0.3 * (number == 4), None, None, None, 0,
+                            profile) for profile in CATEGORY_PROFILES for number in (0, 4, OVERALL)]  # fmt: skip
+    return ThresholdTable(VOCABULARY.hash, tuple(categories + per_tag))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with images and two taggers: `made` gives PROBS to each image, `run` looks at them."""
+    folder = tmp_path_factory.mktemp("tags")
+    for file in make_images(folder / "images").rglob("*.png"):
+        file.with_suffix(".txt").write_text("1girl")
+    write_vocabulary(folder / "tags.csv", VOCABULARY)
+    run("finetune", [*SMALL_MODEL, *SHORT, "task=tagging", "task.vocabulary=tags.csv", "data=image_folder",
+                     "data.root=images", "run_dir=run", "model.head_init_scale=1.0"], folder)  # fmt: skip
+    for file in (folder / "images").rglob("*.txt"):
+        file.unlink()
+    tensors, metadata = read_weights(folder / "run/weights/best_weights.safetensors", "weights")
+    bias = torch.logit(torch.from_numpy(VALUES))
+    made = {**tensors, "head.weight": torch.zeros_like(tensors["head.weight"]), "head.bias": bias}
+    write_weights(folder / "made/weights/best_weights.safetensors", made, metadata)
+    rng = torch.Generator().manual_seed(0)
+    varied = {**tensors, "head.weight": torch.randn(tensors["head.weight"].shape, generator=rng) * 3, "head.bias": bias}
+    write_weights(folder / "run/weights/best_weights.safetensors", varied, metadata)
+    return folder
+
+
+@pytest.fixture
+def images(place):
+    """Return a copy of the images, which a test may write to."""
+    yield shutil.copytree(place / "images", place / "copy")
+    shutil.rmtree(place / "copy")
+
+
+def go(place, output, *words, weights="made", source="copy/val"):
+    return run("predict", [f"weights={weights}", f"input={source}", f"output={output}", "device=cpu", *words], place)
+
+
+def texts(folder):
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in sorted(folder.rglob("*.txt"))}
+
+
+def test_sidecars_are_beside_the_images_or_below_a_folder(place, images, tmp_path):
+    (images / "val/A/001.png").write_bytes(b"no image")
+    text = "rating:explicit, miku (series), 1girl, ^_^\n"
+    words = ["threshold=0.5", "text.spaces=true", "text.rating=first", "text.order=characters_first",
+             "text.exclude=[Long Hair,artist:painter]"]  # fmt: skip
+    for output, folder in (("beside", images), (f"{tmp_path}/new/", tmp_path / "new/..")):
+        go(place, output, *words)
+        assert list(texts(folder).values()) == [text] * 3
+    assert list(texts(tmp_path / "new")) == ["A/000.txt", "B/000.txt", "B/001.txt"]
+    assert list(texts(images)) == ["val/A/000.txt", "val/B/000.txt", "val/B/001.txt"]
+
+
+def test_images_of_one_stem_have_texts_of_their_own(place, images):
+    shutil.copy(images / "val/A/000.png", images / "val/A/000.webp")
+    go(place, "beside", "threshold=0.94")
+    assert list(texts(images)) == [
+        "val/A/000.png.txt",
+        "val/A/000.webp.txt",
+        *(f"{path[:-4]}.txt" for path in PATHS[1:]),
+    ]
+
+
+def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
+    ours = images / "val/A/000.txt"
+    ours.write_text("\ufeffA girl, 1girl,\n rating:general\n", encoding="utf-8")
+    words = ["threshold=0.89", "text.rating=last"]
+    with pytest.raises(UserError, match=r"^existing: null, and 1 of 4 images .* such as copy/val/A/000\.png"):
+        go(place, "beside", *words)
+    assert list(texts(images)) == ["val/A/000.txt"]
+    assert go(place, "beside", *words, "existing=skip") == "3 images"
+    assert ours.read_text().startswith("\ufeffA girl") and len(texts(images)) == 4
+    for _ in range(2):  # again, nothing is new
+        go(place, "beside", *words, "existing=append")
+        assert ours.read_text() == "A girl, 1girl, rating:general, long_hair, rating:explicit\n"
+        assert (images / "val/B/001.txt").read_text() == "1girl, long_hair, rating:explicit\n"
+    go(place, "beside", *words, "existing=overwrite")
+    assert ours.read_text() == "1girl, long_hair, rating:explicit\n"
+    ours.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"^output: .*000\.txt is not UTF-8"):
+        go(place, "beside", *words, "existing=append")
+
+
+def test_what_is_written_is_what_our_readers_read(place, images):
+    """Sidecars, and kohya's metadata at the root."""
+    wanted = {KEYS.index(key) for key, prob in PROBS.items() if prob >= 0.35 and key[1] != "general"}
+    for output in ("beside", "copy/meta_x.json"):
+        go(place, output, "threshold=0.35", "text.spaces=true", "text.escape=true", "text.rating=first", source="copy")
+        path = index_collection(str(images), validation_fraction=0.0, cache=place / "cache")
+        found = map_tags(open_collection(str(images), path).table, VOCABULARY, read_rules(None, None, None, "x."))
+        assert len(found.offsets) == 13 and found.rating_known.all() and not found.report["dropped"]
+        for start, end in zip(found.offsets, found.offsets[1:]):
+            assert set(found.ids[start:end].tolist()) == wanted
+        for file in images.rglob("*.txt"):
+            file.unlink()
+
+
+def test_kohyas_metadata_are_updated(place, images):
+    file = place / "copy/meta_x.json"
+    before = {"val/A/000": {"caption": "a girl", "tags": "A girl, 1girl"}, "far/val/B/000": {"tags": "x"}}
+    file.write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"^existing: null, and 1 of 4"):
+        go(place, "copy/meta_x.json")
+    go(place, "copy/meta_x.json", "threshold=0.89", "existing=append")
+    found, sizes = json.loads(file.read_text()), [list(Image.open(images / path).size) for path in PATHS]
+    first = {"caption": "a girl", "tags": "A girl, 1girl, long_hair", "image_size": sizes[0]}
+    others = {f"copy/{path}": {"tags": "1girl, long_hair", "image_size": size} for path, size in zip(PATHS, sizes)}
+    assert found == {"val/A/000": first, "far/val/B/000": {"tags": "x"}, **dict(list(others.items())[1:])}
+    for text in ("[1]", '{"a": 1}', "{", "\xff"):
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=r"^output: copy/meta_x\.json "):
+            go(place, "copy/meta_x.json")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("output", ["copy/found.jsonl", "copy/found.csv", "copy/texts/", "copy/meta_y.json"])
+def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
+    words, known = ["existing=skip", "batch_size=1", "threshold=0.5"], {*images.rglob("*")}
+    go(place, output, *words, "existing=overwrite")
+    whole = {file: file.read_text() for file in sorted({*images.rglob("*")} - known) if file.is_file()}
+    for file in whole:
+        file.unlink()
+    rows_of, calls = TorchPredictor.rows, []
+
+    def fatal(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Killed
+        return rows_of(self, *arguments)
+
+    monkeypatch.setattr("data.predictions._KEPT_EVERY", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TorchPredictor, "rows", fatal)
+        go(place, output, *words)
+    if output.endswith(("jsonl", "csv")):
+        with open(place / output, "a") as stream:
+            stream.write('{"path": "copy/val/B/0')  # torn
+    assert go(place, output, *words) == "2 images"
+    assert {file: file.read_text() for file in whole} == whole
+    assert go(place, output, *words) == "0 images"
+
+
+def test_rows_of_something_else_are_not_continued(place, images):
+    for name, text in (("x.jsonl", "[1]\n"), ("x.jsonl", '{"a": 1}\n'), ("x.csv", "path,class\na,b\n")):
+        (images / name).write_text(text)
+        with pytest.raises(UserError, match=r"^output: .* existing=skip"):
+            go(place, f"copy/{name}", "existing=skip")
+        assert (images / name).read_text() == text
+        go(place, f"copy/{name}")  # replaces it
+
+
+def test_nothing_is_written_through_a_link(place, images, tmp_path):
+    shutil.copytree(images / "val", tmp_path / "other")
+    (images / "link").symlink_to(tmp_path / "other")
+    before = texts(tmp_path)
+    assert go(place, "beside", source="copy") == "12 images"  # which does not follow the link
+    assert texts(tmp_path) == before and len(texts(images)) == 12
+    with pytest.raises(UserError, match=r"^output: .*copy/link/.* is by a link outside "):
+        go(place, "beside", "existing=skip", source="copy/*/*/*.png")
+    (images / "texts").mkdir()
+    (images / "texts/val").symlink_to(tmp_path)
+    (tmp_path / "secret").write_text("secret")
+    (images / "val/A/000.txt").unlink()
+    (images / "val/A/000.txt").symlink_to(tmp_path / "secret")
+    for output in ("copy/texts/", "beside"):
+        with pytest.raises(UserError, match=r"^output: .* is by a link outside "):
+            go(place, output, "existing=append", source="copy")
+    assert texts(tmp_path) == before and (tmp_path / "secret").read_text() == "secret"
+
+
+def test_images_are_found_by_list_pattern_and_stdin(place, images, monkeypatch):
+    wanted = [f"copy/{path}" for path in PATHS]
+    for source in ("copy/val", "copy/v*/**/*", "[copy/val/A,copy/val/B]", f"[{wanted[0]},copy/val/A,copy/val/B/*.png]"):
+        go(place, "copy/x.jsonl", source=source)
+        assert [row["path"] for row in rows(images / "x.jsonl")] == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{path}\n" for path in wanted)))
+    go(place, "copy/texts/", source="-")
+    assert list(texts(images / "texts")) == [f"{path[4:-4]}.txt" for path in PATHS]  # below val, which they share
+    os.link(images / "val/A/000.png", os.fsencode(images) + b"/val/\xff.png")
+    with pytest.raises(UserError, match=r"^input: the file name .* is not UTF-8"):
+        go(place, "copy/x.jsonl")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(UserError, match=r"^input: stdin names no image"):
+        go(place, "copy/x.jsonl", source="-")
+
+
+# ---------------------------------------------------------------------------------------------------------- thresholds
+
+
+def tags_of(place, *words, **where):
+    go(place, "x.csv", *words, **where)
+    with open(place / "x.csv", newline="") as stream:
+        (found,) = {(line["rating"], line["tags"]) for line in csv.DictReader(stream)}
+    assert found[0] == "explicit"
+    return found[1].split(", ")
+
+
+ORDERED = sorted((key for key in KEYS if key[0] != 9), key=lambda key: -PROBS[key])
+
+
+def test_thresholds_beside_a_run_are_used(place, images):
+    def above(least, character):
+        return [name for number, name in ORDERED if PROBS[number, name] >= (character if number == 4 else least)]
+
+    assert tags_of(place) == above(0.35, 0.35)  # nothing is calibrated
+    with pytest.raises(UserError, match=r"^profile: high_recall "):
+        tags_of(place, "profile=high_recall")
+    try:
+        write_thresholds(place / "made/thresholds.csv", make_table())
+        assert tags_of(place) == [name for _, name in ORDERED]  # each just above its own
+        assert tags_of(place, "profile=balanced") == above(0.62, 0.32)
+        assert tags_of(place, "profile=high_precision") == above(0.85, 0.55)
+        assert tags_of(place, "threshold=0.7") == above(0.7, 0.7)
+        assert tags_of(place, "profile=mcut") == ["1girl", "long_hair", "miku_(series)", "painter"]
+        write_thresholds(place / "other.csv", make_table(0.93))
+        assert tags_of(place, "thresholds=other.csv") == ["1girl"]
+        other = ThresholdTable("0123456789abcdef", make_table().rows[:-1])
+        write_thresholds(place / "other.csv", other)
+        with pytest.raises(UserError, match=r"^thresholds: other\.csv is of another vocabulary .*solo"):
+            tags_of(place, "thresholds=other.csv")
+    finally:
+        os.unlink(place / "made/thresholds.csv")
+    for word in ("profile=mcut", "thresholds=other.csv"):
+        with pytest.raises(ConfigError, match=r"threshold: 0\.5 is that of every tag"):
+            tags_of(place, "threshold=0.5", word)
+
+
+@pytest.fixture(scope="module")
+def exported(place):
+    """Return the path of a wd14 file of the tagger that looks at images; table.csv has its thresholds."""
+    write_thresholds(place / "table.csv", make_table())
+    settings = ExportSettings("fp32", False, None, 1, None, Thresholds({}, {key: PROBS[key] - 0.01 for key in PROBS}))
+    TAG_EXPORTS["wd14"].write(open_own(place / "run/weights/best_weights.safetensors"), place / "wd14", settings)
+    return "wd14/model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["threshold=0"], ["threshold=0"]),
+        (["thresholds=table.csv"], []),  # the file has them
+        (["thresholds=table.csv", "profile=balanced"], ["thresholds=table.csv", "profile=balanced"]),
+        (["thresholds=table.csv"], ["thresholds=table.csv"]),
+    ],
+)
+def test_an_export_predicts_as_its_run(own, words, place, images, exported):
+    go(place, "ours.jsonl", *own, "text.exclude=[painter]", weights="run")  # the file holds no artists
+    go(place, "theirs.jsonl", *words, weights=exported)
+    counts = set()
+    for ours, theirs in zip(rows(place / "ours.jsonl"), rows(place / "theirs.jsonl"), strict=True):
+        assert (ours["path"], ours["tags"], ours["rating"]) == (theirs["path"], theirs["tags"], theirs["rating"])
+        assert ours["rating_prob"] == pytest.approx(theirs["rating_prob"], abs=1e-5)
+        assert ours["probs"].keys() == theirs["probs"].keys()
+        assert all(probs == pytest.approx(theirs["probs"][name], abs=1e-5) for name, probs in ours["probs"].items())
+        counts.add(len(ours["tags"]))
+    assert len(counts) > 1 or own == ["threshold=0"]  # images that the network tells apart
+
+
+@pytest.mark.parametrize("change", [{"tag_categories": [0]}, {"tag_categories": ["0"] * 10}, {"tag_names": NAMES[:3]}])
+def test_a_file_whose_tags_do_not_fit_is_refused(change, place, images, tmp_path):
+    tensors, metadata = read_weights(place / "made/weights/best_weights.safetensors", "weights")
+    write_weights(tmp_path / "w.safetensors", tensors, {**metadata, **change})
+    with pytest.raises(UserError, match=r"^weights: .*w\.safetensors has wrong metadata"):
+        go(place, "x.jsonl", weights=tmp_path / "w.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------- similarity
+
+
+def test_images_like_one_are_found_by_their_embeddings(place, images, exported):
+    (images / "val/B/001.png").write_bytes(b"no image")
+    for name, weights in (("ours", "run"), ("theirs", exported)):
+        go(place, f"{name}.npz", weights=weights)
+    ours, theirs = np.load(place / "ours.npz"), np.load(place / "theirs.npz")
+    assert ours["paths"].tolist() == [f"copy/{path}" for path in PATHS[:3]]
+    np.testing.assert_allclose(ours["vectors"], theirs["vectors"], atol=1e-4)
+    unit = ours["vectors"] / np.linalg.norm(ours["vectors"], axis=1, keepdims=True)
+    cosine = unit @ unit[1]
+    wanted = sorted(zip(cosine.tolist(), ours["paths"].tolist()), reverse=True)[:2]
+    for source in ("copy/val", "ours.npz"):
+        go(place, "like.jsonl", f"like=copy/{PATHS[1]}", "top=2", weights="run", source=source)
+        found = rows(place / "like.jsonl")
+        assert [row["path"] for row in found] == [path for _, path in wanted] and found[0]["path"] == f"copy/{PATHS[1]}"
+        assert [row["similarity"] for row in found] == pytest.approx([value for value, _ in wanted], abs=1e-5)
+    with pytest.raises(UserError, match=r"^input: ours\.npz has embeddings of other weights"):
+        go(place, "like.csv", f"like=copy/{PATHS[1]}", source="ours.npz")
+    for name, complaint in ((PATHS[3], "cannot be read"), ("none.png", "does not exist")):
+        with pytest.raises(UserError, match=rf"^like: copy/{name} {complaint}"):
+            go(place, "like.csv", f"like=copy/{name}")
