@@ -114,7 +114,7 @@ def test_weights_that_no_run_wrote_are_refused(tmp_path):
     [
         ({"task": {"name": "classificatoin"}}, "unknown task 'classificatoin'; close: classification"),
         ({"task": {"name": 1}}, "unknown task 1; known: "),
-        ({"task": {"name": "classification"}}, r"has wrong metadata \(label_smoothing: Field required\)"),
+        ({"task": {"name": "classification"}}, r"has wrong metadata \(mixup_alpha: Field required\)"),
         ({"class_names": None}, r"has wrong metadata \(class_names: Input should be a valid list\)"),
         ({"preprocessing": {}}, r"has wrong metadata \(preprocessing.image_size_hw: Field required\)"),
     ],
