@@ -148,7 +148,7 @@ class Saver:
         """Write a state to the disk; on rank 0, in the writer's thread."""
         with write_errors(self.folder.checkpoints, f"the checkpoint of step {step}", groups):
             recorder.sync()
-            texts = {group: weight_metadata(values) for group, values in metadata.items()}
+            texts = {group: weight_metadata(values, groups[group]) for group, values in metadata.items()}
             path = save_checkpoint(self.folder.checkpoints, step, groups, state, texts)
             for group in metadata:
                 name = f"{_LINKS[group]}_weights.safetensors"

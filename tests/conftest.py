@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -48,3 +49,17 @@ def no_curves(monkeypatch):
 def pytest_addoption(parser):
     """Add the flag that rewrites the golden curves; the diff is for review."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a file system of its own, of 1 MiB; unmounted at the end."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here ({mounted.stderr.strip()})")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,5 +1,6 @@
 """Weights of others through the commands: evaluate.py and export.py without a run, timm's weights, means, licences."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -286,6 +287,29 @@ def test_wrong_exports_are_refused(overrides, key, place):
     with pytest.raises(ConfigError) as refused:
         run("export", overrides, place)
     assert refused.value.problems[0].startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize("form", ["onnx", "timm", "transformers", "official", "minkowski", "safetensors", "pth"])
+def test_an_export_to_a_full_disk_is_a_users_error(form, place, small_disk):
+    with open(small_disk / "filler", "wb", buffering=0) as stream, suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    before = sorted(small_disk.rglob("*"))
+    with pytest.raises(UserError, match=rf"^output: {small_disk}/x cannot be written \(.*No space left on device"):
+        run("export", [f"format={form}", "run_dir=run", f"output={small_disk}/x"], place)
+    assert set(small_disk.rglob("*")) - set(before) <= {small_disk / "x"}
+
+
+def test_weights_that_do_not_match_their_checksum_are_refused(place, tmp_path):
+    content = (place / "run/weights/last_weights.safetensors").read_bytes()
+    (tmp_path / "last.safetensors").write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    for script, more in (
+        ("evaluate", [*DATA, *ON_CPU]),
+        ("predict", ["input=images", "output=f.jsonl"]),
+        ("export", ["format=safetensors", f"output={tmp_path}"]),
+    ):
+        with pytest.raises(UserError, match=r"^weights: .*last\.safetensors is damaged: "):
+            run(script, [f"weights={tmp_path}/last.safetensors", *more], place)
 
 
 # --- timm's weights

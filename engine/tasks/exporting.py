@@ -1,9 +1,9 @@
 """What export.py opens: a model from one weight file, or from the mean of several."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from models.outputs import NAME_KEYS
 from models.weights.fit import load_into
 from utils.canvas import DEFAULT
 from utils.errors import UserError, close_names
+from utils.io.files import output_errors
 from utils.io.weights import read_weights, write_weights
 from utils.record.logging import get_logger
 
@@ -62,10 +63,11 @@ def averaged(paths: Sequence[Path]) -> Iterator[Path]:
         for name, tensor in first.items()
     }
     log.info("weights: the mean of %s", ", ".join(map(str, paths)))
-    with tempfile.TemporaryDirectory(prefix="atelier-average-") as folder:
+    with TemporaryDirectory(prefix="atelier-") as folder:
         path = Path(folder) / "average.safetensors"
         merged = {"origin": origin} if (origin := merge_origins(origins)) else {}
-        write_weights(path, mean, {**metadata, **merged, "averaged": [str(path) for path in paths]})
+        with output_errors("TMPDIR", path):
+            write_weights(path, mean, {**metadata, **merged, "averaged": [str(path) for path in paths]})
         yield path
 
 

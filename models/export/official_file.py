@@ -10,6 +10,7 @@ The official networks are no package, and MinkowskiEngine cannot be built today.
 back into our network, which carries the published names and equals the official one up to rounding.
 """
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,4 +75,6 @@ def save_pth(state: Mapping[str, Tensor], metadata: Mapping[str, Any], folder: P
     """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    torch.save({"model": plain, "licence": licence_of(metadata)}, folder / FILE)
+    content = io.BytesIO()  # of a full disk, torch says that a position is unexpected
+    torch.save({"model": plain, "licence": licence_of(metadata)}, content)
+    (folder / FILE).write_bytes(content.getbuffer())

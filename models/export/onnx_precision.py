@@ -1,8 +1,6 @@
 """Smaller numbers in an ONNX graph: fp16 with float32 where sums are taken, and int8 by onnxruntime's quantiser."""
 
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,6 +10,7 @@ from torch import nn
 from models.export.inference_form import ChannelScale
 from models.layers import GRN
 from utils.errors import UserError
+from utils.io.files import scratch_folder
 
 _WIDE_OPERATORS = (
     # Sums over many values: their squares exceed the range of fp16 (65,504), or lose their small terms.
@@ -132,8 +131,8 @@ def to_int8(proto: onnx.ModelProto, model: nn.Module, samples: Iterable[np.ndarr
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(feeds, None)
 
-    with tempfile.TemporaryDirectory(prefix="atelier-int8-") as folder:
-        plain, prepared, quantised = (os.path.join(folder, f"{name}.onnx") for name in ("plain", "prepared", "int8"))
+    with scratch_folder() as folder:
+        plain, prepared, quantised = (folder / f"{name}.onnx" for name in ("plain", "prepared", "int8"))
         onnx.save(proto, plain)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True, skip_optimization=True)
         quantize_static(

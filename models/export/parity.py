@@ -7,12 +7,12 @@ conversion is therefore tried first on a copy with varied weights: scales of nor
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.io.files import scratch_folder
 
 # From normalised images [B, C, H, W] to what is compared.
 Outputs = Callable[[Tensor], Tensor]
@@ -64,9 +64,9 @@ def check_conversion(
     varied = vary_weights(network)
     wanted = outputs(varied)(images)
     assert wanted.std(dim=0).mean() > _LEAST_VARIATION, "the outputs of varied weights hardly vary between images"
-    with TemporaryDirectory(prefix="atelier-export-") as folder:
-        convert(varied, Path(folder))
-        found = difference(lambda _: wanted, load(Path(folder)), images)
+    with scratch_folder() as folder:
+        convert(varied, folder)
+        found = difference(lambda _: wanted, load(folder), images)
     refuse_difference(found / float(wanted.abs().max().clamp(min=1.0)), tolerance, "a copy with varied weights")
 
 

@@ -84,9 +84,7 @@ def test_a_complete_folder_is_left_alone_and_another_is_refused(source, tmp_path
             with pytest.raises(UserError, match=rf"^data\.root: .*root' {what}, and is left alone; .* new folder"):
                 idx_to_folders(str(source), str(root), names)
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"^data\.root: .*/file/root cannot be written \(Not a directory\); name another"
-    ):
+    with pytest.raises(UserError, match=r"^data\.root: .*/file/root cannot be written \(Not a directory\); make room"):
         idx_to_folders(str(source), str(tmp_path / "file/root"), NAMES)
 
 

@@ -234,7 +234,8 @@ OTHERS = {
 def make_of(script, *overrides):
     """Return a learner of another kind of training, and a batch for it."""
     config, _ = configure(script, [*SHORT, *overrides])
-    kind, setup = KINDS[config.task.name], Setup(config.model, config.task, config.augment.preprocessing(3))
+    kind = KINDS[config.task.name]
+    setup = Setup(config.model, config.task, kind.pipeline.preprocessing(config))
     torch.manual_seed(0)
     task, batch = kind.build(setup), make_batch()
     task.initialise(None)

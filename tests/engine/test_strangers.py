@@ -58,7 +58,11 @@ EXPORT = {
 
 @pytest.mark.parametrize("task", ["multicrop", "flow", "thin_tagging"])
 def test_evaluate_finds_what_the_run_found(task, place):
-    values = {"calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9}, "batch_size": 3, "runtime": RUNTIME}
+    values = {
+        "job": "weights", "models": None, "calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9},
+        "arena": {"min_support": 10, "rating_s": None, "aliases": None, "implications": None}, "batch_size": 3,
+        "runtime": RUNTIME,
+    }  # fmt: skip
     call(evaluate, place, run_dir=task, output=f"{task}.json", **values, **WEIGHTS)
     found = json.loads((place / f"{task}.json").read_text())
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]

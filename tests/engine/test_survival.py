@@ -267,20 +267,6 @@ def test_a_refused_file_beside_the_checkpoints_is_an_error_or_written_at_the_nex
         assert checkpoints(tmp_path / "run") == ["step_00000002"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Return a file system of its own, of 1 MiB; unmounted at the end."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here ({mounted.stderr.strip()}); the tests above raise its error")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("retry", slow_but([False], [False, True]))
 def test_a_disk_that_is_full(retry, small_disk, collection, straight, tmp_path):
     """Everything in the run folder meets the full disk: rows, log, curves, tables, weights, checkpoints."""

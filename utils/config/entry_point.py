@@ -231,7 +231,10 @@ class Command(Generic[Schema]):
             job = replace(job, choices=follow_init_from(values, job.overrides, job.choices))
             return JobResult(job.overrides, EXIT_OK, self.main(validate(values, self.schema), job) or "done")
         except Exception as error:
-            return JobResult(job.overrides, *self._report(error))
+            try:
+                return JobResult(job.overrides, *self._report(error))
+            except RuntimeError as later:  # a loader's worker has died: torch's signal handler raises wherever it is
+                return JobResult(job.overrides, *self._report(later))
 
     def _report(self, error: Exception) -> tuple[int, str]:
         """Show an error; returns its exit status and its line in a sweep's table."""

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -53,8 +56,16 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
     """Turn a write error into a UserError that names the key and the path."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be written ({error.strerror}); name another path") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: {path} cannot be written ({reason}); make room there, or name another path") from None
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a temporary folder that is removed afterwards. Raises UserError (`TMPDIR`) where it cannot be written."""
+    with output_errors("TMPDIR", Path(gettempdir())), TemporaryDirectory(prefix="atelier-") as folder:
+        yield Path(folder)
 
 
 @contextmanager

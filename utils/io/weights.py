@@ -1,5 +1,6 @@
 """Weight files: safetensors that can be used alone, and foreign files read without unpickling code."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ WEIGHT_NAMES = ("best", "best_raw", "last", "ema")
 
 # Files of a folder that timm or transformers wrote.
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_CHECKSUM = "atelier_sha256"  # older files have none
 
 
 class InitFrom(NamedTuple):
@@ -57,12 +59,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a weight file on rank 0; its metadata says model, preprocessing, classes and step."""
     if distributed.is_main():
-        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, weight_metadata(metadata)))
+        texts = weight_metadata(metadata, tensors)
+        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, texts))
 
 
-def weight_metadata(metadata: dict[str, Any]) -> dict[str, str]:
-    """Return metadata as a safetensors header holds them: one entry, `atelier`, of JSON."""
-    return {"atelier": json.dumps(metadata)}
+def weight_metadata(metadata: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return metadata as a safetensors header holds them: `atelier`, of JSON, and the tensors' checksum."""
+    return {"atelier": json.dumps(metadata), _CHECKSUM: hash_tensors(tensors)}
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hexadecimal SHA-256 of tensors' names and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_weights(
@@ -94,7 +106,7 @@ def read_weights(
         refuse_not_finite(content.tensors, path, key)
         tensors = content.tensors
         return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
-    shapes, metadata = _describe(path, key)
+    shapes, metadata, checksum = _describe(path, key)
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
     if check is not None:
@@ -102,6 +114,11 @@ def read_weights(
     if shapes_only:
         return shapes, metadata
     tensors = read_tensors(path, key)
+    if checksum is not None and hash_tensors(tensors) != checksum:
+        raise UserError(
+            f"{key}: {path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, "
+            "such as weights.safetensors of an earlier checkpoint"
+        )
     refuse_not_finite(tensors, path, key)
     return tensors, metadata
 
@@ -125,8 +142,8 @@ def refuse_average(which: Literal["model", "ema"], why: str) -> None:
         )
 
 
-def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a safetensors file's tensors, on the meta device, and its metadata."""
+def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Return a safetensors file's tensors, on the meta device, its metadata, and the checksum if it has one."""
     shapes, texts = read_header(path, key)
     try:
         metadata = json.loads(texts.get("atelier", "{}"))
@@ -134,7 +151,7 @@ def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise _unreadable(path, key, f"its metadata are not JSON: {_first_line(error)}") from None
     if not isinstance(metadata, dict):
         raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, not an object")
-    return shapes, metadata
+    return shapes, metadata, texts.get(_CHECKSUM)
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:

@@ -50,6 +50,17 @@ def test_tensors_and_metadata_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_tensors_that_do_not_match_their_checksum_are_refused(tmp_path):
+    """As after a copy that went wrong. A file that others wrote, or an older one of ours, has none."""
+    path = tmp_path / "w.safetensors"
+    write_weights(path, TENSORS, {})
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert message_of(path).startswith(f"init_from: {path} is damaged: ")
+    path.write_bytes(content.replace(b"atelier_sha256", b"another_sha256"))
+    assert equal(read_weights(path, "x")[0], TENSORS)
+
+
 def test_tensors_that_share_memory_or_are_views_are_written_as_they_look(tmp_path):
     base = torch.arange(12.0)
     views = {"whole": base, "tied": base, "part": base[3:5], "turned": base.reshape(3, 4).t()}
