@@ -55,7 +55,8 @@ def test_srun_by_hand_works_without_us(cluster, images, tmp_path):
 
 
 def test_a_script_that_fails_gives_its_status(cluster, images, tmp_path):
-    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "run_dir=/proc/nowhere", "launch.gpus_per_node=0"]
+    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
+    (tmp_path / "run").write_text("")  # in the place of the run's folder, which no dry run makes
     submission = submit(cluster, tmp_path, "launch.wait=true", *words)
     assert "has ended with status 2, after 0 restarts" in submission.wait_for(2)
     assert "run_dir: " in submission.log() and ask(cluster, "squeue", "-h") == ""
