@@ -23,6 +23,7 @@ from data.image_data import load_collection
 from data.manifest_writer import write_manifest
 from data.scan import check_root
 from data.tags.vocabulary import make_vocabulary
+from utils.canvas import DEFAULT
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -121,7 +122,8 @@ def prepare_manifest(config: PrepareConfig) -> str:
         )
     for line in report.unreadable_lines(most=20):
         log.warning("%s", line)
-    for line in (*report.trait_lines(), *report.duplicate_lines()):
+    background = DEFAULT if config.data.background is None else config.data.background
+    for line in (*report.trait_lines(background), *report.duplicate_lines()):
         log.info("%s", line)
     splits = ", ".join(f"{count:,} {split}" for split, count in report.splits.items())
     log.info(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.decode import NOT_OPENED, Inspection, inspect_image
+from utils.canvas import DEFAULT, Background
 from utils.io.files import sha256_file, write_atomically
 
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
@@ -23,7 +24,7 @@ _TREATMENT = {
     "CMYK": "converted to RGB without an ink profile",
     "16 bits per channel": "scaled to 8",
     "rotated by EXIF": "rotated upright",
-    "transparent": "placed on data.background (white if not set)",
+    "transparent": "placed on data.background, {background}",
     "named as another format": "read as what they are",
     "broken metadata": "ignored",
 }
@@ -81,10 +82,11 @@ class ManifestReport:
             f"{len(self.groups):,} groups{largest} (column group of the manifest)"
         ]
 
-    def trait_lines(self) -> list[str]:
+    def trait_lines(self, background: Background = DEFAULT) -> list[str]:
         """Return a line for each trait of readable images that their owner may not expect."""
+        treatment = {trait: text.format(background=background) for trait, text in _TREATMENT.items()}
         return [
-            f"{trait}: {count:,} image{'' if count == 1 else 's'}, {_TREATMENT[trait]} (such as {path})"
+            f"{trait}: {count:,} image{'' if count == 1 else 's'}, {treatment[trait]} (such as {path})"
             for trait, (count, path) in self.traits.items()
         ]
 

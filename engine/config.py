@@ -1,6 +1,5 @@
 """The shape of `loop`, `runtime` and of the keys that every training script has. Values are in conf/."""
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -96,11 +95,6 @@ class LRFinderConfig(Strict):
     enabled: bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
     max_share: Annotated[float, Field(gt=0, le=1)]
-
-    @property
-    def needed_steps(self) -> int:
-        """Length of the shortest run that has a range test."""
-        return math.ceil(self.steps / self.max_share)
 
 
 class TrainingConfig(Strict):

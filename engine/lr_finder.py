@@ -24,6 +24,7 @@ import torch
 
 from engine.config import TrainingConfig
 from engine.learner import Learner
+from engine.plan import shortest_tested
 from engine.run_parts import Run
 from engine.step import STOP
 from engine.task import checkpointed_state
@@ -189,7 +190,7 @@ def find_lr(run: Run, config: TrainingConfig) -> bool:
     Returns False where the run was asked to stop meanwhile.
     """
     steps, plan, started = config.lr_finder.steps, run.plan, time.perf_counter()
-    needed = config.lr_finder.needed_steps
+    needed = shortest_tested(config.lr_finder)
     if plan.total_steps < needed:
         log.warning(
             "lr_finder: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate stays %.3g. A run "

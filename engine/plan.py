@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from engine.config import LoopConfig
+from engine.config import LoopConfig, LRFinderConfig
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -113,6 +113,11 @@ def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | 
     small = [size for size in range(1, math.isqrt(unit) + 1) if unit % size == 0]
     micro = max(size for one in small for size in (one, unit // one) if size <= cap)
     return micro, share // micro
+
+
+def shortest_tested(finder: LRFinderConfig) -> int:
+    """Return the steps of the shortest run that has a range test."""
+    return math.ceil(finder.steps / finder.max_share)
 
 
 def make_plan(

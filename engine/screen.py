@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.config import TrainingConfig
-from engine.plan import Plan
+from engine.plan import Plan, shortest_tested
 from engine.run_parts import Run
 from engine.runtime import Runtime
 from utils.record.figures import show_duration, show_evaluated
@@ -49,7 +49,7 @@ def start_screen(
 def _rate(config: TrainingConfig, plan: Plan) -> str:
     """Return the peak learning rate and where it comes from."""
     optimizer = f", {config.optim.name}, schedule {config.schedule.name}"
-    if config.lr_finder.enabled and plan.total_steps >= config.lr_finder.needed_steps:
+    if config.lr_finder.enabled and plan.total_steps >= shortest_tested(config.lr_finder):
         return f"found by a range test before the first update{optimizer}"
     if config.optim.lr is not None:
         return f"{plan.lr:.3g} (optim.lr){optimizer}"

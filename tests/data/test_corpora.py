@@ -416,9 +416,7 @@ def test_prepare_says_what_a_user_needs(collection, tmp_path):
     assert "12 of 69 images are unreadable (the file is damaged: 4, the file is cut off: 4, " in said
     assert f"{collection}/manifest.unreadable.jsonl names each: replace or remove them, then" in said
     assert "CMYK: 1 image, converted to RGB without an ink profile (such as train/B/inks.jpg)" in said
-    assert re.search(
-        r"transparent: \d+ images, placed on data.background \(white if not set\) \(such as train/A/", said
-    )
+    assert re.search(r"transparent: \d+ images, placed on data.background, white \(such as train/A/", said)
 
 
 def test_a_training_runs_over_them_and_its_figures_are_those_without_them(collection, tmp_path):

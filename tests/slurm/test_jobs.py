@@ -50,15 +50,16 @@ def test_srun_by_hand_works_without_us(cluster, images, tmp_path):
         env=cluster.environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
-    assert "2 ranks x" in said.stderr and f"[rank 0 {cluster.names[0]}] run folder: " in said.stderr
+    assert "2 ranks, each CPU" in said.stderr and f"[rank 0 {cluster.names[0]}]   run folder " in said.stderr
     assert (tmp_path / "run/complete.json").exists()
 
 
 def test_a_script_that_fails_gives_its_status(cluster, images, tmp_path):
-    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "init_from=/nowhere", "launch.gpus_per_node=0"]
+    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
+    (tmp_path / "run").write_text("")  # in the place of the run's folder, which no dry run makes
     submission = submit(cluster, tmp_path, "launch.wait=true", *words)
     assert "has ended with status 2, after 0 restarts" in submission.wait_for(2)
-    assert "init_from: " in submission.log() and ask(cluster, "squeue", "-h") == ""
+    assert "run_dir: " in submission.log() and ask(cluster, "squeue", "-h") == ""
 
 
 # It notes its words, and runs the rest here; as in an image, there is no SLURM that it could ask.
