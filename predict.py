@@ -142,7 +142,8 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
             f"profile: {config.profile} is one of thresholds.csv, and {config.weights} comes with none; evaluate.py "
             "calibrate=true writes it into the run, and thresholds=FILE names it"
         )
-    log.info("thresholds: %s", "of the file" if predictor.thresholds else f"{DEFAULT}, nothing is calibrated")
+    own = f"those in {config.weights}" if predictor.thresholds else f"{DEFAULT}, nothing is calibrated"
+    log.info("thresholds: %s", own)
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
@@ -256,7 +257,8 @@ def main(config: PredictConfig, job: Job) -> str:
     rows = predict_all(predictor, paths, config, lambda images: predictor.rows(images, options))
     with output_errors("output", Path(config.output)):
         unreadable = destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
-    log.info("wrote %s: %d images, %d unreadable, %d there already", config.output, len(paths), unreadable,
+    place = "files beside the images" if config.output == "beside" else config.output
+    log.info("wrote %s: %d images, %d unreadable, %d there already", place, len(paths), unreadable,
              len(images.paths) - len(paths))  # fmt: skip
     return f"{len(paths)} images"
 

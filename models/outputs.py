@@ -16,10 +16,14 @@ from utils.vocabulary import CHARACTER, RATING, category_name
 
 
 class Columns(NamedTuple):
-    """What the columns of an output are: names [K], and of tags the category of each, int64 [K]."""
+    """What the columns of an output are: names [K], and of tags the category of each, int64 [K].
+
+    has_ratings: whether the ratings among tags mean anything; they do not where no training image had one.
+    """
 
     names: Sequence[str]
     categories: np.ndarray
+    has_ratings: bool = True
 
 
 class RowOptions(NamedTuple):
@@ -64,7 +68,7 @@ def _row_of_classes(values: np.ndarray, columns: Columns, options: RowOptions) -
 
 def _row_of_tags(values: np.ndarray, columns: Columns, options: RowOptions) -> Row:
     """Return the tags in their order, their probabilities by category, and the most probable rating."""
-    names, categories = columns
+    names, categories, has_ratings = columns
     least = np.maximum(options.thresholds, _cut(values, categories)) if options.mcut else options.thresholds
     found = np.flatnonzero((values >= least) & (categories != RATING))
     found = found[np.argsort(-values[found], kind="stable")][: options.max_tags]
@@ -73,7 +77,7 @@ def _row_of_tags(values: np.ndarray, columns: Columns, options: RowOptions) -> R
     elif options.order == "characters_first":
         found = found[np.argsort(categories[found] != CHARACTER, kind="stable")]
     row, probs = {}, {}
-    if len(ratings := np.flatnonzero(categories == RATING)):
+    if has_ratings and len(ratings := np.flatnonzero(categories == RATING)):
         best = ratings[values[ratings].argmax()]
         row = {"rating": names[best], "rating_prob": round(float(values[best]), 6)}
     for index in found.tolist():

@@ -24,7 +24,7 @@ from utils.config.recipe import ADDED_KEYS
 from utils.errors import UserError
 from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
 from utils.record.logging import get_logger
-from utils.vocabulary import GENERAL
+from utils.vocabulary import GENERAL, RATING
 
 log = get_logger(__name__)
 
@@ -109,6 +109,8 @@ class Predictor:
         self.output = OUTPUTS[metadata["output"]]
         self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
+        counts = np.array(metadata.get("tag_counts") or [1] * len(self.names))
+        self.has_ratings = bool(counts[self.categories == RATING].any())
         self.thresholds: list[float] | None = metadata.get("thresholds")
         self.vocabulary: str | None = metadata.get("vocabulary")
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
@@ -123,7 +125,7 @@ class Predictor:
 
     def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
         """Return what is written of each of some uint8 images [B, C, H, W]."""
-        columns = Columns(self.names, self.categories)
+        columns = Columns(self.names, self.categories, self.has_ratings)
         return [self.output.make_row(values, columns, options) for values in self.predict(images)]
 
 

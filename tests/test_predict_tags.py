@@ -22,7 +22,7 @@ from engine.tasks.kind import ExportSettings
 from engine.tasks.tag_exports import TAG_EXPORTS
 from models.export.tag_files import Thresholds
 from models.outputs import OUTPUTS, Columns, RowOptions
-from models.predictor import TorchPredictor
+from models.predictor import Predictor, TorchPredictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
@@ -64,6 +64,15 @@ def test_a_row_has_the_rating_and_the_tags_by_category():
                   "artist": {"painter": 0.5}},
     }  # fmt: skip
     assert "rating" not in OUTPUTS["tags"].make_row(VALUES[:1], Columns(["a"], np.zeros(1)), RowOptions(1, VALUES[:1]))
+
+
+@pytest.mark.parametrize(("counts", "has_ratings"), [(None, True), ([0, 3, 7], True), ([0, 0, 7], False)])
+def test_ratings_that_no_training_image_had_mean_nothing(counts, has_ratings):
+    metadata = {"output": "tags", "tag_names": ["general", "explicit", "cat"], "tag_categories": [9, 9, 0]}
+    predictor = Predictor({**metadata, "tag_counts": counts, "preprocessing": {}})
+    predictor.predict = lambda images: np.array([[0.1, 0.2, 0.9]], np.float32)
+    (row,) = predictor.rows(None, RowOptions(1, np.full(3, 0.5)))
+    assert ("rating" in row) is has_ratings and row["tags"] == ["cat"]
 
 
 @pytest.mark.parametrize(
