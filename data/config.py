@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from utils.canvas import Background
-from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Side
+from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
 from utils.config.schema import PathText, Strict
 
 _Jitter = Annotated[float, Field(ge=0, le=100)]
@@ -120,7 +120,7 @@ class AugmentConfig(Strict):
 
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
     pad: Literal["none", "square"]
-    crop_scale: Annotated[list[Annotated[float, Field(ge=1e-6, le=1)]], Field(min_length=2, max_length=2)]
+    crop_scale: Annotated[list[Share], Field(min_length=2, max_length=2)]
     crop_ratio: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
     affine: AffineConfig | None

@@ -15,6 +15,7 @@ from utils.config.bounds import (
     Positive,
     Processes,
     Seed,
+    Share,
     Workers,
 )
 from utils.config.schema import PathText, Strict, check_path
@@ -94,7 +95,7 @@ class LRFinderConfig(Strict):
 
     enabled: bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
-    max_share: Annotated[float, Field(gt=0, le=1)]
+    max_share: Share
 
 
 class TrainingConfig(Strict):

@@ -52,6 +52,7 @@ def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runt
     compiles = choose_compile(config, runtime.device.type, total_steps)
     if compiles:
         torch.compiler.reset()  # of a sweep's jobs before: their shapes would count as dynamic ones
+        torch._dynamo.config.recompile_limit = 64  # units share their code: one compilation for each shape of a unit
     if shards:
         return _shard(task, runtime, compiles)  # moves one unit after another to the device
     task.to(runtime.device)
@@ -145,7 +146,7 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     mesh = init_device_mesh(runtime.device.type, (distributed.world_size(),))
     for unit in units:
         if compiles:
-            unit.compile()
+            unit.compile(dynamic=False)  # as a symbol, the channels of two units end inductor of torch 2.14 in an error
         fully_shard(unit, mesh=mesh)
     fully_shard(task, mesh=mesh)
     # An evaluation calls parts of the network, not the task: the task's weights are gathered for all of it.

@@ -16,6 +16,7 @@ from utils.config.bounds import (
     KnobValue,
     Positive,
     Rate,
+    Share,
 )
 from utils.config.schema import Strict
 from utils.errors import close_names
@@ -52,7 +53,7 @@ class _Optim(Strict):
     lr: Rate | None
     base_lr: Rate
     weight_decay: Factor
-    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    layer_decay: Share
     layer_decay_kind: Literal["single", "group", "timm"]
     rules: list[RuleConfig]
 
@@ -184,7 +185,7 @@ class PhaseConfig(Strict):
     curve: Literal["cosine", "linear"]
     steps: Count | None = None
     epochs: Duration | None = None
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Share | None = None
 
     @property
     def has_duration(self) -> bool:
@@ -252,7 +253,7 @@ class OneCycleConfig(Strict):
     name: Literal["onecycle"]
     curve: Literal["cosine", "linear"]
     three_phase: bool
-    peak_fraction: Annotated[float, Field(gt=0, lt=1)]
+    peak_fraction: Annotated[float, Field(ge=1e-6, lt=1)]
     div_factor: Annotated[float, Field(ge=1, le=1e12)]
     final_div_factor: Annotated[float, Field(ge=1, le=1e12)]
     cycle_momentum: bool

@@ -58,7 +58,7 @@ class FCMAETaskConfig(TaskConfig):
     """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
 
     name: Literal["fcmae"]
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)]
+    mask_ratio: Annotated[float, Field(ge=1e-6, lt=1)]
     patch_px: Side | None
     decoder_dim: Width
     decoder_depth: Depth  # without a block, nothing of the image would reach a masked site

@@ -16,6 +16,7 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 Pixels = Annotated[int, Field(ge=1, le=10**12)]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=1e-6, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, le=1e4)]  # of learning
 Factor = Annotated[float, Field(ge=0, le=1e6)]

@@ -12,6 +12,7 @@ and no traceback.
 """
 
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -141,6 +142,7 @@ def _say(message: str, *, other_ranks: bool = False) -> None:
 
 def _leave(status: int) -> None:
     """End the process, without the interpreter's shutdown where gloo may abort it or a tracker hold it up."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises where a loader's worker ends while we leave
     note_status(status)
     grouped = distributed.shutdown(failed=status != EXIT_OK)
     sys.stdout.flush()
