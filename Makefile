@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-interop demo demo-full demo-tagger test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-sdxl install-interop demo demo-full demo-tagger test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -16,6 +16,13 @@ $(STAMP): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(STAMP)
+
+SDXL := $(VENV)/.installed-sdxl
+install-sdxl: $(SDXL)  ## add requirements-sdxl.txt, which finetune_sdxl.py needs, to .venv
+
+$(SDXL): requirements-sdxl.txt $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-sdxl.txt
+	touch $(SDXL)
 
 INTEROP := .venv-interop
 install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/test_wd14_tools.py
