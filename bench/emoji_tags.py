@@ -10,6 +10,7 @@ draws the icons, once. quick: a few steps on a few emoji, and nothing where a pa
 | fcmae | FCMAE on the images of the five styles for a third of the seconds, then fine-tuning of its encoder |
 | scratch | the same network by the same recipe without pretraining |
 | train | `train.py task=tagging` with its ResNet-18 and its defaults |
+| distilled | the network of `scratch`, taught by labels and by the last weights of `train`, whose seconds come on top |
 | timm | the plain loop of bench/timm_tagger.py with timm's resnet18 |
 
 All have the same images of 48 px, tags, crops, turns and precision, and batches of 128 (64 in FCMAE); none mirrors. The
@@ -63,8 +64,15 @@ KINDS = {
     ],
     "finetune": ["finetune.py", *CONVNEXT, *TAGGING, "optim.lr=6.0e-3"],
     "train": ["train.py", *TAGGING, "tracking.live_plots=false"],
+    "distil": [
+        "finetune.py", *CONVNEXT, "task=distillation", "task.orientation=null", "task.label_share=0.5",
+        "loop.global_batch_size=128", "optim.lr=6.0e-3",
+    ],
 }  # fmt: skip
-ARMS = {"fcmae": ("pretrain", "finetune"), "scratch": ("finetune",), "train": ("train",), "timm": ()}
+ARMS = {
+    "fcmae": ("pretrain", "finetune"), "scratch": ("finetune",), "train": ("train",), "distilled": ("distil",),
+    "timm": (),
+}  # fmt: skip
 FIGURES = ("mAP", "macro_f1")
 
 
@@ -158,7 +166,8 @@ class Bench:
     def run(self, kind, name, steps, more=()):
         """Run one of our commands; returns its CPU seconds."""
         own = [f"data.root={self.root}", f"run_dir={self.out / name}", f"loop.total_steps={steps}", *more]
-        own += [] if kind == "pretrain" else [f"task.vocabulary={self.vocabulary}"]
+        own += [f"task.vocabulary={self.vocabulary}"] if kind in ("finetune", "train") else []
+        own += [f"task.teacher={self.out}/train_train/weights/last_weights.safetensors"] if kind == "distil" else []
         own += [] if kind == "train" else [f"schedule.warmup_steps={steps // 10}"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_command([sys.executable, *KINDS[kind], *OURS, *own], log_of(self.out / name))
@@ -211,6 +220,8 @@ def main():
     arms, seconds = given["arms"].split(","), 4.0 if quick else read_number("seconds", given["seconds"], float)
     if wrong := [arm for arm in arms if arm not in ARMS]:
         fail(f"arms: {wrong[0]!r} is not one of {', '.join(ARMS)}")
+    if "distilled" in arms and "train" not in arms[: arms.index("distilled")]:
+        fail("arms: distilled is taught by train; name train before it")
     out = ROOT / "outputs/bench" / ("quick/emoji_tags" if quick else "emoji_tags")
     shutil.rmtree(out, ignore_errors=True)  # of an earlier run
     root, packages = (out if quick else ROOT / "outputs/emoji_tags") / "collection", Packages(ROOT / given["packages"])
