@@ -48,7 +48,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         states = [self._state_of(parameter) for parameter in parameters]
         device = parameters[0].device
         skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
-        torch._foreach_add_([state["step"] for state in states], 1.0 - skip)
+        torch.ops.aten._foreach_add_.Tensor([state["step"] for state in states], 1.0 - skip)  # as in optim/adan.py
         stored = [parameters, *([state[name] for state in states] for name in _AVERAGES)]
         old = [_join(tensors) for tensors in stored]
         grads = _join(map(aligned_grad, parameters)).float()
