@@ -136,6 +136,15 @@ class TrainingConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _an_average_has_digits(self) -> "TrainingConfig":
+        if self.loop.ema_decay is not None and self.optim.name == "adamw" and self.optim.bf16_weights:
+            raise ValueError(
+                f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} averages weights in their own "
+                "precision, where such small changes are lost; set optim.bf16_weights=false or loop.ema_decay=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _momentum_is_scheduled_where_it_exists(self) -> "TrainingConfig":
         moves = self.schedule.name == "onecycle" and self.schedule.cycle_momentum
         if moves and self.optim.name == "timm" and not self.optim.has_beta1:

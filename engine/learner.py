@@ -52,6 +52,8 @@ class Learner:
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
         freeze(task)
         self.task, self.runtime = task, runtime
+        if config.optim.name == "adamw" and config.optim.bf16_weights:
+            _store_in_bf16(task, runtime)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
         task.train()
         groups = build_groups(task, trained_networks(task), config.optim)
@@ -171,6 +173,17 @@ class Learner:
         self.scale.load(tensors["scale"])
         if self.averages is not None:
             self.averages.load(join_exported(self.task, tensors["average_weights"], tensors["averages"]))
+
+
+def _store_in_bf16(task: Task, runtime: Runtime) -> None:
+    """Convert the trained parameters. Raises UserError (`optim.bf16_weights`) where activations have another dtype."""
+    if runtime.precision != "bf16":
+        raise UserError(
+            f"optim.bf16_weights: true needs runtime.precision=bf16, and it is {runtime.precision}; set one of the two"
+        )
+    for parameter in task.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
 
 
 def _are_alike(saved: Tensor, own: Tensor) -> bool:

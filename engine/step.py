@@ -221,7 +221,7 @@ def train_step(
     found_inf = bad.float()
     applied = 1.0 - found_inf
     if skips_on_device(optimizer):
-        optimizer.found_inf = found_inf
+        optimizer.found_inf, optimizer.update = found_inf, step
         optimizer.step()
     elif not bad:  # a host synchronisation
         optimizer.step()

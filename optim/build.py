@@ -4,6 +4,7 @@ import torch
 
 from optim.adan import Adan
 from optim.config import AdamWConfig, AdanConfig, OptimConfig, SGDConfig, TimmOptimConfig
+from optim.stochastic import StochasticAdamW
 from utils.errors import UserError
 
 # timm's optimisers that work element by element: steps on rows of a parameter are the steps on the whole. Others use
@@ -20,7 +21,7 @@ ELEMENTWISE = frozenset(
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimiser itself skips a step where `found_inf` is 1, without a host synchronisation."""
-    return isinstance(optimizer, Adan) or any(group.get("fused") for group in optimizer.param_groups)
+    return isinstance(optimizer, Adan | StochasticAdamW) or any(group.get("fused") for group in optimizer.param_groups)
 
 
 def check_shardable(config: OptimConfig) -> None:
@@ -37,6 +38,8 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
     """Build the optimiser over groups of `build_groups`; lr is the peak learning rate before a group's scale."""
     match config:
         case AdamWConfig():
+            if config.bf16_weights:
+                return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
         case AdanConfig():
             return Adan(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)

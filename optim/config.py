@@ -59,11 +59,12 @@ class _Optim(Strict):
 
 
 class AdamWConfig(_Optim):
-    """torch's AdamW, fused."""
+    """torch's AdamW, fused; with bf16_weights our own on bfloat16 weights (optim/stochastic.py)."""
 
     name: Literal["adamw"]
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
     eps: Positive
+    bf16_weights: bool
 
 
 class AdanConfig(_Optim):

@@ -44,3 +44,10 @@ def flat_view(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
+
+
+def aligned_grad(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the gradient in its parameter's layout: fused kernels walk through memory without asking for strides."""
+    if parameter.grad.stride() == parameter.stride():
+        return parameter.grad
+    return torch.empty_like(parameter).copy_(parameter.grad)

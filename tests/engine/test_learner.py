@@ -17,6 +17,7 @@ from engine.task import Report, Roles, StepOutput, Task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
+from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.rng import generator_for
 
@@ -82,6 +83,30 @@ def test_a_loaded_state_continues_bit_for_bit():
     assert second.scale.good_steps == 4
     left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_bf16_weights_learn_and_continue_bit_for_bit():
+    setting = ("optim.bf16_weights=true", "runtime.precision=bf16", "optim.lr=1e-4")
+    first, second, batch = make_learner(*setting), make_learner(*setting), make_batch()
+    losses = [first.update([batch]).losses[0].mean().item() for _ in range(60)]
+    tensors, others = first.state()
+    assert losses[-1] < losses[0] - 0.1
+    kept = {tensor.dtype for group in ("weights", "optimizer") for tensor in tensors[group].values() if tensor.ndim}
+    assert kept == {torch.bfloat16}
+    saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
+    second.check_state(saved, others, "here")
+    second.load_state(saved, others, "here")
+    second.step = first.step
+    for learner in (first, second):
+        learner.update([batch])
+    left, right = tensors_of(first), tensors_of(second)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("more", ["runtime.precision=fp32", "loop.ema_decay=0.9"])
+def test_bf16_weights_need_autocast_and_have_no_average(more):
+    with pytest.raises((UserError, ConfigError), match=r"optim\.bf16_weights: true"):
+        make_learner("optim.bf16_weights=true", "runtime.precision=bf16", more)
 
 
 @pytest.mark.parametrize(

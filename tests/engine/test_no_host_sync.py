@@ -176,6 +176,15 @@ def test_no_step_waits_for_the_device(kind, optim, changes, accum):
     assert count(lambda: run_steps(training, batches, STEPS)) == []  # the first step, too
 
 
+def test_bf16_weights_do_not_wait():
+    task, model, config = make_task("classification")
+    training = build_bench_run(
+        task, batch_size=BATCH, runtime={"precision": "bf16"}, optim={"option": "adamw", "bf16_weights": True}
+    )
+    batches = [make_batch("classification", model, config, training.learner.runtime.device, 0)]
+    assert count(lambda: run_steps(training, batches, STEPS)) == []
+
+
 @pytest.mark.parametrize("opt", ["lion", "adanw", "adafactor"])  # others read numbers of their own beside
 def test_timms_optimisers_wait_once_in_a_step(opt):
     training, batches = make_training("classification", f"timm {opt}")

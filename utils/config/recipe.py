@@ -60,6 +60,7 @@ ADDED_KEYS = {
     "data.background": Added(None),
     "augment.pad": Added("none"),
     "schedule.restarts": Added(0),
+    "optim.bf16_weights": Added(False),
     "model.image_size_hw": Added(None),
 }
 

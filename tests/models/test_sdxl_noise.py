@@ -1,0 +1,206 @@
+"""Noise, targets, weights and timesteps of SDXL. Reference equality (diffusers), closed forms, properties of keys."""
+
+import pytest
+import torch
+
+from models.sdxl.noise import (
+    NoiseLevel,
+    add_noise,
+    build_noise_table,
+    draw_noise,
+    resolution_shift,
+    target,
+    to_latents,
+    to_noise,
+)
+from models.sdxl.timesteps import draw_timesteps
+from models.sdxl.weighting import loss_weight
+
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
+KEYS = torch.randint(0, 2**62, (4096,), generator=torch.Generator().manual_seed(0))
+LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def level_at(timesteps, *, zero, shift=None):
+    return build_noise_table(zero).at(timesteps, shift)
+
+
+def snr_of(table):
+    return NoiseLevel(table.alphas, table.sigmas).snr
+
+
+# --- the table
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_table_equals_that_of_diffusers(zero):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import compute_snr
+
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
+    )
+    table = build_noise_table(zero)
+    torch.testing.assert_close(table.alphas.square(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(snr_of(table), compute_snr(theirs, torch.arange(1000)), rtol=1e-3, atol=1e-6)
+
+
+def test_literal_values_of_the_table():
+    table = build_noise_table(False)
+    noise = table.sigmas / table.alphas
+    assert noise[0].item() == pytest.approx(0.0292, abs=1e-4) and noise[-1].item() == pytest.approx(14.6146, abs=1e-3)
+
+
+def test_zero_terminal_snr_keeps_the_first_and_makes_the_last_exactly_0():
+    before, table = build_noise_table(False), build_noise_table(True)
+    assert table.zero_terminal_snr and not before.zero_terminal_snr
+    assert table.alphas[0] == before.alphas[0] and table.alphas[-1] == 0 and table.sigmas[-1] == 1
+    assert table.alphas.dtype == torch.float32 and (table.alphas.diff() < 0).all() and (table.sigmas.diff() >= 0).all()
+    torch.testing.assert_close(table.alphas.square() + table.sigmas.square(), torch.ones(1000))
+    assert snr_of(table)[-1] == 0 and snr_of(table).isfinite().all()
+
+
+# --- the shift by resolution
+
+
+def test_the_shift_multiplies_the_noise_and_stays_finite():
+    shift = torch.tensor([0.5, 1.0, 2.0, 2.0, 4.0, 2.0])
+    plain, moved = level_at(TIMESTEPS, zero=True), level_at(TIMESTEPS, zero=True, shift=shift)
+    torch.testing.assert_close(moved.snr, plain.snr / shift.square())
+    torch.testing.assert_close(moved.alpha.square() + moved.sigma.square(), torch.ones(6))
+    assert moved.alpha[-1] == 0 and moved.sigma[-1] == 1
+
+
+def test_resolution_shift_is_the_root_of_the_area():
+    sizes = torch.tensor([[1024, 1024], [2048, 2048], [2048, 512], [512, 512]])
+    assert resolution_shift(sizes).tolist() == [1, 2, 1, 0.5] and resolution_shift(sizes[-1:], base_px=512).item() == 1
+
+
+# --- targets
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
+    )
+    level = level_at(TIMESTEPS, zero=zero)
+    velocity = theirs.get_velocity(LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(target("v_prediction", LATENTS, NOISE, level), velocity, rtol=1e-4, atol=1e-4)
+    noisy = theirs.add_noise(LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_conversions_undo_the_target(kind, zero):
+    timesteps = TIMESTEPS[:-1] if kind == "epsilon" else TIMESTEPS  # at pure noise epsilon says nothing of the latents
+    level, latents, noise = level_at(timesteps, zero=zero), LATENTS[: len(timesteps)], NOISE[: len(timesteps)]
+    noisy, output = add_noise(latents, noise, level), target(kind, latents, noise, level)
+    torch.testing.assert_close(to_latents(kind, output, noisy, level), latents, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(to_noise(kind, output, noisy, level), noise, rtol=1e-3, atol=1e-3)
+
+
+def test_at_pure_noise_velocity_is_the_negative_latents():
+    level = level_at(torch.tensor([999]), zero=True)
+    assert torch.equal(target("v_prediction", LATENTS[:1], NOISE[:1], level), -LATENTS[:1])
+    assert torch.equal(add_noise(LATENTS[:1], NOISE[:1], level), NOISE[:1])
+
+
+def test_half_precision_latents_give_float32():
+    level = level_at(TIMESTEPS, zero=True)
+    made = [
+        function(LATENTS.bfloat16(), NOISE, level) for function in (add_noise, lambda *a: target("v_prediction", *a))
+    ]
+    assert all(tensor.dtype == torch.float32 for tensor in made)
+
+
+# --- weights
+
+
+def test_literal_weights():
+    snr = torch.tensor([0.01, 1.0, 5.0, 100.0])
+    weights = {
+        ("none", "v_prediction"): [1, 1, 1, 1],
+        ("min_snr", "epsilon"): [1, 1, 1, 0.05],
+        ("min_snr", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 101],
+        ("min_snr", "sample"): [0.01, 1, 5, 5],
+        ("soft_min_snr", "epsilon"): [5 / 5.01, 5 / 6, 0.5, 5 / 105],
+        ("debiased", "epsilon"): [10, 1, 0.2**0.5, 0.1],
+    }
+    for (kind, prediction_type), expected in weights.items():
+        found = loss_weight(kind, prediction_type, snr, gamma=5.0, floor=0.0)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["min_snr", "soft_min_snr", "debiased"])
+def test_the_loss_is_the_same_whatever_is_predicted(kind):
+    level = level_at(TIMESTEPS, zero=False)
+    noisy, guess = add_noise(LATENTS, NOISE, level), LATENTS + 0.1
+    losses = []
+    for prediction_type in PREDICTION_TYPES:
+        output = target(prediction_type, guess, to_noise("sample", guess, noisy, level), level)
+        error = output - target(prediction_type, LATENTS, NOISE, level)
+        weight = loss_weight(kind, prediction_type, level.snr, gamma=5.0, floor=0.0)
+        losses.append(weight * error.square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(losses[1], losses[2], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "min_snr", "soft_min_snr", "debiased"])
+@pytest.mark.parametrize(("floor", "trains"), [(0.25, True), (0.0, False)])
+def test_the_terminal_step_has_a_gradient_with_a_floor(kind, floor, trains):
+    """Without one, min-SNR weights v by 0 at zero terminal SNR, and black images are never learnt."""
+    level = level_at(torch.tensor([999]), zero=True)
+    output = torch.zeros_like(LATENTS[:1], requires_grad=True)
+    error = output - target("v_prediction", LATENTS[:1], NOISE[:1], level)
+    (loss_weight(kind, "v_prediction", level.snr, 5.0, floor) * error.square().mean()).sum().backward()
+    assert output.grad.isfinite().all() and bool(output.grad.any()) == (trains or kind == "none")
+
+
+# --- draws
+
+
+def strata_of(keys):
+    return torch.stack([torch.arange(len(keys)), torch.full((len(keys),), len(keys))], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal", "stratified"])
+def test_draws_do_not_depend_on_how_a_batch_is_split(kind):
+    strata = strata_of(KEYS)
+    whole = draw_timesteps(kind, KEYS, strata)
+    parts = [draw_timesteps(kind, *pair) for pair in zip(KEYS.split(1000), strata.split(1000))]
+    assert torch.equal(whole, torch.cat(parts)) and whole.dtype == torch.int64
+    assert whole.min() >= 0 and whole.max() <= 999 and not torch.equal(whole, draw_timesteps(kind, KEYS + 1, strata))
+    noise = draw_noise(KEYS[:8], LATENTS[:1].expand(8, -1, -1, -1), 0.1)
+    halves = [draw_noise(keys, LATENTS[:4], 0.1) for keys in KEYS[:8].split(4)]
+    assert torch.equal(noise, torch.cat(halves))
+
+
+def test_uniform_timesteps_cover_the_range():
+    found = draw_timesteps("uniform", KEYS).float()
+    assert found.mean().item() == pytest.approx(499.5, abs=15) and found.min() < 5 and found.max() > 994
+
+
+def test_logit_normal_has_its_quantiles():
+    found = draw_timesteps("logit_normal", KEYS, mean=1.0, std=0.5)
+    assert found.median().item() == pytest.approx(1000 * torch.sigmoid(torch.tensor(1.0)).item(), abs=10)
+    low = 1000 * torch.sigmoid(torch.tensor(0.5)).item()
+    assert (found < low).float().mean().item() == pytest.approx(0.1587, abs=0.02)  # one deviation below
+
+
+def test_strata_have_a_timestep_each():
+    found = draw_timesteps("stratified", KEYS[:1000], strata_of(KEYS[:1000]))
+    assert torch.equal(found.sort().values, torch.arange(1000))
+    few = draw_timesteps("stratified", KEYS[:4], strata_of(KEYS[:4]))
+    assert (few // 250).tolist() == [0, 1, 2, 3]
+
+
+def test_offset_noise_shifts_channels_as_a_whole():
+    shape = torch.empty(4096, 4, 4, 4)
+    plain, offset = draw_noise(KEYS, shape, 0.0), draw_noise(KEYS, shape, 0.5)
+    added = (offset - plain) / 0.5
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), rtol=1e-3, atol=1e-5)
+    assert plain.std().item() == pytest.approx(1.0, abs=0.01) and added.std().item() == pytest.approx(1.0, abs=0.03)

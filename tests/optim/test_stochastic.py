@@ -1,0 +1,107 @@
+"""bfloat16 weights. Unbiased rounding, reference equality (torch's float32 AdamW), skipped steps, exact resume."""
+
+import copy
+
+import pytest
+import torch
+
+import optim.stochastic
+from optim.stochastic import StochasticAdamW, round_stochastically
+
+SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def parameters_of(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]
+
+
+def take_steps(optimizer, parameters, steps, *, skipped=()):
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+            if step in skipped:
+                parameter.grad.fill_(torch.nan)
+        optimizer.found_inf, optimizer.update = torch.tensor(float(step in skipped)), step
+        optimizer.step()
+
+
+def tensors_of(optimizer, parameters):
+    return [*parameters, *(value for parameter in parameters for value in optimizer.state[parameter].values())]
+
+
+def equal(left, right):
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+def test_rounding_is_unbiased_and_goes_to_a_neighbour():
+    values = torch.tensor([1.001, -1.001, 3e-5, -7.77, 1.9999, 1e-40, 0.0, 1.5])  # a carry, a subnormal, exact ones
+    found = round_stochastically(values.expand(200_000, 8).contiguous(), torch.Generator().manual_seed(0))
+    step = values.abs().clamp(min=2.0**-126) * 2.0**-7  # at least the distance of the neighbours
+    assert found.dtype == torch.bfloat16 and ((found.float() - values).abs() < step).all()
+    error = (found.double().mean(dim=0) - values.double()).abs()
+    assert (error <= 5 * step / 2 / 200_000**0.5).all()  # five deviations of a mean
+    assert (found[:, 6:].float() == values[6:]).all()
+
+
+def test_updates_too_small_for_bfloat16_are_made_on_average():
+    parameter = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+    optimizer = StochasticAdamW([parameter], lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(20):
+        parameter.grad, optimizer.update = torch.ones_like(parameter), step
+        optimizer.step()
+    assert parameter.double().mean().item() == pytest.approx(
+        1 - 20 * 1e-4, abs=1e-4
+    )  # one is 1/39 of a neighbour's way
+
+
+def test_it_follows_torchs_adamw_in_float32(monkeypatch):
+    monkeypatch.setattr(optim.stochastic, "_PART_ELEMENTS", 5000)  # several parts
+    ours = parameters_of((64, 64), (4096,), (8, 8, 8, 8))
+    ours[2].data = ours[2].data.to(memory_format=torch.channels_last)
+    theirs = [torch.nn.Parameter(parameter.detach().float()) for parameter in ours]
+    start = [parameter.detach().float().clone() for parameter in ours]
+    optimizer, reference = StochasticAdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
+    for made in (optimizer, reference):
+        made.param_groups[0]["weight_decay"] = 0.1
+    for step in range(30):
+        take_steps(optimizer, ours, [step])
+        for mine, other in zip(ours, theirs):
+            other.grad = mine.grad.float()
+        reference.step()
+    for mine, other, before in zip(ours, theirs, start):
+        moved, wanted = (mine.float() - before).flatten(), (other - before).flatten()
+        assert (moved @ wanted / wanted.square().sum()).item() == pytest.approx(1.0, abs=0.1)
+        state, expected = optimizer.state[mine], reference.state[other]
+        torch.testing.assert_close(state["exp_avg_sq"].float(), expected["exp_avg_sq"], rtol=0.2, atol=1e-5)
+        assert (state["exp_avg_sq"].float().sum() / expected["exp_avg_sq"].sum()).item() == pytest.approx(1, abs=2e-3)
+        assert state["step"] == 30 and state["exp_avg"].stride() == mine.stride()
+
+
+@pytest.mark.parametrize("skipped", [[0], [3, 4]])
+def test_a_skipped_step_changes_nothing(skipped):
+    parameters = parameters_of((5, 3), (7,))
+    optimizer = StochasticAdamW(parameters, **SETTINGS)
+    take_steps(optimizer, parameters, range(skipped[0]))
+    before = [tensor.clone() for tensor in tensors_of(optimizer, parameters)]
+    take_steps(optimizer, parameters, skipped, skipped=skipped)
+    after = tensors_of(optimizer, parameters)
+    assert equal(after[: len(before)], before) and not any(map(torch.any, after[len(before) :]))
+    take_steps(optimizer, parameters, [5])
+    assert all(tensor.isfinite().all() for tensor in tensors_of(optimizer, parameters))
+
+
+def test_a_resumed_run_rounds_as_if_uninterrupted():
+    through = parameters_of((40, 30), (17,))
+    optimizer = StochasticAdamW(through, **SETTINGS)
+    take_steps(optimizer, through, range(4))
+    resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in through]
+    other = StochasticAdamW(resumed, **SETTINGS)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(optimizer, through, range(4, 8))
+    take_steps(other, resumed, range(4, 8))
+    assert equal(tensors_of(optimizer, through), tensors_of(other, resumed))
+    take_steps(other, resumed, [7])
+    take_steps(optimizer, through, [8])
+    assert not equal(through, resumed)
