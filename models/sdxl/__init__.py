@@ -1,0 +1,1 @@
+"""SDXL: its networks, their files, text, noise, and LoRA."""
