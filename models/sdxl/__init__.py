@@ -1,1 +1,1 @@
-"""SDXL: its networks, their files, text, noise, and LoRA."""
+"""SDXL: noise, targets and weights, conditioning, networks, their files, and LoRA."""
