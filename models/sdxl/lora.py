@@ -1,0 +1,155 @@
+"""LoRA: low-rank matrices beside layers of SDXL's frozen networks, held in a module of their own.
+
+A layer's weight W becomes W + (alpha / rank) B A, where only A and B are trained. The frozen networks keep their
+modules and tensors: forward hooks add the update to a layer's output, so that a checkpoint has the matrices alone.
+
+Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; for convolutions kohya-ss/sd-scripts:networks/lora.py.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from utils.config.bounds import Positive, Width
+from utils.config.schema import Strict
+from utils.errors import UserError, close_names
+
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class LoRAConfig(Strict):
+    """Describe a LoRA.
+
+    rank, alpha: the update is B A of this rank, times alpha / rank.
+    targets: patterns of layer names, such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`.
+    conv: convolutions can be targets, too, and not only linear layers.
+    text_encoders: layers of both text encoders can be targets, too, and not only those of the U-Net.
+    """
+
+    rank: Width
+    alpha: Positive
+    targets: list[str] = Field(min_length=1)
+    conv: bool
+    text_encoders: bool
+
+
+class LoRALayer(nn.Module):
+    """The update of one layer. The matrices are float32 and are computed with in the dtype of the layer's input."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        if isinstance(layer, nn.Conv2d):
+            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            self.lora_A: nn.Module = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False)
+            self.lora_B: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
+            self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)  # A keeps torch's Kaiming initialisation
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return what is added to the layer's output for the same inputs."""
+        down, up = self.lora_A.weight.to(inputs.dtype), (self.scale * self.lora_B.weight).to(inputs.dtype)
+        if isinstance(self.lora_A, nn.Conv2d):
+            conv = self.lora_A
+            return functional.conv2d(
+                functional.conv2d(inputs, down, None, conv.stride, conv.padding, conv.dilation), up
+            )
+        return functional.linear(functional.linear(inputs, down), up)
+
+    def update(self) -> Tensor:
+        """Return what is added to the layer's weight, as a matrix [out, in x kernel area]."""
+        return self.scale * self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
+
+
+class LoRA(nn.Module):
+    """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and `...lora_B.weight`."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig, key: str) -> None:
+        """Make the matrices for `networks`: unet, text_encoder, text_encoder_2, of which shapes alone are read.
+
+        key: that of the config, for errors. Raises UserError (`<key>.targets`) where a pattern matches no layer.
+        """
+        super().__init__()
+        self.config = config
+        layers = _find_layers(networks, config)
+        self.names = _choose(layers, config, key)
+        for name in self.names:
+            _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
+        self._hooks: list[RemovableHandle] = []
+
+    def layers(self) -> dict[str, LoRALayer]:
+        """Return the updates by the names of their layers."""
+        return {name: self.get_submodule(name) for name in self.names}
+
+    def attach(self, networks: Mapping[str, nn.Module]) -> None:
+        """Add the updates to the outputs of these networks' layers, and no longer to those of earlier networks."""
+        self.detach()
+        found = _find_layers(networks, self.config)
+        self._hooks = [found[name].register_forward_hook(_adding(layer)) for name, layer in self.layers().items()]
+
+    def detach(self) -> None:
+        """Leave the networks as they are without the updates."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def merge(self, networks: Mapping[str, nn.Module]) -> None:
+        """Add the updates to the networks' own weights, in their dtype, and detach."""
+        self.detach()
+        found = _find_layers(networks, self.config)
+        for name, layer in self.layers().items():
+            weight = found[name].weight
+            weight.copy_(weight.float() + layer.update().to(weight.device).view_as(weight))
+
+
+def _adding(layer: LoRALayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    return lambda _, inputs, output: output + layer(inputs[0])
+
+
+def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that can be targets, by network and name."""
+    kinds = (nn.Linear, nn.Conv2d) if config.conv else nn.Linear
+    layers = {}
+    for network in ("unet", *_TEXT_ENCODERS) if config.text_encoders else ("unet",):
+        for name, layer in networks[network].named_modules():
+            # transformers has no `text_model` in CLIPTextModel from 5.6 on; the files of LoRAs have it.
+            inner = network != "unet" and not name.startswith(("text_model.", "text_projection"))
+            if isinstance(layer, kinds):
+                layers[f"{network}.text_model.{name}" if inner else f"{network}.{name}"] = layer
+    return layers
+
+
+def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig, key: str) -> list[str]:
+    """Return the names of the target layers, in the networks' order."""
+    for index, pattern in enumerate(config.targets):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+            raise UserError(
+                f"{key}.targets.{index}: {pattern!r} matches no layer; {close_names(pattern, layers)}. Convolutions "
+                f"need {key}.conv=true, text encoders {key}.text_encoders=true"
+            )
+    chosen = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets)]
+    if config.text_encoders and not any(name.startswith(_TEXT_ENCODERS) for name in chosen):
+        raise UserError(
+            f"{key}.text_encoders: true, but no pattern of {key}.targets matches a layer of them; set it to false, or "
+            "add such as 'text_encoder*.q_proj'"
+        )
+    return chosen
+
+
+def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer at a dotted name, in modules that are made on the way."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        if parent not in dict(root.named_children()):
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(last, layer)

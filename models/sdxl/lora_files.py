@@ -1,0 +1,124 @@
+"""LoRA files in the two layouts that other tools read.
+
+kohya: one .safetensors file for ComfyUI, the web UIs, sd-scripts and diffusers. Layers have the names of SDXL's
+original U-Net, with underscores; alpha is a tensor of its own.
+diffusers: a folder with pytorch_lora_weights.safetensors. Layers have the names of diffusers' networks; B contains
+alpha / rank, because older releases do not read alpha from such a file.
+
+    StableDiffusionXLPipeline.load_lora_weights(FILE or FOLDER)
+
+Source: kohya-ss/sd-scripts:networks/lora.py and library/train_util.py, huggingface/diffusers:loaders/lora_pipeline.py.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from models.sdxl.lora import LoRA
+from utils.io.files import write_atomically
+from utils.io.weights import write_tensors
+
+_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+_EDGES = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.([\w.]+)")
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
+    """Write a LoRA in kohya's layout.
+
+    modelspec: what is known of the model, such as `modelspec.title`, `.resolution`, `.prediction_type`, `.license`;
+    architecture, implementation and hash are added.
+    """
+    config = lora.config
+    metadata = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.rank),
+        "ss_network_alpha": str(config.alpha),
+        "ss_network_args": json.dumps({"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+    }
+    _write(path, kohya_tensors(lora, dtype), {**modelspec, **metadata})
+
+
+def write_diffusers(folder: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
+    """Write a LoRA as a folder of diffusers; modelspec: as in `write_kohya`."""
+    metadata = {"format": "pt", "modelspec.implementation": "diffusers"}
+    _write(folder / "pytorch_lora_weights.safetensors", diffusers_tensors(lora, dtype), {**modelspec, **metadata})
+
+
+def kohya_tensors(lora: LoRA, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a LoRA's tensors under kohya's names, with alpha in float32."""
+    tensors = {}
+    for name, layer in lora.layers().items():
+        network, _, path = name.partition(".")
+        stem = f"{_PREFIXES[network]}_{original_name(path) if network == 'unet' else path}".replace(".", "_")
+        tensors[f"{stem}.lora_down.weight"] = _plain(layer.lora_A.weight, dtype)
+        tensors[f"{stem}.lora_up.weight"] = _plain(layer.lora_B.weight, dtype)
+        tensors[f"{stem}.alpha"] = torch.tensor(lora.config.alpha)
+    return tensors
+
+
+def diffusers_tensors(lora: LoRA, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a LoRA's tensors under diffusers' names, scaled by alpha / rank."""
+    tensors = {}
+    for name, layer in lora.layers().items():
+        tensors[f"{name}.lora_A.weight"] = _plain(layer.lora_A.weight, dtype)
+        tensors[f"{name}.lora_B.weight"] = _plain(layer.scale * layer.lora_B.weight, dtype)
+    return tensors
+
+
+def original_name(name: str) -> str:
+    """Return the name that a layer of diffusers' SDXL U-Net has in the original one (generative-models).
+
+    Each stage has two pairs of resnet and attention; the third place of a stage changes the resolution.
+    """
+    if name in _EDGES:
+        return _EDGES[name]
+    match = _BLOCK.fullmatch(name)
+    assert match is not None, name
+    side, stage, part, index, inner = match.groups()
+    inner = _RESNET[inner] if part == "resnets" else "op" if part == "downsamplers" else inner
+    if side == "mid":
+        return f"middle_block.{1 if part == 'attentions' else 2 * int(index)}.{inner}"
+    place = 3 * int(stage) + (2 if part.endswith("samplers") else int(index))
+    slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[part]
+    return f"input_blocks.{place + 1}.{slot}.{inner}" if side == "down" else f"output_blocks.{place}.{slot}.{inner}"
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file; its hashes are of what follows the header, where the tensors are."""
+    content = save(tensors)
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    metadata = {
+        **metadata,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
+    }
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))

@@ -1,0 +1,208 @@
+"""LoRA of SDXL's networks: training, merging, and both file layouts, which diffusers reads as its own."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+pytest.importorskip("diffusers")
+
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from models.sdxl.lora import LoRA, LoRAConfig
+from models.sdxl.lora_files import original_name, write_diffusers, write_kohya
+from utils.errors import UserError
+
+ATTENTION = ["unet.*.attn?.to_*"]
+ALL = {"targets": ["*"], "conv": True, "text_encoders": True}
+MODELSPEC = {"modelspec.title": "toy", "modelspec.prediction_type": "v"}
+
+
+def build_networks():
+    """Return the networks of a tiny SDXL: its three levels, with all kinds of blocks."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=8,
+        cross_attention_dim=40,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+
+    def text(width):
+        return CLIPTextConfig(
+            vocab_size=99, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            projection_dim=width, bos_token_id=97, eos_token_id=98, pad_token_id=98,
+        )  # fmt: skip
+
+    networks = {
+        "unet": unet,
+        "text_encoder": CLIPTextModel(text(16)),
+        "text_encoder_2": CLIPTextModelWithProjection(text(24)),
+    }
+    return {name: network.eval().requires_grad_(False) for name, network in networks.items()}
+
+
+def run_unet(networks, prompt=None, pooled=None):
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 8, 8, generator=draw)
+    prompt = torch.randn(2, 77, 40, generator=draw) if prompt is None else prompt
+    pooled = torch.randn(2, 24, generator=draw) if pooled is None else pooled
+    conditions = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
+    return networks["unet"](latents, torch.tensor([10, 900]), prompt, added_cond_kwargs=conditions).sample
+
+
+def run(networks):
+    """Return the U-Net's output for what the text encoders make of two captions."""
+    ids = torch.randint(97, (2, 77), generator=torch.Generator().manual_seed(2))
+    first = networks["text_encoder"](ids, output_hidden_states=True)
+    second = networks["text_encoder_2"](ids, output_hidden_states=True)
+    prompt = torch.cat([first.hidden_states[-1], second.hidden_states[-1]], dim=-1)
+    return run_unet(networks, prompt, second.text_embeds)
+
+
+def build_lora(networks, **changes):
+    values = {"rank": 4, "alpha": 2.0, "targets": ATTENTION, "conv": False, "text_encoders": False}
+    return LoRA(networks, LoRAConfig(**(values | changes)), "task.lora")
+
+
+def vary(lora):
+    """Give a LoRA updates that change the outputs."""
+    draw = torch.Generator().manual_seed(3)
+    for parameter in lora.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+    return lora
+
+
+def gradients(networks, lora):
+    lora.zero_grad()
+    run_unet(networks).square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in lora.named_parameters()}
+
+
+def test_begins_without_effect_and_trains_the_matrices_alone():
+    networks = build_networks()
+    before, names = run_unet(networks), set(networks["unet"].state_dict())
+    lora = build_lora(networks)
+    lora.attach(networks)
+    assert torch.equal(run_unet(networks), before) and set(networks["unet"].state_dict()) == names
+    found = gradients(networks, vary(lora))
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    assert all(parameter.grad is None for parameter in networks["unet"].parameters())
+    assert {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"} <= set(lora.state_dict())
+    networks["unet"].enable_gradient_checkpointing()
+    networks["unet"].train()  # some releases of diffusers recompute in this mode only
+    for name, gradient in gradients(networks, lora).items():
+        torch.testing.assert_close(gradient, found[name], rtol=1e-5, atol=1e-7)
+
+
+def test_attaches_to_networks_that_were_loaded_after_it():
+    with torch.device("meta"):
+        lora = build_lora(build_networks())
+    lora.to_empty(device="cpu")
+    first, second = build_networks(), build_networks()
+    plain = run_unet(first)
+    vary(lora).attach(first)
+    lora.attach(second)
+    assert torch.equal(run_unet(first), plain) and not torch.equal(run_unet(second), plain)
+    lora.detach()
+    assert torch.equal(run_unet(second), plain)
+
+
+@torch.no_grad()
+def test_merged_networks_give_the_same_outputs():
+    networks = build_networks()
+    lora, plain = vary(build_lora(networks, **ALL)), run(networks)
+    lora.attach(networks)
+    wanted = run(networks)
+    assert (wanted - plain).abs().max() > 0.1
+    lora.merge(networks)
+    torch.testing.assert_close(run(networks), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
+def test_matrices_stay_float32_in_lower_precision(frozen):
+    networks = build_networks()
+    lora = vary(build_lora(networks, conv=True, targets=["unet.*"]))
+    lora.attach(networks)
+    wanted = run_unet(networks)
+    networks["unet"].to(frozen)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_unet(networks)
+    found.float().mean().backward()
+    assert {parameter.grad.dtype for parameter in lora.parameters()} == {torch.float32}
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"targets": ["unet.*.to_q", "unet.*.atn1.to_q"]}, "task.lora.targets.1: .*attn1.to_q"),
+        ({"targets": ["unet.*.conv1"]}, "task.lora.targets.0: .*task.lora.conv=true"),
+        ({"targets": ["text_encoder.*.q_proj"]}, "task.lora.targets.0: .*task.lora.text_encoders=true"),
+        ({"text_encoders": True}, "task.lora.text_encoders: true"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        build_lora(build_networks(), **changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_diffusers_reads_every_layer(layout, tmp_path):
+    networks = build_networks()
+    lora = vary(build_lora(networks, **ALL))
+    path = tmp_path / "lora.safetensors" if layout == "kohya" else tmp_path
+    (write_kohya if layout == "kohya" else write_diffusers)(path, lora, torch.float32, MODELSPEC)
+    theirs = StableDiffusionXLPipeline(
+        vae=None, tokenizer=None, tokenizer_2=None, scheduler=EulerDiscreteScheduler(), **build_networks()
+    )
+    theirs.load_lora_weights(path)
+    modules = [module for name in networks for module in getattr(theirs, name).modules()]
+    assert sum(hasattr(module, "lora_A") for module in modules) == len(lora.names)
+    lora.attach(networks)
+    found = run({name: getattr(theirs, name) for name in networks})
+    torch.testing.assert_close(found, run(networks), rtol=1e-4, atol=1e-4)
+
+
+def test_metadata_and_dtype(tmp_path):
+    lora = build_lora(build_networks())
+    write_kohya(tmp_path / "lora.safetensors", lora, torch.float16, MODELSPEC)
+    content = (tmp_path / "lora.safetensors").read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8:length])["__metadata__"]
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[length:]).hexdigest()}"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert MODELSPEC.items() <= metadata.items()
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
+        assert file.get_tensor(f"{stem}.lora_down.weight").dtype == torch.float16
+        assert file.get_tensor(f"{stem}.alpha").item() == 2.0
+
+
+def test_names_of_the_original_unet():
+    """Compare with kohya-ss/sd-scripts:library/sdxl_model_util.py make_unet_conversion_map."""
+    literal = {
+        "conv_in": "input_blocks.0.0",
+        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+        "down_blocks.2.attentions.1.proj_in": "input_blocks.8.1.proj_in",
+        "mid_block.attentions.0.transformer_blocks.9.ff.net.2": "middle_block.1.transformer_blocks.9.ff.net.2",
+        "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_k": "output_blocks.2.1.transformer_blocks.0.attn2.to_k",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+        "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3",
+    }
+    assert {name: original_name(name) for name in literal} == literal
