@@ -46,8 +46,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Example(NamedTuple):
     """What a field may look at: the row, the record before any transform, and the views made of it.
 
-    index: the row's number. generator: seeded with the sample's key, for the fields alone. training: False in
-    evaluation streams, so that label dropout, say, does not reach the validation split.
+    index: the row's number. position: in the stream; the row's number in evaluation. generator: seeded with the
+    sample's key, for the fields alone. training: False in evaluation streams, so that label dropout, say, does not
+    reach the validation split.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Example(NamedTuple):
     training: bool
     record: Record
     views: Mapping[str, Tensor]
+    position: int
 
 
 # What a task adds to a sample: labels, tag ids, a mask.
@@ -106,7 +108,7 @@ class SampleReader(Dataset):
             **views,
         }
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_KEY))
-        example = Example(draw.index, row, generator, self.training, record, views)
+        example = Example(draw.index, row, generator, self.training, record, views, draw.position)
         return {**sample, **self.fields(example)}, problem
 
 

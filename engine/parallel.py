@@ -81,8 +81,9 @@ def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
             from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
 
             setattr(task, name, convert_sync_batchnorm(network))
-        if config.grad_checkpointing:
-            _checkpoint_gradients(network)
+    if config.grad_checkpointing:
+        for name in task.roles.passed or task.roles.trained:
+            _checkpoint_gradients(task.get_submodule(name))
 
 
 # As timm (and our networks), diffusers and transformers name it.

@@ -64,6 +64,8 @@ class Roles:
     averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
     frozen: networks that are never trained and never checkpointed. `load_frozen` makes them at every start; they are
         compared by fingerprint on resume.
+    passed: frozen networks that gradients pass through, such as a U-Net beside a LoRA; gradient checkpointing is for
+        them, too.
 
     A network in none of these, such as an EMA teacher, is checkpointed but gets no gradient.
     """
@@ -71,6 +73,7 @@ class Roles:
     trained: tuple[str, ...] = ("network",)
     averaged: Mapping[str, Literal["device", "cpu"]] = field(default_factory=lambda: {"network": "device"})
     frozen: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""Diffusion: SDXL learns to remove noise from the latents of captioned images.
+
+Noise, timesteps and the latents' own randomness are drawn on the device from each sample's key. What a sample has:
+
+    latent_mean, latent_logvar [B, 4, h, w] of the cache, or images [B, 3, H, W] where there is none
+    original_size_hw, crop_top_left_yx, target_size_hw [B, 2]
+    token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of the cache
+    is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch; tag_weight [B]
+
+Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/ cites the equations.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.measures.means import measure_means
+from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
+from engine.tasks.diffusion_config import DiffusionTaskConfig
+from engine.tasks.diffusion_data import DiffusionPipeline
+from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
+from engine.tasks.kind import Kind, Setup
+from models.sdxl.conditioning import time_ids, unet_inputs
+from models.sdxl.config import SDXLConfig
+from models.sdxl.lora import LoRA
+from models.sdxl.networks import ENCODERS, SDXLNetworks, open_networks
+from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
+from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
+from models.sdxl.text import encode_text, zero_dropped
+from models.sdxl.timesteps import draw_timesteps
+from models.sdxl.tokenizer import tokenize
+from models.sdxl.weighting import loss_weight
+from utils import rng
+from utils.contracts import Batch
+from utils.errors import UserError
+from utils.io.weights import InitFrom
+
+_LATENT_DRAW = 3  # of utils/rng.py; models/sdxl/noise.py has the others
+_BINS = 5  # of timesteps, whose losses are logged
+
+
+class DiffusionTask(Task):
+    """Own SDXL's networks: those that are trained, or a LoRA beside them, and the frozen ones."""
+
+    def __init__(self, setup: Setup[DiffusionTaskConfig]) -> None:
+        super().__init__()
+        config = setup.task
+        self._config, self._model, self._metadata = config, setup.model, setup.metadata()
+        self._table = build_noise_table(config.noise.zero_terminal_snr)
+        texts = ENCODERS if config.train_text_encoders else ()
+        trained = ("unet", *texts) if config.lora is None else ("adapter",)
+        self._passed = ("unet", *ENCODERS) if config.lora is not None else ()  # frozen, and gradients pass through
+        frozen = ("vae", *(name for name in ("unet", *ENCODERS) if name not in trained))
+        if config.text_cache is not None:
+            frozen = tuple(name for name in frozen if name not in ENCODERS)
+        self.roles = Roles(trained, {name: "device" for name in trained}, frozen)
+        self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
+        if config.lora is None:
+            self._take(open_networks(setup.model, trained, shapes_only=True))
+        else:
+            with torch.device("meta"):
+                shapes = open_networks(setup.model, ("unet", *ENCODERS), shapes_only=True).modules()
+            self.adapter = LoRA(shapes, config.lora, "task.lora")
+
+    def _take(self, networks: SDXLNetworks) -> None:
+        for name, network in networks.modules().items():
+            setattr(self, name, network)
+
+    def load_frozen(self) -> None:
+        """Load the networks that are not trained, and encode the prompts where no text encoder stays."""
+        names = [name for name in self.roles.frozen if name != "adapter"]
+        networks = open_networks(self._model, names)
+        self.latent_scale = networks.latent_scale
+        self._take(networks)
+        if self._config.lora is not None:
+            self.adapter.attach({name: getattr(self, name) for name in ("unet", *ENCODERS)})
+
+    def initialise(self, source: InitFrom | None) -> None:
+        """Load the trained networks from the base model (`model.path`), or those of a run or file in `init_from`."""
+        if source is not None:
+            raise UserError("init_from: SDXL's networks are those of model.path; set init_from=null")
+        if self._config.lora is None:
+            loaded = open_networks(self._model, self.roles.trained).modules()
+            for name, network in loaded.items():
+                self.get_submodule(name).load_state_dict(network.state_dict())
+
+    def exported(self) -> Exported:
+        """Return the trained networks."""
+        return Exported(self.roles.trained, self._metadata)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
+        """Return each sample's weighted error of the prediction."""
+        error, timesteps, weight = self._errors(batch)
+        logs = {"error": log_mean(error, batch["weight"])}
+        bins = timesteps * _BINS // len(self._table.alphas)
+        for number in range(_BINS):
+            logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
+        return StepOutput(error * weight * batch["tag_weight"], logs)
+
+    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean squared error of each sample [B], its timestep, and the weight of that noise level."""
+        noise_config, times = self._config.noise, self._config.timesteps
+        keys = batch["key"]
+        latents = self._latents(batch)
+        prompts, pooled = self._texts(batch)
+        timesteps = draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
+        shift = resolution_shift(batch["target_size_hw"]) if noise_config.shift_by_resolution else None
+        level = self._table.to(keys.device).at(timesteps, shift)
+        noise = draw_noise(keys, latents, noise_config.offset)
+        ids = time_ids(batch["original_size_hw"], batch["crop_top_left_yx"], batch["target_size_hw"])
+        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, ids)
+        wanted = target(noise_config.prediction_type, latents, noise, level)
+        error = (pred - wanted).square().mean(dim=(1, 2, 3))
+        loss = self._config.loss
+        return error, timesteps, loss_weight(
+            loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor
+        )
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        """Return the U-Net's output, float32 [B, 4, h, w]."""
+        dtype = self.unet.dtype
+        added = unet_inputs(pooled.to(dtype), ids)
+        return self.unet(
+            noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), added_cond_kwargs=added
+        ).sample.float()
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """Return scaled latents, float32 [B, 4, h, w], drawn from what the VAE says of each image."""
+        if "images" in batch:
+            with torch.no_grad():
+                mean, logvar = encode_images(self.vae, batch["images"])
+        else:
+            mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
+        noise = rng.normal(batch["key"], mean.shape[1:], _LATENT_DRAW)
+        return (mean + torch.exp(0.5 * logvar) * noise) * self.latent_scale
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P]."""
+        if "prompt_embeds" in batch:
+            prompts, pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.trains_text):
+                prompts, pooled = encode_text(self.text_encoder, self.text_encoder_2, batch["token_ids"])
+        zeros = self._config.captions.dropout_to == "zeros"
+        return zero_dropped(prompts, pooled, batch["is_dropped"]) if zeros else (prompts, pooled)
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+        """Measure the loss of `val` at fixed noise and timesteps; make the pictures of `task.samples.prompts`.
+
+        `tone_N` is the mean brightness, 0 to 1, of the picture of the N-th prompt: of a black picture it is 0.
+        """
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            error, _, weight = self._errors(batch)
+            return {"loss": error * weight, "error": error}
+
+        scalars = measure_means(loaders["val"], measure)
+        images = {}
+        if self._config.samples.prompts:
+            pictures = self.sample()
+            scalars |= {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
+            images["samples"] = np.concatenate(list(pictures), axis=1)
+        return Report(scalars, images=images)
+
+    def sample(self) -> np.ndarray:
+        """Return the pictures of `task.samples`, uint8 [N, H, W, 3]; on all ranks the same."""
+        config = self._config.samples
+        ids = tokenize(["", *config.prompts], self._config.captions.chunks).to(self.vae.device)
+        prompts, pooled = (tensor.to(self.unet.dtype) for tensor in self._encoders()(ids))
+        empty, empty_pooled = prompts[:1], pooled[:1]
+        if self._config.captions.dropout_to == "zeros":
+            empty, empty_pooled = torch.zeros_like(empty), torch.zeros_like(empty_pooled)
+        noise, (height, width) = self._config.noise, config.image_size_hw
+        settings = SamplingSettings(
+            (height, width), config.steps, config.guidance, config.guidance_rescale,
+            [config.seed + number for number in range(len(config.prompts))],
+        )  # fmt: skip
+        scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
+        return sample_pictures(
+            self.unet, self.vae, Prompts(prompts[1:], pooled[1:], empty, empty_pooled), scheduler, settings
+        )
+
+
+class DiffusionKind(Kind[DiffusionTaskConfig]):
+    """SDXL, by a LoRA or whole."""
+
+    config = DiffusionTaskConfig
+    model_schema = SDXLConfig
+    pipeline = DiffusionPipeline()
+    scripts = ("finetune_sdxl",)
+    exports = DIFFUSION_EXPORTS
+    next_commands = (
+        "python export.py format=kohya run_dir={run}",
+        "python evaluate.py run_dir={run}",
+    )
+
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return nothing: what the task is, its config says."""
+        return {}
+
+    def build(self, setup: Setup[DiffusionTaskConfig]) -> DiffusionTask:
+        """Return the task."""
+        return DiffusionTask(setup)

@@ -1,0 +1,125 @@
+"""The shape of task=diffusion. Values are in conf/task/diffusion.yaml."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.buckets import BucketsConfig
+from data.captions import CaptionConfig
+from engine.config import TrainingConfig
+from engine.tasks.kind import TaskConfig
+from models.sdxl.lora import LoRAConfig
+from models.sdxl.noise import PredictionType
+from models.sdxl.timesteps import TimestepSampling
+from models.sdxl.weighting import Weighting
+from utils.config.bounds import Count, Factor, Fraction, Positive, Seed, Side
+from utils.config.schema import PathText, Strict
+
+
+class NoiseConfig(Strict):
+    """What is predicted, and at which noise.
+
+    convert: accepts a base model of another prediction type or noise table, which training then changes.
+    shift_by_resolution: more noise for larger images, so that an area of 1024 x 1024 px has SDXL's table.
+    offset: strength of a random brightness in the noise; 0 is off.
+    """
+
+    prediction_type: PredictionType
+    zero_terminal_snr: bool
+    convert: bool
+    shift_by_resolution: bool
+    offset: Fraction
+
+    @model_validator(mode="after")
+    def _has_a_target_everywhere(self) -> Self:
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "task.noise.prediction_type: epsilon has nothing to predict where task.noise.zero_terminal_snr=true "
+                "makes the last timestep pure noise; set v_prediction, or zero_terminal_snr=false"
+            )
+        return self
+
+
+class LossConfig(Strict):
+    """Weights of the loss by noise level: models/sdxl/weighting.py has their meaning."""
+
+    weighting: Weighting
+    gamma: Positive
+    floor: Factor
+
+
+class TimestepsConfig(Strict):
+    """How timesteps are drawn; mean and std are of logit_normal."""
+
+    sampling: TimestepSampling
+    mean: Annotated[float, Field(ge=-10, le=10)]
+    std: Positive
+
+
+class TagWeightsConfig(Strict):
+    """Weights of images by how rare their tags are: (median / count) ** power within low and high, 1 on average."""
+
+    power: Annotated[float, Field(ge=0, le=4)]
+    low: Factor
+    high: Positive
+    combine: Literal["mean", "geometric_mean"]
+
+
+class SamplesConfig(Strict):
+    """Pictures of an evaluation, each of a prompt, with fixed noise.
+
+    guidance_rescale: of Lin et al. 2023, section 3.4.
+    """
+
+    prompts: list[str]
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    steps: Count
+    guidance: Factor
+    guidance_rescale: Fraction
+    seed: Seed
+
+
+class DiffusionTaskConfig(TaskConfig):
+    """SDXL on captioned images.
+
+    lora: null trains the whole U-Net. train_text_encoders: the whole encoders, beside the whole U-Net.
+    latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
+    tag_weights: null weighs all images alike.
+    """
+
+    name: Literal["diffusion"]
+    noise: NoiseConfig
+    loss: LossConfig
+    timesteps: TimestepsConfig
+    buckets: BucketsConfig
+    captions: CaptionConfig
+    tag_weights: TagWeightsConfig | None
+    lora: LoRAConfig | None
+    train_text_encoders: bool
+    latent_cache: PathText | None
+    text_cache: PathText | None
+    text_variants: Count
+    samples: SamplesConfig
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders change in training."""
+        return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
+
+    def check_run(self, config: TrainingConfig) -> None:
+        """Raise ValueError where two settings exclude each other."""
+        if self.lora is not None and self.train_text_encoders:
+            raise ValueError(
+                "task.train_text_encoders: true trains the whole encoders, and task.lora is set; set "
+                "task.lora.text_encoders=true for a LoRA of them, or task.lora=null"
+            )
+        if self.text_cache is not None and self.trains_text:
+            raise ValueError(
+                "task.text_cache: holds what frozen text encoders make of the captions, and they are trained; set it to "
+                "null"
+            )
+        if self.text_cache is not None and self.captions.varies_tags and self.text_variants == 1:
+            raise ValueError(
+                "task.text_cache: holds one text of a caption, and task.captions shuffles or drops tags; set "
+                "task.text_variants=8, say, or task.text_cache=null"
+            )
