@@ -1,0 +1,1 @@
+"""SDXL: noise, targets and weights, conditioning, networks, their files, and LoRA."""
