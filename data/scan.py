@@ -75,10 +75,15 @@ def scan_folder(root: Path) -> pa.Table:
     sidecars: list[Sidecar] = []
     others: _Others = {}
     orphans: list[str] = []
+    broken: list[str] = []
     for folder, entries, names in _walk(root):
         suffixed = [entry for entry in entries if _is_image_name(entry.name)]
         images += [_read_image_entry(folder, entry) for entry in suffixed]
-        sidecars += [read_sidecars(root, root / folder, entry.name, names) for entry in suffixed]
+        for entry in suffixed:
+            try:
+                sidecars.append(read_sidecars(root, root / folder, entry.name, names))
+            except UserError as error:
+                broken.append(str(error))
         rest = names.difference(entry.name for entry in suffixed)
         others[folder] = (len(rest), min(rest, default=""))
         orphans += [folder + name for name in _find_orphans(rest, names - rest)]
@@ -87,6 +92,9 @@ def scan_folder(root: Path) -> pa.Table:
             f"data.root: {str(root)!r} holds no image, {_describe_others(others, '')}; allowed are "
             f"{' '.join(IMAGE_SUFFIXES)}, or a manifest.parquet, manifest.jsonl or manifest.csv that names the images"
         )
+    if broken:
+        more = f" (and {len(broken) - 1:,} more sidecars have an error)" if len(broken) > 1 else ""
+        raise UserError(broken[0] + more)
     paths = [image.path for image in images]
     places = _place_images(root, paths)
     class_depth = 2 if _is_in_split(paths[0]) else 1

@@ -1,7 +1,8 @@
-"""kohya's metadata at the root of a collection: `meta_cap.json` and the like, or JSONL as its tagger writes it.
+"""kohya's metadata at the root of a collection: `meta_cap.json` and the like, or JSONL of its tagger or predict.py.
 
     meta_cap.json     {"folder/1": {"tags": "1girl, solo", "caption": "a girl"}, ...}
     meta_tags.jsonl   {"image_path": "folder/1.png", "caption": "1girl, solo"} on each line
+    meta_ours.jsonl   {"path": "folder/1.png", "tags": "1girl, solo", "rating": "general"} on each line
 
 A key is an image's path, with or without its suffix; one from elsewhere counts by its last parts.
 """
@@ -45,7 +46,8 @@ def _read_entries(root: Path, file: Path) -> _Entries:
     refuse_link_out(root, file, repr(str(file)))
     lines = file.suffix == ".jsonl"
     objects = read_objects(file, lines)
-    entries = [(record.get("image_path"), record) for record in objects] if lines else list(objects[0].items())
+    of_lines = [(record.get("image_path", record.get("path")), record) for record in objects]
+    entries = of_lines if lines else list(objects[0].items())
     if entries and all(isinstance(key, str) and isinstance(record, dict) for key, record in entries):
         return entries
     log.warning("data.root: %r is named like kohya's metadata, but has no entry per image; it is ignored", file.name)

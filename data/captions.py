@@ -1,0 +1,123 @@
+"""Captions for text to image: from a row's sidecars, manifest or predicted tags, and varied anew for each sample.
+
+text = config.read(collection.view(row))                 # what the collection says of the image
+caption, is_dropped = config.vary(text, generator)       # what the network is told this time
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from pydantic import Field
+
+from data.collection import Collection, Row, RowView
+from data.table import show_some
+from data.tags.names import parse_tag, with_spaces
+from utils.config.bounds import CountOrZero, Fraction
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.record.logging import get_logger
+from utils.vocabulary import RATING
+
+log = get_logger(__name__)
+
+_REPLACED = "\ufffd"  # what programs write for bytes that they could not decode
+
+
+class CaptionConfig(Strict):
+    """How a row's text becomes the caption of a sample, in this order.
+
+    source: the caption as it is, or the tags in words; the other one where a row lacks it. caption_dropout: the
+    probability that a sample has no caption, and dropout_to what the network is given then: the embedding of the empty
+    text, or zeros. The text is tags between separators (or lines): the first `keep_first` stay as they are; of the
+    others each is dropped with probability `tag_dropout`, and `shuffle` puts them in a random order. prefix: put before
+    every caption that is not dropped, with a separator.
+    """
+
+    source: Literal["caption", "tags"]
+    separator: Annotated[str, Field(min_length=1)]
+    keep_first: CountOrZero
+    shuffle: bool
+    tag_dropout: Fraction
+    caption_dropout: Fraction
+    dropout_to: Literal["empty", "zeros"]
+    prefix: str
+
+    @property
+    def varies_tags(self) -> bool:
+        """Whether a row has more than one caption."""
+        return self.shuffle or self.tag_dropout > 0
+
+    def read(self, row: Row | RowView) -> str:
+        """Return a row's text, empty where it has none."""
+        caption = (row.caption or "").strip()
+        if caption and self.source == "caption":
+            return caption
+        return self.separator.join(filter(None, map(_spell, row.tags or ()))) or caption
+
+    def vary(self, text: str, generator: torch.Generator) -> tuple[str, bool]:
+        """Return the caption of a training sample, and whether it was dropped and is empty."""
+        if torch.rand((), generator=generator) < self.caption_dropout:
+            return "", True
+        return self.vary_tags(text, generator), False
+
+    def vary_tags(self, text: str, generator: torch.Generator) -> str:
+        """Return one of a row's captions, which is never dropped."""
+        if not self.varies_tags:
+            return self.complete(text)
+        pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
+        tags = [piece.strip() for piece in pieces if piece.strip()]
+        first, others = tags[: self.keep_first], tags[self.keep_first :]
+        is_kept = torch.rand(len(others), generator=generator) >= self.tag_dropout
+        kept = torch.arange(len(others))[is_kept]
+        if self.shuffle:
+            kept = kept[torch.randperm(len(kept), generator=generator)]
+        return self.complete(self.separator.join([*first, *(others[index] for index in kept.tolist())]))
+
+    def complete(self, text: str) -> str:
+        """Return a text behind the prefix, for evaluation."""
+        return self.separator.join(part for part in (self.prefix, text) if part)
+
+
+def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:
+    """Return in a line where the captions of some rows come from; warn of empty and of wrongly decoded ones by name.
+
+    Raises UserError (`data.root`) where no row has a text.
+    """
+    captions = collection.table["caption"]
+    has = {
+        "caption": _choose(pc.not_equal(pc.utf8_trim_whitespace(captions), ""), rows),
+        "tags": _choose(pc.greater(pc.list_value_length(collection.table["tags"]), 0), rows),
+    }
+    other = "tags" if config.source == "caption" else "caption"
+    is_first, is_empty = has[config.source], ~(has["caption"] | has["tags"])
+    if is_empty.all():
+        raise UserError(
+            f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
+            "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
+        )
+    is_wrong = _choose(pc.match_substring(captions, _REPLACED), rows) & ~(has["tags"] & (config.source == "tags"))
+    _warn(collection, rows[is_empty], "have neither a caption nor tags, and are trained without a text")
+    _warn(collection, rows[is_wrong], "have a caption with U+FFFD, so it was once read in a wrong encoding; correct it")
+    counts = {config.source: is_first, other: has[other] & ~is_first, "empty": is_empty}
+    return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
+
+
+def _spell(text: str) -> str:
+    """Return a tag in words: without its category, but for a rating."""
+    category, name = parse_tag(text)
+    return f"rating:{name}" if category == RATING else with_spaces(name)
+
+
+def _choose(column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """Return some rows of a column of booleans, where null is false."""
+    return column.fill_null(False).to_numpy()[rows]
+
+
+def _warn(collection: Collection, rows: np.ndarray, what: str) -> None:
+    """Warn of rows, the first few by name."""
+    if len(rows):
+        names = show_some([repr(collection.view(row).path) for row in rows[:100].tolist()])
+        log.warning("captions: %s images %s: %s", f"{len(rows):,}", what, names)

@@ -1,0 +1,102 @@
+"""CLIP's tokenizer without a hub: its vocabulary comes with the package open_clip_torch.
+
+ids = tokenize(["a cat, outdoors"], chunks=3)    # int64 [1, 3, 77] for the first encoder
+pad_second(ids)                                  # for the second
+
+Differs: the ids are those of open_clip but for its control words `<start_of_text>` and `<end_of_text>`, which are text
+here. The folder `tokenizer_2` of the published SDXL makes "!" a control word, so "!!" has other ids there.
+"""
+
+import gzip
+import hashlib
+import html
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import CLIPTokenizer
+
+BOS, EOT = 49406, 49407
+LENGTH = 77  # of a chunk, with BOS and EOT
+_WORDS = LENGTH - 2
+_MERGES = 48_894
+_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+_CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>")
+
+
+def build_tokenizer() -> "CLIPTokenizer":
+    """Return the tokenizer as transformers has it, for diffusers' pipelines and folders.
+
+    Raises UserError (`model`) where open_clip_torch is not installed, or brings another vocabulary.
+    Source: mlfoundations/open_clip:src/open_clip/tokenizer.py, SimpleTokenizer.
+    """
+    from transformers import CLIPTokenizer
+
+    merges = [tuple(line.split()) for line in _read_merges().split("\n")[1 : _MERGES + 1]]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]  # of the 256 bytes
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
+    vocab = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def tokenize(captions: Sequence[str], chunks: int) -> Tensor:
+    """Return the ids of captions, int64 [B, chunks, 77]: in each chunk BOS, up to 75 words, then EOT to the end.
+
+    What is longer than all chunks is cut off.
+    """
+    ids = torch.full((len(captions), chunks * _WORDS), EOT)
+    for row, caption in zip(ids, captions):
+        words = _encoder().encode(_clean(caption), add_special_tokens=False).ids[: chunks * _WORDS]
+        row[: len(words)] = torch.tensor(words)
+    ids = functional.pad(ids.view(len(captions), chunks, _WORDS), (1, 0), value=BOS)
+    return functional.pad(ids, (0, 1), value=EOT)
+
+
+def pad_second(ids: Tensor) -> Tensor:
+    """Return ids [..., 77] as the second encoder was trained with them: 0 behind the first EOT."""
+    is_end = ids == EOT
+    return ids.masked_fill(is_end.cumsum(-1) > is_end.long(), 0)
+
+
+@cache
+def _encoder() -> "Tokenizer":
+    """Return a tokenizer of our own: a pipeline that pads or cuts leaves its tokenizer set to do so."""
+    return build_tokenizer().backend_tokenizer
+
+
+def _clean(text: str) -> str:
+    """Return a text as CLIP was trained with it; the control words of transformers become text.
+
+    Source: mlfoundations/open_clip:src/open_clip/tokenizer.py, _clean_lower.
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _CONTROL.sub(r"<| \1 |>", " ".join(text.split()).lower())
+
+
+def _read_merges() -> str:
+    """Return the vocabulary's file, found without importing the package."""
+    package = find_spec("open_clip")
+    if package is None:
+        raise UserError("model: SDXL needs the package open_clip_torch, which is not installed; run make install-sdxl")
+    file = Path(package.submodule_search_locations[0], _FILE)
+    content = file.read_bytes() if file.is_file() else b""
+    if (found := hashlib.sha256(content).hexdigest()) != _SHA256:
+        raise UserError(
+            f"model: {file} has the SHA-256 {found}, CLIP's vocabulary {_SHA256}; install open_clip_torch again"
+        )
+    return gzip.decompress(content).decode()

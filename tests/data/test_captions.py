@@ -1,0 +1,145 @@
+"""Captions: where they come from, how they vary, and what is said of bad ones."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from data.captions import CaptionConfig, describe_captions
+from data.collection import index_collection, open_collection
+from utils.errors import UserError
+from utils.rng import generator_for
+
+PLAIN = {
+    "source": "caption", "separator": ", ", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
+    "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "",
+}  # fmt: skip
+
+
+def config(**changed):
+    return CaptionConfig(**{**PLAIN, **changed})
+
+
+def collection_of(root, files, images=("a.png", "b.png", "c.png")):
+    """Return a collection of images and other files, by name; a text, bytes, or objects of which each is a line."""
+    for name in images:
+        Image.new("L", (2, 2)).save(root / name)
+    for name, content in files.items():
+        if isinstance(content, list):
+            content = "\n".join(map(json.dumps, content))
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return open_collection(str(root), index_collection(str(root), validation_fraction=0, cache=root / ".cache"))
+
+
+def texts(collection, **changed):
+    return [config(**changed).read(collection.view(row)) for row in range(len(collection))]
+
+
+SIDECARS = {
+    "a.txt": "A cat, sleeping.\n", "a.json": json.dumps({"tags": ["character:Hatsune_Miku", "hat_\\(x\\)", "^_^"]}),
+    "b.json": json.dumps({"tag_string": "1girl long_hair rating:g", "caption": "  "}),
+}  # fmt: skip
+
+
+def test_captions_of_sidecars_and_tags_in_words(tmp_path):
+    collection = collection_of(tmp_path, SIDECARS)
+    assert texts(collection) == ["A cat, sleeping.", "1girl, long hair, rating:g", ""]
+    assert texts(collection, source="tags")[0] == "hatsune miku, hat (x), ^_^"
+    assert texts(collection, source="tags", separator=" | ")[1] == "1girl | long hair | rating:g"
+
+
+def test_captions_of_a_manifest(tmp_path):
+    rows = [{"path": "a.png", "caption": "a cat"}, {"path": "b.png", "tags": ["x_y"]}]
+    assert texts(collection_of(tmp_path, {"manifest.jsonl": rows})) == ["a cat", "x y"]
+
+
+def test_rows_of_predictions(tmp_path):
+    rows = [
+        {"path": "elsewhere/a.png", "rating": "general", "rating_prob": 0.9, "tags": "1girl, long_hair", "probs": {}},
+        {"path": "elsewhere/b.png", "error": "truncated"},
+    ]
+    collection = collection_of(tmp_path, {"meta_tags.jsonl": rows, "b.txt": "kept", "c.txt": "a cat"})
+    assert texts(collection) == ["1girl, long hair", "kept", "a cat"]
+    assert collection.row(0).rating == "general"
+
+
+# Variation.
+
+
+def vary(text, key=0, **changed):
+    return config(**changed).vary(text, generator_for(key))
+
+
+def test_a_plain_caption_is_left_as_it_is():
+    assert vary(" One,two\nthree ") == (" One,two\nthree ", False)
+    assert vary("a", prefix="sks") == ("sks, a", False) and vary("", prefix="sks") == ("sks", False)
+
+
+def test_the_first_tags_stay_and_the_others_are_shuffled():
+    text = "a,b,\nc,  d,e,f,g"
+    found = {vary(text, key, shuffle=True, keep_first=2, prefix="p")[0] for key in range(40)}
+    assert len(found) > 20
+    for caption in found:
+        tags = caption.split(", ")
+        assert tags[:3] == ["p", "a", "b"] and sorted(tags[3:]) == list("cdefg")
+    assert vary(text, 3, shuffle=True) == vary(text, 3, shuffle=True)
+    assert vary("a b", 0, shuffle=True, separator=" ")[0] in ("a b", "b a")
+
+
+def test_tags_are_dropped_in_their_order_with_the_probability_stated():
+    text = ", ".join(map(str, range(100)))
+    lengths = []
+    for key in range(50):
+        tags = list(map(int, vary(text, key, tag_dropout=0.3, keep_first=5)[0].split(", ")))
+        assert tags[:5] == list(range(5)) and tags == sorted(tags)
+        lengths.append(len(tags) - 5)
+    assert abs(np.mean(lengths) / 95 - 0.7) < 0.03
+    assert vary(text, tag_dropout=1.0, keep_first=1) == ("0", False)
+
+
+def test_captions_are_dropped_with_the_probability_stated():
+    found = [vary("a, b", key, caption_dropout=0.2, shuffle=True, prefix="p") for key in range(1000)]
+    assert abs(np.mean([dropped for _, dropped in found]) - 0.2) < 0.04
+    assert all((caption == "") == dropped for caption, dropped in found)
+    assert config(caption_dropout=1.0).vary_tags("a", torch.Generator()) == "a"
+
+
+def test_which_configurations_have_several_captions_of_a_row():
+    assert [config(**one).varies_tags for one in ({}, {"caption_dropout": 0.5}, {"shuffle": True}, {"tag_dropout": 0.1})
+            ] == [False, False, True, True]  # fmt: skip
+    assert pickle.loads(pickle.dumps(config())) == config()
+
+
+@pytest.mark.parametrize("key, value", [("separator", ""), ("tag_dropout", 1.5), ("dropout_to", "none"), ("new", 1)])
+def test_wrong_values_are_refused(key, value):
+    with pytest.raises(ValidationError, match=key):
+        config(**{key: value})
+
+
+# What is said of them.
+
+
+def test_sources_and_bad_captions_are_counted_and_named(tmp_path, log):
+    rows = [
+        {"path": "a.png", "caption": "caf\ufffd"}, {"path": "b.png", "caption": " ", "tags": ["x"]},
+        {"path": "c.png", "caption": " ", "tags": []},
+    ]  # fmt: skip
+    collection = collection_of(tmp_path, {"manifest.jsonl": rows})
+    every = np.arange(3)
+    assert describe_captions(collection, every, config()) == "caption 1; tags 1; empty 1"
+    assert describe_captions(collection, every[:2], config(source="tags")) == "tags 1; caption 1"
+    empty, wrong = log.messages[-3:-1]
+    assert "1 images" in empty and "'c.png'" in empty and "U+FFFD" in wrong and "'a.png'" in wrong
+    with pytest.raises(UserError, match=r"^data\.root: none of the 1 images"):
+        describe_captions(collection, every[2:], config())
+
+
+def test_sidecars_in_a_wrong_encoding_are_named_and_counted(tmp_path):
+    files = {f"{name}.txt": "caf\u00e9".encode("latin-1") for name in "ab"}
+    with pytest.raises(UserError, match=r"^data\.root: .*\.txt' is not UTF-8.*1 more") as caught:
+        collection_of(tmp_path, files)
+    assert str(tmp_path) in str(caught.value)

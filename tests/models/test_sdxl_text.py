@@ -1,0 +1,157 @@
+"""SDXL's text and conditioning: ids and encoders equal open_clip's, on random weights; sizes equal diffusers'."""
+
+import random
+from types import SimpleNamespace as Some
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import open_clip
+from diffusers import StableDiffusionXLPipeline
+from diffusers.models.embeddings import get_timestep_embedding
+from open_clip.transformer import TextTransformer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from models.sdxl import tokenizer
+from models.sdxl.conditioning import time_ids, unet_inputs
+from models.sdxl.text import encode_text, zero_dropped
+from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, pad_second, tokenize
+from utils.errors import UserError
+
+WRITTEN = [
+    "", " ", "a photo of a cat", "1girl, solo, long_hair, looking at viewer", "!!! wow!! !", "hatsune_miku (vocaloid)",
+    "café naïve ÅNGSTRÖM", "cafe\u0301", "猫と犬、初音ミク", "🐱👩‍👩‍👧 🇯🇵", "tabs\tand\n\nlines  ", "it's they'RE I'll",
+    "x" * 300, "word " * 100, "12,345.67 a1b2", "&lt;b&gt; &amp;amp; &quot;q&quot;", "“curly” ‘quotes’ ﬁne", "İstanbul",
+    "<|startoftext|> a <|ENDOFTEXT|>", "schÃ¶n", "^_^ >_< :d \\(x\\)", "ſ 's", "\u200bzero\u00a0width",
+]  # fmt: skip
+
+
+def random_prompts(count):
+    draw = random.Random(0)
+    signs = "abcdefghij0123456789 ,_-!?.()'\"#:;/é猫"
+    return ["".join(draw.choices(signs, k=draw.randint(1, 60))) for _ in range(count)]
+
+
+def test_ids_equal_those_of_open_clip():
+    prompts = WRITTEN + random_prompts(300)
+    assert pad_second(tokenize(prompts, 1)[:, 0]).equal(open_clip.tokenize(prompts))
+
+
+def test_control_words_of_open_clip_are_text():
+    ids = tokenize(["<start_of_text> a <end_of_text> b"], 1)[0, 0]
+    assert ids.tolist().count(BOS) == 1 and ids[ids != EOT].shape[0] > 6
+
+
+def test_chunks_go_on_where_the_last_ends():
+    long = " ".join(f"{number % 7}" for number in range(160))
+    ids = tokenize([long, "a"], 3)
+    assert ids.shape == (2, 3, 77) and ids.dtype == torch.int64
+    assert (ids[..., 0] == BOS).all() and (ids[..., -1] == EOT).all()
+    words = tokenize([long], 4)[0, :, 1:-1].flatten()
+    assert ids[0, :, 1:-1].flatten().equal(words[:225]) and (words[160:] == EOT).all() and (words[:160] != EOT).all()
+    assert (ids[1, 1:, 1:] == EOT).all()
+    assert tokenize([long], 1)[0].equal(ids[0, :1])
+
+
+def test_the_second_encoder_is_padded_with_zeros():
+    ids = pad_second(tokenize(["a", ""], 2))
+    assert ids[0, 0].tolist() == [BOS, 320, EOT] + [0] * 74 and ids[1, 1].tolist() == [BOS, EOT] + [0] * 75
+
+
+def test_a_pipeline_that_cuts_leaves_ours_alone():
+    before = tokenize(["a b"], 2)
+    shared = build_tokenizer()
+    assert shared("a b", padding="max_length", truncation=True).input_ids == before[0, 0].tolist()
+    assert tokenize(["a b"], 2).equal(before) and shared.vocab_size == 49_408
+
+
+def test_absent_and_other_vocabularies_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^model: .*make install-sdxl"):
+        build_tokenizer()
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: Some(submodule_search_locations=[str(tmp_path)]))
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^model: .*SHA-256"):
+        build_tokenizer()
+
+
+# The encoders.
+
+
+def make_encoder(kind, width):
+    torch.manual_seed(width)
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=3, projection_dim=24,
+        hidden_act="gelu", vocab_size=49_408, eos_token_id=EOT,
+    )  # fmt: skip
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def to_open_clip(model, width):
+    """Return open_clip's tower with a transformers encoder's weights."""
+    theirs = TextTransformer(width=width, heads=4, layers=3, output_dim=24).eval()
+    ours = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
+    state = {"token_embedding.weight": ours["embeddings.token_embedding.weight"],
+             "positional_embedding": ours["embeddings.position_embedding.weight"],
+             "text_projection": ours.get("text_projection.weight", torch.zeros(24, width)).T}  # fmt: skip
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+    for part in ("weight", "bias"):
+        state[f"ln_final.{part}"] = ours[f"final_layer_norm.{part}"]
+        for layer in range(3):
+            block, from_block = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+            state |= {f"{block}.{new}.{part}": ours[f"{from_block}.{old}.{part}"] for new, old in names.items()}
+            projections = [ours[f"{from_block}.self_attn.{name}_proj.{part}"] for name in "qkv"]
+            state[f"{block}.attn.in_proj_{part}"] = torch.cat(projections)
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@torch.no_grad()
+def test_embeddings_equal_those_of_open_clip():
+    first, second = make_encoder(CLIPTextModel, 32), make_encoder(CLIPTextModelWithProjection, 48)
+    ids = tokenize(["a cat, outdoors, " * 30, "", "1girl"], 2)
+    embeds, pooled = encode_text(first, second, ids)
+    assert embeds.shape == (3, 154, 80) and pooled.shape == (3, 24)
+    with_zeros = pad_second(ids)
+    for chunk in range(2):
+        part = embeds[:, 77 * chunk : 77 * (chunk + 1)]
+        theirs = to_open_clip(first, 32).forward_intermediates(ids[:, chunk], output_fmt="NLC")
+        torch.testing.assert_close(part[..., :32], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
+        theirs = to_open_clip(second, 48).forward_intermediates(with_zeros[:, chunk], output_fmt="NLC")
+        torch.testing.assert_close(part[..., 32:], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
+        if chunk == 0:
+            torch.testing.assert_close(pooled, theirs["text_features"], atol=1e-4, rtol=1e-4)
+
+
+def test_dropped_samples_get_zeros():
+    embeds, pooled = zero_dropped(torch.ones(2, 3, 4), torch.ones(2, 5), torch.tensor([True, False]))
+    assert embeds.sum((1, 2)).tolist() == [0, 12] and pooled.sum(1).tolist() == [0, 5]
+
+
+# The sizes.
+
+
+def test_time_ids_equal_those_of_diffusers():
+    sizes = [(1200, 1601), (64, 0), (1024, 1344)]
+    ids = time_ids(*(torch.tensor([size]) for size in sizes))
+    unet = Some(
+        config=Some(addition_time_embed_dim=256), add_embedding=Some(linear_1=torch.nn.Linear(6 * 256 + 1280, 1))
+    )
+    of_pipeline = StableDiffusionXLPipeline._get_add_time_ids
+    theirs = of_pipeline(Some(unet=unet), *sizes, torch.float32, text_encoder_projection_dim=1280)
+    assert ids.dtype == torch.float32 and ids.equal(theirs)
+
+
+def test_sizes_stay_apart_in_the_unet_and_are_never_rounded():
+    ids = time_ids(*(torch.arange(1025, 1029).view(-1, 1).expand(-1, 2) for _ in range(3)))
+    inputs = unet_inputs(torch.zeros(4, 1280), ids)
+    embedded = get_timestep_embedding(inputs["time_ids"].flatten(), 256, True, 0).view(4, -1)
+    assert embedded.unique(dim=0).shape[0] == 4
+    with pytest.raises(AssertionError):
+        unet_inputs(torch.zeros(4, 1280), ids.bfloat16())
