@@ -132,11 +132,11 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
     if config.thresholds is not None or own.is_file():
-        path, nothing = Path(config.thresholds or own), (0,) * len(predictor.names)
-        vocabulary = Vocabulary(tuple(predictor.names), tuple(predictor.categories.tolist()), nothing, nothing)
+        path = Path(config.thresholds or own)
+        vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
         table = read_thresholds(path, vocabulary, "thresholds", predictor.vocabulary)
         log.info("thresholds: %s, profile %s", path, config.profile)
-        return table.of_tags(vocabulary, config.profile)
+        return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
     if config.profile != PER_TAG:
         raise UserError(
             f"profile: {config.profile} is one of thresholds.csv, and {config.weights} comes with none; evaluate.py "

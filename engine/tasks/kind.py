@@ -25,7 +25,6 @@ from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.task import Report, Task
 from models.config import ModelConfig
-from models.export.tag_files import Thresholds
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
@@ -229,7 +228,7 @@ class ExportSettings:
     tolerance: float | None
     calibration_images: int
     open_data: Callable[[Rebuilt], ImageData]
-    thresholds: Thresholds | None = None
+    thresholds: ThresholdTable | None = None
 
 
 @dataclass(frozen=True)

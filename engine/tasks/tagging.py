@@ -1,6 +1,5 @@
 """Tagging: any number of tags for an image, each with its own probability."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from data.batch import Ragged, Sample, multi_hot
 from data.collection import Collection
-from data.config import VocabularyConfig
+from data.config import TagRulesConfig, VocabularyConfig
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import training_rows
@@ -30,7 +29,6 @@ from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, m
 from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
-from engine.tasks.head import find_head
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Calibrated, Kind, Setup, Targets
 from engine.tasks.mixing import MixingConfig
@@ -38,6 +36,7 @@ from engine.tasks.tag_exports import TAG_EXPORTS
 from engine.tasks.tag_head import continue_head, prior_bias
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
 from models.build import build_network, check_image_size
+from models.image_model import find_head
 from models.weights.initialise import initialise_from
 from utils.config.bounds import BelowOne, Count, Fraction
 from utils.config.schema import PathText
@@ -46,30 +45,27 @@ from utils.errors import UserError
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
+from utils.thresholds import DEFAULT_LOGIT
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
-_SHOWN_LOGIT = math.log(0.35 / 0.65)  # the threshold of the figures in training, in logits
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
 _PICTURE = ("sample_id", "images")
 
 
-class TaggingTaskConfig(MixingConfig):
+class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     """How a tagger is trained.
 
     vocabulary: a selected_tags.csv; null: the general tags and characters on `min_count` training images or more.
-    rating_s, aliases, implications: as in prepare.py. orientation: what a mirror does to tags: booru, glyphs, or the
-    path of a map; null: no image is mirrored. tag_weight_power: 0 for equal weights (tag_losses.frequency_weights).
+    orientation: what a mirror does to tags: booru, glyphs, or the path of a map; null: no image is mirrored.
+    tag_weight_power: 0 for equal weights (tag_losses.frequency_weights).
     """
 
     name: Literal["tagging"]
     vocabulary: PathText | None
     min_count: Count
-    rating_s: Literal["sensitive", "general"] | None
-    aliases: PathText | None
-    implications: PathText | None
     orientation: PathText | None
     loss: TagLossConfig
     label_smoothing: BelowOne
@@ -181,7 +177,7 @@ class TaggingTask(Task):
     def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return precision and recall of all decisions at one threshold."""
         valid = (weight > 0)[:, None] & ~targets.isnan()
-        predicted = (logits > _SHOWN_LOGIT) & valid
+        predicted = (logits > DEFAULT_LOGIT) & valid
         has = (targets > 0.5) & valid
         right = (predicted & has).sum().float()
         return {"precision": (right, predicted.sum().float()), "recall": (right, has.sum().float())}
@@ -276,8 +272,7 @@ class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
 
 def index_of(collection: Collection, vocabulary: Vocabulary, config: TaggingTaskConfig) -> TagIndex:
     """Return a collection's tags as outputs of a vocabulary. Raises UserError (`task.rating_s`, `data.root`)."""
-    rules = read_rules(config.rating_s, config.aliases, config.implications, "task.")
-    return index_tags(collection, vocabulary, rules, CACHE)
+    return index_tags(collection, vocabulary, read_rules(config, "task."), CACHE)
 
 
 def read_flips(collection: Collection) -> np.ndarray | None:
@@ -359,7 +354,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
         return read_vocabulary(Path(config.vocabulary), "task.vocabulary")
     wanted = VocabularyConfig(
         output=None, min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
-        aliases=config.aliases, implications=config.implications, rating_s=config.rating_s, append_to=None,
+        append_to=None, **config.model_dump(include=set(TagRulesConfig.model_fields)),
     )  # fmt: skip
     vocabulary, report = make_vocabulary(collection, wanted, "task.")
     log.debug("vocabulary: %s", report)
