@@ -1,7 +1,7 @@
 """Tagging: any number of tags for an image, each with its own probability."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +45,7 @@ from utils.errors import UserError
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT_LOGIT
+from utils.thresholds import DEFAULT_LOGIT, PER_TAG
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
@@ -221,8 +221,9 @@ class TaggingTask(Task):
         table = calibrate(mine, theirs, wanted.precision, wanted.recall)
         group, scaling = theirs.groups["all"], fit_platt(mine.groups["all"])
         curves = {"as trained": measure_reliability(group), "scaled": measure_reliability(group, *scaling)}
-        rows = calibration_rows(mine, theirs)
-        return Calibrated(table, Report(tables={"calibration": rows}, images={"reliability": draw_reliability(curves)}))
+        profiles = [asdict(row) for row in table.rows if row.profile != PER_TAG]
+        tables = {"thresholds": profiles, "calibration": calibration_rows(mine, theirs)}
+        return Calibrated(table, Report(tables=tables, images={"reliability": draw_reliability(curves)}))
 
     def _measure(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
