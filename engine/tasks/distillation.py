@@ -193,26 +193,20 @@ class Student(Task):
         return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, {}).loss}))
 
 
-def match_tags(logits: Tensor, taught: Tensor) -> Tensor:
-    """Return the cross-entropy of each sample [B], summed over tags."""
-    return bce(logits, taught.sigmoid()).sum(dim=1)
-
-
-def match_classes(logits: Tensor, taught: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence of each sample [B]."""
-    return F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
-
-
 class TagStudent(Student, TaggingTask):
     """A tagger of the teacher's vocabulary."""
 
-    match = staticmethod(match_tags)
+    def match(self, logits: Tensor, taught: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample [B], summed over tags."""
+        return bce(logits, taught.sigmoid()).sum(dim=1)
 
 
 class ClassStudent(Student, ClassificationTask):
     """A classifier of the teacher's classes."""
 
-    match = staticmethod(match_classes)
+    def match(self, logits: Tensor, taught: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence of each sample [B]."""
+        return F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
 
 
 class _Headless(Task):

@@ -193,7 +193,8 @@ class TaggingTask(Task):
         confusions = TagConfusions(self.vocabulary)
         for batch in loaders["val"]:
             logits, targets, valid = self._measure(batch)
-            loss = self._plain_loss(logits, targets)
+            # The cross-entropy, whatever the loss in training, so that runs compare.
+            loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
             confusions.add(logits, targets, valid)
@@ -229,10 +230,6 @@ class TaggingTask(Task):
         """Return logits and targets [B, T], and which samples are valid [B]."""
         images, targets = self.views(batch)
         return self.network(images).float(), targets, batch["weight"] > 0
-
-    def _plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample [B], whatever the loss in training, so that runs compare."""
-        return bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
 
 def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
