@@ -79,13 +79,6 @@ class PredictConfig(Strict):
     workers: Literal["auto"] | Workers
     dry_run: bool
 
-    def machine(self) -> MachineConfig:
-        """Return the machine that predicts."""
-        return MachineConfig(
-            device=self.device, precision="fp32", channels_last=False, workers=self.workers, threads=None,
-            deterministic=False, hang_timeout_sec=1800.0,
-        )  # fmt: skip
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.threshold is not None and (self.thresholds is not None or self.profile != PER_TAG):
@@ -162,8 +155,12 @@ def predict_all(
     """Yield a row per image, in order: its path, and what `predict` makes of it or an error."""
     if not paths:
         return
+    machine = MachineConfig(
+        device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
+        deterministic=False, hang_timeout_sec=1800.0,
+    )  # fmt: skip
     loader, reasons = load_files(
-        paths, predictor.preprocessing, choose_runtime(config.machine()), max_pixels=config.max_pixels,
+        paths, predictor.preprocessing, choose_runtime(machine), max_pixels=config.max_pixels,
         batch_size=config.batch_size,
     )  # fmt: skip
     left = iter(paths)

@@ -8,7 +8,6 @@ Row i, counted from 0 behind the header, names output i. There is no padding and
 columns are allowed, and not read here.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from utils.errors import UserError
-from utils.io.files import sha256_text, write_atomically
+from utils.io.files import sha256_text
+from utils.record.report_files import write_table
 
 # Danbooru's numbers of categories.
 CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
@@ -143,16 +143,9 @@ def check_vocabulary(vocabulary: Vocabulary, what: str) -> None:
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write a selected_tags.csv, atomically; further: more columns, behind the four."""
-    further = further or {}
-    rows = zip(vocabulary.tag_ids, vocabulary.names, vocabulary.categories, vocabulary.counts, *further.values())
-
-    def write(file: Path) -> None:
-        with open(file, "w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow([*_SCHEMA.names, *further])
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+    columns = vocabulary.tag_ids, vocabulary.names, vocabulary.categories, vocabulary.counts, *(further or {}).values()
+    names = [*_SCHEMA.names, *(further or {})]
+    write_table(path, [dict(zip(names, row)) for row in zip(*columns)])
 
 
 def describe_difference(ours: Vocabulary, theirs: Vocabulary) -> str:
