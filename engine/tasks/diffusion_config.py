@@ -116,7 +116,7 @@ class DiffusionTaskConfig(TaskConfig):
             )
         if self.text_cache is not None and self.trains_text:
             raise ValueError(
-                "task.text_cache: holds what frozen text encoders make of captions, and they are trained; set it to null"
+                "task.text_cache: holds the texts of frozen encoders, and the encoders are trained; set it to null"
             )
         if self.text_cache is not None and self.captions.varies_tags and self.text_variants == 1:
             raise ValueError(
