@@ -171,12 +171,15 @@ def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
+def from_folder(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a part's tensors of a folder, or a network, under the names that published folders have."""
+    prefix = "" if part != "text_encoder" or any(name.startswith(_TEXT) for name in state) else _TEXT
+    return {prefix + name: tensor for name, tensor in state.items() if prefix + name not in _UNUSED}
+
+
 def part_state(part: str, network: nn.Module) -> dict[str, Tensor]:
     """Return a network's tensors under the names that published folders have, whatever transformers' release."""
-    state = network.state_dict()
-    if part == "text_encoder" and not hasattr(network, "text_model"):
-        return {_TEXT + name: tensor for name, tensor in state.items()}
-    return state
+    return from_folder(part, network.state_dict())
 
 
 def load_part(part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:

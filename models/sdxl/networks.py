@@ -36,6 +36,11 @@ class SDXLNetworks:
     text_encoder_2: nn.Module | None
     source: dict[str, Any]
 
+    def states(self) -> dict[str, State]:
+        """Return the tensors of each network that is there, under the names of published folders."""
+        found = {part: getattr(self, part) for part in PARTS}
+        return {part: part_state(part, network) for part, network in found.items() if network is not None}
+
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> SDXLNetworks:
     """Return the networks that a config names; frozen: without gradients, in `model.frozen_dtype`."""

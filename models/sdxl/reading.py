@@ -1,13 +1,13 @@
 """SDXL's tensors from a folder of diffusers or a single file, under the names of published folders."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from models.sdxl.names import PARTS, PREFIXES, from_single_file
+from models.sdxl.names import PARTS, PREFIXES, from_folder, from_single_file
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.untrusted.safetensors_header import read_header
@@ -55,11 +55,7 @@ def read_states(path: Path, key: str, only: Collection[str]) -> dict[str, State]
     if not path.is_dir():
         state, _ = read_weights(path, key)
         return {part: from_single_file(part, state) for part in only}
-    states: dict[str, State] = {part: {} for part in only}
-    for part in only:
-        for file in _weight_files(path, part, key):
-            states[part] |= read_weights(file, key)[0]
-    return states
+    return {part: _collect(path, part, key, lambda file: read_weights(file, key)[0]) for part in only}
 
 
 def _describe_file(path: Path, key: str) -> Description:
@@ -91,11 +87,7 @@ def _describe_folder(path: Path, key: str) -> Description:
             f"{key}: {path / 'scheduler'} has prediction_type {prediction!r:.99} and rescale_betas_zero_snr "
             f"{rescaled!r:.99}; allowed are {', '.join(_PREDICTIONS)} and true or false"
         )
-    shapes: dict[str, State] = {part: {} for part in PARTS}
-    for part in PARTS:
-        for file in _weight_files(path, part, key):
-            shapes[part] |= read_header(file, key).tensors
-        shapes[part].pop("text_model.embeddings.position_ids", None)
+    shapes = {part: _collect(path, part, key, lambda file: read_header(file, key).tensors) for part in PARTS}
     configs = {part: _read_config(path / part / "config.json", key) for part in PARTS}
     factor, upcast = configs["vae"].get("scaling_factor"), configs["vae"].get("force_upcast", True)
     if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
@@ -121,6 +113,13 @@ def _weight_files(folder: Path, part: str, key: str) -> list[Path]:
     if shards := sorted((folder / part).glob(f"{name}-*.safetensors")):
         return shards
     raise UserError(f"{key}: {folder} has no {part}/{name}.safetensors; {_ADVICE}")
+
+
+def _collect(folder: Path, part: str, key: str, read: Callable[[Path], State]) -> State:
+    state: State = {}
+    for file in _weight_files(folder, part, key):
+        state |= read(file)
+    return from_folder(part, state)
 
 
 def _read_config(file: Path, key: str) -> dict[str, Any]:
