@@ -1,0 +1,138 @@
+"""SDXL's files for other programs: a single file, as ComfyUI and the web UIs read it, and a folder of diffusers.
+
+    StableDiffusionXLPipeline.from_pretrained(FOLDER)
+    StableDiffusionXLPipeline.from_single_file(FILE, config=FOLDER)
+
+diffusers does not read a single file's markers: without the folder's scheduler config, it takes epsilon prediction.
+Source: Stability-AI/ModelSpec:README.md (1.0.1), comfyanonymous/ComfyUI:comfy/supported_models.py.
+"""
+
+import copy
+import hashlib
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.sdxl.names import PARTS, to_single_file
+from models.sdxl.networks import SDXLNetworks
+from models.sdxl.noise import PredictionType
+from models.sdxl.reading import weight_name
+from models.sdxl.sampling import scheduler_config
+from utils.io.files import write_atomically, write_json
+from utils.io.weights import weight_metadata, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_HASH = "0x" + "0" * 64  # what stands in a header until the tensors behind it are hashed
+
+
+def write_single_file(
+    path: Path,
+    networks: SDXLNetworks,
+    *,
+    prediction_type: PredictionType,
+    zero_terminal_snr: bool,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a single file; the VAE as `_vae_dtype` says, the other networks in `dtype`.
+
+    metadata: what ModelSpec calls `title`, `license`, `author`, `date`, ..., without its prefix; `title` is needed.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part, state in _cast(networks, dtype).items():
+        tensors |= to_single_file(part, state)
+    is_v = prediction_type == "v_prediction"
+    marks = {"v_pred": is_v, "ztsnr": is_v and zero_terminal_snr}
+    tensors |= {name: torch.empty(0) for name, stands in marks.items() if stands}
+    modelspec = {
+        "resolution": "1024x1024",
+        **metadata,
+        "sai_model_spec": "1.0.1",
+        "architecture": "stable-diffusion-xl-v1-base",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "prediction_type": "v" if is_v else prediction_type,
+        "hash_sha256": _NO_HASH,
+    }
+    texts = {"format": "pt", **{f"modelspec.{name}": text for name, text in modelspec.items()}}
+    texts |= weight_metadata({}, tensors)
+
+    def write(temporary: Path) -> None:
+        write_tensors(temporary, tensors, texts)
+        _set_hash(temporary)
+
+    write_atomically(path, write)
+
+
+def write_diffusers(
+    folder: Path,
+    networks: SDXLNetworks,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    prediction_type: PredictionType,
+    zero_terminal_snr: bool,
+    dtype: torch.dtype,
+    zeros_for_empty_prompt: bool,
+) -> None:
+    """Write a folder of diffusers; model_index.json, by which it is known, comes last.
+
+    tokenizer: that of `build_tokenizer`; the second encoder's is written with its padding, "!" (id 0).
+    zeros_for_empty_prompt: a pipeline takes zeros instead of encoding an empty negative prompt.
+    """
+    import diffusers
+
+    states, classes = _cast(networks, dtype), {}
+    for part in PARTS:
+        network, place = getattr(networks, part), folder / part
+        place.mkdir(parents=True, exist_ok=True)
+        if part.startswith("text"):
+            network.config.save_pretrained(place)
+        else:
+            network.save_config(place)
+        write_atomically(
+            place / f"{weight_name(part)}.safetensors",
+            lambda temporary, state=states[part]: write_tensors(temporary, state, {"format": "pt"}),
+        )
+        classes[part] = [type(network).__module__.partition(".")[0], type(network).__name__]
+    second = copy.deepcopy(tokenizer)
+    second.pad_token = "!"
+    for name, one in (("tokenizer", tokenizer), ("tokenizer_2", second)):
+        one.save_pretrained(folder / name)
+        classes[name] = ["transformers", "CLIPTokenizer"]
+    scheduler = {"_class_name": "DDIMScheduler", **scheduler_config(prediction_type, zero_terminal_snr)}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "add_watermarker": False,
+        "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
+        **classes,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def _cast(networks: SDXLNetworks, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """Return the states in a dtype; a VAE that overflows in float16, as SDXL's own does, stays in float32."""
+    overflows = dtype == torch.float16 and networks.vae.config.force_upcast
+    dtypes: dict[str, Any] = {part: torch.float32 if part == "vae" and overflows else dtype for part in PARTS}
+    return {
+        part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in state.items()}
+        for part, state in networks.states().items()
+    }
+
+
+def _set_hash(path: Path) -> None:
+    """Put the SHA-256 of a file's tensors, of all behind its header, into the header."""
+    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
+        start = 8 + int.from_bytes(content[:8], "little")
+        with memoryview(content)[start:] as payload:
+            digest = hashlib.sha256(payload).hexdigest()
+        content.seek(content.find(_NO_HASH.encode(), 0, start))
+        content.write(f"0x{digest}".encode())
+        content.flush()

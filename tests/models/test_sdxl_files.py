@@ -1,0 +1,255 @@
+"""SDXL's networks and files: names and shapes of the real one, bit-exact round trips, diffusers as another reader."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("diffusers")
+
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from models.sdxl.checkpoint_files import write_diffusers, write_single_file
+from models.sdxl.names import PARTS, PREFIXES, from_single_file, part_state, to_single_file
+from models.sdxl.networks import build_part, load_networks, text_config, tiny_networks, unet_config, vae_config
+from models.sdxl.tokenizer import build_tokenizer
+from utils.errors import UserError
+from utils.io.untrusted.safetensors_header import read_header
+
+V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+FACTS = {"title": "toy", "license": "openrail++"}
+# What the files unet/config.json, vae/config.json and so on of stabilityai/stable-diffusion-xl-base-1.0 say.
+PUBLISHED = {
+    "unet": {
+        "act_fn": "silu", "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "in_channels": 4,
+        "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 4, "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "sample_size": 128,
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "force_upcast": True, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+        "scaling_factor": 0.13025, "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 1024,
+    },
+    "text_encoder": {
+        "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "max_position_embeddings": 77,
+        "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": 49408,
+    },
+    "text_encoder_2": {
+        "hidden_act": "gelu", "hidden_size": 1280, "intermediate_size": 5120, "max_position_embeddings": 77,
+        "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280, "vocab_size": 49408,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return tiny_networks(0)
+
+
+@pytest.fixture(scope="module")
+def folder(networks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl") / "folder"
+    write_diffusers(folder, networks, build_tokenizer(), **V_ZTSNR, dtype=torch.float32, zeros_for_empty_prompt=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(networks, folder):
+    file = folder.parent / "sdxl.safetensors"
+    write_single_file(file, networks, **V_ZTSNR, dtype=torch.float32, metadata=FACTS)
+    return file
+
+
+def assert_equal_states(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def states(pipeline):
+    return {part: part_state(part, getattr(pipeline, part)) for part in PARTS}
+
+
+@pytest.fixture(scope="module")
+def real_sdxl():
+    """Return SDXL as its published configs build it, on the meta device."""
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(**PUBLISHED["unet"]),
+            "vae": AutoencoderKL(**PUBLISHED["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**PUBLISHED["text_encoder"])),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**PUBLISHED["text_encoder_2"])),
+        }
+
+
+def test_names_and_shapes_are_those_of_the_real_sdxl(real_sdxl):
+    """The list was compared with ljleb/sd-mecha:model_configs/sdxl-sgm.yaml, which was read from the published file."""
+    lines = []
+    for part, network in real_sdxl.items():
+        single = to_single_file(part, part_state(part, network))
+        lines += [PREFIXES[part]]
+        lines += sorted(f"{name.removeprefix(PREFIXES[part])} {list(one.shape)}" for name, one in single.items())
+    golden = Path(__file__).with_name("sdxl_names.txt").read_text().splitlines()
+    assert lines == golden and len(golden) == 2513 + len(PARTS)
+    assert sum(one.numel() for one in real_sdxl["unet"].parameters()) == 2_567_463_684
+
+
+def test_configs_from_shapes_are_the_published_ones(real_sdxl):
+    text = {"vocab_size": 49408}
+    ours = {
+        "unet": unet_config([320, 640, 1280], [1, 2, 10], cross_width=2048, pooled_width=1280, time_width=256),
+        "vae": vae_config([128, 256, 512, 512]),
+        "text_encoder": text_config("quick_gelu", 768, 3072, layers=12, **text),
+        "text_encoder_2": text_config("gelu", 1280, 5120, layers=32, **text),
+    }
+    for part, config in ours.items():
+        with torch.device("meta"):
+            made = build_part(part, config).config
+        theirs = real_sdxl[part].config
+        assert all(getattr(made, name) == getattr(theirs, name) for name in PUBLISHED[part])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_names_round_trip_bit_exactly(networks, part):
+    state = part_state(part, getattr(networks, part))
+    assert_equal_states(from_single_file(part, to_single_file(part, state)), state)
+
+
+def test_our_files_are_read_bit_exactly(networks, folder, file):
+    for path, licence in ((folder, None), (file, "openrail++")):
+        found = load_networks(path, "model.path")
+        for part, state in networks.states().items():
+            assert_equal_states(found.states()[part], state)
+        assert found.source["licence"] == licence and found.source["vae_scaling_factor"] == 0.13025
+        assert {name: found.source[name] for name in V_ZTSNR} == V_ZTSNR
+        ids = torch.randint(999, (1, 77))
+        assert torch.equal(found.text_encoder(ids)[0], networks.text_encoder(ids)[0])
+
+
+def test_diffusers_reads_both(networks, folder, file):
+    first = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    second = StableDiffusionXLPipeline.from_single_file(str(file), config=str(folder), local_files_only=True)
+    assert first.scheduler.config.prediction_type == "v_prediction" and not first.config.force_zeros_for_empty_prompt
+    assert first.scheduler.alphas_cumprod[-1] == 0 and first.scheduler.config.timestep_spacing == "trailing"
+    pictures = []
+    for pipeline in (first, second):
+        for part, state in networks.states().items():
+            assert_equal_states(states(pipeline)[part], state)
+        pipeline.set_progress_bar_config(disable=True)
+        draw = torch.Generator().manual_seed(0)
+        made = pipeline("a cat", height=64, width=64, num_inference_steps=2, generator=draw, output_type="pt")
+        pictures.append(made.images)
+    assert pictures[0].isfinite().all() and torch.allclose(*pictures, atol=1e-4)
+    assert first.tokenizer_2("a cat", padding="max_length").input_ids[-1] == 0
+
+
+def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
+    shapes, texts = read_header(file, "path")
+    assert shapes["v_pred"].shape == shapes["ztsnr"].shape == (0,)
+    content = file.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    wanted = {"hash_sha256": f"0x{digest}", "prediction_type": "v", "title": "toy", "sai_model_spec": "1.0.1"}
+    assert wanted.items() <= {name.removeprefix("modelspec."): text for name, text in texts.items()}.items()
+    settings = {"prediction_type": "epsilon", "zero_terminal_snr": False, "dtype": torch.float16, "metadata": FACTS}
+    write_single_file(tmp_path / "half.safetensors", networks, **settings)
+    shapes, texts = read_header(tmp_path / "half.safetensors", "path")
+    assert not {"v_pred", "ztsnr"} & shapes.keys() and texts["modelspec.prediction_type"] == "epsilon"
+    dtypes = {part: {one.dtype for name, one in shapes.items() if name.startswith(PREFIXES[part])} for part in PARTS}
+    assert dtypes.pop("vae") == {torch.float32} and all(found == {torch.float16} for found in dtypes.values())
+
+
+def test_only_some_networks_and_shapes_alone(file):
+    found = load_networks(file, "model.path", only=("vae", "unet"), dtype=torch.bfloat16)
+    assert found.text_encoder is found.text_encoder_2 is None and found.vae.dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert load_networks(file, "model.path", only=("unet",)).unet.conv_in.weight.is_meta
+
+
+def test_files_of_other_programs_are_read(networks, folder, file, tmp_path):
+    """Tensors without weights; a prediction type that metadata alone state; what diffusers saves, in shards."""
+    tensors = load_file(file)
+    del tensors["v_pred"], tensors["ztsnr"]
+    tensors[f"{PREFIXES['text_encoder']}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors[f"{PREFIXES['text_encoder_2']}logit_scale"] = torch.tensor(4.6)
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"modelspec.prediction_type": "v"})
+    found = load_networks(tmp_path / "other.safetensors", "model.path", only=("text_encoder",)).source
+    assert found["prediction_type"] == "v_prediction" and found["zero_terminal_snr"] is False
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.save_pretrained(other := tmp_path / "other", max_shard_size="2MB")
+    assert len(list(other.glob("unet/*.safetensors"))) > 1
+    (other / "vae/diffusion_pytorch_model.safetensors").rename(other / "vae/diffusion_pytorch_model.fp16.safetensors")
+    for part, state in load_networks(other, "model.path").states().items():
+        assert_equal_states(state, networks.states()[part])
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+FOLDERS = {
+    "SD 1.5": (
+        lambda path: change_json(path / "model_index.json", _class_name="StableDiffusionPipeline"),
+        "StableDiffusionPipeline",
+    ),
+    "no index": (lambda path: (path / "model_index.json").unlink(), "model_index.json"),
+    "no network": (lambda path: shutil.rmtree(path / "text_encoder_2"), "text_encoder_2/model.safetensors"),
+    "no JSON": (lambda path: (path / "vae/config.json").write_text("{"), "vae"),
+    "heads": (lambda path: change_json(path / "unet/config.json", attention_head_dim=[4, 4, 4]), "attention_head_dim"),
+    "latents": (lambda path: change_json(path / "vae/config.json", latents_mean=[0.0] * 4), "latents_mean"),
+    "scale": (lambda path: change_json(path / "vae/config.json", scaling_factor="x"), "scaling_factor"),
+    "prediction": (
+        lambda path: change_json(path / "scheduler/scheduler_config.json", prediction_type="flow"),
+        "prediction_type",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders_are_refused(case, folder, tmp_path):
+    spoil, named = FOLDERS[case]
+    spoil(other := shutil.copytree(folder, tmp_path / "other"))
+    with pytest.raises(UserError, match=f"^model.path: .*{named}"), torch.device("meta"):
+        load_networks(other, "model.path")
+
+
+def without(mark):
+    return lambda tensors: {name: one for name, one in tensors.items() if not name.startswith(mark)}
+
+
+UNET = PREFIXES["unet"]
+FILES = {
+    "SD 1.5": (lambda tensors: {"cond_stage_model.transformer.x": torch.zeros(1)}, "Stable Diffusion 1"),
+    "no VAE": (without("first_stage_model."), "first_stage_model"),
+    "a layer missing": (without(f"{UNET}middle_block.2"), "mid_block.resnets.1.*missing"),
+    "no first layer": (without(f"{UNET}input_blocks.1"), "down_blocks.0"),
+    "a layer more": (lambda tensors: tensors | {f"{UNET}x": torch.zeros(1)}, "x is unexpected"),
+    "inpainting": (lambda tensors: tensors | {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}, "conv_in"),
+    "odd widths": (lambda tensors: tensors | {f"{UNET}input_blocks.1.0.in_layers.2.weight": torch.zeros(0)}, "SDXL"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_single_files_are_refused(case, file, tmp_path):
+    spoil, named = FILES[case]
+    save_file(spoil(load_file(file)), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=f"^model.path: .*{named}"):
+        load_networks(tmp_path / "other.safetensors", "model.path")
+
+
+def test_damaged_files_are_refused(file, tmp_path):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    for spoilt in (content, content[:-1], b""):
+        (tmp_path / "other.safetensors").write_bytes(spoilt)
+        with pytest.raises(UserError, match="^model.path: "):
+            load_networks(tmp_path / "other.safetensors", "model.path", only=("vae",))
+    with pytest.raises(UserError, match="^model.path: .*does not exist"):
+        load_networks(tmp_path / "none", "model.path")
