@@ -3,7 +3,7 @@
 Noise, timesteps and the latents' own randomness are drawn on the device from each sample's key. What a sample has:
 
     latent_mean, latent_logvar [B, 4, h, w] of the cache, or images [B, 3, H, W] where there is none
-    original_size_hw, crop_top_left_yx, target_size_hw [B, 2]
+    fit [B, 6] int64: the image's size, where its crop begins, and the size of that, which are SDXL's time_ids
     token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of the cache
     is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch; tag_weight [B]
 
@@ -26,12 +26,12 @@ from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
-from models.sdxl.base import base_files, encode_images, open_networks
-from models.sdxl.conditioning import time_ids, unet_inputs
+from models.sdxl.conditioning import unet_inputs
 from models.sdxl.config import SDXLConfig
+from models.sdxl.latents import encode_images
 from models.sdxl.lora import LoRA
 from models.sdxl.names import PARTS
-from models.sdxl.networks import SDXLNetworks
+from models.sdxl.networks import SDXLNetworks, base_files, open_networks
 from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
 from models.sdxl.text import encode_text, zero_dropped
@@ -119,11 +119,10 @@ class DiffusionTask(Task):
         latents = self._latents(batch)
         prompts, pooled = self._texts(batch)
         timesteps = draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
-        shift = resolution_shift(batch["target_size_hw"]) if noise_config.shift_by_resolution else None
+        shift = resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
         level = self._table.to(keys.device).at(timesteps, shift)
         noise = draw_noise(keys, latents, noise_config.offset)
-        ids = time_ids(batch["original_size_hw"], batch["crop_top_left_yx"], batch["target_size_hw"])
-        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, ids)
+        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
         wanted = target(noise_config.prediction_type, latents, noise, level)
         error = (pred - wanted).square().mean(dim=(1, 2, 3))
         loss = self._config.loss
@@ -142,8 +141,7 @@ class DiffusionTask(Task):
     def _latents(self, batch: Batch) -> Tensor:
         """Return scaled latents, float32 [B, 4, h, w], drawn from what the VAE says of each image."""
         if "images" in batch:
-            with torch.no_grad():
-                mean, logvar = encode_images(self.vae, batch["images"])
+            mean, logvar = encode_images(self.vae, batch["images"])
         else:
             mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
         noise = rng.normal(batch["key"], mean.shape[1:], _LATENT_DRAW)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.buckets import BucketsConfig
+from data.buckets import BucketConfig
 from data.captions import CaptionConfig
 from engine.config import TrainingConfig
 from engine.tasks.kind import TaskConfig
@@ -91,7 +91,7 @@ class DiffusionTaskConfig(TaskConfig):
     noise: NoiseConfig
     loss: LossConfig
     timesteps: TimestepsConfig
-    buckets: BucketsConfig
+    buckets: BucketConfig
     captions: CaptionConfig
     caption_chunks: Annotated[int, Field(ge=1, le=8)]
     tag_weights: TagWeightsConfig | None
