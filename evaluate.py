@@ -16,7 +16,7 @@ outputs/evaluate/, in a folder for each file and collection. The arena writes ar
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,6 +28,7 @@ from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
 from engine.runtime import Runtime
+from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
 from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
 from engine.tasks.kind import Rebuilt, Setup, Targets
@@ -50,10 +51,11 @@ from utils.record.progress import track
 from utils.record.report_files import write_report
 from utils.text_table import show_rows
 from utils.thresholds import FILE as THRESHOLDS
-from utils.thresholds import PER_TAG, write_thresholds
+from utils.thresholds import write_thresholds
 
 log = get_logger(__name__)
 
+_RESULTS = Path("outputs/evaluate")  # without a run
 _DRY_RUN = "dry run: nothing is measured"
 
 
@@ -124,10 +126,10 @@ def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, 
         data = FOREIGN.pipeline.open(config.data, setup, runtime, seed=0, batch_size=config.batch_size)
         source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
         place = config.model.name if config.weights == "timm" else Path(config.weights).stem
-        return Path("outputs/evaluate") / place, rebuild_foreign(source, data.collection), data
+        return _RESULTS / place, rebuild_foreign(source, data.collection), data
     saved = None if config.run_dir is None else read_run_data(Path(config.run_dir))
     path = choose_weights(config.run_dir or "", config.weights)
-    folder = Path("outputs/evaluate") / path.stem if config.run_dir is None else Path(config.run_dir)
+    folder = _RESULTS / path.stem if config.run_dir is None else Path(config.run_dir)
     rebuilt = rebuild_task(path)
     seed = 0 if saved is None else saved.seed
     pipeline, chosen = rebuilt.kind.pipeline, config.data or saved.data
@@ -149,17 +151,27 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
         report = arena.measure()
     rows = report.tables["arena"]
     if distributed.is_main():
-        source, place = config.model_dump(mode="json", include={"models", "data", "arena"}), Path("outputs/evaluate")
-        with output_errors("output", place):
-            folder = open_result_folder(place / "arena", source)
-            write_report(folder, report.tables, report.images)
-            write_page(folder / PAGE, f"Arena: {config.data.root}", report.scalars, report.tables, report.images)
+        source, folder = config.model_dump(mode="json", include={"models", "data", "arena"}), _RESULTS / "arena"
+        with output_errors("output", folder):
+            folder = open_result_folder(folder, source)
         output = folder / "arena.json" if config.output is None else Path(config.output)
-        with output_errors("output", output):
-            write_json(output, {**report.scalars, "models": rows})
         log.info("%s", Lines(show_rows(rows)))
-        log.info("wrote %s and %s", output, folder / PAGE)
+        write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
+
+
+def write_results(
+    folder: Path, output: Path, title: str, figures: Mapping[str, Any], report: Report, prefix: str = ""
+) -> None:
+    """Write the figures to `output`, and tables, pictures and a page of them into the folder."""
+    with output_errors("output", output):
+        write_json(output, figures)
+    log.info("wrote %s", output)
+    with output_errors("run_dir", folder):
+        write_report(folder, report.tables, report.images, prefix)
+        if report.tables:
+            write_page(folder / PAGE, title, report.scalars, report.tables, report.images)
+            log.info("wrote %s", folder / PAGE)
 
 
 @entry_point("evaluate", EvaluateConfig)
@@ -185,36 +197,24 @@ def main(config: EvaluateConfig, job: Job) -> str:
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if config.calibrate:
+            tracked = track(loaders["val"], len(loaders["val"]), "calibrating")
+            found = rebuilt.kind.calibrate(task, tracked, config.calibration)
+            report.tables |= found.report.tables
+            report.images |= found.report.images
     if distributed.is_main():
         if config.run_dir is None:
             with output_errors("output", folder):
                 folder = open_result_folder(folder, describe_source(config, rebuilt))
         output = folder / "metrics.json" if config.output is None else Path(config.output)
-        with output_errors("output", output):
-            write_json(
-                output, {"weights": rebuilt.weights, "step": step, "seconds": round(seconds, 3), **report.scalars}
-            )
-        with output_errors("run_dir", folder):
-            write_report(folder, report.tables, report.images, prefix="evaluate_")
-        log.info("wrote %s", output)
-    if config.calibrate:
-        with torch.inference_mode(), runtime.autocast():
-            tracked = track(loaders["val"], len(loaders["val"]), "calibrating")
-            found = rebuilt.kind.calibrate(task, tracked, config.calibration)
-        if distributed.is_main():
+        title = f"{rebuilt.weights}, step {step}, on {data.collection.root}"
+        figures = {"weights": rebuilt.weights, "step": step, "seconds": round(seconds, 3), **report.scalars}
+        write_results(folder, output, title, figures, report, prefix="evaluate_")
+        if config.calibrate:
             with output_errors("run_dir", folder):
                 write_thresholds(folder / THRESHOLDS, found.thresholds)
-                write_report(folder, found.report.tables, found.report.images, prefix="evaluate_")
-            thresholds = [asdict(row) for row in found.thresholds.rows if row.profile != PER_TAG]
-            report.tables |= {"thresholds": thresholds, **found.report.tables}
-            report.images |= found.report.images
             log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
-    if distributed.is_main() and report.tables:
-        title = f"{rebuilt.weights}, step {step}, on {data.collection.root}"
-        with output_errors("run_dir", folder):
-            write_page(folder / PAGE, title, report.scalars, report.tables, report.images)
-        log.info("wrote %s", folder / PAGE)
     line = show_figures(report.scalars)
     log.info("%s", line)
     return line

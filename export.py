@@ -32,7 +32,6 @@ from engine.tasks.rebuild import read_run_data
 from models.config import ModelConfig
 from models.export.model_card import licence_entry
 from models.export.report import add_report, refuse_other_format
-from models.export.tag_files import Thresholds
 from utils.config.bounds import BatchSize, Count, Positive, Processes, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
@@ -42,7 +41,7 @@ from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.logging import get_logger
 from utils.record.wandb_export import send_export
 from utils.thresholds import FILE as THRESHOLDS
-from utils.thresholds import read_thresholds
+from utils.thresholds import ThresholdTable, read_thresholds
 from utils.vocabulary import vocabulary_of
 
 log = get_logger(__name__)
@@ -143,14 +142,14 @@ def settings_of(config: ExportConfig, opened: Opened) -> ExportSettings:
     )  # fmt: skip
 
 
-def find_thresholds(config: ExportConfig, opened: Opened) -> Thresholds | None:
+def find_thresholds(config: ExportConfig, opened: Opened) -> ThresholdTable | None:
     """Return a tagger's thresholds: those named, or those that evaluate.py has written into the run folder."""
     own = None if config.run_dir is None else Path(config.run_dir) / THRESHOLDS
     path = own if config.thresholds is None else Path(config.thresholds)
     if opened.metadata["output"] != "tags" or path is None or (config.thresholds is None and not path.exists()):
         return None
     log.info("thresholds: %s", path)
-    return Thresholds.of_table(read_thresholds(path, vocabulary_of(opened.metadata), "thresholds"))
+    return read_thresholds(path, vocabulary_of(opened.metadata), "thresholds")
 
 
 @entry_point("export", ExportConfig)

@@ -79,17 +79,6 @@ class PredictConfig(Strict):
     workers: Literal["auto"] | Workers
     dry_run: bool
 
-    def machine(self) -> MachineConfig:
-        """Return the machine that predicts."""
-        return MachineConfig(
-            device=self.device, precision="fp32", channels_last=False, workers=self.workers, threads=None,
-            deterministic=False, hang_timeout_sec=1800.0,
-        )  # fmt: skip
-
-    def writes_sidecars(self) -> bool:
-        """Return whether `output` names a place for the texts of tags."""
-        return self.output == "beside" or self.output.endswith("/") or Path(self.output).is_dir()
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.threshold is not None and (self.thresholds is not None or self.profile != PER_TAG):
@@ -97,20 +86,6 @@ class PredictConfig(Strict):
                 f"threshold: {self.threshold:g} is that of every tag; remove it, or remove thresholds and profile"
             )
         return self
-
-
-def check_output(config: PredictConfig) -> None:
-    """Raise UserError (`output`) where nothing is written to such a file."""
-    suffix, allowed = Path(config.output).suffix, (".jsonl", ".csv")
-    if config.like is None:
-        if config.writes_sidecars():
-            return
-        allowed = (*allowed, ".json", ".npz")
-    if suffix not in allowed:
-        raise UserError(
-            f"output: {config.output} ends in {suffix!r}; name a .jsonl or .csv file; without like also .npz, and for "
-            "tags .json, FOLDER/ or beside"
-        )
 
 
 def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:
@@ -132,11 +107,11 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
     if config.thresholds is not None or own.is_file():
-        path, nothing = Path(config.thresholds or own), (0,) * len(predictor.names)
-        vocabulary = Vocabulary(tuple(predictor.names), tuple(predictor.categories.tolist()), nothing, nothing)
+        path = Path(config.thresholds or own)
+        vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
         table = read_thresholds(path, vocabulary, "thresholds", predictor.vocabulary)
         log.info("thresholds: %s, profile %s", path, config.profile)
-        return table.of_tags(vocabulary, config.profile)
+        return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
     if config.profile != PER_TAG:
         raise UserError(
             f"profile: {config.profile} is one of thresholds.csv, and {config.weights} comes with none; evaluate.py "
@@ -150,18 +125,17 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
 def open_destination(config: PredictConfig, predictor: Predictor, images: Images) -> Destination:
     """Return where the predictions go. Raises UserError (`output`, `existing`) where they cannot go there."""
     output, columns = Path(config.output), predictor.output.columns
-    if config.writes_sidecars() or output.suffix == ".json":
+    is_folder = config.output == "beside" or config.output.endswith("/") or output.is_dir()
+    if is_folder or output.suffix == ".json":
         if predictor.output is not OUTPUTS["tags"]:
             raise UserError(f"output: {output} is for tags, which {config.weights} does not give; name a .jsonl file")
-        if output.suffix == ".json" and not config.writes_sidecars():
-            return KohyaMetadata(images, output)
-        return Sidecars(images, None if config.output == "beside" else config.output)
+        folder = None if config.output == "beside" else config.output
+        return Sidecars(images, folder) if is_folder else KohyaMetadata(images, output)
     if config.existing == "append":
         raise UserError(f"existing: append is for the texts of tags, and {output} has rows; set skip or overwrite")
     if output.suffix == ".csv" and columns is None:
         raise UserError(f"output: {config.weights} gives vectors, which CSV does not hold; name a .jsonl file")
-    table = ["path", *columns, "error"] if output.suffix == ".csv" else None
-    return RowFile(output, table, keep=config.existing == "skip")
+    return RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
 
 
 def choose_pending(config: PredictConfig, destination: Destination, images: Images) -> list[Path]:
@@ -181,8 +155,12 @@ def predict_all(
     """Yield a row per image, in order: its path, and what `predict` makes of it or an error."""
     if not paths:
         return
+    machine = MachineConfig(
+        device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
+        deterministic=False, hang_timeout_sec=1800.0,
+    )  # fmt: skip
     loader, reasons = load_files(
-        paths, predictor.preprocessing, choose_runtime(config.machine()), max_pixels=config.max_pixels,
+        paths, predictor.preprocessing, choose_runtime(machine), max_pixels=config.max_pixels,
         batch_size=config.batch_size,
     )  # fmt: skip
     left = iter(paths)
@@ -221,15 +199,14 @@ def embed(key: str, predictor: Predictor, config: PredictConfig) -> tuple[list[s
 def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
     """Write embeddings of images, or which are most like one; weights: their hash."""
     output, source = Path(config.output), config.input
+    likes = None if config.like is None else RowFile(output, ["path", "similarity"], keep=False)
     stored = isinstance(source, str) and source.endswith(".npz")
     paths, vectors = read_embeddings(Path(source), weights) if stored else embed("input", predictor, config)
     with output_errors("output", output):
-        if config.like is None:
+        if likes is None:
             write_embeddings(output, paths, vectors, weights)
         else:
-            columns = ["path", "similarity"] if output.suffix == ".csv" else None
-            found = rank(paths, vectors, embed("like", predictor, config)[1][0], config.top)
-            RowFile(output, columns, keep=False).write(found)
+            likes.write(rank(paths, vectors, embed("like", predictor, config)[1][0], config.top))
     log.info("wrote %s: of %d images", output, len(paths))
     return f"{len(paths)} images"
 
@@ -238,7 +215,6 @@ def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
 def main(config: PredictConfig, job: Job) -> str:
     """Predict."""
     # -------------------------------------------------------------------------------------------------- 1. The model
-    check_output(config)
     weights = find_weights(config.weights, "best", "weights")
     device = choose_device(config.device, "device")
     predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))

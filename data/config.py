@@ -57,12 +57,23 @@ class TextConfig(Strict):
     separator: Annotated[str, Field(min_length=1)]
 
 
-class VocabularyConfig(Strict):
+class TagRulesConfig(Strict):
+    """What the tags of a collection mean.
+
+    rating_s: what the ratings s and safe mean; null where there are none. aliases, implications: CSV files of two
+    columns.
+    """
+
+    rating_s: Literal["sensitive", "general"] | None
+    aliases: PathText | None
+    implications: PathText | None
+
+
+class VocabularyConfig(TagRulesConfig):
     """What prepare.py job=vocabulary takes into a vocabulary, which it writes to `output`.
 
-    min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line. aliases,
-    implications: CSV files of two columns. rating_s: what the ratings s and safe mean; null where there are none.
-    append_to: a vocabulary that keeps its rows, and gets new ones behind them.
+    min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line. append_to: a
+    vocabulary that keeps its rows, and gets new ones behind them.
     """
 
     output: PathText | None
@@ -70,9 +81,6 @@ class VocabularyConfig(Strict):
     categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
     ignore: PathText | None
     keep: PathText | None
-    aliases: PathText | None
-    implications: PathText | None
-    rating_s: Literal["sensitive", "general"] | None
     append_to: PathText | None
 
 

@@ -36,10 +36,6 @@ class Images(NamedTuple):
     root: str
     paths: list[Path]
 
-    def places(self) -> dict[str, str]:
-        """Return each path relative to the root, by the path."""
-        return {str(path): os.path.relpath(os.path.abspath(path), self.root) for path in self.paths}
-
 
 def find_images(source: str | Sequence[str], key: str) -> Images:
     """Return the images of a file, a folder with its subfolders, a pattern, a list of these, or `-` (stdin, by lines).
@@ -111,10 +107,18 @@ class Destination:
 
 
 class RowFile(Destination):
-    """JSON lines, or CSV with some columns. keep: write behind the whole rows that are there; else replace them."""
+    """JSON lines, or CSV with some columns. keep: write behind the whole rows that are there; else replace them.
 
-    def __init__(self, file: Path, columns: list[str] | None, *, keep: bool) -> None:
-        self._file, self._columns, self._keep = file, columns, keep
+    Raises UserError (`output`) for a file of another ending, or with other rows than are to be kept.
+    """
+
+    def __init__(self, file: Path, columns: list[str], *, keep: bool) -> None:
+        if file.suffix not in (".jsonl", ".csv"):
+            raise UserError(
+                f"output: {file} ends in {file.suffix!r}; name a .jsonl or .csv file; without like also .npz, and for "
+                "tags .json, FOLDER/ or beside"
+            )
+        self._file, self._columns, self._keep = file, columns if file.suffix == ".csv" else None, keep
         content = file.read_bytes() if keep and file.is_file() else b""
         self._kept = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last row
         try:
@@ -169,7 +173,8 @@ class Sidecars(Destination):
     """
 
     def __init__(self, images: Images, folder: str | None) -> None:
-        base, places, self._files = os.path.abspath(folder or images.root), images.places(), {}
+        base, self._files = os.path.abspath(folder or images.root), {}
+        places = {str(path): os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
         stems = Counter(os.path.splitext(place)[0] for place in places.values())
         real = os.path.realpath(base)
         for path, place in places.items():

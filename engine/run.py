@@ -151,9 +151,8 @@ def run_training(
     """Train to the end of the plan, or from where the run folder left off; returns a line with the result.
 
     `prepare`: called on a new run after the task has loaded `init_from`, such as to fit a head. `next_commands`: what
-    can be typed next, with {run} for the run folder; shown at the end. With dry_run set,
-    everything is checked and logged and nothing is made. Raises UserError for what the user can fix, SystemExit(75)
-    after a stop signal.
+    can be typed next; shown at the end. With dry_run set, everything is checked and logged and nothing is made. Raises
+    UserError for what the user can fix, SystemExit(75) after a stop signal.
     """
     plan = derive_plan(config, streams)
     describe_run(task, streams, config, plan, runtime, job)  # refuses what it can before a folder is made

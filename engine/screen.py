@@ -69,7 +69,7 @@ def _machine(runtime: Runtime, plan: Plan) -> str:
 
 
 def end_screen(run: Run, seconds: float, next_commands: Sequence[str]) -> str:
-    """Return the last screen of a complete run. next_commands: what to type next, with {run} for its folder."""
+    """Return the last screen of a complete run. next_commands: what to type next."""
     evaluator, plan, folder = run.evaluator, run.plan, run.saver.folder
     best, metric = evaluator.best, run.learner.task.best_metric
     rows: list[tuple[str, Any]] = []
@@ -83,5 +83,5 @@ def end_screen(run: Run, seconds: float, next_commands: Sequence[str]) -> str:
             ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
         ]
     rows += [("curves", f"{folder.plots}/curves.png"), ("tables", f"{folder.path}/tables, training_log.txt")]
-    rows += [("next" if number == 0 else "", line.format(run=folder.path)) for number, line in enumerate(next_commands)]
+    rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]
     return f"finished: {run.step:,} steps in {show_duration(seconds)}\n{_rows(rows)}"

@@ -5,6 +5,18 @@ from torch import Tensor, nn
 from models.normalise import Normalise
 from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS
+from utils.errors import UserError
+
+
+def find_head(network: nn.Module, key: str = "task.head", advice: str = "set task.head=drawn") -> nn.Linear:
+    """Return the layer that outputs logits. Raises UserError (`key`, with advice) where it is not a linear layer."""
+    head = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        raise UserError(
+            f"{key}: a network that ends in one linear layer with a bias is needed, and {type(network).__name__} ends "
+            f"in {type(head).__name__}; {advice}"
+        )
+    return head
 
 
 class ImageModel(nn.Module):

@@ -94,8 +94,8 @@ def check_metadata(path: Path, key: str, metadata: Any) -> None:
 def wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
     """Return the error for wrong metadata of a file."""
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    return UserError(f"{key}: {path} has wrong metadata ({where}: {first['msg']}); make the file again")
+    parts = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return UserError(f"{key}: {path} has wrong metadata ({': '.join(filter(None, parts))}); make the file again")
 
 
 class Predictor:

@@ -23,6 +23,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from utils.thresholds import OVERALL, PER_TAG, Threshold, ThresholdTable
+
 ROOT = Path(__file__).resolve().parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.preload"])
@@ -269,6 +271,15 @@ def samples_by_step(run_dir):
 def slow_but(quick, values):
     """Return the values of a parametrised test, all but `quick` marked slow (`make test-slow`)."""
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def thresholds_of(categories, tags):
+    """Return a table of balanced thresholds, 0.35 over all tags, and of tags' own, by (category, name)."""
+    every = [((number, ""), value, "balanced") for number, value in {**categories, OVERALL: 0.35}.items()]
+    every += [(key, value, PER_TAG) for key, value in tags.items()]
+    return ThresholdTable(
+        "", tuple(Threshold(*key, least, None, None, None, 0, profile) for key, least, profile in every)
+    )
 
 
 def checkpoint_tensors(run_dir, step):

@@ -16,11 +16,10 @@ from data.config import TextConfig
 from data.tags.captions import find_excluded, join_tags, spell_tags
 from data.tags.index import map_tags
 from data.tags.names import KAOMOJI, parse_tag
-from data.tags.rules import read_rules
+from data.tags.rules import TagRules
 from engine.tasks.exporting import open_own
 from engine.tasks.kind import ExportSettings
 from engine.tasks.tag_exports import TAG_EXPORTS
-from models.export.tag_files import Thresholds
 from models.outputs import OUTPUTS, Columns, RowOptions
 from models.predictor import Predictor, TorchPredictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
@@ -220,7 +219,7 @@ def test_what_is_written_is_what_our_readers_read(place, images):
     for output in ("beside", "copy/meta_x.json"):
         go(place, output, "threshold=0.35", "text.spaces=true", "text.escape=true", "text.rating=first", source="copy")
         path = index_collection(str(images), validation_fraction=0.0, cache=place / "cache")
-        found = map_tags(open_collection(str(images), path).table, VOCABULARY, read_rules(None, None, None, "x."))
+        found = map_tags(open_collection(str(images), path).table, VOCABULARY, TagRules(None, {}, {}, "x."))
         assert len(found.offsets) == 13 and found.rating_known.all() and not found.report["dropped"]
         for start, end in zip(found.offsets, found.offsets[1:]):
             assert set(found.ids[start:end].tolist()) == wanted
@@ -365,7 +364,7 @@ def test_thresholds_beside_a_run_are_used(place, images):
 def exported(place):
     """Return the path of a wd14 file of the tagger that looks at images; table.csv has its thresholds."""
     write_thresholds(place / "table.csv", make_table())
-    settings = ExportSettings("fp32", False, None, 1, None, Thresholds({}, {key: PROBS[key] - 0.01 for key in PROBS}))
+    settings = ExportSettings("fp32", False, None, 1, None, make_table())
     TAG_EXPORTS["wd14"].write(open_own(place / "run/weights/best_weights.safetensors"), place / "wd14", settings)
     return "wd14/model.onnx"
 

@@ -10,6 +10,7 @@ probability is at least the threshold. A category's balanced row comes before it
 """
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from utils.vocabulary import Vocabulary, describe_difference
 CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
 DEFAULT = 0.35  # that of most tools
+DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
 MCUT, MCUT_FLOOR = "mcut", 0.15  # deepghs/imgutils:imgutils/tagging/wd14.py has the floor for characters
 OVERALL = -1  # in place of a category: all tags
 FILE = "thresholds.csv"
@@ -53,12 +55,11 @@ class ThresholdTable:
         """Return a profile's threshold of each category; that of all tags is OVERALL."""
         return {row.category: row.threshold for row in self.rows if row.profile == profile}
 
-    def of_tags(self, vocabulary: Vocabulary, profile: str) -> np.ndarray:
-        """Return each tag's threshold, [T] float32: its own, else that of its category, else that of all tags."""
+    def of_tags(self, vocabulary: Vocabulary, profile: str) -> list[float]:
+        """Return each tag's threshold: its own, else that of its category, else that of all tags."""
         own = {(row.category, row.name): row.threshold for row in self.rows if row.profile == profile == PER_TAG}
         found = self.of_categories("balanced" if profile == PER_TAG else profile)
-        every = [own.get(key, found.get(key[0], found[OVERALL])) for key in vocabulary.columns]
-        return np.array(every, dtype=np.float32)
+        return [own.get(key, found.get(key[0], found[OVERALL])) for key in vocabulary.columns]
 
 
 def write_thresholds(path: Path, table: ThresholdTable) -> None:
@@ -80,9 +81,8 @@ def read_thresholds(path: Path, vocabulary: Vocabulary, key: str, trained: str |
         raise UserError(
             f"{key}: {path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
         ) from None
-    table, tags = ThresholdTable(hashes[0], rows), [row for row in rows if row.profile == PER_TAG]
-    nothing = (0,) * len(tags)
-    theirs = Vocabulary(tuple(row.name for row in tags), tuple(row.category for row in tags), nothing, nothing)
+    table = ThresholdTable(hashes[0], rows)
+    theirs = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
     if table.vocabulary not in (vocabulary.hash, trained):
         raise UserError(
             f"{key}: {path} is of another vocabulary than the tagger: {describe_difference(vocabulary, theirs)}; name "
@@ -91,8 +91,8 @@ def read_thresholds(path: Path, vocabulary: Vocabulary, key: str, trained: str |
     lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
     if lacks or theirs.hash != table.vocabulary:
         raise UserError(
-            f"{key}: {path} is not complete: {len(tags)} of {len(vocabulary)} tags, profiles without a row of category "
-            f"{OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
+            f"{key}: {path} is not complete: {len(theirs)} of {len(vocabulary)} tags, profiles without a row of "
+            f"category {OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
         )
     return table
 

@@ -8,20 +8,20 @@ Row i, counted from 0 behind the header, names output i. There is no padding and
 columns are allowed, and not read here.
 """
 
-import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from utils.errors import UserError
-from utils.io.files import sha256_text, write_atomically
+from utils.io.files import sha256_text
+from utils.record.report_files import write_table
 
 # Danbooru's numbers of categories.
 CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
@@ -30,6 +30,7 @@ _CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
 # The four ratings come first, in this order, with the numbers that published taggers give them.
 RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 FILE = "selected_tags.csv"
+FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")  # in metadata
 _SCHEMA = pa.schema([("tag_id", pa.int64()), ("name", pa.string()), ("category", pa.int64()), ("count", pa.int64())])
 _SHOWN = 5  # names that a message shows
 
@@ -51,6 +52,13 @@ class Vocabulary:
     counts: tuple[int, ...]
     tag_ids: tuple[int, ...]
 
+    @classmethod
+    def of(cls, keys: Iterable[tuple[int, str]]) -> Self:
+        """Return the tags of some (category, name), with counts and numbers of 0."""
+        keys = list(keys)
+        nothing = (0,) * len(keys)
+        return cls(tuple(name for _, name in keys), tuple(category for category, _ in keys), nothing, nothing)
+
     def __len__(self) -> int:
         """Return the number of outputs."""
         return len(self.names)
@@ -71,15 +79,8 @@ class Vocabulary:
 
     def facts(self) -> dict[str, Any]:
         """Return it as the metadata of a weight file."""
-        return {
-            "tag_names": list(self.names),
-            "tag_categories": list(self.categories),
-            "tag_counts": list(self.counts),
-            "tag_ids": list(self.tag_ids),
-        }
-
-
-FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")
+        columns = self.names, self.categories, self.counts, self.tag_ids
+        return {name: list(column) for name, column in zip(FACTS, columns)}
 
 
 def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -142,16 +143,9 @@ def check_vocabulary(vocabulary: Vocabulary, what: str) -> None:
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write a selected_tags.csv, atomically; further: more columns, behind the four."""
-    further = further or {}
-    rows = zip(vocabulary.tag_ids, vocabulary.names, vocabulary.categories, vocabulary.counts, *further.values())
-
-    def write(file: Path) -> None:
-        with open(file, "w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow([*_SCHEMA.names, *further])
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+    columns = vocabulary.tag_ids, vocabulary.names, vocabulary.categories, vocabulary.counts, *(further or {}).values()
+    names = [*_SCHEMA.names, *(further or {})]
+    write_table(path, [dict(zip(names, row)) for row in zip(*columns)])
 
 
 def describe_difference(ours: Vocabulary, theirs: Vocabulary) -> str:

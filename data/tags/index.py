@@ -24,7 +24,7 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
 _REPORT = "report.json"  # written last: a folder that has it is complete
 _SHOWN = 5  # dropped tags that a report names
-_NOT_THERE, _NO_RATING = "tags that are not in the vocabulary", "ratings that are absent"
+_NOT_THERE = "tags that are not in the vocabulary"
 _CHUNK_ROWS = 2**17
 _ABSENT, _UNKNOWN, _AMBIGUOUS = -1, -2, -3  # instead of an output
 
@@ -126,15 +126,10 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagRow
 def describe_report(report: dict[str, Any]) -> str:
     """Return a report in a line."""
     such = {_NOT_THERE: f" (such as {', '.join(map(repr, report['such_as']))})"}
-    dropped = [
-        f"{count:,} {reason}{such.get(reason, '')}"
-        for reason, count in report["dropped"].items()
-        if report["rated"] or reason != _NO_RATING
-    ]
-    rated = f"{report['rated']:,} a known rating" if report["rated"] else "none a rating"
+    dropped = [f"{count:,} {reason}{such.get(reason, '')}" for reason, count in report["dropped"].items()]
     return (
-        f"{report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {rated}; "
-        f"dropped: {'; '.join(dropped) or 'nothing'}"
+        f"{report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {report['rated']:,} a known "
+        f"rating; dropped: {'; '.join(dropped) or 'nothing'}"
     )
 
 
@@ -172,8 +167,9 @@ class _Mapper:
         has_none = tags.value_lengths().to_numpy() == 0
         self._count("images without tags", has_none.sum())
         self._count("images without a tag of the vocabulary", (~tagged & ~has_none).sum())
-        self._count(_NO_RATING, (rating == _ABSENT).sum())
-        self._count("ratings that are unknown", (rating == _UNKNOWN).sum())
+        if self._is_rating.any():
+            self._count("ratings that are absent", (rating == _ABSENT).sum())
+            self._count("ratings that are unknown", (rating == _UNKNOWN).sum())
         return ids.astype(np.int32), np.bincount(rows, minlength=len(tags)), rating >= 0, tagged
 
     def _map_tags(self, tags: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,11 +29,9 @@ def read_metadata(root: Path, paths: Sequence[str]) -> dict[str, Sidecar]:
     Raises UserError (`data.root`) naming the file where it is broken or a link out of the root, where two files are
     metadata, and where two entries are of one image.
     """
-    stems = {os.path.splitext(path)[0] for path in paths}
     found = {}
     for file in sorted(root.glob("meta_*")):
-        is_sidecar = file.stem in stems or file.stem in paths
-        if file.suffix in (".json", ".jsonl") and not is_sidecar and (entries := _read_entries(root, file)):
+        if file.suffix in (".json", ".jsonl") and (entries := _read_entries(root, file)):
             found[file] = entries
     if len(found) > 1:
         names = " and ".join(file.name for file in found)

@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from utils.config.messages import validation_problems
 from utils.config.schema import Strict
@@ -33,34 +33,20 @@ _SIDED = re.compile(r"(?<![a-z])(left|right)")  # not bright, copyright or uprig
 _SHOWN = 20  # names in a report
 
 
-def _two(names: list[str]) -> list[str]:
-    if names[0] == names[1]:
-        raise ValueError(f"{names[0]!r} is named twice; name two different ones")
-    return names
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-    return pattern
-
-
-_Two = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2), AfterValidator(_two)]
+_Two = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
 
 
 class Pattern(Strict):
     """A regular expression, and the two words that change places in what it matches."""
 
-    match: Annotated[str, AfterValidator(_compiles)]
+    match: re.Pattern[str]
     swap: _Two
 
     def apply(self, name: str) -> str:
         """Return a name's mirror image."""
         words = "|".join(map(re.escape, sorted(self.swap, key=len, reverse=True)))
         other = dict(zip(self.swap, reversed(self.swap)))
-        return re.sub(self.match, lambda found: re.sub(words, lambda word: other[word[0]], found[0]), name)
+        return self.match.sub(lambda found: re.sub(words, lambda word: other[word[0]], found[0]), name)
 
 
 class OrientationMap(Strict):
@@ -71,15 +57,6 @@ class OrientationMap(Strict):
     patterns: list[Pattern] = []
     symmetric: list[str] = []
     never_flip: list[str] = []
-
-    @model_validator(mode="after")
-    def _each_has_one_mirror(self) -> Self:
-        seen = set(self.symmetric)
-        for number, pair in enumerate(self.pairs):
-            if named := seen & set(pair):
-                raise ValueError(f"pairs.{number}: {min(named)!r} has a pair or is symmetric already; keep one entry")
-            seen |= set(pair)
-        return self
 
     @cached_property
     def _partners(self) -> dict[str, str]:
@@ -133,8 +110,8 @@ class Orientation:
 def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Orientation:
     """Return what a mirror does to a vocabulary's tags; name: `booru`, `glyphs`, or the path of a map.
 
-    Raises UserError (`key`) that names the file and the entry: for a map that cannot be read, and for patterns by which
-    the mirror image of a tag's mirror image is not the tag.
+    Raises UserError (`key`) that names the file: for a map that cannot be read, and for one by which the mirror image
+    of a tag's mirror image is not the tag.
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
     rules = _read(path, key)
@@ -148,13 +125,9 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Orientatio
             uncovered += [tag] if _SIDED.search(tag) and not named else []
             continue
         if (back := rules.mirror(mirror, category)) != tag:
-            both = tag, mirror
-            entries = [
-                f"patterns.{i}" for i, one in enumerate(rules.patterns) if (one.apply(tag), one.apply(mirror)) != both
-            ]
             raise UserError(
-                f"{key}: {path}: {', '.join(entries)}: {tag!r} becomes {mirror!r}, and that {back!r}; write match so "
-                "that it matches both, or name the tag in pairs or symmetric"
+                f"{key}: {path}: {tag!r} becomes {mirror!r}, and that {back!r}; write patterns that match both, name "
+                "the tag in symmetric, or each tag in one of pairs"
             )
         other = vocabulary.columns.get((category, mirror))
         if other is None:

@@ -56,12 +56,13 @@ def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
 
     where: names the record, for messages.
     """
-    found = record.get("id")
+    found, rating = record.get("id"), record.get("rating")
+    rating = str(rating) if type(rating) is int and 0 <= rating <= 3 else rating
     is_id = isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**63
     return Sidecar(
         _tags_of_record(where, record),
-        _text_of_record(where, {**record, "rating": _spell_rating(record.get("rating"))}, "rating"),
-        _text_of_record(where, record, "caption"),
+        _text_of_record(where, "rating", rating),
+        _text_of_record(where, "caption", record.get("caption")),
         found if is_id else None,
     )
 
@@ -71,14 +72,8 @@ def unique_tags(tags: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))
 
 
-def _spell_rating(rating: Any) -> Any:
-    """Return a rating that is a number, 0 to 3, as text; any other as it is."""
-    return str(rating) if type(rating) is int and 0 <= rating <= 3 else rating
-
-
-def _text_of_record(where: str, record: dict[str, Any], key: str) -> str | None:
-    """Return a text of a record, None where it is absent, null or blank."""
-    value = record.get(key)
+def _text_of_record(where: str, key: str, value: Any) -> str | None:
+    """Return a text of a record, None where it is null or blank."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"data.root: {key!r} in {where} is {value!r}; write a text, or leave it out")
     return (value or "").strip() or None
@@ -90,26 +85,20 @@ def _tags_of_record(where: str, record: dict[str, Any]) -> tuple[str, ...] | Non
     Categories: `tag_string_artist` and so on, lists such as `tags_artist`, or `tags` as an object of them.
     """
     whole = next((record[key] for key in ("tags", "tag_string") if record.get(key) is not None), None)
-    groups = whole if isinstance(whole, dict) else _groups_of_record(record)
-    words = {name: _words(where, value, spaced=not isinstance(whole, dict)) for name, value in groups.items()}
+    words: dict[str, list[str]] = {}
+    for key, value in record.items():
+        form, _, category = key.rpartition("_")
+        if value is not None and (form == "tag_string" or (form == "tags" and category in CATEGORIES)):
+            words.setdefault(category, _words(where, value, spaced=True))
     if whole is None and not words:
         return None
+    if isinstance(whole, dict):
+        words, whole = {name: _words(where, value, spaced=False) for name, value in whole.items()}, None
     written = {word: f"{name}:{word}" for name in STATED for word in words.get(name, ())}
-    if whole is None or isinstance(whole, dict):
-        every = [word for group in words.values() for word in group]
-    else:
+    every = [word for group in words.values() for word in group]
+    if whole is not None:
         every = _words(where, whole, spaced=record.get("tags") is None)
     return unique_tags(written.get(word, word) for word in every)
-
-
-def _groups_of_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a record's keys state of each category."""
-    groups = {f"tag_string_{name}": name for name in CATEGORIES} | {f"tags_{name}": name for name in CATEGORIES}
-    found = {}
-    for key, value in record.items():
-        if value is not None and (key in groups or key.startswith("tag_string_")):
-            found.setdefault(groups.get(key, key), value)
-    return found
 
 
 def _words(where: str, value: Any, spaced: bool) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from data.config import TagRulesConfig
 from data.tags.names import Tag, parse_tag
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
@@ -37,18 +38,18 @@ class TagRules:
         return tag if meant is None else Tag(tag.category if meant.category is None else meant.category, meant.name)
 
 
-def read_rules(rating_s: str | None, aliases: str | None, implications: str | None, key: str) -> TagRules:
+def read_rules(config: TagRulesConfig, key: str) -> TagRules:
     """Read the two CSV files of aliases (name, tag that is meant) and implications (tag, tag that follows).
 
     Raises UserError (`<key>aliases`, `<key>implications`) naming the file and the line that is wrong.
     """
-    meant: dict[str, Tag] = {}
+    rating_s, aliases, meant = config.rating_s, config.aliases, {}
     for line, (name, target) in _read_pairs(aliases, f"{key}aliases").items():
         if meant.setdefault(name.name, target).name != target.name:
             raise UserError(f"{key}aliases: {aliases}, line {line}: {name.name!r} is an alias of two tags; keep one")
     final = TagRules(rating_s, {name: _follow(name, meant, f"{key}aliases") for name in meant}, {}, key)
     direct: dict[str, list[Tag]] = {}
-    for tag, implied in _read_pairs(implications, f"{key}implications").values():
+    for tag, implied in _read_pairs(config.implications, f"{key}implications").values():
         direct.setdefault(final.resolve(tag).name, []).append(final.resolve(implied))
     return TagRules(rating_s, final.aliases, {name: _closure(name, direct) for name in direct}, key)
 

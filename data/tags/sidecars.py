@@ -30,7 +30,9 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidec
         if suffix in found:
             text = parse_text(read_text(found[suffix]), one_per_line=found[suffix].name == f"{name}.txt")
             sidecar = text._replace(caption=sidecar.caption or text.caption)
-    return sidecar.updated(_read_record(found[".json"]) if ".json" in found else None)
+    if (file := found.get(".json")) is None:
+        return sidecar
+    return sidecar.updated(parse_record(f"the sidecar {str(file)!r}", read_objects(file, lines=False)[0]))
 
 
 def _check_sidecar(root: Path, file: Path, image: Path) -> None:
@@ -89,8 +91,3 @@ def read_objects(file: Path, lines: bool) -> list[dict[str, Any]]:
                 "tags, rating or caption is allowed"
             )
     return found
-
-
-def _read_record(file: Path) -> Sidecar:
-    """Read a JSON sidecar, which must be one object."""
-    return parse_record(f"the sidecar {str(file)!r}", read_objects(file, lines=False)[0])

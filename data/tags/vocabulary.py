@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ from data.tags.index import map_tags
 from data.tags.names import Tag, parse_tag
 from data.tags.rules import TagRules, read_rules
 from utils.errors import UserError
-from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, read_vocabulary
+from utils.vocabulary import (
+    CATEGORIES,
+    CHARACTER,
+    GENERAL,
+    RATING,
+    RATINGS,
+    Vocabulary,
+    category_name,
+    read_vocabulary,
+)
 
 _MAX_LENGTH = 255  # of a name; longer ones are sentences
 _TOO_LONG = f"longer than {_MAX_LENGTH} characters"
@@ -26,10 +36,10 @@ def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) 
     key: what the configuration keys begin with. Raises UserError (`<key>...`) where a file cannot be read, ratings are
     ambiguous, or no tag is left.
     """
-    rules = read_rules(wanted.rating_s, wanted.aliases, wanted.implications, key)
+    rules = read_rules(wanted, key)
     found = count_tags(collection, rules)
     chosen, dropped = choose_tags(found, wanted, key)
-    if len(chosen) == len(RATINGS):
+    if not set(chosen.categories) - {RATING}:
         most = [f"{name!r} on {count:,}" for name, count in zip(found.names, found.counts)][len(RATINGS) :][:_SHOWN]
         raise UserError(
             f"{key}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
@@ -38,12 +48,11 @@ def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) 
         )
     base = None if wanted.append_to is None else read_vocabulary(Path(wanted.append_to), f"{key}append_to")
     made = chosen if base is None else append_tags(base, chosen)
-    kinds = {number: name for name, number in CATEGORIES.items()}
-    counts = Counter(kinds.get(number, f"of category {number}") for number in made.categories)
-    taken = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    taken = ", ".join(f"{count:,} {name}" for name, count in Counter(map(category_name, made.categories)).items())
+    unrated = "" if RATING in made.categories else "; no ratings, because no training image has one"
     new = "" if base is None else f", {len(made) - len(base):,} of them new"
     lost = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "nothing"
-    return made, f"{len(made):,} tags ({taken}){new}; dropped: {lost}"
+    return made, f"{len(made):,} tags ({taken}){new}{unrated}; dropped: {lost}"
 
 
 def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
@@ -69,17 +78,19 @@ def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
 def choose_tags(found: Vocabulary, wanted: VocabularyConfig, key: str) -> tuple[Vocabulary, Counter[str]]:
     """Return the ratings and the chosen tags in the order of published taggers, and how many were dropped, by reason.
 
-    The order: ratings, general, characters, the other categories; in each by descending count, then by name. A tag of
-    `keep` is taken in any case. A tag of a list without a category is that of its name in any category.
+    The order: ratings, general, characters, the other categories; in each by descending count, then by name. Where no
+    image has a rating, none is taken. A tag of `keep` is taken in any case. A tag of a list without a category is that
+    of its name in any category.
     """
     categories = [RATING, *(CATEGORIES[name] for name in wanted.categories)]
     ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
+    is_rated = any(found.counts[row] for row in found.of_category(RATING))
     dropped: Counter[str] = Counter()
     chosen = []
     for row, (tag, count) in enumerate(zip(map(Tag, found.categories, found.names), found.counts)):
         listed = {tag, Tag(None, tag.name)}
         if tag.category == RATING:
-            chosen.append((0, 0, row, "", tag, count))
+            chosen += [(0, 0, row, "", tag, count)] if is_rated else []
             continue
         reasons = {
             _TOO_LONG: len(tag.name) > _MAX_LENGTH,
@@ -129,4 +140,4 @@ def _read_names(path: str | None, key: str) -> frozenset[Tag]:
 def _build(tags: Sequence[Tag], counts: Sequence[int], start: int = 0) -> Vocabulary:
     """Build a vocabulary; the number of a tag that is no rating is its row, counted from `start`."""
     ids = [RATINGS[tag.name] if tag.category == RATING else start + row for row, tag in enumerate(tags)]
-    return Vocabulary(tuple(tag.name for tag in tags), tuple(tag.category for tag in tags), tuple(counts), tuple(ids))
+    return replace(Vocabulary.of(tags), counts=tuple(counts), tag_ids=tuple(ids))

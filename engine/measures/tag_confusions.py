@@ -1,6 +1,5 @@
 """Which tag a tagger gives in place of which: of eye colours, sizes, ratings."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,9 +7,9 @@ import torch
 from torch import Tensor
 
 from utils.ranks import distributed
+from utils.thresholds import DEFAULT_LOGIT
 from utils.vocabulary import Vocabulary
 
-_LOGIT = math.log(0.35 / 0.65)  # the threshold of most tools
 _MOST_TAGS = 2048  # a square of counts of them is 17 MB; of 100,000 tags it would be 40 GB
 _PAIRS = 100  # rows of the table
 
@@ -34,7 +33,7 @@ class TagConfusions:
             # A last row and column count all images that miss a tag, and all that are given one wrongly.
             self._counts = torch.zeros((len(self._order) + 1,) * 2, dtype=torch.int32, device=logits.device)
         logits, targets = (tensor.index_select(1, self._tags) for tensor in (logits, targets))
-        given, used = logits >= _LOGIT, valid[:, None]
+        given, used = logits >= DEFAULT_LOGIT, valid[:, None]
         mistakes = (targets == 1) & ~given, (targets == 0) & given
         missed, wrong = (torch.cat([pairs & used, used], dim=1).float() for pairs in mistakes)
         with torch.autocast(logits.device.type, enabled=False):  # sums of ones are exact in float32 alone

@@ -14,10 +14,11 @@ import torch
 
 from engine.measures.tags import EDGES, TagCounts, edge_below
 from utils.errors import UserError
+from utils.thresholds import DEFAULT_LOGIT
 from utils.vocabulary import Vocabulary, category_name
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as thresholds
-_FIXED = int(edge_below(math.log(0.35 / 0.65)))  # the threshold of most tools
+_FIXED = int(edge_below(DEFAULT_LOGIT))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images of each
 _HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least number of positives of a tag there
 

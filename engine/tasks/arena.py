@@ -6,15 +6,16 @@ Every model prepares images as its file states. Only images that no model was tr
 """
 
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.batch import multi_hot
-from data.config import DataConfig
+from data.config import DataConfig, TagRulesConfig
 from data.image_data import ImageData, load_collection
 from data.source import ImageFiles
 from data.tags.index import describe_report, index_tags
@@ -32,7 +33,6 @@ from engine.tasks.tagging import CACHE, TagFields
 from models.predictor import Predictor
 from utils.canvas import background_of
 from utils.config.bounds import Count
-from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
@@ -46,13 +46,10 @@ _SLACK = 1e-3  # of probabilities beyond 0 and 1, as fp16 rounds them
 _SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
 
 
-class ArenaConfig(Strict):
-    """min_support: the images that a tag needs to be compared. rating_s, aliases, implications: as in prepare.py."""
+class ArenaConfig(TagRulesConfig):
+    """min_support: the images that a tag needs to be compared."""
 
     min_support: Count
-    rating_s: Literal["sensitive", "general"] | None
-    aliases: PathText | None
-    implications: PathText | None
 
 
 class Entrant(NamedTuple):
@@ -76,8 +73,7 @@ class Arena:
         self._models = [open_model(name, runtime.device) for name in models]
         self._shared = share_tags(self._models)
         self._collection = load_collection(data)
-        rules = read_rules(config.rating_s, config.aliases, config.implications, "arena.")
-        self._index = index_tags(self._collection, self._shared, rules, CACHE)
+        self._index = index_tags(self._collection, self._shared, read_rules(config, "arena."), CACHE)
         log.info("the models share %s tags; %s", f"{len(self._shared):,}", describe_report(self._index.report))
 
     def measure(self) -> Report:
@@ -134,7 +130,7 @@ class Arena:
                 f"{int(support.max())} of the images; set a lower one, or give more images"
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
-        return TagScores(chosen, _vocabulary([key for key, keep in zip(self._shared.columns, kept.tolist()) if keep]))
+        return TagScores(chosen, Vocabulary.of(compress(self._shared.columns, kept.tolist())))
 
 
 def _check_probs(model: Entrant, found: np.ndarray) -> Tensor:
@@ -175,10 +171,4 @@ def share_tags(models: Sequence[Entrant]) -> Vocabulary:
             f"models: no tag beside ratings has the same category and name in all of them: {sizes}; tags on no "
             "training image (count 0) are left out"
         )
-    return _vocabulary(keys)
-
-
-def _vocabulary(keys: Sequence[tuple[int, str]]) -> Vocabulary:
-    """Return tags without counts and numbers."""
-    nothing = (0,) * len(keys)
-    return Vocabulary(tuple(name for _, name in keys), tuple(category for category, _ in keys), nothing, nothing)
+    return Vocabulary.of(keys)

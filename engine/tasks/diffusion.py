@@ -10,23 +10,28 @@ Noise, timesteps and the latents' own randomness are drawn on the device from ea
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/ cites the equations.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.collection import Collection
+from engine.config import TrainingConfig
 from engine.measures.means import measure_means
 from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
+from models.sdxl.base import base_files, encode_images, open_networks
 from models.sdxl.conditioning import time_ids, unet_inputs
 from models.sdxl.config import SDXLConfig
 from models.sdxl.lora import LoRA
-from models.sdxl.networks import ENCODERS, SDXLNetworks, open_networks
+from models.sdxl.names import PARTS
+from models.sdxl.networks import SDXLNetworks
 from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
 from models.sdxl.text import encode_text, zero_dropped
@@ -38,6 +43,7 @@ from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.weights import InitFrom
 
+ENCODERS = ("text_encoder", "text_encoder_2")
 _LATENT_DRAW = 3  # of utils/rng.py; models/sdxl/noise.py has the others
 _BINS = 5  # of timesteps, whose losses are logged
 
@@ -50,42 +56,46 @@ class DiffusionTask(Task):
         config = setup.task
         self._config, self._model, self._metadata = config, setup.model, setup.metadata()
         self._table = build_noise_table(config.noise.zero_terminal_snr)
-        texts = ENCODERS if config.train_text_encoders else ()
-        trained = ("unet", *texts) if config.lora is None else ("adapter",)
-        self._passed = ("unet", *ENCODERS) if config.lora is not None else ()  # frozen, and gradients pass through
-        frozen = ("vae", *(name for name in ("unet", *ENCODERS) if name not in trained))
-        if config.text_cache is not None:
-            frozen = tuple(name for name in frozen if name not in ENCODERS)
-        self.roles = Roles(trained, {name: "device" for name in trained}, frozen)
+        keeps_encoders = config.text_cache is None
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
         if config.lora is None:
-            self._take(open_networks(setup.model, trained, shapes_only=True))
+            trained = ("unet", *ENCODERS) if config.train_text_encoders else ("unet",)
+            self._take(trained, open_networks(setup.model, trained))
+            passed = ()
         else:
+            trained, passed = ("adapter",), ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
             with torch.device("meta"):
-                shapes = open_networks(setup.model, ("unet", *ENCODERS), shapes_only=True).modules()
-            self.adapter = LoRA(shapes, config.lora, "task.lora")
+                shapes = open_networks(setup.model, ("unet", *ENCODERS))
+            self.adapter = LoRA({name: getattr(shapes, name) for name in ("unet", *ENCODERS)}, config.lora, "task.lora")
+        needed = PARTS if keeps_encoders else ("unet", "vae")
+        frozen = tuple(name for name in needed if name not in trained)
+        self.roles = Roles(trained, dict.fromkeys(trained, "device"), frozen, passed)
 
-    def _take(self, networks: SDXLNetworks) -> None:
-        for name, network in networks.modules().items():
-            setattr(self, name, network)
+    def _take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
+        for name in names:
+            setattr(self, name, getattr(networks, name))
 
     def load_frozen(self) -> None:
-        """Load the networks that are not trained, and encode the prompts where no text encoder stays."""
-        names = [name for name in self.roles.frozen if name != "adapter"]
-        networks = open_networks(self._model, names)
-        self.latent_scale = networks.latent_scale
-        self._take(networks)
-        if self._config.lora is not None:
-            self.adapter.attach({name: getattr(self, name) for name in ("unet", *ENCODERS)})
+        """Load the networks that are not trained; encode the prompts where no text encoder stays."""
+        config = self._config
+        names = self.roles.frozen if config.text_cache is None else PARTS
+        networks = open_networks(self._model, names, frozen=True)
+        self.latent_scale = networks.source["vae_scaling_factor"]
+        self._take(self.roles.frozen, networks)
+        if config.text_cache is not None:
+            self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
+        if config.lora is not None:
+            self.adapter.attach({name: getattr(self, name) for name in self.roles.passed})
+
+    def frozen_files(self) -> Mapping[str, Sequence[Path]]:
+        """Return the files of the base model."""
+        files = base_files(self._model)
+        return dict.fromkeys(self.roles.frozen, files) if files else {}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the trained networks from the base model (`model.path`), or those of a run or file in `init_from`."""
+        """Keep the base model's networks (`model.path`)."""
         if source is not None:
             raise UserError("init_from: SDXL's networks are those of model.path; set init_from=null")
-        if self._config.lora is None:
-            loaded = open_networks(self._model, self.roles.trained).modules()
-            for name, network in loaded.items():
-                self.get_submodule(name).load_state_dict(network.state_dict())
 
     def exported(self) -> Exported:
         """Return the trained networks."""
@@ -171,21 +181,27 @@ class DiffusionTask(Task):
 
     def sample(self) -> np.ndarray:
         """Return the pictures of `task.samples`, uint8 [N, H, W, 3]; on all ranks the same."""
-        config = self._config.samples
-        ids = tokenize(["", *config.prompts], self._config.captions.chunks).to(self.vae.device)
-        prompts, pooled = (tensor.to(self.unet.dtype) for tensor in self._encoders()(ids))
-        empty, empty_pooled = prompts[:1], pooled[:1]
-        if self._config.captions.dropout_to == "zeros":
-            empty, empty_pooled = torch.zeros_like(empty), torch.zeros_like(empty_pooled)
-        noise, (height, width) = self._config.noise, config.image_size_hw
+        config, noise = self._config.samples, self._config.noise
+        if self._config.text_cache is None:
+            self._prompts = encode_prompts(self.text_encoder, self.text_encoder_2, self._config)
+        prompts = Prompts(*(tensor.to(self.vae.device, self.unet.dtype) for tensor in self._prompts))
+        height, width = config.image_size_hw
         settings = SamplingSettings(
             (height, width), config.steps, config.guidance, config.guidance_rescale,
             [config.seed + number for number in range(len(config.prompts))],
         )  # fmt: skip
         scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
-        return sample_pictures(
-            self.unet, self.vae, Prompts(prompts[1:], pooled[1:], empty, empty_pooled), scheduler, settings
-        )
+        return sample_pictures(self.unet, self.vae, prompts, scheduler, settings)
+
+
+@torch.no_grad()
+def encode_prompts(first: nn.Module, second: nn.Module, config: DiffusionTaskConfig) -> Prompts:
+    """Return the prompts of `task.samples`, and the empty one as training has it."""
+    ids = tokenize(["", *config.samples.prompts], config.caption_chunks).to(first.device)
+    embeds, pooled = encode_text(first, second, ids)
+    if config.captions.dropout_to == "zeros":
+        embeds[0], pooled[0] = 0.0, 0.0
+    return Prompts(embeds[1:], pooled[1:], embeds[:1], pooled[:1])
 
 
 class DiffusionKind(Kind[DiffusionTaskConfig]):

@@ -82,9 +82,9 @@ class SamplesConfig(Strict):
 class DiffusionTaskConfig(TaskConfig):
     """SDXL on captioned images.
 
+    caption_chunks: of 75 words each, which captions have at most. tag_weights: null weighs all images alike.
     lora: null trains the whole U-Net. train_text_encoders: the whole encoders, beside the whole U-Net.
     latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
-    tag_weights: null weighs all images alike.
     """
 
     name: Literal["diffusion"]
@@ -93,6 +93,7 @@ class DiffusionTaskConfig(TaskConfig):
     timesteps: TimestepsConfig
     buckets: BucketsConfig
     captions: CaptionConfig
+    caption_chunks: Annotated[int, Field(ge=1, le=8)]
     tag_weights: TagWeightsConfig | None
     lora: LoRAConfig | None
     train_text_encoders: bool
@@ -115,8 +116,7 @@ class DiffusionTaskConfig(TaskConfig):
             )
         if self.text_cache is not None and self.trains_text:
             raise ValueError(
-                "task.text_cache: holds what frozen text encoders make of the captions, and they are trained; set it to "
-                "null"
+                "task.text_cache: holds the texts of frozen encoders, and the encoders are trained; set it to null"
             )
         if self.text_cache is not None and self.captions.varies_tags and self.text_variants == 1:
             raise ValueError(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.collection import Collection
+from data.config import TagRulesConfig
 from data.image_data import ImageData
 from data.loader import Fields
 from data.rows import training_rows
@@ -57,12 +58,12 @@ _KEY = "task.teacher"
 _BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0, alpha=None, margin=0.0, scheduled=[])
 
 
-class DistillationTaskConfig(MixingConfig):
+class DistillationTaskConfig(MixingConfig, TagRulesConfig):
     """What a student learns.
 
     teacher: a run or weight file of a tagger or classifier of ours, or the name of a network of timm that has weights.
     label_share: of the labels' loss beside that of the logits; 0: images need no labels, and none is read in training.
-    rating_s, aliases, implications, orientation: of tags as labels, as in task=tagging.
+    Rules and orientation are of tags as labels, as in task=tagging.
     """
 
     name: Literal["distillation"]
@@ -71,9 +72,6 @@ class DistillationTaskConfig(MixingConfig):
     temperature: Positive
     label_share: BelowOne
     feature_weight: Positive
-    rating_s: Literal["sensitive", "general"] | None
-    aliases: PathText | None
-    implications: PathText | None
     orientation: PathText | None
 
     @property
@@ -195,26 +193,20 @@ class Student(Task):
         return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, {}).loss}))
 
 
-def match_tags(logits: Tensor, taught: Tensor) -> Tensor:
-    """Return the cross-entropy of each sample [B], summed over tags."""
-    return bce(logits, taught.sigmoid()).sum(dim=1)
-
-
-def match_classes(logits: Tensor, taught: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence of each sample [B]."""
-    return F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
-
-
 class TagStudent(Student, TaggingTask):
     """A tagger of the teacher's vocabulary."""
 
-    match = staticmethod(match_tags)
+    def match(self, logits: Tensor, taught: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample [B], summed over tags."""
+        return bce(logits, taught.sigmoid()).sum(dim=1)
 
 
 class ClassStudent(Student, ClassificationTask):
     """A classifier of the teacher's classes."""
 
-    match = staticmethod(match_classes)
+    def match(self, logits: Tensor, taught: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence of each sample [B]."""
+        return F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
 
 
 class _Headless(Task):

@@ -241,7 +241,7 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
     pipeline = FCMAEPipeline()
     scripts = ("pretrain_fcmae",)
     output = "features"
-    next_commands = ("python finetune.py init_from={run}", *Kind.next_commands)
+    next_commands = ("python finetune.py init_from={run} {data}", *Kind.next_commands)
     exports = IMAGE_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:

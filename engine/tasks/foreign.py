@@ -188,7 +188,7 @@ def _open_file(source: ForeignSource) -> _File:
     tensors, metadata = read_weights(path, "weights", check, source.which)
     network = build_network(source.model, num_classes=found["classes"])
     fit = convert(network, tensors, path, "weights").load_into(network, keep_head=True, key="weights")
-    log.info("weights: %s, layout %s; dropped: %s", path, found["layout"], ", ".join(fit.dropped) or "none")
+    log.info("weights: %s, layout %s; dropped: %s", path, found["layout"], fit.describe_dropped())
     names = _stated_names(path, metadata, found["classes"])
     origin = find_origin(path, found["layout"], metadata)
     return _File(network, origin, names or _numbers(found["classes"]), numbered=not names)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from engine.measures.probe import Features, fit_ridges, standardise
 from engine.runtime import Runtime
+from models.image_model import find_head
 from models.normalise import Normalise
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -32,17 +33,6 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores of the regression are between 0 and 1
-
-
-def find_head(network: nn.Module, key: str = "task.head", advice: str = "set task.head=drawn") -> nn.Linear:
-    """Return the layer that outputs logits. Raises UserError (`key`, with advice) where it is not a linear layer."""
-    head = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
-    if not isinstance(head, nn.Linear) or head.bias is None:
-        raise UserError(
-            f"{key}: a network that ends in one linear layer with a bias is needed, and {type(network).__name__} ends "
-            f"in {type(head).__name__}; {advice}"
-        )
-    return head
 
 
 @torch.no_grad()

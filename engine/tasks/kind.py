@@ -25,7 +25,6 @@ from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.task import Report, Task
 from models.config import ModelConfig
-from models.export.tag_files import Thresholds
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
@@ -124,9 +123,9 @@ class Kind(Generic[Config]):
 
     config: the schema of its `task` group; model_schema: of its `model` group. scripts: the root scripts that train it.
     output: what its network makes of one image, a name in models/outputs.py; None where it makes nothing of an image
-    alone. next_commands: what can be typed after a run. fact_names: the facts that its task reads. foreign: the config
-    as which weights that are not ours are measured; None where they cannot be. exports: the formats that export.py
-    writes, by name.
+    alone. next_commands: what can be typed after a run, with {run} for its folder and {data} for its collection.
+    fact_names: the facts that its task reads. foreign: the config as which weights that are not ours are measured; None
+    where they cannot be. exports: the formats that export.py writes, by name.
     """
 
     config: ClassVar[type[TaskConfig]]
@@ -229,7 +228,7 @@ class ExportSettings:
     tolerance: float | None
     calibration_images: int
     open_data: Callable[[Rebuilt], ImageData]
-    thresholds: Thresholds | None = None
+    thresholds: ThresholdTable | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from engine.tasks.image_exports import IMAGE_EXPORTS, TOLERANCES, write_folder
 from engine.tasks.kind import Export, ExportSettings, Opened
 from utils.errors import UserError
+from utils.thresholds import PER_TAG
 from utils.vocabulary import vocabulary_of
 
 _FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
@@ -29,7 +30,7 @@ def write_tagger(form: str, opened: Opened, folder: Path, settings: ExportSettin
     kept, rows = tag_files.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
     made = make_form(form, preprocessing)
     graph = make_graph(opened.model, made, rows, preprocessing["image_size_hw"])
-    stated = {} if thresholds is None else {"thresholds": thresholds.of_rows(kept)}
+    stated = {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
     metadata = {**opened.metadata, **kept.facts(), **stated, "form": made.model_dump(), "vocabulary": vocabulary.hash}
     path = folder / _FILES[form]
     written = OnnxSettings(precision, tolerance=settings.tolerance or TOLERANCES[precision])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from engine.tasks.head import find_head
+from models.image_model import find_head
 from models.weights.fit import is_meta, optional_prefixes
 from models.weights.initialise import convert
 from utils.errors import UserError

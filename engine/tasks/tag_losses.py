@@ -4,8 +4,9 @@ They are summed over tags, not averaged, so a loss of 20 means 20 nats an image,
 soft, anywhere from 0 to 1.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -33,7 +34,7 @@ class TagLossConfig(Strict):
 
     @model_validator(mode="after")
     def _reads_what_is_scheduled(self) -> Self:
-        read = LOSSES[self.name].parameters
+        read = parameters_of(self.name)
         for name in self.scheduled:
             if name not in read:
                 raise ValueError(
@@ -88,33 +89,26 @@ def _focus(wrong: Tensor, gamma: Tensor) -> Tensor:
     return wrong.clamp(min=_EPS) ** gamma
 
 
-class _Loss(NamedTuple):
-    """A formula, and the parameters that it reads."""
-
-    formula: Callable[..., Tensor]
-    parameters: tuple[str, ...] = ()
+LOSSES: dict[str, Callable[..., Tensor]] = {"bce": bce, "asl": asymmetric, "focal": focal, "hill": hill}
 
 
-LOSSES = {
-    "bce": _Loss(bce),
-    "asl": _Loss(asymmetric, ("gamma_pos", "gamma_neg", "clip")),
-    "focal": _Loss(focal, ("gamma_pos", "alpha")),
-    "hill": _Loss(hill, ("gamma_pos", "margin")),
-}
+def parameters_of(name: str) -> list[str]:
+    """Return the parameters that a loss reads: what its formula takes beside logits and targets."""
+    return list(inspect.signature(LOSSES[name]).parameters)[2:]
 
 
 class TagLoss:
     """The configured loss."""
 
     def __init__(self, config: TagLossConfig) -> None:
-        self._loss = LOSSES[config.name]
-        self.scheduled = frozenset(config.scheduled)
-        self._fixed = {name: getattr(config, name) for name in self._loss.parameters if name not in self.scheduled}
+        self._formula, self.scheduled = LOSSES[config.name], frozenset(config.scheduled)
+        read = parameters_of(config.name)
+        self._fixed = {name: getattr(config, name) for name in read if name not in self.scheduled}
 
     def __call__(self, logits: Tensor, targets: Tensor, knobs: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of each pair, float32 [B, T]; knobs: the scheduled parameters."""
         given = {name: knobs[name] for name in self.scheduled}
-        return self._loss.formula(logits.float(), targets, **self._fixed, **given)
+        return self._formula(logits.float(), targets, **self._fixed, **given)
 
 
 def frequency_weights(counts: Tensor, power: float) -> Tensor:

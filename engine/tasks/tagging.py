@@ -1,8 +1,7 @@
 """Tagging: any number of tags for an image, each with its own probability."""
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from data.batch import Ragged, Sample, multi_hot
 from data.collection import Collection
-from data.config import VocabularyConfig
+from data.config import TagRulesConfig, VocabularyConfig
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import training_rows
@@ -30,7 +29,6 @@ from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, m
 from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
-from engine.tasks.head import find_head
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Calibrated, Kind, Setup, Targets
 from engine.tasks.mixing import MixingConfig
@@ -38,6 +36,7 @@ from engine.tasks.tag_exports import TAG_EXPORTS
 from engine.tasks.tag_head import continue_head, prior_bias
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
 from models.build import build_network, check_image_size
+from models.image_model import find_head
 from models.weights.initialise import initialise_from
 from utils.config.bounds import BelowOne, Count, Fraction
 from utils.config.schema import PathText
@@ -46,30 +45,27 @@ from utils.errors import UserError
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
+from utils.thresholds import DEFAULT_LOGIT, PER_TAG
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
-_SHOWN_LOGIT = math.log(0.35 / 0.65)  # the threshold of the figures in training, in logits
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
 _PICTURE = ("sample_id", "images")
 
 
-class TaggingTaskConfig(MixingConfig):
+class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     """How a tagger is trained.
 
     vocabulary: a selected_tags.csv; null: the general tags and characters on `min_count` training images or more.
-    rating_s, aliases, implications: as in prepare.py. orientation: what a mirror does to tags: booru, glyphs, or the
-    path of a map; null: no image is mirrored. tag_weight_power: 0 for equal weights (tag_losses.frequency_weights).
+    orientation: what a mirror does to tags: booru, glyphs, or the path of a map; null: no image is mirrored.
+    tag_weight_power: 0 for equal weights (tag_losses.frequency_weights).
     """
 
     name: Literal["tagging"]
     vocabulary: PathText | None
     min_count: Count
-    rating_s: Literal["sensitive", "general"] | None
-    aliases: PathText | None
-    implications: PathText | None
     orientation: PathText | None
     loss: TagLossConfig
     label_smoothing: BelowOne
@@ -181,7 +177,7 @@ class TaggingTask(Task):
     def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return precision and recall of all decisions at one threshold."""
         valid = (weight > 0)[:, None] & ~targets.isnan()
-        predicted = (logits > _SHOWN_LOGIT) & valid
+        predicted = (logits > DEFAULT_LOGIT) & valid
         has = (targets > 0.5) & valid
         right = (predicted & has).sum().float()
         return {"precision": (right, predicted.sum().float()), "recall": (right, has.sum().float())}
@@ -197,7 +193,8 @@ class TaggingTask(Task):
         confusions = TagConfusions(self.vocabulary)
         for batch in loaders["val"]:
             logits, targets, valid = self._measure(batch)
-            loss = self._plain_loss(logits, targets)
+            # The cross-entropy, whatever the loss in training, so that runs compare.
+            loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
             confusions.add(logits, targets, valid)
@@ -225,17 +222,14 @@ class TaggingTask(Task):
         table = calibrate(mine, theirs, wanted.precision, wanted.recall)
         group, scaling = theirs.groups["all"], fit_platt(mine.groups["all"])
         curves = {"as trained": measure_reliability(group), "scaled": measure_reliability(group, *scaling)}
-        rows = calibration_rows(mine, theirs)
-        return Calibrated(table, Report(tables={"calibration": rows}, images={"reliability": draw_reliability(curves)}))
+        profiles = [asdict(row) for row in table.rows if row.profile != PER_TAG]
+        tables = {"thresholds": profiles, "calibration": calibration_rows(mine, theirs)}
+        return Calibrated(table, Report(tables=tables, images={"reliability": draw_reliability(curves)}))
 
     def _measure(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
         images, targets = self.views(batch)
         return self.network(images).float(), targets, batch["weight"] > 0
-
-    def _plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample [B], whatever the loss in training, so that runs compare."""
-        return bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
 
 def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -276,8 +270,7 @@ class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
 
 def index_of(collection: Collection, vocabulary: Vocabulary, config: TaggingTaskConfig) -> TagIndex:
     """Return a collection's tags as outputs of a vocabulary. Raises UserError (`task.rating_s`, `data.root`)."""
-    rules = read_rules(config.rating_s, config.aliases, config.implications, "task.")
-    return index_tags(collection, vocabulary, rules, CACHE)
+    return index_tags(collection, vocabulary, read_rules(config, "task."), CACHE)
 
 
 def read_flips(collection: Collection) -> np.ndarray | None:
@@ -359,7 +352,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
         return read_vocabulary(Path(config.vocabulary), "task.vocabulary")
     wanted = VocabularyConfig(
         output=None, min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
-        aliases=config.aliases, implications=config.implications, rating_s=config.rating_s, append_to=None,
+        append_to=None, **config.model_dump(include=set(TagRulesConfig.model_fields)),
     )  # fmt: skip
     vocabulary, report = make_vocabulary(collection, wanted, "task.")
     log.debug("vocabulary: %s", report)

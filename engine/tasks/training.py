@@ -1,5 +1,7 @@
 """The `main` of every training script: from a checked configuration to a trained run."""
 
+import shlex
+
 from engine.config import TrainingConfig
 from engine.run import build_task, run_path, run_training, start_ranks
 from engine.tasks.kind import find_kind
@@ -24,7 +26,9 @@ def train(config: TrainingConfig, job: Job) -> str:
 
     # ----------------------------------------------------------------------------------------------- 4. The training
     # A new run loads init_from, then prepares what depends on the data, such as a fitted head.
+    words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
+    next_commands = [line.format(run=run_path(config, job), data=words) for line in kind.next_commands]
     return run_training(
         task, streams, config, job, runtime, prepare=lambda: kind.prepare(task, data, setup, config, runtime),
-        next_commands=kind.next_commands,
+        next_commands=next_commands,
     )  # fmt: skip

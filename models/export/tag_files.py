@@ -13,47 +13,38 @@ pythongosssss/ComfyUI-WD14-Tagger:wd14tagger.py everything from the first charac
 categories are left out, and a place that the vocabulary cannot fill gets an output whose probability is always 0.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from models.export.tag_graph import find_head
 from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
 from utils.io.files import write_json
 from utils.record.logging import get_logger
-from utils.thresholds import PER_TAG, ThresholdTable
-from utils.vocabulary import CATEGORIES, CHARACTER, FILE, GENERAL, RATING, RATINGS, Vocabulary, write_vocabulary
+from utils.record.report_files import write_table
+from utils.thresholds import FILE as THRESHOLDS
+from utils.thresholds import OVERALL, PER_TAG, ThresholdTable
+from utils.vocabulary import (
+    CATEGORIES,
+    CHARACTER,
+    FILE,
+    GENERAL,
+    RATING,
+    RATINGS,
+    Vocabulary,
+    category_name,
+    write_vocabulary,
+)
 
 log = get_logger(__name__)
 
 SD_SCRIPTS_SIDE = 448  # pixels that sd-scripts resizes images to, whatever a file takes
-_DEFAULT_THRESHOLD = 0.35  # of the programs, for a category without one
 # Without a general tag or a character, ComfyUI-WD14-Tagger prints the rows of other categories twice.
 _PLACEHOLDERS = {GENERAL: "no_general_tag", CHARACTER: "no_character"}
-_NAMES = {number: name for name, number in CATEGORIES.items()}
-
-
-class Thresholds(NamedTuple):
-    """The least probability at which a tag is written, of categories and of the tags that have their own."""
-
-    categories: Mapping[int, float]
-    tags: Mapping[tuple[int, str], float]
-
-    @classmethod
-    def of_table(cls, table: ThresholdTable) -> Self:
-        """Return the balanced threshold of each category, and each tag's own."""
-        own = {(row.category, row.name): row.threshold for row in table.rows if row.profile == PER_TAG}
-        return cls(table.of_categories("balanced"), own)
-
-    def of_rows(self, vocabulary: Vocabulary) -> list[float]:
-        """Return the threshold of each output."""
-        return [self.tags.get(key, self.categories.get(key[0], _DEFAULT_THRESHOLD)) for key in vocabulary.columns]
 
 
 def check_images(form: str, preprocessing: Mapping[str, Any]) -> None:
@@ -93,7 +84,7 @@ def to_wd_order(vocabulary: Vocabulary) -> tuple[Vocabulary, list[int]]:
 def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]:
     """Return, for the report, how many tags of each category are left out, and the outputs that are always 0."""
     missing = vocabulary.columns.keys() - kept.columns.keys()
-    left_out = dict(Counter(_NAMES.get(category, str(category)) for category, _ in sorted(missing)))
+    left_out = dict(Counter(category_name(category) for category, _ in sorted(missing)))
     constant = [name for _, name in kept.columns.keys() - vocabulary.columns.keys()]
     if left_out:
         log.info("format: tags left out: %s", left_out)
@@ -104,36 +95,32 @@ def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]
     return {"tags": len(kept), "left_out": left_out, "constant": sorted(constant)}
 
 
-def write_tags(folder: Path, vocabulary: Vocabulary, thresholds: Thresholds | None) -> None:
+def write_tags(folder: Path, vocabulary: Vocabulary, thresholds: ThresholdTable | None) -> None:
     """Write selected_tags.csv; with thresholds, they are its column best_threshold."""
-    further = {} if thresholds is None else {"best_threshold": thresholds.of_rows(vocabulary)}
+    further = {} if thresholds is None else {"best_threshold": thresholds.of_tags(vocabulary, PER_TAG)}
     write_vocabulary(folder / FILE, vocabulary, further)
 
 
 def write_head(folder: Path, network: nn.Module) -> None:
     """Write inv.npz, the head from an embedding to logits, for imgutils' convert_wd14_emb_to_prediction."""
-    head = find_head(network)
+    head = network.get_classifier()
     weights, bias = (tensor.detach().float().cpu().numpy() for tensor in (head.weight.T, head.bias))
     np.savez(folder / "inv.npz", weights=weights, bias=bias)
 
 
 def write_imgutils(
-    folder: Path, vocabulary: Vocabulary, thresholds: Thresholds | None, preprocessing: Mapping[str, Any]
+    folder: Path, vocabulary: Vocabulary, thresholds: ThresholdTable | None, preprocessing: Mapping[str, Any]
 ) -> None:
     """Write what imgutils.generic.multilabel_timm_predict reads beside the network."""
     write_tags(folder, vocabulary, thresholds)
-    present = {number: _NAMES.get(number, f"category_{number}") for number in sorted(set(vocabulary.categories))}
-    write_json(folder / "categories.json", [{"category": number, "name": name} for number, name in present.items()])
+    present = [{"category": number, "name": category_name(number)} for number in sorted(set(vocabulary.categories))]
+    write_json(folder / "categories.json", present)
     steps = _transforms(preprocessing)
     write_json(folder / "preprocess.json", {"test": steps, "val": steps})
     if thresholds is not None:
-        with open(folder / "thresholds.csv", "w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["category", "name", "threshold"])
-            writer.writerows(
-                [number, name, thresholds.categories.get(number, _DEFAULT_THRESHOLD)]
-                for number, name in present.items()
-            )
+        found = thresholds.of_categories("balanced")
+        rows = [{**one, "threshold": found.get(one["category"], found[OVERALL])} for one in present]
+        write_table(folder / THRESHOLDS, rows)
 
 
 def _transforms(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -160,8 +147,8 @@ def _transforms(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
 def write_mapping(folder: Path, vocabulary: Vocabulary) -> None:
     """Write tag_mapping.json; it names no output of a category that sd-scripts refuses."""
     tags = {
-        str(row): {"tag": name, "category": _NAMES[category].title()}
+        str(row): {"tag": name, "category": category_name(category).title()}
         for row, (category, name) in enumerate(vocabulary.columns)
-        if category in _NAMES
+        if category in CATEGORIES.values()
     }
     write_json(folder / "tag_mapping.json", tags)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.export.parity import refuse_difference, vary_weights
-from models.image_model import ImageModel
+from models.image_model import ImageModel, find_head
 from models.normalise import Normalise
 from models.onnx_form import OnnxForm
 from utils.errors import UserError
@@ -57,27 +57,16 @@ class TagGraph(ImageModel):
         return TagGraph(network, self.normalise, self.form).eval()
 
 
-def find_head(network: nn.Module) -> nn.Linear:
-    """Return the layer of the tags. Raises UserError (`format`) where it is not one linear layer."""
-    head = network.get_classifier() if hasattr(network, "forward_head") else None
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"format: a tagger's file gives what the head reads, and {type(network).__name__} does not end in one "
-            "linear layer; set format=onnx or safetensors"
-        )
-    return head
-
-
 @torch.no_grad()
 def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
-    """Return a copy of a network whose output i is output `rows[i]`; -1 makes one whose probability is always 0."""
-    find_head(network)
-    made = copy.deepcopy(network)
-    head, order = made.get_classifier(), torch.tensor(rows)
-    bias = torch.zeros(head.out_features) if head.bias is None else head.bias
-    absent = order < 0
+    """Return a copy of a network whose output i is output `rows[i]`; -1 makes one whose probability is always 0.
+
+    Raises UserError (`format`) where it does not end in one linear layer.
+    """
+    made, order = copy.deepcopy(network), torch.tensor(rows)
+    head, absent = find_head(made, "format", "set format=onnx or safetensors"), order < 0
     head.weight = nn.Parameter(head.weight[order.clamp_min(0)].masked_fill(absent[:, None], 0.0))
-    head.bias = nn.Parameter(bias[order.clamp_min(0)].masked_fill(absent, _NEVER))
+    head.bias = nn.Parameter(head.bias[order.clamp_min(0)].masked_fill(absent, _NEVER))
     head.out_features = len(rows)
     return made
 

@@ -4,7 +4,8 @@ ids = tokenize(["a cat, outdoors"], chunks=3)    # int64 [1, 3, 77] for the firs
 pad_second(ids)                                  # for the second
 
 Differs: the ids are those of open_clip but for its control words `<start_of_text>` and `<end_of_text>`, which are text
-here. The folder `tokenizer_2` of the published SDXL makes "!" a control word, so "!!" has other ids there.
+here, and for U+0345 and characters that Unicode has not assigned. The folder `tokenizer_2` of the published SDXL makes
+"!" a control word, so "!!" has other ids there.
 """
 
 import gzip

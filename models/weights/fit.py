@@ -40,6 +40,11 @@ class Fit(NamedTuple):
     left: list[str]
     dropped: list[str]
 
+    def describe_dropped(self) -> str:
+        """Return the first dropped name, and how many there are beside it."""
+        more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
+        return self.dropped[0] + more if self.dropped else "none"
+
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
     """Copy a state into a freshly built network, as `fit_state` says, which raises before anything is changed.

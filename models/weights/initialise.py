@@ -118,10 +118,11 @@ def _report_adapted(state: Mapping[str, Tensor], fit: Fit) -> None:
 
 
 def _report(origin: Mapping[str, Any], fit: Fit) -> None:
-    """Log what was loaded, and every tensor that was not."""
+    """Log what was loaded, and every tensor that was not; all names of those dropped in the file of the log."""
     log.info("init_from: %s, layout %s: %d tensors loaded", origin["source"], origin["layout"], len(fit.given))
     log.info("init_from: left at their initial values: %s", ", ".join(fit.left) or "none")
-    log.info("init_from: dropped: %s", ", ".join(fit.dropped) or "none")
+    log.info("init_from: dropped: %s", fit.describe_dropped())
+    log.debug("init_from: all that is dropped: %s", ", ".join(fit.dropped))
 
 
 def _check_head(network: nn.Module, left: Sequence[str], path: Path, known: Any, wanted: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.collection import index_collection, open_collection
-from data.config import VocabularyConfig
+from data.config import TagRulesConfig, VocabularyConfig
 from data.table import build_table
 from data.tags.index import describe_report, index_tags, map_tags
 from data.tags.names import Tag, parse_rating, parse_tag
@@ -53,7 +53,12 @@ def rows_of(found):
 def rules_of(root, aliases="", implications="", rating_s=None):
     (root / "aliases.csv").write_text(aliases)
     (root / "implications.csv").write_text(implications)
-    return read_rules(rating_s, str(root / "aliases.csv"), str(root / "implications.csv"), "task.")
+    return read(root, rating_s=rating_s)
+
+
+def read(root, **changes):
+    files = {name: str(root / f"{name}.csv") for name in ("aliases", "implications")}
+    return read_rules(TagRulesConfig(**{"rating_s": None, **files, **changes}), "task.")
 
 
 # Mapping.
@@ -85,8 +90,8 @@ def test_tags_and_ratings_become_outputs():
     assert found.report["such_as"][0] == "gone" and (found.report["rows"], found.report["tagged"]) == (6, 2)
     said = describe_report(found.report)
     assert "(such as 'gone'" in said and "3 a known rating" in said and "ratings that are absent" in said
-    said = describe_report(map_tags(of_rows([["smile"], ["smile"]]), known, NO_RULES).report)
-    assert said.endswith("dropped: nothing") and "none a rating" in said  # not a loss where no image has one
+    unrated = map_tags(of_rows([["smile"], ["smile"]]), vocabulary("smile", ratings=False), NO_RULES)
+    assert describe_report(unrated.report).endswith("dropped: nothing")  # not a loss where the vocabulary has none
 
 
 def test_aliases_and_implications(tmp_path):
@@ -112,10 +117,10 @@ def test_bad_rules_are_refused_by_line(tmp_path, files, message):
     for name in ("aliases", "implications"):
         (tmp_path / f"{name}.csv").write_bytes(files.get(name, "").encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"^task\.(aliases|implications): ") as caught:
-        read_rules(None, str(tmp_path / "aliases.csv"), str(tmp_path / "implications.csv"), "task.")
+        read(tmp_path)
     assert message in str(caught.value)
     with pytest.raises(UserError, match=r"^task\.aliases: nowhere cannot be read"):
-        read_rules(None, "nowhere", None, "task.")
+        read(tmp_path, aliases="nowhere")
 
 
 def test_what_s_means_is_stated():
@@ -218,7 +223,7 @@ def test_implied_tags_count_and_other_categories_come_last(tmp_path):
     rules = rules_of(tmp_path, "kitty,cat", "cat,animal")
     found = count_tags(collection, rules)
     chosen, _ = choose_tags(found, wanted(categories=["artist", "general", "copyright"]), "vocabulary.")
-    assert list(zip(chosen.names, chosen.counts))[4:] == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]
+    assert list(zip(chosen.names, chosen.counts)) == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]  # nor ratings
 
 
 def test_appending_moves_no_row(tmp_path):
@@ -228,7 +233,8 @@ def test_appending_moves_no_row(tmp_path):
     made, report = make_vocabulary(collection, wanted(append_to=str(tmp_path / FILE)), "vocabulary.")
     assert made.names == (*base.names, "new", "newer") and made.counts == (*base.counts, 3, 9)
     assert made.tag_ids == (*base.tag_ids, 7, 8) and "2 of them new" in report
-    assert append_tags(made, made) == made
+    assert append_tags(made, made) == made and "no ratings" not in report
+    assert "no ratings, because" in make_vocabulary(collection, wanted(), "vocabulary.")[1]
 
 
 def test_a_vocabulary_without_a_tag_is_refused(tmp_path):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.tasks.head import find_head, prepare_head
+from engine.tasks.head import prepare_head
 from models.build import build_network
 from models.config import TimmConfig
+from models.image_model import find_head
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
 from tests.in_process import TINY, run

@@ -195,7 +195,7 @@ def stated(**changes):
     [
         ("{broken", "is not a readable ONNX file"),
         ("[" * 100_000, "is not a readable ONNX file"),
-        ("[1]", "has wrong metadata (: "),
+        ("[1]", "has wrong metadata (Input should be a valid dictionary"),
         (stated(class_names=[1]), "has wrong metadata (class_names.0: "),
         (stated(preprocessing={**PREPROCESSING, "image_size_hw": [10**6] * 2}), "(preprocessing.image_size_hw.0: "),
         (stated(preprocessing={**PREPROCESSING, "std": [0.0] * 3}), "(preprocessing.std.0: "),

@@ -203,13 +203,14 @@ def record_log(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [ours, timm_network])
-def test_every_tensor_that_is_dropped_or_left_is_logged(make, tmp_path, monkeypatch):
+def test_what_is_dropped_or_left_is_logged(make, tmp_path, monkeypatch):
     lines = record_log(monkeypatch)
     write_weights(tmp_path / "w.safetensors", randomise(fcmae()).state_dict(), {})
     start(make(), tmp_path / "w.safetensors")
     (dropped,) = (line for line in lines if line.startswith("init_from: dropped: "))
-    found = dropped.removeprefix("init_from: dropped: ").split(", ")
-    assert sorted(found) == sorted(name for name in fcmae().state_dict() if not name.startswith("encoder."))
+    first, _, more = dropped.removeprefix("init_from: dropped: ").partition(" and ")
+    decoder = [name for name in fcmae().state_dict() if not name.startswith("encoder.")]
+    assert first in decoder and more == f"{len(decoder) - 1} more"
     names = ("norm", "head") if make is ours else ("head.norm", "head.fc")
     left = ", ".join(f"{name}.{leaf}" for name in names for leaf in ("weight", "bias"))
     assert f"init_from: left at their initial values: {left}" in lines

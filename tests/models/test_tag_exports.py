@@ -20,12 +20,13 @@ from engine.tasks.kind import ExportSettings, Opened
 from engine.tasks.tag_exports import TAG_EXPORTS
 from models.build import build_network
 from models.export.parity import vary_weights
-from models.export.tag_files import Thresholds, check_images, describe_changes, to_wd_order, write_imgutils
+from models.export.tag_files import check_images, describe_changes, to_wd_order, write_imgutils
 from models.export.tag_graph import make_form, make_graph, to_bgr
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from predict import load_predictor
 from tests.models.test_export_formats import geometry, timm_config
+from tests.support import thresholds_of
 from utils.errors import UserError
 from utils.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 
@@ -55,7 +56,7 @@ def settings(precision="fp32", thresholds=None):
 def wd14(tmp_path_factory):
     """Return a folder with a file of wd14."""
     folder = tmp_path_factory.mktemp("wd14")
-    thresholds = Thresholds({0: 0.5}, {(0, "new"): 0.1})
+    thresholds = thresholds_of({0: 0.5}, {(0, "new"): 0.1})
     report = TAG_EXPORTS["wd14"].write(open_tagger(geometry()), folder, settings(thresholds=thresholds))
     assert report["left_out"] == {"artist": 1} and report["constant"] == ["questionable", "sensitive"]
     return folder

@@ -22,11 +22,11 @@ from engine.tasks.tag_exports import TAG_EXPORTS
 from models.build import build_network
 from models.export import onnx_file
 from models.export.parity import vary_weights
-from models.export.tag_files import Thresholds
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from tests.models.test_export_formats import geometry
-from tests.support import ROOT
+from tests.support import ROOT, thresholds_of
+from utils.thresholds import PER_TAG
 from utils.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary
 
 INTEROP = ROOT / ".venv-interop/bin/python"
@@ -43,7 +43,7 @@ VOCABULARY = Vocabulary(
     tuple(range(len(KEYS))),
 )  # fmt: skip
 ORDER = sorted(range(len(KEYS)), key=lambda row: -COUNTS[row])  # the order of the tags within a category
-THRESHOLDS = Thresholds({GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL, name): 0.6 for name in GENERALS[::2]})
+THRESHOLDS = thresholds_of({GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL, name): 0.6 for name in GENERALS[::2]})
 
 
 def make_tagger():
@@ -272,8 +272,8 @@ def test_imgutils_predicts_from_an_embedding(imgutils):
 
 
 def test_imgutils_takes_each_tags_own_threshold_from_the_general_format(imgutils, wanted):
-    ours = [{name for key in KEYS if probs[key] >= THRESHOLDS.tags.get(key, THRESHOLDS.categories.get(key[0], 0.35))
-             for name in [key[1]]} for probs in wanted]  # fmt: skip
+    least = dict(zip(VOCABULARY.columns, THRESHOLDS.of_tags(VOCABULARY, PER_TAG)))
+    ours = [{name for category, name in KEYS if probs[category, name] >= least[category, name]} for probs in wanted]
     assert_like([set(one["every"][4]) for one in imgutils], ours)
     general = imgutils[0]["every"][1]
     assert general == pytest.approx({name: wanted[0][GENERAL, name] for name in general}, abs=1e-4)

@@ -44,7 +44,6 @@ def test_a_table_is_read_as_it_was_written(path):
 def test_each_tag_has_a_threshold_of_each_profile():
     assert TABLE.of_tags(VOCABULARY, PER_TAG) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert TABLE.of_tags(VOCABULARY, "balanced") == pytest.approx([0.35, 0.3, 0.3, 0.3 - 0.05 / 9])
-    assert TABLE.of_tags(VOCABULARY, "high_recall").dtype == np.float32
 
 
 def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):

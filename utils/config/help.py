@@ -24,15 +24,16 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
     chosen = dict(word.partition("=")[::2] for word in words if "/" not in word)  # not recipes, which set many groups
     chosen = {group: name for group, name in chosen.items() if (_CONF / group / f"{name}.yaml").is_file()}
     groups, keys = read_script(_CONF, script.stem, chosen)
+    choices = "[GROUP=FILE ...] " if groups else ""
     title, _, examples = documentation.partition("\n")
     lines = [
         title,
         "",
-        f"Usage: python {script.relative_to(ROOT)} [GROUP=FILE ...] [KEY=VALUE ...] [FLAG ...]",
+        f"Usage: python {script.relative_to(ROOT)} {choices}[KEY=VALUE ...] [FLAG ...]",
         "",
-        "Groups: each is a folder of conf/, of which one file is read.",
+        *(["Groups: each is a folder of conf/, of which one file is read."] if groups else []),
         *(f"{_line(group, *option)}: {_name_files(group)}" for group, option in groups.items()),
-        "",
+        *([""] if groups else []),
         "Keys with their defaults (null: none; ???: must be given). `--help GROUP=FILE` has those of another file.",
         *(_line(key, *option) for key, option in keys.items()),
         "",
