@@ -12,7 +12,6 @@ Source: kohya-ss/sd-scripts:networks/lora.py and library/train_util.py, huggingf
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,25 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from models.sdxl.lora import LoRA
+from models.sdxl.names import rename
 from utils.io.files import write_atomically
 from utils.io.weights import write_tensors
 
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-_EDGES = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.([\w.]+)")
-_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 
 
 def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
@@ -72,7 +57,9 @@ def kohya_tensors(lora: LoRA, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in lora.layers().items():
         network, _, path = name.partition(".")
-        stem = f"{_PREFIXES[network]}_{original_name(path) if network == 'unet' else path}".replace(".", "_")
+        original = rename("unet", path, to_single=True) if network == "unet" else path
+        assert original is not None, name
+        stem = f"{_PREFIXES[network]}_{original}".replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = _plain(layer.lora_A.weight, dtype)
         tensors[f"{stem}.lora_up.weight"] = _plain(layer.lora_B.weight, dtype)
         tensors[f"{stem}.alpha"] = torch.tensor(lora.config.alpha)
@@ -86,24 +73,6 @@ def diffusers_tensors(lora: LoRA, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors[f"{name}.lora_A.weight"] = _plain(layer.lora_A.weight, dtype)
         tensors[f"{name}.lora_B.weight"] = _plain(layer.scale * layer.lora_B.weight, dtype)
     return tensors
-
-
-def original_name(name: str) -> str:
-    """Return the name that a layer of diffusers' SDXL U-Net has in the original one (generative-models).
-
-    Each stage has two pairs of resnet and attention; the third place of a stage changes the resolution.
-    """
-    if name in _EDGES:
-        return _EDGES[name]
-    match = _BLOCK.fullmatch(name)
-    assert match is not None, name
-    side, stage, part, index, inner = match.groups()
-    inner = _RESNET[inner] if part == "resnets" else "op" if part == "downsamplers" else inner
-    if side == "mid":
-        return f"middle_block.{1 if part == 'attentions' else 2 * int(index)}.{inner}"
-    place = 3 * int(stage) + (2 if part.endswith("samplers") else int(index))
-    slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[part]
-    return f"input_blocks.{place + 1}.{slot}.{inner}" if side == "down" else f"output_blocks.{place}.{slot}.{inner}"
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:

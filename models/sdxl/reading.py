@@ -1,6 +1,7 @@
 """SDXL's tensors from a folder of diffusers or a single file, under the names of published folders."""
 
 import math
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from utils.io.weights import read_weights
 
 State = dict[str, Tensor]
 _MAX_TEXT = 200  # characters of what a file says about itself
+_MAX_CARD = 10_000  # characters of a model card in which its front matter ends
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Tensors by which another kind of checkpoint is known.
 _OTHERS = {
@@ -95,8 +97,17 @@ def _describe_folder(path: Path, key: str) -> Description:
             f"{key}: {path / 'vae'} has scaling_factor {factor!r:.99} and force_upcast {upcast!r:.99}; SDXL's are "
             "0.13025 and true"
         )
-    source = {"layout": "diffusers", "prediction_type": prediction, "zero_terminal_snr": rescaled, "licence": None}
-    return Description(shapes, configs, source)
+    source = {"layout": "diffusers", "prediction_type": prediction, "zero_terminal_snr": rescaled}
+    return Description(shapes, configs, {**source, "licence": _stated_licence(path / "README.md")})
+
+
+def _stated_licence(card: Path) -> str | None:
+    """Return the licence in the front matter of a model card, None where there is none."""
+    if not card.is_file():
+        return None
+    with open(card, encoding="utf-8", errors="replace") as stream:
+        found = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", stream.read(_MAX_CARD))
+    return found and found[1][:_MAX_TEXT]
 
 
 def weight_name(part: str) -> str:

@@ -15,8 +15,18 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl.checkpoint_files import write_diffusers, write_single_file
+from models.sdxl.config import SDXLConfig
 from models.sdxl.names import PARTS, PREFIXES, from_single_file, part_state, to_single_file
-from models.sdxl.networks import build_part, load_networks, text_config, tiny_networks, unet_config, vae_config
+from models.sdxl.networks import (
+    base_files,
+    build_part,
+    load_networks,
+    open_networks,
+    text_config,
+    tiny_networks,
+    unet_config,
+    vae_config,
+)
 from models.sdxl.tokenizer import build_tokenizer
 from utils.errors import UserError
 from utils.io.untrusted.safetensors_header import read_header
@@ -124,11 +134,12 @@ def test_names_round_trip_bit_exactly(networks, part):
 
 
 def test_our_files_are_read_bit_exactly(networks, folder, file):
-    for path, licence in ((folder, None), (file, "openrail++")):
+    (folder / "README.md").write_text("---\ntags: [a]\nlicense: openrail++\n---\n# SDXL\n")
+    for path in (folder, file):
         found = load_networks(path, "model.path")
         for part, state in networks.states().items():
             assert_equal_states(found.states()[part], state)
-        assert found.source["licence"] == licence and found.source["vae_scaling_factor"] == 0.13025
+        assert found.source["licence"] == "openrail++" and found.source["vae_scaling_factor"] == 0.13025
         assert {name: found.source[name] for name in V_ZTSNR} == V_ZTSNR
         ids = torch.randint(999, (1, 77))
         assert torch.equal(found.text_encoder(ids)[0], networks.text_encoder(ids)[0])
@@ -171,6 +182,19 @@ def test_only_some_networks_and_shapes_alone(file):
     assert found.text_encoder is found.text_encoder_2 is None and found.vae.dtype == torch.bfloat16
     with torch.device("meta"):
         assert load_networks(file, "model.path", only=("unet",)).unet.conv_in.weight.is_meta
+
+
+def test_networks_of_a_config(networks, folder):
+    config = {"family": "sdxl", "name": "sdxl", "frozen_dtype": "bfloat16", "in_channels": 3}
+    for path, files in ((None, 0), (str(folder), 4)):
+        model = SDXLConfig(path=path, **config)
+        trained, frozen = open_networks(model, ("unet",)), open_networks(model, ("unet", "vae"), frozen=True)
+        assert torch.equal(trained.unet.conv_in.weight, networks.unet.conv_in.weight)
+        assert frozen.vae.dtype == torch.bfloat16 and not any(one.requires_grad for one in frozen.unet.parameters())
+        assert (
+            all(one.requires_grad for one in trained.unet.parameters()) and trained.vae is frozen.text_encoder is None
+        )
+        assert len(base_files(model)) == files
 
 
 def test_files_of_other_programs_are_read(networks, folder, file, tmp_path):
@@ -232,7 +256,10 @@ FILES = {
     "no first layer": (without(f"{UNET}input_blocks.1"), "down_blocks.0"),
     "a layer more": (lambda tensors: tensors | {f"{UNET}x": torch.zeros(1)}, "x is unexpected"),
     "inpainting": (lambda tensors: tensors | {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}, "conv_in"),
-    "odd widths": (lambda tensors: tensors | {f"{UNET}input_blocks.1.0.in_layers.2.weight": torch.zeros(0)}, "SDXL"),
+    "odd widths": (
+        lambda tensors: tensors | {f"{UNET}input_blocks.1.0.in_layers.2.weight": torch.zeros(2, 16, 3, 3)},
+        "SDXL",
+    ),
 }
 
 

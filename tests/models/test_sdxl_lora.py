@@ -13,7 +13,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl.lora import LoRA, LoRAConfig
-from models.sdxl.lora_files import original_name, write_diffusers, write_kohya
+from models.sdxl.lora_files import write_diffusers, write_kohya
+from models.sdxl.names import rename
 from utils.errors import UserError
 
 ATTENTION = ["unet.*.attn?.to_*"]
@@ -205,4 +206,4 @@ def test_names_of_the_original_unet():
         "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
         "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3",
     }
-    assert {name: original_name(name) for name in literal} == literal
+    assert {name: rename("unet", name, to_single=True) for name in literal} == literal
