@@ -146,7 +146,7 @@ def find_thresholds(config: ExportConfig, opened: Opened) -> ThresholdTable | No
     """Return a tagger's thresholds: those named, or those that evaluate.py has written into the run folder."""
     own = None if config.run_dir is None else Path(config.run_dir) / THRESHOLDS
     path = own if config.thresholds is None else Path(config.thresholds)
-    if opened.metadata["output"] != "tags" or path is None or (config.thresholds is None and not path.exists()):
+    if opened.metadata.get("output") != "tags" or path is None or (config.thresholds is None and not path.exists()):
         return None
     log.info("thresholds: %s", path)
     return read_thresholds(path, vocabulary_of(opened.metadata), "thresholds")

@@ -126,8 +126,10 @@ class DiffusionTask(Task):
         wanted = target(noise_config.prediction_type, latents, noise, level)
         error = (pred - wanted).square().mean(dim=(1, 2, 3))
         loss = self._config.loss
-        return error, timesteps, loss_weight(
-            loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor
+        return (
+            error,
+            timesteps,
+            loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor),
         )
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:

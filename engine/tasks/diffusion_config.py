@@ -12,7 +12,7 @@ from models.sdxl.lora import LoRAConfig
 from models.sdxl.noise import PredictionType
 from models.sdxl.timesteps import TimestepSampling
 from models.sdxl.weighting import Weighting
-from utils.config.bounds import Count, Factor, Fraction, Positive, Seed, Side
+from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive, Seed, Side
 from utils.config.schema import PathText, Strict
 
 
@@ -82,9 +82,10 @@ class SamplesConfig(Strict):
 class DiffusionTaskConfig(TaskConfig):
     """SDXL on captioned images.
 
-    caption_chunks: of 75 words each, which captions have at most. tag_weights: null weighs all images alike.
-    lora: null trains the whole U-Net. train_text_encoders: the whole encoders, beside the whole U-Net.
-    latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
+    chunk: samples of one bucket that follow each other; a micro-batch is a part of it. caption_chunks: of 75 words,
+    which captions have at most. tag_weights: null weighs all images alike. lora: null trains the whole U-Net.
+    train_text_encoders: the whole encoders, beside the whole U-Net. latent_cache, text_cache: folders; null encodes at
+    every step. text_variants: of a caption in the cache.
     """
 
     name: Literal["diffusion"]
@@ -92,6 +93,7 @@ class DiffusionTaskConfig(TaskConfig):
     loss: LossConfig
     timesteps: TimestepsConfig
     buckets: BucketConfig
+    chunk: BatchSize
     captions: CaptionConfig
     caption_chunks: Annotated[int, Field(ge=1, le=8)]
     tag_weights: TagWeightsConfig | None

@@ -1,7 +1,6 @@
 """How captioned images reach task=diffusion: in buckets of shapes, with captions, from files or from caches."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from data.captions import describe_captions
 from data.collection import Collection
 from data.config import DataConfig
 from data.image_data import ImageData, describe_collection, load_collection
-from data.loader import Example, Fields
+from data.loader import Example
 from data.rows import training_rows
 from data.source import ImageFiles
 from data.stream import GroupedSampler
@@ -24,7 +23,6 @@ from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.kind import Setup
-from models.sdxl.config import SDXLConfig
 from models.sdxl.tokenizer import tokenize
 from utils.canvas import DEFAULT
 from utils.contracts import Batch
@@ -93,8 +91,8 @@ class DiffusionPipeline:
         return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
 
     def _bucket(self, collection: Collection, setup: Setup[DiffusionTaskConfig], rows: np.ndarray) -> Buckets:
-        sizes = distributed.rank_zero_call(lambda: image_sizes(collection, rows, SIZES, 10**9))
-        return make_buckets(collection, rows, sizes, setup.task.buckets)
+        sizes = distributed.rank_zero_call(lambda: image_sizes(collection, rows, SIZES).tolist())
+        return make_buckets(collection, rows, np.array(sizes), setup.task.buckets)
 
     def streams(self, data: ImageData, setup: Setup[DiffusionTaskConfig], config: TrainingConfig) -> Streams:
         """Return the data of a run."""

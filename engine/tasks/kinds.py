@@ -6,6 +6,7 @@
 | tagging | finetune.py, train.py | images with tags | tags, rating_known, flip | tags |
 | distillation | finetune.py, train.py | all images, or labelled ones | labels | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
+| diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tag_weight | none |
 """
 
 from functools import reduce
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from engine.tasks.classification import ClassificationKind
+from engine.tasks.diffusion import DiffusionKind
 from engine.tasks.distillation import DistillationKind
 from engine.tasks.fcmae import FCMAEKind
 from engine.tasks.kind import Kind
@@ -25,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "tagging": TaggingKind(),
     "distillation": DistillationKind(),
     "fcmae": FCMAEKind(),
+    "diffusion": DiffusionKind(),
 }
 
 # What weights that are not ours are taken for: they do not say what their head is for.

@@ -48,7 +48,8 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     if model.path is None:
         networks = tiny_networks(0)
         for part in PARTS:
-            setattr(networks, part, getattr(networks, part).to(dtype) if part in only else None)
+            # nn.Module's, because diffusers' own warns of modules that it would keep in float32, and has none here.
+            setattr(networks, part, nn.Module.to(getattr(networks, part), dtype) if part in only else None)
     else:
         networks = load_networks(model.path, "model.path", only=only, dtype=dtype)
     for part in only if frozen else ():
