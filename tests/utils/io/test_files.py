@@ -11,6 +11,7 @@ from utils.io.files import (
     canonical_json,
     hash_once,
     link_or_copy,
+    measure_once,
     read_json,
     sha256_file,
     sha256_text,
@@ -111,3 +112,20 @@ def test_a_file_is_hashed_once_per_version(tmp_path, monkeypatch):
     assert hash_once(path, cache) == sha256_file(path) != first
     cache.write_text("[]")  # damaged
     assert hash_once(path, cache) == sha256_file(path)
+
+
+def test_only_changed_files_are_measured_again(tmp_path):
+    paths = [tmp_path / name for name in "aabc"]  # one of them twice
+    for path in paths:
+        path.write_text(path.name)
+    measured = []
+
+    def measure(path):
+        measured.append(path.name)
+        return path.read_text() * 2 if path.name != "c" else None
+
+    cache = tmp_path / "cache.json"
+    assert measure_once(paths, cache, measure, "measuring") == ["aa", "aa", "bb", None]
+    paths[2].write_text("other")
+    assert measure_once(paths, cache, measure, "measuring") == ["aa", "aa", "otherother", None]
+    assert sorted(measured) == ["a", "b", "b", "c", "c"]
