@@ -147,6 +147,19 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return image.size
 
 
+def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the height and width that `decode_image` gives, from the header; only of a PNG all is decoded.
+
+    Raises UnreadableImage as it does, but for damaged pixels.
+    """
+
+    def size_of(image: Image.Image) -> tuple[int, int]:
+        size_hw = image.height, image.width  # before EXIF is asked for: Pillow's TIFF reader turns on loading
+        return size_hw if _orientation(image) in (None, 1, 2, 3, 4) else size_hw[::-1]
+
+    return _open(read_file(path), os.fspath(path), DEFAULT_MAX_PIXELS, size_of)
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """Return a file's bytes. Raises UnreadableImage where it cannot be opened."""
     try:

@@ -1,0 +1,278 @@
+"""Buckets: the sizes that images of many shapes are trained in, and how an image is fitted into one.
+
+    sizes_hw = image_sizes(collection, rows, cache)
+    buckets = make_buckets(collection, rows, sizes_hw, config)
+    log.info(buckets.describe())
+    fit = fit_into(size_hw, bucket_hw, config.crop, generator, flip=False)
+    pixels = place(image, fit)
+
+Sizes are (height, width) in pixels, of images that EXIF has turned upright.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms import v2
+
+from data.collection import Collection
+from data.decode import UnreadableImage, read_upright_size
+from data.stream import Draw
+from data.table import show_some
+from data.transforms import resize
+from utils import rng
+from utils.config.bounds import Fraction, Pixels, Share, Side
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.io.files import measure_once
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_UNIT_PX = 32  # the VAE shrinks by 8, the U-Net by 4 more
+_FIT_DRAW = 3  # of a sample's key; the loader's are 1 and 2
+
+
+class BucketConfig(Strict):
+    """Which sizes there are, and what becomes of images that fit none well.
+
+    The rule: a square of about `area_px`, and for every side of `min_px` to `max_px` in steps of `step_px` the longest
+    other side that keeps the area within `area_px`. sizes_hw: a list in its place. crop: where an image overhangs its
+    bucket. An image that would be enlarged more than `max_upscale` times is enlarged all the same (small: keep), not
+    trained on (drop), or trained on at its own size, rounded down to `step_px` (native). One that would lose more than
+    `max_crop` of its area is not trained on. flip: the probability of a mirror image.
+    Source: NovelAI/novelai-aspect-ratio-bucketing; kohya-ss/sd-scripts:library/model_util.py.
+    """
+
+    area_px: Pixels
+    step_px: Side
+    min_px: Side
+    max_px: Side
+    sizes_hw: list[Annotated[list[Side], Field(min_length=2, max_length=2)]] | None
+    crop: Literal["centre", "random"]
+    small: Literal["keep", "drop", "native"]
+    max_upscale: Annotated[float, Field(ge=1, le=1000)]
+    max_crop: Share
+    flip: Fraction
+
+    def sizes(self) -> np.ndarray:
+        """Return the sizes, int64 [K, 2]."""
+        if self.sizes_hw is not None:
+            return np.array(self.sizes_hw, dtype=np.int64)
+        return sdxl_sizes(self.area_px, self.step_px, self.min_px, self.max_px)
+
+    @model_validator(mode="after")
+    def _sizes_suit_the_network(self) -> "BucketConfig":
+        stated = {"step_px": self.step_px, "min_px": self.min_px, "max_px": self.max_px}
+        for name, value in stated.items():
+            if value % self.step_px or value % _UNIT_PX:
+                unit = _UNIT_PX if name == "step_px" else math.lcm(_UNIT_PX, self.step_px)
+                raise ValueError(f"buckets.{name}: {value} is not a multiple of {unit}; set it to one")
+        if not self.min_px**2 <= self.area_px <= self.max_px**2:
+            raise ValueError(
+                f"buckets.area_px: {self.area_px} is not between min_px x min_px and max_px x max_px, {self.min_px**2} "
+                f"and {self.max_px**2}; change one of them"
+            )
+        if self.sizes_hw is not None and (not self.sizes_hw or np.any(np.array(self.sizes_hw) % _UNIT_PX)):
+            raise ValueError(
+                f"buckets.sizes_hw: {self.sizes_hw} has no size, or a side that is not a multiple of {_UNIT_PX}; give "
+                "pairs of height and width, or null for the rule"
+            )
+        return self
+
+
+def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarray:
+    """Return the sizes of the rule in `BucketConfig`, int64 [K, 2], sorted."""
+    square = math.isqrt(area_px) // step_px * step_px
+    found = {(square, square)}
+    for side in range(min_px, max_px + 1, step_px):
+        other = min(area_px // side // step_px * step_px, max_px)
+        if other >= min_px:
+            found |= {(side, other), (other, side)}
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
+    """Return the bucket of the nearest ratio of height to width, in its logarithm, for each size: int64 [N].
+
+    Of buckets of one ratio, the first.
+    """
+    ratios = np.log(buckets_hw[:, 0] / buckets_hw[:, 1])
+    order = np.argsort(ratios, kind="stable")
+    between = (ratios[order][1:] + ratios[order][:-1]) / 2
+    return order[np.searchsorted(between, np.log(sizes_hw[:, 0] / sizes_hw[:, 1]))]
+
+
+class Fit(NamedTuple):
+    """How an image fills its bucket: resized, then mirrored where `flip`, then cropped.
+
+    crop_top_left: in the resized and mirrored image, so what the network is told is what it sees.
+    """
+
+    original_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_hw: tuple[int, int]
+    flip: bool
+
+    def conditions(self) -> dict[str, Tensor]:
+        """Return what the network is told of it, int64 [2] each."""
+        names = ("original_hw", "crop_top_left", "target_hw")
+        return {name: torch.tensor(getattr(self, name)) for name in names}
+
+
+def fit_into(
+    size_hw: Sequence[int], bucket_hw: Sequence[int], crop: str, generator: torch.Generator | None, *, flip: bool
+) -> Fit:
+    """Return how an image fills a bucket: no larger than it must be, and cropped in the centre or anywhere (random).
+
+    Source: for the mirror image's left edge, huggingface/diffusers#6547.
+    """
+    (height, width), (rows, columns) = map(int, size_hw), map(int, bucket_hw)
+    zoom = max(rows / height, columns / width)
+    resized = max(rows, round(height * zoom)), max(columns, round(width * zoom))
+    slack = resized[0] - rows, resized[1] - columns
+    if crop == "random":
+        top, left = (int(torch.randint(length + 1, (), generator=generator)) for length in slack)
+    else:
+        top, left = slack[0] // 2, slack[1] // 2
+    return Fit((height, width), resized, (top, slack[1] - left if flip else left), (rows, columns), flip)
+
+
+def place(image: Tensor, fit: Fit) -> Tensor:
+    """Return an image, [C, H, W], as its fit has it: [C, h, w] of the bucket."""
+    image = resize(image, fit.resized_hw, "bicubic")
+    image = v2.functional.horizontal_flip(image) if fit.flip else image
+    return v2.functional.crop(image, *fit.crop_top_left, *fit.target_hw)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The buckets of a collection's rows.
+
+    rows: those that have one, int64 [N], ascending. groups: the bucket of each, a number in `sizes_hw` [K, 2]. image_hw
+    [N, 2]: their own sizes. dropped: the rows without a bucket, by the reason.
+    """
+
+    rows: np.ndarray
+    groups: np.ndarray
+    sizes_hw: np.ndarray
+    image_hw: np.ndarray
+    dropped: dict[str, np.ndarray]
+
+    def describe(self) -> str:
+        """Return the buckets and what they cut off in a line."""
+        zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])
+        areas = self.sizes_hw.prod(axis=1)
+        enlarged = np.count_nonzero(zoom > 1)
+        return (
+            f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {len(self.rows):,} images; "
+            f"cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst; {enlarged:,} enlarged"
+            + (f", up to {zoom.max():.1f} times" if enlarged else "")
+            + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
+        )
+
+    def place_of(self, row: int) -> int | None:
+        """Return where a row is in `rows`, None where it has no bucket."""
+        place = int(np.searchsorted(self.rows, row))
+        return place if place < len(self.rows) and self.rows[place] == row else None
+
+
+def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how much each image is enlarged, and the share of its area that is cropped, float64 [N]."""
+    zoom = (target_hw / image_hw).max(axis=1)
+    return zoom, 1 - (target_hw / (image_hw * zoom[:, None])).prod(axis=1)
+
+
+def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
+    """Return the buckets of rows with their sizes [N, 2], 0 where unknown; warn of those without one, by name.
+
+    Raises UserError (`buckets`) where no image has one.
+    """
+    known = (sizes_hw > 0).all(axis=1)
+    sizes_hw = np.maximum(sizes_hw, 1)
+    buckets = config.sizes()
+    target = buckets[assign(sizes_hw, buckets)]
+    small = known & (_measure_fit(sizes_hw, target)[0] > config.max_upscale)
+    too_small = small & (config.small == "drop")
+    if config.small == "native":
+        target = np.where(small[:, None], sizes_hw // config.step_px * config.step_px, target)
+        too_small = small & (target == 0).any(axis=1)
+    lost = _measure_fit(sizes_hw, np.maximum(target, 1))[1]
+    too_long = known & ~too_small & (lost > config.max_crop)
+    reasons = {
+        "unreadable, or of weight 0": ~known,
+        f"too small (buckets.small={config.small}, buckets.max_upscale={config.max_upscale:g})": too_small,
+        f"of a shape too far from any bucket (buckets.max_crop={config.max_crop:g})": too_long,
+    }
+    kept = known & ~too_small & ~too_long
+    if not kept.any():
+        counts = ", ".join(f"{np.count_nonzero(chosen):,} {reason}" for reason, chosen in reasons.items())
+        raise UserError(f"buckets: none of {len(rows):,} images has a bucket ({counts}); set other sizes or limits")
+    dropped = {reason: rows[chosen] for reason, chosen in reasons.items() if chosen.any()}
+    for reason, without in dropped.items():
+        names = show_some(collection.table["path"].take(without[:6]).to_pylist())
+        log.warning("buckets: %s images are not trained on: %s: %s", f"{len(without):,}", reason, names)
+    sizes, groups = np.unique(target[kept], axis=0, return_inverse=True)
+    return Buckets(rows[kept], groups.reshape(-1), sizes, sizes_hw[kept], dropped)
+
+
+def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
+    """Return the sizes of rows, int64 [N, 2]: the manifest's width and height, else what the files' headers say.
+
+    0 for what is unreadable or has weight 0. cache: a JSON file that keeps what was read of the files. Rank 0 reads.
+    """
+    sizes = np.zeros((len(rows), 2), dtype=np.int64)
+    if {"width", "height"} <= set(collection.table.column_names):
+        columns = [collection.column(name)[rows] for name in ("height", "width")]
+        sizes = np.nan_to_num(np.stack(columns, axis=1)).astype(np.int64)
+
+    def measure(path: Path) -> tuple[int, int] | None:
+        try:
+            return read_upright_size(path)
+        except UnreadableImage as error:
+            log.warning("%s", error)
+            return None
+
+    weightless = collection.weights()[rows] == 0
+    unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless)
+    found = distributed.rank_zero_call(lambda: measure_rows(collection, rows[unknown], cache, measure, "image sizes"))
+    for place, size in zip(unknown, found):
+        sizes[place] = size or 0
+    sizes[weightless] = 0
+    return sizes
+
+
+def measure_rows(
+    collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
+) -> list[Any]:
+    """Return what `measure` makes of the rows' files, as `measure_once`; None for a file that cannot be opened."""
+    paths = [collection.absolute_path(int(row)) for row in rows]
+    there = [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
+    found = dict(zip(there, measure_once(there, cache, measure, f"reading {what}"))) if there else {}
+    return [found.get(path) for path in paths]
+
+
+class FittedView:
+    """The view of an image in its bucket, or (conditions) how it was fitted: int64 [6], of `Fit.conditions` in order.
+
+    Both views of a sample draw the same fit from its key. group: a draw's bucket.
+    """
+
+    def __init__(self, sizes_hw: np.ndarray, config: BucketConfig, *, conditions: bool) -> None:
+        self._sizes_hw, self._config, self._conditions = sizes_hw, config, conditions
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the view."""
+        generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
+        flip = bool(torch.rand((), generator=generator) < self._config.flip)
+        fit = fit_into(image.shape[-2:], self._sizes_hw[draw.group], self._config.crop, generator, flip=flip)
+        return torch.cat(list(fit.conditions().values())) if self._conditions else place(image, fit)
