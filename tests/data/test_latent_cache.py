@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from data import tensor_store
@@ -179,6 +181,27 @@ def test_a_fill_that_is_killed_goes_on_where_it_was(images):
     cache, encoded = fill(images)
     assert 0 < encoded < 14 and len(cache.store) == 14
     assert_right(cache)
+
+
+def _be_rank(rank, folder):
+    address = f"file://{folder}/meet"
+    dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=2, rank=rank)
+    cache, encode = open_cache(folder), Encoder()
+    cache.fill(encode, ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+    assert_right(cache)
+    assert 0 < encode.seen < 14
+    dist.destroy_process_group()
+
+
+def test_ranks_encode_a_share_each(images):
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=_be_rank, args=(rank, images)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert open_cache(images).missing() == 0
 
 
 @pytest.mark.slow
