@@ -14,7 +14,7 @@ from data.collection import Collection
 from data.config import DataConfig
 from data.image_data import ImageData, describe_collection, load_collection
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
-from data.loader import EvaluationLoader, Example, Fields
+from data.loader import Example, Fields
 from data.rows import training_rows
 from data.source import ImageFiles
 from data.stream import GroupedSampler
