@@ -56,7 +56,7 @@ def run(out, overrides, vae_steps):
     started = time.perf_counter()
     write_pictures(ROOT / out / "shapes", CAPTIONS, 24)
     write_pictures(ROOT / out / NEW, [NEW], 24)
-    error = write_base(ROOT / out / "base", vae_steps)
+    error = write_base(ROOT / out / "base", [*CAPTIONS, NEW], vae_steps)
     seconds["base"] = round(time.perf_counter() - started, 1)
     v_prediction = training("v_prediction", "base", "shapes")
     with beside("epsilon", out, *training("epsilon", "base", "shapes", *EPSILON)):
