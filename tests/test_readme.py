@@ -84,9 +84,7 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
         if script == "predict.py":
             few = folder / "few"
             if not few.exists():
-                few.mkdir()
-                for image in sorted((ROOT / "collections/glyphs/images/STIXGeneral").glob("U+004*.png")):
-                    (few / image.name).symlink_to(image)
+                shutil.copytree(folder / "PATH/train/A", few, ignore=shutil.ignore_patterns("*.txt"))
             arguments = [f"input={few}" if text.startswith("input=") else text for text in arguments]
         run(script, arguments, folder)
     assert (folder / "outputs/first/finetune/export/model.onnx").exists()
