@@ -23,6 +23,7 @@ MANDATORY = {
     "predict": ["weights=RUN", "input=IMAGES", "output=found.csv"],
     "evaluate": ["run_dir=RUN"],
     "export": ["run_dir=RUN"],
+    "finetune_sdxl": ["model.path=BASE", "data.root=IMAGES"],
 }
 SHARED = {"common", "folders"}  # files that primaries include
 GROUPS = {
@@ -42,6 +43,7 @@ TASKS = {
     "classification": ["train", "finetune"],
     "tagging": ["train", "finetune"],
     "distillation": ["train", "finetune"],
+    "diffusion": ["finetune_sdxl"],
 }
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18", "task.label_share=0.0"]}
@@ -52,7 +54,7 @@ def list_yaml(folder):
 
 
 OPTIONS = [(script, group, name) for group, scripts in GROUPS.items() for name in list_yaml(CONF / group)
-           for script in scripts]  # fmt: skip
+           for script in (("finetune_sdxl",) if "sdxl" in name else scripts)]  # fmt: skip
 OPTIONS += [(script, "task", name) for name, scripts in TASKS.items() for script in scripts]
 EXPERIMENTS = list_yaml(CONF / "experiment")
 
@@ -74,11 +76,11 @@ def script_of(experiment):
 
 def test_no_file_is_passed_over():
     primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
-    assert primaries == set(SCRIPTS) and len(primaries) == 8
+    assert primaries == set(SCRIPTS) and len(primaries) == 9
     covered = {f"{group}/{name}" for _, group, name in OPTIONS}
-    assert len(covered) == 45 and len(OPTIONS) == 130 and len(EXPERIMENTS) == 48
+    assert len(covered) == 48 and len(OPTIONS) == 133 and len(EXPERIMENTS) == 50
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
-    assert set(list_yaml(CONF)) == everything and len(everything) == 103
+    assert set(list_yaml(CONF)) == everything and len(everything) == 109
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -114,7 +116,7 @@ QUICK_OR_SLOW = [
 @pytest.mark.parametrize(("script", "group", "name"), QUICK_OR_SLOW)
 def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
     overrides = [f"{group}={name}"]
-    if script not in TRAINING:
+    if script not in TRAINING:  # SDXL's experiments, below, build
         configure(script, [*overrides, *MANDATORY.get(script, []), *(["data.root=IMAGES"] if group == "data" else [])])
         return
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
@@ -135,6 +137,9 @@ def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs, tmp_path):
     overrides = [f"experiment={name}", f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu"]
+    if "sdxl" in name:
+        pytest.importorskip("diffusers")
+        overrides.append("model=sdxl_tiny")
     if "tagger" in name:
         overrides += SMALL["distillation" if name == "tagger/distil" else "tagging"]
     assert run(script_of(name), overrides, tmp_path).startswith("dry run: ")
