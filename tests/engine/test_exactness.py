@@ -27,6 +27,7 @@ NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],
     "classification": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "tagging": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
+    "diffusion": [],
     "thin_tagging": ["model.drop_path_rate=0.3"],
     "flow": [],
     "multicrop": ["model.drop_path_rate=0.3"],
