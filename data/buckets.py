@@ -114,7 +114,8 @@ def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
 class Fit(NamedTuple):
     """How an image fills its bucket: resized, then mirrored where `flip`, then cropped.
 
-    crop_top_left: in the resized and mirrored image, so what the network is told is what it sees.
+    crop_top_left: in the resized and mirrored image, so that what the network is told is what it sees. (Where the crop
+    comes before the mirror, its left edge must be mirrored, too: huggingface/diffusers#6547.)
     """
 
     original_hw: tuple[int, int]
@@ -132,10 +133,7 @@ class Fit(NamedTuple):
 def fit_into(
     size_hw: Sequence[int], bucket_hw: Sequence[int], crop: str, generator: torch.Generator | None, *, flip: bool
 ) -> Fit:
-    """Return how an image fills a bucket: no larger than it must be, and cropped in the centre or anywhere (random).
-
-    Source: for the mirror image's left edge, huggingface/diffusers#6547.
-    """
+    """Return how an image fills a bucket: no larger than it must be, and cropped in the centre or anywhere (random)."""
     (height, width), (rows, columns) = map(int, size_hw), map(int, bucket_hw)
     zoom = max(rows / height, columns / width)
     resized = max(rows, round(height * zoom)), max(columns, round(width * zoom))
@@ -144,7 +142,7 @@ def fit_into(
         top, left = (int(torch.randint(length + 1, (), generator=generator)) for length in slack)
     else:
         top, left = slack[0] // 2, slack[1] // 2
-    return Fit((height, width), resized, (top, slack[1] - left if flip else left), (rows, columns), flip)
+    return Fit((height, width), resized, (top, left), (rows, columns), flip)
 
 
 def place(image: Tensor, fit: Fit) -> Tensor:

@@ -67,14 +67,18 @@ class CaptionConfig(Strict):
         """Return one of a row's captions, which is never dropped."""
         if not self.varies_tags:
             return self.complete(text)
-        pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
-        tags = [piece.strip() for piece in pieces if piece.strip()]
+        tags = self.split(text)
         first, others = tags[: self.keep_first], tags[self.keep_first :]
         is_kept = torch.rand(len(others), generator=generator) >= self.tag_dropout
         kept = torch.arange(len(others))[is_kept]
         if self.shuffle:
             kept = kept[torch.randperm(len(kept), generator=generator)]
         return self.complete(self.separator.join([*first, *(others[index] for index in kept.tolist())]))
+
+    def split(self, text: str) -> list[str]:
+        """Return the tags of a text."""
+        pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
+        return [piece.strip() for piece in pieces if piece.strip()]
 
     def complete(self, text: str) -> str:
         """Return a text behind the prefix, for evaluation."""

@@ -6,6 +6,7 @@ train = data.train(rows, fields, training_views(augment))
 val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransform.of(preprocessing)})
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,10 +144,16 @@ class ImageData:
         batch_size: int,
         run_path: Path | None,
     ) -> None:
-        self.collection, self._source = collection, source
+        self.collection, self.source = collection, source
         self.fingerprints = {"data.root": collection.fingerprint, **source.fingerprints}
-        self._machine, self._seed, self._batch_size = machine, seed, batch_size
-        self._unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
+        self.machine, self.batch_size, self._seed = machine, batch_size, seed
+        self.unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
+
+    def read_from(self, source: Source) -> "ImageData":
+        """Return the same data read from another source, such as a cache."""
+        other = copy.copy(self)
+        other.source, other.fingerprints = source, {**self.fingerprints, **source.fingerprints}
+        return other
 
     def train(
         self,
@@ -160,7 +167,7 @@ class ImageData:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = ShuffledSampler(rows, self._seed) if sampler is None else sampler
         reader, hook = self._reader(fields, views, training=True), device_hook(views, on_device)
-        return TrainLoader(reader, sampler, self._machine, seed=self._seed, unreadable=self._unreadable, on_device=hook)
+        return TrainLoader(reader, sampler, self.machine, seed=self._seed, unreadable=self.unreadable, on_device=hook)
 
     def evaluation(
         self,
@@ -173,11 +180,11 @@ class ImageData:
     ) -> EvaluationLoader:
         """Return a loader of some rows, each exactly once over all ranks; groups: as in `EvaluationBatches`."""
         batches = EvaluationBatches(
-            rows, seed=self._seed, batch_size=self._batch_size, rank=distributed.rank(),
+            rows, seed=self._seed, batch_size=self.batch_size, rank=distributed.rank(),
             world_size=distributed.world_size(), groups=groups,
         )  # fmt: skip
         reader, hook = self._reader(fields, views, training=False), device_hook(views, on_device)
-        return EvaluationLoader(reader, batches, self._machine, unreadable=self._unreadable, on_device=hook)
+        return EvaluationLoader(reader, batches, self.machine, unreadable=self.unreadable, on_device=hook)
 
     def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
-        return SampleReader(self.collection, self._source, views, fields, training=training)
+        return SampleReader(self.collection, self.source, views, fields, training=training)

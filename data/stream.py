@@ -10,7 +10,6 @@ A position costs the same in a collection of any size: orders are keyed permutat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -112,31 +111,40 @@ class BalancedSampler:
 
 
 class GroupedSampler:
-    """Samples in chunks of one group (one shape) and fixed size, the chunks in a random order.
+    """Samples in chunks of one group (one shape) and fixed size, the chunks of an epoch in a random order.
 
-    A group whose last chunk is not full fills it with its first samples of the epoch: at most chunk - 1 positions per
-    group and epoch repeat a sample, and no sample is skipped. groups: [len(rows)].
+    A group's samples come in laps, each in another order, and its chunks are cut from the laps without a gap: what does
+    not fill a chunk is carried into a later epoch. So the samples of all groups come equally often: in `chunk` epochs,
+    each `chunk` times. groups: [len(rows)].
     """
 
     def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
         _check_rows(rows)
         self.rows, self.seed, self.chunk = rows, seed, chunk
-        self._groups = np.unique(groups)
-        self._members = [np.flatnonzero(groups == group) for group in self._groups]
-        # Chunks up to and including each group.
-        self._ends = list(accumulate(-(-len(members) // chunk) for members in self._members))
-        self.epoch_length = self._ends[-1] * chunk
+        self.epoch_length = len(rows)
+        self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
+        # Chunks of each group before each epoch of a cycle of `chunk` epochs, [chunk + 1, groups]. The phases spread
+        # what small groups have over the epochs: without them, all would have it in the last.
+        phases = (np.cumsum(counts) - counts) % chunk
+        self._before = (np.arange(chunk + 1)[:, None] * counts + phases) // chunk
+        self._starts = self._before.sum(axis=1).tolist()
+        self._ends = np.diff(self._before, axis=0).cumsum(axis=1)  # in an epoch, up to and including each group
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group)."""
-        epoch, offset = divmod(position, self.epoch_length)
-        chunk = _order(self.seed, rng.hash_counters(epoch, -1), self._ends[-1])(offset // self.chunk)
-        number = bisect_right(self._ends, chunk)
-        members = self._members[number]
-        first = self._ends[number - 1] if number > 0 else 0
-        index = ((chunk - first) * self.chunk + offset % self.chunk) % len(members)
-        member = members[_order(self.seed, rng.hash_counters(epoch, number), len(members))(index)]
-        return int(self.rows[member]), int(self._groups[number])
+        number, offset = divmod(position, self.chunk)
+        cycle, number = divmod(number, self.epoch_length)  # a cycle has as many chunks as an epoch has samples
+        epoch = bisect_right(self._starts, number) - 1
+        first, end = self._starts[epoch : epoch + 2]
+        place = _order(self.seed, rng.hash_counters(cycle, epoch, -1), end - first)(number - first)
+        group = bisect_right(self._ends[epoch], place)
+        members = self._members[group]
+        # Counted back from the group's end in this epoch, which is its beginning in the next.
+        turn = cycle * len(members) + int(self._before[epoch + 1, group] + place - self._ends[epoch, group])
+        lap, index = divmod(turn * self.chunk + offset, len(members))
+        member = members[_order(self.seed, rng.hash_counters(lap, group), len(members))(index)]
+        return int(self.rows[member]), int(self._groups[group])
 
 
 def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:

@@ -1,18 +1,61 @@
 """Weights of images by how frequent their tags are, so that a collection's common subjects do not drown the rare ones.
 
-counts = index.count(rows, len(vocabulary))
-tags = weigh_tags(counts, class_factors(vocabulary.categories, {}), power=0.5, low=0.1, high=3.0)
-weights = normalise(weigh_rows(index.ids, index.offsets, tags, "mean"), rows)
+weights = weigh_images(collection, rows, config, captions)       # 1 on average
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import pyarrow as pa
+from pydantic import Field
 
+from data.captions import CaptionConfig
+from data.collection import Collection
+from data.tags.names import parse_tag
+from utils.config.bounds import Factor, Positive
+from utils.config.schema import Strict
 from utils.vocabulary import CATEGORIES
 
 _CHUNK_ROWS = 2**17
+
+
+class TagWeightsConfig(Strict):
+    """Weights of tags: (median / count) ** power within low and high, times the factor of the tag's category.
+
+    combine: the mean over an image's tags. Images weigh 1 on average.
+    """
+
+    power: Annotated[float, Field(ge=0, le=4)]
+    low: Factor
+    high: Positive
+    combine: Literal["mean", "geometric_mean"]
+    factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
+
+
+def weigh_images(
+    collection: Collection, rows: np.ndarray, config: TagWeightsConfig | None, captions: CaptionConfig
+) -> np.ndarray:
+    """Return the weight of each row of a collection, float64; counts are those of `rows`, None weighs all alike."""
+    if config is None:
+        return np.ones(len(collection))
+    views = map(collection.view, range(len(collection)))
+    tags = [view.tags or captions.split(captions.read(view)) for view in views]
+    offsets = np.cumsum([0, *map(len, tags)])
+    encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
+    ids, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    counted = np.concatenate([ids[offsets[row] : offsets[row + 1]] for row in rows])
+    factors = class_factors([parse_tag(name).category or 0 for name in names], config.factors)
+    weights = weigh_tags(
+        np.bincount(counted, minlength=len(names)), factors, power=config.power, low=config.low, high=config.high
+    )
+    return normalise(weigh_rows(ids, offsets, weights, config.combine), rows)
+
+
+def describe_weights(weights: np.ndarray) -> str:
+    """Return the range of weights and the effective number of images in a line."""
+    count = effective_sample_size(weights)
+    return f"{weights.min():.2f} to {weights.max():.2f} by tags; as {count:,.0f} images of equal weight"
 
 
 def class_factors(categories: Sequence[int], factors: Mapping[str, float]) -> np.ndarray:

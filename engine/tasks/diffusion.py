@@ -30,7 +30,7 @@ from models.sdxl.conditioning import unet_inputs
 from models.sdxl.config import SDXLConfig
 from models.sdxl.latents import encode_images
 from models.sdxl.lora import LoRA
-from models.sdxl.names import PARTS
+from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, open_networks
 from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
@@ -43,7 +43,6 @@ from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.weights import InitFrom
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 _LATENT_DRAW = 3  # of utils/rng.py; models/sdxl/noise.py has the others
 _BINS = 5  # of timesteps, whose losses are logged
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from data.buckets import BucketConfig
 from data.captions import CaptionConfig
+from data.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.tasks.kind import TaskConfig
 from models.sdxl.lora import LoRAConfig
@@ -54,15 +55,6 @@ class TimestepsConfig(Strict):
     sampling: TimestepSampling
     mean: Annotated[float, Field(ge=-10, le=10)]
     std: Positive
-
-
-class TagWeightsConfig(Strict):
-    """Weights of images by how rare their tags are: (median / count) ** power within low and high, 1 on average."""
-
-    power: Annotated[float, Field(ge=0, le=4)]
-    low: Factor
-    high: Positive
-    combine: Literal["mean", "geometric_mean"]
 
 
 class SamplesConfig(Strict):

@@ -1,6 +1,6 @@
 """How captioned images reach task=diffusion: in buckets of shapes, with captions, from files or from caches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +13,116 @@ from data.captions import describe_captions
 from data.collection import Collection
 from data.config import DataConfig
 from data.image_data import ImageData, describe_collection, load_collection
-from data.loader import Example
+from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
+from data.loader import Example, Fields
 from data.rows import training_rows
 from data.source import ImageFiles
 from data.stream import GroupedSampler
+from data.tag_weights import describe_weights, weigh_images
+from data.tensor_store import TensorStore, record_key
+from data.text_cache import TextCache, vary_caption
 from data.transforms import Transform
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
+from engine.task import FILE_HASHES
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.kind import Setup
+from models.sdxl.config import SDXLConfig
+from models.sdxl.latents import encode_images
+from models.sdxl.names import ENCODERS
+from models.sdxl.networks import base_files, open_networks
+from models.sdxl.reading import describe
+from models.sdxl.text import encode_text
 from models.sdxl.tokenizer import tokenize
 from utils.canvas import DEFAULT
 from utils.contracts import Batch
+from utils.errors import UserError
+from utils.io.files import hash_once
 from utils.ranks import distributed
 
-SIZES = Path("outputs/cache/image_sizes.json")
+_CACHE = Path("outputs/cache")
+SIZES, HASHES = _CACHE / "image_sizes.json", _CACHE / "image_hashes.json"
+_TEXTS_AT_ONCE = 16
+_FIT = ("original_hw", "crop_top_left", "target_hw")  # of the cache, in the order of SDXL's time_ids
+
+TextTensors = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption
 
 
 class CaptionFields:
-    """Add a sample's tokens, and its place in the step.
+    """Add a sample's caption, its weight, and its place in the step.
 
-    parts: samples of a step, over all ranks. weights: of the rows' tags, [rows of the collection].
+    tensors: of a caption. variants: that the cache has of one; None draws a new one each time. parts: samples of a
+    step, over all ranks. weights: of the rows' tags, [rows of the collection].
     """
 
-    def __init__(self, config: DiffusionTaskConfig, parts: int, weights: np.ndarray | None) -> None:
-        self.config, self.parts, self.weights = config, parts, weights
+    def __init__(
+        self, config: DiffusionTaskConfig, tensors: TextTensors, variants: int | None, parts: int, weights: np.ndarray
+    ) -> None:
+        self.config, self.tensors, self.variants = config.captions, tensors, variants
+        self.parts, self.weights = parts, weights
 
     def __call__(self, example: Example) -> dict[str, Tensor]:
         """Return the fields."""
-        captions = self.config.captions
-        text = captions.read(example.row)
-        is_dropped = False
-        if example.training:
-            text, is_dropped = captions.vary(text, example.generator)
-        else:
-            text = captions.complete(text)
-        weight = 1.0 if self.weights is None else float(self.weights[example.index])
+        text, is_dropped = self._caption(example)
         return {
-            "token_ids": tokenize([text], self.config.caption_chunks)[0],
+            **self.tensors(text),
             "is_dropped": torch.tensor(is_dropped),
             "strata": torch.tensor([example.position % self.parts, self.parts]),
-            "tag_weight": torch.tensor(weight),
+            "tag_weight": torch.tensor(self.weights[example.index], dtype=torch.float32),
         }
+
+    def _caption(self, example: Example) -> tuple[str, bool]:
+        text, generator = self.config.read(example.row), example.generator
+        if not example.training:
+            return self.config.complete(text), False
+        if self.variants is None:
+            return self.config.vary(text, generator)
+        if torch.rand((), generator=generator) < self.config.caption_dropout:
+            return "", True
+        number = int(torch.randint(self.variants, (), generator=generator))
+        return vary_caption(text, number, self.config.vary_tags), False
+
+
+class Tokens:
+    """The tokens of a caption, [chunks, 77]."""
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+
+    def __call__(self, caption: str) -> dict[str, Tensor]:
+        """Return them."""
+        return {"token_ids": tokenize([caption], self.chunks)[0]}
+
+
+class CachedLatents:
+    """Add a sample's latents and how its image was fitted, then the fields of its caption."""
+
+    def __init__(self, cache: LatentCache, fields: Fields) -> None:
+        self.cache, self.fields = cache, fields
+
+    def __call__(self, example: Example) -> dict[str, Tensor]:
+        """Return the fields."""
+        record = self.cache.choose(example)
+        fit = torch.cat([record.pop(name) for name in _FIT])
+        return {**record, "fit": fit, **self.fields(example)}
 
 
 class DiffusionPipeline:
     """Captioned images of a collection, in buckets."""
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the configuration as it is."""
+        """Return the configuration as it is. Raises UserError where the base model predicts something else."""
+        noise, path = config.task.noise, config.model.path
+        if path is None or noise.convert:
+            return config
+        source = describe(Path(path), "model.path").source
+        for key in ("prediction_type", "zero_terminal_snr"):
+            if (ours := getattr(noise, key)) != (theirs := source[key]):
+                raise UserError(
+                    f"task.noise.{key}: {ours}, but {path} says {theirs} of itself; set task.noise.{key}={theirs}, or "
+                    "task.noise.convert=true to train it into another, which takes a long run"
+                )
         return config
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
@@ -90,38 +150,110 @@ class DiffusionPipeline:
         source = ImageFiles(collection, 3, config.max_pixels, background)
         return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
 
-    def _bucket(self, collection: Collection, setup: Setup[DiffusionTaskConfig], rows: np.ndarray) -> Buckets:
-        sizes = distributed.rank_zero_call(lambda: image_sizes(collection, rows, SIZES).tolist())
-        return make_buckets(collection, rows, np.array(sizes), setup.task.buckets)
+    # ----------------------------------------------------------------------------------------------------- streams
 
     def streams(self, data: ImageData, setup: Setup[DiffusionTaskConfig], config: TrainingConfig) -> Streams:
-        """Return the data of a run."""
-        collection, task = data.collection, setup.task
-        rows = training_rows(collection, config.loop.train_paths)
-        buckets = self._bucket(collection, setup, rows)
+        """Return the data of a run; caches are filled first, but not in a dry run, which reads no image."""
+        task = setup.task
+        if config.dry_run:
+            setup = Setup(setup.model, task.model_copy(update={"latent_cache": None, "text_cache": None}))
+        rows = training_rows(data.collection, config.loop.train_paths)
+        buckets = _bucket(data.collection, rows, setup.task)
+        weights = weigh_images(data.collection, rows, task.tag_weights, task.captions)
+        fields = _caption_fields(data, setup, rows, config.loop.global_batch_size, weights, training=True)
+        read, views, fields = _read(data, setup, buckets, fields)
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
-        fields = CaptionFields(task, config.loop.global_batch_size, None)
-        train = data.train(buckets.rows, fields, self._views(task, buckets), sampler=sampler)
+        captions = describe_captions(data.collection, rows, task.captions)
         described = {
-            "collection": f"{describe_collection(collection)}; {describe_captions(collection, rows, task.captions)}",
+            "collection": f"{describe_collection(data.collection)}; {captions}",
             "images": buckets.describe(),
         }
-        fingerprints = {**data.fingerprints, **setup.fingerprints()}
-        return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
+        if task.tag_weights is not None:
+            described["weights"] = describe_weights(weights[buckets.rows])
+        return Streams(
+            read.train(buckets.rows, fields, views, sampler=sampler),
+            self.evaluation(data, setup, training=True),
+            {**read.fingerprints, **setup.fingerprints()},
+            described=described,
+        )
 
     def evaluation(
         self, data: ImageData, setup: Setup[DiffusionTaskConfig], *, training: bool
     ) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions."""
-        task = setup.task
-        still = task.model_copy(update={"buckets": task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})})
-        buckets = self._bucket(data.collection, setup, data.collection.rows("val"))
-        fields = CaptionFields(still, 1, None)
-        views = self._views(still, buckets)
-        return {"val": data.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+        still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
+        setup = Setup(setup.model, setup.task.model_copy(update={"buckets": still}))
+        rows = data.collection.rows("val")
+        buckets = _bucket(data.collection, rows, setup.task)
+        fields = _caption_fields(data, setup, rows, 1, np.ones(len(data.collection)), training=False)
+        read, views, fields = _read(data, setup, buckets, fields)
+        return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 
-    def _views(self, task: DiffusionTaskConfig, buckets: Buckets) -> dict[str, Transform]:
-        return {
-            "images": FittedView(buckets.sizes_hw, task.buckets, conditions=False),
-            "fit": FittedView(buckets.sizes_hw, task.buckets, conditions=True),
-        }
+
+def _bucket(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> Buckets:
+    return make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
+
+
+def _read(
+    data: ImageData, setup: Setup[DiffusionTaskConfig], buckets: Buckets, fields: Fields
+) -> tuple[ImageData, dict[str, Transform], Fields]:
+    """Return the data, views and fields: of the latent cache, which is filled first, or of the files."""
+    task = setup.task
+    if task.latent_cache is None:
+        names = ("images", "fit")
+        views = {name: FittedView(buckets.sizes_hw, task.buckets, conditions=name == "fit") for name in names}
+        return data, views, fields
+    images = data.source
+    hashes = image_hashes(data.collection, buckets.rows, HASHES)
+    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), "float16", images.background)
+    store = TensorStore(Path(task.latent_cache), "task.latent_cache")
+    cache = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
+    if distributed.broadcast_object(cache.missing()):
+        vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
+        cache.fill(lambda batch: encode_images(vae, batch), images, data.machine, data.batch_size, data.unreadable)
+    return data.read_from(LatentSource(cache)), {}, CachedLatents(cache, fields)
+
+
+def _caption_fields(
+    data: ImageData,
+    setup: Setup[DiffusionTaskConfig],
+    rows: np.ndarray,
+    parts: int,
+    weights: np.ndarray,
+    *,
+    training: bool,
+) -> CaptionFields:
+    """Return the fields of captions: of the text cache, which is filled first, or tokens."""
+    task = setup.task
+    if task.text_cache is None:
+        return CaptionFields(task, Tokens(task.caption_chunks), None, parts, weights)
+    variants = task.text_variants if training and task.captions.varies_tags else 1
+    texts = [task.captions.read(data.collection.view(int(row))) for row in rows]
+    wanted = [vary_caption(text, number, task.captions.vary_tags) for text in texts for number in range(variants)]
+    if not training:
+        wanted = [task.captions.complete(text) for text in texts]
+    recipe = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
+    cache = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), recipe, "float16")
+    cache.fill(["", *wanted], _TextEncoders(setup.model, task.caption_chunks, data.machine.device), _TEXTS_AT_ONCE)
+    return CaptionFields(task, cache.read, variants, parts, weights)
+
+
+class _TextEncoders:
+    """Encode captions; the encoders are loaded at the first call."""
+
+    def __init__(self, model: SDXLConfig, chunks: int, device: torch.device) -> None:
+        self.model, self.chunks, self.device, self.encoders = model, chunks, device, None
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        if self.encoders is None:
+            networks = open_networks(self.model, ENCODERS, frozen=True)
+            self.encoders = [getattr(networks, name).to(self.device) for name in ENCODERS]
+        return encode_text(*self.encoders, tokenize(captions, self.chunks).to(self.device))
+
+
+def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
+    """Return a hash of some networks: of their files, or of a single file as a whole."""
+    files = base_files(model)
+    chosen = [file for file in files if len(files) == 1 or file.parent.name in parts]
+    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in chosen])
+    return record_key(model.name if model.path is None else "", hashes, model.frozen_dtype)

@@ -26,6 +26,7 @@ PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
 PARTS = tuple(PREFIXES)
+ENCODERS = ("text_encoder", "text_encoder_2")
 _TEXT = "text_model."
 # Tensors without weights that some releases of other programs write.
 _UNUSED = ("text_model.embeddings.position_ids", "logit_scale")

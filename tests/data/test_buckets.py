@@ -147,7 +147,7 @@ def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
     assert sorted(np.concatenate(list(kept.dropped.values())).tolist()) == [1, 6]
     assert "1.png" in log.text and "6.png" in log.text and "buckets.max_crop" in kept.describe()
     dropped, size_of = buckets("drop")
-    assert set(size_of) == {0, 2, 4} and "2 dropped: too small" in dropped.describe()
+    assert set(size_of) == {0, 2, 4} and "3 dropped: too small" in dropped.describe()
     _, size_of = buckets("native")
     assert set(size_of) == {0, 2, 3, 4} and size_of[3] == (64, 64)
     assert [kept.place_of(row) for row in range(7)] == [0, None, 1, 2, 3, 4, None]

@@ -1,5 +1,6 @@
 """The stream. Properties of every sampler, purity of positions, exactness over ranks and micro-batches, size."""
 
+import itertools
 import random
 import tracemalloc
 from collections import Counter
@@ -185,44 +186,46 @@ def test_every_round_of_a_balanced_epoch_has_every_class_in_an_order_of_its_own(
 # --- grouped
 
 
-def grouped_epochs(count=4):
+def grouped_chunks(first, count):
+    """Return the rows and the group of some chunks; a chunk holds one group."""
     sampler = SAMPLERS["grouped"](0)
-    length = sampler.epoch_length
-    return [[sampler.at(epoch * length + offset) for offset in range(length)] for epoch in range(count)]
-
-
-def test_a_chunk_holds_one_group_at_every_multiple_of_its_size():
-    sampler = SAMPLERS["grouped"](0)
-    assert sampler.chunk == CHUNK and sampler.epoch_length == 4 + 8 + 16 + 16  # 1, 8, 13, 15 rounded up
-    for epoch in grouped_epochs():
-        for start in range(0, len(epoch), CHUNK):
-            assert len({group for _, group in epoch[start : start + CHUNK]}) == 1
+    found = [[sampler.at(number * CHUNK + offset) for offset in range(CHUNK)] for number in range(first, first + count)]
+    assert all(len({group for _, group in chunk}) == 1 for chunk in found)
+    return [([row for row, _ in chunk], chunk[0][1]) for chunk in found]
 
 
 def test_a_row_has_its_own_group():
     of_row = dict(zip(ROWS.tolist(), GROUPS.tolist()))
-    assert all(of_row[row] == group for epoch in grouped_epochs() for row, group in epoch)
+    assert all(of_row[row] == group for rows, group in grouped_chunks(0, 200) for row in rows)
 
 
-def test_a_grouped_epoch_leaves_nothing_out_and_repeats_little():
-    of_row = dict(zip(ROWS.tolist(), GROUPS.tolist()))
-    for epoch in grouped_epochs():
-        counts = Counter(row for row, _ in epoch)
-        assert sorted(counts) == ROWS.tolist()
-        for group, size in Counter(GROUPS.tolist()).items():
-            in_group = [count for row, count in counts.items() if of_row[row] == group]
-            assert sum(in_group) - size <= CHUNK - 1
-            assert max(in_group) - min(in_group) <= 1
+def test_a_group_carries_what_fills_no_chunk_so_that_its_samples_come_equally_often():
+    """From the start to the end of any epoch, their counts differ by at most one; after `chunk` epochs, by none."""
+    sampler = SAMPLERS["grouped"](0)
+    assert sampler.chunk == CHUNK and sampler.epoch_length == len(ROWS)
+    counts = {group: Counter(dict.fromkeys(ROWS[group == GROUPS].tolist(), 0)) for group in set(GROUPS.tolist())}
+    for cycle in range(3):
+        for first, end in itertools.pairwise(sampler._starts):
+            for rows, group in grouped_chunks(cycle * len(ROWS) + first, end - first):
+                counts[group].update(rows)
+            for group, of in counts.items():
+                assert max(of.values()) - min(of.values()) <= 1, group
+        assert {count for of in counts.values() for count in of.values()} == {CHUNK * (cycle + 1)}
+
+
+def test_small_groups_are_spread_over_the_epochs():
+    many = GroupedSampler(np.arange(64), np.arange(64), 8, 0)  # a group of its own for each row
+    for epoch in range(8):
+        groups = [many.at(position)[1] for position in range(epoch * 64, (epoch + 1) * 64)]
+        assert set(Counter(groups).values()) == {8} and len(set(groups)) == 8
 
 
 def test_chunks_of_the_groups_are_mixed_and_rows_meet_other_rows_each_epoch():
-    first, second = grouped_epochs(2)
-    assert [group for _, group in first[::CHUNK]] != [group for _, group in second[::CHUNK]]
-    neighbours = [
-        {frozenset(row for row, _ in epoch[start : start + CHUNK]) for start in range(0, len(epoch), CHUNK)}
-        for epoch in (first, second)
-    ]
-    assert len(neighbours[0] & neighbours[1]) <= 1  # the group of one sample meets itself
+    chunks = grouped_chunks(0, 2 * len(ROWS))
+    first, second = chunks[: len(ROWS)], chunks[len(ROWS) :]
+    assert [group for _, group in first] != [group for _, group in second]
+    alone = GROUPS.tolist().count(0)  # the group of one sample meets itself
+    assert len({frozenset(rows) for rows, _ in first} & {frozenset(rows) for rows, _ in second}) <= alone
 
 
 # --- ranks and micro-batches

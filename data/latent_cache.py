@@ -1,0 +1,204 @@
+"""Latents of images, encoded once: the mean and log variance that the VAE gives of each image in its bucket.
+
+    cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
+    cache.fill(encode, ImageFiles(...), machine, batch_size, unreadable)
+    data = ImageData(collection, LatentSource(cache), machine, ...)      # no views; the fields call cache.choose
+
+A record's key is a hash of the image's bytes and of everything that was done to them, so that what changed is encoded
+again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
+from data.collection import Collection
+from data.decode import UnreadableImage
+from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog
+from data.source import IMAGE, ImageFiles, Record
+from data.stream import Draw, EvaluationBatches
+from data.tensor_store import MissingRecord, TensorStore, record_key
+from utils import rng
+from utils.contracts import Machine
+from utils.io.files import sha256_file
+from utils.ranks import distributed
+from utils.record.progress import track
+
+_VERSION = 1  # of what `place` and the decoder make of a file: another number encodes everything again
+_CHANNELS, _SHRINK = 4, 8  # of SDXL's latents
+
+# uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
+EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class LatentRecipe(NamedTuple):
+    """What latents depend on beside the image and its fit. vae: a hash of the weights. dtype: as it is stored."""
+
+    vae: str
+    dtype: Literal["float16", "bfloat16"]
+    background: Any
+
+
+def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
+    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only."""
+    found = distributed.rank_zero_call(lambda: measure_rows(collection, rows, cache, _hash, "images, to know changes"))
+    return [digest or "" for digest in found]
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        return sha256_file(path)
+    except OSError:  # of a disk, perhaps for now; the decoder names the file
+        return None
+
+
+class LatentCache:
+    """The latents of all rows of `buckets`: of each image, and of its mirror image where the config asks for some.
+
+    hashes: of the images, as `image_hashes` returns them. keys: of the records, [rows, variants].
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        collection: Collection,
+        buckets: Buckets,
+        config: BucketConfig,
+        recipe: LatentRecipe,
+        hashes: list[str],
+    ) -> None:
+        self.store, self.collection, self.buckets, self.recipe = store, collection, buckets, recipe
+        self._crop, self._flip = config.crop, config.flip
+        self.variants = 2 if config.flip > 0 else 1
+        self._seeds = np.array([int(digest[:15] or "0", 16) for digest in hashes], dtype=np.int64)
+        keys = [
+            [record_key(_VERSION, recipe, digest, self.fit(number, variant)) for variant in range(self.variants)]
+            for number, digest in enumerate(hashes)
+        ]
+        self.keys = np.array(keys, dtype="S32")
+
+    def fit(self, number: int, variant: int) -> Fit:
+        """Return how the image of `buckets.rows[number]` fills its bucket; variant 1 is the mirror image."""
+        generator = None
+        if self._crop == "random":
+            generator = rng.generator_for(rng.hash_counters(int(self._seeds[number]), variant))
+        bucket_hw = self.buckets.sizes_hw[self.buckets.groups[number]]
+        return fit_into(self.buckets.image_hw[number], bucket_hw, self._crop, generator, flip=variant == 1)
+
+    def missing(self) -> int:
+        """Return how many records are not in the store."""
+        return int(np.count_nonzero(~self.store.has(self.keys)))
+
+    @torch.no_grad()
+    def fill(
+        self, encode: EncodeImages, images: ImageFiles, machine: Machine, batch_size: int, unreadable: UnreadableLog
+    ) -> None:
+        """Encode what is missing, each rank its share; an image that cannot be read is reported and left out.
+
+        Raises UserError as `TensorStore.put` does.
+        """
+        for variant in range(self.variants):
+            absent = distributed.broadcast_object(np.flatnonzero(~self.store.has(self.keys[:, variant])))
+            if len(absent) == 0:
+                continue
+            batches = EvaluationBatches(
+                self.buckets.rows[absent], seed=0, batch_size=batch_size, rank=distributed.rank(),
+                world_size=distributed.world_size(), groups=self.buckets.groups[absent],
+            )  # fmt: skip
+            reader = SampleReader(
+                self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, _no_fields, training=False
+            )
+            loader = EvaluationLoader(reader, batches, machine, unreadable=unreadable)
+            for batch in track(loader, len(loader), "encoding images"):
+                mean, logvar = (part.to(getattr(torch, self.recipe.dtype)) for part in encode(batch["images"]))
+                for at, (row, weight) in enumerate(zip(batch["sample_id"].tolist(), batch["weight"].tolist())):
+                    if weight > 0:
+                        self._put(row, variant, {"latent_mean": mean[at], "latent_logvar": logvar[at]})
+        self.store.finish()
+
+    def _put(self, row: int, variant: int, record: Mapping[str, Tensor]) -> None:
+        key = self.keys[self.buckets.place_of(row), variant].decode()
+        self.store.put(key, self.collection.view(row).path, record)
+
+    def choose(self, example: Example) -> Record:
+        """Return one variant of a record of `LatentSource`: in training the mirror image as often as configured."""
+        mirrored = example.training and bool(torch.rand((), generator=example.generator) < self._flip)
+        return {name: tensor[int(mirrored)] for name, tensor in example.record.items()}
+
+
+def _as_read(image: Tensor, draw: Draw) -> Tensor:
+    return image
+
+
+def _no_fields(example: Example) -> Record:
+    return {}
+
+
+class _FittedFiles:
+    """The image files of a cache, each in its bucket: uint8 [3, H, W]."""
+
+    fingerprints: Mapping[str, str] = {}
+
+    def __init__(self, images: ImageFiles, cache: LatentCache, variant: int) -> None:
+        self._images, self._cache, self._variant = images, cache, variant
+        self.name_of, self.file_of = images.name_of, images.file_of
+
+    def read(self, row: int) -> Record:
+        number = self._cache.buckets.place_of(row)
+        fit, image = self._cache.fit(number, self._variant), self._images.read(row)[IMAGE]
+        if tuple(image.shape[-2:]) != fit.original_hw:
+            found, stated = (f"{size[1]} x {size[0]}" for size in (image.shape[-2:], fit.original_hw))
+            raise UnreadableImage(
+                self.name_of(row), "its size is not the stated one", f"{found}, not {stated}; make the manifest again"
+            )
+        return {IMAGE: place(image, fit)}
+
+    def blank(self, group: int) -> Record:
+        return {IMAGE: torch.zeros(3, *self._cache.buckets.sizes_hw[group], dtype=torch.uint8)}
+
+
+class LatentSource:
+    """The records of a cache, each with its variants in front.
+
+    `latent_mean`, `latent_logvar` [V, 4, h, w]; `original_hw`, `crop_top_left`, `target_hw` int64 [V, 2].
+    """
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.cache = cache
+        self.fingerprints = {cache.store.key: record_key(sorted(key.decode() for key in cache.keys.reshape(-1)))}
+
+    def read(self, row: int) -> Record:
+        """Return a row's record. Raises UnreadableImage where the cache does not have it, or has it damaged."""
+        number = self.cache.buckets.place_of(row)
+        if number is None:
+            raise UnreadableImage(self.name_of(row), "no latents", "it has no bucket")
+        variants = []
+        for variant in range(self.cache.variants):
+            try:
+                record = self.cache.store.read(self.cache.keys[number, variant].decode())
+            except MissingRecord as error:
+                raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
+            variants.append({**record, **self.cache.fit(number, variant).conditions()})
+        return {name: torch.stack([variant[name] for variant in variants]) for name in variants[0]}
+
+    def blank(self, group: int) -> Record:
+        """Return latents of zeros in a bucket's shape."""
+        size = torch.from_numpy(self.cache.buckets.sizes_hw[group])
+        shape = (self.cache.variants, _CHANNELS, *(size // _SHRINK).tolist())
+        latents = torch.zeros(shape, dtype=getattr(torch, self.cache.recipe.dtype))
+        hw = {"original_hw": size, "crop_top_left": torch.zeros_like(size), "target_hw": size}
+        stacked = {name: value.expand(self.cache.variants, 2) for name, value in hw.items()}
+        return {"latent_mean": latents, "latent_logvar": latents.clone(), **stacked}
+
+    def name_of(self, row: int) -> str:
+        """Return the row's path."""
+        return self.cache.collection.view(row).path
+
+    def file_of(self, row: int) -> None:
+        """Return None: a shard holds many rows."""
+        return

@@ -1,0 +1,69 @@
+"""Encoded captions, each once: what both text encoders give of it.
+
+    cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "chunks": 1}, "float16")
+    cache.fill(captions, encode, batch_size)
+    cache.read(caption)
+
+Where captions vary (shuffled or dropped tags), K variants of each are made beforehand by `vary_caption`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.source import Record
+from data.tensor_store import MissingRecord, TensorStore, record_key
+from utils import rng
+from utils.errors import UserError
+from utils.io.files import sha256_text
+from utils.ranks import distributed
+from utils.record.progress import track
+
+# Captions -> prompt_embeds [B, 77 * chunks, 2048] and pooled_prompt_embeds [B, 1280].
+EncodeTexts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator], str]) -> str:
+    """Return variant `number` of a caption, always the same: `vary` draws from the caption and the number alone."""
+    seed = int(sha256_text(caption)[:15], 16)
+    return vary(caption, rng.generator_for(rng.hash_counters(seed, number)))
+
+
+class TextCache:
+    """Encoded captions. recipe: what they depend on beside the caption, such as the hashes of the encoders."""
+
+    def __init__(self, store: TensorStore, recipe: Mapping[str, Any], dtype: Literal["float16", "bfloat16"]) -> None:
+        self.store, self._recipe, self._dtype = store, {**recipe, "dtype": dtype}, getattr(torch, dtype)
+
+    def _key(self, caption: str) -> str:
+        return record_key(self._recipe, caption)
+
+    @torch.no_grad()
+    def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
+        """Encode the captions that are missing, each rank its share; all ranks give the same captions."""
+        texts = list(dict.fromkeys(captions))
+        there = distributed.broadcast_object(self.store.has(np.array([self._key(text) for text in texts])))
+        mine = [text for text, known in zip(texts, there) if not known]
+        mine = mine[distributed.rank() :: distributed.world_size()]
+        starts = range(0, len(mine), batch_size)
+        for start in track(starts, len(starts), "encoding captions"):
+            part = mine[start : start + batch_size]
+            for text, embeds, pooled in zip(part, *(found.to(self._dtype) for found in encode(part))):
+                self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+        self.store.finish()
+
+    def read(self, caption: str) -> Record:
+        """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption.
+
+        Raises UserError where the cache does not have it, or has it damaged.
+        """
+        try:
+            return self.store.read(self._key(caption))
+        except MissingRecord as error:
+            raise UserError(
+                f"{self.store.key}: the caption {caption!r}: {error}; start the same command again, which encodes what "
+                "is missing"
+            ) from None

@@ -1,0 +1,253 @@
+"""Caches of latents and texts: what changed is encoded again and nothing else; what training reads of them."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from data import tensor_store
+from data.buckets import BucketConfig, image_sizes, make_buckets, place
+from data.collection import index_collection, open_collection
+from data.image_data import ImageData
+from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
+from data.loader import UnreadableLog
+from data.source import ImageFiles
+from data.stream import GroupedSampler
+from data.tensor_store import TensorStore
+from data.text_cache import TextCache, vary_caption
+from utils.errors import UserError
+
+CONFIG = BucketConfig(
+    area_px=96**2, step_px=32, min_px=64, max_px=128, sizes_hw=None, crop="centre", small="keep", max_upscale=8.0,
+    max_crop=0.9, flip=0.0,
+)  # fmt: skip
+RECIPE = LatentRecipe(vae="0" * 64, dtype="float16", background="white")
+MACHINE = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
+
+
+def make_images(root, count=14):
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (80 + 5 * (number % 3) ** 3, 80, 3), dtype=np.uint8)
+        root.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / f"{number:02}.png")
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_store, "_SHARD_RECORDS", 4)
+    make_images(tmp_path / "images")
+    return tmp_path
+
+
+class Encoder:
+    """Average each 8 x 8 pixels; counts the images."""
+
+    def __init__(self, pause=0.0):
+        self.seen, self.pause = 0, pause
+
+    def __call__(self, images):
+        time.sleep(self.pause * len(images))
+        self.seen += len(images)
+        mean = torch.nn.functional.avg_pool2d(images.float() / 255, 8)
+        mean = torch.cat([mean, mean.mean(dim=1, keepdim=True)], dim=1)
+        return mean, -mean
+
+
+def open_cache(folder, config=CONFIG, recipe=RECIPE):
+    root = str(folder / "images")
+    collection = open_collection(root, index_collection(root, validation_fraction=0.0, cache=folder / "index"))
+    rows = np.arange(len(collection))
+    buckets = make_buckets(collection, rows, image_sizes(collection, rows, folder / "sizes.json"), config)
+    hashes = image_hashes(collection, buckets.rows, folder / "hashes.json")
+    return LatentCache(TensorStore(folder / "store", "cache.latents"), collection, buckets, config, recipe, hashes)
+
+
+def fill(folder, config=CONFIG, recipe=RECIPE, pause=0.0):
+    """Return the filled cache and how many images were encoded."""
+    cache, encode, unreadable = open_cache(folder, config, recipe), Encoder(pause), UnreadableLog(None)
+    files = ImageFiles(cache.collection, 3, 10**6)
+    expected = cache.missing()
+    cache.fill(encode, files, MACHINE, 3, unreadable)
+    assert cache.missing() == unreadable.count and (encode.seen >= expected or unreadable.count)
+    return cache, expected
+
+
+def assert_right(cache):
+    """Every record is what encoding its image gives."""
+    files, source = ImageFiles(cache.collection, 3, 10**6), LatentSource(cache)
+    for number, row in enumerate(cache.buckets.rows.tolist()):
+        record = source.read(row)
+        for variant in range(cache.variants):
+            fit = cache.fit(number, variant)
+            mean, _ = Encoder()(place(files.read(row)["image"], fit)[None])
+            assert torch.equal(record["latent_mean"][variant], mean[0].half())
+            assert torch.equal(record["latent_logvar"][variant], -mean[0].half())
+            assert tuple(record["crop_top_left"][variant].tolist()) == fit.crop_top_left
+            assert record["original_hw"][variant].tolist() == list(files.read(row)["image"].shape[-2:])
+            assert [side // 8 for side in record["target_hw"][variant].tolist()] == list(mean.shape[-2:])
+
+
+def test_what_changed_is_encoded_again_and_nothing_else(images):
+    cache, encoded = fill(images)
+    assert encoded == 14 and fill(images)[1] == 0 and len(cache.buckets.sizes_hw) > 1
+    assert_right(cache)
+    first = LatentSource(cache).fingerprints
+    time.sleep(0.01)
+    Image.new("RGB", (80, 80), "red").save(images / "images/03.png")
+    os.rename(images / "images/04.png", images / "images/renamed.png")
+    changed, encoded = fill(images)
+    assert encoded == 1 and changed.store.orphans(changed.keys) == ["03.png"]
+    assert LatentSource(changed).fingerprints != first
+    assert_right(changed)
+    for config, recipe in (
+        (CONFIG, RECIPE._replace(vae="1" * 64)),
+        (CONFIG, RECIPE._replace(background="black")),
+        (CONFIG.model_copy(update={"flip": 0.5}), RECIPE),  # the mirror images
+        (CONFIG.model_copy(update={"area_px": 128**2}), RECIPE),
+    ):
+        other, encoded = fill(images, config, recipe)
+        assert encoded == 14 and fill(images, config, recipe)[1] == 0
+        assert_right(other)
+    other, encoded = fill(images, CONFIG.model_copy(update={"crop": "random"}))
+    assert 4 < encoded < 14  # one that is not cropped is the same
+    assert_right(other)
+    assert fill(images)[1] == 0
+
+
+def test_training_and_evaluation_read_the_cache(images):
+    config = CONFIG.model_copy(update={"flip": 0.5})
+    cache, _ = fill(images, config)
+    data = ImageData(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
+    rows, groups = cache.buckets.rows, cache.buckets.groups
+    plan = SimpleNamespace(global_batch_size=4, micro_batch_size=4, accum_steps=1, world_size=1)
+    loader = data.train(rows, cache.choose, {}, sampler=GroupedSampler(rows, groups, 4, 0))
+    steps, mirrored, evaluated = loader.steps(0, plan), set(), []
+    for _ in range(12):
+        (batch,) = next(steps)
+        for number, row in enumerate(batch["sample_id"].tolist()):
+            means = LatentSource(cache).read(row)["latent_mean"]
+            mirrored.add(next(v for v in range(2) if torch.equal(means[v], batch["latent_mean"][number])))
+        assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
+    for batch in data.evaluation(rows, cache.choose, {}, groups=groups):
+        evaluated += [row for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()) if weight]
+    assert mirrored == {0, 1} and sorted(evaluated) == rows.tolist()
+
+
+def test_an_unreadable_image_has_blank_latents_of_its_buckets_shape(images):
+    cache = open_cache(images)
+    path = cache.collection.absolute_path(5)
+    path.write_bytes(path.read_bytes()[:300])  # its header is whole
+    cache, _ = fill(images)
+    assert cache.missing() == 1
+    data = ImageData(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
+    weights = dict.fromkeys(range(14), 0)
+    for batch in data.evaluation(cache.buckets.rows, cache.choose, {}, groups=cache.buckets.groups):
+        for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()):
+            weights[row] += weight
+    assert weights == {row: float(row != 5) for row in range(14)}
+
+
+def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
+    cache = open_cache(images)
+    Image.new("RGB", (33, 44)).save(cache.collection.absolute_path(2))  # as of a manifest made before
+    cache.fill(Encoder(), ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+    assert cache.missing() == 1 and "02.png" in log.text
+
+
+def test_latents_that_are_not_finite_are_refused(images):
+    cache = open_cache(images)
+    encode = lambda images: (Encoder()(images)[0] * 1e6,) * 2  # noqa: E731 (beyond float16)
+    with pytest.raises(UserError, match=r"^cache\.latents: 0\d\.png "):
+        cache.fill(encode, ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+
+
+def test_a_fill_that_is_killed_goes_on_where_it_was(images):
+    process = multiprocessing.get_context("fork").Process(target=fill, args=(images, CONFIG, RECIPE, 0.01))
+    process.start()
+    while process.is_alive() and not list((images / "store").glob("*.safetensors")):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    cache, encoded = fill(images)
+    assert 0 < encoded < 14 and len(cache.store) == 14
+    assert_right(cache)
+
+
+def _be_rank(rank, folder):
+    address = f"file://{folder}/meet"
+    dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=2, rank=rank)
+    cache, encode = open_cache(folder), Encoder()
+    cache.fill(encode, ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+    assert_right(cache)
+    assert 0 < encode.seen < 14
+    dist.destroy_process_group()
+
+
+def test_ranks_encode_a_share_each(images):
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=_be_rank, args=(rank, images)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert open_cache(images).missing() == 0
+
+
+@pytest.mark.slow
+def test_a_second_start_on_ten_thousand_images_takes_less_than_five_seconds(tmp_path):
+    make_images(tmp_path / "images", 3)
+    for number in range(3, 10_000):
+        os.link(tmp_path / f"images/{number % 3:02}.png", tmp_path / f"images/{number:05}.png")
+    cache = open_cache(tmp_path)
+    for key in cache.keys[:, 0]:
+        cache.store.put(key.decode(), "image", {"latent_mean": torch.zeros(4, 8, 8).half()})
+    cache.store.finish()
+    start = time.perf_counter()
+    assert open_cache(tmp_path).missing() == 0
+    assert time.perf_counter() - start < 5
+
+
+# --- texts
+
+
+def test_captions_are_encoded_once_each(tmp_path):
+    encoded = []
+
+    def encode(texts):
+        encoded.extend(texts)
+        lengths = torch.tensor([len(text) for text in texts]).float()
+        return lengths[:, None, None].expand(-1, 77, 8), lengths[:, None].expand(-1, 6)
+
+    def open_texts(encoders="a"):
+        return TextCache(TensorStore(tmp_path, "cache.texts"), {"encoders": encoders, "chunks": 1}, "float16")
+
+    for _ in range(2):
+        cache = open_texts()
+        cache.fill(["a cat", "", "été", "a cat"], encode, 2)
+    assert encoded == ["a cat", "", "été"]
+    record = cache.read("été")
+    assert record["prompt_embeds"].shape == (77, 8) and record["pooled_prompt_embeds"].tolist() == [3] * 6
+    assert record["prompt_embeds"].dtype == torch.float16
+    with pytest.raises(UserError, match=r"^cache\.texts: the caption 'a dog'"):
+        cache.read("a dog")
+    open_texts("b").fill(["a cat"], encode, 2)
+    assert len(encoded) == 4 and json.loads((tmp_path / "checked.json").read_text())
+
+
+def test_variants_of_a_caption_are_the_same_every_time():
+    def vary(caption, generator):
+        return " ".join(caption.split()[place] for place in torch.randperm(4, generator=generator).tolist())
+
+    variants = [vary_caption("a b c d", number, vary) for number in range(8)]
+    assert variants == [vary_caption("a b c d", number, vary) for number in range(8)] and len(set(variants)) > 4
