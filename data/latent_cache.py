@@ -10,7 +10,7 @@ again, and nothing else. With random crops, each image keeps one, drawn from its
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from data.decode import UnreadableImage
 from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog
 from data.source import IMAGE, ImageFiles, Record
 from data.stream import Draw, EvaluationBatches
-from data.tensor_store import MissingRecord, TensorStore, record_key
+from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.contracts import Machine
 from utils.io.files import sha256_file
@@ -37,10 +37,9 @@ EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LatentRecipe(NamedTuple):
-    """What latents depend on beside the image and its fit. vae: a hash of the weights. dtype: as it is stored."""
+    """What latents depend on beside the image and its fit. vae: a hash of the weights."""
 
     vae: str
-    dtype: Literal["float16", "bfloat16"]
     background: Any
 
 
@@ -115,7 +114,7 @@ class LatentCache:
             )
             loader = EvaluationLoader(reader, batches, machine, unreadable=unreadable)
             for batch in track(loader, len(loader), "encoding images"):
-                mean, logvar = (part.to(getattr(torch, self.recipe.dtype)) for part in encode(batch["images"]))
+                mean, logvar = (part.to(STORED) for part in encode(batch["images"]))
                 for at, (row, weight) in enumerate(zip(batch["sample_id"].tolist(), batch["weight"].tolist())):
                     if weight > 0:
                         self._put(row, variant, {"latent_mean": mean[at], "latent_logvar": logvar[at]})
@@ -165,7 +164,7 @@ class _FittedFiles:
 class LatentSource:
     """The records of a cache, each with its variants in front.
 
-    `latent_mean`, `latent_logvar` [V, 4, h, w]; `original_hw`, `crop_top_left`, `target_hw` int64 [V, 2].
+    `latent_mean`, `latent_logvar` float32 [V, 4, h, w]; `original_hw`, `crop_top_left`, `target_hw` int64 [V, 2].
     """
 
     def __init__(self, cache: LatentCache) -> None:
@@ -183,14 +182,15 @@ class LatentSource:
                 record = self.cache.store.read(self.cache.keys[number, variant].decode())
             except MissingRecord as error:
                 raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
-            variants.append({**record, **self.cache.fit(number, variant).conditions()})
+            latents = {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16
+            variants.append({**latents, **self.cache.fit(number, variant).conditions()})
         return {name: torch.stack([variant[name] for variant in variants]) for name in variants[0]}
 
     def blank(self, group: int) -> Record:
         """Return latents of zeros in a bucket's shape."""
         size = torch.from_numpy(self.cache.buckets.sizes_hw[group])
         shape = (self.cache.variants, _CHANNELS, *(size // _SHRINK).tolist())
-        latents = torch.zeros(shape, dtype=getattr(torch, self.cache.recipe.dtype))
+        latents = torch.zeros(shape)
         hw = {"original_hw": size, "crop_top_left": torch.zeros_like(size), "target_hw": size}
         stacked = {name: value.expand(self.cache.variants, 2) for name, value in hw.items()}
         return {"latent_mean": latents, "latent_logvar": latents.clone(), **stacked}

@@ -39,6 +39,7 @@ from utils.io.untrusted.safetensors_header import read_header
 from utils.io.weights import read_tensors, write_tensors
 from utils.ranks import distributed
 
+STORED = torch.float16  # of what networks give; records are read as float32
 _SHARD_RECORDS = 256
 _ABANDONED_SEC = 86_400  # a temporary file this old has no writer
 _KEY = "S32"

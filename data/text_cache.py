@@ -1,6 +1,6 @@
 """Encoded captions, each once: what both text encoders give of it.
 
-    cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "chunks": 1}, "float16")
+    cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "chunks": 1})
     cache.fill(captions, encode, batch_size)
     cache.read(caption)
 
@@ -8,14 +8,14 @@ Where captions vary (shuffled or dropped tags), K variants of each are made befo
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.source import Record
-from data.tensor_store import MissingRecord, TensorStore, record_key
+from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.errors import UserError
 from utils.io.files import sha256_text
@@ -35,8 +35,8 @@ def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator
 class TextCache:
     """Encoded captions. recipe: what they depend on beside the caption, such as the hashes of the encoders."""
 
-    def __init__(self, store: TensorStore, recipe: Mapping[str, Any], dtype: Literal["float16", "bfloat16"]) -> None:
-        self.store, self._recipe, self._dtype = store, {**recipe, "dtype": dtype}, getattr(torch, dtype)
+    def __init__(self, store: TensorStore, recipe: Mapping[str, Any]) -> None:
+        self.store, self._recipe = store, recipe
 
     def _key(self, caption: str) -> str:
         return record_key(self._recipe, caption)
@@ -51,19 +51,20 @@ class TextCache:
         starts = range(0, len(mine), batch_size)
         for start in track(starts, len(starts), "encoding captions"):
             part = mine[start : start + batch_size]
-            for text, embeds, pooled in zip(part, *(found.to(self._dtype) for found in encode(part))):
+            for text, embeds, pooled in zip(part, *(found.to(STORED) for found in encode(part))):
                 self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
         self.store.finish()
 
     def read(self, caption: str) -> Record:
-        """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption.
+        """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.
 
         Raises UserError where the cache does not have it, or has it damaged.
         """
         try:
-            return self.store.read(self._key(caption))
+            record = self.store.read(self._key(caption))
         except MissingRecord as error:
             raise UserError(
                 f"{self.store.key}: the caption {caption!r}: {error}; start the same command again, which encodes what "
                 "is missing"
             ) from None
+        return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16

@@ -34,7 +34,7 @@ from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, open_networks
 from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
-from models.sdxl.text import encode_text, zero_dropped
+from models.sdxl.text import encode_text, freeze_unused, zero_dropped
 from models.sdxl.timesteps import draw_timesteps
 from models.sdxl.tokenizer import tokenize
 from models.sdxl.weighting import loss_weight
@@ -60,6 +60,8 @@ class DiffusionTask(Task):
         if config.lora is None:
             trained = ("unet", *ENCODERS) if config.train_text_encoders else ("unet",)
             self._take(trained, open_networks(setup.model, trained))
+            if config.train_text_encoders:
+                freeze_unused(self.text_encoder)
             passed = ()
         else:
             trained, passed = ("adapter",), ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)

@@ -205,7 +205,7 @@ def _read(
         return data, views, fields
     images = data.source
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), "float16", images.background)
+    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.background)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     cache = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
     if distributed.broadcast_object(cache.missing()):
@@ -233,7 +233,7 @@ def _caption_fields(
     if not training:
         wanted = [task.captions.complete(text) for text in texts]
     recipe = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
-    cache = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), recipe, "float16")
+    cache = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), recipe)
     cache.fill(["", *wanted], _TextEncoders(setup.model, task.caption_chunks, data.machine.device), _TEXTS_AT_ONCE)
     return CaptionFields(task, cache.read, variants, parts, weights)
 

@@ -30,7 +30,7 @@ CONFIG = BucketConfig(
     area_px=96**2, step_px=32, min_px=64, max_px=128, sizes_hw=None, crop="centre", small="keep", max_upscale=8.0,
     max_crop=0.9, flip=0.0,
 )  # fmt: skip
-RECIPE = LatentRecipe(vae="0" * 64, dtype="float16", background="white")
+RECIPE = LatentRecipe(vae="0" * 64, background="white")
 MACHINE = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
 
 
@@ -136,7 +136,7 @@ def test_training_and_evaluation_read_the_cache(images):
         for number, row in enumerate(batch["sample_id"].tolist()):
             means = LatentSource(cache).read(row)["latent_mean"]
             mirrored.add(next(v for v in range(2) if torch.equal(means[v], batch["latent_mean"][number])))
-        assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
+        assert batch["latent_mean"].dtype == torch.float32 and bool((batch["weight"] == 1).all())
     for batch in data.evaluation(rows, cache.choose, {}, groups=groups):
         evaluated += [row for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()) if weight]
     assert mirrored == {0, 1} and sorted(evaluated) == rows.tolist()
@@ -230,7 +230,7 @@ def test_captions_are_encoded_once_each(tmp_path):
         return lengths[:, None, None].expand(-1, 77, 8), lengths[:, None].expand(-1, 6)
 
     def open_texts(encoders="a"):
-        return TextCache(TensorStore(tmp_path, "cache.texts"), {"encoders": encoders, "chunks": 1}, "float16")
+        return TextCache(TensorStore(tmp_path, "cache.texts"), {"encoders": encoders, "chunks": 1})
 
     for _ in range(2):
         cache = open_texts()
@@ -238,7 +238,7 @@ def test_captions_are_encoded_once_each(tmp_path):
     assert encoded == ["a cat", "", "été"]
     record = cache.read("été")
     assert record["prompt_embeds"].shape == (77, 8) and record["pooled_prompt_embeds"].tolist() == [3] * 6
-    assert record["prompt_embeds"].dtype == torch.float16
+    assert record["prompt_embeds"].dtype == torch.float32
     with pytest.raises(UserError, match=r"^cache\.texts: the caption 'a dog'"):
         cache.read("a dog")
     open_texts("b").fill(["a cat"], encode, 2)
