@@ -1,4 +1,4 @@
-"""What the commands import: the packages of SDXL are for finetune_sdxl.py alone, and make install-sdxl installs them."""
+"""What the commands import: the packages of `make install-sdxl` are for runs of finetune_sdxl.py alone."""
 
 from tests.support import command
 

@@ -13,8 +13,9 @@ from engine.tasks.diffusion import DiffusionKind
 from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.tokenizer import tokenize
-from tests.in_process import configure, run
-from tests.support import TINY, checkpoint_tensors, make_collection, rows
+from tests.in_process import configure, run, run_until_killed
+from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
+from tests.support import run as run_process
 from utils.config.messages import ConfigError
 
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
@@ -155,6 +156,43 @@ def test_a_run_logs_the_loss_by_timestep_the_fixed_loss_and_the_pictures(place):
     assert len(train) == 3 and all({f"error_{number}" for number in range(5)} <= row.keys() for row in train)
     assert all(0 < row["tone_0"] < 1 and 0 < row["tone_1"] < 1 for row in evaluate)
     assert (place / "lora/plots/samples.png").exists() and "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- exact resume
+
+
+def assert_equal_runs(first, second, step):
+    one, other = (checkpoint_tensors(folder, step) for folder in (first, second))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert rows(first / "metrics.jsonl") == rows(second / "metrics.jsonl")
+    assert samples_by_step(first) == samples_by_step(second)
+
+
+RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samples=true", "loop.ema_decay=0.9"]
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(caches, place):
+    """In three buckets; from the files, or from latents and texts of caches."""
+    own = [*SHORT, *RESUMED, "data.root=images"]
+    if caches:
+        own += ["task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2"]
+    straight, killed = f"straight_{caches}", f"killed_{caches}"
+    run("finetune_sdxl", [*own, f"run_dir={straight}"], place)
+    run_until_killed("finetune_sdxl", [*own, f"run_dir={killed}"], place, step=4)
+    run("finetune_sdxl", [*own, f"run_dir={killed}"], place)
+    assert_equal_runs(place / straight, place / killed, 6)
+    assert "3 buckets" in (place / killed / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_resume_bit_for_bit(place):
+    own = [*SHORT, *RESUMED, "loop.save_in_background=false", "data.root=images"]
+    run_process("finetune_sdxl.py", [*own, "run_dir=straight_2"], place, ranks=2)
+    run_process("finetune_sdxl.py", [*own, "run_dir=killed_2"], place, ranks=2, expect=-9, kill_at_step=4)
+    assert "at step 3" in run_process("finetune_sdxl.py", [*own, "run_dir=killed_2"], place, ranks=2)
+    assert_equal_runs(place / "straight_2", place / "killed_2", 6)
 
 
 # -------------------------------------------------------------------------------------------------------- the pictures
