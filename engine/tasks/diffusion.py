@@ -42,6 +42,9 @@ from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.weights import InitFrom
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _LATENT_DRAW = 3  # of utils/rng.py; models/sdxl/noise.py has the others
 _BINS = 5  # of timesteps, whose losses are logged
@@ -83,6 +86,7 @@ class DiffusionTask(Task):
         networks = open_networks(self._model, names, frozen=True)
         self.latent_scale = networks.source["vae_scaling_factor"]
         self._take(self.roles.frozen, networks)
+        log.debug("%s", "; ".join(f"{name} {show_size(getattr(self, name))}" for name in PARTS if getattr(self, name)))
         if config.text_cache is not None:
             self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
         if config.lora is not None:
@@ -125,13 +129,9 @@ class DiffusionTask(Task):
         noise = draw_noise(keys, latents, noise_config.offset)
         pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
         wanted = target(noise_config.prediction_type, latents, noise, level)
-        error = (pred - wanted).square().mean(dim=(1, 2, 3))
-        loss = self._config.loss
-        return (
-            error,
-            timesteps,
-            loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor),
-        )
+        error, loss = (pred - wanted).square().mean(dim=(1, 2, 3)), self._config.loss
+        weight = loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
+        return error, timesteps, weight
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
         """Return the U-Net's output, float32 [B, 4, h, w]."""
@@ -193,6 +193,13 @@ class DiffusionTask(Task):
         )  # fmt: skip
         scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
         return sample_pictures(self.unet, self.vae, prompts, scheduler, settings)
+
+
+def show_size(network: nn.Module) -> str:
+    """Return the memory of a network's weights, and whether they are trained."""
+    weights = list(network.parameters())
+    state = "trained" if weights[0].requires_grad else "frozen"
+    return f"{sum(weight.nbytes for weight in weights) / 2**30:.2f} GiB {str(weights[0].dtype)[6:]}, {state}"
 
 
 @torch.no_grad()
