@@ -56,6 +56,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -134,7 +135,8 @@ class Device(TorchDispatchMode):
 
     def _report(self, what, happened):
         if self.strict and happened:
-            own = [frame for frame in traceback.extract_stack()[:-2] if "site-packages" not in frame.filename]
+            frames = [frame for frame in traceback.extract_stack()[:-2] if frame.name != "__torch_function__"]
+            own = [frame for frame in frames if "site-packages" not in frame.filename]
             self.waits.append(f"{what} at {Path(own[-1].filename).name}:{own[-1].lineno}")
 
 
@@ -216,7 +218,8 @@ def fake_gpu():
         (fake_tensor, "init_gpu_context", lambda _: None),  # torch 2.11 would make a real tensor
         (nn.Module, "_apply", _apply),
     ]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    # Attention asks the driver which of its kernels suits, but for that of plain operations.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
         avoids = mode.avoid_device_init  # asked before torch.cuda.is_available is replaced
         replaced.append((FakeTensorMode, "avoid_device_init", property(lambda self: avoids)))
         originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]

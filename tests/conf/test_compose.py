@@ -111,7 +111,9 @@ def test_a_primary_file_leaves_folders_to_us(script):
 OWN = {"resnet18", "train_glyphs", "train_image_folder", "sgd_train", "onecycle", "classification"}
 OWN |= {"sdxl", "sdxl_tiny", "diffusion", "image_folder"}
 QUICK_OR_SLOW = [
-    option if option[0] not in ("train", "finetune_sdxl") or option[2] in OWN else pytest.param(*option, marks=pytest.mark.slow)
+    option
+    if option[0] not in ("train", "finetune_sdxl") or option[2] in OWN
+    else pytest.param(*option, marks=pytest.mark.slow)
     for option in OPTIONS
 ]
 
