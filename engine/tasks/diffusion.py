@@ -33,7 +33,7 @@ from models.sdxl.latents import encode_images
 from models.sdxl.lora import LoRA
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, open_networks
-from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
+from models.sdxl.noise import NoiseTable, add_noise, build_noise_table, draw_noise, resolution_shift, target
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
 from models.sdxl.text import encode_text, freeze_unused, zero_dropped
 from models.sdxl.timesteps import draw_timesteps
@@ -58,7 +58,9 @@ class DiffusionTask(Task):
         super().__init__()
         config = setup.task
         self._config, self._model, self._metadata = config, setup.model, setup.metadata()
-        self._table = build_noise_table(config.noise.zero_terminal_snr)
+        table = build_noise_table(config.noise.zero_terminal_snr)
+        self.register_buffer("alphas", table.alphas, persistent=False)  # on the device, so that no step copies them
+        self.register_buffer("sigmas", table.sigmas, persistent=False)
         keeps_encoders = config.text_cache is None
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
         if config.lora is None:
@@ -113,7 +115,7 @@ class DiffusionTask(Task):
         """Return each sample's weighted error of the prediction."""
         error, timesteps, weight = self._errors(batch)
         logs = {"error": log_mean(error, batch["weight"])}
-        bins = timesteps * _BINS // len(self._table.alphas)
+        bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
         return StepOutput(error * weight * batch["tag_weight"], logs)
@@ -126,7 +128,7 @@ class DiffusionTask(Task):
         prompts, pooled = self._texts(batch)
         timesteps = draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
         shift = resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
-        level = self._table.to(keys.device).at(timesteps, shift)
+        level = NoiseTable(self.alphas, self.sigmas, noise_config.zero_terminal_snr).at(timesteps, shift)
         noise = draw_noise(keys, latents, noise_config.offset)
         pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
         wanted = target(noise_config.prediction_type, latents, noise, level)

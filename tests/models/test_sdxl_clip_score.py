@@ -20,7 +20,8 @@ def test_it_is_the_cosine_of_the_two_embeddings(tmp_path):
         text_config=part, vision_config={**part, "image_size": 32, "patch_size": 16}, projection_dim=8
     )
     torch.manual_seed(6)
-    model = transformers.CLIPModel(config).eval()
+    model = transformers.CLIPModel(config).eval().requires_grad_(False)
+    model.text_projection.weight.neg_()  # drawn so, all cosines are negative, which count as 0
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(**size), build_tokenizer())
     model.save_pretrained(tmp_path)
