@@ -26,6 +26,7 @@ from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
+from models.sdxl.clip_score import clip_scores
 from models.sdxl.conditioning import unet_inputs
 from models.sdxl.config import SDXLConfig
 from models.sdxl.latents import encode_images
@@ -168,6 +169,7 @@ class DiffusionTask(Task):
         """Measure the loss of `val` at fixed noise and timesteps; make the pictures of `task.samples.prompts`.
 
         `tone_N` is the mean brightness, 0 to 1, of the picture of the N-th prompt: of a black picture it is 0.
+        `clip_score` is the mean over the pictures, where `task.samples.clip` is given.
         """
 
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -179,6 +181,10 @@ class DiffusionTask(Task):
         if self._config.samples.prompts:
             pictures = self.sample()
             scalars |= {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
+            if (clip := self._config.samples.clip) is not None:
+                prompts, device = self._config.samples.prompts, self.vae.device
+                scores = clip_scores(Path(clip), "task.samples.clip", pictures, prompts, device)
+                scalars["clip_score"] = sum(scores) / len(scores)
             images["samples"] = np.concatenate(list(pictures), axis=1)
         return Report(scalars, images=images)
 

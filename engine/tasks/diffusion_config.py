@@ -60,7 +60,7 @@ class TimestepsConfig(Strict):
 class SamplesConfig(Strict):
     """Pictures of an evaluation, each of a prompt, with fixed noise.
 
-    guidance_rescale: of Lin et al. 2023, section 3.4.
+    guidance_rescale: of Lin et al. 2023, section 3.4. clip: a folder of a CLIP, which scores them; null: no score.
     """
 
     prompts: list[str]
@@ -69,6 +69,7 @@ class SamplesConfig(Strict):
     guidance: Factor
     guidance_rescale: Fraction
     seed: Seed
+    clip: PathText | None
 
 
 class DiffusionTaskConfig(TaskConfig):
