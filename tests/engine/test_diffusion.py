@@ -14,12 +14,13 @@ from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.tokenizer import tokenize
 from tests.in_process import configure, run, run_until_killed
-from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
+from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step, slow_but
 from tests.support import run as run_process
 from utils.config.messages import ConfigError
 
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
 SHORT = [*TINY["diffusion"], *REFERENCE, "loop.log_every_steps=1", "loop.total_steps=3", "optim.lr=0.01"]
+SHORT += ["loop.evaluate_every_epochs=1"]  # and at the end
 WHOLE = ["task.lora=null"]
 FIVES = ["loop.global_batch_size=10", "loop.batch_size=5", "task.chunk=5"]
 
@@ -171,7 +172,7 @@ def assert_equal_runs(first, second, step):
 RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samples=true", "loop.ema_decay=0.9"]
 
 
-@pytest.mark.parametrize("caches", [False, True])
+@pytest.mark.parametrize("caches", slow_but([True], [False, True]))
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(caches, place):
     """In three buckets; from the files, or from latents and texts of caches."""
     own = [*SHORT, *RESUMED, "data.root=images"]

@@ -15,7 +15,7 @@ from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.networks import tiny_networks
 from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
-from tests.support import TINY, make_collection
+from tests.support import TINY, make_collection, slow_but
 from utils.errors import UserError
 
 PROMPTS = ["tag 1, tag 2", "black"]
@@ -73,7 +73,7 @@ def differ(first, second):
     return np.abs(first.astype(float) - second).max()
 
 
-@pytest.mark.parametrize("form", ["kohya", "lora_diffusers"])
+@pytest.mark.parametrize("form", slow_but(["kohya"], ["kohya", "lora_diffusers"]))
 def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(form, place, wanted):
     folder = export(place, "lora", form)
     pipeline = StableDiffusionXLPipeline.from_pretrained(place / "base", local_files_only=True)
@@ -83,7 +83,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(form, place, wante
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
-@pytest.mark.parametrize("form", ["single_file", "diffusers"])
+@pytest.mark.parametrize("form", slow_but(["single_file"], ["single_file", "diffusers"]))
 def test_whole_models_give_the_pictures_of_the_run(name, form, place, wanted):
     folder = export(place, name, form)
     if form == "diffusers":

@@ -38,7 +38,7 @@ def check(rows):
 
 
 def test_planted_faults_are_found_and_every_task_runs():
-    """With AdamW in bf16; diffusion, half a minute, is slow. The vote on stopping is that of several ranks."""
+    """With AdamW in bf16; diffusion takes long and is slow. The vote on stopping is that of several ranks."""
     check(run_cases("faults", "vote", *[f"{task}:adamw:bf16" for task in TASKS if task != "diffusion"]))
 
 
