@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from models.sdxl.text import unused_layer
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names
@@ -118,12 +119,12 @@ def _adding(layer: LoRALayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], 
 def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be targets, by network and name."""
     kinds = (nn.Linear, nn.Conv2d) if config.conv else nn.Linear
-    layers = {}
+    layers, unused = {}, unused_layer(networks["text_encoder"]) if config.text_encoders else None
     for network in ("unet", *_TEXT_ENCODERS) if config.text_encoders else ("unet",):
         for name, layer in networks[network].named_modules():
             # transformers has no `text_model` in CLIPTextModel from 5.6 on; the files of LoRAs have it.
             inner = network != "unet" and not name.startswith(("text_model.", "text_projection"))
-            if isinstance(layer, kinds):
+            if isinstance(layer, kinds) and not (network == "text_encoder" and unused in name):
                 layers[f"{network}.text_model.{name}" if inner else f"{network}.{name}"] = layer
     return layers
 

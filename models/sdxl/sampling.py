@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.sdxl.latents import decode_latents
 from models.sdxl.noise import PredictionType
 
 
@@ -67,7 +68,7 @@ def sample_pictures(
             negative_prompt_embeds=prompts.empty_embeds,
             negative_pooled_prompt_embeds=prompts.empty_pooled,
             height=height, width=width, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-            guidance_rescale=settings.rescale, generator=torch.Generator().manual_seed(seed), output_type="np",
+            guidance_rescale=settings.rescale, generator=torch.Generator().manual_seed(seed), output_type="latent",
         )  # fmt: skip
-        pictures.append((found.images[0] * 255).round().astype(np.uint8))
+        pictures.append(decode_latents(vae, found.images)[0].permute(1, 2, 0).cpu().numpy())
     return np.stack(pictures)

@@ -19,6 +19,19 @@ def encode_text(text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor)
     return embeds.reshape(len(ids), -1, embeds.shape[-1]), second.text_embeds[:: ids.shape[1]]
 
 
+def unused_layer(text_encoder: nn.Module) -> str:
+    """Return what is in the names of the first encoder's last layer, behind the one that is read: `.layers.11.`."""
+    return f".layers.{text_encoder.config.num_hidden_layers - 1}."
+
+
+def freeze_unused(text_encoder: nn.Module) -> None:
+    """Turn off the gradients of the first encoder's last layer and final norm, which do not reach the U-Net."""
+    unused = unused_layer(text_encoder)
+    for name, parameter in text_encoder.named_parameters():
+        if unused in name or "final_layer_norm" in name:
+            parameter.requires_grad_(False)
+
+
 def zero_dropped(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
     """Return both embeddings with zeros for the samples of `dropped`, bool [B].
 
