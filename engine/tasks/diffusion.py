@@ -229,7 +229,7 @@ class DiffusionKind(Kind[DiffusionTaskConfig]):
     scripts = ("finetune_sdxl",)
     exports = DIFFUSION_EXPORTS
     next_commands = (
-        "python export.py format=kohya run_dir={run}",
+        "python export.py format=single_file run_dir={run}",
         "python evaluate.py run_dir={run}",
     )
 
