@@ -119,10 +119,11 @@ class DiffusionPipeline:
         source = describe(Path(path), "model.path").source
         stated = {key: source[key] for key in ("prediction_type", "zero_terminal_snr")}
         if wrong := [key for key, value in stated.items() if getattr(noise, key) != value]:
+            ours, theirs = str(getattr(noise, wrong[0])).lower(), str(stated[wrong[0]]).lower()
             settings = " ".join(f"task.noise.{key}={str(value).lower()}" for key, value in stated.items())
             raise UserError(
-                f"task.noise.{wrong[0]}: {str(getattr(noise, wrong[0])).lower()}, but {path} says {stated[wrong[0]]} of "
-                f"itself; set {settings}, or task.noise.convert=true to train it into another, which takes a long run"
+                f"task.noise.{wrong[0]}: {ours}, but {path} says {theirs} of itself; set {settings}, or "
+                "task.noise.convert=true to train it into another, which takes a long run"
             )
         return config
 
