@@ -1,9 +1,10 @@
 r"""Fine-tune SDXL on captioned images: a LoRA, or the whole U-Net.
 
     python finetune_sdxl.py model.path=sd_xl_base_1.0.safetensors data.root=PATH task.noise.convert=true
-    python finetune_sdxl.py experiment=sdxl/lora model.path=FOLDER data.root=PATH
-    python finetune_sdxl.py model.path=FOLDER data.root=PATH dry_run=true                checks all and prints the plan
-    torchrun --nproc_per_node=8 finetune_sdxl.py experiment=sdxl/full model.path=FOLDER data.root=PATH
+    python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora.rank=32 'task.samples.prompts=["a cat"]'
+    python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora=null optim.lr=1e-5   trains the whole U-Net
+    python finetune_sdxl.py model.path=FOLDER data.root=PATH dry_run=true                   checks all, prints the plan
+    torchrun --nproc_per_node=8 finetune_sdxl.py model.path=FOLDER data.root=PATH loop.global_batch_size=32
 
 Captions are the collection's: .txt files beside the images, a manifest, or what predict.py output=beside writes. Images
 keep their proportions in buckets of about one area; latents are cached. The same command resumes. `make install-sdxl`

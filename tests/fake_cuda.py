@@ -56,6 +56,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -134,7 +135,8 @@ class Device(TorchDispatchMode):
 
     def _report(self, what, happened):
         if self.strict and happened:
-            own = [frame for frame in traceback.extract_stack()[:-2] if "site-packages" not in frame.filename]
+            frames = [frame for frame in traceback.extract_stack()[:-2] if frame.name != "__torch_function__"]
+            own = [frame for frame in frames if "site-packages" not in frame.filename]
             self.waits.append(f"{what} at {Path(own[-1].filename).name}:{own[-1].lineno}")
 
 
@@ -216,7 +218,8 @@ def fake_gpu():
         (fake_tensor, "init_gpu_context", lambda _: None),  # torch 2.11 would make a real tensor
         (nn.Module, "_apply", _apply),
     ]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    # Attention asks the driver which of its kernels suits, but for that of plain operations.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
         avoids = mode.avoid_device_init  # asked before torch.cuda.is_available is replaced
         replaced.append((FakeTensorMode, "avoid_device_init", property(lambda self: avoids)))
         originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
@@ -245,6 +248,8 @@ def make_setup(task):
         small = {"depths": [1, 1], "dims": [8, 16], "stem_stride": 2, "drop_path_rate": 0.1}
         model = read_group(ModelConfig, "model", "convnextv2_atto", **small)
     kind = KINDS[task]
+    if task == "diffusion":
+        model = read_group(kind.model_schema, "model", "sdxl_tiny")
     config = {
         "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
         "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
@@ -254,6 +259,7 @@ def make_setup(task):
         "multicrop": lambda: kind.config(
             name=task, dim=12, local_size_hw=[32, 32], student_temperature=0.1, centre_momentum=0.9
         ),
+        "diffusion": lambda: read_group(kind.config, "task", task, latent_cache=None),
         "flow": lambda: kind.config(name=task, chunk=2, label_dropout=0.1),
     }[task]()
     if task == "flow":
@@ -281,6 +287,10 @@ def make_batch(task, setup):
         if task in ("tagging", "distillation", "thin_tagging"):
             sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
             sample |= {"rating_known": torch.tensor(True), "flip": torch.tensor(0, dtype=torch.int8)}
+        if task == "diffusion":
+            sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
+            sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}
+            sample |= {"tag_weight": torch.tensor(1.0)}
         if task == "multicrop":
             for name in tests.tasks.multicrop.GLOBAL + tests.tasks.multicrop.LOCAL:
                 sample[name] = images if name.startswith("global") else images[:, :32, :32]

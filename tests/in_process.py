@@ -28,7 +28,7 @@ from utils.config.schema import path_keys
 from utils.io.files import write_json
 
 TRAINING = ("pretrain_fcmae", "finetune", "train")
-SCRIPTS = (*TRAINING, "prepare", "evaluate", "predict", "export", "slurm")
+SCRIPTS = (*TRAINING, "finetune_sdxl", "prepare", "evaluate", "predict", "export", "slurm")
 
 # An update of this takes milliseconds.
 SMALL_MODEL = ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]"]

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -29,9 +30,13 @@ SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
+SHORT_SDXL = [
+    "model=sdxl_tiny", "task.buckets.area_px=16384", "task.buckets.min_px=64", "task.buckets.max_px=256",
+    "task.buckets.step_px=32", "loop.total_steps=2", "runtime.threads=1",
+]  # fmt: skip
 MAKE = {
-    "install", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm", "lint",
-    "bench", "bench-gpu", "simd", "clean",
+    "install", "install-sdxl", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm",
+    "lint", "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 
 
@@ -47,10 +52,10 @@ def folder(tmp_path_factory):
 
 def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
-    root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "evaluate", "export", "predict", "submit/slurm")
-    assert scripts == {f"{name}.py" for name in root_scripts}
+    root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "finetune_sdxl", "evaluate", "export", "predict")
+    assert scripts == {f"{name}.py" for name in (*root_scripts, "submit/slurm")}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
-    assert len(COMMANDS) == 36
+    assert len(COMMANDS) == 40
 
 
 def make_released_file(path, num_classes):
@@ -66,6 +71,10 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
         script, *arguments = shlex.split(line)[1:]
         if script in ("train.py", "pretrain_fcmae.py", "finetune.py"):
             arguments += SHORT
+        if "sdxl" in line and find_spec("diffusers") is None:
+            continue
+        if script == "finetune_sdxl.py":
+            arguments = [text for text in arguments if text != "model.path=BASE"] + SHORT_SDXL
         if "task=tagging" in arguments:
             arguments.append("task.min_count=1")  # of few images
         if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
@@ -75,9 +84,7 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
         if script == "predict.py":
             few = folder / "few"
             if not few.exists():
-                few.mkdir()
-                for image in sorted((ROOT / "collections/glyphs/images/STIXGeneral").glob("U+004*.png")):
-                    (few / image.name).symlink_to(image)
+                shutil.copytree(folder / "PATH/train/A", few, ignore=shutil.ignore_patterns("*.txt"))
             arguments = [f"input={few}" if text.startswith("input=") else text for text in arguments]
         run(script, arguments, folder)
     assert (folder / "outputs/first/finetune/export/model.onnx").exists()
@@ -86,6 +93,7 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
     assert (folder / "outputs/first/finetune/export/transformers/preprocessor_config.json").exists()
     assert len((folder / "outputs/first/predictions.csv").read_text().splitlines()) > 10
     assert (folder / "PATH/manifest.parquet").exists()
+    assert find_spec("diffusers") is None or (folder / "outputs/sdxl/export/kohya/lora.safetensors").exists()
     assert len(list((folder / "outputs/sweeps/rates").iterdir())) == 2
 
 

@@ -26,13 +26,14 @@ from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
+from models.sdxl.clip_score import clip_scores
 from models.sdxl.conditioning import unet_inputs
 from models.sdxl.config import SDXLConfig
 from models.sdxl.latents import encode_images
 from models.sdxl.lora import LoRA
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, open_networks
-from models.sdxl.noise import add_noise, build_noise_table, draw_noise, resolution_shift, target
+from models.sdxl.noise import NoiseTable, add_noise, build_noise_table, draw_noise, resolution_shift, target
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
 from models.sdxl.text import encode_text, freeze_unused, zero_dropped
 from models.sdxl.timesteps import draw_timesteps
@@ -57,7 +58,9 @@ class DiffusionTask(Task):
         super().__init__()
         config = setup.task
         self._config, self._model, self._metadata = config, setup.model, setup.metadata()
-        self._table = build_noise_table(config.noise.zero_terminal_snr)
+        table = build_noise_table(config.noise.zero_terminal_snr)
+        self.register_buffer("alphas", table.alphas, persistent=False)  # on the device, so that no step copies them
+        self.register_buffer("sigmas", table.sigmas, persistent=False)
         keeps_encoders = config.text_cache is None
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
         if config.lora is None:
@@ -73,7 +76,7 @@ class DiffusionTask(Task):
             self.adapter = LoRA({name: getattr(shapes, name) for name in ("unet", *ENCODERS)}, config.lora, "task.lora")
         needed = PARTS if keeps_encoders else ("unet", "vae")
         frozen = tuple(name for name in needed if name not in trained)
-        self.roles = Roles(trained, dict.fromkeys(trained, "device"), frozen, passed)
+        self.roles = Roles(trained, dict.fromkeys(trained, config.average_on), frozen, passed)
 
     def _take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
         for name in names:
@@ -112,7 +115,7 @@ class DiffusionTask(Task):
         """Return each sample's weighted error of the prediction."""
         error, timesteps, weight = self._errors(batch)
         logs = {"error": log_mean(error, batch["weight"])}
-        bins = timesteps * _BINS // len(self._table.alphas)
+        bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
         return StepOutput(error * weight * batch["tag_weight"], logs)
@@ -125,7 +128,7 @@ class DiffusionTask(Task):
         prompts, pooled = self._texts(batch)
         timesteps = draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
         shift = resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
-        level = self._table.to(keys.device).at(timesteps, shift)
+        level = NoiseTable(self.alphas, self.sigmas, noise_config.zero_terminal_snr).at(timesteps, shift)
         noise = draw_noise(keys, latents, noise_config.offset)
         pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
         wanted = target(noise_config.prediction_type, latents, noise, level)
@@ -166,6 +169,7 @@ class DiffusionTask(Task):
         """Measure the loss of `val` at fixed noise and timesteps; make the pictures of `task.samples.prompts`.
 
         `tone_N` is the mean brightness, 0 to 1, of the picture of the N-th prompt: of a black picture it is 0.
+        `clip_score` is the mean over the pictures, where `task.samples.clip` is given.
         """
 
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -177,6 +181,10 @@ class DiffusionTask(Task):
         if self._config.samples.prompts:
             pictures = self.sample()
             scalars |= {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
+            if (clip := self._config.samples.clip) is not None:
+                prompts, device = self._config.samples.prompts, self.vae.device
+                scores = clip_scores(Path(clip), "task.samples.clip", pictures, prompts, device)
+                scalars["clip_score"] = sum(scores) / len(scores)
             images["samples"] = np.concatenate(list(pictures), axis=1)
         return Report(scalars, images=images)
 
@@ -221,7 +229,7 @@ class DiffusionKind(Kind[DiffusionTaskConfig]):
     scripts = ("finetune_sdxl",)
     exports = DIFFUSION_EXPORTS
     next_commands = (
-        "python export.py format=kohya run_dir={run}",
+        "python export.py format=single_file run_dir={run}",
         "python evaluate.py run_dir={run}",
     )
 

@@ -60,7 +60,7 @@ class TimestepsConfig(Strict):
 class SamplesConfig(Strict):
     """Pictures of an evaluation, each of a prompt, with fixed noise.
 
-    guidance_rescale: of Lin et al. 2023, section 3.4.
+    guidance_rescale: of Lin et al. 2023, section 3.4. clip: a folder of a CLIP, which scores them; null: no score.
     """
 
     prompts: list[str]
@@ -69,6 +69,7 @@ class SamplesConfig(Strict):
     guidance: Factor
     guidance_rescale: Fraction
     seed: Seed
+    clip: PathText | None
 
 
 class DiffusionTaskConfig(TaskConfig):
@@ -76,8 +77,8 @@ class DiffusionTaskConfig(TaskConfig):
 
     chunk: samples of one bucket that follow each other; a micro-batch is a part of it. caption_chunks: of 75 words,
     which captions have at most. tag_weights: null weighs all images alike. lora: null trains the whole U-Net.
-    train_text_encoders: the whole encoders, beside the whole U-Net. latent_cache, text_cache: folders; null encodes at
-    every step. text_variants: of a caption in the cache.
+    train_text_encoders: the whole encoders, beside the whole U-Net. average_on: where the average of loop.ema_decay is.
+    latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
     """
 
     name: Literal["diffusion"]
@@ -91,6 +92,7 @@ class DiffusionTaskConfig(TaskConfig):
     tag_weights: TagWeightsConfig | None
     lora: LoRAConfig | None
     train_text_encoders: bool
+    average_on: Literal["device", "cpu"]
     latent_cache: PathText | None
     text_cache: PathText | None
     text_variants: Count

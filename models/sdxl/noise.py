@@ -44,10 +44,6 @@ class NoiseTable:
     sigmas: Tensor
     zero_terminal_snr: bool
 
-    def to(self, device: torch.device | str) -> "NoiseTable":
-        """Return the table on a device."""
-        return NoiseTable(self.alphas.to(device), self.sigmas.to(device), self.zero_terminal_snr)
-
     def at(self, timesteps: Tensor, shift: Tensor | None = None) -> NoiseLevel:
         """Return the noise of timesteps [B] (int64); with `shift` [B], sigma / alpha is multiplied by it.
 

@@ -23,17 +23,19 @@ MANDATORY = {
     "predict": ["weights=RUN", "input=IMAGES", "output=found.csv"],
     "evaluate": ["run_dir=RUN"],
     "export": ["run_dir=RUN"],
+    "finetune_sdxl": ["model.path=FOLDER", "data.root=PATH"],
 }
 SHARED = {"common", "folders"}  # files that primaries include
+ALL_TRAINING = (*TRAINING, "finetune_sdxl")
 GROUPS = {
-    "model": TRAINING,
-    "data": (*TRAINING, "prepare"),
+    "model": ALL_TRAINING,
+    "data": (*ALL_TRAINING, "prepare"),
     "augment": TRAINING,
-    "optim": TRAINING,
-    "schedule": TRAINING,
-    "loop": TRAINING,
-    "runtime": TRAINING,
-    "tracking": TRAINING,
+    "optim": ALL_TRAINING,
+    "schedule": ALL_TRAINING,
+    "loop": ALL_TRAINING,
+    "runtime": ALL_TRAINING,
+    "tracking": ALL_TRAINING,
     "launch": ["slurm"],
 }
 # A task and the scripts that train it.
@@ -42,6 +44,7 @@ TASKS = {
     "classification": ["train", "finetune"],
     "tagging": ["train", "finetune"],
     "distillation": ["train", "finetune"],
+    "diffusion": ["finetune_sdxl"],
 }
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18", "task.label_share=0.0"]}
@@ -52,7 +55,8 @@ def list_yaml(folder):
 
 
 OPTIONS = [(script, group, name) for group, scripts in GROUPS.items() for name in list_yaml(CONF / group)
-           for script in scripts]  # fmt: skip
+           for script in scripts
+           if group != "model" or name.startswith("sdxl") == (script == "finetune_sdxl")]  # fmt: skip
 OPTIONS += [(script, "task", name) for name, scripts in TASKS.items() for script in scripts]
 EXPERIMENTS = list_yaml(CONF / "experiment")
 
@@ -74,11 +78,11 @@ def script_of(experiment):
 
 def test_no_file_is_passed_over():
     primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
-    assert primaries == set(SCRIPTS) and len(primaries) == 8
+    assert primaries == set(SCRIPTS) and len(primaries) == 9
     covered = {f"{group}/{name}" for _, group, name in OPTIONS}
-    assert len(covered) == 45 and len(OPTIONS) == 130 and len(EXPERIMENTS) == 48
+    assert len(covered) == 48 and len(OPTIONS) == 151 and len(EXPERIMENTS) == 50
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in EXPERIMENTS)}
-    assert set(list_yaml(CONF)) == everything and len(everything) == 103
+    assert set(list_yaml(CONF)) == everything and len(everything) == 109
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -103,10 +107,13 @@ def test_a_primary_file_leaves_folders_to_us(script):
     assert hydra.runtime.choices["hydra/job_logging"] == hydra.runtime.choices["hydra/hydra_logging"] == "disabled"
 
 
-# train.py shares finetune.py's groups: only what it chooses itself is quick.
+# train.py and finetune_sdxl.py share finetune.py's groups: only what they choose themselves is quick.
 OWN = {"resnet18", "train_glyphs", "train_image_folder", "sgd_train", "onecycle", "classification"}
+OWN |= {"sdxl", "sdxl_tiny", "diffusion", "image_folder"}
 QUICK_OR_SLOW = [
-    option if option[0] != "train" or option[2] in OWN else pytest.param(*option, marks=pytest.mark.slow)
+    option
+    if option[0] not in ("train", "finetune_sdxl") or option[2] in OWN
+    else pytest.param(*option, marks=pytest.mark.slow)
     for option in OPTIONS
 ]
 
@@ -114,10 +121,13 @@ QUICK_OR_SLOW = [
 @pytest.mark.parametrize(("script", "group", "name"), QUICK_OR_SLOW)
 def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
     overrides = [f"{group}={name}"]
-    if script not in TRAINING:
+    if script not in ALL_TRAINING:
         configure(script, [*overrides, *MANDATORY.get(script, []), *(["data.root=IMAGES"] if group == "data" else [])])
         return
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
+    if script == "finetune_sdxl":
+        pytest.importorskip("diffusers")
+        overrides += ["model.path=null"] if name == "sdxl" else ["model=sdxl_tiny"]
     if name == "wandb":
         overrides.append("tracking.mode=offline")  # online needs an account
     if script == "train" and name in ("timm", "muon"):
@@ -129,12 +139,15 @@ def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
             run(script, overrides, tmp_path)
         return
     assert run(script, overrides, tmp_path).startswith("dry run: ")
-    assert not any((tmp_path / "outputs" / script).exists() for script in TRAINING)
+    assert not any((tmp_path / "outputs" / script).exists() for script in ALL_TRAINING)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs, tmp_path):
     overrides = [f"experiment={name}", f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu"]
+    if name.startswith("sdxl/"):
+        pytest.importorskip("diffusers")
+        overrides.append("model=sdxl_tiny")
     if "tagger" in name:
         overrides += SMALL["distillation" if name == "tagger/distil" else "tagging"]
     assert run(script_of(name), overrides, tmp_path).startswith("dry run: ")

@@ -37,6 +37,7 @@ from utils.io.weights import read_weights
 from utils.record.run_folder import default_run_dir
 
 KNOBS = "+schedule.knobs.momentum={start: 0.5, phases: [{to: 1.0, curve: linear, steps: 3}]}"
+TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
     ("pretrain_fcmae", []),
@@ -47,6 +48,7 @@ CONFIGURATIONS = [
     ("finetune", ["tracking=wandb", "tracking.tags=[small]"]),
     ("train", []),
     ("train", ["data=image_folder", "data.root=IMAGES"]),
+    ("finetune_sdxl", ["model.path=FOLDER", "data.root=IMAGES", f"task.tag_weights={TAG_WEIGHTS}"]),
     ("prepare", []),
     ("prepare", ["data=image_folder", "data.root=IMAGES"]),
     ("evaluate", ["run_dir=RUN"]),

@@ -8,7 +8,7 @@ from torch import nn
 
 from engine.parallel import _shard, find_units
 from engine.runtime import Runtime, can_compile
-from tests.engine.test_exactness import NOISY, assert_same_tensors
+from tests.engine.test_exactness import CHEAP, NOISY, assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
 from tests.support import (
@@ -42,7 +42,7 @@ def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
     task, *settings = case.split()
     settings = [
         "loop.total_steps=12", "loop.global_batch_size=16", "loop.checkpoint_every_steps=12", "optim.lr=0.001",
-        "loop.ema_decay=0.9", "loop.clip_grad_norm=0.05", "loop.evaluate_every_epochs=2", *settings,
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=0.01", "loop.evaluate_every_epochs=2", *settings,
     ]  # fmt: skip
     variants = {"one": (1, 16, []), "ddp": (2, 4, []), "fsdp": (2, 4, [FSDP])}  # two ranks take two micro-batches each
     for name, (ranks, cap, more) in variants.items():
@@ -55,7 +55,7 @@ def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
         assert_same_rows(tmp_path / name, tmp_path / "fsdp")
         assert samples_by_step(tmp_path / name) == samples_by_step(tmp_path / "fsdp")
     norms = [row["grad_norm"] for row in rows(tmp_path / "fsdp/metrics.jsonl", "train")]
-    assert max(norms) > 0.05, "nothing was clipped"
+    assert max(norms) > 0.01, "nothing was clipped"
 
 
 @pytest.mark.ddp
@@ -83,7 +83,7 @@ MORE_LEGS = [(1, "fsdp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3,
 @pytest.mark.parametrize(
     ("task", "legs", "settings"),
     [("classification", MORE_LEGS, [])]
-    + [(task, LEGS, []) for task in sorted(SCRIPTS) if task != "classification"]
+    + [(task, LEGS, []) for task in CHEAP if task != "classification"]
     + [("classification", LEGS, [optim]) for optim in ("optim=adan", "optim=sgd", "optim=timm")]
     + [("classification", LEGS, ["optim=timm", "optim.opt=adan"])],
 )

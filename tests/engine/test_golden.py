@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import SCRIPTS, common, rows, run
+from tests.engine.test_exactness import CHEAP
+from tests.support import SCRIPTS, common, rows, run, slow_but
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
-@pytest.mark.parametrize("task", sorted(SCRIPTS))
+@pytest.mark.parametrize("task", slow_but(CHEAP, sorted(SCRIPTS)))
 def test_losses_of_twenty_steps(task, collection, tmp_path, request):
     settings = ["loop.total_steps=20", "loop.global_batch_size=16", "loop.batch_size=8", "loop.clip_grad_norm=1.0"]
     run(SCRIPTS[task], common(task, collection, tmp_path / "run", *settings), tmp_path)

@@ -1,0 +1,214 @@
+"""task=diffusion: the loss of each sample, what is trained and kept, the samples of a step, and the pictures."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from engine.task import freeze
+from engine.tasks.diffusion import DiffusionKind
+from engine.tasks.kind import Setup
+from models.sdxl.names import ENCODERS
+from models.sdxl.tokenizer import tokenize
+from tests.in_process import configure, run, run_until_killed
+from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step, slow_but
+from tests.support import run as run_process
+from utils.config.messages import ConfigError
+
+REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
+SHORT = [*TINY["diffusion"], *REFERENCE, "loop.log_every_steps=1", "loop.total_steps=3", "optim.lr=0.01"]
+SHORT += ["loop.evaluate_every_epochs=1"]  # and at the end
+WHOLE = ["task.lora=null"]
+FIVES = ["loop.global_batch_size=10", "loop.batch_size=5", "task.chunk=5"]
+
+
+def build(*overrides):
+    """Return a task as a run builds it."""
+    config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", *overrides])
+    torch.manual_seed(0)
+    task = DiffusionKind().build(Setup(config.model, config.task))
+    task.load_frozen()
+    freeze(task)
+    return task.train()
+
+
+def make_batch(count=4, caption="a cat"):
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "key": torch.arange(count),
+        "weight": torch.ones(count),
+        "images": torch.randint(256, (count, 3, 64, 64), dtype=torch.uint8, generator=draw),
+        "fit": torch.tensor([[80, 64, 8, 0, 64, 64]]).repeat(count, 1),
+        "token_ids": tokenize([caption] * count, 1),
+        "is_dropped": torch.zeros(count, dtype=torch.bool),
+        "strata": torch.stack([torch.arange(count), torch.full((count,), count)], dim=1),
+        "tag_weight": torch.ones(count),
+    }
+
+
+def losses(task, batch):
+    return task(batch, SimpleNamespace()).loss
+
+
+def gradients(task, *batches):
+    """Return the gradients of the summed losses of micro-batches, by name; None where there is none."""
+    task.zero_grad()
+    for batch in batches:
+        losses(task, batch).sum().backward()
+    return {name: one.grad for name, one in task.named_parameters() if one.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("floor", [0.25, 0.0])
+def test_pure_noise_has_a_gradient_where_the_weight_has_a_floor(floor, monkeypatch):
+    monkeypatch.setattr("engine.tasks.diffusion.draw_timesteps", lambda kind, keys, *_, **__: keys * 0 + 999)
+    found = gradients(build(f"task.loss.floor={floor}"), make_batch())
+    assert any(grad.abs().max() > 0 for grad in found.values()) == (floor > 0)
+    assert all(grad.isfinite().all() for grad in found.values())
+
+
+def test_epsilon_is_refused_where_the_last_timestep_is_pure_noise():
+    with pytest.raises(ConfigError) as refused:
+        build("task.noise.prediction_type=epsilon")
+    assert refused.value.problems[0].startswith("task.noise.prediction_type: epsilon")
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("weighting", ["none", "min_snr", "soft_min_snr", "debiased"])
+def test_losses_are_finite(kind, weighting):
+    noise = [f"task.noise.prediction_type={kind}", f"task.noise.zero_terminal_snr={str(kind != 'epsilon').lower()}"]
+    more = ["task.noise.offset=0.1", "task.noise.shift_by_resolution=true", "task.timesteps.sampling=logit_normal"]
+    found = losses(build(*noise, *more, f"task.loss.weighting={weighting}"), make_batch())
+    assert found.shape == (4,) and found.isfinite().all() and len(set(found.tolist())) == 4
+
+
+def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
+    task, batch = build(), make_batch()
+    batch["tag_weight"] = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    parts = [{name: column[place : place + 1] for name, column in batch.items()} for place in range(4)]
+    torch.testing.assert_close(torch.cat([losses(task, part) for part in parts]), losses(task, batch))
+    found, wanted = gradients(task, *parts), gradients(task, batch)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    doubled = losses(task, {**batch, "tag_weight": 2 * batch["tag_weight"]})
+    torch.testing.assert_close(doubled, 2 * losses(task, batch))
+
+
+def test_stratified_timesteps_cover_a_step_and_losses_are_logged_by_timestep():
+    logs = build("task.timesteps.sampling=stratified")(make_batch(10), SimpleNamespace()).logs
+    assert [logs[f"error_{number}"][1].item() for number in range(5)] == [2.0] * 5
+    assert sum(logs[f"error_{number}"][0] for number in range(5)) == pytest.approx(logs["error"][0])
+
+
+@pytest.mark.parametrize("to", ["zeros", "empty"])
+def test_a_dropped_caption_is_zeros_or_the_empty_text(to):
+    """The loader gives the empty text to what is dropped; zeros hide even another one."""
+    task, cat, dog = build(f"task.captions.dropout_to={to}"), make_batch(), make_batch(caption="a dog")
+    with torch.no_grad():  # of the U-Net alone, a LoRA begins without effect
+        assert not torch.equal(losses(task, cat), losses(task, dog))
+        dropped = torch.ones(4, dtype=torch.bool)
+        hidden = torch.equal(losses(task, cat | {"is_dropped": dropped}), losses(task, dog | {"is_dropped": dropped}))
+    assert hidden == (to == "zeros")
+
+
+# ---------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_a_lora_is_trained_alone():
+    task = build()
+    found = gradients(task, make_batch())
+    assert found and all(name.startswith("adapter.unet.") and "attentions" in name for name in found)
+    assert all(grad.abs().max() > 0 for name, grad in found.items() if "lora_B" in name)
+    assert {name for name, one in task.named_parameters() if one.grad is not None} == found.keys()
+
+
+def test_the_whole_unet_is_trained():
+    task = build(*WHOLE)
+    found = gradients(task, make_batch())
+    assert found.keys() == {f"unet.{name}" for name, _ in task.unet.named_parameters()}
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, a run of a LoRA in `lora` and one of the U-Net and the text encoders in `whole`."""
+    folder = tmp_path_factory.mktemp("diffusion")
+    data = f"data.root={make_collection(folder / 'images')}"
+    own = ["task.timesteps.sampling=stratified", "task.samples.prompts=[black,white]", *FIVES]
+    run("finetune_sdxl", [*SHORT, *own, data, "run_dir=lora"], folder)
+    run("finetune_sdxl", [*SHORT, *WHOLE, "task.train_text_encoders=true", data, "run_dir=whole"], folder)
+    return folder
+
+
+def test_a_checkpoint_has_what_is_trained_alone(place):
+    tensors = {run: checkpoint_tensors(place / run, 3) for run in ("lora", "whole")}
+    weights = {run: [name for name in found if name.startswith("weights/")] for run, found in tensors.items()}
+    assert weights["lora"] and all(re.search(r"/unet\..*\.lora_[AB]\.weight$", name) for name in weights["lora"])
+    assert all(tensors["lora"][name].abs().max() > 0 for name in weights["lora"])
+    assert {name.split("/")[1].split(".")[0] for name in weights["whole"]} == {"unet", *ENCODERS}
+
+
+def test_a_run_logs_the_loss_by_timestep_the_fixed_loss_and_the_pictures(place):
+    train, evaluate = rows(place / "lora/metrics.jsonl", "train"), rows(place / "lora/metrics.jsonl", "evaluate")
+    assert len(train) == 3 and all({f"error_{number}" for number in range(5)} <= row.keys() for row in train)
+    assert all(0 < row["tone_0"] < 1 and 0 < row["tone_1"] < 1 for row in evaluate)
+    assert (place / "lora/plots/samples.png").exists() and "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- exact resume
+
+
+def assert_equal_runs(first, second, step):
+    one, other = (checkpoint_tensors(folder, step) for folder in (first, second))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert rows(first / "metrics.jsonl") == rows(second / "metrics.jsonl")
+    assert samples_by_step(first) == samples_by_step(second)
+
+
+RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samples=true", "loop.ema_decay=0.9"]
+
+
+@pytest.mark.parametrize("caches", slow_but([True], [False, True]))
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(caches, place):
+    """In three buckets; from the files, or from latents and texts of caches."""
+    own = [*SHORT, *RESUMED, "data.root=images"]
+    if caches:
+        own += ["task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2"]
+    straight, killed = f"straight_{caches}", f"killed_{caches}"
+    run("finetune_sdxl", [*own, f"run_dir={straight}"], place)
+    run_until_killed("finetune_sdxl", [*own, f"run_dir={killed}"], place, step=4)
+    run("finetune_sdxl", [*own, f"run_dir={killed}"], place)
+    assert_equal_runs(place / straight, place / killed, 6)
+    assert "3 buckets" in (place / killed / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_resume_bit_for_bit(place):
+    own = [*SHORT, *RESUMED, "loop.save_in_background=false", "data.root=images"]
+    run_process("finetune_sdxl.py", [*own, "run_dir=straight_2"], place, ranks=2)
+    run_process("finetune_sdxl.py", [*own, "run_dir=killed_2"], place, ranks=2, expect=-9, kill_at_step=4)
+    assert "at step 3" in run_process("finetune_sdxl.py", [*own, "run_dir=killed_2"], place, ranks=2)
+    assert_equal_runs(place / "straight_2", place / "killed_2", 6)
+
+
+# -------------------------------------------------------------------------------------------------------- the pictures
+
+
+def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
+    task = build("task.samples.prompts=[black,white]").eval()
+    first = task.sample()
+    assert first.shape == (2, 64, 64, 3) and first.std() > 0
+    assert (task.sample() == first).all() and (
+        build("task.samples.prompts=[black]").eval().sample()[0] == first[0]
+    ).all()
+    other = build("task.samples.prompts=[black]", "task.samples.seed=1").eval().sample()
+    assert (other[0] != first[0]).any()
+    batch = make_batch() | {"sample_id": torch.arange(4)}
+    reports = [task.evaluate({"val": [batch]}, step) for step in (0, 5)]
+    assert reports[0].scalars == reports[1].scalars and {"loss", "error", "tone_1"} <= reports[0].scalars.keys()
+    assert reports[0].images["samples"].shape == (64, 128, 3)

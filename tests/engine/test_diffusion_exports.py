@@ -1,0 +1,103 @@
+"""The exports of a run of task=diffusion: diffusers loads each and makes the pictures of the run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+from engine.tasks.rebuild import rebuild_task
+from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.networks import tiny_networks
+from models.sdxl.tokenizer import build_tokenizer
+from tests.in_process import run, working_in
+from tests.support import TINY, make_collection, slow_but
+from utils.errors import UserError
+
+PROMPTS = ["tag 1, tag 2", "black"]
+SHORT = [
+    *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.total_steps=2",
+    "loop.global_batch_size=4", "optim.lr=0.03", "model.path=base", "data.root=images",
+    f"task.samples.prompts=[{','.join(repr(prompt) for prompt in PROMPTS)}]",
+]  # fmt: skip
+LORA = ["task.lora.targets=['*']", "task.lora.conv=true", "task.lora.text_encoders=true", "task.lora.alpha=8.0"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base model, a LoRA of all layers, and a whole U-Net."""
+    folder = tmp_path_factory.mktemp("exports")
+    make_collection(folder / "images", per_class=4, validation=1)
+    write_diffusers(
+        folder / "base", tiny_networks(0), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
+        dtype=torch.float32, zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    run("finetune_sdxl", [*SHORT, *LORA, "run_dir=lora"], folder)
+    run("finetune_sdxl", [*SHORT, "task.lora=null", "run_dir=whole"], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(place):
+    """The pictures of each run's task, as its weight file rebuilds it."""
+    with working_in(place):
+        weights = {name: f"{name}/weights/best_weights.safetensors" for name in ("lora", "whole")}
+        return {name: rebuild_task(Path(file)).task.sample() for name, file in weights.items()}
+
+
+def export(place, name, form):
+    folder = place / f"{name}_{form}"
+    run("export", [f"run_dir={name}", f"format={form}", f"output={folder}"], place)
+    return folder
+
+
+def make_pictures(pipeline):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    made = [
+        pipeline(
+            prompt, negative_prompt="", height=64, width=64, num_inference_steps=3, guidance_scale=5.0,
+            guidance_rescale=0.7, generator=torch.Generator().manual_seed(seed), output_type="np",
+        ).images[0]
+        for seed, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    return (np.stack(made) * 255).round()
+
+
+def differ(first, second):
+    """Return the largest difference in grey levels."""
+    return np.abs(first.astype(float) - second).max()
+
+
+@pytest.mark.parametrize("form", slow_but(["kohya"], ["kohya", "lora_diffusers"]))
+def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(form, place, wanted):
+    folder = export(place, "lora", form)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(place / "base", local_files_only=True)
+    assert differ(make_pictures(pipeline), wanted["lora"]) > 20
+    pipeline.load_lora_weights(folder / "lora.safetensors" if form == "kohya" else folder)
+    assert differ(make_pictures(pipeline), wanted["lora"]) <= 2
+
+
+@pytest.mark.parametrize("name", ["lora", "whole"])
+@pytest.mark.parametrize("form", slow_but(["single_file"], ["single_file", "diffusers"]))
+def test_whole_models_give_the_pictures_of_the_run(name, form, place, wanted):
+    folder = export(place, name, form)
+    if form == "diffusers":
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    else:
+        file, base = str(folder / "model.safetensors"), str(place / "base")
+        pipeline = StableDiffusionXLPipeline.from_single_file(file, config=base, local_files_only=True)
+    assert differ(make_pictures(pipeline), wanted[name]) <= 2
+
+
+def test_what_is_refused(place):
+    for form in ("kohya", "lora_diffusers"):
+        with pytest.raises(UserError, match=f"^format: {form} is of a LoRA"):
+            run("export", ["run_dir=whole", f"format={form}", "output=refused"], place)
+    with pytest.raises(UserError, match="^precision: int8"):
+        run("export", ["run_dir=lora", "format=kohya", "precision=int8", "output=refused"], place)
+    assert not (place / "refused").exists()
