@@ -29,7 +29,7 @@ from utils.record.report_files import save_image
 from utils.text_table import align_columns
 
 NEW = "orange"  # which the LoRA learns
-CAPTIONS = ["black", "grey", "white", "red circle", "green square", "blue triangle", "yellow circle"]
+CAPTIONS = ["black", "white", "red circle", "green square", "blue triangle", "yellow circle"]
 EPSILON = ("task.noise.prediction_type=epsilon", "task.noise.zero_terminal_snr=false", "task.noise.convert=true")
 LORA = ("task.lora={rank:16,alpha:16.0,targets:[unet.*],conv:true,text_encoders:false}", "optim.lr=3e-3",
         "loop.total_steps=60", f"task.samples.prompts=[{NEW},black,white]")  # fmt: skip

@@ -31,7 +31,7 @@ _LOGVAR = -8.0  # of the VAE's latents: it is not trained, as no loss asks for i
 
 
 def draw_picture(caption: str, size_hw: tuple[int, int], draw: random.Random) -> Image.Image:
-    """Return a plain tone, or a shape of a colour anywhere on a grey ground."""
+    """Return a plain tone, or a shape of a colour near the middle of a grey ground."""
     if caption in TONES:
         return Image.new("RGB", size_hw[::-1], TONES[caption])
     colour, shape = caption.split()
@@ -41,11 +41,11 @@ def draw_picture(caption: str, size_hw: tuple[int, int], draw: random.Random) ->
 def draw_shape(
     shape: str, colour: Colour, ground: Colour, size_hw: tuple[int, int], draw: random.Random
 ) -> Image.Image:
-    """Return a shape of a colour anywhere on a ground of another."""
+    """Return a shape of a colour near the middle of a ground of another."""
     height, width = size_hw
     image = Image.new("RGB", (width, height), ground)
     side = min(size_hw) * draw.uniform(0.5, 0.7)
-    left, top = draw.uniform(0, width - side), draw.uniform(0, height - side)
+    left, top = (draw.uniform(0.4, 0.6) * (length - side) for length in (width, height))
     right, bottom = left + side, top + side
     pen = ImageDraw.Draw(image)
     if shape == "circle":
@@ -74,7 +74,7 @@ def write_base(folder: Path, captions: list[str], vae_steps: int) -> float:
     """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255."""
     networks, draw = tiny_networks(0), random.Random(1)
     colours, size_hw = [*COLOURS.values(), *TONES.values()], SIZES_HW[0]
-    mixed = [draw_shape(draw.choice(SHAPES), *draw.sample(colours, 2), size_hw, draw) for _ in range(256)]
+    mixed = [draw_shape(draw.choice(SHAPES), *draw.choices(colours, k=2), size_hw, draw) for _ in range(256)]
     error = train_vae(networks.vae, to_tensor(mixed), vae_steps)
     scale_latents(networks.vae, to_tensor([draw_picture(caption, size_hw, draw) for caption in captions * 8]))
     write_diffusers(
