@@ -35,8 +35,8 @@ SHORT_SDXL = [
     "task.buckets.step_px=32", "loop.total_steps=2", "runtime.threads=1",
 ]  # fmt: skip
 MAKE = {
-    "install", "install-sdxl", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm", "lint",
-    "bench", "bench-gpu", "simd", "clean",
+    "install", "install-sdxl", "install-interop", "demo", "demo-full", "demo-tagger", "test", "test-slow", "test-slurm",
+    "lint", "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 
 
