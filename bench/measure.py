@@ -50,7 +50,8 @@ Turn = Callable[[], Any]
 class Comparison:
     """Sides of one setting: name -> a function that makes `steps` steps. The first is ours, and compared with each.
 
-    warmup: calls of each side that are not counted; facts: what else the JSON file and the table say.
+    warmup: calls of each side that are not counted; facts: what else the JSON file and the table say. clock: what gives
+    the seconds, such as time.process_time where one thread does the work; None: the device's.
     """
 
     setting: str
@@ -58,6 +59,7 @@ class Comparison:
     steps: int = 1
     warmup: int = 1
     facts: dict[str, Any] = field(default_factory=dict)
+    clock: Callable[[], float] | None = None
 
 
 def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]], turns: int = 5) -> None:
@@ -103,18 +105,18 @@ def take_turns(comparison: Comparison, device: torch.device, turns: int) -> dict
     """Return milliseconds per step of each side and turn."""
     for turn in comparison.sides.values():
         for _ in range(comparison.warmup):
-            time_ms(turn, device)
+            time_ms(turn, device, comparison.clock)
     found: dict[str, list[float]] = {name: [] for name in comparison.sides}
     for _ in range(turns):
         for name, turn in comparison.sides.items():
             time.sleep(_PAUSE_SEC if device.type == "cpu" else 0.0)
-            found[name].append(time_ms(turn, device) / comparison.steps)
+            found[name].append(time_ms(turn, device, comparison.clock) / comparison.steps)
     return found
 
 
-def time_ms(turn: Turn, device: torch.device) -> float:
+def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None) -> float:
     """Return the milliseconds of one turn, to the end of its work on the device."""
-    if device.type == "cuda":
+    if clock is None and device.type == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         first.record()
@@ -122,9 +124,10 @@ def time_ms(turn: Turn, device: torch.device) -> float:
         last.record()
         torch.cuda.synchronize()
         return first.elapsed_time(last)
-    started = time.perf_counter()
+    clock = clock or time.perf_counter
+    started = clock()
     turn()
-    return 1e3 * (time.perf_counter() - started)
+    return 1e3 * (clock() - started)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -76,7 +76,7 @@ class DiffusionTask(Task):
             self.adapter = LoRA({name: getattr(shapes, name) for name in ("unet", *ENCODERS)}, config.lora, "task.lora")
         needed = PARTS if keeps_encoders else ("unet", "vae")
         frozen = tuple(name for name in needed if name not in trained)
-        self.roles = Roles(trained, dict.fromkeys(trained, "device"), frozen, passed)
+        self.roles = Roles(trained, dict.fromkeys(trained, config.average_on), frozen, passed)
 
     def _take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
         for name in names:
@@ -229,7 +229,7 @@ class DiffusionKind(Kind[DiffusionTaskConfig]):
     scripts = ("finetune_sdxl",)
     exports = DIFFUSION_EXPORTS
     next_commands = (
-        "python export.py format=kohya run_dir={run}",
+        "python export.py format=single_file run_dir={run}",
         "python evaluate.py run_dir={run}",
     )
 

@@ -77,8 +77,8 @@ class DiffusionTaskConfig(TaskConfig):
 
     chunk: samples of one bucket that follow each other; a micro-batch is a part of it. caption_chunks: of 75 words,
     which captions have at most. tag_weights: null weighs all images alike. lora: null trains the whole U-Net.
-    train_text_encoders: the whole encoders, beside the whole U-Net. latent_cache, text_cache: folders; null encodes at
-    every step. text_variants: of a caption in the cache.
+    train_text_encoders: the whole encoders, beside the whole U-Net. average_on: where the average of loop.ema_decay is.
+    latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
     """
 
     name: Literal["diffusion"]
@@ -92,6 +92,7 @@ class DiffusionTaskConfig(TaskConfig):
     tag_weights: TagWeightsConfig | None
     lora: LoRAConfig | None
     train_text_encoders: bool
+    average_on: Literal["device", "cpu"]
     latent_cache: PathText | None
     text_cache: PathText | None
     text_variants: Count

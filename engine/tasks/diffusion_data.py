@@ -117,12 +117,14 @@ class DiffusionPipeline:
         if path is None or noise.convert:
             return config
         source = describe(Path(path), "model.path").source
-        for key in ("prediction_type", "zero_terminal_snr"):
-            if (ours := getattr(noise, key)) != (theirs := source[key]):
-                raise UserError(
-                    f"task.noise.{key}: {ours}, but {path} says {theirs} of itself; set task.noise.{key}={theirs}, or "
-                    "task.noise.convert=true to train it into another, which takes a long run"
-                )
+        stated = {key: source[key] for key in ("prediction_type", "zero_terminal_snr")}
+        if wrong := [key for key, value in stated.items() if getattr(noise, key) != value]:
+            ours, theirs = str(getattr(noise, wrong[0])).lower(), str(stated[wrong[0]]).lower()
+            settings = " ".join(f"task.noise.{key}={str(value).lower()}" for key, value in stated.items())
+            raise UserError(
+                f"task.noise.{wrong[0]}: {ours}, but {path} says {theirs} of itself; set {settings}, or "
+                "task.noise.convert=true to train it into another, which takes a long run"
+            )
         return config
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
