@@ -200,7 +200,7 @@ def without_a_cluster(monkeypatch):
 
 def run_sdxl(go, others, search, data):
     """Run finetune_sdxl.py with every kind of every group, and every part of its task."""
-    groups = {"sgd": [*search, "optim.lr=null"], "adan": [], "timm": ["schedule=cosine"]}
+    groups = {"sgd": [*search, "optim.lr=null"], "adan": [], "timm": ["schedule=cosine", "schedule.warmup_steps=1"]}
     tiny = [*DIFFUSION, *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
     for name, overrides in others.items():
         own = [text for text in overrides if not text.startswith(("model", "augment", "loop.sampling"))]
