@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-sdxl install-interop demo demo-full demo-tagger test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-sdxl install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -38,6 +38,9 @@ demo-full: install  ## the demo and its controls: from scratch, and both with al
 
 demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; six minutes on two cores
 	$(PY) bench/demo_tagger.py
+
+demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; MINUTES
+	$(PY) bench/demo_sdxl.py
 
 test: install lint  ## lint, then all tests but the slow ones; four minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"

@@ -197,7 +197,7 @@ def clear(out):
     if not folder.exists():
         return
     there = list(folder.iterdir()) if folder.is_dir() else [folder]
-    known = ("resnet18.log", "pretrain/config.json", "summary.json")
+    known = ("resnet18.log", "pretrain/config.json", "shapes/black_0.png", "summary.json")
     if there and not any((folder / name).is_file() for name in known):
         sys.exit(f"demo: out={out} holds other things than an earlier demo ({folder.resolve()}); name another folder")
     for path in there:

@@ -1,0 +1,136 @@
+"""What the demo of SDXL begins with: captioned pictures, and a tiny base model whose VAE has seen them.
+
+The VAE alone is trained, by a plain loop. U-Net and text encoders stay as they are drawn: drawn encoders tell a few
+captions apart.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image, ImageDraw
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.networks import VAE_SCALING_FACTOR, tiny_networks
+from models.sdxl.tokenizer import build_tokenizer
+from optim.muon import avoid_slow_bf16
+
+COLOURS = {"red": (210, 30, 30), "green": (20, 170, 40), "blue": (30, 60, 220), "yellow": (240, 220, 40)}
+SHAPES = ("circle", "square", "triangle")
+TONES = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255), "orange": (250, 140, 20)}
+SIZES_HW = ((128, 128), (96, 160), (160, 96))
+_CROP_PX, _BATCH = 64, 6  # parts of pictures that the VAE is trained on
+_LOGVAR = -8.0  # of the VAE's latents: it is not trained, as no loss asks for it
+
+
+def draw_picture(caption: str, size_hw: tuple[int, int], draw: random.Random) -> Image.Image:
+    """Return a plain tone, or a shape of a colour anywhere on a grey ground."""
+    height, width = size_hw
+    if caption in TONES:
+        return Image.new("RGB", (width, height), TONES[caption])
+    colour, shape = caption.split()
+    image = Image.new("RGB", (width, height), (draw.randint(100, 156),) * 3)
+    side = min(size_hw) * draw.uniform(0.5, 0.7)
+    left, top = draw.uniform(0, width - side), draw.uniform(0, height - side)
+    right, bottom = left + side, top + side
+    pen = ImageDraw.Draw(image)
+    if shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill=COLOURS[colour])
+    elif shape == "square":
+        pen.rectangle((left, top, right, bottom), fill=COLOURS[colour])
+    else:
+        pen.polygon((left, bottom, right, bottom, (left + right) / 2, top), fill=COLOURS[colour])
+    return image
+
+
+def write_pictures(folder: Path, captions: list[str], each: int) -> None:
+    """Write so many PNGs of each caption, of several sizes and ratios, with the caption in a .txt file beside it."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    for caption in captions:
+        for number in range(each):
+            scale = draw.uniform(1.0, 1.5)
+            height, width = SIZES_HW[number % len(SIZES_HW)]
+            name = f"{caption.replace(' ', '_')}_{number}"
+            draw_picture(caption, (round(height * scale), round(width * scale)), draw).save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(caption)
+
+
+def write_base(folder: Path, captions: list[str], vae_steps: int) -> float:
+    """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255."""
+    networks, draw = tiny_networks(0), random.Random(1)
+    pictures = [draw_picture(caption, SIZES_HW[0], draw) for caption in captions for _ in range(24)]
+    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    error = train_vae(networks.vae, images / 127.5 - 1.0, vae_steps)
+    scale_latents(networks.vae, images[::4] / 127.5 - 1.0)
+    write_diffusers(
+        folder, networks, build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
+        dtype=torch.float32, zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    return error * 127.5
+
+
+def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
+    """Train a VAE on crops of images [N, 3, H, W] from -1 to 1; returns the mean L1 error of its last pictures.
+
+    The encoder learns the mean colour and brightness of 8 x 8 pixels, and the decoder to make pictures of them, noisy
+    as a U-Net's latents are. Trained through each other, both would need minutes to find more than brightness.
+    """
+    torch.manual_seed(0)
+    avoid_slow_bf16()
+    begin_linear(vae)
+    optimizer = create_optimizer_v2(vae, opt="muon", lr=0.03, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 5 * (step + 1) / steps, 1.25 - 1.25 * step / steps)
+    )
+    errors = []
+    for _ in range(steps):
+        batch = torch.stack([crop(images[number]) for number in torch.randint(len(images), (_BATCH,))])
+        means = functional.avg_pool2d(batch, 8)
+        latents = torch.cat([means, means.mean(dim=1, keepdim=True)], dim=1)
+        error = (vae.decode(latents + 0.1 * torch.randn_like(latents)).sample - batch).abs().mean()
+        latent_error = (vae.encode(batch).latent_dist.mode() - latents).abs().mean()
+        optimizer.zero_grad()
+        (error + latent_error).backward()
+        optimizer.step()
+        schedule.step()
+        errors.append(error.item())
+    return float(np.mean(errors[-10:]))
+
+
+def crop(image: Tensor) -> Tensor:
+    """Return a square of an image, anywhere."""
+    top, left = torch.randint(image.shape[-1] - _CROP_PX + 1, (2,)).tolist()
+    return image[:, top : top + _CROP_PX, left : left + _CROP_PX]
+
+
+@torch.no_grad()
+def begin_linear(vae: nn.Module) -> None:
+    """Zero what residual blocks add, so that a drawn VAE learns fast; its latents have next to no variance."""
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+    vae.quant_conv.weight[4:] = 0.0
+    vae.quant_conv.bias[4:] = _LOGVAR
+
+
+@torch.no_grad()
+def scale_latents(vae: nn.Module, images: Tensor) -> None:
+    """Give each channel of the latents, times the VAE's scaling factor, mean 0 and deviation 1 on these images.
+
+    The convolutions of 1 x 1 behind the encoder and before the decoder take it up: pictures stay as they are.
+    """
+    latents = vae.encode(images).latent_dist.mode()
+    mean = latents.mean(dim=(0, 2, 3))
+    std = latents.std(dim=(0, 2, 3)) * VAE_SCALING_FACTOR
+    encoder, decoder = vae.quant_conv, vae.post_quant_conv
+    encoder.weight[:4] /= std[:, None, None, None]
+    encoder.bias[:4] = (encoder.bias[:4] - mean) / std
+    decoder.bias += decoder.weight[:, :, 0, 0] @ mean
+    decoder.weight *= std[:, None, None]
