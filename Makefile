@@ -39,7 +39,7 @@ demo-full: install  ## the demo and its controls: from scratch, and both with al
 demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; six minutes on two cores
 	$(PY) bench/demo_tagger.py
 
-demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; MINUTES
+demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; four minutes on two cores
 	$(PY) bench/demo_sdxl.py
 
 test: install lint  ## lint, then all tests but the slow ones; four minutes on two cores

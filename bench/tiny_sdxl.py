@@ -20,6 +20,8 @@ from models.sdxl.networks import VAE_SCALING_FACTOR, tiny_networks
 from models.sdxl.tokenizer import build_tokenizer
 from optim.muon import avoid_slow_bf16
 
+Colour = tuple[int, int, int]
+
 COLOURS = {"red": (210, 30, 30), "green": (20, 170, 40), "blue": (30, 60, 220), "yellow": (240, 220, 40)}
 SHAPES = ("circle", "square", "triangle")
 TONES = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255), "orange": (250, 140, 20)}
@@ -30,21 +32,28 @@ _LOGVAR = -8.0  # of the VAE's latents: it is not trained, as no loss asks for i
 
 def draw_picture(caption: str, size_hw: tuple[int, int], draw: random.Random) -> Image.Image:
     """Return a plain tone, or a shape of a colour anywhere on a grey ground."""
-    height, width = size_hw
     if caption in TONES:
-        return Image.new("RGB", (width, height), TONES[caption])
+        return Image.new("RGB", size_hw[::-1], TONES[caption])
     colour, shape = caption.split()
-    image = Image.new("RGB", (width, height), (draw.randint(100, 156),) * 3)
+    return draw_shape(shape, COLOURS[colour], (draw.randint(100, 156),) * 3, size_hw, draw)
+
+
+def draw_shape(
+    shape: str, colour: Colour, ground: Colour, size_hw: tuple[int, int], draw: random.Random
+) -> Image.Image:
+    """Return a shape of a colour anywhere on a ground of another."""
+    height, width = size_hw
+    image = Image.new("RGB", (width, height), ground)
     side = min(size_hw) * draw.uniform(0.5, 0.7)
     left, top = draw.uniform(0, width - side), draw.uniform(0, height - side)
     right, bottom = left + side, top + side
     pen = ImageDraw.Draw(image)
     if shape == "circle":
-        pen.ellipse((left, top, right, bottom), fill=COLOURS[colour])
+        pen.ellipse((left, top, right, bottom), fill=colour)
     elif shape == "square":
-        pen.rectangle((left, top, right, bottom), fill=COLOURS[colour])
+        pen.rectangle((left, top, right, bottom), fill=colour)
     else:
-        pen.polygon((left, bottom, right, bottom, (left + right) / 2, top), fill=COLOURS[colour])
+        pen.polygon((left, bottom, right, bottom, (left + right) / 2, top), fill=colour)
     return image
 
 
@@ -64,15 +73,20 @@ def write_pictures(folder: Path, captions: list[str], each: int) -> None:
 def write_base(folder: Path, captions: list[str], vae_steps: int) -> float:
     """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255."""
     networks, draw = tiny_networks(0), random.Random(1)
-    pictures = [draw_picture(caption, SIZES_HW[0], draw) for caption in captions for _ in range(24)]
-    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    error = train_vae(networks.vae, images / 127.5 - 1.0, vae_steps)
-    scale_latents(networks.vae, images[::4] / 127.5 - 1.0)
+    colours, size_hw = [*COLOURS.values(), *TONES.values()], SIZES_HW[0]
+    mixed = [draw_shape(draw.choice(SHAPES), *draw.sample(colours, 2), size_hw, draw) for _ in range(256)]
+    error = train_vae(networks.vae, to_tensor(mixed), vae_steps)
+    scale_latents(networks.vae, to_tensor([draw_picture(caption, size_hw, draw) for caption in captions * 8]))
     write_diffusers(
         folder, networks, build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
     )  # fmt: skip
     return error * 127.5
+
+
+def to_tensor(pictures: list[Image.Image]) -> Tensor:
+    """Return pictures of one size as a VAE takes them, [N, 3, H, W] from -1 to 1."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
 def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
