@@ -266,4 +266,4 @@ def comparisons(device, quick):
 
 
 if __name__ == "__main__":
-    run_bench(comparisons, turns=4)
+    run_bench(comparisons, turns=3)

@@ -184,6 +184,8 @@ class LatentSource:
                 raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
             latents = {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16
             variants.append({**latents, **self.cache.fit(number, variant).conditions()})
+        if len(variants) == 1:  # a view: a stack would copy all latents
+            return {name: tensor[None] for name, tensor in variants[0].items()}
         return {name: torch.stack([variant[name] for variant in variants]) for name in variants[0]}
 
     def blank(self, group: int) -> Record:

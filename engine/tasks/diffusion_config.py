@@ -105,6 +105,11 @@ class DiffusionTaskConfig(TaskConfig):
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError where two settings exclude each other."""
+        if config.loop.sampling != "shuffled":
+            raise ValueError(
+                f"loop.sampling: {config.loop.sampling} is for classes, and task=diffusion takes images by bucket; set "
+                "loop.sampling=shuffled (task.tag_weights lets rare tags count more)"
+            )
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
                 "task.train_text_encoders: true trains the whole encoders, and task.lora is set; set "

@@ -10,11 +10,13 @@ from tests.support import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-TABLES = ["step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index"]
+TABLES = ["step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index", "sdxl"]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bench_prints_a_table_of_ratios(name):
+    if name == "sdxl":
+        pytest.importorskip("diffusers")
     done = command("python", f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows, path = done.stdout.splitlines()

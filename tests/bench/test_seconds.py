@@ -68,7 +68,7 @@ def test_arms_of_one_training_have_equal_steps():
         ("when_to_pretrain", "minutes=1,soon", "minutes: 'soon' is not a number above 0"),
         ("when_to_pretrain", "seeds=0", "seeds: '0' is not a whole number above 0"),
         ("lr_finder", "steps=nan", "steps: 'nan' is not a whole number above 0"),
-        ("emoji_tags", "arms=vit", "arms: 'vit' is not one of fcmae, scratch, train, timm"),
+        ("emoji_tags", "arms=vit", "arms: 'vit' is not one of fcmae, scratch, train, distilled, timm"),
         ("fashion_mnist", "seconds=nan", "seconds: 'nan' is not a number above 0"),
     ],
 )

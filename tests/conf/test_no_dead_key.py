@@ -8,6 +8,7 @@ import shutil
 import sys
 import typing
 from collections import defaultdict
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ from tests.in_process import (
     make_images,
     run,
 )
+from tests.support import TINY
 from utils.config.entry_point import Job, validate
 from utils.config.messages import ConfigError
 from utils.config.schema import Strict
@@ -37,6 +39,7 @@ from utils.io.weights import read_weights
 from utils.record.run_folder import default_run_dir
 
 KNOBS = "+schedule.knobs.momentum={start: 0.5, phases: [{to: 1.0, curve: linear, steps: 3}]}"
+DIFFUSION = TINY["diffusion"]
 TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
@@ -195,6 +198,21 @@ def without_a_cluster(monkeypatch):
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
 
 
+def run_sdxl(go, others, search, data):
+    """Run finetune_sdxl.py with every kind of every group, and every part of its task."""
+    groups = {"sgd": [*search, "optim.lr=null"], "adan": [], "timm": ["schedule=cosine", "schedule.warmup_steps=1"]}
+    tiny = [*DIFFUSION, *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
+    for name, overrides in others.items():
+        own = [text for text in overrides if not text.startswith(("model", "augment", "loop.sampling"))]
+        go("finetune_sdxl", *tiny, "task.lora=null", *own, *groups[name], f"run_dir=sdxl_{name}")
+    go("finetune_sdxl", *tiny, "task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2",
+       f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
+    rule = {"sizes_hw": "null", "area_px": 4096, "step_px": 32, "min_px": 32, "max_px": 128}
+    resumed = [*(f"task.buckets.{key}={value}" for key, value in rule.items()), "resume_allow=[optim.lr]"]
+    for steps in (3, 4):
+        go("finetune_sdxl", *tiny, *resumed, f"loop.total_steps={steps}", f"optim.lr=0.{steps}", "run_dir=sdxl_rule")
+
+
 def run_all(recorder, folder, monkeypatch):
     """Run every script so that every kind of every group is used once; returns script -> what it read."""
     glyphs, images = make_glyph_folder(folder / "glyphs"), make_images(folder / "images")
@@ -236,6 +254,8 @@ def run_all(recorder, folder, monkeypatch):
             model = SHORT if any(text.startswith("model") for text in overrides) else small
             searches = search if name == "sgd" else ["schedule=cosine"] if name == "timm" else []
             go(script, *model, *folders, *more, *overrides, *searches, f"run_dir={script}_{name}")
+    if find_spec("diffusers"):
+        run_sdxl(go, others, search, f"data.root={images}")
     adamw = ["optim=adamw", "schedule=cosine", "lr_finder.enabled=false", "run_dir=train_adamw"]
     go("train", *small, *folders, *adamw)
     go("train", *small, *folders, *adamw, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
@@ -293,6 +313,7 @@ PROVED = {
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
+    "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
     "ConvNeXtV2Config.name",
     "AugmentConfig.mean",
     "AugmentConfig.std",
@@ -314,6 +335,7 @@ REFUSED = {
     "export": _TRAINING_ONLY,
     "finetune": ("KnobConfig.", "PhaseConfig."),
     "train": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights"),
+    "finetune_sdxl": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights", "LoopConfig.sampling"),
     "pretrain_fcmae": ("KnobConfig.", "PhaseConfig.", "TimmConfig."),
 }
 

@@ -94,6 +94,13 @@ def test_whole_models_give_the_pictures_of_the_run(name, form, place, wanted):
     assert differ(make_pictures(pipeline), wanted[name]) <= 2
 
 
+def test_a_base_model_that_predicts_something_else_is_refused_unless_it_is_to_be_converted(place):
+    other = ["task.noise.prediction_type=epsilon", "task.noise.zero_terminal_snr=false", "dry_run=true"]
+    with pytest.raises(UserError, match="^task.noise.prediction_type: epsilon, but base says v_prediction"):
+        run("finetune_sdxl", [*SHORT, *other], place)
+    run("finetune_sdxl", [*SHORT, *other, "task.noise.convert=true"], place)
+
+
 def test_what_is_refused(place):
     for form in ("kohya", "lora_diffusers"):
         with pytest.raises(UserError, match=f"^format: {form} is of a LoRA"):

@@ -95,6 +95,10 @@ def test_a_checkpoint_of_sd_15(place, monkeypatch, capsys):
     assert "model.path: sd15.safetensors is a checkpoint of Stable Diffusion 1 or 2" in said
 
 
+def test_balanced_sampling_is_refused(place, monkeypatch, capsys):
+    assert "loop.sampling: balanced" in refused(place, monkeypatch, capsys, "loop.sampling=balanced")
+
+
 def test_a_run_is_evaluated_and_not_predicted_from(place):
     train(place)
     found = run("evaluate", ["run_dir=run", "runtime.device=cpu", "runtime.threads=1"], place)

@@ -132,7 +132,7 @@ def test_what_the_shell_has_for_slurm_does_not_win(tmp_path, monkeypatch):
     ("word", "said"),
     [
         ("nodes=0", "launch.nodes: "),
-        ("script=finetun", "launch.script: must be 'evaluate', 'export', 'finetune', 'predict'"),
+        ("script=finetun", "launch.script: must be 'evaluate', 'export', 'finetune', 'finetune_sdxl'"),
         ("sbatch_lines=[exclude]", "launch.sbatch_lines: 'exclude'"),
         ('sbatch_lines=["--mem=3G"]', "launch.sbatch_lines: --mem"),
         ("ranks_per_node=2", "launch.ranks_per_node: 2"),
