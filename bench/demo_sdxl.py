@@ -114,23 +114,23 @@ def draw_sheet(out):
 
 
 def collect(out):
-    """Return the figures that the runs left in their files."""
+    """Return the figures that the runs left in their files: the tones of a prompt are those of all its pictures."""
     found = {}
     for name in ("epsilon", "v_prediction", "lora"):
         config = json.loads((ROOT / out / name / "config.json").read_text())
-        row = rows_of(ROOT / out / name, "evaluate")[-1]
-        tones = {prompt: row[f"tone_{number}"] for number, prompt in enumerate(config["task"]["samples"]["prompts"])}
+        row, tones = rows_of(ROOT / out / name, "evaluate")[-1], {}
+        for number, prompt in enumerate(config["task"]["samples"]["prompts"]):
+            tones.setdefault(prompt, []).append(row[f"tone_{number}"])
         found[name] = {"loss": row["loss"], "tones": tones}
     return found
 
 
 def table(found, out):
     """Return the closing table."""
-    names = ("epsilon", "v_prediction")
-    rows = [("mean tone reached, 0 to 1", "black", "grey", "white"), ("  of the pictures", "0.00", "0.50", "1.00")]
-    titles = ("epsilon, SDXL's noise", "v_prediction, zero terminal SNR")
-    for name, title in zip(names, titles):
-        rows.append((f"  {title}", *(f"{found[name]['tones'][tone]:.2f}" for tone in ("black", "grey", "white"))))
+    rows = [("mean brightness, 0 to 1, asked for", "black", "white"), ("  of the training pictures", "0.00", "1.00")]
+    titles = {"epsilon": "epsilon, SDXL's noise", "v_prediction": "v_prediction, zero terminal SNR"}
+    for name, title in titles.items():
+        rows.append((f"  {title}", *(f"{np.mean(found[name]['tones'][tone]):.2f}" for tone in ("black", "white"))))
     lines = [align_columns(rows), "", f"error of the VAE's pictures: {found['vae_error']:.1f} of 255"]
     lines += [f"diffusers against the run, {name}: {value:.1f} of 255" for name, value in found["differences"].items()]
     lines += ["", *(f"{name:<25} {value:.0f} s" for name, value in found["seconds"].items())]
@@ -144,7 +144,7 @@ def main():
     _, out, arguments = read_arguments(["out=outputs/demo_sdxl", *sys.argv[1:]])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no training is left behind
     clear(out)
-    vae_steps = int(arguments.pop("vae_steps", 300))
+    vae_steps = int(arguments.pop("vae_steps", 250))
     arguments.setdefault("runtime.threads", str(max(1, count_cores() // 2)))
     found = run(out, [f"{key}={value}" for key, value in arguments.items()], vae_steps)
     started = time.perf_counter()
