@@ -75,16 +75,16 @@ class BucketConfig(Strict):
         for name, value in stated.items():
             if value % self.step_px or value % _UNIT_PX:
                 unit = _UNIT_PX if name == "step_px" else math.lcm(_UNIT_PX, self.step_px)
-                raise ValueError(f"buckets.{name}: {value} is not a multiple of {unit}; set it to one")
+                raise ValueError(f"task.buckets.{name}: {value} is not a multiple of {unit}; set it to one")
         if not self.min_px**2 <= self.area_px <= self.max_px**2:
             raise ValueError(
-                f"buckets.area_px: {self.area_px} is not between min_px x min_px and max_px x max_px, {self.min_px**2} "
-                f"and {self.max_px**2}; change one of them"
+                f"task.buckets.area_px: {self.area_px} is not between min_px x min_px and max_px x max_px, "
+                f"{self.min_px**2} and {self.max_px**2}; change one of them"
             )
         if self.sizes_hw is not None and (not self.sizes_hw or np.any(np.array(self.sizes_hw) % _UNIT_PX)):
             raise ValueError(
-                f"buckets.sizes_hw: {self.sizes_hw} has no size, or a side that is not a multiple of {_UNIT_PX}; give "
-                "pairs of height and width, or null for the rule"
+                f"task.buckets.sizes_hw: {self.sizes_hw} has no size, or a side that is not a multiple of {_UNIT_PX}; "
+                "give pairs of height and width, or null for the rule"
             )
         return self
 
@@ -208,13 +208,15 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
     too_long = known & ~too_small & (lost > config.max_crop)
     reasons = {
         "unreadable, or of weight 0": ~known,
-        f"too small (buckets.small={config.small}, buckets.max_upscale={config.max_upscale:g})": too_small,
-        f"of a shape too far from any bucket (buckets.max_crop={config.max_crop:g})": too_long,
+        f"too small (task.buckets.small={config.small}, task.buckets.max_upscale={config.max_upscale:g})": too_small,
+        f"of a shape too far from any bucket (task.buckets.max_crop={config.max_crop:g})": too_long,
     }
     kept = known & ~too_small & ~too_long
     if not kept.any():
         counts = ", ".join(f"{np.count_nonzero(chosen):,} {reason}" for reason, chosen in reasons.items())
-        raise UserError(f"buckets: none of {len(rows):,} images has a bucket ({counts}); set other sizes or limits")
+        raise UserError(
+            f"task.buckets: none of {len(rows):,} images has a bucket ({counts}); set other sizes or limits"
+        )
     dropped = {reason: rows[chosen] for reason, chosen in reasons.items() if chosen.any()}
     for reason, without in dropped.items():
         names = show_some(collection.table["path"].take(without[:6]).to_pylist())

@@ -151,7 +151,7 @@ def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
     _, size_of = buckets("native")
     assert set(size_of) == {0, 2, 3, 4} and size_of[3] == (64, 64)
     assert [kept.place_of(row) for row in range(7)] == [0, None, 1, 2, 3, 4, None]
-    with pytest.raises(UserError, match=r"^buckets: "):
+    with pytest.raises(UserError, match=r"^task\.buckets: "):
         make_buckets(folder, rows, np.zeros_like(sizes_hw), config())
 
 
