@@ -72,9 +72,9 @@ def test_images_of_odd_shapes_and_modes(place):
         image.save(folder / f"{name}.{'jpg' if name == 'ink' else 'png'}")
         (folder / f"{name}.txt").write_text(name)
     untrained = {
-        "drop": ("too small (buckets.small=drop", ["line", "speck"]),
-        "native": ("too small (buckets.small=native", ["line", "speck"]),  # a side of 0 px
-        "keep": ("of a shape too far from any bucket (buckets.max_crop=0.2)", ["line"]),  # the speck is enlarged
+        "drop": ("too small (task.buckets.small=drop", ["line", "speck"]),
+        "native": ("too small (task.buckets.small=native", ["line", "speck"]),  # a side of 0 px
+        "keep": ("of a shape too far from any bucket (task.buckets.max_crop=0.2)", ["line"]),  # the speck is enlarged
     }
     for small, (reason, names) in untrained.items():
         said = train(place, f"task.buckets.small={small}", run_dir=small)
