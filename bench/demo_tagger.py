@@ -34,7 +34,7 @@ TRAIN = (
     "train.py", "task=tagging", "augment=tagger", "augment.image_size_hw=[32,32]",
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}", "loop.total_steps=200",
     "loop.evaluate_every_epochs=100", "lr_finder.enabled=false", "optim=muon", "optim.lr=6.0e-3",
-    "optim.extra={ns_steps:3}", "schedule=cosine", "schedule.warmup_steps=20", "loop.clip_grad_norm=1.0",
+    "+optim.extra.ns_steps=3", "schedule=cosine", "schedule.warmup_steps=20", "loop.clip_grad_norm=1.0",
     "runtime.compile=false", "tracking.live_plots=false",
 )  # fmt: skip
 
