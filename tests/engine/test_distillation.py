@@ -132,6 +132,13 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def features(place):
+    """The run of a student of features."""
+    run("finetune", [*DISTIL, "task.teacher=teacher", "task.targets=features", "run_dir=features"], place)
+    return place / "features"
+
+
 def train_rows(place, name):
     return rows(place / name / "metrics.jsonl", "train")
 
@@ -197,7 +204,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(
         file.write_bytes(kept)
 
 
-def test_a_student_of_a_classifier_and_one_of_features(place):
+def test_a_student_of_a_classifier_and_one_of_features(place, features):
     write_manifest(str(place / "bare"), validation_fraction=0.0, verify=False)
     run("finetune", [*DISTIL, "task.teacher=classifier", "augment=glyphs", "augment.image_size_hw=[32,32]",
                      "data.root=images", "run_dir=classes"], place)  # fmt: skip
@@ -205,8 +212,7 @@ def test_a_student_of_a_classifier_and_one_of_features(place):
     rebuilt = rebuild_task(place / "classes/weights/best_weights.safetensors")
     assert rebuilt.kind.output == "classes" and rebuilt.task.class_names == ["A", "B"]
 
-    run("finetune", [*DISTIL, "task.teacher=teacher", "task.targets=features", "run_dir=features"], place)
-    path = place / "features/weights/best_weights.safetensors"
+    path = features / "weights/best_weights.safetensors"
     rebuilt = rebuild_task(path)
     assert rebuilt.kind.output == "features" and rebuilt.task.teacher is None
     assert rebuilt.image_model()(torch.zeros(1, 3, 32, 32))[0].shape == (1, 12)
@@ -224,7 +230,7 @@ def test_a_student_of_a_classifier_and_one_of_features(place):
         ("features", r"unknown task 'distillation'"),
     ],
 )
-def test_a_wrong_teacher_is_named(teacher, said, place):
+def test_a_wrong_teacher_is_named(teacher, said, place, features):
     (place / "pixels.png").write_bytes(next((place / "images").rglob("*.png")).read_bytes())
     with pytest.raises(UserError, match=re.compile(rf"^task\.teacher: .*{said}", re.DOTALL)):
         run("finetune", [*DISTIL, f"task.teacher={teacher}", "run_dir=x"], place)
