@@ -29,9 +29,9 @@ from bench.measure import OUT, describe_machine
 from data.config import AugmentConfig
 from data.device_augment import training_views
 from data.image_data import ImageData, load_collection
+from data.loader import no_fields
 from data.source import ImageFiles
 from engine.runtime import choose_runtime
-from engine.tasks.image_pipeline import no_fields
 from models.build import build_network, check_image_size
 from models.normalise import Normalise
 from train import TrainConfig

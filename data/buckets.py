@@ -124,10 +124,9 @@ class Fit(NamedTuple):
     target_hw: tuple[int, int]
     flip: bool
 
-    def conditions(self) -> dict[str, Tensor]:
-        """Return what the network is told of it, int64 [2] each."""
-        names = ("original_hw", "crop_top_left", "target_hw")
-        return {name: torch.tensor(getattr(self, name)) for name in names}
+    def conditions(self) -> Tensor:
+        """Return what the network is told of it, int64 [6]: SDXL's time_ids."""
+        return torch.tensor([*self.original_hw, *self.crop_top_left, *self.target_hw])
 
 
 def fit_into(
@@ -262,7 +261,7 @@ def measure_rows(
 
 
 class FittedView:
-    """The view of an image in its bucket, or (conditions) how it was fitted: int64 [6], of `Fit.conditions` in order.
+    """The view of an image in its bucket, or (conditions) how it was fitted: `Fit.conditions`.
 
     Both views of a sample draw the same fit from its key. group: a draw's bucket.
     """
@@ -275,4 +274,4 @@ class FittedView:
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < self._config.flip)
         fit = fit_into(image.shape[-2:], self._sizes_hw[draw.group], self._config.crop, generator, flip=flip)
-        return torch.cat(list(fit.conditions().values())) if self._conditions else place(image, fit)
+        return fit.conditions() if self._conditions else place(image, fit)

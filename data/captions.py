@@ -59,9 +59,11 @@ class CaptionConfig(Strict):
 
     def vary(self, text: str, generator: torch.Generator) -> tuple[str, bool]:
         """Return the caption of a training sample, and whether it was dropped and is empty."""
-        if torch.rand((), generator=generator) < self.caption_dropout:
-            return "", True
-        return self.vary_tags(text, generator), False
+        return ("", True) if self.drops(generator) else (self.vary_tags(text, generator), False)
+
+    def drops(self, generator: torch.Generator) -> bool:
+        """Return whether a training sample has no caption."""
+        return bool(torch.rand((), generator=generator) < self.caption_dropout)
 
     def vary_tags(self, text: str, generator: torch.Generator) -> str:
         """Return one of a row's captions, which is never dropped."""

@@ -18,7 +18,7 @@ from data.config import DataConfig, GlyphsConfig
 from data.decode import has_alpha, pillow_version
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
-from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog
+from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog, no_fields
 from data.rows import spread
 from data.source import ImageFiles, Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
@@ -123,7 +123,7 @@ def load_files(
     files, reasons = ListedFiles(paths), Reasons()
     source = ImageFiles(files, preprocessing["channels"], max_pixels, background_of(preprocessing))
     views = {"images": EvalTransform.of(preprocessing)}
-    reader = SampleReader(files, source, views, lambda example: {}, training=False)
+    reader = SampleReader(files, source, views, no_fields, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)
     return EvaluationLoader(reader, batches, machine, unreadable=reasons), reasons
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
 from data.collection import Collection
 from data.decode import UnreadableImage
-from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog
+from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, ImageFiles, Record
 from data.stream import Draw, EvaluationBatches
 from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
@@ -110,7 +110,7 @@ class LatentCache:
                 world_size=distributed.world_size(), groups=self.buckets.groups[absent],
             )  # fmt: skip
             reader = SampleReader(
-                self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, _no_fields, training=False
+                self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, no_fields, training=False
             )
             loader = EvaluationLoader(reader, batches, machine, unreadable=unreadable)
             for batch in track(loader, len(loader), "encoding images"):
@@ -132,10 +132,6 @@ class LatentCache:
 
 def _as_read(image: Tensor, draw: Draw) -> Tensor:
     return image
-
-
-def _no_fields(example: Example) -> Record:
-    return {}
 
 
 class _FittedFiles:
@@ -164,7 +160,7 @@ class _FittedFiles:
 class LatentSource:
     """The records of a cache, each with its variants in front.
 
-    `latent_mean`, `latent_logvar` float32 [V, 4, h, w]; `original_hw`, `crop_top_left`, `target_hw` int64 [V, 2].
+    `latent_mean`, `latent_logvar` float32 [V, 4, h, w]; `fit` int64 [V, 6], of `Fit.conditions`.
     """
 
     def __init__(self, cache: LatentCache) -> None:
@@ -183,7 +179,7 @@ class LatentSource:
             except MissingRecord as error:
                 raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
             latents = {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16
-            variants.append({**latents, **self.cache.fit(number, variant).conditions()})
+            variants.append({**latents, "fit": self.cache.fit(number, variant).conditions()})
         if len(variants) == 1:  # a view: a stack would copy all latents
             return {name: tensor[None] for name, tensor in variants[0].items()}
         return {name: torch.stack([variant[name] for variant in variants]) for name in variants[0]}
@@ -192,10 +188,8 @@ class LatentSource:
         """Return latents of zeros in a bucket's shape."""
         size = torch.from_numpy(self.cache.buckets.sizes_hw[group])
         shape = (self.cache.variants, _CHANNELS, *(size // _SHRINK).tolist())
-        latents = torch.zeros(shape)
-        hw = {"original_hw": size, "crop_top_left": torch.zeros_like(size), "target_hw": size}
-        stacked = {name: value.expand(self.cache.variants, 2) for name, value in hw.items()}
-        return {"latent_mean": latents, "latent_logvar": latents.clone(), **stacked}
+        fit = torch.cat([size, torch.zeros_like(size), size]).expand(self.cache.variants, 6)
+        return {"latent_mean": torch.zeros(shape), "latent_logvar": torch.zeros(shape), "fit": fit}
 
     def name_of(self, row: int) -> str:
         """Return the row's path."""

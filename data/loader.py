@@ -64,6 +64,11 @@ class Example(NamedTuple):
 Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
 
 
+def no_fields(example: Example) -> dict[str, Tensor]:
+    """Add nothing to a sample."""
+    return {}
+
+
 class SampleReader(Dataset):
     """Read the sample of a draw. Picklable; workers open the collection themselves.
 

@@ -27,7 +27,7 @@ from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.clip_score import clip_scores
-from models.sdxl.conditioning import unet_inputs
+from models.sdxl.conditioning import time_ids, unet_inputs
 from models.sdxl.config import SDXLConfig
 from models.sdxl.latents import encode_images
 from models.sdxl.lora import LoRA
@@ -73,7 +73,7 @@ class DiffusionTask(Task):
             trained, passed = ("adapter",), ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
             with torch.device("meta"):
                 shapes = open_networks(setup.model, ("unet", *ENCODERS))
-            self.adapter = LoRA({name: getattr(shapes, name) for name in ("unet", *ENCODERS)}, config.lora, "task.lora")
+            self.adapter = LoRA(shapes.parts(), config.lora, "task.lora")
         needed = PARTS if keeps_encoders else ("unet", "vae")
         frozen = tuple(name for name in needed if name not in trained)
         self.roles = Roles(trained, dict.fromkeys(trained, config.average_on), frozen, passed)
@@ -85,12 +85,13 @@ class DiffusionTask(Task):
     def load_frozen(self) -> None:
         """Load the networks that are not trained; encode the prompts where no text encoder stays."""
         config = self._config
-        names = self.roles.frozen if config.text_cache is None else PARTS
+        encodes_once = config.text_cache is not None and bool(config.samples.prompts)
+        names = (*self.roles.frozen, *(ENCODERS if encodes_once else ()))
         networks = open_networks(self._model, names, frozen=True)
         self.latent_scale = networks.source["vae_scaling_factor"]
         self._take(self.roles.frozen, networks)
         log.debug("%s", "; ".join(f"{name} {show_size(getattr(self, name))}" for name in PARTS if getattr(self, name)))
-        if config.text_cache is not None:
+        if encodes_once:
             self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
         if config.lora is not None:
             self.adapter.attach({name: getattr(self, name) for name in self.roles.passed})
@@ -130,7 +131,8 @@ class DiffusionTask(Task):
         shift = resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
         level = NoiseTable(self.alphas, self.sigmas, noise_config.zero_terminal_snr).at(timesteps, shift)
         noise = draw_noise(keys, latents, noise_config.offset)
-        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
+        ids = time_ids(*batch["fit"].split(2, dim=1))
+        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, ids)
         wanted = target(noise_config.prediction_type, latents, noise, level)
         error, loss = (pred - wanted).square().mean(dim=(1, 2, 3)), self._config.loss
         weight = loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)

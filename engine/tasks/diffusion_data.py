@@ -1,6 +1,7 @@
 """How captioned images reach task=diffusion: in buckets of shapes, with captions, from files or from caches."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ from utils.ranks import distributed
 _CACHE = Path("outputs/cache")
 SIZES, HASHES = _CACHE / "image_sizes.json", _CACHE / "image_hashes.json"
 _TEXTS_AT_ONCE = 16
-_FIT = ("original_hw", "crop_top_left", "target_hw")  # of the cache, in the order of SDXL's time_ids
 
 TextTensors = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption
 
@@ -78,7 +78,7 @@ class CaptionFields:
             return self.config.complete(text), False
         if self.variants is None:
             return self.config.vary(text, generator)
-        if torch.rand((), generator=generator) < self.config.caption_dropout:
+        if self.config.drops(generator):
             return "", True
         number = int(torch.randint(self.variants, (), generator=generator))
         return vary_caption(text, number, self.config.vary_tags), False
@@ -96,16 +96,14 @@ class Tokens:
 
 
 class CachedLatents:
-    """Add a sample's latents and how its image was fitted, then the fields of its caption."""
+    """Add a record of the cache, then the fields of its caption."""
 
     def __init__(self, cache: LatentCache, fields: Fields) -> None:
         self.cache, self.fields = cache, fields
 
     def __call__(self, example: Example) -> dict[str, Tensor]:
         """Return the fields."""
-        record = self.cache.choose(example)
-        fit = torch.cat([record.pop(name) for name in _FIT])
-        return {**record, "fit": fit, **self.fields(example)}
+        return {**self.cache.choose(example), **self.fields(example)}
 
 
 class DiffusionPipeline:
@@ -158,7 +156,7 @@ class DiffusionPipeline:
         """Return the data of a run; caches are filled first, but not in a dry run, which reads no image."""
         task = setup.task
         if config.dry_run:
-            setup = Setup(setup.model, task.model_copy(update={"latent_cache": None, "text_cache": None}))
+            setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
         rows = training_rows(data.collection, config.loop.train_paths)
         buckets = _bucket(data.collection, rows, setup.task)
         weights = weigh_images(data.collection, rows, task.tag_weights, task.captions)
@@ -184,7 +182,7 @@ class DiffusionPipeline:
     ) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions."""
         still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
-        setup = Setup(setup.model, setup.task.model_copy(update={"buckets": still}))
+        setup = replace(setup, task=setup.task.model_copy(update={"buckets": still}))
         rows = data.collection.rows("val")
         buckets = _bucket(data.collection, rows, setup.task)
         fields = _caption_fields(data, setup, rows, 1, np.ones(len(data.collection)), training=False)

@@ -14,7 +14,6 @@ from torch import nn
 from engine.task import Task
 from engine.tasks.kind import Export, ExportSettings, Opened
 from models.sdxl import checkpoint_files, lora_files
-from models.sdxl.names import PARTS
 from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
 from utils.errors import UserError
@@ -71,7 +70,7 @@ def whole_networks(opened: Opened) -> tuple[SDXLNetworks, dict[str, Any]]:
         for name in task.roles.trained:
             setattr(networks, name, task.get_submodule(name))
         return networks, {}
-    parts = {name: getattr(networks, name) for name in PARTS}
+    parts = networks.parts()
     task.adapter.attach(parts)
     before = _run_unet(networks.unet)
     task.adapter.merge(parts)

@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from data.collection import Collection
 from data.config import TagRulesConfig
 from data.image_data import ImageData
-from data.loader import Fields
+from data.loader import Fields, no_fields
 from data.rows import training_rows
 from engine.measures.means import measure_means
 from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.classification import ClassificationKind, ClassificationPipeline, ClassificationTask
 from engine.tasks.image_exports import IMAGE_EXPORTS
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, evaluation_views, no_fields
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, evaluation_views
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingConfig
 from engine.tasks.pretrained import stated_preprocessing

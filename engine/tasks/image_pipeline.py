@@ -11,7 +11,7 @@ from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, training_views
 from data.image_data import ImageData, describe_collection, describe_transparency, load_collection
-from data.loader import Fields
+from data.loader import Fields, no_fields
 from data.rows import spread, training_rows
 from data.source import ImageFiles
 from data.stream import Sampler, build_sampler
@@ -139,11 +139,6 @@ class ImagePipeline(Generic[Config]):
         """Return training images as evaluation prepares them, at most `count` rounded up to whole batches."""
         rows = spread(self.rows(data.collection, setup, data.collection.rows("train")), count)
         return data.evaluation(rows, no_fields, evaluation_views(setup))
-
-
-def no_fields(example: object) -> dict:
-    """Add nothing to a sample."""
-    return {}
 
 
 def evaluation_views(setup: Setup) -> dict[str, Transform]:

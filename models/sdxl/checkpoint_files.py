@@ -49,7 +49,7 @@ def write_single_file(
         tensors |= to_single_file(part, state)
     is_v = prediction_type == "v_prediction"
     marks = {"v_pred": is_v, "ztsnr": is_v and zero_terminal_snr}
-    tensors |= {name: torch.empty(0) for name, stands in marks.items() if stands}
+    tensors |= {name: torch.empty(0) for name, is_set in marks.items() if is_set}
     modelspec = {
         "resolution": "1024x1024",
         **metadata,

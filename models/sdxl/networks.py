@@ -36,10 +36,13 @@ class SDXLNetworks:
     text_encoder_2: nn.Module | None
     source: dict[str, Any]
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the networks that are there, by name."""
+        return {part: network for part in PARTS if (network := getattr(self, part)) is not None}
+
     def states(self) -> dict[str, State]:
         """Return the tensors of each network that is there, under the names of published folders."""
-        found = {part: getattr(self, part) for part in PARTS}
-        return {part: part_state(part, network) for part, network in found.items() if network is not None}
+        return {part: part_state(part, network) for part, network in self.parts().items()}
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> SDXLNetworks:

@@ -15,7 +15,7 @@ from utils import rng
 PredictionType = Literal["epsilon", "v_prediction", "sample"]  # as diffusers names them
 
 TIMESTEP_COUNT = 1000
-_BETA_FIRST, _BETA_LAST = 0.00085, 0.012  # of Stable Diffusion, the square roots spaced evenly ("scaled_linear")
+BETA_FIRST, BETA_LAST = 0.00085, 0.012  # of Stable Diffusion, the square roots spaced evenly ("scaled_linear")
 TIMESTEP_DRAW, NOISE_DRAW, OFFSET_DRAW = 0, 1, 2  # numbers of utils/rng.py for one sample
 
 
@@ -62,7 +62,7 @@ def build_noise_table(zero_terminal_snr: bool) -> NoiseTable:
 
     Source: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
     """
-    root_betas = torch.linspace(_BETA_FIRST**0.5, _BETA_LAST**0.5, TIMESTEP_COUNT, dtype=torch.float64)
+    root_betas = torch.linspace(BETA_FIRST**0.5, BETA_LAST**0.5, TIMESTEP_COUNT, dtype=torch.float64)
     alphas = (1.0 - root_betas.square()).cumprod(0).sqrt()
     if zero_terminal_snr:
         alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
@@ -110,7 +110,7 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
 
 
 def to_latents(prediction_type: PredictionType, output: Tensor, noisy: Tensor, level: NoiseLevel) -> Tensor:
-    """Return the latents that a network's output stands for; of epsilon, only where alpha is above 0."""
+    """Return the latents that follow from a network's output; of epsilon, only where alpha is above 0."""
     if prediction_type == "sample":
         return output
     alpha, sigma = level.over(noisy)
@@ -120,7 +120,7 @@ def to_latents(prediction_type: PredictionType, output: Tensor, noisy: Tensor, l
 
 
 def to_noise(prediction_type: PredictionType, output: Tensor, noisy: Tensor, level: NoiseLevel) -> Tensor:
-    """Return the noise that a network's output stands for."""
+    """Return the noise that follows from a network's output."""
     if prediction_type == "epsilon":
         return output
     alpha, sigma = level.over(noisy)

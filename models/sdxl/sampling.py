@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.sdxl.latents import decode_latents
-from models.sdxl.noise import PredictionType
+from models.sdxl.noise import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType
 
 
 class Prompts(NamedTuple):
@@ -36,10 +36,10 @@ class SamplingSettings(NamedTuple):
 def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, object]:
     """Return the values of a scheduler of diffusers that samples what was trained."""
     return {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
+        "beta_start": BETA_FIRST,
+        "beta_end": BETA_LAST,
         "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
+        "num_train_timesteps": TIMESTEP_COUNT,
         "prediction_type": prediction_type,
         "rescale_betas_zero_snr": zero_terminal_snr,
         "timestep_spacing": "trailing",

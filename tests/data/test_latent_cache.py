@@ -91,9 +91,10 @@ def assert_right(cache):
             mean, _ = Encoder()(place(files.read(row)["image"], fit)[None])
             assert torch.equal(record["latent_mean"][variant], mean[0].half())
             assert torch.equal(record["latent_logvar"][variant], -mean[0].half())
-            assert tuple(record["crop_top_left"][variant].tolist()) == fit.crop_top_left
-            assert record["original_hw"][variant].tolist() == list(files.read(row)["image"].shape[-2:])
-            assert [side // 8 for side in record["target_hw"][variant].tolist()] == list(mean.shape[-2:])
+            original_hw, crop_top_left, target_hw = record["fit"][variant].split(2)
+            assert tuple(crop_top_left.tolist()) == fit.crop_top_left
+            assert original_hw.tolist() == list(files.read(row)["image"].shape[-2:])
+            assert [side // 8 for side in target_hw.tolist()] == list(mean.shape[-2:])
 
 
 def test_what_changed_is_encoded_again_and_nothing_else(images):
