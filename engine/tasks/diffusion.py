@@ -34,6 +34,7 @@ from models.sdxl.lora import LoRA
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, open_networks
 from models.sdxl.noise import NoiseTable, add_noise, build_noise_table, draw_noise, resolution_shift, target
+from models.sdxl.reading import describe
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
 from models.sdxl.text import encode_text, freeze_unused, zero_dropped
 from models.sdxl.timesteps import draw_timesteps
@@ -102,9 +103,12 @@ class DiffusionTask(Task):
         return dict.fromkeys(self.roles.frozen, files) if files else {}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Keep the base model's networks (`model.path`)."""
+        """Keep the base model's networks (`model.path`), and set `origin` to what is known of them."""
         if source is not None:
             raise UserError("init_from: SDXL's networks are those of model.path; set init_from=null")
+        if (path := self._model.path) is not None:
+            known = describe(Path(path), "model.path").source
+            self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
 
     def exported(self) -> Exported:
         """Return the trained networks."""

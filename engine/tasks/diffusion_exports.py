@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.task import Task
 from engine.tasks.kind import Export, ExportSettings, Opened
+from models.export.model_card import licence_entry
 from models.sdxl import checkpoint_files, lora_files
 from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
@@ -39,13 +40,12 @@ def _lora(opened: Opened, name: str) -> Task:
 def _facts(opened: Opened) -> dict[str, str]:
     """Return what ModelSpec calls title, date and so on."""
     height, width = opened.rebuilt.setup.task.samples.image_size_hw
-    origin = opened.metadata.get("origin") or {}
-    facts = {
+    return {
         "title": Path(opened.rebuilt.weights).stem,
         "date": date.today().isoformat(),
-        "license": origin.get("licence"),
+        "resolution": f"{width}x{height}",
+        **licence_entry("license", opened.metadata),
     }
-    return {name: text for name, text in facts.items() if text} | {"resolution": f"{width}x{height}"}
 
 
 def _write_kohya(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:

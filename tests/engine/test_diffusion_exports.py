@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from safetensors import safe_open
 
 from engine.tasks.rebuild import rebuild_task
 from models.sdxl.checkpoint_files import write_diffusers
@@ -36,6 +37,7 @@ def place(tmp_path_factory):
         folder / "base", tiny_networks(0), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
     )  # fmt: skip
+    (folder / "base/README.md").write_text("---\nlicense: openrail++\n---\n")
     run("finetune_sdxl", [*SHORT, *LORA, "run_dir=lora"], folder)
     run("finetune_sdxl", [*SHORT, "task.lora=null", "run_dir=whole"], folder)
     return folder
@@ -92,6 +94,11 @@ def test_whole_models_give_the_pictures_of_the_run(name, form, place, wanted):
         file, base = str(folder / "model.safetensors"), str(place / "base")
         pipeline = StableDiffusionXLPipeline.from_single_file(file, config=base, local_files_only=True)
     assert differ(make_pictures(pipeline), wanted[name]) <= 2
+
+
+def test_the_licence_of_the_base_model_is_in_what_is_exported(place):
+    with safe_open(export(place, "lora", "kohya") / "lora.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.license"] == "openrail++"
 
 
 def test_a_base_model_that_predicts_something_else_is_refused_unless_it_is_to_be_converted(place):
