@@ -29,12 +29,13 @@ from bench.measure import OUT, describe_machine
 from data.config import AugmentConfig
 from data.device_augment import training_views
 from data.image_data import ImageData, load_collection
+from data.images import open_images
 from data.loader import no_fields
-from data.source import ImageFiles
 from engine.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.normalise import Normalise
 from train import TrainConfig
+from utils.canvas import DEFAULT
 from utils.config.entry_point import CONF, ROOT, quote_paths, validate
 from utils.config.messages import ConfigError, hydra_problem
 from utils.config.schema import path_keys
@@ -92,7 +93,7 @@ class Streams:
         self.config = config
         self.machine = SimpleNamespace(device=device, workers=0, prefetch_batches=config.runtime.prefetch_batches)
         collection = load_collection(config.data)
-        self.source = ImageFiles(collection, config.model.in_channels, config.data.max_pixels)
+        self.source = open_images(collection, config.data, config.model.in_channels, DEFAULT)
         data = ImageData(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
         self.rows = collection.rows("train")
         self.choices = (False, True) if config.augment.rand_augment is None else (False,)

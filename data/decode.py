@@ -5,14 +5,17 @@ import io
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from data.duplicates import perceptual_hash
 from utils.canvas import DEFAULT, background_rgb
+from utils.errors import UserError
 
 # The formats that are read, with any suffix. A closed list: some of Pillow's other readers start programs
 # (EPS runs Ghostscript), and a collection may come from strangers. TGA has no signature, so it is tried last and only
@@ -123,6 +126,28 @@ class Inspection(NamedTuple):
 def pillow_version() -> str:
     """Return which Pillow decodes and resizes, and its version: `pillow 11.3.0` or `pillow-simd 9.5.0.post2`."""
     return f"{'pillow-simd' if '.post' in PIL.__version__ else 'pillow'} {PIL.__version__}"
+
+
+class Decoder(NamedTuple):
+    """How the bytes of an image file become pixels; the arguments are those of `decode_image`."""
+
+    channels: int
+    max_pixels: int
+    background: Any = DEFAULT
+
+    @classmethod
+    def of(cls, channels: int, max_pixels: int, background: Any = DEFAULT) -> Self:
+        """Return a decoder for a network's channels. Raises UserError (`model.in_channels`)."""
+        if channels not in (1, 3):
+            raise UserError(
+                f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
+            )
+        return cls(channels, max_pixels, background)
+
+    def __call__(self, content: bytes, name: str) -> Tensor:
+        """Return an image, uint8 [channels, H, W]. Raises UnreadableImage."""
+        pixels = decode_image(content, name, self.channels, self.max_pixels, self.background)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int, background: Any = DEFAULT) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The data of a script: one object, made once and asked for training and evaluation streams.
 
 collection = load_collection(config.data)
-data = ImageData(collection, ImageFiles(collection, 3, max_pixels), runtime, seed=0, batch_size=128, run_path=run)
+source = open_images(collection, config.data, channels=3, background="white")
+data = ImageData(collection, source, runtime, seed=0, batch_size=128, run_path=run)
 train = data.train(rows, fields, training_views(augment))
 val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransform.of(preprocessing)})
 """
@@ -15,12 +16,13 @@ import numpy as np
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
-from data.decode import has_alpha, pillow_version
+from data.decode import Decoder, has_alpha, pillow_version
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
+from data.images import Files, Images
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog, no_fields
 from data.rows import spread
-from data.source import ImageFiles, Source
+from data.source import Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
 from data.transforms import EvalTransform, Transform
 from utils.canvas import background_of
@@ -88,7 +90,7 @@ class _FileRow(NamedTuple):
 
 
 class ListedFiles:
-    """Image files that are no collection, in the order of the list; as `ImageFiles` reads them."""
+    """Image files that are no collection, in the order of the list; as `data.images.Files` reads them."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -121,9 +123,9 @@ def load_files(
     It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
     files, reasons = ListedFiles(paths), Reasons()
-    source = ImageFiles(files, preprocessing["channels"], max_pixels, background_of(preprocessing))
+    decoder = Decoder.of(preprocessing["channels"], max_pixels, background_of(preprocessing))
     views = {"images": EvalTransform.of(preprocessing)}
-    reader = SampleReader(files, source, views, no_fields, training=False)
+    reader = SampleReader(files, Images(Files(files), decoder), views, no_fields, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)
     return EvaluationLoader(reader, batches, machine, unreadable=reasons), reasons
 

@@ -1,7 +1,7 @@
 """Latents of images, encoded once: the mean and log variance that the VAE gives of each image in its bucket.
 
     cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
-    cache.fill(encode, ImageFiles(...), machine, batch_size, unreadable)
+    cache.fill(encode, open_images(...), machine, batch_size, unreadable)
     data = ImageData(collection, LatentSource(cache), machine, ...)      # no views; the fields call cache.choose
 
 A record's key is a hash of the image's bytes and of everything that was done to them, so that what changed is encoded
@@ -20,7 +20,7 @@ from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, pla
 from data.collection import Collection
 from data.decode import UnreadableImage
 from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog, no_fields
-from data.source import IMAGE, ImageFiles, Record
+from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches
 from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
@@ -95,7 +95,7 @@ class LatentCache:
 
     @torch.no_grad()
     def fill(
-        self, encode: EncodeImages, images: ImageFiles, machine: Machine, batch_size: int, unreadable: UnreadableLog
+        self, encode: EncodeImages, images: Source, machine: Machine, batch_size: int, unreadable: UnreadableLog
     ) -> None:
         """Encode what is missing, each rank its share; an image that cannot be read is reported and left out.
 
@@ -139,7 +139,7 @@ class _FittedFiles:
 
     fingerprints: Mapping[str, str] = {}
 
-    def __init__(self, images: ImageFiles, cache: LatentCache, variant: int) -> None:
+    def __init__(self, images: Source, cache: LatentCache, variant: int) -> None:
         self._images, self._cache, self._variant = images, cache, variant
         self.name_of, self.file_of = images.name_of, images.file_of
 

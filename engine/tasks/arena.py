@@ -17,7 +17,7 @@ from torch import Tensor
 from data.batch import multi_hot
 from data.config import DataConfig, TagRulesConfig
 from data.image_data import ImageData, load_collection
-from data.source import ImageFiles
+from data.images import open_images
 from data.tags.index import describe_report, index_tags
 from data.tags.names import parse_tag
 from data.tags.rules import read_rules
@@ -104,7 +104,7 @@ class Arena:
         """Return the counts of the shared tags, and the number of images that could be read."""
         preprocessing, width = model.predictor.preprocessing, len(self._shared)
         background = background_of(preprocessing) if self._data.background is None else self._data.background
-        source = ImageFiles(self._collection, preprocessing["channels"], self._data.max_pixels, background)
+        source = open_images(self._collection, self._data, preprocessing["channels"], background)
         data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         rows, views = np.flatnonzero(self._index.tagged), {"images": EvalTransform.of(preprocessing)}
         loader = data.evaluation(rows, TagFields(self._index, None), views)

@@ -14,10 +14,10 @@ from data.captions import describe_captions
 from data.collection import Collection
 from data.config import DataConfig
 from data.image_data import ImageData, describe_collection, load_collection
+from data.images import open_images
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
 from data.loader import Example, Fields
 from data.rows import training_rows
-from data.source import ImageFiles
 from data.stream import GroupedSampler
 from data.tag_weights import describe_weights, weigh_images
 from data.tensor_store import TensorStore, record_key
@@ -147,7 +147,7 @@ class DiffusionPipeline:
     ) -> ImageData:
         collection = load_collection(config)
         background = DEFAULT if config.background is None else config.background
-        source = ImageFiles(collection, 3, config.max_pixels, background)
+        source = open_images(collection, config, 3, background)
         return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- streams

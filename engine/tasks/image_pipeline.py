@@ -11,9 +11,9 @@ from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, training_views
 from data.image_data import ImageData, describe_collection, describe_transparency, load_collection
+from data.images import open_images
 from data.loader import Fields, no_fields
 from data.rows import spread, training_rows
-from data.source import ImageFiles
 from data.stream import Sampler, build_sampler
 from data.transforms import EvalTransform, Transform
 from engine.config import TrainingConfig
@@ -88,7 +88,7 @@ class ImagePipeline(Generic[Config]):
         run_path: Path | None,
     ) -> ImageData:
         collection = load_collection(config)
-        source = ImageFiles(collection, model.in_channels, config.max_pixels, background)
+        source = open_images(collection, config, model.in_channels, background)
         return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- samples

@@ -17,10 +17,11 @@ from PIL import Image
 from data import tensor_store
 from data.buckets import BucketConfig, image_sizes, make_buckets, place
 from data.collection import index_collection, open_collection
+from data.decode import Decoder
 from data.image_data import ImageData
+from data.images import Files, Images
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
 from data.loader import UnreadableLog
-from data.source import ImageFiles
 from data.stream import GroupedSampler
 from data.tensor_store import TensorStore
 from data.text_cache import TextCache, vary_caption
@@ -74,7 +75,7 @@ def open_cache(folder, config=CONFIG, recipe=RECIPE):
 def fill(folder, config=CONFIG, recipe=RECIPE, pause=0.0):
     """Return the filled cache and how many images were encoded."""
     cache, encode, unreadable = open_cache(folder, config, recipe), Encoder(pause), UnreadableLog(None)
-    files = ImageFiles(cache.collection, 3, 10**6)
+    files = Images(Files(cache.collection), Decoder(3, 10**6))
     expected = cache.missing()
     cache.fill(encode, files, MACHINE, 3, unreadable)
     assert cache.missing() == unreadable.count and (encode.seen >= expected or unreadable.count)
@@ -83,7 +84,7 @@ def fill(folder, config=CONFIG, recipe=RECIPE, pause=0.0):
 
 def assert_right(cache):
     """Every record is what encoding its image gives."""
-    files, source = ImageFiles(cache.collection, 3, 10**6), LatentSource(cache)
+    files, source = Images(Files(cache.collection), Decoder(3, 10**6)), LatentSource(cache)
     for number, row in enumerate(cache.buckets.rows.tolist()):
         record = source.read(row)
         for variant in range(cache.variants):
@@ -160,7 +161,7 @@ def test_an_unreadable_image_has_blank_latents_of_its_buckets_shape(images):
 def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
     cache = open_cache(images)
     Image.new("RGB", (33, 44)).save(cache.collection.absolute_path(2))  # as of a manifest made before
-    cache.fill(Encoder(), ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+    cache.fill(Encoder(), Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
     assert cache.missing() == 1 and "02.png" in log.text
 
 
@@ -168,7 +169,7 @@ def test_latents_that_are_not_finite_are_refused(images):
     cache = open_cache(images)
     encode = lambda images: (Encoder()(images)[0] * 1e6,) * 2  # noqa: E731 (beyond float16)
     with pytest.raises(UserError, match=r"^cache\.latents: 0\d\.png "):
-        cache.fill(encode, ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+        cache.fill(encode, Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
 
 
 def test_a_fill_that_is_killed_goes_on_where_it_was(images):
@@ -188,7 +189,7 @@ def _be_rank(rank, folder):
     address = f"file://{folder}/meet"
     dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=2, rank=rank)
     cache, encode = open_cache(folder), Encoder()
-    cache.fill(encode, ImageFiles(cache.collection, 3, 10**6), MACHINE, 3, UnreadableLog(None))
+    cache.fill(encode, Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
     assert_right(cache)
     assert 0 < encode.seen < 14
     dist.destroy_process_group()

@@ -17,14 +17,14 @@ import yaml
 from PIL import Image
 
 import data.batch
-import data.source
+import data.decode
 from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot, to_device
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
-from data.decode import UnreadableImage, decode_image
+from data.decode import Decoder, UnreadableImage, decode_image
+from data.images import Files, Images
 from data.loader import EvaluationLoader, SampleReader, TrainLoader, UnreadableLog
 from data.rows import training_rows
-from data.source import ImageFiles
 from data.stream import BalancedSampler, Draw, EvaluationBatches, GroupedSampler, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from tests.data.test_read_ahead import Asked
@@ -91,7 +91,7 @@ def machine(workers=0, prefetch=2):
 
 def make_reader(collection, transform, fields=None, *, channels=3, max_pixels=10**6, training=True, **views):
     views = {"images": transform, **views}
-    source = ImageFiles(collection, channels, max_pixels)
+    source = Images(Files(collection), Decoder.of(channels, max_pixels))
     return SampleReader(collection, source, views, fields or DrawnFields(), training=training)
 
 
@@ -485,8 +485,8 @@ def test_an_image_that_weighs_nothing_is_not_decoded(tmp_path, monkeypatch):
     (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loader = train_loader(open_folder(tmp_path / "images", tmp_path / "cache"))
     read = []
-    decode = data.source.decode_image
-    monkeypatch.setattr(data.source, "decode_image", lambda *given: read.append(given[1]) or decode(*given))
+    decode = data.decode.decode_image
+    monkeypatch.setattr(data.decode, "decode_image", lambda *given: read.append(given[1]) or decode(*given))
     samples, problems = zip(*[loader.reader[Draw(0, row, 5)] for row in range(2)])
     assert read == ["1.png"] and problems == (None, None)
     assert [float(sample["weight"]) for sample in samples] == [0.0, 1.0]
@@ -835,7 +835,7 @@ class Store:
 def test_a_store_of_records_gives_what_the_files_give(folder, workers, tmp_path):
     views, sampler = {"images": TrainTransform(augment())}, ShuffledSampler(folder.rows("train"), 0)
     found = []
-    for source in (ImageFiles(folder, 3, 10**6), Store(folder, tmp_path / "store")):
+    for source in (Images(Files(folder), Decoder(3, 10**6)), Store(folder, tmp_path / "store")):
         reader = SampleReader(folder, source, views, DrawnFields(), training=True)
         loader = TrainLoader(reader, sampler, machine(workers), seed=0, unreadable=UnreadableLog(None))
         found.append([batch["images"] for step in take(loader, 2, GLOBAL) for batch in step])
