@@ -113,7 +113,7 @@ class DiffusersScript:
         schedule = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10**6)
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(unet, optimizer, schedule)
         self.noise = DDPMScheduler.from_config(scheduler_config("v_prediction", zero_terminal_snr=True))
-        self.latents = batch["latent_mean"] * task.latent_scale
+        self.latents = batch["latent_mean"].float() * task.latent_scale
         self.prompts, self.pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
         self.fits = batch["fit"].tolist()
 
@@ -186,7 +186,7 @@ def compare_reads(buckets, side_px, count):
 
     def read_npz(number):
         with np.load(folder / f"{number}.npz") as file:
-            latents = [torch.from_numpy(file[name]).float() for name in ("latent_mean", "latent_logvar")]
+            latents = [torch.from_numpy(file[name]) for name in ("latent_mean", "latent_logvar")]
             return latents, file["original_size"].tolist(), file["crop_ltrb"].tolist()
 
     sides = {

@@ -124,9 +124,9 @@ class Fit(NamedTuple):
     target_hw: tuple[int, int]
     flip: bool
 
-    def conditions(self) -> Tensor:
-        """Return what the network is told of it, int64 [6]: SDXL's time_ids."""
-        return torch.tensor([*self.original_hw, *self.crop_top_left, *self.target_hw])
+    def conditions(self) -> list[int]:
+        """Return what the network is told of it, 6 numbers: SDXL's time_ids."""
+        return [*self.original_hw, *self.crop_top_left, *self.target_hw]
 
 
 def fit_into(
@@ -274,4 +274,4 @@ class FittedView:
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < self._config.flip)
         fit = fit_into(image.shape[-2:], self._sizes_hw[draw.group], self._config.crop, generator, flip=flip)
-        return fit.conditions() if self._conditions else place(image, fit)
+        return torch.tensor(fit.conditions()) if self._conditions else place(image, fit)

@@ -31,6 +31,7 @@ from utils.record.progress import track
 
 _VERSION = 1  # of what `place` and the decoder make of a file: another number encodes everything again
 _CHANNELS, _SHRINK = 4, 8  # of SDXL's latents
+PARTS = ("latent_mean", "latent_logvar", "fit")  # of what `choose` returns
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -59,7 +60,8 @@ def _hash(path: Path) -> str | None:
 class LatentCache:
     """The latents of all rows of `buckets`: of each image, and of its mirror image where the config asks for some.
 
-    hashes: of the images, as `image_hashes` returns them. keys: of the records, [rows, variants].
+    hashes: of the images, as `image_hashes` returns them. keys: of the records, [rows, variants]. conditions: of their
+    fits, int64 [rows, variants, 6].
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class LatentCache:
         self._crop, self._flip = config.crop, config.flip
         self.variants = 2 if config.flip > 0 else 1
         self._seeds = np.array([int(digest[:15] or "0", 16) for digest in hashes], dtype=np.int64)
+        fits = [[self.fit(number, variant) for variant in range(self.variants)] for number in range(len(hashes))]
         keys = [
-            [record_key(_VERSION, recipe, digest, self.fit(number, variant)) for variant in range(self.variants)]
-            for number, digest in enumerate(hashes)
+            [record_key(_VERSION, recipe, digest, fit) for fit in variants] for digest, variants in zip(hashes, fits)
         ]
         self.keys = np.array(keys, dtype="S32")
+        conditions = [[fit.conditions() for fit in variants] for variants in fits]
+        self.conditions = torch.tensor(conditions, dtype=torch.int64).reshape(-1, self.variants, 6)
 
     def fit(self, number: int, variant: int) -> Fit:
         """Return how the image of `buckets.rows[number]` fills its bucket; variant 1 is the mirror image."""
@@ -127,7 +131,7 @@ class LatentCache:
     def choose(self, example: Example) -> Record:
         """Return one variant of a record of `LatentSource`: in training the mirror image as often as configured."""
         mirrored = example.training and bool(torch.rand((), generator=example.generator) < self._flip)
-        return {name: tensor[int(mirrored)] for name, tensor in example.record.items()}
+        return {name: example.record[f"{name}_{int(mirrored)}"] for name in PARTS}
 
 
 def _as_read(image: Tensor, draw: Draw) -> Tensor:
@@ -158,9 +162,8 @@ class _FittedFiles:
 
 
 class LatentSource:
-    """The records of a cache, each with its variants in front.
-
-    `latent_mean`, `latent_logvar` float32 [V, 4, h, w]; `fit` int64 [V, 6], of `Fit.conditions`.
+    """The records of a cache: of each variant v `latent_mean_v`, `latent_logvar_v` [4, h, w], as they are stored, and
+    `fit_v` int64 [6], of `Fit.conditions`.
     """
 
     def __init__(self, cache: LatentCache) -> None:
@@ -172,24 +175,22 @@ class LatentSource:
         number = self.cache.buckets.place_of(row)
         if number is None:
             raise UnreadableImage(self.name_of(row), "no latents", "it has no bucket")
-        variants = []
-        for variant in range(self.cache.variants):
+        found = {}
+        for variant, (key, fit) in enumerate(zip(self.cache.keys[number].tolist(), self.cache.conditions[number])):
             try:
-                record = self.cache.store.read(self.cache.keys[number, variant].decode())
+                record = self.cache.store.read(key.decode())
             except MissingRecord as error:
                 raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
-            latents = {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16
-            variants.append({**latents, "fit": self.cache.fit(number, variant).conditions()})
-        if len(variants) == 1:  # a view: a stack would copy all latents
-            return {name: tensor[None] for name, tensor in variants[0].items()}
-        return {name: torch.stack([variant[name] for variant in variants]) for name in variants[0]}
+            found |= {f"{name}_{variant}": tensor for name, tensor in record.items()} | {f"fit_{variant}": fit}
+        return found
 
     def blank(self, group: int) -> Record:
         """Return latents of zeros in a bucket's shape."""
         size = torch.from_numpy(self.cache.buckets.sizes_hw[group])
-        shape = (self.cache.variants, _CHANNELS, *(size // _SHRINK).tolist())
-        fit = torch.cat([size, torch.zeros_like(size), size]).expand(self.cache.variants, 6)
-        return {"latent_mean": torch.zeros(shape), "latent_logvar": torch.zeros(shape), "fit": fit}
+        latents = torch.zeros(_CHANNELS, *(size // _SHRINK).tolist(), dtype=STORED)
+        fit = torch.cat([size, torch.zeros_like(size), size])
+        made = dict(zip(PARTS, (latents, latents, fit)))
+        return {f"{name}_{variant}": part for variant in range(self.cache.variants) for name, part in made.items()}
 
     def name_of(self, row: int) -> str:
         """Return the row's path."""

@@ -66,7 +66,7 @@ class TensorStore:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
-        self._opened: dict[int, Any] = {}
+        self._opened: dict[int, Record] = {}
         self._waiting: dict[str, tuple[str, Record]] = {}
         self._written: list[str] = []
         self._shards, self._index = self._read_index(())
@@ -84,7 +84,7 @@ class TensorStore:
         return np.isin(keys.astype(_KEY), self._index["key"])
 
     def read(self, key: str) -> Record:
-        """Return a record. Raises MissingRecord."""
+        """Return a record, views of a mapped file: to be read only. Raises MissingRecord."""
         at = int(np.searchsorted(self._index["key"], np.array(key, dtype=_KEY)))
         if at == len(self) or self._index["key"][at].decode() != key:
             raise MissingRecord("not in the cache")
@@ -92,9 +92,9 @@ class TensorStore:
         path = self.folder / self._shards[shard]
         try:
             if shard not in self._opened:
-                self._opened[shard] = safe_open(path, "pt")
-            stored = self._opened[shard]
-            record = {name: stored.get_slice(name)[place] for name in stored.keys()}  # noqa: SIM118 (no mapping)
+                with safe_open(path, "pt") as stored:  # maps the file; its tensors are views that keep the map
+                    self._opened[shard] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            record = {name: tensor[place] for name, tensor in self._opened[shard].items()}
         except (SafetensorError, OSError) as error:
             raise MissingRecord(f"{path} cannot be read ({error})") from None
         if _checksum(record) != checksum:

@@ -205,7 +205,7 @@ def _read(
         return data, views, fields
     images = data.source
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.background)
+    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.decoder.background)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     cache = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
     if distributed.broadcast_object(cache.missing()):

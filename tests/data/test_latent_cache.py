@@ -90,9 +90,9 @@ def assert_right(cache):
         for variant in range(cache.variants):
             fit = cache.fit(number, variant)
             mean, _ = Encoder()(place(files.read(row)["image"], fit)[None])
-            assert torch.equal(record["latent_mean"][variant], mean[0].half())
-            assert torch.equal(record["latent_logvar"][variant], -mean[0].half())
-            original_hw, crop_top_left, target_hw = record["fit"][variant].split(2)
+            assert torch.equal(record[f"latent_mean_{variant}"], mean[0].half())
+            assert torch.equal(record[f"latent_logvar_{variant}"], -mean[0].half())
+            original_hw, crop_top_left, target_hw = record[f"fit_{variant}"].split(2)
             assert tuple(crop_top_left.tolist()) == fit.crop_top_left
             assert original_hw.tolist() == list(files.read(row)["image"].shape[-2:])
             assert [side // 8 for side in target_hw.tolist()] == list(mean.shape[-2:])
@@ -136,9 +136,10 @@ def test_training_and_evaluation_read_the_cache(images):
     for _ in range(12):
         (batch,) = next(steps)
         for number, row in enumerate(batch["sample_id"].tolist()):
-            means = LatentSource(cache).read(row)["latent_mean"]
-            mirrored.add(next(v for v in range(2) if torch.equal(means[v], batch["latent_mean"][number])))
-        assert batch["latent_mean"].dtype == torch.float32 and bool((batch["weight"] == 1).all())
+            record = LatentSource(cache).read(row)
+            mean = batch["latent_mean"][number]
+            mirrored.add(next(v for v in range(2) if torch.equal(record[f"latent_mean_{v}"], mean)))
+        assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
     for batch in data.evaluation(rows, cache.choose, {}, groups=groups):
         evaluated += [row for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()) if weight]
     assert mirrored == {0, 1} and sorted(evaluated) == rows.tolist()
