@@ -1,7 +1,6 @@
 """Decoders against each other: what simplejpeg decodes equals Pillow's pixels; scales, profiles and identities."""
 
 import io
-import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,16 +115,6 @@ def test_damaged_jpegs_are_read_or_refused_as_pillow_does(monkeypatch):
         assert ours == pillows if isinstance(ours, str) else torch.equal(ours, pillows), number
         read += not isinstance(ours, str)
     assert 50 < read < 250
-
-
-def test_a_header_that_libjpeg_reads_otherwise_takes_no_memory(monkeypatch):
-    """Pillow takes the last frame header before the scan, libjpeg refuses a second one."""
-    content = encoded(photo())
-    at = content.index(b"\xff\xc0")
-    large = bytearray(content[at : at + 19])
-    large[5:9] = struct.pack(">HH", 65_000, 65_000)
-    with pytest.raises(UnreadableImage):
-        Decoder(3, LIMIT)(content[:at] + bytes(large) + content[at:], "x")
 
 
 # ------------------------------------------------------------------------------------------------------- shortest side
