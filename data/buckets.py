@@ -23,7 +23,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from data.collection import Collection
-from data.decode import UnreadableImage, read_upright_size
+from data.image_formats import UnreadableImage
+from data.image_traits import read_upright_size
 from data.stream import Draw
 from data.table import show_some
 from data.transforms import resize

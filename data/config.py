@@ -17,13 +17,15 @@ _POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)
 class _Data(Strict):
     """What every collection has. `validation_fraction` is used only where the collection has no validation split.
 
-    background: under transparent images; null: white in training, and what the weights state elsewhere.
+    background: under transparent images; null: white in training, and what the weights state elsewhere. icc: convert
+    images from their colour profile to sRGB; elsewhere also where the weights state it.
     """
 
     root: PathText
     validation_fraction: BelowOne
     max_pixels: Pixels
-    background: Background | None = None  # configurations of before do not state it
+    background: Background | None = None  # configurations of before do not state it, nor icc
+    icc: bool = False
 
 
 class ImageFolderConfig(_Data):

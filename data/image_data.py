@@ -16,9 +16,10 @@ import numpy as np
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
-from data.decode import Decoder, has_alpha, pillow_version
+from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
+from data.image_traits import has_alpha
 from data.images import Files, Images
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog, no_fields
 from data.rows import spread
@@ -48,7 +49,7 @@ def load_collection(config: DataConfig) -> Collection:
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
 
     collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
-    log.debug("collection: %s, read by %s", describe_collection(collection), pillow_version())
+    log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())
     return collection
 
 
@@ -123,7 +124,8 @@ def load_files(
     It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
     files, reasons = ListedFiles(paths), Reasons()
-    decoder = Decoder.of(preprocessing["channels"], max_pixels, background_of(preprocessing))
+    background, icc = background_of(preprocessing), preprocessing.get("icc", False)
+    decoder = Decoder.of(preprocessing["channels"], max_pixels, background, icc)
     views = {"images": EvalTransform.of(preprocessing)}
     reader = SampleReader(files, Images(Files(files), decoder), views, no_fields, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)

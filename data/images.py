@@ -12,7 +12,8 @@ import torch
 
 from data.collection import Collection
 from data.config import DataConfig
-from data.decode import Decoder, read_file
+from data.decode import Decoder
+from data.image_formats import read_file
 from data.source import IMAGE, Record, Source
 
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
@@ -71,6 +72,6 @@ class Images:
 def open_images(collection: Collection, config: DataConfig, channels: int, background: Any) -> Source:
     """Return the source of a collection's images.
 
-    Raises UserError (`model.in_channels`) where images cannot be read with so many channels.
+    Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so.
     """
-    return Images(Files(collection), Decoder.of(channels, config.max_pixels, background))
+    return Images(Files(collection), Decoder.of(channels, config.max_pixels, background, config.icc))

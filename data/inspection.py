@@ -12,13 +12,14 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.decode import NOT_OPENED, Inspection, inspect_image
+from data.image_formats import NOT_OPENED
+from data.image_traits import Inspection, inspect_image
 from utils.canvas import DEFAULT, Background
 from utils.io.files import sha256_file, write_atomically
 
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
-# How the reader treats the traits that `data.decode.inspect_image` finds.
+# How the reader treats the traits that `data.image_traits.inspect_image` finds.
 _TREATMENT = {
     "several frames": "only the first is read",
     "CMYK": "converted to RGB without an ink profile",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
 from data.collection import Collection
-from data.decode import UnreadableImage
+from data.image_formats import UnreadableImage
 from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch import DeviceCopier, Ragged, Sample, collate
 from data.collection import Collection, RowView
-from data.decode import UnreadableImage
+from data.image_formats import UnreadableImage
 from data.read_ahead import ReadAhead
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches, RankBatches, Sampler

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.decode import DEFAULT_MAX_PIXELS
 from data.duplicates import group_duplicates
+from data.image_formats import DEFAULT_MAX_PIXELS
 from data.inspection import (
     UNREADABLE,
     Inspected,

@@ -23,6 +23,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from data.decode import Decoder
+from data.image_formats import read_file
+from utils.canvas import DEFAULT
 from utils.thresholds import OVERALL, PER_TAG, Threshold, ThresholdTable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +105,12 @@ def make_collection(root, per_class=18, classes="ABC", validation=5, broken=0, s
     for number in range(broken):
         (root / "train" / classes[0] / f"broken{number}.png").write_bytes(b"" if number == 0 else b"no image at all")
     return root
+
+
+def read_image(path, channels, max_pixels, background=DEFAULT, **options):
+    """Read and decode an image file, uint8 [H, W, channels]; options: further ones of the decoder."""
+    decode = Decoder(channels, max_pixels, background, **options)
+    return decode(read_file(path), os.fspath(path)).permute(1, 2, 0).numpy()
 
 
 def common(task, data, run_dir, *more):

@@ -205,7 +205,10 @@ def _read(
         return data, views, fields
     images = data.source
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.decoder.background)
+    decoder = images.decoder
+    # Without icc the recipe reads as before there was one: older caches hold the same latents.
+    background = [decoder.background, "icc"] if decoder.icc else decoder.background
+    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), background)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     cache = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
     if distributed.broadcast_object(cache.missing()):

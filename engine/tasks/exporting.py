@@ -90,10 +90,8 @@ def _meaning(metadata: dict[str, Any]) -> dict[str, Any]:
         value if isinstance(value := metadata.get(key), dict) else {} for key in ("task", "model", "preprocessing")
     )
     found |= {f"model.{key}": value for key, value in model.items() if key not in _TRAINING_KEYS}
-    found |= {
-        f"preprocessing.{key}": value
-        for key, value in {"pad": "none", "eval_resize": "crop", "background": DEFAULT, **preprocessing}.items()
-    }
+    preprocessing = {"pad": "none", "eval_resize": "crop", "background": DEFAULT, "icc": False, **preprocessing}
+    found |= {f"preprocessing.{key}": value for key, value in preprocessing.items()}
     return {"task.name": task.get("name"), **found}
 
 

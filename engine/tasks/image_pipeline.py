@@ -55,7 +55,8 @@ class ImagePipeline(Generic[Config]):
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return what evaluation does to an image."""
         background = DEFAULT if config.data.background is None else config.data.background
-        return {**config.augment.preprocessing(config.model.in_channels), "background": background}
+        icc = {"icc": True} if config.data.icc else {}  # files of before do not state it
+        return {**config.augment.preprocessing(config.model.in_channels), "background": background, **icc}
 
     def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
         """Raise UserError (`key`) that names the first wrong value of a weight file's preprocessing and names."""
@@ -68,6 +69,7 @@ class ImagePipeline(Generic[Config]):
     ) -> ImageData:
         """Open a collection to evaluate a task on it."""
         background = background_of(setup.preprocessing) if config.background is None else config.background
+        config = config.model_copy(update={"icc": config.icc or setup.preprocessing.get("icc", False)})
         data = self._open(config, setup.model, background, runtime, seed, batch_size, None)
         log.info("%s", describe_collection(data.collection))
         return data

@@ -10,7 +10,7 @@ from tests.support import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-TABLES = ["step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index", "sdxl"]
+TABLES = ["step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index", "sdxl", "decode"]
 
 
 @pytest.mark.parametrize("name", TABLES)

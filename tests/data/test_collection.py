@@ -14,7 +14,7 @@ from PIL import Image
 import data.manifest_writer
 import data.table
 from data.collection import Row, check_classes, index_collection, open_collection
-from data.decode import TOO_LARGE
+from data.image_formats import TOO_LARGE
 from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
 from data.table import SCHEMA, assign_validation, build_table, hash_table, replace_column

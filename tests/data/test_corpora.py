@@ -19,19 +19,29 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from data import decode
-from data.decode import CUT_OFF, DAMAGED, EMPTY, TOO_LARGE, UNSUPPORTED, UnreadableImage, inspect_image, read_image
+from data.image_formats import (
+    CUT_OFF,
+    DAMAGED,
+    EMPTY,
+    NO_MEMORY,
+    NOT_OPENED,
+    TOO_LARGE,
+    UNKNOWN,
+    UNSUPPORTED,
+    UnreadableImage,
+)
+from data.image_traits import inspect_image
 from data.manifest_writer import write_manifest
 from tests.in_process import TINY, run
-from tests.support import ROOT, make_collection
+from tests.support import ROOT, make_collection, read_image
 from tests.support import rows as read_rows
 from tests.support import run as run_alone
 
 CORPORA = Path(__file__).parent / "corpora"
 PNGS = sorted([*CORPORA.glob("pngsuite/**/*.png"), *CORPORA.glob("testpngs/*.png")])
 CRASHERS = sorted(CORPORA.glob("png_crashers/*.png"))
-KINDS = {CUT_OFF, DAMAGED, EMPTY, TOO_LARGE, UNSUPPORTED, decode.UNKNOWN, decode.NOT_OPENED, decode.NO_MEMORY}
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in decode.py
+KINDS = {CUT_OFF, DAMAGED, EMPTY, TOO_LARGE, UNSUPPORTED, UNKNOWN, NOT_OPENED, NO_MEMORY}
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in image_formats.py
 
 
 def read(path, channels=3, max_pixels=10_000_000):
@@ -311,14 +321,16 @@ def make_bombs(folder, drawn):
 ALONE = """
 import json, re, sys
 from pathlib import Path
-from data.decode import UnreadableImage, read_image
+from data.decode import Decoder
+from data.image_formats import UnreadableImage, read_file
+read_image = lambda name: Decoder(3, 10**8)(read_file(name), name)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
-read_image(sys.argv[1], 3, 10**8)
+read_image(sys.argv[1])
 found = {}
 for name in sys.argv[2:]:
     before = peak()
     try:
-        read_image(name, 3, 10**8)
+        read_image(name)
         reason = None
     except UnreadableImage as error:
         reason = error.reason

@@ -9,8 +9,11 @@ import PIL
 import pytest
 from PIL import Image
 
-from data import inspection
-from data.decode import CUT_OFF, DAMAGED, UnreadableImage, inspect_image, pillow_version, read_image
+from data import decode, inspection
+from data.decode import decoder_versions
+from data.image_formats import CUT_OFF, DAMAGED, UnreadableImage
+from data.image_traits import inspect_image
+from tests.support import read_image
 
 MAX_PIXELS = 10_000_000
 
@@ -349,7 +352,7 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
-@pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in decode.py
+@pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in image_formats.py
 def test_huge_images_are_refused_from_their_header(tmp_path):
     """The files end after the header: a reader that decoded would say truncated."""
     idat = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
@@ -381,6 +384,8 @@ def test_the_exception_survives_pickling():
 
 
 @pytest.mark.parametrize("version,name", [("11.3.0", "pillow 11.3.0"), ("9.5.0.post2", "pillow-simd 9.5.0.post2")])
-def test_pillow_version(monkeypatch, version, name):
+def test_the_decoders_are_named(monkeypatch, version, name):
     monkeypatch.setattr(PIL, "__version__", version)
-    assert pillow_version() == name
+    assert decoder_versions().endswith(name)
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    assert decoder_versions() == name

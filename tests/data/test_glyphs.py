@@ -15,7 +15,6 @@ from PIL import Image
 
 import data.glyphs as glyphs
 from data.collection import check_classes, index_collection, open_collection
-from data.decode import read_image
 from data.glyphs import (
     describe_code,
     draw_glyph,
@@ -26,6 +25,7 @@ from data.glyphs import (
     name_code,
     read_codes,
 )
+from tests.support import read_image
 
 
 def _draw_and_count(root, barrier):

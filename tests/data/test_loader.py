@@ -17,11 +17,11 @@ import yaml
 from PIL import Image
 
 import data.batch
-import data.decode
 from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot, to_device
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
-from data.decode import Decoder, UnreadableImage, decode_image
+from data.decode import Decoder
+from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import EvaluationLoader, SampleReader, TrainLoader, UnreadableLog
 from data.rows import training_rows
@@ -485,8 +485,8 @@ def test_an_image_that_weighs_nothing_is_not_decoded(tmp_path, monkeypatch):
     (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loader = train_loader(open_folder(tmp_path / "images", tmp_path / "cache"))
     read = []
-    decode = data.decode.decode_image
-    monkeypatch.setattr(data.decode, "decode_image", lambda *given: read.append(given[1]) or decode(*given))
+    decode = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda *given: read.append(given[2]) or decode(*given))
     samples, problems = zip(*[loader.reader[Draw(0, row, 5)] for row in range(2)])
     assert read == ["1.png"] and problems == (None, None)
     assert [float(sample["weight"]) for sample in samples] == [0.0, 1.0]
@@ -821,8 +821,7 @@ class Store:
 
     def read(self, row):
         self._opened = self._opened or dbm.dumb.open(str(self.path), "r")  # noqa: SIM115
-        pixels = decode_image(self._opened[str(row)], str(row), 3, 10**6)
-        return {"image": torch.from_numpy(pixels).permute(2, 0, 1)}
+        return {"image": Decoder(3, 10**6)(self._opened[str(row)], str(row))}
 
     def name_of(self, row):
         return f"record {row}"

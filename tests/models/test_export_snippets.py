@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode import read_image
 from data.transforms import EvalTransform
 from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.kind import ExportSettings, Opened
 from tests.models.test_export_formats import geometry, make
+from tests.support import read_image
 
 SETTINGS = ExportSettings("fp32", dynamic_size=False, tolerance=None, calibration_images=1, open_data=None)
 

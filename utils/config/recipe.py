@@ -58,6 +58,7 @@ ADDED_KEYS = {
     "lr_finder.enabled": Added(False, hashed=True),
     "augment.eval_resize": Added("crop", hashed=True),
     "data.background": Added(None),
+    "data.icc": Added(False),
     "augment.pad": Added("none"),
     "schedule.restarts": Added(0),
     "optim.bf16_weights": Added(False),

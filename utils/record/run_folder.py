@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,7 @@ def git_state() -> dict[str, Any]:
 def environment_state(**more: Any) -> dict[str, Any]:
     """Return the environment behind a run's figures: versions, platform, command."""
     import numpy
+    import PIL
     import torch
     import torchvision
 
@@ -115,6 +118,8 @@ def environment_state(**more: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "simplejpeg": version("simplejpeg") if find_spec("simplejpeg") else None,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "world_size": distributed.world_size(),

@@ -1,0 +1,175 @@
+"""The closed list of image formats, and how a file is opened or refused: one kind of fault and one message for each.
+
+Every image file goes through `open_image`, whichever library decodes its pixels.
+"""
+
+import functools
+import io
+import os
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+# The formats that are read, with any suffix. A closed list: some of Pillow's other readers start programs
+# (EPS runs Ghostscript), and a collection may come from strangers. TGA has no signature, so it is tried last and only
+# for files with its suffix.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "JPEG2000")
+_TGA_SUFFIX = ".tga"
+# Above this Pillow itself refuses a file as a decompression bomb (twice Image.MAX_IMAGE_PIXELS).
+DEFAULT_MAX_PIXELS = 178_956_970
+
+# The kinds of what makes a file unreadable, by which `prepare.py job=manifest` counts.
+EMPTY = "the file is empty"
+CUT_OFF = "the file is cut off"
+DAMAGED = "the file is damaged"
+UNKNOWN = "not an image of a known format"
+UNSUPPORTED = "a kind of image that is not supported"
+TOO_LARGE = "too many pixels"
+NOT_OPENED = "the file cannot be opened"
+NO_MEMORY = "too little memory"
+
+# Signatures of files that are not images of FORMATS: (offset, bytes, name).
+_FOREIGN = (
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the image; fetch it with `git lfs pull`"),
+    (0, b"<!doctype html", "a web page, perhaps of a failed download"),
+    (0, b"<html", "a web page, perhaps of a failed download"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "an XML document, perhaps an SVG drawing"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftyp", "a video or an unknown kind of HEIF"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"jxl ", "JPEG XL"),
+    (0, b"%pdf", "a PDF document"),
+    (0, b"%!ps", "PostScript"),
+    (0, b"8bps", "a Photoshop document"),
+    (0, b"pk\x03\x04", "a ZIP archive"),
+)
+_KNOWN = (
+    (0, b"\x89png\r\n\x1a\n", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"gif8", "GIF"),
+    (8, b"webp", "WEBP"),
+    (0, b"bm", "BMP"),
+    (0, b"ii*\0", "TIFF"),
+    (0, b"mm\0*", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"jp  ", "JPEG2000"),
+    (0, b"\xff\x4f\xff\x51".lower(), "JPEG2000"),
+    (0, b"\0\0\1\0", "ICO"),
+)
+
+# Pillow's warnings (cut-off EXIF, a palette with transparency, a broken animation) would fill the training log with a
+# line per image and worker; `inspect_image` reports them. Sizes are limited by `max_pixels`.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+Used = TypeVar("Used")
+
+
+class UnreadableImage(Exception):
+    """One image that cannot be decoded: its path, the kind of fault, and details. Survives pickling."""
+
+    def __init__(self, path: str, kind: str, detail: str) -> None:
+        """Keep all as arguments, which is what pickling restores an exception from."""
+        super().__init__(path, kind, detail)
+        self.path, self.kind, self.detail = path, kind, detail
+
+    @property
+    def reason(self) -> str:
+        """Return `kind (detail)`."""
+        return f"{self.kind} ({self.detail})"
+
+    def __str__(self) -> str:
+        """Return `path: kind (detail)`."""
+        return f"{self.path}: {self.reason}"
+
+
+class Unsupported(ValueError):
+    """An image that is whole, but of a kind that has no 8-bit form."""
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return a file's bytes. Raises UnreadableImage where it cannot be opened."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except (OSError, ValueError, MemoryError) as error:
+        raise UnreadableImage(os.fspath(path), *_explain(error)) from error
+
+
+def open_image(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
+    """Return what `use` makes of an opened image that is not decoded yet; any failure becomes UnreadableImage."""
+    if not content:
+        raise UnreadableImage(name, EMPTY, "0 bytes")
+    try:
+        try:
+            image = Image.open(io.BytesIO(content), formats=formats_of(name))
+        except UnidentifiedImageError as error:
+            raise UnreadableImage(name, *_explain_header(content[:65536])) from error
+        with image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height} pixels"
+                raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
+            return use(image)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders raise any exception on damaged bytes: OSError, SyntaxError, struct.error...
+        raise UnreadableImage(name, *_explain(error)) from error
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """Return the kind of fault behind an exception of the decoder, and its details."""
+    said = " ".join(str(error).split())
+    match error:
+        case Image.DecompressionBombError():
+            return TOO_LARGE, f"more pixels than Pillow opens, {DEFAULT_MAX_PIXELS:,}"
+        case Unsupported():
+            return UNSUPPORTED, said
+        case MemoryError():
+            return NO_MEMORY, "there is too little left to decode it"
+        case OSError(errno=int()):
+            return NOT_OPENED, f"{type(error).__name__}: {error.strerror}"
+    return CUT_OFF if "truncated" in said.lower() else DAMAGED, f"{type(error).__name__}: {said}"
+
+
+def _explain_header(head: bytes) -> tuple[str, str]:
+    """Return the kind of fault of a file that no reader accepted, and its details, from the file's first bytes."""
+    lower = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
+    for offset, mark, name in _KNOWN:
+        if lower[offset:].startswith(mark):
+            if name not in _formats():
+                return UNSUPPORTED, f"{name}, which this build of Pillow does not read"
+            if name == "JPEG" and (bits := _bits_of_jpeg(head)) not in (None, 8):
+                return UNSUPPORTED, f"a JPEG of {bits} bits per channel; save the image with 8"
+            return DAMAGED, f"it begins as {name}, but what follows is broken or cut off"
+    for offset, mark, name in _FOREIGN:
+        if lower[offset:].startswith(mark):
+            return UNKNOWN, f"{name}; allowed are {', '.join(_formats())}"
+    return UNKNOWN, ", ".join(_formats())
+
+
+def _bits_of_jpeg(head: bytes) -> int | None:
+    """Return the bits per channel that a JPEG's frame header states, None where the header is not among these bytes."""
+    at = 2
+    while at + 5 <= len(head) and head[at] == 0xFF:
+        marker = head[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return head[at + 4]
+        at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
+    return None
+
+
+def formats_of(name: str) -> tuple[str, ...]:
+    """Return the formats that a file of this name may have."""
+    is_tga = name.lower().endswith(_TGA_SUFFIX) and "TGA" in Image.OPEN
+    return (*_formats(), "TGA") if is_tga else _formats()
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)

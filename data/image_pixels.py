@@ -1,0 +1,144 @@
+"""The pixels of an image of any mode as Pillow decodes them: 8 bit, upright, on a background."""
+
+import functools
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from data.image_formats import Unsupported
+from utils.canvas import background_rgb
+
+_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ALPHA = ("LA", "PA", "RGBA", "RGBa")
+_TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Return whether an image has an alpha channel or a transparent colour."""
+    return image.mode in _ALPHA or "transparency" in image.info
+
+
+def to_array(image: Image.Image, channels: int, background: Any, icc: bool) -> np.ndarray:
+    """Decode an opened image of any mode to uint8 [H, W, channels], writable; icc: with its profile applied."""
+    upright = load_upright(image)[0]
+    return convert(_to_srgb(upright) if icc else upright, channels, background_rgb(background))
+
+
+def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
+    """Decode an opened image, turn and mirror it as EXIF asks; returns the orientation as well, None if EXIF is broken.
+
+    Pillow's TIFF reader turns on loading, and forgets the orientation.
+    """
+    if "transparency" in image.info:
+        _scale_transparency(image)
+    image.load()
+    orientation = read_orientation(image)
+    method = UPRIGHT.get(orientation)
+    return (image if method is None else image.transpose(method)), orientation
+
+
+def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
+    """Convert a loaded image of any mode to uint8 [H, W, channels]."""
+    if image.mode == "F":
+        raise Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits per channel")
+    if image.mode == "LAB":
+        raise Unsupported("L*a*b* colours; save the image as RGB")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _to_eight_bit(image, colour)
+    elif is_transparent(image) and colour is not None:
+        image = _on_colour(image, colour)
+    elif image.mode == "RGBa":
+        image = image.convert("RGBA")  # Pillow converts premultiplied colours to nothing else
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which copies even where there is nothing to do
+    pixels = np.array(image)  # a copy: Pillow's own buffer is read-only
+    return pixels[:, :, None] if channels == 1 else pixels
+
+
+def raw_mode(image: Image.Image) -> str:
+    """Return how the file stores the pixels of an image that is not decoded yet, such as `L;4`; "" if not known."""
+    arguments = image.tile[0][3] if image.tile else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the transparent grey or colour of a PNG to the 8 bits that its pixels will have; Pillow leaves it.
+
+    Of 16 bits the high byte is compared, which is what Pillow keeps of the pixels.
+    """
+    clear, raw = image.info["transparency"], raw_mode(image)
+    if raw in ("L;2", "L;4"):
+        top = 2 ** int(raw[2:]) - 1
+        image.info["transparency"] = (clear & top) * (255 // top)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def read_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 1 where none is given, None where EXIF is broken; asked again, it is 1 then."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # any, as for pixels; these are as good without it, and every viewer shows them
+        return None
+
+
+def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
+    """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to a colour.
+
+    Raises Unsupported for 32-bit integers that do not fit 16 bits, whose range is unknown.
+    """
+    pixels = np.asarray(image)
+    if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
+        raise Unsupported(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
+    grey = _TO_EIGHT_BIT[pixels]
+    clear = image.info.get("transparency")
+    if isinstance(clear, int) and colour is not None:
+        coloured = np.repeat(grey[..., None], 3, axis=2)
+        coloured[pixels == clear] = colour
+        return Image.fromarray(coloured)
+    return Image.fromarray(grey)
+
+
+def _on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Composite an image with an alpha channel, or with a transparent palette entry or colour, on a colour."""
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, (*colour, 255))
+    return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image from its embedded ICC profile to sRGB.
+
+    It stays as it is without a profile, with one that is broken or describes other pixels, and with 16 bits.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("L", "P", "RGB", "RGBA", "CMYK"):
+        return image
+    if is_transparent(image):
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    try:
+        return _srgb_transform(profile, image.mode).apply(image)
+    except (ImageCms.PyCMSError, ValueError):
+        return image
+
+
+@functools.lru_cache(maxsize=16)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """Return the conversion of pixels with a profile to sRGB; few profiles are in use, and making one takes long."""
+    source = ImageCms.getOpenProfile(io.BytesIO(profile))
+    target = "RGBA" if mode == "RGBA" else "RGB"
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
