@@ -2,8 +2,8 @@
 
 python bench/manifest_index.py [rows=10000000] [quick]          (on an idle machine; a minute, and 8 GB of disk)
 
-Each row has a path, a size, a checksum, a split, a label, width and height. The files are there, 1,000 a folder, as hard
-links to empty ones. Each figure is of a process of its own; memory is its peak, or what it adds.
+Each row has a path, a size, a checksum, a split, a label, width and height. The files are there, 1,000 a folder, as
+hard links to empty ones. Each figure is of a process of its own; memory is its peak, or what it adds.
 """
 
 import json
