@@ -123,7 +123,7 @@ class Inspection(NamedTuple):
     size_hw: tuple[int, int] | None = None
     mode: str | None = None
     orientation: int | None = None
-    transparent: bool | None = None
+    transparent: int | None = None
     phash: int | None = None
 
 
@@ -408,7 +408,7 @@ def _find_traits(image: Image.Image, name: str) -> Inspection:
         "broken metadata": orientation is None,
     }
     traits = tuple(trait for trait, there in found.items() if there)
-    size_hw, transparent = (upright.height, upright.width), found["transparent"]
+    size_hw, transparent = (upright.height, upright.width), int(found["transparent"])
     stated = turned or orientation
     return Inspection(
         None, None, traits, size_hw, mode, stated if stated in _UPRIGHT else 1, transparent, perceptual_hash(pixels)

@@ -106,11 +106,13 @@ class Journal:
 
     def __init__(self, file: Path, recipe: str) -> None:
         self._file, self._recipe, self._stale, self._stream = file, recipe, 0, None
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        self._start = "" if text.endswith("\n") else "\n"  # after a line that a kill has torn
         self._entries: dict[str, tuple[list[int], Inspected]] = {}
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        for line in text.split("\n"):
             try:
                 path, version, made_by, digest, inspection = json.loads(line)
-            except (ValueError, TypeError):  # torn by a kill
+            except (ValueError, TypeError):  # torn
                 continue
             self._stale += made_by != recipe or path in self._entries
             if made_by == recipe:
@@ -134,6 +136,7 @@ class Journal:
             if self._stream is None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 self._stream = open(self._file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed at the end)
+                self._stream.write(self._start)
             self._stream.write(self._line(file))
 
     def close(self) -> None:
