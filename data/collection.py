@@ -5,6 +5,7 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
+import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +30,13 @@ from data.table import (
 )
 from data.tags.posts import read_folder
 from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.io.files import canonical_json, sha256_text, write_atomically, write_text
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 _FINGERPRINT = b"fingerprint"
+_INDEX = 1  # of what an index has: another number makes all of them again
 
 
 class Row(NamedTuple):
@@ -153,12 +155,16 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     A manifest at the root takes precedence over the folder's layout; a CSV file with labels does where the layout has
     none. Where no row is in the validation split, `validation_fraction` of them are moved there as `assign_validation`
     says. The index is kept in `cache`, outside the collection, so that an index that came with a collection is never
-    read.
+    read. That of an unchanged manifest is taken as it is; a file that is gone since is reported when it is read.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
     """
     folder = check_root(root)
     manifest = find_manifest(folder)
+    made = None if manifest is None else cache / f"{_version(manifest, validation_fraction)}.txt"
+    if made is not None and made.is_file() and (target := cache / made.read_text(encoding="utf-8")).is_file():
+        log.debug("data.root: %s is unchanged, and its index is there", manifest)
+        return target
     table = read_folder(folder) if manifest is None else read_manifest(folder, manifest)
     if manifest is None and (manifest := find_labels(folder, table)) is not None:
         images, table = table.num_rows, read_manifest(folder, manifest)
@@ -172,7 +178,16 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     if not target.is_file():
         table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
         write_atomically(target, lambda file: _write_index(file, table))
+    if made is not None:
+        write_text(made, target.name)
     return target
+
+
+def _version(manifest: Path, validation_fraction: float) -> str:
+    """Return a hash of what the index of a manifest depends on: another one where the file was written again."""
+    status = manifest.stat()
+    version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return sha256_text(canonical_json([_INDEX, os.path.realpath(manifest), version, validation_fraction]))[:32]
 
 
 def open_collection(root: str, arrow: Path) -> Collection:

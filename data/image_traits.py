@@ -18,13 +18,17 @@ _VARIANTS = {"MPO": "JPEG", "DIB": "BMP"}  # MPO: JPEGs with a preview or a seco
 class Inspection(NamedTuple):
     """The findings for one file: `kind` and `reason` are None where it can be read; traits may surprise its owner.
 
-    size_hw: of the upright image; None where it cannot be read. phash: of data/duplicates.py, where it was asked for.
+    size_hw: of the upright image; None where it cannot be read, as all that follows. mode: Pillow's, of the file.
+    orientation: EXIF's, 1 to 8. phash: of data/duplicates.py.
     """
 
     kind: str | None
     reason: str | None
     traits: tuple[str, ...]
     size_hw: tuple[int, int] | None = None
+    mode: str | None = None
+    orientation: int | None = None
+    transparent: int | None = None
     phash: int | None = None
 
 
@@ -58,18 +62,13 @@ def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return open_image(read_file(path), os.fspath(path), DEFAULT_MAX_PIXELS, size_of)
 
 
-def inspect_image(
-    path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, *, hashed: bool = False
-) -> Inspection:
-    """Decode a file and say why it cannot be read, or else what about it is converted, dropped or odd.
-
-    hashed: with the perceptual hash.
-    """
+def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Inspection:
+    """Decode a file and say why it cannot be read, or else what about it is converted, dropped or odd."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             name = os.fspath(path)
-            find = functools.partial(_find_traits, name=name, hashed=hashed)
+            find = functools.partial(_find_traits, name=name)
             found = open_image(read_file(path), name, max_pixels, find)
         except UnreadableImage as error:
             return Inspection(error.kind, error.reason, ())
@@ -78,23 +77,27 @@ def inspect_image(
     return found
 
 
-def _find_traits(image: Image.Image, name: str, hashed: bool) -> Inspection:
+def _find_traits(image: Image.Image, name: str) -> Inspection:
     """Decode an opened image and return its size, and what about it its owner may not expect."""
-    raw, turned = raw_mode(image), image.format == "TIFF" and read_orientation(image) in UPRIGHT
+    raw, mode = raw_mode(image), image.mode
+    turned = read_orientation(image) if image.format == "TIFF" else None  # which loading turns, and forgets
     upright, orientation = load_upright(image)
     pixels = convert(upright, 3, background_rgb(DEFAULT))
     found = {
         "several frames": _has_frames(image),
         "CMYK": image.mode == "CMYK",
         "16 bits per channel": image.mode.startswith("I") or ";16" in raw,
-        "rotated by EXIF": turned or orientation in UPRIGHT,
+        "rotated by EXIF": turned in UPRIGHT or orientation in UPRIGHT,
         "transparent": is_transparent(image),
         "named as another format": _is_misnamed(image, name),
         "broken metadata": orientation is None,
     }
     traits = tuple(trait for trait, there in found.items() if there)
-    phash = perceptual_hash(pixels) if hashed else None
-    return Inspection(None, None, traits, (upright.height, upright.width), phash)
+    size_hw, transparent = (upright.height, upright.width), int(found["transparent"])
+    stated = turned or orientation
+    return Inspection(
+        None, None, traits, size_hw, mode, stated if stated in UPRIGHT else 1, transparent, perceptual_hash(pixels)
+    )
 
 
 def _has_frames(image: Image.Image) -> bool:

@@ -4,6 +4,7 @@ data/manifest_writer.py inspects every file and returns the report, which prepar
 """
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.image_formats import NOT_OPENED
+from data.image_formats import NO_MEMORY, NOT_OPENED
 from data.image_traits import Inspection, inspect_image
 from utils.canvas import DEFAULT, Background
-from utils.io.files import sha256_file, write_atomically
+from utils.io.files import ignore_write_errors, sha256_file, write_atomically, write_text
 
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
@@ -98,13 +99,75 @@ def count_groups(groups: pa.ChunkedArray) -> list[int]:
     return sorted((count for count in counts if count > 1), reverse=True)
 
 
-def inspect_file(file: str, verify: bool, max_pixels: int, hashed: bool = False) -> Inspected:
-    """Return a file's SHA-256 (None if it cannot be read) and what else was found; hashed: as in `inspect_image`."""
+class Journal:
+    """What was found out about files, one JSON line each as it comes, so that a killed job loses a second of work.
+
+    An entry counts while the file's size and time of change are the same, and `recipe`, which says how it was made.
+    """
+
+    def __init__(self, file: Path, recipe: str) -> None:
+        self._file, self._recipe, self._stale, self._stream = file, recipe, 0, None
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        self._start = "" if text.endswith("\n") else "\n"  # after a line that a kill has torn
+        self._entries: dict[str, tuple[list[int], Inspected]] = {}
+        for line in text.split("\n"):
+            try:
+                path, version, made_by, digest, inspection = json.loads(line)
+            except (ValueError, TypeError):  # torn
+                continue
+            self._stale += made_by != recipe or path in self._entries
+            if made_by == recipe:
+                traits, size = tuple(inspection[2]), inspection[3]
+                found = Inspection(*inspection[:2], traits, size and tuple(size), *inspection[4:])
+                self._entries[path] = version, Inspected(digest, found)
+
+    def find(self, file: str) -> Inspected | None:
+        """Return what is known of a file as it is now."""
+        version, found = self._entries.get(file, (None, None))
+        return found if version is not None and version == _version(file) else None
+
+    def add(self, file: str, found: Inspected) -> None:
+        """Keep what was found, unless it may be otherwise at another time; a write error is a warning."""
+        version = _version(file)
+        if version is None or found.inspection.kind in (NOT_OPENED, NO_MEMORY, FATAL):
+            return
+        self._stale += file in self._entries
+        self._entries[file] = version, found
+        with ignore_write_errors(self._file):
+            if self._stream is None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                self._stream = open(self._file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed at the end)
+                self._stream.write(self._start)
+            self._stream.write(self._line(file))
+
+    def close(self) -> None:
+        """Rewrite the file where a third of it counts no more."""
+        if self._stream is not None:
+            self._stream.close()
+        if self._stale > len(self._entries) // 2:
+            with ignore_write_errors(self._file):
+                write_text(self._file, "".join(map(self._line, self._entries)))
+
+    def _line(self, file: str) -> str:
+        version, found = self._entries[file]
+        return json.dumps([file, version, self._recipe, *found]) + "\n"
+
+
+def _version(file: str) -> list[int] | None:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:
+    """Return a file's SHA-256 (None if it cannot be read) and what else was found."""
     try:
         digest = sha256_file(Path(file))
     except OSError as error:
         return Inspected(None, Inspection(NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})", ()))
-    found = inspect_image(file, max_pixels, hashed=hashed) if verify else Inspection(None, None, ())
+    found = inspect_image(file, max_pixels) if verify else Inspection(None, None, ())
     return Inspected(digest, found)
 
 

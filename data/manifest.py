@@ -7,7 +7,8 @@ stranger, so its paths must stay in the root.
 
 import os
 import posixpath
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -16,13 +17,26 @@ import pyarrow.compute as pc
 
 from data.manifest_formats import CSV, JSONL, PARQUET, read_header, read_table
 from data.scan import list_folder
-from data.table import MEASURED, SPLIT_NAMES, further_fields, replace_column, settle_test_split, show_some, sort_rows
+from data.table import (
+    MEASURED,
+    SPLIT_NAMES,
+    further_fields,
+    neighbours,
+    replace_column,
+    settle_test_split,
+    show_some,
+    sort_rows,
+)
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 Locate = Callable[[int], str]
+Describe = Callable[[str], str]
+
+# Paths that are looked at closely: absolute, of Windows, or with an empty part, `.` or `..`.
+_SUSPECT = r"(^|/)\.{0,2}(/|$)|\\|^[A-Za-z]:|\x00"
 
 
 def find_manifest(root: Path) -> Path | None:
@@ -86,32 +100,40 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
     _check_weights(file, table, locate)
     table = replace_column(table, "split", _read_splits(file, table, locate))
-    paths = table["path"].to_pylist()
-    _refuse_repeats(file, paths, locate)
-    entries = find_files(root, paths, lambda index: f"{str(file)!r}, {locate(index)}")
+    given, table = table["path"], sort_rows(table)
+    if any(pc.any(pc.equal(*pair)).as_py() for pair in neighbours(table["path"])):
+        _refuse_repeats(file, given.to_pylist(), locate)
+    entries = find_files(root, table["path"], lambda path: f"{str(file)!r}, {locate(pc.index(given, path).as_py())}")
     if table["size"].null_count:
         known = table["size"].to_pylist()
         sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
         table = replace_column(table, "size", pa.array(sizes, pa.int64()))
-    return settle_test_split(sort_rows(table))
+    else:
+        deque(entries, maxlen=0)
+    return settle_test_split(table)
 
 
-def find_files(root: Path, paths: Iterable[str], describe: Locate) -> list[os.DirEntry[str]]:
-    """Return the directory entry of each relative path, listing each folder once.
+def find_files(root: Path, paths: pa.ChunkedArray, describe: Describe) -> Iterator[os.DirEntry[str]]:
+    """Yield the directory entry of each relative path; of sorted ones, each folder is listed once.
 
     Raises UserError (`data.root`) where a path is absolute or not in normal form, does not exist, is no file, or leads
-    out of the root, by `..` or by a link. `describe(index)` says where the path was read.
+    out of the root, by `..` or by a link. `describe(path)` says where the path was read.
     """
-    real, listings, entries = os.path.realpath(root), {}, []
-    for index, path in enumerate(paths):
-        entry = _fault_of_path(path) or _look_up(root, real, path, listings)
-        if isinstance(entry, str):
-            raise UserError(
-                f"data.root: {describe(index)}: path {path!r} {entry}; allowed are files inside the collection, "
-                f"named from {str(root)!r} with / between folders"
-            )
-        entries.append(entry)
-    return entries
+    real, listings, current = os.path.realpath(root), {}, None
+    for chunk in paths.chunks:
+        suspects = pc.match_substring_regex(chunk, _SUSPECT).to_pylist()
+        for path, suspect in zip(chunk.to_pylist(), suspects):
+            parent = path.rpartition("/")[0]
+            if parent != current:  # of the folders before, those that it lies in may come again
+                listings = {folder: found for folder, found in listings.items() if f"{parent}/".startswith(folder)}
+                current = parent
+            entry = (suspect and _fault_of_path(path)) or _look_up(root, real, path, listings)
+            if isinstance(entry, str):
+                raise UserError(
+                    f"data.root: {describe(path)}: path {path!r} {entry}; allowed are files inside the collection, "
+                    f"named from {str(root)!r} with / between folders"
+                )
+            yield entry
 
 
 def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:
@@ -124,15 +146,15 @@ def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:
         )
 
 
-def _read_splits(file: Path, table: pa.Table, locate: Locate) -> pa.Array:
+def _read_splits(file: Path, table: pa.Table, locate: Locate) -> pa.ChunkedArray:
     """Bring the split column to train, val and test; null is train."""
-    names = table["split"].to_pylist()
-    splits = [SPLIT_NAMES.get((name or "train").lower()) for name in names]
+    names = pc.unique(table["split"])
+    splits = [SPLIT_NAMES.get((name or "train").lower()) for name in names.to_pylist()]
     if None in splits:
-        index = splits.index(None)
-        allowed = ", ".join(SPLIT_NAMES)
-        raise UserError(f"data.root: {str(file)!r}, {locate(index)}: split is {names[index]!r}; allowed are {allowed}")
-    return pa.array(splits, pa.string())
+        name, allowed = names[splits.index(None)], ", ".join(SPLIT_NAMES)
+        row = locate(pc.index(table["split"], name).as_py())
+        raise UserError(f"data.root: {str(file)!r}, {row}: split is {name.as_py()!r}; allowed are {allowed}")
+    return pc.take(pa.array(splits, pa.string()), pc.index_in(table["split"], value_set=names))
 
 
 def _refuse_repeats(file: Path, paths: list[str], locate: Locate) -> None:

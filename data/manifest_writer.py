@@ -1,7 +1,9 @@
 """Make `manifest.parquet` of a scanned folder (prepare.py job=manifest)."""
 
 import functools
-from collections.abc import Callable, Iterable
+import os
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.decode import decoder_versions
 from data.duplicates import group_duplicates
 from data.image_formats import DEFAULT_MAX_PIXELS
 from data.inspection import (
     UNREADABLE,
     Inspected,
+    Journal,
     ManifestReport,
     count_groups,
     count_kinds,
@@ -28,11 +32,12 @@ from data.scan import check_root
 from data.table import MEASURED, assign_validation, count_values, replace_column
 from data.tags.posts import read_folder
 from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.io.files import sha256_text, write_atomically
 from utils.ranks.processes import count_cores, map_in_processes
 
 # The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
+INSPECTIONS = Path("outputs/cache/inspections")
 _PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
 
@@ -47,10 +52,12 @@ def write_manifest(
 ) -> ManifestReport:
     """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file.
 
-    verify: decode every image too, and fill in the columns width and height, in pixels, of the upright image. One that
-    is unreadable stays in the manifest with weight 0 and is reported, by name in `manifest.unreadable.jsonl`. A file
-    that cannot even be opened is treated so in any case. duplicates: fill in phash and group (data/duplicates.py) too,
-    which needs verify. progress: called with the images done and their number.
+    verify: decode every image too, and fill in the columns width and height, in pixels, of the upright image, mode,
+    orientation, transparent and phash. One that is unreadable stays in the manifest with weight 0 and is reported, by
+    name in `manifest.unreadable.jsonl`. A file that cannot even be opened is treated so in any case. duplicates: fill
+    in group (data/duplicates.py) too, which needs verify. progress: called with the images done and their number.
+    What was found is kept in `outputs/cache/inspections`, so that only changed files are read again, and none twice
+    where the job was killed.
 
     Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that cannot be
     written, and for a manifest already there that this function did not write.
@@ -60,20 +67,23 @@ def write_manifest(
     table = read_folder(folder)
     _refuse_foreign(find_labels(folder, table))
     paths = table["path"].to_pylist()
-    find_files(folder, paths, lambda index: "a manifest cannot name this image")
-    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels, hashed=duplicates)
-    found = _inspect_all([str(folder / path) for path in paths], inspect, progress)
+    deque(find_files(folder, table["path"], lambda path: "a manifest cannot name this image"), maxlen=0)
+    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
+    real = os.path.realpath(folder)
+    journal = Journal(INSPECTIONS / f"{sha256_text(real)[:16]}.jsonl", f"1 {verify} {max_pixels} {decoder_versions()}")
+    found = _inspect_all([os.path.join(real, path) for path in paths], inspect, journal, progress)
     reasons = [inspection.reason for _, inspection in found]
     table = replace_column(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
     table = replace_column(
         table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32())
     )
     if verify:
-        for axis, name in enumerate(("height", "width")):
-            sizes = [None if size is None else size[axis] for size in (file.inspection.size_hw for file in found)]
-            table = replace_column(table, name, pa.array(sizes, MEASURED[name]))
+        for name, values in _measured(found).items():
+            table = replace_column(table, name, pa.array(values, MEASURED[name]))
     if duplicates:
-        table = _add_groups(table, found)
+        hashes = table["phash"].combine_chunks()
+        groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
+        table = replace_column(table, "group", pc.replace_with_mask(hashes, hashes.is_valid(), groups))
     table = assign_validation(table, validation_fraction)
     unreadable = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
     counts = [count_values(table[name]) for name in ("split", "label", "tags")]
@@ -89,12 +99,14 @@ def write_manifest(
     )
 
 
-def _add_groups(table: pa.Table, found: list[Inspected]) -> pa.Table:
-    """Return the table with the columns phash and group; both are null where an image cannot be read."""
-    hashes = pa.array([file.inspection.phash for file in found], MEASURED["phash"])
-    groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
-    table = replace_column(table, "phash", hashes)
-    return replace_column(table, "group", pc.replace_with_mask(hashes, hashes.is_valid(), groups))
+def _measured(found: list[Inspected]) -> dict[str, list[Any]]:
+    """Return the measured columns; null where an image cannot be read."""
+    every = [file.inspection for file in found]
+    return {
+        "width": [one.size_hw and one.size_hw[1] for one in every],
+        "height": [one.size_hw and one.size_hw[0] for one in every],
+        **{name: [getattr(one, name) for one in every] for name in ("mode", "orientation", "transparent", "phash")},
+    }
 
 
 def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
@@ -124,19 +136,19 @@ def _refuse_foreign(file: Path | None) -> None:
 
 
 def _inspect_all(
-    files: list[str], inspect: Callable[[str], Inspected], progress: Callable[[int, int], None] | None
+    files: list[str],
+    inspect: Callable[[str], Inspected],
+    journal: Journal,
+    progress: Callable[[int, int], None] | None,
 ) -> list[Inspected]:
-    """Return SHA-256 and findings of each file; with many files, in one process per core."""
-    if len(files) < _PARALLEL_FROM or count_cores() == 1:
-        return _count_off(map(inspect, files), len(files), progress)
-    return _count_off(map_in_processes(inspect, files, fatal_file), len(files), progress)
-
-
-def _count_off(results: Iterable[Any], total: int, progress: Callable[[int, int], None] | None) -> list[Any]:
-    """Collect results, reporting after each."""
-    found = []
-    for result in results:
-        found.append(result)
+    """Return SHA-256 and findings of each file, those of changed files anew; of many, in one process per core."""
+    found = {file: journal.find(file) for file in files}
+    changed = [file for file, known in found.items() if known is None]
+    in_turn = len(changed) < _PARALLEL_FROM or count_cores() == 1
+    results = map(inspect, changed) if in_turn else map_in_processes(inspect, changed, fatal_file)
+    for done, (file, found[file]) in enumerate(zip(changed, results), len(files) - len(changed) + 1):
+        journal.add(file, found[file])
         if progress is not None:
-            progress(len(found), total)
-    return found
+            progress(done, len(files))
+    journal.close()
+    return list(found.values())

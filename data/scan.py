@@ -9,6 +9,7 @@ followed.
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
+_AT_ONCE, _PART = 16, 32  # folders that are listed, and images whose sidecars are read, at once
 _WARNED = 5  # folders without an image that are named
 
 
@@ -79,11 +81,8 @@ def scan_folder(root: Path) -> pa.Table:
     for folder, entries, names in _walk(root):
         suffixed = [entry for entry in entries if _is_image_name(entry.name)]
         images += [_read_image_entry(folder, entry) for entry in suffixed]
-        for entry in suffixed:
-            try:
-                sidecars.append(read_sidecars(root, root / folder, entry.name, names))
-            except UserError as error:
-                broken.append(str(error))
+        for sidecar in _read_all_sidecars(root, folder, [entry.name for entry in suffixed], names):
+            (sidecars if isinstance(sidecar, Sidecar) else broken).append(sidecar)
         rest = names.difference(entry.name for entry in suffixed)
         others[folder] = (len(rest), min(rest, default=""))
         orphans += [folder + name for name in _find_orphans(rest, names - rest)]
@@ -131,20 +130,44 @@ def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def _read_all_sidecars(root: Path, folder: str, images: list[str], names: set[str]) -> Iterator[Sidecar | str]:
+    """Yield the sidecar of each image in a folder, or what is wrong with it; several are read at once."""
+
+    def read(image: str) -> Sidecar | str:
+        try:
+            return read_sidecars(root, root / folder, image, names)
+        except UserError as error:
+            return str(error)
+
+    if len(images) <= _PART or len(images) == len(names):
+        yield from map(read, images)
+        return
+    parts = [images[start : start + _PART] for start in range(0, len(images), _PART)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # which a file server answers in the time of one
+        for found in pool.map(lambda part: [read(image) for image in part], parts):
+            yield from found
+
+
 def _walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
-    """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names."""
-    stack = [("", (os.path.realpath(root),))]
-    while stack:
-        folder, chain = stack.pop()
-        files = []
-        for entry in list_folder(root / folder):
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
-                stack.append((f"{folder}{entry.name}/", _extend_chain(entry, chain)))
-            else:
-                files.append(entry)
-        yield folder, files, {entry.name for entry in files}
+    """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names.
+
+    Folders of one depth are listed at once.
+    """
+    level = [("", (os.path.realpath(root),))]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        while level:
+            below = []
+            for (folder, chain), entries in zip(level, pool.map(lambda place: list_folder(root / place[0]), level)):
+                files = []
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        below.append((f"{folder}{entry.name}/", _extend_chain(entry, chain)))
+                    else:
+                        files.append(entry)
+                yield folder, files, {entry.name for entry in files}
+            level = below
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

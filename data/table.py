@@ -4,7 +4,7 @@ It has the columns of SCHEMA, and after them what else a manifest has: further c
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,10 @@ SCHEMA = pa.schema(
 )
 # Columns that prepare.py fills from the files. They follow from the files' content, so they are not in the fingerprint,
 # and a manifest made again keeps the runs on it.
-MEASURED = {"width": pa.int64(), "height": pa.int64(), "phash": pa.int64(), "group": pa.int64()}
+MEASURED = {
+    **{name: pa.int64() for name in ("width", "height", "orientation", "transparent", "phash", "group")},
+    "mode": pa.string(),
+}
 _LARGE = {pa.string(): pa.large_string(), SCHEMA.field("tags").type: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names that a message shows
@@ -80,11 +83,23 @@ def build_table(columns: dict[str, list[Any]]) -> pa.Table:
     return sort_rows(table)
 
 
+def neighbours(column: pa.ChunkedArray) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """Yield the values of a column and those that follow them, as pairs of arrays."""
+    last = None
+    for chunk in column.chunks:
+        if last is not None and len(chunk):
+            yield last, chunk[:1]
+        yield chunk[:-1], chunk[1:]
+        last = chunk[-1:] if len(chunk) else last
+
+
 def sort_rows(table: pa.Table) -> pa.Table:
-    """Return a table sorted by path, in chunks of a fixed number of rows.
+    """Return a table sorted by path; one that is sorted already as it is, others in chunks of a fixed number of rows.
 
     By way of 64-bit offsets: Arrow cannot reorder a column whose texts together pass 2 GiB otherwise.
     """
+    if all(pc.all(pc.less_equal(*pair)).as_py() for pair in neighbours(table["path"])):
+        return table
     schema = pa.schema([*SCHEMA, *further_fields(table.schema)])
     wide = table.cast(pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in schema]))
     wide = wide.combine_chunks()
@@ -192,7 +207,9 @@ def _choose_of_classes(
 
 def _hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
     """Return the first 8 bytes of the SHA-256 of each path, uint64 [N]."""
-    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in paths.to_pylist())
+    digests = b"".join(
+        hashlib.sha256(path.encode()).digest()[:8] for chunk in paths.chunks for path in chunk.to_pylist()
+    )
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 

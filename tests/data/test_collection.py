@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import data.collection
 import data.manifest_writer
 import data.table
 from data.collection import Row, check_classes, index_collection, open_collection
 from data.image_formats import TOO_LARGE
 from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
-from data.table import SCHEMA, assign_validation, build_table, hash_table, replace_column
+from data.table import MEASURED, SCHEMA, assign_validation, build_table, hash_table, replace_column
 from utils.errors import UserError
 
 
@@ -1076,5 +1078,48 @@ def test_prepare_fills_in_the_sizes_of_upright_images(load, root):
     before = load(root).fingerprint
     write_manifest(str(root), validation_fraction=0.0, verify=True)
     collection = load(root)
-    assert collection.column("width").tolist()[1] == 20 and collection.column("height").tolist()[1] == 30
+    measured = {name: collection.column(name).tolist()[1] for name in MEASURED if name not in ("phash", "group")}
+    assert measured == {"width": 20, "height": 30, "mode": "RGB", "orientation": 6, "transparent": 0}
     assert collection.fingerprint != before  # of the checksums
+
+
+def test_a_manifest_made_again_reads_changed_files_only(root, monkeypatch):
+    """After a kill as well: what was found is kept line by line."""
+    monkeypatch.setattr(data.manifest_writer, "INSPECTIONS", root.parent / "inspections")
+    for name in "abcd":
+        put(root, f"x/{name}.png")
+    read, inspect = [], data.manifest_writer.inspect_file
+
+    def count(file, verify, max_pixels):
+        read.append(Path(file).stem)
+        if read == ["a", "b", "c"]:
+            raise KeyboardInterrupt
+        return inspect(file, verify, max_pixels)
+
+    monkeypatch.setattr(data.manifest_writer, "inspect_file", count)
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(str(root), validation_fraction=0.0, verify=True)
+    (journal,) = (root.parent / "inspections").iterdir()
+    journal.write_text(journal.read_text() + '["torn')
+    write_manifest(str(root), validation_fraction=0.0, verify=True)
+    first = pq.read_table(root / "manifest.parquet")
+    Image.new("RGB", (7, 9)).save(root / "x/b.png")
+    write_manifest(str(root), validation_fraction=0.0, verify=True)
+    second = pq.read_table(root / "manifest.parquet")
+    assert read == ["a", "b", "c", "c", "d", "b"]
+    assert [left == right for left, right in zip(first.to_pylist(), second.to_pylist())] == [True, False, True, True]
+    assert second["width"][1].as_py() == 7
+    write_manifest(str(root), validation_fraction=0.0, verify=False)  # made otherwise
+    assert len(read) == 10
+
+
+def test_the_index_of_an_unchanged_manifest_is_not_made_again(load, root, monkeypatch):
+    put(root, "a.png")
+    put(root, "b.png")
+    (root / "manifest.jsonl").write_text('{"path": "a.png"}\n')
+    assert len(load(root)) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(data.collection, "read_manifest", lambda *_: pytest.fail("read again"))
+        assert len(load(root)) == 1
+    (root / "manifest.jsonl").write_text('{"path": "a.png"}\n{"path": "b.png"}\n')
+    assert len(load(root)) == 2

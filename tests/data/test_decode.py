@@ -12,7 +12,7 @@ from PIL import Image
 from data import decode, inspection
 from data.decode import decoder_versions
 from data.image_formats import CUT_OFF, DAMAGED, UnreadableImage
-from data.image_traits import inspect_image
+from data.image_traits import Inspection, inspect_image
 from tests.support import read_image
 
 MAX_PIXELS = 10_000_000
@@ -131,7 +131,8 @@ def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     pixels = read(tmp_path / f"x.{suffix}")
     assert pixels.shape == (16, 32, 3)
     assert near(pixels, [RED, LIME, BLUE, WHITE], 12)
-    assert inspect_image(tmp_path / f"x.{suffix}").traits == (("rotated by EXIF",) if orientation > 1 else ())
+    found = inspect_image(tmp_path / f"x.{suffix}")
+    assert found.traits == (("rotated by EXIF",) if orientation > 1 else ()) and found.orientation == orientation
 
 
 @pytest.mark.parametrize("exif", [b"no TIFF header", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"], ids=["other", "cut off"])
@@ -322,7 +323,7 @@ def refused(path, pattern, max_pixels=MAX_PIXELS):
         read_image(path, 3, max_pixels)
     error = caught.value
     assert error.path == str(path) and str(error) == f"{path}: {error.reason}"
-    assert inspect_image(path, max_pixels) == (error.kind, error.reason, (), None, None)
+    assert inspect_image(path, max_pixels) == Inspection(error.kind, error.reason, ())
     return error.kind
 
 
