@@ -12,6 +12,7 @@ import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from data.duplicates import perceptual_hash
 from utils.canvas import DEFAULT, background_rgb
@@ -129,25 +130,32 @@ def pillow_version() -> str:
 
 
 class Decoder(NamedTuple):
-    """How the bytes of an image file become pixels; the arguments are those of `decode_image`."""
+    """How the bytes of an image file become pixels; the arguments are those of `decode_image`.
+
+    shortest_px: an image whose shorter side is longer is resized to it, antialiased.
+    """
 
     channels: int
     max_pixels: int
     background: Any = DEFAULT
+    shortest_px: int | None = None
 
     @classmethod
-    def of(cls, channels: int, max_pixels: int, background: Any = DEFAULT) -> Self:
+    def of(cls, channels: int, max_pixels: int, background: Any = DEFAULT, shortest_px: int | None = None) -> Self:
         """Return a decoder for a network's channels. Raises UserError (`model.in_channels`)."""
         if channels not in (1, 3):
             raise UserError(
                 f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
             )
-        return cls(channels, max_pixels, background)
+        return cls(channels, max_pixels, background, shortest_px)
 
     def __call__(self, content: bytes, name: str) -> Tensor:
         """Return an image, uint8 [channels, H, W]. Raises UnreadableImage."""
         pixels = decode_image(content, name, self.channels, self.max_pixels, self.background)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if self.shortest_px is None or min(image.shape[-2:]) <= self.shortest_px:
+            return image
+        return resize(image, [self.shortest_px], antialias=True)
 
 
 def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int, background: Any = DEFAULT) -> np.ndarray:

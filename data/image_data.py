@@ -123,7 +123,8 @@ def load_files(
     It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
     files, reasons = ListedFiles(paths), Reasons()
-    decoder = Decoder.of(preprocessing["channels"], max_pixels, background_of(preprocessing))
+    background, shortest_px = background_of(preprocessing), preprocessing.get("shortest_px")
+    decoder = Decoder.of(preprocessing["channels"], max_pixels, background, shortest_px)
     views = {"images": EvalTransform.of(preprocessing)}
     reader = SampleReader(files, Images(Files(files), decoder), views, no_fields, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)

@@ -43,6 +43,7 @@ class _Preprocessing(BaseModel):
     std: list[Annotated[float, Field(gt=0)]]
     channels: Literal[1, 3]
     background: Background = DEFAULT
+    shortest_px: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:

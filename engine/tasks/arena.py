@@ -104,7 +104,10 @@ class Arena:
         """Return the counts of the shared tags, and the number of images that could be read."""
         preprocessing, width = model.predictor.preprocessing, len(self._shared)
         background = background_of(preprocessing) if self._data.background is None else self._data.background
-        source = open_images(self._collection, self._data, preprocessing["channels"], background)
+        source = open_images(
+            self._collection, self._data, preprocessing["channels"], background,
+            shortest_px=preprocessing.get("shortest_px"),
+        )  # fmt: skip
         data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         rows, views = np.flatnonzero(self._index.tagged), {"images": EvalTransform.of(preprocessing)}
         loader = data.evaluation(rows, TagFields(self._index, None), views)
