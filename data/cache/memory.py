@@ -59,6 +59,7 @@ class Arena:
         self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         numbers = np.frombuffer(self._bytes, np.int64, 2 + rows)
         self._next, self._end, self._starts = numbers[0:1], numbers[1:2], numbers[2:]
+        self._numbers_bytes = numbers.nbytes
         self._reserve = int(_LEFT_SHARE * free_memory())
 
     @classmethod
@@ -82,7 +83,12 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         """Return the bytes that images take so far."""
-        return int(self._next[0]) - 8 * (2 + self.rows)
+        return int(self._next[0]) - self._numbers_bytes
+
+    @property
+    def budget(self) -> int:
+        """Return the bytes that images may take."""
+        return int(self._end[0]) - self._numbers_bytes
 
     def __contains__(self, row: int) -> bool:
         return self._starts[row] != 0
@@ -168,7 +174,10 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig, 
         log.debug("data.cache.memory_gib: this system has no anonymous shared files; no decoded image is kept")
         return source
     arena = share_arena(len(collection), lambda: choose_budget(source, collection, gib))
-    return source if arena is None else MemoryCached(source, arena)
+    if arena is None:
+        return source
+    log.debug("data.cache.memory_gib: decoded images are kept, in up to %.3g GiB", arena.budget / GIB)
+    return MemoryCached(source, arena)
 
 
 def share_arena(rows: int, budget: Callable[[], int]) -> Arena | None:

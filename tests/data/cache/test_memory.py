@@ -170,19 +170,6 @@ def test_killed_writers_leave_no_bad_image():
     assert all(row in arena for row in range(2000))
 
 
-def test_a_killed_process_leaves_no_file(tmp_path):
-    before = set(os.listdir("/dev/shm"))
-
-    def work():
-        Arena.create(10, 2**20).put(0, pixels_of(0))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    child = FORK.Process(target=work)
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL and set(os.listdir("/dev/shm")) <= before
-
-
 def test_another_process_attaches_and_a_loader_pickles(collection):
     kept = cached(collection)
     image = kept.read(0)["image"]
