@@ -14,6 +14,12 @@ _Zoom = Annotated[float, Field(ge=0.01, le=100)]
 _POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*")
 
 
+class CacheConfig(Strict):
+    """Where decoded images are kept. memory_gib: in the shared memory of a node, while training; 0: none."""
+
+    memory_gib: Literal["auto"] | Annotated[float, Field(ge=0, le=1e6)]
+
+
 class _Data(Strict):
     """What every collection has. `validation_fraction` is used only where the collection has no validation split.
 
@@ -24,8 +30,9 @@ class _Data(Strict):
     root: PathText
     validation_fraction: BelowOne
     max_pixels: Pixels
-    background: Background | None = None  # configurations of before do not state it, nor icc
+    background: Background | None = None  # configurations of before do not state it, nor icc and cache
     icc: bool = False
+    cache: CacheConfig = CacheConfig(memory_gib="auto")
 
 
 class ImageFolderConfig(_Data):
@@ -126,6 +133,8 @@ class AugmentConfig(Strict):
     so its shift is a share of the image size, no crop follows that could cut off what it uncovers, and its one bilinear
     sampling blurs a little what the resize has made sharp; `color_jitter` rounds once at the end and not after each
     change.
+
+    `shrink` true: an image that is larger than crops need is resized when it is decoded (data/cache/size.py).
     """
 
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
@@ -140,6 +149,7 @@ class AugmentConfig(Strict):
     erasing_noise: Literal["uniform", "normal"]
     fill: Annotated[int, Field(ge=0, le=255)]
     on_device: bool
+    shrink: bool = False  # configurations of before do not state it
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
     eval_resize: Literal["crop", "squash"]
     eval_crop: Annotated[float, Field(ge=0.1, le=1)]

@@ -52,7 +52,14 @@ class Decoder(NamedTuple):
     shortest_px: int | None = None
 
     @classmethod
-    def of(cls, channels: int, max_pixels: int, background: Any = DEFAULT, icc: bool = False) -> Self:
+    def of(
+        cls,
+        channels: int,
+        max_pixels: int,
+        background: Any = DEFAULT,
+        icc: bool = False,
+        shortest_px: int | None = None,
+    ) -> Self:
         """Return a decoder for a network's channels. Raises UserError (`model.in_channels`, `data.icc`)."""
         if channels not in (1, 3):
             raise UserError(
@@ -63,7 +70,7 @@ class Decoder(NamedTuple):
                 "data.icc: true, but this build of Pillow has no LittleCMS to convert profiles with; install the wheel "
                 "of Pillow, or set data.icc=false"
             )
-        return cls(channels, max_pixels, background, icc)
+        return cls(channels, max_pixels, background, icc, shortest_px)
 
     def identity(self) -> str:
         """Return all that pixels and refusals depend on beside the content; for the keys of caches."""

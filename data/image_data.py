@@ -124,8 +124,10 @@ def load_files(
     It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
     files, reasons = ListedFiles(paths), Reasons()
-    background, icc = background_of(preprocessing), preprocessing.get("icc", False)
-    decoder = Decoder.of(preprocessing["channels"], max_pixels, background, icc)
+    decoder = Decoder.of(
+        preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
+        preprocessing.get("shortest_px"),
+    )  # fmt: skip
     views = {"images": EvalTransform.of(preprocessing)}
     reader = SampleReader(files, Images(Files(files), decoder), views, no_fields, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)

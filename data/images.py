@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from data.cache.memory import keep_in_memory
 from data.collection import Collection
 from data.config import DataConfig
 from data.decode import Decoder
@@ -64,14 +65,28 @@ class Images:
         """Return the decoded image of a row."""
         return {IMAGE: self.decoder(self.contents.read(row), self.name_of(row))}
 
+    def readings(self) -> Mapping[str, float]:
+        """Return nothing: no image is kept."""
+        return {}
+
     def blank(self, group: int) -> Record:
         """Return a black image."""
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}
 
 
-def open_images(collection: Collection, config: DataConfig, channels: int, background: Any) -> Source:
-    """Return the source of a collection's images.
+def open_images(
+    collection: Collection,
+    config: DataConfig,
+    channels: int,
+    background: Any,
+    *,
+    shortest_px: int | None = None,
+    repeats: bool = False,
+) -> Source:
+    """Return the source of a collection's images; on all ranks at once.
 
+    shortest_px: as in `Decoder`. repeats: images are read again and again, so that keeping them in memory pays.
     Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so.
     """
-    return Images(Files(collection), Decoder.of(channels, config.max_pixels, background, config.icc))
+    decoder = Decoder.of(channels, config.max_pixels, background, config.icc, shortest_px)
+    return keep_in_memory(Images(Files(collection), decoder), collection, config.cache, repeats=repeats)

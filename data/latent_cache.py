@@ -196,6 +196,10 @@ class LatentSource:
         """Return the row's path."""
         return self.cache.collection.view(row).path
 
+    def readings(self) -> Mapping[str, float]:
+        """Return nothing: all records are on the disk."""
+        return {}
+
     def file_of(self, row: int) -> None:
         """Return None: a shard holds many rows."""
         return

@@ -288,6 +288,10 @@ class TrainLoader(_Loader):
         """Samples that could not be read so far, on this rank."""
         return self.unreadable.count
 
+    def readings(self) -> Mapping[str, float]:
+        """Return what the caches of this rank's source have counted so far."""
+        return self.reader.source.readings()
+
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
         return self.reader.collection.view(sample_id).path

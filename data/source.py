@@ -34,3 +34,6 @@ class Source(Protocol):
 
     def file_of(self, row: int) -> Path | None:
         """Return the file that holds a row and no other, None where there is no such file."""
+
+    def readings(self) -> Mapping[str, float]:
+        """Return what the source's caches have counted so far, in this rank and its workers, by name."""

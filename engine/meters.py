@@ -58,9 +58,14 @@ class Meter:
 
 
 class TrainingClock:
-    """The seconds of training so far, over all resumptions, without evaluations, drawings and checkpoints."""
+    """The seconds of training so far, over all resumptions, without evaluations, drawings and checkpoints.
+
+    waited: the seconds among them in which the loop waited for data.
+    """
 
     def __init__(self) -> None:
+        self.waited = 0.0
+        self._waits_since: float | None = None
         self._seconds = 0.0
         self._since: float | None = None  # None: stopped
         self._epoch = (0, 0.0)  # steps and seconds at the start of the epoch
@@ -70,8 +75,11 @@ class TrainingClock:
         """Return the seconds so far."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
-    def turn(self, is_on: bool) -> None:
-        """Start or stop the clock; where it already is so, nothing happens."""
+    def turn(self, is_on: bool, *, waits: bool = False) -> None:
+        """Start or stop the clock; where it already is so, nothing happens. waits: for data, from now on."""
+        now = time.perf_counter()
+        self.waited += 0.0 if self._waits_since is None else now - self._waits_since
+        self._waits_since = now if waits else None
         if is_on and self._since is None:
             self._since = time.perf_counter()
         elif not is_on and self._since is not None:
@@ -91,12 +99,13 @@ class TrainingClock:
     def state(self) -> dict[str, float]:
         """Return the seconds as JSON numbers."""
         step, seconds = self._epoch
-        return {"seconds": self.seconds, "epoch_step": step, "epoch_seconds": seconds}
+        return {"seconds": self.seconds, "epoch_step": step, "epoch_seconds": seconds, "waited": self.waited}
 
     def load(self, state: dict[str, float] | None, step: int) -> None:
         """Restore a saved state, with the clock stopped; None, of older checkpoints, counts from `step` on."""
         state = state or {"seconds": 0.0, "epoch_step": step, "epoch_seconds": 0.0}
         self._seconds, self._since = state["seconds"], None
+        self.waited, self._waits_since = state.get("waited", 0.0), None
         self._epoch = (int(state["epoch_step"]), state["epoch_seconds"])
 
 

@@ -17,6 +17,7 @@ from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.skips import SkipWatch
 from engine.step import StepResult
+from engine.waiting import MUCH_WAITING
 from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors
@@ -72,7 +73,8 @@ class Recorder:
         self._live_plots: LivePlots | None = None
         self._peak_memory = PeakMemory(runtime.device)
         self._training_clock = TrainingClock()
-        self._clock = (0, 0.0)
+        self._clock = (0, 0.0, 0.0)  # step, time, and seconds waited for data
+        self._readings: Callable[[], Mapping[str, float]] = dict
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
         self._moved = time.perf_counter()
         self._device, self._first_step = runtime.device.type, (0, 0.0)
@@ -86,11 +88,20 @@ class Recorder:
         if self._tracking.live_plots:
             self._live_plots = start_live_plots(self.folder)
 
-    def open(self, step: int, path_of: Callable[[int], str], *, goes_on: bool = True) -> None:
+    def open(
+        self,
+        step: int,
+        path_of: Callable[[int], str],
+        *,
+        goes_on: bool = True,
+        readings: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         """Open the files that are written row by row, without rows beyond `step`.
 
-        goes_on: the run trains, so that the row of an epoch that an earlier end has cut is dropped, too.
+        goes_on: the run trains, so that the row of an epoch that an earlier end has cut is dropped, too. readings: of
+        the data's caches, for the rows of training.
         """
+        self._readings = readings
         if distributed.is_main():
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step, self._plan.epoch_start(step) if goes_on else step)
@@ -135,11 +146,17 @@ class Recorder:
     def phase(self, step: int, name: str) -> None:
         """Tell the watchdog what the main thread does next; each call counts as progress."""
         self.watchdog.progress(f"step {step}: {name}")
-        self._training_clock.turn(name in _TRAINING_PHASES)
+        # The wait of the very first step is that of the workers' start.
+        self._training_clock.turn(name in _TRAINING_PHASES, waits=name == "loading" and self._first_step[0] > 0)
+
+    @property
+    def wait_share(self) -> float:
+        """The share of the seconds of training in which the loop waited for data."""
+        return self._training_clock.waited / max(self._training_clock.seconds, 1e-9)
 
     def start_clock(self, step: int) -> None:
         """Measure throughput from this step on; called again after anything that is not training."""
-        self._clock = (step, time.perf_counter())
+        self._clock = (step, time.perf_counter(), self._training_clock.waited)
 
     def add_samples(self, step: int, batches: Sequence[Batch]) -> None:
         """Record which samples update number `step` (from 1) takes, where `tracking.samples` is set."""
@@ -201,11 +218,13 @@ class Recorder:
         Raises as `SkipWatch.check` does where too many steps were skipped.
         """
         plan, means = self._plan, self.log_meter.means()
-        first, since = self._clock
+        first, since, waited = self._clock
         images_per_sec = (step - first) * plan.global_batch_size / (time.perf_counter() - since)
         values = self._values_at(step - 1)
         readings = {"images_per_sec": images_per_sec, "peak_memory_gib": self._peak_memory.gib}
-        row = {"epoch": plan.epoch_at(step), **means, **_scheduled(values), **readings}
+        data = {"wait_sec": (self._training_clock.waited - waited) / max(1, step - first), **self._readings()}
+        data = {f"data/{name}": value for name, value in data.items()}
+        row = {"epoch": plan.epoch_at(step), **means, **_scheduled(values), **readings, **data}
         self.add_row(step, "train", row)
         if self._live_plots is not None:
             self._live_plots.check()
@@ -227,7 +246,8 @@ class Recorder:
     def _move_bar(self, step: int, loss: float, left_sec: float | None) -> None:
         """Give the progress bar its figures."""
         epochs = f"epoch {self._plan.shown_epoch(step):g}/{self._plan.epochs:g}"
-        self.bar.show(epochs, f"train loss {loss:.4g}  lr {self._values_at(step - 1).lr:.3g}", left_sec)
+        waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
+        self.bar.show(epochs, f"train loss {loss:.4g}  lr {self._values_at(step - 1).lr:.3g}{waits}", left_sec)
         self._moved = time.perf_counter()
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:

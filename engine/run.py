@@ -22,6 +22,7 @@ from engine.screen import end_screen, start_screen
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import Vote, train_one_epoch
+from engine.waiting import MUCH_WAITING, advise
 from optim.build import check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
@@ -233,7 +234,7 @@ def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]
             run.step, plan.total_steps,
         )  # fmt: skip
         return True
-    started = time.perf_counter()
+    started, first = time.perf_counter(), run.step
     batches = streams.train.steps(run.step, plan)
     vote = Vote()
     run.recorder.start_clock(run.step)
@@ -256,6 +257,10 @@ def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]
             "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
             streams.train.unreadable_count,
         )
+    epochs = (run.step - first) * plan.global_batch_size / streams.train.epoch_length
+    if run.recorder.wait_share > MUCH_WAITING:
+        advice = advise(run.learner.runtime, epochs, streams.train.readings())
+        log.warning("%.0f %% of the training time was a wait for data; %s", 100 * run.recorder.wait_share, advice)
     log.info("%s", Lines(end_screen(run, time.perf_counter() - started, next_commands)))
     return True
 

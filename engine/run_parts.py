@@ -62,7 +62,8 @@ class Run:
 
     def open_records(self) -> None:
         """Open the files that are written row by row, without rows beyond this step."""
-        self.recorder.open(self.step, self.streams.train.path_of, goes_on=not self.is_complete)
+        train = self.streams.train
+        self.recorder.open(self.step, train.path_of, goes_on=not self.is_complete, readings=train.readings)
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint of this step; as `Saver.save`. The best weights that it names are on the disk."""

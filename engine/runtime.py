@@ -117,7 +117,7 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
     return pays and not config.deterministic and can_compile(device)
 
 
-def _choose_workers(wanted: str | int, device: str) -> int:
+def choose_workers(wanted: str | int, device: str) -> int:
     """Return loader processes per rank: a share of the cores, none on a CPU, where training needs them itself."""
     if wanted != "auto":
         return int(wanted)
@@ -162,6 +162,6 @@ def choose_runtime(config: MachineConfig) -> Runtime:
         device=torch.device("cuda", distributed.local_device_index()) if device == "cuda" else torch.device("cpu"),
         precision=_choose_precision(config.precision, device),
         channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
-        workers=_choose_workers(config.workers, device),
+        workers=choose_workers(config.workers, device),
         prefetch_batches=config.prefetch_batches if isinstance(config, RuntimeConfig) else _EVALUATION_PREFETCH,
     )

@@ -10,6 +10,7 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, shortest_tested
 from engine.run_parts import Run
 from engine.runtime import Runtime
+from engine.waiting import describe_data
 from utils.record.figures import show_duration, show_evaluated
 
 
@@ -83,5 +84,6 @@ def end_screen(run: Run, seconds: float, next_commands: Sequence[str]) -> str:
             ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
         ]
     rows += [("curves", f"{folder.plots}/curves.png"), ("tables", f"{folder.path}/tables, training_log.txt")]
+    rows += [("data", describe_data(run.recorder.wait_share, run.streams.train.readings()))]
     rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]
     return f"finished: {run.step:,} steps in {show_duration(seconds)}\n{_rows(rows)}"

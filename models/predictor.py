@@ -44,6 +44,7 @@ class _Preprocessing(BaseModel):
     channels: Literal[1, 3]
     background: Background = DEFAULT
     icc: bool = ADDED_KEYS["data.icc"].before
+    shortest_px: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:

@@ -259,7 +259,7 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
 
 
 # The figures that two equal runs do not share: readings of the clock and of memory.
-READINGS = ("images_per_sec", "seconds", "peak_memory_gib")
+READINGS = ("images_per_sec", "seconds", "peak_memory_gib", "data/wait_sec", "data/l1_hit_rate", "data/l1_gib")
 
 
 def rows(path, kind=None):

@@ -1,6 +1,6 @@
 """Types that cross rooms: what one room hands to another, stated where both may import it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -63,6 +63,9 @@ class TrainStream(Protocol):
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of step after step, from `start_step` on."""
+
+    def readings(self) -> Mapping[str, float]:
+        """Return what the data's caches have counted so far, on this rank."""
 
     def path_of(self, sample_id: int) -> str:
         """Return a sample's path, for messages."""

@@ -105,7 +105,13 @@ class Arena:
         preprocessing, width = model.predictor.preprocessing, len(self._shared)
         background = background_of(preprocessing) if self._data.background is None else self._data.background
         config = self._data.model_copy(update={"icc": self._data.icc or preprocessing.get("icc", False)})
-        source = open_images(self._collection, config, preprocessing["channels"], background)
+        source = open_images(
+            self._collection,
+            config,
+            preprocessing["channels"],
+            background,
+            shortest_px=preprocessing.get("shortest_px"),
+        )
         data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         rows, views = np.flatnonzero(self._index.tagged), {"images": EvalTransform.of(preprocessing)}
         loader = data.evaluation(rows, TagFields(self._index, None), views)

@@ -18,6 +18,7 @@ from data.images import open_images
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
 from data.loader import Example, Fields
 from data.rows import training_rows
+from data.source import Source
 from data.stream import GroupedSampler
 from data.tag_weights import describe_weights, weigh_images
 from data.tensor_store import TensorStore, record_key
@@ -136,19 +137,15 @@ class DiffusionPipeline:
         self, config: DataConfig, setup: Setup[DiffusionTaskConfig], runtime: Runtime, *, seed: int, batch_size: int
     ) -> ImageData:
         """Open a collection to measure a task on it."""
-        return self._open(config, runtime, seed, batch_size, None)
+        collection = load_collection(config)
+        source = _open_images(collection, config, repeats=False)
+        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=None)
 
     def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a run."""
-        return self._open(config.data, runtime, config.seed, config.loop.batch_size, run_path)
-
-    def _open(
-        self, config: DataConfig, runtime: Runtime, seed: int, batch_size: int, run_path: Path | None
-    ) -> ImageData:
-        collection = load_collection(config)
-        background = DEFAULT if config.background is None else config.background
-        source = open_images(collection, config, 3, background)
-        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
+        collection, batch_size = load_collection(config.data), config.loop.batch_size
+        source = _open_images(collection, config.data, repeats=config.task.latent_cache is None)
+        return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- streams
 
@@ -188,6 +185,11 @@ class DiffusionPipeline:
         fields = _caption_fields(data, setup, rows, 1, np.ones(len(data.collection)), training=False)
         read, views, fields = _read(data, setup, buckets, fields)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+
+
+def _open_images(collection: Collection, config: DataConfig, *, repeats: bool) -> Source:
+    background = DEFAULT if config.background is None else config.background
+    return open_images(collection, config, 3, background, repeats=repeats)
 
 
 def _bucket(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> Buckets:

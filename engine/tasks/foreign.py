@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.cache.size import preprocessing_of
 from data.collection import Collection
 from data.config import AugmentConfig
 from engine.tasks.kind import Rebuilt, Setup
@@ -62,7 +63,7 @@ class ForeignSource(NamedTuple):
     def preprocessing(self) -> dict[str, Any]:
         """Return the preprocessing; without `augment`, what timm states. Raises UserError where neither is known."""
         if self.augment is not None:
-            return {**self.augment.preprocessing(self.model.in_channels), **DROPPED}
+            return {**preprocessing_of(self.augment, self.model.in_channels), **DROPPED}
         if not isinstance(self.model, TimmConfig):
             raise UserError(
                 "augment: must be given, because a weight file does not say how its images were prepared; the "

@@ -7,9 +7,10 @@ from typing import Any, Generic, Self
 import numpy as np
 from pydantic import model_validator
 
+from data.cache.size import preprocessing_of
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
-from data.device_augment import AUGMENT, training_views
+from data.device_augment import AUGMENT, IMAGES, training_views
 from data.image_data import ImageData, describe_collection, describe_transparency, load_collection
 from data.images import open_images
 from data.loader import Fields, no_fields
@@ -23,7 +24,7 @@ from engine.tasks.kind import Config, Setup, TaskConfig
 from engine.tasks.pretrained import use_pretrained
 from models.config import ModelConfig
 from models.predictor import check_metadata
-from utils.canvas import DEFAULT, Background, background_of
+from utils.canvas import DEFAULT, background_of
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -56,7 +57,7 @@ class ImagePipeline(Generic[Config]):
         """Return what evaluation does to an image."""
         background = DEFAULT if config.data.background is None else config.data.background
         icc = {"icc": True} if config.data.icc else {}  # files of before do not state it
-        return {**config.augment.preprocessing(config.model.in_channels), "background": background, **icc}
+        return {**preprocessing_of(config.augment, config.model.in_channels), "background": background, **icc}
 
     def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
         """Raise UserError (`key`) that names the first wrong value of a weight file's preprocessing and names."""
@@ -68,30 +69,24 @@ class ImagePipeline(Generic[Config]):
         self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int
     ) -> ImageData:
         """Open a collection to evaluate a task on it."""
-        background = background_of(setup.preprocessing) if config.background is None else config.background
-        config = config.model_copy(update={"icc": config.icc or setup.preprocessing.get("icc", False)})
-        data = self._open(config, setup.model, background, runtime, seed, batch_size, None)
-        log.info("%s", describe_collection(data.collection))
-        return data
+        collection, stated = load_collection(config), setup.preprocessing
+        background = background_of(stated) if config.background is None else config.background
+        config = config.model_copy(update={"icc": config.icc or stated.get("icc", False)})
+        source = open_images(
+            collection, config, setup.model.in_channels, background, shortest_px=stated.get("shortest_px")
+        )
+        log.info("%s", describe_collection(collection))
+        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=None)
 
     def open_training(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a training run; unreadable images are listed in its folder, `run_path`."""
-        background = self.preprocessing(config)["background"]
-        return self._open(config.data, config.model, background, runtime, config.seed, config.loop.batch_size, run_path)
-
-    def _open(
-        self,
-        config: DataConfig,
-        model: ModelConfig,
-        background: Background,
-        runtime: Runtime,
-        seed: int,
-        batch_size: int,
-        run_path: Path | None,
-    ) -> ImageData:
-        collection = load_collection(config)
-        source = open_images(collection, config, model.in_channels, background)
-        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=run_path)
+        collection, stated = load_collection(config.data), self.preprocessing(config)
+        source = open_images(
+            collection, config.data, config.model.in_channels, stated["background"],
+            shortest_px=stated.get("shortest_px"), repeats=True,
+        )  # fmt: skip
+        batch_size = config.loop.batch_size
+        return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- samples
 
@@ -124,6 +119,11 @@ class ImagePipeline(Generic[Config]):
             raise UserError(
                 f"augment.on_device: true is for kinds whose training view is `images` alone; task={config.task.name} "
                 f"makes its own views in the workers ({', '.join(views)}), so set augment.on_device=false"
+            )
+        if config.augment.shrink and views.keys() - {IMAGES, AUGMENT}:
+            raise UserError(
+                f"augment.shrink: true is for kinds whose training view is `images` alone; task={config.task.name} "
+                f"makes crops of its own ({', '.join(views)}), so set augment.shrink=false"
             )
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         fingerprints = {**data.fingerprints, **setup.fingerprints()}

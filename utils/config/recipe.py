@@ -38,6 +38,7 @@ FREE_KEYS = (
     "loop.on_failed_save",
     "loop.max_skipped_steps",
     "task.probe.*",
+    "data.cache.memory_gib",
 )
 
 
@@ -63,6 +64,7 @@ ADDED_KEYS = {
     "schedule.restarts": Added(0),
     "optim.bf16_weights": Added(False),
     "model.image_size_hw": Added(None),
+    "augment.shrink": Added(False),
 }
 
 # Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that

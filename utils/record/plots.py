@@ -190,7 +190,7 @@ def _panels(metrics: Rows) -> list[tuple[str, str]]:
     hidden = {"epoch", *_COUNTS, *_LAST, *(_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS)}
     if not any(metrics.series("skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
-    names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden]
+    names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden and name[:5] != "data/"]
     names = sorted(names, key=lambda name: name != "loss") + [name for name in _LAST if name in trained]
     return [(_TRAINED_AS.get(name, name), name) for name in names]
 

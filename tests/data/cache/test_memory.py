@@ -1,0 +1,262 @@
+"""Decoded images in shared memory: hits equal misses, writers are killed, ranks share, and what `auto` decides."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from data.cache import memory
+from data.cache.memory import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
+from data.cache.monitor import Counters
+from data.cache.size import shortest_px_for
+from data.collection import index_collection, open_collection
+from data.config import AugmentConfig, CacheConfig
+from data.decode import Decoder
+from data.image_formats import UnreadableImage
+from data.images import Files, Images
+from data.loader import SampleReader, no_fields
+from data.stream import Draw
+from data.transforms import EvalTransform, TrainTransform
+from utils.config.entry_point import CONF
+from utils.ranks import distributed
+
+FORK = multiprocessing.get_context("fork")
+SIZES_WH = ((40, 30), (64, 200), (25, 25), (300, 90))
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for number in range(12):
+        width, height = SIZES_WH[number % 4]
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"{number:02}.png")
+    (root / "99.png").write_bytes(b"no image")
+    index = index_collection(str(root), validation_fraction=0.0, cache=root.parent / "cache")
+    return open_collection(str(root), index)
+
+
+def images(collection, shortest_px=None, channels=3):
+    return Images(Files(collection), Decoder.of(channels, 10**6, "white", shortest_px))
+
+
+def cached(collection, **changes):
+    return MemoryCached(images(collection, **changes), Arena.create(len(collection), 2**22))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shortest_px", [None, 50])
+def test_a_hit_a_miss_and_no_cache_are_equal_in_pixels_and_strides(collection, shortest_px, channels):
+    plain, kept = (make(collection, shortest_px=shortest_px, channels=channels) for make in (images, cached))
+    for row in range(12):
+        direct, miss, hit = (source.read(row)["image"] for source in (plain, kept, kept))
+        assert torch.equal(direct, miss) and torch.equal(miss, hit)
+        first = 1 if channels == 1 else 0  # the stride of one channel means nothing
+        assert direct.stride()[first:] == miss.stride()[first:] == hit.stride()[first:]
+    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.arena.used_bytes / GIB}
+
+
+def test_an_unreadable_image_is_refused_each_time(collection):
+    kept = cached(collection)
+    for _ in range(2):
+        with pytest.raises(UnreadableImage):
+            kept.read(12)
+    assert kept.name_of(12) == "99.png" and 12 not in kept.arena
+
+
+def test_what_is_kept_is_not_read_ahead(collection):
+    kept = cached(collection)
+    assert kept.file_of(3) == images(collection).file_of(3)
+    kept.read(3)
+    assert kept.file_of(3) is None
+
+
+def test_no_transform_changes_what_is_kept(collection):
+    values = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {
+        "image_size_hw": [25, 25], "crop_scale": [1.0, 1.0], "random_erasing": 1.0, "pad": "square",
+        "affine": {"degrees": 5.0, "translate": 0.1, "scale": [0.9, 1.1], "shear_degrees": 5.0},
+        "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+    }  # fmt: skip
+    erased = values | {"affine": None, "color_jitter": None, "rand_augment": None, "pad": "none"}
+    transforms = [TrainTransform(AugmentConfig(**config)) for config in (values, erased)]
+    transforms.append(EvalTransform([25, 25], 1.0, "bilinear", "squash"))
+    kept = cached(collection)
+    before = [kept.read(row)["image"].clone() for row in range(12)]
+    for transform in transforms:
+        reader = SampleReader(collection, kept, {"images": transform}, no_fields, training=True)
+        for row in range(12):
+            reader[Draw(row, row, 7)]
+    assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
+
+
+@pytest.mark.parametrize("pad", ["none", "square"])
+def test_images_up_to_the_size_give_equal_views_with_and_without_the_rule(collection, pad):
+    values = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {"pad": pad, "shrink": True}
+    config = AugmentConfig(**values | {"image_size_hw": [24, 16], "crop_scale": [0.2, 1.0]})
+    shortest_px = shortest_px_for(config)
+    assert 30 < shortest_px < 64
+    for source in (images(collection, shortest_px), cached(collection, shortest_px=shortest_px)):
+        for row in (0, 2, 4, 6):  # of shorter sides 30 and 25
+            readers = [
+                SampleReader(collection, each, {"images": TrainTransform(config)}, no_fields, training=True)
+                for each in (images(collection), source, source)
+            ]
+            whole, miss, hit = (reader[Draw(row, row, 11)][0]["images"] for reader in readers)
+            assert torch.equal(whole, miss) and torch.equal(miss, hit)
+        assert min(source.read(1)["image"].shape[-2:]) == shortest_px
+
+
+# ------------------------------------------------------------------------------------------------------------ the arena
+
+
+def pixels_of(row):
+    return torch.full((40, 50, 3), row, dtype=torch.uint8)
+
+
+def test_a_full_arena_keeps_the_first_images():
+    arena = Arena.create(100, 5 * (40 * 50 * 3 + 24))
+    for row in range(100):
+        arena.put(row, pixels_of(row))
+    assert [row for row in range(100) if row in arena] == [0, 1, 2, 3, 4]
+    assert torch.equal(arena.get(4), pixels_of(4).permute(2, 0, 1)) and arena.get(5) is None
+
+
+def test_no_image_is_added_where_memory_runs_out(monkeypatch):
+    arena = Arena.create(9, 2**20)
+    monkeypatch.setattr(memory, "_CHECKED_BYTES", 10_000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    for row in range(9):
+        arena.put(row, pixels_of(row))
+    assert [row for row in range(9) if row in arena] == [0]
+
+
+def test_a_row_is_kept_once():
+    arena = Arena.create(3, 2**20)
+    for _ in range(4):
+        arena.put(1, pixels_of(9))
+    assert arena.used_bytes == 40 * 50 * 3 + 24
+
+
+def fill(arena, first):
+    for number in range(2000):
+        row = (first + number) % 2000
+        if (image := arena.get(row)) is not None:
+            assert torch.equal(image, pixels_of(row % 251).permute(2, 0, 1))
+        arena.put(row, pixels_of(row % 251))
+
+
+def test_killed_writers_leave_no_bad_image():
+    arena = Arena.create(2000, 2000 * (40 * 50 * 3 + 24) * 2)
+    for number in range(12):
+        writers = [FORK.Process(target=fill, args=(arena, 150 * number + 700 * place)) for place in range(2)]
+        for writer in writers:
+            writer.start()
+        time.sleep(0.01 + 0.005 * number)
+        for writer in writers:
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join()
+    kept = [row for row in range(2000) if row in arena]
+    assert len(kept) > 100
+    fill(arena, 0)  # which checks each image that it finds
+    assert all(row in arena for row in range(2000))
+
+
+def test_another_process_attaches_and_a_loader_pickles(collection):
+    kept = cached(collection)
+    image = kept.read(0)["image"]
+    other = pickle.loads(pickle.dumps(kept))
+    other.read(5)
+    assert torch.equal(other.read(0)["image"], image) and 5 in kept.arena
+    descriptor, path = kept.arena._descriptor, kept.arena.path
+    del kept, image
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+    with pytest.raises(OSError):
+        Arena.attach(path, len(collection))
+    assert 5 in other.arena
+
+
+def rank_of_two(rank, pipe, found):
+    """Share an arena as one of two ranks, joined by a pipe."""
+
+    def gather(value):
+        pipe.send(value)
+        other = pipe.recv()
+        return [value, other] if rank == 0 else [other, value]
+
+    distributed.gather_objects, distributed.rank = gather, lambda: rank
+    arena = share_arena(4, lambda: 2**20)
+    arena.put(rank, pixels_of(rank))
+    gather(None)
+    found.put([int(arena.get(row)[0, 0, 0]) for row in (0, 1)])
+
+
+def test_two_ranks_share_one_arena():
+    found = FORK.Queue()
+    ranks = [FORK.Process(target=rank_of_two, args=(rank, end, found)) for rank, end in enumerate(FORK.Pipe())]
+    for process in ranks:
+        process.start()
+    assert [found.get(timeout=60) for _ in ranks] == [[0, 1], [0, 1]]
+    for process in ranks:
+        process.join()
+
+
+def count(counters):
+    for _ in range(500):
+        counters.add("hits")
+
+
+def test_counts_of_workers_add_up():
+    counters = Counters("hits", "misses")
+    workers = [FORK.Process(target=count, args=(counters,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    counters.add("misses", 2)
+    assert counters.totals() == {"hits": 1500, "misses": 2}
+
+
+# ------------------------------------------------------------------------------------------------------ what is chosen
+
+
+@pytest.mark.parametrize(
+    ("gib", "repeats", "kept"), [(0, True, False), ("auto", False, False), (1.0, False, False), ("auto", True, True)]
+)
+def test_images_are_kept_where_they_are_read_again(collection, gib, repeats, kept):
+    source = keep_in_memory(images(collection), collection, CacheConfig(memory_gib=gib), repeats=repeats)
+    assert isinstance(source, MemoryCached) is kept
+
+
+@pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])
+def test_auto_keeps_images_where_half_of_them_fit_into_half_of_the_memory(collection, monkeypatch, caplog, share, kept):
+    source = images(collection)
+    whole = sum(source.read(row)["image"].numel() for row in range(12)) / 12 * 13
+    monkeypatch.setattr(memory, "free_memory", lambda: int(share * whole))
+    with caplog.at_level(logging.INFO):
+        budget = choose_budget(source, collection, "auto")
+    assert (0 < budget <= share * whole / 2) is kept
+    assert ("data.cache.memory_gib" in caplog.text) is not kept
+
+
+def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
+    assert choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
+    assert choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text
+
+
+def test_without_anonymous_files_nothing_is_kept(collection, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    source = images(collection)
+    assert keep_in_memory(source, collection, CacheConfig(memory_gib="auto"), repeats=True) is source

@@ -1,0 +1,70 @@
+"""What a run says of waiting for data: the share, the metrics, the setting that helps."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import engine.run
+import engine.waiting
+from engine.meters import TrainingClock
+from engine.waiting import advise, describe_data
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+
+
+def runtime(workers):
+    return SimpleNamespace(device=torch.device("cpu"), workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("workers", "epochs", "readings", "setting"),
+    [
+        (1, 9, {}, "runtime.workers"),
+        (3, 1.5, {}, "job=pack"),
+        (3, 9, {}, "data.cache.memory_gib"),
+        (3, 9, {"l1_hit_rate": 0.4}, "data.cache.memory_gib"),
+        (3, 9, {"l1_hit_rate": 0.4, "l2_hit_rate": 0.8}, "augment.on_device"),
+        (3, 2, {"l1_hit_rate": 0.5}, "augment.on_device"),
+    ],
+)
+def test_the_setting_that_helps(monkeypatch, workers, epochs, readings, setting):
+    monkeypatch.setattr(engine.waiting, "choose_workers", lambda wanted, device: 3)
+    assert setting in advise(runtime(workers), epochs, readings)
+
+
+def test_the_line_of_the_end():
+    assert describe_data(0.25, {"l1_hit_rate": 0.5, "l1_gib": 1.5}).endswith("l1_hit_rate 50%, l1_gib 1.5")
+
+
+def test_the_wait_is_part_of_the_seconds_and_goes_on_after_a_resumption(monkeypatch):
+    now = {"now": 0.0}
+    monkeypatch.setattr(engine.meters.time, "perf_counter", lambda: now["now"])
+    clock = TrainingClock()
+    for waits, seconds in ((True, 3.0), (False, 5.0), (True, 1.0)):
+        clock.turn(True, waits=waits)
+        now["now"] += seconds
+    clock.turn(False)
+    now["now"] += 100.0
+    assert (clock.waited, clock.seconds) == (4.0, 9.0)
+    later, older = TrainingClock(), TrainingClock()
+    state = json.loads(json.dumps(clock.state()))
+    later.load(state, 3)
+    state.pop("waited")
+    older.load(state, 3)
+    assert (later.waited, older.waited) == (4.0, 0.0)
+
+
+@pytest.mark.parametrize("much", [0.0, 1.0])
+def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch, much):
+    monkeypatch.setattr(engine.run, "MUCH_WAITING", much)
+    root = make_images(tmp_path / "images")
+    command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
+    run("finetune", command, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "train"]
+    rates = [row["data/l1_hit_rate"] for row in rows]
+    assert rates == sorted(rates) and 0 < rates[-1] < 1
+    assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in rows) and rows[-1]["data/wait_sec"] > 0
+    said = (tmp_path / "run/log.txt").read_text()
+    assert ("was a wait for data; " in said) is (much == 0) and "l1_hit_rate" in said
