@@ -258,14 +258,15 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
         raise AssertionError(f"{arguments[0]} is still running after {timeout} s:\n{said[-6000:]}") from None
 
 
-# The figures that two equal runs do not share: readings of the clock and of memory.
-READINGS = ("images_per_sec", "seconds", "peak_memory_gib", "data/wait_sec", "data/l1_hit_rate", "data/l1_gib")
+def is_reading(name):
+    """Return whether two equal runs do not share a figure: a reading of the clock, of memory or of caches."""
+    return name.rpartition("/")[2] in ("images_per_sec", "seconds", "peak_memory_gib") or "data/" in name
 
 
 def rows(path, kind=None):
     """Return a JSONL file's rows, without readings."""
     found = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    found = [{name: value for name, value in row.items() if name not in READINGS} for row in found]
+    found = [{name: value for name, value in row.items() if not is_reading(name)} for row in found]
     return [row for row in found if kind is None or row["kind"] == kind]
 
 
@@ -280,7 +281,7 @@ def assert_same_rows(first, second, tolerance=1e-5):
 def training_log(run_dir):
     """Return the lines of a run's training_log.txt as name -> text, without readings."""
     with open(Path(run_dir) / "training_log.txt", newline="") as stream:
-        return [{name: text for name, text in line.items() if name not in READINGS} for line in csv.DictReader(stream)]
+        return [{name: text for name, text in line.items() if not is_reading(name)} for line in csv.DictReader(stream)]
 
 
 def samples_by_step(run_dir):

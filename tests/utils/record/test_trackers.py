@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.in_process import TINY, configure, make_images, run
-from tests.support import READINGS, rows, start
+from tests.support import is_reading, rows, start
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.record.tracker import RunInfo, name_figures
@@ -97,11 +97,6 @@ def plain(images, tmp_path_factory):
 
 def finite(row):
     return {name: value for name, value in row.items() if isinstance(value, int | float)}
-
-
-def is_reading(name):
-    """Return whether a tracker's figure is a reading of the clock or of memory."""
-    return name.rpartition("/")[2] in READINGS
 
 
 SAMPLES = 4  # of a step
