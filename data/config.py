@@ -14,6 +14,31 @@ _Zoom = Annotated[float, Field(ge=0.01, le=100)]
 _POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*")
 
 
+class CacheConfig(Strict):
+    """Decoded images on a local disk (docs/caches.md).
+
+    disk_gib: the most that the file in `folder` takes; 0: no cache. format: raw keeps the pixels; jpeg and webp, at
+    `quality`, are part of the recipe, because the run then sees what they leave of an image.
+    """
+
+    folder: PathText
+    disk_gib: Annotated[float, Field(ge=0, le=65_536)]
+    format: Literal["raw", "jpeg", "webp"]
+    quality: Annotated[int, Field(ge=1, le=100)]
+
+    @model_validator(mode="after")
+    def _is_kept_where_it_is_lossy(self) -> "CacheConfig":
+        if self.format != "raw" and self.disk_gib == 0:
+            raise ValueError(
+                f"data.cache.format: {self.format} without a cache; set data.cache.disk_gib above 0, or "
+                "data.cache.format=raw"
+            )
+        return self
+
+
+_NO_CACHE = CacheConfig(folder="outputs/cache/images", disk_gib=0.0, format="raw", quality=90)
+
+
 class _Data(Strict):
     """What every collection has. `validation_fraction` is used only where the collection has no validation split.
 
@@ -23,7 +48,8 @@ class _Data(Strict):
     root: PathText
     validation_fraction: BelowOne
     max_pixels: Pixels
-    background: Background | None = None  # configurations of before do not state it
+    background: Background | None = None  # configurations of before do not state it, nor a cache
+    cache: CacheConfig = _NO_CACHE
 
 
 class ImageFolderConfig(_Data):
@@ -39,6 +65,16 @@ class GlyphsConfig(_Data):
 
 
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
+
+
+class WarmCacheConfig(Strict):
+    """What prepare.py job=warm_cache decodes beside `data`: what the training will look up.
+
+    channels: `model.in_channels`. shortest_px: of the shorter side to which larger images are shrunk; null: to none.
+    """
+
+    channels: Literal[1, 3]
+    shortest_px: Side | None
 
 
 class TextConfig(Strict):

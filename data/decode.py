@@ -12,6 +12,7 @@ import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from data.duplicates import perceptual_hash
 from utils.canvas import DEFAULT, background_rgb
@@ -134,20 +135,28 @@ class Decoder(NamedTuple):
     channels: int
     max_pixels: int
     background: Any = DEFAULT
+    shortest_px: int | None = None
 
     @classmethod
-    def of(cls, channels: int, max_pixels: int, background: Any = DEFAULT) -> Self:
+    def of(cls, channels: int, max_pixels: int, background: Any = DEFAULT, *, shortest_px: int | None = None) -> Self:
         """Return a decoder for a network's channels. Raises UserError (`model.in_channels`)."""
         if channels not in (1, 3):
             raise UserError(
                 f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
             )
-        return cls(channels, max_pixels, background)
+        return cls(channels, max_pixels, background, shortest_px)
 
     def __call__(self, content: bytes, name: str) -> Tensor:
         """Return an image, uint8 [channels, H, W]. Raises UnreadableImage."""
         pixels = decode_image(content, name, self.channels, self.max_pixels, self.background)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if self.shortest_px is None or min(image.shape[1:]) <= self.shortest_px:
+            return image
+        return resize(image, [self.shortest_px], antialias=True)
+
+    def identity(self) -> str:
+        """Return all that pixels depend on beside the content."""
+        return f"{pillow_version()}; {tuple(self)}"
 
 
 def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int, background: Any = DEFAULT) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from data.cache.disk import DiskCached
 from data.collection import Collection
 from data.config import DataConfig
 from data.decode import Decoder, read_file
@@ -68,9 +69,13 @@ class Images:
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}
 
 
-def open_images(collection: Collection, config: DataConfig, channels: int, background: Any) -> Source:
-    """Return the source of a collection's images.
+def open_images(
+    collection: Collection, config: DataConfig, channels: int, background: Any, shortest_px: int | None = None
+) -> Source:
+    """Return the source of a collection's images, behind a cache where `data.cache` asks for one.
 
-    Raises UserError (`model.in_channels`) where images cannot be read with so many channels.
+    Raises UserError (`model.in_channels`) where images cannot be read with so many channels, and (`data.cache.folder`)
+    as `DiskCached` does.
     """
-    return Images(Files(collection), Decoder.of(channels, config.max_pixels, background))
+    images = Images(Files(collection), Decoder.of(channels, config.max_pixels, background, shortest_px=shortest_px))
+    return DiskCached(images, config.cache) if config.cache.disk_gib > 0 else images
