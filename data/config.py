@@ -73,7 +73,7 @@ class WarmCacheConfig(Strict):
     channels: `model.in_channels`. shortest_px: of the shorter side to which larger images are shrunk; null: to none.
     """
 
-    channels: Literal[1, 3]
+    channels: Annotated[int, Field(ge=1, le=3)]
     shortest_px: Side | None
 
 

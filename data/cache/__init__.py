@@ -1,0 +1,1 @@
+"""Caches of decoded images: each is a source in front of another."""

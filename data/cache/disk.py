@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.cache.key import image_key, link_key, recipe_of
-from data.cache.store import Count, Store, open_store
+from data.cache.monitor import Counters
+from data.cache.store import COUNTED, Store, open_store
 from data.config import CacheConfig
 from data.decode import Decoder
 from data.source import IMAGE, Record, Source
@@ -46,7 +47,7 @@ class FileSource(Source, Protocol):
 class DiskCached:
     """The images of a source, kept in LMDB. Picklable: each process opens the store itself.
 
-    counts: of `Count`, in shared memory, so that loader workers add to it.
+    counts: of this process and its loader workers: hits, misses, and COUNTED.
     Raises UserError (`data.cache.folder`) where the folder cannot be used.
     """
 
@@ -56,7 +57,7 @@ class DiskCached:
         self.images, self._config = images, config
         self._recipe = recipe_of(images.decoder, config)
         self.name_of, self.blank = images.name_of, images.blank
-        self.counts = torch.zeros(len(Count), dtype=torch.int64).share_memory_()
+        self.counts = Counters("hits", "misses", *COUNTED)
         self._store()
 
     def _store(self) -> Store:
@@ -66,6 +67,19 @@ class DiskCached:
     def file_of(self, row: int) -> Path | None:
         """Return the file to read ahead: None where the row's image is in the cache."""
         return None if self.has(row) else self.images.file_of(row)
+
+    def readings(self) -> Mapping[str, float]:
+        """Return the share of reads that the cache has answered, the GiB that all its records take, how many made room
+        for others, were not written because too much was waiting, and are waiting.
+        """
+        counts = self.counts.totals()
+        return {
+            "l2_hit_rate": counts["hits"] / max(1, counts["hits"] + counts["misses"]),
+            "l2_gib": self._store().used_bytes() / 2**30,
+            "l2_evicted": counts["evicted"],
+            "l2_dropped": counts["dropped"],
+            "l2_waiting": counts["queued"] - counts["settled"],
+        }
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in the cache, and found without reading its file."""
@@ -78,7 +92,7 @@ class DiskCached:
         store, link = self._store(), link_key(self.images.file_of(row))
         digest = None if link is None else store.get(link)
         record = None if digest is None else store.get(self._key(row, digest.tobytes()))
-        self.counts[Count.MISSES if record is None else Count.HITS] += 1
+        self.counts.add("misses" if record is None else "hits")
         return {IMAGE: self._read_content(row, link) if record is None else self._unpack(record, row)}
 
     def fill(self, row: int) -> None:

@@ -17,13 +17,12 @@ import multiprocessing.util
 import os
 import threading
 import zlib
-from enum import IntEnum
 from pathlib import Path
 
 import lmdb
 import numpy as np
-from torch import Tensor
 
+from data.cache.monitor import Counters
 from utils.errors import UserError
 from utils.io.files import set_aside
 from utils.io.mounts import network_file_system
@@ -31,16 +30,9 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-
-class Count(IntEnum):
-    """What `counts` has, int64 [5], of all processes that share it. Additions may be lost where two coincide."""
-
-    HITS = 0
-    MISSES = 1
-    DROPPED = 2  # records that were not written, because too much was waiting
-    EVICTED = 3
-    REFUSED = 4  # 1 where the file could not be read or written
-
+# What the counters of a store count: records that were to be written, were dealt with, were not written because too
+# much was waiting, and made room for others; and how often the file could not be read or written.
+COUNTED = ("queued", "settled", "dropped", "evicted", "refused")
 
 _WAITING_BYTES = 32 << 20  # of a process, and so of a transaction
 _GATHER_SEC = 0.5  # a transaction is flushed to the disk: one for many records
@@ -54,7 +46,7 @@ _ADVICE = "set data.cache.folder to a folder on a local disk that this user may 
 _stores: dict[Path, "Store"] = {}
 
 
-def open_store(folder: Path, limit_bytes: int, counts: Tensor) -> "Store":
+def open_store(folder: Path, limit_bytes: int, counts: Counters) -> "Store":
     """Return this process's store of a folder; a damaged one is set aside, and a new one begun.
 
     Raises UserError (`data.cache.folder`) on a network file system, and where the folder cannot be used.
@@ -76,9 +68,9 @@ os.register_at_fork(before=close_stores)  # LMDB can use an open file neither af
 
 
 class Store:
-    """The records of a folder, by `open_store`. counts: of `Count`, in shared memory."""
+    """The records of a folder, by `open_store`. counts: of COUNTED."""
 
-    def __init__(self, folder: Path, limit_bytes: int, counts: Tensor) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, counts: Counters) -> None:
         self._folder, self._counts = folder, counts
         self._full_bytes = int(_FULL * limit_bytes)
         self._waiting_limit = min(_WAITING_BYTES, limit_bytes // 32)
@@ -113,15 +105,20 @@ class Store:
             while wait and not self._has_room(content):
                 self._change.wait()
             if not self._has_room(content):
-                self._counts[Count.DROPPED] += 1
-                return
-            if self._writes:
+                self._counts.add("dropped")
+            elif self._writes:
+                self._counts.add("queued")
                 self._waiting.append((key.encode(), _wrap(key.encode(), content)))
                 self._waiting_bytes += len(content)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
                     self._thread.start()
                 self._change.notify_all()
+
+    def used_bytes(self) -> int:
+        """Return the bytes that all records take in the file."""
+        pages = self._env.stat()
+        return pages["psize"] * sum(pages[kind] for kind in ("branch_pages", "leaf_pages", "overflow_pages"))
 
     def close(self) -> None:
         """Write what is waiting, and close the file."""
@@ -152,6 +149,7 @@ class Store:
                 self._write(batch)
             except lmdb.Error as error:
                 self._refuse(error)
+            self._counts.add("settled", len(batch))
             with self._change:
                 del self._waiting[: len(batch)]
                 self._waiting_bytes = sum(len(record) for _, record in self._waiting)
@@ -171,7 +169,7 @@ class Store:
                 self._env.reader_check()
                 with self._env.begin(write=True, buffers=True) as transaction:
                     self._evict(transaction, 2 * attempt * size)
-        self._counts[Count.DROPPED] += len(batch)
+        self._counts.add("dropped", len(batch))
 
     def _insert(self, transaction: lmdb.Transaction, batch: list[tuple[bytes, bytes]]) -> None:
         """Insert the records that no other process has written yet, and those that are damaged."""
@@ -185,20 +183,18 @@ class Store:
 
     def _evict(self, transaction: lmdb.Transaction, size: int) -> None:
         """Remove the oldest records until `size` bytes more fit."""
-        pages = self._env.stat()
-        used = pages["psize"] * sum(pages[kind] for kind in ("branch_pages", "leaf_pages", "overflow_pages"))
-        cursor = transaction.cursor()
+        used, cursor = self.used_bytes(), transaction.cursor()
         while used + size > self._full_bytes and cursor.first() and bytes(cursor.key()) < _AFTER_COUNTERS:
             key = bytes(cursor.value())
             used -= len(transaction.get(key, b""))
             cursor.delete()
-            self._counts[Count.EVICTED] += transaction.delete(key)
+            self._counts.add("evicted", transaction.delete(key))
 
     def _refuse(self, error: lmdb.Error) -> None:
         """Write no more, and warn once for all processes."""
         self._writes = False
-        warned = bool(self._counts[Count.REFUSED])
-        self._counts[Count.REFUSED] = 1
+        warned = self._counts.totals()["refused"] > 0
+        self._counts.add("refused")
         if not warned:
             log.warning(
                 "data.cache.folder: %s cannot be written or read (%s); the run goes on, and decodes what is not in the "

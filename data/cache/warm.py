@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cache.disk import DiskCached
-from data.cache.store import Count, close_stores
+from data.cache.store import close_stores
 from data.decode import UnreadableImage
 from data.rows import spread
 from utils.ranks.processes import count_cores, map_in_processes
@@ -37,7 +37,7 @@ def warm_cache(source: DiskCached, rows: np.ndarray, progress: Callable[[int, in
         counts[result] += 1
         progress(done, len(items))
     close_stores()  # which writes what this process has waiting
-    return Warmed(**counts, evicted=int(source.counts[Count.EVICTED]))
+    return Warmed(**counts, evicted=source.counts.totals()["evicted"])
 
 
 def estimate_missing(source: DiskCached, rows: np.ndarray) -> tuple[int, int]:

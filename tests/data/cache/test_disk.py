@@ -17,7 +17,8 @@ from PIL import Image
 
 from data.cache import key, store
 from data.cache.disk import DiskCached
-from data.cache.store import Count, close_stores, open_store
+from data.cache.monitor import Counters
+from data.cache.store import COUNTED, close_stores, open_store
 from data.config import CacheConfig
 from data.decode import Decoder, UnreadableImage
 from data.images import Files, Images
@@ -65,7 +66,8 @@ def read_all(source):
 
 
 def counted(source):
-    return source.counts[Count.HITS].item(), source.counts[Count.MISSES].item()
+    counts = source.counts.totals()
+    return counts["hits"], counts["misses"]
 
 
 def assert_equal(first, second):
@@ -73,7 +75,7 @@ def assert_equal(first, second):
 
 
 def limited(folder, mib):
-    return open_store(folder, mib << 20, torch.zeros(len(Count), dtype=torch.int64))
+    return open_store(folder, mib << 20, Counters(*COUNTED))
 
 
 # ---------------------------------------------------------------------------------------------------- the same pixels
@@ -162,6 +164,8 @@ def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_p
     first = epoch()
     assert source.file_of(0) is None
     assert torch.equal(epoch(), first) and counted(source) == (COUNT, COUNT)
+    readings = source.readings()
+    assert readings.pop("l2_hit_rate") == 0.5 and readings.pop("l2_gib") > 0 and set(readings.values()) == {0}
 
 
 # ---------------------------------------------------------------------------------------------------------- the store
@@ -184,7 +188,7 @@ def test_a_damaged_record_is_decoded_anew_and_replaced(photos, tmp_path):
 
 def test_the_oldest_records_make_room(tmp_path):
     kept, random = limited(tmp_path, 4), np.random.default_rng(0)
-    contents = {f"{number:04x}": random.bytes(int(random.integers(10, 90_000))) for number in range(250)}
+    contents = {f"{number:04x}": random.bytes(int(random.integers(10, 90_000))) for number in range(140)}
     for name, content in contents.items():
         kept.put(name, content, wait=True)
     close_stores()
@@ -219,7 +223,7 @@ def test_readers_wait_for_no_writer(photos, tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLD, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert_equal(read_all(source), read_all(source.images))
-        assert source.counts[Count.DROPPED] > 0
+        assert source.readings()["l2_dropped"] > 0
         other.stdin.close()
     close_stores()
     assert source.has(0)
@@ -276,7 +280,7 @@ def test_a_full_disk_is_one_warning(photos, small_disk, log):
     close_stores()
     read_all(source)
     warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
-    assert len(warned) == 1 and source.counts[Count.REFUSED] == 1
+    assert len(warned) == 1 and source.counts.totals()["refused"] > 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
