@@ -39,6 +39,8 @@ _GATHER_SEC = 0.5  # a transaction is flushed to the disk: one for many records
 _CLOSE_SEC = 60.0
 _FULL = 0.9  # of the file's limit; the rest is for freed pages that may still be read, and for gaps between records
 _READERS = 4096  # processes that may read at once
+_EVICTED_AT_ONCE = 4096  # records, so that no transaction takes long
+_SPARE_BYTES = 64 << 20  # for removing records from a file that is larger than its limit
 _ATTEMPTS = 3  # to write where the room is in pieces
 _AFTER_COUNTERS = b"\x01"  # keys of records are hexadecimal digits, and greater
 _ADVICE = "set data.cache.folder to a folder on a local disk that this user may write, or data.cache.disk_gib=0"
@@ -182,9 +184,11 @@ class Store:
                 counter += 1
 
     def _evict(self, transaction: lmdb.Transaction, size: int) -> None:
-        """Remove the oldest records until `size` bytes more fit."""
+        """Remove the oldest records until `size` bytes more fit, or with the next ones where the limit was lowered."""
         used, cursor = self.used_bytes(), transaction.cursor()
-        while used + size > self._full_bytes and cursor.first() and bytes(cursor.key()) < _AFTER_COUNTERS:
+        for _ in range(_EVICTED_AT_ONCE):
+            if used + size <= self._full_bytes or not cursor.first() or bytes(cursor.key()) >= _AFTER_COUNTERS:
+                return
             key = bytes(cursor.value())
             used -= len(transaction.get(key, b""))
             cursor.delete()
@@ -241,10 +245,12 @@ def _open(folder: Path, limit_bytes: int) -> lmdb.Environment:
 
 def _open_whole(path: Path, limit_bytes: int) -> lmdb.Environment:
     """Open a file that has all its pages: the system ends a process that reads beyond the end of a mapped file."""
-    opened = lmdb.open(str(path), map_size=limit_bytes, metasync=False, max_readers=_READERS)
+    file = path / "data.mdb"
+    found = file.stat().st_size if file.is_file() else 0
+    map_size = limit_bytes if found <= limit_bytes else found + _SPARE_BYTES
+    opened = lmdb.open(str(path), map_size=map_size, metasync=False, max_readers=_READERS)
     counted = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
-    found = (path / "data.mdb").stat().st_size
-    if found < counted:
+    if (found := file.stat().st_size) < counted:
         opened.close()
         raise lmdb.CorruptedError(f"it is cut off: {found:,} of {counted:,} bytes")
     return opened

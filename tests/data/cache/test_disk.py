@@ -199,6 +199,20 @@ def test_the_oldest_records_make_room(tmp_path):
     assert sum(len(contents[name]) for name in found) > 2 << 20 and found == list(contents)[-len(found) :]
 
 
+def test_a_lower_limit_removes_records_and_does_not_shrink_the_file(tmp_path):
+    kept = limited(tmp_path, 8)
+    for number in range(70):
+        kept.put(f"{number:04x}", bytes(100_000), wait=True)
+    close_stores()
+    size = (tmp_path / "images.lmdb/data.mdb").stat().st_size
+    kept = limited(tmp_path, 4)
+    kept.put("ff", bytes(10), wait=True)
+    close_stores()
+    kept = limited(tmp_path, 4)
+    assert kept.has("ff") and kept.has("0045") and not kept.has("0000") and kept.used_bytes() < 4 << 20
+    assert (tmp_path / "images.lmdb/data.mdb").stat().st_size <= size + (1 << 20)
+
+
 def test_a_record_that_no_cache_holds_is_not_written(tmp_path):
     kept = limited(tmp_path, 1)
     kept.put("aa", bytes(10))
