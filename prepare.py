@@ -4,6 +4,7 @@ r"""Slow offline work on a collection.
     python prepare.py job=manifest data=image_folder data.root=PATH           check all images, write manifest.parquet
     python prepare.py job=manifest data=image_folder data.root=PATH verify=false             without decoding them
     python prepare.py job=vocabulary data=image_folder data.root=PATH vocabulary.output=FILE   the tags to train
+    python prepare.py job=warm_cache data=image_folder data.root=PATH data.cache.disk_gib=100    fill the disk cache
     python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
         'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
 
@@ -16,10 +17,14 @@ import utils.config.help  # noqa: F401, I001 (answers --help before the slow imp
 from pathlib import Path
 from typing import Literal
 
-from data.config import DataConfig, VocabularyConfig
+import numpy as np
+
+from data.cache.warm import estimate_missing, warm_cache
+from data.config import DataConfig, VocabularyConfig, WarmCacheConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.idx import idx_to_folders
 from data.image_data import load_collection
+from data.images import open_images
 from data.manifest_writer import write_manifest
 from data.scan import check_root
 from data.tags.vocabulary import make_vocabulary
@@ -45,7 +50,7 @@ class PrepareConfig(Strict):
     `source` and `class_names` are for job=idx: the folder of the IDX files, and a name for each label.
     """
 
-    job: Literal["glyphs", "manifest", "idx", "vocabulary"]
+    job: Literal["glyphs", "manifest", "idx", "vocabulary", "warm_cache"]
     dry_run: bool
     verify: bool
     duplicates: bool
@@ -53,6 +58,7 @@ class PrepareConfig(Strict):
     class_names: list[str] | None
     data: DataConfig
     vocabulary: VocabularyConfig
+    warm_cache: WarmCacheConfig
 
 
 @entry_point("prepare", PrepareConfig)
@@ -63,7 +69,12 @@ def main(config: PrepareConfig, job: Job) -> str:
     for key, value in (("source", config.source), ("class_names", config.class_names)):
         if value is not None:
             raise UserError(f"{key}: {value!r} is read by job=idx only, not by job={config.job}; remove {key}")
-    jobs = {"glyphs": prepare_glyphs, "manifest": prepare_manifest, "vocabulary": prepare_vocabulary}
+    jobs = {
+        "glyphs": prepare_glyphs,
+        "manifest": prepare_manifest,
+        "vocabulary": prepare_vocabulary,
+        "warm_cache": fill_disk_cache,
+    }
     return jobs[config.job](config)
 
 
@@ -149,6 +160,30 @@ def prepare_vocabulary(config: PrepareConfig) -> str:
         write_vocabulary(Path(wanted.output), made)
     log.info("wrote %s: %s", wanted.output, report)
     return f"{len(made)} tags"
+
+
+# ------------------------------------------------------------------------------------------------------ job=warm_cache
+
+
+def fill_disk_cache(config: PrepareConfig) -> str:
+    """Decode the images of `data.root` into the cache on disk."""
+    if config.data.cache.disk_gib == 0:
+        raise UserError("data.cache.disk_gib: 0 is no cache, and job=warm_cache fills it; set the GiB that it may take")
+    collection, wanted = load_collection(config.data), config.warm_cache
+    background = DEFAULT if config.data.background is None else config.data.background
+    source = open_images(collection, config.data, wanted.channels, background, shortest_px=wanted.shortest_px)
+    rows = np.flatnonzero(collection.weights())
+    if config.dry_run:
+        missing, size = estimate_missing(source, rows)
+        return f"dry run: {missing:,} of {len(rows):,} images are missing, about {size / 2**30:.2f} GiB"
+    with counting("filling the cache") as progress:
+        warmed = warm_cache(source, rows, progress)
+    if warmed.evicted:
+        log.warning(
+            "data.cache.disk_gib: %g is too little for all images: the oldest %s records made room for others",
+            config.data.cache.disk_gib, f"{warmed.evicted:,}",
+        )  # fmt: skip
+    return f"{warmed.added} images added, {warmed.there} were there, {warmed.unreadable} unreadable"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,32 @@ _POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)
 
 
 class CacheConfig(Strict):
-    """Where decoded images are kept. memory_gib: in the shared memory of a node, while training; 0: none."""
+    """Where decoded images are kept (docs/caches.md).
+
+    memory_gib: in the shared memory of a node, while training; 0: none. disk_gib: the most that the file in `folder`
+    takes; 0: none. format: raw keeps the pixels; jpeg and webp, at `quality`, are part of the recipe, because the run
+    then sees what they leave of an image.
+    """
 
     memory_gib: Literal["auto"] | Annotated[float, Field(ge=0, le=1e6)]
+    folder: PathText
+    disk_gib: Annotated[float, Field(ge=0, le=65_536)]
+    format: Literal["raw", "jpeg", "webp"]
+    quality: Annotated[int, Field(ge=1, le=100)]
+
+    @model_validator(mode="after")
+    def _is_kept_where_it_is_lossy(self) -> "CacheConfig":
+        if self.format != "raw" and self.disk_gib == 0:
+            raise ValueError(
+                f"data.cache.format: {self.format} without a cache; set data.cache.disk_gib above 0, or "
+                "data.cache.format=raw"
+            )
+        return self
+
+
+_DEFAULT_CACHE = CacheConfig(
+    memory_gib="auto", folder="outputs/cache/images", disk_gib=0.0, format="raw", quality=90
+)
 
 
 class _Data(Strict):
@@ -32,7 +55,7 @@ class _Data(Strict):
     max_pixels: Pixels
     background: Background | None = None  # configurations of before do not state it, nor icc and cache
     icc: bool = False
-    cache: CacheConfig = CacheConfig(memory_gib="auto")
+    cache: CacheConfig = _DEFAULT_CACHE
 
 
 class ImageFolderConfig(_Data):
@@ -48,6 +71,16 @@ class GlyphsConfig(_Data):
 
 
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
+
+
+class WarmCacheConfig(Strict):
+    """What prepare.py job=warm_cache decodes beside `data`: what the training will look up.
+
+    channels: `model.in_channels`. shortest_px: of the shorter side to which larger images are shrunk; null: to none.
+    """
+
+    channels: Annotated[int, Field(ge=1, le=3)]
+    shortest_px: Side | None
 
 
 class TextConfig(Strict):

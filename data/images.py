@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from data.cache.disk import DiskCached
 from data.cache.memory import keep_in_memory
 from data.collection import Collection
 from data.config import DataConfig
@@ -83,10 +84,12 @@ def open_images(
     shortest_px: int | None = None,
     repeats: bool = False,
 ) -> Source:
-    """Return the source of a collection's images; on all ranks at once.
+    """Return the source of a collection's images, behind the caches that `data.cache` asks for; on all ranks at once.
 
     shortest_px: as in `Decoder`. repeats: images are read again and again, so that keeping them in memory pays.
-    Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so.
+    Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so, and (`data.cache.folder`) as
+    `DiskCached` does.
     """
-    decoder = Decoder.of(channels, config.max_pixels, background, config.icc, shortest_px)
-    return keep_in_memory(Images(Files(collection), decoder), collection, config.cache, repeats=repeats)
+    images = Images(Files(collection), Decoder.of(channels, config.max_pixels, background, config.icc, shortest_px))
+    source = DiskCached(images, config.cache) if config.cache.disk_gib > 0 else images
+    return keep_in_memory(source, collection, config.cache, repeats=repeats)

@@ -1,8 +1,8 @@
 """What makes two runs the same recipe, and what may differ between a run and its resumption.
 
 The recipe is the whole configuration but an allow-list: length, cadence, workers, ranks, micro-batch, machine (except
-precision and determinism), tracking, the probe, folders. Its hash names the default run folder, so another recipe gets
-another folder; on resume everything outside the list must be equal.
+precision and determinism), tracking, the probe, folders, the size of caches. Its hash names the default run folder, so
+another recipe gets another folder; on resume everything outside the list must be equal.
 """
 
 import fnmatch
@@ -23,6 +23,8 @@ FREE_KEYS = (
     "resume",
     "resume_allow",
     "dry_run",
+    "data.cache.disk_gib",
+    "data.cache.folder",
     "loop.total_epochs",
     "loop.total_steps",
     "loop.early_stop_epochs",
@@ -60,6 +62,8 @@ ADDED_KEYS = {
     "augment.eval_resize": Added("crop", hashed=True),
     "data.background": Added(None),
     "data.icc": Added(False),
+    "data.cache.format": Added("raw"),
+    "data.cache.quality": Added(90),
     "augment.pad": Added("none"),
     "schedule.restarts": Added(0),
     "optim.bf16_weights": Added(False),

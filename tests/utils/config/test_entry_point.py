@@ -95,6 +95,7 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
     assert seen == ["été/a b", "x=y"]
 
 
+DATA_FILES = ("data.root", "data.cache.folder")
 TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
 VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "append_to")
 
@@ -102,10 +103,10 @@ VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "appe
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
-        ("finetune", {"run_dir", "data.root", "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
-        ("prepare", {"data.root", "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
-        ("evaluate", {"models", "run_dir", "weights", "output", "data.root", "arena.aliases", "arena.implications"}),
-        ("export", {"run_dir", "weights", "output", "thresholds", "data.root"}),
+        ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
+        ("prepare", {*DATA_FILES, "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
+        ("evaluate", {"models", "run_dir", "weights", "output", *DATA_FILES, "arena.aliases", "arena.implications"}),
+        ("export", {"run_dir", "weights", "output", "thresholds", *DATA_FILES}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )
