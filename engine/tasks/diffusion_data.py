@@ -140,7 +140,7 @@ class DiffusionPipeline:
 
     def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a run."""
-        return self._open(config.data, runtime, config.seed, config.loop.batch_size, run_path)
+        return self._open(config.data, runtime, config.seed, config.loop.first_batch_size, run_path)
 
     def _open(
         self, config: DataConfig, runtime: Runtime, seed: int, batch_size: int, run_path: Path | None

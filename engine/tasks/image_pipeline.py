@@ -75,7 +75,8 @@ class ImagePipeline(Generic[Config]):
     def open_training(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a training run; unreadable images are listed in its folder, `run_path`."""
         background = self.preprocessing(config)["background"]
-        return self._open(config.data, config.model, background, runtime, config.seed, config.loop.batch_size, run_path)
+        size = config.loop.first_batch_size
+        return self._open(config.data, config.model, background, runtime, config.seed, size, run_path)
 
     def _open(
         self,
