@@ -207,16 +207,27 @@ def clear(out):
             path.unlink()
 
 
-def main():
-    full, out, arguments = read_arguments(sys.argv[1:])
+def begin(words):
+    """Read the command line and empty the demo's folder; returns what `read_arguments` does, with half of the cores."""
+    full, out, arguments = read_arguments(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no training is left behind
     clear(out)
     arguments.setdefault("runtime.threads", max(1, count_cores() // 2))
+    return full, out, arguments
+
+
+def finish(out, summary, text):
+    """Write the figures into the demo's folder, and its table on the screen."""
+    (ROOT / out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    sys.stdout.write(f"\n{text}\n")
+
+
+def main():
+    full, out, arguments = begin(sys.argv[1:])
     demo = Demo(out, [f"{key}={value}" for key, value in arguments.items()])
     demo.main_line()
     summary = demo.summary(demo.controls() if full else {})
-    (ROOT / out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    sys.stdout.write("\n" + table(summary, demo.pictures(), out) + "\n")
+    finish(out, summary, table(summary, demo.pictures(), out))
 
 
 if __name__ == "__main__":

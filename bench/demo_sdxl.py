@@ -9,7 +9,6 @@ on its export learns a tone that is new to it. diffusers loads all exports, and 
 """
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,10 +19,9 @@ import numpy as np
 from PIL import Image
 
 from bench.commands import ROOT, rows_of
-from bench.demo import clear, read_arguments, run_stage
+from bench.demo import begin, finish, run_stage
 from bench.demo_tagger import beside
 from bench.tiny_sdxl import write_base, write_pictures
-from utils.ranks.processes import count_cores
 from utils.record.pictures import image_rows
 from utils.record.report_files import save_image
 from utils.text_table import align_columns
@@ -141,19 +139,15 @@ def table(found, out):
 
 
 def main():
-    _, out, arguments = read_arguments(["out=outputs/demo_sdxl", *sys.argv[1:]])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no training is left behind
-    clear(out)
+    _, out, arguments = begin(["out=outputs/demo_sdxl", *sys.argv[1:]])
     vae_steps = int(arguments.pop("vae_steps", 250))
-    arguments.setdefault("runtime.threads", str(max(1, count_cores() // 2)))
     found = run(out, [f"{key}={value}" for key, value in arguments.items()], vae_steps)
     started = time.perf_counter()
     found["differences"] = draw_by_diffusers(out)
     found["seconds"]["diffusers"] = round(time.perf_counter() - started, 1)
     draw_sheet(out)
     found |= collect(out)
-    (ROOT / out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
-    sys.stdout.write("\n" + table(found, out) + "\n")
+    finish(out, found, table(found, out))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ half of the cores.
 
 import csv
 import json
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.commands import ROOT, log_of, read_rows, rows_of
-from bench.demo import clear, read_arguments, run_stage
-from utils.ranks.processes import count_cores
+from bench.demo import begin, finish, run_stage
 from utils.text_table import align_columns
 
 FACE = "images/DejaVuSans/*"
@@ -127,14 +125,9 @@ def table(found, out):
 
 
 def main():
-    _, out, arguments = read_arguments(["out=outputs/demo_tagger", *sys.argv[1:]])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no training is left behind
-    clear(out)
-    arguments.setdefault("runtime.threads", str(max(1, count_cores() // 2)))
-    found = run(out, [f"{key}={value}" for key, value in arguments.items()])
-    found |= collect(out)
-    (ROOT / out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
-    sys.stdout.write("\n" + table(found, out) + "\n")
+    _, out, arguments = begin(["out=outputs/demo_tagger", *sys.argv[1:]])
+    found = run(out, [f"{key}={value}" for key, value in arguments.items()]) | collect(out)
+    finish(out, found, table(found, out))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ class CacheConfig(Strict):
         return self
 
 
-_DEFAULT_CACHE = CacheConfig(
-    memory_gib="auto", folder="outputs/cache/images", disk_gib=0.0, format="raw", quality=90
-)
+_DEFAULT_CACHE = CacheConfig(memory_gib="auto", folder="outputs/cache/images", disk_gib=0.0, format="raw", quality=90)
 
 
 class _Data(Strict):

@@ -5,6 +5,7 @@ fields of the task. A sample that cannot be read is blank, has weight 0 and is r
 """
 
 import ctypes
+import functools
 import json
 import multiprocessing
 import re
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.batch import DeviceCopier, Ragged, Sample, collate
+from data.batch import DeviceCopier, Ragged, Sample, collate, to_device
 from data.collection import Collection, RowView
 from data.image_formats import UnreadableImage
 from data.read_ahead import ReadAhead
@@ -292,6 +293,23 @@ class TrainLoader(_Loader):
         """Return what the caches of this rank's source have counted so far."""
         return self.reader.source.readings()
 
+    @functools.cached_property
+    def _examples(self) -> list[tuple[int, int]]:
+        """(row, group) of a sample of each shape."""
+        return [self.sampler.at(0)] if self.chunk is None else self.sampler.examples()
+
+    @property
+    def shapes(self) -> int:
+        """The number of shapes that samples come in; 1 where the sampler groups nothing."""
+        return len(self._examples)
+
+    def trial_batch(self, shape: int, size: int) -> Batch:
+        """Return `size` times one sample of a shape, on the device, with weight 1; no part of the stream."""
+        index, group = self._examples[shape]
+        batch, _ = _collate([self.reader[Draw(0, index, rng.sample_key(self._seed, 0), group)]] * size)
+        batch = to_device({**batch, "weight": torch.ones(size)}, self._machine.device)
+        return batch if self._on_device is None else self._on_device(batch)
+
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
         return self.reader.collection.view(sample_id).path
@@ -334,6 +352,10 @@ class EvaluationLoader(_Loader):
     def samples(self) -> int:
         """Samples over all ranks."""
         return self.batches.samples
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Make batches of another size."""
+        self.batches.batch_size = batch_size
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""

@@ -131,6 +131,10 @@ class GroupedSampler:
         self._starts = self._before.sum(axis=1).tolist()
         self._ends = np.diff(self._before, axis=0).cumsum(axis=1)  # in an epoch, up to and including each group
 
+    def examples(self) -> list[tuple[int, int]]:
+        """Return (row, group) of a sample of each group."""
+        return [(int(self.rows[members[0]]), int(group)) for members, group in zip(self._members, self._groups)]
+
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group)."""
         number, offset = divmod(position, self.chunk)
@@ -222,7 +226,7 @@ class EvaluationBatches:
     ) -> None:
         if len(rows) == 0:
             raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
-        self._rows, self._seed, self._batch_size = rows, seed, batch_size
+        self._rows, self._seed, self.batch_size = rows, seed, batch_size
         self._rank, self._world_size = rank, world_size
         self._groups: list[tuple[int, Sequence[int]]] = [(0, range(len(rows)))]  # and the places of its rows
         if groups is not None:
@@ -240,7 +244,7 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yield the batches."""
         for group, places in self._groups:
-            mine, size = places[self._rank :: self._world_size], self._batch_size
+            mine, size = places[self._rank :: self._world_size], self.batch_size
             filler = Draw(-1, int(self._rows[places[0]]), 0, group)
             for number in range(self._count(places)):
                 draws = [self._draw(int(place), group) for place in mine[number * size : (number + 1) * size]]
@@ -249,7 +253,7 @@ class EvaluationBatches:
     def _count(self, places: Sequence[int]) -> int:
         """Return the batches of a group on each rank."""
         share = -(-len(places) // self._world_size)
-        return -(-share // self._batch_size)
+        return -(-share // self.batch_size)
 
     def _draw(self, place: int, group: int) -> Draw:
         row = int(self._rows[place])

@@ -21,11 +21,14 @@ from utils.config.bounds import (
 from utils.config.schema import PathText, Strict, check_path
 from utils.record.config import TrackingConfig
 
+FIRST_BATCH_SIZE = 4  # what `loop.batch_size=auto` tries first, and what is read at once before that
+
 
 class LoopConfig(Strict):
     """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
 
     total_epochs, evaluate_every_epochs: `auto` derives them from the collection's sizes (engine/plan.py).
+    batch_size: `auto` searches what a GPU's memory takes (engine/batch_size.py).
     early_stop_epochs: the run ends after an evaluation that comes this many epochs after the best one.
     checkpoint_every_minutes: beside the steps, by the clock of rank 0; checkpoints change no result.
     """
@@ -34,7 +37,7 @@ class LoopConfig(Strict):
     total_steps: Count | None
     early_stop_epochs: Duration | None
     global_batch_size: BatchSize
-    batch_size: BatchSize
+    batch_size: Literal["auto"] | BatchSize
     sampling: Literal["shuffled", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None
     clip_grad_norm: Positive | None
@@ -50,6 +53,11 @@ class LoopConfig(Strict):
     save_in_background: bool
     on_failed_save: Literal["stop", "retry"]
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
+
+    @property
+    def first_batch_size(self) -> int:
+        """The largest micro-batch, as far as it is known at the start."""
+        return FIRST_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
 
 
 class MachineConfig(Strict):

@@ -5,6 +5,7 @@ result = learner.update(batches)
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Learner:
         self.task, self.runtime = task, runtime
         if config.optim.name == "adamw" and config.optim.bf16_weights:
             _store_in_bf16(task, runtime)
+        if config.optim.name == "adamw8bit":  # it moves other weights into memory that averages do not see
+            runtime = replace(runtime, channels_last=False)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
         task.train()
         groups = build_groups(task, trained_networks(task), config.optim)
@@ -61,7 +64,7 @@ class Learner:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
         if not skips_on_device(self.optimizer):
-            log.warning("optim.opt: timm's optimisers cannot skip a step on the device; each step waits for it once")
+            log.warning("optim: %s cannot skip a step on the device; each waits for it once", config.optim.name)
         self.scale = LossScale(runtime)
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:

@@ -32,7 +32,7 @@ from optim.groups import set_peak_lr
 from optim.schedules import GroupValues, Schedule
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
-from utils.ranks import distributed
+from utils.ranks import distributed, sharded
 from utils.record.logging import get_logger
 from utils.record.progress import counting
 
@@ -113,9 +113,10 @@ def undone(learner: Learner) -> Iterator[None]:
     """Undo all updates of the learner that are made inside the context, bit for bit.
 
     Restored are the task's tensors (buffers included), the optimiser's state and group values, the loss scale, the
-    schedule, the step and torch's generators. Averages take no part.
+    schedule, the step and torch's generators. Averages take no part. The task's tensors are kept in the host's memory.
     """
-    tensors = [(tensor, tensor.clone()) for tensor in checkpointed_state(learner.task).values()]
+    own = map(sharded.own_part, checkpointed_state(learner.task).values())
+    tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in own]
     optimizer, scale = learner.optimizer, {name: value.clone() for name, value in learner.scale.state().items()}
     state = {parameter: _copy_values(values) for parameter, values in optimizer.state.items()}
     groups = [{key: copy.deepcopy(group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
@@ -146,6 +147,13 @@ def _copy_values(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def thaw(learner: Learner, total_steps: int) -> None:
+    """Train what the run of so many steps freezes only at first (`optim.rules`); inside `undone`."""
+    for group in learner.optimizer.param_groups:
+        if group["freeze_steps"] < total_steps:
+            group["freeze_steps"] = 0
+
+
 def range_test(run: Run, batches: Iterator[Sequence[Batch]], steps: int) -> Curve | None:
     """Make at most `steps` updates at rising rates; returns the curve, None where a rank was asked to stop.
 
@@ -153,9 +161,7 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], steps: int) -> Curv
     first (`optim.rules`) are trained: the rate is theirs, too.
     """
     learner, curve, skipped, started = run.learner, Curve(), 0, time.perf_counter()
-    for group in learner.optimizer.param_groups:
-        if group["freeze_steps"] < run.plan.total_steps:
-            group["freeze_steps"] = 0
+    thaw(learner, run.plan.total_steps)
     sweep = RangeSweep(learner.schedule, steps)
     learner.schedule = sweep
     with counting("learning-rate range test") as report:

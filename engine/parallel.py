@@ -2,8 +2,9 @@
 
 `ddp` is torch's DistributedDataParallel. `fsdp` is torch's fully_shard: a rank holds some rows of every parameter, of
 its gradient, of the optimiser's state and of the average, and all-gathers a unit's parameters only while the unit is
-computed. Units are found by structure: the stacked blocks of a network are units of their own; everything else belongs
-to the task's unit, which is gathered for a whole forward and backward pass.
+computed. Units are found by structure: the stacked blocks of a network are units of their own; everything else that is
+trained belongs to the task's unit, which is gathered for a whole forward and backward pass. What else is frozen is kept
+whole by each rank.
 
 A unit's parameters are gathered in its forward call. A network must therefore call its blocks and not read their
 weights from outside; one that does fails ("mixed torch.Tensor and DTensor") instead of computing with some of the rows.
@@ -24,7 +25,7 @@ from torch.utils import _pytree
 
 from engine.config import RuntimeConfig
 from engine.runtime import Runtime, choose_compile
-from engine.task import StepOutput, Task
+from engine.task import StepOutput, Task, frozen_networks
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
 from utils.ranks.sharded import Part
@@ -130,6 +131,19 @@ def find_units(task: nn.Module) -> list[nn.Module]:
     return units
 
 
+def _keep_whole(task: Task, units: Sequence[nn.Module], runtime: Runtime) -> set[nn.Parameter]:
+    """Move the parameters of frozen networks that are in no unit to the device, and return them.
+
+    In the task's unit they would be gathered in every forward pass, and stay so to the end of the backward pass, the
+    VAE's too, which no step may use: rows of them would save no memory in a step.
+    """
+    in_units = {parameter for unit in units for parameter in unit.parameters()}
+    frozen = {parameter for network in frozen_networks(task).values() for parameter in network.parameters()}
+    for parameter in frozen - in_units:
+        parameter.data = parameter.data.to(runtime.device)
+    return frozen - in_units
+
+
 def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     """Shard a task's parameters over the ranks, in place."""
     for name, parameter in task.named_parameters():
@@ -149,7 +163,7 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
         if compiles:
             unit.compile(dynamic=False)  # as a symbol, the channels of two units end inductor of torch 2.14 in an error
         fully_shard(unit, mesh=mesh)
-    fully_shard(task, mesh=mesh)
+    fully_shard(task, mesh=mesh, ignored_params=_keep_whole(task, units, runtime))
     # An evaluation calls parts of the network, not the task: the task's weights are gathered for all of it.
     register_fsdp_forward_method(task, "evaluate")
     own = sum(sharded.own_part(parameter).nbytes for parameter in task.parameters())

@@ -1,6 +1,7 @@
 """All derived values, computed in one place: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from engine.config import LoopConfig, LRFinderConfig
@@ -90,11 +91,11 @@ class Plan:
 MOST_STEPS = 99_999_999  # checkpoints are named by eight digits
 
 
-def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
-    """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share that is not above the cap.
+def list_batch_sizes(global_batch_size: int, world_size: int, chunk: int | None) -> list[int]:
+    """Return the possible sizes of a micro-batch, rising: the divisors of a rank's share.
 
     `chunk` is the number of consecutive samples of one shape that a grouping sampler hands out; a micro-batch never
-    spans two of them.
+    spans two of them. Raises UserError where the batch does not divide.
     """
     if global_batch_size % world_size != 0:
         below = global_batch_size // world_size * world_size
@@ -111,8 +112,14 @@ def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | 
     share = global_batch_size // world_size
     unit = share if chunk is None else math.gcd(share, chunk)
     small = [size for size in range(1, math.isqrt(unit) + 1) if unit % size == 0]
-    micro = max(size for one in small for size in (one, unit // one) if size <= cap)
-    return micro, share // micro
+    return sorted({*small, *(unit // size for size in small)})
+
+
+def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
+    """Return (micro_batch_size, accum_steps): of the possible sizes, the largest that is not above the cap."""
+    sizes = list_batch_sizes(global_batch_size, world_size, chunk)
+    micro = sizes[bisect_right(sizes, cap) - 1]
+    return micro, global_batch_size // world_size // micro
 
 
 def shortest_tested(finder: LRFinderConfig) -> int:
@@ -134,8 +141,8 @@ def make_plan(
 
     Raises UserError where the batch does not divide, or the run has too many steps.
     """
-    micro, accum = split_batch(loop.global_batch_size, world_size, loop.batch_size, chunk)
-    if chunk is None and 2 * micro < min(loop.batch_size, micro * accum):
+    micro, accum = split_batch(loop.global_batch_size, world_size, loop.first_batch_size, chunk)
+    if chunk is None and 2 * micro < min(loop.first_batch_size, micro * accum):
         log.warning(
             "loop.global_batch_size: the %d samples of a rank have no divisor near loop.batch_size=%d, so an update "
             "takes %d micro-batches of %d; a multiple of loop.batch_size for each rank is faster",

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from engine.batch_size import check_auto, choose_batch_size
 from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
@@ -23,7 +24,7 @@ from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import Vote, train_one_epoch
 from engine.waiting import MUCH_WAITING, advise
-from optim.build import check_shardable
+from optim.build import check_installed, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
@@ -67,6 +68,7 @@ def start_machine(config: MachineConfig) -> Runtime:
 def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training, and check that all ranks have the same configuration."""
     runtime = start_machine(config.runtime)
+    check_auto(config, runtime)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
     return runtime
@@ -120,6 +122,7 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job) -> None:
     """Check what can be checked before any image is read, and log what will run."""
     check_knobs(task, config)
+    check_installed(config.optim)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: check_tracker(config.tracking))
@@ -172,6 +175,7 @@ def run_training(
         StopRequest() as stop,
     ):
         run = build_run(task, streams, config, plan, runtime, folder, stop)
+        choose_batch_size(run, config)
         resume(run, config)
         distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
         finished = _train(run, config, next_commands)

@@ -1,6 +1,6 @@
 """The parts of a run, and how they are built."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class Run:
     """One run: learner, recorder, evaluator and saver, and what connects them.
 
     found_lr: the peak rate that a range test has found; it is checkpointed, so a resumed run does not search again.
+    memory: GiB by part at the first step of this process (engine/memory.py).
     """
 
     learner: Learner
@@ -35,6 +36,7 @@ class Run:
     stop: StopRequest
     fingerprints: dict[str, str]
     found_lr: float | None = None
+    memory: dict[str, float] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine.config import TrainingConfig
+from engine.memory import memory_by_part, show_memory
 from engine.plan import Plan, shortest_tested
 from engine.run_parts import Run
 from engine.runtime import Runtime
@@ -39,7 +40,7 @@ def start_screen(
         *data.items(),
         ("training", f"{length}, of {plan.global_batch_size} images each; {evaluated}"),
         ("rate", _rate(config, plan)),
-        ("machine", _machine(runtime, plan)),
+        ("machine", _machine(runtime, plan, searches=config.loop.batch_size == "auto")),
         ("run folder", folder),
     ]  # fmt: skip
     return (
@@ -57,11 +58,13 @@ def _rate(config: TrainingConfig, plan: Plan) -> str:
     return f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.global_batch_size} / 256){optimizer}"
 
 
-def _machine(runtime: Runtime, plan: Plan) -> str:
+def _machine(runtime: Runtime, plan: Plan, *, searches: bool) -> str:
     ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
     batches = (
         "" if plan.accum_steps == 1 else f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
     )
+    if searches:
+        batches = ", micro-batches of what its memory takes"
     name = "CPU" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
     return (
         f"{ranks}{name}, {runtime.precision}, {torch.get_num_threads()} threads, "
@@ -83,6 +86,7 @@ def end_screen(run: Run, seconds: float, next_commands: Sequence[str]) -> str:
             ),
             ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
         ]
+    rows.append(("memory", show_memory(memory_by_part(run.learner))))
     rows += [("curves", f"{folder.plots}/curves.png"), ("tables", f"{folder.path}/tables, training_log.txt")]
     rows += [("data", describe_data(run.recorder.wait_share, run.streams.train.readings()))]
     rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]

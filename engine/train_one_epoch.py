@@ -9,10 +9,14 @@ from collections.abc import Iterator
 import torch
 
 from engine.config import LoopConfig
+from engine.memory import memory_by_part, show_memory
 from engine.run_parts import Run
 from engine.step import STOP, StepResult
 from utils.contracts import Batch
 from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class Vote:
@@ -63,6 +67,9 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
 
         # 3. The record.
         recorder.add_step(learner.step, batches, result)
+        if not run.memory:
+            run.memory = memory_by_part(learner)
+            log.info("memory at the first step: %s", show_memory(run.memory))
 
         # 4. What is due. Figures come before the checkpoint, so that a resumed run has them.
         step = learner.step

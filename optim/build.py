@@ -1,9 +1,11 @@
 """Build optimisers from the configuration."""
 
+from importlib.util import find_spec
+
 import torch
 
 from optim.adan import Adan
-from optim.config import AdamWConfig, AdanConfig, OptimConfig, SGDConfig, TimmOptimConfig
+from optim.config import AdamW8bitConfig, AdamWConfig, AdanConfig, OptimConfig, SGDConfig, TimmOptimConfig
 from optim.stochastic import StochasticAdamW
 from utils.errors import UserError
 
@@ -24,11 +26,21 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, Adan | StochasticAdamW) or any(group.get("fused") for group in optimizer.param_groups)
 
 
+def check_installed(config: OptimConfig) -> None:
+    """Raise UserError where the optimiser's package is missing."""
+    if isinstance(config, AdamW8bitConfig) and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optim.name: adamw8bit is of the package bitsandbytes, which is not installed; run `pip install "
+            "bitsandbytes`, or set optim=adamw"
+        )
+
+
 def check_shardable(config: OptimConfig) -> None:
     """Raise UserError where the optimiser cannot step on some rows of a parameter, as `runtime.parallel=fsdp` needs."""
-    if isinstance(config, TimmOptimConfig) and config.opt not in ELEMENTWISE:
+    opt = config.opt if isinstance(config, TimmOptimConfig) else config.name
+    if isinstance(config, AdamW8bitConfig) or (isinstance(config, TimmOptimConfig) and opt not in ELEMENTWISE):
         raise UserError(
-            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.opt={config.opt} is not "
+            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.opt={opt} is not "
             "known to work element by element; set runtime.parallel=ddp, or another optimiser, such as optim=adamw, "
             "optim=adan or optim.opt=nadamw"
         )
@@ -41,6 +53,11 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
             if config.bf16_weights:
                 return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+        case AdamW8bitConfig():
+            check_installed(config)
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case AdanConfig():
             return Adan(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case SGDConfig():

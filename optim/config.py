@@ -58,13 +58,22 @@ class _Optim(Strict):
     rules: list[RuleConfig]
 
 
-class AdamWConfig(_Optim):
+class _AdamW(_Optim):
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    eps: Positive
+
+
+class AdamWConfig(_AdamW):
     """torch's AdamW, fused; with bf16_weights our own on bfloat16 weights (optim/stochastic.py)."""
 
     name: Literal["adamw"]
-    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
-    eps: Positive
     bf16_weights: bool
+
+
+class AdamW8bitConfig(_AdamW):
+    """bitsandbytes' AdamW, which keeps both averages in 8 bits each."""
+
+    name: Literal["adamw8bit"]
 
 
 class AdanConfig(_Optim):
@@ -102,7 +111,7 @@ class TimmOptimConfig(_Optim):
 
         try:
             made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
-        except AssertionError as error:  # apex and bitsandbytes without a GPU
+        except (AssertionError, ImportError) as error:  # apex and bitsandbytes without a GPU, or not installed
             raise ValueError(f"optim.opt: {self.opt} cannot be used here ({error}); choose another") from error
         taken = {"params", "lr", "weight_decay", "capturable", "differentiable"}  # the last two: not in train_step
         return {name: _type_of(one) for name, one in inspect.signature(made).parameters.items() if name not in taken}
@@ -173,7 +182,9 @@ def _type_of(argument: inspect.Parameter) -> Any:
     return float if type(default) is int else type(default)
 
 
-OptimConfig = Annotated[AdamWConfig | AdanConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")]
+OptimConfig = Annotated[
+    AdamWConfig | AdamW8bitConfig | AdanConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")
+]
 
 
 class PhaseConfig(Strict):

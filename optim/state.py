@@ -46,10 +46,10 @@ def check_optimizer_state(
 ) -> None:
     """Raise UserError where a saved state, which may be on the meta device, cannot be this optimiser's.
 
-    Fused kernels (torch's, and those of Adan) walk through memory by the size of the parameter alone, so their state
-    must be a float32 scalar `step` and tensors of the parameter's whole shape and dtype. timm's optimisers may keep
-    other shapes (adafactor keeps rows and columns): torch's operations check these themselves. bitsandbytes' kernels,
-    which timm can name too, do not: load their state only from checkpoints that you trust.
+    Fused kernels (torch's, those of Adan, and bitsandbytes' AdamW8bit) walk through memory by the size of the parameter
+    alone, so their state must be what they would make themselves. timm's optimisers may keep other shapes (adafactor
+    keeps rows and columns): torch's operations check these themselves. bitsandbytes' other kernels, which timm can
+    name, do not: load their state only from checkpoints that you trust.
     """
     parameters = {
         name: parameter for group in optimizer.param_groups for name, parameter in zip(group["names"], group["params"])
@@ -68,10 +68,9 @@ def check_optimizer_state(
             continue
         if name not in parameters:
             raise UserError(f"resume: the optimiser of {path} knows {name!r}, which this model does not have")
-        if not fused:
+        wanted = _wanted(optimizer, key, getattr(parameters[name], "whole", parameters[name]))
+        if wanted is None:
             continue
-        own = getattr(parameters[name], "whole", parameters[name])
-        wanted = ((), torch.float32) if key == "step" else (tuple(own.shape), own.dtype)
         found = (
             (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value).__name__, "not a tensor")
         )
@@ -80,6 +79,21 @@ def check_optimizer_state(
                 f"resume: {full!r} of the optimiser of {path} is {found[0]} ({found[1]}), where this model needs "
                 f"{wanted[0]} ({wanted[1]}); {_ELSEWHERE}"
             )
+
+
+def _wanted(optimizer: torch.optim.Optimizer, key: str, own: Tensor) -> tuple[Any, Any] | None:
+    """Return the shape and dtype of the state of a parameter that its kernel does not check; None where it does.
+
+    Source for 8 bits: bitsandbytes:optim/optimizer.py, whose scales are those of 256 elements each.
+    """
+    if skips_on_device(optimizer):
+        return ((), torch.float32) if key == "step" else (tuple(own.shape), own.dtype)
+    if type(optimizer).__name__ != "AdamW8bit":
+        return None
+    average = (tuple(own.shape), torch.uint8 if own.numel() >= 4096 else torch.float32)
+    scales, values = ((-(-own.numel() // 256),), torch.float32), ((256,), torch.float32)
+    known = {"step": ("int", "not a tensor"), "state": average, "absmax": scales, "qmap": values}
+    return known.get(key.rstrip("12"), ("nothing", "no state of it"))
 
 
 def load_optimizer_state(

@@ -61,6 +61,13 @@ class TrainStream(Protocol):
     def unreadable_count(self) -> int:
         """Images that could not be read so far, on this rank."""
 
+    @property
+    def shapes(self) -> int:
+        """The number of shapes that samples come in; 1 where the sampler groups nothing."""
+
+    def trial_batch(self, shape: int, size: int) -> Batch:
+        """Return `size` times one sample of a shape, on the device; no part of the stream."""
+
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of step after step, from `start_step` on."""
 

@@ -55,6 +55,7 @@ class DiskCached:
 
     def __init__(self, images: FileSource, config: CacheConfig) -> None:
         self.images, self._config = images, config
+        self.decoder = images.decoder
         self._recipe = recipe_of(images.decoder, config)
         self.name_of, self.blank = images.name_of, images.blank
         self.counts = Counters("hits", "misses", *COUNTED)

@@ -44,9 +44,6 @@ from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.weights import InitFrom
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 _LATENT_DRAW = 3  # of utils/rng.py; models/sdxl/noise.py has the others
 _BINS = 5  # of timesteps, whose losses are logged
@@ -91,7 +88,6 @@ class DiffusionTask(Task):
         networks = open_networks(self._model, names, frozen=True)
         self.latent_scale = networks.source["vae_scaling_factor"]
         self._take(self.roles.frozen, networks)
-        log.debug("%s", "; ".join(f"{name} {show_size(getattr(self, name))}" for name in PARTS if getattr(self, name)))
         if encodes_once:
             self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
         if config.lora is not None:
@@ -207,13 +203,6 @@ class DiffusionTask(Task):
         )  # fmt: skip
         scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
         return sample_pictures(self.unet, self.vae, prompts, scheduler, settings)
-
-
-def show_size(network: nn.Module) -> str:
-    """Return the memory of a network's weights, and whether they are trained."""
-    weights = list(network.parameters())
-    state = "trained" if weights[0].requires_grad else "frozen"
-    return f"{sum(weight.nbytes for weight in weights) / 2**30:.2f} GiB {str(weights[0].dtype)[6:]}, {state}"
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ class DiffusionPipeline:
 
     def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
         """Open the collection of a run."""
-        collection, batch_size = load_collection(config.data), config.loop.batch_size
+        collection, batch_size = load_collection(config.data), config.loop.first_batch_size
         source = _open_images(collection, config.data, repeats=config.task.latent_cache is None)
         return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
@@ -188,7 +188,9 @@ class DiffusionPipeline:
 
 
 def _open_images(collection: Collection, config: DataConfig, *, repeats: bool) -> Source:
+    """Return the source of images; without the cache on disk, whose stored form latents would depend on."""
     background = DEFAULT if config.background is None else config.background
+    config = config.model_copy(update={"cache": config.cache.model_copy(update={"disk_gib": 0.0})})
     return open_images(collection, config, 3, background, repeats=repeats)
 
 

@@ -85,7 +85,7 @@ class ImagePipeline(Generic[Config]):
             collection, config.data, config.model.in_channels, stated["background"],
             shortest_px=stated.get("shortest_px"), repeats=True,
         )  # fmt: skip
-        batch_size = config.loop.batch_size
+        batch_size = config.loop.first_batch_size
         return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- samples

@@ -8,8 +8,6 @@ Source: Stability-AI/ModelSpec:README.md (1.0.1), comfyanonymous/ComfyUI:comfy/s
 """
 
 import copy
-import hashlib
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.sdxl.hashed_file import NO_HASH, write_hashed
 from models.sdxl.names import PARTS, to_single_file
 from models.sdxl.networks import SDXLNetworks
 from models.sdxl.noise import PredictionType
@@ -27,8 +26,6 @@ from utils.io.weights import weight_metadata, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NO_HASH = "0x" + "0" * 64  # what stands in a header until the tensors behind it are hashed
 
 
 def write_single_file(
@@ -57,16 +54,10 @@ def write_single_file(
         "architecture": "stable-diffusion-xl-v1-base",
         "implementation": "https://github.com/Stability-AI/generative-models",
         "prediction_type": "v" if is_v else prediction_type,
-        "hash_sha256": _NO_HASH,
+        "hash_sha256": f"0x{NO_HASH}",
     }
     texts = {"format": "pt", **{f"modelspec.{name}": text for name, text in modelspec.items()}}
-    texts |= weight_metadata({}, tensors)
-
-    def write(temporary: Path) -> None:
-        write_tensors(temporary, tensors, texts)
-        _set_hash(temporary)
-
-    write_atomically(path, write)
+    write_hashed(path, tensors, {**texts, **weight_metadata({}, tensors)})
 
 
 def write_diffusers(
@@ -125,14 +116,3 @@ def _cast(networks: SDXLNetworks, dtype: torch.dtype) -> dict[str, dict[str, Ten
         part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in state.items()}
         for part, state in networks.states().items()
     }
-
-
-def _set_hash(path: Path) -> None:
-    """Put the SHA-256 of a file's tensors, of all behind its header, into the header."""
-    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
-        start = 8 + int.from_bytes(content[:8], "little")
-        with memoryview(content)[start:] as payload:
-            digest = hashlib.sha256(payload).hexdigest()
-        content.seek(content.find(_NO_HASH.encode(), 0, start))
-        content.write(f"0x{digest}".encode())
-        content.flush()

@@ -10,19 +10,16 @@ alpha / rank, because older releases do not read alpha from such a file.
 Source: kohya-ss/sd-scripts:networks/lora.py and library/train_util.py, huggingface/diffusers:loaders/lora_pipeline.py.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
+from models.sdxl.hashed_file import NO_HASH, write_hashed
 from models.sdxl.lora import LoRA
 from models.sdxl.names import rename
-from utils.io.files import write_atomically
-from utils.io.weights import write_tensors
 
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
@@ -80,14 +77,10 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file; its hashes are of what follows the header, where the tensors are."""
-    content = save(tensors)
-    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
-    metadata = {
-        **metadata,
+    modelspec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.hash_sha256": f"0x{digest}",
-        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": f"0x{NO_HASH}",
+        "sshs_model_hash": NO_HASH,
     }
-    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
+    write_hashed(path, tensors, {**metadata, **modelspec})

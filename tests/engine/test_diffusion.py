@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from engine.task import freeze
-from engine.tasks.diffusion import DiffusionKind
+from engine.tasks.diffusion import DiffusionKind, DiffusionTask
 from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.tokenizer import tokenize
@@ -157,6 +157,24 @@ def test_a_run_logs_the_loss_by_timestep_the_fixed_loss_and_the_pictures(place):
     assert len(train) == 3 and all({f"error_{number}" for number in range(5)} <= row.keys() for row in train)
     assert all(0 < row["tone_0"] < 1 and 0 < row["tone_1"] < 1 for row in evaluate)
     assert (place / "lora/plots/samples.png").exists() and "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
+
+
+def test_the_batch_of_auto_is_what_the_largest_bucket_takes(place, monkeypatch):
+    """Memory for 16,384 pixels at once: four of 64 x 64, two of 64 x 96."""
+    monkeypatch.setattr("engine.run.check_auto", lambda config, runtime: None)
+    forward, shapes = DiffusionTask.forward, set()
+
+    def limited(task, batch, knobs):
+        if batch["images"][:, 0].numel() > 16_384:
+            raise torch.OutOfMemoryError
+        shapes.add(batch["images"].shape)
+        return forward(task, batch, knobs)
+
+    monkeypatch.setattr(DiffusionTask, "forward", limited)
+    own = ["loop.global_batch_size=12", "loop.batch_size=auto", "task.chunk=12", "loop.total_steps=1"]
+    run("finetune_sdxl", [*SHORT, *own, "data.root=images", "run_dir=auto"], place)
+    assert "auto is 2 on cpu; 6 micro-batches" in (place / "auto/log.txt").read_text()
+    assert {(4, 3, 64, 64), (2, 3, 64, 96), (2, 3, 96, 64)} <= shapes
 
 
 # ----------------------------------------------------------------------------------------------------- exact resume

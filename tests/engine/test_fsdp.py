@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.parallel import _shard, find_units
+from engine.parallel import _keep_whole, _shard, find_units
 from engine.runtime import Runtime, can_compile
+from engine.task import Roles, Task
 from tests.engine.test_exactness import CHEAP, NOISY, assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
@@ -192,6 +193,15 @@ def test_units_are_blocks_in_stacks_and_nothing_else():
     assert found.index(nested) > max(found.index(inner) for inner in nested.inner)
     nested.inner[0].first.weight = block.first.weight  # of two blocks: it is in no unit
     assert find_units(network) == [nested.inner[1]]
+
+
+def test_what_is_frozen_and_in_no_unit_is_kept_whole():
+    task = Task()
+    task.roles = Roles(trained=("network",), frozen=("encoder",))
+    task.network, task.encoder = Pair(8), nn.Module()
+    task.encoder.stem, task.encoder.stack = nn.Linear(8, 8), nn.ModuleList([Pair(8)])
+    machine = Runtime(torch.device("cpu"), "fp32", False, 0, 2)
+    assert _keep_whole(task, find_units(task), machine) == set(task.encoder.stem.parameters())
 
 
 def test_a_single_number_is_refused_as_a_parameter():

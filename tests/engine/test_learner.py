@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from engine.evaluator import Evaluator
@@ -19,6 +20,7 @@ from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
 from utils.config.messages import ConfigError
 from utils.errors import UserError
+from utils.io.weights import write_tensors
 from utils.rng import generator_for
 
 BATCH, SIZE, CLASSES = 8, 16, 4
@@ -101,6 +103,31 @@ def test_bf16_weights_learn_and_continue_bit_for_bit():
         learner.update([batch])
     left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_averages_of_8_bits_are_saved_as_such_and_continue_bit_for_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    setting = ("optim=adamw8bit", "model.dims=[64,128]", "loop.ema_decay=0.9")
+    first, second, batch = make_learner(*setting), make_learner(*setting), make_batch()
+    losses = [first.update([batch]).losses[0].mean().item() for _ in range(20)]
+    tensors, others = first.state()
+    assert losses[-1] < losses[0] - 0.1
+    assert {tensor.dtype for tensor in tensors["optimizer"].values()} == {torch.uint8, torch.float32}
+    saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
+    write_tensors(tmp_path / "optimizer", tensors["optimizer"])
+    saved["optimizer"] = load_file(tmp_path / "optimizer")
+    second.check_state(saved, others, "here")
+    second.load_state(saved, others, "here")
+    second.step = first.step
+    for learner in (first, second):
+        learner.update([batch])
+    left, right = tensors_of(first), tensors_of(second)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    for key in ("state1", "absmax2", "qmap1"):
+        name = next(name for name in saved["optimizer"] if name.endswith(key) and "pwconv" in name)
+        short = {**saved, "optimizer": {**saved["optimizer"], name: saved["optimizer"][name][:-1]}}
+        with pytest.raises(UserError, match=f"^resume: .*{key}"):
+            second.check_state(short, others, "here")
 
 
 @pytest.mark.parametrize("more", ["runtime.precision=fp32", "loop.ema_decay=0.9"])

@@ -203,7 +203,7 @@ def test_every_timm_name_makes_a_step_or_is_refused_with_its_key(opt):
         ("adamw", {"layer_decay_kind": "double"}, "layer_decay_kind"),
         ("adamw", {"weight_decay": -0.1}, "weight_decay"),
         ("adamw", {"momentum": 0.9}, "momentum"),  # a key of SGD
-        ("adamw", {"name": "adamv"}, "'adamw', 'adan', 'sgd', 'timm'"),
+        ("adamw", {"name": "adamv"}, "'adamw', 'adamw8bit', 'adan', 'sgd', 'timm'"),
     ],
 )
 def test_wrong_settings_are_refused(name, changes, key):

@@ -6,6 +6,7 @@ full_disk FIRST LAST             the disk refuses checkpoints of these steps
 nan FIRST LAST [RANK]            the losses of the samples that these steps (from 1) read are NaN; only one rank's
 kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1), unless MARKER is there
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
+little_memory SIZE ...           the device of each rank takes a batch of so many samples in training
 lose_images STEP FOLDER          this folder of images is renamed to FOLDER.lost before this step
 hang_reading POSITION            reading the sample at this position of the stream never ends; its process is told
 """
@@ -24,6 +25,7 @@ import torch
 import data.loader
 import engine.checkpoint
 import engine.learner
+import engine.run
 import engine.tasks.classification
 import finetune
 from utils import rng
@@ -103,6 +105,19 @@ def kill_worker(step, marker):
         _before_step(step, marker, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
 
 
+def little_memory(*sizes):
+    forward = engine.tasks.classification.ClassificationTask.forward
+    most = int(sizes[int(os.environ.get("RANK", "0"))])
+
+    def limited(self, batch, knobs):
+        if len(batch["key"]) > most:
+            raise torch.OutOfMemoryError
+        return forward(self, batch, knobs)
+
+    engine.tasks.classification.ClassificationTask.forward = limited
+    engine.run.check_auto = lambda config, runtime: None  # which refuses CPUs
+
+
 def lose_images(step, folder):
     train_step = engine.learner.train_step
 
@@ -133,13 +148,24 @@ PATCHED = (
     (engine.checkpoint, "sha256_file"),
     (engine.checkpoint, "write_tensors"),
     (engine.learner, "train_step"),
+    (engine.run, "check_auto"),
     (engine.tasks.classification.ClassificationTask, "forward"),
 )
 
 
 def start(name, *amounts):
     """Begin a trouble in this process."""
-    kinds = (slow_evaluation, slow_save, full_disk, nan, kill_rank, kill_worker, lose_images, hang_reading)
+    kinds = (
+        slow_evaluation,
+        slow_save,
+        full_disk,
+        nan,
+        kill_rank,
+        kill_worker,
+        little_memory,
+        lose_images,
+        hang_reading,
+    )
     {kind.__name__: kind for kind in kinds}[name](*amounts)
 
 

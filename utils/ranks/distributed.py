@@ -9,7 +9,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ log = get_logger(__name__)
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # of a job that a dry run checks before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set where that job will have GPUs
+_is_alone = False
 T = TypeVar("T")
 
 
@@ -144,7 +146,18 @@ def local_device_index(world: World | None = None) -> int:
 
 def is_distributed() -> bool:
     """Return whether a process group of more than one rank is up."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _is_alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this rank be a world of one inside the context, so that no helper of this file waits for another."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
 
 
 def rank() -> int:

@@ -50,7 +50,7 @@ def problems_with(values, changes):
 MESSAGES = [
     ("seed", "many", "must be a valid integer, found 'many'"),
     ("seed", 1.5, "must be a valid integer, found 1.5"),
-    ("loop.batch_size", True, "must be a valid integer, found True"),
+    ("loop.global_batch_size", True, "must be a valid integer, found True"),
     ("optim.lr", "1e", "must be a valid number, found '1e'"),
     ("optim.lr", False, "must be a valid number, found False"),
     ("optim.lr", float("nan"), "must be a finite number, found nan"),
@@ -64,7 +64,7 @@ MESSAGES = [
     ("optim.name", ABSENT, "missing; add optim.name=VALUE or the file of its group"),
     ("data.root", "???", "must be given; add data.root=VALUE"),
     ("seed", "???", "must be given; add seed=VALUE"),
-    ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adan"),
+    ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adan, adamw8bit"),
     ("optim.lrr", 1.0, "unknown key; close: lr"),
     ("sweep.xyzzy", 1, "unknown key; known: at_once, gpus, name, trials"),
     ("optim.drop_path_rate", 0.1, "unknown key; did you mean model.drop_path_rate?"),
