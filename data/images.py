@@ -5,7 +5,6 @@ source.read(7)["image"]          uint8 [3, H, W]
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +12,9 @@ import torch
 from data.collection import Collection
 from data.config import DataConfig
 from data.decode import Decoder, read_file
-from data.source import IMAGE, Record, Source
+from data.shards import ShardContents
+from data.source import IMAGE, FileRange, Record, Source
+from data.table import is_packed
 
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
@@ -27,8 +28,8 @@ class Contents(Protocol):
     def name_of(self, row: int) -> str:
         """Return a row's name, for messages."""
 
-    def file_of(self, row: int) -> Path | None:
-        """Return the file that holds a row and no other, None where there is no such file."""
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the part of a file that is worth reading ahead for a row, None for none."""
 
 
 class Files:
@@ -39,15 +40,15 @@ class Files:
 
     def read(self, row: int) -> bytes:
         """Return the content of the row's file."""
-        return read_file(self.file_of(row))
+        return read_file(self.collection.absolute_path(row))
 
     def name_of(self, row: int) -> str:
         """Return the row's path."""
         return self.collection.view(row).path
 
-    def file_of(self, row: int) -> Path:
+    def file_of(self, row: int) -> FileRange:
         """Return the row's file."""
-        return self.collection.absolute_path(row)
+        return FileRange(self.collection.absolute_path(row))
 
 
 class Images:
@@ -68,9 +69,14 @@ class Images:
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}
 
 
+def open_contents(collection: Collection) -> Contents:
+    """Return the encoded images of a collection, which are files or parts of shards."""
+    return ShardContents(collection) if is_packed(collection.table.schema) else Files(collection)
+
+
 def open_images(collection: Collection, config: DataConfig, channels: int, background: Any) -> Source:
     """Return the source of a collection's images.
 
     Raises UserError (`model.in_channels`) where images cannot be read with so many channels.
     """
-    return Images(Files(collection), Decoder.of(channels, config.max_pixels, background))
+    return Images(open_contents(collection), Decoder.of(channels, config.max_pixels, background))

@@ -2,13 +2,15 @@
 them. Where folders are no classes, a CSV file of any name with the columns path and label is one.
 
 Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns are kept. A manifest may come from a
-stranger, so its paths must stay in the root.
+stranger, so its paths must stay in the root. With the columns `data.table.PLACES` the paths are names alone, and the
+shards are the files.
 """
 
 import os
 import posixpath
 from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,17 @@ import pyarrow.compute as pc
 
 from data.manifest_formats import CSV, JSONL, PARQUET, read_header, read_table
 from data.scan import list_folder
-from data.table import MEASURED, SPLIT_NAMES, further_fields, replace_column, settle_test_split, show_some, sort_rows
+from data.table import (
+    MEASURED,
+    PLACES,
+    SPLIT_NAMES,
+    further_fields,
+    is_packed,
+    replace_column,
+    settle_test_split,
+    show_some,
+    sort_rows,
+)
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -72,7 +84,7 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
 
     Raises UserError (`data.root`) naming the file, the column or the row (counted from 0, without the header of CSV):
     broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root; unknown
-    split; weight that is negative or not finite.
+    split; weight that is negative or not finite; shard that is absent; offset or length that is no number of bytes.
     """
     table = read_table(file)
 
@@ -80,7 +92,7 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         """Return the position of a row in the file, for messages."""
         return f"row {index}"
 
-    if further := [field.name for field in further_fields(table.schema) if field.name not in MEASURED]:
+    if further := [field.name for field in further_fields(table.schema) if field.name not in {**MEASURED, **PLACES}]:
         log.info("data.root: %s has the further columns %s", file.name, ", ".join(further))
     if table.num_rows == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
@@ -88,11 +100,15 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
     table = replace_column(table, "split", _read_splits(file, table, locate))
     paths = table["path"].to_pylist()
     _refuse_repeats(file, paths, locate)
-    entries = find_files(root, paths, lambda index: f"{str(file)!r}, {locate(index)}")
-    if table["size"].null_count:
-        known = table["size"].to_pylist()
-        sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
-        table = replace_column(table, "size", pa.array(sizes, pa.int64()))
+    if is_packed(table.schema):
+        _check_places(root, file, table, locate)
+        table = replace_column(table, "size", pc.coalesce(table["size"], table["length"]))
+    else:
+        entries = find_files(root, paths, lambda index: f"{str(file)!r}, {locate(index)}")
+        if table["size"].null_count:
+            known = table["size"].to_pylist()
+            sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
+            table = replace_column(table, "size", pa.array(sizes, pa.int64()))
     return settle_test_split(sort_rows(table))
 
 
@@ -104,14 +120,34 @@ def find_files(root: Path, paths: Iterable[str], describe: Locate) -> list[os.Di
     """
     real, listings, entries = os.path.realpath(root), {}, []
     for index, path in enumerate(paths):
-        entry = _fault_of_path(path) or _look_up(root, real, path, listings)
+        entry = fault_of_path(path) or _look_up(root, real, path, listings)
         if isinstance(entry, str):
-            raise UserError(
-                f"data.root: {describe(index)}: path {path!r} {entry}; allowed are files inside the collection, "
-                f"named from {str(root)!r} with / between folders"
-            )
+            _refuse_path(root, describe(index), path, entry)
         entries.append(entry)
     return entries
+
+
+def _refuse_path(root: Path, where: str, path: str, fault: str) -> NoReturn:
+    raise UserError(
+        f"data.root: {where}: path {path!r} {fault}; allowed are files inside the collection, named from {str(root)!r} "
+        "with / between folders"
+    )
+
+
+def _check_places(root: Path, file: Path, table: pa.Table, locate: Locate) -> None:
+    """Check the spelling of the paths of packed rows, that their shards are there, and their offsets and lengths."""
+    for index, path in enumerate(table["path"].to_pylist()):
+        if fault := fault_of_path(path):
+            _refuse_path(root, f"{str(file)!r}, {locate(index)}", path, fault)
+    places = [table[name].fill_null(-1).to_numpy() for name in ("offset", "length")]
+    bad = np.flatnonzero((np.stack(places) < 0).any(axis=0) | table["shard"].is_null().to_numpy())
+    if len(bad):
+        found = {name: table[name][int(bad[0])].as_py() for name in PLACES}
+        raise UserError(
+            f"data.root: {str(file)!r}, {locate(bad[0])}: {found} is no place of an image; pack the collection again"
+        )
+    shards = pc.unique(table["shard"]).to_pylist()
+    find_files(root, shards, lambda index: f"{str(file)!r}, column shard")
 
 
 def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:
@@ -146,7 +182,7 @@ def _refuse_repeats(file: Path, paths: list[str], locate: Locate) -> None:
             )
 
 
-def _fault_of_path(path: str) -> str | None:
+def fault_of_path(path: str) -> str | None:
     """Return the first error in the spelling of a path, None without an error."""
     if path.startswith("/") or PureWindowsPath(path).is_absolute():
         return "is absolute"

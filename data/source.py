@@ -6,13 +6,21 @@ its records may have several tensors.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 IMAGE = "image"  # the tensor of a record that views are made of
 
 Record = dict[str, Tensor]
+
+
+class FileRange(NamedTuple):
+    """A file, or `length` bytes of it; 0: all from `offset` on."""
+
+    path: Path
+    offset: int = 0
+    length: int = 0
 
 
 class Source(Protocol):
@@ -32,5 +40,5 @@ class Source(Protocol):
     def name_of(self, row: int) -> str:
         """Return a row's name, for messages."""
 
-    def file_of(self, row: int) -> Path | None:
-        """Return the file that holds a row and no other, None where there is no such file."""
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the part of a file that is worth reading ahead for a row, None for none."""

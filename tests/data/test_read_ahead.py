@@ -9,6 +9,7 @@ import pytest
 
 from data import read_ahead
 from data.read_ahead import ReadAhead, will_need
+from data.source import FileRange
 from data.stream import Draw
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
@@ -21,7 +22,7 @@ def batches(size, count=None):
 
 
 def file_of(draw):
-    return Path(f"{draw.index}.png")
+    return FileRange(Path(f"{draw.index}.png"))
 
 
 class Asked:
@@ -30,9 +31,9 @@ class Asked:
     def __init__(self):
         self.files, self.changed = set(), threading.Condition()
 
-    def __call__(self, path):
+    def __call__(self, file):
         with self.changed:
-            self.files.add(int(path.stem))
+            self.files.add(int(file.path.stem))
             self.changed.notify()
 
     def wait_for(self, indices):
@@ -82,12 +83,13 @@ def test_its_threads_end_with_the_stream(asked):
     assert not threads_of_ours()
 
 
-def test_the_system_is_asked_for_the_whole_file(tmp_path, monkeypatch):
+def test_the_system_is_asked_for_the_whole_file_or_a_part(tmp_path, monkeypatch):
     asked, file = [], tmp_path / "x.png"
     file.write_bytes(b"content")
     monkeypatch.setattr(os, "posix_fadvise", lambda opened, *how: asked.append((os.fstat(opened).st_ino, *how)))
-    will_need(file)
-    assert asked == [(file.stat().st_ino, 0, 0, os.POSIX_FADV_WILLNEED)]
+    will_need(FileRange(file))
+    will_need(FileRange(file, 3, 2))
+    assert asked == [(file.stat().st_ino, *part, os.POSIX_FADV_WILLNEED) for part in ((0, 0), (3, 2))]
 
 
 def test_any_file_may_be_asked_for(tmp_path):
@@ -97,7 +99,7 @@ def test_any_file_may_be_asked_for(tmp_path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     for name in ("empty", "folder", "pipe", "loop", "absent"):
-        will_need(tmp_path / f"{name}.png")
+        will_need(FileRange(tmp_path / f"{name}.png", -512))
     if open_before is not None:
         assert len(os.listdir("/proc/self/fd")) == open_before
 

@@ -103,7 +103,7 @@ VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "appe
     ("script", "keys"),
     [
         ("finetune", {"run_dir", "data.root", "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
-        ("prepare", {"data.root", "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
+        ("prepare", {"data.root", "source", "pack.output", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
         ("evaluate", {"models", "run_dir", "weights", "output", "data.root", "arena.aliases", "arena.implications"}),
         ("export", {"run_dir", "weights", "output", "thresholds", "data.root"}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
