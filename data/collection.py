@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.foreign import read_foreign
 from data.manifest import describe_csv, find_labels, find_manifest, read_manifest
 from data.scan import check_root
 from data.table import (
@@ -24,6 +25,7 @@ from data.table import (
     assign_validation,
     count_values,
     hash_table,
+    is_packed,
     name_classes,
     show_some,
 )
@@ -151,16 +153,18 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     """Read a collection, check it, and return its index: an uncompressed Arrow IPC file named by the content's hash.
 
     A manifest at the root takes precedence over the folder's layout; a CSV file with labels does where the layout has
-    none. Where no row is in the validation split, `validation_fraction` of them are moved there as `assign_validation`
-    says. The index is kept in `cache`, outside the collection, so that an index that came with a collection is never
-    read.
+    none. A folder without images may have other people's shards (data/foreign.py). Where no row is in the
+    validation split, `validation_fraction` of them are moved there as `assign_validation` says. The index is kept in
+    `cache`, outside the collection, so that an index that came with a collection is never read.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
     """
     folder = check_root(root)
     manifest = find_manifest(folder)
-    table = read_folder(folder) if manifest is None else read_manifest(folder, manifest)
-    if manifest is None and (manifest := find_labels(folder, table)) is not None:
+    table = read_foreign(folder, cache) if manifest is None else read_manifest(folder, manifest)
+    if table is None:
+        table = read_folder(folder)
+    if manifest is None and not is_packed(table.schema) and (manifest := find_labels(folder, table)) is not None:
         images, table = table.num_rows, read_manifest(folder, manifest)
         log.info("data.root: %s is read as the manifest: %d of %d images", manifest.name, table.num_rows, images)
     table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))

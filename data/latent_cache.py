@@ -22,6 +22,7 @@ from data.decode import UnreadableImage
 from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches
+from data.table import is_packed
 from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.contracts import Machine
@@ -44,7 +45,12 @@ class LatentRecipe(NamedTuple):
 
 
 def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
-    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only."""
+    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only.
+
+    Of shards it is what the manifest states.
+    """
+    if is_packed(collection.table.schema) and collection.table["sha256"].null_count == 0:
+        return collection.table["sha256"].take(rows).to_pylist()
     found = distributed.rank_zero_call(lambda: measure_rows(collection, rows, cache, _hash, "images, to know changes"))
     return [digest or "" for digest in found]
 
