@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from data.foreign import read_foreign
 from data.manifest import describe_csv, find_labels, find_manifest, read_manifest
+from data.remote import fetch_manifest, is_remote
 from data.scan import check_root
 from data.table import (
     MEASURED,
@@ -74,8 +75,8 @@ class Collection:
     column, which the index carries.
     """
 
-    def __init__(self, root: Path, arrow: Path, fingerprint: str, length: int) -> None:
-        """Keep the paths; the file is mapped at the first access."""
+    def __init__(self, root: Path | str, arrow: Path, fingerprint: str, length: int) -> None:
+        """Keep the paths, or the URL of the root; the file is mapped at the first access."""
         self.root, self.arrow, self.fingerprint = root, arrow, fingerprint
         self._length = length
         self._table: pa.Table | None = None
@@ -106,7 +107,7 @@ class Collection:
 
     def absolute_path(self, i: int) -> Path:
         """Return the file of row i."""
-        return self.root / self.table["path"][i].as_py()
+        return Path(self.root) / self.table["path"][i].as_py()
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row indices of a split (train or val), int64 [n], ascending."""
@@ -159,8 +160,11 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
     """
-    folder = check_root(root)
-    manifest = find_manifest(folder)
+    if is_remote(root):
+        folder, manifest = None, fetch_manifest(root, cache)
+    else:
+        folder = check_root(root)
+        manifest = find_manifest(folder)
     table = read_foreign(folder, cache) if manifest is None else read_manifest(folder, manifest)
     if table is None:
         table = read_folder(folder)
@@ -184,7 +188,7 @@ def open_collection(root: str, arrow: Path) -> Collection:
 
     Raises UserError (`data.root`) where the root is gone or the index is damaged.
     """
-    folder = check_root(root)
+    folder = root if is_remote(root) else check_root(root)
     table = _map_index(arrow)
     fingerprint = (table.schema.metadata or {}).get(_FINGERPRINT, b"").decode()
     return Collection(folder, Path(arrow), fingerprint, table.num_rows)
@@ -203,7 +207,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         raise UserError(
             f"data.root: {root!r} has {found} in its training split; classification needs two. Set data.root to the "
             "folder whose sub-folders are the classes (or train/ and val/ with the classes in them), or name the "
-            f"images in a CSV file there, with the columns path and label{describe_csv(collection.root)}"
+            f"images in a CSV file there, with the columns path and label{describe_csv(Path(collection.root))}"
         )
     unknown = sorted(set(val) - set(train))
     _refuse_two_spellings(root, train, unknown)
@@ -276,7 +280,7 @@ def _compare(names: Sequence[str]) -> str:
     return f"{shown} look alike, but differ in their Unicode characters ({' and '.join(map(ascii, names))})"
 
 
-def _describe_absent_split(root: Path, manifest: Path | None) -> str:
+def _describe_absent_split(root: Path | None, manifest: Path | None) -> str:
     """Say where a validation split was looked for, for a collection that has none."""
     if manifest is not None:
         return f"no row of {manifest.name} is in split val"

@@ -4,7 +4,7 @@ source = open_images(collection, config.data, channels=3, background="white")
 source.read(7)["image"]          uint8 [3, H, W]
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from data.collection import Collection
 from data.config import DataConfig
 from data.decode import Decoder, read_file
-from data.shards import ShardContents
+from data.remote import is_remote
+from data.shards import RemoteContents, ShardContents
 from data.source import IMAGE, FileRange, Record, Source
 from data.table import is_packed
 
@@ -24,6 +25,9 @@ class Contents(Protocol):
 
     def read(self, row: int) -> bytes:
         """Return the bytes of a row's image file. Raises UnreadableImage."""
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read the rows that are read next, where each would wait for an answer otherwise."""
 
     def name_of(self, row: int) -> str:
         """Return a row's name, for messages."""
@@ -42,6 +46,9 @@ class Files:
         """Return the content of the row's file."""
         return read_file(self.collection.absolute_path(row))
 
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: `file_of` lets files be read ahead."""
+
     def name_of(self, row: int) -> str:
         """Return the row's path."""
         return self.collection.view(row).path
@@ -58,7 +65,7 @@ class Images:
 
     def __init__(self, contents: Contents, decoder: Decoder) -> None:
         self.contents, self.decoder = contents, decoder
-        self.name_of, self.file_of = contents.name_of, contents.file_of
+        self.name_of, self.file_of, self.prefetch = contents.name_of, contents.file_of, contents.prefetch
 
     def read(self, row: int) -> Record:
         """Return the decoded image of a row."""
@@ -71,6 +78,8 @@ class Images:
 
 def open_contents(collection: Collection) -> Contents:
     """Return the encoded images of a collection, which are files or parts of shards."""
+    if is_remote(str(collection.root)):
+        return RemoteContents(collection)
     return ShardContents(collection) if is_packed(collection.table.schema) else Files(collection)
 
 

@@ -8,7 +8,7 @@ A record's key is a hash of the image's bytes and of everything that was done to
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ class _FittedFiles:
 
     def __init__(self, images: Source, cache: LatentCache, variant: int) -> None:
         self._images, self._cache, self._variant = images, cache, variant
-        self.name_of, self.file_of = images.name_of, images.file_of
+        self.name_of, self.file_of, self.prefetch = images.name_of, images.file_of, images.prefetch
 
     def read(self, row: int) -> Record:
         number = self._cache.buckets.place_of(row)
@@ -189,6 +189,9 @@ class LatentSource:
         if len(variants) == 1:  # a view: a stack would copy all latents
             return {name: tensor[None] for name, tensor in variants[0].items()}
         return {name: torch.stack([variant[name] for variant in variants]) for name in variants[0]}
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: shards of latents are on a disk."""
 
     def blank(self, group: int) -> Record:
         """Return latents of zeros in a bucket's shape."""

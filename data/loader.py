@@ -89,6 +89,11 @@ class SampleReader(Dataset):
         self.collection, self.source = collection, source
         self.views, self.fields, self.training = dict(views), fields, training
 
+    def __getitems__(self, draws: list[Draw]) -> list[tuple[Sample, tuple[str, str] | None]]:
+        """Return what `__getitem__` does of each draw of a batch."""
+        self.source.prefetch([draw.index for draw in draws])
+        return [self[draw] for draw in draws]
+
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (name, reason) where it could not be read."""
         row, problem, record = self.collection.view(draw.index), None, None

@@ -70,6 +70,8 @@ def find_labels(root: Path, scanned: pa.Table) -> Path | None:
 
 def describe_csv(root: Path) -> str:
     """Return the columns of the CSV files at the root, for a message; empty where there is none."""
+    if not root.is_dir():  # it is a URL
+        return ""
     texts = [f"{file.name} has the columns {show_some(columns)}" for file, columns in _list_csv(root)]
     return f" ({'; '.join(texts)})" if texts else ""
 
@@ -79,8 +81,10 @@ def _list_csv(root: Path) -> list[tuple[Path, list[str]]]:
     return [(root / name, read_header(root / name)) for name in names]
 
 
-def read_manifest(root: Path, file: Path) -> pa.Table:
+def read_manifest(root: Path | None, file: Path) -> pa.Table:
     """Read a manifest into a table, sorted by path, with every file's size filled in.
+
+    root: None for the manifest of remote shards, which are not looked for.
 
     Raises UserError (`data.root`) naming the file, the column or the row (counted from 0, without the header of CSV):
     broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root; unknown
@@ -103,6 +107,8 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
     if is_packed(table.schema):
         _check_places(root, file, table, locate)
         table = replace_column(table, "size", pc.coalesce(table["size"], table["length"]))
+    elif root is None:
+        raise UserError(f"data.root: {file.name} names files, and from a URL shards are read; pack them (job=pack)")
     else:
         entries = find_files(root, paths, lambda index: f"{str(file)!r}, {locate(index)}")
         if table["size"].null_count:
@@ -127,16 +133,17 @@ def find_files(root: Path, paths: Iterable[str], describe: Locate) -> list[os.Di
     return entries
 
 
-def _refuse_path(root: Path, where: str, path: str, fault: str) -> NoReturn:
+def _refuse_path(root: Path | None, where: str, path: str, fault: str) -> NoReturn:
     raise UserError(
-        f"data.root: {where}: path {path!r} {fault}; allowed are files inside the collection, named from {str(root)!r} "
-        "with / between folders"
+        f"data.root: {where}: path {path!r} {fault}; allowed are files inside the collection, named from "
+        f"{str(root or 'data.root')!r} with / between folders"
     )
 
 
-def _check_places(root: Path, file: Path, table: pa.Table, locate: Locate) -> None:
+def _check_places(root: Path | None, file: Path, table: pa.Table, locate: Locate) -> None:
     """Check the spelling of the paths of packed rows, that their shards are there, and their offsets and lengths."""
-    for index, path in enumerate(table["path"].to_pylist()):
+    shards = pc.unique(table["shard"]).to_pylist()
+    for index, path in enumerate([*table["path"].to_pylist(), *filter(None, shards)]):
         if fault := fault_of_path(path):
             _refuse_path(root, f"{str(file)!r}, {locate(index)}", path, fault)
     places = [table[name].fill_null(-1).to_numpy() for name in ("offset", "length")]
@@ -146,8 +153,8 @@ def _check_places(root: Path, file: Path, table: pa.Table, locate: Locate) -> No
         raise UserError(
             f"data.root: {str(file)!r}, {locate(bad[0])}: {found} is no place of an image; pack the collection again"
         )
-    shards = pc.unique(table["shard"]).to_pylist()
-    find_files(root, shards, lambda index: f"{str(file)!r}, column shard")
+    if root is not None:
+        find_files(root, shards, lambda index: f"{str(file)!r}, column shard")
 
 
 def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:

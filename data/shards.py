@@ -7,17 +7,24 @@ import functools
 import hashlib
 import os
 import tarfile
+import time
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data.collection import Collection
 from data.decode import CUT_OFF, NOT_OPENED, UnreadableImage
+from data.remote import open_store, read_ranges
 from data.source import FileRange
 
 TAR = ".tar"
 HEADER_BYTES = 512  # of a member of a tar file, right before its content
 MISPLACED = "the shard holds something else there"
+NO_ANSWER = "the store does not give the bytes"
 _OPEN_SHARDS = 64  # that a process keeps open
+_ROWS_AT_ONCE, _THREADS = 32, 4  # of a remote read
+_PATIENCE_SEC = 120  # for a batch, attempts included
 
 
 def member_key(path: str) -> str:
@@ -34,7 +41,7 @@ class ShardContents:
 
     def __reduce__(self) -> tuple[type["ShardContents"], tuple[Collection]]:
         """Leave the open files out: each process has its own."""
-        return ShardContents, (self.collection,)
+        return type(self), (self.collection,)
 
     def read(self, row: int) -> bytes:
         """Return a row's bytes.
@@ -61,6 +68,9 @@ class ShardContents:
             raise UnreadableImage(name, MISPLACED, f"{fault}; pack the collection again")
         return content[HEADER_BYTES:]
 
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: `file_of` lets the parts be read ahead."""
+
     def name_of(self, row: int) -> str:
         """Return the shard and the row's path."""
         view = self.collection.view(row)
@@ -68,9 +78,51 @@ class ShardContents:
 
     def file_of(self, row: int) -> FileRange:
         """Return the row's part of its shard, with the header of a tar file's member."""
+        shard, offset, length = self.place_of(row)
+        return FileRange(Path(self.collection.root) / shard, offset, length)
+
+    def place_of(self, row: int) -> tuple[str, int, int]:
+        """Return the shard, offset and length of what is read for a row."""
         view = self.collection.view(row)
         lead = HEADER_BYTES if view.shard.endswith(TAR) else 0
-        return FileRange(self.collection.root / view.shard, view.offset - lead, view.length + lead)
+        return view.shard, view.offset - lead, view.length + lead
+
+
+class RemoteContents(ShardContents):
+    """The parts of shards behind a URL: those of a batch are asked for together, while the first ones are decoded."""
+
+    def __init__(self, collection: Collection) -> None:
+        super().__init__(collection)
+        self._coming: dict[int, Future[dict[int, bytes | Exception]]] = {}  # of the batch that is read
+        self._deadline = 0.0
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read rows; those of the call before are dropped."""
+        self._coming, self._deadline = {}, time.monotonic() + _PATIENCE_SEC
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")  # a new one: a fork has no threads
+        files, folder = open_store(str(self.collection.root))
+        rows = list(dict.fromkeys(rows))
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            places = {row: self.place_of(row) for row in part}
+            self._coming |= dict.fromkeys(part, pool.submit(read_ranges, files, folder, places))
+        pool.shutdown(wait=False)
+
+    def read(self, row: int) -> bytes:
+        """Return a row's bytes. Raises UnreadableImage where the store does not give them, after some attempts."""
+        if row not in self._coming:
+            self.prefetch([row])
+        name, (_, _, length) = self.name_of(row), self.place_of(row)
+        try:
+            content = self._coming[row].result(max(0.0, self._deadline - time.monotonic()))[row]
+        except TimeoutError as error:
+            raise UnreadableImage(name, NO_ANSWER, f"within {_PATIENCE_SEC} s") from error
+        if isinstance(content, Exception):
+            raise UnreadableImage(name, NO_ANSWER, f"{type(content).__name__}: {content}") from content
+        return self.check(row, name, content, length)
+
+    def file_of(self, row: int) -> None:
+        """Return None: there is no file."""
 
 
 class _Shard:

@@ -4,7 +4,7 @@ data/images.py has the source of images. Another store (cached latents) is anoth
 its records may have several tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -33,6 +33,9 @@ class Source(Protocol):
 
     def read(self, row: int) -> Record:
         """Return a row's record. Raises UnreadableImage where that is not possible."""
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read the rows that are read next, where each would wait for an answer otherwise."""
 
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one of a shape group; its weight is 0."""
