@@ -27,7 +27,7 @@ class Contents(Protocol):
         """Return the bytes of a row's image file. Raises UnreadableImage."""
 
     def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read the rows that are read next, where each would wait for an answer otherwise."""
+        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise."""
 
     def name_of(self, row: int) -> str:
         """Return a row's name, for messages."""

@@ -9,7 +9,7 @@ Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from data.source import FileRange
@@ -47,6 +47,23 @@ class ReadAhead:
             yield from waiting
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class DrawBatch(list[Draw]):
+    """The draws of a batch. coming: those of the batch that the same worker reads next."""
+
+    coming: Sequence[Draw] = ()
+
+
+def with_coming(batches: Iterable[list[Draw]], workers: int) -> Iterator[DrawBatch]:
+    """Yield batches that know the next one of their worker; a DataLoader deals them to its workers in turn."""
+    waiting: deque[DrawBatch] = deque()
+    for batch in map(DrawBatch, batches):
+        if len(waiting) == max(workers, 1):
+            waiting[0].coming = list(batch)
+            yield waiting.popleft()
+        waiting.append(batch)
+    yield from waiting
 
 
 def _ask_for(files: list[FileRange]) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from data.collection import Collection
 from data.decode import CUT_OFF, NOT_OPENED, UnreadableImage
@@ -88,33 +89,43 @@ class ShardContents:
         return view.shard, view.offset - lead, view.length + lead
 
 
+class _Answer(NamedTuple):
+    """What is to come for some rows, and until when it is waited for."""
+
+    future: Future[dict[int, bytes | Exception]]
+    deadline: float
+
+
 class RemoteContents(ShardContents):
-    """The parts of shards behind a URL: those of a batch are asked for together, while the first ones are decoded."""
+    """The parts of shards behind a URL: those of a batch are asked for together, while the batch before is decoded."""
 
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
-        self._coming: dict[int, Future[dict[int, bytes | Exception]]] = {}  # of the batch that is read
-        self._deadline = 0.0
+        self._coming: dict[int, _Answer] = {}
 
     def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read rows; those of the call before are dropped."""
-        self._coming, self._deadline = {}, time.monotonic() + _PATIENCE_SEC
-        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")  # a new one: a fork has no threads
+        """Begin to read rows that no call before has begun; other rows are dropped."""
+        self._coming = {row: self._coming[row] for row in rows if row in self._coming}
+        self._ask_for([row for row in dict.fromkeys(rows) if row not in self._coming])
+
+    def _ask_for(self, rows: list[int]) -> None:
         files, folder = open_store(str(self.collection.root))
-        rows = list(dict.fromkeys(rows))
+        deadline = time.monotonic() + _PATIENCE_SEC
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")  # a new one: a fork has no threads
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            places = {row: self.place_of(row) for row in part}
-            self._coming |= dict.fromkeys(part, pool.submit(read_ranges, files, folder, places))
+            places = {row: self.place_of(row) for row in rows[start : start + _ROWS_AT_ONCE]}
+            future = pool.submit(read_ranges, files, folder, places)
+            self._coming |= dict.fromkeys(places, _Answer(future, deadline))
         pool.shutdown(wait=False)
 
     def read(self, row: int) -> bytes:
         """Return a row's bytes. Raises UnreadableImage where the store does not give them, after some attempts."""
-        if row not in self._coming:
-            self.prefetch([row])
+        if is_single := row not in self._coming:
+            self._ask_for([row])
+        future, deadline = self._coming.pop(row) if is_single else self._coming[row]
         name, (_, _, length) = self.name_of(row), self.place_of(row)
         try:
-            content = self._coming[row].result(max(0.0, self._deadline - time.monotonic()))[row]
+            content = future.result(max(0.0, deadline - time.monotonic()))[row]
         except TimeoutError as error:
             raise UnreadableImage(name, NO_ANSWER, f"within {_PATIENCE_SEC} s") from error
         if isinstance(content, Exception):

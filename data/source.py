@@ -35,7 +35,7 @@ class Source(Protocol):
         """Return a row's record. Raises UnreadableImage where that is not possible."""
 
     def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read the rows that are read next, where each would wait for an answer otherwise."""
+        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise."""
 
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one of a shape group; its weight is 0."""

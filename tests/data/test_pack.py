@@ -1,9 +1,11 @@
 """Shards: what is packed is read back as the files are, by WebDataset too; a pack goes on; damage names the shard."""
 
+import itertools
 import json
 import os
 import pickle
 import tarfile
+from signal import SIGKILL
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,8 @@ from data.shards import ShardContents, member_key
 from data.stream import build_sampler
 from data.table import replace_column
 from tests.in_process import run
-from tests.support import make_collection
+from tests.support import SCRIPTS, assert_same_rows, common, make_collection, rows
+from tests.support import run as start
 from utils.errors import UserError
 
 
@@ -125,6 +128,21 @@ def test_a_pack_goes_on_and_writes_damaged_shards_again(collections, place, tmp_
     assert pack(files, tmp_path) == [cut.name, changed.name, gone.name]
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.tar*")} == contents
     assert pack(files, tmp_path) == [] and not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_pack_goes_on(collections, place, tmp_path, pack):
+    files, _ = collections
+    child = os.fork()
+    if child == 0:
+        count, add = itertools.count(), tarfile.TarFile.addfile
+        tarfile.TarFile.addfile = lambda *a: os.kill(os.getpid(), SIGKILL) if next(count) == 50 else add(*a)
+        pack(files, tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -SIGKILL
+    there = {file.name for file in shards(tmp_path)}
+    assert there and list(tmp_path.glob(".*.tmp")) and not (tmp_path / "manifest.parquet").exists()
+    assert pack(files, tmp_path) == [file.name for file in shards(place / "packed") if file.name not in there]
+    assert [file.read_bytes() for file in shards(tmp_path)] == [file.read_bytes() for file in shards(place / "packed")]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):
@@ -239,3 +257,11 @@ def test_the_command(place, tmp_path):
     assert json.loads((tmp_path / "packed/pack.json").read_text())["shard_mib"] == 256
     with pytest.raises(UserError, match=r"^pack\.output: "):
         run("prepare", overrides[:3], tmp_path)
+
+
+def test_training_on_shards_equals_training_on_files(place, tmp_path):
+    """The same seed gives the same samples, so figures are equal."""
+    more = ["loop.total_steps=3", "loop.global_batch_size=8", "loop.batch_size=8", "runtime.workers=0"]
+    for name in ("files", "packed"):
+        start(SCRIPTS["classification"], common("classification", place / name, tmp_path / name, *more), tmp_path)
+    assert_same_rows(tmp_path / "files", tmp_path / "packed", tolerance=0)

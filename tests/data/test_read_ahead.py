@@ -2,13 +2,14 @@
 
 import itertools
 import os
+import pickle
 import threading
 from pathlib import Path
 
 import pytest
 
 from data import read_ahead
-from data.read_ahead import ReadAhead, will_need
+from data.read_ahead import ReadAhead, will_need, with_coming
 from data.source import FileRange
 from data.stream import Draw
 
@@ -108,3 +109,10 @@ def test_a_system_that_cannot_be_asked_gets_the_batches(asked, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise")
     assert list(ReadAhead(batches(5, 3), file_of)) == list(batches(5, 3))
     assert not asked.files
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_batch_knows_the_next_one_of_its_worker(workers):
+    found, stride = list(with_coming(batches(2, 5), workers)), max(workers, 1)
+    assert found == list(batches(2, 5))
+    assert [list(pickle.loads(pickle.dumps(batch)).coming) for batch in found] == found[stride:] + [[]] * stride
