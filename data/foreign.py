@@ -46,27 +46,25 @@ def read_foreign(root: Path, cache: Path) -> pa.Table | None:
     Raises UserError (`data.root`) where the folder has shards of both kinds, or no image in them.
     """
     files = _find_files(root)
-    if not files or holds_image(root):
+    if not files:
+        return None
+    if holds_image(root):
+        log.info("data.root: %s beside images: only the images are read", show_some(files))
         return None
     if len({name.endswith(_TAR) for name in files}) > 1:
         raise UserError(f"data.root: {str(root)!r} holds both tar and Arrow or Parquet files; keep those of one kind")
-    status = [(name, (root / name).stat()) for name in files]
-    listing = [[name, found.st_size, found.st_mtime_ns] for name, found in status]
+    listing = [[name, (found := (root / name).stat()).st_size, found.st_mtime_ns] for name in files]
     digest = sha256_text(canonical_json([_VERSION, os.path.realpath(root), listing]))[:16]
     target = cache / f"shards-{digest}.parquet"
-    if not target.is_file() or not all((root / shard).is_file() for shard in _shards_of(read_parquet(target))):
+    table = read_parquet(target).cast(_SCHEMA) if target.is_file() else None
+    if table is None or not all((root / shard).is_file() for shard in pc.unique(table["shard"]).to_pylist()):
         table = _scan(root, files, cache)
         write_atomically(target, lambda file: pq.write_table(table, file, compression="zstd"))
-    table = read_parquet(target).cast(_SCHEMA)
     log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(files))
     if table["id"].null_count == len(table):
         table = table.drop_columns(["id"])
     columns = dict(zip(table.column_names, table.columns))
     return settle_test_split(sort_rows(fill_columns(columns, len(table))))
-
-
-def _shards_of(table: pa.Table) -> list[str]:
-    return pc.unique(table["shard"]).to_pylist()
 
 
 def _find_files(root: Path) -> list[str]:

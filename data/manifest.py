@@ -142,8 +142,7 @@ def _refuse_path(root: Path | None, where: str, path: str, fault: str) -> NoRetu
 
 def _check_places(root: Path | None, file: Path, table: pa.Table, locate: Locate) -> None:
     """Check the spelling of the paths of packed rows, that their shards are there, and their offsets and lengths."""
-    shards = pc.unique(table["shard"]).to_pylist()
-    for index, path in enumerate([*table["path"].to_pylist(), *filter(None, shards)]):
+    for index, path in enumerate(table["path"].to_pylist()):
         if fault := fault_of_path(path):
             _refuse_path(root, f"{str(file)!r}, {locate(index)}", path, fault)
     places = [table[name].fill_null(-1).to_numpy() for name in ("offset", "length")]
@@ -153,8 +152,11 @@ def _check_places(root: Path | None, file: Path, table: pa.Table, locate: Locate
         raise UserError(
             f"data.root: {str(file)!r}, {locate(bad[0])}: {found} is no place of an image; pack the collection again"
         )
+    shards, where = pc.unique(table["shard"]).to_pylist(), f"{str(file)!r}, column shard"
     if root is not None:
-        find_files(root, shards, lambda index: f"{str(file)!r}, column shard")
+        find_files(root, shards, lambda index: where)
+    elif faults := [(shard, fault) for shard in shards if (fault := fault_of_path(shard))]:
+        _refuse_path(root, where, *faults[0])
 
 
 def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:

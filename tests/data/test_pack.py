@@ -21,7 +21,7 @@ from data.shards import ShardContents, member_key
 from data.stream import build_sampler
 from data.table import replace_column
 from tests.in_process import run
-from tests.support import SCRIPTS, assert_same_rows, common, make_collection, rows
+from tests.support import SCRIPTS, assert_same_rows, common, make_collection
 from tests.support import run as start
 from utils.errors import UserError
 
