@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-sdxl install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-sdxl install-cloud install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -23,6 +23,13 @@ install-sdxl: $(SDXL)  ## add requirements-sdxl.txt, which finetune_sdxl.py need
 $(SDXL): requirements-sdxl.txt $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-sdxl.txt
 	touch $(SDXL)
+
+CLOUD := $(VENV)/.installed-cloud
+install-cloud: $(CLOUD)  ## add requirements-cloud.txt, which data.root=s3://... needs, to .venv
+
+$(CLOUD): requirements-cloud.txt $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-cloud.txt
+	touch $(CLOUD)
 
 INTEROP := .venv-interop
 install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/test_wd14_tools.py

@@ -5,6 +5,7 @@ r"""Slow offline work on a collection.
     python prepare.py job=manifest data=image_folder data.root=PATH verify=false             without decoding them
     python prepare.py job=vocabulary data=image_folder data.root=PATH vocabulary.output=FILE   the tags to train
     python prepare.py job=warm_cache data=image_folder data.root=PATH data.cache.disk_gib=100    fill the disk cache
+    python prepare.py job=pack data=image_folder data.root=PATH pack.output=FOLDER    the images as tar shards
     python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
         'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
 
@@ -20,12 +21,13 @@ from typing import Literal
 import numpy as np
 
 from data.cache.warm import estimate_missing, warm_cache
-from data.config import DataConfig, VocabularyConfig, WarmCacheConfig
+from data.config import DataConfig, PackConfig, VocabularyConfig, WarmCacheConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.idx import idx_to_folders
 from data.image_data import load_collection
 from data.images import open_images
 from data.manifest_writer import write_manifest
+from data.pack import pack_collection
 from data.scan import check_root
 from data.tags.vocabulary import make_vocabulary
 from utils.canvas import DEFAULT
@@ -50,13 +52,14 @@ class PrepareConfig(Strict):
     `source` and `class_names` are for job=idx: the folder of the IDX files, and a name for each label.
     """
 
-    job: Literal["glyphs", "manifest", "idx", "vocabulary", "warm_cache"]
+    job: Literal["glyphs", "manifest", "idx", "vocabulary", "warm_cache", "pack"]
     dry_run: bool
     verify: bool
     duplicates: bool
     source: PathText | None
     class_names: list[str] | None
     data: DataConfig
+    pack: PackConfig
     vocabulary: VocabularyConfig
     warm_cache: WarmCacheConfig
 
@@ -74,6 +77,7 @@ def main(config: PrepareConfig, job: Job) -> str:
         "manifest": prepare_manifest,
         "vocabulary": prepare_vocabulary,
         "warm_cache": fill_disk_cache,
+        "pack": prepare_shards,
     }
     return jobs[config.job](config)
 
@@ -142,6 +146,27 @@ def prepare_manifest(config: PrepareConfig) -> str:
         report.path, f"{report.rows:,}", splits, len(report.classes), len(report.tags), len(report.unreadable),
     )  # fmt: skip
     return f"{report.rows} images, {len(report.unreadable)} unreadable"
+
+
+# ------------------------------------------------------------------------------------------------------------ job=pack
+
+
+def prepare_shards(config: PrepareConfig) -> str:
+    """Write the images of `data.root` as tar shards into `pack.output`."""
+    wanted = config.pack
+    if wanted.output is None:
+        raise UserError("pack.output: job=pack needs it; set it to a new folder, as collections/packed")
+    if config.dry_run:
+        check_root(config.data.root)
+        return _DRY_RUN
+    collection = load_collection(config.data)
+    with counting("packing the images") as progress:
+        report = pack_collection(collection, Path(wanted.output), wanted.shard_mib, progress)
+    log.info(
+        "wrote %s: %s images in %d shards (%d of them were there), %d images of weight 0 left out",
+        wanted.output, f"{report.rows:,}", report.shards, report.kept, report.weightless,
+    )  # fmt: skip
+    return f"{report.rows} images in {report.shards} shards"
 
 
 # ------------------------------------------------------------------------------------------------------ job=vocabulary

@@ -26,7 +26,7 @@ from data.collection import Collection
 from data.image_formats import UnreadableImage
 from data.image_traits import read_upright_size
 from data.stream import Draw
-from data.table import show_some
+from data.table import is_packed, show_some
 from data.transforms import resize
 from utils import rng
 from utils.config.bounds import Fraction, Pixels, Share, Side
@@ -254,7 +254,15 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
 def measure_rows(
     collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
 ) -> list[Any]:
-    """Return what `measure` makes of the rows' files, as `measure_once`; None for a file that cannot be opened."""
+    """Return what `measure` makes of the rows' files, as `measure_once`; None for a file that cannot be opened.
+
+    Raises UserError (`data.root`) where the rows are parts of shards.
+    """
+    if len(rows) and is_packed(collection.table.schema):
+        raise UserError(
+            f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
+            "prepare.py job=manifest on the image files, then job=pack"
+        )
     paths = [collection.absolute_path(int(row)) for row in rows]
     there = [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
     found = dict(zip(there, measure_once(there, cache, measure, f"reading {what}"))) if there else {}

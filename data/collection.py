@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.foreign import read_foreign
 from data.manifest import describe_csv, find_labels, find_manifest, read_manifest
+from data.remote import fetch_manifest, is_remote
 from data.scan import check_root
 from data.table import (
     MEASURED,
@@ -25,6 +27,7 @@ from data.table import (
     assign_validation,
     count_values,
     hash_table,
+    is_packed,
     name_classes,
     show_some,
 )
@@ -74,8 +77,8 @@ class Collection:
     column, which the index carries.
     """
 
-    def __init__(self, root: Path, arrow: Path, fingerprint: str, length: int) -> None:
-        """Keep the paths; the file is mapped at the first access."""
+    def __init__(self, root: Path | str, arrow: Path, fingerprint: str, length: int) -> None:
+        """Keep the paths, or the URL of the root; the file is mapped at the first access."""
         self.root, self.arrow, self.fingerprint = root, arrow, fingerprint
         self._length = length
         self._table: pa.Table | None = None
@@ -106,7 +109,7 @@ class Collection:
 
     def absolute_path(self, i: int) -> Path:
         """Return the file of row i."""
-        return self.root / self.table["path"][i].as_py()
+        return Path(self.root) / self.table["path"][i].as_py()
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row indices of a split (train or val), int64 [n], ascending."""
@@ -153,20 +156,26 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     """Read a collection, check it, and return its index: an uncompressed Arrow IPC file named by the content's hash.
 
     A manifest at the root takes precedence over the folder's layout; a CSV file with labels does where the layout has
-    none. Where no row is in the validation split, `validation_fraction` of them are moved there as `assign_validation`
-    says. The index is kept in `cache`, outside the collection, so that an index that came with a collection is never
-    read. That of an unchanged manifest is taken as it is; a file that is gone since is reported when it is read.
+    none. A folder without images may have other people's shards (data/foreign.py). Where no row is in the
+    validation split, `validation_fraction` of them are moved there as `assign_validation` says. The index is kept in
+    `cache`, outside the collection, so that an index that came with a collection is never read. That of an unchanged
+    manifest is taken as it is; a file that is gone since is reported when it is read.
 
     Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
     """
-    folder = check_root(root)
-    manifest = find_manifest(folder)
+    if is_remote(root):
+        folder, manifest = None, fetch_manifest(root, cache)
+    else:
+        folder = check_root(root)
+        manifest = find_manifest(folder)
     made = None if manifest is None else cache / f"{_version(manifest, validation_fraction)}.txt"
     if made is not None and made.is_file() and (target := cache / made.read_text(encoding="utf-8")).is_file():
         log.debug("data.root: %s is unchanged, and its index is there", manifest)
         return target
-    table = read_folder(folder) if manifest is None else read_manifest(folder, manifest)
-    if manifest is None and (manifest := find_labels(folder, table)) is not None:
+    table = read_foreign(folder, cache) if manifest is None else read_manifest(folder, manifest)
+    if table is None:
+        table = read_folder(folder)
+    if manifest is None and not is_packed(table.schema) and (manifest := find_labels(folder, table)) is not None:
         images, table = table.num_rows, read_manifest(folder, manifest)
         log.info("data.root: %s is read as the manifest: %d of %d images", manifest.name, table.num_rows, images)
     table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))
@@ -195,7 +204,7 @@ def open_collection(root: str, arrow: Path) -> Collection:
 
     Raises UserError (`data.root`) where the root is gone or the index is damaged.
     """
-    folder = check_root(root)
+    folder = root if is_remote(root) else check_root(root)
     table = _map_index(arrow)
     fingerprint = (table.schema.metadata or {}).get(_FINGERPRINT, b"").decode()
     return Collection(folder, Path(arrow), fingerprint, table.num_rows)
@@ -214,7 +223,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         raise UserError(
             f"data.root: {root!r} has {found} in its training split; classification needs two. Set data.root to the "
             "folder whose sub-folders are the classes (or train/ and val/ with the classes in them), or name the "
-            f"images in a CSV file there, with the columns path and label{describe_csv(collection.root)}"
+            f"images in a CSV file there, with the columns path and label{describe_csv(Path(collection.root))}"
         )
     unknown = sorted(set(val) - set(train))
     _refuse_two_spellings(root, train, unknown)
@@ -287,7 +296,7 @@ def _compare(names: Sequence[str]) -> str:
     return f"{shown} look alike, but differ in their Unicode characters ({' and '.join(map(ascii, names))})"
 
 
-def _describe_absent_split(root: Path, manifest: Path | None) -> str:
+def _describe_absent_split(root: Path | None, manifest: Path | None) -> str:
     """Say where a validation split was looked for, for a collection that has none."""
     if manifest is not None:
         return f"no row of {manifest.name} is in split val"

@@ -124,6 +124,13 @@ class VocabularyConfig(TagRulesConfig):
     append_to: PathText | None
 
 
+class PackConfig(Strict):
+    """What prepare.py job=pack writes: tar shards of about `shard_mib` MiB, into the folder `output`."""
+
+    output: PathText | None
+    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
+
+
 class AffineConfig(Strict):
     """A random turn of up to `degrees`, shift of up to `translate` of the sides, zoom within `scale`, and shear."""
 

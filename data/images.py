@@ -4,9 +4,8 @@ source = open_images(collection, config.data, channels=3, background="white")
 source.read(7)["image"]          uint8 [3, H, W]
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,22 +15,12 @@ from data.collection import Collection
 from data.config import DataConfig
 from data.decode import Decoder
 from data.image_formats import read_file
-from data.source import IMAGE, Record, Source
+from data.remote import is_remote
+from data.shards import RemoteContents, ShardContents
+from data.source import IMAGE, Contents, FileRange, Record, Source
+from data.table import is_packed
 
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
-
-
-class Contents(Protocol):
-    """The encoded images of a collection's rows. Picklable: loader workers open the store themselves."""
-
-    def read(self, row: int) -> bytes:
-        """Return the bytes of a row's image file. Raises UnreadableImage."""
-
-    def name_of(self, row: int) -> str:
-        """Return a row's name, for messages."""
-
-    def file_of(self, row: int) -> Path | None:
-        """Return the file that holds a row and no other, None where there is no such file."""
 
 
 class Files:
@@ -42,15 +31,21 @@ class Files:
 
     def read(self, row: int) -> bytes:
         """Return the content of the row's file."""
-        return read_file(self.file_of(row))
+        return read_file(self.collection.absolute_path(row))
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: `file_of` lets files be read ahead."""
 
     def name_of(self, row: int) -> str:
         """Return the row's path."""
         return self.collection.view(row).path
 
-    def file_of(self, row: int) -> Path:
+    def file_of(self, row: int) -> FileRange:
         """Return the row's file."""
-        return self.collection.absolute_path(row)
+        return FileRange(self.collection.absolute_path(row))
+
+    def digest_of(self, row: int) -> None:
+        """Return None: a file may be edited."""
 
 
 class Images:
@@ -60,7 +55,7 @@ class Images:
 
     def __init__(self, contents: Contents, decoder: Decoder) -> None:
         self.contents, self.decoder = contents, decoder
-        self.name_of, self.file_of = contents.name_of, contents.file_of
+        self.name_of, self.file_of, self.prefetch = contents.name_of, contents.file_of, contents.prefetch
 
     def read(self, row: int) -> Record:
         """Return the decoded image of a row."""
@@ -73,6 +68,13 @@ class Images:
     def blank(self, group: int) -> Record:
         """Return a black image."""
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}
+
+
+def open_contents(collection: Collection) -> Contents:
+    """Return the encoded images of a collection, which are files or parts of shards."""
+    if is_remote(str(collection.root)):
+        return RemoteContents(collection)
+    return ShardContents(collection) if is_packed(collection.table.schema) else Files(collection)
 
 
 def open_images(
@@ -90,6 +92,7 @@ def open_images(
     Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so, and (`data.cache.folder`) as
     `DiskCached` does.
     """
-    images = Images(Files(collection), Decoder.of(channels, config.max_pixels, background, config.icc, shortest_px))
+    decoder = Decoder.of(channels, config.max_pixels, background, config.icc, shortest_px)
+    images = Images(open_contents(collection), decoder)
     source = DiskCached(images, config.cache) if config.cache.disk_gib > 0 else images
     return keep_in_memory(source, collection, config.cache, repeats=repeats)

@@ -8,7 +8,7 @@ A record's key is a hash of the image's bytes and of everything that was done to
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from data.image_formats import UnreadableImage
 from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches
+from data.table import is_packed
 from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.contracts import Machine
@@ -45,7 +46,12 @@ class LatentRecipe(NamedTuple):
 
 
 def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
-    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only."""
+    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only.
+
+    Of shards it is what the manifest states.
+    """
+    if is_packed(collection.table.schema) and collection.table["sha256"].null_count == 0:
+        return collection.table["sha256"].take(rows).to_pylist()
     found = distributed.rank_zero_call(lambda: measure_rows(collection, rows, cache, _hash, "images, to know changes"))
     return [digest or "" for digest in found]
 
@@ -145,7 +151,7 @@ class _FittedFiles:
 
     def __init__(self, images: Source, cache: LatentCache, variant: int) -> None:
         self._images, self._cache, self._variant = images, cache, variant
-        self.name_of, self.file_of = images.name_of, images.file_of
+        self.name_of, self.file_of, self.prefetch = images.name_of, images.file_of, images.prefetch
 
     def read(self, row: int) -> Record:
         number = self._cache.buckets.place_of(row)
@@ -183,6 +189,9 @@ class LatentSource:
                 raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
             found |= {f"{name}_{variant}": tensor for name, tensor in record.items()} | {f"fit_{variant}": fit}
         return found
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: shards of latents are on a disk."""
 
     def blank(self, group: int) -> Record:
         """Return latents of zeros in a bucket's shape."""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.batch import DeviceCopier, Ragged, Sample, collate, to_device
 from data.collection import Collection, RowView
 from data.image_formats import UnreadableImage
-from data.read_ahead import ReadAhead
+from data.read_ahead import DrawBatch, ReadAhead, with_coming
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, EvaluationBatches, RankBatches, Sampler
 from data.transforms import Transform
@@ -89,6 +89,11 @@ class SampleReader(Dataset):
     ) -> None:
         self.collection, self.source = collection, source
         self.views, self.fields, self.training = dict(views), fields, training
+
+    def __getitems__(self, draws: DrawBatch) -> list[tuple[Sample, tuple[str, str] | None]]:
+        """Return what `__getitem__` does of each draw of a batch."""
+        self.source.prefetch([draw.index for draw in (*draws, *draws.coming)])
+        return [self[draw] for draw in draws]
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (name, reason) where it could not be read."""
@@ -211,7 +216,7 @@ def _data_loader(reader: SampleReader, batches: Iterable[list[Draw]], machine: M
     forks = workers > 0 and multiprocessing.get_start_method() == "fork"
     return DataLoader(
         reader,
-        batch_sampler=ReadAhead(batches, lambda draw: reader.source.file_of(draw.index)),
+        batch_sampler=with_coming(ReadAhead(batches, lambda draw: reader.source.file_of(draw.index)), workers),
         num_workers=workers,
         prefetch_factor=machine.prefetch_batches if workers > 0 else None,
         collate_fn=_collate,

@@ -2,7 +2,8 @@
 them. Where folders are no classes, a CSV file of any name with the columns path and label is one.
 
 Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns are kept. A manifest may come from a
-stranger, so its paths must stay in the root.
+stranger, so its paths must stay in the root. With the columns `data.table.PLACES` the paths are names alone, and the
+shards are the files.
 """
 
 import os
@@ -10,6 +11,7 @@ import posixpath
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PureWindowsPath
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +21,10 @@ from data.manifest_formats import CSV, JSONL, PARQUET, read_header, read_table
 from data.scan import list_folder
 from data.table import (
     MEASURED,
+    PLACES,
     SPLIT_NAMES,
     further_fields,
+    is_packed,
     neighbours,
     replace_column,
     settle_test_split,
@@ -72,6 +76,8 @@ def find_labels(root: Path, scanned: pa.Table) -> Path | None:
 
 def describe_csv(root: Path) -> str:
     """Return the columns of the CSV files at the root, for a message; empty where there is none."""
+    if not root.is_dir():  # it is a URL
+        return ""
     texts = [f"{file.name} has the columns {show_some(columns)}" for file, columns in _list_csv(root)]
     return f" ({'; '.join(texts)})" if texts else ""
 
@@ -81,12 +87,14 @@ def _list_csv(root: Path) -> list[tuple[Path, list[str]]]:
     return [(root / name, read_header(root / name)) for name in names]
 
 
-def read_manifest(root: Path, file: Path) -> pa.Table:
+def read_manifest(root: Path | None, file: Path) -> pa.Table:
     """Read a manifest into a table, sorted by path, with every file's size filled in.
+
+    root: None for the manifest of remote shards, which are not looked for.
 
     Raises UserError (`data.root`) naming the file, the column or the row (counted from 0, without the header of CSV):
     broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root; unknown
-    split; weight that is negative or not finite.
+    split; weight that is negative or not finite; shard that is absent; offset or length that is no number of bytes.
     """
     table = read_table(file)
 
@@ -94,16 +102,26 @@ def read_manifest(root: Path, file: Path) -> pa.Table:
         """Return the position of a row in the file, for messages."""
         return f"row {index}"
 
-    if further := [field.name for field in further_fields(table.schema) if field.name not in MEASURED]:
+    if further := [field.name for field in further_fields(table.schema) if field.name not in {**MEASURED, **PLACES}]:
         log.info("data.root: %s has the further columns %s", file.name, ", ".join(further))
     if table.num_rows == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
     _check_weights(file, table, locate)
     table = replace_column(table, "split", _read_splits(file, table, locate))
     given, table = table["path"], sort_rows(table)
+
+    def describe(path: str) -> str:
+        """Return where a path was read, for messages."""
+        return f"{str(file)!r}, {locate(pc.index(given, path).as_py())}"
+
     if any(pc.any(pc.equal(*pair)).as_py() for pair in neighbours(table["path"])):
         _refuse_repeats(file, given.to_pylist(), locate)
-    entries = find_files(root, table["path"], lambda path: f"{str(file)!r}, {locate(pc.index(given, path).as_py())}")
+    if is_packed(table.schema):
+        _check_places(root, file, table, describe)
+        return settle_test_split(replace_column(table, "size", pc.coalesce(table["size"], table["length"])))
+    if root is None:
+        raise UserError(f"data.root: {file.name} names files, and from a URL shards are read; pack them (job=pack)")
+    entries = find_files(root, table["path"], describe)
     if table["size"].null_count:
         known = table["size"].to_pylist()
         sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
@@ -127,13 +145,37 @@ def find_files(root: Path, paths: pa.ChunkedArray, describe: Describe) -> Iterat
             if parent != current:  # of the folders before, those that it lies in may come again
                 listings = {folder: found for folder, found in listings.items() if f"{parent}/".startswith(folder)}
                 current = parent
-            entry = (suspect and _fault_of_path(path)) or _look_up(root, real, path, listings)
+            entry = (suspect and fault_of_path(path)) or _look_up(root, real, path, listings)
             if isinstance(entry, str):
-                raise UserError(
-                    f"data.root: {describe(path)}: path {path!r} {entry}; allowed are files inside the collection, "
-                    f"named from {str(root)!r} with / between folders"
-                )
+                _refuse_path(root, describe(path), path, entry)
             yield entry
+
+
+def _refuse_path(root: Path | None, where: str, path: str, fault: str) -> NoReturn:
+    raise UserError(
+        f"data.root: {where}: path {path!r} {fault}; allowed are files inside the collection, named from "
+        f"{str(root or 'data.root')!r} with / between folders"
+    )
+
+
+def _check_places(root: Path | None, file: Path, table: pa.Table, describe: Describe) -> None:
+    """Check the spelling of the paths of packed rows, that their shards are there, and their offsets and lengths."""
+    suspects = table["path"].filter(pc.match_substring_regex(table["path"], _SUSPECT)).to_pylist()
+    if faults := [(path, fault) for path in suspects if (fault := fault_of_path(path))]:
+        _refuse_path(root, describe(faults[0][0]), *faults[0])
+    places = [table[name].fill_null(-1).to_numpy() for name in ("offset", "length")]
+    bad = np.flatnonzero((np.stack(places) < 0).any(axis=0) | table["shard"].is_null().to_numpy())
+    if len(bad):
+        found = {name: table[name][int(bad[0])].as_py() for name in PLACES}
+        raise UserError(
+            f"data.root: {describe(table['path'][int(bad[0])].as_py())}: {found} is no place of an image; pack the "
+            "collection again"
+        )
+    shards, where = pc.unique(table["shard"]).sort(), f"{str(file)!r}, column shard"
+    if root is not None:
+        deque(find_files(root, pa.chunked_array([shards]), lambda path: where), maxlen=0)
+    elif faults := [(shard, fault) for shard in shards.to_pylist() if (fault := fault_of_path(shard))]:
+        _refuse_path(root, where, *faults[0])
 
 
 def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:
@@ -168,7 +210,7 @@ def _refuse_repeats(file: Path, paths: list[str], locate: Locate) -> None:
             )
 
 
-def _fault_of_path(path: str) -> str | None:
+def fault_of_path(path: str) -> str | None:
     """Return the first error in the spelling of a path, None without an error."""
     if path.startswith("/") or PureWindowsPath(path).is_absolute():
         return "is absolute"

@@ -126,6 +126,11 @@ def list_images(root: Path) -> list[FoundImage]:
     ]
 
 
+def holds_image(root: Path) -> bool:
+    """Return whether an image is anywhere below a folder."""
+    return any(_is_image_name(entry.name) for _, entries, _ in _walk(root) for entry in entries)
+
+
 def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 

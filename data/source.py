@@ -4,15 +4,42 @@ data/images.py has the source of images. Another store (cached latents) is anoth
 its records may have several tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 IMAGE = "image"  # the tensor of a record that views are made of
 
 Record = dict[str, Tensor]
+
+
+class FileRange(NamedTuple):
+    """A file, or `length` bytes of it; 0: all from `offset` on."""
+
+    path: Path
+    offset: int = 0
+    length: int = 0
+
+
+class Contents(Protocol):
+    """The encoded images of a collection's rows. Picklable: loader workers open the store themselves."""
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of a row's image file. Raises UnreadableImage."""
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise."""
+
+    def name_of(self, row: int) -> str:
+        """Return a row's name, for messages."""
+
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the part of a file that is worth reading ahead for a row, None for none."""
+
+    def digest_of(self, row: int) -> bytes | None:
+        """Return the SHA-256 of a row's content where it is known and the content cannot change, else None."""
 
 
 class Source(Protocol):
@@ -26,14 +53,17 @@ class Source(Protocol):
     def read(self, row: int) -> Record:
         """Return a row's record. Raises UnreadableImage where that is not possible."""
 
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise."""
+
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one of a shape group; its weight is 0."""
 
     def name_of(self, row: int) -> str:
         """Return a row's name, for messages."""
 
-    def file_of(self, row: int) -> Path | None:
-        """Return the file that holds a row and no other, None where there is no such file."""
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the part of a file that is worth reading ahead for a row, None for none."""
 
     def readings(self) -> Mapping[str, float]:
         """Return what the source's caches have counted so far, in this rank and its workers, by name."""

@@ -13,8 +13,10 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow.compute as pc
 
 from data.collection import Collection
+from data.table import is_packed
 from utils import rng
 from utils.errors import UserError
 
@@ -110,6 +112,41 @@ class BalancedSampler:
         return number, epoch * rounds + extra_of_class + turn
 
 
+class BlockSampler:
+    """Every sample once per epoch, by blocks of neighbours, so that a shard is read nearly in sequence.
+
+    An epoch cuts the rows, as a circle from a random place on, into blocks of `block` rows. The blocks come in a random
+    order, and `window` of them at a time are shuffled together; rows that fill no block are at the end of the last
+    window. Of B = block, W = window and N rows:
+
+    - Over the seeds, each row is at each place of an epoch with the same probability, but for 1 / N.
+    - Two rows of a block are in one window, at most B W - 1 places apart; two that are farther apart than B among the
+      rows are in one window with probability (W - 1) / (N / B - 1), about.
+    - Of G samples in a row within a window, (G - 1) (B - 1) / (B W - 1) are expected to be of the block of the first:
+      one in W, where a whole shuffle has one in N / B. So a block must not be of one class; job=pack shuffles first.
+    """
+
+    chunk: int | None = None
+
+    def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
+        _check_rows(rows)
+        self.rows, self.seed, self.block, self.window = rows, seed, block, block * window
+        self.epoch_length = len(rows)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, 0)."""
+        epoch, offset = divmod(position, self.epoch_length)
+        number, place = divmod(offset, self.window)
+        start, blocks = offset - place, self.epoch_length // self.block
+        width = min(self.window, self.epoch_length - start)
+        shuffled = start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)
+        block, inner = divmod(shuffled, self.block)
+        if block < blocks:  # not of the rows that fill none
+            block = _order(self.seed, rng.hash_counters(epoch, 4), blocks)(block)
+        first = rng.hash_counters(self.seed, epoch, 5) % self.epoch_length
+        return int(self.rows[(first + block * self.block + inner) % self.epoch_length]), 0
+
+
 class GroupedSampler:
     """Samples in chunks of one group (one shape) and fixed size, the chunks of an epoch in a random order.
 
@@ -152,7 +189,7 @@ class GroupedSampler:
 
 
 def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
-    """Return the order that `loop.sampling` names: shuffled, or balanced over the training split's classes.
+    """Return the order that `loop.sampling` names: shuffled, in blocks, or balanced over the training split's classes.
 
     Balanced passes over images of weight 0, which would take turns of their class. Raises UserError where it meets
     images without a label.
@@ -160,6 +197,8 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
     match name:
         case "shuffled":
             return ShuffledSampler(rows, seed)
+        case "blocks":
+            return BlockSampler(_as_stored(rows, collection), seed)
         case "balanced":
             class_ids = collection.class_ids(collection.class_names("train"))[rows]
             if without := np.count_nonzero(class_ids < 0):
@@ -170,6 +209,14 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
             has_weight = collection.weights()[rows] > 0
             return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
     raise AssertionError(name)
+
+
+def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
+    """Return rows in the order in which they are stored: of their shards, else of their paths."""
+    if not is_packed(collection.table.schema):
+        return np.sort(rows)
+    order = pc.sort_indices(collection.table, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
+    return order[np.isin(order, rows)].astype(np.int64)
 
 
 class RankBatches:

@@ -5,7 +5,7 @@ It has the columns of SCHEMA, and after them what else a manifest has: further c
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,8 @@ MEASURED = {
     **{name: pa.int64() for name in ("width", "height", "orientation", "transparent", "phash", "group")},
     "mode": pa.string(),
 }
+# Where a packed row's bytes are: a file of the collection, and bytes. They change no fingerprint either.
+PLACES = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64()}
 _LARGE = {pa.string(): pa.large_string(), SCHEMA.field("tags").type: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names that a message shows
@@ -43,9 +45,21 @@ _TEST = "test"  # until `settle_test_split`
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": _TEST}  # as users write it
 
 
+class Scanned(NamedTuple):
+    """What was found in a shard: the rows, as columns by name, and descriptions of what is skipped."""
+
+    rows: list[dict[str, Any]]
+    skipped: list[str]
+
+
 def further_fields(schema: pa.Schema) -> list[pa.Field]:
     """Return the fields of a schema that are not in SCHEMA."""
     return [field for field in schema if field.name not in SCHEMA.names]
+
+
+def is_packed(schema: pa.Schema) -> bool:
+    """Return whether rows are parts of larger files."""
+    return all(name in schema.names and schema.field(name).type == kind for name, kind in PLACES.items())
 
 
 def column_type(found: pa.DataType) -> pa.DataType | None:
@@ -237,10 +251,11 @@ def show_some(texts: Sequence[str]) -> str:
 def hash_table(table: pa.Table, *, measured: bool = False) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the columns, the same however the table is cut into chunks.
 
-    measured: with the columns of MEASURED.
+    measured: with the columns of MEASURED, and with PLACES.
     """
     digest = hashlib.sha256()
-    further = [field for field in further_fields(table.schema) if measured or field.name not in MEASURED]
+    left_out = set() if measured else MEASURED.keys() | (PLACES.keys() if is_packed(table.schema) else set())
+    further = [field for field in further_fields(table.schema) if field.name not in left_out]
     for field in (*SCHEMA, *further):
         digest.update(f"{field.name} {field.type} {table.num_rows}\n".encode())
         _hash_column(digest.update, table[field.name])

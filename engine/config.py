@@ -38,7 +38,7 @@ class LoopConfig(Strict):
     early_stop_epochs: Duration | None
     global_batch_size: BatchSize
     batch_size: Literal["auto"] | BatchSize
-    sampling: Literal["shuffled", "balanced"]
+    sampling: Literal["shuffled", "blocks", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None
     clip_grad_norm: Positive | None
     ema_decay: BelowOne | None

@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,22 +25,17 @@ from data.cache.monitor import Counters
 from data.cache.store import COUNTED, Store, open_store
 from data.config import CacheConfig
 from data.decode import Decoder
-from data.source import IMAGE, Record, Source
+from data.source import IMAGE, Contents, FileRange, Record, Source
 
 _RAW, _ENCODED = 0, 1
 _HEAD = struct.Struct("<4I")  # raw or encoded, height, width, channels; the pixels or the encoded file follow
 _LONGEST_PX = 16_383  # side of a WebP; larger images are stored raw
 
 
-class _Contents(Protocol):
-    def read(self, row: int) -> bytes:
-        """Return the content of a row's file."""
-
-
 class FileSource(Source, Protocol):
     """A source that decodes files: `data.images.Images`."""
 
-    contents: _Contents
+    contents: Contents
     decoder: Decoder
 
 
@@ -65,7 +60,11 @@ class DiskCached:
         mib = math.ceil(self._config.disk_gib * 1024)
         return open_store(Path(self._config.folder), mib << 20, self.counts)
 
-    def file_of(self, row: int) -> Path | None:
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Prefetch the rows whose images are not in the cache."""
+        self.images.prefetch([row for row in rows if not self.has(row)])
+
+    def file_of(self, row: int) -> FileRange | None:
         """Return the file to read ahead: None where the row's image is in the cache."""
         return None if self.has(row) else self.images.file_of(row)
 
@@ -84,15 +83,14 @@ class DiskCached:
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in the cache, and found without reading its file."""
-        link = link_key(self.images.file_of(row))
-        digest = None if link is None else self._store().get(link)
-        return digest is not None and self._store().has(self._key(row, digest.tobytes()))
+        digest = self._find_digest(row, link_key(self.images.file_of(row)))
+        return digest is not None and self._store().has(self._key(row, digest))
 
     def read(self, row: int) -> Record:
         """Return the image of a row. Raises UnreadableImage."""
         store, link = self._store(), link_key(self.images.file_of(row))
-        digest = None if link is None else store.get(link)
-        record = None if digest is None else store.get(self._key(row, digest.tobytes()))
+        digest = self._find_digest(row, link)
+        record = None if digest is None else store.get(self._key(row, digest))
         self.counts.add("misses" if record is None else "hits")
         return {IMAGE: self._read_content(row, link) if record is None else self._unpack(record, row)}
 
@@ -103,6 +101,11 @@ class DiskCached:
     def stored_bytes(self, row: int) -> int:
         """Return the bytes that the image of a row takes in the cache. Raises UnreadableImage."""
         return len(self._pack(self.images.read(row)[IMAGE]))
+
+    def _find_digest(self, row: int, link: str | None) -> bytes | None:
+        """Return the SHA-256 of a row's content where it is known without reading it."""
+        found = None if link is None else self._store().get(link)
+        return self.images.contents.digest_of(row) if found is None else found.tobytes()
 
     def _read_content(self, row: int, link: str | None, *, wait: bool = False) -> Tensor:
         """Return the image of a row by the content of its file, decoded where no file had the same content.

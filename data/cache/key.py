@@ -13,28 +13,29 @@ edited since, without changing its size.
 
 import os
 import time
-from pathlib import Path
 
 import PIL
 
 from data.config import CacheConfig
 from data.decode import Decoder
+from data.source import FileRange
 from data.tensor_store import record_key
 
 _VERSION = 1  # of the form of records and keys: another number decodes everything again
 _YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
 
 
-def link_key(file: Path | None) -> str | None:
-    """Return the key of a file's content hash, None for what is no file, or was changed a moment ago."""
+def link_key(file: FileRange | None) -> str | None:
+    """Return the key of the content hash of a file's part, None for what is none, or was changed a moment ago."""
     try:
-        status = None if file is None else os.stat(file)
+        status = None if file is None else os.stat(file.path)
     except OSError:  # whoever reads the file says why
         return None
     if status is None or time.time_ns() - status.st_ctime_ns < _YOUNG_SEC * 10**9:
         return None
     times = status.st_mtime_ns, status.st_ctime_ns
-    return record_key(_VERSION, "file", os.path.abspath(file), status.st_size, status.st_ino, *times)
+    place = os.path.abspath(file.path), file.offset, file.length
+    return record_key(_VERSION, "file", *place, status.st_size, status.st_ino, *times)
 
 
 def recipe_of(decoder: Decoder, config: CacheConfig) -> str:

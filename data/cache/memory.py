@@ -11,9 +11,8 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +24,7 @@ from data.collection import Collection
 from data.config import CacheConfig
 from data.image_formats import UnreadableImage
 from data.rows import spread
-from data.source import IMAGE, Record, Source
+from data.source import IMAGE, FileRange, Record, Source
 from utils.hardware import free_memory
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -151,7 +150,11 @@ class MemoryCached:
             image = pixels.permute(2, 0, 1)
         return {IMAGE: image}
 
-    def file_of(self, row: int) -> Path | None:
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Prefetch the rows that are yet to be decoded."""
+        self.source.prefetch([row for row in rows if row not in self.arena])
+
+    def file_of(self, row: int) -> FileRange | None:
         """Return the file of a row that is yet to be decoded."""
         return None if row in self.arena else self.source.file_of(row)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.cache.disk import DiskCached
 from data.cache.store import close_stores
-from data.decode import UnreadableImage
+from data.image_formats import UnreadableImage
 from data.rows import spread
 from utils.ranks.processes import count_cores, map_in_processes
 

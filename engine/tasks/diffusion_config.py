@@ -107,7 +107,7 @@ class DiffusionTaskConfig(TaskConfig):
         """Raise ValueError where two settings exclude each other."""
         if config.loop.sampling != "shuffled":
             raise ValueError(
-                f"loop.sampling: {config.loop.sampling} is for classes, and task=diffusion takes images by bucket; set "
+                f"loop.sampling: {config.loop.sampling} is not for task=diffusion, which takes images by bucket; set "
                 "loop.sampling=shuffled (task.tag_weights lets rare tags count more)"
             )
         if self.lora is not None and self.train_text_encoders:

@@ -292,6 +292,7 @@ def run_all(recorder, folder, monkeypatch):
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
+    go("prepare", "job=pack", *folders, "pack.output=packed")
     go("prepare", "job=vocabulary", *folders, "vocabulary.output=tags.csv", "vocabulary.min_count=1")
     without_a_cluster(monkeypatch)
     go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")

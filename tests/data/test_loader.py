@@ -829,6 +829,9 @@ class Store:
     def file_of(self, row):
         return None
 
+    def prefetch(self, rows):
+        pass
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_store_of_records_gives_what_the_files_give(folder, workers, tmp_path):
@@ -863,6 +866,9 @@ class Latents:
 
     def file_of(self, row):
         return None
+
+    def prefetch(self, rows):
+        pass
 
 
 def keep_all(example):

@@ -2,13 +2,15 @@
 
 import itertools
 import os
+import pickle
 import threading
 from pathlib import Path
 
 import pytest
 
 from data import read_ahead
-from data.read_ahead import ReadAhead, will_need
+from data.read_ahead import ReadAhead, will_need, with_coming
+from data.source import FileRange
 from data.stream import Draw
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
@@ -21,7 +23,7 @@ def batches(size, count=None):
 
 
 def file_of(draw):
-    return Path(f"{draw.index}.png")
+    return FileRange(Path(f"{draw.index}.png"))
 
 
 class Asked:
@@ -30,9 +32,9 @@ class Asked:
     def __init__(self):
         self.files, self.changed = set(), threading.Condition()
 
-    def __call__(self, path):
+    def __call__(self, file):
         with self.changed:
-            self.files.add(int(path.stem))
+            self.files.add(int(file.path.stem))
             self.changed.notify()
 
     def wait_for(self, indices):
@@ -82,12 +84,13 @@ def test_its_threads_end_with_the_stream(asked):
     assert not threads_of_ours()
 
 
-def test_the_system_is_asked_for_the_whole_file(tmp_path, monkeypatch):
+def test_the_system_is_asked_for_the_whole_file_or_a_part(tmp_path, monkeypatch):
     asked, file = [], tmp_path / "x.png"
     file.write_bytes(b"content")
     monkeypatch.setattr(os, "posix_fadvise", lambda opened, *how: asked.append((os.fstat(opened).st_ino, *how)))
-    will_need(file)
-    assert asked == [(file.stat().st_ino, 0, 0, os.POSIX_FADV_WILLNEED)]
+    will_need(FileRange(file))
+    will_need(FileRange(file, 3, 2))
+    assert asked == [(file.stat().st_ino, *part, os.POSIX_FADV_WILLNEED) for part in ((0, 0), (3, 2))]
 
 
 def test_any_file_may_be_asked_for(tmp_path):
@@ -97,7 +100,7 @@ def test_any_file_may_be_asked_for(tmp_path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     for name in ("empty", "folder", "pipe", "loop", "absent"):
-        will_need(tmp_path / f"{name}.png")
+        will_need(FileRange(tmp_path / f"{name}.png", -512))
     if open_before is not None:
         assert len(os.listdir("/proc/self/fd")) == open_before
 
@@ -106,3 +109,10 @@ def test_a_system_that_cannot_be_asked_gets_the_batches(asked, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise")
     assert list(ReadAhead(batches(5, 3), file_of)) == list(batches(5, 3))
     assert not asked.files
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_batch_knows_the_next_one_of_its_worker(workers):
+    found, stride = list(with_coming(batches(2, 5), workers)), max(workers, 1)
+    assert found == list(batches(2, 5))
+    assert [list(pickle.loads(pickle.dumps(batch)).coming) for batch in found] == found[stride:] + [[]] * stride

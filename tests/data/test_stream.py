@@ -12,6 +12,7 @@ import pytest
 
 from data.stream import (
     BalancedSampler,
+    BlockSampler,
     Draw,
     EvaluationBatches,
     GroupedSampler,
@@ -31,6 +32,7 @@ GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13,
 CHUNK = 4
 SAMPLERS = {
     "shuffled": lambda seed: ShuffledSampler(ROWS, seed),
+    "blocks": lambda seed: BlockSampler(ROWS, seed, block=5, window=3),
     "balanced": lambda seed: BalancedSampler(ROWS, CLASS_IDS, seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
 }
@@ -79,6 +81,7 @@ def test_rows_are_python_numbers(name):
     "make",
     [
         lambda none: ShuffledSampler(none, 0),
+        lambda none: BlockSampler(none, 0),
         lambda none: BalancedSampler(none, none, 0),
         lambda none: GroupedSampler(none, none, 4, 0),
     ],
@@ -108,6 +111,40 @@ def test_every_row_comes_first_equally_often():
     for place in (0, 7):
         counts = Counter(sampler.at(epoch * 8 + place)[0] for epoch in range(4000))
         assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 24.3
+
+
+# --- blocks
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 37, 60, 64])
+def test_every_epoch_of_blocks_is_a_permutation(count):
+    sampler = BlockSampler(np.arange(count) * 5, 3, block=5, window=3)
+    for epoch in (0, 1, 999):
+        assert sorted(epoch_rows(sampler, epoch)) == list(range(0, 5 * count, 5))
+
+
+def test_a_window_has_whole_blocks_of_neighbours():
+    found = epoch_rows(BlockSampler(np.arange(67), 0, block=5, window=3), 1)
+    for start in (0, 15, 30, 45):  # the last window has one block and the two rows that fill none
+        rows = {*found[start : start + 15]}
+        begins = [row for row in rows if (row - 1) % 67 not in rows]
+        assert len(rows) == 15 and len(begins) <= 3, "a row in it whose neighbour is not begins a block"
+
+
+def test_statistics_of_the_shuffle_in_blocks():
+    """As the docstring states them; 1,500 seeds, tolerances of four standard errors."""
+    block, window, count, batch, seeds = 4, 4, 64, 8, 1500
+    samplers = [BlockSampler(np.arange(count), seed, block=block, window=window) for seed in range(seeds)]
+    orders = np.array([epoch_rows(sampler, 0) for sampler in samplers])
+    for place in (0, 63):
+        counts = np.bincount(orders[:, place], minlength=count)
+        assert np.abs(counts - seeds / count).max() < 5 * (seeds / count) ** 0.5
+    starts = [rng.hash_counters(seed, 0, 5) % count for seed in range(seeds)]
+    blocks = (orders - np.array(starts)[:, None]) % count // block
+    same = (blocks[:, 1:batch] == blocks[:, :1]).sum(axis=1).mean()
+    assert abs(same - (batch - 1) * (block - 1) / (block * window - 1)) < 0.1
+    windows = np.argsort(orders, axis=1) // (block * window)
+    assert abs((windows[:, 0] == windows[:, 32]).mean() - (window - 1) / (count / block - 1)) < 0.045
 
 
 # --- balanced

@@ -11,8 +11,6 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_CHUNK = 64  # items that a process gets at once
-
 
 def count_cores() -> int:
     """Return the cores that this process may use: a scheduler may give it some of the machine's."""
@@ -20,22 +18,26 @@ def count_cores() -> int:
 
 
 def map_in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result]
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    fatal: Callable[[Item], Result],
+    chunk_size: int = 64,
 ) -> Iterator[Result]:
     """Yield `function` of each item, in order; `fatal` of one on which a process dies (a crash, a lack of memory).
 
-    `function` and items must be picklable. Items of the same chunk as a fatal one are processed again, one by one.
+    chunk_size: items that a process gets at once. `function` and items must be picklable. Items of the
+    same chunk as a fatal one are processed again, one by one.
     """
     done = 0
     while done < len(items):
         try:
             with _processes(count_cores()) as pool:
-                for result in pool.map(function, items[done:], chunksize=_CHUNK):
+                for result in pool.map(function, items[done:], chunksize=chunk_size):
                     yield result
                     done += 1
         except BrokenProcessPool:
             # The error does not name the item. It is in this chunk, or in one of the next.
-            chunk = items[done : done + _CHUNK]
+            chunk = items[done : done + chunk_size]
             yield from _one_by_one(function, chunk, fatal)
             done += len(chunk)
 

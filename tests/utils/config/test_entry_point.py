@@ -104,7 +104,7 @@ VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "appe
     ("script", "keys"),
     [
         ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
-        ("prepare", {*DATA_FILES, "source", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
+        ("prepare", {*DATA_FILES, "source", "pack.output", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
         ("evaluate", {"models", "run_dir", "weights", "output", *DATA_FILES, "arena.aliases", "arena.implications"}),
         ("export", {"run_dir", "weights", "output", "thresholds", *DATA_FILES}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),

@@ -1,0 +1,156 @@
+"""Shards in an object store: a local S3 server stands for it; what it refuses, lacks, cuts or holds back is said."""
+
+import time
+
+import fsspec
+import pytest
+
+from data import remote, shards
+from data.collection import index_collection, open_collection
+from data.config import ImageFolderConfig
+from data.image_formats import UnreadableImage
+from data.images import Files, open_contents, open_images
+from data.loader import SampleReader, TrainLoader, UnreadableLog, no_fields
+from data.manifest_writer import write_manifest
+from data.pack import pack_collection
+from data.shards import NO_ANSWER, RemoteContents
+from data.stream import build_sampler
+from data.transforms import EvalTransform
+from tests.data.test_loader import machine, take
+from tests.support import make_collection
+from utils.errors import UserError
+
+s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+BUCKET = "s3://pictures"
+
+
+def load(root, cache):
+    return open_collection(str(root), index_collection(str(root), validation_fraction=0.0, cache=cache))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with the files of a collection and its shards, which a local server has too."""
+    place = tmp_path_factory.mktemp("remote")
+    make_collection(place / "files", per_class=20, validation=2)
+    write_manifest(str(place / "files"), validation_fraction=0.0, verify=False)
+    started = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+                            "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():  # fmt: skip
+            patch.setenv(name, value)
+        patch.setattr("data.pack._MIB", 2**16)
+        pack_collection(load(place / "files", place / "cache"), place / "packed", 1, lambda done, total: None)
+        store = s3fs.S3FileSystem()
+        store.mkdir(BUCKET)
+        store.put(str(place / "packed"), f"{BUCKET}/packed", recursive=True)
+        yield place
+    started.stop()
+
+
+@pytest.fixture
+def store(place, monkeypatch):
+    """Return the store; attempts follow at once."""
+    monkeypatch.setattr(remote, "_PAUSE_SEC", 0.0)
+    return fsspec.core.url_to_fs(BUCKET)[0]  # the one that fsspec keeps for this thread
+
+
+@pytest.fixture
+def packed(place, store):
+    return load(f"{BUCKET}/packed", place / "cache")
+
+
+def test_a_remote_collection_is_the_collection(packed, place):
+    files = load(place / "files", place / "cache")
+    assert packed.fingerprint == files.fingerprint and str(packed.root) == f"{BUCKET}/packed"
+    contents = open_contents(packed)
+    assert isinstance(contents, RemoteContents) and contents.file_of(0) is None
+    contents.prefetch(range(50))
+    assert [contents.read(row) for row in range(len(packed))] == [Files(files).read(row) for row in range(len(files))]
+
+
+def test_near_ranges_are_one_request(packed, store, monkeypatch):
+    asked, cat = [], store.cat_ranges
+    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: asked.append(paths) or cat(paths, *a, **k))
+    contents = open_contents(packed)
+    rows = build_sampler("blocks", packed.rows("train"), packed, 0).rows[:32].tolist()
+    contents.prefetch(rows)
+    for row in rows:
+        contents.read(row)
+    contents.prefetch(rows)  # which are there
+    assert len(asked) == 1 and len(asked[0]) == len({packed.view(row).shard for row in rows})
+    assert remote._join({1: ("a", 0, 9), 2: ("a", 10, 2**23), 3: ("a", 2**20, 5), 4: ("b", 9, 1)}) == [[1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_what_the_files_give(workers, packed, place):
+    sizes = {"image_size_hw": [32, 32], "pad": "none", "eval_resize": "squash", "eval_crop": 1.0}
+    levels = {"channels": 3, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    views = {"images": EvalTransform.of({**sizes, **levels, "background": "white"})}
+    config = ImageFolderConfig(name="image_folder", root="x", validation_fraction=0.0, max_pixels=10**6)
+    found = []
+    for collection in (packed, load(place / "files", place / "cache")):
+        reader = SampleReader(collection, open_images(collection, config, 3, "white"), views, no_fields, training=True)
+        sampler = build_sampler("shuffled", packed.rows("train"), packed, 0)
+        loader = TrainLoader(reader, sampler, machine(workers), seed=0, unreadable=UnreadableLog(None))
+        found.append([batch["images"] for step in take(loader, 2, 24) for batch in step])
+        assert loader.unreadable_count == 0
+    assert all((one == two).all() for one, two in zip(*found, strict=True))
+
+
+def refused(packed, row=0):
+    with pytest.raises(UnreadableImage) as error:
+        open_contents(packed).read(row)
+    assert packed.view(row).shard in str(error.value)
+    return error.value
+
+
+def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, store, place, monkeypatch):
+    path, (_, offset, length) = f"{BUCKET}/packed/{packed.view(0).shard}", open_contents(packed).place_of(0)
+    whole = store.cat_file(path)
+    try:
+        store.pipe_file(path, whole[: offset + length - 10])
+        assert refused(packed).kind == "the file is cut off"
+        store.rm(path)
+        assert refused(packed).kind == NO_ANSWER
+    finally:
+        store.pipe_file(path, whole)
+    attempts, cat = [], store.cat_ranges
+
+    def refuse(paths, *a, **k):
+        attempts.append(paths)
+        return [PermissionError("Forbidden")] * len(paths) if len(attempts) < times else cat(paths, *a, **k)
+
+    monkeypatch.setattr(store, "cat_ranges", refuse)
+    times = 3  # the third attempt succeeds
+    assert open_contents(packed).read(0) == (place / "files" / packed.row(0).path).read_bytes()
+    times = 99
+    error = refused(packed)
+    assert error.kind == NO_ANSWER and "PermissionError" in error.detail and len(attempts) == 6
+
+
+def test_a_slow_store_is_given_up(packed, store, monkeypatch):
+    monkeypatch.setattr(shards, "_PATIENCE_SEC", 0.2)
+    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: time.sleep(0.5) or [b""] * len(paths))
+    assert "within 0.2 s" in refused(packed).detail
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(FileNotFoundError, "404"), (PermissionError, "403"), (ConnectionError, "ConnectionError")],
+)
+def test_a_manifest_that_cannot_be_had_ends_the_start(fault, message, place, store, monkeypatch):
+    if fault is not FileNotFoundError:
+        monkeypatch.setattr(store, "cat_file", lambda *a, **k: (_ for _ in ()).throw(fault("no")))
+    with pytest.raises(UserError, match=rf"^data\.root: 's3://pictures/absent'.*{message}"):
+        load(f"{BUCKET}/absent", place / "cache")
+
+
+def test_a_remote_manifest_of_files_and_an_unknown_store_are_refused(place, store):
+    store.put(str(place / "files/manifest.parquet"), f"{BUCKET}/files/manifest.parquet")
+    with pytest.raises(UserError, match=r"^data\.root: manifest\.parquet names files"):
+        load(f"{BUCKET}/files", place / "cache")
+    with pytest.raises(UserError, match=r"^data\.root: 'nonsense://x'.*install-cloud"):
+        load("nonsense://x", place / "cache")
