@@ -29,11 +29,10 @@ from data.table import MEASURED, assign_validation, count_values, replace_column
 from data.tags.posts import read_folder
 from utils.errors import UserError
 from utils.io.files import write_atomically
-from utils.ranks.processes import count_cores, map_in_processes
+from utils.ranks.processes import map_items
 
 # The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
-_PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
 
 def write_manifest(
@@ -56,13 +55,14 @@ def write_manifest(
     written, and for a manifest already there that this function did not write.
     """
     folder = check_root(root)
-    _refuse_foreign(find_manifest(folder))
+    refuse_foreign(find_manifest(folder))
     table = read_folder(folder)
-    _refuse_foreign(find_labels(folder, table))
+    refuse_foreign(find_labels(folder, table))
     paths = table["path"].to_pylist()
     find_files(folder, paths, lambda index: "a manifest cannot name this image")
     inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels, hashed=duplicates)
-    found = _inspect_all([str(folder / path) for path in paths], inspect, progress)
+    files = [str(folder / path) for path in paths]
+    found = _count_off(map_items(inspect, files, fatal_file), len(files), progress)
     reasons = [inspection.reason for _, inspection in found]
     table = replace_column(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
     table = replace_column(
@@ -111,7 +111,7 @@ def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
     return root / PARQUET
 
 
-def _refuse_foreign(file: Path | None) -> None:
+def refuse_foreign(file: Path | None) -> None:
     """Raise UserError for a manifest that `write_manifest` did not make."""
     if file is None:
         return
@@ -121,15 +121,6 @@ def _refuse_foreign(file: Path | None) -> None:
             f"data.root: {str(file)!r} was not made from this folder and is not overwritten; it is read as it is. To "
             "have one made from the folder, move it away"
         )
-
-
-def _inspect_all(
-    files: list[str], inspect: Callable[[str], Inspected], progress: Callable[[int, int], None] | None
-) -> list[Inspected]:
-    """Return SHA-256 and findings of each file; with many files, in one process per core."""
-    if len(files) < _PARALLEL_FROM or count_cores() == 1:
-        return _count_off(map(inspect, files), len(files), progress)
-    return _count_off(map_in_processes(inspect, files, fatal_file), len(files), progress)
 
 
 def _count_off(results: Iterable[Any], total: int, progress: Callable[[int, int], None] | None) -> list[Any]:
