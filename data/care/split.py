@@ -87,7 +87,8 @@ def stratify(units: np.ndarray, labels: np.ndarray, sizes: np.ndarray, fraction:
     units, labels: int64 [n], a pair for each label of each image of a unit. sizes: images of each unit, int64 [U].
     """
     count = len(sizes)
-    order = np.random.default_rng(0).permutation(count)  # in which the units of a label are assigned
+    order = np.random.default_rng(0).permutation(count)  # in which the units of a label are assigned: the largest first
+    order = order[np.argsort(-sizes[order], kind="stable")]
     width = int(labels.max(initial=-1)) + 1
     pairs, images = np.unique(np.argsort(order)[units] * width + labels, return_counts=True)
     units, labels = np.divmod(pairs, width)

@@ -143,7 +143,7 @@ def _draw(
     for name, column in (("classes", "class"), ("tags", "tag"), ("formats", "format")):
         totals = {row[column]: sum(v for v in row.values() if isinstance(v, int)) for row in tables[name][:_SHOWN]}
         if totals:
-            found[name] = drawing.draw_bars(totals, name)
+            found[f"{column}_counts"] = drawing.draw_bars(totals, name)
     if read:
         widths, heights = (np.array([getattr(fact, side) for fact in read]) for side in ("width", "height"))
         found["sizes"] = drawing.draw_histogram(np.maximum(widths, heights), "longest side", "pixels", _BINS)
@@ -153,7 +153,7 @@ def _draw(
         sharp = np.array([fact.sharpness for fact in read])
         found["sharpness"] = drawing.draw_histogram(np.log10(sharp + 1), "sharpness", "log10 (variance + 1)", _BINS)
     if len(names) > 1:
-        found["tags_together"] = drawing.draw_matrix(
+        found["tag_pairs"] = drawing.draw_matrix(
             together, names, "share of the row's images that have the column's tag"
         )
     return found
