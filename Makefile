@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-sdxl install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-sdxl install-care install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -23,6 +23,13 @@ install-sdxl: $(SDXL)  ## add requirements-sdxl.txt, which finetune_sdxl.py need
 $(SDXL): requirements-sdxl.txt $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-sdxl.txt
 	touch $(SDXL)
+
+CARE := $(VENV)/.installed-care
+install-care: $(CARE)  ## add requirements-care.txt, by which prepare.py job=downsample reads huge images, to .venv
+
+$(CARE): requirements-care.txt $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-care.txt
+	touch $(CARE)
 
 INTEROP := .venv-interop
 install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/test_wd14_tools.py

@@ -3,7 +3,10 @@
 import math
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ from utils.io.files import link_or_copy, write_atomically
 
 _WRITTEN = ("JPEG", "PNG", "WEBP")
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_STRIPS = Path(__file__).with_name("strips.py")
 _BROKEN = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
 
 
@@ -104,29 +107,10 @@ def _resizable(image: Image.Image) -> str | None:
 
 
 def _write_in_strips(wanted: Shrink, target: Path) -> None:
-    """Shrink a PNG or JPEG strip by strip, by libvips. Raises _Unfit."""
-    with open(wanted.file, "rb") as stream:
-        head = stream.read(len(_PNG))
-    if head != _PNG and not head.startswith(_JPEG):
-        raise _Unfit("too many pixels for memory; only PNG and JPEG are read in strips")
-    try:
-        import pyvips
-    except (ImportError, OSError) as error:
-        raise _Unfit(f"more than {wanted.max_pixels:,} pixels, which needs pyvips: run `make install-care`") from error
-    pyvips.block_untrusted_set(True)
-    pyvips.concurrency_set(1)  # a process per core is at work already
-    file, side = str(wanted.file), wanted.longest_px
-    try:
-        load = pyvips.Image.pngload if head == _PNG else pyvips.Image.jpegload
-        image = load(file, access="sequential")
-        if max(image.width, image.height) <= side:
-            raise _Unfit("no side is longer")
-        if image.get_typeof("interlaced"):
-            raise _Unfit("interlaced or progressive, so that strips need all of it in memory; save it without")
-        small = pyvips.Image.thumbnail(file, side, height=side, size="down", no_rotate=True)
-        if head == _PNG:
-            small.pngsave(str(target))
-        else:
-            small.jpegsave(str(target), Q=wanted.quality)
-    except pyvips.Error as error:
-        raise _Unfit(" ".join(str(error).split())) from error
+    """Shrink an image within 512 MiB of memory, in a process of its own. Raises _Unfit."""
+    if find_spec("pyvips") is None:
+        raise _Unfit(f"more than {wanted.max_pixels:,} pixels, which needs pyvips: run `make install-care`")
+    words = [str(wanted.file.absolute()), str(target.absolute()), str(wanted.longest_px), str(wanted.quality)]
+    done = subprocess.run([sys.executable, str(_STRIPS), *words], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise _Unfit((done.stderr.strip().splitlines() or [f"libvips ended with status {done.returncode}"])[-1])

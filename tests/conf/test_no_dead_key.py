@@ -293,6 +293,10 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=manifest", "duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
     go("prepare", "job=vocabulary", *folders, "vocabulary.output=tags.csv", "vocabulary.min_count=1")
+    care = ["filter.min_tags=1", "subset.to=part"]
+    for job in ("statistics", "verify", "duplicates", "filter", "downsample", "copy"):
+        own = care if job == "copy" else care[:1] if job == "filter" else []
+        go("prepare", f"job={job}", *folders, *own)
     without_a_cluster(monkeypatch)
     go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
     return reads
