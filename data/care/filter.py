@@ -63,7 +63,9 @@ def _check_columns(collection: Collection, rules: FilterConfig) -> Iterator[_Fau
         wanted = [parse_rating(text) for text in rules.ratings]
         yield _Fault(~np.isin(ratings, wanted), lambda row: f"another rating: {ratings[row] or 'none'}")
     if rules.min_score is not None:
-        scores = collection.column("score").astype(float)
+        scores = collection.column("score")
+        if scores.dtype.kind not in "if":
+            raise UserError("filter.min_score: the column score of the manifest holds no numbers; give it numbers")
         yield _Fault(~(scores >= rules.min_score), lambda row: f"too low a score: {scores[row]:g}")
 
 

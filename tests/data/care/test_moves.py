@@ -3,6 +3,7 @@ finished by the next. Refusals: no rule, a journal that leads out of the collect
 
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -138,3 +139,10 @@ def test_every_rule(root, tmp_path):
     assert moved("filter.max_aspect=2.9") == "cd"
     Image.effect_noise((64, 64), 60).save(root / "a.png")
     assert moved("filter.min_sharpness=50.0") == "bcdd"
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    table = pq.read_table(root / "manifest.parquet")
+    pq.write_table(table.append_column("score", pa.array([1.0, 2.0, None, 3.0, 0.5])), root / "manifest.parquet")
+    assert moved("filter.min_score=1.5") == "acd"
+    pq.write_table(table.append_column("score", pa.array(list("abcde"))), root / "manifest.parquet")
+    with pytest.raises(UserError, match=r"^filter.min_score: .*no numbers"):
+        moved("filter.min_score=1.5")
