@@ -9,18 +9,32 @@ r"""Slow offline work on a collection.
     python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
         'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
 
-The last one writes IDX files as class folders. Those of Fashion-MNIST lie in the folder that
+    python prepare.py job=JOB data=image_folder data.root=PATH            look after a collection (docs/care.md): JOB is
+        count, statistics, verify, duplicates, filter, downsample, split, copy or undo
+
+job=idx writes IDX files as class folders. Those of Fashion-MNIST lie in the folder that
 `dpkg -L dataset-fashion-mnist` names, of Debian's package of that name.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data.cache.warm import estimate_missing, warm_cache
+from data.care.config import DeduplicateConfig, DownsampleConfig, FilterConfig, StatisticsConfig, SubsetConfig
+from data.care.downsample import downsample_images
+from data.care.duplicates import remove_duplicates
+from data.care.filter import filter_images
+from data.care.moves import TRASH, finish_interrupted, undo
+from data.care.split import split_images
+from data.care.statistics import count_images, write_statistics
+from data.care.subset import copy_images
+from data.care.verify import verify_files
+from data.care.work import Work
 from data.config import DataConfig, PackConfig, VocabularyConfig, WarmCacheConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.idx import idx_to_folders
@@ -42,6 +56,24 @@ from utils.vocabulary import write_vocabulary
 log = get_logger(__name__)
 
 _DRY_RUN = "dry run: nothing is written"
+# The jobs that read a key or section; the others refuse it.
+_READ_BY = {
+    "verify": ("manifest",),
+    "duplicates": ("manifest",),
+    "source": ("idx", "undo"),
+    "class_names": ("idx",),
+    "vocabulary": ("vocabulary",),
+    "warm_cache": ("warm_cache",),
+    "pack": ("pack",),
+    "apply": ("duplicates", "filter", "downsample", "split"),
+    "trash": ("duplicates", "filter", "downsample", "split"),
+    "report": ("statistics", "verify", "duplicates", "filter", "downsample"),
+    "statistics": ("statistics",),
+    "deduplicate": ("duplicates",),
+    "filter": ("filter", "copy"),
+    "downsample": ("downsample",),
+    "subset": ("copy",),
+}
 
 
 class PrepareConfig(Strict):
@@ -49,10 +81,13 @@ class PrepareConfig(Strict):
 
     `duplicates` finds near-duplicates as well, and needs `verify`.
 
-    `source` and `class_names` are for job=idx: the folder of the IDX files, and a name for each label.
+    `class_names` has a name for each label. The sections are those of data/config.py and data/care/config.py.
     """
 
-    job: Literal["glyphs", "manifest", "idx", "vocabulary", "warm_cache", "pack"]
+    job: Literal[
+        "glyphs", "manifest", "idx", "vocabulary", "warm_cache", "pack",
+        "count", "statistics", "verify", "duplicates", "filter", "downsample", "split", "copy", "undo",
+    ]  # fmt: skip
     dry_run: bool
     verify: bool
     duplicates: bool
@@ -62,24 +97,35 @@ class PrepareConfig(Strict):
     pack: PackConfig
     vocabulary: VocabularyConfig
     warm_cache: WarmCacheConfig
+    apply: bool
+    trash: PathText | None
+    report: PathText
+    statistics: StatisticsConfig
+    deduplicate: DeduplicateConfig
+    filter: FilterConfig
+    downsample: DownsampleConfig
+    subset: SubsetConfig
 
 
 @entry_point("prepare", PrepareConfig)
 def main(config: PrepareConfig, job: Job) -> str:
     """Do the one job that was asked for."""
-    if config.job == "idx":
-        return write_class_folders(config)
-    for key, value in (("source", config.source), ("class_names", config.class_names)):
-        if value is not None:
-            raise UserError(f"{key}: {value!r} is read by job=idx only, not by job={config.job}; remove {key}")
+    for override in job.overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        readers = _READ_BY.get(key.partition(".")[0], (config.job,))
+        if config.job not in readers:
+            raise UserError(
+                f"{key}: {value} is read by job={' and '.join(readers)} only, not by job={config.job}; remove {key}"
+            )
     jobs = {
+        "idx": write_class_folders,
         "glyphs": prepare_glyphs,
         "manifest": prepare_manifest,
         "vocabulary": prepare_vocabulary,
         "warm_cache": fill_disk_cache,
         "pack": prepare_shards,
     }
-    return jobs[config.job](config)
+    return jobs.get(config.job, care_for)(config)
 
 
 # ------------------------------------------------------------------------------------------------------------- job=idx
@@ -209,6 +255,35 @@ def fill_disk_cache(config: PrepareConfig) -> str:
             config.data.cache.disk_gib, f"{warmed.evicted:,}",
         )  # fmt: skip
     return f"{warmed.added} images added, {warmed.there} were there, {warmed.unreadable} unreadable"
+
+
+# ------------------------------------------------------------------------------------------- looking after a collection
+
+CARE: dict[str, Callable[[Work, PrepareConfig], str]] = {
+    "count": lambda work, config: count_images(work),
+    "statistics": lambda work, config: write_statistics(work, config.statistics),
+    "verify": lambda work, config: verify_files(work),
+    "duplicates": lambda work, config: remove_duplicates(work, config.deduplicate),
+    "filter": lambda work, config: filter_images(work, config.filter),
+    "downsample": lambda work, config: downsample_images(work, config.downsample),
+    "split": lambda work, config: split_images(work),
+    "copy": lambda work, config: copy_images(work, config.subset, config.filter),
+    "undo": lambda work, config: undo(work, config.source),
+}
+
+
+def care_for(config: PrepareConfig) -> str:
+    """Do one of these jobs on the collection of `data.root`, after what a killed one has left to do."""
+    root = check_root(config.data.root)
+    trash = root / TRASH if config.trash is None else Path(config.trash)
+    work = Work(config.job, config.data, config.apply, Path(config.report), trash)
+    if config.dry_run:
+        return _DRY_RUN
+    if config.apply:
+        finish_interrupted(work)
+    line = CARE[config.job](work, config)
+    log.info("%s", line)
+    return line
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ data/manifest_writer.py inspects every file and returns the report, which prepar
 """
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 from data.image_formats import NO_MEMORY, NOT_OPENED
 from data.image_traits import Inspection, inspect_image
 from utils.canvas import DEFAULT, Background
-from utils.io.files import ignore_write_errors, sha256_file, write_atomically, write_text
+from utils.io.files import sha256_file, write_atomically
 
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
@@ -37,6 +36,17 @@ class Inspected(NamedTuple):
 
     digest: str | None
     inspection: Inspection
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> Self:
+        """Return what JSON has made lists of."""
+        digest, (kind, reason, traits, size_hw, *more) = value
+        return cls(digest, Inspection(kind, reason, tuple(traits), size_hw and tuple(size_hw), *more))
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether the same file is found to be so at any time."""
+        return self.inspection.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
 
 
 @dataclass(frozen=True)
@@ -97,68 +107,6 @@ def count_groups(groups: pa.ChunkedArray) -> list[int]:
     """Return the sizes of the groups of more than one image, the largest first."""
     counts = pc.value_counts(groups.drop_null()).field("counts").to_pylist()
     return sorted((count for count in counts if count > 1), reverse=True)
-
-
-class Journal:
-    """What was found out about files, one JSON line each as it comes, so that a killed job loses a second of work.
-
-    An entry counts while the file's size and time of change are the same, and `recipe`, which says how it was made.
-    """
-
-    def __init__(self, file: Path, recipe: str) -> None:
-        self._file, self._recipe, self._stale, self._stream = file, recipe, 0, None
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        self._start = "" if text.endswith("\n") else "\n"  # after a line that a kill has torn
-        self._entries: dict[str, tuple[list[int], Inspected]] = {}
-        for line in text.split("\n"):
-            try:
-                path, version, made_by, digest, inspection = json.loads(line)
-            except (ValueError, TypeError):  # torn
-                continue
-            self._stale += made_by != recipe or path in self._entries
-            if made_by == recipe:
-                traits, size = tuple(inspection[2]), inspection[3]
-                found = Inspection(*inspection[:2], traits, size and tuple(size), *inspection[4:])
-                self._entries[path] = version, Inspected(digest, found)
-
-    def find(self, file: str) -> Inspected | None:
-        """Return what is known of a file as it is now."""
-        version, found = self._entries.get(file, (None, None))
-        return found if version is not None and version == _version(file) else None
-
-    def add(self, file: str, found: Inspected) -> None:
-        """Keep what was found, unless it may be otherwise at another time; a write error is a warning."""
-        version = _version(file)
-        if version is None or found.inspection.kind in (NOT_OPENED, NO_MEMORY, FATAL):
-            return
-        self._stale += file in self._entries
-        self._entries[file] = version, found
-        with ignore_write_errors(self._file):
-            if self._stream is None:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                self._stream = open(self._file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed at the end)
-                self._stream.write(self._start)
-            self._stream.write(self._line(file))
-
-    def close(self) -> None:
-        """Rewrite the file where a third of it counts no more."""
-        if self._stream is not None:
-            self._stream.close()
-        if self._stale > len(self._entries) // 2:
-            with ignore_write_errors(self._file):
-                write_text(self._file, "".join(map(self._line, self._entries)))
-
-    def _line(self, file: str) -> str:
-        version, found = self._entries[file]
-        return json.dumps([file, version, self._recipe, *found]) + "\n"
-
-
-def _version(file: str) -> list[int] | None:
-    try:
-        status = os.stat(file)
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from data.decode import decoder_versions
 from data.duplicates import group_duplicates
 from data.image_formats import DEFAULT_MAX_PIXELS
+from data.image_traits import Inspection
 from data.inspection import (
     UNREADABLE,
     Inspected,
-    Journal,
     ManifestReport,
     count_groups,
     count_kinds,
@@ -33,12 +33,12 @@ from data.table import MEASURED, assign_validation, count_values, replace_column
 from data.tags.posts import read_folder
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
-from utils.ranks.processes import count_cores, map_in_processes
+from utils.io.journal import Journal
+from utils.ranks.processes import map_items
 
 # The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
 INSPECTIONS = Path("outputs/cache/inspections")
-_PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 
 
 def write_manifest(
@@ -63,14 +63,15 @@ def write_manifest(
     written, and for a manifest already there that this function did not write.
     """
     folder = check_root(root)
-    _refuse_foreign(find_manifest(folder))
+    refuse_foreign(find_manifest(folder))
     table = read_folder(folder)
-    _refuse_foreign(find_labels(folder, table))
+    refuse_foreign(find_labels(folder, table))
     paths = table["path"].to_pylist()
     deque(find_files(folder, table["path"], lambda path: "a manifest cannot name this image"), maxlen=0)
     inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
     real = os.path.realpath(folder)
-    journal = Journal(INSPECTIONS / f"{sha256_text(real)[:16]}.jsonl", f"1 {verify} {max_pixels} {decoder_versions()}")
+    recipe = f"{real} {verify} {max_pixels} {decoder_versions()} {Inspection._fields}"
+    journal = Journal(INSPECTIONS / f"{sha256_text(recipe)[:16]}.jsonl")
     found = _inspect_all([os.path.join(real, path) for path in paths], inspect, journal, progress)
     reasons = [inspection.reason for _, inspection in found]
     table = replace_column(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
@@ -123,7 +124,7 @@ def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
     return root / PARQUET
 
 
-def _refuse_foreign(file: Path | None) -> None:
+def refuse_foreign(file: Path | None) -> None:
     """Raise UserError for a manifest that `write_manifest` did not make."""
     if file is None:
         return
@@ -142,12 +143,13 @@ def _inspect_all(
     progress: Callable[[int, int], None] | None,
 ) -> list[Inspected]:
     """Return SHA-256 and findings of each file, those of changed files anew; of many, in one process per core."""
-    found = {file: journal.find(file) for file in files}
-    changed = [file for file, known in found.items() if known is None]
-    in_turn = len(changed) < _PARALLEL_FROM or count_cores() == 1
-    results = map(inspect, changed) if in_turn else map_in_processes(inspect, changed, fatal_file)
+    known = {file: journal.find(file) for file in files}
+    found = {file: value and Inspected.from_json(value) for file, value in known.items()}
+    changed = [file for file, value in known.items() if value is None]
+    results = map_items(inspect, changed, fatal_file)
     for done, (file, found[file]) in enumerate(zip(changed, results), len(files) - len(changed) + 1):
-        journal.add(file, found[file])
+        if found[file].is_lasting:
+            journal.add(file, found[file])
         if progress is not None:
             progress(done, len(files))
     journal.close()

@@ -78,14 +78,14 @@ def scan_folder(root: Path) -> pa.Table:
     others: _Others = {}
     orphans: list[str] = []
     broken: list[str] = []
-    for folder, entries, names in _walk(root):
-        suffixed = [entry for entry in entries if _is_image_name(entry.name)]
+    for folder, entries, names in walk_folders(root):
+        suffixed = [entry for entry in entries if is_image_name(entry.name)]
         images += [_read_image_entry(folder, entry) for entry in suffixed]
         for sidecar in _read_all_sidecars(root, folder, [entry.name for entry in suffixed], names):
             (sidecars if isinstance(sidecar, Sidecar) else broken).append(sidecar)
         rest = names.difference(entry.name for entry in suffixed)
         others[folder] = (len(rest), min(rest, default=""))
-        orphans += [folder + name for name in _find_orphans(rest, names - rest)]
+        orphans += [folder + name for name in find_orphans(rest, names - rest)]
     if not images:
         raise UserError(
             f"data.root: {str(root)!r} holds no image, {_describe_others(others, '')}; allowed are "
@@ -120,18 +120,19 @@ def list_images(root: Path) -> list[FoundImage]:
     """Return every image below a folder. Raises UserError (`data.root`) for links and names as `scan_folder` does."""
     return [
         _read_image_entry(folder, entry)
-        for folder, entries, _ in _walk(root)
+        for folder, entries, _ in walk_folders(root)
         for entry in entries
-        if _is_image_name(entry.name)
+        if is_image_name(entry.name)
     ]
 
 
 def holds_image(root: Path) -> bool:
     """Return whether an image is anywhere below a folder."""
-    return any(_is_image_name(entry.name) for _, entries, _ in _walk(root) for entry in entries)
+    return any(is_image_name(entry.name) for _, entries, _ in walk_folders(root) for entry in entries)
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Return whether a file's name ends as an image's."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -153,7 +154,7 @@ def _read_all_sidecars(root: Path, folder: str, images: list[str], names: set[st
             yield from found
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
+def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
     """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names.
 
     Folders of one depth are listed at once.
@@ -256,7 +257,7 @@ def _warn_of_folders(paths: list[str], others: _Others, class_depth: int) -> Non
         )  # fmt: skip
     if len(empty) > _WARNED:
         log.warning("data.root: %d more folders hold no image and are ignored", len(empty) - _WARNED)
-    if named := sorted(repr(folder[:-1]) for folder in others if _is_image_name(folder[:-1])):
+    if named := sorted(repr(folder[:-1]) for folder in others if is_image_name(folder[:-1])):
         log.warning(
             "data.root: %s: a folder that is named like an image is read as a folder; rename it, or put an image in "
             "its place",
@@ -278,7 +279,7 @@ def _find_empty(paths: list[str], others: _Others, class_depth: int) -> list[str
     return empty
 
 
-def _find_orphans(rest: set[str], images: set[str]) -> list[str]:
+def find_orphans(rest: set[str], images: set[str]) -> list[str]:
     """Return the files of a folder that are named as sidecars, but of none of its images; none beside no image."""
     owners = images | {os.path.splitext(name)[0] for name in images}
     pairs = [os.path.splitext(name) for name in sorted(rest)] if images else []

@@ -10,9 +10,8 @@ from data.cache.disk import DiskCached
 from data.cache.store import close_stores
 from data.image_formats import UnreadableImage
 from data.rows import spread
-from utils.ranks.processes import count_cores, map_in_processes
+from utils.ranks.processes import map_items
 
-_PARALLEL_FROM = 512  # images; below, starting processes takes longer than decoding
 _SAMPLED = 200  # images that a size is estimated from
 
 
@@ -28,10 +27,7 @@ class Warmed(NamedTuple):
 def warm_cache(source: DiskCached, rows: np.ndarray, progress: Callable[[int, int], None]) -> Warmed:
     """Put the images of some rows into the cache, in one process per core; what is there is not decoded again."""
     fill, items = functools.partial(_fill, source), rows.tolist()
-    if len(items) < _PARALLEL_FROM or count_cores() == 1:
-        results = map(fill, items)
-    else:
-        results = map_in_processes(fill, items, _fatal_row)
+    results = map_items(fill, items, _fatal_row)
     counts = dict.fromkeys(("there", "added", "unreadable"), 0)
     for done, result in enumerate(results, start=1):
         counts[result] += 1

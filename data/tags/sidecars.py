@@ -18,13 +18,11 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidec
     The JSON file takes precedence over the text file, `x.jpg.txt` over `x.txt`, and for captions `x.caption` over both.
     Raises UserError (`data.root`) naming the sidecar where it cannot be read.
     """
-    stem = os.path.splitext(name)[0]
-    found = {}
-    for suffix in SUFFIXES:
-        files = [folder / file for file in (f"{name}{suffix}", f"{stem}{suffix}") if file in names]
-        if files:
-            _check_sidecar(root, files[0], folder / name)
-            found[suffix] = files[0]
+    found: dict[str, Path] = {}
+    for file in list_sidecars(name, names):
+        if (suffix := os.path.splitext(file)[1]) not in found:
+            _check_sidecar(root, folder / file, folder / name)
+            found[suffix] = folder / file
     sidecar = Sidecar()
     for suffix in (".caption", ".txt"):
         if suffix in found:
@@ -33,6 +31,12 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidec
     if (file := found.get(".json")) is None:
         return sidecar
     return sidecar.updated(parse_record(f"the sidecar {str(file)!r}", read_objects(file, lines=False)[0]))
+
+
+def list_sidecars(name: str, names: set[str]) -> list[str]:
+    """Return those of a folder's file names that are sidecars of the image `name`; `x.jpg.txt` before `x.txt`."""
+    stems = dict.fromkeys((name, os.path.splitext(name)[0]))
+    return [stem + suffix for suffix in SUFFIXES for stem in stems if stem + suffix in names]
 
 
 def _check_sidecar(root: Path, file: Path, image: Path) -> None:

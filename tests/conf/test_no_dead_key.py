@@ -294,6 +294,11 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=glyphs", on_glyphs)
     go("prepare", "job=pack", *folders, "pack.output=packed")
     go("prepare", "job=vocabulary", *folders, "vocabulary.output=tags.csv", "vocabulary.min_count=1")
+    for job in ("statistics", "verify", "duplicates"):
+        go("prepare", f"job={job}", *folders)
+    go("prepare", "job=filter", "filter.min_tags=1", *folders)
+    go("prepare", "job=copy", "subset.to=part", *folders)
+    go("prepare", "job=downsample", "downsample.longest_px=8", "apply=true", *folders)
     without_a_cluster(monkeypatch)
     go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
     return reads
@@ -315,6 +320,7 @@ PROVED = {
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
+    *(f"PrepareConfig.{name}" for name in ("source", "class_names")),  # of job=idx: tests/data/test_idx.py
     "ConvNeXtV2Config.name",
     "AugmentConfig.mean",
     "AugmentConfig.std",

@@ -15,6 +15,7 @@ from PIL import Image
 import data.collection
 import data.manifest_writer
 import data.table
+import utils.ranks.processes
 from data.collection import Row, check_classes, index_collection, open_collection
 from data.image_formats import TOO_LARGE
 from data.manifest import find_manifest
@@ -958,8 +959,8 @@ def test_write_manifest_round_trip(load, root):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel):
-    monkeypatch.setattr(data.manifest_writer, "_PARALLEL_FROM", 2 if parallel else 100)
-    monkeypatch.setattr(data.manifest_writer, "count_cores", lambda: 2)
+    monkeypatch.setattr(utils.ranks.processes, "PARALLEL_FROM", 2 if parallel else 100)
+    monkeypatch.setattr(utils.ranks.processes, "count_cores", lambda: 2)
     put(root, "a.png", "b.png", "c.png", "d.png")
     (root / "b.png").write_bytes(b"")
     (root / "d.png").write_bytes((root / "c.png").read_bytes()[:40])
@@ -987,9 +988,7 @@ def test_a_file_that_ends_its_reader_is_listed_with_weight_0(load, root, monkeyp
     def all_but_every_second(inspect, files, fatal):
         return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
 
-    monkeypatch.setattr(data.manifest_writer, "_PARALLEL_FROM", 2)
-    monkeypatch.setattr(data.manifest_writer, "count_cores", lambda: 2)
-    monkeypatch.setattr(data.manifest_writer, "map_in_processes", all_but_every_second)
+    monkeypatch.setattr(data.manifest_writer, "map_items", all_but_every_second)
     put(root, "a.png", "b.png", "c.png")
     report = write_manifest(str(root), validation_fraction=0, verify=True)
     assert [path for path, _ in report.unreadable] == ["b.png"] and list(report.kinds.values()) == [1]

@@ -191,10 +191,10 @@ def test_the_command(source, tmp_path):
     [
         (["job=idx", "source=x"], r"data: job=idx writes class folders, not glyphs; set data=image_folder data\.root="),
         (["job=idx", "data=image_folder", "data.root=x"], r"source: job=idx needs it; set source to the folder"),
-        (["job=glyphs", "source=x"], r"source: 'x' is read by job=idx only, not by job=glyphs; remove source"),
+        (["job=glyphs", "source=x"], r"source: 'x' is read by job=idx and undo only, not by job=glyphs; remove source"),
         (
             ["job=manifest", "data=image_folder", "data.root=x", "class_names=[a]"],
-            r"class_names: \['a'\] is read by jo",
+            r"class_names: \[a\] is read by job=idx only",
         ),
     ],
 )

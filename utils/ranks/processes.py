@@ -11,10 +11,21 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+PARALLEL_FROM = 512  # items; below, starting processes takes longer than the work
+
 
 def count_cores() -> int:
     """Return the cores that this process may use: a scheduler may give it some of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_items(
+    function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result]
+) -> Iterator[Result]:
+    """Yield what `map_in_processes` does; in this process where items or cores are few."""
+    if len(items) < PARALLEL_FROM or count_cores() == 1:
+        return map(function, items)
+    return map_in_processes(function, items, fatal)
 
 
 def map_in_processes(

@@ -160,7 +160,7 @@ def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_p
         return torch.cat([batch["images"] for batch in EvaluationLoader(reader, batches, machine, unreadable=Log)])
 
     Log = UnreadableLog(None)
-    assert source.file_of(0) == photos.absolute_path(0)  # which opens the store in this process
+    assert source.file_of(0).path == photos.absolute_path(0)  # which opens the store in this process
     first = epoch()
     assert source.file_of(0) is None
     assert torch.equal(epoch(), first) and counted(source) == (COUNT, COUNT)
@@ -361,7 +361,7 @@ def test_a_run_is_the_same_with_a_cache_that_prepare_has_filled(tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_cache_is_filled_in_parallel(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.cache.warm._PARALLEL_FROM", 0)
+    monkeypatch.setattr("utils.ranks.processes.PARALLEL_FROM", 0)
     warm = ["job=warm_cache", "data=image_folder", f"data.root={make_images(tmp_path / 'images')}"]
     warm += ["data.cache.disk_gib=0.05", "data.cache.folder=cache", "warm_cache.shortest_px=20"]
     assert run("prepare", warm, tmp_path) == "12 images added, 0 were there, 0 unreadable"

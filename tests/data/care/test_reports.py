@@ -1,0 +1,153 @@
+"""job=count, statistics, verify and duplicates. Literal tables of a small folder; a killed reading goes on;
+the pages hold what they show."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, ImageFilter
+
+import data.care.facts
+from data.care.duplicates import find_groups
+from data.care.facts import Facts, measure_file, measure_files
+from data.care.statistics import count_together
+from data.decode import CUT_OFF
+from tests.data.test_duplicates import picture
+from tests.in_process import run
+from utils.errors import UserError
+
+FOLDER = ["data=image_folder", "data.root=images", "data.validation_fraction=0.0"]
+TAGS = {"cat/1.png": "red, hat", "cat/2.jpg": "red", "dog/1.png": "hat, red, round"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "images"
+    for number, (name, tags) in enumerate(TAGS.items()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(tags)
+    picture(1).resize((300, 202)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "dog/copy.png")
+    (folder / "dog/same.png").write_bytes((folder / "dog/1.png").read_bytes())
+    (folder / "dog/cut.png").write_bytes((folder / "dog/1.png").read_bytes()[:400])
+    (folder / "dog/lost.txt").write_text("red")
+    return folder
+
+
+def listed(tmp_path, job):
+    lines = (tmp_path / f"outputs/care/{job}.jsonl").read_text().splitlines()
+    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def test_facts_are_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(3, (90, 40)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    facts = measure_file(str(tmp_path / "a.jpg"), 10**6)
+    assert (facts.format, facts.width, facts.height, facts.kind) == ("JPEG", 40, 90, None)
+    Image.new("L", (7, 2), 51).save(tmp_path / "b.png")
+    facts = measure_file(str(tmp_path / "b.png"), 10**6)
+    assert (facts.brightness, facts.sharpness) == (0.2, 0.0)
+    noise = Image.effect_noise((80, 80), 50)
+    noise.save(tmp_path / "c.png")
+    levels = np.pad(np.asarray(noise, float), 0)
+    edges = sum(np.roll(levels, shift, axis) for shift in (1, -1) for axis in (0, 1)) - 4 * levels
+    assert measure_file(str(tmp_path / "c.png"), 10**6).sharpness == pytest.approx(edges[1:-1, 1:-1].var(), abs=0.01)
+    noise.filter(ImageFilter.GaussianBlur(2)).save(tmp_path / "d.png")
+    assert measure_file(str(tmp_path / "d.png"), 10**6).sharpness < 20
+    assert measure_file(str(tmp_path / "none.png"), 9).sha256 is None
+
+
+def test_what_was_read_is_not_read_again(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measure, read = data.care.facts.measure_file, []
+
+    def counted(file, max_pixels):
+        read.append(file)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return measure(file, max_pixels)
+
+    monkeypatch.setattr(data.care.facts, "measure_file", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_files(root, list(TAGS), 10**6)
+    (cache,) = (tmp_path / "outputs/cache/care").iterdir()
+    cache.write_text(cache.read_text() + '\n["dog/1.png", [1, 2')
+    facts = measure_files(root, list(TAGS), 10**6)
+    assert len(read) == 4 and measure_files(root, list(TAGS), 10**6) == facts and len(read) == 4
+    (root / "cat/1.png").write_bytes((root / "dog/1.png").read_bytes())
+    assert measure_files(root, list(TAGS), 10**6)[0] == facts[2] and len(read) == 5
+    measure_files(root, list(TAGS), 100)
+    assert len(read) == 8
+
+
+def test_tags_that_share_images():
+    tags = pa.chunked_array([[["a", "b"], [], ["a"]], [["b", "a", "c"]]], pa.list_(pa.string()))
+    names, together = count_together(tags)
+    assert names == ["a", "b", "c"] and together.tolist() == [[3, 2, 1], [2, 2, 1], [1, 1, 1]]
+
+
+def test_statistics(root, tmp_path):
+    assert run("prepare", ["job=count", *FOLDER], tmp_path) == "6 images"
+    run("prepare", ["job=statistics", *FOLDER], tmp_path)
+    found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
+    figures, tables = found["figures"], found["tables"]
+    assert (figures["images"], figures["unreadable"], figures["images without a tag"]) == (6, 1, 3)
+    assert (figures["width, median"], figures["height, median"]) == (150, 101)
+    assert tables["classes"] == [{"class": "dog", "train": 4, "val": 0}, {"class": "cat", "train": 2, "val": 0}]
+    assert tables["formats"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
+    assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
+    assert tables["tags_together"][0] == {"tag": "hat", "and": "red", "images": 2, "share": 1.0}
+    page = (tmp_path / "outputs/care/statistics/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 8 and "http" not in page.replace("http-equiv", "")
+
+
+def test_statistics_from_the_manifest_alone(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.care.statistics.measure_files", None)
+    quick = ["job=statistics", *FOLDER, "statistics.pixels=false"]
+    with pytest.raises(UserError, match=r"^statistics.pixels: false"):
+        run("prepare", quick, tmp_path)
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", quick, tmp_path)
+    found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
+    assert found["figures"]["width, median"] == 150 and found["tables"]["formats"] == []
+
+
+def test_verify_finds_orphans_both_ways(root, tmp_path):
+    run("prepare", ["job=verify", *FOLDER], tmp_path)
+    found = listed(tmp_path, "verify")
+    assert found["dog/cut.png"].startswith(CUT_OFF) and found["dog/cut.png"].endswith("an image without a sidecar")
+    assert found["dog/lost.txt"] == "a sidecar without an image"
+    assert set(found) == {"dog/cut.png", "dog/lost.txt", "dog/copy.png", "dog/same.png"}
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    (root / "cat/1.png").rename(root / "cat/3.png")
+    (root / "cat/1.txt").unlink()
+    run("prepare", ["job=verify", *FOLDER], tmp_path)
+    found = listed(tmp_path, "verify")
+    assert found["cat/1.png"] == "a row of the manifest without a file"
+    assert found["cat/3.png"] == "an image without a row in the manifest; an image without a sidecar"
+
+
+def test_a_folder_without_sidecars_lacks_none(root, tmp_path):
+    for file in (*root.rglob("*.txt"), root / "dog/cut.png"):
+        file.unlink()
+    assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"
+
+
+def test_the_largest_of_each_group_stays(root, tmp_path):
+    words = ["job=duplicates", *FOLDER]
+    run("prepare", [*words, "deduplicate.match=exact"], tmp_path)
+    assert listed(tmp_path, "duplicates") == {"dog/same.png": "a duplicate: dog/1.png is kept"}
+    run("prepare", [*words, "apply=true"], tmp_path)
+    moved = {path for path in (*TAGS, "dog/copy.png", "dog/same.png", "cat/2.txt") if not (root / path).exists()}
+    assert moved == {"cat/2.jpg", "cat/2.txt", "dog/same.png"}
+    page = (tmp_path / "outputs/care/duplicates/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "dog/copy.png" in page
+
+
+def test_unreadable_files_are_duplicates_by_their_bytes_alone():
+    facts = {"a": Facts("x", CUT_OFF), "b": Facts("x", CUT_OFF), "c": Facts(None), "d": Facts(None)}
+    facts |= {"e": Facts("y", phash=0), "f": Facts("z", phash=3)}
+    assert find_groups(facts, near=True) == [["a", "b"], ["e", "f"]]
+    assert find_groups(facts, near=False) == [["a", "b"]]
