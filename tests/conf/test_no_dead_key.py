@@ -337,6 +337,7 @@ REFUSED = {
     "train": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights"),
     "finetune_sdxl": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights", "LoopConfig.sampling"),
     "pretrain_fcmae": ("KnobConfig.", "PhaseConfig.", "TimmConfig."),
+    "prepare": ("_Data.icc",),  # a manifest says how files are stored
 }
 
 
