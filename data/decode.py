@@ -1,11 +1,12 @@
 """Decode the bytes of an image file by the fastest library that gives Pillow's pixels; `Decoder` picks it.
 
 Pillow opens every file, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
-grey or RGB is then decoded by simplejpeg where it is installed, and everything else by Pillow, which also decides
-whatever simplejpeg has as much as a warning about.
+grey or RGB is then decoded by simplejpeg where it is installed, a still WebP without alpha by torchvision, and all else
+by Pillow, which also decides whatever the others refuse, or simplejpeg has as much as a warning about.
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, Self
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import PIL
 import torch
+import torchvision
 from PIL import Image, features
 from torch import Tensor
+from torchvision.io import ImageReadMode
 
 from data.image_formats import open_image
 from data.image_pixels import UPRIGHT, convert, read_orientation, to_array
@@ -27,13 +30,17 @@ try:
 except ImportError:  # no wheel for this machine: Pillow decodes
     simplejpeg = None
 
+decode_webp = getattr(torchvision.io, "decode_webp", None)  # announced to be removed in some release after 0.29
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
 _RULES = 1  # of how pixels are converted and resized here: another number makes cached images anew
 
 
 def decoder_versions() -> str:
-    """Return which libraries decode: `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`; pillow-simd has its name."""
-    pillow = f"{'pillow-simd' if '.post' in PIL.__version__ else 'pillow'} {PIL.__version__}"
-    return pillow if simplejpeg is None else f"JPEG by simplejpeg {version('simplejpeg')}, others by {pillow}"
+    """Return which libraries decode, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
+    found = [] if simplejpeg is None else [f"JPEG by simplejpeg {version('simplejpeg')}"]
+    found += [] if decode_webp is None else [f"WebP by torchvision {torchvision.__version__}"]
+    pillow = "pillow-simd" if ".post" in PIL.__version__ else "pillow"
+    return ", ".join([*found, f"others by {pillow} {PIL.__version__}"])
 
 
 class Decoder(NamedTuple):
@@ -93,7 +100,7 @@ class Decoder(NamedTuple):
         if self.shortest_px is not None:
             image.draft(None, (self.shortest_px, self.shortest_px))  # a JPEG's scale, with both sides at least so long
         scaled = image.size != whole  # asked before loading, which may change the size that a header states
-        pixels = self._decode_jpeg(content, image)
+        pixels = self._decode_fast(content, image)
         if pixels is None:
             pixels = to_array(image, self.channels, self.background, self.icc)
         decoded = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -101,28 +108,44 @@ class Decoder(NamedTuple):
             return decoded
         return _shrink(decoded, self.shortest_px, whole if scaled else pixels.shape[:2])
 
-    def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
-        """Return what simplejpeg decodes, at the scale of the opened image; None where Pillow is to decode."""
-        if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
-            return None
+    def _decode_fast(self, content: bytes, image: Image.Image) -> np.ndarray | None:
+        """Return what a faster library decodes, at the scale of the opened image; None where Pillow is to decode."""
         if self.icc and "icc_profile" in image.info:
             return None
-        grey = image.mode == "L" and self.channels == 1
-        # Room for what Pillow has read in the header: a file in which libjpeg sees a larger image is refused.
-        room = np.empty((image.height, image.width, 1 if grey else 3), np.uint8)
-        try:
-            pixels = simplejpeg.decode_jpeg(
-                content, "GRAY" if grey else "RGB", min_height=image.height, min_width=image.width, buffer=room
-            )
-        except ValueError:  # of damage that Pillow may accept, and of kinds that the library was built without
+        if simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            pixels = _read_jpeg(content, image, grey=image.mode == "L" and self.channels == 1)
+        elif decode_webp is not None and image.format == "WEBP" and image.mode == "RGB" and not image.is_animated:
+            pixels = _read_webp(content)
+        else:
             return None
-        if pixels.shape != room.shape:
+        if pixels is None or pixels.shape[:2] != (image.height, image.width):
             return None
         turn = UPRIGHT.get(read_orientation(image))
         if turn is None and pixels.shape[2] == self.channels:
             return pixels
-        picture = Image.fromarray(pixels[..., 0] if grey else pixels)
+        picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
         return convert(picture if turn is None else picture.transpose(turn), self.channels, None)
+
+
+def _read_jpeg(content: bytes, image: Image.Image, grey: bool) -> np.ndarray | None:
+    """Return a JPEG, uint8 [H, W, 1 or 3]; None for damage that Pillow may accept, and for kinds unknown here."""
+    # Room for what Pillow has read in the header: a file in which libjpeg sees a larger image is refused.
+    room = np.empty((image.height, image.width, 1 if grey else 3), np.uint8)
+    try:
+        return simplejpeg.decode_jpeg(
+            content, "GRAY" if grey else "RGB", min_height=image.height, min_width=image.width, buffer=room
+        )
+    except ValueError:
+        return None
+
+
+def _read_webp(content: bytes) -> np.ndarray | None:
+    """Return a still WebP, uint8 [H, W, 3]; None where it is damaged. Pillow's reader of animations is slower."""
+    try:
+        pixels = decode_webp(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+    return pixels.permute(1, 2, 0).numpy()
 
 
 def _shrink(image: Tensor, shortest_px: int, sides: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What was measured of files, kept until a file changes, so that it is measured once and a killed job loses a second."""
+"""What was measured of files, kept until a file changes: it is measured once, and a killed job loses a second."""
 
 import json
 import os

@@ -12,7 +12,7 @@ import data.care.facts
 from data.care.duplicates import find_groups
 from data.care.facts import Facts, measure_file, measure_files
 from data.care.statistics import count_together
-from data.decode import CUT_OFF
+from data.image_formats import CUT_OFF
 from tests.data.test_duplicates import picture
 from tests.in_process import run
 from utils.errors import UserError
