@@ -9,8 +9,8 @@ r"""Slow offline work on a collection.
     python prepare.py job=idx source=FOLDER data=image_folder data.root=collections/fashion_mnist \
         'class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle_boot]'
 
-    python prepare.py job=JOB data=image_folder data.root=PATH            look after a collection (docs/care.md): JOB is
-        count, statistics, verify, duplicates, filter, downsample, split, copy or undo
+    python prepare.py job=statistics data=image_folder data.root=PATH         what is in a collection, as an HTML page
+        likewise job=count, verify, duplicates, filter, downsample, split, copy and undo (docs/care.md)
 
 job=idx writes IDX files as class folders. Those of Fashion-MNIST lie in the folder that
 `dpkg -L dataset-fashion-mnist` names, of Debian's package of that name.

@@ -20,12 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from data.config import CacheConfig
 from data.decode import Decoder
 from data.image_formats import read_file
 from utils.canvas import DEFAULT
+from utils.config.entry_point import CONF
 from utils.thresholds import OVERALL, PER_TAG, Threshold, ThresholdTable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +114,11 @@ def read_image(path, channels, max_pixels, background=DEFAULT, **options):
     """Read and decode an image file, uint8 [H, W, channels]; options: further ones of the decoder."""
     decode = Decoder(channels, max_pixels, background, **options)
     return decode(read_file(path), os.fspath(path)).permute(1, 2, 0).numpy()
+
+
+def cache_config(**changes):
+    """Return `data.cache` with changed values."""
+    return CacheConfig(**yaml.safe_load((CONF / "data/glyphs.yaml").read_text())["cache"] | changes)
 
 
 def common(task, data, run_dir, *more):

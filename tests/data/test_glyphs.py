@@ -80,7 +80,7 @@ def root(drawing):
 def collection(root, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     collection = open_collection(str(root), index_collection(str(root), validation_fraction=0.5, cache=cache))
-    assert list(cache.iterdir()) == [collection.arrow]
+    assert list(cache.glob("*.arrow")) == [collection.arrow]
     return collection
 
 

@@ -34,7 +34,7 @@ def save_turned(folder, names):
 def source_of(path):
     preprocessing = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3, "eval_crop": 1.0,
                      "interpolation": "bilinear"}  # fmt: skip
-    augment = SimpleNamespace(preprocessing=lambda channels: preprocessing)
+    augment = SimpleNamespace(preprocessing=lambda channels: preprocessing, shrink=False)
     return ForeignSource(str(path), CONFIG, augment, "model")
 
 

@@ -421,7 +421,7 @@ def test_a_run_that_loses_its_images_stops_training_and_ends(trouble, tmp_path):
     ten of them. The images come back, and the same command goes on.
     """
     data, lost = make_collection(tmp_path / "images"), tmp_path / "bad"
-    settings = [*BAD, f"data.root={data}", "loop.total_steps=40"]
+    settings = [*BAD, f"data.root={data}", "loop.total_steps=40", "data.cache.memory_gib=0"]
     trouble(f"lose_images 12 {data}/train")
     with pytest.raises(UserError, match=r"^data\.root: no image of steps 16 to 25 could be read"):
         run_here("finetune", settings, tmp_path)

@@ -19,16 +19,16 @@ from data.cache import key, store
 from data.cache.disk import DiskCached
 from data.cache.monitor import Counters
 from data.cache.store import COUNTED, close_stores, open_store
-from data.config import CacheConfig
-from data.decode import Decoder, UnreadableImage
+from data.decode import Decoder
+from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import EvaluationLoader, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE
 from data.stream import EvaluationBatches
 from tests.data.test_loader import open_folder
 from tests.in_process import TINY, make_images, run
+from tests.support import cache_config, slow_but
 from tests.support import rows as logged
-from tests.support import slow_but
 from utils.config.recipe import is_free
 from utils.errors import UserError
 
@@ -57,7 +57,7 @@ def photos(tmp_path):
 
 
 def cached(photos, folder, decoder=RGB, **changes):
-    config = CacheConfig(**{"folder": str(folder), "disk_gib": 0.05, "format": "raw", "quality": 90} | changes)
+    config = cache_config(folder=str(folder), **{"disk_gib": 0.05} | changes)
     return DiskCached(Images(Files(photos), decoder), config)
 
 
@@ -335,7 +335,7 @@ def test_a_folder_that_cannot_be_used_is_refused(photos, tmp_path, monkeypatch):
 
 def test_a_lossy_form_is_part_of_the_recipe_and_needs_the_cache():
     with pytest.raises(ValueError, match="data.cache.format"):
-        CacheConfig(folder="x", disk_gib=0.0, format="jpeg", quality=90)
+        cache_config(folder="x", disk_gib=0.0, format="jpeg")
     assert is_free("data.cache.disk_gib") and is_free("data.cache.folder") and not is_free("data.cache.format")
 
 

@@ -19,13 +19,14 @@ from data.cache.memory import GIB, Arena, MemoryCached, choose_budget, keep_in_m
 from data.cache.monitor import Counters
 from data.cache.size import shortest_px_for
 from data.collection import index_collection, open_collection
-from data.config import AugmentConfig, CacheConfig
+from data.config import AugmentConfig
 from data.decode import Decoder
 from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import SampleReader, no_fields
 from data.stream import Draw
 from data.transforms import EvalTransform, TrainTransform
+from tests.support import cache_config
 from utils.config.entry_point import CONF
 from utils.ranks import distributed
 
@@ -46,7 +47,7 @@ def collection(tmp_path_factory):
 
 
 def images(collection, shortest_px=None, channels=3):
-    return Images(Files(collection), Decoder.of(channels, 10**6, "white", shortest_px))
+    return Images(Files(collection), Decoder.of(channels, 10**6, "white", shortest_px=shortest_px))
 
 
 def cached(collection, **changes):
@@ -235,7 +236,7 @@ def test_counts_of_workers_add_up():
     ("gib", "repeats", "kept"), [(0, True, False), ("auto", False, False), (1.0, False, False), ("auto", True, True)]
 )
 def test_images_are_kept_where_they_are_read_again(collection, gib, repeats, kept):
-    source = keep_in_memory(images(collection), collection, CacheConfig(memory_gib=gib), repeats=repeats)
+    source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib), repeats=repeats)
     assert isinstance(source, MemoryCached) is kept
 
 
@@ -259,4 +260,4 @@ def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
 def test_without_anonymous_files_nothing_is_kept(collection, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     source = images(collection)
-    assert keep_in_memory(source, collection, CacheConfig(memory_gib="auto"), repeats=True) is source
+    assert keep_in_memory(source, collection, cache_config(memory_gib="auto"), repeats=True) is source

@@ -96,6 +96,7 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
+PREPARED = ("source", "pack.output", "trash", "report", "subset.to", "subset.listed")
 TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
 VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "append_to")
 
@@ -104,7 +105,7 @@ VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "appe
     ("script", "keys"),
     [
         ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
-        ("prepare", {*DATA_FILES, "source", "pack.output", *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
+        ("prepare", {*DATA_FILES, *PREPARED, *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
         ("evaluate", {"models", "run_dir", "weights", "output", *DATA_FILES, "arena.aliases", "arena.implications"}),
         ("export", {"run_dir", "weights", "output", "thresholds", *DATA_FILES}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
