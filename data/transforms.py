@@ -214,6 +214,32 @@ class TrainTransform:
         return self._steps(image)
 
 
+class Footprint:
+    """Which pixels of the view `images` are the image's own and not padding: 255 or 0, uint8 [1, h, w].
+
+    The same view of a white image on black, by the same draws. transform: of that view, without changes of colour.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        self._transform = transform
+
+    @classmethod
+    def of_training(cls, config: AugmentConfig) -> Self:
+        """Return that of the view that `TrainTransform` makes of a config without `rand_augment`."""
+        changes = {"color_jitter": None, "random_erasing": 0.0, "fill": 0}
+        return cls(TrainTransform(config.model_copy(update=changes), "black"))
+
+    @classmethod
+    def of_evaluation(cls, preprocessing: Mapping[str, Any]) -> Self:
+        """Return that of the view that `EvalTransform` makes."""
+        return cls(EvalTransform.of({**preprocessing, "background": "black"}))
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the footprint of an image."""
+        with rng.seeded(draw.key):  # that of the first view; this one has another
+            return self._transform(torch.full_like(image[:1], 255), draw)
+
+
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """Keep the upper bits of each channel; none, which Pillow 13 refuses and timm asks for, makes the image black."""
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)

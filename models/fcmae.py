@@ -195,13 +195,19 @@ class FCMAE(nn.Module):
             pixels = targets.from_map(self.pred(x))
         return self._join_sites(pixels)
 
-    def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].
 
         images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
-        by its own mean and deviation. The loss does not see the values at visible patches.
+        by its own mean and deviation. The loss does not see the values at visible patches. footprint: the weight of
+        each pixel, float [B, 1, H, W], 0 for padding; the mean is over the others, 0 where there is none.
         """
-        return (pred.float() - self._target(images, mask)[0]).square().mean(dim=(1, 2))
+        errors = (pred.float() - self._target(images, mask)[0]).square()
+        if footprint is None:
+            return errors.mean(dim=(1, 2))
+        weights = patchify(footprint.float().expand_as(images), self.patch_px)
+        weights = weights.take_along_dim(self.split(mask)[1][..., None], dim=1)
+        return (weights * errors).sum(dim=(1, 2)) / weights.sum(dim=(1, 2)).clamp(min=1.0)
 
     def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the removed patches as they are to be predicted, and the mean and deviation taken from them."""

@@ -13,9 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data.collection import Collection
+from data.config import AugmentConfig
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import choose_probe_rows, spread
+from data.transforms import Footprint, Transform
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Probe
@@ -42,6 +44,7 @@ log = get_logger(__name__)
 # The loss of this number of images is exact to a percent; a large split would take longer than an epoch of training.
 VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
+FOOTPRINT = "footprint"  # of a batch, uint8 [B, 1, H, W], where padding is ignored
 _PICTURES = 10
 
 
@@ -55,7 +58,10 @@ class ProbeConfig(Strict):
 
 
 class FCMAETaskConfig(TaskConfig):
-    """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
+    """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride.
+
+    `ignore_padding`: what `augment.pad` adds is not in the loss.
+    """
 
     name: Literal["fcmae"]
     mask_ratio: Annotated[float, Field(ge=1e-6, lt=1)]
@@ -63,10 +69,21 @@ class FCMAETaskConfig(TaskConfig):
     decoder_dim: Width
     decoder_depth: Depth  # without a block, nothing of the image would reach a masked site
     norm_pix_loss: bool
+    ignore_padding: bool
     execution: Literal["sparse", "dense"]
     grn_over: Literal["sample", "batch"]
     initial_weights: Literal["normal", "published"]
     probe: ProbeConfig
+
+    def check_run(self, config: ImageTrainingConfig) -> None:
+        """Raise ValueError where there is no padding to ignore, or the workers do not know where it will be."""
+        augment = config.augment
+        if self.ignore_padding and (augment.pad == "none" or augment.on_device or augment.rand_augment is not None):
+            raise ValueError(
+                "task.ignore_padding: true needs augment.pad=square, which pads, and augment.on_device=false and "
+                "augment.rand_augment=null, which leave the padding where it is known; set them, or "
+                "task.ignore_padding=false"
+            )
 
 
 class MaskFields:
@@ -147,7 +164,8 @@ class FCMAETask(Task):
         """Return the normalised images, the predicted patches and the loss per sample [B]."""
         images = self.normalise(batch["images"])
         pred = self.network(images, batch["mask"])
-        return images, pred, self.network.loss_per_sample(images, pred, batch["mask"])
+        footprint = batch[FOOTPRINT] / 255 if FOOTPRINT in batch else None
+        return images, pred, self.network.loss_per_sample(images, pred, batch["mask"], footprint)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Return the loss over all samples of `val`, and reconstructions of the first ones.
@@ -193,6 +211,11 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         patches = patch_count(setup.model, setup.task, setup.preprocessing["image_size_hw"])
         return MaskFields(patches, setup.task.mask_ratio)
 
+    def views(self, setup: Setup[FCMAETaskConfig], augment: AugmentConfig) -> Mapping[str, Transform]:
+        """Return the training image and, where padding is ignored, its footprint."""
+        views = super().views(setup, augment)
+        return {**views, FOOTPRINT: Footprint.of_training(augment)} if setup.task.ignore_padding else views
+
     def streams(self, data: ImageData, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
         streams, every = super().streams(data, setup, config), setup.task.probe.every_epochs
@@ -205,7 +228,9 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         """Return `val`, of at most VALIDATION_IMAGES images within a run, and the probe's loaders."""
         rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
-        loaders = {"val": data.evaluation(rows, self.fields(data.collection, setup), evaluation_views(setup))}
+        views = evaluation_views(setup)
+        views |= {FOOTPRINT: Footprint.of_evaluation(setup.preprocessing)} if setup.task.ignore_padding else {}
+        loaders = {"val": data.evaluation(rows, self.fields(data.collection, setup), views)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
         return loaders | self._probe_loaders(data, setup)

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode, v2
 
 from data import transforms
-from data.config import AugmentConfig
+from data.config import AugmentConfig, ColorJitterConfig
 from data.device_augment import training_views
 from data.stream import Draw
-from data.transforms import EvalTransform, NoiseErasing, PolicyAugment, SquarePad, TrainTransform
+from data.transforms import EvalTransform, Footprint, NoiseErasing, PolicyAugment, SquarePad, TrainTransform
 from utils import rng
 from utils.canvas import background_levels
 from utils.config.entry_point import CONF
@@ -286,6 +286,26 @@ def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channe
     for on_device in (False, True):
         view = training_views(config.model_copy(update={"on_device": on_device}), background)["images"]
         assert torch.equal(view(image, Draw(0, 0, 0)), evaluation)
+
+
+def test_a_footprint_is_the_view_of_a_white_image_on_black():
+    """By the draws of the first view, whatever its own key is."""
+    changes = {"affine": {"degrees": 9.0, "translate": 0.1, "scale": [0.8, 1.2], "shear_degrees": 9.0}, "fill": 0,
+               "crop_scale": [0.3, 1.0], "horizontal_flip": 0.5, "interpolation": "varied"}  # fmt: skip
+    config, image = AugmentConfig(**{**PLAIN, **PADDED, **changes}), torch.full((3, 60, 91), 255, dtype=torch.uint8)
+    jitter = ColorJitterConfig(brightness=1, contrast=1, saturation=1, hue=0.5)
+    coloured = config.model_copy(update={"color_jitter": jitter, "random_erasing": 1.0, "fill": 99})
+    shares = set()
+    for key in range(20):
+        with rng.seeded(key):
+            wanted = TrainTransform(config, "black")(image, Draw(0, 0, key))
+        with rng.seeded(key + 1):
+            found = Footprint.of_training(coloured)(image, Draw(0, 0, key))
+        assert torch.equal(found.expand(3, -1, -1), wanted)
+        shares.add(float(found.float().mean()))
+    assert len(shares) == 20
+    found = Footprint.of_evaluation({**config.preprocessing(3), "background": "white"})(image, Draw(0, 0, 0))
+    assert found.float().mean() / 255 == pytest.approx(60 / 91, abs=0.03)
 
 
 def test_an_odd_pixel_goes_to_the_right_or_the_bottom():

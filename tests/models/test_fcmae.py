@@ -185,6 +185,23 @@ def test_loss_equals_the_slow_reference(norm_pix_loss, patch_px):
     torch.testing.assert_close(fcmae.loss_per_sample(images, pred, mask).double(), expected, rtol=1e-6, atol=0)
 
 
+def test_padding_is_not_in_the_loss():
+    torch.manual_seed(0)
+    fcmae = build(norm_pix_loss=False, patch_px=8)
+    images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
+    pred = torch.randn(2, fcmae.num_removed, 8**2 * 3)
+    whole, left = torch.ones(2, 1, 32, 48), torch.ones(2, 1, 32, 48)
+    left[..., 20:] = 0
+    torch.testing.assert_close(
+        fcmae.loss_per_sample(images, pred, mask, whole), fcmae.loss_per_sample(images, pred, mask)
+    )
+    masked, painted = fcmae.reconstruct(images, pred, mask)
+    hidden = ((masked == 0) & (left > 0)).all(dim=1, keepdim=True).expand_as(images)
+    wanted = torch.stack([(painted - images)[n][hidden[n]].square().mean() for n in range(2)])
+    torch.testing.assert_close(fcmae.loss_per_sample(images, pred, mask, left), wanted)
+    assert fcmae.loss_per_sample(images, pred, mask, 0 * whole).tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("depths", "dims"), [([2, 2, 6, 2], [40, 80, 160, 320]), ([3, 3, 9, 3], [96, 192, 384, 768])], ids=["atto", "tiny"]
 )

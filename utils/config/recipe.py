@@ -69,6 +69,7 @@ ADDED_KEYS = {
     "optim.bf16_weights": Added(False),
     "model.image_size_hw": Added(None),
     "augment.shrink": Added(False),
+    "task.ignore_padding": Added(False),
 }
 
 # Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that
