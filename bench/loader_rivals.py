@@ -5,8 +5,9 @@ python bench/loader_rivals.py [quick]          (on an idle machine; ten minutes 
 All sides make batches of 128 float images of 224 px in one process with one thread: a random resized crop, antialiased
 and bilinear, a mirror, and the normalisation; nobody trains. The files are crops of scikit-learn's two photographs, as
 JPEGs of 500 x 375 and 2000 x 1500 (quality 90) and as transparent PNGs. A turn is an epoch; the first, in which caches
-are filled, is not counted. timm has its loader's defaults but for the colour jitter, which nobody else does here.
-Large JPEGs have crops of 35 to 100 %, and shrink with them (augment.shrink) where they are cached.
+are filled, is not counted. `bytes` is ours without the normalisation, which it leaves to a GPU where there is one. timm
+has its loader's defaults but for the colour jitter, which nobody else does here. Large JPEGs have crops of 35 to 100 %,
+and shrink with them (augment.shrink) where they are cached.
 """
 
 import shutil
@@ -72,9 +73,12 @@ class Ours:
 
     def __call__(self):
         """Read an epoch."""
-        for _ in range(self._batches):
-            (batch,) = next(self._steps)
-            self._normalise(batch["images"])
+        for batch in self.read_bytes():
+            self._normalise(batch)
+
+    def read_bytes(self):
+        """Return an epoch's batches as bytes."""
+        return [next(self._steps)[0]["images"] for _ in range(self._batches)]
 
 
 def theirs(folder):
@@ -120,8 +124,9 @@ def comparisons(device, quick):
     rivals, batches = theirs(jpegs), count // BATCH
     for name, cache in (("no cache", OFF), ("L2", L2), ("L1", L1)):
         others = rivals if cache is OFF else {"torchvision": rivals["torchvision"]}
-        sides = {f"ours, {name}": Ours(jpegs, cache, batches), **others}
-        yield Comparison("JPEGs of 500 x 375", sides, count, warmup=2)
+        ours = Ours(jpegs, cache, batches)
+        yield Comparison("JPEGs of 500 x 375", {f"ours, {name}": ours, **others}, count, warmup=2)
+        yield Comparison("JPEGs of 500 x 375", {f"bytes, {name}": ours.read_bytes, **others}, count, warmup=2)
     crops, shrink = "augment.crop_scale=[0.35,1.0]", "augment.shrink=true"
     sides = {
         "ours, L2": Ours(photos, L2, large // BATCH, crops, shrink),
