@@ -10,7 +10,10 @@ from tests.support import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-TABLES = ["step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index", "sdxl", "decode"]
+TABLES = [
+    "step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index", "sdxl", "decode",
+    "loader_rivals",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -22,6 +25,12 @@ def test_a_bench_prints_a_table_of_ratios(name):
     head, *rows, path = done.stdout.splitlines()
     assert head.startswith("setting") and head.endswith("ratio (least to greatest)")
     assert rows and path == f"outputs/bench/quick/{name}.json"
+
+
+def test_the_bench_of_the_index_prints_its_parts():
+    done = command("python", "bench/manifest_index.py", "quick", timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == ["index", "again", "open", "worker"]
 
 
 SMALL = ["model=convnextv2_atto", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]"]
