@@ -35,8 +35,8 @@ SHORT_SDXL = [
     "task.buckets.step_px=32", "loop.total_steps=2", "runtime.threads=1",
 ]  # fmt: skip
 MAKE = {
-    "install", "install-sdxl", "install-care", "install-interop", "demo", "demo-full", "demo-tagger", "demo-sdxl",
-    "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
+    "install", "install-sdxl", "install-care", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
+    "demo-sdxl", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "finetune_sdxl", "evaluate", "export", "predict")
     assert scripts == {f"{name}.py" for name in (*root_scripts, "submit/slurm")}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
-    assert len(COMMANDS) == 42
+    assert len(COMMANDS) == 47
 
 
 def make_released_file(path, num_classes):
