@@ -174,8 +174,9 @@ class TensorStore:
                     path, self.key, check=path.name not in trusted and checked.get(path.name) != version
                 )
             except (UserError, ValueError, KeyError) as error:
+                why = "is of another version" if isinstance(error, KeyError) else f"is damaged ({error})"
                 with output_errors(self.key, path):
-                    set_aside(path, f"is damaged ({error})")
+                    set_aside(path, why)
                 continue
             versions[path.name] = version
             yield path.name, *found
@@ -188,7 +189,10 @@ class TensorStore:
 
 
 def _read_shard(path: Path, key: str, *, check: bool) -> tuple[list[str], list[int]]:
-    """Return a shard's keys and checksums. Raises UserError, ValueError or KeyError where it is damaged."""
+    """Return a shard's keys and checksums.
+
+    Raises UserError or ValueError where it is damaged, KeyError where it is of another version.
+    """
     metadata = read_header(path, key).metadata
     keys, checksums = json.loads(metadata["keys"]), json.loads(metadata["sums"])
     if check:
