@@ -124,7 +124,8 @@ class SampleReader(Dataset):
 
 
 def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
-    batch = collate([sample for sample, _ in loaded])
+    with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to stack half precision
+        batch = collate([sample for sample, _ in loaded])
     if get_worker_info() is not None:
         # Where there is no room, this raises. The queue would drop the batch instead, and the rank wait for ever.
         batch = {name: tensor.share_memory_() for name, tensor in batch.items()}

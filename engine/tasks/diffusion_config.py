@@ -110,6 +110,11 @@ class DiffusionTaskConfig(TaskConfig):
                 f"loop.sampling: {config.loop.sampling} is not for task=diffusion, which takes images by bucket; set "
                 "loop.sampling=shuffled (task.tag_weights lets rare tags count more)"
             )
+        if self.latent_cache is not None and config.data.cache.disk_gib > 0:
+            raise ValueError(
+                f"data.cache.disk_gib: {config.data.cache.disk_gib:g}, and images are decoded once, because "
+                "task.latent_cache keeps what is made of them; set data.cache.disk_gib=0, or task.latent_cache=null"
+            )
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
                 "task.train_text_encoders: true trains the whole encoders, and task.lora is set; set "

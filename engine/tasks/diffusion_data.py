@@ -188,9 +188,10 @@ class DiffusionPipeline:
 
 
 def _open_images(collection: Collection, config: DataConfig, *, repeats: bool) -> Source:
-    """Return the source of images; without the cache on disk, whose stored form latents would depend on."""
+    """Return the source of images; those that are read once are not cached."""
     background = DEFAULT if config.background is None else config.background
-    config = config.model_copy(update={"cache": config.cache.model_copy(update={"disk_gib": 0.0})})
+    if not repeats:
+        config = config.model_copy(update={"cache": config.cache.model_copy(update={"disk_gib": 0.0})})
     return open_images(collection, config, 3, background, repeats=repeats)
 
 

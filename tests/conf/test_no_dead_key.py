@@ -198,13 +198,16 @@ def without_a_cluster(monkeypatch):
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
 
 
+ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache", "data.cache.format=jpeg"]
+
+
 def run_sdxl(go, others, search, data):
     """Run finetune_sdxl.py with every kind of every group, and every part of its task."""
     groups = {"sgd": [*search, "optim.lr=null"], "adan": [], "timm": ["schedule=cosine", "schedule.warmup_steps=1"]}
     tiny = [*DIFFUSION, *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
     for name, overrides in others.items():
         own = [text for text in overrides if not text.startswith(("model", "augment", "loop.sampling"))]
-        go("finetune_sdxl", *tiny, "task.lora=null", *own, *groups[name], f"run_dir=sdxl_{name}")
+        go("finetune_sdxl", *tiny, *ON_DISK, "task.lora=null", *own, *groups[name], f"run_dir=sdxl_{name}")
     go("finetune_sdxl", *tiny, "task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2",
        f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
     rule = {"sizes_hw": "null", "area_px": 4096, "step_px": 32, "min_px": 32, "max_px": 128}
@@ -222,7 +225,7 @@ def run_all(recorder, folder, monkeypatch):
         run(script, overrides, folder)
         reads[script] |= recorder.take()
 
-    small, folders = [*SMALL_MODEL, *SHORT], ["data=image_folder", f"data.root={images}"]
+    small, folders = [*SMALL_MODEL, *SHORT], ["data=image_folder", f"data.root={images}", *ON_DISK]
     on_glyphs = f"data.root={glyphs}"
     go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae")
     go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae", "loop.total_steps=3",
@@ -260,9 +263,9 @@ def run_all(recorder, folder, monkeypatch):
     go("train", *small, *folders, *adamw)
     go("train", *small, *folders, *adamw, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=continued", "init_from=fcmae")
-    go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae")
-    go("finetune", *small, on_glyphs, "run_dir=tuned", "init_from=fcmae", "loop.total_steps=3", "optim.lr=0.1",
-       "resume_allow=[optim.lr]")  # fmt: skip
+    tuned = [*small, on_glyphs, *ON_DISK, "run_dir=tuned", "init_from=fcmae"]
+    go("finetune", *tuned)
+    go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     tagging = ["task=tagging", "task.min_count=1", "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
     for script in ("finetune", "train"):
         for loss in ("asl", "focal", "hill"):
@@ -292,6 +295,7 @@ def run_all(recorder, folder, monkeypatch):
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
+    go("prepare", "job=warm_cache", *folders)
     go("prepare", "job=pack", *folders, "pack.output=packed")
     go("prepare", "job=vocabulary", *folders, "vocabulary.output=tags.csv", "vocabulary.min_count=1")
     for job in ("statistics", "verify", "duplicates"):

@@ -82,6 +82,12 @@ def fill(folder, config=CONFIG, recipe=RECIPE, pause=0.0):
     return cache, expected
 
 
+def within_autocast(batches):
+    """Yield batches as an evaluation reads them."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield from batches
+
+
 def assert_right(cache):
     """Every record is what encoding its image gives."""
     files, source = Images(Files(cache.collection), Decoder(3, 10**6)), LatentSource(cache)
@@ -140,7 +146,7 @@ def test_training_and_evaluation_read_the_cache(images):
             mean = batch["latent_mean"][number]
             mirrored.add(next(v for v in range(2) if torch.equal(record[f"latent_mean_{v}"], mean)))
         assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
-    for batch in data.evaluation(rows, cache.choose, {}, groups=groups):
+    for batch in within_autocast(data.evaluation(rows, cache.choose, {}, groups=groups)):
         evaluated += [row for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()) if weight]
     assert mirrored == {0, 1} and sorted(evaluated) == rows.tolist()
 

@@ -97,6 +97,8 @@ def test_a_checkpoint_of_sd_15(place, monkeypatch, capsys):
 
 def test_balanced_sampling_is_refused(place, monkeypatch, capsys):
     assert "loop.sampling: balanced" in refused(place, monkeypatch, capsys, "loop.sampling=balanced")
+    twice = ("data.cache.disk_gib=1", "task.latent_cache=latents")
+    assert "data.cache.disk_gib: 1" in refused(place, monkeypatch, capsys, *twice)
 
 
 def test_a_run_is_evaluated_and_not_predicted_from(place):
