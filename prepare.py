@@ -246,7 +246,8 @@ def fill_disk_cache(config: PrepareConfig) -> str:
     rows = np.flatnonzero(collection.weights())
     if config.dry_run:
         missing, size = estimate_missing(source, rows)
-        return f"dry run: {missing:,} of {len(rows):,} images are missing, about {size / 2**30:.2f} GiB"
+        log.info("%s of %s images are missing, about %.2f GiB", f"{missing:,}", f"{len(rows):,}", size / 2**30)
+        return _DRY_RUN
     with counting("filling the cache") as progress:
         warmed = warm_cache(source, rows, progress)
     if warmed.evicted:
@@ -254,7 +255,9 @@ def fill_disk_cache(config: PrepareConfig) -> str:
             "data.cache.disk_gib: %g is too little for all images: the oldest %s records made room for others",
             config.data.cache.disk_gib, f"{warmed.evicted:,}",
         )  # fmt: skip
-    return f"{warmed.added} images added, {warmed.there} were there, {warmed.unreadable} unreadable"
+    line = f"{warmed.added:,} images added, {warmed.there:,} were there, {warmed.unreadable:,} unreadable"
+    log.info("%s: %s", config.data.cache.folder, line)
+    return line
 
 
 # ------------------------------------------------------------------------------------------- looking after a collection
