@@ -246,8 +246,9 @@ def fill_disk_cache(config: PrepareConfig) -> str:
     rows = np.flatnonzero(collection.weights())
     if config.dry_run:
         missing, size = estimate_missing(source, rows)
-        log.info("%s of %s images are missing, about %.2f GiB", f"{missing:,}", f"{len(rows):,}", size / 2**30)
-        return _DRY_RUN
+        line = f"dry run: {missing:,} of {len(rows):,} images are missing, about {size / 2**30:.2f} GiB"
+        log.info("%s", line)
+        return line
     with counting("filling the cache") as progress:
         warmed = warm_cache(source, rows, progress)
     if warmed.evicted:
