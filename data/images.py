@@ -4,7 +4,7 @@ source = open_images(collection, config.data, channels=3, background="white")
 source.read(7)["image"]          uint8 [3, H, W]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Files:
         """Return the content of the row's file."""
         return read_file(self.collection.absolute_path(row))
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Do nothing: `file_of` lets files be read ahead."""
 
     def name_of(self, row: int) -> str:

@@ -8,7 +8,7 @@ A record's key is a hash of the image's bytes and of everything that was done to
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,7 +190,7 @@ class LatentSource:
             found |= {f"{name}_{variant}": tensor for name, tensor in record.items()} | {f"fit_{variant}": fit}
         return found
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Do nothing: shards of latents are on a disk."""
 
     def blank(self, group: int) -> Record:

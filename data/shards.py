@@ -9,7 +9,7 @@ import os
 import tarfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +69,7 @@ class ShardContents:
             raise UnreadableImage(name, MISPLACED, f"{fault}; pack the collection again")
         return content[HEADER_BYTES:]
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Do nothing: `file_of` lets the parts be read ahead."""
 
     def name_of(self, row: int) -> str:
@@ -107,10 +107,11 @@ class RemoteContents(ShardContents):
         super().__init__(collection)
         self._coming: dict[int, _Answer] = {}
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Begin to read rows that no call before has begun; other rows are dropped."""
-        self._coming = {row: self._coming[row] for row in rows if row in self._coming}
-        self._ask_for([row for row in dict.fromkeys(rows) if row not in self._coming])
+        wanted = dict.fromkeys(rows)
+        self._coming = {row: self._coming[row] for row in wanted if row in self._coming}
+        self._ask_for([row for row in wanted if row not in self._coming])
 
     def _ask_for(self, rows: list[int]) -> None:
         files, folder = open_store(str(self.collection.root))

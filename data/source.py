@@ -4,7 +4,7 @@ data/images.py has the source of images. Another store (cached latents) is anoth
 its records may have several tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,8 +29,11 @@ class Contents(Protocol):
     def read(self, row: int) -> bytes:
         """Return the bytes of a row's image file. Raises UnreadableImage."""
 
-    def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise."""
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise.
+
+        rows: a source that need not begin anything does not iterate them, so caches filter them lazily.
+        """
 
     def name_of(self, row: int) -> str:
         """Return a row's name, for messages."""
@@ -53,8 +56,11 @@ class Source(Protocol):
     def read(self, row: int) -> Record:
         """Return a row's record. Raises UnreadableImage where that is not possible."""
 
-    def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise."""
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise.
+
+        rows: a source that need not begin anything does not iterate them, so caches filter them lazily.
+        """
 
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one of a shape group; its weight is 0."""

@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -60,9 +60,9 @@ class DiskCached:
         mib = math.ceil(self._config.disk_gib * 1024)
         return open_store(Path(self._config.folder), mib << 20, self.counts)
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Prefetch the rows whose images are not in the cache."""
-        self.images.prefetch([row for row in rows if not self.has(row)])
+        self.images.prefetch(row for row in rows if not self.has(row))
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the file to read ahead: None where the row's image is in the cache."""

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -150,9 +150,9 @@ class MemoryCached:
             image = pixels.permute(2, 0, 1)
         return {IMAGE: image}
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Prefetch the rows that are yet to be decoded."""
-        self.source.prefetch([row for row in rows if row not in self.arena])
+        self.source.prefetch(row for row in rows if row not in self.arena)
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the file of a row that is yet to be decoded."""

@@ -61,6 +61,17 @@ def tensors_of(learner):
     return {f"{group}/{name}": tensor.clone() for group, named in groups.items() for name, tensor in named.items()}
 
 
+def assert_continues(first, second, saved, others, batch):
+    """Load a saved state of one learner into another; an update of both makes the same tensors, bit for bit."""
+    second.check_state(saved, others, "here")
+    second.load_state(saved, others, "here")
+    second.step = first.step
+    for learner in (first, second):
+        learner.update([batch])
+    left, right = tensors_of(first), tensors_of(second)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_it_learns_a_batch_by_heart_and_makes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     learner, batch = make_learner("task.label_smoothing=0.0"), make_batch()
@@ -96,13 +107,7 @@ def test_bf16_weights_learn_and_continue_bit_for_bit():
     kept = {tensor.dtype for group in ("weights", "optimizer") for tensor in tensors[group].values() if tensor.ndim}
     assert kept == {torch.bfloat16}
     saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
-    second.check_state(saved, others, "here")
-    second.load_state(saved, others, "here")
-    second.step = first.step
-    for learner in (first, second):
-        learner.update([batch])
-    left, right = tensors_of(first), tensors_of(second)
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert_continues(first, second, saved, others, batch)
 
 
 def test_averages_of_8_bits_are_saved_as_such_and_continue_bit_for_bit(tmp_path):
@@ -116,13 +121,7 @@ def test_averages_of_8_bits_are_saved_as_such_and_continue_bit_for_bit(tmp_path)
     saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
     write_tensors(tmp_path / "optimizer", tensors["optimizer"])
     saved["optimizer"] = load_file(tmp_path / "optimizer")
-    second.check_state(saved, others, "here")
-    second.load_state(saved, others, "here")
-    second.step = first.step
-    for learner in (first, second):
-        learner.update([batch])
-    left, right = tensors_of(first), tensors_of(second)
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert_continues(first, second, saved, others, batch)
     for key in ("state1", "absmax2", "qmap1"):
         name = next(name for name in saved["optimizer"] if name.endswith(key) and "pwconv" in name)
         short = {**saved, "optimizer": {**saved["optimizer"], name: saved["optimizer"][name][:-1]}}
