@@ -64,9 +64,10 @@ class RowView:
 
     def __getattr__(self, name: str) -> Any:
         """Return a column's value, as `Row` has it. Raises AttributeError where there is no such column."""
-        if name not in self._table.column_names:
-            raise AttributeError(f"a row has {', '.join(self._table.column_names)}, not {name}")
-        value = self._table[name][self._index].as_py()
+        try:
+            value = self._table[name][self._index].as_py()
+        except KeyError:
+            raise AttributeError(f"a row has {', '.join(self._table.column_names)}, not {name}") from None
         return tuple(value) if name == "tags" else value
 
 

@@ -4,6 +4,7 @@ source = open_images(collection, config.data, channels=3, background="white")
 source.read(7)["image"]          uint8 [3, H, W]
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,11 +28,11 @@ class Files:
     """The image files of a collection."""
 
     def __init__(self, collection: Collection) -> None:
-        self.collection = collection
+        self.collection, self._root = collection, os.fspath(collection.root)
 
     def read(self, row: int) -> bytes:
         """Return the content of the row's file."""
-        return read_file(self.collection.absolute_path(row))
+        return read_file(self.file_of(row).path)
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Do nothing: `file_of` lets files be read ahead."""
@@ -42,7 +43,7 @@ class Files:
 
     def file_of(self, row: int) -> FileRange:
         """Return the row's file."""
-        return FileRange(self.collection.absolute_path(row))
+        return FileRange(os.path.join(self._root, self.collection.view(row).path))
 
     def digest_of(self, row: int) -> None:
         """Return None: a file may be edited."""

@@ -11,7 +11,7 @@ import multiprocessing
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
@@ -90,10 +90,19 @@ class SampleReader(Dataset):
         self.collection, self.source = collection, source
         self.views, self.fields, self.training = dict(views), fields, training
 
-    def __getitems__(self, draws: DrawBatch) -> list[tuple[Sample, tuple[str, str] | None]]:
-        """Return what `__getitem__` does of each draw of a batch."""
+    def __getitems__(self, draws: DrawBatch) -> Loaded:
+        """Return the batch of some draws, and the (name, reason) of each that could not be read."""
         self.source.prefetch([draw.index for draw in (*draws, *draws.coming)])
-        return [self[draw] for draw in draws]
+        problems: list[tuple[str, str]] = []
+        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
+            return collate(self._samples(draws, problems), len(draws)), problems
+
+    def _samples(self, draws: DrawBatch, problems: list[tuple[str, str]]) -> Iterator[Sample]:
+        for draw in draws:
+            sample, problem = self[draw]
+            if problem is not None:
+                problems.append(problem)
+            yield sample
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
         """Return the sample, and (name, reason) where it could not be read."""
@@ -110,12 +119,12 @@ class SampleReader(Dataset):
         for number, (name, transform) in enumerate(self.views.items()):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
             with rng.seeded(key):
-                views[name] = transform(record[IMAGE], draw).contiguous()
+                views[name] = transform(record[IMAGE], draw)
         padding = draw.position < 0
         sample: Sample = {
-            "sample_id": torch.tensor(draw.index),
-            "key": torch.tensor(draw.key),
-            "weight": torch.tensor(0.0 if problem or padding else weight),
+            "sample_id": draw.index,
+            "key": draw.key,
+            "weight": 0.0 if problem or padding else weight,
             **views,
         }
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_KEY))
@@ -123,13 +132,13 @@ class SampleReader(Dataset):
         return {**sample, **self.fields(example)}, problem
 
 
-def _collate(loaded: Sequence[tuple[Sample, tuple[str, str] | None]]) -> Loaded:
-    with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to stack half precision
-        batch = collate([sample for sample, _ in loaded])
+def _share(loaded: Loaded) -> Loaded:
+    """Move a batch to shared memory, in a worker."""
+    batch, problems = loaded
     if get_worker_info() is not None:
         # Where there is no room, this raises. The queue would drop the batch instead, and the rank wait for ever.
         batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
-    return batch, [problem for _, problem in loaded if problem is not None]
+    return batch, problems
 
 
 class UnreadableLog:
@@ -220,7 +229,7 @@ def _data_loader(reader: SampleReader, batches: Iterable[list[Draw]], machine: M
         batch_sampler=with_coming(ReadAhead(batches, lambda draw: reader.source.file_of(draw.index)), workers),
         num_workers=workers,
         prefetch_factor=machine.prefetch_batches if workers > 0 else None,
-        collate_fn=_collate,
+        collate_fn=_share,
         worker_init_fn=_leave_signals_to_parent,
         multiprocessing_context=_WorkerContext() if forks else None,
         pin_memory=machine.device.type == "cuda",
@@ -312,7 +321,8 @@ class TrainLoader(_Loader):
     def trial_batch(self, shape: int, size: int) -> Batch:
         """Return `size` times one sample of a shape, on the device, with weight 1; no part of the stream."""
         index, group = self._examples[shape]
-        batch, _ = _collate([self.reader[Draw(0, index, rng.sample_key(self._seed, 0), group)]] * size)
+        sample, _ = self.reader[Draw(0, index, rng.sample_key(self._seed, 0), group)]
+        batch = collate([sample] * size, size)
         batch = to_device({**batch, "weight": torch.ones(size)}, self._machine.device)
         return batch if self._on_device is None else self._on_device(batch)
 

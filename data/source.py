@@ -18,7 +18,7 @@ Record = dict[str, Tensor]
 class FileRange(NamedTuple):
     """A file, or `length` bytes of it; 0: all from `offset` on."""
 
-    path: Path
+    path: Path | str
     offset: int = 0
     length: int = 0
 

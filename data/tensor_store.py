@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.io.checksums import sum_words
 from utils.io.files import (
     canonical_json,
     ignore_write_errors,
@@ -208,11 +209,6 @@ def _shapes(record: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.d
 
 
 def _checksum(record: Mapping[str, Tensor]) -> int:
-    """Return the sum of a record's bytes as 64-bit words, modulo 2**64: a quarter of the time of a CRC-32."""
-    total = 0
-    for tensor in record.values():
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        words = len(content) // 8 * 8
-        total += int(np.add.reduce(content[:words].view(np.uint64)))
-        total += int.from_bytes(content[words:].tobytes(), "little")
-    return total % 2**64
+    """Return the sum of the words of a record's tensors, modulo 2**64."""
+    parts = (tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in record.values())
+    return sum(map(sum_words, parts)) % 2**64

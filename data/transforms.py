@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
@@ -42,11 +43,18 @@ def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
     """Return an image, uint8 [C, H, W], resized.
 
     lanczos and area are Pillow's: not every torchvision has them for tensors. area, a box, repeats pixels to enlarge.
+    The others are torch's; its kernel is fastest where a pixel's channels are neighbours, as decoders leave them.
     """
     if interpolation in _PILLOWS:
         picture = v2.functional.to_pil_image(image)
         return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
-    return v2.functional.resize(image, list(size_hw), interpolation=InterpolationMode(interpolation), antialias=True)
+    if tuple(size_hw) == tuple(image.shape[1:]):
+        return image
+    if image.stride(0) == 1:  # of a part of an image too, whose rows have gaps
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # Not `image[None]`: its first stride would hide the order of the channels from the kernel.
+    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()), image.storage_offset())
+    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
 class SquarePad:
@@ -66,7 +74,7 @@ class SquarePad:
         channels, height, width = image.shape
         side = max(height, width)
         levels = torch.tensor(background_levels(self._background, channels), dtype=torch.uint8)
-        square = levels.view(-1, 1, 1).repeat(1, side, side)
+        square = levels.repeat(side, side, 1).permute(2, 0, 1)
         top, left = (side - height) // 2, (side - width) // 2
         square[:, top : top + height, left : left + width] = image
         return square
@@ -156,6 +164,17 @@ def color_jitter(config: AugmentConfig) -> v2.ColorJitter:
     return v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
 
 
+class Mirror:
+    """Mirror an image left to right with a probability."""
+
+    def __init__(self, p: float) -> None:
+        self._p = p
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the image, or its mirror image."""
+        return image.flip(-1) if torch.rand(()) < self._p else image
+
+
 class ResizedCrop(v2.RandomResizedCrop):
     """The random crop of `augment`, resized to the image size by its interpolation."""
 
@@ -163,10 +182,11 @@ class ResizedCrop(v2.RandomResizedCrop):
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """Return the drawn crop, resized."""
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return a drawn crop, resized; a crop is within the image, so that the ways of v2's modules are not needed."""
+        top, left, height, width = self.make_params([image]).values()
         choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
-        return resize(v2.functional.crop(inpt, **params), self.size, self._choices[choice])
+        return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
 
 
 def squares(config: AugmentConfig, background: Any) -> list[SquarePad]:
@@ -178,11 +198,13 @@ class CropTransform:
     """The random resized crop alone, of the padded image: what a worker does where `augment.on_device` is true."""
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        self._crop = v2.Compose([*squares(config, background), ResizedCrop(config)])
+        self._steps = [*squares(config, background), ResizedCrop(config)]
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the resized crop."""
-        return self._crop(image)
+        for step in self._steps:
+            image = step(image)
+        return image
 
 
 class TrainTransform:
@@ -199,7 +221,7 @@ class TrainTransform:
             steps += on_pillow(random_affine(config))
         steps.append(ResizedCrop(config))
         if config.horizontal_flip > 0:
-            steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+            steps.append(Mirror(config.horizontal_flip))
         if config.color_jitter is not None:
             steps.append(color_jitter(config))
         if config.rand_augment is not None:
@@ -207,11 +229,13 @@ class TrainTransform:
         if config.random_erasing > 0:
             noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
             steps.append(NoiseErasing(config.random_erasing, *noise))
-        self._steps = v2.Compose(steps)
+        self._steps = steps
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the augmented image."""
-        return self._steps(image)
+        for step in self._steps:
+            image = step(image)
+        return image
 
 
 class Footprint:

@@ -295,7 +295,7 @@ def make_batch(task, setup):
             for name in tests.tasks.multicrop.GLOBAL + tests.tasks.multicrop.LOCAL:
                 sample[name] = images if name.startswith("global") else images[:, :32, :32]
         samples.append(sample)
-    return to_device(collate(samples), DEVICE)
+    return to_device(collate(samples, len(samples)), DEVICE)
 
 
 def run_steps(run, batches):

@@ -51,14 +51,14 @@ class DiskCached:
     def __init__(self, images: FileSource, config: CacheConfig) -> None:
         self.images, self._config = images, config
         self.decoder = images.decoder
-        self._recipe = recipe_of(images.decoder, config)
+        self._recipe, self._folder = recipe_of(images.decoder, config), Path(config.folder)
         self.name_of, self.blank = images.name_of, images.blank
         self.counts = Counters("hits", "misses", *COUNTED)
         self._store()
 
     def _store(self) -> Store:
         mib = math.ceil(self._config.disk_gib * 1024)
-        return open_store(Path(self._config.folder), mib << 20, self.counts)
+        return open_store(self._folder, mib << 20, self.counts)
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Prefetch the rows whose images are not in the cache."""

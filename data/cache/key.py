@@ -21,7 +21,7 @@ from data.decode import Decoder
 from data.source import FileRange
 from data.tensor_store import record_key
 
-_VERSION = 1  # of the form of records and keys: another number decodes everything again
+_VERSION = 2  # of the form of records and keys: another number decodes everything again
 _YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
 
 

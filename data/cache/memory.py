@@ -7,6 +7,7 @@ every image once, so whatever is kept is hit as often as anything else would be.
 """
 
 import fcntl
+import math
 import mmap
 import os
 import socket
@@ -56,9 +57,9 @@ class Arena:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-        numbers = np.frombuffer(self._bytes, np.int64, 2 + rows)
-        self._next, self._end, self._starts = numbers[0:1], numbers[1:2], numbers[2:]
-        self._numbers_bytes = numbers.nbytes
+        self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // 8)
+        self._next, self._end, self._starts = self._words[0:1], self._words[1:2], self._words[2 : 2 + rows]
+        self._numbers_bytes = 8 * (2 + rows)
         self._reserve = int(_LEFT_SHARE * free_memory())
 
     @classmethod
@@ -116,10 +117,10 @@ class Arena:
             self._starts[row] = start
 
     def _sizes(self, start: int) -> np.ndarray:
-        return np.frombuffer(self._bytes, np.int64, 3, start)
+        return self._words[start // 8 : start // 8 + 3]
 
     def _pixels(self, start: int, *size: int) -> Tensor:
-        count = int(np.prod(size))
+        count = math.prod(size)
         return torch.frombuffer(self._bytes, dtype=torch.uint8, count=count, offset=start + _SIZES_BYTES).view(size)
 
     @contextmanager

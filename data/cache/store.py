@@ -8,7 +8,7 @@ Readers wait for nobody: LMDB writes new pages and leaves those that are read. E
 what is waiting, and LMDB's lock lets one of all processes write at a time; the lock of a killed process is free again,
 and what it had not committed is as if it had never been. So jobs share a folder without knowing each other.
 
-A record is the CRC-32 of key and content, and the content. Further keys, 8 bytes counting from 0, hold the keys of
+A record is a checksum of key and content, and the content. Further keys, 8 bytes counting from 0, hold the keys of
 records in the order of writing, by which the oldest go where there is no room.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from data.cache.monitor import Counters
 from utils.errors import UserError
+from utils.io.checksums import sum_words
 from utils.io.files import set_aside
 from utils.io.mounts import network_file_system
 from utils.record.logging import get_logger
@@ -42,6 +43,7 @@ _READERS = 4096  # processes that may read at once
 _EVICTED_AT_ONCE = 4096  # records, so that no transaction takes long
 _SPARE_BYTES = 64 << 20  # for removing records from a file that is larger than its limit
 _ATTEMPTS = 3  # to write where the room is in pieces
+_SUM_BYTES = 8  # of a checksum, which leaves the content where its words are aligned
 _AFTER_COUNTERS = b"\x01"  # keys of records are hexadecimal digits, and greater
 _ADVICE = "set data.cache.folder to a folder on a local disk that this user may write, or data.cache.disk_gib=0"
 
@@ -208,13 +210,17 @@ class Store:
 
 
 def _wrap(key: bytes, content: bytes) -> bytes:
-    return zlib.crc32(content, zlib.crc32(key)).to_bytes(4, "little") + content
+    return _checksum(key, np.frombuffer(content, np.uint8)) + content
 
 
 def _unwrap(key: bytes, record: np.ndarray) -> np.ndarray | None:
     """Return the content of a record, None where it is damaged."""
-    stated = int.from_bytes(record[:4].tobytes(), "little")
-    return record[4:] if zlib.crc32(record[4:], zlib.crc32(key)) == stated and len(record) >= 4 else None
+    content = record[_SUM_BYTES:]
+    return content if _checksum(key, content) == record[:_SUM_BYTES].tobytes() else None
+
+
+def _checksum(key: bytes, content: np.ndarray) -> bytes:
+    return ((zlib.crc32(key) + sum_words(content)) % 2**64).to_bytes(_SUM_BYTES, "little")
 
 
 def _next_counter(transaction: lmdb.Transaction) -> int:

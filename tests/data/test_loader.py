@@ -593,7 +593,7 @@ RAGGED = [
 
 def ragged_batch(lists):
     samples = [{"tags": Ragged(torch.tensor(ids, dtype=torch.int64)), "n": torch.tensor(len(ids))} for ids in lists]
-    return collate(samples)
+    return collate(samples, len(samples))
 
 
 @pytest.mark.parametrize("lists, why", RAGGED)

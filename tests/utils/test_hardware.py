@@ -1,11 +1,14 @@
-"""The memory that a process may take: of the system, or of the groups that hold it."""
+"""The memory that a process may take, of the system or of the groups that hold it; and that it keeps."""
 
+import platform
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from utils import hardware
-from utils.hardware import free_memory
+from utils.hardware import free_memory, keep_freed_memory
 
 GIB = 2**30
 V2 = {"memory.max": 8 * GIB, "memory.current": 6 * GIB, "memory.stat": f"anon 1\ninactive_file {GIB}"}
@@ -32,3 +35,12 @@ def test_the_least_that_a_group_leaves(tmp_path, monkeypatch, groups, files, exp
     (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
     monkeypatch.setattr(hardware, "Path", lambda first, *parts: Path(tmp_path, first.lstrip("/"), *parts))
     assert free_memory() == expected * GIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_large_tensor_takes_the_memory_of_the_one_before():
+    keep_freed_memory()
+    torch.zeros(2**24)  # 64 MiB are 16,384 pages
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000

@@ -160,7 +160,7 @@ def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_p
         return torch.cat([batch["images"] for batch in EvaluationLoader(reader, batches, machine, unreadable=Log)])
 
     Log = UnreadableLog(None)
-    assert source.file_of(0).path == photos.absolute_path(0)  # which opens the store in this process
+    assert Path(source.file_of(0).path) == photos.absolute_path(0)  # which opens the store in this process
     first = epoch()
     assert source.file_of(0) is None
     assert torch.equal(epoch(), first) and counted(source) == (COUNT, COUNT)
