@@ -1,5 +1,7 @@
 """task.tag_weights.reestimate_steps: what is counted and how it weighs, in a literal case and in runs."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ pytest.importorskip("diffusers")
 from data.tag_weights import TagWeightsConfig
 from engine.tasks.tag_balance import TagBalance
 from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs
+from tests.engine.test_no_host_sync import count
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.support import TINY, checkpoint_tensors, make_collection, rows
 from tests.support import run as run_process
@@ -31,6 +34,8 @@ def test_tags_weigh_anew_by_what_was_shown():
     assert balance.weights.tolist() == [1.0, 1.0, 1.0, 0.0] and balance(batch).tolist() == [1.0] * 4
     balance.after_step(0)
     assert balance.shown.tolist() == [1, 1, 1, 0] and balance.weights[0] == 1
+    again = copy.deepcopy(balance)
+    assert count(lambda: (again(batch), again.after_step(2))) == []  # not due, so the host does not wait
     balance({**batch, "tags_shown": torch.tensor([True, False, False, False, True])})
     balance.after_step(1)
     assert balance.shown.tolist() == [2, 1, 1, 0] and balance.pending.tolist() == [0] * 4
