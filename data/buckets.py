@@ -229,11 +229,12 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
     """Return the sizes of rows, int64 [N, 2]: the manifest's width and height, else what the files' headers say.
 
     0 for what is unreadable or has weight 0. cache: a JSON file that keeps what was read of the files. Rank 0 reads.
+    Shards are not read: what job=pack could read has a size. An edited file is no danger: the latent cache refuses an
+    image of another size than is stated, and `FittedView` measures each.
+    Raises UserError (`data.root`) where the index of shards has no sizes.
     """
-    sizes = np.zeros((len(rows), 2), dtype=np.int64)
-    if {"width", "height"} <= set(collection.table.column_names):
-        columns = [collection.column(name)[rows] for name in ("height", "width")]
-        sizes = np.nan_to_num(np.stack(columns, axis=1)).astype(np.int64)
+    stated = collection.stated_sizes()
+    sizes = np.zeros((len(rows), 2), dtype=np.int64) if stated is None else stated[rows]
 
     def measure(path: Path) -> tuple[int, int] | None:
         try:
@@ -243,7 +244,8 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
             return None
 
     weightless = collection.weights()[rows] == 0
-    unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless)
+    is_final = stated is not None and is_packed(collection.table.schema)
+    unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless & (not is_final))
     found = distributed.rank_zero_call(lambda: measure_rows(collection, rows[unknown], cache, measure, "image sizes"))
     for place, size in zip(unknown, found):
         sizes[place] = size or 0
@@ -261,7 +263,8 @@ def measure_rows(
     if len(rows) and is_packed(collection.table.schema):
         raise UserError(
             f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
-            "prepare.py job=manifest on the image files, then job=pack"
+            f"prepare.py job=pack data=image_folder data.root={collection.root} pack.output=NEW, and train on NEW (of "
+            "shards that job=pack made, the command that made them adds it there)"
         )
     paths = [collection.absolute_path(int(row)) for row in rows]
     there = [path for path in paths if path.is_file() and os.access(path, os.R_OK)]

@@ -4,6 +4,7 @@ text = config.read(collection.view(row))                 # what the collection s
 caption, is_dropped = config.vary(text, generator)       # what the network is told this time
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -81,6 +82,11 @@ class CaptionConfig(Strict):
         """Return the tags of a text."""
         pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
         return [piece.strip() for piece in pieces if piece.strip()]
+
+    def find_tags(self, text: str, tags: Sequence[str]) -> list[bool]:
+        """Return which tags a caption has, however they are spelled."""
+        pieces = set(map(_spell, self.split(text)))
+        return [pieces.issuperset(map(_spell, self.split(_spell(tag)))) for tag in tags]
 
     def complete(self, text: str) -> str:
         """Return a text behind the prefix, for evaluation."""

@@ -143,6 +143,13 @@ class Collection:
             return column.flatten().to_numpy().reshape(len(column), -1)
         return column.to_numpy(zero_copy_only=False)
 
+    def stated_sizes(self) -> np.ndarray | None:
+        """Return height and width of every row as the index has them, int64 [N, 2], 0 where absent; None without."""
+        if not {"width", "height"} <= set(self.table.column_names):
+            return None
+        sizes = np.stack([self.column(name) for name in ("height", "width")], axis=1)
+        return np.nan_to_num(sizes).astype(np.int64)
+
     def tag_counts(self, split: str) -> dict[str, int]:
         """Return how many images of a split carry each tag: the most frequent first, then by name."""
         return count_values(self._column("tags", split))

@@ -50,6 +50,11 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return what `upright_size` does of a file."""
+    return upright_size(read_file(path), os.fspath(path))
+
+
+def upright_size(content: bytes, name: str) -> tuple[int, int]:
     """Return the height and width that a `Decoder` gives, from the header; only of a PNG all is decoded.
 
     Raises UnreadableImage as it does, but for damaged pixels.
@@ -59,7 +64,7 @@ def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         size_hw = image.height, image.width  # before EXIF is asked for: Pillow's TIFF reader turns on loading
         return size_hw if read_orientation(image) in (None, 1, 2, 3, 4) else size_hw[::-1]
 
-    return open_image(read_file(path), os.fspath(path), DEFAULT_MAX_PIXELS, size_of)
+    return open_image(content, name, DEFAULT_MAX_PIXELS, size_of)
 
 
 def inspect_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Inspection:

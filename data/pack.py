@@ -3,7 +3,7 @@
 The shards of a split are `000000.tar` and on; a row is `<key>.jpg`, `<key>.json` with all its columns, `<key>.cls` with
 the number of its class among the sorted classes of training, and `<key>.txt` with its caption or tags. The training
 rows are in a random order, so that neighbours in a shard are not of one class. `manifest.parquet` is written last: it
-has the columns of the collection, and where each image is.
+has the columns of the collection, where each image is, and its width and height (null for what is no image).
 """
 
 import hashlib
@@ -21,11 +21,12 @@ import pyarrow as pa
 
 from data.collection import Collection
 from data.image_formats import UnreadableImage
+from data.image_traits import upright_size
 from data.images import Contents, open_contents
 from data.manifest_writer import save_manifest
 from data.scan import IMAGE_SUFFIXES
 from data.shards import HEADER_BYTES, TAR, member_key
-from data.table import PLACES, SPLITS, hash_table, replace_column
+from data.table import MEASURED, PLACES, SPLITS, hash_table, replace_column
 from utils import rng
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_atomically, write_json
@@ -53,6 +54,7 @@ class _Place(NamedTuple):
     offset: int
     length: int
     sha256: str
+    size_hw: tuple[int, int] | None
 
 
 def pack_collection(
@@ -122,7 +124,7 @@ class _Packer:
 
     def __init__(self, collection: Collection) -> None:
         self._contents: Contents = open_contents(collection)
-        self._table = collection.table
+        self._table, self._sizes = collection.table, collection.stated_sizes()
         self._classes = {label: number for number, label in enumerate(collection.class_names("train"))}
 
     def write(self, file: Path, rows: np.ndarray) -> list[_Place]:
@@ -132,8 +134,8 @@ class _Packer:
     def _write(self, file: Path, rows: np.ndarray) -> list[_Place]:
         places = []
         with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for record, content in zip(self._records(rows), self._read(rows)):
-                place = _Place(tar.offset + HEADER_BYTES, len(content), _sha256(content))
+            for record, (content, size_hw) in zip(self._records(rows), self._read(rows)):
+                place = _Place(tar.offset + HEADER_BYTES, len(content), _sha256(content), size_hw)
                 if record["sha256"] not in (None, place.sha256):
                     raise UserError(
                         f"data.root: {record['path']!r} has the SHA-256 {place.sha256}, not {record['sha256']} as the "
@@ -153,10 +155,10 @@ class _Packer:
         places = []
         try:
             with tarfile.open(file, "r:") as tar:
-                for record in self._records(rows):
+                for row, record in zip(rows.tolist(), self._records(rows)):
                     image = tar.next()
                     content = _content(tar, image)
-                    place = _Place(image.offset_data, image.size, _sha256(content))
+                    place = _Place(image.offset_data, image.size, _sha256(content), self._measure(row, content))
                     first, *others = self._members(record, content, place.sha256)
                     found = [(image.name, content)]
                     for _ in others:
@@ -175,16 +177,29 @@ class _Packer:
         for start in range(0, len(rows), _READ_AT_ONCE):
             yield from table.take(rows[start : start + _READ_AT_ONCE]).to_pylist()
 
-    def _read(self, rows: np.ndarray) -> Iterator[bytes]:
-        """Yield the images of rows; threads read some of them ahead. Raises UserError (`data.root`)."""
+    def _read(self, rows: np.ndarray) -> Iterator[tuple[bytes, tuple[int, int] | None]]:
+        """Yield the images of rows and their sizes; threads read some ahead. Raises UserError (`data.root`)."""
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(0, len(rows), _READ_AT_ONCE):
                 try:
-                    yield from pool.map(self._contents.read, rows[start : start + _READ_AT_ONCE].tolist())
+                    yield from pool.map(self._load, rows[start : start + _READ_AT_ONCE].tolist())
                 except UnreadableImage as error:
                     raise UserError(
                         f"data.root: {error}; restore the image, or let prepare.py job=manifest give it weight 0"
                     ) from None
+
+    def _load(self, row: int) -> tuple[bytes, tuple[int, int] | None]:
+        content = self._contents.read(row)
+        return content, self._measure(row, content)
+
+    def _measure(self, row: int, content: bytes) -> tuple[int, int] | None:
+        """Return the height and width that the collection states, or else those of the upright image in the file."""
+        if self._sizes is not None and self._sizes[row].all():
+            return tuple(self._sizes[row].tolist())
+        try:
+            return upright_size(content, self._table["path"][row].as_py())
+        except UnreadableImage:
+            return None
 
     def _members(self, record: dict[str, Any], content: bytes, sha256: str) -> list[_Member]:
         """Return the members of a row, the image first."""
@@ -212,7 +227,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _with_places(table: pa.Table, shards: dict[str, np.ndarray], places: Sequence[_Place]) -> pa.Table:
-    """Return the packed rows of a table in the order of the shards, with the columns of PLACES."""
+    """Return the packed rows of a table in the order of the shards, with the columns of PLACES and the sizes."""
     table = table.take(np.concatenate([np.empty(0, np.int64), *shards.values()]))
     columns = {
         "shard": [name for name, rows in shards.items() for _ in rows],
@@ -221,6 +236,9 @@ def _with_places(table: pa.Table, shards: dict[str, np.ndarray], places: Sequenc
     }
     for name, kind in PLACES.items():
         table = replace_column(table, name, pa.array(columns[name], kind))
+    for axis, name in enumerate(("height", "width")):
+        sizes = [place.size_hw and place.size_hw[axis] for place in places]
+        table = replace_column(table, name, pa.array(sizes, MEASURED[name]))
     lengths, digests = table["length"], [place.sha256 for place in places]
     table = replace_column(table, "size", lengths)
     return replace_column(table, "sha256", pa.array(digests, pa.string()))

@@ -1,20 +1,23 @@
 """Weights of images by how frequent their tags are, so that a collection's common subjects do not drown the rare ones.
 
 weights = weigh_images(collection, rows, config, captions)       # 1 on average
+facts = find_tag_facts(collection, rows, config, captions)       # what a task needs that weighs anew while it trains
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.captions import CaptionConfig
 from data.collection import Collection
 from data.tags.names import parse_tag
-from utils.config.bounds import Factor, Positive
+from utils.config.bounds import Count, Factor, Positive
+from utils.config.recipe import with_added
 from utils.config.schema import Strict
+from utils.errors import UserError
 from utils.vocabulary import CATEGORIES
 
 _CHUNK_ROWS = 2**17
@@ -23,7 +26,8 @@ _CHUNK_ROWS = 2**17
 class TagWeightsConfig(Strict):
     """Weights of tags: (median / count) ** power within low and high, times the factor of the tag's category.
 
-    combine: the mean over an image's tags. Images weigh 1 on average.
+    combine: the mean over an image's tags. Images weigh 1 on average. reestimate_steps: null counts the tags of the
+    collection once; a number counts those that training has shown, and weighs anew by them after so many steps.
     """
 
     power: Annotated[float, Field(ge=0, le=4)]
@@ -31,6 +35,49 @@ class TagWeightsConfig(Strict):
     high: Positive
     combine: Literal["mean", "geometric_mean"]
     factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
+    reestimate_steps: Count | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_new_keys(cls, values: Any) -> Any:
+        return with_added("task.tag_weights", values, cls.model_fields) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _can_weigh_anew(self) -> Self:
+        if self.reestimate_steps is not None and self.combine == "geometric_mean":
+            raise ValueError(
+                "task.tag_weights.combine: geometric_mean, and with task.tag_weights.reestimate_steps only the weights "
+                "of mean keep an average of 1; set combine=mean, or reestimate_steps=null"
+            )
+        return self
+
+
+class ImageTags(NamedTuple):
+    """The tags of all rows: ids int32 [N], which are places in `names`, and offsets int64 [rows + 1]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    names: list[str]
+
+    def of_row(self, row: int) -> np.ndarray:
+        """Return the ids of a row, int32 [n]."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def count(self, rows: np.ndarray) -> np.ndarray:
+        """Return how often some rows have each tag, int64 [T]."""
+        return np.bincount(np.concatenate([self.of_row(row) for row in rows]), minlength=len(self.names))
+
+    def factors(self, config: TagWeightsConfig) -> np.ndarray:
+        """Return the factor of each tag's category, float64 [T]."""
+        return class_factors([parse_tag(name).category or 0 for name in self.names], config.factors)
+
+
+def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
+    """Return the tags of a collection, or of its captions where a row has none."""
+    views = map(collection.view, range(len(collection)))
+    tags = [view.tags or captions.split(captions.read(view)) for view in views]
+    encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
+    return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
 
 
 def weigh_images(
@@ -39,17 +86,41 @@ def weigh_images(
     """Return the weight of each row of a collection, float64; counts are those of `rows`, None weighs all alike."""
     if config is None:
         return np.ones(len(collection))
-    views = map(collection.view, range(len(collection)))
-    tags = [view.tags or captions.split(captions.read(view)) for view in views]
-    offsets = np.cumsum([0, *map(len, tags)])
-    encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
-    ids, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
-    counted = np.concatenate([ids[offsets[row] : offsets[row + 1]] for row in rows])
-    factors = class_factors([parse_tag(name).category or 0 for name in names], config.factors)
-    weights = weigh_tags(
-        np.bincount(counted, minlength=len(names)), factors, power=config.power, low=config.low, high=config.high
-    )
-    return normalise(weigh_rows(ids, offsets, weights, config.combine), rows)
+    tags = read_tags(collection, captions)
+    weights = apply_rule(tags.count(rows), tags.factors(config), config)
+    return normalise(weigh_rows(tags.ids, tags.offsets, weights, config.combine), rows)
+
+
+def apply_rule(counts: np.ndarray, factors: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
+    """Return each tag's weight, float64 [T], as the configuration has it."""
+    return weigh_tags(counts, factors, power=config.power, low=config.low, high=config.high)
+
+
+def find_tag_facts(
+    collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: CaptionConfig
+) -> dict[str, list[float]]:
+    """Return counts, factors and shares [T] of the tags of some rows; the weights' mean is that of the tags by shares.
+
+    Raises UserError (`task.tag_weights.reestimate_steps`) where no caption has a tag of its row.
+    """
+    tags = read_tags(collection, captions)
+    if not any(any(find_shown(tags, row, captions.read(collection.view(row)), captions)) for row in rows.tolist()):
+        raise UserError(
+            f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, and of "
+            f"{len(rows):,} none has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
+        )
+    factors = tags.factors(config)
+    owners = np.repeat(np.arange(len(collection)), np.diff(tags.offsets))
+    counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
+    ids, owners = tags.ids[counted], owners[counted]
+    sizes = np.bincount(owners, minlength=len(collection))
+    shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
+    return {"counts": tags.count(rows).tolist(), "factors": factors.tolist(), "shares": shares.tolist()}
+
+
+def find_shown(tags: ImageTags, row: int, caption: str, captions: CaptionConfig) -> list[bool]:
+    """Return which tags of a row are in its caption."""
+    return captions.find_tags(caption, [tags.names[tag] for tag in tags.of_row(row)])
 
 
 def describe_weights(weights: np.ndarray) -> str:

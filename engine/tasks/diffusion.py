@@ -5,12 +5,14 @@ Noise, timesteps and the latents' own randomness are drawn on the device from ea
     latent_mean, latent_logvar [B, 4, h, w] of the cache, or images [B, 3, H, W] where there is none
     fit [B, 6] int64: the image's size, where its crop begins, and the size of that, which are SDXL's time_ids
     token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of the cache
-    is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch; tag_weight [B]
+    is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch
+    tag_weight [B]; or its ragged tags and tags_shown, bool, by which engine/tasks/tag_balance.py weighs
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/ cites the equations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from data.collection import Collection
+from data.rows import training_rows
+from data.tag_weights import find_tag_facts
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
 from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
@@ -26,6 +30,7 @@ from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
+from engine.tasks.tag_balance import TagBalance
 from models.sdxl.clip_score import clip_scores
 from models.sdxl.conditioning import time_ids, unet_inputs
 from models.sdxl.config import SDXLConfig
@@ -54,8 +59,9 @@ class DiffusionTask(Task):
 
     def __init__(self, setup: Setup[DiffusionTaskConfig]) -> None:
         super().__init__()
-        config = setup.task
-        self._config, self._model, self._metadata = config, setup.model, setup.metadata()
+        config, tags = setup.task, setup.facts.get("tag_weights")  # a fact of training, which weight files do not have
+        self._config, self._model, self._metadata = config, setup.model, replace(setup, facts={}).metadata()
+        self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alphas, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigmas, persistent=False)
@@ -119,7 +125,18 @@ class DiffusionTask(Task):
         bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
-        return StepOutput(error * weight * batch["tag_weight"], logs)
+        if self.tag_balance is None:
+            tag_weight = batch["tag_weight"]
+        else:
+            tag_weight = self.tag_balance(batch)
+            # As the mean is 1, of n samples so many count: sum(w)**2 / sum(w**2) / n.
+            logs["effective_share"] = tuple((batch["weight"] * tag_weight**power).sum() for power in (1, 2))
+        return StepOutput(error * weight * tag_weight, logs)
+
+    def after_step(self, step: int, knobs: Knobs, applied: Tensor) -> None:
+        """Weigh tags anew where that is due."""
+        if self.tag_balance is not None:
+            self.tag_balance.after_step(step)
 
     def _errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mean squared error of each sample [B], its timestep, and the weight of that noise level."""
@@ -229,8 +246,12 @@ class DiffusionKind(Kind[DiffusionTaskConfig]):
     )
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return nothing: what the task is, its config says."""
-        return {}
+        """Return the tags' counts, where training weighs them anew; what the task is otherwise, its config says."""
+        task = config.task
+        if not task.reestimates:
+            return {}
+        rows = training_rows(collection, config.loop.train_paths)
+        return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
 
     def build(self, setup: Setup[DiffusionTaskConfig]) -> DiffusionTask:
         """Return the task."""

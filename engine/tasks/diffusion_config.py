@@ -103,6 +103,11 @@ class DiffusionTaskConfig(TaskConfig):
         """Whether the text encoders change in training."""
         return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
 
+    @property
+    def reestimates(self) -> bool:
+        """Whether training weighs tags anew."""
+        return self.tag_weights is not None and self.tag_weights.reestimate_steps is not None
+
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError where two settings exclude each other."""
         if config.loop.sampling != "shuffled":

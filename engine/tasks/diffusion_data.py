@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batch import Ragged
 from data.buckets import Buckets, FittedView, image_sizes, make_buckets
 from data.captions import describe_captions
 from data.collection import Collection
@@ -20,7 +21,7 @@ from data.loader import Example, Fields
 from data.rows import training_rows
 from data.source import Source
 from data.stream import GroupedSampler
-from data.tag_weights import describe_weights, weigh_images
+from data.tag_weights import ImageTags, describe_weights, find_shown, read_tags, weigh_images
 from data.tensor_store import TensorStore, record_key
 from data.text_cache import TextCache, vary_caption
 from data.transforms import Transform
@@ -48,30 +49,37 @@ SIZES, HASHES = _CACHE / "image_sizes.json", _CACHE / "image_hashes.json"
 _TEXTS_AT_ONCE = 16
 
 TextTensors = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption
+Weights = np.ndarray | ImageTags
 
 
 class CaptionFields:
     """Add a sample's caption, its weight, and its place in the step.
 
     tensors: of a caption. variants: that the cache has of one; None draws a new one each time. parts: samples of a
-    step, over all ranks. weights: of the rows' tags, [rows of the collection].
+    step, over all ranks. weights: of the rows' tags, [rows of the collection], or the tags, which the task weighs.
     """
 
     def __init__(
-        self, config: DiffusionTaskConfig, tensors: TextTensors, variants: int | None, parts: int, weights: np.ndarray
+        self, config: DiffusionTaskConfig, tensors: TextTensors, variants: int | None, parts: int, weights: Weights
     ) -> None:
         self.config, self.tensors, self.variants = config.captions, tensors, variants
         self.parts, self.weights = parts, weights
 
-    def __call__(self, example: Example) -> dict[str, Tensor]:
+    def __call__(self, example: Example) -> dict[str, Tensor | Ragged]:
         """Return the fields."""
         text, is_dropped = self._caption(example)
         return {
             **self.tensors(text),
             "is_dropped": torch.tensor(is_dropped),
             "strata": torch.tensor([example.position % self.parts, self.parts]),
-            "tag_weight": torch.tensor(self.weights[example.index], dtype=torch.float32),
+            **self._weigh(example.index, text),
         }
+
+    def _weigh(self, row: int, text: str) -> dict[str, Tensor | Ragged]:
+        if isinstance(self.weights, np.ndarray):
+            return {"tag_weight": torch.tensor(self.weights[row], dtype=torch.float32)}
+        shown = torch.tensor(find_shown(self.weights, row, text, self.config), dtype=torch.bool)
+        return {"tags": Ragged(torch.tensor(self.weights.of_row(row)).long()), "tags_shown": Ragged(shown)}
 
     def _caption(self, example: Example) -> tuple[str, bool]:
         text, generator = self.config.read(example.row), example.generator
@@ -102,7 +110,7 @@ class CachedLatents:
     def __init__(self, cache: LatentCache, fields: Fields) -> None:
         self.cache, self.fields = cache, fields
 
-    def __call__(self, example: Example) -> dict[str, Tensor]:
+    def __call__(self, example: Example) -> dict[str, Tensor | Ragged]:
         """Return the fields."""
         return {**self.cache.choose(example), **self.fields(example)}
 
@@ -157,7 +165,8 @@ class DiffusionPipeline:
         rows = training_rows(data.collection, config.loop.train_paths)
         buckets = _bucket(data.collection, rows, setup.task)
         weights = weigh_images(data.collection, rows, task.tag_weights, task.captions)
-        fields = _caption_fields(data, setup, rows, config.loop.global_batch_size, weights, training=True)
+        weighed = read_tags(data.collection, task.captions) if task.reestimates else weights
+        fields = _caption_fields(data, setup, rows, config.loop.global_batch_size, weighed, training=True)
         read, views, fields = _read(data, setup, buckets, fields)
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
         captions = describe_captions(data.collection, rows, task.captions)
@@ -227,7 +236,7 @@ def _caption_fields(
     setup: Setup[DiffusionTaskConfig],
     rows: np.ndarray,
     parts: int,
-    weights: np.ndarray,
+    weights: Weights,
     *,
     training: bool,
 ) -> CaptionFields:

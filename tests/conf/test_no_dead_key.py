@@ -40,7 +40,7 @@ from utils.record.run_folder import default_run_dir
 
 KNOBS = "+schedule.knobs.momentum={start: 0.5, phases: [{to: 1.0, curve: linear, steps: 3}]}"
 DIFFUSION = TINY["diffusion"]
-TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}}"
+TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}, reestimate_steps: 1}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
     ("pretrain_fcmae", []),

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from data.buckets import image_sizes
 from data.collection import index_collection, open_collection
 from data.image_formats import UnreadableImage
 from data.images import Files, open_contents
@@ -21,7 +23,7 @@ from data.shards import ShardContents, member_key
 from data.stream import build_sampler
 from data.table import replace_column
 from tests.in_process import run
-from tests.support import SCRIPTS, assert_same_rows, common, make_collection
+from tests.support import SCRIPTS, TINY, assert_same_rows, common, make_collection
 from tests.support import run as start
 from utils.errors import UserError
 
@@ -87,6 +89,37 @@ def test_shards_have_one_split_and_training_rows_are_mixed(collections, place):
                for name in shards(place / "packed"))  # fmt: skip
     labels = [row["label"] for row in table.to_pylist() if row["split"] == "train"]
     assert labels != sorted(labels)
+
+
+def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
+    """Of a file that no manifest describes, of one that EXIF turns, of no image, and again of shards that are there."""
+    (tmp_path / "files").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "files/a.png")
+    Image.new("RGB", (30, 40)).save(tmp_path / "files/b.jpg", exif=exif)
+    (tmp_path / "files/c.png").write_bytes(b"no image")
+    files, manifest = load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed/manifest.parquet"
+    sizes = image_sizes(files, np.arange(3), tmp_path / "sizes.json").tolist()
+    for _ in range(2):
+        pack(files, tmp_path / "packed")
+        packed = load(tmp_path / "packed", tmp_path / "cache")
+        assert (
+            image_sizes(packed, np.arange(3), tmp_path / "none.json").tolist() == sizes == [[10, 20], [30, 40], [0, 0]]
+        )
+        pq.write_table(pq.read_table(manifest).drop_columns(["width", "height"]), manifest)
+    with pytest.raises(UserError, match=r"^data\.root: .*image sizes.*job=pack"):
+        image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
+
+
+def test_sizes_that_a_manifest_states_are_kept(tmp_path, pack):
+    make_collection(tmp_path / "files", per_class=2, validation=1)
+    write_manifest(str(tmp_path / "files"), validation_fraction=0.0, verify=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.pack.upright_size", lambda content, name: pytest.fail("read again"))
+        pack(load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed")
+    stated = [load(tmp_path / name, tmp_path / "cache").stated_sizes().tolist() for name in ("files", "packed")]
+    assert stated[0] == stated[1] and stated[0][0][0] > 0
 
 
 def test_webdataset_reads_the_shards(collections, place):
@@ -264,4 +297,15 @@ def test_training_on_shards_equals_training_on_files(place, tmp_path):
     more = ["loop.total_steps=3", "loop.global_batch_size=8", "loop.batch_size=8", "runtime.workers=0"]
     for name in ("files", "packed"):
         start(SCRIPTS["classification"], common("classification", place / name, tmp_path / name, *more), tmp_path)
+    assert_same_rows(tmp_path / "files", tmp_path / "packed", tolerance=0)
+
+
+@pytest.mark.slow
+def test_sdxl_on_shards_has_the_latents_and_figures_of_files(place, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    own = [*TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.total_steps=2"]
+    own += ["loop.global_batch_size=8", "loop.batch_size=4", "loop.log_every_steps=1", "task.latent_cache=latents"]
+    for name in ("packed", "files"):  # the second finds all latents
+        run("finetune_sdxl", [*own, f"data.root={place / name}", f"run_dir={name}"], tmp_path)
+        monkeypatch.setattr("engine.tasks.diffusion_data.encode_images", lambda *_: pytest.fail("encoded again"))
     assert_same_rows(tmp_path / "files", tmp_path / "packed", tolerance=0)

@@ -70,6 +70,7 @@ ADDED_KEYS = {
     "model.image_size_hw": Added(None),
     "augment.shrink": Added(False),
     "task.ignore_padding": Added(False),
+    "task.tag_weights.reestimate_steps": Added(None),
 }
 
 # Keys that releases have removed, with the default that they had, under which folders are named still; None: a key that
