@@ -37,13 +37,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from bench.measure import OUT, Comparison, bench_loop, build_bench_run, run_bench
-from data.buckets import Buckets, assign, make_buckets
+from data.buckets import SIZES, Buckets, assign, make_buckets
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource
 from data.tensor_store import TensorStore
 from engine.run import build_task
 from engine.runtime import choose_runtime
 from engine.tasks.diffusion import DiffusionKind
-from engine.tasks.diffusion_data import HASHES, SIZES
+from engine.tasks.diffusion_data import HASHES
 from engine.train_one_epoch import Vote, train_one_epoch
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.sampling import scheduler_config

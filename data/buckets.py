@@ -40,6 +40,7 @@ log = get_logger(__name__)
 
 _UNIT_PX = 32  # the VAE shrinks by 8, the U-Net by 4 more
 _FIT_DRAW = 3  # of a sample's key; the loader's are 1 and 2
+SIZES = Path("outputs/cache/image_sizes.json")
 
 
 class BucketConfig(Strict):
@@ -99,6 +100,21 @@ def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarr
         if other >= min_px:
             found |= {(side, other), (other, side)}
     return np.array(sorted(found), dtype=np.int64)
+
+
+def letterbox_sizes(image_size_hw: Sequence[int], unit_px: int) -> np.ndarray:
+    """Return the sizes of `augment.pad=buckets`, int64 [K, 2], sorted.
+
+    Their sides are multiples of the unit, their areas at most that of `image_size_hw`, their ratios 1:2 to 2:1.
+    """
+    area, unit_area = math.prod(image_size_hw), unit_px**2
+    least, most = math.isqrt(-(-area // (2 * unit_area)) - 1) + 1, math.isqrt(2 * area // unit_area)
+    return sdxl_sizes(area, unit_px, least * unit_px, most * unit_px)
+
+
+def letterbox_groups(collection: Collection, rows: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
+    """Return the bucket of the nearest ratio for each row, int64 [N]; of unreadable images, that of a square."""
+    return assign(np.maximum(image_sizes(collection, rows, SIZES), 1), buckets_hw)
 
 
 def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from utils.canvas import Background
 from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
 from utils.config.schema import PathText, Strict
+from utils.errors import UserError
 
 _Jitter = Annotated[float, Field(ge=0, le=100)]
 _Zoom = Annotated[float, Field(ge=0.01, le=100)]
@@ -157,6 +158,8 @@ class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
     `pad` square puts the whole image into the middle of a square of the background, first, in training and evaluation.
+    buckets: of the nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels as
+    `image_size_hw` or fewer; `crop_ratio` is then relative to that shape.
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
     `horizontal_flip`; `color_jitter` where it is not null; `rand_augment`, a policy of timm, where it is not null,
@@ -176,7 +179,7 @@ class AugmentConfig(Strict):
     """
 
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
-    pad: Literal["none", "square"]
+    pad: Literal["none", "square", "buckets"]
     crop_scale: Annotated[list[Share], Field(min_length=2, max_length=2)]
     crop_ratio: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
     horizontal_flip: Fraction
@@ -195,7 +198,15 @@ class AugmentConfig(Strict):
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
-        """Return what evaluation does to an image, as it is written into weight files."""
+        """Return what evaluation does to an image, as it is written into weight files.
+
+        Raises UserError (`augment.pad`) for buckets: a weight file states one size.
+        """
+        if self.pad == "buckets":
+            raise UserError(
+                "augment.pad: buckets is for pretraining (pretrain_fcmae.py) alone, because weights state one size; "
+                "set augment.pad=square, which keeps the whole image, too, or none"
+            )
         return {
             **self.model_dump(include={"image_size_hw", "pad", "eval_resize", "eval_crop", "mean", "std"}),
             "interpolation": "bicubic" if self.interpolation == "varied" else self.interpolation,
@@ -205,7 +216,8 @@ class AugmentConfig(Strict):
     def describe(self, task_mirrors: bool) -> str:
         """Return the image size and the augmentation in a line; task_mirrors: whether the task mirrors."""
         height, width = self.image_size_hw
-        steps = ["padded to a square"] if self.pad == "square" else []
+        shapes = {"none": [], "square": ["padded to a square"], "buckets": ["padded to the nearest of several shapes"]}
+        steps = shapes[self.pad]
         steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
         steps += ["mirror" if self.horizontal_flip or task_mirrors else "no mirror"]
         steps += ["affine map"] if self.affine is not None else []

@@ -39,6 +39,17 @@ class Transform(Protocol):
         ...
 
 
+class ByGroup:
+    """The transform of the draw's group: one for each bucket."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self._transforms = transforms
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the transformed image."""
+        return self._transforms[draw.group](image, draw)
+
+
 def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
     """Return an image, uint8 [C, H, W], resized.
 
@@ -57,27 +68,35 @@ def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
     return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
-class SquarePad:
+class Letterbox:
     """Put the whole image, uint8 [C, H, W], into the middle of a square; an odd pixel goes to the right or the bottom.
 
-    The square has the colour of the background (utils/canvas.py); for `drop`, which states none, it is white.
+    The square has the colour of the background (utils/canvas.py); for `drop`, which states none, it is white. pad: of
+    AugmentConfig; with buckets the canvas has the ratio of `image_size_hw` and is no square.
     """
 
-    def __init__(self, image_size_hw: Sequence[int], background: Any) -> None:
+    def __init__(self, image_size_hw: Sequence[int], background: Any, pad: str = "square") -> None:
         self._longest, self._background = _LONGEST * max(image_size_hw), background
+        self._ratio_hw = tuple(image_size_hw) if pad == "buckets" else (1, 1)
+
+    @classmethod
+    def steps(cls, image_size_hw: Sequence[int], background: Any, pad: str) -> list[Self]:
+        """Return what comes before all other steps: nothing where `pad` is none."""
+        return [] if pad == "none" else [cls(image_size_hw, background, pad)]
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the square, [C, S, S]."""
+        """Return the canvas, which is as high or as wide as the image: [C, h, w]."""
         shrink = self._longest / max(image.shape[-2:])
         if shrink < 1:
             image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
         channels, height, width = image.shape
-        side = max(height, width)
+        tall, wide = self._ratio_hw
+        rows, columns = max(height, -(-width * tall // wide)), max(width, -(-height * wide // tall))
         levels = torch.tensor(background_levels(self._background, channels), dtype=torch.uint8)
-        square = levels.repeat(side, side, 1).permute(2, 0, 1)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[:, top : top + height, left : left + width] = image
-        return square
+        canvas = levels.repeat(rows, columns, 1).permute(2, 0, 1)
+        top, left = (rows - height) // 2, (columns - width) // 2
+        canvas[:, top : top + height, left : left + width] = image
+        return canvas
 
 
 class NoiseErasing(v2.RandomErasing):
@@ -179,7 +198,9 @@ class ResizedCrop(v2.RandomResizedCrop):
     """The random crop of `augment`, resized to the image size by its interpolation."""
 
     def __init__(self, config: AugmentConfig) -> None:
-        super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
+        height, width = config.image_size_hw if config.pad == "buckets" else (1, 1)
+        ratio = [stated * width / height for stated in config.crop_ratio]
+        super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=ratio)
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -189,16 +210,11 @@ class ResizedCrop(v2.RandomResizedCrop):
         return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
 
 
-def squares(config: AugmentConfig, background: Any) -> list[SquarePad]:
-    """Return the step that pads a training image, where `augment.pad` asks for one."""
-    return [SquarePad(config.image_size_hw, background)] if config.pad == "square" else []
-
-
 class CropTransform:
     """The random resized crop alone, of the padded image: what a worker does where `augment.on_device` is true."""
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        self._steps = [*squares(config, background), ResizedCrop(config)]
+        self._steps = [*Letterbox.steps(config.image_size_hw, background, config.pad), ResizedCrop(config)]
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the resized crop."""
@@ -210,12 +226,12 @@ class CropTransform:
 class TrainTransform:
     """Affine map, random resized crop, mirror, colours, RandAugment and erasing, all in the worker (`augment`).
 
-    background: of the square that `augment.pad` puts the image on first.
+    background: of the canvas that `augment.pad` puts the image on first.
     Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
     """
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        steps: list[Any] = [*squares(config, background)]
+        steps: list[Any] = Letterbox.steps(config.image_size_hw, background, config.pad)
         if config.affine is not None:
             # Before the resize: after it, training images would be blurred and validation images not.
             steps += on_pillow(random_affine(config))
@@ -272,7 +288,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 class EvalTransform:
     """The shorter side to image size / eval_crop, rounded down, then the centre; or both to image size (`squash`).
 
-    pad: makes the image a square first.
+    letterbox: what pads the image first, or nothing.
     """
 
     def __init__(
@@ -281,24 +297,24 @@ class EvalTransform:
         eval_crop: float,
         interpolation: str,
         eval_resize: str = "crop",
-        pad: SquarePad | None = None,
+        letterbox: Sequence[Letterbox] = (),
     ) -> None:
         height, width = image_size_hw
         self._squash = eval_resize == "squash"
         self._size_hw = (height, width)
         self._resized_hw = (math.floor(height / eval_crop), math.floor(width / eval_crop))
-        self._interpolation, self._pad = interpolation, pad
+        self._interpolation, self._letterbox = interpolation, letterbox
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> Self:
         """Return the transform that a weight file's preprocessing states (AugmentConfig.preprocessing)."""
-        size_hw, pads = preprocessing["image_size_hw"], preprocessing.get("pad") == "square"
+        size_hw = preprocessing["image_size_hw"]
         return cls(
             size_hw,
             preprocessing["eval_crop"],
             preprocessing["interpolation"],
             preprocessing.get("eval_resize", "crop"),  # older files state neither this nor the padding
-            SquarePad(size_hw, background_of(preprocessing)) if pads else None,
+            Letterbox.steps(size_hw, background_of(preprocessing), preprocessing.get("pad", "none")),
         )
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
@@ -307,8 +323,8 @@ class EvalTransform:
         The centre has the pixels of torchvision's resize and centre crop of the whole image. Only the middle of a long
         image is resized, because the whole could exceed the memory.
         """
-        if self._pad is not None:
-            image = self._pad(image)
+        for step in self._letterbox:
+            image = step(image)
         if self._squash:
             return resize(image, self._size_hw, self._interpolation)
         factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))

@@ -6,6 +6,7 @@ A mask is bool [B, L] over the patch grid in row-major order, True = removed; a 
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,12 +20,18 @@ from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
 
 
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [..., 1] of each patch [..., P].
+def patch_statistics(patches: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [..., 1] of each patch [..., P]; weights: of its values, [..., P].
 
     The variance is unbiased and grows by 1e-6 under the root, which keeps a constant patch finite.
     """
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    if weights is None:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    else:
+        total = weights.sum(dim=-1, keepdim=True)
+        mean = (weights * patches).sum(dim=-1, keepdim=True) / total.clamp(min=1.0)
+        squares = (weights * (patches - mean).square()).sum(dim=-1, keepdim=True)
+        variance = squares / (total - 1.0).clamp(min=1.0)
     return mean, (variance + 1e-6).sqrt()
 
 
@@ -94,7 +101,8 @@ class FCMAE(nn.Module):
     """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict the removed ones.
 
     Encoder and decoder work on the grid of the total stride; a patch may be several sites wide, and each site predicts
-    its own pixels. The decoder starts like the encoder (std .02), the mask token normal with std .02. `execution` is
+    its own pixels. Images may have other sizes of whole patches than `image_size_hw`, one size to a batch. The decoder
+    starts like the encoder (std .02), the mask token normal with std .02. `execution` is
     "sparse" (models/sparse.py: visible sites are computed, removed patches predicted, nothing else) or "dense" (all
     sites, with the masked ones selected away): the same function, slower. `grn_over` is "sample" or "batch".
 
@@ -120,9 +128,9 @@ class FCMAE(nn.Module):
         check_patch_grid(encoder.total_stride, image_size_hw, patch_px)
         # A head would be parameters without a gradient, which DDP refuses.
         assert encoder.num_classes == 0, "FCMAE wants an encoder built with num_classes=0"
-        self.image_size_hw = (image_size_hw[0], image_size_hw[1])
         self.patch_px = patch_px
-        self.grid_hw = (image_size_hw[0] // patch_px, image_size_hw[1] // patch_px)
+        self.mask_ratio = mask_ratio
+        self.grid_hw = self.grid_of(image_size_hw)
         self.num_removed = count_removed(self.num_patches, mask_ratio)
         self.norm_pix_loss = norm_pix_loss
         self.execution = execution
@@ -154,9 +162,15 @@ class FCMAE(nn.Module):
             return self.encoder.layer_of(name.removeprefix("encoder."), kind)
         return self.last_layer(kind) + 1
 
+    def grid_of(self, size_hw: Sequence[int]) -> tuple[int, int]:
+        """Return the rows and columns of the patches of an image."""
+        height, width = size_hw
+        assert height % self.patch_px == width % self.patch_px == 0, (size_hw, self.patch_px)
+        return height // self.patch_px, width // self.patch_px
+
     @property
     def num_patches(self) -> int:
-        """Return L, the number of patches of an image."""
+        """Return L, the number of patches of an image of `image_size_hw`; `num_removed` of them are masked."""
         return self.grid_hw[0] * self.grid_hw[1]
 
     @property
@@ -167,25 +181,26 @@ class FCMAE(nn.Module):
     def split(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbers of the visible patches, int64 [B, V], and of the removed, [B, M], both ascending.
 
-        mask: bool [B, L] with exactly M = `num_removed` patches removed in each sample (`draw_mask`).
+        mask: bool [B, L] with exactly M = `count_removed` patches removed in each sample (`draw_mask`).
         """
-        assert mask.dtype == torch.bool and mask.shape[1] == self.num_patches, (mask.dtype, mask.shape, self.grid_hw)
-        order = mask.int().argsort(dim=1, stable=True)
-        return order.split([self.num_patches - self.num_removed, self.num_removed], dim=1)
+        assert mask.dtype == torch.bool, mask.dtype
+        patches = mask.shape[1]
+        removed = count_removed(patches, self.mask_ratio)
+        return mask.int().argsort(dim=1, stable=True).split([patches - removed, removed], dim=1)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predict the removed patches in ascending order, [B, M, P] in the units of the target.
 
-        images: float [B, C, H, W] of `image_size_hw`, where masked pixels may hold anything; mask: bool [B, L].
+        images: float [B, C, H, W], where masked pixels may hold anything; mask: bool [B, L].
         """
-        assert images.shape[-2:] == self.image_size_hw, (images.shape, self.image_size_hw)
+        grid_hw = self.grid_of(images.shape[-2:])
         visible, removed = self.split(mask)
-        gaps = repeat_sites(mask.view(-1, *self.grid_hw), self.patch_sites)[:, None]
-        token, targets = self.mask_token, place_sites(removed, self.grid_hw, self.patch_sites)
+        gaps = repeat_sites(mask.view(len(mask), *grid_hw), self.patch_sites)[:, None]
+        token, targets = self.mask_token, place_sites(removed, grid_hw, self.patch_sites)
         if self.execution == "sparse":
             tokens = encode_visible(self.encoder, images, visible, self.patch_px)
             tokens = F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
-            x = place_sites(visible, self.grid_hw, self.patch_sites).to_map(tokens)
+            x = place_sites(visible, grid_hw, self.patch_sites).to_map(tokens)
         else:
             x = self.proj(self.encoder.forward_features(images, ~gaps[:, 0]))
         x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
@@ -193,49 +208,58 @@ class FCMAE(nn.Module):
             pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
         else:
             pixels = targets.from_map(self.pred(x))
-        return self._join_sites(pixels)
+        return self._join_sites(pixels, removed.shape[1])
 
     def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].
 
         images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
         by its own mean and deviation. The loss does not see the values at visible patches. footprint: the weight of
-        each pixel, float [B, 1, H, W], 0 for padding; the mean is over the others, 0 where there is none.
+        each pixel, float [B, 1, H, W], 0 for padding; means and deviations are over the others, a loss of none is 0.
         """
-        errors = (pred.float() - self._target(images, mask)[0]).square()
-        if footprint is None:
+        weights = self._weights(images, mask, footprint)
+        errors = (pred.float() - self._target(images, mask, weights)[0]).square()
+        if weights is None:
             return errors.mean(dim=(1, 2))
-        weights = patchify(footprint.float().expand_as(images), self.patch_px)
-        weights = weights.take_along_dim(self.split(mask)[1][..., None], dim=1)
         return (weights * errors).sum(dim=(1, 2)) / weights.sum(dim=(1, 2)).clamp(min=1.0)
 
-    def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _removed(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Return the removed patches, float32 [B, M, P]."""
+        return patchify(images.float(), self.patch_px).take_along_dim(self.split(mask)[1][..., None], dim=1)
+
+    def _weights(self, images: Tensor, mask: Tensor, footprint: Tensor | None) -> Tensor | None:
+        """Return the weights of the removed patches' values, float32 [B, M, P]; None where all count."""
+        return None if footprint is None else self._removed(footprint.expand_as(images), mask)
+
+    def _target(self, images: Tensor, mask: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the removed patches as they are to be predicted, and the mean and deviation taken from them."""
-        patches = patchify(images.float(), self.patch_px)
-        target = patches.take_along_dim(self.split(mask)[1][..., None], dim=1)
+        target = self._removed(images, mask)
         if not self.norm_pix_loss:
             return target, torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
-        mean, std = patch_statistics(target)
+        mean, std = patch_statistics(target, weights)
         return (target - mean) / std, mean, std
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(
+        self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the images with masked patches at 0, and with them painted by `pred`; both float32 [B, C, H, W].
 
         Where the target was normalised, the prediction is scaled back by the target patch's own mean and deviation.
+        footprint: as in `loss_per_sample`.
         """
-        patches, size = patchify(images.float(), self.patch_px), self.image_size_hw
-        _, mean, std = self._target(images, mask)
+        patches, size = patchify(images.float(), self.patch_px), images.shape[-2:]
+        _, mean, std = self._target(images, mask, self._weights(images, mask, footprint))
         places = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
         masked = torch.where(mask[..., None], 0.0, patches)
         painted = patches.scatter(1, places, pred.float() * std + mean)
         return unpatchify(masked, self.patch_px, size), unpatchify(painted, self.patch_px, size)
 
-    def _join_sites(self, pixels: Tensor) -> Tensor:
+    def _join_sites(self, pixels: Tensor, num_removed: int) -> Tensor:
         """Join what the sites of the removed patches predict, [B * M * side * side, stride * stride * C], to [B, M, P].
 
         A pixel's row in its patch is (site row, row in the site), its column likewise.
         """
         stride, side = self.encoder.total_stride, self.patch_sites
-        x = pixels.reshape(-1, self.num_removed, side, side, stride, stride, self.encoder.in_channels)
+        x = pixels.reshape(-1, num_removed, side, side, stride, stride, self.encoder.in_channels)
         return x.transpose(3, 4).flatten(2)

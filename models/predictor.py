@@ -29,12 +29,19 @@ from utils.vocabulary import GENERAL, RATING
 log = get_logger(__name__)
 
 
+_Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
+
+
 class _Preprocessing(BaseModel):
-    """The preprocessing that a file states; the file may come from a stranger."""
+    """The preprocessing that a file states; the file may come from a stranger.
+
+    buckets_hw: the sizes that its own evaluation groups images in; an image alone is padded to a square.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    image_size_hw: _Size
+    buckets_hw: Annotated[list[_Size], Field(min_length=1)] | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area"]
     pad: Literal["none", "square"] = ADDED_KEYS["augment.pad"].before
     eval_resize: Literal["crop", "squash"] = ADDED_KEYS["augment.eval_resize"].before

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Ragged
-from data.buckets import Buckets, FittedView, image_sizes, make_buckets
+from data.buckets import SIZES, Buckets, FittedView, image_sizes, make_buckets
 from data.captions import describe_captions
 from data.collection import Collection
 from data.config import DataConfig
@@ -44,8 +44,7 @@ from utils.errors import UserError
 from utils.io.files import hash_once
 from utils.ranks import distributed
 
-_CACHE = Path("outputs/cache")
-SIZES, HASHES = _CACHE / "image_sizes.json", _CACHE / "image_hashes.json"
+HASHES = Path("outputs/cache/image_hashes.json")
 _TEXTS_AT_ONCE = 16
 
 TextTensors = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption

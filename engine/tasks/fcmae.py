@@ -3,7 +3,7 @@
 The loader's workers draw the mask from each sample's key, so it is the same on any number of ranks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -12,12 +12,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from data.buckets import letterbox_groups, letterbox_sizes
 from data.collection import Collection
 from data.config import AugmentConfig
+from data.device_augment import IMAGES, training_views
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import choose_probe_rows, spread
-from data.transforms import Footprint, Transform
+from data.stream import GroupedSampler, Sampler
+from data.transforms import ByGroup, Footprint, Transform
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Probe
@@ -46,6 +49,9 @@ VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
 FOOTPRINT = "footprint"  # of a batch, uint8 [B, 1, H, W], where padding is ignored
 _PICTURES = 10
+_CHUNK = 128  # neighbouring samples of one bucket at most, and so the largest micro-batch
+
+Views = Mapping[str, Transform]
 
 
 class ProbeConfig(Strict):
@@ -76,26 +82,35 @@ class FCMAETaskConfig(TaskConfig):
     probe: ProbeConfig
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError where there is no padding to ignore, or the workers do not know where it will be."""
+        """Raise ValueError where there is no padding to ignore, or the workers do not know where it will be.
+
+        And where images in buckets would have to be in another order, or be augmented where all have one size.
+        """
         augment = config.augment
+        if augment.pad == "buckets" and (augment.on_device or config.loop.sampling != "shuffled"):
+            raise ValueError(
+                f"augment.pad: buckets needs augment.on_device=false (it is {str(augment.on_device).lower()}) and "
+                f"loop.sampling=shuffled (it is {config.loop.sampling}); set them, or augment.pad=square"
+            )
         if self.ignore_padding and (augment.pad == "none" or augment.on_device or augment.rand_augment is not None):
             raise ValueError(
-                "task.ignore_padding: true needs augment.pad=square, which pads, and augment.on_device=false and "
+                "task.ignore_padding: true needs augment.pad=square or buckets, and augment.on_device=false and "
                 "augment.rand_augment=null, which leave the padding where it is known; set them, or "
                 "task.ignore_padding=false"
             )
 
 
 class MaskFields:
-    """Add a sample's mask, bool [L], True where a patch is removed."""
+    """Add a sample's mask, bool [L], True where a patch of its image is removed."""
 
-    def __init__(self, num_patches: int, mask_ratio: float) -> None:
-        count_removed(num_patches, mask_ratio)  # refuses a ratio that keeps or removes nothing
-        self.num_patches, self.mask_ratio = num_patches, mask_ratio
+    def __init__(self, patch_px: int, mask_ratio: float) -> None:
+        self.patch_px, self.mask_ratio = patch_px, mask_ratio
 
     def __call__(self, example: Example) -> dict[str, Tensor]:
         """Return the mask."""
-        return {"mask": draw_mask(example.generator, self.num_patches, self.mask_ratio)}
+        height, width = example.views[IMAGES].shape[-2:]
+        patches = (height // self.patch_px) * (width // self.patch_px)
+        return {"mask": draw_mask(example.generator, patches, self.mask_ratio)}
 
 
 def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
@@ -122,6 +137,11 @@ def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequ
             "task.mask_ratio, or a model of a smaller total stride, such as model=convnextv2_glyph"
         )
     return count
+
+
+def _footprint(batch: Batch) -> Tensor | None:
+    """Return the weight of each pixel, float [B, 1, H, W], 0 for padding; None where all count."""
+    return batch[FOOTPRINT] / 255 if FOOTPRINT in batch else None
 
 
 class FCMAETask(Task):
@@ -164,8 +184,7 @@ class FCMAETask(Task):
         """Return the normalised images, the predicted patches and the loss per sample [B]."""
         images = self.normalise(batch["images"])
         pred = self.network(images, batch["mask"])
-        footprint = batch[FOOTPRINT] / 255 if FOOTPRINT in batch else None
-        return images, pred, self.network.loss_per_sample(images, pred, batch["mask"], footprint)
+        return images, pred, self.network.loss_per_sample(images, pred, batch["mask"], _footprint(batch))
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Return the loss over all samples of `val`, and reconstructions of the first ones.
@@ -177,7 +196,7 @@ class FCMAETask(Task):
             inputs, pred, loss = self._reconstruct(batch)
             means.add({"loss": loss}, batch["weight"] > 0)
             if not images:
-                images["reconstructions"] = self._draw(inputs, pred, batch["mask"])
+                images["reconstructions"] = self._draw(inputs, pred, batch)
         scalars = means.reduce()
         if "probe_train" in loaders:
             scalars |= self._probe(loaders)
@@ -192,29 +211,76 @@ class FCMAETask(Task):
                 features.add(encoded, batch["labels"], batch["sample_id"], batch["weight"])
         return probe.reduce()
 
-    def _draw(self, images: Tensor, pred: Tensor, mask: Tensor) -> np.ndarray:
+    def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
         """Return rows of originals, inputs with the masked patches grey, and reconstructions of some of a batch."""
         few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
-        images, pred, mask = images[few], pred[few].float(), mask[few]
-        _, painted = self.network.reconstruct(images, pred, mask)
-        removed = repeat_sites(mask.reshape(-1, *self.network.grid_hw), self.network.patch_px)
+        images, pred, mask, footprint = images[few], pred[few].float(), batch["mask"][few], _footprint(batch)
+        _, painted = self.network.reconstruct(images, pred, mask, None if footprint is None else footprint[few])
+        grid_hw = self.network.grid_of(images.shape[-2:])
+        removed = repeat_sites(mask.reshape(-1, *grid_hw), self.network.patch_px)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
         masked = torch.where(removed[..., None], _MASK_GREY, original)
         return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
 
 
+def _groups(collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray | None:
+    """Return the bucket of each row, [rows]; None where images have one size."""
+    buckets_hw = setup.preprocessing.get("buckets_hw")
+    return None if buckets_hw is None else letterbox_groups(collection, rows, np.array(buckets_hw))
+
+
+def _by_group(setup: Setup, make: Callable[[Setup], Views]) -> Views:
+    """Return the views that `make` gives for the size that a setup states, or for that of the sample's bucket."""
+    buckets_hw, stated = setup.preprocessing.get("buckets_hw"), setup.preprocessing
+    if buckets_hw is None:
+        return make(setup)
+    views = [
+        make(replace(setup, preprocessing={**stated, "pad": "buckets", "image_size_hw": size})) for size in buckets_hw
+    ]
+    return {name: ByGroup([view[name] for view in views]) for name in views[0]}
+
+
 class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
     """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it."""
 
+    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+        """Return what evaluation does to an image; of buckets, to one alone, and their sizes."""
+        augment = config.augment
+        if augment.pad != "buckets":
+            return super().preprocessing(config)
+        alone = config.model_copy(update={"augment": augment.model_copy(update={"pad": "square"})})
+        sizes = letterbox_sizes(augment.image_size_hw, _patch_px(config.model, config.task))
+        return {**super().preprocessing(alone), "buckets_hw": sizes.tolist()}
+
     def fields(self, collection: Collection, setup: Setup[FCMAETaskConfig]) -> Fields:
         """Return what adds the mask."""
-        patches = patch_count(setup.model, setup.task, setup.preprocessing["image_size_hw"])
-        return MaskFields(patches, setup.task.mask_ratio)
+        stated = setup.preprocessing
+        for size_hw in (stated["image_size_hw"], *(stated.get("buckets_hw") or ())):
+            patch_count(setup.model, setup.task, size_hw)
+        return MaskFields(_patch_px(setup.model, setup.task), setup.task.mask_ratio)
 
-    def views(self, setup: Setup[FCMAETaskConfig], augment: AugmentConfig) -> Mapping[str, Transform]:
+    def views(self, setup: Setup[FCMAETaskConfig], augment: AugmentConfig) -> Views:
         """Return the training image and, where padding is ignored, its footprint."""
-        views = super().views(setup, augment)
-        return {**views, FOOTPRINT: Footprint.of_training(augment)} if setup.task.ignore_padding else views
+
+        def make(sized: Setup[FCMAETaskConfig]) -> Views:
+            own = augment.model_copy(update={"image_size_hw": sized.preprocessing["image_size_hw"]})
+            views = training_views(own, sized.preprocessing["background"])
+            return {**views, FOOTPRINT: Footprint.of_training(own)} if sized.task.ignore_padding else views
+
+        return _by_group(setup, make)
+
+    def sampler(
+        self, collection: Collection, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig, rows: np.ndarray
+    ) -> Sampler:
+        """Return the order of the training rows; of buckets, in chunks that divide the global batch."""
+        groups = _groups(collection, setup, rows)
+        if groups is None:
+            return super().sampler(collection, setup, config, rows)
+        sizes, counts = setup.preprocessing["buckets_hw"], np.bincount(groups)
+        found = [f"{count:,} of {height} x {width}" for (height, width), count in zip(sizes, counts) if count]
+        log.info("augment.pad=buckets: %s px", ", ".join(found))
+        batch = config.loop.global_batch_size
+        return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
 
     def streams(self, data: ImageData, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
@@ -228,9 +294,14 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         """Return `val`, of at most VALIDATION_IMAGES images within a run, and the probe's loaders."""
         rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
-        views = evaluation_views(setup)
-        views |= {FOOTPRINT: Footprint.of_evaluation(setup.preprocessing)} if setup.task.ignore_padding else {}
-        loaders = {"val": data.evaluation(rows, self.fields(data.collection, setup), views)}
+
+        def make(sized: Setup[FCMAETaskConfig]) -> Views:
+            views = evaluation_views(sized)
+            views |= {FOOTPRINT: Footprint.of_evaluation(sized.preprocessing)} if sized.task.ignore_padding else {}
+            return views
+
+        fields, groups = self.fields(data.collection, setup), _groups(data.collection, setup, rows)
+        loaders = {"val": data.evaluation(rows, fields, _by_group(setup, make), groups=groups)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
         return loaders | self._probe_loaders(data, setup)
@@ -253,9 +324,10 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         log.info(
             "probe: %s training and %s validation images of %d classes", f"{len(train):,}", f"{len(val):,}", classes
         )
-        fields, views = LabelFields(class_ids), evaluation_views(setup)
+        fields, views = LabelFields(class_ids), _by_group(setup, evaluation_views)
         return {
-            name: data.evaluation(rows, fields, views) for name, rows in (("probe_train", train), ("probe_val", val))
+            name: data.evaluation(rows, fields, views, groups=_groups(collection, setup, rows))
+            for name, rows in (("probe_train", train), ("probe_val", val))
         }
 
 

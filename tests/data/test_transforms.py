@@ -16,7 +16,15 @@ from data import transforms
 from data.config import AugmentConfig, ColorJitterConfig
 from data.device_augment import training_views
 from data.stream import Draw
-from data.transforms import EvalTransform, Footprint, NoiseErasing, PolicyAugment, SquarePad, TrainTransform
+from data.transforms import (
+    EvalTransform,
+    Footprint,
+    Letterbox,
+    NoiseErasing,
+    PolicyAugment,
+    ResizedCrop,
+    TrainTransform,
+)
 from utils import rng
 from utils.canvas import background_levels
 from utils.config.entry_point import CONF
@@ -309,16 +317,61 @@ def test_a_footprint_is_the_view_of_a_white_image_on_black():
 
 
 def test_an_odd_pixel_goes_to_the_right_or_the_bottom():
-    square = SquarePad((32, 32), 7)(torch.zeros(3, 2, 5, dtype=torch.uint8))
+    square = Letterbox((32, 32), 7)(torch.zeros(3, 2, 5, dtype=torch.uint8))
     assert square[0, :, 0].tolist() == [7, 0, 0, 7, 7]
-    assert torch.equal(SquarePad((32, 32), 7)(torch.zeros(3, 5, 2, dtype=torch.uint8)), square.mT)
+    assert torch.equal(Letterbox((32, 32), 7)(torch.zeros(3, 5, 2, dtype=torch.uint8)), square.mT)
     assert background_levels([255, 0, 0], 1) == [76]  # the luma that decoding gives it too
+
+
+IN_BUCKETS = {**PADDED, "pad": "buckets", "crop_ratio": [0.75, 1.25]}
+
+
+@pytest.mark.parametrize("bucket_hw", [(64, 32), (32, 64), (48, 32), (32, 32)])
+@pytest.mark.parametrize(("narrow", "axis"), [(0, 1), (0, 2), (1, 1), (13, 2), (31, 1), (5, 2)])
+def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axis):
+    """An image that needs no resize comes back pixel by pixel, in training without cropping and in evaluation."""
+    hw = [side - narrow * (number == axis) for number, side in enumerate(bucket_hw, 1)]
+    image = torch.stack([number.to(torch.uint8) for number in (*torch.meshgrid(*map(torch.arange, hw), indexing="ij"),
+                                                               torch.zeros(hw))])  # fmt: skip
+    config = AugmentConfig(**{**PLAIN, **IN_BUCKETS, "image_size_hw": list(bucket_hw)})
+    stated = {**config.model_copy(update={"pad": "square"}).preprocessing(3), "pad": "buckets"}
+    top, left = ((whole - side) // 2 for whole, side in zip(bucket_hw, hw))
+    inside = torch.zeros(bucket_hw, dtype=torch.bool)
+    inside[top : top + hw[0], left : left + hw[1]] = True
+    for view, footprint in (
+        (TrainTransform(config, "white"), Footprint.of_training(config)),
+        (EvalTransform.of({**stated, "background": "white"}), Footprint.of_evaluation(stated)),
+    ):
+        draw = Draw(0, 0, 5)
+        with rng.seeded(draw.key):
+            found = view(image, draw)
+        assert torch.equal(found[:, inside], image.flatten(1)) and (found[:, ~inside] == 255).all()
+        assert torch.equal(footprint(image, draw)[0] == 255, inside)
+
+
+@pytest.mark.parametrize("image_hw", [(101, 50), (50, 101), (99, 50), (333, 17), (640, 427)])
+@pytest.mark.parametrize("bucket_hw", [(288, 160), (160, 288), (256, 192)])
+def test_crops_of_a_letterbox_have_its_ratio(image_hw, bucket_hw):
+    canvas_hw = Letterbox(bucket_hw, "white", "buckets")(torch.zeros(1, *image_hw, dtype=torch.uint8)).shape[1:]
+    assert any(side == whole for side, whole in zip(image_hw, canvas_hw))
+    assert abs(canvas_hw[0] * bucket_hw[1] - canvas_hw[1] * bucket_hw[0]) < max(bucket_hw)
+    values = {**PLAIN, **IN_BUCKETS, "image_size_hw": list(bucket_hw), "crop_ratio": [1.0, 1.0]}
+    crop = ResizedCrop(AugmentConfig(**{**values, "crop_scale": [0.2, 0.9]}))
+    whole = ResizedCrop(AugmentConfig(**values))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = crop.make_params([torch.zeros(1, *canvas_hw)])
+        assert found["width"] / found["height"] == pytest.approx(bucket_hw[1] / bucket_hw[0], rel=0.1)
+        found = whole.make_params([torch.zeros(1, *canvas_hw)])
+        rows, columns = ((canvas - side) // 2 for canvas, side in zip(canvas_hw, image_hw))
+        assert found["top"] <= rows and found["top"] + found["height"] >= rows + image_hw[0]
+        assert found["left"] <= columns and found["left"] + found["width"] >= columns + image_hw[1]
 
 
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (9_000, 700)])
 def test_a_strip_is_shrunk_before_it_is_padded(image_hw):
     image = torch.zeros(3, *image_hw, dtype=torch.uint8)
-    square = SquarePad((32, 32), "white")(image)
+    square = Letterbox((32, 32), "white")(image)
     assert square.shape == (3, 256, 256)
     assert (square == 0).float().mean() == pytest.approx(max(min(image_hw) / max(image_hw), 1 / 256), rel=0.03)
 

@@ -249,6 +249,39 @@ def test_visible_pixels_do_not_reach_the_loss():
     assert losses[0].isfinite().all() and torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("size", [(16, 64), (48, 24)])
+def test_padding_reaches_the_loss_neither_by_its_content_nor_by_a_prediction(size, norm_pix_loss):
+    """Of images of another size than the network was built with; the last patch column is padded in part."""
+    torch.manual_seed(0)
+    fcmae = build(norm_pix_loss=norm_pix_loss)
+    patches = size[0] * size[1] // 64
+    mask = torch.stack([draw_mask(torch.Generator().manual_seed(seed), patches, 0.6) for seed in range(3)])
+    images, footprint = torch.randn(3, 3, *size), torch.ones(3, 1, *size)
+    footprint[..., size[1] - 11 :] = 0
+    other = torch.where(footprint > 0, images, torch.randn(3, 3, *size))
+    pred = fcmae(images, mask).detach().requires_grad_()
+    losses = [fcmae.loss_per_sample(content, pred, mask, footprint) for content in (images, other)]
+    assert torch.equal(losses[0], losses[1]) and (losses[0] > 0).all()
+    losses[0].sum().backward()
+    counted = patchify(footprint.expand_as(images), 8)[mask].view_as(pred)
+    assert torch.equal(pred.grad != 0, counted > 0)
+    everywhere = fcmae.loss_per_sample(images, pred, mask, torch.ones_like(footprint))
+    torch.testing.assert_close(everywhere, fcmae.loss_per_sample(images, pred, mask))
+    painted = fcmae.reconstruct(images, pred, mask, footprint)[1]
+    assert torch.equal(patchify(painted, 8)[~mask], patchify(images, 8)[~mask])
+
+
+@EXECUTIONS
+def test_another_size_gives_what_a_network_of_that_size_gives(execution):
+    torch.manual_seed(0)
+    fcmae = build(execution=execution)
+    other = build(execution=execution, size=(24, 56))
+    other.load_state_dict(fcmae.state_dict())
+    images, mask = torch.randn(2, 3, 24, 56), draw_masks(2, other)
+    assert torch.equal(fcmae(images, mask), other(images, mask))
+
+
 @torch.no_grad()
 @EXECUTIONS
 def test_a_sample_does_not_depend_on_its_batch(execution):

@@ -1,0 +1,90 @@
+"""augment.pad=buckets: batches of one shape with their footprint, runs that resume exactly, evaluation, refusals."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.runtime import Runtime
+from engine.tasks.fcmae import FCMAEKind
+from tests.in_process import SHORT, SMALL_MODEL, configure, run, run_until_killed, working_in
+from tests.support import checkpoint_tensors, rows
+from utils.config.messages import ConfigError
+from utils.errors import UserError
+
+SHAPES = [(60, 30), (30, 61), (40, 40), (45, 60)]
+OWN = [
+    *SMALL_MODEL, *SHORT, "data=image_folder", "data.root=images", "augment=glyphs", "augment.image_size_hw=[64,64]",
+    "augment.pad=buckets", "augment.crop_scale=[1,1]", "task.patch_px=16", "task.ignore_padding=true",
+    "data.background=white", "model.in_channels=3", "augment.mean=[0.5,0.5,0.5]", "augment.std=[0.5,0.5,0.5]",
+    "task.probe.every_epochs=1", "loop.total_steps=6", "loop.checkpoint_every_steps=2", "tracking.samples=true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Black images of four shapes in two classes; one is no image."""
+    place = tmp_path_factory.mktemp("letterbox")
+    for split, count in (("train", 12), ("val", 6)):
+        for number in range(count):
+            folder = place / "images" / split / "AB"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.zeros((*SHAPES[number % 4], 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    (place / "images/train/A/broken.png").write_bytes(b"no image")
+    return place
+
+
+def open_run(*changes):
+    config, _ = configure("pretrain_fcmae", [*OWN, *changes])
+    kind, runtime = FCMAEKind(), Runtime(torch.device("cpu"), "fp32", False, 0, 1)
+    data = kind.pipeline.open_training(config, runtime, Path("none"))
+    return kind.pipeline.streams(data, kind.set_up(config, data.collection), config)
+
+
+def test_batches_have_one_shape_and_footprints_are_where_the_black_images_are(place):
+    with working_in(place):
+        streams = open_run()
+        plan = SimpleNamespace(global_batch_size=4, micro_batch_size=2, accum_steps=2, world_size=1)
+        steps = streams.train.steps(0, plan)
+        batches = {"train": [batch for step in islice(steps, 39) for batch in step], **streams.evaluation}
+        batches = {name: list(found) for name, found in batches.items()}
+    assert streams.train.chunk == 4 and streams.train.shapes == 3
+    for name, of_name in batches.items():
+        assert {tuple(batch["images"].shape[-2:]) for batch in of_name} == {(48, 80), (64, 64), (80, 48)}, name
+    counts = torch.bincount(torch.cat([batch["sample_id"] for batch in batches["train"]]))
+    assert (counts[counts > 0] == 12).all() and (counts > 0).sum() == 13  # 12 epochs of 13 images, one unreadable
+    seen = torch.cat([batch["sample_id"][batch["weight"] > 0] for batch in batches["val"]])
+    assert len(seen) == len(set(seen.tolist())) == 6
+    for batch in batches["train"] + batches["val"]:
+        assert batch["mask"].shape[1] == batch["images"][0, 0].numel() // 16**2
+        assert ((batch["images"].int() + batch["footprint"].int() - 255).abs() <= 1).all()
+        assert (batch["images"][0] == 255).any() or batch["images"].shape[-2:] == (64, 64)
+
+
+def test_a_run_resumes_exactly_and_its_weights_are_evaluated_in_buckets(place):
+    run("pretrain_fcmae", [*OWN, "run_dir=whole"], place)
+    run_until_killed("pretrain_fcmae", [*OWN, "run_dir=killed"], place, 3)
+    run("pretrain_fcmae", [*OWN, "run_dir=killed"], place)
+    whole, killed = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert rows(place / "whole/metrics.jsonl") == rows(place / "killed/metrics.jsonl")
+    run("evaluate", ["run_dir=whole", "weights=last", "output=found.json", "runtime.device=cpu"], place)
+    last = rows(place / "whole/metrics.jsonl", "evaluate")[-1]["loss"]
+    assert json.loads((place / "found.json").read_text())["loss"] == pytest.approx(last, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["augment.on_device=true", "loop.sampling=blocks"])
+def test_what_does_not_go_with_buckets_is_refused(change):
+    with pytest.raises(ConfigError, match=r"augment\.pad: buckets needs"):
+        configure("pretrain_fcmae", [*OWN, change])
+
+
+def test_other_kinds_refuse_buckets(place):
+    with pytest.raises(UserError, match="^augment.pad: buckets is for pretraining"):
+        run("finetune", [*SMALL_MODEL, *SHORT, "data=image_folder", "data.root=images", "augment.pad=buckets"], place)
