@@ -1,6 +1,7 @@
 """Our loader against those that people use instead, and our caches against decoding: milliseconds an image.
 
-python bench/loader_rivals.py [quick]          (on an idle machine; ten minutes on two cores; pip install webdataset)
+python bench/loader_rivals.py [quick]          (on an idle machine; ten minutes on two cores; pip install webdataset
+datasets mosaicml-streaming nvidia-dali-cuda120, as many as are wanted)
 
 All sides make batches of 128 float images of 224 px in one process with one thread: a random resized crop, antialiased
 and bilinear, a mirror, and the normalisation; nobody trains. The files are crops of scikit-learn's two photographs, as
@@ -10,8 +11,10 @@ has its loader's defaults but for the colour jitter, which nobody else does here
 and shrink with them (augment.shrink) where they are cached.
 """
 
+import functools
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,23 +95,75 @@ def theirs(folder):
         create_dataset("", folder), (3, SIZE_PX, SIZE_PX), BATCH, is_training=True, num_workers=0, color_jitter=None,
         interpolation="bilinear", mean=MEAN, std=STD, device=torch.device("cpu"), persistent_workers=False,
     )  # fmt: skip
-    sides = {"torchvision": lambda: list_lengths(torchvision), "timm": lambda: list_lengths(timm)}
-    try:
-        import webdataset
-    except ImportError:
-        return sides
+    sides = {"torchvision": torchvision, "timm": timm}
+    for name, of in (("WebDataset", webdataset), ("datasets", datasets), ("MosaicML", mosaicml), ("DALI", dali)):
+        with suppress(ImportError):
+            sides[name] = of(folder, steps)
+    return {name: functools.partial(read_all, batches) for name, batches in sides.items()}
+
+
+def webdataset(folder, steps):
+    """Return WebDataset's batches of a shard."""
+    from webdataset import TarWriter, WebDataset
+
     shard = folder.with_suffix(".tar")
-    with webdataset.TarWriter(str(shard)) as writer:
+    with TarWriter(str(shard)) as writer:
         for file in sorted(folder.glob("x/*")):
             writer.write({"__key__": file.stem, "jpg": file.read_bytes()})
-    stream = webdataset.WebDataset(str(shard), shardshuffle=False).shuffle(1000).decode("pil").to_tuple("jpg")
-    batches = DataLoader(stream.map_tuple(steps).batched(BATCH), batch_size=None)
-    return {**sides, "WebDataset": lambda: list_lengths(batches)}
+    stream = WebDataset(str(shard), shardshuffle=False).shuffle(1000).decode("pil").to_tuple("jpg")
+    return DataLoader(stream.map_tuple(steps).batched(BATCH), batch_size=None)
 
 
-def list_lengths(batches):
+def datasets(folder, steps):
+    """Return batches of the files by Hugging Face's datasets."""
+    from datasets import Dataset, Image
+
+    files = Dataset.from_dict({"image": [str(file) for file in sorted(folder.glob("x/*"))]})
+    return stacked(files.cast_column("image", Image()), steps, shuffle=True)
+
+
+def mosaicml(folder, steps):
+    """Return MosaicML Streaming's batches of a shard."""
+    from streaming import MDSWriter, StreamingDataset
+
+    shard = folder.with_suffix(".mds")
+    with MDSWriter(out=str(shard), columns={"image": "jpeg"}) as writer:
+        for file in sorted(folder.glob("x/*")):
+            writer.write({"image": Image.open(file)})
+    return stacked(StreamingDataset(local=str(shard), shuffle=True, batch_size=BATCH), steps, shuffle=None)
+
+
+def stacked(dataset, steps, shuffle):
+    """Return batches of a dataset whose rows have an `image` of Pillow."""
+    return DataLoader(
+        dataset, BATCH, shuffle, collate_fn=lambda rows: [torch.stack([steps(row["image"]) for row in rows])]
+    )
+
+
+def dali(folder, steps):
+    """Return NVIDIA DALI's batches, decoded and cropped by its own operations on the CPU."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+
+    @pipeline_def(  # nothing is made between turns
+        batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False
+    )
+    def images():
+        files, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name="files")
+        crops = fn.decoders.image_random_crop(files, random_area=(0.08, 1.0), random_aspect_ratio=(3 / 4, 4 / 3))
+        small = fn.resize(crops, size=(SIZE_PX, SIZE_PX), interp_type=types.INTERP_LINEAR, antialias=True)
+        mean, std = ([255 * value for value in values] for values in (MEAN, STD))
+        return fn.crop_mirror_normalize(small, mean=mean, std=std, mirror=fn.random.coin_flip())
+
+    return DALIGenericIterator(
+        images(), [0], reader_name="files", auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL
+    )
+
+
+def read_all(batches):
     """Read all batches."""
-    return [len(batch[0]) for batch in batches]
+    for _ in batches:
+        pass
 
 
 def comparisons(device, quick):

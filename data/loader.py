@@ -11,7 +11,7 @@ import multiprocessing
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
@@ -221,12 +221,12 @@ class _WorkerContext(ForkContext):
     Process = _WorkerProcess
 
 
-def _data_loader(reader: SampleReader, batches: Iterable[list[Draw]], machine: Machine) -> DataLoader:
+def _data_loader(reader: SampleReader, batches: RankBatches | EvaluationBatches, machine: Machine) -> DataLoader:
     workers = machine.workers
     forks = workers > 0 and multiprocessing.get_start_method() == "fork"
     return DataLoader(
         reader,
-        batch_sampler=with_coming(ReadAhead(batches, lambda draw: reader.source.file_of(draw.index)), workers),
+        batch_sampler=with_coming(ReadAhead(batches, reader.source.file_of, batches.blocks_ahead), workers),
         num_workers=workers,
         prefetch_factor=machine.prefetch_batches if workers > 0 else None,
         collate_fn=_share,
@@ -261,7 +261,7 @@ class _Loader:
         self.reader, self.unreadable = reader, unreadable
         self._machine, self._on_device = machine, on_device
 
-    def _load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:
+    def _load(self, batches: RankBatches | EvaluationBatches) -> Iterator[Batch]:
         """Yield batches on the device."""
         copy = DeviceCopier(self._machine.device)
         for loaded, problems in _loaded(_data_loader(self.reader, batches, self._machine)):

@@ -11,11 +11,11 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from data.manifest_formats import PARQUET
+from data.source import join_ranges
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
 
 _ATTEMPTS, _PAUSE_SEC = 3, 0.5
-_GAP_BYTES, _JOINED_BYTES = 2**16, 2**23  # ranges as near as this are one request, up to a size
 
 
 def is_remote(root: str) -> bool:
@@ -69,7 +69,7 @@ def _is_whole(content: bytes | Exception | None, length: int) -> bool:
 def _read_once(
     files: AbstractFileSystem, folder: str, places: Mapping[int, tuple[str, int, int]]
 ) -> dict[int, bytes | Exception]:
-    groups = _join(places)
+    groups = join_ranges(places)
     starts = [max(0, places[group[0]][1]) for group in groups]
     ends = [max(places[key][1] + places[key][2] for key in group) for group in groups]
     shards = [f"{folder}/{places[group[0]][0]}" for group in groups]
@@ -84,21 +84,6 @@ def _read_once(
             at = offset - start
             found[key] = content if isinstance(content, Exception) else content[max(0, at) : at + length]
     return found
-
-
-def _join(places: Mapping[int, tuple[str, int, int]]) -> list[list[int]]:
-    """Group the keys of ranges that are near one another, in the order of the offsets."""
-    groups: list[list[int]] = []
-    for key in sorted(places, key=places.__getitem__):
-        shard, offset, length = places[key]
-        if groups:
-            first, last = places[groups[-1][0]], places[groups[-1][-1]]
-            is_near = offset - sum(last[1:]) <= _GAP_BYTES and offset + length - first[1] <= _JOINED_BYTES
-            if shard == first[0] and is_near:
-                groups[-1].append(key)
-                continue
-        groups.append([key])
-    return groups
 
 
 def open_store(root: str) -> tuple[AbstractFileSystem, str]:

@@ -6,12 +6,15 @@ its records may have several tensors.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 IMAGE = "image"  # the tensor of a record that views are made of
 
+_GAP_BYTES, _JOINED_BYTES = 2**16, 2**23  # ranges as near as this are one request, up to a size
+
+Key = TypeVar("Key")
 Record = dict[str, Tensor]
 
 
@@ -21,6 +24,21 @@ class FileRange(NamedTuple):
     path: Path | str
     offset: int = 0
     length: int = 0
+
+
+def join_ranges(places: Mapping[Key, tuple[Any, int, int]]) -> list[list[Key]]:
+    """Group the keys of (file, offset, length) that are near one another, in the order of the offsets."""
+    groups: list[list[Key]] = []
+    for key in sorted(places, key=places.__getitem__):
+        file, offset, length = places[key]
+        if groups:
+            first, last = places[groups[-1][0]], places[groups[-1][-1]]
+            is_near = offset - sum(last[1:]) <= _GAP_BYTES and offset + length - first[1] <= _JOINED_BYTES
+            if file == first[0] and is_near:
+                groups[-1].append(key)
+                continue
+        groups.append([key])
+    return groups
 
 
 class Contents(Protocol):

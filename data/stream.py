@@ -7,6 +7,8 @@ another position. Nothing depends on the number of ranks, workers or micro-batch
 A position costs the same in a collection of any size: orders are keyed permutations (utils/rng.py), not tables.
 """
 
+import os
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -19,6 +21,8 @@ from data.collection import Collection
 from data.table import is_packed
 from utils import rng
 from utils.errors import UserError
+from utils.hardware import free_memory
+from utils.ranks import distributed
 
 
 @lru_cache(maxsize=4096)
@@ -124,6 +128,8 @@ class BlockSampler:
       rows are in one window with probability (W - 1) / (N / B - 1), about.
     - Of G samples in a row within a window, (G - 1) (B - 1) / (B W - 1) are expected to be of the block of the first:
       one in W, where a whole shuffle has one in N / B. So a block must not be of one class; job=pack shuffles first.
+
+    reads_blocks: whole blocks are read ahead, a window before they are drawn from.
     """
 
     chunk: int | None = None
@@ -131,20 +137,33 @@ class BlockSampler:
     def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
         _check_rows(rows)
         self.rows, self.seed, self.block, self.window = rows, seed, block, block * window
+        self.reads_blocks = False
         self.epoch_length = len(rows)
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
         epoch, offset = divmod(position, self.epoch_length)
         number, place = divmod(offset, self.window)
-        start, blocks = offset - place, self.epoch_length // self.block
+        start = offset - place
         width = min(self.window, self.epoch_length - start)
-        shuffled = start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)
-        block, inner = divmod(shuffled, self.block)
+        return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)), 0
+
+    def rows_ahead(self, first: int, count: int, *, begins: bool) -> list[int]:
+        """Return rows to read ahead, by blocks, for `count` positions: as many, of the window after theirs.
+
+        begins: with what no position before has asked for, from the beginning of the first position's window on.
+        """
+        window_start = first - first % self.epoch_length % self.window
+        places = range(window_start if begins else first + self.window, first + count + self.window)
+        return [self._row(*divmod(place, self.epoch_length)) for place in places]
+
+    def _row(self, epoch: int, place: int) -> int:
+        """Return the row at a place of an epoch's blocks, before windows are shuffled."""
+        blocks, (block, inner) = self.epoch_length // self.block, divmod(place, self.block)
         if block < blocks:  # not of the rows that fill none
             block = _order(self.seed, rng.hash_counters(epoch, 4), blocks)(block)
         first = rng.hash_counters(self.seed, epoch, 5) % self.epoch_length
-        return int(self.rows[(first + block * self.block + inner) % self.epoch_length]), 0
+        return int(self.rows[(first + block * self.block + inner) % self.epoch_length])
 
 
 class GroupedSampler:
@@ -198,7 +217,9 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
         case "shuffled":
             return ShuffledSampler(rows, seed)
         case "blocks":
-            return BlockSampler(_as_stored(rows, collection), seed)
+            sampler = BlockSampler(_as_stored(rows, collection), seed)
+            sampler.reads_blocks = _has_room_for(sampler.window, collection)
+            return sampler
         case "balanced":
             class_ids = collection.class_ids(collection.class_names("train"))[rows]
             if without := np.count_nonzero(class_ids < 0):
@@ -209,6 +230,14 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
             has_weight = collection.weights()[rows] > 0
             return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
     raise AssertionError(name)
+
+
+def _has_room_for(window: int, collection: Collection) -> bool:
+    """Return whether the page cache has room for two windows of local shards, which are read by this node alone."""
+    one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not one_node or sys.platform != "linux" or not is_packed(collection.table.schema):
+        return False
+    return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
 
 
 def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
@@ -242,6 +271,14 @@ class RankBatches:
         """Return the draw of a position."""
         index, group = self._sampler.at(position)
         return Draw(position, index, rng.sample_key(self._seed, position), group)
+
+    def blocks_ahead(self, batch: Sequence[Draw]) -> list[int]:
+        """Return the rows to read ahead with a micro-batch, beside its own: where whole blocks are read."""
+        if not isinstance(self._sampler, BlockSampler) or not self._sampler.reads_blocks:
+            return []
+        first = batch[0].position
+        begins = first == self._start_step * self._global + self._rank * self._share
+        return self._sampler.rows_ahead(first, len(batch), begins=begins)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yield micro-batches in the order of train_step."""
@@ -296,6 +333,10 @@ class EvaluationBatches:
             for number in range(self._count(places)):
                 draws = [self._draw(int(place), group) for place in mine[number * size : (number + 1) * size]]
                 yield draws + [filler] * (min(size, len(places)) - len(draws))
+
+    def blocks_ahead(self, batch: Sequence[Draw]) -> list[int]:
+        """Return none: a batch's own rows are neighbours."""
+        return []
 
     def _count(self, places: Sequence[int]) -> int:
         """Return the batches of a group on each rank."""

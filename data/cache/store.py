@@ -12,6 +12,7 @@ A record is a checksum of key and content, and the content. Further keys, 8 byte
 records in the order of writing, by which the oldest go where there is no room.
 """
 
+import errno
 import fcntl
 import multiprocessing.util
 import os
@@ -246,7 +247,9 @@ def _open(folder: Path, limit_bytes: int) -> lmdb.Environment:
                 set_aside(folder / "images.lmdb", f"is damaged ({error})")
                 return _open_whole(folder / "images.lmdb", limit_bytes)
     except (lmdb.Error, OSError) as error:
-        raise UserError(f"data.cache.folder: {folder} cannot be used ({error}); remove it, or {_ADVICE}") from error
+        is_foreign = os.strerror(errno.EACCES) in str(error)
+        first = "let its owner share it (chmod -R a+rwX)" if is_foreign else "remove it"
+        raise UserError(f"data.cache.folder: {folder} cannot be used ({error}); {first}, or {_ADVICE}") from error
 
 
 def _open_whole(path: Path, limit_bytes: int) -> lmdb.Environment:

@@ -22,8 +22,8 @@ def batches(size, count=None):
     return ([Draw(index, index, 0) for index in range(n * size, (n + 1) * size)] for n in numbers)
 
 
-def file_of(draw):
-    return FileRange(Path(f"{draw.index}.png"))
+def file_of(row):
+    return FileRange(Path(f"{row}.png"))
 
 
 class Asked:
@@ -91,6 +91,20 @@ def test_the_system_is_asked_for_the_whole_file_or_a_part(tmp_path, monkeypatch)
     will_need(FileRange(file))
     will_need(FileRange(file, 3, 2))
     assert asked == [(file.stat().st_ino, *part, os.POSIX_FADV_WILLNEED) for part in ((0, 0), (3, 2))]
+
+
+def test_neighbours_in_a_shard_are_one_request(tmp_path, monkeypatch):
+    asked, read, shard = [], [], tmp_path / "0.tar"
+    shard.touch()
+    monkeypatch.setattr(os, "posix_fadvise", lambda opened, *part: asked.append(part[:2]))
+    monkeypatch.setattr(os, "pread", lambda opened, *part: read.append(part))
+    stream = ReadAhead(
+        batches(3, 1), lambda row: FileRange(shard, row * 20_000, 10_000), lambda batch: list(range(100, 180))
+    )
+    assert list(stream) == list(batches(3, 1))
+    for thread in threads_of_ours():
+        thread.join(timeout=30)
+    assert asked == [(0, 50_000)] and read == [(2**20, 2_000_000), (1_590_000 - 2**20, 2_000_000 + 2**20)]
 
 
 def test_any_file_may_be_asked_for(tmp_path):

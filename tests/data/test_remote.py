@@ -14,6 +14,7 @@ from data.loader import SampleReader, TrainLoader, UnreadableLog, no_fields
 from data.manifest_writer import write_manifest
 from data.pack import pack_collection
 from data.shards import NO_ANSWER, RemoteContents
+from data.source import join_ranges
 from data.stream import build_sampler
 from data.transforms import EvalTransform
 from tests.data.test_loader import machine, take
@@ -81,7 +82,7 @@ def test_near_ranges_are_one_request(packed, store, monkeypatch):
         contents.read(row)
     contents.prefetch(rows)  # which are there
     assert len(asked) == 1 and len(asked[0]) == len({packed.view(row).shard for row in rows})
-    assert remote._join({1: ("a", 0, 9), 2: ("a", 10, 2**23), 3: ("a", 2**20, 5), 4: ("b", 9, 1)}) == [[1], [2, 3], [4]]
+    assert join_ranges({1: ("a", 0, 9), 2: ("a", 10, 2**23), 3: ("a", 2**20, 5), 4: ("b", 9, 1)}) == [[1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

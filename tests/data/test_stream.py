@@ -131,6 +131,25 @@ def test_a_window_has_whole_blocks_of_neighbours():
         assert len(rows) == 15 and len(begins) <= 3, "a row in it whose neighbour is not begins a block"
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
+    sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
+    sampler.reads_blocks = True
+    made = RankBatches(
+        sampler, seed=0, global_batch_size=10, micro_batch_size=5, rank=0, world_size=1, start_step=start
+    )
+    asked, jumps, micro = set(), 0, list(islice(made, 40))
+    for number, batch in enumerate(micro):
+        rows = made.blocks_ahead(batch)
+        asked |= {(row, (start * 10 + 5 * number) // 67) for row in rows}
+        assert {draw.index for draw in batch} <= {row for row, _ in asked}
+        jumps += sum((after - before) % 67 != 1 for before, after in zip(rows, rows[1:])) if number else 0
+        assert len(rows) == 5 or number == 0
+    assert jumps < 60, "neighbours but for the ends of blocks"
+    sampler.reads_blocks = False
+    assert made.blocks_ahead(micro[0]) == []
+
+
 def test_statistics_of_the_shuffle_in_blocks():
     """As the docstring states them; 1,500 seeds, tolerances of four standard errors."""
     block, window, count, batch, seeds = 4, 4, 64, 8, 1500

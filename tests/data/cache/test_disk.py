@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -332,6 +333,34 @@ def test_a_folder_that_cannot_be_used_is_refused(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "network_file_system", lambda path: "nfs4")
     with pytest.raises(UserError, match=r"^data.cache.folder: .*nfs4"):
         cached(photos, tmp_path / "cache")
+
+
+def send_refusal(folder, answers):
+    """Open a folder as a user who owns nothing; others than root need no change for what is read-only."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with pytest.raises(UserError) as refused:
+        limited(folder, 50)
+    answers.send(str(refused.value))
+
+
+@pytest.mark.parametrize("shared", [[], ["opening"]])
+def test_a_cache_of_another_user_is_refused(shared):
+    with tempfile.TemporaryDirectory() as above:  # others may not enter the folders of pytest
+        os.chmod(above, 0o755)
+        folder, fork = Path(above) / "cache", multiprocessing.get_context("fork")
+        limited(folder, 50)
+        close_stores()
+        for file in (*folder.rglob("*.mdb"), folder / "opening"):
+            file.chmod(0o666 if file.name in shared else 0o444)
+        answer, answers = fork.Pipe(duplex=False)
+        child = fork.Process(target=send_refusal, args=(folder, answers))
+        child.start()
+        child.join(60)
+        assert answer.poll()
+        message = answer.recv()
+    assert message.startswith(f"data.cache.folder: {folder}") and "chmod" in message and "remove" not in message
+    assert "data.cache.disk_gib=0" in message
 
 
 def test_a_lossy_form_is_part_of_the_recipe_and_needs_the_cache():
