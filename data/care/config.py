@@ -26,7 +26,7 @@ class FilterConfig(Strict):
     """What an image needs to stay; null asks for nothing.
 
     max_aspect: longer side / shorter side. ratings: one of them. min_score: in the manifest's column score.
-    min_sharpness: as data/care/facts.py measures it.
+    min_sharpness: as data/facts.py measures it.
     """
 
     min_tags: Count | None

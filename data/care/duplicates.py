@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from data.care.config import DeduplicateConfig
-from data.care.facts import Facts, measure_files
 from data.care.moves import move_out
 from data.care.work import Work
 from data.decode import Decoder
 from data.duplicates import group_duplicates
+from data.facts import Facts, measure_files
 from data.image_formats import read_file
 from data.scan import list_images
 from utils.record.pictures import caption_grid
