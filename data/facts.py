@@ -4,6 +4,7 @@ A line is appended to a journal for each file as it is read, so a killed job goe
 reads only files that are new or changed.
 """
 
+import base64
 import functools
 import hashlib
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from data.duplicates import perceptual_hash
+from data.duplicates import perceptual_hash, shrink_to_grey
 from data.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, UnreadableImage, open_image, read_file
 from data.image_pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
 from utils.canvas import DEFAULT, background_rgb
@@ -36,8 +37,9 @@ class Facts(NamedTuple):
 
     sha256: None where it cannot be opened. traits: what may surprise its owner. All that follows is None unless it was
     decoded. width, height: of the upright image. mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. phash: of
-    data/duplicates.py. brightness: its mean grey level, 0 to 1. sharpness: the variance of the Laplacian of its grey
-    levels, 0 to 255, at 512 pixels of the longest side; below about 100 it looks blurred.
+    data/duplicates.py. thumbnail: the 32 x 32 grey levels that it is of, base64. brightness: the mean grey level, 0 to
+    1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at 512 pixels of the longest side; below
+    about 100 an image looks blurred.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 
@@ -52,6 +54,7 @@ class Facts(NamedTuple):
     orientation: int | None = None
     transparent: int | None = None
     phash: int | None = None
+    thumbnail: str | None = None
     brightness: float | None = None
     sharpness: float | None = None
 
@@ -134,6 +137,7 @@ def _measure_image(image: Image.Image, name: str) -> Facts:
         "named as another format": _is_misnamed(image, name),
         "broken metadata": orientation is None,
     }
+    small = shrink_to_grey(pixels)
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
@@ -146,7 +150,8 @@ def _measure_image(image: Image.Image, name: str) -> Facts:
         mode=mode,
         orientation=stated if stated in UPRIGHT else 1,
         transparent=int(traits["transparent"]),
-        phash=perceptual_hash(pixels),
+        phash=perceptual_hash(small),
+        thumbnail=base64.b64encode(small.tobytes()).decode(),
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(_measure_sharpness(levels), 2),
     )

@@ -17,9 +17,11 @@ class StatisticsConfig(Strict):
 
 
 class DeduplicateConfig(Strict):
-    """What duplicates are: files of equal bytes, or images that look alike (data/duplicates.py)."""
+    """What duplicates are: files of equal bytes, images that look alike (data/duplicates.py), or crops too
+    (data/crops.py).
+    """
 
-    match: Literal["near", "exact"]
+    match: Literal["crop", "near", "exact"]
 
 
 class FilterConfig(Strict):

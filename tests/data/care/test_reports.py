@@ -149,8 +149,8 @@ def test_the_largest_of_each_group_stays(root, tmp_path):
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
     facts = {"a": Facts("x", CUT_OFF), "b": Facts("x", CUT_OFF), "c": Facts(None), "d": Facts(None)}
     facts |= {"e": Facts("y", phash=0), "f": Facts("z", phash=3)}
-    assert find_groups(facts, near=True) == [["a", "b"], ["e", "f"]]
-    assert find_groups(facts, near=False) == [["a", "b"]]
+    assert find_groups(facts, "near") == [["a", "b"], ["e", "f"]]
+    assert find_groups(facts, "exact") == [["a", "b"]]
 
 
 def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch):
