@@ -23,7 +23,8 @@ SIDE_PX = 32  # of a thumbnail
 _STEP, _CUTS = 1 / 20, 4  # of a side; most steps that are cut off it
 _BOUNDS = np.array([(i * _STEP, 1 - j * _STEP) for i in range(_CUTS + 1) for j in range(_CUTS + 1 - i)], np.float32)
 _WINDOWS = len(_BOUNDS) ** 2  # of an image; the first is the whole
-_FREQUENCIES, _KEY_FREQUENCIES, _KEY_BITS = 8, 5, 24
+_FREQUENCIES, _KEY_FREQUENCIES = 8, 5
+_DULL = 2**24  # follows the keys of 5 x 5 - 1 bits
 _ODD = np.uint64(0xAAAAAAAAAAAAAAAA)  # the bits of the odd horizontal frequencies, whose signs a mirror changes
 _UNSURE, _SURE = 6, 32  # bits
 _SURE_DISTANCE, _DISTANCE = 2, 14  # bits that may differ, of the surest and of all
@@ -38,15 +39,15 @@ _SUBSETS = np.arange(2**_UNSURE)[:, None] >> np.arange(_UNSURE) & 1
 
 
 class _Signs(NamedTuple):
-    """Of some thumbnails: hashes [n, 225] of their windows, masks [n] of the surest bits, flips [n, 64] of keys.
+    """Of thumbnails: hashes and keys [n, 225] of their windows, masks [n] of the surest bits, flips [n, 64] of keys.
 
-    clear: bool [n], False where there is too little contrast.
+    keys: the signs of the 5 x 5 lowest frequencies, without the mean; _DULL where there is too little contrast.
     """
 
     hashes: np.ndarray
+    keys: np.ndarray
     sure: np.ndarray
     flips: np.ndarray
-    clear: np.ndarray
 
 
 class _Index(NamedTuple):
@@ -67,9 +68,7 @@ def find_crops(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     with ThreadPoolExecutor(count_cores()) as pool:
         signs = list(pool.map(lambda rows: _find_signs(thumbnails[rows].astype(np.float32)), chunks))
-        index = _index_windows(
-            np.concatenate([part.hashes for part in signs]), np.concatenate([part.clear for part in signs])
-        )
+        index = _index_windows(signs)
         found = list(pool.map(functools.partial(_find_in_chunk, thumbnails, index), chunks, signs))
     return tuple(np.concatenate(rows) for rows in zip(*found))
 
@@ -85,22 +84,21 @@ def _find_signs(levels: np.ndarray) -> _Signs:
     sure = np.bitwise_or.reduce(np.uint64(1) << surest.astype(np.uint64), axis=1)
     key_places = np.arange(_FREQUENCIES**2).reshape(_FREQUENCIES, -1)[:_KEY_FREQUENCIES, :_KEY_FREQUENCIES].flat[1:]
     unsure = np.argpartition(strengths[:, key_places], _UNSURE, axis=1)[:, :_UNSURE]
-    return _Signs(hashes, sure, (1 << unsure) @ _SUBSETS.T, levels.std(axis=(1, 2)) >= _CONTRAST)
+    is_clear = levels.std(axis=(1, 2)) >= _CONTRAST
+    return _Signs(hashes, np.where(is_clear[:, None], _keys(hashes), _DULL), sure, (1 << unsure) @ _SUBSETS.T)
 
 
 def _keys(hashes: np.ndarray) -> np.ndarray:
-    """Return the signs of the 5 x 5 lowest frequencies, without the mean: 0 to 2**24 - 1."""
     mask = np.uint64(2**_KEY_FREQUENCIES - 1)
     rows = [(hashes >> np.uint64(8 * row) & mask) << np.uint64(5 * row) for row in range(_KEY_FREQUENCIES)]
-    return (sum(rows) >> np.uint64(1)).astype(np.int64)
+    return (sum(rows) >> np.uint64(1)).astype(np.int32)
 
 
-def _index_windows(hashes: np.ndarray, clear: np.ndarray) -> _Index:
-    flat = hashes.reshape(-1)
-    keys = np.where(np.repeat(clear, _WINDOWS), _keys(flat), 2**_KEY_BITS).astype(np.int32)
+def _index_windows(signs: list[_Signs]) -> _Index:
+    keys = np.concatenate([part.keys for part in signs]).reshape(-1)
     order = np.argsort(keys).astype(np.int32)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=2**_KEY_BITS + 1))])
-    return _Index(starts, order, flat[order])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=_DULL + 1))])
+    return _Index(starts, order, np.concatenate([part.hashes for part in signs]).reshape(-1)[order])
 
 
 def _find_in_chunk(
@@ -127,12 +125,13 @@ def _find_candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the window that is nearest, of each image that may have one, to each image of some rows, and its place."""
     hashes = signs.hashes[:, 0] ^ mirror
-    keys = (_keys(hashes)[:, None] ^ signs.flips).reshape(-1)
+    clear = np.flatnonzero(signs.keys[:, 0] != _DULL)
+    keys = (_keys(hashes[clear])[:, None] ^ signs.flips[clear]).reshape(-1)
     first = index.starts[keys]
     counts = index.starts[keys + 1] - first
-    counts[(counts > _COMMON) | ~np.repeat(signs.clear, len(_SUBSETS))] = 0
+    counts[counts > _COMMON] = 0
     at = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
-    places = np.repeat(np.arange(len(keys)) // len(_SUBSETS), counts)
+    places = np.repeat(np.repeat(clear, len(_SUBSETS)), counts)
     near = np.flatnonzero(is_near((index.hashes[at] ^ hashes[places]) & signs.sure[places], _SURE_DISTANCE))
     differences = (index.hashes[at[near]] ^ hashes[places[near]])[:, None].view(np.uint8)
     distances = np.unpackbits(differences, axis=1).sum(axis=1)
