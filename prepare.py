@@ -172,15 +172,13 @@ def prepare_manifest(config: PrepareConfig) -> str:
     if config.dry_run:
         check_root(config.data.root)  # which write_manifest does too
         return _DRY_RUN
-    with counting("reading the images") as progress:
-        report = write_manifest(
-            config.data.root,
-            validation_fraction=config.data.validation_fraction,
-            verify=config.verify,
-            duplicates=config.duplicates,
-            max_pixels=config.data.max_pixels,
-            progress=progress,
-        )
+    report = write_manifest(
+        config.data.root,
+        validation_fraction=config.data.validation_fraction,
+        verify=config.verify,
+        duplicates=config.duplicates,
+        max_pixels=config.data.max_pixels,
+    )
     for line in report.unreadable_lines(most=20):
         log.warning("%s", line)
     background = DEFAULT if config.data.background is None else config.data.background

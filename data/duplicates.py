@@ -10,7 +10,8 @@ Source: pHash (Zauner 2010) and imagehash. Differs: they compare with the median
 follow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -24,21 +25,27 @@ _PLACES = np.arange(-1, _FREQUENCIES**2 - 1).reshape(_FREQUENCIES, _FREQUENCIES)
 _ODD = sum(1 << int(place) for place in _PLACES[:, 1::2].flat)
 
 
-def perceptual_hash(pixels: np.ndarray) -> int:
-    """Return the hash of an image, uint8 [H, W, 3], from 0 to 2**63 - 1."""
+def shrink_to_grey(pixels: np.ndarray) -> np.ndarray:
+    """Return the grey levels of an image squeezed to a square, uint8 [32, 32]; of such a square, itself."""
     grey = Image.fromarray(pixels).convert("L").resize((_SIDE_PX, _SIDE_PX), Image.Resampling.HAMMING)
-    signs = _WAVES @ np.asarray(grey, np.float64) @ _WAVES.T > 0.5  # not 0, where rounding would decide
+    return np.asarray(grey)
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    """Return the hash of an image, uint8 [H, W, 3], or of its grey levels [H, W]: from 0 to 2**63 - 1."""
+    signs = _WAVES @ shrink_to_grey(pixels).astype(np.float64) @ _WAVES.T > 0.5  # not 0, where rounding would decide
     return sum(1 << int(place) for place in _PLACES[signs] if place >= 0)
 
 
-def group_duplicates(hashes: np.ndarray) -> np.ndarray:
+def group_duplicates(hashes: np.ndarray, alike: Sequence[tuple[np.ndarray, np.ndarray]] = ()) -> np.ndarray:
     """Return the group of each hash, int64 [N]: the smallest hash of those that a chain of near ones joins to it.
 
-    Near are two of which one, or its mirror image's, differs from the other in at most 4 bits.
+    Near are two of which one, or its mirror image's, differs from the other in at most 4 bits. alike: pairs of rows,
+    [n] and [n], that are near whatever their hashes are.
     """
     distinct, places = np.unique(hashes, return_inverse=True)
     parents = np.arange(len(distinct))
-    for first, second in _near_pairs(distinct):
+    for first, second in chain(_near_pairs(distinct), ((places[one], places[other]) for one, other in alike)):
         _join(parents, first, second)
     return distinct[_roots(parents, np.arange(len(distinct)))][places]
 
@@ -54,12 +61,13 @@ def _near_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while len(rows):
             apart += 1
             rows = rows[rows + apart < ends[rows]]
-            near = rows[_is_near(values[rows] ^ values[rows + apart])]
+            near = rows[is_near(values[rows] ^ values[rows + apart], _DISTANCE)]
             yield owners[near], owners[near + apart]
 
 
-def _is_near(differences: np.ndarray) -> np.ndarray:
-    for _ in range(_DISTANCE):
+def is_near(differences: np.ndarray, distance: int) -> np.ndarray:
+    """Return where at most `distance` bits are set, bool of the same shape."""
+    for _ in range(distance):
         differences = differences & (differences - 1)  # clears the lowest bit that is set
     return differences == 0
 

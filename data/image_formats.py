@@ -63,7 +63,7 @@ _KNOWN = (
 )
 
 # Pillow's warnings (cut-off EXIF, a palette with transparency, a broken animation) would fill the training log with a
-# line per image and worker; `inspect_image` reports them. Sizes are limited by `max_pixels`.
+# line per image and worker; `measure_file` reports them. Sizes are limited by `max_pixels`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Used = TypeVar("Used")

@@ -1,25 +1,22 @@
-"""Inspection of the files of a collection: checksums, unreadable images, and surprising traits of the others.
+"""The report on the files of a collection: unreadable images, and surprising traits of the others.
 
-data/manifest_writer.py inspects every file and returns the report, which prepare.py job=manifest logs.
+data/manifest_writer.py returns it, and prepare.py job=manifest logs it.
 """
 
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.image_formats import NO_MEMORY, NOT_OPENED
-from data.image_traits import Inspection, inspect_image
+from data.facts import Facts
 from utils.canvas import DEFAULT, Background
-from utils.io.files import sha256_file, write_atomically
+from utils.io.files import write_atomically
 
-FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
-# How the reader treats the traits that `data.image_traits.inspect_image` finds.
+# How the reader treats the traits that `data.facts.measure_file` finds.
 _TREATMENT = {
     "several frames": "only the first is read",
     "CMYK": "converted to RGB without an ink profile",
@@ -29,24 +26,6 @@ _TREATMENT = {
     "named as another format": "read as what they are",
     "broken metadata": "ignored",
 }
-
-
-class Inspected(NamedTuple):
-    """One file's SHA-256, None where it cannot be opened, and what else was found."""
-
-    digest: str | None
-    inspection: Inspection
-
-    @classmethod
-    def from_json(cls, value: list[Any]) -> Self:
-        """Return what JSON has made lists of."""
-        digest, (kind, reason, traits, size_hw, *more) = value
-        return cls(digest, Inspection(kind, reason, tuple(traits), size_hw and tuple(size_hw), *more))
-
-    @property
-    def is_lasting(self) -> bool:
-        """Whether the same file is found to be so at any time."""
-        return self.inspection.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
 
 
 @dataclass(frozen=True)
@@ -109,33 +88,17 @@ def count_groups(groups: pa.ChunkedArray) -> list[int]:
     return sorted((count for count in counts if count > 1), reverse=True)
 
 
-def inspect_file(file: str, verify: bool, max_pixels: int) -> Inspected:
-    """Return a file's SHA-256 (None if it cannot be read) and what else was found."""
-    try:
-        digest = sha256_file(Path(file))
-    except OSError as error:
-        return Inspected(None, Inspection(NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})", ()))
-    found = inspect_image(file, max_pixels) if verify else Inspection(None, None, ())
-    return Inspected(digest, found)
-
-
-def fatal_file(file: str) -> Inspected:
-    """Return the findings for a file that crashed the process that read it: it would crash training as well."""
-    reason = "reading it ended the process that read it: a crash of its decoder, or more memory than there is"
-    return Inspected(inspect_file(file, False, 0).digest, Inspection(FATAL, reason, ()))
-
-
-def count_kinds(found: list[Inspected]) -> dict[str, int]:
+def count_kinds(facts: list[Facts]) -> dict[str, int]:
     """Return how many files are unreadable, by the kind of fault; the most frequent first."""
-    kinds = Counter(file.inspection.kind for file in found if file.inspection.kind is not None)
+    kinds = Counter(fact.kind for fact in facts if fact.kind is not None)
     return dict(kinds.most_common())
 
 
-def count_traits(paths: list[str], found: list[Inspected]) -> dict[str, tuple[int, str]]:
+def count_traits(paths: list[str], facts: list[Facts]) -> dict[str, tuple[int, str]]:
     """Return how many images have each trait, and the first of them; the most frequent first."""
     bearers: dict[str, list[str]] = {}
-    for path, file in zip(paths, found):
-        for trait in file.inspection.traits:
+    for path, fact in zip(paths, facts):
+        for trait in fact.traits:
             bearers.setdefault(trait, []).append(path)
     return {trait: (len(named), named[0]) for trait, named in sorted(bearers.items(), key=lambda item: -len(item[1]))}
 

@@ -1,44 +1,27 @@
 """Make `manifest.parquet` of a scanned folder (prepare.py job=manifest)."""
 
-import functools
-import os
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.decode import decoder_versions
 from data.duplicates import group_duplicates
+from data.facts import measure_files
 from data.image_formats import DEFAULT_MAX_PIXELS
-from data.image_traits import Inspection
-from data.inspection import (
-    UNREADABLE,
-    Inspected,
-    ManifestReport,
-    count_groups,
-    count_kinds,
-    count_traits,
-    fatal_file,
-    inspect_file,
-    list_unreadable,
-)
+from data.inspection import UNREADABLE, ManifestReport, count_groups, count_kinds, count_traits, list_unreadable
 from data.manifest import find_files, find_labels, find_manifest
 from data.manifest_formats import PARQUET, read_parquet
 from data.scan import check_root
 from data.table import MEASURED, assign_validation, count_values, replace_column
 from data.tags.posts import read_folder
 from utils.errors import UserError
-from utils.io.files import sha256_text, write_atomically
-from utils.io.journal import Journal
-from utils.ranks.processes import map_items
+from utils.io.files import write_atomically
 
 # The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
-INSPECTIONS = Path("outputs/cache/inspections")
+_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash")  # columns that verify fills in
 
 
 def write_manifest(
@@ -48,16 +31,13 @@ def write_manifest(
     verify: bool,
     duplicates: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> ManifestReport:
     """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file.
 
     verify: decode every image too, and fill in the columns width and height, in pixels, of the upright image, mode,
     orientation, transparent and phash. One that is unreadable stays in the manifest with weight 0 and is reported, by
     name in `manifest.unreadable.jsonl`. A file that cannot even be opened is treated so in any case. duplicates: fill
-    in group (data/duplicates.py) too, which needs verify. progress: called with the images done and their number.
-    What was found is kept in `outputs/cache/inspections`, so that only changed files are read again, and none twice
-    where the job was killed.
+    in group (data/duplicates.py) too, which needs verify.
 
     Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that cannot be
     written, and for a manifest already there that this function did not write.
@@ -68,19 +48,15 @@ def write_manifest(
     refuse_foreign(find_labels(folder, table))
     paths = table["path"].to_pylist()
     deque(find_files(folder, table["path"], lambda path: "a manifest cannot name this image"), maxlen=0)
-    inspect = functools.partial(inspect_file, verify=verify, max_pixels=max_pixels)
-    real = os.path.realpath(folder)
-    recipe = f"{real} {verify} {max_pixels} {decoder_versions()} {Inspection._fields}"
-    journal = Journal(INSPECTIONS / f"{sha256_text(recipe)[:16]}.jsonl")
-    found = _inspect_all([os.path.join(real, path) for path in paths], inspect, journal, progress)
-    reasons = [inspection.reason for _, inspection in found]
-    table = replace_column(table, "sha256", pa.array([digest for digest, _ in found], pa.string()))
+    facts = measure_files(folder, paths, max_pixels, "pixels" if verify else "hash")
+    reasons = [fact.reason for fact in facts]
+    table = replace_column(table, "sha256", pa.array([fact.sha256 for fact in facts], pa.string()))
     table = replace_column(
         table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32())
     )
     if verify:
-        for name, values in _measured(found).items():
-            table = replace_column(table, name, pa.array(values, MEASURED[name]))
+        for name in _DECODED:
+            table = replace_column(table, name, pa.array([getattr(fact, name) for fact in facts], MEASURED[name]))
     if duplicates:
         hashes = table["phash"].combine_chunks()
         groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
@@ -93,21 +69,11 @@ def write_manifest(
         table.num_rows,
         *counts,
         unreadable,
-        count_kinds(found),
-        count_traits(paths, found),
+        count_kinds(facts),
+        count_traits(paths, facts),
         list_unreadable(folder / UNREADABLE, unreadable),
         count_groups(table["group"]) if duplicates else None,
     )
-
-
-def _measured(found: list[Inspected]) -> dict[str, list[Any]]:
-    """Return the measured columns; null where an image cannot be read."""
-    every = [file.inspection for file in found]
-    return {
-        "width": [one.size_hw and one.size_hw[1] for one in every],
-        "height": [one.size_hw and one.size_hw[0] for one in every],
-        **{name: [getattr(one, name) for one in every] for name in ("mode", "orientation", "transparent", "phash")},
-    }
 
 
 def save_manifest(root: Path, table: pa.Table, maker: str) -> Path:
@@ -134,23 +100,3 @@ def refuse_foreign(file: Path | None) -> None:
             f"data.root: {str(file)!r} was not made from this folder and is not overwritten; it is read as it is. To "
             "have one made from the folder, move it away"
         )
-
-
-def _inspect_all(
-    files: list[str],
-    inspect: Callable[[str], Inspected],
-    journal: Journal,
-    progress: Callable[[int, int], None] | None,
-) -> list[Inspected]:
-    """Return SHA-256 and findings of each file, those of changed files anew; of many, in one process per core."""
-    known = {file: journal.find(file) for file in files}
-    found = {file: value and Inspected.from_json(value) for file, value in known.items()}
-    changed = [file for file, value in known.items() if value is None]
-    results = map_items(inspect, changed, fatal_file)
-    for done, (file, found[file]) in enumerate(zip(changed, results), len(files) - len(changed) + 1):
-        if found[file].is_lasting:
-            journal.add(file, found[file])
-        if progress is not None:
-            progress(done, len(files))
-    journal.close()
-    return list(found.values())

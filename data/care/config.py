@@ -17,16 +17,18 @@ class StatisticsConfig(Strict):
 
 
 class DeduplicateConfig(Strict):
-    """What duplicates are: files of equal bytes, or images that look alike (data/duplicates.py)."""
+    """What duplicates are: files of equal bytes, images that look alike (data/duplicates.py), or crops too
+    (data/crops.py).
+    """
 
-    match: Literal["near", "exact"]
+    match: Literal["crop", "near", "exact"]
 
 
 class FilterConfig(Strict):
     """What an image needs to stay; null asks for nothing.
 
     max_aspect: longer side / shorter side. ratings: one of them. min_score: in the manifest's column score.
-    min_sharpness: as data/care/facts.py measures it.
+    min_sharpness: as data/facts.py measures it.
     """
 
     min_tags: Count | None

@@ -1,16 +1,18 @@
 """Find images that a collection has twice or more, show them, and move all but the largest of each group away."""
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data.care.config import DeduplicateConfig
-from data.care.facts import Facts, measure_files
 from data.care.moves import move_out
 from data.care.work import Work
+from data.crops import SIDE_PX, find_crops
 from data.decode import Decoder
 from data.duplicates import group_duplicates
+from data.facts import Facts, measure_files
 from data.image_formats import read_file
 from data.scan import list_images
 from utils.record.pictures import caption_grid
@@ -25,13 +27,14 @@ def remove_duplicates(work: Work, wanted: DeduplicateConfig) -> str:
     Raises UserError as `move_out` does.
     """
     sizes = {image.path: image.size for image in sorted(list_images(work.root))}
-    facts = dict(zip(sizes, measure_files(work.root, list(sizes), work.data.max_pixels)))
+    detail = "thumbnail" if wanted.match == "crop" else "pixels"
+    facts = dict(zip(sizes, measure_files(work.root, list(sizes), work.data.max_pixels, detail)))
 
     def rank(path: str) -> tuple[int, int, str]:
         """Put the image of most pixels first, then of most bytes, then by path."""
         return -(facts[path].width or 0) * (facts[path].height or 0), -sizes[path], path
 
-    groups = [sorted(group, key=rank) for group in find_groups(facts, near=wanted.match == "near")]
+    groups = [sorted(group, key=rank) for group in find_groups(facts, wanted.match)]
     if groups:
         rows = [
             {
@@ -54,21 +57,29 @@ def remove_duplicates(work: Work, wanted: DeduplicateConfig) -> str:
     return f"{len(groups):,} groups of duplicates; {move_out(work, reasons)}"
 
 
-def find_groups(facts: dict[str, Facts], near: bool) -> list[list[str]]:
+def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
     """Return the paths of each group of two or more, the largest group first.
 
-    near: look alike by the perceptual hash; else, and where it is not known, have equal bytes.
+    match: near: look alike by the perceptual hash; crop: or show a part of another; exact, and where no hash is known:
+    have equal bytes.
     """
     keys: dict[str, int | str | None] = {path: fact.sha256 for path, fact in facts.items()}
-    if near:
+    if match != "exact":
         hashed = [path for path, fact in facts.items() if fact.phash is not None]
-        found = group_duplicates(np.array([facts[path].phash for path in hashed], np.int64))
+        alike = [find_crops(_read_thumbnails([facts[path] for path in hashed]))] if match == "crop" else []
+        found = group_duplicates(np.array([facts[path].phash for path in hashed], np.int64), alike)
         keys |= zip(hashed, found.tolist())
     members: dict[int | str, list[str]] = {}
     for path, key in keys.items():
         if key is not None:
             members.setdefault(key, []).append(path)
     return sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))
+
+
+def _read_thumbnails(facts: Sequence[Facts]) -> np.ndarray:
+    """Return the grey levels of images, uint8 [N, 32, 32]."""
+    levels = b"".join(base64.b64decode(fact.thumbnail) for fact in facts)
+    return np.frombuffer(levels, np.uint8).reshape(-1, SIDE_PX, SIDE_PX)
 
 
 def _draw_group(root: Path, group: Sequence[str], facts: dict[str, Facts], max_pixels: int) -> np.ndarray:

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.care.config import StatisticsConfig
-from data.care.facts import Facts, measure_files
 from data.care.work import Work
 from data.collection import Collection
+from data.facts import Facts, measure_files
 from data.image_data import describe_collection, load_collection
 from data.table import SPLITS, count_values
 from utils.errors import UserError

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from data.care.facts import measure_files
 from data.care.work import Work
+from data.facts import measure_files
 from data.manifest import find_manifest
 from data.manifest_formats import read_table
 from data.scan import find_orphans, is_image_name, list_images, walk_folders

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from data.facts import measure_file
 from data.image_formats import (
     CUT_OFF,
     DAMAGED,
@@ -30,7 +31,6 @@ from data.image_formats import (
     UNSUPPORTED,
     UnreadableImage,
 )
-from data.image_traits import inspect_image
 from data.manifest_writer import write_manifest
 from tests.in_process import TINY, run
 from tests.support import ROOT, make_collection, read_image
@@ -161,7 +161,7 @@ def test_arithmetic_coding_gives_the_pixels_of_huffman_coding():
 def refusal(path, max_pixels=10_000_000):
     with pytest.raises(UnreadableImage) as caught:
         read(path, max_pixels=max_pixels)
-    assert caught.value.kind in KINDS and inspect_image(path, max_pixels).reason == caught.value.reason
+    assert caught.value.kind in KINDS and measure_file(path, max_pixels).reason == caught.value.reason
     return caught.value.reason
 
 
@@ -274,7 +274,7 @@ def test_damaged_bytes_raise_nothing_else(drawn, tmp_path):
                 damaged[draw.integers(reach)] = draw.integers(256)
             (tmp_path / "x").write_bytes(damaged)
             readable = outcome(tmp_path / "x") is not None
-            assert readable == (inspect_image(tmp_path / "x", 1_000_000).kind is None)
+            assert readable == (measure_file(tmp_path / "x", 1_000_000).kind is None)
             read_well += readable
     assert 0.05 < read_well / (12 * len(files)) < 0.6
 
@@ -372,7 +372,7 @@ def test_nothing_is_said_of_images_that_are_merely_odd(drawn, tmp_path):
     paths = sorted(tmp_path.iterdir())
     found = read_alone(PNGS[0], paths)  # which checks that stderr stays empty
     assert [path.name for path in paths if found[str(path)][0] is not None] == ["size"], found
-    broken = {path.name for path in paths if "broken metadata" in inspect_image(path).traits}
+    broken = {path.name for path in paths if "broken metadata" in measure_file(path).traits}
     assert broken == {"exif", "animation", "mpo"}
 
 

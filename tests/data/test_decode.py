@@ -11,8 +11,8 @@ from PIL import Image
 
 from data import decode, inspection
 from data.decode import decoder_versions
+from data.facts import measure_file
 from data.image_formats import CUT_OFF, DAMAGED, UnreadableImage
-from data.image_traits import Inspection, inspect_image
 from tests.support import read_image
 
 MAX_PIXELS = 10_000_000
@@ -131,7 +131,7 @@ def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     pixels = read(tmp_path / f"x.{suffix}")
     assert pixels.shape == (16, 32, 3)
     assert near(pixels, [RED, LIME, BLUE, WHITE], 12)
-    found = inspect_image(tmp_path / f"x.{suffix}")
+    found = measure_file(tmp_path / f"x.{suffix}")
     assert found.traits == (("rotated by EXIF",) if orientation > 1 else ()) and found.orientation == orientation
 
 
@@ -142,7 +142,7 @@ def test_broken_exif_does_not_make_an_image_unreadable(tmp_path, suffix, exif):
     picture(size=(32, 16)).save(tmp_path / f"x.{suffix}", exif=b"Exif\0\0" + exif, quality=95)
     assert near(read(tmp_path / f"x.{suffix}"), [RED, LIME, BLUE, WHITE], 12)
     if suffix != "jpg":  # of a JPEG whose EXIF has no header Pillow says nothing
-        assert inspect_image(tmp_path / f"x.{suffix}").traits == ("broken metadata",)
+        assert measure_file(tmp_path / f"x.{suffix}").traits == ("broken metadata",)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -243,7 +243,7 @@ def test_sixteen_bit_colour_with_a_transparent_value(tmp_path):
 def test_cmyk_jpeg_is_converted(tmp_path):
     picture("CMYK", (32, 32)).save(tmp_path / "x.jpg", quality=95)
     assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
-    assert inspect_image(tmp_path / "x.jpg").traits == ("CMYK",)
+    assert measure_file(tmp_path / "x.jpg").traits == ("CMYK",)
 
 
 def test_adobe_ycck_jpeg_is_converted(tmp_path):
@@ -267,7 +267,7 @@ def test_animations_give_their_first_frame(tmp_path, suffix):
     with Image.open(tmp_path / f"x.{suffix}") as image:
         assert image.n_frames == 2
     assert near(read(tmp_path / f"x.{suffix}"), [RED] * 4, 3 if suffix == "avif" else 0)
-    assert inspect_image(tmp_path / f"x.{suffix}").traits == ("several frames",)
+    assert measure_file(tmp_path / f"x.{suffix}").traits == ("several frames",)
 
 
 def test_a_jpeg_with_a_preview_behind_it_gives_the_picture(tmp_path):
@@ -276,7 +276,7 @@ def test_a_jpeg_with_a_preview_behind_it_gives_the_picture(tmp_path):
         tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 4))], quality=95
     )
     assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
-    assert inspect_image(tmp_path / "x.jpg").traits == ("several frames",)
+    assert measure_file(tmp_path / "x.jpg").traits == ("several frames",)
 
 
 TRAITS = {
@@ -302,8 +302,8 @@ TRAITS = {
 def test_what_may_surprise_is_found(tmp_path, name):
     mode, options, traits = TRAITS[name]
     Image.new(mode, (4, 4)).save(tmp_path / name, **options)
-    found = inspect_image(tmp_path / name)
-    assert found[:3] == (None, None, traits) and found.size_hw is not None
+    found = measure_file(tmp_path / name)
+    assert found[1:4] == (None, None, traits) and found.width is not None
 
 
 def test_every_trait_has_a_line_in_the_report():
@@ -315,7 +315,7 @@ def test_every_trait_has_a_line_in_the_report():
 
 def test_sixteen_bit_colour_is_found(tmp_path):
     path = png(tmp_path / "x.png", 16, 2, 1, [bytes(6)])
-    assert inspect_image(path).traits == ("16 bits per channel",)
+    assert measure_file(path).traits == ("16 bits per channel",)
 
 
 def refused(path, pattern, max_pixels=MAX_PIXELS):
@@ -323,7 +323,7 @@ def refused(path, pattern, max_pixels=MAX_PIXELS):
         read_image(path, 3, max_pixels)
     error = caught.value
     assert error.path == str(path) and str(error) == f"{path}: {error.reason}"
-    assert inspect_image(path, max_pixels) == Inspection(error.kind, error.reason, ())
+    assert measure_file(path, max_pixels)[1:5] == (error.kind, error.reason, (), None)
     return error.kind
 
 

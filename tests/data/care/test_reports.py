@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
-import data.care.facts
+import data.facts
 from data.care.duplicates import find_groups
-from data.care.facts import Facts, measure_file, measure_files
 from data.care.statistics import count_together
-from data.image_formats import CUT_OFF
+from data.facts import Facts, measure_file, measure_files
+from data.image_formats import CUT_OFF, NOT_OPENED
 from tests.data.test_duplicates import picture
 from tests.in_process import run
 from utils.errors import UserError
@@ -61,18 +61,18 @@ def test_facts_are_of_the_upright_image(tmp_path):
 
 def test_what_was_read_is_not_read_again(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    measure, read = data.care.facts.measure_file, []
+    measure, read = data.facts.measure_file, []
 
-    def counted(file, max_pixels):
+    def counted(file, **options):
         read.append(file)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return measure(file, max_pixels)
+        return measure(file, **options)
 
-    monkeypatch.setattr(data.care.facts, "measure_file", counted)
+    monkeypatch.setattr(data.facts, "measure_file", counted)
     with pytest.raises(KeyboardInterrupt):
         measure_files(root, list(TAGS), 10**6)
-    (cache,) = (tmp_path / "outputs/cache/care").iterdir()
+    (cache,) = (tmp_path / "outputs/cache/facts").iterdir()
     cache.write_text(cache.read_text() + '\n["dog/1.png", [1, 2')
     facts = measure_files(root, list(TAGS), 10**6)
     assert len(read) == 4 and measure_files(root, list(TAGS), 10**6) == facts and len(read) == 4
@@ -149,5 +149,21 @@ def test_the_largest_of_each_group_stays(root, tmp_path):
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
     facts = {"a": Facts("x", CUT_OFF), "b": Facts("x", CUT_OFF), "c": Facts(None), "d": Facts(None)}
     facts |= {"e": Facts("y", phash=0), "f": Facts("z", phash=3)}
-    assert find_groups(facts, near=True) == [["a", "b"], ["e", "f"]]
-    assert find_groups(facts, near=False) == [["a", "b"]]
+    assert find_groups(facts, "near") == [["a", "b"], ["e", "f"]]
+    assert find_groups(facts, "exact") == [["a", "b"]]
+
+
+def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch):
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    monkeypatch.setattr("data.facts.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
+    run("prepare", ["job=duplicates", *FOLDER], tmp_path)
+    run("prepare", ["job=verify", *FOLDER], tmp_path)
+    assert listed(tmp_path, "verify")["dog/cut.png"].startswith(CUT_OFF)
+
+
+def test_a_fault_that_may_pass_is_not_kept(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("data.facts.measure_file", lambda *_, **__: Facts(None, NOT_OPENED, "busy"))
+        assert measure_files(root, list(TAGS), 10**6)[0].kind == NOT_OPENED
+    assert [facts.kind for facts in measure_files(root, list(TAGS), 10**6)] == [None] * 3

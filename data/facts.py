@@ -1,0 +1,184 @@
+"""What is known of each image file, measured once for the manifest and for the tools of data/care alike.
+
+A line is appended to a journal for each file as it is read, so a killed job goes on where it was, and the next job
+reads only files that are new or changed.
+"""
+
+import base64
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from data.duplicates import perceptual_hash, shrink_to_grey
+from data.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, UnreadableImage, open_image, read_file
+from data.image_pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
+from utils.canvas import DEFAULT, background_rgb
+from utils.io.files import sha256_file, sha256_text
+from utils.io.journal import Journal
+from utils.ranks.processes import map_items
+from utils.record.progress import counting
+
+CACHE = Path("outputs/cache/facts")
+FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
+_SIDE_PX = 512  # at which sharpness is measured, so that one threshold serves all sizes
+Detail = Literal["hash", "pixels", "thumbnail"]
+_VARIANTS = {"MPO": "JPEG", "DIB": "BMP"}  # MPO: JPEGs with a preview or a second view behind the first
+
+
+class Facts(NamedTuple):
+    """One image file; `kind` and `reason` say why it cannot be read (data/image_formats.py), and are None where it can.
+
+    sha256: None where it cannot be opened. traits: what may surprise its owner. All that follows is None unless it was
+    decoded. width, height: of the upright image. mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. phash: of
+    data/duplicates.py. thumbnail: the 32 x 32 grey levels that it is of, base64; where it was asked for. brightness:
+    the mean grey level, 0 to 1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at 512 pixels of
+    the longest side; below about 100 an image looks blurred.
+    Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
+    """
+
+    sha256: str | None = None
+    kind: str | None = None
+    reason: str | None = None
+    traits: tuple[str, ...] = ()
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    orientation: int | None = None
+    transparent: int | None = None
+    phash: int | None = None
+    thumbnail: str | None = None
+    brightness: float | None = None
+    sharpness: float | None = None
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> Self:
+        """Return what JSON has made lists of."""
+        sha256, kind, reason, traits, *more = value
+        return cls(sha256, kind, reason, tuple(traits), *more)
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether the same file is found to be so at any time."""
+        return self.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
+
+
+def measure_files(root: Path, paths: Sequence[str], max_pixels: int, detail: Detail = "pixels") -> list[Facts]:
+    """Return the facts of some files of a collection, named relative to its root; in one process per core.
+
+    detail: a journal for each, because a thumbnail is five times as long as all else.
+    """
+    real = os.path.realpath(root)
+    known_by = f"{real} {detail} {max_pixels} {PIL.__version__} {Facts._fields}"
+    journal = Journal(CACHE / f"{sha256_text(known_by)[:16]}.jsonl")
+    known = {path: journal.find(os.path.join(real, path)) for path in paths}
+    found = {path: value and Facts.from_json(value) for path, value in known.items()}
+    waiting = [path for path, value in known.items() if value is None]
+    files = [os.path.join(real, path) for path in waiting]
+    measured = map_items(functools.partial(measure_file, max_pixels=max_pixels, detail=detail), files, _fatal_file)
+    with counting("reading the images") as report:
+        for done, (path, file, facts) in enumerate(zip(waiting, files, measured), start=1):
+            found[path] = facts
+            if facts.is_lasting:
+                journal.add(file, facts)
+            report(done, len(waiting))
+    journal.close()
+    return [found[path] for path in paths]
+
+
+def measure_file(
+    file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, detail: Detail = "pixels"
+) -> Facts:
+    """Return the SHA-256 of a file; unless `detail` is hash, and why it cannot be read, or else what it shows."""
+    if detail == "hash":
+        return _hash_file(file)
+    digest, name = None, os.fspath(file)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            content = read_file(file)
+            digest = hashlib.sha256(content).hexdigest()
+            found = open_image(content, name, max_pixels, functools.partial(_measure_image, name=name, detail=detail))
+        except UnreadableImage as error:
+            return Facts(digest, error.kind, error.reason)
+    if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in found.traits:
+        found = found._replace(traits=(*found.traits, "broken metadata"))
+    return found._replace(sha256=digest)
+
+
+def _hash_file(file: str | os.PathLike[str]) -> Facts:
+    """Return the SHA-256 of a file of any size."""
+    try:
+        return Facts(sha256_file(Path(file)))
+    except OSError as error:
+        return Facts(None, NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})")
+
+
+def _fatal_file(file: str) -> Facts:
+    """Return the facts of a file that crashed the process that read it: it would crash training as well."""
+    reason = "reading it ended the process that read it: a crash of its decoder, or more memory than there is"
+    return _hash_file(file)._replace(kind=FATAL, reason=reason)
+
+
+def _measure_image(image: Image.Image, name: str, detail: Detail) -> Facts:
+    """Decode an opened image and return what it shows, and what about it its owner may not expect."""
+    raw, mode = raw_mode(image), image.mode
+    turned = read_orientation(image) if image.format == "TIFF" else None  # which loading turns, and forgets
+    upright, orientation = load_upright(image)
+    pixels = convert(upright, 3, background_rgb(DEFAULT))
+    traits = {
+        "several frames": _has_frames(image),
+        "CMYK": image.mode == "CMYK",
+        "16 bits per channel": image.mode.startswith("I") or ";16" in raw,
+        "rotated by EXIF": turned in UPRIGHT or orientation in UPRIGHT,
+        "transparent": is_transparent(image),
+        "named as another format": _is_misnamed(image, name),
+        "broken metadata": orientation is None,
+    }
+    small = shrink_to_grey(pixels)
+    grey = Image.fromarray(pixels).convert("L")
+    grey.thumbnail((_SIDE_PX, _SIDE_PX))
+    levels = np.asarray(grey, np.float32)
+    stated = turned or orientation
+    return Facts(
+        traits=tuple(trait for trait, there in traits.items() if there),
+        format=image.format,
+        width=upright.width,
+        height=upright.height,
+        mode=mode,
+        orientation=stated if stated in UPRIGHT else 1,
+        transparent=int(traits["transparent"]),
+        phash=perceptual_hash(small),
+        thumbnail=base64.b64encode(small.tobytes()).decode() if detail == "thumbnail" else None,
+        brightness=round(float(levels.mean()) / 255, 4),
+        sharpness=round(_measure_sharpness(levels), 2),
+    )
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Tell whether a decoded image has more than one frame; one that breaks after the first has."""
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # any, as for pixels; the first frame, which is all that is read, was decoded
+        return True
+
+
+def _is_misnamed(image: Image.Image, name: str) -> bool:
+    """Return whether the suffix of a file's name is that of another format."""
+    stated = Image.EXTENSION.get(os.path.splitext(name)[1].lower(), image.format)
+    return _VARIANTS.get(stated, stated) != _VARIANTS.get(image.format, image.format)
+
+
+def _measure_sharpness(levels: np.ndarray) -> float:
+    """Return the variance of the Laplacian of grey levels [H, W]; 0 where a side is below 3."""
+    inner = levels[1:-1, 1:-1]
+    edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
+    return float(edges.var()) if edges.size else 0.0
