@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 TABLES = [
     "step_overhead", "finetune_step", "pretrain_step", "onnx_speed", "tag_metrics", "tag_index", "sdxl", "decode",
-    "loader_rivals",
+    "loader_rivals", "freed_memory",
 ]  # fmt: skip
 
 
