@@ -40,6 +40,7 @@ def collate(samples: Iterable[Sample], count: int) -> Batch:
     batch: Batch = {}
     columns: dict[str, list[Any]] = {}
     for place, sample in enumerate(samples):
+        assert place == 0 or sample.keys() == batch.keys() | columns.keys(), (sample.keys(), batch.keys())
         for name, value in sample.items():
             if isinstance(value, Tensor):
                 if place == 0:

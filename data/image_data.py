@@ -93,16 +93,14 @@ class _FileRow(NamedTuple):
 class ListedFiles:
     """Image files that are no collection, in the order of the list; as `data.images.Files` reads them."""
 
+    root = ""
+
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
 
     def view(self, row: int) -> _FileRow:
         """Return a file's path and weight."""
         return _FileRow(str(self.paths[row]))
-
-    def absolute_path(self, row: int) -> Path:
-        """Return a file."""
-        return self.paths[row]
 
 
 class Reasons:

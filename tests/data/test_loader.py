@@ -580,6 +580,19 @@ def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
         os.kill(int(file.read_text()), 0)
 
 
+# --- batches
+
+
+def test_numbers_and_images_whose_channels_come_last_are_joined():
+    pixels = torch.arange(2 * 5 * 7 * 3, dtype=torch.uint8).view(2, 5, 7, 3)
+    samples = [{"images": image.permute(2, 0, 1), "key": 2**62 + n, "weight": 0.5} for n, image in enumerate(pixels)]
+    batch = collate(iter(samples), 2)
+    assert torch.equal(batch["images"], pixels.permute(0, 3, 1, 2)) and batch["images"].is_contiguous()
+    assert batch["key"].tolist() == [2**62, 2**62 + 1] and batch["weight"].dtype == torch.float32
+    with pytest.raises(AssertionError):
+        collate([samples[0], {**samples[1], "images": samples[1]["images"][:1]}], 2)  # which could be broadcast
+
+
 # --- ragged fields
 
 RAGGED = [

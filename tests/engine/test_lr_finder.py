@@ -240,8 +240,8 @@ def make_of(script, *overrides):
     task, batch = kind.build(setup), make_batch()
     task.initialise(None)
     fields = [
-        kind.pipeline.fields(None, setup)(SimpleNamespace(generator=generator_for(key)))
-        for key in batch["key"].tolist()
+        kind.pipeline.fields(None, setup)(SimpleNamespace(generator=generator_for(key), views={"images": image}))
+        for key, image in zip(batch["key"].tolist(), batch["images"])
     ]
     batch |= {name: torch.stack([field[name] for field in fields]) for name in fields[0]}
     batch |= dict.fromkeys(kind.pipeline.views(setup, config.augment), batch["images"])
