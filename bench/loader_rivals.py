@@ -8,8 +8,8 @@ and bilinear, a mirror, and the normalisation; nobody trains. The files are crop
 JPEGs of 500 x 375 and 2000 x 1500 (quality 90) and as transparent PNGs. A turn is an epoch; the first, in which caches
 are filled, is not counted. `bytes` is ours without the normalisation, which it leaves to a GPU where there is one. timm
 has its loader's defaults but for the colour jitter, which nobody else does here. Large JPEGs have crops of 35 to 100 %,
-and shrink with them (augment.shrink) where they are cached. The process keeps freed memory, as our scripts do on a CPU;
-all sides gain from it.
+and shrink with them (augment.shrink) where they are cached. The process keeps freed memory (bench/freed_memory.py),
+so that page faults do not hide the rest; all sides gain from it.
 """
 
 import functools
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from bench.freed_memory import keep_freed_memory
 from bench.loader import read_arguments
 from bench.measure import OUT, Comparison, run_bench
 from data.cache.size import shortest_px_for
@@ -38,7 +39,6 @@ from data.image_data import ImageData, load_collection
 from data.images import open_images
 from data.loader import no_fields
 from models.normalise import Normalise
-from utils.hardware import keep_freed_memory
 
 BATCH, SIZE_PX = 128, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

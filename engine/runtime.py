@@ -14,7 +14,7 @@ import torch
 
 from engine.config import MachineConfig, RuntimeConfig
 from utils.errors import UserError
-from utils.hardware import has_fast_bf16, keep_freed_memory
+from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.record.logging import get_logger
@@ -158,8 +158,6 @@ def choose_runtime(config: MachineConfig) -> Runtime:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     _set_backends(config, device)
-    if device == "cpu":
-        keep_freed_memory()
     return Runtime(
         device=torch.device("cuda", distributed.local_device_index()) if device == "cuda" else torch.device("cpu"),
         precision=_choose_precision(config.precision, device),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class Normalise(nn.Module):
             return (images.float() - self.mean).div_(self.std)
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return images.float().div_(255.0).sub_(self.mean).div_(self.std)
-        normalised = torch.empty(images.shape)
+        normalised = torch.from_numpy(np.empty(images.shape, np.float32))  # NumPy asks for huge pages
         for image, into in zip(images, normalised):  # one by one, which the processor's cache holds
             into.copy_(image).div_(255.0).sub_(self.mean[0]).div_(self.std[0])
         return normalised

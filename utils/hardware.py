@@ -1,6 +1,5 @@
 """What this machine's processors can do, and the memory that a process may take."""
 
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,6 @@ _CGROUPS = {
 }
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-
 def has_fast_bf16(device: str) -> bool:
     """Return whether this machine's CPU or GPU (`device`: cpu or cuda) multiplies bf16 faster than float32.
 
@@ -26,19 +22,6 @@ def has_fast_bf16(device: str) -> bool:
         return torch.cuda.get_device_capability()[0] >= 8
     found = torch.cpu.get_capabilities()
     return found.get("amx_bf16", False) or (found.get("avx512_bf16", False) and not found.get("avx512_fp16", False))
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for what is allocated next; GNU's only.
-
-    By default it returns a tensor of more than 32 MiB to the system, and a new one costs a page fault per 4 KiB: a
-    third of a training step on a CPU. The price is up to a quarter more memory.
-    Source: mallopt(3), M_MMAP_MAX and M_TRIM_THRESHOLD.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def free_memory() -> int:

@@ -1,13 +1,9 @@
-"""The memory that a process may take, of the system or of the groups that hold it; and that it keeps."""
+"""The memory that a process may take: of the system, or of the groups that hold it."""
 
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
 from utils import hardware
 from utils.hardware import free_memory
 
@@ -36,21 +32,3 @@ def test_the_least_that_a_group_leaves(tmp_path, monkeypatch, groups, files, exp
     (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
     monkeypatch.setattr(hardware, "Path", lambda first, *parts: Path(tmp_path, first.lstrip("/"), *parts))
     assert free_memory() == expected * GIB
-
-
-# In a process of its own: the heap of this one has holes that nobody has touched yet.
-FAULTS = """
-import resource, torch
-from utils.hardware import keep_freed_memory
-keep_freed_memory()
-torch.zeros(2**24)  # 64 MiB are 16,384 pages
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.zeros(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_a_large_tensor_takes_the_memory_of_the_one_before():
-    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2000

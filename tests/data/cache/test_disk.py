@@ -293,7 +293,7 @@ def test_a_full_disk_is_one_warning(photos, small_disk, log):
             source.images.decoder = Decoder(channels, 10**6, shortest_px=shortest)
             source._recipe = str((channels, shortest))
             assert_equal(read_all(source), read_all(source.images))
-    close_stores()
+            close_stores()  # which writes what is waiting: a quick reader would have it dropped
     read_all(source)
     warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
     assert len(warned) == 1 and source.counts.totals()["refused"] > 0
