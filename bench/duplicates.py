@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from data.crops import SIDE_PX, find_crops
-from data.duplicates import group_duplicates
+from data.crops import find_crops
+from data.duplicates import SIDE_PX, group_duplicates
 
 ODD = 0x5555555555555555  # the bits that a mirror changes
 WAVES, CHUNK = 16, 8192

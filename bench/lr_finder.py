@@ -100,7 +100,7 @@ def valley(rates, losses):
 
 
 def steepest(rates, losses):
-    """Return torch-lr-finder's suggestion: the steepest gradient of the loss, smoothed by 0.05, its ends left out."""
+    """Return torch-lr-finder's suggestion: the steepest gradient of the loss, smoothed by 0.05, without its ends."""
     smoothed = [losses[0]]
     for loss in losses[1:]:
         smoothed.append(0.05 * loss + 0.95 * smoothed[-1])

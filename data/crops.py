@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.duplicates import is_near
+from data.duplicates import SIDE_PX, is_near
 from utils.ranks.processes import count_cores
 
-SIDE_PX = 32  # of a thumbnail
 _STEP, _CUTS = 1 / 20, 4  # of a side; most steps that are cut off it
 _BOUNDS = np.array([(i * _STEP, 1 - j * _STEP) for i in range(_CUTS + 1) for j in range(_CUTS + 1 - i)], np.float32)
 _WINDOWS = len(_BOUNDS) ** 2  # of an image; the first is the whole

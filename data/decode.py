@@ -2,8 +2,8 @@
 
 Pillow opens the files, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
 grey or RGB is then decoded by simplejpeg where it is installed, a still WebP without alpha by torchvision, and all else
-by Pillow, which also decides whatever the others refuse, or simplejpeg has as much as a warning about. Only a JPEG
-without metadata is decoded before it is opened (`plain_size`): that takes a twentieth of its time.
+by Pillow. Where simplejpeg warns or another library refuses, Pillow decodes too. A JPEG without metadata is decoded
+before Pillow opens it (`plain_size`): opening takes a twentieth of the time.
 """
 
 import functools

@@ -16,18 +16,18 @@ from itertools import chain
 import numpy as np
 from PIL import Image
 
-_SIDE_PX, _FREQUENCIES = 32, 8
+SIDE_PX, _FREQUENCIES = 32, 8
 _DISTANCE = 4  # bits in which the hashes of duplicates may differ
 # Hashes at most 4 bits apart agree in one of these 5 bands of 13 bits (the last has 11).
 _SHIFTS, _BAND = range(0, 63, 13), 2**13 - 1
-_WAVES = np.cos(np.pi / _SIDE_PX * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE_PX) + 0.5))
+_WAVES = np.cos(np.pi / SIDE_PX * np.outer(np.arange(_FREQUENCIES), np.arange(SIDE_PX) + 0.5))
 _PLACES = np.arange(-1, _FREQUENCIES**2 - 1).reshape(_FREQUENCIES, _FREQUENCIES)  # of the bits; the mean's is -1
 _ODD = sum(1 << int(place) for place in _PLACES[:, 1::2].flat)
 
 
 def shrink_to_grey(pixels: np.ndarray) -> np.ndarray:
     """Return the grey levels of an image squeezed to a square, uint8 [32, 32]; of such a square, itself."""
-    grey = Image.fromarray(pixels).convert("L").resize((_SIDE_PX, _SIDE_PX), Image.Resampling.HAMMING)
+    grey = Image.fromarray(pixels).convert("L").resize((SIDE_PX, SIDE_PX), Image.Resampling.HAMMING)
     return np.asarray(grey)
 
 

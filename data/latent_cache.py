@@ -107,7 +107,7 @@ class LatentCache:
     def fill(
         self, encode: EncodeImages, images: Source, machine: Machine, batch_size: int, unreadable: UnreadableLog
     ) -> None:
-        """Encode what is missing, each rank its share; an image that cannot be read is reported and left out.
+        """Encode what is missing, each rank its share; an image that cannot be read is reported and skipped.
 
         Raises UserError as `TensorStore.put` does.
         """

@@ -80,7 +80,7 @@ class ShardContents:
     def file_of(self, row: int) -> FileRange:
         """Return the row's part of its shard, with the header of a tar file's member."""
         shard, offset, length = self.place_of(row)
-        return FileRange(Path(self.collection.root) / shard, offset, length)
+        return FileRange(os.path.join(self.collection.root, shard), offset, length)
 
     def digest_of(self, row: int) -> bytes | None:
         """Return None: the file may be written again."""

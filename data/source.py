@@ -5,7 +5,6 @@ its records may have several tensors.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -21,7 +20,7 @@ Record = dict[str, Tensor]
 class FileRange(NamedTuple):
     """A file, or `length` bytes of it; 0: all from `offset` on."""
 
-    path: Path | str
+    path: str
     offset: int = 0
     length: int = 0
 

@@ -1,6 +1,6 @@
 """Weights of images by how frequent their tags are, so that a collection's common subjects do not drown the rare ones.
 
-weights = weigh_images(collection, rows, config, captions)       # 1 on average
+weights = weigh_images(read_tags(collection, captions), rows, config)       # 1 on average
 facts = find_tag_facts(collection, rows, config, captions)       # what a task needs that weighs anew while it trains
 """
 
@@ -80,13 +80,8 @@ def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
     return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
 
 
-def weigh_images(
-    collection: Collection, rows: np.ndarray, config: TagWeightsConfig | None, captions: CaptionConfig
-) -> np.ndarray:
-    """Return the weight of each row of a collection, float64; counts are those of `rows`, None weighs all alike."""
-    if config is None:
-        return np.ones(len(collection))
-    tags = read_tags(collection, captions)
+def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
+    """Return the weight of each row of a collection, float64; counts are those of `rows`."""
     weights = apply_rule(tags.count(rows), tags.factors(config), config)
     return normalise(weigh_rows(tags.ids, tags.offsets, weights, config.combine), rows)
 

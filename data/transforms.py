@@ -7,7 +7,7 @@ Normalisation happens on the device (models/normalise.py): a batch carries bytes
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -204,26 +204,33 @@ class ResizedCrop(v2.RandomResizedCrop):
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a drawn crop, resized; a crop is within the image, so that the ways of v2's modules are not needed."""
+        """Return a drawn crop, resized. Differs: v2 pads crops that reach beyond the image; these never do."""
         top, left, height, width = self.make_params([image]).values()
         choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
         return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
 
 
-class CropTransform:
-    """The random resized crop alone, of the padded image: what a worker does where `augment.on_device` is true."""
+class InSteps:
+    """Steps, one after the other; plain calls, because v2.Compose looks for images in nested inputs at each step."""
 
-    def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        self._steps = [*Letterbox.steps(config.image_size_hw, background, config.pad), ResizedCrop(config)]
+    def __init__(self, steps: Sequence[Callable[[Any], Any]]) -> None:
+        self._steps = steps
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the resized crop."""
+        """Return the transformed image."""
         for step in self._steps:
             image = step(image)
         return image
 
 
-class TrainTransform:
+class CropTransform(InSteps):
+    """The random resized crop alone, of the padded image: what a worker does where `augment.on_device` is true."""
+
+    def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
+        super().__init__([*Letterbox.steps(config.image_size_hw, background, config.pad), ResizedCrop(config)])
+
+
+class TrainTransform(InSteps):
     """Affine map, random resized crop, mirror, colours, RandAugment and erasing, all in the worker (`augment`).
 
     background: of the canvas that `augment.pad` puts the image on first.
@@ -245,13 +252,7 @@ class TrainTransform:
         if config.random_erasing > 0:
             noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
             steps.append(NoiseErasing(config.random_erasing, *noise))
-        self._steps = steps
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the augmented image."""
-        for step in self._steps:
-            image = step(image)
-        return image
+        super().__init__(steps)
 
 
 class Footprint:

@@ -11,10 +11,10 @@ from utils.ranks.sharded import own_part
 
 
 def memory_by_part(learner: Learner) -> dict[str, float]:
-    """Return GiB by part, as they are after an update; parts of nothing are left out.
+    """Return GiB by part, as they are after an update; without parts of 0 GiB.
 
     Gradients count as in the backward pass; they are freed after it. On a GPU, `peak` is the most that was allocated so
-    far, and `activations` is what of it the other parts on the GPU do not explain. An average in the host's memory is
+    far, and `activations` is the rest of it, beside the other parts on the GPU. An average in the host's memory is
     `averages on the host`.
     """
     task, device = learner.task, learner.runtime.device

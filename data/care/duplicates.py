@@ -9,9 +9,9 @@ import numpy as np
 from data.care.config import DeduplicateConfig
 from data.care.moves import move_out
 from data.care.work import Work
-from data.crops import SIDE_PX, find_crops
+from data.crops import find_crops
 from data.decode import Decoder
-from data.duplicates import group_duplicates
+from data.duplicates import SIDE_PX, group_duplicates
 from data.facts import Facts, measure_files
 from data.image_formats import read_file
 from data.scan import list_images

@@ -163,18 +163,22 @@ class DiffusionPipeline:
             setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
         rows = training_rows(data.collection, config.loop.train_paths)
         buckets = _bucket(data.collection, rows, setup.task)
-        weights = weigh_images(data.collection, rows, task.tag_weights, task.captions)
-        weighed = read_tags(data.collection, task.captions) if task.reestimates else weights
-        fields = _caption_fields(data, setup, rows, config.loop.global_batch_size, weighed, training=True)
+        weights: Weights = np.ones(len(data.collection))
+        described = {}
+        if task.tag_weights is not None:
+            tags = read_tags(data.collection, task.captions)
+            weights = weigh_images(tags, rows, task.tag_weights)
+            described["weights"] = describe_weights(weights[buckets.rows])
+            weights = tags if task.reestimates else weights
+        fields = _caption_fields(data, setup, rows, config.loop.global_batch_size, weights, training=True)
         read, views, fields = _read(data, setup, buckets, fields)
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
         captions = describe_captions(data.collection, rows, task.captions)
         described = {
             "collection": f"{describe_collection(data.collection)}; {captions}",
             "images": buckets.describe(),
+            **described,
         }
-        if task.tag_weights is not None:
-            described["weights"] = describe_weights(weights[buckets.rows])
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
             self.evaluation(data, setup, training=True),

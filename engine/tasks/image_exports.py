@@ -114,7 +114,7 @@ def measure_loss(
 ) -> dict[str, float]:
     """Return the task's metric of its network and of an exported file, on the CPU, and what the file loses.
 
-    For a classification: `images`, `top1_fp32`, `top1` and `top1_loss`. The task is of no use afterwards.
+    For a classification: `images`, `top1_fp32`, `top1` and `top1_loss`. Do not use the task afterwards.
     """
     task, metric = rebuilt.task, rebuilt.task.best_metric
     loaders = rebuilt.kind.pipeline.evaluation(data, rebuilt.setup, training=False)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+from pathlib import Path
 from signal import SIGKILL
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_a_packed_collection_is_the_collection(collections):
     for row in range(len(files)):
         assert contents.read(row) == Files(files).read(row)
         path, offset, length = contents.file_of(row)
-        assert path.read_bytes()[offset : offset + length].endswith(contents.read(row))
+        assert Path(path).read_bytes()[offset : offset + length].endswith(contents.read(row))
 
 
 def test_shards_have_one_split_and_training_rows_are_mixed(collections, place):
