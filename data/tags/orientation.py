@@ -140,7 +140,7 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Orientatio
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Return the expression that matches these names, where * stands for any text; without names, it matches nothing."""
+    """Return the expression that matches these names, where * stands for any text; without names, nothing."""
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in names) or r"(?!)")
 
 
