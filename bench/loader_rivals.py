@@ -67,6 +67,7 @@ class Ours:
     def __init__(self, folder, cache, batches, *more):
         words = [f"data.root={folder}", "data.validation_fraction=0", f"data.cache.folder={folder}-cache", *more]
         words += ["augment=light", "augment.interpolation=bilinear", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]"]
+        words += ["augment.crop_scale=[0.08,1.0]"] * ("crops" not in more)
         config, _, _ = read_arguments([*words, *(f"data.cache.{key}={value}" for key, value in cache.items())])
         machine = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
         collection, shortest_px = load_collection(config.data), shortest_px_for(config.augment)

@@ -155,9 +155,9 @@ def _correlate(wholes: np.ndarray, parts: np.ndarray, windows: np.ndarray, steps
             sides = SIDE_PX / (bounds[..., 1] - bounds[..., 0])[..., None, None, None]
             moves = np.concatenate(
                 [down[:, None] * ends[:, :, None] * sides[:, 0], right[:, None] * ends[:, None] * sides[:, 1]], axis=1
-            ).reshape(len(wholes), 4, -1)
+            ).reshape(-1, 4, SIDE_PX**2)
             square = moves @ moves.transpose(0, 2, 1) + 4e-3 * np.eye(4, dtype=np.float32)
-            change = np.linalg.solve(square, moves @ (parts - shown).reshape(len(wholes), -1, 1))
+            change = np.linalg.solve(square, moves @ (parts - shown).reshape(-1, SIDE_PX**2, 1))
             bounds = (bounds + change.reshape(-1, 2, 2).clip(-0.05, 0.05)).clip(*_LIMITS)
     ours, theirs = np.stack([down, right], axis=1), np.stack(np.gradient(parts, axis=(1, 2)), axis=1)
     dot = functools.partial(np.einsum, "nkyx,nkyx->n")

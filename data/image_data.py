@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
@@ -54,12 +55,20 @@ def load_collection(config: DataConfig) -> Collection:
 
 
 def describe_transparency(collection: Collection, background: Any) -> str:
-    """Return how many images have an alpha channel, looked up in the headers of at most some of them; "" for none."""
-    rows = spread(collection.rows("train"), _LOOKED_AT)
-    count = sum(has_alpha(collection.absolute_path(int(row))) for row in rows) if distributed.is_main() else 0
+    """Return how many images have an alpha channel: of all as the manifest states, or looked up in the headers of at
+    most some files; "" for none.
+    """
+    rows = collection.rows("train")
+    if "transparent" in collection.table.column_names:
+        stated = collection.table["transparent"].take(rows).drop_null()
+        count, looked_at = int(pc.sum(stated, min_count=0).as_py()), len(stated)
+    else:
+        looked_up = spread(rows, _LOOKED_AT)
+        count = sum(has_alpha(collection.absolute_path(int(row))) for row in looked_up) if distributed.is_main() else 0
+        looked_at = len(looked_up)
     if count == 0:
         return ""
-    of = f"{len(rows):,} looked at" if len(rows) < len(collection.rows("train")) else f"{len(rows):,}"
+    of = f"{looked_at:,} looked at" if looked_at < len(rows) else f"{looked_at:,}"
     what = "their alpha is dropped" if background == "drop" else f"put on {background}"
     return f"; {count:,} of {of} have an alpha channel, {what} (data.background)"
 

@@ -33,6 +33,13 @@ def test_the_bench_of_the_index_prints_its_parts():
     assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == ["index", "again", "open", "worker"]
 
 
+def test_the_bench_of_crops_prints_a_row_for_each_share(tmp_path):
+    images = make_images(tmp_path / "images")
+    done = command("python", "bench/crops.py", str(images))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["95%", "90%", "80%"]
+
+
 SMALL = ["model=convnextv2_atto", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]"]
 
 

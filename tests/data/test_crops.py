@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.crops import find_crops
+from data.crops import _correlate, find_crops
 from data.duplicates import group_duplicates, shrink_to_grey
 from tests.data.care.test_reports import FOLDER, listed
 from tests.data.test_duplicates import picture, recompressed
@@ -48,6 +48,11 @@ def test_plain_images_and_none_have_no_crops():
     ramp = np.linspace(100, 110, 32).astype(np.uint8)
     for levels in (np.zeros((0, 32, 32), np.uint8), np.stack([ramp[:, None] + ramp] * 2)):
         assert [len(rows) for rows in find_crops(levels)] == [0, 0]
+
+
+def test_candidates_of_which_none_passes_the_first_stage():
+    levels = np.empty((0, 32, 32), np.uint8)
+    assert _correlate(levels, levels, np.empty(0, np.int64), steps=4).shape == (0,)
 
 
 def test_a_group_joins_pairs_that_are_alike_whatever_their_hashes():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.buckets import image_sizes
 from data.collection import index_collection, open_collection
+from data.image_data import describe_transparency
 from data.image_formats import UnreadableImage
 from data.images import Files, open_contents
 from data.manifest_writer import write_manifest
@@ -310,3 +311,13 @@ def test_sdxl_on_shards_has_the_latents_and_figures_of_files(place, tmp_path, mo
         run("finetune_sdxl", [*own, f"data.root={place / name}", f"run_dir={name}"], tmp_path)
         monkeypatch.setattr("engine.tasks.diffusion_data.encode_images", lambda *_: pytest.fail("encoded again"))
     assert_same_rows(tmp_path / "files", tmp_path / "packed", tolerance=0)
+
+
+def test_alpha_in_shards_is_counted_as_the_manifest_states_it(tmp_path, pack):
+    make_collection(tmp_path / "files", per_class=6, validation=2)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "files/train/A/clear.png")
+    write_manifest(str(tmp_path / "files"), validation_fraction=0.0, verify=True)
+    pack(load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed")
+    packed = load(tmp_path / "packed", tmp_path / "cache")
+    count = len(packed.rows("train"))
+    assert describe_transparency(packed, "white").startswith(f"; 1 of {count} have an alpha channel, put on white")
