@@ -64,10 +64,10 @@ def write_images(folder, count, size, form):
 class Ours:
     """The training stream of a folder, behind a cache or none."""
 
-    def __init__(self, folder, cache, batches, *more):
+    def __init__(self, folder, cache, batches, *more, crops="[0.08,1.0]"):
         words = [f"data.root={folder}", "data.validation_fraction=0", f"data.cache.folder={folder}-cache", *more]
         words += ["augment=light", "augment.interpolation=bilinear", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]"]
-        words += ["augment.crop_scale=[0.08,1.0]"] * ("crops" not in more)
+        words.append(f"augment.crop_scale={crops}")
         config, _, _ = read_arguments([*words, *(f"data.cache.{key}={value}" for key, value in cache.items())])
         machine = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
         collection, shortest_px = load_collection(config.data), shortest_px_for(config.augment)
@@ -186,11 +186,11 @@ def comparisons(device, quick):
         ours = Ours(jpegs, cache, batches)
         yield Comparison("JPEGs of 500 x 375", {f"ours, {name}": ours, **others}, count, warmup=2)
         yield Comparison("JPEGs of 500 x 375", {f"bytes, {name}": ours.read_bytes, **others}, count, warmup=2)
-    crops, shrink = "augment.crop_scale=[0.35,1.0]", "augment.shrink=true"
+    crops, shrink = "[0.35,1.0]", "augment.shrink=true"
     sides = {
-        "ours, L2": Ours(photos, L2, large // BATCH, crops, shrink),
-        "ours, decoding": Ours(photos, OFF, large // BATCH, crops),
-        "ours, decoding and shrinking": Ours(photos, OFF, large // BATCH, crops, shrink),
+        "ours, L2": Ours(photos, L2, large // BATCH, shrink, crops=crops),
+        "ours, decoding": Ours(photos, OFF, large // BATCH, crops=crops),
+        "ours, decoding and shrinking": Ours(photos, OFF, large // BATCH, shrink, crops=crops),
     }
     yield Comparison("JPEGs of 2000 x 1500", sides, large, warmup=2)
     sides = {"ours, L1": Ours(arts, L1, large // BATCH), "ours, decoding": Ours(arts, OFF, large // BATCH)}
@@ -198,4 +198,4 @@ def comparisons(device, quick):
 
 
 if __name__ == "__main__":
-    run_bench(comparisons)
+    run_bench(comparisons, turns=9)

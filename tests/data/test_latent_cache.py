@@ -213,20 +213,6 @@ def test_ranks_encode_a_share_each(images):
     assert open_cache(images).missing() == 0
 
 
-@pytest.mark.slow
-def test_a_second_start_on_ten_thousand_images_takes_less_than_five_seconds(tmp_path):
-    make_images(tmp_path / "images", 3)
-    for number in range(3, 10_000):
-        os.link(tmp_path / f"images/{number % 3:02}.png", tmp_path / f"images/{number:05}.png")
-    cache = open_cache(tmp_path)
-    for key in cache.keys[:, 0]:
-        cache.store.put(key.decode(), "image", {"latent_mean": torch.zeros(4, 8, 8).half()})
-    cache.store.finish()
-    start = time.perf_counter()
-    assert open_cache(tmp_path).missing() == 0
-    assert time.perf_counter() - start < 5
-
-
 # --- texts
 
 
