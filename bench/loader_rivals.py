@@ -40,7 +40,8 @@ from data.images import open_images
 from data.loader import no_fields
 from models.normalise import Normalise
 
-BATCH, SIZE_PX = 16 if "quick" in sys.argv else 128, 224
+BATCH = 16 if "quick" in sys.argv else 128
+SIZE_PX = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFF, L1, L2 = {"memory_gib": 0}, {"memory_gib": 4}, {"memory_gib": 0, "disk_gib": 4}
 

@@ -162,7 +162,7 @@ def _read_webp(content: bytes) -> np.ndarray | None:
 
 
 def _shrink(image: Tensor, shortest_px: int, sides: Sequence[int]) -> Tensor:
-    """Resize an image, uint8 [C, H, W], to a shorter side of at most so many pixels, by torchvision's rule.
+    """Resize an image, uint8 [C, H, W], to a shorter side of at most `shortest_px`, by torchvision's rule.
 
     sides: of the whole image, in any order; the decoder may have scaled it already.
     """

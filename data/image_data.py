@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
@@ -60,8 +59,8 @@ def describe_transparency(collection: Collection, background: Any) -> str:
     """
     rows = collection.rows("train")
     if "transparent" in collection.table.column_names:
-        stated = collection.table["transparent"].take(rows).drop_null()
-        count, looked_at = int(pc.sum(stated, min_count=0).as_py()), len(stated)
+        stated = collection.column("transparent")[rows]
+        count, looked_at = int(np.nansum(stated)), np.count_nonzero(~np.isnan(stated))
     else:
         looked_up = spread(rows, _LOOKED_AT)
         count = sum(has_alpha(collection.absolute_path(int(row))) for row in looked_up) if distributed.is_main() else 0

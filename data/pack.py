@@ -42,7 +42,7 @@ _Member = tuple[str, bytes]  # name and content
 
 
 class PackReport(NamedTuple):
-    """What `pack_collection` wrote. kept: shards that were there. weightless: images of weight 0, left out."""
+    """What `pack_collection` wrote. kept: shards that were there. weightless: skipped images, of weight 0."""
 
     rows: int
     shards: int

@@ -201,7 +201,7 @@ class ResizedCrop(v2.RandomResizedCrop):
         height, width = config.image_size_hw if config.pad == "buckets" else (1, 1)
         ratio = [stated * width / height for stated in config.crop_ratio]
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=ratio)
-        self._log_ratio = self._log_ratio.tolist()  # a third of make_params' time: torchvision draws between tensors
+        self._log_ratio = self._log_ratio.tolist()  # tensors as bounds make a draw half as long again
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ log = get_logger(__name__)
 # `loop.total_epochs=auto`: enough updates for a small network from scratch, and enough epochs for a large collection.
 AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
 # `loop.evaluate_every_epochs=auto`: evaluations read at most this share of the images that training reads, and there
-# are at least so many of them.
+# are at least `AUTO_EVALUATIONS` of them.
 AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
 
 

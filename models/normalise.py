@@ -26,18 +26,19 @@ class Normalise(nn.Module):
         shape = (1, channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
-        self.register_buffer("_mean_level", 255.0 * self.mean, persistent=False)  # of bytes: a division less a pixel
-        self.register_buffer("_std_levels", 255.0 * self.std, persistent=False)
+        # Those of bytes, which then need no division by 255.
+        self.register_buffer("_byte_mean", 255.0 * self.mean, persistent=False)
+        self.register_buffer("_byte_std", 255.0 * self.std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return float32 [B, C, H, W]."""
         if images.dtype != torch.uint8:
             return (images.float() - self.mean).div_(self.std)
         if images.device.type != "cpu" or torch.compiler.is_compiling():
-            return images.float().sub_(self._mean_level).div_(self._std_levels)
+            return images.float().sub_(self._byte_mean).div_(self._byte_std)
         normalised = torch.from_numpy(np.empty(images.shape, np.float32))  # NumPy asks for huge pages
         for image, into in zip(images, normalised):  # one by one, which the processor's cache holds
-            into.copy_(image).sub_(self._mean_level[0]).div_(self._std_levels[0])
+            into.copy_(image).sub_(self._byte_mean[0]).div_(self._byte_std[0])
         return normalised
 
     def undo(self, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@
 The WD order: the four ratings, general tags by descending count, characters by descending count. Programs find tags by
 their places in it: kohya-ss/sd-scripts:finetune/tag_images_by_wd14_tagger.py takes outputs 0 to 3 for the ratings, and
 pythongosssss/ComfyUI-WD14-Tagger:wd14tagger.py everything from the first character on for characters. So other
-categories are left out, and a place that the vocabulary cannot fill gets an output whose probability is always 0.
+categories are skipped, and a place that the vocabulary cannot fill gets an output whose probability is always 0.
 """
 
 from collections import Counter

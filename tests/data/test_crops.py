@@ -4,24 +4,16 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from bench.crops import crop
 from data.crops import _correlate, find_crops
 from data.duplicates import group_duplicates, shrink_to_grey
 from tests.data.care.test_reports import FOLDER, listed
-from tests.data.test_duplicates import picture, recompressed
+from tests.data.test_duplicates import picture
 from tests.in_process import run
 
 PICTURES = [picture(seed, (240, 200)) for seed in range(60)]
-
-
-def crop(image, share, generator, mirror):
-    """Cut a part of so many of each side from any place, resize, mirror and recompress it."""
-    sides = [round(side * share) for side in image.size]
-    left, top = (int(generator.integers(0, whole - side + 1)) for whole, side in zip(image.size, sides))
-    part = image.crop((left, top, left + sides[0], top + sides[1]))
-    part = part.resize([round(side * generator.uniform(0.5, 1.3)) for side in sides], Image.Resampling.BICUBIC)
-    return recompressed(ImageOps.mirror(part) if mirror else part, 80)
 
 
 def thumbnails(images):
