@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 from utils.canvas import Background
 from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
 
 _Jitter = Annotated[float, Field(ge=0, le=100)]
 _Zoom = Annotated[float, Field(ge=0.01, le=100)]
@@ -158,8 +157,8 @@ class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
     `pad` square puts the whole image into the middle of a square of the background, first, in training and evaluation.
-    buckets: of the nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels as
-    `image_size_hw` or fewer; `crop_ratio` is then relative to that shape.
+    buckets: in training of the nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels
+    as `image_size_hw` or fewer; `crop_ratio` is then relative to that shape. Evaluation pads to a square.
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
     `horizontal_flip`; `color_jitter` where it is not null; `rand_augment`, a policy of timm, where it is not null,
@@ -198,17 +197,10 @@ class AugmentConfig(Strict):
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
-        """Return what evaluation does to an image, as it is written into weight files.
-
-        Raises UserError (`augment.pad`) for buckets: a weight file states one size.
-        """
-        if self.pad == "buckets":
-            raise UserError(
-                "augment.pad: buckets is for pretraining (pretrain_fcmae.py) alone, because weights state one size; "
-                "set augment.pad=square, which keeps the whole image, too, or none"
-            )
+        """Return what evaluation does to an image, as it is written into weight files."""
         return {
-            **self.model_dump(include={"image_size_hw", "pad", "eval_resize", "eval_crop", "mean", "std"}),
+            **self.model_dump(include={"image_size_hw", "eval_resize", "eval_crop", "mean", "std"}),
+            "pad": "square" if self.pad == "buckets" else self.pad,
             "interpolation": "bicubic" if self.interpolation == "varied" else self.interpolation,
             "channels": channels,
         }

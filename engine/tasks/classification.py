@@ -236,5 +236,7 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         rows = pipeline.rows(collection, setup, training_rows(collection, config.loop.train_paths))
         # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
         views = pipeline.views(setup, config.augment)
-        loader = data.evaluation(spread(rows, HEAD_IMAGES), pipeline.fields(collection, setup), views)
+        rows = spread(rows, HEAD_IMAGES)
+        groups = pipeline.groups(collection, setup, config.augment, rows)
+        loader = data.evaluation(rows, pipeline.fields(collection, setup), views, groups=groups)
         prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

@@ -79,6 +79,14 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
         """Whether it mirrors images and the tags that are their labels."""
         return self.orientation is not None and self.label_share > 0
 
+    def check_run(self, config: ImageTrainingConfig) -> None:
+        """Raise ValueError for images of many shapes, because a teacher sees one."""
+        if config.augment.pad == "buckets":
+            raise ValueError(
+                "augment.pad: buckets gives images many shapes, and a teacher sees images of one; set "
+                "augment.pad=square or none"
+            )
+
 
 def _outside(setup: Setup[DistillationTaskConfig]) -> tuple[ImagePipeline | None, Setup]:
     """Return the setup of the task that a student is outside its run, and the pipeline that reads its labels."""

@@ -3,7 +3,7 @@
 The loader's workers draw the mask from each sample's key, so it is the same on any number of ranks.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -12,22 +12,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from data.buckets import letterbox_groups, letterbox_sizes
+from data.buckets import letterbox_groups
 from data.collection import Collection
 from data.config import AugmentConfig
-from data.device_augment import IMAGES, training_views
+from data.device_augment import IMAGES
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import choose_probe_rows, spread
-from data.stream import GroupedSampler, Sampler
-from data.transforms import ByGroup, Footprint, Transform
+from data.transforms import Footprint
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Probe
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.image_exports import IMAGE_EXPORTS
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, evaluation_views
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, Views, by_group, evaluation_views
 from engine.tasks.kind import Kind, Setup, TaskConfig
 from engine.tasks.labels import LabelFields
 from models.build import build_network
@@ -49,9 +48,6 @@ VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
 FOOTPRINT = "footprint"  # of a batch, uint8 [B, 1, H, W], where padding is ignored
 _PICTURES = 10
-_CHUNK = 128  # neighbouring samples of one bucket at most, and so the largest micro-batch
-
-Views = Mapping[str, Transform]
 
 
 class ProbeConfig(Strict):
@@ -82,16 +78,8 @@ class FCMAETaskConfig(TaskConfig):
     probe: ProbeConfig
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError where there is no padding to ignore, or the workers do not know where it will be.
-
-        And where images in buckets would have to be in another order, or be augmented where all have one size.
-        """
+        """Raise ValueError where there is no padding to ignore, or the workers do not know where it will be."""
         augment = config.augment
-        if augment.pad == "buckets" and (augment.on_device or config.loop.sampling != "shuffled"):
-            raise ValueError(
-                f"augment.pad: buckets needs augment.on_device=false (it is {str(augment.on_device).lower()}) and "
-                f"loop.sampling=shuffled (it is {config.loop.sampling}); set them, or augment.pad=square"
-            )
         if self.ignore_padding and (augment.pad == "none" or augment.on_device or augment.rand_augment is not None):
             raise ValueError(
                 "task.ignore_padding: true needs augment.pad=square or buckets, and augment.on_device=false and "
@@ -223,34 +211,39 @@ class FCMAETask(Task):
         return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
 
 
-def _groups(collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray | None:
-    """Return the bucket of each row, [rows]; None where images have one size."""
+def _evaluation_groups(collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray | None:
+    """Return the bucket in which each row is evaluated, [rows]; None where images have one size."""
     buckets_hw = setup.preprocessing.get("buckets_hw")
     return None if buckets_hw is None else letterbox_groups(collection, rows, np.array(buckets_hw))
 
 
-def _by_group(setup: Setup, make: Callable[[Setup], Views]) -> Views:
-    """Return the views that `make` gives for the size that a setup states, or for that of the sample's bucket."""
+def _evaluation_setups(setup: Setup) -> list[Setup]:
+    """Return the setup of each bucket in which images are evaluated; where they have one size, the one given."""
     buckets_hw, stated = setup.preprocessing.get("buckets_hw"), setup.preprocessing
     if buckets_hw is None:
-        return make(setup)
-    views = [
-        make(replace(setup, preprocessing={**stated, "pad": "buckets", "image_size_hw": size})) for size in buckets_hw
+        return [setup]
+    return [
+        replace(setup, preprocessing={**stated, "pad": "buckets", "image_size_hw": size_hw}) for size_hw in buckets_hw
     ]
-    return {name: ByGroup([view[name] for view in views]) for name in views[0]}
 
 
 class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
-    """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it."""
+    """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it.
+
+    Its masks follow the shape of an image, so it is evaluated in buckets too: its weights state their sizes.
+    """
+
+    def unit_px(self, setup: Setup[FCMAETaskConfig]) -> int:
+        """Return the side of a patch."""
+        return _patch_px(setup.model, setup.task)
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return what evaluation does to an image; of buckets, to one alone, and their sizes."""
-        augment = config.augment
-        if augment.pad != "buckets":
-            return super().preprocessing(config)
-        alone = config.model_copy(update={"augment": augment.model_copy(update={"pad": "square"})})
-        sizes = letterbox_sizes(augment.image_size_hw, _patch_px(config.model, config.task))
-        return {**super().preprocessing(alone), "buckets_hw": sizes.tolist()}
+        stated = super().preprocessing(config)
+        if config.augment.pad != "buckets":
+            return stated
+        sized = self.sized(Setup(config.model, config.task), config.augment)
+        return {**stated, "buckets_hw": [own.image_size_hw for own in sized]}
 
     def fields(self, collection: Collection, setup: Setup[FCMAETaskConfig]) -> Fields:
         """Return what adds the mask."""
@@ -262,25 +255,10 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
     def views(self, setup: Setup[FCMAETaskConfig], augment: AugmentConfig) -> Views:
         """Return the training image and, where padding is ignored, its footprint."""
 
-        def make(sized: Setup[FCMAETaskConfig]) -> Views:
-            own = augment.model_copy(update={"image_size_hw": sized.preprocessing["image_size_hw"]})
-            views = training_views(own, sized.preprocessing["background"])
-            return {**views, FOOTPRINT: Footprint.of_training(own)} if sized.task.ignore_padding else views
-
-        return _by_group(setup, make)
-
-    def sampler(
-        self, collection: Collection, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig, rows: np.ndarray
-    ) -> Sampler:
-        """Return the order of the training rows; of buckets, in chunks that divide the global batch."""
-        groups = _groups(collection, setup, rows)
-        if groups is None:
-            return super().sampler(collection, setup, config, rows)
-        sizes, counts = setup.preprocessing["buckets_hw"], np.bincount(groups)
-        found = [f"{count:,} of {height} x {width}" for (height, width), count in zip(sizes, counts) if count]
-        log.info("augment.pad=buckets: %s px", ", ".join(found))
-        batch = config.loop.global_batch_size
-        return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
+        views = super().views(setup, augment)
+        if not setup.task.ignore_padding:
+            return views
+        return {**views, **by_group(self.sized(setup, augment), lambda own: {FOOTPRINT: Footprint.of_training(own)})}
 
     def streams(self, data: ImageData, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
@@ -300,8 +278,8 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
             views |= {FOOTPRINT: Footprint.of_evaluation(sized.preprocessing)} if sized.task.ignore_padding else {}
             return views
 
-        fields, groups = self.fields(data.collection, setup), _groups(data.collection, setup, rows)
-        loaders = {"val": data.evaluation(rows, fields, _by_group(setup, make), groups=groups)}
+        fields, groups = self.fields(data.collection, setup), _evaluation_groups(data.collection, setup, rows)
+        loaders = {"val": data.evaluation(rows, fields, by_group(_evaluation_setups(setup), make), groups=groups)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
         return loaders | self._probe_loaders(data, setup)
@@ -324,9 +302,9 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         log.info(
             "probe: %s training and %s validation images of %d classes", f"{len(train):,}", f"{len(val):,}", classes
         )
-        fields, views = LabelFields(class_ids), _by_group(setup, evaluation_views)
+        fields, views = LabelFields(class_ids), by_group(_evaluation_setups(setup), evaluation_views)
         return {
-            name: data.evaluation(rows, fields, views, groups=_groups(collection, setup, rows))
+            name: data.evaluation(rows, fields, views, groups=_evaluation_groups(collection, setup, rows))
             for name, rows in (("probe_train", train), ("probe_val", val))
         }
 

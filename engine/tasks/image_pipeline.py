@@ -1,12 +1,13 @@
 """The pipeline of images: from the files of a collection to batches of augmented images and a task's fields."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from pydantic import model_validator
 
+from data.buckets import letterbox_groups, letterbox_sizes
 from data.cache.size import preprocessing_of
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
@@ -15,13 +16,14 @@ from data.image_data import ImageData, describe_collection, describe_transparenc
 from data.images import open_images
 from data.loader import Fields, no_fields
 from data.rows import spread, training_rows
-from data.stream import Sampler, build_sampler
-from data.transforms import EvalTransform, Transform
+from data.stream import GroupedSampler, Sampler, build_sampler
+from data.transforms import ByGroup, EvalTransform, Transform
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.tasks.kind import Config, Setup, TaskConfig
 from engine.tasks.pretrained import use_pretrained
+from models.build import check_image_size
 from models.config import ModelConfig
 from models.predictor import check_metadata
 from utils.canvas import DEFAULT, background_of
@@ -31,6 +33,12 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+Views = Mapping[str, Transform]
+Sized = TypeVar("Sized")
+
+_CHUNK = 128  # neighbouring samples of one bucket at most, and so the largest micro-batch
+_STRIDE_PX = 32  # total, of nearly all of timm's networks
+
 
 class ImageTrainingConfig(TrainingConfig):
     """The schema of a training script on images; the script says which tasks it trains."""
@@ -39,6 +47,15 @@ class ImageTrainingConfig(TrainingConfig):
     data: DataConfig
     augment: AugmentConfig
     task: TaskConfig
+
+    @model_validator(mode="after")
+    def _buckets_can_be_grouped(self) -> Self:
+        if self.augment.pad == "buckets" and (self.augment.on_device or self.loop.sampling != "shuffled"):
+            raise ValueError(
+                f"augment.pad: buckets needs augment.on_device=false (it is {str(self.augment.on_device).lower()}) and "
+                f"loop.sampling=shuffled (it is {self.loop.sampling}); set them, or augment.pad=square"
+            )
+        return self
 
     @model_validator(mode="after")
     def _suits_the_task(self) -> Self:
@@ -88,6 +105,28 @@ class ImagePipeline(Generic[Config]):
         batch_size = config.loop.first_batch_size
         return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
+    # ----------------------------------------------------------------------------------------------------- buckets
+
+    def unit_px(self, setup: Setup[Config]) -> int:
+        """Return what divides the sides of buckets."""
+        return getattr(setup.model, "total_stride", _STRIDE_PX)
+
+    def sized(self, setup: Setup[Config], augment: AugmentConfig) -> list[AugmentConfig]:
+        """Return the augmentation of each bucket; where images have one size, the one that is given."""
+        if augment.pad != "buckets":
+            return [augment]
+        sizes = letterbox_sizes(augment.image_size_hw, self.unit_px(setup)).tolist()
+        return [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes]
+
+    def groups(
+        self, collection: Collection, setup: Setup[Config], augment: AugmentConfig, rows: np.ndarray
+    ) -> np.ndarray | None:
+        """Return the bucket of each training row, [rows]; None where images have one size."""
+        if augment.pad != "buckets":
+            return None
+        sizes_hw = np.array([own.image_size_hw for own in self.sized(setup, augment)])
+        return letterbox_groups(collection, rows, sizes_hw)
+
     # ----------------------------------------------------------------------------------------------------- samples
 
     def rows(self, collection: Collection, setup: Setup[Config], rows: np.ndarray) -> np.ndarray:
@@ -98,15 +137,29 @@ class ImagePipeline(Generic[Config]):
         """Return what a sample has beside its images."""
         return no_fields
 
-    def views(self, setup: Setup[Config], augment: AugmentConfig) -> Mapping[str, Transform]:
+    def views(self, setup: Setup[Config], augment: AugmentConfig) -> Views:
         """Return the named views of a training image; a kind with its own makes them in the workers."""
-        return training_views(augment, setup.preprocessing["background"])
+        background = setup.preprocessing["background"]
+        return by_group(self.sized(setup, augment), lambda own: training_views(own, background))
 
     def sampler(
         self, collection: Collection, setup: Setup[Config], config: ImageTrainingConfig, rows: np.ndarray
     ) -> Sampler:
-        """Return the order of the training rows: the one that `loop.sampling` names."""
-        return build_sampler(config.loop.sampling, rows, collection, config.seed)
+        """Return the order of the training rows: the one that `loop.sampling` names.
+
+        Of buckets, in chunks that divide the global batch. Raises UserError (`augment.pad`) where the network does not
+        take images of all their sizes.
+        """
+        groups = self.groups(collection, setup, config.augment, rows)
+        if groups is None:
+            return build_sampler(config.loop.sampling, rows, collection, config.seed)
+        found = []
+        for own, count in zip(self.sized(setup, config.augment), np.bincount(groups).tolist()):
+            _check_bucket(setup.model, own.image_size_hw)
+            found += ["{:,} of {} x {}".format(count, *own.image_size_hw)] if count else []
+        log.info("augment.pad=buckets: %s px", ", ".join(found))
+        batch = config.loop.global_batch_size
+        return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
 
     # ----------------------------------------------------------------------------------------------------- streams
 
@@ -141,6 +194,23 @@ class ImagePipeline(Generic[Config]):
         """Return training images as evaluation prepares them, at most `count` rounded up to whole batches."""
         rows = spread(self.rows(data.collection, setup, data.collection.rows("train")), count)
         return data.evaluation(rows, no_fields, evaluation_views(setup))
+
+
+def by_group(each: Sequence[Sized], make: Callable[[Sized], Views]) -> Views:
+    """Return the views that `make` gives for the group of a draw: group n has those of the n-th of `each`."""
+    views = [make(one) for one in each]
+    return views[0] if len(views) == 1 else {name: ByGroup([view[name] for view in views]) for name in views[0]}
+
+
+def _check_bucket(model: ModelConfig, size_hw: Sequence[int]) -> None:
+    """Raise UserError (`augment.pad`) where the network does not take images of a bucket's size."""
+    try:
+        check_image_size(model, tuple(size_hw))
+    except UserError as error:
+        raise UserError(
+            f"augment.pad: buckets trains on images of {size_hw[0]} x {size_hw[1]} px too, which {model.name} does not "
+            f"take; set augment.pad=square, or choose another network ({error})"
+        ) from None
 
 
 def evaluation_views(setup: Setup) -> dict[str, Transform]:

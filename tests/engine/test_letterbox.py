@@ -1,4 +1,4 @@
-"""augment.pad=buckets: batches of one shape with their footprint, runs that resume exactly, evaluation, refusals."""
+"""augment.pad=buckets: batches of one shape, footprints, runs that resume exactly, evaluation, refusals."""
 
 import json
 from itertools import islice
@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from engine.runtime import Runtime
-from engine.tasks.fcmae import FCMAEKind
+from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure, run, run_until_killed, working_in
 from tests.support import checkpoint_tensors, rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
+from utils.io.weights import read_weights
 
 SHAPES = [(60, 30), (30, 61), (40, 40), (45, 60)]
 OWN = [
@@ -28,7 +29,7 @@ OWN = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Black images of four shapes in two classes; one is no image."""
+    """Black images of four shapes in two classes, with tags; one is no image."""
     place = tmp_path_factory.mktemp("letterbox")
     for split, count in (("train", 12), ("val", 6)):
         for number in range(count):
@@ -36,20 +37,21 @@ def place(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             pixels = np.zeros((*SHAPES[number % 4], 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"tag {number % 3}, shape {number % 4}")
     (place / "images/train/A/broken.png").write_bytes(b"no image")
     return place
 
 
-def open_run(*changes):
-    config, _ = configure("pretrain_fcmae", [*OWN, *changes])
-    kind, runtime = FCMAEKind(), Runtime(torch.device("cpu"), "fp32", False, 0, 1)
+def open_run(script, words):
+    config, _ = configure(script, words)
+    kind, runtime = KINDS[config.task.name], Runtime(torch.device("cpu"), "fp32", False, 0, 1)
     data = kind.pipeline.open_training(config, runtime, Path("none"))
     return kind.pipeline.streams(data, kind.set_up(config, data.collection), config)
 
 
 def test_batches_have_one_shape_and_footprints_are_where_the_black_images_are(place):
     with working_in(place):
-        streams = open_run()
+        streams = open_run("pretrain_fcmae", OWN)
         plan = SimpleNamespace(global_batch_size=4, micro_batch_size=2, accum_steps=2, world_size=1)
         steps = streams.train.steps(0, plan)
         batches = {"train": [batch for step in islice(steps, 39) for batch in step], **streams.evaluation}
@@ -85,6 +87,46 @@ def test_what_does_not_go_with_buckets_is_refused(change):
         configure("pretrain_fcmae", [*OWN, change])
 
 
-def test_other_kinds_refuse_buckets(place):
-    with pytest.raises(UserError, match="^augment.pad: buckets is for pretraining"):
-        run("finetune", [*SMALL_MODEL, *SHORT, "data=image_folder", "data.root=images", "augment.pad=buckets"], place)
+LABELLED = [
+    *SMALL_MODEL, *SHORT, "data=image_folder", "data.root=images", "augment=light", "augment.image_size_hw=[64,64]",
+    "augment.pad=buckets", "augment.horizontal_flip=0", "loop.total_steps=6", "loop.checkpoint_every_steps=2",
+]  # fmt: skip
+TASKS = {
+    "classification": ["task.head=fitted", "task.mixup_alpha=0.8"],
+    "tagging": ["task=tagging", "task.min_count=1", "task.orientation=booru"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_labelled_task_trains_in_buckets_and_is_evaluated_in_squares(place, task, caplog):
+    with working_in(place):
+        streams = open_run("finetune", [*LABELLED, *TASKS[task]])
+        plan = SimpleNamespace(global_batch_size=4, micro_batch_size=4, accum_steps=1, world_size=1)
+        batches = [step[0] for step in islice(streams.train.steps(0, plan), 12)]
+        evaluated = list(streams.evaluation["val"])
+    assert {tuple(batch["images"].shape[-2:]) for batch in batches} == {(48, 84), (56, 72), (64, 64), (84, 48)}
+    assert {tuple(batch["images"].shape[-2:]) for batch in evaluated} == {(64, 64)}
+    assert "augment.pad=buckets: 3 of 48 x 84, 3 of 56 x 72, " in caplog.text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_labelled_run_resumes_exactly_and_its_weights_state_a_square(place, task):
+    words = [*LABELLED, *TASKS[task]]
+    run("finetune", [*words, f"run_dir={task}-whole"], place)
+    run_until_killed("finetune", [*words, f"run_dir={task}-killed"], place, 3)
+    run("finetune", [*words, f"run_dir={task}-killed"], place)
+    whole, killed = (checkpoint_tensors(place / f"{task}-{name}", 6) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    _, metadata = read_weights(place / f"{task}-whole/weights/last_weights.safetensors", "weights", shapes_only=True)
+    assert metadata["preprocessing"]["pad"] == "square" and "buckets_hw" not in metadata["preprocessing"]
+    run("evaluate", [f"run_dir={task}-whole", "weights=last", "output=found.json", "runtime.device=cpu"], place)
+    last = rows(place / f"{task}-whole/metrics.jsonl", "evaluate")[-1]["loss"]
+    assert json.loads((place / "found.json").read_text())["loss"] == pytest.approx(last, rel=1e-4)
+
+
+def test_networks_and_teachers_of_one_size_refuse_buckets(place):
+    vit = ["model=timm", "model.name=vit_tiny_patch16_224", "augment.image_size_hw=[224,224]"]
+    with pytest.raises(UserError, match=r"^augment\.pad: buckets trains on images of 160 x 288 px too, which vit_tiny"):
+        run("finetune", [*LABELLED[len(SMALL_MODEL) :], *vit], place)
+    with pytest.raises(ConfigError, match=r"augment\.pad: buckets gives images many shapes, and a teacher sees"):
+        configure("finetune", [*LABELLED, "task=distillation", "task.teacher=resnet18"])
