@@ -25,6 +25,7 @@ from utils.canvas import DEFAULT, background_levels, background_of
 # pixels would become one of 256 x 12,800,000. Of one that is padded, all is shrunk to this many times the image size.
 _LONGEST = 8
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
+FOOTPRINT = "footprint"  # of a sample, uint8 [1, H, W], where padding is ignored
 _PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 
 

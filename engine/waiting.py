@@ -22,7 +22,10 @@ def advise(runtime: Runtime, epochs: float, readings: Mapping[str, float]) -> st
     if runtime.workers < workers:
         return f"runtime.workers is {runtime.workers}, and the cores of a rank allow {workers}"
     if epochs < 2:
-        return "images were read once: prepare.py job=pack puts many small files into shards that are read in sequence"
+        return (
+            "images were read once, so no cache could help: prepare.py job=pack puts many small files into shards that "
+            "are read in sequence, and augment.shrink=true decodes large photographs no larger than crops need"
+        )
     missed = 1.0
     for name in ("l1_hit_rate", "l2_hit_rate"):
         missed *= 1 - readings.get(name, 0.0)

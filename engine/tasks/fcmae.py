@@ -19,7 +19,7 @@ from data.device_augment import IMAGES
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import choose_probe_rows, spread
-from data.transforms import Footprint
+from data.transforms import FOOTPRINT, Footprint
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Probe
@@ -46,7 +46,6 @@ log = get_logger(__name__)
 # The loss of this number of images is exact to a percent; a large split would take longer than an epoch of training.
 VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
-FOOTPRINT = "footprint"  # of a batch, uint8 [B, 1, H, W], where padding is ignored
 _PICTURES = 10
 
 

@@ -17,7 +17,7 @@ from data.images import open_images
 from data.loader import Fields, no_fields
 from data.rows import spread, training_rows
 from data.stream import GroupedSampler, Sampler, build_sampler
-from data.transforms import ByGroup, EvalTransform, Transform
+from data.transforms import FOOTPRINT, ByGroup, EvalTransform, Transform
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
@@ -173,7 +173,7 @@ class ImagePipeline(Generic[Config]):
                 f"augment.on_device: true is for kinds whose training view is `images` alone; task={config.task.name} "
                 f"makes its own views in the workers ({', '.join(views)}), so set augment.on_device=false"
             )
-        if config.augment.shrink and views.keys() - {IMAGES, AUGMENT}:
+        if config.augment.shrink and views.keys() - {IMAGES, AUGMENT, FOOTPRINT}:
             raise UserError(
                 f"augment.shrink: true is for kinds whose training view is `images` alone; task={config.task.name} "
                 f"makes crops of its own ({', '.join(views)}), so set augment.shrink=false"
