@@ -24,7 +24,7 @@ from data.config import AugmentConfig, DataConfig
 from data.image_data import ImageData
 from engine.config import MachineConfig
 from engine.run import start_machine
-from engine.tasks.exporting import averaged, find_export, open_other, open_own, without_head
+from engine.tasks.exporting import averaged, find_export, of_one_size, open_other, open_own, without_head
 from engine.tasks.foreign import ForeignSource, check_average
 from engine.tasks.kind import ExportSettings, Opened, Rebuilt
 from engine.tasks.kinds import export_formats, options_of
@@ -161,6 +161,7 @@ def main(config: ExportConfig, job: Job) -> str:
         opened = opened.with_licence(config.licence)
         if config.backbone_only:
             opened = without_head(opened)
+        opened = of_one_size(opened)
 
         # -------------------------------------------------------------------------------------------- 2. The files
         export, settings = find_export(config.format, opened), settings_of(config, opened)

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
-from data.image_data import load_files
+from data.image_data import load_files, split_by_bucket
 from data.predictions import (
     Destination,
     Images,
@@ -152,23 +152,27 @@ def choose_pending(config: PredictConfig, destination: Destination, images: Imag
 def predict_all(
     predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Callable[[Tensor], Iterable[Row]]
 ) -> Iterator[Row]:
-    """Yield a row per image, in order: its path, and what `predict` makes of it or an error."""
+    """Yield a row per image: its path, and what `predict` makes of it or an error.
+
+    In order; of weights that were trained in buckets, one bucket after the other.
+    """
     if not paths:
         return
     machine = MachineConfig(
         device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
         deterministic=False, hang_timeout_sec=1800.0,
     )  # fmt: skip
-    loader, reasons = load_files(
-        paths, predictor.preprocessing, choose_runtime(machine), max_pixels=config.max_pixels,
-        batch_size=config.batch_size,
-    )  # fmt: skip
-    left = iter(paths)
-    for batch in loader:
-        readable = batch["weight"] > 0
-        predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
-        for there, path in zip(readable.tolist(), left):
-            yield {"path": str(path), **(next(predicted) if there else {"error": reasons.of[str(path)]})}
+    runtime = choose_runtime(machine)
+    for preprocessing, some in split_by_bucket(paths, predictor.preprocessing):
+        loader, reasons = load_files(
+            some, preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
+        )
+        left = iter(some)
+        for batch in loader:
+            readable = batch["weight"] > 0
+            predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
+            for there, path in zip(readable.tolist(), left):
+                yield {"path": str(path), **(next(predicted) if there else {"error": reasons.of[str(path)]})}
 
 
 def write_texts(rows: Iterable[Row], destination: Destination, config: PredictConfig) -> Iterator[Row]:

@@ -11,7 +11,7 @@ Sizes are (height, width) in pixels, of images that EXIF has turned upright.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -112,9 +112,15 @@ def letterbox_sizes(image_size_hw: Sequence[int], unit_px: int) -> np.ndarray:
     return sdxl_sizes(area, unit_px, least * unit_px, most * unit_px)
 
 
-def letterbox_groups(collection: Collection, rows: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
-    """Return the bucket of the nearest ratio for each row, int64 [N]; of unreadable images, that of a square."""
-    return assign(np.maximum(image_sizes(collection, rows, SIZES), 1), buckets_hw)
+def letterbox_groups(collection: Collection, rows: np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the bucket of the nearest ratio for each row, int64 [N]; of unreadable images, that of a square.
+
+    None where a weight file's preprocessing states no buckets.
+    """
+    buckets_hw = preprocessing.get("buckets_hw")
+    if buckets_hw is None:
+        return None
+    return assign(np.maximum(image_sizes(collection, rows, SIZES), 1), np.array(buckets_hw))
 
 
 def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:

@@ -157,8 +157,8 @@ class AugmentConfig(Strict):
     """From a decoded image to the network's input.
 
     `pad` square puts the whole image into the middle of a square of the background, first, in training and evaluation.
-    buckets: in training of the nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels
-    as `image_size_hw` or fewer; `crop_ratio` is then relative to that shape. Evaluation pads to a square.
+    buckets: of the nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels as
+    `image_size_hw` or fewer; `crop_ratio` is then relative to that shape. Programs that show one size show the square.
     Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
     random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
     `horizontal_flip`; `color_jitter` where it is not null; `rand_augment`, a policy of timm, where it is not null,

@@ -8,24 +8,26 @@ val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransf
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.buckets import assign, letterbox_groups
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
 from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
-from data.image_traits import has_alpha
+from data.image_formats import UnreadableImage
+from data.image_traits import has_alpha, read_upright_size
 from data.images import Files, Images
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog, no_fields
 from data.rows import spread
 from data.source import Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
-from data.transforms import EvalTransform, Transform
+from data.transforms import ByGroup, Transform, Views, evaluation_views, in_buckets
 from utils.canvas import background_of
 from utils.contracts import Batch, DeviceHook, Machine
 from utils.ranks import distributed
@@ -122,6 +124,29 @@ class Reasons:
         self.of.update(problems)
 
 
+def split_by_bucket(
+    paths: Sequence[Path], preprocessing: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], list[Path]]]:
+    """Return image files by the bucket of the nearest ratio, each with the preprocessing in it; unreadable ones in one.
+
+    All are in one where the preprocessing states no buckets.
+    """
+    each = in_buckets(preprocessing)
+    if len(each) == 1:
+        return [(each[0], list(paths))]
+    groups = assign(np.array([_upright_size(path) for path in paths]), np.array(preprocessing["buckets_hw"]))
+    parts = [(own, [path for path, group in zip(paths, groups) if group == n]) for n, own in enumerate(each)]
+    return [(own, some) for own, some in parts if some]
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Return the size of an image file, (height, width); of an unreadable one, that of a square."""
+    try:
+        return read_upright_size(path)
+    except UnreadableImage:
+        return 1, 1
+
+
 def load_files(
     paths: Sequence[Path], preprocessing: Mapping[str, Any], machine: Machine, *, max_pixels: int, batch_size: int
 ) -> tuple[EvaluationLoader, Reasons]:
@@ -134,7 +159,7 @@ def load_files(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),
     )  # fmt: skip
-    views = {"images": EvalTransform.of(preprocessing)}
+    views = evaluation_views(preprocessing)
     reader = SampleReader(files, Images(Files(files), decoder), views, no_fields, training=False)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)
     return EvaluationLoader(reader, batches, machine, unreadable=reasons), reasons
@@ -197,6 +222,20 @@ class ImageData:
         )  # fmt: skip
         reader, hook = self._reader(fields, views, training=False), device_hook(views, on_device)
         return EvaluationLoader(reader, batches, self.machine, unreadable=self.unreadable, on_device=hook)
+
+    def prepared(
+        self,
+        rows: np.ndarray,
+        fields: Fields,
+        preprocessing: Mapping[str, Any],
+        make: Callable[[Mapping[str, Any]], Views] = evaluation_views,
+    ) -> EvaluationLoader:
+        """Return a loader of some rows as a weight file's preprocessing says: of buckets, each batch in one of them.
+
+        make: from the preprocessing in one bucket to views.
+        """
+        views = ByGroup.views(in_buckets(preprocessing), make)
+        return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
 
     def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
         return SampleReader(self.collection, self.source, views, fields, training=training)

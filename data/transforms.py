@@ -8,7 +8,7 @@ Normalisation happens on the device (models/normalise.py): a batch carries bytes
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -40,11 +40,21 @@ class Transform(Protocol):
         ...
 
 
+Views = Mapping[str, Transform]
+Sized = TypeVar("Sized")
+
+
 class ByGroup:
     """The transform of the draw's group: one for each bucket."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self._transforms = transforms
+
+    @classmethod
+    def views(cls, each: Sequence[Sized], make: Callable[[Sized], Views]) -> Views:
+        """Return views of all groups; those of group n are what `make` gives for the n-th of `each`."""
+        views = [make(one) for one in each]
+        return views[0] if len(views) == 1 else {name: cls([view[name] for view in views]) for name in views[0]}
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
@@ -286,6 +296,19 @@ class Footprint:
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """Keep the upper bits of each channel; none, which Pillow 13 refuses and timm asks for, makes the image black."""
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
+
+
+def in_buckets(preprocessing: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the preprocessing in each bucket that a weight file states; where it states none, as it is."""
+    buckets_hw = preprocessing.get("buckets_hw")
+    if buckets_hw is None:
+        return [preprocessing]
+    return [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in buckets_hw]
+
+
+def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
+    """Return the one view of an evaluation image."""
+    return {"images": EvalTransform.of(preprocessing)}
 
 
 class EvalTransform:

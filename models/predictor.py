@@ -35,7 +35,7 @@ _Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
 class _Preprocessing(BaseModel):
     """The preprocessing that a file states; the file may come from a stranger.
 
-    buckets_hw: the sizes that its own evaluation groups images in; an image alone is padded to a square.
+    buckets_hw: the sizes that images are grouped in; programs that show one size pad to a square.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)

@@ -1,8 +1,11 @@
 """The samples with the highest scores, for pictures of an evaluation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from utils.ranks import distributed
 
@@ -19,7 +22,7 @@ class TopSamples:
         order = _rank_samples(score, eligible, fields["sample_id"])[: self._size]
         batch = {name: tensor[order] for name, tensor in {**fields, "score": score, "eligible": eligible}.items()}
         if self._kept:
-            batch = {name: torch.cat([self._kept[name], tensor]) for name, tensor in batch.items()}
+            batch = {name: torch.cat(_of_one_shape([self._kept[name], tensor])) for name, tensor in batch.items()}
             order = _rank_samples(batch["score"], batch["eligible"], batch["sample_id"])[: self._size]
             batch = {name: tensor[order] for name, tensor in batch.items()}
         self._kept = batch
@@ -37,10 +40,20 @@ class TopSamples:
         chosen = ids[chosen[eligible[chosen]]]
         mine = torch.isin(own["sample_id"], chosen) & marks[1]
         parts = distributed.gather_objects({name: tensor[mine].numpy() for name, tensor in own.items()})
-        every = {name: np.concatenate([part[name] for part in parts]) for name in own}
+        every = {
+            name: torch.cat(_of_one_shape([torch.from_numpy(part[name]) for part in parts])).numpy() for name in own
+        }
         place = {number: index for index, number in enumerate(every["sample_id"].tolist())}
         order = [place[number] for number in chosen.tolist()]
         return {name: values[order] for name, values in every.items()}
+
+
+def _of_one_shape(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return parts that can be joined: images [B, C, H, W] of several sizes get black edges at the right and bottom."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return parts
+    height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
+    return [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2])) for part in parts]
 
 
 def _rank_samples(score: Tensor, eligible: Tensor, sample_id: Tensor) -> Tensor:

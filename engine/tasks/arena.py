@@ -21,7 +21,6 @@ from data.images import open_images
 from data.tags.index import describe_report, index_tags
 from data.tags.names import parse_tag
 from data.tags.rules import read_rules
-from data.transforms import EvalTransform
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores
@@ -113,8 +112,7 @@ class Arena:
             shortest_px=preprocessing.get("shortest_px"),
         )
         data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
-        rows, views = np.flatnonzero(self._index.tagged), {"images": EvalTransform.of(preprocessing)}
-        loader = data.evaluation(rows, TagFields(self._index, None), views)
+        loader = data.prepared(np.flatnonzero(self._index.tagged), TagFields(self._index, None), preprocessing)
         outputs = [model.outputs[key] for key in self._shared.columns]
         is_rating = torch.tensor(self._shared.categories, device=self._runtime.device) == RATING
         means, counts = Means(), TagHistograms(width)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.buckets import letterbox_groups
 from data.collection import Collection, check_classes
 from data.image_data import ImageData
 from data.loader import Fields
@@ -237,6 +238,6 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
         views = pipeline.views(setup, config.augment)
         rows = spread(rows, HEAD_IMAGES)
-        groups = pipeline.groups(collection, setup, config.augment, rows)
+        groups = letterbox_groups(collection, rows, setup.preprocessing)
         loader = data.evaluation(rows, pipeline.fields(collection, setup), views, groups=groups)
         prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

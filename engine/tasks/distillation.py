@@ -31,7 +31,7 @@ from engine.measures.means import measure_means
 from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.classification import ClassificationKind, ClassificationPipeline, ClassificationTask
 from engine.tasks.image_exports import IMAGE_EXPORTS
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, evaluation_views
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingConfig
 from engine.tasks.pretrained import stated_preprocessing
@@ -302,7 +302,7 @@ class DistillationPipeline(ImagePipeline[DistillationTaskConfig]):
         """Return `val`: its labelled images, where it has some."""
         rows = data.collection.rows("val")
         rows = self.labelled(data.collection, setup, rows) if setup.facts.get("labelled") else rows
-        return {"val": data.evaluation(rows, self.fields(data.collection, setup), evaluation_views(setup))}
+        return {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing)}
 
 
 class DistillationKind(Kind[DistillationTaskConfig]):

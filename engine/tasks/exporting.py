@@ -138,6 +138,24 @@ def find_export(name: str, opened: Opened) -> Export:
     return exports[name]
 
 
+def of_one_size(opened: Opened) -> Opened:
+    """Return the same for programs that show images of one size, padded to a square.
+
+    Raises UserError (`weights`) for predictions of a network that was trained in buckets.
+    """
+    stated = opened.metadata.get("preprocessing", {})
+    if stated.get("buckets_hw") is None:
+        return opened
+    if opened.metadata["output"] != "features":
+        raise UserError(
+            "weights: they were trained on images of several shapes (augment.pad=buckets), and programs that load an "
+            "export show images in a square, where such a network is wrong far more often; predict with predict.py, or "
+            "train on: python finetune.py init_from=RUN augment.pad=square"
+        )
+    alone = {name: value for name, value in stated.items() if name != "buckets_hw"}
+    return opened._replace(metadata={**opened.metadata, "preprocessing": alone})
+
+
 def without_head(opened: Opened) -> Opened:
     """Return the backbone: the network without head and final norm, whose output is the mean of the last map.
 

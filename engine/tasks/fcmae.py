@@ -12,21 +12,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from data.buckets import letterbox_groups
 from data.collection import Collection
 from data.config import AugmentConfig
 from data.device_augment import IMAGES
 from data.image_data import ImageData
 from data.loader import Example, Fields
 from data.rows import choose_probe_rows, spread
-from data.transforms import FOOTPRINT, Footprint
+from data.transforms import FOOTPRINT, ByGroup, Footprint, Views, evaluation_views
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Probe
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.image_exports import IMAGE_EXPORTS
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, Views, by_group, evaluation_views
+from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, augments
 from engine.tasks.kind import Kind, Setup, TaskConfig
 from engine.tasks.labels import LabelFields
 from models.build import build_network
@@ -210,39 +209,12 @@ class FCMAETask(Task):
         return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
 
 
-def _evaluation_groups(collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray | None:
-    """Return the bucket in which each row is evaluated, [rows]; None where images have one size."""
-    buckets_hw = setup.preprocessing.get("buckets_hw")
-    return None if buckets_hw is None else letterbox_groups(collection, rows, np.array(buckets_hw))
-
-
-def _evaluation_setups(setup: Setup) -> list[Setup]:
-    """Return the setup of each bucket in which images are evaluated; where they have one size, the one given."""
-    buckets_hw, stated = setup.preprocessing.get("buckets_hw"), setup.preprocessing
-    if buckets_hw is None:
-        return [setup]
-    return [
-        replace(setup, preprocessing={**stated, "pad": "buckets", "image_size_hw": size_hw}) for size_hw in buckets_hw
-    ]
-
-
 class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
-    """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it.
+    """All images of the training split, labelled or not. Labels are used to probe the encoder, never to train it."""
 
-    Its masks follow the shape of an image, so it is evaluated in buckets too: its weights state their sizes.
-    """
-
-    def unit_px(self, setup: Setup[FCMAETaskConfig]) -> int:
+    def unit_px(self, config: ImageTrainingConfig) -> int:
         """Return the side of a patch."""
-        return _patch_px(setup.model, setup.task)
-
-    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
-        """Return what evaluation does to an image; of buckets, to one alone, and their sizes."""
-        stated = super().preprocessing(config)
-        if config.augment.pad != "buckets":
-            return stated
-        sized = self.sized(Setup(config.model, config.task), config.augment)
-        return {**stated, "buckets_hw": [own.image_size_hw for own in sized]}
+        return _patch_px(config.model, config.task)
 
     def fields(self, collection: Collection, setup: Setup[FCMAETaskConfig]) -> Fields:
         """Return what adds the mask."""
@@ -257,7 +229,8 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         views = super().views(setup, augment)
         if not setup.task.ignore_padding:
             return views
-        return {**views, **by_group(self.sized(setup, augment), lambda own: {FOOTPRINT: Footprint.of_training(own)})}
+        footprints = ByGroup.views(augments(augment, setup), lambda own: {FOOTPRINT: Footprint.of_training(own)})
+        return {**views, **footprints}
 
     def streams(self, data: ImageData, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
@@ -272,13 +245,11 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
 
-        def make(sized: Setup[FCMAETaskConfig]) -> Views:
-            views = evaluation_views(sized)
-            views |= {FOOTPRINT: Footprint.of_evaluation(sized.preprocessing)} if sized.task.ignore_padding else {}
-            return views
+        def make(stated: Mapping[str, Any]) -> Views:
+            footprint = {FOOTPRINT: Footprint.of_evaluation(stated)} if setup.task.ignore_padding else {}
+            return {**evaluation_views(stated), **footprint}
 
-        fields, groups = self.fields(data.collection, setup), _evaluation_groups(data.collection, setup, rows)
-        loaders = {"val": data.evaluation(rows, fields, by_group(_evaluation_setups(setup), make), groups=groups)}
+        loaders = {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing, make)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
         return loaders | self._probe_loaders(data, setup)
@@ -301,9 +272,8 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         log.info(
             "probe: %s training and %s validation images of %d classes", f"{len(train):,}", f"{len(val):,}", classes
         )
-        fields, views = LabelFields(class_ids), by_group(_evaluation_setups(setup), evaluation_views)
         return {
-            name: data.evaluation(rows, fields, views, groups=_evaluation_groups(collection, setup, rows))
+            name: data.prepared(rows, LabelFields(class_ids), setup.preprocessing)
             for name, rows in (("probe_train", train), ("probe_val", val))
         }
 

@@ -1,8 +1,8 @@
 """The pipeline of images: from the files of a collection to batches of augmented images and a task's fields."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self
 
 import numpy as np
 from pydantic import model_validator
@@ -17,7 +17,7 @@ from data.images import open_images
 from data.loader import Fields, no_fields
 from data.rows import spread, training_rows
 from data.stream import GroupedSampler, Sampler, build_sampler
-from data.transforms import FOOTPRINT, ByGroup, EvalTransform, Transform
+from data.transforms import FOOTPRINT, ByGroup, Views
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
@@ -32,9 +32,6 @@ from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-
-Views = Mapping[str, Transform]
-Sized = TypeVar("Sized")
 
 _CHUNK = 128  # neighbouring samples of one bucket at most, and so the largest micro-batch
 _STRIDE_PX = 32  # total, of nearly all of timm's networks
@@ -71,10 +68,18 @@ class ImagePipeline(Generic[Config]):
         return use_pretrained(config)
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
-        """Return what evaluation does to an image."""
+        """Return what evaluation does to an image; of buckets, to one in a square, and their sizes (`buckets_hw`)."""
+        augment, stated = config.augment, {}  # files of before do not state all
+        if config.data.icc:
+            stated["icc"] = True
+        if augment.pad == "buckets":
+            stated["buckets_hw"] = letterbox_sizes(augment.image_size_hw, self.unit_px(config)).tolist()
         background = DEFAULT if config.data.background is None else config.data.background
-        icc = {"icc": True} if config.data.icc else {}  # files of before do not state it
-        return {**preprocessing_of(config.augment, config.model.in_channels), "background": background, **icc}
+        return {**preprocessing_of(augment, config.model.in_channels), "background": background, **stated}
+
+    def unit_px(self, config: ImageTrainingConfig) -> int:
+        """Return what divides the sides of buckets."""
+        return getattr(config.model, "total_stride", _STRIDE_PX)
 
     def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
         """Raise UserError (`key`) that names the first wrong value of a weight file's preprocessing and names."""
@@ -105,28 +110,6 @@ class ImagePipeline(Generic[Config]):
         batch_size = config.loop.first_batch_size
         return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
-    # ----------------------------------------------------------------------------------------------------- buckets
-
-    def unit_px(self, setup: Setup[Config]) -> int:
-        """Return what divides the sides of buckets."""
-        return getattr(setup.model, "total_stride", _STRIDE_PX)
-
-    def sized(self, setup: Setup[Config], augment: AugmentConfig) -> list[AugmentConfig]:
-        """Return the augmentation of each bucket; where images have one size, the one that is given."""
-        if augment.pad != "buckets":
-            return [augment]
-        sizes = letterbox_sizes(augment.image_size_hw, self.unit_px(setup)).tolist()
-        return [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes]
-
-    def groups(
-        self, collection: Collection, setup: Setup[Config], augment: AugmentConfig, rows: np.ndarray
-    ) -> np.ndarray | None:
-        """Return the bucket of each training row, [rows]; None where images have one size."""
-        if augment.pad != "buckets":
-            return None
-        sizes_hw = np.array([own.image_size_hw for own in self.sized(setup, augment)])
-        return letterbox_groups(collection, rows, sizes_hw)
-
     # ----------------------------------------------------------------------------------------------------- samples
 
     def rows(self, collection: Collection, setup: Setup[Config], rows: np.ndarray) -> np.ndarray:
@@ -140,7 +123,7 @@ class ImagePipeline(Generic[Config]):
     def views(self, setup: Setup[Config], augment: AugmentConfig) -> Views:
         """Return the named views of a training image; a kind with its own makes them in the workers."""
         background = setup.preprocessing["background"]
-        return by_group(self.sized(setup, augment), lambda own: training_views(own, background))
+        return ByGroup.views(augments(augment, setup), lambda own: training_views(own, background))
 
     def sampler(
         self, collection: Collection, setup: Setup[Config], config: ImageTrainingConfig, rows: np.ndarray
@@ -150,13 +133,13 @@ class ImagePipeline(Generic[Config]):
         Of buckets, in chunks that divide the global batch. Raises UserError (`augment.pad`) where the network does not
         take images of all their sizes.
         """
-        groups = self.groups(collection, setup, config.augment, rows)
+        groups = letterbox_groups(collection, rows, setup.preprocessing)
         if groups is None:
             return build_sampler(config.loop.sampling, rows, collection, config.seed)
         found = []
-        for own, count in zip(self.sized(setup, config.augment), np.bincount(groups).tolist()):
-            _check_bucket(setup.model, own.image_size_hw)
-            found += ["{:,} of {} x {}".format(count, *own.image_size_hw)] if count else []
+        for size_hw, count in zip(setup.preprocessing["buckets_hw"], np.bincount(groups).tolist()):
+            _check_bucket(setup.model, size_hw)
+            found += ["{:,} of {} x {}".format(count, *size_hw)] if count else []
         log.info("augment.pad=buckets: %s px", ", ".join(found))
         batch = config.loop.global_batch_size
         return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
@@ -188,18 +171,18 @@ class ImagePipeline(Generic[Config]):
     def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
         rows = self.rows(data.collection, setup, data.collection.rows("val"))
-        return {"val": data.evaluation(rows, self.fields(data.collection, setup), evaluation_views(setup))}
+        return {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing)}
 
     def calibration(self, data: ImageData, setup: Setup[Config], count: int) -> Iterable[Batch]:
         """Return training images as evaluation prepares them, at most `count` rounded up to whole batches."""
         rows = spread(self.rows(data.collection, setup, data.collection.rows("train")), count)
-        return data.evaluation(rows, no_fields, evaluation_views(setup))
+        return data.prepared(rows, no_fields, setup.preprocessing)
 
 
-def by_group(each: Sequence[Sized], make: Callable[[Sized], Views]) -> Views:
-    """Return the views that `make` gives for the group of a draw: group n has those of the n-th of `each`."""
-    views = [make(one) for one in each]
-    return views[0] if len(views) == 1 else {name: ByGroup([view[name] for view in views]) for name in views[0]}
+def augments(augment: AugmentConfig, setup: Setup) -> list[AugmentConfig]:
+    """Return the augmentation of each bucket; where images have one size, the one given."""
+    sizes_hw = setup.preprocessing.get("buckets_hw") or [augment.image_size_hw]
+    return [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes_hw]
 
 
 def _check_bucket(model: ModelConfig, size_hw: Sequence[int]) -> None:
@@ -211,8 +194,3 @@ def _check_bucket(model: ModelConfig, size_hw: Sequence[int]) -> None:
             f"augment.pad: buckets trains on images of {size_hw[0]} x {size_hw[1]} px too, which {model.name} does not "
             f"take; set augment.pad=square, or choose another network ({error})"
         ) from None
-
-
-def evaluation_views(setup: Setup) -> dict[str, Transform]:
-    """Return the one view of an evaluation image."""
-    return {"images": EvalTransform.of(setup.preprocessing)}

@@ -1,6 +1,7 @@
 """augment.pad=buckets: batches of one shape, footprints, runs that resume exactly, evaluation, refusals."""
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from PIL import Image
 
 from engine.runtime import Runtime
 from engine.tasks.kinds import KINDS
+from engine.tasks.rebuild import load_predictor
+from models.outputs import RowOptions
 from tests.in_process import SHORT, SMALL_MODEL, configure, run, run_until_killed, working_in
 from tests.support import checkpoint_tensors, rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
-from utils.io.weights import read_weights
 
 SHAPES = [(60, 30), (30, 61), (40, 40), (45, 60)]
 OWN = [
@@ -46,7 +48,7 @@ def open_run(script, words):
     config, _ = configure(script, words)
     kind, runtime = KINDS[config.task.name], Runtime(torch.device("cpu"), "fp32", False, 0, 1)
     data = kind.pipeline.open_training(config, runtime, Path("none"))
-    return kind.pipeline.streams(data, kind.set_up(config, data.collection), config)
+    return data, kind.pipeline.streams(data, kind.set_up(config, data.collection), config)
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -54,7 +56,7 @@ def test_batches_have_one_shape_and_footprints_are_where_the_black_images_are(pl
     patch_px, sizes = (8, {(24, 40), (32, 32), (40, 24)}) if small else (16, {(48, 80), (64, 64), (80, 48)})
     changes = ["augment.image_size_hw=[32,32]", "task.patch_px=8", "augment.shrink=true"] if small else []
     with working_in(place):
-        streams = open_run("pretrain_fcmae", [*OWN, *changes])
+        _, streams = open_run("pretrain_fcmae", [*OWN, *changes])
         plan = SimpleNamespace(global_batch_size=4, micro_batch_size=2, accum_steps=2, world_size=1)
         steps = streams.train.steps(0, plan)
         batches = {"train": [batch for step in islice(steps, 39) for batch in step], **streams.evaluation}
@@ -101,31 +103,46 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_labelled_task_trains_in_buckets_and_is_evaluated_in_squares(place, task, caplog):
-    with working_in(place):
-        streams = open_run("finetune", [*LABELLED, *TASKS[task]])
-        plan = SimpleNamespace(global_batch_size=4, micro_batch_size=4, accum_steps=1, world_size=1)
-        batches = [step[0] for step in islice(streams.train.steps(0, plan), 12)]
-        evaluated = list(streams.evaluation["val"])
-    assert {tuple(batch["images"].shape[-2:]) for batch in batches} == {(48, 84), (56, 72), (64, 64), (84, 48)}
-    assert {tuple(batch["images"].shape[-2:]) for batch in evaluated} == {(64, 64)}
-    assert "augment.pad=buckets: 3 of 48 x 84, 3 of 56 x 72, " in caplog.text
+def numbers_of(row):
+    """Return the probabilities of a predicted row, in order."""
+    return [float(text) for text in re.findall(r"\d\.\d+", json.dumps([row.get("top"), row.get("probs")]))]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_labelled_run_resumes_exactly_and_its_weights_state_a_square(place, task):
+def test_a_labelled_task_is_trained_evaluated_and_predicted_in_buckets_and_resumes_exactly(place, task):
     words = [*LABELLED, *TASKS[task]]
     run("finetune", [*words, f"run_dir={task}-whole"], place)
+    assert "augment.pad=buckets: 3 of 48 x 84, 3 of 56 x 72, " in (place / f"{task}-whole/log.txt").read_text()
     run_until_killed("finetune", [*words, f"run_dir={task}-killed"], place, 3)
     run("finetune", [*words, f"run_dir={task}-killed"], place)
     whole, killed = (checkpoint_tensors(place / f"{task}-{name}", 6) for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
-    _, metadata = read_weights(place / f"{task}-whole/weights/last_weights.safetensors", "weights", shapes_only=True)
-    assert metadata["preprocessing"]["pad"] == "square" and "buckets_hw" not in metadata["preprocessing"]
     run("evaluate", [f"run_dir={task}-whole", "weights=last", "output=found.json", "runtime.device=cpu"], place)
     last = rows(place / f"{task}-whole/metrics.jsonl", "evaluate")[-1]["loss"]
     assert json.loads((place / "found.json").read_text())["loss"] == pytest.approx(last, rel=1e-4)
+
+    weights, threshold = place / f"{task}-whole/weights/last_weights.safetensors", ["threshold=0"] * (task == "tagging")
+    run("predict", [f"weights={weights}", "input=images/val", "output=found.jsonl", "device=cpu", *threshold], place)
+    found = {Path(row["path"]).stem: row for row in map(json.loads, (place / "found.jsonl").read_text().splitlines())}
+    (place / "found.jsonl").unlink()
+    predictor, seen = load_predictor(weights, torch.device("cpu"), "weights"), set()
+    with working_in(place):
+        data, streams = open_run("finetune", words)
+        for batch in streams.evaluation["val"]:
+            seen.add(tuple(batch["images"].shape[-2:]))
+            for row, expected in zip(batch["sample_id"], predictor.rows(batch["images"], RowOptions(5, np.float32(0)))):
+                mine = found[Path(data.collection.view(int(row)).path).stem]
+                assert numbers_of(mine) == pytest.approx(numbers_of(expected), abs=2e-6)
+    assert seen == {(48, 84), (56, 72), (64, 64), (84, 48)} and len(found) == 6
+
+
+def test_exports_of_predictions_refuse_buckets_and_those_of_features_state_a_square(place):
+    run("finetune", [*LABELLED, "run_dir=exported"], place)
+    with pytest.raises(UserError, match=r"^weights: they were trained on images of several shapes \(augment.pad"):
+        run("export", ["run_dir=exported"], place)
+    run("export", ["run_dir=exported", "backbone_only=true"], place)
+    served = load_predictor(place / "exported/export/model.onnx", torch.device("cpu"), "weights").preprocessing
+    assert served["pad"] == "square" and "buckets_hw" not in served
 
 
 def test_networks_and_teachers_of_one_size_refuse_buckets(place):
