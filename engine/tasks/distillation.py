@@ -274,6 +274,11 @@ def find_teacher(source: str, channels: int) -> dict[str, Any]:
             f"{_KEY}: {source} takes images of {model.in_channels} channels, and the student of {channels}; set "
             f"model.in_channels={model.in_channels}, and augment.mean and augment.std of as many numbers"
         )
+    if stated.get("buckets_hw") is not None:
+        raise UserError(
+            f"{_KEY}: {source} was trained on images of several shapes (augment.pad=buckets) and would see squares, "
+            "where it is wrong far more often; name a teacher that was trained with augment.pad=square or none"
+        )
     return {"teacher": {"model": model.model_dump(), "preprocessing": stated, "outputs": outputs}, **names}
 
 

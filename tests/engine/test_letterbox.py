@@ -136,8 +136,10 @@ def test_a_labelled_task_is_trained_evaluated_and_predicted_in_buckets_and_resum
     assert seen == {(48, 84), (56, 72), (64, 64), (84, 48)} and len(found) == 6
 
 
-def test_exports_of_predictions_refuse_buckets_and_those_of_features_state_a_square(place):
+def test_exports_and_students_refuse_predictions_in_buckets_and_exported_features_state_a_square(place):
     run("finetune", [*LABELLED, "run_dir=exported"], place)
+    with pytest.raises(UserError, match=r"^task\.teacher: exported was trained on images of several shapes"):
+        run("finetune", [*LABELLED, "task=distillation", "task.teacher=exported", "augment.pad=square"], place)
     with pytest.raises(UserError, match=r"^weights: they were trained on images of several shapes \(augment.pad"):
         run("export", ["run_dir=exported"], place)
     run("export", ["run_dir=exported", "backbone_only=true"], place)
