@@ -49,11 +49,11 @@ class TopSamples:
 
 
 def _of_one_shape(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return parts that can be joined: images [B, C, H, W] of several sizes get black edges at the right and bottom."""
+    """Return parts that can be joined: images of bytes [B, C, H, W] get white edges at the right and bottom."""
     if len({part.shape[1:] for part in parts}) == 1:
         return parts
     height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-    return [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2])) for part in parts]
+    return [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2]), value=255) for part in parts]
 
 
 def _rank_samples(score: Tensor, eligible: Tensor, sample_id: Tensor) -> Tensor:
