@@ -41,7 +41,7 @@ COMMON = [
 ]  # fmt: skip
 
 
-def make_images(folder, classes=10, count=4000):
+def make_images(folder, count, classes=10):
     """Write grey images of 32 px: noise of one band of frequencies for each class, in noise of all frequencies."""
     if (folder / "complete").exists():
         return folder
@@ -117,13 +117,13 @@ def exponential_means(losses, factor):
     return means
 
 
-def measure(name, words, rates):
-    """Return the row of a case."""
-    found = train(OUT / f"{name}_test", [*words, "lr_finder.max_share=1.0"])
+def measure(out, name, words, rates):
+    """Return the row of a case, whose runs lie in `out`."""
+    found = train(out / f"{name}_test", [*words, "lr_finder.max_share=1.0"])
     top1 = {
-        rate: train(OUT / f"{name}_{rate:g}", [*words, "lr_finder.enabled=false", f"optim.lr={rate}"]) for rate in rates
+        rate: train(out / f"{name}_{rate:g}", [*words, "lr_finder.enabled=false", f"optim.lr={rate}"]) for rate in rates
     }
-    test, best = json.loads((OUT / f"{name}_test/lr_finder.json").read_text()), max(top1, key=top1.get)
+    test, best = json.loads((out / f"{name}_test/lr_finder.json").read_text()), max(top1, key=top1.get)
     suggested = {"ours": test["taken"], "fastai valley": valley(test["rates"], test["losses"]),
                  "torch-lr-finder": steepest(test["rates"], test["losses"])}  # fmt: skip
     return {"case": name, "best": best, "top1": top1, "top1_found": found, "suggested": suggested}
@@ -152,16 +152,18 @@ def is_near(rate, best):
 def main():
     given, quick = read_settings(fashion_mnist=None, steps=None)
     steps = read_number("steps", given["steps"] or ("100" if quick else "200"), int)
-    roots = {"made": make_images(OUT / "made")}
+    out = OUT / "quick" if quick else OUT
+    roots = {"made": make_images(out / "made", count=800 if quick else 4000)}
     if given["fashion_mnist"] is not None:
-        roots = {"fashion": link_images(Path(given["fashion_mnist"]), OUT / "fashion"), **roots}
+        roots = {"fashion": link_images(Path(given["fashion_mnist"]), out / "fashion"), **roots}
     cases = list(itertools.product(roots, NETWORKS, OPTIMISERS))[: 1 if quick else None]
     rows = []
     for data, network, optimiser in cases:
         own, rates = OPTIMISERS[optimiser]
         words = [f"data.root={roots[data]}", *NETWORKS[network], *own, f"loop.total_steps={steps}"]
-        rows.append(measure(f"{data}_{network}_{optimiser}", words, rates[3:4] if quick else rates))
-    (OUT / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+        words += ["loop.global_batch_size=16"] if quick else []
+        rows.append(measure(out, f"{data}_{network}_{optimiser}", words, rates[3:4] if quick else rates))
+    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     sys.stdout.write(table(rows) + "\n")
 
 

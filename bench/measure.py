@@ -65,16 +65,18 @@ class Comparison:
 def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]], turns: int = 5) -> None:
     """Measure what `comparisons(device, quick)` yields, print the table and write outputs/bench/<script>.json.
 
-    The file also has a profile of our side of each comparison. The command's only word is `quick`: two turns, to
-    outputs/bench/quick/; their figures mean nothing.
+    The file also has a profile of our side of each comparison. The command's only word is `quick`: two turns and one
+    profile, to outputs/bench/quick/; their figures mean nothing.
     """
     if sys.argv[1:] not in ([], ["quick"]):
         sys.exit(f"{sys.argv[0]}: the only argument is quick")
     quick, rows = len(sys.argv) > 1, []
     device = runtime_of("fp32").device
     for comparison in comparisons(device, quick):
-        rows += measure(comparison, device, 2 if quick else turns)
-        rows[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
+        found = measure(comparison, device, 2 if quick else turns)
+        rows += found
+        if not quick or len(rows) == len(found):
+            rows[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
     path = (OUT / "quick" if quick else OUT) / f"{Path(sys.argv[0]).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": describe_machine(device), "quick": quick, "rows": rows}, indent=2) + "\n")

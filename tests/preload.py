@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401
 import gc
+from importlib.util import find_spec
 
 import matplotlib.backends.backend_agg
 import onnxruntime
@@ -22,6 +23,12 @@ import train
 import utils.record.lettering
 import utils.record.plots
 from tests.in_process import compose
+
+if find_spec("diffusers") is not None:  # five seconds of each run of SDXL
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    import finetune_sdxl
 
 utils.record.lettering.legible("a")  # reads its fonts
 Image.init()  # imports its plugins

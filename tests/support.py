@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,13 +167,12 @@ def draw_nothing(metrics, path, title):
     """Stand for `utils.record.plots.plot_curves`, which takes a third of the time of a run of some steps."""
 
 
-def _run_rank(script, overrides, cwd, variables, output, kill_at_step, draws):
+def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step, draws):
     """Be one rank: in a session of its own, so that its loader's workers die with it."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # the loader's workers start as in a process of a user's
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(variables)
     os.chdir(cwd)
     if kill_at_step is not None:
@@ -192,6 +192,8 @@ def _run_rank(script, overrides, cwd, variables, output, kill_at_step, draws):
         plots.plot_curves = draw_nothing
     sys.argv = [script, *overrides]
     sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]
+    if script.startswith("bench/"):  # as in a process of a user's: what it imports of ours, it must find itself
+        sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -223,12 +225,13 @@ class Started:
         return self._output.read_text() if self._output.exists() else ""
 
 
-def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, draws=False):
+def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, draws=False, outputs=None):
     """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
 
     Several ranks get torchrun's variables; `variables` replaces them (one process then). draws: with plots/curves.png.
+    outputs: the files of standard output and standard error, else one in `cwd`.
     """
-    output = Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"
+    outputs = outputs or [Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"] * 2
     port = str(free_port())
     processes = []
     for rank in range(ranks):
@@ -238,11 +241,11 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, dr
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        arguments = (script, overrides, str(cwd), own, str(output), kill_at_step, draws)
+        arguments = (script, overrides, str(cwd), own, list(map(str, outputs)), kill_at_step, draws)
         process = _FORKS.Process(target=_run_rank, args=arguments)
         process.start()
         processes.append(process)
-    return Started(processes, output)
+    return Started(processes, outputs[1])
 
 
 def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, draws=False):
@@ -264,6 +267,21 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
     except subprocess.TimeoutExpired as expired:  # its own message has the first bytes alone
         said = (expired.stderr or b"").decode(errors="replace")
         raise AssertionError(f"{arguments[0]} is still running after {timeout} s:\n{said[-6000:]}") from None
+
+
+def fork_command(script, *words, timeout=300):
+    """Run a script from the repository as `command("python", script, ...)` does, but in a fork."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("output.txt", "errors.txt")]
+        [code] = start(script, list(map(str, words)), ROOT, outputs=outputs).wait(timeout)
+        return subprocess.CompletedProcess((script, *words), code, *(path.read_text() for path in outputs))
+
+
+def fork_call(command, cwd, stdout, stderr):
+    """Stand for `subprocess.call([sys.executable, script, ...])` with its output in one file."""
+    assert command[0] == sys.executable and stderr == subprocess.STDOUT
+    [code] = start(command[1], list(command[2:]), cwd, outputs=[stdout.name] * 2).wait(timeout=900)
+    return code
 
 
 def is_reading(name):

@@ -203,7 +203,12 @@ ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache", "data.cac
 
 def run_sdxl(go, others, search, data):
     """Run finetune_sdxl.py with every kind of every group, and every part of its task."""
-    groups = {"sgd": [*search, "optim.lr=null"], "adan": [], "timm": ["schedule=cosine", "schedule.warmup_steps=1"]}
+    one_batch = ["loop.global_batch_size=2", "loop.batch_size=2"]  # of its 200 updates, each in half a second otherwise
+    groups = {
+        "sgd": [*search, *one_batch, "optim.lr=null"],
+        "adan": [],
+        "timm": ["schedule=cosine", "schedule.warmup_steps=1"],
+    }
     tiny = [*DIFFUSION, *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
     for name, overrides in others.items():
         own = [text for text in overrides if not text.startswith(("model", "augment", "loop.sampling"))]
@@ -247,8 +252,9 @@ def run_all(recorder, folder, monkeypatch):
         "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
     }
+    rarely = ["loop.evaluate_every_epochs=50", "loop.checkpoint_every_steps=50"]  # not at each of 100 steps
     search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100",
-              "loop.max_skipped_steps=null"]  # fmt: skip
+              "loop.max_skipped_steps=null", *rarely]  # fmt: skip
     for script in ("pretrain_fcmae", "finetune", "train"):
         more = ["task.decoder_dim=8"] if script == "pretrain_fcmae" else []
         for name, overrides in others.items():
