@@ -269,11 +269,11 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
         raise AssertionError(f"{arguments[0]} is still running after {timeout} s:\n{said[-6000:]}") from None
 
 
-def fork_command(script, *words, timeout=300):
-    """Run a script from the repository as `command("python", script, ...)` does, but in a fork."""
+def fork_command(script, *words, cwd=ROOT, timeout=300, **variables):
+    """Run a script of the repository as `command("python", script, ...)` does, but in a fork."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("output.txt", "errors.txt")]
-        [code] = start(script, list(map(str, words)), ROOT, outputs=outputs).wait(timeout)
+        [code] = start(script, list(map(str, words)), cwd, variables=variables, outputs=outputs).wait(timeout)
         return subprocess.CompletedProcess((script, *words), code, *(path.read_text() for path in outputs))
 
 

@@ -2,14 +2,18 @@
 at once. A seeded sample of what is accepted goes through dry_run=true, and some of it through three steps.
 """
 
+import os
 import random
 import signal
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conf.test_no_dead_key import CONFIGURATIONS, list_leaves, look_up, replaced, values_of
-from tests.in_process import TINY, TRAINING, load_command, make_images, run, run_command
+from tests.in_process import TINY, TRAINING, load_command, make_glyph_folder, make_images, run, run_command
+from tests.support import fork_command
 from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 
@@ -101,8 +105,9 @@ def accepted(script, overrides):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Return a folder with a few images and a run."""
+    """Return a folder with a few images, as many glyphs (a dry run of a SLURM job draws them), and a run."""
     folder = tmp_path_factory.mktemp("fuzz")
+    make_glyph_folder(folder / "collections/glyphs")
     make_images(folder / "images")
     run("finetune", [*TINY, "data.root=images", "run_dir=run"], folder)
     return folder
@@ -116,8 +121,15 @@ def survives(script, overrides, place, monkeypatch, capfd):
     assert status in (0, 2) and "Traceback" not in said, (script, overrides[-1], status, said[-3000:])
 
 
+def fork_script(command, env, **_):
+    """Stand for `subprocess.run` of the script that submit/slurm.py checks: six fresh processes would take a minute."""
+    variables = {name: text for name, text in env.items() if os.environ.get(name) != text}
+    return fork_command(Path(command[1]).name, *command[2:], cwd=Path.cwd(), **variables)
+
+
 @pytest.mark.parametrize("script", [*TRAINING, *OTHERS])
 def test_what_is_accepted_can_be_checked(script, place, monkeypatch, capfd):
+    monkeypatch.setattr("submit.slurm.subprocess", SimpleNamespace(run=fork_script))
     base = OTHERS.get(script, [*TRAINED, "dry_run=true"])
     for mutation in random.Random(0).sample(accepted(script, base), 24 if script in TRAINING else 6):
         survives(script, [*base, mutation], place, monkeypatch, capfd)
