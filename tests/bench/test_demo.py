@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import demo
+from bench import demo, demo_tagger
 
 
 @pytest.fixture
@@ -89,3 +89,14 @@ def test_words_of_the_command_line(monkeypatch):
     assert demo.read_arguments([]) == (False, "outputs/demo", {})
     with pytest.raises(SystemExit, match=r"^demo: 'ful' is neither full nor KEY=VALUE; usage: python bench/demo.py \["):
         demo.read_arguments(["ful"])
+
+
+def test_a_demo_ends_where_a_command_beside_it_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_tagger, "ROOT", tmp_path)
+    with demo_tagger.beside("good", "out", "-c", "print('done')"):
+        pass
+    (log,) = tmp_path.rglob("good*")
+    assert log.read_text() == "done\n"
+    failed = pytest.raises(SystemExit, match=r"^demo: bad ended with status 3; .*bad\S* says why")
+    with failed, demo_tagger.beside("bad", "out", "-c", "raise SystemExit(3)"):
+        pass
