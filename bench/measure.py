@@ -72,10 +72,9 @@ def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]],
         sys.exit(f"{sys.argv[0]}: the only argument is quick")
     quick, rows = len(sys.argv) > 1, []
     device = runtime_of("fp32").device
-    for comparison in comparisons(device, quick):
-        found = measure(comparison, device, 2 if quick else turns)
-        rows += found
-        if not quick or len(rows) == len(found):
+    for number, comparison in enumerate(comparisons(device, quick)):
+        rows += measure(comparison, device, 2 if quick else turns)
+        if number == 0 or not quick:
             rows[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
     path = (OUT / "quick" if quick else OUT) / f"{Path(sys.argv[0]).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def draw_shape(
 
 
 def write_pictures(folder: Path, captions: list[str], each: int) -> None:
-    """Write so many PNGs of each caption, of several sizes and ratios, with the caption in a .txt file beside it."""
+    """Write `each` PNGs for each caption, of several sizes and ratios, with the caption in a .txt file beside it."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
     for caption in captions:

@@ -41,7 +41,7 @@ def group_duplicates(hashes: np.ndarray, alike: Sequence[tuple[np.ndarray, np.nd
     """Return the group of each hash, int64 [N]: the smallest hash of those that a chain of near ones joins to it.
 
     Near are two of which one, or its mirror image's, differs from the other in at most 4 bits. alike: pairs of rows,
-    [n] and [n], that are near whatever their hashes are.
+    [n] and [n], that count as near even if their hashes differ.
     """
     distinct, places = np.unique(hashes, return_inverse=True)
     parents = np.arange(len(distinct))

@@ -4,7 +4,7 @@ collection = load_collection(config.data)
 source = open_images(collection, config.data, channels=3, background="white")
 data = ImageData(collection, source, runtime, seed=0, batch_size=128, run_path=run)
 train = data.train(rows, fields, training_views(augment))
-val = data.evaluation(data.collection.rows("val"), fields, {"images": EvalTransform.of(preprocessing)})
+val = data.prepared(data.collection.rows("val"), fields, preprocessing)
 """
 
 import copy

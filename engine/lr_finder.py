@@ -148,7 +148,7 @@ def _copy_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def thaw(learner: Learner, total_steps: int) -> None:
-    """Train what the run of so many steps freezes only at first (`optim.rules`); inside `undone`."""
+    """Train what a run of `total_steps` freezes only at first (`optim.rules`); inside `undone`."""
     for group in learner.optimizer.param_groups:
         if group["freeze_steps"] < total_steps:
             group["freeze_steps"] = 0
