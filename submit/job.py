@@ -25,7 +25,7 @@ from utils.ranks.slurm_step import restart_count, slurm_port
 # torchrun passes these on, and waits for its ranks to save.
 _TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _AGAIN_SEC = 5.0
-_SIGNAL_SEC = 2.0  # by which SLURM's signal reaches one task later than another
+_SIGNAL_SEC = 10.0  # by which SLURM's signal may reach one task later than another, on a busy machine
 _PATIENCE_SEC = 600  # for the ranks to save, and for the scheduler to end the tasks of a requeued job
 _FAILURE_SEC = 30  # for the other ranks to end by themselves where one has failed
 # A script that a signal ended: asked to stop before it could listen, or killed (by the kernel, where memory ran out).

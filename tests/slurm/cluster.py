@@ -29,7 +29,8 @@ _HOSTS = Path("/etc/hosts")
 _START_SEC = 60.0
 
 # `cred_expire` is what a requeued job waits before it may start again, 120 s by default. Without
-# preempt_send_user_signal a preempted job gets SIGTERM only. SlurmdTimeout is how long a node may be silent.
+# preempt_send_user_signal a preempted job gets SIGTERM only. SlurmdTimeout, how long a node may be silent, outlasts a
+# pause of this machine; `lose_node` tells SLURM at once.
 CONFIG = """\
 ClusterName=atelier
 SlurmctldHost={host}(127.0.0.1)
@@ -63,7 +64,7 @@ JobRequeue=1
 KillWait=5
 InactiveLimit=0
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=120
 ReturnToService=2
 MaxArraySize=1001
 GresTypes=gpu
@@ -154,6 +155,11 @@ class Cluster:
         for process in (*steps, *ours):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+    def lose_node(self, name: str) -> None:
+        """Kill a node, and let SLURM notice it now."""
+        self.kill_node(name)
+        self._run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     # ------------------------------------------------------------------------------------------------------- the parts
 

@@ -29,8 +29,14 @@ class Submission:
     def wait_for(self, status):
         """Return what was printed, after the end with this exit status."""
         output, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == status, output
+        assert self.process.returncode == status, f"{output}\n{self.story()}"
         return output
+
+    def story(self):
+        """What a failed test shows: the tasks' logs without their steps, and what SLURM's controller did."""
+        logs = [file.read_text() for file in sorted(self.folder.glob("outputs/slurm/*/logs/*_log.out"))]
+        lines = [line for log in logs for line in log.splitlines() if "train loss" not in line]
+        return "\n".join([*lines, (self.cluster.folder / "log/slurmctld.log").read_text()])
 
     def wait_until(self, found, what, seconds=90):
         """Wait until `found()` holds, while the submission goes on."""
@@ -57,10 +63,11 @@ class Submission:
         """The log of a task, empty where there is none yet."""
         return "".join(file.read_text() for file in self.folder.glob(f"outputs/slurm/*/logs/*_{task}_log.out"))
 
-    def end(self):
-        """What the job has left of its end."""
+    def assert_ended(self, status, restarts):
+        """Assert what the job has left of its end."""
         (file,) = self.folder.glob("outputs/slurm/*/end_0.json")
-        return json.loads(file.read_text())
+        end = json.loads(file.read_text())
+        assert end == {"status": status, "restarts": restarts}, f"{end}\n{self.story()}"
 
 
 def wait_until(found, what, seconds=90):

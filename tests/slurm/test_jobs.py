@@ -94,7 +94,7 @@ def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, stand
     submission.wait_for_step(100)
     ask(cluster, "scancel", "--signal=USR2", submission.job)
     submission.wait_for(0)
-    assert submission.end() == {"status": 0, "restarts": 1}
+    submission.assert_ended(0, restarts=1)
     (folder,) = tmp_path.glob("outputs/slurm/*")
     (call,) = set((tmp_path / "calls").read_text().splitlines())
     binds = f"exec --bind {tmp_path} --bind {folder} --bind {images} /images/atelier.sif {sys.executable} "
