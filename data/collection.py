@@ -7,7 +7,7 @@ collection.row(0).caption, collection.rows("val"), collection.class_names("train
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,20 +54,20 @@ class Row(NamedTuple):
 
 
 class RowView:
-    """A row whose columns are read on access, which costs a few microseconds each."""
+    """A row whose columns are read on access, which costs a microsecond or two each."""
 
-    __slots__ = ("_index", "_table")
+    __slots__ = ("_columns", "_index")
 
-    def __init__(self, table: pa.Table, index: int) -> None:
+    def __init__(self, columns: Mapping[str, pa.ChunkedArray], index: int) -> None:
         """Keep where the row is."""
-        self._table, self._index = table, index
+        self._columns, self._index = columns, index
 
     def __getattr__(self, name: str) -> Any:
         """Return a column's value, as `Row` has it. Raises AttributeError where there is no such column."""
         try:
-            value = self._table[name][self._index].as_py()
+            value = self._columns[name][self._index].as_py()
         except KeyError:
-            raise AttributeError(f"a row has {', '.join(self._table.column_names)}, not {name}") from None
+            raise AttributeError(f"a row has {', '.join(self._columns)}, not {name}") from None
         return tuple(value) if name == "tags" else value
 
 
@@ -83,6 +83,7 @@ class Collection:
         self.root, self.arrow, self.fingerprint = root, arrow, fingerprint
         self._length = length
         self._table: pa.Table | None = None
+        self._columns: dict[str, pa.ChunkedArray] | None = None
 
     @property
     def table(self) -> pa.Table:
@@ -93,7 +94,7 @@ class Collection:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mapped table out."""
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_columns": None}
 
     def __len__(self) -> int:
         """Return the number of rows, both splits together."""
@@ -106,11 +107,13 @@ class Collection:
 
     def view(self, i: int) -> RowView:
         """Return row i without reading it yet."""
-        return RowView(self.table, i)
+        if self._columns is None:  # a table makes a column anew at each access
+            self._columns = dict(zip(self.table.column_names, self.table.columns))
+        return RowView(self._columns, i)
 
     def absolute_path(self, i: int) -> Path:
         """Return the file of row i."""
-        return Path(self.root) / self.table["path"][i].as_py()
+        return Path(self.root) / self.view(i).path
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row indices of a split (train or val), int64 [n], ascending."""

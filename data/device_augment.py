@@ -95,7 +95,7 @@ class DeviceAugment:
     def draw(self) -> Drawn:
         """Draw from torch's generator, which the reader has seeded with the view's key; by torchvision's own rules."""
         like = [torch.zeros(()).expand(1, *self._size_hw)]  # they ask for the size alone
-        drawn = Drawn(mirrored=bool(torch.rand(()) < self._config.horizontal_flip))
+        drawn = Drawn(mirrored=torch.rand(()).item() < self._config.horizontal_flip)
         if self._affine is not None:
             found = self._affine.make_params(like)
             drawn = drawn._replace(

@@ -12,10 +12,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,21 +44,24 @@ _FIELDS_KEY, _VIEW_KEY = 1, 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Example(NamedTuple):
+@dataclass
+class Example:
     """What a field may look at: the row, the record before any transform, and the views made of it.
 
-    index: the row's number. position: in the stream; the row's number in evaluation. generator: seeded with the
-    sample's key, for the fields alone. training: False in evaluation streams, so that label dropout, say, does not
-    reach the validation split.
+    draw: its row's number, and its position in the stream; in evaluation both are the row's number. training: False in
+    evaluation streams, so that label dropout, say, does not reach the validation split.
     """
 
-    index: int
+    draw: Draw
     row: RowView
-    generator: torch.Generator
     training: bool
     record: Record
     views: Mapping[str, Tensor]
-    position: int
+
+    @functools.cached_property  # most fields draw nothing
+    def generator(self) -> torch.Generator:
+        """A generator that is seeded with the sample's key, for the fields alone."""
+        return rng.generator_for(rng.hash_counters(self.draw.key, _FIELDS_KEY))
 
 
 # What a task adds to a sample: labels, tag ids, a mask.
@@ -127,9 +130,7 @@ class SampleReader(Dataset):
             "weight": 0.0 if problem or padding else weight,
             **views,
         }
-        generator = rng.generator_for(rng.hash_counters(draw.key, _FIELDS_KEY))
-        example = Example(draw.index, row, generator, self.training, record, views, draw.position)
-        return {**sample, **self.fields(example)}, problem
+        return {**sample, **self.fields(Example(draw, row, self.training, record, views))}, problem
 
 
 def _share(loaded: Loaded) -> Loaded:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -75,7 +76,7 @@ def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
     if image.stride(0) == 1:  # of a part of an image too, whose rows have gaps
         image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     # Not `image[None]`: its first stride would hide the order of the channels from the kernel.
-    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()), image.storage_offset())
+    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
     return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
@@ -202,7 +203,10 @@ class Mirror:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the image, or its mirror image."""
-        return image.flip(-1) if torch.rand(()) < self._p else image
+        if torch.rand(()).item() >= self._p:
+            return image
+        # As planes, which a batch holds: torch.flip would keep the order of the channels, for the batch to change it.
+        return torch.from_numpy(np.ascontiguousarray(image.numpy()[..., ::-1]))
 
 
 class ResizedCrop(v2.RandomResizedCrop):

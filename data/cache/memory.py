@@ -7,7 +7,6 @@ every image once, so whatever is kept is hit as often as anything else would be.
 """
 
 import fcntl
-import math
 import mmap
 import os
 import socket
@@ -58,6 +57,7 @@ class Arena:
         weakref.finalize(self, os.close, descriptor)
         self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // 8)
+        self._levels = self._words.view(np.uint8)
         self._next, self._end, self._starts = self._words[0:1], self._words[1:2], self._words[2 : 2 + rows]
         self._numbers_bytes = 8 * (2 + rows)
         self._reserve = int(_LEFT_SHARE * free_memory())
@@ -96,7 +96,7 @@ class Arena:
     def get(self, row: int) -> Tensor | None:
         """Return the image of a row, uint8 [C, H, W], which must not be written to; None where it is not there."""
         start = int(self._starts[row])
-        return None if start == 0 else self._pixels(start, *self._sizes(start).tolist()).permute(2, 0, 1)
+        return None if start == 0 else torch.from_numpy(self._pixels(start).transpose(2, 0, 1))
 
     def put(self, row: int, pixels: Tensor) -> None:
         """Keep the image of a row, uint8 [H, W, C], where there is room and no other process was faster."""
@@ -112,16 +112,17 @@ class Arena:
                 return
             self._next[0] = end
         self._sizes(start)[:] = pixels.shape
-        self._pixels(start, *pixels.shape).copy_(pixels)
+        self._pixels(start)[:] = pixels.numpy()
         with self._locked():  # which orders what is stored before it, on any processor
             self._starts[row] = start
 
     def _sizes(self, start: int) -> np.ndarray:
         return self._words[start // 8 : start // 8 + 3]
 
-    def _pixels(self, start: int, *size: int) -> Tensor:
-        count = math.prod(size)
-        return torch.frombuffer(self._bytes, dtype=torch.uint8, count=count, offset=start + _SIZES_BYTES).view(size)
+    def _pixels(self, start: int) -> np.ndarray:
+        height, width, channels = self._sizes(start).tolist()
+        first = start + _SIZES_BYTES
+        return self._levels[first : first + height * width * channels].reshape(height, width, channels)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

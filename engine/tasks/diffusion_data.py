@@ -70,8 +70,8 @@ class CaptionFields:
         return {
             **self.tensors(text),
             "is_dropped": torch.tensor(is_dropped),
-            "strata": torch.tensor([example.position % self.parts, self.parts]),
-            **self._weigh(example.index, text),
+            "strata": torch.tensor([example.draw.position % self.parts, self.parts]),
+            **self._weigh(example.draw.index, text),
         }
 
     def _weigh(self, row: int, text: str) -> dict[str, Tensor | Ragged]:

@@ -16,4 +16,4 @@ class LabelFields:
 
     def __call__(self, example: Example) -> dict[str, Tensor]:
         """Return the label."""
-        return {"labels": self._class_ids[example.index]}
+        return {"labels": self._class_ids[example.draw.index]}

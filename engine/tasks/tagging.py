@@ -93,7 +93,7 @@ class TagFields:
 
     def __call__(self, example: Example) -> Sample:
         """Return the fields."""
-        row = example.index
+        row = example.draw.index
         fields: Sample = {
             "tags": Ragged(torch.from_numpy(self._index.of_row(row).astype(np.int64))),
             "rating_known": torch.tensor(bool(self._index.rating_known[row])),

@@ -77,7 +77,7 @@ class DrawnFields:
 
     def __call__(self, example):
         drawn = torch.rand((), generator=example.generator)
-        return {"drawn": drawn, "tag_ids": Ragged(torch.arange(example.index % 4))}
+        return {"drawn": drawn, "tag_ids": Ragged(torch.arange(example.draw.index % 4))}
 
 
 def plan(micro=GLOBAL, world_size=1):
@@ -556,7 +556,7 @@ class HangingFields(DrawnFields):
         self.row, self.file = row, file
 
     def __call__(self, example):
-        if example.index == self.row:
+        if example.draw.index == self.row:
             self.file.write_text(str(os.getpid()))
             time.sleep(3600)
         return super().__call__(example)

@@ -81,7 +81,7 @@ class FlowPipeline(ImagePipeline):
 
         def label(example):
             dropped = example.training and torch.rand((), generator=example.generator) < setup.task.label_dropout
-            return {"labels": torch.tensor(0 if dropped else int(class_ids[example.index]) + 1)}
+            return {"labels": torch.tensor(0 if dropped else int(class_ids[example.draw.index]) + 1)}
 
         return label
 
