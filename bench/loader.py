@@ -89,9 +89,12 @@ def read_seconds(text):
 class Streams:
     """The collection's training streams, with and without augmentation on the device."""
 
-    def __init__(self, config, device):
+    def __init__(self, config, runtime):
         self.config = config
-        self.machine = SimpleNamespace(device=device, workers=0, prefetch_batches=config.runtime.prefetch_batches)
+        self.machine = SimpleNamespace(
+            device=runtime.device, channels_last=runtime.channels_last, workers=0,
+            prefetch_batches=runtime.prefetch_batches,
+        )  # fmt: skip
         collection = load_collection(config.data)
         self.source = open_images(collection, config.data, config.model.in_channels, DEFAULT)
         data = ImageData(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
@@ -200,7 +203,7 @@ def rates_table(what, found):
 def measure(config, seconds, quick):
     """Measure, print and write the figures of a configuration."""
     runtime, turns = choose_runtime(config.runtime), 1 if quick else 3
-    streams = Streams(config, runtime.device)
+    streams = Streams(config, runtime)
     size = min(config.loop.batch_size, config.loop.global_batch_size)
     settings = [Setting(choice, count, size) for choice in streams.choices for count in list_workers(quick)]
     reading = measure_settings(streams, settings, _READ_SHARE * seconds, turns)

@@ -112,7 +112,7 @@ def mounted(folder, mount, at_once):
 
 def our_batches(collection, config, sampling, workers):
     """Return the steps of our training stream of a collection."""
-    machine = SimpleNamespace(device=torch.device("cpu"), workers=workers, prefetch_batches=2)
+    machine = SimpleNamespace(device=torch.device("cpu"), channels_last=False, workers=workers, prefetch_batches=2)
     data = ImageData(
         collection, open_images(collection, config.data, 3, "white"), machine, seed=0, batch_size=BATCH, run_path=None
     )

@@ -32,10 +32,11 @@ class Ragged:
 Sample = dict[str, Tensor | Ragged | int | float]
 
 
-def collate(samples: Iterable[Sample], count: int) -> Batch:
+def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = False) -> Batch:
     """Join `count` samples of one shape to a batch; numbers become int64 or float32 [B].
 
-    Each sample is copied as it comes, while the processor's cache still holds it.
+    Each sample is copied as it comes, while the processor's cache still holds it. channels_last: the memory format of
+    images, uint8 [B, C, H, W]; it is that of a decoded image, which is then copied as it is.
     """
     batch: Batch = {}
     columns: dict[str, list[Any]] = {}
@@ -44,7 +45,9 @@ def collate(samples: Iterable[Sample], count: int) -> Batch:
         for name, value in sample.items():
             if isinstance(value, Tensor):
                 if place == 0:
-                    batch[name] = torch.empty(count, *value.shape, dtype=value.dtype)
+                    last = channels_last and value.dtype == torch.uint8 and value.dim() == 3
+                    form = torch.channels_last if last else torch.contiguous_format
+                    batch[name] = torch.empty(count, *value.shape, dtype=value.dtype, memory_format=form)
                 _copy(value, batch[name][place])
             else:
                 columns.setdefault(name, []).append(value)

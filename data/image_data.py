@@ -160,7 +160,8 @@ def load_files(
         preprocessing.get("shortest_px"),
     )  # fmt: skip
     views = evaluation_views(preprocessing)
-    reader = SampleReader(files, Images(Files(files), decoder), views, no_fields, training=False)
+    source = Images(Files(files), decoder)
+    reader = SampleReader(files, source, views, no_fields, training=False, channels_last=machine.channels_last)
     batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)
     return EvaluationLoader(reader, batches, machine, unreadable=reasons), reasons
 
@@ -238,4 +239,5 @@ class ImageData:
         return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
 
     def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
-        return SampleReader(self.collection, self.source, views, fields, training=training)
+        form = {"training": training, "channels_last": self.machine.channels_last}
+        return SampleReader(self.collection, self.source, views, fields, **form)

@@ -78,7 +78,7 @@ class SampleReader(Dataset):
 
     views: the transforms that make named tensors of the record's image. The first is seeded with the sample's key, the
     others with keys hashed from it, so another view changes none of those before it. Other tensors of a record reach a
-    sample by its fields.
+    sample by its fields. channels_last: the memory format of a batch's images.
     """
 
     def __init__(
@@ -89,16 +89,19 @@ class SampleReader(Dataset):
         fields: Fields,
         *,
         training: bool,
+        channels_last: bool = False,
     ) -> None:
         self.collection, self.source = collection, source
         self.views, self.fields, self.training = dict(views), fields, training
+        self.channels_last = channels_last
 
     def __getitems__(self, draws: DrawBatch) -> Loaded:
         """Return the batch of some draws, and the (name, reason) of each that could not be read."""
         self.source.prefetch([draw.index for draw in (*draws, *draws.coming)])
         problems: list[tuple[str, str]] = []
         with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
-            return collate(self._samples(draws, problems), len(draws)), problems
+            samples = self._samples(draws, problems)
+            return collate(samples, len(draws), channels_last=self.channels_last), problems
 
     def _samples(self, draws: DrawBatch, problems: list[tuple[str, str]]) -> Iterator[Sample]:
         for draw in draws:
@@ -323,7 +326,7 @@ class TrainLoader(_Loader):
         """Return `size` times one sample of a shape, on the device, with weight 1; no part of the stream."""
         index, group = self._examples[shape]
         sample, _ = self.reader[Draw(0, index, rng.sample_key(self._seed, 0), group)]
-        batch = collate([sample] * size, size)
+        batch = collate([sample] * size, size, channels_last=self.reader.channels_last)
         batch = to_device({**batch, "weight": torch.ones(size)}, self._machine.device)
         return batch if self._on_device is None else self._on_device(batch)
 

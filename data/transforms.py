@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -203,10 +202,7 @@ class Mirror:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the image, or its mirror image."""
-        if torch.rand(()).item() >= self._p:
-            return image
-        # As planes, which a batch holds: torch.flip would keep the order of the channels, for the batch to change it.
-        return torch.from_numpy(np.ascontiguousarray(image.numpy()[..., ::-1]))
+        return image.flip(-1) if torch.rand(()).item() < self._p else image
 
 
 class ResizedCrop(v2.RandomResizedCrop):

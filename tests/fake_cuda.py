@@ -303,7 +303,7 @@ def make_batch(task, setup):
             for name in tests.tasks.multicrop.GLOBAL + tests.tasks.multicrop.LOCAL:
                 sample[name] = images if name.startswith("global") else images[:, :32, :32]
         samples.append(sample)
-    return to_device(collate(samples, len(samples)), DEVICE)
+    return to_device(collate(samples, len(samples), channels_last=True), DEVICE)
 
 
 def run_steps(run, batches):

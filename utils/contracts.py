@@ -18,6 +18,10 @@ class Machine(Protocol):
         """The device that batches are moved to."""
 
     @property
+    def channels_last(self) -> bool:
+        """The memory format of images."""
+
+    @property
     def workers(self) -> int:
         """Loader processes of this rank."""
 

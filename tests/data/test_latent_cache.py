@@ -32,7 +32,7 @@ CONFIG = BucketConfig(
     max_crop=0.9, flip=0.0,
 )  # fmt: skip
 RECIPE = LatentRecipe(vae="0" * 64, background="white")
-MACHINE = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
+MACHINE = SimpleNamespace(device=torch.device("cpu"), channels_last=False, workers=0, prefetch_batches=2)
 
 
 def make_images(root, count=14):

@@ -86,7 +86,7 @@ def plan(micro=GLOBAL, world_size=1):
 
 
 def machine(workers=0, prefetch=2):
-    return SimpleNamespace(device=CPU, workers=workers, prefetch_batches=prefetch)
+    return SimpleNamespace(device=CPU, channels_last=False, workers=workers, prefetch_batches=prefetch)
 
 
 def make_reader(collection, transform, fields=None, *, channels=3, max_pixels=10**6, training=True, **views):
@@ -591,6 +591,19 @@ def test_numbers_and_images_whose_channels_come_last_are_joined():
     assert batch["key"].tolist() == [2**62, 2**62 + 1] and batch["weight"].dtype == torch.float32
     with pytest.raises(AssertionError):
         collate([samples[0], {**samples[1], "images": samples[1]["images"][:1]}], 2)  # which could be broadcast
+
+
+def test_a_batch_has_its_images_alone_in_the_memory_format_of_the_run():
+    """Also where a transform has made planes of some."""
+    pixels = torch.arange(3 * 5 * 7, dtype=torch.uint8).view(3, 5, 7)
+    samples = [
+        {"images": images, "footprint": images[:1], "latent": images.float(), "labels": torch.tensor(1)}
+        for images in (pixels, pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1).flip(-1))
+    ]
+    planes, last = (collate(iter(samples), 2, channels_last=choice) for choice in (False, True))
+    assert all(torch.equal(planes[name], last[name]) for name in planes.keys() | last.keys())
+    assert last["images"].is_contiguous(memory_format=torch.channels_last) and not last["images"].is_contiguous()
+    assert last["latent"].is_contiguous() and last["footprint"].is_contiguous()
 
 
 # --- ragged fields

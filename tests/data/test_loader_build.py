@@ -35,7 +35,7 @@ def test_probe_rows_without_labels():
     assert [len(rows) for rows in choose_probe_rows(np.full(12, -1), TRAIN, VAL, 5, 5)] == [0, 0]
 
 
-def build(root, folder, train_images=100, val_images=100):
+def build(root, folder, train_images=100, val_images=100, **machine):
     """Return the probe's loaders for a collection, and what was logged."""
     config, _ = configure(
         "pretrain_fcmae",
@@ -58,8 +58,9 @@ def build(root, folder, train_images=100, val_images=100):
     logger.setLevel(logging.INFO)
     try:
         with working_in(folder):
-            machine = SimpleNamespace(device=torch.device("cpu"), workers=0, prefetch_batches=2)
-            data = kind.pipeline.open(config.data, Setup(config.model, config.task), machine, seed=0, batch_size=4)
+            usual = {"device": torch.device("cpu"), "channels_last": False, "workers": 0, "prefetch_batches": 2}
+            chosen = SimpleNamespace(**usual | machine)
+            data = kind.pipeline.open(config.data, Setup(config.model, config.task), chosen, seed=0, batch_size=4)
             loaders = kind.pipeline.evaluation(data, kind.set_up(config, data.collection), training=True)
     finally:
         logger.removeHandler(handler)
@@ -86,3 +87,15 @@ def test_a_probe_of_one_class_is_off(tmp_path):
         "probe: off, because the collection gives it 6 labelled training images of 1 classes and 2 validation images "
         "of them; task.probe.every_epochs=null silences this line"
     ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_have_the_memory_format_of_the_run(tmp_path, workers):
+    root = make_collection(tmp_path / "images", per_class=6, validation=2)
+    planes, last = (
+        [batch["images"] for batch in build(root, tmp_path, workers=workers, channels_last=choice)[0]["probe_train"]]
+        for choice in (False, True)
+    )
+    assert len(last) > 1 and all(torch.equal(one, other) for one, other in zip(planes, last, strict=True))
+    assert not any(images.is_contiguous() for images in last) and all(images.is_contiguous() for images in planes)
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in last)

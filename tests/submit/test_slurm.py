@@ -18,7 +18,7 @@ from submit import slurm
 from submit.config import LaunchConfig
 from submit.executor import _clean_environment, container_words, make_executor, queue_jobs
 from submit.follow import wait_for
-from submit.job import ScriptJob, _meaning
+from submit.job import _SIGNAL_SEC, ScriptJob, _meaning
 from submit.queue import list_states
 from submit.snapshot import FOLDERS, copy_code
 from tests.in_process import TINY, compose, configure, run_command
@@ -287,7 +287,7 @@ def test_a_job_is_put_back_until_slurm_has_done_it(job, monkeypatch, runs):
     monkeypatch.setattr("submit.job.requeue", lambda name: asked.append(name) or next(answers))
     monkeypatch.setattr("submit.job.time.sleep", slept.append)
     job._continue(75)
-    assert (asked, slept) == ((["7"] * 3, [2.0, 5.0, 5.0, 600]) if runs else ([], [2.0, 600]))
+    assert (asked, slept) == ((["7"] * 3, [_SIGNAL_SEC, 5.0, 5.0, 600]) if runs else ([], [_SIGNAL_SEC, 600]))
 
 
 def test_the_last_time_limit_ends_the_job_though_its_signal_comes_after_the_end_of_the_script(job, monkeypatch):
