@@ -239,5 +239,6 @@ class ImageData:
         return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
 
     def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
-        form = {"training": training, "channels_last": self.machine.channels_last}
-        return SampleReader(self.collection, self.source, views, fields, **form)
+        return SampleReader(
+            self.collection, self.source, views, fields, training=training, channels_last=self.machine.channels_last
+        )
