@@ -186,6 +186,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
     folder, rebuilt, data = open_task(config, runtime)
     if config.dry_run:
         return _DRY_RUN
+    if config.runtime.precision == "auto":
+        runtime = runtime.as_trained(rebuilt.metadata.get("precision"))
     task = rebuilt.task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)

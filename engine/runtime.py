@@ -6,7 +6,7 @@ import shutil
 import sys
 import sysconfig
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Runtime:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    def as_trained(self, precision: str | None) -> "Runtime":
+        """Return this with a run's precision, so that both measure the same; fp16 becomes fp32 on a CPU."""
+        precision = "fp32" if precision == "fp16" and self.device.type == "cpu" else precision
+        return replace(self, precision=precision) if precision in _DTYPES else self
 
     def describe(self) -> str:
         """Return the choices in one line."""

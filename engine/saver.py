@@ -113,6 +113,7 @@ class Saver:
             "model": self.folder.config["model"],
             "step": learner.step,
             "average": averaged,
+            "precision": learner.runtime.precision,
             **({"frozen": self._frozen} if self._frozen else {}),
             **({"origin": learner.task.origin} if learner.task.origin else {}),
             **learner.task.exported().metadata,

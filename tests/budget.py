@@ -1,4 +1,4 @@
-"""Print the lines of each room beside its limit in tests/budget.toml; exit with 1 above a limit. `make lint` runs it."""
+"""Print the lines of each room beside its limit in tests/budget.toml; exit with 1 above a limit (`make lint`)."""
 
 import subprocess
 import sys
@@ -37,7 +37,9 @@ def main() -> int:
         print(f"{room['name']:24} {lines:6} of {room['limit']:6} lines{'  <- above' if lines > room['limit'] else ''}")
     print(f"{'the program':24} {total:6}")
     if above:
-        print(f"above their limit in tests/budget.toml: {', '.join(above)}: remove lines, or raise the limit and say why")
+        print(
+            f"above their limit in tests/budget.toml: {', '.join(above)}: remove lines, or raise the limit and say why"
+        )
     return int(bool(above))
 
 

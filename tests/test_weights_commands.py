@@ -23,7 +23,7 @@ from utils.io.weights import read_weights, write_weights
 
 MODEL = ["model=convnextv2_atto", "model.depths=[1,1,1,1]", "model.dims=[8,12,16,20]"]
 SMALL = [*MODEL, *SHORT, "augment=glyphs", "augment.image_size_hw=[32,32]", "data=image_folder", "data.root=images"]
-ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "runtime.precision=fp32"]
 DATA = ["data=image_folder", "data.root=images"]
 IMAGES = [*DATA, "augment.image_size_hw=[32,32]", *ON_CPU]
 BEST = "weights=run/weights/best_weights.safetensors"

@@ -6,6 +6,7 @@ is a defect of ours and keeps its traceback.
 
 import difflib
 import re
+import time
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -16,6 +17,7 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130  # by Ctrl-C, where there was nothing to save
 
 _SHOWN = 20  # names in a message
+_END_REPORTED_SEC = 1.0  # an ended process sends SIGCHLD milliseconds after its connections break
 
 
 class UserError(ValueError):
@@ -26,8 +28,13 @@ def lost_worker(error: BaseException | None) -> str | None:
     """Return what to tell the user where torch says that a loader's worker process has ended, None for other errors.
 
     torch raises it in the main thread wherever that is, so no place that reads a loader could catch it, and another
-    error may follow from it.
+    error may follow from it. A worker's connection breaks before the system reports its end: wait for that report.
     """
+    if isinstance(error, ConnectionError | EOFError) and error.__cause__ is None:
+        try:
+            time.sleep(_END_REPORTED_SEC)
+        except RuntimeError as reported:  # by torch's handler of SIGCHLD, which asks for the state of each worker
+            error.__cause__ = reported
     while error is not None:
         found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
         if found is not None and isinstance(error, RuntimeError):

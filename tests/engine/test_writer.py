@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.writer import CheckpointWriter, HostCopies
-from utils.errors import UserError, lost_worker
+from utils.errors import UserError
 from utils.io.files import AppendFile
 
 
@@ -128,22 +128,3 @@ def test_rows_that_the_disk_refuses_come_later_and_in_order(tmp_path, monkeypatc
     lost.write("abc\n")
     lost.close()
     assert "/dev/full lacks its last 4 bytes" in log.text
-
-
-# --- a loader's worker
-
-
-DEAD = {
-    "DataLoader worker (pid 12) is killed by signal: Killed. ": "worker 12 of this rank has ended (is killed by",
-    "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "worker 12, 13 of this rank has ended (exited un",
-}
-
-
-@pytest.mark.parametrize(("said", "named"), DEAD.items())
-def test_what_torch_says_of_a_dead_worker_becomes_advice(said, named):
-    message = lost_worker(RuntimeError(said))
-    assert message.startswith("runtime.workers: ") and named in message
-    assert lost_worker(RuntimeError("shapes differ")) is None and lost_worker(KeyError(said)) is None
-    following = AttributeError("what was being read")
-    following.__context__ = RuntimeError(said)
-    assert lost_worker(following) == message
