@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from data.collection import Collection
 from data.image_formats import UnreadableImage
-from data.image_traits import read_upright_size
+from data.pixels import read_upright_size
 from data.stream import Draw
 from data.table import is_packed, show_some
 from data.transforms import resize

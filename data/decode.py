@@ -1,16 +1,16 @@
-"""Decode the bytes of an image file by the fastest library that gives Pillow's pixels; `Decoder` picks it.
+"""Decode the bytes of an image file by the fastest library that gives Pillow's pixels.
 
-Pillow opens the files, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
+Pillow opens every file, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
 grey or RGB is then decoded by simplejpeg where it is installed, a still WebP without alpha by torchvision, and all else
-by Pillow. Where simplejpeg warns or another library refuses, Pillow decodes too. A JPEG without metadata is decoded
-before Pillow opens it (`plain_size`): opening takes a twentieth of the time.
+by Pillow. Where simplejpeg warns or another library refuses, Pillow decodes too.
 """
 
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 import PIL
@@ -20,9 +20,8 @@ from PIL import Image, features
 from torch import Tensor
 from torchvision.io import ImageReadMode
 
-from data.image_formats import DEFAULT_MAX_PIXELS, open_image
-from data.image_pixels import UPRIGHT, convert, read_orientation, to_array
-from data.jpeg_header import plain_size
+from data.image_formats import open_image
+from data.pixels import UPRIGHT, convert, read_orientation, to_array
 from data.transforms import resize
 from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
@@ -45,13 +44,15 @@ def decoder_versions() -> str:
     return ", ".join([*found, f"others by {pillow} {PIL.__version__}"])
 
 
-class Decoder(NamedTuple):
+@dataclass(frozen=True)
+class Decoder:
     """How the bytes of an image file become pixels: of the first frame, 8 bit, upright, RGB (3 channels) or grey (1).
 
     EXIF rotation is applied, transparency put on `background`, 16-bit grey scaled to 8 bit, CMYK converted; of an icon
     the largest image is taken. max_pixels: a larger image is refused from its header, before anything is decoded;
     Pillow's own limit (DEFAULT_MAX_PIXELS) applies as well. icc: convert from an embedded profile to sRGB. shortest_px:
     an image whose shorter side is longer is shrunk to it; a JPEG is decoded at 1/2, 1/4 or 1/8 where that suffices.
+    Raises UserError (`model.in_channels`, `data.icc`).
     """
 
     channels: int
@@ -60,26 +61,16 @@ class Decoder(NamedTuple):
     icc: bool = False
     shortest_px: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        channels: int,
-        max_pixels: int,
-        background: Any = DEFAULT,
-        icc: bool = False,
-        shortest_px: int | None = None,
-    ) -> Self:
-        """Return a decoder for a network's channels. Raises UserError (`model.in_channels`, `data.icc`)."""
-        if channels not in (1, 3):
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
             raise UserError(
-                f"model.in_channels: {channels}; image files are read as 1 channel (grey) or 3 (RGB), so set 1 or 3"
+                f"model.in_channels: {self.channels}; images are read as 1 channel (grey) or 3 (RGB): set 1 or 3"
             )
-        if icc and not features.check("littlecms2"):
+        if self.icc and not features.check("littlecms2"):
             raise UserError(
                 "data.icc: true, but this build of Pillow has no LittleCMS to convert profiles with; install the wheel "
                 "of Pillow, or set data.icc=false"
             )
-        return cls(channels, max_pixels, background, icc, shortest_px)
 
     def identity(self) -> str:
         """Return all that pixels and refusals depend on beside the content; for the keys of caches."""
@@ -94,18 +85,7 @@ class Decoder(NamedTuple):
 
         Raises UnreadableImage for any reason: empty, cut off, damaged, not an image, too large, unsupported.
         """
-        if self.shortest_px is None and simplejpeg is not None and (pixels := self._decode_plain(content)) is not None:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
         return open_image(content, name, self.max_pixels, functools.partial(self._decode, content))
-
-    def _decode_plain(self, content: bytes) -> np.ndarray | None:
-        """Decode a JPEG that `plain_size` vouches for; None for all else, and for what Pillow refuses or decides."""
-        if (found := plain_size(content)) is None or found.channels != self.channels:
-            return None
-        if found.height * found.width > min(self.max_pixels, DEFAULT_MAX_PIXELS):
-            return None
-        pixels = _read_jpeg(content, found.height, found.width, grey=self.channels == 1)
-        return None if pixels is None or pixels.shape != found else pixels
 
     def _decode(self, content: bytes, image: Image.Image) -> Tensor:
         """Decode an opened image by the library for it."""

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.duplicates import perceptual_hash, shrink_to_grey
 from data.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, UnreadableImage, open_image, read_file
-from data.image_pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
+from data.pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
 from utils.canvas import DEFAULT, background_rgb
 from utils.io.files import sha256_file, sha256_text
 from utils.io.journal import Journal

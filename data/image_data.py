@@ -21,9 +21,9 @@ from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.image_formats import UnreadableImage
-from data.image_traits import has_alpha, read_upright_size
 from data.images import Files, Images
 from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog, no_fields
+from data.pixels import has_alpha, read_upright_size
 from data.rows import spread
 from data.source import Source
 from data.stream import EvaluationBatches, Sampler, ShuffledSampler
@@ -155,7 +155,7 @@ def load_files(
     It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
     files, reasons = ListedFiles(paths), Reasons()
-    decoder = Decoder.of(
+    decoder = Decoder(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),
     )  # fmt: skip

@@ -93,7 +93,7 @@ def open_images(
     Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so, and (`data.cache.folder`) as
     `DiskCached` does.
     """
-    decoder = Decoder.of(channels, config.max_pixels, background, config.icc, shortest_px)
+    decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)
     images = Images(open_contents(collection), decoder)
     source = DiskCached(images, config.cache) if config.cache.disk_gib > 0 else images
     return keep_in_memory(source, collection, config.cache, repeats=repeats)

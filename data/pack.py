@@ -21,9 +21,9 @@ import pyarrow as pa
 
 from data.collection import Collection
 from data.image_formats import UnreadableImage
-from data.image_traits import upright_size
 from data.images import Contents, open_contents
 from data.manifest_writer import save_manifest
+from data.pixels import upright_size
 from data.scan import IMAGE_SUFFIXES
 from data.shards import HEADER_BYTES, TAR, member_key
 from data.table import MEASURED, PLACES, SPLITS, hash_table, replace_column

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.image_traits import read_size
+from data.pixels import read_size
 from data.scan import IMAGE_SUFFIXES
 from data.tags.records import parse_text
 from utils.errors import UserError

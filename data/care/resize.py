@@ -13,7 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.image_traits import read_size
+from data.pixels import read_size
 from utils.io.files import link_or_copy, write_atomically
 
 _WRITTEN = ("JPEG", "PNG", "WEBP")

@@ -1,6 +1,5 @@
 """Decoding: literal pixels for each odd kind of image, refusals for each bad one, round trip through pickling."""
 
-import pickle
 import struct
 import zlib
 
@@ -94,25 +93,16 @@ def test_cut_off_files_of_these_formats_are_unreadable_or_read_but_never_an_erro
     assert refused > 25
 
 
-def test_the_name_does_not_decide_the_format(tmp_path):
-    picture().save(tmp_path / "x.jpg", format="PNG")
-    assert corners(read(tmp_path / "x.jpg")) == [RED, LIME, BLUE, WHITE]
-
-
 def test_one_channel_is_luma(tmp_path):
     picture().save(tmp_path / "x.png")
     pixels = read(tmp_path / "x.png", 1)
     assert pixels.shape == (4, 6, 1) and corners(pixels) == [(76,), (150,), (29,), (255,)]
 
 
-@pytest.mark.parametrize("mode", ["1", "L"])
-def test_grey_becomes_three_equal_channels(tmp_path, mode):
-    Image.new(mode, (5, 3), 255).save(tmp_path / "x.png")
-    assert read(tmp_path / "x.png").shape == (3, 5, 3) and (read(tmp_path / "x.png") == 255).all()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp", "avif"])
+@pytest.mark.parametrize(
+    "suffix, orientation",
+    [("jpg", 1), ("jpg", 2), ("png", 3), ("tiff", 4), ("webp", 5), ("avif", 6), ("png", 7), ("tiff", 8)],
+)
 def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     upright = picture(size=(32, 16))
     inverse = {
@@ -135,10 +125,10 @@ def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     assert found.traits == (("rotated by EXIF",) if orientation > 1 else ()) and found.orientation == orientation
 
 
-@pytest.mark.parametrize("exif", [b"no TIFF header", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"], ids=["other", "cut off"])
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
 @pytest.mark.filterwarnings(r"ignore:::PIL\.")
-def test_broken_exif_does_not_make_an_image_unreadable(tmp_path, suffix, exif):
+def test_broken_exif_does_not_make_an_image_unreadable(tmp_path, suffix):
+    exif = b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"  # cut off
     picture(size=(32, 16)).save(tmp_path / f"x.{suffix}", exif=b"Exif\0\0" + exif, quality=95)
     assert near(read(tmp_path / f"x.{suffix}"), [RED, LIME, BLUE, WHITE], 12)
     if suffix != "jpg":  # of a JPEG whose EXIF has no header Pillow says nothing
@@ -163,13 +153,7 @@ def test_transparent_palette_entry_is_white(tmp_path, clear):
     assert [tuple(pixel) for pixel in read(tmp_path / "x.png")[0].tolist()] == [WHITE, RED, BLUE]
 
 
-@pytest.mark.parametrize("mode,colour", [("L", 7), ("RGB", (0, 255, 0))])
-def test_transparent_colour_is_white(tmp_path, mode, colour):
-    Image.new(mode, (2, 2), colour).save(tmp_path / "x.png", transparency=colour)
-    assert (read(tmp_path / "x.png") == 255).all()
-
-
-@pytest.mark.parametrize("background", ["white", "black", 77, [10, 20, 30], "drop"])
+@pytest.mark.parametrize("background", ["white", [10, 20, 30], "drop"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16"])
 def test_the_background_of_transparent_pixels_is_as_stated(mode, background, tmp_path):
     """The left pixel is clear, the right one is not; `drop` is Pillow's convert("RGB")."""
@@ -376,12 +360,6 @@ def test_pixels_of_unknown_range_are_refused(tmp_path):
     Image.fromarray(np.array([[-1, 70000]], np.int32)).save(tmp_path / "integer.tiff")
     refused(tmp_path / "float.tiff", "floating-point pixels have no fixed range")
     refused(tmp_path / "integer.tiff", "integer pixels from -1 to 70000")
-
-
-def test_the_exception_survives_pickling():
-    error = pickle.loads(pickle.dumps(UnreadableImage("a.png", "broken", "bit 3")))
-    assert (error.path, error.kind, error.detail, error.reason) == ("a.png", "broken", "bit 3", "broken (bit 3)")
-    assert str(error) == "a.png: broken (bit 3)"
 
 
 @pytest.mark.parametrize("version,name", [("11.3.0", "pillow 11.3.0"), ("9.5.0.post2", "pillow-simd 9.5.0.post2")])

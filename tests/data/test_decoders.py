@@ -1,6 +1,7 @@
 """Decoders against each other: simplejpeg and torchvision give Pillow's pixels; scales, profiles and identities."""
 
 import io
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,9 +64,8 @@ def by_simplejpeg(monkeypatch):
 
 
 PLAIN = {
-    **{f"subsampling {kind}": {"subsampling": kind} for kind in (0, 1, 2)},
-    **{f"quality {quality}": {"quality": quality} for quality in (5, 50, 100)},
-    **{f"orientation {orientation}": turned(orientation) for orientation in range(1, 9)},
+    **{f"subsampling {kind}": {"subsampling": kind, "quality": 5} for kind in (0, 1, 2)},
+    **{f"orientation {orientation}": turned(orientation) for orientation in (1, 4, 6)},
     "progressive": {"progressive": True},
     "restart markers": {"restart_marker_rows": 1},
     "stored as RGB": {"keep_rgb": True},
@@ -84,11 +84,7 @@ def test_a_plain_jpeg_has_pillows_pixels(name, mode, channels, by_simplejpeg, mo
     assert torch.equal(pixels, by_pillow(monkeypatch, decoder, content))
 
 
-STILL = {
-    "lossy": {"quality": 80}, "lossless": {"lossless": True}, "poor": {"quality": 1},
-    **{f"orientation {orientation}": turned(orientation) for orientation in (3, 6)},
-    "profile": PLAIN["profile"],
-}  # fmt: skip
+STILL = {"poor": {"quality": 1}, "lossless": {"lossless": True}, "turned": turned(6), "profile": PLAIN["profile"]}
 
 
 @pytest.mark.skipif(decode.decode_webp is None, reason="this torchvision has no decoder of WebP")
@@ -155,8 +151,8 @@ def test_damaged_files_are_read_or_refused_as_pillow_does(monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("size", [(800, 604), (604, 801), (400, 400), (129, 500)])
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("size", [(800, 604), (400, 400), (129, 500)])
 def test_the_shorter_side_is_as_stated(size, form, orientation, by_simplejpeg, monkeypatch):
     content = encoded(photo(*size), form, **turned(orientation), quality=95)
     shrunk = Decoder(3, LIMIT, shortest_px=128)
@@ -226,9 +222,8 @@ def test_a_profile_that_does_not_suit_the_pixels_is_ignored(mode, profile):
 
 def test_profiles_need_littlecms(monkeypatch):
     monkeypatch.setattr(features, "check", lambda name: False)
-    assert Decoder.of(3, LIMIT) == Decoder(3, LIMIT)
     with pytest.raises(UserError, match=r"^data\.icc: true"):
-        Decoder.of(3, LIMIT, icc=True)
+        Decoder(3, LIMIT, icc=True)
 
 
 # --------------------------------------------------------------------------------------------------------- identities
@@ -237,8 +232,8 @@ def test_profiles_need_littlecms(monkeypatch):
 def test_an_identity_names_all_that_pixels_depend_on(monkeypatch):
     first = Decoder(3, LIMIT)
     changes = {"channels": 1, "max_pixels": 5, "background": 7, "icc": True, "shortest_px": 64}
-    found = {first.identity(), *(first._replace(**{key: value}).identity() for key, value in changes.items())}
-    assert set(changes) == set(Decoder._fields) and len(found) == 6
-    assert first._replace(background=[255, 255, 255]).identity() == first.identity()
+    found = {first.identity(), *(replace(first, **{key: value}).identity() for key, value in changes.items())}
+    assert set(changes) == set(asdict(first)) and len(found) == 6
+    assert replace(first, background=[255, 255, 255]).identity() == first.identity()
     monkeypatch.setattr(decode, "simplejpeg", None)
     assert first.identity() not in found

@@ -91,7 +91,7 @@ def machine(workers=0, prefetch=2):
 
 def make_reader(collection, transform, fields=None, *, channels=3, max_pixels=10**6, training=True, **views):
     views = {"images": transform, **views}
-    source = Images(Files(collection), Decoder.of(channels, max_pixels))
+    source = Images(Files(collection), Decoder(channels, max_pixels))
     return SampleReader(collection, source, views, fields or DrawnFields(), training=training)
 
 

@@ -47,7 +47,7 @@ def collection(tmp_path_factory):
 
 
 def images(collection, shortest_px=None, channels=3):
-    return Images(Files(collection), Decoder.of(channels, 10**6, "white", shortest_px=shortest_px))
+    return Images(Files(collection), Decoder(channels, 10**6, "white", shortest_px=shortest_px))
 
 
 def cached(collection, **changes):

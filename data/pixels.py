@@ -1,13 +1,14 @@
-"""The pixels of an image of any mode as Pillow decodes them: 8 bit, upright, on a background."""
+"""The pixels of an image of any mode as Pillow decodes them: 8 bit, upright, on a background; and what headers say."""
 
 import functools
 import io
+import os
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from data.image_formats import Unsupported
+from data.image_formats import DEFAULT_MAX_PIXELS, Unsupported, formats_of, open_image, read_file
 from utils.canvas import background_rgb
 
 _ORIENTATION = 0x0112
@@ -142,3 +143,36 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     source = ImageCms.getOpenProfile(io.BytesIO(profile))
     target = "RGBA" if mode == "RGBA" else "RGB"
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
+
+
+def has_alpha(path: str | os.PathLike[str]) -> bool:
+    """Return whether the header of an image file states transparency; False where it cannot be read."""
+    try:
+        with Image.open(path, formats=formats_of(os.fspath(path))) as image:
+            return is_transparent(image)
+    except Exception:  # training reports it
+        return False
+
+
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the width and height in the header of an image file that can be read; EXIF may yet turn it."""
+    with Image.open(path, formats=formats_of(os.fspath(path))) as image:
+        return image.size
+
+
+def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the `upright_size` of a file."""
+    return upright_size(read_file(path), os.fspath(path))
+
+
+def upright_size(content: bytes, name: str) -> tuple[int, int]:
+    """Return the height and width that a `Decoder` gives, from the header; only of a PNG all is decoded.
+
+    Raises UnreadableImage as it does, but for damaged pixels.
+    """
+
+    def size_of(image: Image.Image) -> tuple[int, int]:
+        size_hw = image.height, image.width  # before EXIF is asked for: Pillow's TIFF reader turns on loading
+        return size_hw if read_orientation(image) in (None, 1, 2, 3, 4) else size_hw[::-1]
+
+    return open_image(content, name, DEFAULT_MAX_PIXELS, size_of)
