@@ -9,6 +9,7 @@
 Sizes are (height, width) in pixels, of images that EXIF has turned upright.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from utils import rng
 from utils.config.bounds import Fraction, Pixels, Share, Side
 from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.io.files import measure_once
+from utils.io.memo import in_threads, measure_once
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -40,7 +41,7 @@ log = get_logger(__name__)
 
 _UNIT_PX = 32  # the VAE shrinks by 8, the U-Net by 4 more
 _FIT_DRAW = 3  # of a sample's key; the loader's are 1 and 2
-SIZES = Path("outputs/cache/image_sizes.json")
+SIZES = Path("outputs/cache/image_sizes.jsonl")
 
 
 class BucketConfig(Strict):
@@ -278,7 +279,7 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
 def measure_rows(
     collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
 ) -> list[Any]:
-    """Return what `measure` makes of the rows' files, as `measure_once`; None for a file that cannot be opened.
+    """Return what `measure` makes of the rows' files, once; None for a file that cannot be opened.
 
     Raises UserError (`data.root`) where the rows are parts of shards.
     """
@@ -290,7 +291,8 @@ def measure_rows(
         )
     paths = [collection.absolute_path(int(row)) for row in rows]
     there = [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
-    found = dict(zip(there, measure_once(there, cache, measure, f"reading {what}"))) if there else {}
+    values = measure_once(there, functools.partial(in_threads, measure), cache, f"reading {what}")
+    found = dict(zip(there, values))
     return [found.get(path) for path in paths]
 
 

@@ -5,7 +5,6 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,8 @@ from data.table import (
 )
 from data.tags.posts import read_folder
 from utils.errors import UserError
-from utils.io.files import canonical_json, sha256_text, write_atomically, write_text
+from utils.io.files import write_atomically, write_text
+from utils.io.memo import files_key
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -179,7 +179,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     else:
         folder = check_root(root)
         manifest = find_manifest(folder)
-    made = None if manifest is None else cache / f"{_version(manifest, validation_fraction)}.txt"
+    made = None if manifest is None else cache / f"{files_key([manifest], _INDEX, validation_fraction)}.txt"
     if made is not None and made.is_file() and (target := cache / made.read_text(encoding="utf-8")).is_file():
         log.debug("data.root: %s is unchanged, and its index is there", manifest)
         return target
@@ -201,13 +201,6 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     if made is not None:
         write_text(made, target.name)
     return target
-
-
-def _version(manifest: Path, validation_fraction: float) -> str:
-    """Return a hash of what the index of a manifest depends on: another one where the file was written again."""
-    status = manifest.stat()
-    version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    return sha256_text(canonical_json([_INDEX, os.path.realpath(manifest), version, validation_fraction]))[:32]
 
 
 def open_collection(root: str, arrow: Path) -> Collection:

@@ -22,9 +22,8 @@ from data.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, Unread
 from data.pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
 from utils.canvas import DEFAULT, background_rgb
 from utils.io.files import sha256_file, sha256_text
-from utils.io.journal import Journal
+from utils.io.memo import measure_once
 from utils.ranks.processes import map_items
-from utils.record.progress import counting
 
 CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
@@ -60,9 +59,8 @@ class Facts(NamedTuple):
     sharpness: float | None = None
 
     @classmethod
-    def from_json(cls, value: list[Any]) -> Self:
-        """Return what JSON has made lists of."""
-        sha256, kind, reason, traits, *more = value
+    def of(cls, sha256: str | None, kind: str | None, reason: str | None, traits: Sequence[str], *more: Any) -> Self:
+        """Return it from its fields, of which JSON has made a list."""
         return cls(sha256, kind, reason, tuple(traits), *more)
 
     @property
@@ -76,22 +74,16 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, detail: Det
 
     detail: a journal for each, because a thumbnail is five times as long as all else.
     """
-    real = os.path.realpath(root)
-    known_by = f"{real} {detail} {max_pixels} {PIL.__version__} {Facts._fields}"
-    journal = Journal(CACHE / f"{sha256_text(known_by)[:16]}.jsonl")
-    known = {path: journal.find(os.path.join(real, path)) for path in paths}
-    found = {path: value and Facts.from_json(value) for path, value in known.items()}
-    waiting = [path for path, value in known.items() if value is None]
-    files = [os.path.join(real, path) for path in waiting]
-    measured = map_items(functools.partial(measure_file, max_pixels=max_pixels, detail=detail), files, _fatal_file)
-    with counting("reading the images") as report:
-        for done, (path, file, facts) in enumerate(zip(waiting, files, measured), start=1):
-            found[path] = facts
-            if facts.is_lasting:
-                journal.add(file, facts)
-            report(done, len(waiting))
-    journal.close()
-    return [found[path] for path in paths]
+    known_by = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
+    measure = functools.partial(measure_file, max_pixels=max_pixels, detail=detail)
+    values = measure_once(
+        [Path(root, path) for path in paths],
+        lambda missing: map_items(measure, missing, _fatal_file),
+        CACHE / f"{sha256_text(known_by)[:16]}.jsonl",
+        "reading the images",
+        lambda facts: facts.is_lasting,
+    )
+    return [Facts.of(*value) for value in values]
 
 
 def measure_file(

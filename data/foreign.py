@@ -5,7 +5,6 @@ in its folders `train`, `val` and so on, and `data`; a file is of the split that
 """
 
 import functools
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from data.table import PLACES, SCHEMA, SPLIT_NAMES, Scanned, settle_test_split, 
 from data.tags.posts import POSTS
 from data.tags.records import Sidecar, parse_json, parse_record, parse_text
 from utils.errors import UserError
-from utils.io.files import canonical_json, sha256_text, write_atomically
+from utils.io.files import write_atomically
+from utils.io.memo import files_key
 from utils.ranks.processes import count_cores, map_in_processes
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -42,7 +42,7 @@ _PARALLEL_FROM = 8  # tar files; below, starting processes takes longer
 def read_foreign(root: Path, cache: Path) -> pa.Table | None:
     """Return the table of other people's shards, sorted by path; None where a folder has none, or has images.
 
-    cache: keeps the table until a file's size or time of change differ. Logs what is skipped.
+    cache: keeps the table until a file changes. Logs what is skipped.
     Raises UserError (`data.root`) where the folder has shards of both kinds, or no image in them.
     """
     files = _find_files(root)
@@ -53,9 +53,7 @@ def read_foreign(root: Path, cache: Path) -> pa.Table | None:
         return None
     if len({name.endswith(_TAR) for name in files}) > 1:
         raise UserError(f"data.root: {str(root)!r} holds both tar and Arrow or Parquet files; keep those of one kind")
-    listing = [[name, (found := (root / name).stat()).st_size, found.st_mtime_ns] for name in files]
-    digest = sha256_text(canonical_json([_VERSION, os.path.realpath(root), listing]))[:16]
-    target = cache / f"shards-{digest}.parquet"
+    target = cache / f"shards-{files_key([root / name for name in files], _VERSION)}.parquet"
     table = read_parquet(target).cast(_SCHEMA) if target.is_file() else None
     if table is None or not all((root / shard).is_file() for shard in pc.unique(table["shard"]).to_pylist()):
         table = _scan(root, files, cache)

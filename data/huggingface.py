@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from data.table import Scanned
 from utils.errors import UserError
-from utils.io.files import sha256_text, write_atomically
+from utils.io.files import write_atomically
+from utils.io.memo import files_key
 from utils.io.untrusted.parquet import refuse_parquet_bomb
 
 _UNPACKED = "unpacked"  # folder in the cache
@@ -49,9 +50,7 @@ def scan_arrow(root: Path, name: str, cache: Path) -> Scanned:
 
 def _unpack(file: Path, cache: Path) -> Path:
     """Return an uncompressed Arrow file of a Parquet file's rows, which is made where it is missing."""
-    status = file.stat()
-    digest = sha256_text(f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}")[:16]
-    target = cache / _UNPACKED / f"{digest}.arrow"
+    target = cache / _UNPACKED / f"{files_key([file])}.arrow"
     if not target.is_file():
         with pq.ParquetFile(file) as parquet:
             refuse_parquet_bomb(file, parquet.metadata, "data.root")

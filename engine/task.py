@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import hash_once
+from utils.io.memo import hash_once
 from utils.io.weights import InitFrom
 
-FILE_HASHES = Path("outputs/cache/file_hashes.json")
+FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
 Knobs = dict[str, Tensor]
 
 

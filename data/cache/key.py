@@ -20,6 +20,7 @@ from data.config import CacheConfig
 from data.decode import Decoder
 from data.source import FileRange
 from data.tensor_store import record_key
+from utils.io.memo import file_version
 
 _VERSION = 2  # of the form of records and keys: another number decodes everything again
 _YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
@@ -27,15 +28,10 @@ _YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second cha
 
 def link_key(file: FileRange | None) -> str | None:
     """Return the key of the content hash of a file's part, None for what is none, or was changed a moment ago."""
-    try:
-        status = None if file is None else os.stat(file.path)
-    except OSError:  # whoever reads the file says why
+    version = None if file is None else file_version(file.path)  # of no file: whoever reads it says why
+    if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
         return None
-    if status is None or time.time_ns() - status.st_ctime_ns < _YOUNG_SEC * 10**9:
-        return None
-    times = status.st_mtime_ns, status.st_ctime_ns
-    place = os.path.abspath(file.path), file.offset, file.length
-    return record_key(_VERSION, "file", *place, status.st_size, status.st_ino, *times)
+    return record_key(_VERSION, "file", os.path.abspath(file.path), file.offset, file.length, version)
 
 
 def recipe_of(decoder: Decoder, config: CacheConfig) -> str:

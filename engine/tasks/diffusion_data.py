@@ -41,10 +41,10 @@ from models.sdxl.tokenizer import tokenize
 from utils.canvas import DEFAULT
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import hash_once
+from utils.io.memo import hash_once
 from utils.ranks import distributed
 
-HASHES = Path("outputs/cache/image_hashes.json")
+HASHES = Path("outputs/cache/image_hashes.jsonl")
 _TEXTS_AT_ONCE = 16
 
 TextTensors = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -18,11 +17,9 @@ from safetensors import SafetensorError
 
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from utils.record.progress import counting
 
 log = get_logger(__name__)
 T = TypeVar("T")
-_MEASURED_AT_ONCE, _MEASURED_UNTIL_KEPT = 8, 10_000  # files of `measure_once`
 
 
 def fsync_path(path: Path) -> None:
@@ -180,45 +177,3 @@ def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_once(path: Path, cache: Path) -> str:
-    """Return the SHA-256 of a file; `cache`, a JSON file, keeps it until the file's size or time of change differ."""
-    return measure_once([path], cache, sha256_file, "hashing")[0]
-
-
-def measure_once(paths: Sequence[Path], cache: Path, measure: Callable[[Path], Any], what: str) -> list[Any]:
-    """Return what `measure` makes of each file: a JSON value, or None, which is not kept.
-
-    `cache`, a JSON file, keeps it until the file's size or time of change differ. Threads call `measure`. what: for the
-    progress bar.
-    """
-    known = _read_measured(cache)
-    names, changed = {}, {}  # by path: its name in the cache, and its new version
-    for path in dict.fromkeys(paths):
-        status, names[path] = path.stat(), os.path.realpath(path)
-        version = [status.st_size, status.st_mtime_ns]
-        if known.get(names[path], ())[:2] != version:
-            changed[path] = version
-            known.pop(names[path], None)
-    waiting = list(changed)
-    with ThreadPoolExecutor(_MEASURED_AT_ONCE) as pool, counting(what) as report:
-        for start in range(0, len(waiting), _MEASURED_UNTIL_KEPT):
-            part = waiting[start : start + _MEASURED_UNTIL_KEPT]
-            for done, (path, value) in enumerate(zip(part, pool.map(measure, part)), start + 1):
-                if value is not None:
-                    known[names[path]] = [*changed[path], value]
-                report(done, len(waiting))
-            with ignore_write_errors(cache):
-                write_text(cache, json.dumps(known))  # an indented one takes seconds for a million files
-    return [known[names[path]][2] if names[path] in known else None for path in paths]
-
-
-def _read_measured(cache: Path) -> dict[str, list[Any]]:
-    """Return the entries of a cache of `measure_once`: [size, time of change, value] by the file's real path."""
-    try:
-        known = read_json(cache)
-    except (OSError, ValueError):
-        return {}
-    whole = isinstance(known, dict) and all(isinstance(entry, list) and len(entry) == 3 for entry in known.values())
-    return known if whole else {}

@@ -6,12 +6,9 @@ import os
 
 import pytest
 
-from utils.io import files
 from utils.io.files import (
     canonical_json,
-    hash_once,
     link_or_copy,
-    measure_once,
     read_json,
     sha256_file,
     sha256_text,
@@ -98,34 +95,3 @@ def test_a_link_replaces_the_old_file_and_a_copy_does_where_there_are_no_links(h
     assert [file.name for file in target.parent.iterdir()] == ["target"]
     source.unlink()
     assert target.read_bytes() == b"new"
-
-
-def test_a_file_is_hashed_once_per_version(tmp_path, monkeypatch):
-    path, cache = tmp_path / "weights", tmp_path / "cache/hashes.json"
-    path.write_bytes(b"first")
-    first = hash_once(path, cache)
-    assert first == sha256_file(path) and hash_once(path, cache) == first
-    with monkeypatch.context() as patched:
-        patched.setattr(files, "sha256_file", lambda path: pytest.fail("hashed again"))
-        assert hash_once(path, cache) == first
-    path.write_bytes(b"second")
-    assert hash_once(path, cache) == sha256_file(path) != first
-    cache.write_text("[]")  # damaged
-    assert hash_once(path, cache) == sha256_file(path)
-
-
-def test_only_changed_files_are_measured_again(tmp_path):
-    paths = [tmp_path / name for name in "aabc"]  # one of them twice
-    for path in paths:
-        path.write_text(path.name)
-    measured = []
-
-    def measure(path):
-        measured.append(path.name)
-        return path.read_text() * 2 if path.name != "c" else None
-
-    cache = tmp_path / "cache.json"
-    assert measure_once(paths, cache, measure, "measuring") == ["aa", "aa", "bb", None]
-    paths[2].write_text("other")
-    assert measure_once(paths, cache, measure, "measuring") == ["aa", "aa", "otherother", None]
-    assert sorted(measured) == ["a", "b", "b", "c", "c"]

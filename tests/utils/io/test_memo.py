@@ -1,0 +1,87 @@
+"""What was made of a file is used until the file changes, whatever was killed or damaged."""
+
+import os
+
+import pytest
+
+from utils.io.files import sha256_file
+from utils.io.memo import files_key, hash_once, in_threads, measure_once
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_text(path.name)
+    return paths
+
+
+def test_only_changed_files_are_measured_again(files, tmp_path):
+    store, measured = tmp_path / "cache/values.jsonl", []
+
+    def measure(path):
+        measured.append(path.name)
+        return path.read_text() * 2 if path.name != "c" else None
+
+    def values(paths):
+        measured.clear()
+        return measure_once(paths, lambda missing: in_threads(measure, missing), store, "measuring")
+
+    assert values([files[0], *files]) == ["aa", "aa", "bb", None] and sorted(measured) == ["a", "b", "c"]
+    files[1].write_text("other")
+    assert values(files) == ["aa", "otherother", None] and sorted(measured) == ["b", "c"]  # None is not kept
+    times = files[0].stat()
+    files[0].write_text("x")  # of the same size, and with its time set back
+    os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert values(files[:1]) == ["xx"]
+    files[0].unlink()
+    with pytest.raises(FileNotFoundError):
+        values(files)
+
+
+def test_a_killed_process_loses_at_most_the_value_that_it_was_writing(files, tmp_path):
+    store = tmp_path / "values.jsonl"
+
+    def killed(missing):
+        yield "first"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_once(files, killed, store, "measuring")
+    store.write_text(store.read_text() + store.read_text().strip()[:-4].replace('/a"', '/b"'))  # torn
+    assert measure_once(files, lambda missing: [path.name for path in missing], store, "")[1:] == ["b", "c"]
+    assert measure_once(files, lambda missing: [], store, "") == ["first", "b", "c"]
+
+
+def test_a_file_that_changes_while_it_is_measured_is_measured_again(files, tmp_path):
+    store = tmp_path / "values.jsonl"
+
+    def measure(missing):
+        for path in missing:
+            value = path.read_text()
+            path.write_text("changed")
+            yield value
+
+    assert measure_once(files[:1], measure, store, "") == ["a"]
+    assert measure_once(files[:1], measure, store, "") == ["changed"]
+
+
+def test_a_store_that_cannot_be_written_is_a_warning(files, tmp_path, caplog):
+    store = files[0] / "values.jsonl"
+    assert hash_once(files[1], store) == sha256_file(files[1]) == hash_once(files[1], store)
+    assert "cannot be written" in caplog.text
+
+
+def test_old_lines_are_dropped(files, tmp_path):
+    store = tmp_path / "values.jsonl"
+    for number in range(9):
+        files[0].write_text("x" * number)
+        measure_once(files[:1], lambda missing: map(str, missing), store, "")
+    assert store.read_text().count("\n") < 9
+
+
+def test_a_key_changes_with_a_file_and_the_values(files):
+    key = files_key(files, 1)
+    assert files_key(files, 1) == key != files_key(files, 2)
+    files[2].write_text("more")
+    assert files_key(files, 1) != key

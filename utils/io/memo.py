@@ -1,0 +1,100 @@
+"""What was made of a file, kept until the file changes. This is the one rule of "unless it changed".
+
+    hashes = measure_once(paths, lambda missing: map(sha256_file, missing), store, "hashing")
+    target = cache / f"{files_key([file], fraction)}.arrow"      made where it is missing
+
+A file is the same while its size, its two times of change and its inode are. The system sets the second time (ctime)
+whenever a file is changed, and programs cannot set it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text, write_text
+from utils.record.progress import counting
+
+_THREADS, _SUBMITTED = 8, 10_000
+
+
+def file_version(path: str | os.PathLike[str]) -> list[int] | None:
+    """Return size, mtime, ctime and inode of a file; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def files_key(paths: Iterable[Path], *parts: Any) -> str:
+    """Return 32 hexadecimal digits of files as they are now and of JSON values: a name for what is made of them."""
+    versions = [[os.path.realpath(path), file_version(path)] for path in paths]
+    return sha256_text(canonical_json([versions, *parts]))[:32]
+
+
+def measure_once(
+    paths: Sequence[Path],
+    measure: Callable[[list[Path]], Iterable[Any]],
+    store: Path,
+    what: str,
+    is_kept: Callable[[Any], bool] = lambda value: value is not None,
+) -> list[Any]:
+    """Return a JSON value for each file; `measure` yields those of files that are new or changed, in their order.
+
+    store: a file of lines, one added with each value, so a killed process loses one value at most. How files are
+    measured belongs in its name. what: for the progress bar. is_kept: whether a value holds until the file changes.
+    """
+    names = {path: os.path.abspath(path) for path in paths}
+    versions = {path: file_version(path) for path in names}  # as they are before they are read
+    known = _read(store)
+    values = {path: known[name][1] for path, name in names.items() if known.get(name, (None,))[0] == versions[path]}
+    waiting = [path for path in names if path not in values]
+    lines = _open(store) if waiting else None
+    with counting(what) as report:
+        for done, (path, value) in enumerate(zip(waiting, measure(waiting)), start=1):
+            values[path] = value
+            if lines is not None and versions[path] is not None and is_kept(value):
+                lines.write(json.dumps([names[path], versions[path], value]) + "\n")
+            report(done, len(waiting))
+    if lines is not None:
+        lines.close()
+    return [values[path] for path in paths]
+
+
+def _read(store: Path) -> dict[str, tuple[list[int], Any]]:
+    """Return version and value by file; rewrite a store of which half of the lines count no more."""
+    known, text = {}, store.read_text(encoding="utf-8", errors="replace") if store.is_file() else ""
+    for line in text.split("\n"):
+        with suppress(ValueError, TypeError):  # a line that a kill has torn
+            name, version, value = json.loads(line)
+            known[name] = version, value
+    if text.count("\n") > 2 * len(known):
+        with ignore_write_errors(store):
+            write_text(store, "".join(f"{json.dumps([name, *entry])}\n" for name, entry in known.items()))
+    return known
+
+
+def _open(store: Path) -> AppendFile | None:
+    """Open a store behind what may be a torn line; None, with a warning, where it cannot be written."""
+    with ignore_write_errors(store):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        lines = AppendFile(store)
+        lines.write("\n")
+        return lines
+    return None
+
+
+def in_threads(measure: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
+    """Yield `measure` of each file, in order; threads call it."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(paths), _SUBMITTED):
+            yield from pool.map(measure, paths[start : start + _SUBMITTED])
+
+
+def hash_once(path: Path, store: Path) -> str:
+    """Return the SHA-256 of a file, which `store` keeps until the file changes."""
+    return measure_once([path], lambda missing: map(sha256_file, missing), store, "hashing")[0]
