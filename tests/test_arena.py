@@ -106,7 +106,7 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
     for name in ("mAP", "macro_f1", "micro_f1", "micro_f1_at_0.35"):
         assert row[name] == pytest.approx(wanted[name], abs=1e-6)
     page = (place / "run/report.html").read_text(encoding="utf-8")
-    for section in ("figures", "tag groups", "hardest tags", "pr curves", "mistakes", "reliability", "thresholds"):
+    for section in ("figures", "tag groups", "hardest tags", "pr curves", "mistakes", "thresholds"):
         assert f">{section}</h2>" in page
 
 

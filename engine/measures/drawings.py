@@ -6,7 +6,6 @@ import numpy as np
 
 from engine.measures.confusion import Confusion
 from engine.measures.tag_scores import Group
-from engine.measures.thresholds import Reliability
 from utils.record import pictures
 
 _WHOLE_MATRIX = 40  # up to this number of classes all are drawn
@@ -108,18 +107,5 @@ def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
         precision, recall, _ = group.micro()
         some = group.predicted > 0
         axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
-    axis.legend(frameon=False, fontsize=9.5)
-    return plots.figure_to_image(figure)
-
-
-def draw_reliability(curves: Mapping[str, Reliability]) -> np.ndarray:
-    """Draw the share of positives over the probability; the diagonal is right."""
-    from utils.record import plots  # matplotlib
-
-    figure, axis = plots.open_square("Reliability", "mean probability of a bin", "share of positives")
-    axis.plot([0, 1], [0, 1], color=plots.INK, linewidth=0.8)
-    for name, curve in curves.items():
-        some, error = curve.pairs > 0, curve.error(1)
-        axis.plot(curve.prob[some], curve.rate[some], marker="o", label=f"{name} (error from 1/15 up: {error:.3f})")
     axis.legend(frameon=False, fontsize=9.5)
     return plots.figure_to_image(figure)

@@ -1,9 +1,4 @@
-"""Thresholds and probabilities of a tagger, fitted to the counts of one set of images and measured on those of another.
-
-Everything is fitted to histograms: of a category for its thresholds and its Platt scaling, of a tag for its own.
-"""
-
-from typing import Any, NamedTuple
+"""Thresholds of a tagger, fitted to the counts of one set of images and measured on those of another."""
 
 import numpy as np
 from torch import Tensor
@@ -14,8 +9,6 @@ from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, Thr
 from utils.vocabulary import category_name
 
 _PRIOR = 50  # positives that a category's threshold counts as, beside those of a tag
-_CENTRES = np.append((EDGES[:-1] + EDGES[1:]) / 2, EDGES[-1])  # logit of each bin
-_RELIABILITY_BINS = 15
 
 
 def to_fit(key: Tensor) -> Tensor:
@@ -64,80 +57,3 @@ def _measured(profile: str, category: int, name: str, edge: int, counts: tuple[i
     """Return a row; counts: true positives, predictions, positives."""
     found = [round(float(value), 6) for value in rates(*counts)] if counts[2] else [None] * 3
     return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *found, counts[2], profile)
-
-
-class Reliability(NamedTuple):
-    """Of pairs of image and tag by their probability, [15] each: its mean, the share of positives, and the pairs."""
-
-    prob: np.ndarray
-    rate: np.ndarray
-    pairs: np.ndarray
-
-    def error(self, first: int = 0) -> float:
-        """Return the expected calibration error, of the bins from `first` on."""
-        gaps = np.abs(self.prob - self.rate)[first:]
-        return float((gaps * self.pairs[first:]).sum() / max(1, self.pairs[first:].sum()))
-
-
-def measure_reliability(group: Group, scale: float = 1.0, shift: float = 0.0) -> Reliability:
-    """Return the reliability of sigmoid(scale * logit + shift) in bins of equal width."""
-    probs = _sigmoid(scale * _CENTRES + shift)
-    place = np.minimum((probs * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
-    positives, pairs = _histogram(group)
-    prob, rate, count = (
-        np.bincount(place, weights, _RELIABILITY_BINS) for weights in (probs * pairs, positives, pairs)
-    )
-    return Reliability(prob / np.maximum(count, 1), rate / np.maximum(count, 1), count)
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities, without overflow."""
-    return np.exp(-np.logaddexp(0, -logits))
-
-
-def _histogram(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """Return positives and all pairs of each bin."""
-    return tuple(-np.diff(tail, append=0) for tail in (group.tp, group.predicted))
-
-
-def fit_platt(group: Group) -> tuple[float, float]:
-    """Return scale and shift of the logit that fit the positives best.
-
-    Source: Platt 1999, with his targets (N+ + 1) / (N+ + 2) and 1 / (N- + 2), which bound the scale.
-    """
-    positives, pairs = _histogram(group)
-    yes, no = positives.sum(), (pairs - positives).sum()
-    targets = positives * (yes + 1) / (yes + 2) + (pairs - positives) / (no + 2)
-    inputs, found = np.stack([_CENTRES, np.ones_like(_CENTRES)], axis=1), np.array([1.0, 0.0])
-
-    def loss(values: np.ndarray) -> float:
-        return float(pairs @ np.logaddexp(0, inputs @ values) - targets @ (inputs @ values))
-
-    for _ in range(100):  # Newton; it halves a step that does not improve
-        probs = _sigmoid(inputs @ found)
-        curvature = (inputs.T * (pairs * probs * (1 - probs))) @ inputs
-        step = np.linalg.solve(curvature + 1e-9 * np.eye(2), inputs.T @ (pairs * probs - targets))
-        while loss(found - step) > loss(found) and np.abs(step).max() > 1e-9:
-            step /= 2
-        found = found - step
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(found[0]), float(found[1])
-
-
-def calibration_rows(fitted: TagScores, reported: TagScores) -> list[dict[str, Any]]:
-    """Return for each group its Platt scaling and, on the other images, the calibration error without and with it.
-
-    Nearly all pairs of image and tag have a probability of almost 0 and are right there; `ece_above` is without those
-    below 1/15.
-    """
-    rows = []
-    for name, group in fitted.groups.items():
-        if group.support:
-            scale, shift = fit_platt(group)
-            plain, scaled = (measure_reliability(reported.groups[name], *values) for values in ((), (scale, shift)))
-            rows.append(
-                {"group": name, "scale": scale, "shift": shift, "ece": plain.error(), "ece_scaled": scaled.error(),
-                 "ece_above": plain.error(1), "ece_above_scaled": scaled.error(1)}
-            )  # fmt: skip
-    return rows

@@ -20,12 +20,12 @@ from data.tags.mirror import Mirror
 from data.tags.orientation import build_orientation
 from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
-from engine.measures.drawings import draw_pr_curves, draw_reliability, draw_tag_mistakes
+from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_confusions import TagConfusions
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
-from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, measure_reliability, to_fit
+from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
@@ -220,11 +220,8 @@ class TaggingTask(Task):
                 counts.add(logits, targets.nan_to_num(), valid & own, known)
         mine, theirs = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
         table = calibrate(mine, theirs, wanted.precision, wanted.recall)
-        group, scaling = theirs.groups["all"], fit_platt(mine.groups["all"])
-        curves = {"as trained": measure_reliability(group), "scaled": measure_reliability(group, *scaling)}
         profiles = [asdict(row) for row in table.rows if row.profile != PER_TAG]
-        tables = {"thresholds": profiles, "calibration": calibration_rows(mine, theirs)}
-        return Calibrated(table, Report(tables=tables, images={"reliability": draw_reliability(curves)}))
+        return Calibrated(table, Report(tables={"thresholds": profiles}))
 
     def _measure(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""

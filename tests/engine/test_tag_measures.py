@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics
-from sklearn.linear_model import LogisticRegression
-from torchmetrics.classification import BinaryCalibrationError
 
 from engine.measures import tags
-from engine.measures.drawings import draw_pr_curves, draw_reliability
+from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import PROBS, TagScores
 from engine.measures.tags import BINS, EDGES, TagHistograms
-from engine.measures.thresholds import calibrate, calibration_rows, fit_platt, measure_reliability, to_fit
+from engine.measures.thresholds import calibrate, to_fit
 from tests.engine.test_no_host_sync import count
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -225,29 +223,7 @@ def test_thresholds_are_measured_on_other_images(halves):
     assert general.f1 == pytest.approx(metrics.f1_score(truth, decided), abs=1e-5)
 
 
-def test_platt_scaling_and_calibration_error(halves):
-    fitted, reported = halves
-    used = (VALID & to_fit(torch.arange(IMAGES)))[:, None] & KNOWN
-    truth, logits, group = TARGETS[used], LOGITS[used], fitted.groups["all"]
-    exact = LogisticRegression(C=1e9, tol=1e-8).fit(logits[:, None].numpy(), truth.numpy())
-    assert fit_platt(group) == pytest.approx((exact.coef_[0, 0], exact.intercept_[0]), abs=2e-3)
-    plain, error = measure_reliability(group), BinaryCalibrationError(n_bins=15)(logits.sigmoid(), truth.int())
-    assert plain.error() == pytest.approx(error.item(), abs=2e-3)
-    rows = {row["group"]: row for row in calibration_rows(fitted, reported)}
-    assert rows["all"]["ece_above_scaled"] < 0.5 * rows["all"]["ece_above"]
-    assert {"all", "general", "character", "rating"} <= set(rows)
-
-
 def test_pictures(scores):
     group = scores.groups["all"]
-    curves = {"as it is": measure_reliability(group), "scaled": measure_reliability(group, *fit_platt(group))}
-    for image in (draw_reliability(curves), draw_pr_curves({"all": group, "general": scores.groups["general"]})):
-        assert image.dtype == np.uint8 and image.shape[2] == 3 and (image < 128).any()
-
-
-def test_platt_scaling_of_separable_tags_is_finite():
-    measure, targets = TagHistograms(1), torch.tensor([[0.0]] * 50 + [[1.0]] * 5)
-    measure.add(6 * targets - 3, targets, torch.ones(55, dtype=torch.bool))
-    scores = TagScores(measure.reduce(), Vocabulary(("a",), (0,), (5,), (0,)))
-    scale, shift = fit_platt(scores.groups["all"])
-    assert 0.5 < scale < 5 and abs(shift) < 5
+    image = draw_pr_curves({"all": group, "general": scores.groups["general"]})
+    assert image.dtype == np.uint8 and image.shape[2] == 3 and (image < 128).any()
