@@ -4,14 +4,14 @@ Both are fitted to labelled training images and measured on labelled validation 
 so the scores do not depend on the ranks. Nothing is drawn at random and no gradient is taken: a probe does not change
 the run.
 
-The linear classifier is ridge regression onto the classes. Its solution is closed, so there is no step size and no
-number of iterations to set. One decomposition gives the leave-one-out predictions for every penalty, which choose the
-penalty.
+The linear classifier is a ridge regression of the classes. It has no step size and no number of iterations to set, and
+its leave-one-out scores, which have a closed form, choose the penalty.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +25,6 @@ log = get_logger(__name__)
 TEMPERATURE = 0.07
 # Candidates of the ridge penalty, per training image; features have variance 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_ROWS = 1024  # validation images compared with all training images at once
 
 
 class Features:
@@ -47,24 +46,19 @@ class Features:
         return features[order].double(), labels[order]
 
 
-class Probe:
-    """Score features of validation images by a kNN and a linear classifier fitted to those of training images."""
+def measure_probes(train: Features, val: Features, k: int) -> dict[str, float]:
+    """Return `probe/knn` and `probe/linear`, the accuracies on `val` of classifiers fitted to `train`.
 
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.train, self.val = Features(), Features()
-
-    def reduce(self) -> dict[str, float]:
-        """Return `probe/knn` and `probe/linear`, the accuracies on `val`.
-
-        A class without a training image counts as an error. Without a readable image in both sets, or with features
-        that are not finite, it warns and returns nothing.
-        """
-        train, val = self.train.reduce(), self.val.reduce()
-        return distributed.rank_zero_call(lambda: _score(*train, *val, self.k))
+    A class without a training image counts as an error. Without a readable image in both sets, or with features that
+    are not finite, it warns and returns nothing.
+    """
+    collected = (*train.reduce(), *val.reduce())
+    return distributed.rank_zero_call(lambda: _score(*collected, k))
 
 
 def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, k: int) -> dict[str, float]:
+    from sklearn.neighbors import KNeighborsClassifier  # 1.3 s
+
     if len(train) == 0 or len(val) == 0:
         log.warning("probe: skipped, because no image of one of its two sets could be read")
         return {}
@@ -74,12 +68,15 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     mean, scale = standardise(train)
     train, val = (train - mean) / scale, (val - mean) / scale
     classes, targets = torch.unique(train_labels, return_inverse=True)
-    weight, bias = fit_linear(train, F.one_hot(targets, len(classes)).double())
-    predicted = {
-        "probe/knn": knn_scores(train, targets, val, k, len(classes)).argmax(dim=1),
-        "probe/linear": (val @ weight + bias).argmax(dim=1),
+    neighbours = KNeighborsClassifier(min(k, len(train)), metric="cosine", weights=_weigh_votes)
+    scores = {
+        "probe/knn": neighbours.fit(train.numpy(), targets.numpy()).predict_proba(val.numpy()),
+        "probe/linear": fit_ridge(train, targets, len(classes), _count_hits).predict(val.numpy()),
     }
-    return {name: (classes[index] == val_labels).double().mean().item() for name, index in predicted.items()}
+    return {
+        name: (classes[found.reshape(len(val), -1).argmax(axis=1)] == val_labels).double().mean().item()
+        for name, found in scores.items()
+    }
 
 
 def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,59 +86,34 @@ def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
 
 
-def knn_scores(train: Tensor, targets: Tensor, val: Tensor, k: int, num_classes: int) -> Tensor:
-    """Return the votes [M, K] for each class of the k nearest of `train` [N, C], or of all where there are fewer.
+def _weigh_votes(distances: np.ndarray) -> np.ndarray:
+    return np.exp((1 - distances) / TEMPERATURE)
 
-    Distance is by cosine; a neighbour votes for its class, targets [N], with weight exp(cosine / TEMPERATURE).
+
+def fit_ridge(
+    features: Tensor, labels: Tensor, num_classes: int, quality: Callable[[Tensor, Tensor], float]
+) -> Any:  # RidgeCV
+    """Return the ridge regression of one-hot labels [N] on features [N, C], with the penalty of the best quality.
+
+    quality: of the scores [N, K] of each sample by a fit without it, and the labels; ties go to the lower penalty.
+    Differs from RidgeClassifierCV(scoring="accuracy"), which takes the lowest penalty for two classes (1.9).
     """
-    train = F.normalize(train, dim=1)
-    scores = []
-    for rows in val.split(_ROWS):
-        nearest = (F.normalize(rows, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(rows), num_classes, dtype=train.dtype)
-        scores.append(votes.scatter_add_(1, targets[nearest.indices], (nearest.values / TEMPERATURE).exp()))
-    return torch.cat(scores)
+    from sklearn.linear_model import RidgeCV
+
+    def score(_: object, left_out: np.ndarray, __: np.ndarray) -> float:
+        return quality(torch.from_numpy(left_out.reshape(len(labels), num_classes)), labels)
+
+    targets = F.one_hot(labels, num_classes).double()
+    penalties = [penalty * len(features) for penalty in PENALTIES]
+    return RidgeCV(penalties, scoring=score).fit(features.numpy(), targets.numpy())
 
 
-class Ridge(NamedTuple):
-    """A ridge regression: weight [C, K], bias [K], and the scores [N, K] of each sample by a fit without it."""
+def _count_hits(left_out: Tensor, labels: Tensor) -> float:
+    """Return how many labels the scores recognise, plus less than 1 for a small squared error, which decides ties.
 
-    weight: Tensor
-    bias: Tensor
-    left_out: Tensor
-
-
-def fit_ridges(features: Tensor, targets: Tensor) -> Iterator[Ridge]:
-    """Yield the ridge regression of one-hot targets [N, K] on centred features [N, C] for each of PENALTIES, times N.
-
-    The bias has no penalty.
-    Source: Golub, Heath, Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
-    Technometrics 1979, section 1 (the ordinary form, Allen's PRESS).
+    The usual choice is that error alone: with many classes of a few images each, it is least where all scores are
+    nearly 0, and such a classifier recognises almost nothing.
     """
-    count, bias = len(features), targets.mean(dim=0)
-    left, singular, right = torch.linalg.svd(features, full_matrices=False)
-    projected = left.T @ (targets - bias)
-    for penalty in PENALTIES:
-        shrink = singular.square() / (singular.square() + penalty * count)
-        # The weight of a sample in its own prediction, at most 1.
-        leverage = left.square() @ shrink + 1 / count
-        residual = targets - bias - left @ (shrink[:, None] * projected)
-        error = residual / (1 - leverage).clamp(min=1e-12)[:, None]
-        weight = right.T @ ((singular / (singular.square() + penalty * count))[:, None] * projected)
-        yield Ridge(weight, bias, targets - error)
-
-
-def fit_linear(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight [C, K] and bias [K] of the ridge regression with the most correct leave-one-out predictions.
-
-    Ties go to the least squared error. Differs from the usual choice by that error alone: with many classes of a few
-    images each, it is least where all scores are nearly 0, and such a classifier recognises almost nothing.
-    """
-    labels = targets.argmax(dim=1)
-
-    def quality(ridge: Ridge) -> tuple[int, float]:
-        hits = (ridge.left_out.argmax(dim=1) == labels).sum()
-        return int(hits), -float((targets - ridge.left_out).square().sum())
-
-    best = max(fit_ridges(features, targets), key=quality)
-    return best.weight, best.bias
+    hits = (left_out.argmax(dim=1) == labels).sum()
+    error = (F.one_hot(labels, left_out.shape[1]) - left_out).square().sum()
+    return float(hits + 1 / (1 + error))

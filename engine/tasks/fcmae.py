@@ -21,7 +21,7 @@ from data.rows import choose_probe_rows, spread
 from data.transforms import FOOTPRINT, ByGroup, Footprint, Views, evaluation_views
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
-from engine.measures.probe import Probe
+from engine.measures.probe import Features, measure_probes
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.image_exports import IMAGE_EXPORTS
@@ -190,12 +190,12 @@ class FCMAETask(Task):
 
     def _probe(self, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
         """Return the accuracies of probes of the encoder's mean features."""
-        probe = Probe(self.probe_k)
-        for name, features in (("probe_train", probe.train), ("probe_val", probe.val)):
-            for batch in loaders[name]:
+        train, val = Features(), Features()
+        for features, loader in ((train, loaders["probe_train"]), (val, loaders["probe_val"])):
+            for batch in loader:
                 encoded = self.network.encoder(self.normalise(batch["images"]))
                 features.add(encoded, batch["labels"], batch["sample_id"], batch["weight"])
-        return probe.reduce()
+        return measure_probes(train, val, self.probe_k)
 
     def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
         """Return rows of originals, inputs with the masked patches grey, and reconstructions of some of a batch."""

@@ -17,11 +17,12 @@ map.
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.measures.probe import Features, fit_ridges, standardise
+from engine.measures.probe import Features, fit_ridge, standardise
 from engine.runtime import Runtime
 from models.image_model import find_head
 from models.normalise import Normalise
@@ -118,12 +119,17 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
     to, a head of many classes of a few images each is right far too often, so that it would start overconfident. The
     last two values are that cross-entropy and the share of images recognised, held out.
     """
-    found = []
-    for ridge in fit_ridges(features, F.one_hot(labels, num_classes).double()):
-        loss, scale = _find_scale(ridge.left_out.float(), labels)
-        accuracy = (ridge.left_out.argmax(dim=1) == labels).double().mean().item()
-        found.append((scale * ridge.weight.T, scale * ridge.bias, loss, accuracy))
-    return min(found, key=lambda one: one[2])
+    found = []  # of each penalty
+
+    def quality(left_out: Tensor, labels: Tensor) -> float:
+        loss, scale = _find_scale(left_out.float(), labels)
+        found.append((loss, scale, (left_out.argmax(dim=1) == labels).double().mean().item()))
+        return -loss
+
+    ridge = fit_ridge(features, labels, num_classes, quality)
+    loss, scale, accuracy = min(found, key=lambda penalty: penalty[0])
+    weight, bias = (scale * torch.from_numpy(np.asarray(values)) for values in (ridge.coef_, ridge.intercept_))
+    return weight.view(num_classes, -1), bias.view(num_classes), loss, accuracy
 
 
 def _find_scale(scores: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.means import Means
-from engine.measures.probe import Probe
+from engine.measures.probe import Features, measure_probes
 from engine.measures.top_samples import TopSamples
 from tests.engine.test_no_host_sync import count
 from utils.errors import UserError
@@ -52,11 +52,10 @@ def fill_top(split):
 
 
 def fill_probe(split):
-    measure = Probe(k=3)
+    features = Features()
     for batch in batches(split, FEATURES, LABELS, IDS, VALID.float()):
-        measure.train.add(*batch)
-        measure.val.add(*batch)
-    return measure
+        features.add(*batch)
+    return features
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -91,7 +90,7 @@ def test_top_samples_are_the_first_of_a_sort_by_score_then_id(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_probes_do_not_depend_on_the_split(split):
-    found, whole = fill_probe(split).reduce(), fill_probe([SAMPLES]).reduce()
+    found, whole = (measure_probes(features, features, 3) for features in (fill_probe(split), fill_probe([SAMPLES])))
     assert found == pytest.approx(whole) and found["probe/knn"] > 0.5 and found["probe/linear"] > 0.5
 
 

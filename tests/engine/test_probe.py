@@ -10,9 +10,8 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
 
-from engine.measures.probe import PENALTIES, TEMPERATURE, Probe, fit_linear, knn_scores, standardise
+from engine.measures.probe import PENALTIES, Features, _count_hits, fit_ridge, measure_probes, standardise
 from tests.in_process import TINY, run_until_killed
 from tests.in_process import run as run_here
 from tests.support import checkpoint_tensors, common, make_collection, rows, run, training_log
@@ -39,27 +38,11 @@ def measure(train, val, k=5, size=7):
 
 
 def measure_batches(train, val, k):
-    probe = Probe(k)
-    for features, batches in ((probe.train, train), (probe.val, val)):
+    sets = Features(), Features()
+    for features, batches in zip(sets, (train, val)):
         for batch in batches:
             features.add(batch["images"], batch["labels"], batch["sample_id"], batch["weight"])
-    return probe.reduce()
-
-
-# ------------------------------------------------------------------------------------------- equality with scikit-learn
-
-
-@pytest.mark.parametrize("k", [1, 5, 1000])
-def test_votes_of_neighbours_are_those_of_scikit_learn(k):
-    """k above the number of training images means all of them."""
-    train, labels = make_features(60, 12, noise=2.0)
-    val, _ = make_features(2100, 12, seed=1, noise=2.0)  # more than are compared at once
-    reference = KNeighborsClassifier(
-        min(k, 60), metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
-    ).fit(train.numpy(), labels.numpy())
-    scores = knn_scores(train, labels, val, k, 4)
-    shares = (scores / scores.sum(dim=1, keepdim=True)).numpy()
-    np.testing.assert_allclose(shares, reference.predict_proba(val.numpy()), rtol=1e-8, atol=1e-12)
+    return measure_probes(*sets, k)
 
 
 def choose_penalty(features, targets):
@@ -72,20 +55,16 @@ def choose_penalty(features, targets):
     return max((penalty * len(features) for penalty in PENALTIES), key=score)
 
 
-@pytest.mark.parametrize(("count", "width"), [(40, 12), (20, 30)])
-def test_the_linear_classifier_is_scikit_learns_ridge_with_the_penalty_of_leaving_one_out(count, width):
+@pytest.mark.parametrize(("count", "width", "classes"), [(40, 12, 4), (20, 30, 4), (40, 30, 2)])
+def test_the_linear_classifier_has_the_penalty_of_leaving_one_out(count, width, classes):
     chosen = set()
     for noise in (0.1, 2.0, 5.0, 20.0):
-        features, labels = make_features(count, width, noise=noise)
+        features, labels = make_features(count, width, classes, noise=noise)
         mean, scale = standardise(features)
         features = (features - mean) / scale
-        targets = torch.nn.functional.one_hot(labels, 4).double()
-        penalty = choose_penalty(features.numpy(), targets.numpy())
-        reference = Ridge(penalty).fit(features.numpy(), targets.numpy())
-        weight, bias = fit_linear(features, targets)
-        np.testing.assert_allclose(weight.T.numpy(), reference.coef_, rtol=1e-6, atol=1e-10)
-        np.testing.assert_allclose(bias.numpy(), reference.intercept_, atol=1e-12)
-        chosen.add(penalty)
+        found = fit_ridge(features, labels, classes, _count_hits)
+        assert found.alpha_ == choose_penalty(features.numpy(), np.eye(classes)[labels])
+        chosen.add(found.alpha_)
     assert len(chosen) > 1, "no case would tell a choice from a constant"
 
 
