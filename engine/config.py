@@ -27,6 +27,7 @@ FIRST_BATCH_SIZE = 4  # what `loop.batch_size=auto` tries first, and what is rea
 class LoopConfig(Strict):
     """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
 
+    total_steps: 0 measures `init_from` and saves it as a run.
     total_epochs, evaluate_every_epochs: `auto` derives them from the collection's sizes (engine/plan.py).
     batch_size: `auto` searches what a GPU's memory takes (engine/batch_size.py).
     early_stop_epochs: the run ends after an evaluation that comes this many epochs after the best one.
@@ -34,7 +35,7 @@ class LoopConfig(Strict):
     """
 
     total_epochs: Literal["auto"] | Duration
-    total_steps: Count | None
+    total_steps: CountOrZero | None
     early_stop_epochs: Duration | None
     global_batch_size: BatchSize
     batch_size: Literal["auto"] | BatchSize

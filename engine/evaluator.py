@@ -82,7 +82,8 @@ class Evaluator:
         self.recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **scalars})
         log.info("%s", self._line(step, scalars))
         self.recorder.add_report(step, report.tables, report.images)
-        self.recorder.plot(step, may_skip=not self.has_stalled)  # the curves end where the run stops early
+        if step > 0:  # a run of no steps has no curves
+            self.recorder.plot(step, may_skip=not self.has_stalled)  # they end where the run stops early
 
     def _line(self, step: int, scalars: Mapping[str, float]) -> str:
         """Return an evaluation's line: the first figures of each report, and the best value so far."""

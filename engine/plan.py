@@ -185,7 +185,7 @@ def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
     if loop.evaluate_every_epochs != "auto":
         return loop.evaluate_every_epochs
     share *= 2 if loop.evaluate_raw and loop.ema_decay is not None else 1
-    return min(max(1.0, share / AUTO_EVALUATION_SHARE), epochs / AUTO_EVALUATIONS)
+    return min(max(1.0, share / AUTO_EVALUATION_SHARE), epochs / AUTO_EVALUATIONS or 1.0)
 
 
 def _total_steps(loop: LoopConfig, steps_per_epoch: float) -> int:
@@ -209,7 +209,7 @@ def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps:
     if schedule.warmup_steps is not None:
         warmup = schedule.warmup_steps
         log.debug("schedule.warmup_steps=%d is set, so schedule.warmup_epochs is not used", warmup)
-    if warmup > total_steps:
+    if warmup > total_steps > 0:
         log.warning(
             "schedule.warmup_epochs or schedule.warmup_steps: a warm-up of %d steps is longer than the run; it is cut "
             "to its %d steps",

@@ -239,6 +239,9 @@ def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]
         )  # fmt: skip
         return True
     started, first = time.perf_counter(), run.step
+    if plan.total_steps == 0:
+        run.evaluator.evaluate(run.learner)
+        run.save(last=True)
     batches = streams.train.steps(run.step, plan)
     vote = Vote()
     run.recorder.start_clock(run.step)

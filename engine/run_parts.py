@@ -46,7 +46,8 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether all steps are done, or the best value is too old (`loop.early_stop_epochs`)."""
-        return self.step >= self.plan.total_steps or self.evaluator.has_stalled
+        is_measured = self.plan.total_steps > 0 or bool(self.evaluator.last_report)
+        return (self.step >= self.plan.total_steps and is_measured) or self.evaluator.has_stalled
 
     def asks_for(self, *, may_save: bool = False) -> float:
         """Return what this rank asks for: STOP where a signal came or a checkpoint could not be written, SAVE where

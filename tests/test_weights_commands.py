@@ -131,6 +131,25 @@ def test_a_file_that_does_not_fit_is_refused(overrides, message, place):
     assert str(refused.value).startswith(message)
 
 
+# --- a run of no steps
+
+
+def test_weights_of_others_become_a_run_of_no_steps(place):
+    """They are measured and saved as they are; more steps go on from there."""
+    torch.save({"model": vary_weights(build_network(CONFIG, 2)).state_dict()}, place / "two.pt")
+    words = [*SMALL, "init_from=two.pt", "task.head=kept", "run_dir=taken", "loop.ema_decay=0.5"]
+    run("finetune", [*words, "loop.total_steps=0"], place)
+    given, (saved, metadata) = torch.load(place / "two.pt")["model"], weights_of(place, "taken", "best")
+    assert saved.keys() == given.keys() and all(torch.equal(saved[name], given[name]) for name in given)
+    assert metadata["step"] == 0 and metadata["origin"]["licence"] == "cc-by-nc-4.0"
+    (row,) = rows_of(place / "taken/metrics.jsonl")
+    found = metrics(place, "run_dir=taken", "weights=best", "runtime.precision=fp32", *ON_CPU)
+    assert row["ema/top1"] == found["top1"] and row["ema/loss"] == pytest.approx(found["loss"], rel=1e-5)
+    run("finetune", [*words, "loop.total_steps=0"], place)  # again: it is complete
+    run("finetune", [*words, "loop.total_steps=1"], place)
+    assert weights_of(place, "taken")[1]["step"] == 1
+
+
 # --- licences, origins, and the best raw weights
 
 
