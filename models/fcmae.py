@@ -5,7 +5,6 @@ A mask is bool [B, L] over the patch grid in row-major order, True = removed; a 
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
-from models.layers import GRN
 from models.patches import patchify, unpatchify
 from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
@@ -81,22 +79,6 @@ def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px
         )
 
 
-def draw_as_published(network: "FCMAE") -> None:
-    """Draw the weights again as the published PyTorch code does: most of them from a normal distribution of std 1.
-
-    It draws the encoder twice, the second time with the default std of its function. The first loss is then about 17,
-    and predictions at visible patches exceed the range of fp16. The released weights come from another code (JAX).
-    Source: facebookresearch/ConvNeXt-V2:models/fcmae.py _init_weights.
-    """
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("encoder."):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            halves = re.match(r"encoder\.downsample_layers\.[1-9]", name)
-            nn.init.trunc_normal_(module.weight, std=0.02 if halves else 1.0)
-            nn.init.zeros_(module.bias)
-
-
 class FCMAE(nn.Module):
     """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict the removed ones.
 
@@ -104,10 +86,10 @@ class FCMAE(nn.Module):
     its own pixels. Images may have other sizes of whole patches than `image_size_hw`, one size to a batch. The decoder
     starts like the encoder (std .02), the mask token normal with std .02. `execution` is
     "sparse" (models/sparse.py: visible sites are computed, removed patches predicted, nothing else) or "dense" (all
-    sites, with the masked ones selected away): the same function, slower. `grn_over` is "sample" or "batch".
+    sites, with the masked ones selected away): the same function, slower.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
-    Differs: plain tensors for MinkowskiEngine's, GRN per sample unless asked otherwise, any channels and image shape,
+    Differs: plain tensors for MinkowskiEngine's, GRN per sample, any channels and image shape,
     patches wider than the stride, and one initialisation (the published code draws the encoder again, with std 1).
     """
 
@@ -122,7 +104,6 @@ class FCMAE(nn.Module):
         decoder_depth: int,
         norm_pix_loss: bool,
         execution: Literal["sparse", "dense"],
-        grn_over: Literal["sample", "batch"],
     ) -> None:
         super().__init__()
         check_patch_grid(encoder.total_stride, image_size_hw, patch_px)
@@ -144,9 +125,6 @@ class FCMAE(nn.Module):
         for part in (self.proj, self.decoder, self.pred):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in encoder.modules():
-            if isinstance(module, GRN):
-                module.over_batch = grn_over == "batch"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let the encoder's blocks be computed a second time in the backward pass instead of being kept."""

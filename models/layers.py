@@ -29,19 +29,19 @@ class _Response(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, sites: tuple[int, ...]) -> Tensor:
-        y, norms, share = respond(x, gamma, beta, eps, sites)
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        y, norms, share = respond(x, gamma, beta, eps)
         ctx.save_for_backward(x, gamma, norms, share)
-        ctx.eps, ctx.sites = eps, sites
+        ctx.eps = eps
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, gamma, norms, share = ctx.saved_tensors
         wide = norms.dtype
         by_beta = _sum_wide(grad, (0, 1, 2), wide)
         product = grad.to(wide) * x if x.dtype == torch.float16 else grad * x  # fp16 would overflow
-        meeting = _sum_wide(product, ctx.sites, wide)  # [B or 1, 1, 1, C]
+        meeting = _sum_wide(product, (1, 2), wide)  # [B, 1, 1, C]
         by_gamma = (share * meeting).sum(dim=0, keepdim=True)
         by_share, mean = gamma * meeting, norms.mean(dim=-1, keepdim=True) + ctx.eps
         by_norm = by_share / mean - (by_share * norms).mean(dim=-1, keepdim=True) / mean.square()
@@ -51,7 +51,7 @@ class _Response(torch.autograd.Function):
             by_x = torch.addcmul(grad * (1.0 + scale), x.to(wide), factor).to(x.dtype)
         else:
             by_x = torch.addcmul(torch.addcmul(grad, grad, scale.to(grad.dtype)), x, factor.to(x.dtype))
-        return by_x, by_gamma.to(gamma.dtype), by_beta.to(gamma.dtype).view_as(gamma), None, None
+        return by_x, by_gamma.to(gamma.dtype), by_beta.to(gamma.dtype).view_as(gamma), None
 
 
 def _sum_wide(x: Tensor, sites: tuple[int, ...], wide: torch.dtype) -> Tensor:
@@ -61,16 +61,14 @@ def _sum_wide(x: Tensor, sites: tuple[int, ...], wide: torch.dtype) -> Tensor:
     return x.to(wide).sum(dim=sites, keepdim=True)
 
 
-def respond(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, sites: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return GRN's output [B, H, W, C] in the dtype of `x`, and the norms over `sites` and their shares, wide."""
+def respond(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return GRN's output [B, H, W, C] in the dtype of `x`, and the norms over the sites and their shares, wide."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda and not torch.compiler.is_compiling():
-        norms = torch.linalg.vector_norm(x, dim=sites, keepdim=True, dtype=wide)  # no wide copy of x
+        norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # no wide copy of x
     else:
         squares = x.square() if x.dtype == wide else x.to(wide).square_()
-        total = squares.sum(dim=sites, keepdim=True)  # [B or 1, 1, 1, C]
+        total = squares.sum(dim=(1, 2), keepdim=True)  # [B, 1, 1, C]
         if torch.is_grad_enabled():
             # The root's gradient at 0 is infinite; selecting on both sides of the root keeps it out (compiled graphs).
             norms = torch.where(total == 0, 0.0, torch.where(total == 0, 1.0, total).sqrt())
@@ -87,9 +85,6 @@ class GRN(nn.Module):
     With g[c] the L2 norm of channel c over the sites of one sample: y = x + gamma * x * g / (mean(g) + eps) + beta.
     gamma and beta start at 0, so that the layer starts as the identity.
 
-    With `over_batch` the norm runs over the sites of all samples of the micro-batch, as the published sparse layer has
-    it: a sample's output then depends on its neighbours.
-
     Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
     Differs: the denominator has the mean over channels, as in the published code, not the sum of equation 2; with
     a mask the norm runs over visible sites only.
@@ -98,7 +93,6 @@ class GRN(nn.Module):
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.over_batch = False
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
@@ -110,10 +104,9 @@ class GRN(nn.Module):
         """
         if visible is not None:
             x = torch.where(visible[..., None], x, 0.0)
-        sites = (0, 1, 2) if self.over_batch else (1, 2)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler joins the passes itself
-            return _Response.apply(x, self.gamma, self.beta, self.eps, sites)
-        return respond(x, self.gamma, self.beta, self.eps, sites)[0]
+            return _Response.apply(x, self.gamma, self.beta, self.eps)
+        return respond(x, self.gamma, self.beta, self.eps)[0]
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):

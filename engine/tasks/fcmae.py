@@ -31,7 +31,7 @@ from engine.tasks.labels import LabelFields
 from models.build import build_network
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
-from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_as_published, draw_mask
+from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.weights.initialise import initialise_from
 from utils.config.bounds import Count, Depth, Duration, Side, Width
 from utils.config.schema import Strict
@@ -71,8 +71,6 @@ class FCMAETaskConfig(TaskConfig):
     norm_pix_loss: bool
     ignore_padding: bool
     execution: Literal["sparse", "dense"]
-    grn_over: Literal["sample", "batch"]
-    initial_weights: Literal["normal", "published"]
     probe: ProbeConfig
 
     def check_run(self, config: ImageTrainingConfig) -> None:
@@ -146,10 +144,7 @@ class FCMAETask(Task):
             decoder_depth=config.decoder_depth,
             norm_pix_loss=config.norm_pix_loss,
             execution=config.execution,
-            grn_over=config.grn_over,
         )
-        if config.initial_weights == "published":
-            draw_as_published(self.network)
         self.normalise = setup.normalise()
         self.probe_k = config.probe.k
         self._metadata = setup.metadata()

@@ -60,7 +60,5 @@ def to_inference_form(model: ImageModel) -> ImageModel:
     network = copy.deepcopy(model.network)
     for stage in network.stages:
         for index, block in enumerate(stage):
-            if block.grn.over_batch:  # the norm runs over the batch: a channel's factor is not its sample's alone
-                return model
             stage[index] = InferenceBlock(block)
     return model.with_network(network)

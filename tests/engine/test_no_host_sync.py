@@ -156,7 +156,7 @@ def run_steps(training, batches, steps):
 
 CASES = [
     ("fcmae", "adamw", {}),
-    ("fcmae", "adamw", {"execution": "dense", "grn_over": "batch"}),
+    ("fcmae", "adamw", {"execution": "dense"}),
     ("classification", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}),
     ("classification", "adan", {}),
     ("tagging", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "tag_weight_power": 0.5}),

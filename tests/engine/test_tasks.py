@@ -23,7 +23,7 @@ MODEL = ConvNeXtV2Config(
 )  # fmt: skip
 FCMAE = FCMAETaskConfig(
     name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True,
-    ignore_padding=False, execution="sparse", grn_over="sample", initial_weights="normal",
+    ignore_padding=False, execution="sparse",
     probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )  # fmt: skip
 CLASSIFY = ClassificationTaskConfig(

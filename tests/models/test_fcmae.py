@@ -12,7 +12,7 @@ from models.patches import patchify, unpatchify
 
 SETTINGS = {
     "patch_px": 8, "mask_ratio": 0.6, "decoder_dim": 24, "decoder_depth": 1, "norm_pix_loss": True,
-    "execution": "sparse", "grn_over": "sample",
+    "execution": "sparse",
 }  # fmt: skip
 EXECUTIONS = pytest.mark.parametrize("execution", ["sparse", "dense"])
 

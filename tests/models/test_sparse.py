@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 
-from models.layers import GRN
 from tests.models.test_fcmae import build, draw_masks, randomise
 
 VARIANTS = {
@@ -18,7 +17,6 @@ VARIANTS = {
     "four stages, wide map": {
         "patch_px": 16, "size": (64, 160), "encoder": {"depths": [1, 1, 2, 1], "dims": [4, 8, 12, 16]}
     },
-    "GRN over the batch": {"grn_over": "batch"},
     "two decoder blocks, plain pixels": {"decoder_depth": 2, "norm_pix_loss": False},
     "mask ratio .3": {"mask_ratio": 0.3},
 }  # fmt: skip
@@ -114,15 +112,6 @@ def test_gradient_checkpointing_changes_nothing_and_keeps_less(execution):
     assert torch.equal(outcomes[0][0], outcomes[1][0])
     assert all(torch.equal(gradient, outcomes[1][2][name]) for name, gradient in outcomes[0][2].items())
     assert kept[1] < 0.7 * kept[0]
-
-
-def test_grn_over_the_batch_mixes_samples_and_over_samples_does_not():
-    for grn_over, mixes in (("sample", False), ("batch", True)):
-        sparse, _, images, mask = both("plain", grn_over=grn_over)
-        assert {module.over_batch for module in sparse.encoder.modules() if isinstance(module, GRN)} == {mixes}
-        assert not any(module.over_batch for module in sparse.decoder.modules() if isinstance(module, GRN))
-        others = torch.cat([images[:1], 5 * images[1:]])
-        assert torch.equal(sparse(others, mask)[0], sparse(images, mask)[0]) is not mixes
 
 
 def test_every_mask_of_a_small_grid():

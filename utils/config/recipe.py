@@ -57,7 +57,6 @@ ADDED_KEYS = {
     "task.mix_probability": Added(1.0, hashed=True),
     "task.mix_switch_probability": Added(0.5, hashed=True),
     "task.class_weights": Added("none", hashed=True),
-    "task.initial_weights": Added("normal", hashed=True),
     "lr_finder.enabled": Added(False, hashed=True),
     "augment.eval_resize": Added("crop", hashed=True),
     "data.background": Added(None),
