@@ -18,7 +18,6 @@ from torch.nn import functional
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.networks import VAE_SCALING_FACTOR, tiny_networks
 from models.sdxl.tokenizer import build_tokenizer
-from optim.muon import avoid_slow_bf16
 
 Colour = tuple[int, int, int]
 
@@ -96,7 +95,6 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
     as a U-Net's latents are. Trained through each other, both would need minutes to find more than brightness.
     """
     torch.manual_seed(0)
-    avoid_slow_bf16()
     begin_linear(vae)
     optimizer = create_optimizer_v2(vae, opt="muon", lr=0.03, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -152,13 +152,3 @@ class TrainingConfig(Strict):
                 "precision, where such small changes are lost; set optim.bf16_weights=false or loop.ema_decay=null"
             )
         return self
-
-    @model_validator(mode="after")
-    def _momentum_is_scheduled_where_it_exists(self) -> "TrainingConfig":
-        moves = self.schedule.name == "onecycle" and self.schedule.cycle_momentum
-        if moves and self.optim.name == "timm" and not self.optim.has_beta1:
-            raise ValueError(
-                f"schedule.cycle_momentum: true moves beta1, which timm's {self.optim.opt} does not have; set "
-                "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"
-            )
-        return self

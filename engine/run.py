@@ -24,7 +24,7 @@ from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import Vote, train_one_epoch
 from engine.waiting import MUCH_WAITING, advise
-from optim.build import check_installed, check_shardable
+from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
@@ -122,7 +122,7 @@ def check_knobs(task: Task, config: TrainingConfig) -> None:
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job) -> None:
     """Check what can be checked before any image is read, and log what will run."""
     check_knobs(task, config)
-    check_installed(config.optim)
+    check_optimizer(config.optim, config.schedule)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: check_tracker(config.tracking))

@@ -17,8 +17,8 @@ from engine.parallel import no_sync, take_gradients
 from engine.runtime import Runtime
 from engine.task import Knobs, StepOutput, Task
 from optim.build import skips_on_device
-from optim.fused import flat_view
 from optim.groups import drop_frozen_gradients
+from optim.vectors import flat_view
 from utils import rng
 from utils.contracts import Batch
 from utils.ranks import distributed

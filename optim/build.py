@@ -1,65 +1,47 @@
 """Build optimisers from the configuration."""
 
-from importlib.util import find_spec
-
 import torch
+from torch import nn
 
 from optim.adan import Adan
-from optim.config import AdamW8bitConfig, AdamWConfig, AdanConfig, OptimConfig, SGDConfig, TimmOptimConfig
-from optim.stochastic import StochasticAdamW
-from utils.errors import UserError
-
-# timm's optimisers that work element by element: steps on rows of a parameter are the steps on the whole. Others use
-# norms of whole parameters, factored moments or random draws (tests/optim/test_optimizers.py tries each).
-ELEMENTWISE = frozenset(
-    (
-        *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adamwlegacy", "adan", "adanw"),
-        *("adopt", "adoptc", "adoptw", "laprop", "lapropc", "lion", "lionc", "madgrad", "madgradw", "momentum"),
-        *("nadam", "nadamc", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radabelief", "radam", "radamlegacy"),
-        *("radamw", "rmsprop", "rmsproptf", "rmsproptfc", "rmsproptfw", "sgd", "sgdc", "sgdw"),
-    )
+from optim.config import (
+    AdamW8bitConfig,
+    AdamWConfig,
+    AdanConfig,
+    OneCycleConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SGDConfig,
+    TimmOptimConfig,
 )
+from optim.stochastic import StochasticAdamW
+from optim.vectors import VectorOptimizer
+from utils.errors import UserError, close_names
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimiser itself skips a step where `found_inf` is 1, without a host synchronisation."""
-    return isinstance(optimizer, Adan | StochasticAdamW) or any(group.get("fused") for group in optimizer.param_groups)
-
-
-def check_installed(config: OptimConfig) -> None:
-    """Raise UserError where the optimiser's package is missing."""
-    if isinstance(config, AdamW8bitConfig) and find_spec("bitsandbytes") is None:
-        raise UserError(
-            "optim.name: adamw8bit is of the package bitsandbytes, which is not installed; run `pip install "
-            "bitsandbytes`, or set optim=adamw"
-        )
-
-
-def check_shardable(config: OptimConfig) -> None:
-    """Raise UserError where the optimiser cannot step on some rows of a parameter, as `runtime.parallel=fsdp` needs."""
-    opt = config.opt if isinstance(config, TimmOptimConfig) else config.name
-    if isinstance(config, AdamW8bitConfig) or (isinstance(config, TimmOptimConfig) and opt not in ELEMENTWISE):
-        raise UserError(
-            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.opt={opt} is not "
-            "known to work element by element; set runtime.parallel=ddp, or another optimiser, such as optim=adamw, "
-            "optim=adan or optim.opt=nadamw"
-        )
+    return isinstance(optimizer, VectorOptimizer) or any(group.get("fused") for group in optimizer.param_groups)
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     """Build the optimiser over groups of `build_groups`; lr is the peak learning rate before a group's scale."""
     match config:
+        case AdamWConfig(bf16_weights=True):
+            return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
         case AdamWConfig():
-            if config.bf16_weights:
-                return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
         case AdamW8bitConfig():
-            check_installed(config)
-            from bitsandbytes.optim import AdamW8bit
-
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise UserError(
+                    f"optim.name: adamw8bit is of the package bitsandbytes, which cannot be imported ({error}); run "
+                    "`pip install bitsandbytes`, or set optim=adamw"
+                ) from error
             return AdamW8bit(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case AdanConfig():
-            return Adan(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
+            return Adan(groups, lr, tuple(config.betas), config.eps)
         case SGDConfig():
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
             # torch makes the buffers in the first step, and would leave them uninitialised if that step is skipped.
@@ -69,11 +51,55 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimizer
         case TimmOptimConfig():
-            import timm.optim
+            return _timm_class(config.opt)(groups, lr=lr, **config.extra)
 
-            if "muon" in config.opt:
-                from optim.muon import avoid_slow_bf16
 
-                avoid_slow_bf16()
-            made = timm.optim.get_optimizer_class(config.opt, bind_defaults=True)
-            return made(groups, lr=lr, **config.extra)
+def _timm_class(opt: str) -> type[torch.optim.Optimizer]:
+    """Return timm's optimiser with its defaults. Raises UserError (`optim.opt`) for one that cannot train here."""
+    import timm.optim  # takes 0.8 s, so only where it is used
+
+    known = timm.optim.list_optimizers()
+    if opt not in known:
+        raise UserError(f"optim.opt: unknown timm optimiser {opt!r}; {close_names(opt, known)}")
+    if opt.startswith(("kron", "adahessian")):
+        raise UserError(
+            f"optim.opt: {opt} needs second derivatives, or random numbers of its own, which no checkpoint has; take "
+            "another, such as optim.opt=nadamw"
+        )
+    try:
+        return timm.optim.get_optimizer_class(opt)
+    except (AssertionError, ImportError) as error:  # apex and bitsandbytes without a GPU, or not installed
+        raise UserError(f"optim.opt: {opt} cannot be used here ({error}); choose another") from error
+
+
+def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
+    """Raise UserError where an optimiser of a library cannot be built or step, or has no beta1 for the schedule."""
+    if not isinstance(config, AdamW8bitConfig | TimmOptimConfig):
+        return
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    try:
+        optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
+        if isinstance(config, TimmOptimConfig) and not config.opt.startswith(
+            ("bnb", "fused")
+        ):  # kernels of a GPU alone
+            optimizer.step()
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"optim.extra: timm's {config.opt} does not take {config.extra}: {error}") from error
+    moves = isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum
+    if moves and "betas" not in optimizer.param_groups[0]:
+        raise UserError(
+            f"schedule.cycle_momentum: true moves beta1, which timm's {config.opt} does not have; set "
+            "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"
+        )
+
+
+def check_shardable(config: OptimConfig) -> None:
+    """Raise UserError where the optimiser cannot step on some rows of a parameter, as `runtime.parallel=fsdp` needs."""
+    if isinstance(config, AdamW8bitConfig | TimmOptimConfig):
+        raise UserError(
+            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.name={config.name} may "
+            "need whole ones; set runtime.parallel=ddp, or optim=adamw, optim=adan or optim=sgd"
+        )

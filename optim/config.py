@@ -1,10 +1,8 @@
 """The shape of `optim` and `schedule`. Values and defaults are in conf/optim/ and conf/schedule/."""
 
-import inspect
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from utils.config.bounds import (
     BelowOne,
@@ -19,9 +17,6 @@ from utils.config.bounds import (
     Share,
 )
 from utils.config.schema import Strict
-from utils.errors import close_names
-
-_OTHERS = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)  # of timm's types
 
 
 class RuleConfig(Strict):
@@ -99,87 +94,11 @@ class SGDConfig(_Optim):
 
 
 class TimmOptimConfig(_Optim):
-    """Any optimiser of timm by name; `extra` holds its own arguments."""
+    """Any optimiser of timm by name; `extra` holds its own arguments, which `check_optimizer` tries."""
 
     name: Literal["timm"]
     opt: str
     extra: dict[str, JsonValue]
-
-    def extra_arguments(self) -> dict[str, Any]:
-        """Return the types of the optimiser's own arguments by name."""
-        import timm.optim  # takes 0.8 s, so only where it is used
-
-        try:
-            made = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
-        except (AssertionError, ImportError) as error:  # apex and bitsandbytes without a GPU, or not installed
-            raise ValueError(f"optim.opt: {self.opt} cannot be used here ({error}); choose another") from error
-        taken = {"params", "lr", "weight_decay", "capturable", "differentiable"}  # the last two: not in train_step
-        return {name: _type_of(one) for name, one in inspect.signature(made).parameters.items() if name not in taken}
-
-    @property
-    def has_beta1(self) -> bool:
-        """Return whether its groups hold `betas`, whose first a schedule may move."""
-        return "betas" in self.extra_arguments() and "adafactor" not in self.opt  # which keeps another name
-
-    @model_validator(mode="after")
-    def _extra_fits(self) -> "TimmOptimConfig":
-        import timm.optim
-
-        known = timm.optim.list_optimizers()
-        if self.opt not in known:
-            raise ValueError(f"optim.opt: unknown timm optimiser {self.opt!r}; {close_names(self.opt, known)}")
-        if timm.optim.get_optimizer_info(self.opt).second_order:
-            raise ValueError(
-                f"optim.opt: {self.opt} needs second derivatives, which train_step does not compute; take a "
-                "first-order one, such as optim.opt=nadamw"
-            )
-        if self.opt.startswith("kron"):
-            raise ValueError(
-                f"optim.opt: {self.opt} keeps lists of tensors and draws random numbers of its own, so a run could not "
-                "be resumed exactly; take another, such as optim.opt=nadamw"
-            )
-        allowed = self.extra_arguments()
-        for name, value in self.extra.items():
-            if name not in allowed:
-                raise ValueError(f"optim.extra.{name}: {self.opt} takes no such argument; {close_names(name, allowed)}")
-            if isinstance(value, int) and abs(value) > 10**6:  # such as iterations of muon
-                raise ValueError(f"optim.extra.{name}: {value} is too large; set 1,000,000 at most")
-            try:  # as JSON, where a list may be a tuple, and nothing else passes for another type
-                TypeAdapter(allowed[name], config=_OTHERS).validate_json(json.dumps(value), strict=True)
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                raise ValueError(f"optim.extra.{name}: {value!r} does not suit {self.opt}: {reason}") from None
-        if not self.opt.startswith(("bnb", "fused")):  # kernels of a GPU alone
-            self._try_steps()
-        return self
-
-    def _try_steps(self) -> None:
-        """Raise ValueError where the optimiser cannot be built with `extra`, or cannot step."""
-        import timm.optim
-        import torch
-
-        parameters = [torch.ones(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 3, 3))]
-        for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
-        try:
-            optimizer = timm.optim.get_optimizer_class(self.opt)(parameters, lr=0.1, **self.extra)
-            optimizer.step()
-            optimizer.step()
-        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"optim.extra: timm's {self.opt} cannot be built with {self.extra} ({error}); its other arguments are "
-                f"{', '.join(self.extra_arguments())}"
-            ) from error
-
-
-def _type_of(argument: inspect.Parameter) -> Any:
-    """Return the type of an argument, by its default where the function does not state it."""
-    if argument.annotation is not argument.empty:
-        return argument.annotation
-    default = argument.default
-    if isinstance(default, tuple):
-        return tuple[tuple(map(type, default))]
-    return float if type(default) is int else type(default)
 
 
 OptimConfig = Annotated[

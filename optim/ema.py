@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from optim.fused import subtract_scaled_
 from utils.ranks.sharded import is_shared, own_part, take_part
 
 
@@ -36,18 +35,16 @@ class EMA:
         self._on_host = device == "cpu" and not shared and any(tensor.is_cuda for tensor in current.values())
         if self._on_host:
             self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._current.items()}
-            # In the averages' memory layout, which the fused kernel does not check.
             self._source = {name: torch.empty_like(tensor, pin_memory=True) for name, tensor in self.tensors.items()}
         else:
             self.tensors = {name: tensor.clone() for name, tensor in current.items()}
             self._source = self._current
         self._own = {name: own_part(tensor) for name, tensor in self.tensors.items()}
         self._pending: tuple[float, Tensor, torch.cuda.Event] | None = None
-        # One kernel takes tensors of one dtype.
-        self._averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        self._averaged: tuple[list[Tensor], list[Tensor]] = ([], [])  # averages and weights
         self._copied: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, tensor in self._source.items():
-            lists = self._averaged.setdefault(tensor.dtype, ([], [])) if tensor.is_floating_point() else self._copied
+            lists = self._averaged if tensor.is_floating_point() else self._copied
             lists[0].append(self._own[name])
             lists[1].append(tensor)
 
@@ -76,9 +73,9 @@ class EMA:
             self._pending = None
 
     def _average(self, decay: float, applied: Tensor) -> None:
-        skipped = 1.0 - applied.float()
-        for averages, weights in self._averaged.values():
-            subtract_scaled_(averages, weights, decay - 1.0, decay=-1.0, found_inf=skipped)
+        share, (averages, weights) = (1.0 - decay) * applied, self._averaged
+        # A list of shares, because one share for all would be read on the host.
+        torch._foreach_lerp_(averages, weights, [share.to(average.dtype) for average in averages])
         if self._copied[0]:
             torch._foreach_copy_(*self._copied)
 

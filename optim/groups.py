@@ -60,19 +60,18 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
         )
     groups: dict[_Settings, dict] = {}
     for name, parameter in parameters.items():
-        rule, scale = stated[name], scales.get(name, 1.0)
+        rule = stated[name]
         fixed = rule.get("weight_decay")
         settings = _Settings(
-            scale * rule.get("lr_scale", 1.0),
-            fixed is None and not is_vector(parameter),
-            fixed,
-            int(rule.get("freeze_steps", 0)),
+            lr_scale=scales.get(name, 1.0) * rule.get("lr_scale", 1.0),
+            decays=fixed is None and not is_vector(parameter),
+            fixed_decay=fixed,
+            freeze_steps=int(rule.get("freeze_steps", 0)),
         )
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
         group["params"].append(parameter)
         group["names"].append(name)
-    ordered = sorted(groups, key=lambda settings: (settings[0], settings[1], settings[2] or 0.0, settings[3]))
-    assert sum(len(group["names"]) for group in groups.values()) == len(parameters)
+    ordered = sorted(groups, key=lambda one: (one.lr_scale, one.decays, one.fixed_decay or 0.0, one.freeze_steps))
     return [groups[settings] for settings in ordered]
 
 

@@ -7,6 +7,7 @@ import pytest
 import timm.optim
 import torch
 
+import optim.vectors
 from optim.adan import Adan
 
 BETAS = (0.98, 0.92, 0.99)
@@ -26,6 +27,10 @@ def slow_adan(theta, gradients, *, lr, betas, eps, weight_decay):
         theta = (theta - lr * (m_hat + beta2 * v_hat) / (math.sqrt(n_hat) + eps)) / (1 + lr * weight_decay)
         path.append(theta)
     return path
+
+
+def make(parameters, lr, **settings):
+    return Adan(parameters, lr, **{"betas": BETAS, "eps": 1e-8, **settings})
 
 
 def problem(steps=20, dtype=torch.float64, seed=0):
@@ -65,12 +70,12 @@ def bits(optimizer, parameters):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("betas", [BETAS, (0.9, 0.5, 0.999), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("betas", [BETAS, (0.0, 0.0, 0.0)])
 def test_twenty_steps_equal_the_formula(betas, weight_decay):
     settings = {"lr": 0.03, "betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
     start, gradients = problem()
     parameters = parameters_at(start)
-    optimizer = Adan(parameters, **settings)
+    optimizer = make(parameters, **settings)
     for step, now in enumerate(gradients):
         take_step(optimizer, parameters, now)
         for index, parameter in enumerate(parameters):
@@ -80,13 +85,13 @@ def test_twenty_steps_equal_the_formula(betas, weight_decay):
                 assert value == pytest.approx(expected, rel=1e-12, abs=1e-12), (step, index, place)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_twenty_steps_equal_timms(foreach):
+def test_twenty_steps_equal_timms(monkeypatch):
     settings = {"lr": 0.03, "betas": BETAS, "eps": 1e-8, "weight_decay": 0.3}
+    monkeypatch.setattr(optim.vectors, "PART_ELEMENTS", {"cpu": 5})  # several parts, and tensors that are cut
     start, gradients = problem()
     ours, theirs = parameters_at(start), parameters_at(start)
-    mine = Adan(ours, **settings)
-    other = timm.optim.Adan(theirs, **settings, no_prox=False, caution=False, foreach=foreach)
+    mine = make(ours, **settings)
+    other = timm.optim.Adan(theirs, **settings, no_prox=False, caution=False)
     for now in gradients:
         take_step(mine, ours, now)
         take_step(other, theirs, now)
@@ -94,24 +99,12 @@ def test_twenty_steps_equal_timms(foreach):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
-def test_float32_equals_the_formula_to_rounding():
-    start, gradients = problem(dtype=torch.float32)
-    exact = parameters_at([tensor.double() for tensor in start])
-    rounded = parameters_at(start)
-    reference, optimizer = Adan(exact, lr=0.03, weight_decay=0.1), Adan(rounded, lr=0.03, weight_decay=0.1)
-    for now in gradients:
-        take_step(reference, exact, [gradient.double() for gradient in now])
-        take_step(optimizer, rounded, now)
-    for left, right in zip(rounded, exact):
-        torch.testing.assert_close(left.double(), right, rtol=2e-6, atol=2e-6)
-
-
 def test_groups_have_their_own_rates_and_decay():
     start, gradients = problem(steps=4)
     together, alone = parameters_at(start), parameters_at(start)
     groups = [{"params": [parameter], "lr": 0.1 * (index + 1)} for index, parameter in enumerate(together)]
-    optimizer = Adan(groups, lr=1.0)
-    singles = [Adan([parameter], lr=0.1 * (index + 1)) for index, parameter in enumerate(alone)]
+    optimizer = make(groups, lr=1.0)
+    singles = [make([parameter], lr=0.1 * (index + 1)) for index, parameter in enumerate(alone)]
     for now in gradients:
         take_step(optimizer, together, now)
         for single, parameter, gradient in zip(singles, alone, now):
@@ -121,36 +114,24 @@ def test_groups_have_their_own_rates_and_decay():
 
 def test_a_parameter_without_gradient_is_left_alone():
     parameters = parameters_at(problem()[0])
-    optimizer = Adan(parameters, lr=0.1, weight_decay=0.5)
+    optimizer = make(parameters, lr=0.1, weight_decay=0.5)
     before = parameters[1].detach().clone()
     parameters[0].grad = torch.ones_like(parameters[0])
     optimizer.step()
     assert torch.equal(parameters[1], before) and not optimizer.state[parameters[1]]
 
 
-def test_a_closure_can_do_the_backward_pass():
-    parameter = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = Adan([parameter], lr=0.1)
-
-    def closure():
-        loss = parameter.square().sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure) == 4.0
-    assert parameter.item() == pytest.approx(1.9)  # the first update has the size of the rate
-
-
 # --- skipped steps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1.0], ids=["nan", "inf", "finite"])
-@pytest.mark.parametrize("steps_before", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("steps_before", "poison", "dtype"),
+    [(0, float("nan"), torch.float32), (1, float("inf"), torch.bfloat16), (5, 1.0, torch.float32)],
+)
 def test_found_inf_leaves_parameters_and_state_bit_for_bit(steps_before, poison, dtype):
     start, gradients = problem(dtype=dtype)
     parameters = parameters_at(start)
-    optimizer = Adan(parameters, lr=0.1, weight_decay=0.1)
+    optimizer = make(parameters, lr=0.1, weight_decay=0.1)
     for now in gradients[:steps_before]:
         take_step(optimizer, parameters, now, found_inf=0)
     before = bits(optimizer, parameters)
@@ -165,11 +146,11 @@ def test_found_inf_leaves_parameters_and_state_bit_for_bit(steps_before, poison,
         assert all(not any(value) for name, value in after.items() if "/" in name)
 
 
-@pytest.mark.parametrize("skipped", [[0], [0, 1, 2], [3], [0, 4, 5, 9]])
+@pytest.mark.parametrize("skipped", [[0, 1, 2], [4, 5, 9]])
 def test_skipped_steps_are_change_nothing(skipped):
     start, gradients = problem(steps=12, dtype=torch.float32)
     with_skips, without = parameters_at(start), parameters_at(start)
-    skipping, plain = Adan(with_skips, lr=0.1, weight_decay=0.1), Adan(without, lr=0.1, weight_decay=0.1)
+    skipping, plain = make(with_skips, lr=0.1, weight_decay=0.1), make(without, lr=0.1, weight_decay=0.1)
     for step, now in enumerate(gradients):
         if step in skipped:
             take_step(skipping, with_skips, [torch.full_like(gradient, float("nan")) for gradient in now], found_inf=1)
@@ -179,45 +160,13 @@ def test_skipped_steps_are_change_nothing(skipped):
     assert bits(skipping, with_skips) == bits(plain, without)
 
 
-# --- convergence, dtypes
-
-
-def test_it_converges_on_a_quadratic():
-    torch.manual_seed(0)
-    matrix = torch.diag(torch.logspace(0, 2, 10))  # condition 100
-    target = torch.randn(10)
-    parameter = torch.nn.Parameter(torch.zeros(10))
-    optimizer = Adan([parameter], lr=0.05)
-    steps = 600
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-        error = parameter - target
-        loss = error @ matrix @ error / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert (parameter - target).abs().max() < 5e-3  # from 2.2
-
-
-def test_bfloat16_parameters_and_state_stay_finite():
-    generator = torch.Generator().manual_seed(0)
-    parameter = torch.nn.Parameter(torch.randn(50, generator=generator).bfloat16())
-    optimizer = Adan([parameter], lr=0.01, weight_decay=0.02)
-    for step in range(200):
-        scale = 10.0 ** (step % 9 - 6)  # 1e-6 to 1e2
-        parameter.grad = (torch.randn(50, generator=generator) * scale).bfloat16()
-        parameter.grad[0] = 0.0
-        optimizer.step()
-    assert parameter.dtype == torch.bfloat16 and parameter.isfinite().all()
-    state = optimizer.state[parameter]
-    assert all(value.isfinite().all() for value in state.values())
-    assert state["step"] == 200 and state["step"].dtype == torch.float32
+# --- state
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_state_has_the_layout_of_its_gradient(memory_format):
+def test_state_has_the_layout_of_its_parameter(memory_format):
     parameter = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=memory_format))
-    optimizer = Adan([parameter], lr=0.1)
+    optimizer = make([parameter], lr=0.1)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     assert optimizer.state[parameter]["exp_avg"].is_contiguous(memory_format=memory_format)
@@ -226,11 +175,11 @@ def test_state_has_the_layout_of_its_gradient(memory_format):
 def test_a_saved_state_continues_as_if_uninterrupted():
     start, gradients = problem(steps=8, dtype=torch.float32)
     through = parameters_at(start)
-    optimizer = Adan(through, lr=0.1, weight_decay=0.1)
+    optimizer = make(through, lr=0.1, weight_decay=0.1)
     for now in gradients[:4]:
         take_step(optimizer, through, now)
     resumed = parameters_at(through)
-    other = Adan(resumed, lr=0.1, weight_decay=0.1)
+    other = make(resumed, lr=0.1, weight_decay=0.1)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for now in gradients[4:]:
         take_step(optimizer, through, now)

@@ -4,12 +4,10 @@ import pytest
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from timm.optim import list_optimizers
 from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups as build
 from optim.groups import drop_frozen_gradients, groups_table, is_vector, set_group_values
@@ -69,7 +67,7 @@ def by_name(groups):
 # --- a partition
 
 
-@pytest.mark.parametrize("decay, kind", [(1.0, "single"), (0.7, "single"), (0.7, "group"), (0.7, "timm")])
+@pytest.mark.parametrize("decay, kind", [(1.0, "single"), (0.7, "group")])
 @pytest.mark.parametrize("make", [classifier, fcmae])
 def test_groups_partition_the_trainable_parameters(make, decay, kind):
     task = make()
@@ -236,23 +234,3 @@ def test_momentum_is_beta1_or_momentum():
         set_group_values(optimizer, GroupValues(0.1, 0.0, 0.85))
     assert all(group["betas"] == (0.85, 0.999) for group in adam.param_groups)
     assert all(group["momentum"] == 0.85 for group in sgd.param_groups)
-
-
-@pytest.mark.parametrize("opt", [opt for opt in list_optimizers() if not opt.startswith(("kron", "adahessian"))])
-def test_timms_optimisers_have_a_beta1_where_the_configuration_says_so(opt):
-    try:
-        settings = config("timm", opt=opt)
-    except ValidationError:
-        pytest.skip("needs a GPU")
-    groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "lr_scale": 1.0, "fixed_decay": 0.0}]
-    try:
-        optimizer = build_optimizer(settings, groups, 0.1)
-    except UserError:  # SGD with Nesterov and no momentum
-        assert not settings.has_beta1
-        return
-    assert settings.has_beta1 is ("betas" in optimizer.param_groups[0])
-    set_group_values(optimizer, GroupValues(0.1, 0.0, 0.85))
-    moved = [group["betas"][0] if settings.has_beta1 else 0.85 for group in optimizer.param_groups]
-    if "muon" in opt:
-        moved += [group["momentum"] for group in optimizer.param_groups]
-    assert set(moved) == {0.85}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-import optim.stochastic
+import optim.vectors
 from optim.stochastic import StochasticAdamW, round_stochastically
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -57,7 +57,7 @@ def test_updates_too_small_for_bfloat16_are_made_on_average():
 
 
 def test_it_follows_torchs_adamw_in_float32(monkeypatch):
-    monkeypatch.setattr(optim.stochastic, "_PART_ELEMENTS", 5000)  # several parts
+    monkeypatch.setattr(optim.vectors, "PART_ELEMENTS", {"cpu": 5000})  # several parts
     ours = parameters_of((64, 64), (4096,), (8, 8, 8, 8))
     ours[2].data = ours[2].data.to(memory_format=torch.channels_last)
     theirs = [torch.nn.Parameter(parameter.detach().float()) for parameter in ours]

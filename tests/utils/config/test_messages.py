@@ -94,9 +94,6 @@ VALIDATORS = [
      "schedule.knobs.ema.phases.0.curve"),
     (["optim=sgd"], {"optim.momentum": 0.0}, "optim.nesterov"),
     (["optim=sgd"], {"optim.betas": [0.9, 0.9]}, "optim.betas"),
-    (["optim=timm"], {"optim.opt": "lam"}, "optim.opt"),
-    (["optim=timm"], {"optim.opt": "lamb", "optim.extra": {"bets": [0.9]}}, "optim.extra.bets"),
-    (["optim=timm", "schedule=onecycle"], {"optim.opt": "rmsproptf"}, "schedule.cycle_momentum"),
     (["schedule=onecycle"], {"schedule.three_phase": True, "schedule.peak_fraction": 0.6}, "schedule.peak_fraction"),
 ]  # fmt: skip
 
