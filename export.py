@@ -2,7 +2,7 @@
 
     python export.py format=onnx run_dir=RUN                          writes RUN/export/model.onnx
     python export.py format=onnx precision=fp16 run_dir=RUN           or int8, measured on the run's validation split
-    python export.py format=timm run_dir=RUN                          or transformers, official, minkowski, pth, ...
+    python export.py format=timm run_dir=RUN                          or transformers, safetensors, pth
     python export.py format=wd14 run_dir=RUN                          of a tagger; or imgutils, cl_tagger
     python export.py format=timm run_dir=RUN 'weights=[best,last]'    the mean of several
     python export.py format=timm weights=FILE model=convnextv2_tiny augment=randaugment output=FOLDER

@@ -308,7 +308,7 @@ def test_wrong_exports_are_refused(overrides, key, place):
     assert refused.value.problems[0].startswith(f"{key}: ")
 
 
-@pytest.mark.parametrize("form", ["onnx", "timm", "transformers", "official", "minkowski", "safetensors", "pth"])
+@pytest.mark.parametrize("form", ["onnx", "timm", "transformers", "safetensors", "pth"])
 def test_an_export_to_a_full_disk_is_a_users_error(form, place, small_disk):
     with open(small_disk / "filler", "wb", buffering=0) as stream, suppress(OSError):
         while True:

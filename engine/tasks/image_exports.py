@@ -25,8 +25,6 @@ _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_i
 _FOLDERS = {
     "timm": "model.safetensors",
     "transformers": "model.safetensors",
-    "official": "model.pth",
-    "minkowski": "model.pth",
     "safetensors": "model.safetensors",
     "pth": "model.pth",
 }

@@ -4,13 +4,12 @@
 |---|---|---|---|
 | timm | model.safetensors, config.json | 4 | 4; any network of timm |
 | transformers | model.safetensors, config.json, preprocessor_config.json | 2, 4 | any |
-| official | model.pth, dense | 4 | 4 |
-| minkowski | model.pth, in MinkowskiEngine's layout | 4 | 4 |
 | safetensors | model.safetensors, as Atelier writes it | any | any |
 | pth | model.pth: the same names and tensors, for torch.load | any | any |
 """
 
 import copy
+import io
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,15 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.export.model_card import write_card
-from models.export.official_file import (
-    FILE,
-    check_official,
-    load_official,
-    save_pth,
-    write_minkowski,
-    write_official,
-)
+from models.export.model_card import licence_of, write_card
 from models.export.parity import Outputs, check_conversion, difference, draw_images, refuse_difference
 from models.export.timm_folder import check_timm, load_timm_folder, write_timm
 from models.export.transformers_folder import check_transformers, load_transformers_folder, write_transformers
@@ -38,7 +29,7 @@ from models.weights.fit import load_into
 from utils.io.weights import read_weights, write_weights
 
 Metadata = Mapping[str, Any]
-_SAFETENSORS = "model.safetensors"
+_SAFETENSORS, _PTH = "model.safetensors", "model.pth"
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class Target:
     """A format.
 
     check: raises UserError (`format`) for what it cannot express. load: None where our network loads it. holds_decoder:
-    it takes an FCMAE whole. of_encoder: the last map is compared, not logits.
+    it takes an FCMAE whole.
     """
 
     name: str
@@ -55,7 +46,6 @@ class Target:
     write: Callable[[nn.Module, Metadata, Path], None]
     load: Callable[[Path], Outputs] | None
     holds_decoder: bool = False
-    of_encoder: bool = False
 
 
 def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> None:
@@ -64,8 +54,15 @@ def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> N
 
 
 def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
-    """Write the network's state dict: `network.load_state_dict(torch.load(FILE)["model"])`."""
-    save_pth(network.state_dict(), metadata, folder)
+    """Write the network's state dict: `network.load_state_dict(torch.load(FILE)["model"])`.
+
+    The entry `licence` is there without a licence too: a file of the model alone is presumed to be a released one.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    content = io.BytesIO()  # of a full disk, torch says that a position is unexpected
+    torch.save({"model": state, "licence": licence_of(metadata)}, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _PTH).write_bytes(content.getbuffer())
 
 
 TARGETS = {
@@ -73,22 +70,10 @@ TARGETS = {
     "transformers": Target(
         "transformers", "model.safetensors", check_transformers, write_transformers, load_transformers_folder
     ),
-    "official": Target(
-        "official", FILE, lambda network, _: check_official(network, "official"), write_official, load_official
-    ),
-    "minkowski": Target(
-        "minkowski",
-        FILE,
-        lambda network, _: check_official(network, "minkowski"),
-        write_minkowski,
-        load_official,
-        holds_decoder=True,
-        of_encoder=True,
-    ),
     "safetensors": Target(
         "safetensors", _SAFETENSORS, lambda network, _: None, write_safetensors, None, holds_decoder=True
     ),
-    "pth": Target("pth", FILE, lambda network, _: None, write_pth, None, holds_decoder=True),
+    "pth": Target("pth", _PTH, lambda network, _: None, write_pth, None, holds_decoder=True),
 }
 
 
@@ -102,7 +87,7 @@ def export_folder(
     target.check(network, metadata)
     preprocessing = metadata["preprocessing"]
     images = draw_images(preprocessing["channels"], tuple(preprocessing["image_size_hw"]))
-    compares_maps = target.of_encoder or metadata["output"] == "features"
+    compares_maps = metadata["output"] == "features"
 
     def outputs(one: nn.Module) -> Outputs:
         encoder = one.encoder if isinstance(one, FCMAE) else one

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 _LAYER = re.compile(r"\.(linear|ln)(?=\.(weight|bias)$)")
-_DENSE = re.compile(r"encoder\.downsample_layers\.0\.|decoder\.|mask_token|proj\.|pred\.")
 
 
 def is_minkowski(names: Iterable[str]) -> bool:
@@ -44,27 +43,6 @@ def to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
-def from_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state of FCMAE, or of its encoder under `encoder.`, as the official pretraining saves it."""
-    sparse = {}
-    for name, tensor in state.items():
-        if _DENSE.match(name):
-            sparse[name] = tensor
-            continue
-        layer, _, leaf = name.rpartition(".")
-        if ".grn." in name:
-            sparse[name] = tensor.reshape(1, -1)
-        elif tensor.ndim == 4:
-            sparse[f"{layer}.kernel"] = _weight_to_kernel(tensor)
-        elif re.search(r"\.pwconv[12]$", layer):
-            sparse[f"{layer}.linear.{leaf}"] = tensor
-        elif re.search(r"\.norm$|downsample_layers\.\d+\.0$", layer):
-            sparse[f"{layer}.ln.{leaf}"] = tensor
-        else:  # the bias of a convolution
-            sparse[name] = tensor.reshape(1, -1)
-    return sparse
-
-
 def _kernel_to_weight(kernel: Tensor) -> Tensor:
     side = math.isqrt(kernel.shape[0]) if kernel.ndim in (2, 3) else 0
     if side == 0 or side * side != kernel.shape[0]:
@@ -73,9 +51,3 @@ def _kernel_to_weight(kernel: Tensor) -> Tensor:
         return kernel.permute(1, 0).reshape(kernel.shape[1], 1, side, side).transpose(2, 3).contiguous()
     _, inputs, outputs = kernel.shape
     return kernel.permute(2, 1, 0).reshape(outputs, inputs, side, side).transpose(2, 3).contiguous()
-
-
-def _weight_to_kernel(weight: Tensor) -> Tensor:
-    kernel = weight.transpose(2, 3).flatten(2)  # [out, in / groups, k * k]
-    depthwise = weight.shape[1] == 1
-    return (kernel[:, 0].permute(1, 0) if depthwise else kernel.permute(2, 1, 0)).contiguous()

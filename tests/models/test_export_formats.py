@@ -1,4 +1,4 @@
-"""Exports as their users load them: timm, transformers, the official code's layouts; equal logits, equal preprocessing.
+"""Exports as their users load them: timm, transformers; equal logits, equal preprocessing.
 
 The networks have varied weights, so that logits vary between images. Nothing here uses a network connection.
 """
@@ -19,20 +19,17 @@ from data.transforms import EvalTransform
 from engine.tasks.exporting import Opened, without_head
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
-from models.convnextv2 import ConvNeXtV2
 from models.export import onnx_file, timm_folder
 from models.export.inference_form import InferenceBlock, to_inference_form
 from models.export.onnx_file import OnnxSettings, export_onnx
 from models.export.parity import vary_weights
 from models.export.targets import TARGETS, export_folder
-from models.fcmae import FCMAE
 from models.image_model import ImageModel
 from models.layers import GRN
 from models.normalise import Normalise
-from models.weights.initialise import initialise_from, to_timm
-from tests.models.test_fcmae import SETTINGS
+from models.weights.initialise import to_timm
 from utils.errors import UserError
-from utils.io.weights import InitFrom, read_weights
+from utils.io.weights import read_weights
 
 NAMES = ["ä", "b,c", "d"]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -187,17 +184,13 @@ def test_any_network_of_timm_goes_to_timm(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_timms_own_convnext_v2_goes_to_transformers_and_official(tmp_path):
+def test_timms_own_convnext_v2_goes_to_transformers(tmp_path):
     model, metadata = make(timm_config("convnextv2_atto"))
     _, inputs = normalised(model)
     export("transformers", model, metadata, tmp_path / "hf")
     loaded = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path / "hf").eval()
-    export("official", model, metadata, tmp_path / "official")
-    ours = build_network(geometry("atto"), 3)
-    initialise_from(ours, InitFrom(str(tmp_path / "official/model.pth"), "model"), keep_head=True)
     with torch.no_grad():
         torch.testing.assert_close(loaded(inputs).logits, model.network(inputs), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.eval()(inputs), model.network(inputs), atol=1e-4, rtol=1e-4)
 
 
 # --- transformers
@@ -243,8 +236,6 @@ def test_a_preprocessing_that_a_library_lacks_is_refused(form, preprocessing, ad
         ("timm", {"stem_stride": 2}, "a stem of stride 2"),
         ("timm", {"stages": 3}, "four stages only, and this network has 3"),
         ("transformers", {"stem_stride": 1}, "stride 2 or 4 only, and this network has a 3x3 stem"),
-        ("official", {"stem_stride": 2}, "a stem of stride 2"),
-        ("minkowski", {"stages": 3}, "four stages only, and this network has 3"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused_with_the_reason(form, settings, reason, tmp_path):
@@ -272,7 +263,7 @@ def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-# --- the official layouts
+# --- backbones, and our own files
 
 
 def test_a_backbone_goes_to_every_format(tmp_path):
@@ -280,19 +271,12 @@ def test_a_backbone_goes_to_every_format(tmp_path):
     _, inputs = normalised(model)
     with torch.no_grad():
         wanted = model.network.forward_features(inputs)
-        for form in ("timm", "transformers", "official", "minkowski", "safetensors"):
+        for form in ("timm", "transformers", "safetensors"):
             export(form, model, metadata, tmp_path / form)
         loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, features_only=True).eval()
         torch.testing.assert_close(loaded(inputs)[-1], wanted, atol=1e-4, rtol=1e-4)
         loaded = transformers.ConvNextV2Model.from_pretrained(tmp_path / "transformers").eval()
         torch.testing.assert_close(loaded(inputs).last_hidden_state, wanted, atol=1e-4, rtol=1e-4)
-    state = torch.load(tmp_path / "official/model.pth", weights_only=True)["model"]
-    assert state["stages.0.0.grn.gamma"].shape == (1, 32) and "norm.weight" not in state  # as `--finetune` wants it
-    for form in ("official", "minkowski"):
-        fresh = build_network(geometry(), 0)
-        initialise_from(fresh, InitFrom(str(tmp_path / form / "model.pth"), "model"), keep_head=False)
-        with torch.no_grad():
-            torch.testing.assert_close(fresh.eval().forward_features(inputs), wanted)
 
 
 @pytest.mark.parametrize("form", ["timm", pytest.param("onnx", marks=pytest.mark.slow)])
@@ -316,23 +300,6 @@ def test_the_backbone_of_a_timm_network_gives_what_ours_gives(form, tmp_path):
         export("timm", other.model, other.metadata, tmp_path)
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         torch.testing.assert_close(loaded.forward_features(inputs).mean(dim=(2, 3)), wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_an_fcmae_goes_whole_into_the_layout_of_the_official_pretraining(tmp_path):
-    encoder = ConvNeXtV2(in_channels=3, depths=[1, 1, 2, 1], dims=[8, 12, 16, 20], stem_stride=4, drop_path_rate=0.0,
-                         head_init_scale=1.0, num_classes=0)  # fmt: skip
-    whole = vary_weights(FCMAE(encoder=encoder, image_size_hw=(64, 64), **{**SETTINGS, "patch_px": 32}))
-    model, metadata = make(geometry(), num_classes=0)
-    model.network = whole.encoder
-    export("minkowski", model, metadata, tmp_path, whole)
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert content["licence"] == "cc-by-nc-4.0"
-    assert content["model"]["encoder.stages.0.0.dwconv.kernel"].shape == (49, 8)
-    assert content["model"]["decoder.0.dwconv.weight"].ndim == 4 and "mask_token" in content["model"]
-    target = FCMAE(encoder=build_network(geometry(), 0), image_size_hw=(64, 64), **{**SETTINGS, "patch_px": 32})
-    origin = initialise_from(target, InitFrom(str(tmp_path / "model.pth"), "model"), keep_head=True)
-    assert origin["licence"] == "cc-by-nc-4.0"
-    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("timm_name", [None, "test_resnet"])
@@ -402,8 +369,6 @@ def test_the_rewritten_network_is_the_same_function():
     with torch.no_grad():
         features = model.normalise(pixels).double()
         torch.testing.assert_close(rewritten.network(features), model.network(features), atol=1e-10, rtol=1e-10)
-    model.network.stages[0][0].grn.over_batch = True  # has no such form
-    assert to_inference_form(model) is model
 
 
 @pytest.mark.parametrize(

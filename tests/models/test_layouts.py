@@ -5,6 +5,7 @@ Norm scales are near 1 and GRN is not the identity, so that logits vary between 
 
 import argparse
 import functools
+import re
 
 import pytest
 import timm
@@ -16,7 +17,6 @@ from models.build import build_network
 from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights import minkowski
 from models.weights.fit import load_into
 from models.weights.initialise import initialise_from, to_timm
 from models.weights.layouts import recognise
@@ -78,6 +78,27 @@ def mmpretrain_state(network):
     return state
 
 
+def sparse_of(dense):
+    """A state of FCMAE, or of its encoder under `encoder.`, as the official pretraining saves it."""
+    sparse = {}
+    for name, tensor in dense.items():
+        layer, _, leaf = name.rpartition(".")
+        if not name.startswith("encoder.") or name.startswith("encoder.downsample_layers.0."):
+            sparse[name] = tensor
+        elif ".grn." in name:
+            sparse[name] = tensor.reshape(1, -1)
+        elif tensor.ndim == 4:  # entry x * k + y of a kernel is row y and column x of the weight
+            rows = [tensor[:, :, y, x].T for x in range(tensor.shape[3]) for y in range(tensor.shape[2])]
+            sparse[f"{layer}.kernel"] = torch.cat(rows) if tensor.shape[1] == 1 else torch.stack(rows)
+        elif layer.endswith(("pwconv1", "pwconv2")):
+            sparse[f"{layer}.linear.{leaf}"] = tensor
+        elif layer.endswith("norm") or re.search(r"downsample_layers\.\d+\.0$", layer):
+            sparse[f"{layer}.ln.{leaf}"] = tensor
+        else:  # the bias of a convolution
+            sparse[name] = tensor.reshape(1, -1)
+    return sparse
+
+
 def images():
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -94,7 +115,7 @@ def logits(network, pictures=None):
 def sources():
     """Networks of all libraries with their states, as (logits, state) by layout."""
     official, theirs, hugging = (randomise(make()) for make in (ours, timm_network, transformers_network))
-    sparse = minkowski.from_dense({f"encoder.{n}": t for n, t in randomise(ours(0)).state_dict().items()})
+    sparse = sparse_of({f"encoder.{n}": t for n, t in randomise(ours(0)).state_dict().items()})
     return {
         "official": (logits(official), official.state_dict()),
         "timm": (logits(theirs), theirs.state_dict()),
@@ -159,26 +180,10 @@ def test_a_transformers_backbone_without_the_prefix_is_recognised():
         assert torch.allclose(target.eval().forward_features(images()), wanted, atol=1e-5)
 
 
-def test_the_kernels_of_minkowski_have_the_published_order():
-    """Entry x * k + y of a kernel is row y and column x of the weight (remap_checkpoint_keys)."""
-    dense = {
-        "encoder.downsample_layers.1.1.weight": torch.randn(6, 4, 2, 2),
-        "encoder.stages.0.0.dwconv.weight": torch.randn(4, 1, 7, 7),
-    }
-    sparse = minkowski.from_dense(dense)
-    strided, depthwise = (sparse[name.replace("weight", "kernel")] for name in dense)
-    assert strided.shape == (4, 4, 6) and depthwise.shape == (49, 4)
-    first, second = dense.values()
-    for y in range(2):
-        for x in range(2):
-            assert torch.equal(strided[x * 2 + y], first[:, :, y, x].T)
-    assert all(torch.equal(depthwise[x * 7 + y], second[:, 0, y, x]) for y in range(7) for x in range(7))
-
-
 def test_a_self_trained_checkpoint_of_the_official_pretraining_loads_whole(tmp_path):
     """Encoder of MinkowskiEngine, dense decoder; beside it the optimiser, the scaler and pickled arguments."""
     source = randomise(fcmae())
-    state = minkowski.from_dense(source.state_dict())
+    state = sparse_of(source.state_dict())
     shapes = {"stages.0.0.pwconv1.linear.weight": (32, 8), "stages.0.0.norm.ln.bias": (8,),
               "stages.0.0.grn.gamma": (1, 32), "downsample_layers.0.0.weight": (8, 3, 4, 4)}  # fmt: skip
     assert {name: tuple(state[f"encoder.{name}"].shape) for name in shapes} == shapes
