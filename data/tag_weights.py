@@ -5,7 +5,7 @@ facts = find_tag_facts(collection, rows, config, captions)       # what a task n
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,6 @@ from data.captions import CaptionConfig
 from data.collection import Collection
 from data.tags.names import parse_tag
 from utils.config.bounds import Count, Factor, Positive
-from utils.config.recipe import with_added
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.vocabulary import CATEGORIES
@@ -36,11 +35,6 @@ class TagWeightsConfig(Strict):
     combine: Literal["mean", "geometric_mean"]
     factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
     reestimate_steps: Count | None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _add_new_keys(cls, values: Any) -> Any:
-        return with_added("task.tag_weights", values, cls.model_fields) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _can_weigh_anew(self) -> Self:

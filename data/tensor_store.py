@@ -35,8 +35,7 @@ from utils.io.files import (
     write_atomically,
     write_json,
 )
-from utils.io.untrusted.safetensors_header import read_header
-from utils.io.weights import read_tensors, write_tensors
+from utils.io.weights import read_header, read_tensors, write_tensors
 from utils.ranks import distributed
 
 STORED = torch.float16  # of what networks give; records are read as float32

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.io.files import fsync_path, read_json, sha256_file, sha256_text
-from utils.io.untrusted.safetensors_header import read_header
-from utils.io.weights import read_tensors, refuse_not_finite, write_tensors
+from utils.io.weights import read_header, read_tensors, refuse_not_finite, write_tensors
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

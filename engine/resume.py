@@ -17,7 +17,7 @@ from engine.checkpoint import (
 )
 from engine.config import TrainingConfig
 from engine.run_parts import Run
-from utils.config.recipe import check_resumable, with_added
+from utils.config.recipe import check_resumable
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.slurm_step import restart_count
@@ -203,7 +203,7 @@ def _check_recipe(checkpoint: Checkpoint, folder: RunFolder, config: TrainingCon
 
 def _check_found_rate(state: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse what nothing would read: another rate, where a range test has found it, and a range test afterwards."""
-    test = with_added("lr_finder", state["config"].get("lr_finder", {}), ("enabled",))
+    test = state["config"]["lr_finder"]
     if config["lr_finder"]["enabled"] and not test["enabled"]:
         raise UserError(
             "lr_finder.enabled: true has no effect on a run that began without a range test; set "

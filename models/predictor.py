@@ -20,9 +20,8 @@ from models.outputs import OUTPUTS, Columns, RowOptions
 from models.wd_file import read_wd_metadata
 from utils.canvas import DEFAULT, Background
 from utils.config.bounds import Side
-from utils.config.recipe import ADDED_KEYS
 from utils.errors import UserError
-from utils.io.untrusted.onnx_file import refuse_external_data, unreadable_onnx
+from utils.io.onnx_file import refuse_external_data, unreadable_onnx
 from utils.record.logging import get_logger
 from utils.vocabulary import GENERAL, RATING
 
@@ -43,14 +42,14 @@ class _Preprocessing(BaseModel):
     image_size_hw: _Size
     buckets_hw: Annotated[list[_Size], Field(min_length=1)] | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area"]
-    pad: Literal["none", "square"] = ADDED_KEYS["augment.pad"].before
-    eval_resize: Literal["crop", "squash"] = ADDED_KEYS["augment.eval_resize"].before
+    pad: Literal["none", "square"] = "none"
+    eval_resize: Literal["crop", "squash"] = "crop"
     eval_crop: Annotated[float, Field(gt=0.01, le=1)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
     channels: Literal[1, 3]
     background: Background = DEFAULT
-    icc: bool = ADDED_KEYS["data.icc"].before
+    icc: bool = False
     shortest_px: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")

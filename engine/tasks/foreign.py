@@ -26,7 +26,7 @@ from models.weights.initialise import convert
 from models.weights.origin import find_origin
 from models.weights.timm_hub import load_timm
 from utils.errors import UserError
-from utils.io.untrusted.folder_config import read_config_beside
+from utils.io.folder_config import read_config_beside
 from utils.io.weights import find_weights, read_weights, refuse_average
 from utils.record.logging import get_logger
 

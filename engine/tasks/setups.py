@@ -12,7 +12,6 @@ from engine.task import Task
 from engine.tasks.kind import Kind, Setup, find_kind
 from models.predictor import wrong_metadata
 from models.weights.fit import fit_state
-from utils.config.recipe import with_added
 from utils.errors import UserError
 
 
@@ -65,7 +64,7 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any], kinds: Mapping[s
     kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})
     try:
         model = TypeAdapter(kind.model_schema).validate_python(metadata["model"])
-        task = kind.config.model_validate(with_added("task", metadata["task"], kind.config.model_fields))
+        task = kind.config.model_validate(metadata["task"])
     except ValidationError as error:
         raise wrong_metadata(path, key, error) from None
     facts = {name: metadata[name] for name in kind.fact_names if name in metadata}

@@ -11,8 +11,7 @@ from torch import Tensor
 from models.sdxl.names import PARTS, PREFIXES, from_folder, from_single_file
 from utils.errors import UserError
 from utils.io.files import read_json
-from utils.io.untrusted.safetensors_header import read_header
-from utils.io.weights import read_weights
+from utils.io.weights import read_header, read_weights
 
 State = dict[str, Tensor]
 _MAX_TEXT = 200  # characters of what a file says about itself

@@ -7,7 +7,7 @@ has no `licence` where the source is of a run that began with drawn weights.
 from pathlib import Path
 from typing import Any
 
-from utils.io.untrusted.folder_config import read_config_beside
+from utils.io.folder_config import read_config_beside
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

@@ -882,24 +882,6 @@ def test_two_csv_files_with_labels_and_a_wrong_path_are_refused(refuse, root):
     refuse(root, "one.csv', row 0: path 'c.png' does not exist")
 
 
-# Parquet.
-
-
-@pytest.mark.parametrize("kind", ["rows", "text"])
-def test_a_parquet_manifest_that_unpacks_to_gigabytes_is_refused_unread(refuse, root, kind, monkeypatch):
-    """Ten million rows of one path in a few kB; 200 MB of one letter in a few kB."""
-    put(root, "a.png")
-    if kind == "rows":
-        path = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000_000, np.int8)), pa.array(["a.png"]))
-    else:
-        path = pa.array(["a" * 10_000_000 + str(number) for number in range(20)])
-    pq.write_table(
-        pa.table({"path": path}), root / "manifest.parquet", compression="zstd", use_dictionary=kind == "rows"
-    )
-    monkeypatch.setattr(pq.ParquetFile, "read", lambda self: pytest.fail("it was read"))
-    refuse(root, "bytes unpacked, more than a list of different images has; make it again")
-
-
 def test_links_inside_the_root_are_fine_in_a_manifest(load, root):
     put(root, "real/a.png")
     (root / "b.png").symlink_to(root / "real" / "a.png")

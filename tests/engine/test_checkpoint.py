@@ -127,7 +127,7 @@ def test_a_header_that_lies_is_refused_though_its_checksum_is_right(tmp_path):
     file = path / "task.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"shape":[3,2]', b'"shape":[9,9]'))
     forge(path, lambda state: state["checksums"].update({file.name: sha256_file(file)}))
-    with pytest.raises(UserError, match=r"^resume: .*task\.safetensors is not a readable .* takes 324 bytes"):
+    with pytest.raises(UserError, match=r"^resume: .*task\.safetensors is not a readable safetensors file"):
         load_checkpoint(path)
 
 

@@ -274,22 +274,6 @@ def test_the_weights_or_their_average_are_taken_as_asked(outer, which, taken, tm
     assert torch.equal(target.head.weight, networks[taken].head.weight)
 
 
-@pytest.mark.parametrize(("which", "taken"), [("model", 0), ("ema", 1)])
-def test_mmengine_keeps_the_average_where_others_keep_the_weights(which, taken, tmp_path):
-    """As its EMAHook saves: the two are swapped; the weights have the wrapper's prefix, and its count beside them."""
-    weights, average = (mmpretrain_state(randomise(ours(), seed)) for seed in (0, 1))
-    wrapped = {"steps": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in weights.items()}}
-    content = {"meta": {"epoch": 3}, "state_dict": average, "ema_state_dict": wrapped, "optimizer": {"state": {}}}
-    torch.save(content, tmp_path / "epoch_3.pth")
-    target = ours()
-    assert start(target, tmp_path / "epoch_3.pth", which)["layout"] == "mmpretrain"
-    assert all_equal(target, randomise(ours(), taken).state_dict())
-    # publish_model.py leaves the average alone; it passes for the weights.
-    torch.save({"meta": {}, "state_dict": average}, tmp_path / "published.pth")
-    start(target, tmp_path / "published.pth")
-    assert torch.equal(target.head.weight, average["head.fc.weight"])
-
-
 def test_an_average_is_read_from_a_file_that_says_so_only(tmp_path):
     """Released and converted files say nothing: their plain weights must not pass for an average."""
     path, source = tmp_path / "w.safetensors", randomise(ours())

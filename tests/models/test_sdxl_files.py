@@ -29,7 +29,7 @@ from models.sdxl.networks import (
 )
 from models.sdxl.tokenizer import build_tokenizer
 from utils.errors import UserError
-from utils.io.untrusted.safetensors_header import read_header
+from utils.io.weights import read_header
 
 V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 FACTS = {"title": "toy", "license": "openrail++"}

@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.errors import UserError
 from utils.io.files import fsync_path, write_atomically
-from utils.io.untrusted.safetensors_header import read_header
-from utils.io.untrusted.torch_file import is_torch_file, read_torch
+from utils.io.torch_file import is_torch_file, read_torch
 from utils.ranks import distributed
 
 # Of a run with an average, `best` is the best average and `best_raw` the best of the weights themselves.
 WEIGHT_NAMES = ("best", "best_raw", "last", "ema")
-
-
 # Files of a folder that timm or transformers wrote.
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-_CHECKSUM = "atelier_sha256"  # older files have none
+_CHECKSUM = "atelier_sha256"
+_SHOWN_CHARACTERS = 200  # of the reason that a file is refused
 
 
 class InitFrom(NamedTuple):
@@ -35,6 +33,13 @@ class InitFrom(NamedTuple):
     def find(self) -> Path:
         """Return the weight file. Raises UserError (`init_from`) where there is none."""
         return find_weights(self.source, "ema" if self.weights == "ema" else "last", "init_from")
+
+
+class Header(NamedTuple):
+    """The header of a safetensors file: tensors by name, on the meta device, and the metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,12 +106,13 @@ def read_weights(
         metadata: dict[str, Any] = {"entries": list(content.entries)} if content.entries else {}
         if content.licence is not None:
             metadata["origin"] = {"licence": content.licence}
-        if check is not None:
-            check(content.tensors, metadata)
-        refuse_not_finite(content.tensors, path, key)
         tensors = content.tensors
+        if check is not None:
+            check(tensors, metadata)
+        refuse_not_finite(tensors, path, key)
         return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
-    shapes, metadata, checksum = _describe(path, key)
+    shapes, texts = read_header(path, key)
+    metadata, checksum = _read_metadata(texts, path, key), texts.get(_CHECKSUM)
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
     if check is not None:
@@ -142,32 +148,38 @@ def refuse_average(which: Literal["model", "ema"], why: str) -> None:
         )
 
 
-def _describe(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
-    """Return a safetensors file's tensors, on the meta device, its metadata, and the checksum if it has one."""
-    shapes, texts = read_header(path, key)
+def read_header(path: Path, key: str) -> Header:
+    """Read the header of a safetensors file, and no tensor. Raises UserError (`key`) where the file is damaged."""
     try:
-        metadata = json.loads(texts.get("atelier", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, key, f"its metadata are not JSON: {_first_line(error)}") from None
-    if not isinstance(metadata, dict):
-        raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, not an object")
-    return shapes, metadata, texts.get(_CHECKSUM)
+        with safe_open(path, "pt") as file:
+            # These tensors are views of the mapped file, so nothing is read.
+            tensors = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            return Header(tensors, file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _unreadable(path, key, error) from None
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file whose header `read_header` has found right."""
+    """Read the tensors of a safetensors file. Raises UserError (`key`) where the file is damaged."""
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, key, _first_line(error)) from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _unreadable(path, key, error) from None
 
 
-def _unreadable(path: Path, key: str, why: str) -> UserError:
-    return UserError(f"{key}: {path} is not a readable safetensors file ({why})")
+def _read_metadata(texts: Mapping[str, str], path: Path, key: str) -> dict[str, Any]:
+    try:
+        metadata = json.loads(texts.get("atelier", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, key, error) from None
+    if not isinstance(metadata, dict):
+        raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, not an object")
+    return metadata
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _unreadable(path: Path, key: str, why: object) -> UserError:
+    reason = ascii((str(why) or type(why).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
+    return UserError(f"{key}: {path} is not a readable safetensors file ({reason}); get it again, or name another")
 
 
 def find_weights(run_or_file: str, which: str, key: str) -> Path:

