@@ -21,7 +21,7 @@ from data.config import DataConfig
 from engine.config import TrainingConfig
 from engine.tasks.kinds import task_schema
 from engine.tasks.training import train
-from models.sdxl.config import SDXLConfig
+from models.sdxl.networks import SDXLConfig
 from utils.config.entry_point import entry_point
 
 

@@ -8,7 +8,7 @@ Noise, timesteps and the latents' own randomness are drawn on the device from ea
     is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch
     tag_weight [B]; or its ragged tags and tags_shown, bool, by which engine/tasks/tag_balance.py weighs
 
-Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/ cites the equations.
+Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the rest of a step, with the equations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,26 +31,31 @@ from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.tag_balance import TagBalance
-from models.sdxl.clip_score import clip_scores
-from models.sdxl.conditioning import time_ids, unet_inputs
-from models.sdxl.config import SDXLConfig
-from models.sdxl.latents import encode_images
 from models.sdxl.lora import LoRA
 from models.sdxl.names import ENCODERS, PARTS
-from models.sdxl.networks import SDXLNetworks, base_files, open_networks
-from models.sdxl.noise import NoiseTable, add_noise, build_noise_table, draw_noise, resolution_shift, target
+from models.sdxl.networks import SDXLConfig, SDXLNetworks, base_files, freeze_unused, open_networks
 from models.sdxl.reading import describe
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
-from models.sdxl.text import encode_text, freeze_unused, zero_dropped
-from models.sdxl.timesteps import draw_timesteps
+from models.sdxl.step import (
+    LATENT_DRAW,
+    NoiseLevel,
+    add_noise,
+    build_noise_table,
+    draw_noise,
+    draw_timesteps,
+    encode_images,
+    encode_text,
+    loss_weight,
+    resolution_shift,
+    target,
+    zero_dropped,
+)
 from models.sdxl.tokenizer import tokenize
-from models.sdxl.weighting import loss_weight
 from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.weights import InitFrom
 
-_LATENT_DRAW = 3  # of utils/rng.py; models/sdxl/noise.py has the others
 _BINS = 5  # of timesteps, whose losses are logged
 
 
@@ -63,8 +68,8 @@ class DiffusionTask(Task):
         self._config, self._model, self._metadata = config, setup.model, replace(setup, facts={}).metadata()
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = build_noise_table(config.noise.zero_terminal_snr)
-        self.register_buffer("alphas", table.alphas, persistent=False)  # on the device, so that no step copies them
-        self.register_buffer("sigmas", table.sigmas, persistent=False)
+        self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
+        self.register_buffer("sigmas", table.sigma, persistent=False)
         keeps_encoders = config.text_cache is None
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
         if config.lora is None:
@@ -146,19 +151,22 @@ class DiffusionTask(Task):
         prompts, pooled = self._texts(batch)
         timesteps = draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
         shift = resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
-        level = NoiseTable(self.alphas, self.sigmas, noise_config.zero_terminal_snr).at(timesteps, shift)
+        level = NoiseLevel(self.alphas, self.sigmas).at(timesteps, shift)
         noise = draw_noise(keys, latents, noise_config.offset)
-        ids = time_ids(*batch["fit"].split(2, dim=1))
-        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, ids)
+        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
         wanted = target(noise_config.prediction_type, latents, noise, level)
         error, loss = (pred - wanted).square().mean(dim=(1, 2, 3)), self._config.loss
         weight = loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
         return error, timesteps, weight
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        """Return the U-Net's output, float32 [B, 4, h, w]."""
+        """Return the U-Net's output, float32 [B, 4, h, w].
+
+        ids: float32 [B, 6], never cast: bfloat16 rounds sizes from 1,024 to 2,048 to multiples of 8.
+        Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, micro-conditioning.
+        """
         dtype = self.unet.dtype
-        added = unet_inputs(pooled.to(dtype), ids)
+        added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         return self.unet(
             noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), added_cond_kwargs=added
         ).sample.float()
@@ -169,7 +177,7 @@ class DiffusionTask(Task):
             mean, logvar = encode_images(self.vae, batch["images"])
         else:
             mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
-        noise = rng.normal(batch["key"], mean.shape[1:], _LATENT_DRAW)
+        noise = rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
         return (mean + torch.exp(0.5 * logvar) * noise) * self.latent_scale
 
     def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -188,7 +196,6 @@ class DiffusionTask(Task):
         """Measure the loss of `val` at fixed noise and timesteps; make the pictures of `task.samples.prompts`.
 
         `tone_N` is the mean brightness, 0 to 1, of the picture of the N-th prompt: of a black picture it is 0.
-        `clip_score` is the mean over the pictures, where `task.samples.clip` is given.
         """
 
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -200,10 +207,6 @@ class DiffusionTask(Task):
         if self._config.samples.prompts:
             pictures = self.sample()
             scalars |= {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
-            if (clip := self._config.samples.clip) is not None:
-                prompts, device = self._config.samples.prompts, self.vae.device
-                scores = clip_scores(Path(clip), "task.samples.clip", pictures, prompts, device)
-                scalars["clip_score"] = sum(scores) / len(scores)
             images["samples"] = np.concatenate(list(pictures), axis=1)
         return Report(scalars, images=images)
 

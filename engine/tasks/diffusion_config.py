@@ -10,9 +10,7 @@ from data.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.tasks.kind import TaskConfig
 from models.sdxl.lora import LoRAConfig
-from models.sdxl.noise import PredictionType
-from models.sdxl.timesteps import TimestepSampling
-from models.sdxl.weighting import Weighting
+from models.sdxl.step import PredictionType, TimestepSampling, Weighting
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive, Seed, Side
 from utils.config.schema import PathText, Strict
 
@@ -42,7 +40,7 @@ class NoiseConfig(Strict):
 
 
 class LossConfig(Strict):
-    """Weights of the loss by noise level: models/sdxl/weighting.py has their meaning."""
+    """Weights of the loss by noise level: `loss_weight` of models/sdxl/step.py has their meaning."""
 
     weighting: Weighting
     gamma: Positive
@@ -60,7 +58,7 @@ class TimestepsConfig(Strict):
 class SamplesConfig(Strict):
     """Pictures of an evaluation, each of a prompt, with fixed noise.
 
-    guidance_rescale: of Lin et al. 2023, section 3.4. clip: a folder of a CLIP, which scores them; null: no score.
+    guidance_rescale: of Lin et al. 2023, section 3.4.
     """
 
     prompts: list[str]
@@ -69,7 +67,6 @@ class SamplesConfig(Strict):
     guidance: Factor
     guidance_rescale: Fraction
     seed: Seed
-    clip: PathText | None
 
 
 class DiffusionTaskConfig(TaskConfig):

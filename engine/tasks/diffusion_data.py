@@ -31,12 +31,10 @@ from engine.streams import Streams
 from engine.task import FILE_HASHES
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.kind import Setup
-from models.sdxl.config import SDXLConfig
-from models.sdxl.latents import encode_images
 from models.sdxl.names import ENCODERS
-from models.sdxl.networks import base_files, open_networks
+from models.sdxl.networks import SDXLConfig, base_files, open_networks
 from models.sdxl.reading import describe
-from models.sdxl.text import encode_text
+from models.sdxl.step import encode_images, encode_text
 from models.sdxl.tokenizer import tokenize
 from utils.canvas import DEFAULT
 from utils.contracts import Batch

@@ -4,10 +4,14 @@
     StableDiffusionXLPipeline.from_single_file(FILE, config=FOLDER)
 
 diffusers does not read a single file's markers: without the folder's scheduler config, it takes epsilon prediction.
-Source: Stability-AI/ModelSpec:README.md (1.0.1), comfyanonymous/ComfyUI:comfy/supported_models.py.
+Headers have the hash of the tensors, as ModelSpec and kohya's LoRAs do.
+Source: Stability-AI/ModelSpec:README.md (1.0.1), kohya-ss/sd-scripts:library/train_util.py,
+comfyanonymous/ComfyUI:comfy/supported_models.py.
 """
 
 import copy
+import hashlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +19,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.sdxl.hashed_file import NO_HASH, write_hashed
 from models.sdxl.names import PARTS, to_single_file
 from models.sdxl.networks import SDXLNetworks
-from models.sdxl.noise import PredictionType
 from models.sdxl.reading import weight_name
 from models.sdxl.sampling import scheduler_config
+from models.sdxl.step import PredictionType
 from utils.io.files import write_atomically, write_json
 from utils.io.weights import weight_metadata, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NO_HASH = "0" * 64  # what stands in a header until the tensors behind it are hashed
+
+
+def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file; each NO_HASH in its metadata becomes the SHA-256 of all that follows the header."""
+
+    def write(temporary: Path) -> None:
+        write_tensors(temporary, tensors, metadata)
+        _set_hash(temporary)
+
+    write_atomically(path, write)
+
+
+def _set_hash(path: Path) -> None:
+    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
+        start = 8 + int.from_bytes(content[:8], "little")
+        with memoryview(content)[start:] as payload:
+            digest = hashlib.sha256(payload).hexdigest()
+        content[:start] = content[:start].replace(NO_HASH.encode(), digest.encode())
+        content.flush()
 
 
 def write_single_file(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from models.sdxl.text import unused_layer
+from models.sdxl.networks import unused_layer
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.sdxl.hashed_file import NO_HASH, write_hashed
+from models.sdxl.checkpoint_files import NO_HASH, write_hashed
 from models.sdxl.lora import LoRA
 from models.sdxl.names import rename
 

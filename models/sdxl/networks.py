@@ -7,19 +7,33 @@ Heads of attention are 64 wide, as in SDXL; a network narrower than 128 has one.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from models.sdxl.config import SDXLConfig
 from models.sdxl.names import PARTS, load_part, part_state
 from models.sdxl.reading import Description, State, describe, list_files, read_states
+from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 
 VAE_SCALING_FACTOR = 0.13025  # of SDXL's VAE: single files do not state it
 _RESNET = "down_blocks.{}.resnets.0.conv1.weight"
 _SHOWN = 5  # tensors in a message
+
+
+class SDXLConfig(Strict):
+    """Where SDXL's networks are: a folder of diffusers or a single .safetensors file; null draws tiny ones.
+
+    frozen_dtype: of the networks that are not trained. in_channels: of the images.
+    """
+
+    family: Literal["sdxl"]
+    name: str = Field(min_length=1)
+    path: PathText | None
+    frozen_dtype: Literal["float32", "bfloat16"]
+    in_channels: Literal[3]
 
 
 @dataclass
@@ -232,3 +246,16 @@ def _fill(part: str, network: nn.Module, state: State, dtype: torch.dtype) -> No
     for module in network.modules():
         if hasattr(module, "position_ids"):  # not in the state
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+
+
+def unused_layer(text_encoder: nn.Module) -> str:
+    """Return what is in the names of the first encoder's last layer, behind the one that is read: `.layers.11.`."""
+    return f".layers.{text_encoder.config.num_hidden_layers - 1}."
+
+
+def freeze_unused(text_encoder: nn.Module) -> None:
+    """Turn off the gradients of the first encoder's last layer and final norm, which do not reach the U-Net."""
+    unused = unused_layer(text_encoder)
+    for name, parameter in text_encoder.named_parameters():
+        if unused in name or "final_layer_norm" in name:
+            parameter.requires_grad_(False)

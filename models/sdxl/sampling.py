@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.sdxl.latents import decode_latents
-from models.sdxl.noise import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType
+from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, decode_latents
 
 
 class Prompts(NamedTuple):

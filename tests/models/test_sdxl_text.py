@@ -1,4 +1,4 @@
-"""SDXL's text and conditioning: ids and encoders equal open_clip's, on random weights; sizes equal diffusers'."""
+"""SDXL's texts: ids and encoders equal open_clip's, on random weights; sizes equal diffusers'."""
 
 import random
 from types import SimpleNamespace as Some
@@ -10,13 +10,11 @@ pytest.importorskip("diffusers")
 
 import open_clip
 from diffusers import StableDiffusionXLPipeline
-from diffusers.models.embeddings import get_timestep_embedding
 from open_clip.transformer import TextTransformer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl import tokenizer
-from models.sdxl.conditioning import time_ids, unet_inputs
-from models.sdxl.text import encode_text, zero_dropped
+from models.sdxl.step import encode_text, zero_dropped
 from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, pad_second, tokenize
 from utils.errors import UserError
 
@@ -37,11 +35,6 @@ def random_prompts(count):
 def test_ids_equal_those_of_open_clip():
     prompts = WRITTEN + random_prompts(300)
     assert pad_second(tokenize(prompts, 1)[:, 0]).equal(open_clip.tokenize(prompts))
-
-
-def test_control_words_of_open_clip_are_text():
-    ids = tokenize(["<start_of_text> a <end_of_text> b"], 1)[0, 0]
-    assert ids.tolist().count(BOS) == 1 and ids[ids != EOT].shape[0] > 6
 
 
 def test_chunks_go_on_where_the_last_ends():
@@ -134,24 +127,11 @@ def test_dropped_samples_get_zeros():
     assert embeds.sum((1, 2)).tolist() == [0, 12] and pooled.sum(1).tolist() == [0, 5]
 
 
-# The sizes.
-
-
-def test_time_ids_equal_those_of_diffusers():
+def test_fit_is_the_time_ids_of_diffusers():
+    """A batch's `fit` is the size of the file, where the crop begins, and the size of that."""
     sizes = [(1200, 1601), (64, 0), (1024, 1344)]
-    ids = time_ids(*(torch.tensor([size]) for size in sizes))
-    unet = Some(
-        config=Some(addition_time_embed_dim=256), add_embedding=Some(linear_1=torch.nn.Linear(6 * 256 + 1280, 1))
-    )
+    linear = torch.nn.Linear(6 * 256 + 1280, 1)
+    unet = Some(config=Some(addition_time_embed_dim=256), add_embedding=Some(linear_1=linear))
     of_pipeline = StableDiffusionXLPipeline._get_add_time_ids
     theirs = of_pipeline(Some(unet=unet), *sizes, torch.float32, text_encoder_projection_dim=1280)
-    assert ids.dtype == torch.float32 and ids.equal(theirs)
-
-
-def test_sizes_stay_apart_in_the_unet_and_are_never_rounded():
-    ids = time_ids(*(torch.arange(1025, 1029).view(-1, 1).expand(-1, 2) for _ in range(3)))
-    inputs = unet_inputs(torch.zeros(4, 1280), ids)
-    embedded = get_timestep_embedding(inputs["time_ids"].flatten(), 256, True, 0).view(4, -1)
-    assert embedded.unique(dim=0).shape[0] == 4
-    with pytest.raises(AssertionError):
-        unet_inputs(torch.zeros(4, 1280), ids.bfloat16())
+    assert torch.tensor([sum(sizes, ())]).float().equal(theirs)
