@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.export.snippets import SNIPPETS
+from models.export import snippets
 from models.outputs import OUTPUTS
 from utils.canvas import background_of
 
@@ -64,8 +64,8 @@ def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) 
     if metadata.get("channel_order") == "BGR":
         lines += ["It takes BGR: turn the channels round after timm's transform, on an image that is padded to a "
                   "white square, as neggles/wdv3-timm does.", ""]  # fmt: skip
-    if form in SNIPPETS:
-        lines += ["```python", SNIPPETS[form](metadata, file).rstrip(), "```", ""]
+    if form in snippets.FORMATS:
+        lines += ["```python", snippets.snippet(form, metadata, file).rstrip(), "```", ""]
     elif form == "safetensors" and metadata.get("task"):
         lines += [f"    python predict.py weights={file} input=image.png output=predictions.jsonl", ""]
     if "source" in origin:

@@ -31,9 +31,9 @@ def transparent_picture(path):
 PADDED = {"pad": "square", "eval_crop": 1.0, "interpolation": "area"}
 
 
-@pytest.mark.parametrize("background", ["white", [255, 0, 40], "drop"])
 @pytest.mark.parametrize(
-    ("form", "preprocessing"), [("timm", {}), ("transformers", {}), ("onnx", {}), ("onnx", PADDED)]
+    ("form", "preprocessing", "background"),
+    [("timm", {}, "drop"), ("transformers", {}, "white"), ("onnx", {}, "white"), ("onnx", PADDED, [255, 0, 40])],
 )
 def test_a_snippet_predicts_as_we_do(form, preprocessing, background, tmp_path):
     model, metadata = make(geometry(), background=background, **preprocessing)

@@ -1,0 +1,93 @@
+"""Complete programs for the README.md of an export: from an image file to predictions, in the library of the format.
+
+Each runs as it stands in the folder of the export, with an image.png in it. The programs are the .txt files beside this
+one, string.Templates; what depends on the weights is filled in here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from models.outputs import OUTPUTS
+from utils.canvas import background_levels, background_of, background_rgb
+
+FORMATS = ("timm", "transformers", "onnx", "wd14")
+_RESIZED = {
+    "squash": "image = image.resize(($width, $height), $resample)",
+    "crop": """factor = max($resized_width / image.width, $resized_height / image.height)
+size = [int(side * factor + 1e-6) for side in image.size]
+image = image.resize((max($width, size[0]), max($height, size[1])), $resample)
+left, top = round((image.width - $width) / 2), round((image.height - $height) / 2)
+image = image.crop((left, top, left + $width, top + $height))""",
+}
+_CALLS = {  # with a head, and of a backbone
+    "timm": ("model(batch)[0]", "model.forward_features(batch).mean((-2, -1))[0]"),
+    "transformers": ("model(**batch).logits[0]", "model(**batch).last_hidden_state.mean((-2, -1))[0]"),
+}
+_NAMES = {
+    "timm": 'json.load(open("config.json")).get("label_names") or range(len(outputs))',
+    "transformers": "model.config.id2label.values()",
+    "onnx": 'json.loads(session.get_modelmeta().custom_metadata_map["atelier"])["$names_key"]',
+}
+
+
+def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
+    """Return the program for a format of FORMATS. file: the exported one."""
+    preprocessing, output = metadata["preprocessing"], OUTPUTS[metadata["output"]]
+    height, width = preprocessing["image_size_hw"]
+    turned, interpolation = metadata.get("channel_order") == "BGR", preprocessing["interpolation"]
+    has_head = output.activate is not None
+    values = {
+        "image": _read_image(preprocessing, white_square=form == "wd14" or turned, padded=form == "onnx"),
+        "file": file,
+        "width": width,
+        "height": height,
+        "resized_width": int(width / preprocessing["eval_crop"]),
+        "resized_height": int(height / preprocessing["eval_crop"]),
+        "resample": f"Image.Resampling.{'BOX' if interpolation == 'area' else interpolation.upper()}",
+        "axes": "[None, None]" if preprocessing["channels"] == 1 else ".transpose(2, 0, 1)[None]",
+        "turn": "[:, [2, 1, 0]]  # BGR" if turned else "",
+        "network": "ConvNextV2ForImageClassification" if has_head else "ConvNextV2Model",
+        "call": _CALLS.get(form, ("", ""))[0 if has_head else 1],
+        "names_key": output.names_key,
+    }
+    values["resize"] = Template(_RESIZED[preprocessing.get("eval_resize", "crop")]).substitute(values)
+    values["result"] = _show_outputs(form, metadata) if has_head and form in _NAMES else "print(outputs)"
+    values["result"] = Template(values["result"]).substitute(values)
+    return Template((Path(__file__).parent / f"{form}.txt").read_text(encoding="utf-8")).substitute(values)
+
+
+def _show_outputs(form: str, metadata: Mapping[str, Any]) -> str:
+    activation = "" if form == "onnx" else ".sigmoid()" if metadata["output"] == "tags" else ".softmax(-1)"
+    return f"names = {_NAMES[form]}\nprint(sorted(zip(outputs{activation}.tolist(), names), reverse=True)[:5])"
+
+
+def _read_image(preprocessing: Mapping[str, Any], *, white_square: bool, padded: bool) -> str:
+    """Return the lines that read `image`, upright, on the background that the network was trained with.
+
+    white_square: put it into the middle of a white square, as programs for taggers do; padded: of a square of the
+    background where the training did so.
+    """
+    colour, mode = background_rgb(background_of(preprocessing)), "L" if preprocessing["channels"] == 1 else "RGB"
+    lines = ['image = ImageOps.exif_transpose(Image.open("image.png"))']
+    if colour is None:
+        lines.append(f'image = image.convert("{mode}")  # leaves transparency out, as in training')
+    else:
+        lines += [
+            'image = image.convert("RGBA")',
+            f'canvas = Image.new("RGBA", image.size, {(*colour, 255)})  # the background in training',
+            'image = Image.alpha_composite(canvas, image).convert("RGB")' + ('.convert("L")' if mode == "L" else ""),
+        ]
+    levels: object = "white" if white_square else None
+    if levels is None and padded and preprocessing.get("pad", "none") != "none":
+        found = background_levels(background_of(preprocessing), preprocessing["channels"])
+        levels = tuple(found) if len(found) == 3 else found[0]
+    if levels is not None:
+        lines += [
+            "side = max(image.size)",
+            f"square = Image.new(image.mode, (side, side), {levels!r})",
+            "square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))",
+            "image = square",
+        ]
+    return "\n".join(lines)
