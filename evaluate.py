@@ -3,11 +3,10 @@
     python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
     python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
     python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
-    python evaluate.py weights=FILE model=convnextv2_tiny augment=randaugment data=image_folder data.root=PATH
-                                                                                   a released file (docs/weights.md)
-    python evaluate.py weights=timm model=timm model.name=resnet18.a1_in1k data=image_folder data.root=PATH
     python evaluate.py job=arena models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
                                                                                    taggers, ours and others', compared
+
+Weights of others are measured as they become a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
 
 Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below
 outputs/evaluate/, in a folder for each file and collection. The arena writes arena.json, report.html, tables and plots.
@@ -21,27 +20,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from data.config import AugmentConfig, DataConfig
-from data.image_data import ImageData
+from data.config import DataConfig
 from engine.config import MachineConfig
+from engine.exports.weights import load_predictor, open_weights
 from engine.run import start_machine
 from engine.runtime import Runtime
 from engine.task import Report
-from engine.tasks.arena import Arena, ArenaConfig
-from engine.tasks.foreign import DROPPED, ForeignSource, check_average, rebuild_foreign
-from engine.tasks.kind import Rebuilt, Setup, Targets
-from engine.tasks.kinds import FOREIGN
-from engine.tasks.rebuild import read_run_data, rebuild_task
-from models.config import ModelConfig
+from engine.tasks.arena import Arena, ArenaConfig, Entrant
+from engine.tasks.kind import Targets
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
+from utils.errors import UserError
 from utils.io.files import output_errors, write_json
 from utils.io.result_folder import open_result_folder
 from utils.io.safe_text import Lines
-from utils.io.weights import WEIGHT_NAMES, choose_weights
+from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_figures
 from utils.record.html_page import FILE as PAGE
@@ -49,6 +45,7 @@ from utils.record.html_page import write_page
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
+from utils.record.run_config import CONFIG_FILE, read_run_config
 from utils.text_table import show_rows
 from utils.thresholds import FILE as THRESHOLDS
 from utils.thresholds import write_thresholds
@@ -65,21 +62,17 @@ def _as_list(value: Any) -> Any:
 
 
 class EvaluateConfig(Strict):
-    """`weights` is best, best_raw, last, ema, a file, or `timm`; `output` a JSON file (null: metrics.json).
-    `calibrate` also writes the thresholds of a tagger. `job` arena compares `models` on `data`, as `arena` says.
+    """`weights` is best, last or ema of `run_dir`, or a weight file of ours, with `data`; `output` a JSON file.
 
-    Without `run_dir`, `data` must be given; `model` and `augment` too where the file is not ours.
+    `calibrate` also writes the thresholds of a tagger. `job` arena compares `models` on `data`, as `arena` says.
     """
 
     job: Literal["weights", "arena"]
     models: Annotated[list[PathText] | None, BeforeValidator(_as_list)]
     run_dir: PathText | None
     weights: PathText
-    init_weights: Literal["model", "ema"]
     output: PathText | None
-    model: ModelConfig | None
     data: DataConfig | None
-    augment: AugmentConfig | None
     batch_size: BatchSize
     calibrate: bool
     calibration: Targets
@@ -89,75 +82,68 @@ class EvaluateConfig(Strict):
 
     @model_validator(mode="after")
     def _says_what_to_measure(self) -> Self:
-        if self.job == "arena":
-            return self._is_an_arena()
-        if self.models is not None:
+        if self.job == "arena" and not (self.models and self.data):
+            key = "data" if self.models else "models"
+            raise ValueError(f"{key}: job=arena needs models=[RUN,FOLDER] and data=image_folder data.root=PATH")
+        if self.job == "arena" and (self.run_dir or self.calibrate):
+            key = "run_dir" if self.run_dir else "calibrate"
+            raise ValueError(f"{key}: job=arena measures models as they are; remove {key}, or set job=weights")
+        if self.job == "weights" and self.models:
             raise ValueError("models: are read by job=arena, not by job=weights; add job=arena, or remove models")
-        if self.run_dir is None and self.weights in WEIGHT_NAMES:
-            raise ValueError(
-                f"run_dir: must be given, because weights={self.weights} is one of a run's; add run_dir=RUN, or "
-                "weights=FILE"
-            )
-        if self.run_dir is None and self.data is None:
-            raise ValueError("data: must be given where there is no run_dir; add data=image_folder data.root=PATH")
-        if self.run_dir is not None and self.model is not None:
-            raise ValueError("model: the run states its own; remove model, or run_dir and give weights=FILE")
-        check_average(self.init_weights, self.model)
-        if self.model is None and (self.augment is not None or self.weights == "timm"):
-            raise ValueError(
-                "model: must be given with augment and with weights=timm; a weight file of ours states both itself"
-            )
-        return self
-
-    def _is_an_arena(self) -> Self:
-        for key in ("models", "data"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: job=arena needs models=[RUN,FOLDER] and data=image_folder data.root=PATH")
-        for key in ("run_dir", "model", "augment", "calibrate"):
-            if getattr(self, key):
-                raise ValueError(f"{key}: job=arena measures models as they are; remove {key}, or set job=weights")
+        if self.job == "weights" and self.run_dir is None:
+            if self.weights in WEIGHT_NAMES:
+                raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
+            if self.data is None:
+                raise ValueError("data: must be given where there is no run_dir; add data=image_folder data.root=PATH")
         return self
 
 
-def open_task(config: EvaluateConfig, runtime: Runtime) -> tuple[Path, Rebuilt, ImageData]:
-    """Return the folder of the results, the task with the weights, and the data."""
-    if config.model is not None:
-        setup = Setup(config.model, FOREIGN.foreign, DROPPED)
-        data = FOREIGN.pipeline.open(config.data, setup, runtime, seed=0, batch_size=config.batch_size)
-        source = ForeignSource(config.weights, config.model, config.augment, config.init_weights)
-        place = config.model.name if config.weights == "timm" else Path(config.weights).stem
-        return _RESULTS / place, rebuild_foreign(source, data.collection), data
-    saved = None if config.run_dir is None else read_run_data(Path(config.run_dir))
-    path = choose_weights(config.run_dir or "", config.weights)
-    folder = _RESULTS / path.stem if config.run_dir is None else Path(config.run_dir)
-    rebuilt = rebuild_task(path)
-    seed = 0 if saved is None else saved.seed
-    pipeline, chosen = rebuilt.kind.pipeline, config.data or saved.data
-    return folder, rebuilt, pipeline.open(chosen, rebuilt.setup, runtime, seed=seed, batch_size=config.batch_size)
+class RunData(BaseModel):
+    """The data of a run, as its folder states them."""
+
+    model_config = ConfigDict(strict=True)
+
+    data: DataConfig
+    seed: int
 
 
-def describe_source(config: EvaluateConfig, rebuilt: Rebuilt) -> dict[str, Any]:
-    """Return what the results without a run are of, by which their folder is found again."""
-    values = config.model_dump(mode="json", include={"init_weights", "model", "data", "augment"})
-    return {"weights": str(Path(rebuilt.weights).resolve()), **values}
+def read_run_data(run: Path) -> RunData:
+    """Return the data of a run folder. Raises UserError (`run_dir`) where its config.json does not state them."""
+    try:
+        return RunData.model_validate(read_run_config(run))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"run_dir: {run / CONFIG_FILE} is damaged ({where}: {error.errors()[0]['msg']}); give weights=FILE "
+            "data=NAME data.root=PATH in place of run_dir"
+        ) from None
 
 
 def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     """Measure `models` on the tags that all of them know; returns the best one's line."""
-    arena = Arena(config.models, config.data, config.arena, runtime, config.batch_size)
+    entrants = []
+    for name in config.models:
+        path = Path(name) / "model.onnx"
+        path = path if path.is_file() else find_weights(name, "best", "models")
+        entrants.append(Entrant.of(name, load_predictor(path, runtime.device, "models")))
+    arena = Arena(entrants, config.data, config.arena, runtime, config.batch_size)
     if config.dry_run:
         return _DRY_RUN
     with torch.inference_mode(), runtime.autocast():
         report = arena.measure()
     rows = report.tables["arena"]
     if distributed.is_main():
-        source, folder = config.model_dump(mode="json", include={"models", "data", "arena"}), _RESULTS / "arena"
-        with output_errors("output", folder):
-            folder = open_result_folder(folder, source)
+        folder = open_results("arena", config.model_dump(mode="json", include={"models", "data", "arena"}))
         output = folder / "arena.json" if config.output is None else Path(config.output)
         log.info("%s", Lines(show_rows(rows)))
         write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
+
+
+def open_results(name: str, source: Mapping[str, Any]) -> Path:
+    """Return the folder of results without a run; source: what they are of, by which it is found again."""
+    with output_errors("output", _RESULTS / name):
+        return open_result_folder(_RESULTS / name, source)
 
 
 def write_results(
@@ -183,39 +169,44 @@ def main(config: EvaluateConfig, job: Job) -> str:
         return compare_taggers(config, runtime)
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data
-    folder, rebuilt, data = open_task(config, runtime)
+    saved = None if config.run_dir is None else read_run_data(Path(config.run_dir))
+    path = choose_weights(config.run_dir or "", config.weights)
+    weights = open_weights(path)
+    task, pipeline, step = weights.task, weights.kind.pipeline, weights.metadata["step"]
+    data = pipeline.open(
+        config.data or saved.data, weights.setup, runtime, seed=saved.seed if saved else 0, batch_size=config.batch_size
+    )
     if config.dry_run:
         return _DRY_RUN
     if config.runtime.precision == "auto":
-        runtime = runtime.as_trained(rebuilt.metadata.get("precision"))
-    task = rebuilt.task.to(runtime.device)
+        runtime = runtime.as_trained(weights.metadata.get("precision"))
+    task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
 
-    loaders = rebuilt.kind.pipeline.evaluation(data, rebuilt.setup, training=False)
-
     # ------------------------------------------------------------------------------------------------- 3. The result
-    step, started = rebuilt.metadata["step"], time.perf_counter()
+    loaders, started = pipeline.evaluation(data, weights.setup, training=False), time.perf_counter()
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
         seconds = time.perf_counter() - started
         if config.calibrate:
-            tracked = track(loaders["val"], len(loaders["val"]), "calibrating")
-            found = rebuilt.kind.calibrate(task, tracked, config.calibration)
-            report.tables |= found.report.tables
-            report.images |= found.report.images
+            loader = track(loaders["val"], len(loaders["val"]), "calibrating")
+            thresholds, found = weights.kind.calibrate(task, loader, config.calibration)
+            report.tables |= found.tables
     if distributed.is_main():
         if config.run_dir is None:
-            with output_errors("output", folder):
-                folder = open_result_folder(folder, describe_source(config, rebuilt))
+            source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
+            folder = open_results(path.stem, source)
+        else:
+            folder = Path(config.run_dir)
         output = folder / "metrics.json" if config.output is None else Path(config.output)
-        title = f"{rebuilt.weights}, step {step}, on {data.collection.root}"
-        figures = {"weights": rebuilt.weights, "step": step, "seconds": round(seconds, 3), **report.scalars}
+        figures = {"weights": str(path), "step": step, "seconds": round(seconds, 3), **report.scalars}
+        title = f"{path}, step {step}, on {data.collection.root}"
         write_results(folder, output, title, figures, report, prefix="evaluate_")
         if config.calibrate:
             with output_errors("run_dir", folder):
-                write_thresholds(folder / THRESHOLDS, found.thresholds)
+                write_thresholds(folder / THRESHOLDS, thresholds)
             log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
     line = show_figures(report.scalars)
     log.info("%s", line)

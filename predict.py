@@ -38,7 +38,7 @@ from data.predictions import (
 from data.tags.captions import find_excluded, join_tags, spell_tags
 from engine.config import MachineConfig
 from engine.runtime import choose_device, choose_runtime
-from engine.tasks.rebuild import load_predictor
+from engine.exports.weights import load_predictor
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers

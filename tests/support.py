@@ -30,7 +30,7 @@ from data.decode import Decoder
 from data.image_formats import read_file
 from utils.canvas import DEFAULT
 from utils.config.entry_point import CONF
-from utils.thresholds import OVERALL, PER_TAG, Threshold, ThresholdTable
+from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
@@ -324,13 +324,13 @@ def slow_but(quick, values):
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-def thresholds_of(categories, tags):
-    """Return a table of balanced thresholds, 0.35 over all tags, and of tags' own, by (category, name)."""
-    every = [((number, ""), value, "balanced") for number, value in {**categories, OVERALL: 0.35}.items()]
-    every += [(key, value, PER_TAG) for key, value in tags.items()]
-    return ThresholdTable(
-        "", tuple(Threshold(*key, least, None, None, None, 0, profile) for key, least, profile in every)
-    )
+def thresholds_of(vocabulary, categories, tags):
+    """Return a table of thresholds: of categories, 0.35 over all tags, and of tags' own, by (category, name)."""
+    least = {**categories, OVERALL: 0.35}
+    every = [((number, ""), value, profile) for profile in CATEGORY_PROFILES for number, value in least.items()]
+    every += [(key, tags.get(key, least.get(key[0], 0.35)), PER_TAG) for key in vocabulary.columns]
+    rows = (Threshold(*key, value, None, None, None, 0, profile) for key, value, profile in every)
+    return ThresholdTable(vocabulary.hash, tuple(rows))
 
 
 def checkpoint_tensors(run_dir, step):
@@ -339,3 +339,18 @@ def checkpoint_tensors(run_dir, step):
     files = sorted(folder.glob("*.safetensors"))
     assert files, f"{folder} has no tensors"
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def export(form, model, metadata, folder, whole=None, thresholds=None, **settings):
+    """Write a model's files in a format, as export.py does; returns the report."""
+    from engine.exports.formats import ExportConfig, write_export
+    from engine.exports.weights import Weights
+
+    values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
+    values |= {"backbone_only": False, "dynamic_size": False, "dry_run": False, "format": form, **settings}
+    with tempfile.TemporaryDirectory() as scratch:
+        if thresholds is not None:
+            write_thresholds(Path(scratch) / "thresholds.csv", thresholds)
+            values["thresholds"] = f"{scratch}/thresholds.csv"
+        weights = Weights(Path("w"), model, whole or model.network, metadata)
+        return write_export(weights, Path(folder), ExportConfig.model_validate(values))

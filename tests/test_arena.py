@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from engine.exports.weights import load_predictor
 from engine.tasks.arena import known_outputs
-from engine.tasks.rebuild import load_predictor
 from tests.in_process import SHORT, SMALL_MODEL, configure, run
 from utils.config.messages import ConfigError
 from utils.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.transforms import EvalTransform
-from engine.tasks.rebuild import load_image_model
+from engine.exports.weights import open_weights
 from models.outputs import OUTPUTS, Columns, RowOptions
 from tests.in_process import TINY, make_images, run
 from tests.support import rows
@@ -69,7 +69,8 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
     assert [row["path"] for row in found] == [f"images/val/{c}/{number:03}.png" for c in "ABC" for number in range(2)]
     assert found[2].keys() == {"path", "error"} and table[2]["class"] == table[2]["prob"] == ""
 
-    model, metadata = load_image_model(place / "run/weights/best_weights.safetensors")
+    weights = open_weights(place / "run/weights/best_weights.safetensors")
+    model, metadata = weights.model, weights.metadata
     transform, names = EvalTransform.of(metadata["preprocessing"]), metadata["class_names"]
     seen = set()
     for row, line in zip(found, table):

@@ -17,9 +17,6 @@ from data.tags.captions import find_excluded, join_tags, spell_tags
 from data.tags.index import map_tags
 from data.tags.names import KAOMOJI, parse_tag
 from data.tags.rules import TagRules
-from engine.tasks.exporting import open_own
-from engine.tasks.kind import ExportSettings
-from engine.tasks.tag_exports import TAG_EXPORTS
 from models.outputs import OUTPUTS, Columns, RowOptions
 from models.predictor import Predictor, TorchPredictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
@@ -364,8 +361,7 @@ def test_thresholds_beside_a_run_are_used(place, images):
 def exported(place):
     """Return the path of a wd14 file of the tagger that looks at images; table.csv has its thresholds."""
     write_thresholds(place / "table.csv", make_table())
-    settings = ExportSettings("fp32", False, None, 1, None, make_table())
-    TAG_EXPORTS["wd14"].write(open_own(place / "run/weights/best_weights.safetensors"), place / "wd14", settings)
+    run("export", ["format=wd14", "run_dir=run", "thresholds=table.csv", "output=wd14"], place)
     return "wd14/model.onnx"
 
 

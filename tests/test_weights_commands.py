@@ -1,4 +1,4 @@
-"""Weights of others through the commands: evaluate.py and export.py without a run, timm's weights, means, licences."""
+"""Weights through the commands: weights of others as a run of no steps, timm's weights, licences, exports, refusals."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from engine.tasks.exporting import merge_origins
 from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.export.parity import vary_weights
@@ -40,7 +39,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     make_images(folder / "images")
     torch.save({"model": vary_weights(build_network(CONFIG, 0)).state_dict()}, folder / "fcmae.pt")
-    averages = ["loop.ema_decay=0.5", "loop.evaluate_raw=true", "optim.lr=0.01"]
+    averages = ["loop.ema_decay=0.5", "optim.lr=0.01"]
     run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", *averages], folder)
     return folder
 
@@ -59,25 +58,7 @@ def metrics(folder, *overrides):
 # --- evaluate.py
 
 
-def test_a_released_file_is_measured_without_a_run(place):
-    """The official layout, timm's and transformers'; network, preprocessing and collection are on the command line."""
-    wanted = metrics(place, "run_dir=run", "weights=last", *ON_CPU)
-    for form, file in (("official", "model.pth"), ("timm", "model.safetensors"), ("transformers", "model.safetensors")):
-        run("export", [f"format={form}", "run_dir=run", "weights=last"], place)
-        found = metrics(place, f"weights=run/export/{form}/{file}", *MODEL, "augment=glyphs", *IMAGES)
-        assert found == pytest.approx(wanted, abs=1e-5) and found["samples"] == 4
-
-
-def test_results_without_a_run_lie_below_outputs(place):
-    run("evaluate", [BEST, *DATA, *ON_CPU], place)
-    folder = place / "outputs/evaluate/best_weights"
-    wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
-    assert read_json(folder / "metrics.json").items() >= wanted.items() and wanted["samples"] == 4
-    assert (folder / "plots/evaluate_confusion.png").is_file() and (folder / "tables/evaluate_classes.csv").is_file()
-    assert "data:image/png" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_each_file_and_collection_has_results_of_its_own(place):
+def test_results_without_a_run_lie_below_outputs_by_file_and_collection(place):
     """Two runs' best weights have one name; the same command finds its folder again."""
     (place / "other").mkdir(exist_ok=True)
     tensors, metadata = weights_of(place, "run", "best")
@@ -85,53 +66,57 @@ def test_each_file_and_collection_has_results_of_its_own(place):
     write_weights(place / "own_weights.safetensors", tensors, {**metadata, "step": 99})
     for name in ("own_weights", "other/own_weights", "own_weights"):
         run("evaluate", [f"weights={name}.safetensors", *DATA, *ON_CPU], place)
-    found = [read_json(place / f"outputs/evaluate/{name}/metrics.json") for name in ("own_weights", "own_weights-2")]
+    folders = [place / f"outputs/evaluate/{name}" for name in ("own_weights", "own_weights-2")]
+    found = [read_json(folder / "metrics.json") for folder in folders]
     assert [values["step"] for values in found] == [99, metadata["step"]]
     assert not (place / "outputs/evaluate/own_weights-3").exists()
-
-
-def test_a_validation_split_alone_is_enough(place):
-    """Somebody who checks a published figure may have no training images."""
-    (place / "only").mkdir()
-    (place / "only/val").symlink_to(place / "images/val")
-    assert metrics(place, BEST, "data=image_folder", "data.root=only", *ON_CPU)["samples"] == 4
+    wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
+    assert found[1].items() >= wanted.items() and wanted["samples"] == 4
+    assert (folders[0] / "plots/evaluate_confusion.png").is_file()
+    assert (folders[0] / "tables/evaluate_classes.csv").is_file()
+    assert "data:image/png" in (folders[0] / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key"),
+    ("script", "overrides", "key"),
     [
-        (["weights=best"], "run_dir"),
-        (["weights=fcmae.pt"], "data"),
-        (["run_dir=run", *MODEL], "model"),
-        (["weights=fcmae.pt", "augment=light", *IMAGES], "model"),
-        (["run_dir=run", "init_weights=ema"], "init_weights"),
-        (["weights=fcmae.pt", "init_weights=ema", *DATA], "init_weights"),
+        ("evaluate", ["weights=best"], "run_dir"),
+        ("evaluate", ["weights=fcmae.pt"], "data"),
+        ("export", ["format=timm", "run_dir=run", "precision=fp16"], "precision"),
+        ("export", ["format=wd14", "run_dir=run", "dynamic_size=true"], "dynamic_size"),
+        ("export", ["format=onnx", "weights=fcmae.pt"], "output"),
+        ("export", ["format=onnx"], "run_dir"),
+        ("export", ["format=tim", "run_dir=run"], "format"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(overrides, key, place):
+def test_keys_that_do_not_fit_are_refused(script, overrides, key, place):
     with pytest.raises(ConfigError) as refused:
-        run("evaluate", overrides, place)
+        run(script, overrides, place)
     assert refused.value.problems[0].startswith(f"{key}: ")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([*MODEL, *DATA], "augment: must be given"),
-        ([*MODEL, "augment=glyphs", *IMAGES], "weights: fcmae.pt has no head, and the collection has 2 classes"),
-        (["weights=seven.pt", *MODEL, "augment=glyphs", *IMAGES], "weights: seven.pt has a head of 7 classes"),
-        (["model=convnextv2_tiny", "augment=glyphs", *IMAGES], "weights: 196 of the checkpoint's tensors do not fit"),
-        (["model=timm", "augment=glyphs", *IMAGES], "weights: "),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused(overrides, message, place):
-    torch.save({"model": vary_weights(build_network(CONFIG, 7)).state_dict()}, place / "seven.pt")
-    with pytest.raises(UserError) as refused:
-        run("evaluate", ["weights=fcmae.pt", *overrides, *ON_CPU], place)
-    assert str(refused.value).startswith(message)
-
-
 # --- a run of no steps
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers", "pth"])
+def test_an_export_comes_back_as_a_run_of_no_steps(form, place):
+    """With the same figures, the licence, and classes in the file's order where it names them."""
+    wanted = metrics(place, "run_dir=run", "weights=last", *ON_CPU)
+    run("export", [f"format={form}", "run_dir=run", "weights=last"], place)
+    source = f"init_from=run/export/{form}{'/model.pth' if form == 'pth' else ''}"
+    run("finetune", [*SMALL, source, "task.head=kept", "loop.total_steps=0", f"run_dir=back_{form}"], place)
+    found = metrics(place, f"run_dir=back_{form}", *ON_CPU)
+    assert found == pytest.approx(wanted, abs=1e-5) and found["samples"] == 4
+    assert weights_of(place, f"back_{form}")[1]["origin"]["licence"] == "cc-by-nc-4.0"
+
+
+def test_a_validation_split_alone_is_enough(place):
+    """Who checks a published figure may have no training images: val serves as train, for the names of the classes."""
+    (place / "only").mkdir()
+    for split in ("train", "val"):
+        (place / "only" / split).symlink_to(place / "images/val")
+    words = ["init_from=run", "task.head=kept", "loop.total_steps=0", "data.root=only", "run_dir=only_val"]
+    assert "samples=4" in run("finetune", [*SMALL, *words], place)
 
 
 def test_weights_of_others_become_a_run_of_no_steps(place):
@@ -154,7 +139,7 @@ def test_weights_of_others_become_a_run_of_no_steps(place):
 
 
 def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
-    for name in ("last", "best", "best_raw", "ema"):
+    for name in ("last", "best", "ema"):
         _, metadata = weights_of(place, "run", name)
         assert metadata["origin"] == {"source": "fcmae.pt", "layout": "official", "licence": "cc-by-nc-4.0"}
     run("export", ["format=timm", "run_dir=run"], place)
@@ -170,17 +155,6 @@ def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
     assert read_json(place / "mine/export.json")["model.safetensors"]["licence"] == "mine"
 
 
-def test_with_an_average_the_best_raw_weights_are_kept_too(place):
-    best, best_raw = (weights_of(place, "run", name) for name in ("best", "best_raw"))
-    assert (best[1]["average"], best_raw[1]["average"]) == (True, False)
-    assert not torch.equal(best[0]["head.weight"], best_raw[0]["head.weight"])
-    found = metrics(place, "run_dir=run", "weights=best_raw", *ON_CPU)
-    rows = [row for row in rows_of(place / "run/metrics.jsonl") if row["kind"] == "evaluate"]
-    assert found["top1"] == max(row["top1"] for row in rows)
-    run("finetune", [*SMALL, "run_dir=plain"], place)
-    assert not (place / "plain/weights/best_raw_weights.safetensors").exists()
-
-
 def test_the_average_of_a_run_is_a_start_too(place):
     settings = ["init_from=run", "init_weights=ema", "task.head=kept", "optim.lr=0", "run_dir=from_ema"]
     run("finetune", [*SMALL, *settings], place)
@@ -191,88 +165,17 @@ def test_the_average_of_a_run_is_a_start_too(place):
 # --- export.py
 
 
-def test_several_files_are_averaged(place):
-    run("export", ["format=safetensors", "run_dir=run", "weights=[last,best_raw,ema]", "output=mean"], place)
-    states = [weights_of(place, "run", name)[0] for name in ("last", "best_raw", "ema")]
-    mean, metadata = read_weights(place / "mean/model.safetensors", "w")
-    for name, tensor in mean.items():
-        torch.testing.assert_close(tensor, sum(state[name] for state in states) / 3)
-    assert len(metadata["averaged"]) == 3
-    torch.save(build_network(CONFIG, 0).state_dict(), place / "other.pt")
-    with pytest.raises(UserError, match=r"^weights: .* are not of one network"):
-        run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.pt]", "output=x"], place)
-
-
-def test_weights_whose_outputs_mean_other_things_have_no_mean(place):
-    tensors, metadata = weights_of(place, "run")
-    changes = {
-        "class_names": {"class_names": ["B", "A"]},
-        "preprocessing.mean": {"preprocessing": {**metadata["preprocessing"], "mean": [0.1] * 3}},
-        "model.stem_stride": {"model": {**metadata["model"], "stem_stride": 2}},
-        "task.name": {"task": {**metadata["task"], "name": "tagging"}},
-    }
-    for key, change in changes.items():
-        write_weights(place / "other.safetensors", tensors, {**metadata, **change})
-        with pytest.raises(UserError, match=rf"^weights: .* have no mean, because {key} differs: "):
-            run("export", ["format=safetensors", "run_dir=run", "weights=[last,other.safetensors]", "output=x"], place)
-    assert not (place / "x").exists()
-
-
-def test_a_mean_has_the_licences_of_all(place):
-    tensors, metadata = weights_of(place, "run")
-    origins = [None, metadata["origin"], {"source": "b.pt", "layout": "timm", "licence": "apache-2.0"}]
-    for index, origin in enumerate(origins):
-        write_weights(place / f"licence{index}.safetensors", tensors, {**metadata, "origin": origin})
-    names = ",".join(f"licence{index}.safetensors" for index in range(3))
-    run("export", ["format=safetensors", f"weights=[{names}]", "output=merged"], place)
-    merged = read_weights(place / "merged/model.safetensors", "w")[1]["origin"]
-    assert merged["licence"] == "cc-by-nc-4.0 and apache-2.0" and merged["source"] == "fcmae.pt and b.pt"
-    assert merge_origins([origins[1], {**origins[2], "licence": None}])["licence"] == "cc-by-nc-4.0 and unknown"
-    drawn = [{"source": name, "layout": "atelier"} for name in "ab"]
-    assert merge_origins([*drawn, origins[1]])["licence"] == "cc-by-nc-4.0" and "licence" not in merge_origins(drawn)
-
-
-def test_a_foreign_file_is_converted_without_a_run(place):
-    run("export", ["format=timm", "weights=fcmae.pt", *MODEL, "augment=randaugment", "augment.image_size_hw=[64,64]",
-                   "output=converted"], place)  # fmt: skip
-    loaded = timm.create_model(f"local-dir:{place / 'converted'}", pretrained=True)
-    state = torch.load(place / "fcmae.pt", weights_only=True)["model"]
-    assert torch.equal(loaded.stages[0].blocks[0].conv_dw.weight, state["stages.0.0.dwconv.weight"])
-    assert read_json(place / "converted/export.json")["model.safetensors"]["licence"] == "cc-by-nc-4.0"
-
-
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("features", ["run_dir=run", "backbone_only=true"]),
-        ("encoder", ["weights=fcmae.pt", *MODEL, "augment=glyphs"]),
-    ],
-)
-def test_a_file_of_features_only_is_for_init_from(name, source, place):
-    run("export", ["format=safetensors", *source, f"output={name}"], place)
-    file = f"{name}/model.safetensors"
+def test_a_file_of_features_only_is_for_init_from(place):
+    run("export", ["format=safetensors", "run_dir=run", "backbone_only=true", "output=features"], place)
+    file = "features/model.safetensors"
     for script, arguments in (("evaluate", DATA + ON_CPU), ("predict", ["input=images", "output=f.jsonl"])):
         with pytest.raises(UserError, match=rf"^weights: {file} has features only, .* init_from={file}"):
             run(script, [f"weights={file}", *arguments], place)
-    run("finetune", [*SMALL, f"init_from={file}", "optim.lr=0", f"run_dir=from_{name}"], place)
-    tensors, found = read_weights(place / file, "w")[0], weights_of(place, f"from_{name}")[0]
+    run("finetune", [*SMALL, f"init_from={file}", "loop.total_steps=0", "run_dir=from_features"], place)
+    tensors, found = read_weights(place / file, "w")[0], weights_of(place, "from_features")[0]
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
-    with pytest.raises(UserError, match=r"python export\.py format=onnx weights=fcmae\.pt model="):
+    with pytest.raises(UserError, match=r"^weights: .*finetune\.py init_from=fcmae\.pt .*loop\.total_steps=0"):
         run("predict", ["weights=fcmae.pt", "input=images", "output=f.jsonl"], place)
-
-
-def test_int8_reports_the_accuracy_that_it_costs(place):
-    line = run("export", ["format=onnx", "precision=int8", "run_dir=run", "calibration_images=4", "threads=1"], place)
-    report = read_json(place / "run/export/export.json")["model_int8.onnx"]
-    assert report["file"] == "model_int8.onnx" and report["images"] == 4
-    assert report["top1_loss"] == pytest.approx(report["top1_fp32"] - report["top1"]) and "top1_loss=" in line
-    assert report["top1_fp32"] == metrics(place, "run_dir=run", "weights=best", *ON_CPU)["top1"]
-    found = []
-    for weights in ("run", "run/export/model_int8.onnx"):
-        run("predict", [f"weights={weights}", "input=images", "output=found.jsonl"], place)
-        found.append([{each["class"]: each["prob"] for each in row["top"]} for row in rows_of(place / "found.jsonl")])
-    assert len(found[0]) == len(found[1]) == 12
-    assert all(int8 == pytest.approx(fp32, abs=0.02) for fp32, int8 in zip(*found))
 
 
 def test_reports_of_several_files_lie_beside_each_other(place):
@@ -291,24 +194,7 @@ def test_reports_of_several_files_lie_beside_each_other(place):
         run("export", ["format=safetensors", "run_dir=run", "output=both"], place)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "key"),
-    [
-        (["format=timm", "run_dir=run", "precision=fp16"], "precision"),
-        (["format=onnx", "weights=fcmae.pt", "output=x", "precision=int8", *MODEL], "precision"),
-        (["format=onnx", "weights=fcmae.pt", *MODEL], "output"),
-        (["format=onnx"], "run_dir"),
-        (["format=onnx", "run_dir=run", *MODEL], "model"),
-        (["format=onnx", "run_dir=run", "init_weights=ema"], "init_weights"),
-    ],
-)
-def test_wrong_exports_are_refused(overrides, key, place):
-    with pytest.raises(ConfigError) as refused:
-        run("export", overrides, place)
-    assert refused.value.problems[0].startswith(f"{key}: ")
-
-
-@pytest.mark.parametrize("form", ["onnx", "timm", "transformers", "safetensors", "pth"])
+@pytest.mark.parametrize("form", ["onnx", "timm", "pth"])
 def test_an_export_to_a_full_disk_is_a_users_error(form, place, small_disk):
     with open(small_disk / "filler", "wb", buffering=0) as stream, suppress(OSError):
         while True:
@@ -385,15 +271,6 @@ def test_dinov3s_convnext_goes_through_timm(place, monkeypatch, tmp_path):
     assert torch.equal(state[tensor], network.state_dict()[tensor])
 
 
-def test_timms_network_is_measured_and_exported_by_its_name(place, monkeypatch, tmp_path):
-    fill_cache(monkeypatch, tmp_path, RESNET, vary_weights(timm.create_model("test_resnet")))
-    run("export", ["format=pth", "weights=timm", "model=timm", f"model.name={RESNET}", "output=by_name"], place)
-    report = read_json(place / "by_name/export.json")["model.pth"]
-    assert report["max_abs_diff"] < 1e-3 and report["licence"] == timm.get_pretrained_cfg(RESNET).license
-    with pytest.raises(UserError, match=r"^weights: timm has a head of 1000 classes, and the collection has 2"):
-        run("evaluate", ["weights=timm", "model=timm", f"model.name={RESNET}", *DATA, *ON_CPU], place)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -420,8 +297,6 @@ def test_a_preprocessing_of_timms_that_ours_cannot_express_is_refused(name, plac
         monkeypatch.setattr("timm.get_pretrained_cfg", lambda _: replace(stated, crop_mode="border"))
     with pytest.raises(UserError, match=rf"^init_from: .*{name} with {reason}, .*init_from=FILE"):
         run("finetune", [*TIMM, f"model.name={name}", "init_from=timm", "run_dir=refused"], place)
-    with pytest.raises(UserError, match=r"^augment: "):
-        run("evaluate", ["weights=timm", "model=timm", f"model.name={name}", *DATA, *ON_CPU], place)
 
 
 def test_small_networks_of_timm_take_one_channel(place, monkeypatch, tmp_path):

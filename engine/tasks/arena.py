@@ -1,14 +1,14 @@
 """Compare taggers, ours and others', on the tags that all of them know, over the images of one collection.
 
-    report = Arena(["outputs/run", "wd-vit-tagger-v3"], data, config, runtime, batch_size=32).measure()
+    models = [Entrant.of("outputs/run", predictor), Entrant.of("wd-vit-tagger-v3", other)]
+    report = Arena(models, data, config, runtime, batch_size=32).measure()
 
 Every model prepares images as its file states. Only images that no model was trained on compare them.
 """
 
 from collections.abc import Sequence
 from itertools import compress
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,20 +27,17 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.runtime import Runtime
 from engine.task import Report
-from engine.tasks.rebuild import load_predictor
 from engine.tasks.tagging import CACHE, TagFields
 from models.predictor import Predictor
 from utils.canvas import background_of
 from utils.config.bounds import Count
 from utils.errors import UserError
-from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.vocabulary import FACTS, RATING, Vocabulary, category_name, vocabulary_of
 
 log = get_logger(__name__)
 
-_ONNX = "model.onnx"  # of a folder
 _SLACK = 1e-3  # of probabilities beyond 0 and 1, as fp16 rounds them
 _SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
 
@@ -58,19 +55,25 @@ class Entrant(NamedTuple):
     predictor: Predictor
     outputs: dict[tuple[int, str], int]
 
+    @classmethod
+    def of(cls, name: str, predictor: Predictor) -> Self:
+        """Return a model by its name. Raises UserError (`models`) where it is no tagger."""
+        if not set(FACTS) <= predictor.metadata.keys():
+            raise UserError(f"models: {name} is no tagger: it states no tags; name taggers alone")
+        return cls(name, predictor, known_outputs(vocabulary_of(predictor.metadata)))
+
 
 class Arena:
     """Models, the tags that all of them know, and the images that have such a tag.
 
-    Raises UserError (`models`, `data.root`, `arena...`) where one of them cannot be opened or they have none in common.
+    Raises UserError (`models`, `data.root`, `arena...`) where they have none in common.
     """
 
     def __init__(
-        self, models: Sequence[str], data: DataConfig, config: ArenaConfig, runtime: Runtime, batch_size: int
+        self, models: Sequence[Entrant], data: DataConfig, config: ArenaConfig, runtime: Runtime, batch_size: int
     ) -> None:
         self._data, self._runtime, self._batch_size, self._min_support = data, runtime, batch_size, config.min_support
-        self._models = [open_model(name, runtime.device) for name in models]
-        self._shared = share_tags(self._models)
+        self._models, self._shared = models, share_tags(models)
         self._collection = load_collection(data)
         self._index = index_tags(self._collection, self._shared, read_rules(config, "arena."), CACHE)
         log.info("the models share %s tags; %s", f"{len(self._shared):,}", describe_report(self._index.report))
@@ -105,12 +108,9 @@ class Arena:
         background = background_of(preprocessing) if self._data.background is None else self._data.background
         config = self._data.model_copy(update={"icc": self._data.icc or preprocessing.get("icc", False)})
         source = open_images(
-            self._collection,
-            config,
-            preprocessing["channels"],
-            background,
+            self._collection, config, preprocessing["channels"], background,
             shortest_px=preprocessing.get("shortest_px"),
-        )
+        )  # fmt: skip
         data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         loader = data.prepared(np.flatnonzero(self._index.tagged), TagFields(self._index, None), preprocessing)
         outputs = [model.outputs[key] for key in self._shared.columns]
@@ -146,16 +146,6 @@ def _check_probs(model: Entrant, found: np.ndarray) -> Tensor:
             "the sigmoid in its graph, as the WD form has it"
         )
     return torch.from_numpy(found).float().clamp(0, 1)
-
-
-def open_model(name: str, device: torch.device) -> Entrant:
-    """Open a run, a weight file, an ONNX file, or a folder with model.onnx. Raises UserError (`models`)."""
-    path = Path(name) / _ONNX
-    path = path if path.is_file() else find_weights(name, "best", "models")
-    predictor = load_predictor(path, device, "models")
-    if not set(FACTS) <= predictor.metadata.keys():
-        raise UserError(f"models: {path} is no tagger: it states no tags; name taggers alone")
-    return Entrant(name, predictor, known_outputs(vocabulary_of(predictor.metadata)))
 
 
 def known_outputs(vocabulary: Vocabulary) -> dict[tuple[int, str], int]:

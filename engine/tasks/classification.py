@@ -14,7 +14,6 @@ from data.collection import Collection, check_classes
 from data.image_data import ImageData
 from data.loader import Fields
 from data.rows import refuse_weightless, spread, training_rows
-from data.table import SPLITS
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
 from engine.measures.means import Means
@@ -22,7 +21,6 @@ from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Exported, Knobs, Report, StepOutput, Task, log_mean
 from engine.tasks.head import prepare_head
-from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.labels import LabelFields
@@ -193,16 +191,11 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
     scripts = ("train", "finetune")
     output = "classes"
     fact_names = ("class_names",)
-    foreign = ClassificationTaskConfig(
-        name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
-        mix_probability=0.0, mix_switch_probability=0.0, allow_missing_classes=True, head="kept",
-    )  # fmt: skip
     next_commands = (
         *Kind.next_commands,
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
         "python export.py format=onnx run_dir={run}",
     )
-    exports = IMAGE_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split; and the weights of the classes, if any."""
@@ -213,10 +206,6 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         rows = training_rows(collection, config.loop.train_paths)
         weights = balance(collection.class_ids(names)[rows], collection.weights()[rows], names)
         return {"class_names": names, "class_weights": weights}
-
-    def output_names(self, collection: Collection) -> list[str]:
-        """Return the classes of both splits, sorted."""
-        return sorted({name for split in SPLITS for name in collection.class_names(split)})
 
     def build(self, setup: Setup[ClassificationTaskConfig]) -> ClassificationTask:
         """Return the task."""

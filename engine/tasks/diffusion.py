@@ -28,7 +28,6 @@ from engine.measures.means import measure_means
 from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
-from engine.tasks.diffusion_exports import DIFFUSION_EXPORTS
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.tag_balance import TagBalance
 from models.sdxl.lora import LoRA
@@ -242,7 +241,6 @@ class DiffusionKind(Kind[DiffusionTaskConfig]):
     model_schema = SDXLConfig
     pipeline = DiffusionPipeline()
     scripts = ("finetune_sdxl",)
-    exports = DIFFUSION_EXPORTS
     next_commands = (
         "python export.py format=single_file run_dir={run}",
         "python evaluate.py run_dir={run}",

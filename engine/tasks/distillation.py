@@ -29,8 +29,12 @@ from data.loader import Fields, no_fields
 from data.rows import training_rows
 from engine.measures.means import measure_means
 from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
-from engine.tasks.classification import ClassificationKind, ClassificationPipeline, ClassificationTask
-from engine.tasks.image_exports import IMAGE_EXPORTS
+from engine.tasks.classification import (
+    ClassificationKind,
+    ClassificationPipeline,
+    ClassificationTask,
+    ClassificationTaskConfig,
+)
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingConfig
@@ -98,7 +102,10 @@ def _outside(setup: Setup[DistillationTaskConfig]) -> tuple[ImagePipeline | None
         return TaggingPipeline(), replace(setup, task=task)
     if "class_names" in setup.facts:
         shared = setup.task.model_dump(include=MixingConfig.model_fields.keys() - {"name"})
-        task = ClassificationKind.foreign.model_copy(update={"head": "drawn", **shared})
+        task = ClassificationTaskConfig(
+            name="classification", label_smoothing=0.0, class_weights="none", allow_missing_classes=True, head="drawn",
+            **shared,
+        )  # fmt: skip
         return ClassificationPipeline(), replace(setup, task=task)
     return None, setup
 
@@ -317,7 +324,6 @@ class DistillationKind(Kind[DistillationTaskConfig]):
     pipeline = DistillationPipeline()
     scripts = ("train", "finetune")
     output = "features"
-    exports = IMAGE_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the teacher, the names of its outputs where they are learned, and whether `val` has labels."""

@@ -24,7 +24,6 @@ from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
-from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, augments
 from engine.tasks.kind import Kind, Setup, TaskConfig
 from engine.tasks.labels import LabelFields
@@ -281,7 +280,6 @@ class FCMAEKind(Kind[FCMAETaskConfig]):
     scripts = ("pretrain_fcmae",)
     output = "features"
     next_commands = ("python finetune.py init_from={run} {data}", *Kind.next_commands)
-    exports = IMAGE_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return nothing, after checking that patches, image and network fit."""

@@ -15,7 +15,7 @@ from data.device_augment import AUGMENT, IMAGES, training_views
 from data.image_data import ImageData, describe_collection, describe_transparency, load_collection
 from data.images import open_images
 from data.loader import Fields, no_fields
-from data.rows import spread, training_rows
+from data.rows import training_rows
 from data.stream import GroupedSampler, Sampler, build_sampler
 from data.transforms import FOOTPRINT, ByGroup, Views
 from engine.config import TrainingConfig
@@ -172,11 +172,6 @@ class ImagePipeline(Generic[Config]):
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
         rows = self.rows(data.collection, setup, data.collection.rows("val"))
         return {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing)}
-
-    def calibration(self, data: ImageData, setup: Setup[Config], count: int) -> Iterable[Batch]:
-        """Return training images as evaluation prepares them, at most `count` rounded up to whole batches."""
-        rows = spread(self.rows(data.collection, setup, data.collection.rows("train")), count)
-        return data.prepared(rows, no_fields, setup.preprocessing)
 
 
 def augments(augment: AugmentConfig, setup: Setup) -> list[AugmentConfig]:

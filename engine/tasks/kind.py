@@ -9,10 +9,10 @@ A kind's config, task and Kind are in one file; kinds.py has an entry for each. 
 (image_pipeline.py), which a kind on other data replaces.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import Field
 from torch import nn
@@ -25,7 +25,6 @@ from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.task import Report, Task
 from models.config import ModelConfig
-from models.image_model import ImageModel
 from models.normalise import Normalise
 from utils.config.schema import Strict
 from utils.contracts import Batch
@@ -111,21 +110,13 @@ class Targets(Strict):
     recall: Annotated[float, Field(gt=0, lt=1)]
 
 
-class Calibrated(NamedTuple):
-    """The thresholds that a task has fitted, and a report of them."""
-
-    thresholds: ThresholdTable
-    report: Report
-
-
 class Kind(Generic[Config]):
     """One kind of training. Subclasses state what differs.
 
     config: the schema of its `task` group; model_schema: of its `model` group. scripts: the root scripts that train it.
     output: what its network makes of one image, a name in models/outputs.py; None where it makes nothing of an image
     alone. next_commands: what can be typed after a run, with {run} for its folder and {data} for its collection.
-    fact_names: the facts that its task reads. foreign: the config as which weights that are not ours are measured; None
-    where they cannot be. exports: the formats that export.py writes, by name.
+    fact_names: the facts that its task reads.
     """
 
     config: ClassVar[type[TaskConfig]]
@@ -134,17 +125,11 @@ class Kind(Generic[Config]):
     scripts: ClassVar[tuple[str, ...]] = ("finetune",)
     output: ClassVar[str | None] = None
     fact_names: ClassVar[tuple[str, ...]] = ()
-    foreign: ClassVar[TaskConfig | None] = None
-    exports: ClassVar[Mapping[str, "Export"]] = {}
     next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return what the task must know of the collection. Raises UserError where the collection does not suit it."""
         return {}
-
-    def output_names(self, collection: Collection) -> list[str]:
-        """Return a collection's names for the network's outputs, sorted: for weights that only number them."""
-        return []
 
     def set_up(self, config: TrainingConfig, collection: Collection) -> Setup[Config]:
         """Return what the task of a new run is built from."""
@@ -164,8 +149,8 @@ class Kind(Generic[Config]):
     ) -> None:
         """Change the initial weights by looking at the data, on a new run only."""
 
-    def calibrate(self, task: Task, loader: Iterable[Batch], targets: Targets) -> Calibrated:
-        """Return thresholds that are fitted on a half of the loader's samples and measured on the other."""
+    def calibrate(self, task: Task, loader: Iterable[Batch], targets: Targets) -> tuple[ThresholdTable, Report]:
+        """Return thresholds that are fitted on a half of the loader's samples, and a report of them on the other."""
         name = self.config.__name__.removesuffix("TaskConfig").lower()
         raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
 
@@ -175,70 +160,3 @@ def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
     if not isinstance(name, str) or name not in kinds:
         raise UserError(f"{key}: unknown task {name!r}; {close_names(str(name), kinds)}")
     return kinds[name]
-
-
-# ------------------------------------------------------------------------------------------------- what comes of a task
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """A task with the weights of a file, in eval mode, and what it was rebuilt from."""
-
-    kind: Kind
-    task: Task
-    setup: Setup
-    metadata: dict[str, Any]
-    weights: str
-
-    def image_model(self) -> ImageModel:
-        """Return the network from images to the kind's output."""
-        return ImageModel(self.kind.image_network(self.task), self.setup.normalise(), self.kind.output).eval()
-
-
-class Opened(NamedTuple):
-    """What is exported.
-
-    model: from images to outputs; None where the task makes nothing of an image. whole: the network of the file, such
-    as an FCMAE with its decoder. metadata: of a weight file, with `output`. rebuilt: the task, where the file is ours.
-    """
-
-    model: ImageModel | None
-    whole: nn.Module | None
-    metadata: dict[str, Any]
-    rebuilt: Rebuilt | None = None
-
-    def with_licence(self, licence: str | None) -> "Opened":
-        """Return the same with a licence of the source weights; None leaves what is known of it."""
-        if licence is None:
-            return self
-        origin = {**(self.metadata.get("origin") or {}), "licence": licence}
-        return self._replace(metadata={**self.metadata, "origin": origin})
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """How a file is written.
-
-    tolerance: the greatest accepted difference from PyTorch; None takes the format's own. open_data: opens the run's
-    collection, for what is calibrated or measured. calibration_images: of it, at most. thresholds: of a tagger's tags.
-    """
-
-    precision: Literal["fp32", "fp16", "int8"]
-    dynamic_size: bool
-    tolerance: float | None
-    calibration_images: int
-    open_data: Callable[[Rebuilt], ImageData]
-    thresholds: ThresholdTable | None = None
-
-
-@dataclass(frozen=True)
-class Export:
-    """A format. options: the settings that it reads.
-
-    file: the name of the file that holds the weights. write: writes the files into a folder, compares them with PyTorch
-    and returns the report. Raises UserError (`format`, `tolerance`); then nothing is written and older files stay.
-    """
-
-    file: Callable[[ExportSettings], str]
-    write: Callable[[Opened, Path, ExportSettings], dict[str, Any]]
-    options: frozenset[str] = frozenset()

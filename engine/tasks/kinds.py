@@ -30,21 +30,8 @@ KINDS: dict[str, Kind] = {
     "diffusion": DiffusionKind(),
 }
 
-# What weights that are not ours are taken for: they do not say what their head is for.
-FOREIGN = KINDS["classification"]
-
 
 def task_schema(script: str) -> Any:
     """Return the schema of `task` in a root script: the configs of its kinds, chosen by `name`."""
     configs = tuple(kind.config for kind in KINDS.values() if script in kind.scripts)
     return configs[0] if len(configs) == 1 else Annotated[reduce(or_, configs), Field(discriminator="name")]
-
-
-def export_formats() -> set[str]:
-    """Return the formats of all kinds."""
-    return {name for kind in KINDS.values() for name in kind.exports}
-
-
-def options_of(name: str) -> set[str]:
-    """Return the settings that a format reads, in any kind."""
-    return {option for kind in KINDS.values() if name in kind.exports for option in kind.exports[name].options}

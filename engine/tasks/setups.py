@@ -56,9 +56,9 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any], kinds: Mapping[s
         )
     if "task" not in metadata or "model" not in metadata or not isinstance(metadata["task"], dict):
         raise UserError(
-            f"{key}: {path} was not written by a run of Atelier; name a run folder or such a file. If it is somebody "
-            "else's, add model=... augment=... (evaluate.py, export.py); for predict.py convert it first: python "
-            f"export.py format=onnx weights={path} model=... augment=... output=FOLDER"
+            f"{key}: {path} was not written by a run of Atelier; name a run folder or such a file. Weights of others "
+            f"become a run by: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
+            "augment=... data=... run_dir=... (docs/weights.md)"
         )
     kind = find_kind(metadata["task"].get("name"), f"{key}: {path}", kinds)
     kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})

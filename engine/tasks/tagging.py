@@ -30,9 +30,8 @@ from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
 from engine.task import Exported, Knobs, Report, StepOutput, Task
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Calibrated, Kind, Setup, Targets
+from engine.tasks.kind import Kind, Setup, Targets
 from engine.tasks.mixing import MixingConfig
-from engine.tasks.tag_exports import TAG_EXPORTS
 from engine.tasks.tag_head import continue_head, prior_bias
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
 from models.build import build_network, check_image_size
@@ -45,7 +44,7 @@ from utils.errors import UserError
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT_LOGIT, PER_TAG
+from utils.thresholds import DEFAULT_LOGIT, PER_TAG, ThresholdTable
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
@@ -210,7 +209,7 @@ class TaggingTask(Task):
             }
         return report
 
-    def calibrate(self, loader: Iterable[Batch], wanted: Targets) -> Calibrated:
+    def calibrate(self, loader: Iterable[Batch], wanted: Targets) -> tuple[ThresholdTable, Report]:
         """Fit thresholds on one half of the samples, by their keys, and measure them on the other."""
         fitted, others = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
@@ -221,7 +220,7 @@ class TaggingTask(Task):
         mine, theirs = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
         table = calibrate(mine, theirs, wanted.precision, wanted.recall)
         profiles = [asdict(row) for row in table.rows if row.profile != PER_TAG]
-        return Calibrated(table, Report(tables={"thresholds": profiles}))
+        return table, Report(tables={"thresholds": profiles})
 
     def _measure(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
@@ -322,7 +321,6 @@ class TaggingKind(Kind[TaggingTaskConfig]):
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
-    exports = TAG_EXPORTS
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary, and what training alone reads: the tags' frequencies, and what a mirror does."""
@@ -338,7 +336,7 @@ class TaggingKind(Kind[TaggingTaskConfig]):
         """Return the task."""
         return TaggingTask(setup)
 
-    def calibrate(self, task: TaggingTask, loader: Iterable[Batch], targets: Targets) -> Calibrated:
+    def calibrate(self, task: TaggingTask, loader: Iterable[Batch], targets: Targets) -> tuple[ThresholdTable, Report]:
         """Return thresholds, and how well the probabilities are calibrated."""
         return task.calibrate(loader, targets)
 

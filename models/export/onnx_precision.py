@@ -1,7 +1,7 @@
-"""Smaller numbers in an ONNX graph: fp16 with float32 where sums are taken, and int8 by onnxruntime's quantiser."""
+"""Smaller numbers in an ONNX graph: fp16, with float32 where sums are taken."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -10,7 +10,6 @@ from torch import nn
 from models.export.inference_form import ChannelScale
 from models.layers import GRN
 from utils.errors import UserError
-from utils.io.files import scratch_folder
 
 _WIDE_OPERATORS = (
     # Sums over many values: their squares exceed the range of fp16 (65,504), or lose their small terms.
@@ -113,38 +112,3 @@ def _scopes(node: onnx.NodeProto) -> list[str]:
     """Return the modules that a node was traced in; the exporter notes "['', 'network', 'network.norm']"."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     return re.findall(r"'([^']*)'", text)
-
-
-def to_int8(proto: onnx.ModelProto, model: nn.Module, samples: Iterable[np.ndarray]) -> onnx.ModelProto:
-    """Return the graph with int8 weights (per channel) and activations, from the ranges of `samples`.
-
-    samples: float32 images [B, C, H, W] in [0, 1]. Convolutions and matrix products are quantised, except in GRN; norms
-    and GELU stay float32. Weights take seven bits of the eight: x86 CPUs without VNNI add two products in 16 bits,
-    which saturates with eight.
-    """
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    feeds = ({"images": sample} for sample in samples)
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(feeds, None)
-
-    with scratch_folder() as folder:
-        plain, prepared, quantised = (folder / f"{name}.onnx" for name in ("plain", "prepared", "int8"))
-        onnx.save(proto, plain)
-        quant_pre_process(plain, prepared, skip_symbolic_shape=True, skip_optimization=True)
-        quantize_static(
-            prepared,
-            quantised,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            nodes_to_exclude=_names_of_nodes(proto, model, lambda module: isinstance(module, ChannelScale)),
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return onnx.load(quantised)

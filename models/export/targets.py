@@ -10,11 +10,9 @@
 
 import copy
 import io
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -80,9 +78,9 @@ TARGETS = {
 def export_folder(
     target: Target, network: nn.Module, metadata: Metadata, folder: Path, tolerance: float
 ) -> dict[str, Any]:
-    """Write a format's files into a folder, after comparing them; returns the report.
+    """Write a format's files into an empty folder and compare them; returns the report.
 
-    Raises UserError (`format`, `tolerance`); then nothing is written and older files stay.
+    Raises UserError (`format`, `tolerance`).
     """
     target.check(network, metadata)
     preprocessing = metadata["preprocessing"]
@@ -100,14 +98,10 @@ def export_folder(
         check_conversion(
             network, lambda one, place: target.write(one, metadata, place), load, outputs, images, tolerance
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
-        target.write(network, metadata, Path(temporary))
-        write_card(Path(temporary), target.name, target.file, metadata)
-        found = difference(outputs(network.eval()), load(Path(temporary)), images)
-        refuse_difference(found, tolerance, "what the target's own network gives")
-        for path in sorted(Path(temporary).iterdir()):
-            shutil.move(path, folder / path.name)
+    target.write(network, metadata, folder)
+    write_card(folder, target.name, target.file, metadata)
+    found = difference(outputs(network.eval()), load(folder), images)
+    refuse_difference(found, tolerance, "what the target's own network gives")
     return {"file": target.file, "max_abs_diff": found}
 
 

@@ -15,12 +15,13 @@ from models.weights.origin import find_origin
 from models.weights.timm_filter import filter_state
 from models.weights.timm_hub import load_timm
 from utils.errors import UserError
+from utils.io.folder_config import read_config_beside
 from utils.io.weights import InitFrom, read_weights, refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_MAX_NAME = 120  # characters of a class name that a file brings
+_MAX_NAME = 60  # characters of a class name that a file brings
 
 
 class Converted(NamedTuple):
@@ -41,10 +42,10 @@ def initialise_from(
 ) -> dict[str, Any] | None:
     """Give a network the weights that `init_from` names and return their origin; None leaves it as it is.
 
-    With `keep_head` and `class_names`, the file must have a head of these classes; where it does not name its classes,
-    as many. Of a network on the meta device, names and shapes are checked alone. Raises UserError that begins with
-    `init_from:`, with `init_weights:` where an average is asked for and the file has none, or with `task.head:` for the
-    head.
+    With `keep_head` and `class_names`, the file must have a head of these classes, whose rows are put into their order;
+    where it does not name its classes, as many, which are taken to be in this order. Of a network on the meta device,
+    names and shapes are checked alone. Raises UserError that begins with `init_from:`, with `init_weights:` where an
+    average is asked for and the file has none, or with `task.head:` for the head.
     """
     if source is None:
         return None
@@ -55,20 +56,21 @@ def initialise_from(
             _check_head(network, fit.left, Path(origin["source"]), None, class_names)
     else:
         path = source.find()
-        found: dict[str, Any] = {}
-
-        def check(shapes: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-            converted = convert(network, shapes, path, "init_from")
-            found.update(layout=converted.layout)
-            left = fit_state(network, converted.state, keep_head=keep_head).left
-            if keep_head and class_names is not None:
-                _check_head(network, left, path, metadata.get("class_names"), class_names)
-
-        tensors, metadata = read_weights(path, "init_from", check, source.weights, shapes_only=is_meta(network))
-        converted = convert(network, tensors, path, "init_from")
+        shapes, metadata = read_weights(path, "init_from", which=source.weights, shapes_only=True)
+        converted = convert(network, shapes, path, "init_from")
+        layout, known = converted.layout, None
+        left = fit_state(network, converted.state, keep_head=keep_head).left
+        if keep_head and class_names is not None:
+            known = read_class_names(path, metadata)
+            _check_head(network, left, path, known, class_names)
+        if not is_meta(network):
+            tensors, _ = read_weights(path, "init_from", which=source.weights)
+            converted = convert(network, tensors, path, "init_from")
+        if known is not None:
+            converted = _order_head(converted, network, [known.index(name) for name in class_names])
         fit = converted.load_into(network, keep_head=keep_head, key="init_from")
         _report_adapted(converted.state, fit)
-        origin = find_origin(path, "atelier" if "task" in metadata else found["layout"], metadata)
+        origin = find_origin(path, "atelier" if "task" in metadata else layout, metadata)
     _report(origin, fit)
     return origin
 
@@ -125,24 +127,50 @@ def _report(origin: Mapping[str, Any], fit: Fit) -> None:
     log.debug("init_from: all that is dropped: %s", ", ".join(fit.dropped))
 
 
-def _check_head(network: nn.Module, left: Sequence[str], path: Path, known: Any, wanted: Sequence[str]) -> None:
+def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | None:
+    """Return the class names of a weight file, from its metadata or the config.json of timm and transformers beside it.
+
+    None where the file does not name them, or only numbers them.
+    """
+    names = metadata.get("class_names")
+    if names is None:
+        beside = read_config_beside(path)
+        labels = beside.get("id2label")
+        labels = labels if isinstance(labels, dict) else {}
+        names = beside.get("label_names") or [labels.get(str(index)) for index in range(len(labels))] or None
+    numbers = range(len(names)) if isinstance(names, list) else ()
+    if names in ([str(index) for index in numbers], [f"LABEL_{index}" for index in numbers]):
+        return None
+    return names if isinstance(names, list) or names is None else []
+
+
+def _check_head(
+    network: nn.Module, left: Sequence[str], path: Path, known: list[Any] | None, wanted: Sequence[str]
+) -> None:
     """Raise UserError (`task.head`) where a file has no head of the classes wanted.
 
     left: the names that keep their initial values; known: the classes that the file names, None where it names none.
     """
     advice = "set task.head=drawn or fitted"
-    if known is not None and known != list(wanted):
-        known = known if isinstance(known, list) else []
-        pairs = enumerate(zip(known, wanted))
-        index = next((index for index, (theirs, ours) in pairs if theirs != ours), min(len(known), len(wanted)))
+    if known is not None and (len(known) != len(wanted) or any(name not in known for name in wanted)):
+        theirs, ours = ([name for name in a if name not in b] for a, b in ((known, wanted), (wanted, known)))
         raise UserError(
-            f"task.head: kept, but {path} is of {len(known)} classes and this run of {len(wanted)}, and class {index} "
-            f"is {_name(known, index)} there and {_name(wanted, index)} here; {advice}, or give it the same classes in "
-            "the same order"
+            f"task.head: kept, but {path} is of {len(known)} classes and this run of {len(wanted)}: only in the file "
+            f"{_shorten(theirs)}, only in this run {_shorten(ours)}; {advice}, or rename the folders to the file's "
+            "classes. If only the names differ, give a copy of the file without names (of model.safetensors, away from "
+            "its config.json): its classes are then those of the sorted folders"
         )
     if any(name.startswith(optional_prefixes(network)[0]) for name in left):
         raise UserError(f"task.head: kept, but {path} has no head of these {len(wanted)} classes; {advice}")
 
 
-def _name(class_names: Sequence[Any], index: int) -> str:
-    return repr(class_names[index])[:_MAX_NAME] if index < len(class_names) else "none"
+def _order_head(converted: Converted, network: nn.Module, rows: list[int]) -> Converted:
+    """Return a state whose head gives as output i what it gave as output `rows[i]`."""
+    head = optional_prefixes(network)[0]
+    state = {name: tensor[rows] if name.startswith(head) else tensor for name, tensor in converted.state.items()}
+    return converted._replace(state=state)
+
+
+def _shorten(names: Sequence[Any]) -> str:
+    shown = ", ".join(repr(name)[:_MAX_NAME] for name in names[:3])
+    return (shown + (", ..." if len(names) > 3 else "")) or "none"

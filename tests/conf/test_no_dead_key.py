@@ -285,17 +285,9 @@ def run_all(recorder, folder, monkeypatch):
     on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
     go("evaluate", "run_dir=tuned", *on_cpu)
     go("export", "run_dir=tuned")
-    go("export", "run_dir=tuned", "precision=int8", "calibration_images=2", "threads=1")
     go("train", *small, *folders, "task=tagging", "task.min_count=1", "augment.image_size_hw=[16,16]", "run_dir=tagger")
     go("evaluate", "run_dir=tagger", "calibrate=true", *on_cpu)
     go("evaluate", "job=arena", "models=[tagger]", "arena.min_support=1", *folders, *on_cpu)
-    # Weight files that are said to be of a network: one of ours and one of timm.
-    of_ours = ["weights=tuned/weights/last_weights.safetensors", *SMALL_MODEL, "augment=glyphs"]
-    of_timm = ["weights=finetune_timm/weights/last_weights.safetensors", "model=timm", "model.name=test_resnet"]
-    for file in (of_ours, of_timm):
-        go("evaluate", *file, "data=image_folder" if file is of_timm else "data=glyphs",
-           f"data.root={images if file is of_timm else glyphs}", *on_cpu)  # fmt: skip
-        go("export", *file, f"output=exported_{len(file)}")
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("tests.tasks.thin_tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
@@ -339,17 +331,7 @@ PROVED = {
     "AugmentConfig.pad",
 }
 # Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
-# For weight files without a run, `augment` and `model` are the groups of training, whose other keys mean nothing there;
-# the image size and the interpolation are proved by tests/test_weights_commands.py.
-_TRAINING_ONLY = (
-    "AugmentConfig.crop_", "AugmentConfig.horizontal_flip", "AugmentConfig.affine", "AugmentConfig.rand_augment",
-    "AugmentConfig.random_erasing", "AugmentConfig.erasing_noise", "AugmentConfig.fill", "AffineConfig.",
-    "AugmentConfig.color_jitter", "AugmentConfig.on_device", "ColorJitterConfig.",
-    "TimmConfig.pretrained", "AugmentConfig.image_size_hw", "AugmentConfig.interpolation",
-)  # fmt: skip
 REFUSED = {
-    "evaluate": _TRAINING_ONLY,
-    "export": _TRAINING_ONLY,
     "finetune": ("KnobConfig.", "PhaseConfig."),
     "train": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights"),
     "finetune_sdxl": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights", "LoopConfig.sampling"),

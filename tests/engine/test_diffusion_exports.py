@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from engine.tasks.rebuild import rebuild_task
+from engine.exports.weights import open_weights
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.networks import tiny_networks
 from models.sdxl.tokenizer import build_tokenizer
@@ -48,7 +48,7 @@ def wanted(place):
     """The pictures of each run's task, as its weight file rebuilds it."""
     with working_in(place):
         weights = {name: f"{name}/weights/best_weights.safetensors" for name in ("lora", "whole")}
-        return {name: rebuild_task(Path(file)).task.sample() for name, file in weights.items()}
+        return {name: open_weights(Path(file)).task.sample() for name, file in weights.items()}
 
 
 def export(place, name, form):
@@ -112,6 +112,4 @@ def test_what_is_refused(place):
     for form in ("kohya", "lora_diffusers"):
         with pytest.raises(UserError, match=f"^format: {form} is of a LoRA"):
             run("export", ["run_dir=whole", f"format={form}", "output=refused"], place)
-    with pytest.raises(UserError, match="^precision: int8"):
-        run("export", ["run_dir=lora", "format=kohya", "precision=int8", "output=refused"], place)
     assert not (place / "refused").exists()

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from data.manifest_writer import write_manifest
+from engine.exports.weights import open_weights
 from engine.tasks.distillation import DistillationKind, find_teacher
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from engine.tasks.rebuild import rebuild_task
 from models.config import TimmConfig
 from models.normalise import Normalise
 from tests.engine.test_tagging import RUN as TAGGER
@@ -162,7 +162,7 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
     path = place / "student/weights/best_weights.safetensors"
     metadata, teachers = (read_weights(place / name / "weights/best_weights.safetensors", "w")[1]
                           for name in ("student", "teacher"))  # fmt: skip
-    rebuilt = rebuild_task(path)
+    rebuilt = open_weights(path)
     assert rebuilt.kind.output == "tags" and metadata["task"]["name"] == "tagging" and "teacher" not in metadata
     assert metadata["tag_names"] == teachers["tag_names"] and metadata["vocabulary_hash"] == teachers["vocabulary_hash"]
     (place / "teacher").rename(place / "moved")  # it is needed no more
@@ -209,13 +209,13 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
     run("finetune", [*DISTIL, "task.teacher=classifier", "augment=glyphs", "augment.image_size_hw=[32,32]",
                      "data.root=images", "run_dir=classes"], place)  # fmt: skip
     assert "top1" in rows(place / "classes/metrics.jsonl", "evaluate")[-1]
-    rebuilt = rebuild_task(place / "classes/weights/best_weights.safetensors")
+    rebuilt = open_weights(place / "classes/weights/best_weights.safetensors")
     assert rebuilt.kind.output == "classes" and rebuilt.task.class_names == ["A", "B"]
 
     path = features / "weights/best_weights.safetensors"
-    rebuilt = rebuild_task(path)
+    rebuilt = open_weights(path)
     assert rebuilt.kind.output == "features" and rebuilt.task.teacher is None
-    assert rebuilt.image_model()(torch.zeros(1, 3, 32, 32))[0].shape == (1, 12)
+    assert rebuilt.model(torch.zeros(1, 3, 32, 32))[0].shape == (1, 12)
     with pytest.raises(UserError, match="^weights: a student of features is measured in its run"):
         run("evaluate", ["run_dir=features", "runtime.device=cpu", "runtime.threads=1"], place)
     run("finetune", [*TAGGER, "init_from=features", "model.dims=[6,12]", "run_dir=tuned"], place)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.exports.weights import load_predictor
 from engine.runtime import Runtime
 from engine.tasks.kinds import KINDS
-from engine.tasks.rebuild import load_predictor
 from models.outputs import RowOptions
 from tests.in_process import SHORT, SMALL_MODEL, configure, run, run_until_killed, working_in
 from tests.support import checkpoint_tensors, rows

@@ -46,13 +46,10 @@ RUNTIME = {
     "device": "cpu", "precision": "fp32", "channels_last": False, "workers": 0, "threads": 1, "deterministic": True,
     "hang_timeout_sec": 60.0,
 }  # fmt: skip
-WEIGHTS = {
-    "weights": "best", "init_weights": "model", "model": None, "data": None, "augment": None, "dry_run": False,
-}  # fmt: skip
+WEIGHTS = {"weights": "best", "data": None, "dry_run": False}
 EXPORT = {
-    **WEIGHTS, "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32", "dynamic_size": False,
-    "calibration_images": 1, "batch_size": 1, "tolerance": 1e-4, "thresholds": None, "licence": None, "workers": 0,
-    "threads": 1,
+    "weights": "best", "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32",
+    "dynamic_size": False, "tolerance": 1e-4, "thresholds": None, "licence": None, "dry_run": False,
 }  # fmt: skip
 
 

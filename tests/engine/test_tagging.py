@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
-from engine.tasks.rebuild import rebuild_task
 from engine.tasks.tag_head import prior_bias
 from engine.tasks.tag_losses import TagLossConfig
 from engine.tasks.tagging import TaggingTask, TaggingTaskConfig, measure_priors, read_flips
@@ -230,13 +230,13 @@ def test_a_run_learns_and_is_judged_by_its_map(place):
 def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     path = place / "run/weights/best_weights.safetensors"
     tensors, metadata = read_weights(path, "weights")
-    vocabulary = rebuild_task(path).task.vocabulary
+    vocabulary = open_weights(path).task.vocabulary
     assert vocabulary.names == ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
     assert metadata["vocabulary_hash"] == vocabulary.hash and not {"orientation", "tag_priors"} & metadata.keys()
     # Orientation is the run's own, whatever a file says.
     forged = place / "forged.safetensors"
     write_weights(forged, tensors, {**metadata, "orientation": {"pairs": [[0, 999]]}, "tag_priors": [9.0]})
-    assert rebuild_task(forged).task.mirror is None
+    assert open_weights(forged).task.mirror is None
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_strangers_vocabulary_is_refused_by_its_key(name, change, place):
     path = place / "stranger.safetensors"
     write_weights(path, tensors, {**metadata, name: change(metadata[name])})
     with pytest.raises(UserError, match=rf"^weights: {path}.*(\({name}|{name} for|'a' of category 0 more than once)"):
-        rebuild_task(path)
+        open_weights(path)
 
 
 def test_killed_and_resumed_equals_uninterrupted(place):

@@ -11,12 +11,8 @@ import torch
 from PIL import Image
 
 from data.transforms import EvalTransform
-from engine.tasks.image_exports import IMAGE_EXPORTS
-from engine.tasks.kind import ExportSettings, Opened
 from tests.models.test_export_formats import geometry, make
-from tests.support import read_image
-
-SETTINGS = ExportSettings("fp32", dynamic_size=False, tolerance=None, calibration_images=1, open_data=None)
+from tests.support import export, read_image
 
 
 def transparent_picture(path):
@@ -37,7 +33,7 @@ PADDED = {"pad": "square", "eval_crop": 1.0, "interpolation": "area"}
 )
 def test_a_snippet_predicts_as_we_do(form, preprocessing, background, tmp_path):
     model, metadata = make(geometry(), background=background, **preprocessing)
-    IMAGE_EXPORTS[form].write(Opened(model, model.network, metadata), tmp_path, SETTINGS)
+    export(form, model, metadata, tmp_path)
     transparent_picture(tmp_path / "image.png")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)

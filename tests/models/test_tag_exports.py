@@ -16,17 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.tasks.kind import ExportSettings, Opened
-from engine.tasks.tag_exports import TAG_EXPORTS
+from engine.exports.weights import load_predictor
 from models.build import build_network
 from models.export.parity import vary_weights
 from models.export.tag_files import check_images, describe_changes, to_wd_order, write_imgutils
 from models.export.tag_graph import make_form, make_graph, to_bgr
 from models.image_model import ImageModel
 from models.normalise import Normalise
-from predict import load_predictor
 from tests.models.test_export_formats import geometry, timm_config
-from tests.support import thresholds_of
+from tests.support import export, thresholds_of
 from utils.errors import UserError
 from utils.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 
@@ -45,19 +43,15 @@ def open_tagger(config, side=64, vocabulary=VOCABULARY, **preprocessing):
     network = vary_weights(build_network(config, len(vocabulary)))
     metadata = {"task": {"name": "tagging"}, "model": config.model_dump(), "preprocessing": preprocessing, "step": 7,
                 "output": "tags", **vocabulary.facts()}  # fmt: skip
-    return Opened(ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), network, metadata)
-
-
-def settings(precision="fp32", thresholds=None):
-    return ExportSettings(precision, False, None, 1, None, thresholds)
+    return ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), metadata
 
 
 @pytest.fixture(scope="module")
 def wd14(tmp_path_factory):
     """Return a folder with a file of wd14."""
     folder = tmp_path_factory.mktemp("wd14")
-    thresholds = thresholds_of({0: 0.5}, {(0, "new"): 0.1})
-    report = TAG_EXPORTS["wd14"].write(open_tagger(geometry()), folder, settings(thresholds=thresholds))
+    thresholds = thresholds_of(VOCABULARY, {0: 0.5}, {(0, "new"): 0.1})
+    report = export("wd14", *open_tagger(geometry()), folder, thresholds=thresholds)
     assert report["left_out"] == {"artist": 1} and report["constant"] == ["questionable", "sensitive"]
     return folder
 
@@ -98,7 +92,7 @@ def test_predict_reads_a_wd14_file(wd14):
     assert predictor.names == ORDERED
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        wanted = open_tagger(geometry()).model(images)[1].numpy()
+        wanted = open_tagger(geometry())[0](images)[1].numpy()
     wanted = np.where(np.array(ROWS) < 0, 0, wanted[:, ROWS])
     np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
 
@@ -116,7 +110,7 @@ def test_the_program_in_the_readme_prints_rating_and_tags(wd14):
     square.paste(image, (0, 20))
     image = torch.from_numpy(np.array(square.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     with torch.no_grad():
-        probs = dict(zip(zip(VOCABULARY.categories, NAMES), open_tagger(geometry()).model(image[None])[1][0].tolist()))
+        probs = dict(zip(zip(VOCABULARY.categories, NAMES), open_tagger(geometry())[0](image[None])[1][0].tolist()))
     least = {(0, "new"): 0.1, (4, "ann_(x)"): 0.35}
     wanted = {key[1]: prob for key, prob in probs.items() if key[0] in (0, 4) and prob >= least.get(key, 0.5)}
     assert found["tags"] == pytest.approx(wanted, abs=1e-3) and wanted
@@ -126,8 +120,8 @@ def test_the_program_in_the_readme_prints_rating_and_tags(wd14):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_a_network_of_timm_in_fp16(name, tmp_path):
-    opened = open_tagger(timm_config(name), side=160, vocabulary=VOCABULARY)
-    report = TAG_EXPORTS["wd14"].write(opened, tmp_path, settings("fp16"))
+    model, metadata = open_tagger(timm_config(name), side=160, vocabulary=VOCABULARY)
+    report = export("wd14", model, metadata, tmp_path, precision="fp16")
     assert report["onnx_max_abs_diff"] < 0.1
     proto = onnx.load(tmp_path / "model.onnx")
     assert {value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)} == {1}
@@ -135,7 +129,7 @@ def test_a_network_of_timm_in_fp16(name, tmp_path):
     images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
     probs = load_predictor(tmp_path / "model.onnx", torch.device("cpu")).predict(images)
     with torch.no_grad():
-        np.testing.assert_allclose(probs[:, 4:], opened.model(images)[1][:, ROWS[4:]].numpy(), atol=2e-2)
+        np.testing.assert_allclose(probs[:, 4:], model(images)[1][:, ROWS[4:]].numpy(), atol=2e-2)
     assert not probs[:, 1:3].any()
 
 
@@ -143,22 +137,22 @@ def test_a_network_of_timm_in_fp16(name, tmp_path):
 @pytest.mark.parametrize("name", [None, "test_resnet", "test_vit"])
 def test_forms_give_what_the_network_gives(name, form):
     """`make_graph` compares; the stem that is turned round, too."""
-    opened = open_tagger(timm_config(name) if name else geometry(), side=160)
-    graph = make_graph(opened.model, make_form(form, opened.metadata["preprocessing"]), ROWS, [160, 160])
+    model, metadata = open_tagger(timm_config(name) if name else geometry(), side=160)
+    graph = make_graph(model, make_form(form, metadata["preprocessing"]), ROWS, [160, 160])
     assert graph.get_submodule("network").get_classifier().out_features == len(ROWS)
-    to_bgr(opened.model.network, [160, 160])
+    to_bgr(model.network, [160, 160])
 
 
 def test_networks_that_the_forms_cannot_hold_are_refused():
-    opened = open_tagger(timm_config("repvit_m0_9"))  # its head is a norm and a layer
+    model, _ = open_tagger(timm_config("repvit_m0_9"))  # its head is a norm and a layer
     with pytest.raises(UserError, match=r"^format: .*RepVit"):
-        make_graph(opened.model, make_form("wd14", {}), ROWS, [64, 64])
+        make_graph(model, make_form("wd14", {}), ROWS, [64, 64])
     with pytest.raises(UserError, match=r"^format: .*BGR"):
         to_bgr(build_network(timm_config("crossvit_9_240"), 3).eval(), [240, 240])  # two stems
-    wrong = open_tagger(geometry())
-    wrong.model.network.forward_head = lambda features, pre_logits=False: features.mean((2, 3))
+    wrong, _ = open_tagger(geometry())
+    wrong.network.forward_head = lambda features, pre_logits=False: features.mean((2, 3))
     with pytest.raises(UserError, match=r"^tolerance: "):
-        make_graph(wrong.model, make_form("wd14", {}), ROWS, [64, 64])
+        make_graph(wrong, make_form("wd14", {}), ROWS, [64, 64])
 
 
 @pytest.mark.parametrize(
@@ -166,16 +160,15 @@ def test_networks_that_the_forms_cannot_hold_are_refused():
     [
         ("wd14", {"image_size_hw": [64, 96]}, "format"),
         ("cl_tagger", {"channels": 1}, "format"),
-        ("imgutils", {"precision": "int8"}, "precision"),
-        ("wd14", {"output": "features"}, "backbone_only"),
+        ("wd14", {"output": "features"}, "format"),
     ],
 )
 def test_what_a_form_cannot_hold_is_refused(form, change, key, tmp_path):
-    opened = open_tagger(geometry())
-    metadata = {**opened.metadata, "output": change.get("output", "tags")}
+    model, metadata = open_tagger(geometry())
+    metadata["output"] = change.get("output", "tags")
     metadata["preprocessing"] = metadata["preprocessing"] | change
     with pytest.raises(UserError, match=f"^{key}: "):
-        TAG_EXPORTS[form].write(opened._replace(metadata=metadata), tmp_path, settings(change.get("precision", "fp32")))
+        export(form, model, metadata, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +183,7 @@ def test_images_that_the_programs_prepare_otherwise_are_warned_of(change, warnin
 
 def test_imgutils_gets_our_preprocessing_in_its_own_words(tmp_path):
     def steps(**change):
-        write_imgutils(tmp_path, VOCABULARY, None, open_tagger(geometry(), **change).metadata["preprocessing"])
+        write_imgutils(tmp_path, VOCABULARY, None, open_tagger(geometry(), **change)[1]["preprocessing"])
         return [tuple(step.values())[:3] for step in json.loads((tmp_path / "preprocess.json").read_text())["test"]]
 
     assert steps(eval_resize="squash", pad="none", interpolation="area")[1] == ("resize", "box", [64, 64])

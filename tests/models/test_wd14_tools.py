@@ -17,15 +17,13 @@ import timm
 import torch
 from PIL import Image
 
-from engine.tasks.kind import ExportSettings, Opened
-from engine.tasks.tag_exports import TAG_EXPORTS
 from models.build import build_network
 from models.export import onnx_file
 from models.export.parity import vary_weights
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from tests.models.test_export_formats import geometry
-from tests.support import ROOT, thresholds_of
+from tests.support import ROOT, export, thresholds_of
 from utils.thresholds import PER_TAG
 from utils.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary
 
@@ -43,7 +41,7 @@ VOCABULARY = Vocabulary(
     tuple(range(len(KEYS))),
 )  # fmt: skip
 ORDER = sorted(range(len(KEYS)), key=lambda row: -COUNTS[row])  # the order of the tags within a category
-THRESHOLDS = thresholds_of({GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL, name): 0.6 for name in GENERALS[::2]})
+THRESHOLDS = thresholds_of(VOCABULARY, {GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL, name): 0.6 for name in GENERALS[::2]})
 
 
 def make_tagger():
@@ -58,18 +56,17 @@ def make_tagger():
     }  # fmt: skip
     metadata = {"task": {"name": "tagging"}, "model": config.model_dump(), "preprocessing": preprocessing, "step": 7,
                 "output": "tags", **VOCABULARY.facts()}  # fmt: skip
-    return Opened(ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), network, metadata)
+    return ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), metadata
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Return a folder with one export of each form and the images."""
-    folder, opened = tmp_path_factory.mktemp("tools"), make_tagger()
-    settings = ExportSettings("fp32", False, None, 1, None, THRESHOLDS)
+    folder, tagger = tmp_path_factory.mktemp("tools"), make_tagger()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "_check_varied", lambda *_: None)  # the tagger's own weights are varied
         for form in ("wd14", "imgutils", "cl_tagger", "timm"):
-            TAG_EXPORTS[form].write(opened, folder / form, settings)
+            export(form, *tagger, folder / form, thresholds=THRESHOLDS)
     for number, (width, height, mode) in enumerate(IMAGES):
         coarse = np.random.default_rng(number).integers(0, 256, (7, 9, len(mode)), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
@@ -93,7 +90,7 @@ def prepare(image):
 @pytest.fixture(scope="module")
 def wanted(place):
     """Return what the network itself gives of each image: probabilities by (category, name)."""
-    model = make_tagger().model
+    model = make_tagger()[0]
     images = [np.array(prepare(Image.open(place / f"{number}.png"))) for number in range(len(IMAGES))]
     with torch.no_grad():
         probs = model(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].numpy()

@@ -1,5 +1,7 @@
 """Weights of earlier runs. Round trips (classifier, FCMAE, timm), the head's rules, GRN shapes, refusals."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -181,15 +183,34 @@ def test_a_kept_head_of_the_same_classes_is_loaded(named, tmp_path):
     assert loaded_names(target, source.state_dict()) == set(target.state_dict())
 
 
+def test_a_kept_head_is_put_into_the_order_of_the_classes(tmp_path):
+    """In the file's own order, its outputs would be given to other classes, and top-1 would be wrong without a word."""
+    source, target = build(num_classes=3), build(num_classes=3)
+    initialise_from(target, save(tmp_path / "w.safetensors", source, ["b", "c", "a"]), keep_head=True,
+                    class_names=["a", "b", "c"])  # fmt: skip
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(target.state_dict()[name], source.state_dict()[name][[2, 0, 1]])
+    folder = tmp_path / "timm"  # config.json beside the file names them, or numbers them
+    folder.mkdir()
+    path = save(folder / "model.safetensors", source)
+    for stated, rows in (
+        ({"label_names": ["b", "c", "a"]}, [2, 0, 1]), ({"id2label": {"0": "c", "1": "b", "2": "a"}}, [2, 1, 0]),
+        ({"id2label": {str(row): f"LABEL_{row}" for row in range(3)}}, [0, 1, 2]), ([1], [0, 1, 2]),
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(stated))
+        initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])
+        assert torch.equal(target.head.weight, source.head.weight[rows])
+
+
 @pytest.mark.parametrize(
     ("known", "difference"),
     [
-        (["a", "c", "b"], "class 1 is 'c' there and 'b' here"),
-        (["a", "b"], "class 2 is none there and 'c' here"),
-        (["a", "b", "c", "ä"], "class 3 is 'ä' there and none here"),
-        (5, "class 0 is none there and 'a' here"),
-        ([["b" * 1000], "b", "c"], "class 0 is ['" + "b" * 118 + " there and 'a' here"),
-        (["a", "b", "c", None], "class 3 is None there and none here"),
+        (["a", "c", "x"], "only in the file 'x', only in this run 'b'"),
+        (["a", "b"], "only in this run 'c'"),
+        (["a", "b", "c", "ä"], "only in the file 'ä'"),
+        (5, "of 0 classes"),
+        ([["b" * 1000], "b", "c"], "only in the file ['" + "b" * 58 + ","),
+        (["a", "b", "b"], "only in this run 'c'"),
     ],
 )
 def test_a_kept_head_of_other_classes_is_refused(known, difference, tmp_path):

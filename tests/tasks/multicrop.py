@@ -14,7 +14,6 @@ import torch
 from data.transforms import TrainTransform
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task
-from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, TaskConfig
 from models.build import build_network
@@ -97,7 +96,7 @@ class MultiCropPipeline(ImagePipeline):
 
 class MultiCropKind(Kind):
     config, pipeline = MultiCropTaskConfig, MultiCropPipeline()
-    output, exports = "features", IMAGE_EXPORTS
+    output = "features"
 
     def build(self, setup):
         return MultiCropTask(setup)

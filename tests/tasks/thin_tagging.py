@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from data.batch import Ragged, multi_hot
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, StepOutput, Task, log_mean
-from engine.tasks.image_exports import IMAGE_EXPORTS
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, TaskConfig
 from models.build import build_network
@@ -78,7 +77,7 @@ class ThinTaggingPipeline(ImagePipeline):
 
 class ThinTaggingKind(Kind):
     config, pipeline = ThinTaggingTaskConfig, ThinTaggingPipeline()
-    output, exports = "tags", IMAGE_EXPORTS
+    output = "tags"
     fact_names = ("tag_names",)
 
     def find_facts(self, config, collection):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,19 +85,17 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def read_weights(
     path: Path,
     key: str,
-    check: Callable[[Mapping[str, Tensor], dict[str, Any]], None] | None = None,
     which: Literal["model", "ema"] = "model",
     *,
     shapes_only: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
 
-    check: called with the tensors, on the meta device, and the metadata of a safetensors file before any tensor is
-    read, so that what does not fit is refused for the price of the header. A file of torch, told by its first bytes, is
-    read by torch with weights_only, so no code in it runs, and checked afterwards; its metadata are the names of the
-    `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average; a safetensors file is an
-    average where its metadata say so. shapes_only: return the tensors on the meta device. Raises UserError that begins
-    with `key`, the configuration key that named the file, or with `init_weights` where the file has no average.
+    A file of torch, told by its first bytes, is read by torch with weights_only, so no code in it runs; its metadata
+    are the names of the `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average; a
+    safetensors file is an average where its metadata say so. shapes_only: return the tensors on the meta device, so
+    that what does not fit is refused for the price of a safetensors header. Raises UserError that begins with `key`,
+    the configuration key that named the file, or with `init_weights` where the file has no average.
     """
     if not path.is_file():
         raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
@@ -107,16 +105,12 @@ def read_weights(
         if content.licence is not None:
             metadata["origin"] = {"licence": content.licence}
         tensors = content.tensors
-        if check is not None:
-            check(tensors, metadata)
         refuse_not_finite(tensors, path, key)
         return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
     shapes, texts = read_header(path, key)
     metadata, checksum = _read_metadata(texts, path, key), texts.get(_CHECKSUM)
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
-    if check is not None:
-        check(shapes, metadata)
     if shapes_only:
         return shapes, metadata
     tensors = read_tensors(path, key)

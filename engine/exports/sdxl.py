@@ -1,9 +1,8 @@
-"""The exports of task=diffusion: files that ComfyUI, the web UIs, sd-scripts and diffusers load.
+"""The formats of task=diffusion: files that ComfyUI, the web UIs, sd-scripts and diffusers load.
 
 A LoRA is written alone (kohya, lora_diffusers) or merged into the base model (single_file, diffusers).
 """
 
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.exports.weights import Weights
 from engine.task import Task
-from engine.tasks.kind import Export, ExportSettings, Opened
 from models.export.model_card import licence_entry
+from models.export.onnx_file import OnnxConfig
 from models.sdxl import checkpoint_files, lora_files
 from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
@@ -24,47 +24,41 @@ _LORA_FILE, _SINGLE_FILE = "lora.safetensors", "model.safetensors"
 _MERGE_TOLERANCE = 1e-3  # of the largest output, in float32
 
 
-def _dtype(settings: ExportSettings) -> torch.dtype:
-    if settings.precision not in _DTYPES:
-        raise UserError(f"precision: {settings.precision} is for ONNX; set fp32 or fp16")
-    return _DTYPES[settings.precision]
-
-
-def _lora(opened: Opened, name: str) -> Task:
-    task = opened.rebuilt.task
-    if opened.rebuilt.setup.task.lora is None:
+def _lora(weights: Weights, name: str) -> Task:
+    if weights.setup.task.lora is None:
         raise UserError(f"format: {name} is of a LoRA, and this run trained the whole U-Net; set format=single_file")
-    return task
+    return weights.task
 
 
-def _facts(opened: Opened) -> dict[str, str]:
+def _facts(weights: Weights) -> dict[str, str]:
     """Return what ModelSpec calls title, date and so on."""
-    height, width = opened.rebuilt.setup.task.samples.image_size_hw
+    height, width = weights.setup.task.samples.image_size_hw
     return {
-        "title": Path(opened.rebuilt.weights).stem,
+        "title": weights.path.stem,
         "date": date.today().isoformat(),
         "resolution": f"{width}x{height}",
-        **licence_entry("license", opened.metadata),
+        **licence_entry("license", weights.metadata),
     }
 
 
-def _write_kohya(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:
-    task, noise = _lora(opened, "kohya"), opened.rebuilt.setup.task.noise
-    kind = "v" if noise.prediction_type == "v_prediction" else noise.prediction_type
-    facts = {f"modelspec.{name}": text for name, text in {**_facts(opened), "prediction_type": kind}.items()}
-    lora_files.write_kohya(folder / _LORA_FILE, task.adapter, _dtype(settings), facts)
+def write_kohya(weights: Weights, folder: Path, config: OnnxConfig) -> dict[str, Any]:
+    """Write a LoRA for ComfyUI, the web UIs and sd-scripts."""
+    task, predicts = _lora(weights, "kohya"), weights.setup.task.noise.prediction_type
+    facts = {**_facts(weights), "prediction_type": "v" if predicts == "v_prediction" else predicts}
+    metadata = {f"modelspec.{name}": text for name, text in facts.items()}
+    lora_files.write_kohya(folder / _LORA_FILE, task.adapter, _DTYPES[config.precision], metadata)
     return {"file": _LORA_FILE}
 
 
-def _write_lora_diffusers(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:
-    task = _lora(opened, "lora_diffusers")
-    lora_files.write_diffusers(folder, task.adapter, _dtype(settings), {})
+def write_lora_diffusers(weights: Weights, folder: Path, config: OnnxConfig) -> dict[str, Any]:
+    """Write a LoRA for diffusers."""
+    lora_files.write_diffusers(folder, _lora(weights, "lora_diffusers").adapter, _DTYPES[config.precision], {})
     return {"file": "pytorch_lora_weights.safetensors"}
 
 
-def whole_networks(opened: Opened) -> tuple[SDXLNetworks, dict[str, Any]]:
+def whole_networks(weights: Weights) -> tuple[SDXLNetworks, dict[str, Any]]:
     """Return all networks in float32, with what was trained in them, and a report of a LoRA's merge."""
-    task, setup = opened.rebuilt.task, opened.rebuilt.setup
+    task, setup = weights.task, weights.setup
     networks = open_networks(setup.model)
     if setup.task.lora is None:
         for name in task.roles.trained:
@@ -92,12 +86,13 @@ def _run_unet(unet: nn.Module) -> torch.Tensor:
     return unet(noisy, 500, encoder_hidden_states=texts, added_cond_kwargs=added).sample
 
 
-def _write_single_file(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:
-    networks, report = whole_networks(opened)
-    noise, path, dtype = opened.rebuilt.setup.task.noise, folder / _SINGLE_FILE, _dtype(settings)
+def write_single_file(weights: Weights, folder: Path, config: OnnxConfig) -> dict[str, Any]:
+    """Write the whole model as one checkpoint, and read it back."""
+    networks, report = whole_networks(weights)
+    noise, path, dtype = weights.setup.task.noise, folder / _SINGLE_FILE, _DTYPES[config.precision]
     checkpoint_files.write_single_file(
         path, networks, prediction_type=noise.prediction_type, zero_terminal_snr=noise.zero_terminal_snr, dtype=dtype,
-        metadata=_facts(opened),
+        metadata=_facts(weights),
     )  # fmt: skip
     read = load_networks(path, "output").states()
     for part, state in networks.states().items():
@@ -107,24 +102,21 @@ def _write_single_file(opened: Opened, folder: Path, settings: ExportSettings) -
     return {"file": _SINGLE_FILE, **report}
 
 
-def _write_diffusers(opened: Opened, folder: Path, settings: ExportSettings) -> dict[str, Any]:
-    networks, report = whole_networks(opened)
-    task = opened.rebuilt.setup.task
+def write_diffusers(weights: Weights, folder: Path, config: OnnxConfig) -> dict[str, Any]:
+    """Write the whole model as a folder of diffusers."""
+    networks, report = whole_networks(weights)
+    task = weights.setup.task
     checkpoint_files.write_diffusers(
         folder, networks, build_tokenizer(), prediction_type=task.noise.prediction_type,
-        zero_terminal_snr=task.noise.zero_terminal_snr, dtype=_dtype(settings),
+        zero_terminal_snr=task.noise.zero_terminal_snr, dtype=_DTYPES[config.precision],
         zeros_for_empty_prompt=task.captions.dropout_to == "zeros",
     )  # fmt: skip
     return {"file": "model_index.json", **report}
 
 
-def _export(file: str, write: Any) -> Export:
-    return Export(lambda settings: file, write, frozenset({"precision"}))
-
-
-DIFFUSION_EXPORTS: Mapping[str, Export] = {
-    "kohya": _export(_LORA_FILE, _write_kohya),
-    "lora_diffusers": _export("pytorch_lora_weights.safetensors", _write_lora_diffusers),
-    "single_file": _export(_SINGLE_FILE, _write_single_file),
-    "diffusers": _export("model_index.json", _write_diffusers),
+SDXL_FORMATS = {
+    "kohya": write_kohya,
+    "lora_diffusers": write_lora_diffusers,
+    "single_file": write_single_file,
+    "diffusers": write_diffusers,
 }

@@ -1,0 +1,131 @@
+"""A task from a weight file alone: its metadata say kind, network, preprocessing and facts.
+
+The file may come from a stranger: its metadata are checked, and compared with its tensors' shapes, before a network of
+the size that they state is allocated.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from engine.task import Task, fingerprint_frozen
+from engine.tasks.kind import Kind, Setup
+from engine.tasks.kinds import KINDS
+from engine.tasks.setups import check_weights, split_networks
+from models.build import build_network
+from models.config import ConvNeXtV2Config
+from models.image_model import ImageModel
+from models.outputs import NAME_KEYS
+from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from models.weights.fit import load_into
+from utils.errors import UserError
+from utils.io.weights import read_weights
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weight file holds.
+
+    model: from images to outputs; None where the task makes nothing of an image. whole: the network of the file, such
+    as an FCMAE with its decoder. metadata: as the file states them, with `output`. task: in eval mode; task, kind and
+    setup are None of a backbone.
+    """
+
+    path: Path
+    model: ImageModel | None
+    whole: nn.Module | None
+    metadata: dict[str, Any]
+    kind: Kind | None = None
+    task: Task | None = None
+    setup: Setup | None = None
+
+    def with_metadata(self, **changes: Any) -> Self:
+        """Return the same with other metadata."""
+        return replace(self, metadata={**self.metadata, **changes})
+
+    def with_licence(self, licence: str | None) -> Self:
+        """Return the same with a licence of the source weights; None leaves what is known of it."""
+        origin = self.metadata.get("origin") or {}
+        return self if licence is None else self.with_metadata(origin={**origin, "licence": licence})
+
+    def of_one_size(self) -> Self:
+        """Return the same for programs that show images of one size, padded to a square.
+
+        Raises UserError (`weights`) for predictions of a network that was trained in buckets.
+        """
+        stated = self.metadata.get("preprocessing", {})
+        if stated.get("buckets_hw") is None:
+            return self
+        if self.metadata["output"] != "features":
+            raise UserError(
+                "weights: they were trained on images of several shapes (augment.pad=buckets), and programs that load "
+                "an export show images in a square, where such a network is wrong far more often; predict with "
+                "predict.py, or train on: python finetune.py init_from=RUN augment.pad=square"
+            )
+        return self.with_metadata(preprocessing={key: stated[key] for key in stated if key != "buckets_hw"})
+
+    def without_head(self) -> Self:
+        """Return the backbone: the network without head and final norm, whose output is the mean of the last map.
+
+        A network of timm gives its pooled features; where it pools a map and norms the result, that norm is removed
+        too. The metadata name no task, because a file of these weights has none: it is for `init_from`.
+        """
+        model = self.model
+        if model is None:
+            raise UserError(
+                "backbone_only: true, but this task has no network on single images; set backbone_only=false"
+            )
+        network = model.network
+        if hasattr(network, "reset_classifier"):
+            _remove_timm_head(network)
+        elif getattr(network, "num_classes", 0):
+            backbone = build_network(ConvNeXtV2Config.model_validate(self.metadata["model"]), num_classes=0)
+            load_into(backbone, network.state_dict(), keep_head=False)
+            network = backbone
+        kept = {key: value for key, value in self.metadata.items() if key not in NAME_KEYS}
+        backbone = ImageModel(network, model.normalise, "features").eval()
+        return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
+
+
+def _remove_timm_head(network: nn.Module) -> None:
+    """Remove a timm network's classifier, and the norm behind the pool, which timm's `reset_classifier` leaves."""
+    from timm.layers import NormMlpClassifierHead
+
+    network.reset_classifier(0)
+    if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
+        head.reset(0, reset_other=True)
+
+
+def open_weights(path: Path, key: str = "weights") -> Weights:
+    """Rebuild the task of a weight file that Atelier wrote. Raises UserError (`key`) where the file is not one."""
+    shapes, metadata = read_weights(path, key, shapes_only=True)
+    kind, setup = check_weights(path, key, shapes, metadata, KINDS)
+    tensors, _ = read_weights(path, key)
+    task = kind.build(setup)
+    task.load_frozen()
+    for name, state in split_networks(task, tensors).items():
+        load_into(task.get_submodule(name), state, keep_head=True)
+    if (built := fingerprint_frozen(task)) != (saved := metadata.get("frozen", {})):
+        raise UserError(
+            f"{key}: {path} was trained with other frozen networks ({saved} then, {built} now); restore them"
+        )
+    task.eval()
+    metadata |= {"output": kind.output}
+    if kind.output is None:
+        return Weights(path, None, None, metadata, kind, task, setup)
+    model = ImageModel(kind.image_network(task), setup.normalise(), kind.output).eval()
+    return Weights(path, model, task.get_submodule(task.exported().networks[0]), metadata, kind, task, setup)
+
+
+def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Predictor:
+    """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError (`key`)."""
+    if path.suffix == ".onnx":
+        return OnnxPredictor(path, device, key)
+    weights = open_weights(path, key)
+    if weights.model is None:
+        name = weights.metadata["task"]["name"]
+        raise UserError(f"{key}: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
+    return TorchPredictor(weights.model, weights.metadata, device)
