@@ -18,21 +18,6 @@ from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
 
 
-def patch_statistics(patches: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [..., 1] of each patch [..., P]; weights: of its values, [..., P].
-
-    The variance is unbiased and grows by 1e-6 under the root, which keeps a constant patch finite.
-    """
-    if weights is None:
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
-    else:
-        total = weights.sum(dim=-1, keepdim=True)
-        mean = (weights * patches).sum(dim=-1, keepdim=True) / total.clamp(min=1.0)
-        squares = (weights * (patches - mean).square()).sum(dim=-1, keepdim=True)
-        variance = squares / (total - 1.0).clamp(min=1.0)
-    return mean, (variance + 1e-6).sqrt()
-
-
 def count_removed(num_patches: int, mask_ratio: float) -> int:
     """Return how many of `num_patches` a mask removes: all but int(num_patches * (1 - mask_ratio)).
 
@@ -83,21 +68,20 @@ class FCMAE(nn.Module):
     """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict the removed ones.
 
     Encoder and decoder work on the grid of the total stride; a patch may be several sites wide, and each site predicts
-    its own pixels. Images may have other sizes of whole patches than `image_size_hw`, one size to a batch. The decoder
-    starts like the encoder (std .02), the mask token normal with std .02. `execution` is
-    "sparse" (models/sparse.py: visible sites are computed, removed patches predicted, nothing else) or "dense" (all
-    sites, with the masked ones selected away): the same function, slower.
+    its own pixels. Images have any size of whole patches, one size to a batch. The decoder starts like the encoder (std
+    .02), the mask token normal with std .02. `execution` is "sparse" (models/sparse.py: visible sites are computed,
+    removed patches predicted, nothing else) or "dense" (all sites, with the masked ones selected away): the same
+    function, slower.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
-    Differs: plain tensors for MinkowskiEngine's, GRN per sample, any channels and image shape,
-    patches wider than the stride, and one initialisation (the published code draws the encoder again, with std 1).
+    Differs: plain tensors for MinkowskiEngine's, GRN per sample, any channels and image shape, patches wider than the
+    stride, and one initialisation (the published code draws the encoder again, with std 1).
     """
 
     def __init__(
         self,
         *,
         encoder: ConvNeXtV2,
-        image_size_hw: tuple[int, int],
         patch_px: int,
         mask_ratio: float,
         decoder_dim: int,
@@ -106,15 +90,11 @@ class FCMAE(nn.Module):
         execution: Literal["sparse", "dense"],
     ) -> None:
         super().__init__()
-        check_patch_grid(encoder.total_stride, image_size_hw, patch_px)
         # A head would be parameters without a gradient, which DDP refuses.
-        assert encoder.num_classes == 0, "FCMAE wants an encoder built with num_classes=0"
-        self.patch_px = patch_px
-        self.mask_ratio = mask_ratio
-        self.grid_hw = self.grid_of(image_size_hw)
-        self.num_removed = count_removed(self.num_patches, mask_ratio)
-        self.norm_pix_loss = norm_pix_loss
-        self.execution = execution
+        assert encoder.num_classes == 0 and patch_px % encoder.total_stride == 0, (encoder.num_classes, patch_px)
+        self.patch_px, self.mask_ratio = patch_px, mask_ratio
+        self.norm_pix_loss, self.execution = norm_pix_loss, execution
+        self.patch_sites = patch_px // encoder.total_stride  # of the encoder's last map, per side of a patch
 
         self.encoder = encoder
         self.proj = nn.Conv2d(encoder.num_features, decoder_dim, kernel_size=1)
@@ -145,16 +125,6 @@ class FCMAE(nn.Module):
         height, width = size_hw
         assert height % self.patch_px == width % self.patch_px == 0, (size_hw, self.patch_px)
         return height // self.patch_px, width // self.patch_px
-
-    @property
-    def num_patches(self) -> int:
-        """Return L, the number of patches of an image of `image_size_hw`; `num_removed` of them are masked."""
-        return self.grid_hw[0] * self.grid_hw[1]
-
-    @property
-    def patch_sites(self) -> int:
-        """Return how many sites of the encoder's last map a patch has per side."""
-        return self.patch_px // self.encoder.total_stride
 
     def split(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbers of the visible patches, int64 [B, V], and of the removed, [B, M], both ascending.
@@ -195,43 +165,47 @@ class FCMAE(nn.Module):
         by its own mean and deviation. The loss does not see the values at visible patches. footprint: the weight of
         each pixel, float [B, 1, H, W], 0 for padding; means and deviations are over the others, a loss of none is 0.
         """
-        weights = self._weights(images, mask, footprint)
-        errors = (pred.float() - self._target(images, mask, weights)[0]).square()
+        target, mean, std, weights = self._target(images, mask, footprint)
+        errors = (pred.float() - (target - mean) / std).square()
         if weights is None:
             return errors.mean(dim=(1, 2))
         return (weights * errors).sum(dim=(1, 2)) / weights.sum(dim=(1, 2)).clamp(min=1.0)
 
-    def _removed(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Return the removed patches, float32 [B, M, P]."""
-        return patchify(images.float(), self.patch_px).take_along_dim(self.split(mask)[1][..., None], dim=1)
+    def _target(
+        self, images: Tensor, mask: Tensor, footprint: Tensor | None
+    ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | None]:
+        """Return the removed patches, float32 [B, M, P], what they are normalised by, and the weights of their values.
 
-    def _weights(self, images: Tensor, mask: Tensor, footprint: Tensor | None) -> Tensor | None:
-        """Return the weights of the removed patches' values, float32 [B, M, P]; None where all count."""
-        return None if footprint is None else self._removed(footprint.expand_as(images), mask)
-
-    def _target(self, images: Tensor, mask: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the removed patches as they are to be predicted, and the mean and deviation taken from them."""
-        target = self._removed(images, mask)
+        mean and standard deviation [B, M, 1]: the variance is unbiased and grows by 1e-6 under the root, which keeps a
+        constant patch finite; 0 and 1 without `norm_pix_loss`.
+        """
+        places = self.split(mask)[1][..., None]
+        target = patchify(images.float(), self.patch_px).take_along_dim(places, dim=1)
+        weights = None
+        if footprint is not None:
+            weights = patchify(footprint.expand_as(images).float(), self.patch_px).take_along_dim(places, dim=1)
         if not self.norm_pix_loss:
-            return target, torch.zeros_like(target[..., :1]), torch.ones_like(target[..., :1])
-        mean, std = patch_statistics(target, weights)
-        return (target - mean) / std, mean, std
+            return target, 0.0, 1.0, weights
+        if weights is None:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
+        else:
+            total = weights.sum(dim=-1, keepdim=True)
+            mean = (weights * target).sum(dim=-1, keepdim=True) / total.clamp(min=1.0)
+            squares = (weights * (target - mean).square()).sum(dim=-1, keepdim=True)
+            variance = squares / (total - 1.0).clamp(min=1.0)
+        return target, mean, (variance + 1e-6).sqrt(), weights
 
     @torch.no_grad()
-    def reconstruct(
-        self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the images with masked patches at 0, and with them painted by `pred`; both float32 [B, C, H, W].
+    def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None) -> Tensor:
+        """Return the images with the masked patches painted by `pred`, float32 [B, C, H, W].
 
         Where the target was normalised, the prediction is scaled back by the target patch's own mean and deviation.
         footprint: as in `loss_per_sample`.
         """
-        patches, size = patchify(images.float(), self.patch_px), images.shape[-2:]
-        _, mean, std = self._target(images, mask, self._weights(images, mask, footprint))
+        _, mean, std, _ = self._target(images, mask, footprint)
+        patches = patchify(images.float(), self.patch_px)
         places = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
-        masked = torch.where(mask[..., None], 0.0, patches)
-        painted = patches.scatter(1, places, pred.float() * std + mean)
-        return unpatchify(masked, self.patch_px, size), unpatchify(painted, self.patch_px, size)
+        return unpatchify(patches.scatter(1, places, pred.float() * std + mean), self.patch_px, images.shape[-2:])
 
     def _join_sites(self, pixels: Tensor, num_removed: int) -> Tensor:
         """Join what the sites of the removed patches predict, [B * M * side * side, stride * stride * C], to [B, M, P].

@@ -132,11 +132,9 @@ class FCMAETask(Task):
 
     def __init__(self, setup: Setup[FCMAETaskConfig]) -> None:
         super().__init__()
-        config, preprocessing = setup.task, setup.preprocessing
-        height, width = preprocessing["image_size_hw"]
+        config = setup.task
         self.network = FCMAE(
             encoder=build_network(setup.model, num_classes=0),
-            image_size_hw=(height, width),
             patch_px=_patch_px(setup.model, config),
             mask_ratio=config.mask_ratio,
             decoder_dim=config.decoder_dim,
@@ -195,7 +193,7 @@ class FCMAETask(Task):
         """Return rows of originals, inputs with the masked patches grey, and reconstructions of some of a batch."""
         few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
         images, pred, mask, footprint = images[few], pred[few].float(), batch["mask"][few], _footprint(batch)
-        _, painted = self.network.reconstruct(images, pred, mask, None if footprint is None else footprint[few])
+        painted = self.network.reconstruct(images, pred, mask, None if footprint is None else footprint[few])
         grid_hw = self.network.grid_of(images.shape[-2:])
         removed = repeat_sites(mask.reshape(-1, *grid_hw), self.network.patch_px)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))

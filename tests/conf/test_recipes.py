@@ -17,7 +17,7 @@ from engine.plan import make_plan
 from engine.run import build_task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from models.fcmae import draw_mask
+from models.fcmae import count_removed, draw_mask
 from optim.ema import ema_decay_at
 from optim.groups import build_groups
 from optim.schedules import Schedule
@@ -285,7 +285,7 @@ def test_pretraining_to_the_letter(name):
     assert (config.optim.name, config.optim.betas, config.optim.eps) == ("adamw", [0.9, 0.95], 1e-8)
 
     network, task, augment = made.task.network, config.task, config.augment
-    assert (network.num_patches, network.num_removed, network.pred.out_channels) == (49, 30, 3072)
+    assert (count_removed(49, network.mask_ratio), network.patch_px, network.pred.out_channels) == (30, 32, 3072)
     assert (task.mask_ratio, task.decoder_dim, task.decoder_depth, task.norm_pix_loss) == (0.6, 512, 1, True)
     assert {block.drop_path.rate for stage in network.encoder.stages for block in stage} == {0.0}
     assert (augment.image_size_hw, augment.crop_scale, augment.horizontal_flip) == ([224, 224], [0.2, 1.0], 0.5)

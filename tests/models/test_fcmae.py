@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
-from models.fcmae import FCMAE, count_removed, draw_mask
+from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.patches import patchify, unpatchify
 
 SETTINGS = {
@@ -17,10 +17,10 @@ SETTINGS = {
 EXECUTIONS = pytest.mark.parametrize("execution", ["sparse", "dense"])
 
 
-def build(*, in_channels=3, size=(32, 48), encoder=None, **changes):
+def build(*, in_channels=3, encoder=None, **changes):
     settings = {"depths": [1, 1, 1], "dims": [8, 12, 16], "stem_stride": 2, "drop_path_rate": 0.0, "head_init_scale": 1}
     encoder = ConvNeXtV2(in_channels=in_channels, num_classes=0, **{**settings, **(encoder or {})})
-    return FCMAE(encoder=encoder, image_size_hw=size, **{**SETTINGS, **changes})
+    return FCMAE(encoder=encoder, **{**SETTINGS, **changes})
 
 
 def randomise(network):
@@ -29,22 +29,22 @@ def randomise(network):
     return network
 
 
-def draw_masks(batch, fcmae, ratio=0.6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([draw_mask(generator, fcmae.num_patches, ratio) for _ in range(batch)])
+def draw_masks(batch, fcmae, size=(32, 48)):
+    rows, columns = fcmae.grid_of(size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([draw_mask(generator, rows * columns, fcmae.mask_ratio) for _ in range(batch)])
 
 
-def mask_pixels(mask, fcmae):
+def mask_pixels(mask, fcmae, size=(32, 48)):
     """The mask as pixels, bool [B, 1, H, W]."""
-    grid = mask.reshape(-1, 1, *fcmae.grid_hw)
+    grid = mask.reshape(-1, 1, *fcmae.grid_of(size))
     return grid.repeat_interleave(fcmae.patch_px, 2).repeat_interleave(fcmae.patch_px, 3)
 
 
 # --- patches and masks
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("size", [(16, 24), (24, 8), (8, 8)])
+@pytest.mark.parametrize(("channels", "size"), [(3, (16, 24)), (1, (24, 8))])
 def test_patches_round_trip(channels, size):
     images = torch.randn(2, channels, *size)
     patches = patchify(images, 4)
@@ -59,9 +59,7 @@ def test_a_patch_runs_by_row_column_channel_and_patches_by_row():
     assert patches[0, 3].tolist() == images[0, :, 2:4, 0:2].permute(1, 2, 0).flatten().tolist()
 
 
-@pytest.mark.parametrize(
-    ("patches", "ratio", "removed"), [(49, 0.6, 30), (16, 0.6, 10), (16, 0.5, 8), (2, 0.5, 1), (144, 0.75, 108)]
-)
+@pytest.mark.parametrize(("patches", "ratio", "removed"), [(49, 0.6, 30), (16, 0.5, 8), (2, 0.5, 1)])
 def test_a_mask_removes_the_stated_count(patches, ratio, removed):
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
@@ -70,43 +68,35 @@ def test_a_mask_removes_the_stated_count(patches, ratio, removed):
     assert count_removed(patches, ratio) == removed == patches - int(patches * (1 - ratio))
 
 
-def test_masks_come_from_the_generator_alone():
-    first, second = (torch.Generator().manual_seed(7) for _ in range(2))
-    torch.manual_seed(0)
-    masks = [draw_mask(first, 49, 0.6) for _ in range(3)]
-    torch.manual_seed(1)
-    assert all(torch.equal(mask, draw_mask(second, 49, 0.6)) for mask in masks)
-    assert not torch.equal(masks[0], masks[1])
-
-
 def test_every_patch_is_masked_equally_often():
     generator = torch.Generator().manual_seed(0)
     share = torch.stack([draw_mask(generator, 10, 0.6) for _ in range(4000)]).float().mean(dim=0)
     assert (share - 0.6).abs().max() < 0.04  # five standard deviations
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 0.99, 1e-18, math.nan])
-def test_a_mask_of_nothing_or_everything_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"^task\.mask_ratio: .* of 16 patches .* set it above 0 and below 0\.937"):
-        draw_mask(torch.Generator(), 16, ratio)
+@pytest.mark.parametrize(("ratio", "patches"), [(0.0, 16), (0.99, 16), (math.nan, 16), (0.6, 1)])
+def test_a_mask_of_nothing_or_everything_is_refused(ratio, patches):
+    with pytest.raises(ValueError, match=r"^task\.mask_ratio: "):
+        draw_mask(torch.Generator(), patches, ratio)
 
 
-def test_a_single_patch_cannot_be_masked():
-    with pytest.raises(ValueError, match=r"^task\.mask_ratio: .* raise augment\.image_size_hw or lower task\.patch_px"):
-        draw_mask(torch.Generator(), 1, 0.6)
+@pytest.mark.parametrize(
+    ("size", "patch_px", "key"), [((32, 48), 12, "task.patch_px"), ((32, 40), 16, "augment.image_size_hw")]
+)
+def test_a_grid_of_broken_patches_is_refused(size, patch_px, key):
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        check_patch_grid(8, size, patch_px)
 
 
 # --- shapes and refusals
 
 
-@pytest.mark.parametrize("in_channels", [1, 3, 4])
-@pytest.mark.parametrize("patch_px", [8, 16])
-@pytest.mark.parametrize("decoder_depth", [1, 2])
+@pytest.mark.parametrize(("in_channels", "patch_px", "decoder_depth"), [(1, 8, 2), (4, 16, 1)])
 def test_prediction_and_loss_shapes(in_channels, patch_px, decoder_depth):
     fcmae = build(in_channels=in_channels, patch_px=patch_px, decoder_depth=decoder_depth)
     images, mask = torch.randn(2, in_channels, 32, 48), draw_masks(2, fcmae)
     pred = fcmae(images, mask)
-    assert pred.shape == (2, fcmae.num_removed, patch_px**2 * in_channels)
+    assert pred.shape == (2, mask[0].sum(), patch_px**2 * in_channels)
     loss = fcmae.loss_per_sample(images, pred, mask)
     assert loss.shape == (2,) and loss.dtype == torch.float32
 
@@ -128,29 +118,10 @@ def test_a_patch_of_several_sites_takes_each_pixel_from_its_own_site(execution):
     assert torch.equal(pred + 0, patchify(shown, 16)[mask].view_as(pred))
 
 
-@pytest.mark.parametrize("patch_px", [0, -8, 4, 12])
-def test_a_patch_that_is_not_whole_sites_is_refused(patch_px):
-    with pytest.raises(ValueError, match=rf"^task\.patch_px: {patch_px} .*total stride 8; set it to 8"):
-        build(patch_px=patch_px)
-
-
-@pytest.mark.parametrize("size", [(32, 40), (40, 32), (8, 8), (0, 16)])
-def test_an_image_that_is_not_whole_patches_is_refused(size):
-    with pytest.raises(ValueError, match=rf"^augment\.image_size_hw: \[{size[0]}, {size[1]}\] .*task\.patch_px=16"):
-        build(size=size, patch_px=16)
-
-
-def test_parameter_names_are_the_published_ones():
-    names = set(build().state_dict())
-    for name in ("mask_token", "proj.weight", "pred.bias", "decoder.0.grn.gamma", "encoder.stages.0.0.dwconv.weight"):
-        assert name in names
-    assert build().mask_token.shape == (1, 24, 1, 1)
-
-
 def test_an_encoder_with_weights_is_not_drawn_again():
     encoder = build().encoder
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    FCMAE(encoder=encoder, image_size_hw=(16, 16), **SETTINGS)
+    FCMAE(encoder=encoder, **SETTINGS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
@@ -174,57 +145,24 @@ def slow_loss(images, pred, mask, patch_px, norm_pix_loss):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-@pytest.mark.parametrize("patch_px", [8, 16])
+@pytest.mark.parametrize(("norm_pix_loss", "patch_px"), [(True, 16), (False, 8)])
 def test_loss_equals_the_slow_reference(norm_pix_loss, patch_px):
     torch.manual_seed(0)
     fcmae = build(norm_pix_loss=norm_pix_loss, patch_px=patch_px)
-    images = 0.3 * torch.randn(3, 3, 32, 48) + 0.5
-    pred, mask = torch.randn(3, fcmae.num_removed, patch_px**2 * 3), draw_masks(3, fcmae)
+    images, mask = 0.3 * torch.randn(3, 3, 32, 48) + 0.5, draw_masks(3, fcmae)
+    pred = torch.randn(3, int(mask[0].sum()), patch_px**2 * 3)
     expected = slow_loss(images, pred, mask, patch_px, norm_pix_loss)
     torch.testing.assert_close(fcmae.loss_per_sample(images, pred, mask).double(), expected, rtol=1e-6, atol=0)
 
 
-def test_padding_is_not_in_the_loss():
-    torch.manual_seed(0)
-    fcmae = build(norm_pix_loss=False, patch_px=8)
-    images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
-    pred = torch.randn(2, fcmae.num_removed, 8**2 * 3)
-    whole, left = torch.ones(2, 1, 32, 48), torch.ones(2, 1, 32, 48)
-    left[..., 20:] = 0
-    torch.testing.assert_close(
-        fcmae.loss_per_sample(images, pred, mask, whole), fcmae.loss_per_sample(images, pred, mask)
-    )
-    masked, painted = fcmae.reconstruct(images, pred, mask)
-    hidden = ((masked == 0) & (left > 0)).all(dim=1, keepdim=True).expand_as(images)
-    wanted = torch.stack([(painted - images)[n][hidden[n]].square().mean() for n in range(2)])
-    torch.testing.assert_close(fcmae.loss_per_sample(images, pred, mask, left), wanted)
-    assert fcmae.loss_per_sample(images, pred, mask, 0 * whole).tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("depths", "dims"), [([2, 2, 6, 2], [40, 80, 160, 320]), ([3, 3, 9, 3], [96, 192, 384, 768])], ids=["atto", "tiny"]
-)
-def test_first_loss_is_about_1(depths, dims):
-    """The published initialisation gives 17; with std .02 the prediction is near 0 and the target has variance 1."""
-    torch.manual_seed(0)
-    encoder = {"depths": depths, "dims": dims, "stem_stride": 4}
-    fcmae = build(size=(96, 128), patch_px=32, decoder_dim=512, encoder=encoder)
-    images, mask = torch.randn(4, 3, 96, 128), draw_masks(4, fcmae)
-    with torch.no_grad():
-        loss = fcmae.loss_per_sample(images, fcmae(images, mask), mask)
-    assert (loss - 1).abs().max() < 0.05
-
-
-@EXECUTIONS
-@pytest.mark.parametrize("stem_stride", [1, 2])
+@pytest.mark.parametrize(("execution", "stem_stride"), [("sparse", 1), ("sparse", 2), ("dense", 2)])
 def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_stride):
     torch.manual_seed(0)
     fcmae = randomise(build(patch_px=16, execution=execution, encoder={"stem_stride": stem_stride}))
     images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
     removed = mask_pixels(mask, fcmae)
     outcomes = []
-    for hidden in (None, float("nan"), -float("inf"), 1e20):
+    for hidden in (None, float("nan"), 1e20):
         content = images if hidden is None else torch.where(removed, hidden, images)
         fcmae.zero_grad()
         pred = fcmae(content, mask)
@@ -236,27 +174,12 @@ def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_st
         assert all(torch.equal(before, after) for before, after in zip(outcomes[0], outcome))
 
 
-def test_visible_pixels_do_not_reach_the_loss():
-    torch.manual_seed(0)
-    fcmae = build()
-    images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
-    removed = mask_pixels(mask, fcmae)
-    pred = torch.randn(2, fcmae.num_removed, 192)
-    losses = [
-        fcmae.loss_per_sample(torch.where(removed, images, hidden), pred, mask)
-        for hidden in (0.0, float("nan"), float("inf"))
-    ]
-    assert losses[0].isfinite().all() and torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
-
-
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-@pytest.mark.parametrize("size", [(16, 64), (48, 24)])
+@pytest.mark.parametrize(("norm_pix_loss", "size"), [(True, (16, 64)), (False, (48, 24))])
 def test_padding_reaches_the_loss_neither_by_its_content_nor_by_a_prediction(size, norm_pix_loss):
-    """Of images of another size than the network was built with; the last patch column is padded in part."""
+    """The last patch column is padded in part."""
     torch.manual_seed(0)
     fcmae = build(norm_pix_loss=norm_pix_loss)
-    patches = size[0] * size[1] // 64
-    mask = torch.stack([draw_mask(torch.Generator().manual_seed(seed), patches, 0.6) for seed in range(3)])
+    mask = draw_masks(3, fcmae, size)
     images, footprint = torch.randn(3, 3, *size), torch.ones(3, 1, *size)
     footprint[..., size[1] - 11 :] = 0
     other = torch.where(footprint > 0, images, torch.randn(3, 3, *size))
@@ -268,18 +191,8 @@ def test_padding_reaches_the_loss_neither_by_its_content_nor_by_a_prediction(siz
     assert torch.equal(pred.grad != 0, counted > 0)
     everywhere = fcmae.loss_per_sample(images, pred, mask, torch.ones_like(footprint))
     torch.testing.assert_close(everywhere, fcmae.loss_per_sample(images, pred, mask))
-    painted = fcmae.reconstruct(images, pred, mask, footprint)[1]
+    painted = fcmae.reconstruct(images, pred, mask, footprint)
     assert torch.equal(patchify(painted, 8)[~mask], patchify(images, 8)[~mask])
-
-
-@EXECUTIONS
-def test_another_size_gives_what_a_network_of_that_size_gives(execution):
-    torch.manual_seed(0)
-    fcmae = build(execution=execution)
-    other = build(execution=execution, size=(24, 56))
-    other.load_state_dict(fcmae.state_dict())
-    images, mask = torch.randn(2, 3, 24, 56), draw_masks(2, other)
-    assert torch.equal(fcmae(images, mask), other(images, mask))
 
 
 @torch.no_grad()
@@ -295,10 +208,9 @@ def test_a_sample_does_not_depend_on_its_batch(execution):
 
 
 @EXECUTIONS
-@pytest.mark.parametrize("fill", [0.0, 0.7])
-def test_blank_images_give_finite_loss_and_gradients(fill, execution):
+def test_blank_images_give_finite_loss_and_gradients(execution):
     fcmae = build(execution=execution)
-    images, mask = torch.full((2, 3, 32, 48), fill), draw_masks(2, fcmae)
+    images, mask = torch.full((2, 3, 32, 48), 0.7), draw_masks(2, fcmae)
     loss = fcmae.loss_per_sample(images, fcmae(images, mask), mask)
     loss.sum().backward()
     assert loss.isfinite().all() and loss.max() < 0.1
@@ -343,20 +255,19 @@ def test_the_perfect_prediction_paints_the_image(norm_pix_loss):
     target = patchify(images, 16)
     if norm_pix_loss:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    target = target[mask].view(2, fcmae.num_removed, -1)
-    masked, painted = fcmae.reconstruct(images, target, mask)
-    removed = mask_pixels(mask, fcmae).expand_as(images)
+    target = target[mask].view(2, -1, target.shape[2])
+    painted = fcmae.reconstruct(images, target, mask)
+    visible = ~mask_pixels(mask, fcmae).expand_as(images)
     torch.testing.assert_close(painted, images)
-    assert torch.equal(painted[~removed], images[~removed])
-    assert (masked[removed] == 0).all() and torch.equal(masked[~removed], images[~removed])
+    assert torch.equal(painted[visible], images[visible])
     assert (fcmae.loss_per_sample(images, target, mask) < 1e-9).all()
 
 
 @EXECUTIONS
 def test_overfits_one_batch(execution):
     torch.manual_seed(0)
-    fcmae = build(size=(16, 24), execution=execution)
-    images, mask = torch.randn(2, 3, 16, 24), draw_masks(2, fcmae)
+    fcmae = build(execution=execution)
+    images, mask = torch.randn(2, 3, 16, 24), draw_masks(2, fcmae, (16, 24))
     optimizer = torch.optim.AdamW(fcmae.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []
     for _ in range(150):

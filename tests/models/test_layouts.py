@@ -59,7 +59,7 @@ def transformers_network(kind=ConvNextV2ForImageClassification):
 
 def fcmae(in_channels=3):
     settings = {**SETTINGS, "patch_px": 32}
-    return FCMAE(encoder=ours(0, in_channels), image_size_hw=(64, 64), **settings)
+    return FCMAE(encoder=ours(0, in_channels), **settings)
 
 
 def mmpretrain_state(network):

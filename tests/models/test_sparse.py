@@ -10,12 +10,12 @@ from tests.models.test_fcmae import build, draw_masks, randomise
 
 VARIANTS = {
     "plain": {},
-    "three channels of another shape": {"size": (48, 32), "in_channels": 1},
+    "three channels of another shape": {"image_hw": (48, 32), "in_channels": 1},
     "patches of 2 x 2 sites": {"patch_px": 16},
     "stem stride 1": {"encoder": {"stem_stride": 1}},
     "stem stride 4, two stages": {"encoder": {"stem_stride": 4, "depths": [1, 2], "dims": [8, 12]}},
     "four stages, wide map": {
-        "patch_px": 16, "size": (64, 160), "encoder": {"depths": [1, 1, 2, 1], "dims": [4, 8, 12, 16]}
+        "patch_px": 16, "image_hw": (64, 160), "encoder": {"depths": [1, 1, 2, 1], "dims": [4, 8, 12, 16]}
     },
     "two decoder blocks, plain pixels": {"decoder_depth": 2, "norm_pix_loss": False},
     "mask ratio .3": {"mask_ratio": 0.3},
@@ -26,12 +26,12 @@ def both(variant, **changes):
     """One network in sparse and in dense execution, all parameters drawn, float64; images and masks."""
     torch.manual_seed(0)
     settings = {**VARIANTS[variant], **changes}
+    size = settings.pop("image_hw", (32, 48))
     sparse = randomise(build(**settings)).double()
     dense = copy.deepcopy(sparse)
     dense.execution = "dense"
-    size = settings.get("size", (32, 48))
     images = torch.randn(3, settings.get("in_channels", 3), *size, dtype=torch.float64)
-    return sparse, dense, images, draw_masks(3, sparse, settings.get("mask_ratio", 0.6))
+    return sparse, dense, images, draw_masks(3, sparse, size)
 
 
 def run(fcmae, images, mask):
@@ -117,7 +117,7 @@ def test_gradient_checkpointing_changes_nothing_and_keeps_less(execution):
 def test_every_mask_of_a_small_grid():
     """All 70 ways to keep four of eight patches, in one batch."""
     torch.manual_seed(0)
-    sparse = randomise(build(size=(16, 32), mask_ratio=0.5)).double()
+    sparse = randomise(build(mask_ratio=0.5)).double()
     dense = copy.deepcopy(sparse)
     dense.execution = "dense"
     masks = torch.ones(70, 8, dtype=torch.bool)

@@ -29,7 +29,7 @@ def build(num_classes=5, dims=(8, 12), depths=(1, 2)):
 
 
 def build_fcmae():
-    network = FCMAE(encoder=build(0), image_size_hw=(8, 8), **{**SETTINGS, "patch_px": 4})
+    network = FCMAE(encoder=build(0), **{**SETTINGS, "patch_px": 4})
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     return network

@@ -47,7 +47,7 @@ def classifier():
 
 def fcmae():
     network = FCMAE(
-        encoder=encoder(0), image_size_hw=(32, 64), patch_px=32, decoder_dim=8, decoder_depth=1, norm_pix_loss=True,
+        encoder=encoder(0), patch_px=32, decoder_dim=8, decoder_depth=1, norm_pix_loss=True,
         mask_ratio=0.5, execution="sparse",
     )  # fmt: skip
     return owner(network)

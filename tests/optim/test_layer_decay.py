@@ -149,7 +149,7 @@ def test_an_fcmae_has_its_encoders_layers_and_a_decoder_above_them(kind):
     encoder = make_network((2, 2, 6, 2), num_classes=0)
     with torch.device("meta"):
         network = FCMAE(
-            encoder=encoder, image_size_hw=(64, 64), patch_px=32, mask_ratio=0.5, decoder_dim=8, decoder_depth=1,
+            encoder=encoder, patch_px=32, mask_ratio=0.5, decoder_dim=8, decoder_depth=1,
             norm_pix_loss=True, execution="sparse",
         )  # fmt: skip
     found = layer_scales(network, kind, 0.5)
