@@ -45,16 +45,16 @@ install-interop: install  ## a tool that reads a tagger's exports, in an environ
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dghs-imgutils==0.19.0
 
 demo: install  ## the whole main job on the embedded glyphs, six minutes on two CPU cores
-	$(PY) bench/demo.py
+	PYTHON=$(PY) bash bench/demo.sh
 
 demo-full: install  ## the demo and its controls: from scratch, and both with all labels; thirteen minutes
-	$(PY) bench/demo.py full
+	PYTHON=$(PY) bash bench/demo.sh full
 
 demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; six minutes on two cores
-	$(PY) bench/demo_tagger.py
+	PYTHON=$(PY) bash bench/demo_tagger.sh
 
 demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; four minutes on two cores
-	$(PY) bench/demo_sdxl.py
+	PYTHON=$(PY) bash bench/demo_sdxl.sh
 
 test: install lint  ## lint, then all tests but the slow ones; four minutes on two cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"
@@ -68,9 +68,10 @@ test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs 
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
 	$(PY) -m pytest -n 2 --dist loadfile -m slurm -rs
 
-lint: install  ## ruff: rules and format
+lint: install  ## ruff (rules and format), and the lines of each room against tests/budget.toml
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) tests/budget.py
 
 bench: install  ## side-by-side measurements; run it on an idle machine
 	$(PY) bench/step_overhead.py

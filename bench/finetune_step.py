@@ -12,7 +12,6 @@ not change the time. Each line begins with the network and says what both sides 
 Source of the order of an update: huggingface/pytorch-image-models:train.py train_one_epoch.
 """
 
-import copy
 import itertools
 import sys
 from contextlib import nullcontext
@@ -133,13 +132,13 @@ class Sides:
         self.count, self.steps = (2, 1) if quick else (128, 20) if device.type == "cuda" else (16, 2)
         self.batch = make_batch(self.size, self.count, device)
 
-    def ours(self, task=None, **settings):
+    def ours(self, **settings):
         """Return our side."""
-        return our_turn(task or make_task(self.name, self.size), self.batch, self.steps, **settings)
+        return our_turn(make_task(self.name, self.size), self.batch, self.steps, **settings)
 
-    def theirs(self, network=None, optim=BEST, **settings):
+    def theirs(self, optim=BEST, **settings):
         """Return timm's side, with timm's own network."""
-        network = network or timm.create_model(self.name, num_classes=CLASSES)
+        network = timm.create_model(self.name, num_classes=CLASSES)
         return TimmScript(network, self.batch, self.steps, optim=optim, **settings)
 
     def compare(self, setting, sides, warmup=1):
@@ -154,9 +153,6 @@ def comparisons(device, quick):
         for ema in (False, True):
             theirs = {"timm": sides.theirs(ema=ema, optim=DEFAULTS), "timm fused": sides.theirs(ema=ema)}
             yield sides.compare("eager fp32, EMA" if ema else "eager fp32", {"atelier": sides.ours(ema=ema), **theirs})
-        task = make_task(name, sides.size)
-        same = {"timm fused": sides.theirs(copy.deepcopy(task.network), ema=False)}
-        yield sides.compare("eager fp32, same network", {"atelier": sides.ours(task, ema=False), **same})
         fast = {"ema": False, "precision": "bf16"}
         yield sides.compare("eager bf16", {"atelier": sides.ours(**fast), "timm fused": sides.theirs(**fast)})
         if can_compile(device.type) and not quick:
@@ -164,10 +160,6 @@ def comparisons(device, quick):
             both = {"atelier": sides.ours(**fast), "timm fused": sides.theirs(**fast)}
             yield sides.compare("compiled bf16, channels-last, EMA", both, warmup=3)
             torch.compiler.reset()
-        auto = {"runtime": "auto", **({"compile": False} if quick else {})}
-        both = {"runtime=auto": sides.ours(ema=False, **auto), "eager fp32": sides.ours(ema=False)}
-        yield sides.compare("ours alone", both, warmup=3)
-        torch.compiler.reset()
 
 
 if __name__ == "__main__":

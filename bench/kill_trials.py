@@ -6,7 +6,7 @@ Each start of the run gets SIGKILL, all ranks and their loader's workers at once
 third one is aimed at a save: it comes at a random moment after a checkpoint's temporary folder has appeared. A kill
 counts as inside a save where that folder is left behind. At the end every tensor of the last checkpoint, the rows of
 metrics.jsonl and the samples of every step are compared with the uninterrupted run's. With accumulation, EMA, drop path
-and loader workers; other keys (`runtime.parallel=fsdp`, `loop.save_in_background=false`) go to both runs. The result
+and loader workers; other keys (`runtime.parallel=fsdp`) go to both runs. The result
 is added to outputs/bench/kill_trials.jsonl.
 """
 

@@ -9,7 +9,6 @@ medians, with the least and the greatest. seconds: of all turns together. `quick
 """
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,6 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch.nn import functional as F
 
-from bench.measure import OUT, describe_machine
 from data.config import AugmentConfig
 from data.device_augment import training_views
 from data.image_data import ImageData, load_collection
@@ -36,7 +34,7 @@ from models.build import build_network, check_image_size
 from models.normalise import Normalise
 from train import TrainConfig
 from utils.canvas import DEFAULT
-from utils.config.entry_point import CONF, ROOT, quote_paths, validate
+from utils.config.entry_point import CONF, quote_paths, validate
 from utils.config.messages import ConfigError, hydra_problem
 from utils.config.schema import path_keys
 from utils.errors import EXIT_USER_ERROR, UserError
@@ -71,19 +69,7 @@ def read_arguments(words):
             values = compose("train", overrides=quote_paths(overrides, path_keys(TrainConfig), multirun=False))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError([hydra_problem(error, TrainConfig, CONF)]) from None
-    usual = QUICK_SECONDS if quick else SECONDS
-    return validate(values, TrainConfig), usual if seconds is None else read_seconds(seconds), quick
-
-
-def read_seconds(text):
-    """Return the seconds that a user gave."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= 3600:
-        raise UserError(f"seconds: {text!r}; give the seconds of all turns together, 1 to 3600, such as seconds=60")
-    return seconds
+    return validate(values, TrainConfig), float(seconds or (QUICK_SECONDS if quick else SECONDS)), quick
 
 
 class Streams:
@@ -216,15 +202,6 @@ def measure(config, seconds, quick):
     alone = images_per_sec(same, step, settings[0], 0.05 * seconds, runtime.device)
     chosen = choose(training)
     advised = {"runtime.workers": chosen.workers, "augment.on_device": str(chosen.on_device).lower()}
-    path = (OUT / "quick" if quick else OUT) / "loader.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rates = {
-        name: [{**setting._asdict(), "images_per_sec": values} for setting, values in found.items()]
-        for name, found in (("reading", reading), ("training", training))
-    }
-    about = {"machine": describe_machine(runtime.device), "quick": quick, "advised": advised}
-    path.write_text(json.dumps({**about, **rates}) + "\n")
-    say(str(path.relative_to(ROOT)))
     rate = statistics.median(training[chosen])
     say(f"with the settings advised, training gets {rate:,.0f} images/s; the network alone takes {alone:,.0f}")
     say(" ".join(f"{key}={value}" for key, value in advised.items()))
@@ -232,8 +209,7 @@ def measure(config, seconds, quick):
 
 def say(text):
     """Print at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    print(text, flush=True)
 
 
 def main():

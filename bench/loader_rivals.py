@@ -1,21 +1,17 @@
-"""Our loader against those that people use instead, and our caches against decoding: milliseconds an image.
+"""Our loader against torchvision's and timm's, without a cache and behind ours: milliseconds an image.
 
-python bench/loader_rivals.py [quick]          (on an idle machine; ten minutes on two cores; pip install webdataset
-datasets mosaicml-streaming nvidia-dali-cuda120, as many as are wanted)
+python bench/loader_rivals.py [quick]          (on an idle machine; five minutes on two cores)
 
 All sides make batches of 128 float images of 224 px in one process with one thread: a random resized crop, antialiased
 and bilinear, a mirror, and the normalisation; nobody trains. The files are crops of scikit-learn's two photographs, as
-JPEGs of 500 x 375 and 2000 x 1500 (quality 90) and as transparent PNGs. A turn is an epoch; the first, in which caches
-are filled, is not counted. `bytes` is ours as a GPU gets it: channels_last, and not normalised before it is there. timm
-has its loader's defaults but for the colour jitter, which nobody else does here. Large JPEGs have crops of 35 to 100 %,
-and shrink with them (augment.shrink) where they are cached. The process keeps freed memory (bench/freed_memory.py),
-so that page faults do not hide the rest; all sides gain from it.
+JPEGs of 500 x 375 (quality 90). A turn is an epoch; the first, in which caches are filled, is not counted. `bytes` is
+ours as a GPU gets it: channels_last, and not normalised before it is there. timm has its loader's defaults but for the
+colour jitter, which nobody else does here.
 """
 
 import functools
 import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from bench.freed_memory import keep_freed_memory
 from bench.loader import read_arguments
 from bench.measure import OUT, Comparison, run_bench
 from data.cache.size import shortest_px_for
@@ -46,18 +41,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFF, L1, L2 = {"memory_gib": 0}, {"memory_gib": 4}, {"memory_gib": 0, "disk_gib": 4}
 
 
-def write_images(folder, count, size, form):
-    """Write `count` crops of photographs, mirrored at their edges where they are too small, in one class folder."""
+def write_images(folder, count, size):
+    """Write `count` JPEGs, crops of photographs mirrored at their edges, in one class folder."""
     draws, (width, height) = np.random.default_rng(0), size
     photos = [np.pad(photo, ((0, 1500), (0, 2000), (0, 0)), mode="symmetric") for photo in load_sample_images().images]
     for number in range(count):
         top, left = draws.integers(0, 400, 2)
         picture = Image.fromarray(photos[number % 2][top : top + height, left : left + width])
-        if form == "png":
-            mask = Image.new("L", size)
-            ImageDraw.Draw(mask).ellipse((0, 0, *size), fill=255)
-            picture.putalpha(mask)
-        file = folder / f"x/{number:04d}.{form}"
+        file = folder / f"x/{number:04d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file, quality=90)
 
@@ -65,10 +56,10 @@ def write_images(folder, count, size, form):
 class Ours:
     """The training stream of a folder, behind a cache or none."""
 
-    def __init__(self, folder, cache, batches, *more, crops="[0.08,1.0]", channels_last=False):
-        words = [f"data.root={folder}", "data.validation_fraction=0", f"data.cache.folder={folder}-cache", *more]
+    def __init__(self, folder, cache, batches, channels_last=False):
+        words = [f"data.root={folder}", "data.validation_fraction=0", f"data.cache.folder={folder}-cache"]
         words += ["augment=light", "augment.interpolation=bilinear", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]"]
-        words.append(f"augment.crop_scale={crops}")
+        words.append("augment.crop_scale=[0.08,1.0]")
         config, _, _ = read_arguments([*words, *(f"data.cache.{key}={value}" for key, value in cache.items())])
         machine = SimpleNamespace(
             device=torch.device("cpu"), channels_last=channels_last, workers=0, prefetch_batches=2
@@ -102,68 +93,7 @@ def theirs(folder):
         interpolation="bilinear", mean=MEAN, std=STD, device=torch.device("cpu"), persistent_workers=False,
     )  # fmt: skip
     sides = {"torchvision": torchvision, "timm": timm}
-    for name, of in (("WebDataset", webdataset), ("datasets", datasets), ("MosaicML", mosaicml), ("DALI", dali)):
-        with suppress(ImportError):
-            sides[name] = of(folder, steps)
     return {name: functools.partial(read_all, batches) for name, batches in sides.items()}
-
-
-def webdataset(folder, steps):
-    """Return WebDataset's batches of a shard."""
-    from webdataset import TarWriter, WebDataset
-
-    shard = folder.with_suffix(".tar")
-    with TarWriter(str(shard)) as writer:
-        for file in sorted(folder.glob("x/*")):
-            writer.write({"__key__": file.stem, "jpg": file.read_bytes()})
-    stream = WebDataset(str(shard), shardshuffle=False).shuffle(1000).decode("pil").to_tuple("jpg")
-    return DataLoader(stream.map_tuple(steps).batched(BATCH), batch_size=None)
-
-
-def datasets(folder, steps):
-    """Return batches of the files by Hugging Face's datasets."""
-    from datasets import Dataset, Image
-
-    files = Dataset.from_dict({"image": [str(file) for file in sorted(folder.glob("x/*"))]})
-    return stacked(files.cast_column("image", Image()), steps, shuffle=True)
-
-
-def mosaicml(folder, steps):
-    """Return MosaicML Streaming's batches of a shard."""
-    from streaming import MDSWriter, StreamingDataset
-
-    shard = folder.with_suffix(".mds")
-    with MDSWriter(out=str(shard), columns={"image": "jpeg"}) as writer:
-        for file in sorted(folder.glob("x/*")):
-            writer.write({"image": Image.open(file)})
-    return stacked(StreamingDataset(local=str(shard), shuffle=True, batch_size=BATCH), steps, shuffle=None)
-
-
-def stacked(dataset, steps, shuffle):
-    """Return batches of a dataset whose rows have an `image` of Pillow."""
-    return DataLoader(
-        dataset, BATCH, shuffle, collate_fn=lambda rows: [torch.stack([steps(row["image"]) for row in rows])]
-    )
-
-
-def dali(folder, steps):
-    """Return NVIDIA DALI's batches, decoded and cropped by its own operations on the CPU."""
-    from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
-
-    @pipeline_def(  # nothing is made between turns
-        batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False
-    )
-    def images():
-        files, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name="files")
-        crops = fn.decoders.image_random_crop(files, random_area=(0.08, 1.0), random_aspect_ratio=(3 / 4, 4 / 3))
-        small = fn.resize(crops, size=(SIZE_PX, SIZE_PX), interp_type=types.INTERP_LINEAR, antialias=True)
-        mean, std = ([255 * value for value in values] for values in (MEAN, STD))
-        return fn.crop_mirror_normalize(small, mean=mean, std=std, mirror=fn.random.coin_flip())
-
-    return DALIGenericIterator(
-        images(), [0], reader_name="files", auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL
-    )
 
 
 def read_all(batches):
@@ -175,14 +105,11 @@ def read_all(batches):
 def comparisons(device, quick):
     """Yield all comparisons."""
     torch.set_num_threads(1)
-    keep_freed_memory()
-    count, large = (BATCH, BATCH) if quick else (4 * BATCH, BATCH)
+    count = BATCH if quick else 4 * BATCH
     out = OUT / ("quick/loader_rivals" if quick else "loader_rivals")
     shutil.rmtree(out, ignore_errors=True)
-    jpegs, photos, arts = out / "jpegs", out / "photos", out / "arts"
-    write_images(jpegs, count, (500, 375), "jpg")
-    write_images(photos, large, (2000, 1500), "jpg")
-    write_images(arts, large, (800, 600), "png")
+    jpegs = out / "jpegs"
+    write_images(jpegs, count, (500, 375))
     rivals, batches = theirs(jpegs), count // BATCH
     for name, cache in (("no cache", OFF), ("L2", L2), ("L1", L1)):
         others = rivals if cache is OFF else {"torchvision": rivals["torchvision"]}
@@ -190,15 +117,6 @@ def comparisons(device, quick):
         as_bytes = Ours(jpegs, cache, batches, channels_last=True).read_bytes
         for ours in ({f"ours, {name}": floats}, {f"bytes, {name}": as_bytes}):
             yield Comparison("JPEGs of 500 x 375", {**ours, **others}, count, warmup=2)
-    crops, shrink = "[0.35,1.0]", "augment.shrink=true"
-    sides = {
-        "ours, L2": Ours(photos, L2, large // BATCH, shrink, crops=crops),
-        "ours, decoding": Ours(photos, OFF, large // BATCH, crops=crops),
-        "ours, decoding and shrinking": Ours(photos, OFF, large // BATCH, shrink, crops=crops),
-    }
-    yield Comparison("JPEGs of 2000 x 1500", sides, large, warmup=2)
-    sides = {"ours, L1": Ours(arts, L1, large // BATCH), "ours, decoding": Ours(arts, OFF, large // BATCH)}
-    yield Comparison("transparent PNGs of 800 x 600", sides, large, warmup=2)
 
 
 if __name__ == "__main__":

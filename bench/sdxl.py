@@ -1,4 +1,4 @@
-"""Fine-tuning SDXL: what the caches gain, the step against diffusers' script, buckets, and a second start.
+"""Fine-tuning SDXL: what the caches gain, and the step against diffusers' script.
 
 python bench/sdxl.py [quick]            (two minutes of a core)
 
@@ -7,9 +7,7 @@ CPU is one thread's, and its time is CPU seconds, so that other processes of the
 
 cached, on the fly: the loop itself with its loader; the latents and texts are read from the caches, or the files are
 decoded and encoded at each step. The other side of the step is one update as diffusers' training script makes it, with
-its own schedulers and accelerate, on a batch in memory. The other side of reading is one uncompressed .npz file per
-image, as sd-scripts keeps latents; it has the same tensors, in the page cache. The other side of the buckets is a loop
-over the images as sd-scripts has it.
+its own schedulers and accelerate, on a batch in memory.
 
 Source of the order of an update: huggingface/diffusers:examples/text_to_image/train_text_to_image_sdxl.py main.
 """
@@ -26,7 +24,6 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
@@ -37,18 +34,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from bench.measure import OUT, Comparison, bench_loop, build_bench_run, run_bench
-from data.buckets import SIZES, Buckets, assign, make_buckets
-from data.latent_cache import LatentCache, LatentRecipe, LatentSource
-from data.tensor_store import TensorStore
 from engine.run import build_task
 from engine.runtime import choose_runtime
 from engine.tasks.diffusion import DiffusionKind
-from engine.tasks.diffusion_data import HASHES
 from engine.train_one_epoch import Vote, train_one_epoch
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.sampling import scheduler_config
 from utils.config.entry_point import CONF, validate
-from utils.io.files import sha256_text
 
 BATCH, LEARNING_RATE, CLIP = 4, 1e-4, 1.0
 WORDS = [
@@ -167,89 +159,6 @@ def compare_steps(quick, clock):
     yield Comparison(f"step of the whole U-Net, {BATCH} x {side_px} px", sides, steps, clock=clock)
 
 
-def compare_reads(buckets, side_px, count):
-    """Return the comparison of reading latents: of the cache, and of one .npz file per image."""
-    size = np.full((count, 2), side_px)
-    found = Buckets(np.arange(count), np.zeros(count, dtype=np.int64), size[:1], size, {})
-    hashes = [sha256_text(str(number)) for number in range(count)]
-    store, folder = TensorStore(Path(f"latents_{side_px}"), "bench"), Path(f"npz_{side_px}")
-    cache = LatentCache(store, None, found, buckets, LatentRecipe("made", None), hashes)
-    folder.mkdir()
-    for number, key in enumerate(cache.keys[:, 0]):
-        draw, shape = torch.Generator().manual_seed(number), (4, side_px // 8, side_px // 8)
-        record = {name: torch.randn(shape, generator=draw).half() for name in ("latent_mean", "latent_logvar")}
-        store.put(key.decode(), str(number), record)
-        arrays = {name: tensor.numpy() for name, tensor in record.items()}
-        np.savez(folder / f"{number}.npz", **arrays, original_size=size[0], crop_ltrb=np.zeros(4, dtype=np.int64))
-    store.finish()
-    source, order = LatentSource(cache), np.random.default_rng(0).permutation(count).tolist()
-
-    def read_npz(number):
-        with np.load(folder / f"{number}.npz") as file:
-            latents = [torch.from_numpy(file[name]) for name in ("latent_mean", "latent_logvar")]
-            return latents, file["original_size"].tolist(), file["crop_ltrb"].tolist()
-
-    sides = {
-        "cache": lambda: [source.read(number) for number in order],
-        ".npz": lambda: [read_npz(number) for number in order],
-    }
-    return Comparison(f"latents of {side_px} px", sides, count, clock=time.process_time)
-
-
-def common_sizes(count):
-    """Return sizes [N, 2]: 85 % of the common ratios of photographs, the others of any."""
-    draw = np.random.default_rng(0)
-    common = draw.choice([1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16], count)
-    ratios = np.where(draw.random(count) < 0.85, common, np.exp(draw.normal(0, 0.3, count)).clip(1 / 4, 4))
-    return np.round(2048 * np.stack([np.sqrt(ratios), 1 / np.sqrt(ratios)], axis=1)).astype(np.int64)
-
-
-def compare_buckets(config, count):
-    """Return the comparison of finding buckets; the setting says what they cut off, and the seconds of ten times more.
-
-    Those are of all that a start does with sizes: choosing, dropping and sorting.
-    """
-    many = common_sizes(10 * count)
-    collection = SimpleNamespace(table=pa.table({"path": pa.array(np.arange(len(many))).cast(pa.string())}))
-    started = time.process_time()
-    made = make_buckets(collection, np.arange(len(many)), many, config)
-    seconds, sizes, buckets = time.process_time() - started, many[:count], config.sizes()
-    ratios = buckets[:, 1] / buckets[:, 0]
-
-    def choose_one_by_one():
-        return [int(np.abs(ratios - width / height).argmin()) for height, width in sizes.tolist()]
-
-    target = made.sizes_hw[made.groups]
-    lost = 1 - (target / (made.image_hw * (target / made.image_hw).max(axis=1, keepdims=True))).prod(axis=1)
-    return Comparison(
-        f"buckets of {count:,}; {len(many):,} in {seconds:.2f} s, cropped {lost.mean():.1%}, at worst {lost.max():.1%}",
-        {"assign": lambda: assign(sizes, buckets), "one by one": choose_one_by_one},
-        clock=time.process_time,
-        facts={"sizes": len(many), "seconds": seconds, "crop_mean": lost.mean(), "crop_worst": lost.max()},
-    )
-
-
-def compare_starts(count):
-    """Return the comparison of a second start with one that reads the sizes and the contents of all files again."""
-    config = configure(*pictures(Path("many_pictures"), count, 64), *CACHED)
-    started = time.process_time()
-    next(start(config)[1])
-    seconds = time.process_time() - started
-
-    def start_anew():
-        SIZES.unlink()
-        HASHES.unlink()
-        next(start(config)[1])
-
-    return Comparison(
-        f"start, {count:,} images; the first took {seconds:.0f} s",
-        {"second": lambda: next(start(config)[1]), "files read": start_anew},
-        warmup=0,
-        facts={"first_start_seconds": seconds},
-        clock=time.process_time,
-    )
-
-
 def comparisons(device, quick):
     """Yield all comparisons."""
     folder = OUT / "sdxl"
@@ -258,11 +167,6 @@ def comparisons(device, quick):
     os.chdir(folder)  # the pipeline's own caches are in outputs/ of the working directory
     torch.set_num_threads(1)
     yield from compare_steps(quick, None if device.type == "cuda" else time.process_time)
-    buckets = configure("data.root=.").task.buckets
-    for side_px in (256, 1024):
-        yield compare_reads(buckets, side_px, 16 if quick else 512)
-    yield compare_buckets(buckets, 1000 if quick else 100_000)
-    yield compare_starts(100 if quick else 10_000)
 
 
 if __name__ == "__main__":

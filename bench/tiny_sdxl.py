@@ -1,11 +1,16 @@
 """What the demo of SDXL begins with: captioned pictures, and a tiny base model whose VAE has seen them.
 
+python bench/tiny_sdxl.py FOLDER VAE_STEPS       (bench/demo_sdxl.sh): FOLDER gets shapes/, orange/ and base/
+
 The VAE alone is trained, by a plain loop. U-Net and text encoders stay as they are drawn: drawn encoders tell a few
 captions apart.
 """
 
 import random
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -25,6 +30,7 @@ COLOURS = {"red": (210, 30, 30), "green": (20, 170, 40), "blue": (30, 60, 220), 
 SHAPES = ("circle", "square", "triangle")
 TONES = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255), "orange": (250, 140, 20)}
 SIZES_HW = ((128, 128), (96, 160), (160, 96))
+CAPTIONS = ["black", "white", "red circle", "green square", "blue triangle", "yellow circle"]
 _CROP_PX, _BATCH = 64, 6  # parts of pictures that the VAE is trained on
 _LOGVAR = -8.0  # of the VAE's latents: it is not trained, as no loss asks for it
 
@@ -146,3 +152,15 @@ def scale_latents(vae: nn.Module, images: Tensor) -> None:
     encoder.bias[:4] = (encoder.bias[:4] - mean) / std
     decoder.bias += decoder.weight[:, :, 0, 0] @ mean
     decoder.weight *= std[:, None, None]
+
+
+def main():
+    out, vae_steps = Path(sys.argv[1]), int(sys.argv[2])
+    write_pictures(out / "shapes", CAPTIONS, 48)
+    write_pictures(out / "orange", ["orange", "black", "white"], 24)  # the LoRA learns orange
+    error = write_base(out / "base", CAPTIONS, vae_steps)
+    sys.stdout.write(f"error of the VAE's pictures: {error:.1f} of 255\n")
+
+
+if __name__ == "__main__":
+    main()

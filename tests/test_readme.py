@@ -1,18 +1,13 @@
 """README: every command in it runs, and every file that it names is there. Refusals if one is neither run nor known."""
 
-import json
 import re
 import shlex
 import shutil
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bench import demo
 from bench.measure import read_group
 from models.build import build_network
 from models.config import ModelConfig
@@ -109,64 +104,6 @@ def test_the_torchrun_command_is_the_one_that_is_tested():
 def test_every_make_target_is_there(target):
     """make accepts a phony target without a rule, too: it has nothing to do then."""
     assert re.search(rf"^{target}:( .+|\n\t)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-
-
-def few_glyphs(root):
-    """Copy some glyphs of a training and the validation typefaces into a collection that passes for the whole."""
-    source = ROOT / "collections/glyphs"
-    table = pq.read_table(source / "manifest.parquet")
-    wanted = re.compile(r"images/(DejaVuSans|DejaVuSerif|DejaVuSans-Bold|STIXGeneral)/U\+004\d\.png")
-    rows = [number for number, path in enumerate(table["path"].to_pylist()) if wanted.fullmatch(path)]
-    for path in table["path"].take(rows).to_pylist():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / path, root / path)
-    pq.write_table(table.take(rows), root / "manifest.parquet")
-    shutil.copy(source / "glyphs.json", root)
-    return root
-
-
-@pytest.mark.slow
-def test_the_full_demo_runs_through(folder, tmp_path, monkeypatch, capsys):
-    """`make demo-full` without its installation, on few glyphs and two updates; table and summary come out whole."""
-    out = tmp_path / "demo"
-    stages = []
-
-    def run_stage(name, arguments):
-        stages.append(name)
-        run(arguments[0], arguments[1:], folder, draws=True)
-        return 1.0
-
-    monkeypatch.setattr(demo, "run_stage", run_stage)
-    root = few_glyphs(tmp_path / "glyphs")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "full", f"out={out}", *SHORT, f"data.root={root}"])
-    demo.main()
-    text = capsys.readouterr().out
-    for words in ("pretraining loss", "top-1 on an unseen typeface", "ONNX against PyTorch", "all stages", "one face"):
-        assert words in text
-    pictures = re.findall(r"^picture +(\S+)$", text, flags=re.MULTILINE)
-    assert len(pictures) == 5 and all(Path(path).is_file() for path in pictures)
-    summary = json.loads((out / "summary.json").read_text())
-    assert stages == ["glyphs", "pretrain", "finetune", "evaluate", "export", "predict", "all_labels", "scratch"]
-    waits = {"wait_for_resnet18", "wait_for_all_labels_resnet18"}
-    assert set(summary["seconds"]) == {*stages, *waits} and all(summary["seconds"][name] == 1.0 for name in stages)
-    losses, seconds = ("pretrain_loss_first", "pretrain_loss_last"), ("training_seconds", "training_seconds_resnet18")
-    figures = (*losses, "top1", "top1_resnet18", *seconds, "onnx_max_abs_diff", *demo.CONTROLS)
-    assert set(summary) == {*figures, "seconds"} and all(type(summary[name]) is float for name in figures)
-    runs = {  # whether it is pretrained, and has the labels of one face only
-        "finetune": (True, True), "resnet18": (False, True), "scratch": (False, True),
-        "all_labels": (True, False), "all_labels_resnet18": (False, False),
-    }  # fmt: skip
-    for name, expected in runs.items():
-        config, said = (json.loads((out / name / "config.json").read_text()), (out / name / "log.txt").read_text())
-        few = re.search(r"loop.train_paths: 10 of 30 training images", said) is not None
-        assert (config["init_from"] is not None, few) == expected
-        assert config["script"] == ("train" if "resnet18" in name else "finetune")
-
-
-def test_a_stage_that_fails_ends_the_demo():
-    with pytest.raises(SystemExit, match="demo: finetune ended with status 2"):
-        demo.run_stage("finetune", ["-c", "raise SystemExit(2)"])
-    assert demo.run_stage("nothing", ["-c", "pass"]) >= 0
 
 
 def test_every_link_leads_somewhere():
