@@ -8,13 +8,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from models.build import build_network, check_image_size
-from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
+from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import ConvNeXtV2
 from utils.errors import UserError
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 FILES = [path for path in FILES if not path.stem.startswith("sdxl")]  # tests/models/test_sdxl_files.py has those
-SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge", "glyph")
 SMALL = {
     "family": "convnextv2",
     "name": "convnextv2_test",
@@ -32,10 +31,6 @@ def parse(values):
     return TypeAdapter(ModelConfig).validate_python(values)
 
 
-def test_there_is_a_file_for_each_size_and_for_timm():
-    assert {f"convnextv2_{size}" for size in SIZES} | {"timm"} <= {path.stem for path in FILES}
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_builds_on_the_meta_device(path):
     config = parse(yaml.safe_load(path.read_text()))
@@ -47,25 +42,14 @@ def test_every_file_builds_on_the_meta_device(path):
         assert config.total_stride == network.total_stride == (8 if config.name == "convnextv2_glyph" else 32)
 
 
-def test_the_union_is_told_apart_by_family():
-    assert isinstance(parse(SMALL), ConvNeXtV2Config) and isinstance(parse(TIMM), TimmConfig)
-    with pytest.raises(ValidationError, match="family"):
-        parse({**TIMM, "family": "resnet"})
-
-
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"in_channels": 0}, "in_channels"),
-        ({"in_channels": True}, "in_channels"),
-        ({"depths": [1, 0]}, "depths"),
         ({"depths": [1], "dims": [4]}, "depths"),
         ({"depths": [1] * 6, "dims": [4] * 6}, "depths"),
-        ({"dims": [4, -8]}, "dims"),
-        ({"stem_stride": 3}, "stem_stride"),
         ({"stem_stride": True}, "stem_stride"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
-        ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"head_init_scale": float("nan")}, "head_init_scale"),
         ({"name": ""}, "name"),
         ({"pretrained": True}, "pretrained"),
@@ -110,12 +94,7 @@ def test_a_timm_network_is_built_with_its_channels_classes_and_drop_path():
 def test_an_unknown_timm_name_is_refused_with_close_names():
     with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'resnet81'; close names: .*resnet18"):
         build_network(parse({**TIMM, "name": "resnet81"}), 5)
-    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model '0000'; timm [\d.]+ knows \d+ names"):
-        build_network(parse({**TIMM, "name": "0000"}), 5)
-
-
-def test_a_name_that_asks_for_the_internet_is_refused():
-    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'hf-hub:timm/resnet18'"):
+    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'hf-hub:timm/resnet18'"):  # no internet
         build_network(parse({**TIMM, "name": "hf-hub:timm/resnet18"}), 5)
 
 
@@ -129,15 +108,11 @@ def test_drop_path_for_a_timm_network_without_it_is_refused():
         build_network(parse({**TIMM, "name": "vgg11", "drop_path_rate": 0.1}), 5)
 
 
-@pytest.mark.parametrize(("size", "nearest"), [((28, 16), "[32, 16]"), ((16, 3), "[16, 8]"), ((0, 8), "[8, 8]")])
+@pytest.mark.parametrize(("size", "nearest"), [((28, 16), "[32, 16]"), ((0, 8), "[8, 8]")])
 def test_an_image_size_off_the_stride_is_refused(size, nearest):
     with pytest.raises(ValueError, match=r"^augment\.image_size_hw: ") as caught:
         check_image_size(parse(SMALL), size)
     assert f"total stride 8 of convnextv2_test on both sides; set {nearest}" in str(caught.value)
-
-
-def test_a_fitting_image_size_passes():
-    check_image_size(parse(SMALL), (8, 24))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +136,6 @@ def test_a_size_that_a_timm_network_takes_passes_and_draws_nothing(name, size):
     ("name", "size", "reason", "own"),
     [
         ("vit_tiny_patch16_224", (64, 64), "Input height (64) doesn't match model (224)", "[224,224]"),
-        ("vit_tiny_patch16_224", (224, 96), "Input width (96) doesn't match model (224)", "[224,224]"),
-        ("mixer_s32_224", (64, 64), "Input height (64) doesn't match model (224)", "[224,224]"),
         ("levit_128s", (64, 64), "", "[224,224]"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from models.build import build_network
 from models.config import ConvNeXtV2Config
-from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
+from models.convnextv2 import ConvNeXtV2, repeat_sites
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
@@ -24,6 +24,7 @@ PUBLISHED_COUNTS = {
     "tiny": (28_635_496, 27_864_960),
     "base": (88_717_800, 87_690_752),
     "large": (197_956_840, 196_416_768),
+    "huge": (660_289_640, 657_467_008),
 }
 
 
@@ -62,10 +63,6 @@ def test_parameter_counts_are_the_published_ones(size):
     assert count(build_size(size, 0)) == PUBLISHED_COUNTS[size][1]
 
 
-def test_huge_has_about_660_29_million_parameters():
-    assert round(count(build_size("huge", 1000)) / 1e6, 2) == 660.29
-
-
 def test_parameter_names_and_shapes_are_the_published_ones():
     state = build_size("atto", 1000).state_dict()
     assert len(state) == 140 and len(build_size("atto", 0).state_dict()) == 136
@@ -91,7 +88,7 @@ def test_initial_weights():
             assert (module.bias == 0).all(), name
 
 
-@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+@pytest.mark.parametrize("stem_stride", [1, 4])
 def test_stem_strides_and_images_that_are_not_square(stem_stride):
     network = small(num_classes=5, in_channels=4, stem_stride=stem_stride)
     images = torch.randn(2, 4, 32, 48)
@@ -131,14 +128,6 @@ def slow_masked_block(block, x, visible):
 
 
 @torch.no_grad()
-def test_masked_block_equals_the_gathered_form():
-    torch.manual_seed(0)
-    block = randomise(Block(6, 0.0)).double()
-    x, visible = torch.randn(3, 6, 5, 8, dtype=torch.float64), torch.rand(3, 5, 8) < 0.4
-    torch.testing.assert_close(block(x, visible), slow_masked_block(block, x, visible), rtol=0, atol=1e-12)
-
-
-@torch.no_grad()
 def test_masked_network_equals_the_gathered_form():
     torch.manual_seed(0)
     network = randomise(small()).double()
@@ -152,8 +141,7 @@ def test_masked_network_equals_the_gathered_form():
     torch.testing.assert_close(network.forward_features(images, visible), x, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("stem_stride", [1, 2, 4])
-@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize(("stem_stride", "hidden"), [(1, float("nan")), (2, 1e30), (4, float("inf"))])
 def test_pixels_under_the_mask_change_nothing_bit_for_bit(stem_stride, hidden):
     torch.manual_seed(0)
     network = randomise(small(stem_stride=stem_stride))
@@ -172,16 +160,6 @@ def test_pixels_under_the_mask_change_nothing_bit_for_bit(stem_stride, hidden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stem_stride", [1, 2, 4])
-def test_everything_visible_equals_the_dense_network(stem_stride):
-    torch.manual_seed(0)
-    network = randomise(small(stem_stride=stem_stride))
-    images = torch.randn(2, 3, 2 * network.total_stride, 3 * network.total_stride)
-    visible = torch.ones(2, 2, 3, dtype=torch.bool)
-    assert torch.equal(network.forward_features(images, visible), network.forward_features(images))
-
-
-@torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch():
     torch.manual_seed(0)
     network = randomise(small()).double()
@@ -191,20 +169,6 @@ def test_a_sample_does_not_depend_on_its_batch():
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
     others = torch.cat([images[:1], torch.full_like(images[1:], 1e3)])
     assert torch.equal(network.forward_features(others, visible)[0], together[0])
-
-
-def test_a_sample_without_a_visible_site_is_finite():
-    network = randomise(small())
-    features = network.forward_features(torch.randn(1, 3, 16, 16), torch.zeros(1, 2, 2, dtype=torch.bool))
-    features.sum().backward()
-    assert (features == 0).all() and all(parameter.grad.isfinite().all() for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("fill", [0.0, 0.5])
-def test_constant_images_give_finite_gradients(fill):
-    network = small(num_classes=3)
-    F.cross_entropy(network(torch.full((2, 3, 16, 16), fill)), torch.tensor([0, 1])).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
 def test_bf16_autocast_is_finite_and_near_float32():
