@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.weights.geometry import Geometry, read_geometry
-from models.weights.layouts import recognise
+from models.weights.layouts import Geometry, read_geometry, recognise
 from utils.errors import UserError
 
 

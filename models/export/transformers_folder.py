@@ -16,7 +16,7 @@ from torch import nn
 from models.export.geometry import official_state, read_geometry, refuse_padding, refuse_shape, with_norm
 from models.export.model_card import label_names, licence_entry
 from models.export.parity import Outputs
-from models.weights.names import translate
+from models.weights.layouts import translate
 from utils.errors import UserError
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers

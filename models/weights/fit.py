@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.geometry import describe_held
+from models.weights.layouts import describe_held
 from utils.errors import UserError
 from utils.text_table import align_columns
 
@@ -39,11 +39,6 @@ class Fit(NamedTuple):
     given: dict[str, Tensor]
     left: list[str]
     dropped: list[str]
-
-    def describe_dropped(self) -> str:
-        """Return the first dropped name, and how many there are beside it."""
-        more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
-        return self.dropped[0] + more if self.dropped else "none"
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
@@ -76,19 +71,15 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     wanted = network.state_dict()
     found = adapt_stem(_fit_grn(_fit_prefix(state, wanted), wanted), network, wanted)
     head, norm = optional_prefixes(network)
+    head_names, norm_names = ({name for name in wanted if name.startswith(prefixes)} for prefixes in (head, norm))
     left = set()
-    for prefixes, keep in ((head, keep_head), (norm, True)):
-        group = {name for name in wanted if name.startswith(prefixes)}
-        same_shapes = all(name in found and found[name].shape == wanted[name].shape for name in group)
-        absent = not any(name in found for name in group)
-        if not keep or absent or (prefixes == head and not same_shapes):
-            left |= group
+    if not keep_head or not all(name in found and found[name].shape == wanted[name].shape for name in head_names):
+        left |= head_names
+    if not any(name in found for name in norm_names):
+        left |= norm_names
     # Tensors of a group that keeps its values, or that this network does not have, are ignored.
-    given = {
-        name: tensor
-        for name, tensor in found.items()
-        if name not in left and (name in wanted or not name.startswith(head + norm))
-    }
+    ignored = {name for name in found if name in left or (name not in wanted and name.startswith(head + norm))}
+    given = {name: tensor for name, tensor in found.items() if name not in ignored}
     _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
     dropped = [name for name in state if given.keys().isdisjoint({name, name.removeprefix(_ENCODER), _ENCODER + name})]
     return Fit(given, [name for name in wanted if name in left], dropped)

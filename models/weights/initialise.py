@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.fit import Fit, fit_state, is_meta, load_into, optional_prefixes
-from models.weights.layouts import recognise, refuse_v1, strip_wrappers
-from models.weights.names import is_in_layout, translate
-from models.weights.origin import find_origin
-from models.weights.timm_filter import filter_state
-from models.weights.timm_hub import load_timm
+from models.weights.layouts import is_in_layout, recognise, refuse_v1, strip_wrappers, translate
+from models.weights.timm_hub import filter_state, load_timm
 from utils.errors import UserError
 from utils.io.folder_config import read_config_beside
 from utils.io.weights import InitFrom, read_weights, refuse_average
@@ -22,6 +19,9 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _MAX_NAME = 60  # characters of a class name that a file brings
+_MAX_TEXT = 200  # characters of what a file says about itself
+# Of the weights that facebookresearch/ConvNeXt-V2 released (its README and issue 2); its code is MIT.
+RELEASED_LICENCE = "cc-by-nc-4.0"
 
 
 class Converted(NamedTuple):
@@ -30,11 +30,6 @@ class Converted(NamedTuple):
     layout: str
     state: dict[str, Tensor]
     removed: list[str]
-
-    def load_into(self, network: nn.Module, *, keep_head: bool, key: str) -> Fit:
-        """Load the state into the network; `dropped` of the result has the names that were removed before, too."""
-        fit = load_into(network, self.state, keep_head=keep_head, key=key)
-        return fit._replace(dropped=[*self.removed, *fit.dropped])
 
 
 def initialise_from(
@@ -68,9 +63,10 @@ def initialise_from(
             converted = convert(network, tensors, path, "init_from")
         if known is not None:
             converted = _order_head(converted, network, [known.index(name) for name in class_names])
-        fit = converted.load_into(network, keep_head=keep_head, key="init_from")
+        fit = load_into(network, converted.state, keep_head=keep_head)
+        fit = fit._replace(dropped=[*converted.removed, *fit.dropped])
         _report_adapted(converted.state, fit)
-        origin = find_origin(path, "atelier" if "task" in metadata else layout, metadata)
+        origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
     _report(origin, fit)
     return origin
 
@@ -87,10 +83,10 @@ def convert(network: nn.Module, state: Mapping[str, Tensor], path: Path, key: st
         return Converted(layout, official, [])
     is_v2 = any(".grn." in name for name in official)
     if is_v2 and layout not in ("timm", "other") and is_in_layout(network.state_dict(), "timm"):
-        encoder = _without_decoder(official)
-        removed = [name for name in official if name not in encoder and name.removeprefix("encoder.") not in encoder]
-        return Converted(layout, to_timm(encoder, network), removed)
-    return Converted(layout, *filter_state(network, strip_wrappers(state)))
+        inner = {name.removeprefix("encoder."): one for name, one in official.items() if name.startswith("encoder.")}
+        removed = [name for name in official if not name.startswith("encoder.")] if inner else []  # an FCMAE's decoder
+        return Converted(layout, to_timm(inner or official, network), removed)
+    return Converted(layout, filter_state(network, strip_wrappers(state)), [])
 
 
 def to_timm(official: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -100,12 +96,6 @@ def to_timm(official: Mapping[str, Tensor], network: nn.Module) -> dict[str, Ten
         if ".mlp.fc" in name and name in wanted and tensor.shape == wanted[name].shape[:2]:
             state[name] = tensor.reshape(wanted[name].shape)
     return state
-
-
-def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the encoder of an FCMAE, under names without the prefix; another state as it is."""
-    inner = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    return inner or dict(state)
 
 
 def _report_adapted(state: Mapping[str, Tensor], fit: Fit) -> None:
@@ -123,7 +113,8 @@ def _report(origin: Mapping[str, Any], fit: Fit) -> None:
     """Log what was loaded, and every tensor that was not; all names of those dropped in the file of the log."""
     log.info("init_from: %s, layout %s: %d tensors loaded", origin["source"], origin["layout"], len(fit.given))
     log.info("init_from: left at their initial values: %s", ", ".join(fit.left) or "none")
-    log.info("init_from: dropped: %s", fit.describe_dropped())
+    more = f" and {len(fit.dropped) - 1} more" if len(fit.dropped) > 1 else ""
+    log.info("init_from: dropped: %s%s", fit.dropped[0] if fit.dropped else "none", more)
     log.debug("init_from: all that is dropped: %s", ", ".join(fit.dropped))
 
 
@@ -174,3 +165,33 @@ def _order_head(converted: Converted, network: nn.Module, rows: list[int]) -> Co
 def _shorten(names: Sequence[Any]) -> str:
     shown = ", ".join(repr(name)[:_MAX_NAME] for name in names[:3])
     return (shown + (", ..." if len(names) > 3 else "")) or "none"
+
+
+def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the origin of a file's weights, and log their licence, which stays with what is trained from them.
+
+    An origin is JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown).
+    It has no `licence` where the source is of a run that began with drawn weights.
+    The licence is what the file's metadata say, or the configuration beside it (timm's and transformers' folders). A
+    torch file with the released files' layout and single entry is presumed to be one of them.
+    """
+    earlier = metadata.get("origin")
+    earlier = earlier if isinstance(earlier, dict) else {}
+    if "task" in metadata and "licence" not in earlier:
+        return {"source": str(path), "layout": layout}
+    licence = earlier.get("licence")
+    if "task" in metadata or licence is not None:
+        reason = "the file states it"
+    else:
+        stated, reason = read_config_beside(path), "config.json beside the file states it"
+        pretrained = stated.get("pretrained_cfg")  # where timm writes it
+        licence = stated.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
+        if licence is None and layout == "official" and metadata.get("entries") == ["model"]:
+            licence, reason = RELEASED_LICENCE, "presumed: the file is laid out as the weights that Meta released"
+    if isinstance(licence, str) and licence != "unknown":
+        licence = licence[:_MAX_TEXT]
+        log.warning("licence of %s: %s (%s); it applies to what is trained from these weights", path, licence, reason)
+    elif "task" not in metadata:
+        log.info("licence of %s: not stated; Meta's weights of ConvNeXt V2 are %s", path, RELEASED_LICENCE)
+        licence = None
+    return {"source": str(path), "layout": layout, "licence": licence}

@@ -1,46 +1,104 @@
-"""Which layout a file's tensors have, told from their names alone, and the same tensors under official names.
+"""The layouts of a ConvNeXt V2's tensors: told from their names alone, translated, and read for depths and widths.
 
 | layout | written by |
 |---|---|
 | official | facebookresearch/ConvNeXt-V2's released files and fine-tuning, and Atelier |
-| minkowski | facebookresearch/ConvNeXt-V2's pretraining |
+| minkowski | facebookresearch/ConvNeXt-V2's pretraining, whose encoder is made of MinkowskiEngine's layers |
 | timm, transformers, mmpretrain | these libraries, for ConvNeXt V2 |
 | other | any other network, under its own names |
+
+A network consists of a stem, blocks and a head, and each layout names these parts differently: the tables are templates
+that translate in both directions. `{s}` is the number of a stage and `{b}` that of a block. The tensors are the same,
+but GRN and pointwise layers differ in shape.
+
+Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py and utils.py remap_checkpoint_keys (`minkowski`),
+huggingface/pytorch-image-models:timm/models/convnext.py, huggingface/transformers:models/convnextv2,
+open-mmlab/mmpretrain:models/backbones/convnext.py.
 """
 
+import math
 import re
-from collections.abc import Mapping
-from typing import NamedTuple, get_args
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from models.weights.minkowski import is_minkowski, to_dense
-from models.weights.names import Layout, is_in_layout, translate
 from utils.errors import UserError
 
+Layout = Literal["official", "timm", "transformers", "mmpretrain"]
+
+_PARTS = (
+    "stem", "stem_norm", "down_norm", "down", "dwconv", "norm", "pwconv1", "grn", "pwconv2", "final_norm", "head",
+)  # fmt: skip
+_TEMPLATES: dict[Layout, tuple[str, ...]] = {
+    "official": (
+        "downsample_layers.0.0", "downsample_layers.0.1", "downsample_layers.{s}.0", "downsample_layers.{s}.1",
+        "stages.{s}.{b}.dwconv", "stages.{s}.{b}.norm", "stages.{s}.{b}.pwconv1", "stages.{s}.{b}.grn",
+        "stages.{s}.{b}.pwconv2", "norm", "head",
+    ),
+    "timm": (
+        "stem.0", "stem.1", "stages.{s}.downsample.0", "stages.{s}.downsample.1",
+        "stages.{s}.blocks.{b}.conv_dw", "stages.{s}.blocks.{b}.norm", "stages.{s}.blocks.{b}.mlp.fc1",
+        "stages.{s}.blocks.{b}.mlp.grn", "stages.{s}.blocks.{b}.mlp.fc2", "head.norm", "head.fc",
+    ),
+    "transformers": (
+        "convnextv2.embeddings.patch_embeddings", "convnextv2.embeddings.layernorm",
+        "convnextv2.encoder.stages.{s}.downsampling_layer.0", "convnextv2.encoder.stages.{s}.downsampling_layer.1",
+        "convnextv2.encoder.stages.{s}.layers.{b}.dwconv", "convnextv2.encoder.stages.{s}.layers.{b}.layernorm",
+        "convnextv2.encoder.stages.{s}.layers.{b}.pwconv1", "convnextv2.encoder.stages.{s}.layers.{b}.grn",
+        "convnextv2.encoder.stages.{s}.layers.{b}.pwconv2", "convnextv2.layernorm", "classifier",
+    ),
+    "mmpretrain": (
+        "backbone.downsample_layers.0.0", "backbone.downsample_layers.0.1", "backbone.downsample_layers.{s}.0",
+        "backbone.downsample_layers.{s}.1", "backbone.stages.{s}.{b}.depthwise_conv", "backbone.stages.{s}.{b}.norm",
+        "backbone.stages.{s}.{b}.pointwise_conv1", "backbone.stages.{s}.{b}.grn",
+        "backbone.stages.{s}.{b}.pointwise_conv2", "backbone.norm3", "head.fc",
+    ),
+}  # fmt: skip
+# The names of GRN's two tensors: the factor and the shift.
+_GRN_LEAVES: dict[Layout, tuple[str, str]] = {
+    "official": ("gamma", "beta"),
+    "timm": ("weight", "bias"),
+    "transformers": ("weight", "bias"),
+    "mmpretrain": ("gamma", "beta"),
+}
+_LEAVES = ("weight", "bias")
+# Where a layout may lack the prefix: a backbone that was saved alone.
+_PREFIX: dict[Layout, str] = {"transformers": "convnextv2.", "mmpretrain": "backbone."}
+
+
+def _compile(layout: Layout) -> list[tuple[str, re.Pattern[str]]]:
+    patterns = []
+    for part, template in zip(_PARTS, _TEMPLATES[layout]):
+        text = re.escape(template).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
+        leaves = _GRN_LEAVES[layout] if part == "grn" else _LEAVES
+        if prefix := _PREFIX.get(layout):
+            text = text.replace(re.escape(prefix), f"(?:{re.escape(prefix)})?", 1)
+        patterns.append((part, re.compile(rf"{text}\.(?P<leaf>{'|'.join(leaves)})")))
+    return patterns
+
+
+_PATTERNS = {layout: _compile(layout) for layout in _TEMPLATES}
 # Left by DDP, by torch.compile and by wrappers that hold a network as `model` or `network`.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
-_V1 = re.compile(r"(^|\.)stages\.\d+\.(blocks\.|layers\.)?\d+\.(gamma|layer_scale_parameter)$")
 _ENCODER = "encoder."
+_MINKOWSKI_LAYER = re.compile(r"\.(linear|ln)(?=\.(weight|bias)$)")
+_V1 = re.compile(r"(^|\.)stages\.\d+\.(blocks\.|layers\.)?\d+\.(gamma|layer_scale_parameter)$")
 
 
-class Recognised(NamedTuple):
-    """A state under official names (under its own for `other`), and the layout that it had."""
+def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Return the layout of a state, and the state under official names (under its own for `other`).
 
-    layout: str
-    state: dict[str, Tensor]
-
-
-def recognise(state: Mapping[str, Tensor]) -> Recognised:
-    """Return the layout of a state, and the state under official names; prefixes of wrappers are removed."""
+    Prefixes of wrappers are removed; an FCMAE keeps the prefix `encoder.` and its decoder.
+    """
     state = strip_wrappers(state)
-    if is_minkowski(state):
-        return Recognised("minkowski", to_dense(state))
+    if any(name.endswith(".kernel") or _MINKOWSKI_LAYER.search(name) for name in state):
+        return "minkowski", _minkowski_to_dense(state)
     for layout in get_args(Layout):
         if is_in_layout(state, layout):
-            return Recognised(layout, translate(state, layout, "official"))
-    inner = {name.removeprefix(_ENCODER): tensor for name, tensor in state.items() if name.startswith(_ENCODER)}
-    return Recognised("official" if is_in_layout(inner, "official") else "other", dict(state))
+            return layout, translate(state, layout, "official")
+    is_fcmae = is_in_layout([name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)], "official")
+    return "official" if is_fcmae else "other", state
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,3 +116,136 @@ def refuse_v1(state: Mapping[str, Tensor], path: object, key: str) -> None:
             f"{key}: {path} holds a ConvNeXt V1: it has LayerScale ({scale}) and no GRN, so it does not fit a ConvNeXt "
             "V2; fine-tune the V1 network itself (model=timm model.name=convnext_tiny), or take weights of V2"
         )
+
+
+def translate_name(name: str, source: Layout, target: Layout) -> str | None:
+    """Return a tensor's name in another layout; None where the source layout has no such name."""
+    for part, pattern in _PATTERNS[source]:
+        if match := pattern.fullmatch(name):
+            groups = match.groupdict()
+            leaf = groups.pop("leaf")
+            if part == "grn":
+                leaf = _GRN_LEAVES[target][_GRN_LEAVES[source].index(leaf)]
+            return f"{_TEMPLATES[target][_PARTS.index(part)].format(**groups)}.{leaf}"
+    return None
+
+
+def translate(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dict[str, Tensor]:
+    """Return a state under the names of another layout, in its shapes; unknown names stay as they are."""
+    translated = {}
+    for name, tensor in state.items():
+        new = translate_name(name, source, target)
+        translated[name if new is None else new] = tensor if new is None else _reshape_for(new, tensor, target)
+    return translated
+
+
+def is_in_layout(names: Iterable[str], layout: Layout) -> bool:
+    """Tell whether one of the names is that of a block's depthwise convolution in a layout."""
+    pattern = _PATTERNS[layout][_PARTS.index("dwconv")][1]
+    return any(pattern.fullmatch(name) for name in names)
+
+
+def _reshape_for(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    """Return a tensor in the shape that a layout has for its name: GRN, and pointwise layers saved as convolutions."""
+    if ".grn." in name:
+        flat = tensor.numel() == tensor.shape[-1]
+        return tensor.reshape(-1 if layout in ("timm", "mmpretrain") else (1, 1, 1, -1)) if flat else tensor
+    pointwise = translate_name(name, layout, "official")
+    if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) and pointwise is not None and ".pwconv" in pointwise:
+        return tensor.flatten(1)
+    return tensor
+
+
+def _minkowski_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state of MinkowskiEngine's layers under official dense names; `encoder.` and the decoder stay.
+
+    | dense | MinkowskiEngine |
+    |---|---|
+    | dwconv.weight (C, 1, k, k) | dwconv.kernel (k * k, C) |
+    | 1.weight (out, in, k, k) | 1.kernel (k * k, in, out) |
+    | bias (C) | bias (1, C) of a convolution; linear.bias (C), ln.bias (C) |
+    | pwconv1.weight, norm.weight | pwconv1.linear.weight, norm.ln.weight |
+    | grn.gamma (1, 1, 1, C) | grn.gamma (1, C) |
+    """
+    dense = {}
+    for name, tensor in state.items():
+        if name.endswith(".kernel"):
+            dense[f"{name.removesuffix('.kernel')}.weight"] = _kernel_to_weight(tensor)
+            continue
+        if ".grn." in name and tensor.ndim == 2:
+            tensor = tensor[None, None]
+        elif name.endswith(".bias") and tensor.ndim == 2:
+            tensor = tensor.flatten()
+        dense[_MINKOWSKI_LAYER.sub("", name)] = tensor
+    return dense
+
+
+def _kernel_to_weight(kernel: Tensor) -> Tensor:
+    """Return a kernel as a weight; its first spatial coordinate runs fastest, so the two spatial axes are swapped."""
+    side = math.isqrt(kernel.shape[0]) if kernel.ndim in (2, 3) else 0
+    if side == 0 or side * side != kernel.shape[0]:
+        return kernel  # of no square kernel: the network refuses its shape
+    if kernel.ndim == 2:
+        kernel = kernel[:, None]
+    _, inputs, outputs = kernel.shape
+    return kernel.permute(2, 1, 0).reshape(outputs, inputs, side, side).transpose(2, 3).contiguous()
+
+
+# The published sizes by depths and dims.
+SIZES = {
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+_BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.dwconv\.weight")
+
+
+class Geometry(NamedTuple):
+    """Depths and dims of the stages, the stem's stride (1: a 3x3 kernel), input channels, and classes (0: no head)."""
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    stem_stride: int
+    in_channels: int
+    num_classes: int
+
+    @property
+    def size(self) -> str | None:
+        """Return the published size's name, None for another."""
+        return next((name for name, shape in SIZES.items() if shape == (self.depths, self.dims)), None)
+
+
+def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
+    """Return the geometry of a state under official names."""
+    blocks: dict[int, dict[int, int]] = {}
+    for name, tensor in state.items():
+        if match := _BLOCK.fullmatch(name):
+            blocks.setdefault(int(match[1]), {})[int(match[2])] = tensor.shape[0]
+    stem = state["downsample_layers.0.0.weight"]
+    kernel = stem.shape[-1]
+    return Geometry(
+        depths=tuple(len(blocks[stage]) for stage in sorted(blocks)),
+        dims=tuple(blocks[stage][0] for stage in sorted(blocks)),
+        stem_stride=1 if kernel == 3 else kernel,
+        in_channels=stem.shape[1],
+        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+    )
+
+
+def describe_held(state: Mapping[str, Tensor]) -> str:
+    """Return the `model` settings of the ConvNeXt V2 that a state of any layout holds, for messages; "" for others."""
+    official = {name.removeprefix("encoder."): tensor for name, tensor in recognise(state)[1].items()}
+    try:
+        found = read_geometry(official)
+    except (KeyError, IndexError):
+        return ""
+    channels = "" if found.in_channels == 3 else f" model.in_channels={found.in_channels}"
+    if found.size is not None and found.stem_stride == 4:
+        return f"model=convnextv2_{found.size}{channels}"
+    depths, dims = (str(list(values)).replace(" ", "") for values in (found.depths, found.dims))
+    return f"model.depths={depths} model.dims={dims} model.stem_stride={found.stem_stride}{channels}"

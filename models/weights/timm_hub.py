@@ -1,12 +1,13 @@
-"""Weights of timm by a network's name: from timm's cache, or downloaded where there is a network."""
+"""timm's weights by a network's name, and timm's own converters of a network's files (its `checkpoint_filter_fn`)."""
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.weights.fit import Fit, load_into
-from models.weights.timm_filter import filter_state
+from models.weights.fit import Fit, load_into, optional_prefixes
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -42,7 +43,7 @@ def load_timm(network: nn.Module, *, keep_head: bool, key: str = "init_from") ->
             f"give a file: {key}=PATH"
         ) from None
     keeps = keep_head and stated.get("num_classes") == network.num_classes
-    state, _ = filter_state(network, loaded.state_dict())  # of another image size: positions are interpolated
+    state = filter_state(network, loaded.state_dict())  # of another image size: positions are interpolated
     fit = load_into(network, state, keep_head=keeps)
     licence = stated.get("license")
     log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
@@ -54,3 +55,24 @@ def _count_channels(network: nn.Module, stated: dict[str, Any]) -> int:
     first = stated.get("first_conv") or ()
     names = (first,) if isinstance(first, str) else first
     return network.get_parameter(f"{names[0]}.weight").shape[1] if names else 3
+
+
+def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state as timm's converter for a network makes it.
+
+    A state that fits but for the head stays as it is, as does that of a network without a converter, and one that the
+    converter fails on: the table of names then says what does not fit.
+    """
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    head = optional_prefixes(network)[0]
+    theirs, ours = (
+        {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(head)}
+        for tensors in (state, network.state_dict())
+    )
+    if convert is None or theirs == ours:
+        return dict(state)
+    try:
+        return dict(convert(dict(state), network))
+    except Exception as error:  # timm's converters raise errors of many kinds for names that they do not expect
+        log.info("timm's converter failed, so the names stay as they are: %s: %s", type(error).__name__, error)
+        return dict(state)

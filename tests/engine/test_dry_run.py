@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from models.convnextv2 import ConvNeXtV2
 from models.weights.fit import fit_state
-from models.weights.geometry import SIZES, Geometry
+from models.weights.layouts import SIZES
 from tests.in_process import SHORT, TINY, make_images, run, run_command
 from utils.errors import UserError
 from utils.io.files import read_json
@@ -62,8 +63,12 @@ def test_a_wrong_published_size_is_named():
 
 
 def build(size):
+    depths, dims = SIZES[size]
     with torch.device("meta"):
-        return Geometry(*SIZES[size], stem_stride=4, in_channels=3, num_classes=0).build()
+        return ConvNeXtV2(
+            in_channels=3, depths=depths, dims=dims, stem_stride=4, drop_path_rate=0.0, head_init_scale=1.0,
+            num_classes=0,
+        )  # fmt: skip
 
 
 def test_the_model_follows_the_run_in_init_from(place, monkeypatch, capsys):

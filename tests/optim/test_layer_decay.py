@@ -12,7 +12,7 @@ from models.build import build_network
 from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.names import translate_name
+from models.weights.layouts import translate_name
 from optim.layer_decay import layer_scales
 from utils.config.entry_point import CONF
 from utils.errors import UserError
