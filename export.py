@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
 from models.export.model_card import licence_entry
-from models.export.report import add_report
+from models.export.model_card import add_report
 from utils.config.entry_point import Job, entry_point
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights

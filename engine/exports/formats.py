@@ -16,9 +16,8 @@ from pydantic import AfterValidator, model_validator
 from engine.exports.sdxl import SDXL_FORMATS
 from engine.exports.weights import Weights
 from models.export import tag_files
-from models.export.model_card import write_card
+from models.export.model_card import refuse_other_format, write_card
 from models.export.onnx_file import OnnxConfig, export_onnx
-from models.export.report import refuse_other_format
 from models.export.tag_graph import make_form, make_graph, to_bgr
 from models.export.targets import TARGETS, export_folder
 from utils.config.schema import PathText

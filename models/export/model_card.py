@@ -1,4 +1,4 @@
-"""README.md and licence of an export: what the files are, and whose terms apply to them."""
+"""README.md, licence and export.json of an export: what the files are, and whose terms apply to them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,10 @@ from typing import Any
 from models.export import snippets
 from models.outputs import OUTPUTS
 from utils.canvas import background_of
+from utils.errors import UserError
+from utils.io.files import read_json, write_json
 
+REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _UNKNOWN = "unknown"
 
 
@@ -77,3 +80,31 @@ def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) 
     if licence is not None and "cc-by-nc" in licence.lower():
         lines.append("It forbids commercial use, of these weights too.")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def refuse_other_format(folder: Path, file: str, form: str) -> None:
+    """Raise UserError (`output`) where a folder has a file of this name in another format."""
+    earlier = _read_report(folder).get(file, {}).get("format", form)
+    if earlier != form:
+        raise UserError(
+            f"output: format={form} would replace the {file} of format={earlier} in {folder}; name another folder"
+        )
+
+
+def add_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the report of `report["file"]` into export.json; those of other files stay."""
+    write_json(folder / REPORT, {**_read_report(folder), report["file"]: report})
+
+
+def _read_report(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the reports in a folder by file."""
+    path = folder / REPORT
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(report, dict) for report in found.values()):
+        raise UserError(f"output: {path} is not a report of export.py; move it away, or name another folder")
+    return found

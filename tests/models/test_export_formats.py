@@ -20,7 +20,7 @@ from data.transforms import EvalTransform
 from engine.exports.weights import Weights
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
-from models.export import onnx_file, timm_folder
+from models.export import libraries, onnx_file
 from models.export.inference_form import InferenceBlock, to_inference_form
 from models.export.onnx_file import OnnxConfig, export_onnx
 from models.export.parity import vary_weights
@@ -248,13 +248,13 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(form, settings,
 
 def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     """With weights as small as drawn ones, its logits would pass; a copy with varied weights shows it."""
-    right = timm_folder.to_timm
+    right = libraries.to_timm
 
     def wrong(state, network):
         flipped = {name: tensor.flip(0) for name, tensor in state.items() if name.endswith("dwconv.weight")}
         return right({**state, **flipped}, network)
 
-    monkeypatch.setattr(timm_folder, "to_timm", wrong)
+    monkeypatch.setattr(libraries, "to_timm", wrong)
     model, metadata = make(geometry())
     with torch.no_grad():
         for parameter in model.network.parameters():
