@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from engine.task import Task, fingerprint_frozen
-from engine.tasks.kind import Kind, Setup
+from engine.tasks.kind import Kind, Setup, check_weights, split_networks
 from engine.tasks.kinds import KINDS
-from engine.tasks.setups import check_weights, split_networks
 from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.image_model import ImageModel

@@ -1,7 +1,6 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -81,7 +80,7 @@ class ClassificationTask(Task):
         self.normalise = setup.normalise()
         self.label_smoothing, self.head = config.label_smoothing, config.head
         self._mixing = config.mixing()
-        self._metadata = replace(setup, facts={"class_names": self.class_names}).metadata()
+        self._metadata = setup.metadata("class_names")
         weights = setup.facts.get("class_weights")  # for training alone
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 

@@ -12,7 +12,6 @@ Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the rest 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class DiffusionTask(Task):
     def __init__(self, setup: Setup[DiffusionTaskConfig]) -> None:
         super().__init__()
         config, tags = setup.task, setup.facts.get("tag_weights")  # a fact of training, which weight files do not have
-        self._config, self._model, self._metadata = config, setup.model, replace(setup, facts={}).metadata()
+        self._config, self._model, self._metadata = config, setup.model, setup.metadata()
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them

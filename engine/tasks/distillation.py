@@ -36,10 +36,9 @@ from engine.tasks.classification import (
     ClassificationTaskConfig,
 )
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, Setup
+from engine.tasks.kind import Kind, Setup, check_weights
 from engine.tasks.mixing import MixingConfig
 from engine.tasks.pretrained import stated_preprocessing
-from engine.tasks.setups import check_weights
 from engine.tasks.tag_losses import TagLossConfig, bce
 from engine.tasks.tagging import TaggingKind, TaggingPipeline, TaggingTask, TaggingTaskConfig, describe_mirror
 from models.build import build_network, check_image_size
@@ -232,7 +231,7 @@ class _Headless(Task):
         check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
         self.network = build_network(setup.model, num_classes=0)
         self.normalise, self._mixing = setup.normalise(), setup.task.mixing()
-        self._metadata = replace(setup, facts={}).metadata()
+        self._metadata = setup.metadata()
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file."""

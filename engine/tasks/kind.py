@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import Field
-from torch import nn
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from data.collection import Collection
 from data.config import DataConfig
@@ -23,9 +24,11 @@ from data.image_data import ImageData
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
-from engine.task import Report, Task
+from engine.task import Report, Task, join_exported
 from models.config import ModelConfig
 from models.normalise import Normalise
+from models.predictor import wrong_metadata
+from models.weights.fit import fit_state
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
@@ -51,7 +54,7 @@ class TaskConfig(Strict):
 
 @dataclass(frozen=True)
 class Setup(Generic[Config]):
-    """What a task is built from. It follows from a run's configuration, and from a weight file's metadata alone.
+    """What a task is built from: by a run's configuration and collection, or by a weight file's metadata alone.
 
     preprocessing: what evaluation does to an image (AugmentConfig.preprocessing); empty for kinds without images.
     facts: what the task knows of the collection it was trained on, such as class names (JSON values).
@@ -66,10 +69,13 @@ class Setup(Generic[Config]):
         """Return the normalisation of images."""
         return Normalise(self.preprocessing["mean"], self.preprocessing["std"], self.model.in_channels)
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the metadata of a weight file beside model and task."""
+    def metadata(self, *names: str) -> dict[str, Any]:
+        """Return the metadata of a weight file beside model and task: some facts by name, and the preprocessing.
+
+        The other facts are for training alone.
+        """
         prepared = {"preprocessing": dict(self.preprocessing)} if self.preprocessing else {}
-        return {**self.facts, **prepared}
+        return {**{name: self.facts[name] for name in names}, **prepared}
 
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of each fact: a resumed run must know the same, in the same order."""
@@ -116,7 +122,7 @@ class Kind(Generic[Config]):
     config: the schema of its `task` group; model_schema: of its `model` group. scripts: the root scripts that train it.
     output: what its network makes of one image, a name in models/outputs.py; None where it makes nothing of an image
     alone. next_commands: what can be typed after a run, with {run} for its folder and {data} for its collection.
-    fact_names: the facts that its task reads.
+    fact_names: the facts that its weight files state.
     """
 
     config: ClassVar[type[TaskConfig]]
@@ -160,3 +166,59 @@ def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
     if not isinstance(name, str) or name not in kinds:
         raise UserError(f"{key}: unknown task {name!r}; {close_names(str(name), kinds)}")
     return kinds[name]
+
+
+# ------------------------------------------------------------------------------------------------------- weight files
+
+
+def check_weights(
+    path: Path, key: str, shapes: Mapping[str, Tensor], metadata: dict[str, Any], kinds: Mapping[str, Kind]
+) -> tuple[Kind, Setup]:
+    """Return a weight file's kind, one of `kinds`, and setup, for the price of its header.
+
+    shapes: its tensors on the meta device. Raises UserError (`key`) where the file is not of one of the kinds, or its
+    metadata and its tensors do not fit together.
+    """
+    kind, setup = _read_setup(path, key, metadata, kinds)
+    with torch.device("meta"):
+        task = kind.build(setup)
+    for name, state in split_networks(task, shapes).items():
+        if missing := fit_state(task.get_submodule(name), state, keep_head=True, key=key).left:
+            raise UserError(f"{key}: {path} lacks {', '.join(missing)}; export or train the file again")
+    return kind, setup
+
+
+def split_networks(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return a weight file's tensors by exported network, under the network's own names."""
+    networks, named = task.exported().networks, join_exported(task, tensors, {})
+    return {
+        network: {name.removeprefix(f"{network}."): named[name] for name in named if name.startswith(f"{network}.")}
+        for network in networks
+    }
+
+
+def _read_setup(path: Path, key: str, metadata: dict[str, Any], kinds: Mapping[str, Kind]) -> tuple[Kind, Setup]:
+    """Return a file's kind and setup. Raises UserError (`key`) that names the first wrong value of its metadata."""
+    if "task" in metadata and metadata["task"] is None and metadata.get("output") == "features":
+        raise UserError(
+            f"{key}: {path} has features only, neither a head nor a task; load it with init_from={path}, or export the "
+            "run without backbone_only"
+        )
+    if "task" not in metadata or "model" not in metadata or not isinstance(metadata["task"], dict):
+        raise UserError(
+            f"{key}: {path} was not written by a run of Atelier; name a run folder or such a file. Weights of others "
+            f"become a run by: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
+            "augment=... data=... run_dir=... (docs/weights.md)"
+        )
+    kind = find_kind(metadata["task"].get("name"), f"{key}: {path}", kinds)
+    if missing := [name for name in kind.fact_names if name not in metadata]:
+        raise UserError(f"{key}: {path} names no {', '.join(missing)} in its metadata; make the file again")
+    kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})
+    try:
+        model = TypeAdapter(kind.model_schema).validate_python(metadata["model"])
+        task = kind.config.model_validate(metadata["task"])
+    except ValidationError as error:
+        raise wrong_metadata(path, key, error) from None
+    return kind, Setup(
+        model, task, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.fact_names}
+    )

@@ -34,26 +34,22 @@ def use_pretrained(config: Config) -> Config:
     if not asks and config.init_from != "timm":
         return config
     refuse_average(config.init_weights, "the weights of timm have no average beside them")
-    if not isinstance(config.model, TimmConfig):
+    model, augment = config.model, config.augment
+    if not isinstance(model, TimmConfig):
         raise UserError(
-            f"init_from: timm gives weights to its own networks, not to {config.model.name}; set model=timm "
-            f"model.name={config.model.name}, or give a weight file"
+            f"init_from: timm gives weights to its own networks, not to {model.name}; set model=timm "
+            f"model.name={model.name}, or give a weight file"
         )
-    augment = take_over(config.augment, config.model)
-    return config.model_copy(update={"init_from": "timm", "augment": augment})
-
-
-def take_over(augment: AugmentConfig, model: TimmConfig) -> AugmentConfig:
-    """Return `augment` with the preprocessing that timm states for a network's weights, and log it."""
     stated = stated_preprocessing(model, "init_from", "give the weight file and an augment of yours: init_from=FILE")
     height, width = stated.pop("image_size_hw")
-    changes = {key: value for key, value in stated.items() if getattr(augment, key) != value}
-    told = ", ".join(f"{key}={value}" for key, value in stated.items())
+    changed = [key for key, value in stated.items() if getattr(augment, key) != value]
     log.info(
-        "augment: taken over from timm's %s: %s%s; its images were %d x %d, here they are %d x %d",
-        model.name, told, f" (changed: {', '.join(changes)})" if changes else "", height, width, *augment.image_size_hw,
+        "augment: taken over from timm's %s: %s%s; its images were %d x %d, here they are %d x %d", model.name,
+        ", ".join(f"{key}={value}" for key, value in stated.items()),
+        f" (changed: {', '.join(changed)})" if changed else "", height, width, *augment.image_size_hw,
     )  # fmt: skip
-    return AugmentConfig.model_validate({**augment.model_dump(), **changes})
+    augment = AugmentConfig.model_validate({**augment.model_dump(), **stated})
+    return config.model_copy(update={"init_from": "timm", "augment": augment})
 
 
 def stated_preprocessing(model: TimmConfig, key: str, advice: str, name_key: str = "model.name") -> dict[str, Any]:

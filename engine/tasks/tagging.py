@@ -131,8 +131,7 @@ class TaggingTask(Task):
         self.register_buffer("tag_weights", weights, persistent=False)
         is_rating = torch.tensor(self.vocabulary.categories) == RATING
         self.register_buffer("is_rating", is_rating, persistent=False)
-        own = replace(setup, facts={**self.vocabulary.facts(), "vocabulary_hash": self.vocabulary.hash})
-        self._metadata = own.metadata()
+        self._metadata = {**setup.metadata(*FACTS), "vocabulary_hash": self.vocabulary.hash}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; of a tagger of ours, the rows of its head by the tags' names."""

@@ -49,7 +49,11 @@ class FlowTask(Task):
         body = [nn.Conv2d(5, setup.model.width, 3, padding=1), nn.SiLU(), nn.Conv2d(setup.model.width, 4, 3, padding=1)]
         label = nn.Embedding(len(setup.facts["class_names"]) + 1, 4)  # 0: no class
         self.velocity = nn.ModuleDict({"label": label, "body": nn.Sequential(*body)})
-        self.normalise, self._metadata, self.channels = setup.normalise(), setup.metadata(), setup.model.in_channels
+        self.normalise, self._metadata, self.channels = (
+            setup.normalise(),
+            setup.metadata("class_names"),
+            setup.model.in_channels,
+        )
 
     def load_frozen(self):
         self.encoder = nn.Conv2d(self.channels, 4, kernel_size=4, stride=4, bias=False)

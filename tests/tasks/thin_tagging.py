@@ -45,7 +45,7 @@ class ThinTaggingTask(Task):
         self.network = build_network(setup.model, num_classes=len(self.tag_names))
         self.normalise = setup.normalise()
         self.register_buffer("positive_weight", torch.tensor(setup.task.positive_weight))
-        self._metadata = setup.metadata()
+        self._metadata = setup.metadata("tag_names")
 
     def initialise(self, source):
         self.origin = initialise_from(self.network, source, keep_head=False)
