@@ -37,9 +37,9 @@ from data.predictions import (
 )
 from data.tags.captions import find_excluded, join_tags, spell_tags
 from engine.config import MachineConfig
-from engine.runtime import choose_device, choose_runtime
 from engine.exports.weights import load_predictor
-from models.outputs import OUTPUTS, RowOptions
+from engine.runtime import choose_device, choose_runtime
+from models.outputs import RowOptions
 from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
@@ -49,8 +49,7 @@ from utils.io.files import output_errors, sha256_file
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG, read_thresholds
-from utils.thresholds import FILE as THRESHOLDS
+from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
 from utils.vocabulary import Vocabulary
 
 log = get_logger(__name__)
@@ -91,7 +90,7 @@ class PredictConfig(Strict):
 def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:
     """Return what rows are made of: of tags, those that are not excluded and reach their thresholds."""
     text, least = config.text, np.float32(0.0)
-    if predictor.output is OUTPUTS["tags"]:
+    if predictor.has_tags:
         least = np.broadcast_to(choose_thresholds(config, predictor), len(predictor.names))
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
@@ -103,50 +102,47 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
 
     Raises UserError (`thresholds`, `profile`) where there are none of the tagger, or of the profile.
     """
-    own = Path(config.weights) / THRESHOLDS
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
-    if config.thresholds is not None or own.is_file():
-        path = Path(config.thresholds or own)
-        vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
-        table = read_thresholds(path, vocabulary, "thresholds", predictor.vocabulary)
-        log.info("thresholds: %s, profile %s", path, config.profile)
+    vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
+    table = find_thresholds(config.thresholds, config.weights, vocabulary, predictor.vocabulary)
+    if table is not None:
         return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
     if config.profile != PER_TAG:
         raise UserError(
             f"profile: {config.profile} is one of thresholds.csv, and {config.weights} comes with none; evaluate.py "
             "calibrate=true writes it into the run, and thresholds=FILE names it"
         )
-    own = f"those in {config.weights}" if predictor.thresholds else f"{DEFAULT}, nothing is calibrated"
-    log.info("thresholds: %s", own)
+    log.info("thresholds: %s", f"those in {config.weights}" if predictor.thresholds else f"{DEFAULT}, not calibrated")
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
-def open_destination(config: PredictConfig, predictor: Predictor, images: Images) -> Destination:
-    """Return where the predictions go. Raises UserError (`output`, `existing`) where they cannot go there."""
+def open_destination(config: PredictConfig, predictor: Predictor, images: Images) -> tuple[Destination, list[Path]]:
+    """Return where the predictions go, and the images that are still to be predicted.
+
+    Raises UserError (`output`, `existing`) where they cannot go there, or `existing` does not say what to do with what
+    is there.
+    """
     output, columns = Path(config.output), predictor.output.columns
     is_folder = config.output == "beside" or config.output.endswith("/") or output.is_dir()
     if is_folder or output.suffix == ".json":
-        if predictor.output is not OUTPUTS["tags"]:
+        if not predictor.has_tags:
             raise UserError(f"output: {output} is for tags, which {config.weights} does not give; name a .jsonl file")
         folder = None if config.output == "beside" else config.output
-        return Sidecars(images, folder) if is_folder else KohyaMetadata(images, output)
-    if config.existing == "append":
+        destination = Sidecars(images, folder) if is_folder else KohyaMetadata(images, output)
+    elif config.existing == "append":
         raise UserError(f"existing: append is for the texts of tags, and {output} has rows; set skip or overwrite")
-    if output.suffix == ".csv" and columns is None:
+    elif output.suffix == ".csv" and columns is None:
         raise UserError(f"output: {config.weights} gives vectors, which CSV does not hold; name a .jsonl file")
-    return RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
-
-
-def choose_pending(config: PredictConfig, destination: Destination, images: Images) -> list[Path]:
-    """Return the images to predict. Raises UserError (`existing`) where it does not say what to do with texts."""
+    else:
+        destination = RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
     there = {path for path in images.paths if destination.has(str(path))}
     if there and config.existing is None:
         raise UserError(
             f"existing: null, and {len(there):,} of {len(images.paths):,} images have tags there already, such as "
             f"{min(there)}; set skip (so that a command that was killed goes on), append or overwrite"
         )
-    return [path for path in images.paths if path not in there or config.existing != "skip"]
+    return destination, [path for path in images.paths if path not in there or config.existing != "skip"]
 
 
 def predict_all(
@@ -156,14 +152,12 @@ def predict_all(
 
     In order; of weights that were trained in buckets, one bucket after the other.
     """
-    if not paths:
-        return
     machine = MachineConfig(
         device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
         deterministic=False, hang_timeout_sec=1800.0,
     )  # fmt: skip
     runtime = choose_runtime(machine)
-    for preprocessing, some in split_by_bucket(paths, predictor.preprocessing):
+    for preprocessing, some in split_by_bucket(paths, predictor.preprocessing) if paths else ():
         loader, reasons = load_files(
             some, preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
         )
@@ -172,6 +166,8 @@ def predict_all(
             readable = batch["weight"] > 0
             predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
             for there, path in zip(readable.tolist(), left):
+                if not there:
+                    log.warning("unreadable image %s: %s", path, reasons.of[str(path)])
                 yield {"path": str(path), **(next(predicted) if there else {"error": reasons.of[str(path)]})}
 
 
@@ -193,8 +189,6 @@ def embed(key: str, predictor: Predictor, config: PredictConfig) -> tuple[list[s
     paths = find_images(getattr(config, key), key).paths
     rows = predict_all(predictor, paths, config, lambda images: [{"vector": one} for one in predictor.embed(images)])
     found = [row for row in track(rows, len(paths), "embedding") if "vector" in row]
-    if len(found) < len(paths):
-        log.warning("%d of %d images cannot be read, and have no embedding", len(paths) - len(found), len(paths))
     if not found:
         raise UserError(f"{key}: {paths[0]} cannot be read, nor any other; predict.py output=x.jsonl gives the reasons")
     return [row["path"] for row in found], np.stack([row["vector"] for row in found])
@@ -226,20 +220,17 @@ def main(config: PredictConfig, job: Job) -> str:
         return "dry run: nothing is embedded" if config.dry_run else search(config, predictor, sha256_file(weights))
 
     # ------------------------------------------------------------------------ 2. The images, and where the rows go
-    options = choose_rows(config, predictor)
-    images = find_images(config.input, "input")
-    destination = open_destination(config, predictor, images)
-    paths = choose_pending(config, destination, images)
+    options, images = choose_rows(config, predictor), find_images(config.input, "input")
+    destination, paths = open_destination(config, predictor, images)
     if config.dry_run:
         return f"dry run: {len(paths)} images, nothing is predicted"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
     rows = predict_all(predictor, paths, config, lambda images: predictor.rows(images, options))
     with output_errors("output", Path(config.output)):
-        unreadable = destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
+        destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
     place = "files beside the images" if config.output == "beside" else config.output
-    log.info("wrote %s: %d images, %d unreadable, %d there already", place, len(paths), unreadable,
-             len(images.paths) - len(paths))  # fmt: skip
+    log.info("wrote %s: %d images, %d there already", place, len(paths), len(images.paths) - len(paths))
     return f"{len(paths)} images"
 
 

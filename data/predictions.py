@@ -11,7 +11,7 @@ import os
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,6 @@ from data.scan import IMAGE_SUFFIXES
 from data.tags.records import parse_text
 from utils.errors import UserError
 from utils.io.files import read_json, write_atomically, write_json
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 Row = dict[str, Any]
 _KEPT_EVERY = 10_000  # images after which kohya's metadata, one JSON object, are written again
@@ -45,68 +42,33 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     names = [source] if isinstance(source, str) else source
     if source == "-":
         names = [line for line in sys.stdin.read().split("\n") if line]
-    found = [pair for name in names for pair in _find(name, key)]
-    if not found:
-        raise UserError(f"{key}: stdin names no image; write a path on each line")
-    if unnamed := next((path for _, path in found if not _is_utf8(str(path))), None):
-        raise UserError(f"{key}: the file name {str(unnamed)!r} is not UTF-8; rename the file")
-    root = os.path.commonpath([os.path.abspath(folder) for folder, _ in found])
-    return Images(root, list(dict.fromkeys(path for _, path in found)))
+        if not names:
+            raise UserError(f"{key}: stdin names no image; write a path on each line")
+    folders, paths = set(), {}
+    for name in names:
+        path = Path(name)
+        found = [path] if path.is_file() else _list_images(path, key)
+        paths |= dict.fromkeys(found)
+        folders |= {path} if path.is_dir() else {file.parent for file in found}
+    for path in paths:
+        if str(path) != str(path).encode(errors="replace").decode():
+            raise UserError(f"{key}: the file name {str(path)!r} is not UTF-8; rename the file")
+    return Images(os.path.commonpath([os.path.abspath(folder) for folder in folders]), list(paths))
 
 
-def _find(name: str, key: str) -> Iterator[tuple[Path, Path]]:
-    """Yield the images that a text names, each with the folder that it was looked for in."""
-    path = Path(name)
-    if path.is_file():
-        yield path.parent, path
-    elif path.is_dir():
-        yield from ((path, file) for file in _only_images(path.rglob("*"), f"{key}: {path} holds no image"))
-    elif glob.has_magic(name):
-        matches = map(Path, glob.iglob(name, recursive=True))
-        yield from ((file.parent, file) for file in _only_images(matches, f"{key}: {name} matches no image"))
-    else:
+def _list_images(path: Path, key: str) -> list[Path]:
+    """Return the images of a folder, or that match a pattern."""
+    if not path.is_dir() and not glob.has_magic(str(path)):
         raise UserError(f"{key}: {path} does not exist; name an image, a folder or a pattern such as 'a/**/*.png'")
-
-
-def _only_images(paths: Iterable[Path], problem: str) -> list[Path]:
-    found = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    files = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
+    found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not found:
-        raise UserError(f"{problem}; known endings: {', '.join(IMAGE_SUFFIXES)}")
+        problem = "holds" if path.is_dir() else "matches"
+        raise UserError(f"{key}: {path} {problem} no image; known endings: {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
-def _is_utf8(text: str) -> bool:
-    """Return whether a text can be written; a file name may hold bytes that no text has."""
-    return text == text.encode(errors="replace").decode()
-
-
-class Destination:
-    """Where predictions go. A row has `path`, and what was predicted or `error`."""
-
-    def has(self, path: str) -> bool:
-        """Return whether an image's prediction is there already."""
-        raise NotImplementedError
-
-    def tags(self, path: str) -> Sequence[str]:
-        """Return an image's tags that are there already."""
-        return ()
-
-    def put(self, row: Row) -> None:
-        """Write a row."""
-        raise NotImplementedError
-
-    def write(self, rows: Iterable[Row]) -> int:
-        """Write each row when it comes; warn of errors, and return how many there are."""
-        errors = 0
-        for row in rows:
-            if "error" in row:
-                log.warning("unreadable image %s: %s", row["path"], row["error"])
-                errors += 1
-            self.put(row)
-        return errors
-
-
-class RowFile(Destination):
+class RowFile:
     """JSON lines, or CSV with some columns. keep: write behind the whole rows that are there; else replace them.
 
     Raises UserError (`output`) for a file of another ending, or with other rows than are to be kept.
@@ -141,31 +103,29 @@ class RowFile(Destination):
         """Return whether a kept row is of the image."""
         return path in self._done
 
-    def write(self, rows: Iterable[Row]) -> int:
-        """Write the rows, where none are kept in one piece at the end."""
-        if not self._keep:
-            return write_atomically(self._file, lambda temporary: self._write_to(temporary, rows))
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        return self._write_to(self._file, rows)
-
-    def _write_to(self, file: Path, rows: Iterable[Row]) -> int:
-        with open(file, "a", encoding="utf-8", newline="") as self._stream:
-            self._stream.truncate(len(self._kept))
-            self._table = csv.DictWriter(self._stream, self._columns or [], restval="", extrasaction="ignore")
-            if self._columns is not None and not self._kept:
-                self._table.writeheader()
-            return super().write(rows)
-
-    def put(self, row: Row) -> None:
-        """Write a row, and leave it to the system."""
-        if self._columns is None:
-            self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def write(self, rows: Iterable[Row]) -> None:
+        """Write the rows; where none are kept, the file takes its name at the end."""
+        if self._keep:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._write_to(self._file, rows)
         else:
-            self._table.writerow(row)
-        self._stream.flush()
+            write_atomically(self._file, lambda temporary: self._write_to(temporary, rows))
+
+    def _write_to(self, file: Path, rows: Iterable[Row]) -> None:
+        with open(file, "a", encoding="utf-8", newline="") as stream:
+            stream.truncate(len(self._kept))
+            table = csv.DictWriter(stream, self._columns or [], restval="", extrasaction="ignore")
+            if self._columns is not None and not self._kept:
+                table.writeheader()
+            for row in rows:
+                if self._columns is None:
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                else:
+                    table.writerow(row)
+                stream.flush()
 
 
-class Sidecars(Destination):
+class Sidecars:
     """A text file per image: beside it, or at the same place below another folder; none of an unreadable image.
 
     `x.txt`, and `x.png.txt` where another image differs in its suffix alone. Raises UserError (`output`) where a link
@@ -194,18 +154,24 @@ class Sidecars(Destination):
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
 
-    def put(self, row: Row) -> None:
-        """Write the file."""
-        if "tags" in row:
-            text = row["tags"] + "\n"
-            write_atomically(self._files[row["path"]], lambda file: file.write_text(text, "utf-8"), flush=False)
+    def write(self, rows: Iterable[Row]) -> None:
+        """Write the files."""
+        for row in rows:
+            if "tags" in row:
+                write_atomically(
+                    self._files[row["path"]], lambda file, row=row: file.write_text(f"{row['tags']}\n", "utf-8"),
+                    flush=False,
+                )  # fmt: skip
 
 
-class KohyaMetadata(Destination):
-    """kohya's metadata, one JSON object: entries of these images are updated, what else is there stays."""
+class KohyaMetadata:
+    """kohya's metadata, one JSON object: entries of these images are updated, what else is there stays.
+
+    Raises UserError (`output`) for a file that is something else.
+    """
 
     def __init__(self, images: Images, file: Path) -> None:
-        self._file, self._put = file, 0
+        self._file = file
         try:
             self._entries = read_json(file) if file.exists() else {}
         except (OSError, ValueError) as error:
@@ -229,20 +195,18 @@ class KohyaMetadata(Destination):
         """Return the tags of the entry."""
         return parse_text(self._entries[self._keys[path]]["tags"]).tags if self.has(path) else ()
 
-    def put(self, row: Row) -> None:
-        """Update the entry."""
-        if "tags" in row:
+    def write(self, rows: Iterable[Row]) -> None:
+        """Update the entries, and write them now and then."""
+        for number, row in enumerate((row for row in rows if "tags" in row), start=1):
             entry = self._entries.setdefault(self._keys[row["path"]], {})
             entry |= {"tags": row["tags"], "image_size": list(read_size(row["path"]))}
-            self._put += 1
-            if self._put % _KEPT_EVERY == 0:
+            if number % _KEPT_EVERY == 0:
                 write_json(self._file, self._entries)
-
-    def write(self, rows: Iterable[Row]) -> int:
-        """Update the entries, and write them now and then."""
-        errors = super().write(rows)
         write_json(self._file, self._entries)
-        return errors
+
+
+# Where predictions go. A row has `path`, and what was predicted or `error`; each is written when it comes.
+Destination = RowFile | Sidecars | KohyaMetadata
 
 
 def write_embeddings(file: Path, paths: Sequence[str], vectors: np.ndarray, weights: str) -> None:

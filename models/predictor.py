@@ -114,7 +114,7 @@ class Predictor:
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = dict(metadata)
-        self.output = OUTPUTS[metadata["output"]]
+        self.output, self.has_tags = OUTPUTS[metadata["output"]], metadata["output"] == "tags"
         self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
         counts = np.array(metadata.get("tag_counts") or [1] * len(self.names))
@@ -159,39 +159,9 @@ class OnnxPredictor(Predictor):
     """Predict with an ONNX file in ONNX Runtime. Raises UserError (`key`) where it cannot be read."""
 
     def __init__(self, path: Path, device: torch.device, key: str = "weights") -> None:
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
-        # ONNX Runtime lists the providers that it was built with, not those that work here: torch knows that.
-        providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-        if providers:
-            onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
-        refuse_external_data(path, key)
-        try:
-            self._session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
-        except (
-            errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile, errors.InvalidArgument,
-            errors.NotImplemented, errors.RuntimeException,
-        ) as error:  # fmt: skip
-            raise unreadable_onnx(path, key, error) from None
-        if not set(providers) <= set(self._session.get_providers()):
-            log.warning(
-                "%s: ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", key, path,
-            )  # fmt: skip
-        found = self._session.get_modelmeta().custom_metadata_map
-        if "atelier" in found:
-            try:
-                metadata = json.loads(found["atelier"])
-            except (ValueError, RecursionError) as error:
-                raise unreadable_onnx(path, key, error) from None
-        else:
-            metadata = read_wd_metadata(path, key, self._session.get_inputs(), self._session.get_outputs())
-        check_metadata(path, key, metadata)
-        if metadata.get("output") not in OUTPUTS:
-            raise UserError(f"{key}: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
+        self._path, self._session = path, _open_session(path, device, key)
+        metadata = _read_metadata(path, key, self._session)
         super().__init__(metadata)
-        self._path = path
         plain = {"outputs": {name: name for name in self.output.heads}}
         self._form = OnnxForm.model_validate(metadata.get("form") or plain)
         self._name = next((name for name, what in self._form.outputs.items() if what == self.output.heads[-1]), "probs")
@@ -229,3 +199,39 @@ class OnnxPredictor(Predictor):
         one = self._session.get_inputs()[0].shape[0] == 1  # older WD files take one image at a time
         parts = np.split(taken, len(taken)) if one else [taken]
         return np.concatenate([self._session.run([name], {self._form.input: part})[0] for part in parts])
+
+
+def _open_session(path: Path, device: torch.device, key: str) -> Any:
+    """Return ONNX Runtime's session of a file; on the CPU, with a warning, where its CUDA libraries are missing."""
+    import onnxruntime
+
+    refuse_external_data(path, key)
+    # ONNX Runtime lists the providers that it was built with, not those that work here: torch knows that.
+    providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    if providers:
+        onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
+    try:
+        session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
+    except Exception as error:  # its classes have no base of their own
+        raise unreadable_onnx(path, key, error) from None
+    if not set(providers) <= set(session.get_providers()):
+        log.warning(
+            "%s: ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", key, path,
+        )  # fmt: skip
+    return session
+
+
+def _read_metadata(path: Path, key: str, session: Any) -> dict[str, Any]:
+    """Return the metadata of a file of ours, or what the WD form stands for."""
+    found = session.get_modelmeta().custom_metadata_map
+    try:
+        metadata = json.loads(found["atelier"]) if "atelier" in found else None
+    except (ValueError, RecursionError) as error:
+        raise unreadable_onnx(path, key, error) from None
+    if "atelier" not in found:
+        metadata = read_wd_metadata(path, key, session.get_inputs(), session.get_outputs())
+    check_metadata(path, key, metadata)
+    if metadata.get("output") not in OUTPUTS:
+        raise UserError(f"{key}: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
+    return metadata

@@ -18,8 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.record.logging import get_logger
 from utils.record.report_files import write_table
 from utils.vocabulary import Vocabulary, describe_difference
+
+log = get_logger(__name__)
 
 CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
@@ -95,6 +98,17 @@ def read_thresholds(path: Path, vocabulary: Vocabulary, key: str, trained: str |
             f"category {OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
         )
     return table
+
+
+def find_thresholds(
+    named: str | None, run_dir: str | None, vocabulary: Vocabulary, trained: str | None = None
+) -> ThresholdTable | None:
+    """Return the thresholds that `thresholds` names, or those that evaluate.py has written into a run; None without."""
+    path = Path(named or Path(run_dir or "") / FILE)
+    if named is None and (run_dir is None or not path.is_file()):
+        return None
+    log.info("thresholds: %s", path)
+    return read_thresholds(path, vocabulary, "thresholds", trained)
 
 
 def _parse(stream: Iterator[str]) -> Iterator[tuple[Threshold, str]]:

@@ -23,12 +23,8 @@ from models.export.targets import TARGETS, export_folder
 from utils.config.schema import PathText
 from utils.errors import UserError, close_names
 from utils.io.weights import WEIGHT_NAMES
-from utils.record.logging import get_logger
-from utils.thresholds import FILE as THRESHOLDS
-from utils.thresholds import PER_TAG, ThresholdTable, read_thresholds
+from utils.thresholds import PER_TAG, find_thresholds
 from utils.vocabulary import FACTS, vocabulary_of
-
-log = get_logger(__name__)
 
 _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
@@ -90,9 +86,9 @@ def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
 
 def write_tagger(form: str, weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write an ONNX file in one of the forms of models/export/tag_graph.py, and what lies beside it."""
-    thresholds, preprocessing = find_thresholds(weights, config), weights.metadata["preprocessing"]
+    vocabulary, preprocessing = vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
     tag_files.check_images(form, preprocessing)
-    vocabulary = vocabulary_of(weights.metadata)
+    thresholds = find_thresholds(config.thresholds, config.run_dir, vocabulary)
     kept, rows = tag_files.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
     made = make_form(form, preprocessing)
     graph = make_graph(weights.model, made, rows, preprocessing["image_size_hw"])
@@ -122,18 +118,9 @@ def write_timm_tagger(weights: Weights, folder: Path, config: ExportConfig) -> d
     network = to_bgr(weights.model.network, stated["image_size_hw"])
     metadata = {**weights.metadata, "channel_order": "BGR", "preprocessing": {**stated, "pad": "none"}}  # programs pad
     report = export_folder(TARGETS["timm"], network, metadata, folder, config.accepted)
-    tag_files.write_tags(folder, vocabulary_of(weights.metadata), find_thresholds(weights, config))
+    vocabulary = vocabulary_of(weights.metadata)
+    tag_files.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
     return report
-
-
-def find_thresholds(weights: Weights, config: ExportConfig) -> ThresholdTable | None:
-    """Return a tagger's thresholds: those named, or those that evaluate.py has written into the run folder."""
-    own = None if config.run_dir is None else Path(config.run_dir) / THRESHOLDS
-    path = own if config.thresholds is None else Path(config.thresholds)
-    if path is None or (config.thresholds is None and not path.exists()):
-        return None
-    log.info("thresholds: %s", path)
-    return read_thresholds(path, vocabulary_of(weights.metadata), "thresholds")
 
 
 IMAGE_FORMATS: Mapping[str, Format] = {
@@ -158,15 +145,11 @@ def find_format(name: str, weights: Weights) -> Format:
         if not formats:
             raise UserError(f"weights: {weights.path} is of task {task!r}, which has no export")
     else:
-        formats = TAG_FORMATS if weights.metadata["output"] == "tags" and has_tags(weights.metadata) else IMAGE_FORMATS
+        is_tagger = weights.metadata["output"] == "tags" and set(FACTS) <= weights.metadata.keys()
+        formats = TAG_FORMATS if is_tagger else IMAGE_FORMATS
     if name not in formats:
         raise UserError(f"format: {name!r} is no format of these weights; {close_names(name, formats)}")
     return formats[name]
-
-
-def has_tags(metadata: Mapping[str, Any]) -> bool:
-    """Return whether metadata state a vocabulary."""
-    return set(FACTS) <= metadata.keys()
 
 
 def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
