@@ -1,33 +1,22 @@
 """From the `model` group of the configuration to a network."""
 
-import difflib
-
 import torch
 from torch import nn
 
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
 from models.convnextv2 import ConvNeXtV2
-from utils.errors import UserError
+from utils.errors import UserError, close_names
 
 
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build the network with fresh weights; `num_classes` 0 makes no head.
 
-    Raises UserError naming `model.name`, `model.drop_path_rate` or `model.image_size_hw` where timm refuses them.
+    Raises UserError (`model.name`, `model.drop_path_rate`, `model.image_size_hw`) where timm refuses it.
     """
-    match config:
-        case ConvNeXtV2Config():
-            return ConvNeXtV2(
-                in_channels=config.in_channels,
-                depths=config.depths,
-                dims=config.dims,
-                stem_stride=config.stem_stride,
-                drop_path_rate=config.drop_path_rate,
-                head_init_scale=config.head_init_scale,
-                num_classes=num_classes,
-            )
-        case TimmConfig():
-            return _build_timm(config, num_classes)
+    if isinstance(config, TimmConfig):
+        return _build_timm(config, num_classes)
+    stated = config.model_dump(exclude={"family", "name"})
+    return ConvNeXtV2(**stated, num_classes=num_classes)
 
 
 def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> None:
@@ -36,21 +25,15 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
     A ConvNeXt V2's total stride must divide both sides; a timm network is tried on the meta device, where it takes
     neither memory nor arithmetic.
     """
-    if isinstance(config, TimmConfig):
-        _try_timm(config, tuple(image_size_hw))
+    if isinstance(config, ConvNeXtV2Config):
+        stride = config.total_stride
+        if not all(side >= stride and side % stride == 0 for side in image_size_hw):
+            nearest = [max(stride, round(side / stride) * stride) for side in image_size_hw]
+            raise UserError(
+                f"augment.image_size_hw: {list(image_size_hw)} is not a multiple of the total stride {stride} of "
+                f"{config.name} on both sides; set {nearest}, or choose a model of smaller stride"
+            )
         return
-    stride = config.total_stride
-    if all(side >= stride and side % stride == 0 for side in image_size_hw):
-        return
-    nearest = [max(stride, round(side / stride) * stride) for side in image_size_hw]
-    raise UserError(
-        f"augment.image_size_hw: {list(image_size_hw)} is not a multiple of the total stride {stride} of "
-        f"{config.name} on both sides; set {nearest}, or choose a model of smaller stride"
-    )
-
-
-def _try_timm(config: TimmConfig, image_size_hw: tuple[int, int]) -> None:
-    """Raise as `check_image_size` says, where the network refuses this size and takes the one that it is made for."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             network = _build_timm(config, num_classes=1).eval()
@@ -60,9 +43,9 @@ def _try_timm(config: TimmConfig, image_size_hw: tuple[int, int]) -> None:
         return
     own_hw = getattr(getattr(network, "patch_embed", None), "img_size", None)
     own_hw = tuple(own_hw or network.pretrained_cfg["input_size"][1:])
-    refusal = _refusal(network, config.in_channels, image_size_hw)
+    refusal = _refusal(network, config.in_channels, tuple(image_size_hw))
     # If its own size is refused too, the network does not run on the meta device.
-    if refusal is None or own_hw == image_size_hw or _refusal(network, config.in_channels, own_hw) is not None:
+    if refusal is None or _refusal(network, config.in_channels, own_hw) is not None:
         return
     raise UserError(
         f"augment.image_size_hw: {list(image_size_hw)} is no size for {config.name} ({refusal}); set "
@@ -83,17 +66,16 @@ def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) 
 
 
 def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
-    """Build a timm network without weights, hence without network access; raise as `build_network` says."""
+    """Build a timm network without weights, hence without network access."""
     import timm  # takes 0.8 s, so only where it is used
 
     # Names such as hf-hub:... are not registered either: timm would look them up on the internet.
     if not timm.is_model(config.name):
-        known = timm.list_models()
-        close = difflib.get_close_matches(config.name, known, n=3, cutoff=0.4)
-        hint = f"close names: {', '.join(close)}" if close else f"timm {timm.__version__} knows {len(known)} names"
-        raise UserError(f"model.name: unknown timm model {config.name!r}; {hint}")
-    extra = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
-    extra = {name: value for name, value in extra.items() if value is not None}
+        raise UserError(
+            f"model.name: unknown timm model {config.name!r}; {close_names(config.name, timm.list_models())}"
+        )
+    stated = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
+    extra = {name: value for name, value in stated.items() if value is not None}
     try:
         return timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra
@@ -104,14 +86,8 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
         bare = config.name.split(".")[0]
         raise UserError(f"model.name: {config.name!r} names weights that timm does not have; set {bare}") from error
     except TypeError as error:
-        if "drop_path_rate" in str(error):
-            raise UserError(
-                f"model.drop_path_rate: {config.drop_path_rate} given, but timm's {config.name} has no stochastic "
-                "depth; set null"
-            ) from error
-        if "img_size" in str(error):
-            raise UserError(
-                f"model.image_size_hw: {config.image_size_hw} given, but timm's {config.name} is not made for images "
-                "of one size; set null"
-            ) from error
-        raise
+        refused = next((name for name in extra if name in str(error)), None)
+        if refused is None:
+            raise
+        key = {"drop_path_rate": "model.drop_path_rate", "img_size": "model.image_size_hw"}[refused]
+        raise UserError(f"{key}: {extra[refused]} given, but timm's {config.name} takes none; set null") from error

@@ -243,7 +243,7 @@ def test_batch_norm_over_one_value_is_named(tmp_path):
 WRONG = {
     "augment.image_size_hw=[15,16]": "augment.image_size_hw: [15, 16] is not a multiple ... ; set [16, 16]",
     "augment.mean=[0.5] augment.std=[0.5]": "augment.mean: 1 numbers for a network of 3 input channels",
-    "model=timm model.name=resnt18": "model.name: unknown timm model 'resnt18'; close names: resnet18, ",
+    "model=timm model.name=resnt18": "model.name: unknown timm model 'resnt18'; close: resnet18, ",
     "model=timm model.name=hf-hub:x/y": "model.name: unknown timm model 'hf-hub:x/y'; ",
     "model=timm model.name=vgg11 model.drop_path_rate=0.1": "model.drop_path_rate: 0.1 given ... ; set null",
     "model=timm model.name=test_resnet optim.layer_decay=0.9": "optim.layer_decay_kind: ",
