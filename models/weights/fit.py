@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from textwrap import indent
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.layouts import describe_held
 from utils.errors import UserError
+from utils.record.logging import get_logger
 from utils.text_table import align_columns
+
+log = get_logger(__name__)
 
 # Anchored: a layer whose name merely contains `pred` or `proj` is not part of the decoder.
 _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
@@ -63,13 +65,16 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     A classifier takes the encoder of an FCMAE. An FCMAE takes an encoder, or that of a classifier, and keeps its own
     decoder. The head stays at its initial values if `keep_head` is false, or if the state has no head or one of another
     shape. So does the final norm if the state has none. GRN tensors may have 1, 2 or 4 axes, and a stem may have other
-    input channels (`adapt_stem`).
+    input channels (`_adapt_channels`).
 
     Raises UserError (`key`) with a table of every other name that is missing, unexpected, of a wrong shape or of
     another kind of number.
     """
     wanted = network.state_dict()
-    found = adapt_stem(_fit_grn(_fit_prefix(state, wanted), wanted), network, wanted)
+    found = {name: _fit_grn(name, tensor, wanted) for name, tensor in _fit_prefix(state, wanted).items()}
+    for name in _first_convolutions(network):
+        if name in found and name in wanted:
+            found[name] = _adapt_channels(name, found[name], wanted[name])
     head, norm = optional_prefixes(network)
     head_names, norm_names = ({name for name in wanted if name.startswith(prefixes)} for prefixes in (head, norm))
     left = set()
@@ -95,26 +100,29 @@ def _fit_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     return dict(state)
 
 
-def adapt_stem(state: dict[str, Tensor], network: nn.Module, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fit_grn(name: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
+    """Give a GRN tensor of shape (C), (1, C) or (1, 1, 1, C) the shape that the network wants."""
+    if _GRN.search(name) and name in wanted and tensor.ndim and tensor.numel() == tensor.shape[-1]:
+        return tensor.reshape(wanted[name].shape) if tensor.numel() == wanted[name].numel() else tensor
+    return tensor
+
+
+def _adapt_channels(name: str, weight: Tensor, wanted: Tensor) -> Tensor:
     """Give the first convolution's weights [O, I, h, w] the network's number of input channels.
 
     For one channel they are summed over I, so that a grey image gives what its three equal channels gave. For any other
     number they are repeated in turn and scaled by I / new, which keeps the scale of the output.
     Source: huggingface/pytorch-image-models:timm/models/_manipulate.py adapt_input_conv, which has the same rule.
     """
-    for name in _first_convolutions(network):
-        if name not in state or name not in wanted:
-            continue
-        weight, channels = state[name], wanted[name].shape[1]
-        old = weight.shape[1] if weight.ndim == 4 else channels
-        if old == channels or weight.shape[0] != wanted[name].shape[0] or weight.shape[2:] != wanted[name].shape[2:]:
-            continue
-        if channels == 1:
-            adapted = weight.sum(dim=1, keepdim=True)
-        else:
-            adapted = weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
-        state = {**state, name: adapted}
-    return state
+    old, new = weight.shape[1] if weight.ndim == 4 else 0, wanted.shape[1]
+    if old in (0, new) or weight.shape[0] != wanted.shape[0] or weight.shape[2:] != wanted.shape[2:]:
+        return weight
+    if not weight.is_meta:
+        done = "summed" if new == 1 else "repeated and scaled"
+        log.warning("%s takes %d channels instead of %d: its weights are %s (docs/weights.md)", name, new, old, done)
+    if new == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight.repeat(1, -(-new // old), 1, 1)[:, :new] * (old / new)
 
 
 def _first_convolutions(network: nn.Module) -> list[str]:
@@ -122,18 +130,6 @@ def _first_convolutions(network: nn.Module) -> list[str]:
         return [f"{_ENCODER if isinstance(network, FCMAE) else ''}downsample_layers.0.0.weight"]
     first = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()  # timm: one name or several
     return [f"{name}.weight" for name in ((first,) if isinstance(first, str) else first)]
-
-
-def _fit_grn(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give GRN tensors of shape (C), (1, C) or (1, 1, 1, C) the shape that the network wants."""
-    fitted = dict(state)
-    for name, tensor in state.items():
-        if not (_GRN.search(name) and name in wanted):
-            continue
-        channels = wanted[name].shape[-1]
-        if tuple(tensor.shape) in {(channels,), (1, channels), (1, 1, 1, channels)}:
-            fitted[name] = tensor.reshape(wanted[name].shape)
-    return fitted
 
 
 def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -154,8 +150,8 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     for name in [*wanted, *(name for name in given if name not in wanted)]:
         has = str(tuple(given[name].shape)) if name in given else "missing"
         wants = str(tuple(wanted[name].shape)) if name in wanted else "unexpected"
-        if name in given and name in wanted and not _are_of_one_kind(given[name].dtype, wanted[name].dtype):
-            has, wants = (f"{text} {made[name].dtype}" for text, made in ((has, given), (wants, wanted)))
+        if has == wants and not (given[name].is_floating_point() and wanted[name].is_floating_point()):
+            has, wants = f"{has} {given[name].dtype}", f"{wants} {wanted[name].dtype}"  # any floats are of one kind
         if has != wants:
             rows.append((name, has, wants))
     if not rows:
@@ -166,8 +162,3 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     held = describe_held(given)
     advice = f"The checkpoint is of {held}: set that, or name another file." if held else _ADVICE
     raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}")
-
-
-def _are_of_one_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
-    """Tell whether numbers may be copied: floating point of any precision into floating point, else the same dtype."""
-    return given == wanted or (given.is_floating_point and wanted.is_floating_point)

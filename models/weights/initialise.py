@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.fit import Fit, fit_state, is_meta, load_into, optional_prefixes
-from models.weights.layouts import is_in_layout, recognise, refuse_v1, strip_wrappers, translate
+from models.weights.layouts import is_in_layout, recognise, strip_wrappers, translate
 from models.weights.timm_hub import filter_state, load_timm
 from utils.errors import UserError
 from utils.io.folder_config import read_config_beside
@@ -52,7 +52,7 @@ def initialise_from(
     else:
         path = source.find()
         shapes, metadata = read_weights(path, "init_from", which=source.weights, shapes_only=True)
-        converted = convert(network, shapes, path, "init_from")
+        converted = convert(network, shapes)
         layout, known = converted.layout, None
         left = fit_state(network, converted.state, keep_head=keep_head).left
         if keep_head and class_names is not None:
@@ -60,26 +60,24 @@ def initialise_from(
             _check_head(network, left, path, known, class_names)
         if not is_meta(network):
             tensors, _ = read_weights(path, "init_from", which=source.weights)
-            converted = convert(network, tensors, path, "init_from")
+            converted = convert(network, tensors)
         if known is not None:
             converted = _order_head(converted, network, [known.index(name) for name in class_names])
         fit = load_into(network, converted.state, keep_head=keep_head)
         fit = fit._replace(dropped=[*converted.removed, *fit.dropped])
-        _report_adapted(converted.state, fit)
         origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
     _report(origin, fit)
     return origin
 
 
-def convert(network: nn.Module, state: Mapping[str, Tensor], path: Path, key: str) -> Converted:
+def convert(network: nn.Module, state: Mapping[str, Tensor]) -> Converted:
     """Return a state under the names of a network.
 
     A ConvNeXt V2 of ours takes every layout of `recognise`; timm's takes them too, and any timm network what timm
-    itself converts. Raises UserError (`key`) for a ConvNeXt V1 where a V2 is wanted.
+    itself converts.
     """
     layout, official = recognise(state)
     if isinstance(network, ConvNeXtV2 | FCMAE):
-        refuse_v1(official, path, key)
         return Converted(layout, official, [])
     is_v2 = any(".grn." in name for name in official)
     if is_v2 and layout not in ("timm", "other") and is_in_layout(network.state_dict(), "timm"):
@@ -96,17 +94,6 @@ def to_timm(official: Mapping[str, Tensor], network: nn.Module) -> dict[str, Ten
         if ".mlp.fc" in name and name in wanted and tensor.shape == wanted[name].shape[:2]:
             state[name] = tensor.reshape(wanted[name].shape)
     return state
-
-
-def _report_adapted(state: Mapping[str, Tensor], fit: Fit) -> None:
-    """Log a first convolution that was given another number of input channels."""
-    for name, tensor in fit.given.items():
-        old = state.get(name, state.get(name.removeprefix("encoder."), tensor))
-        if old.ndim == 4 and old.shape[1] != tensor.shape[1]:
-            log.warning(
-                "init_from: %s takes %d channels instead of %d: its weights are %s (docs/weights.md)",
-                name, tensor.shape[1], old.shape[1], "summed" if tensor.shape[1] == 1 else "repeated and scaled",
-            )  # fmt: skip
 
 
 def _report(origin: Mapping[str, Any], fit: Fit) -> None:

@@ -23,8 +23,6 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from utils.errors import UserError
-
 Layout = Literal["official", "timm", "transformers", "mmpretrain"]
 
 _PARTS = (
@@ -83,7 +81,6 @@ _PATTERNS = {layout: _compile(layout) for layout in _TEMPLATES}
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
 _MINKOWSKI_LAYER = re.compile(r"\.(linear|ln)(?=\.(weight|bias)$)")
-_V1 = re.compile(r"(^|\.)stages\.\d+\.(blocks\.|layers\.)?\d+\.(gamma|layer_scale_parameter)$")
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -106,16 +103,6 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     while state and (prefix := next((text for text in _WRAPPERS if all(name.startswith(text) for name in state)), "")):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return dict(state)
-
-
-def refuse_v1(state: Mapping[str, Tensor], path: object, key: str) -> None:
-    """Raise UserError (`key`) for a ConvNeXt V1, which has LayerScale and no GRN."""
-    scale = next((name for name in state if _V1.search(name)), None)
-    if scale is not None and not any(".grn." in name for name in state):
-        raise UserError(
-            f"{key}: {path} holds a ConvNeXt V1: it has LayerScale ({scale}) and no GRN, so it does not fit a ConvNeXt "
-            "V2; fine-tune the V1 network itself (model=timm model.name=convnext_tiny), or take weights of V2"
-        )
 
 
 def translate_name(name: str, source: Layout, target: Layout) -> str | None:

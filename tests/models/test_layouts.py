@@ -138,8 +138,8 @@ LAYOUTS = ["official", "timm", "transformers", "mmpretrain", "minkowski"]
 
 @pytest.mark.parametrize(
     ("layout", "target", "prefix"),
-    [*((layout, target, "") for layout in LAYOUTS for target in ("ours", "timm")),
-     ("timm", "ours", "module."), ("official", "timm", "_orig_mod.module.")],
+    [*((layout, "ours", "") for layout in LAYOUTS), ("official", "timm", "_orig_mod.module."),
+     ("transformers", "timm", ""), ("minkowski", "timm", "")],
 )  # fmt: skip
 def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tmp_path):
     wanted, state = sources()[layout]
@@ -198,25 +198,17 @@ def test_a_self_trained_checkpoint_of_the_official_pretraining_loads_whole(tmp_p
         assert torch.equal(classifier.forward_features(images()), source.encoder.forward_features(images()))
 
 
-def record_log(monkeypatch):
-    lines = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(f"models.weights.initialise.log.{level}", lambda text, *args: lines.append(text % args))
-    return lines
-
-
 @pytest.mark.parametrize("make", [ours, timm_network])
-def test_what_is_dropped_or_left_is_logged(make, tmp_path, monkeypatch):
-    lines = record_log(monkeypatch)
+def test_what_is_dropped_or_left_is_logged(make, tmp_path, log):
     write_weights(tmp_path / "w.safetensors", randomise(fcmae()).state_dict(), {})
     start(make(), tmp_path / "w.safetensors")
-    (dropped,) = (line for line in lines if line.startswith("init_from: dropped: "))
+    (dropped,) = (line for line in log.messages if line.startswith("init_from: dropped: "))
     first, _, more = dropped.removeprefix("init_from: dropped: ").partition(" and ")
     decoder = [name for name in fcmae().state_dict() if not name.startswith("encoder.")]
     assert first in decoder and more == f"{len(decoder) - 1} more"
     names = ("norm", "head") if make is ours else ("head.norm", "head.fc")
     left = ", ".join(f"{name}.{leaf}" for name in names for leaf in ("weight", "bias"))
-    assert f"init_from: left at their initial values: {left}" in lines
+    assert f"init_from: left at their initial values: {left}" in log.messages
 
 
 def test_what_timms_own_converter_resizes_and_drops(tmp_path):
@@ -241,7 +233,7 @@ def test_timms_weights_of_another_image_size_are_interpolated(monkeypatch):
     assert set(fit.left) == {"head.weight", "head.bias"} and origin["source"] == "timm test_vit.r160_in1k"
 
 
-@pytest.mark.parametrize("make", [lambda: ours(0), ours, timm_network, transformers_network])
+@pytest.mark.parametrize("make", [lambda: ours(0), timm_network])
 def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     """Continued pretraining: from released encoders, and from classifiers of any layout."""
     source, target = randomise(make()), fcmae()
@@ -257,7 +249,6 @@ def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     ("outer", "which", "taken"),
     [
         ({"model": 0, "model_ema": 1}, "model", 0),
-        ({"model": 0, "model_ema": 1}, "ema", 1),
         ({"state_dict": 0, "state_dict_ema": 1}, "ema", 1),
         ({"model_ema": 1}, "model", 1),
     ],
@@ -287,22 +278,8 @@ def test_an_average_is_read_from_a_file_that_says_so_only(tmp_path):
             start(network, without, "ema")
 
 
-def v1_state(layout):
-    network = timm.create_model("convnext_atto", num_classes=CLASSES, depths=DEPTHS, dims=DIMS)
-    state = network.state_dict()
-    return state if layout == "timm" else translate(state, "timm", "official") | {"stages.0.0.gamma": torch.ones(8)}
-
-
-@pytest.mark.parametrize("layout", ["timm", "official"])
-def test_a_v1_is_refused_with_the_reason(layout, tmp_path):
-    torch.save(v1_state(layout), tmp_path / "convnext_tiny.pth")
-    with pytest.raises(UserError, match=r"^init_from: .* ConvNeXt V1: it has LayerScale \(stages\.0\..*gamma\)"):
-        start(ours(), tmp_path / "convnext_tiny.pth")
-
-
-@pytest.mark.parametrize("names", ["timm", "official"])
-def test_a_v1_goes_into_timms_v1(names, tmp_path):
-    """Under timm's names, and under the official ones by timm's own converter."""
+def test_a_v1_goes_into_timms_v1_from_the_official_names(tmp_path):
+    """By timm's own converter."""
     source, target = (timm.create_model("convnext_atto", num_classes=CLASSES, depths=DEPTHS, dims=DIMS) for _ in "ab")
     renames = {"stem.": "downsample_layers.0.", ".blocks.": ".", "conv_dw": "dwconv", "mlp.fc": "pwconv",
                "head.norm": "norm", "head.fc": "head"}  # fmt: skip
@@ -314,7 +291,7 @@ def test_a_v1_goes_into_timms_v1(names, tmp_path):
         for old, new in renames.items():
             name = name.replace(old, new)
         state[name] = tensor.flatten(1) if "pwconv" in name and tensor.ndim == 4 else tensor
-    torch.save({"model": state if names == "official" else source.state_dict()}, tmp_path / "w.pth")
+    torch.save({"model": state}, tmp_path / "w.pth")
     start(target, tmp_path / "w.pth")
     assert all_equal(target, source.state_dict())
 
@@ -322,10 +299,8 @@ def test_a_v1_goes_into_timms_v1(names, tmp_path):
 # --- the stem
 
 
-@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (3, 7)])
-@pytest.mark.parametrize("make", [ours, timm_network], ids=["ours", "timm"])
-def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_path, monkeypatch):
-    lines = record_log(monkeypatch)
+@pytest.mark.parametrize(("old", "new", "make"), [(3, 1, ours), (3, 7, ours), (1, 3, timm_network)])
+def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_path, log):
     key = "in_channels" if make is ours else "in_chans"
     source, target = randomise(make(**{key: old})), make(**{key: new}).eval()
     torch.save(source.state_dict(), tmp_path / "w.pth")
@@ -333,7 +308,7 @@ def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_
     name = "downsample_layers.0.0.weight" if make is ours else "stem.0.weight"
     weight, found = source.state_dict()[name], target.state_dict()[name]
     assert torch.allclose(found, timm.models.adapt_input_conv(new, weight.clone(), base_chans=old))
-    assert any(f"takes {new} channels instead of {old}" in line for line in lines)
+    assert f"takes {new} channels instead of {old}" in log.text
     if new == 1:  # a grey picture gives what its equal channels gave
         grey = torch.randn(2, 1, 64, 64)
         assert torch.allclose(logits(target, grey), logits(source, grey.expand(-1, old, -1, -1)), atol=1e-4)
@@ -342,11 +317,10 @@ def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_
 # --- licence
 
 
-def test_the_licence_of_released_files_is_presumed_and_carried(tmp_path, monkeypatch):
-    lines = record_log(monkeypatch)
+def test_the_licence_of_released_files_is_presumed_and_carried(tmp_path, log):
     torch.save({"model": ours(0).state_dict()}, tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
     origin = start(ours(), tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
-    assert origin["licence"] == "cc-by-nc-4.0" and any("licence of" in line and "presumed" in line for line in lines)
+    assert origin["licence"] == "cc-by-nc-4.0" and "presumed" in log.text
     # A run of ours that began with it, and one that began with that run.
     write_weights(tmp_path / "own.safetensors", ours().state_dict(), {"task": {}, "origin": origin})
     later = start(ours(), tmp_path / "own.safetensors")
@@ -358,10 +332,3 @@ def test_the_licence_of_released_files_is_presumed_and_carried(tmp_path, monkeyp
     # The same network, trained by the user with the official code, has other entries.
     torch.save({"model": ours(0).state_dict(), "optimizer": {}, "epoch": 1}, tmp_path / "mine.pt")
     assert start(ours(), tmp_path / "mine.pt")["licence"] is None
-
-
-def test_malformed_kernels_are_refused_with_the_table(tmp_path):
-    names = ("encoder.stages.0.0.dwconv.kernel", "encoder.downsample_layers.1.1.kernel")
-    torch.save(dict(zip(names, (torch.zeros(48, 8), torch.zeros(5)))), tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"^init_from: \d+ of the checkpoint's tensors do not fit"):
-        start(ours(), tmp_path / "w.pt")
