@@ -18,7 +18,6 @@ from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.step import LossScale, StepResult, train_step
 from engine.task import (
-    Knobs,
     Task,
     checkpointed_state,
     exports_average,
@@ -73,16 +72,10 @@ class Learner:
         self.exports_average = self.averages is not None and exports_average(task)
         self.schedule = Schedule(
             config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps,
-            plan.epoch_length / plan.global_batch_size,
         )  # fmt: skip
         self.step = 0
         self._seed, self._clip = config.seed, config.loop.clip_grad_norm
         self._ema_decay, self._ema_warmup = config.loop.ema_decay, config.loop.ema_warmup
-
-    def knobs(self) -> Knobs:
-        """Return the scheduled values of the next update as device scalars, without a host synchronisation."""
-        values = self.schedule.knobs_at(self.step)
-        return {name: torch.full((), value, device=self.runtime.device) for name, value in values.items()}
 
     def values_at(self, step: int) -> GroupValues:
         """Return the scheduled values of the update that follows `step` updates."""
@@ -93,11 +86,11 @@ class Learner:
 
         Raises UserError (`loop.batch_size`) where batch norm has one value per channel.
         """
-        knobs = self.knobs()
+        progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.values_at(self.step))
         try:
             result = train_step(
-                self.model, self.task, batches, self.optimizer, self.scale, knobs,
+                self.model, self.task, batches, self.optimizer, self.scale, progress,
                 step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, ask=ask,
             )  # fmt: skip
         except ValueError as error:
@@ -107,7 +100,7 @@ class Learner:
                 "loop.batch_size: the network's batch norm cannot train on micro-batches of one sample where its maps "
                 "are one pixel; choose loop.global_batch_size and loop.batch_size that leave each rank two or more"
             ) from error
-        self.task.after_step(self.step, knobs, result.applied)
+        self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             self.averages.update(ema_decay_at(self.step, self._ema_decay, warmup=self._ema_warmup), result.applied)
         self.step += 1

@@ -103,9 +103,9 @@ class RangeSweep:
         rate = _LOWEST_RATE * (_HIGHEST_RATE / _LOWEST_RATE) ** (step / (self.steps - 1))
         return GroupValues(rate, self.base.at(0).weight_decay)
 
-    def knobs_at(self, step: int) -> dict[str, float]:
-        """Return the task's scheduled values as the run begins."""
-        return self.base.knobs_at(0)
+    def progress_at(self, step: int) -> float:
+        """Return 0: the run begins."""
+        return 0.0
 
 
 @contextmanager

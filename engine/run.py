@@ -28,7 +28,7 @@ from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
-from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, close_names, lost_worker
+from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.safe_text import Lines
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -106,22 +106,8 @@ def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:
 # -------------------------------------------------------------------------------------------------- checks and dry run
 
 
-def check_knobs(task: Task, config: TrainingConfig) -> None:
-    """Raise UserError where schedule.knobs does not give exactly the scheduled values that the task reads."""
-    given, wanted = set(config.schedule.knobs), set(task.knob_names)
-    for name in sorted(given - wanted):
-        advice = close_names(name, wanted) if wanted else "it reads none"
-        raise UserError(f"schedule.knobs.{name}: {type(task).__name__} does not read it; {advice}")
-    for name in sorted(wanted - given):
-        raise UserError(
-            f"schedule.knobs.{name}: {type(task).__name__} reads it; add "
-            f"schedule.knobs.{name}={{start: .., phases: [{{to: .., curve: cosine}}]}}"
-        )
-
-
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job) -> None:
     """Check what can be checked before any image is read, and log what will run."""
-    check_knobs(task, config)
     check_optimizer(config.optim, config.schedule)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.parallel import no_sync, take_gradients
 from engine.runtime import Runtime
-from engine.task import Knobs, StepOutput, Task
+from engine.task import StepOutput, Task
 from optim.build import skips_on_device
 from optim.groups import drop_frozen_gradients
 from optim.vectors import flat_view
@@ -121,11 +121,11 @@ def step_weight(batches: Sequence[Batch]) -> Tensor:
 
 
 def _forward_backward(
-    model: nn.Module, batch: Batch, knobs: Knobs, factor: Tensor, runtime: Runtime
+    model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime
 ) -> tuple[Tensor, StepOutput]:
     """Run one micro-batch, its gradient times `factor`; returns its weighted loss sum (detached) and the output."""
     with runtime.autocast():
-        output = model(batch, knobs)
+        output = model(batch, progress)
     weight = batch["weight"]
     assert output.loss.shape == weight.shape, f"loss {tuple(output.loss.shape)}, weights {tuple(weight.shape)}"
     # Select, do not multiply: the loss of a blank sample may be NaN.
@@ -180,7 +180,7 @@ def train_step(
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     scale: LossScale,
-    knobs: Knobs,
+    progress: Tensor,
     *,
     step: int,
     seed: int,
@@ -190,8 +190,8 @@ def train_step(
 ) -> StepResult:
     """Make update number `step` (from 0) of the task from its micro-batches of this rank.
 
-    `model` is the wrapped task (engine/parallel.py); `ask`: what this rank asks for. No host synchronisation,
-    except for timm's optimisers, which cannot skip on the device and cost one per step.
+    `model` is the wrapped task (engine/parallel.py); `progress`: the share of the run; `ask`: what this rank asks for.
+    No host synchronisation, except for timm's optimisers, which cannot skip on the device and cost one per step.
     """
     weight = step_weight(batches)
     denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
@@ -202,7 +202,7 @@ def train_step(
     for micro_step, batch in enumerate(batches):
         rng.seed_micro_step(seed, step, micro_step, distributed.rank(), runtime.device)
         with no_sync(model, last=micro_step == len(batches) - 1):
-            loss, output = _forward_backward(model, batch, knobs, factor, runtime)
+            loss, output = _forward_backward(model, batch, progress, factor, runtime)
         names = names or sorted(output.logs)
         losses.append(output.loss.detach())
         rows.append(_pack(loss, output.logs, names))

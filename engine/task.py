@@ -5,11 +5,11 @@ and FSDP therefore wrap the task, compile sees forward and loss in one graph, an
 networks run stacked blocks by calling them: FSDP all-gathers a block's weights in its forward call
 (engine/parallel.py).
 
-    task(batch, knobs) -> StepOutput          one loss per sample
+    task(batch, progress) -> StepOutput       one loss per sample
     task.roles                                which networks are trained, averaged, frozen
     task.initialise(source)                   initial weights from `init_from`
     task.exported() -> Exported               what weight files and exports hold, and what is judged best
-    task.after_step(step, knobs, applied)     optional: a teacher's update
+    task.after_step(step, progress, applied)  optional: a teacher's update
     task.evaluate(loaders, step) -> Report    exact over ranks
 """
 
@@ -29,7 +29,6 @@ from utils.io.memo import hash_once
 from utils.io.weights import InitFrom
 
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
-Knobs = dict[str, Tensor]
 
 
 @dataclass
@@ -90,20 +89,22 @@ class Exported:
 class Task(nn.Module):
     """Base of all tasks: the names that the engine uses, and defaults for what is optional.
 
-    knob_names: the scheduled values that the task reads; `schedule.knobs` must give exactly these.
     best_metric: the scalar of a report that decides which weights are best; `best_is_lowest` is its direction.
     origin: what is known of the weights that training began with, such as their licence (JSON values), or None. It is
     checkpointed and written into weight files.
     """
 
-    knob_names: ClassVar[frozenset[str]] = frozenset()
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
     roles: Roles = Roles()
     origin: dict[str, Any] | None = None
 
-    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
-        """Return one loss per sample."""
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
+        """Return one loss per sample.
+
+        progress: the share of the run, a device scalar: 0 at the first update, 1 at the last. A value of the task that
+        moves follows it by a curve of optim/schedules.py.
+        """
         raise NotImplementedError
 
     def load_frozen(self) -> None:
@@ -121,7 +122,7 @@ class Task(nn.Module):
         if source is not None:
             raise UserError(f"init_from: {type(self).__name__} loads no weights; set init_from=null")
 
-    def after_step(self, step: int, knobs: Knobs, applied: Tensor) -> None:
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Update what follows the network; `applied` is a device scalar, 0 where the step was skipped."""
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:

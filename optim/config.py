@@ -8,10 +8,8 @@ from utils.config.bounds import (
     BelowOne,
     Count,
     CountOrZero,
-    Duration,
     DurationOrZero,
     Factor,
-    KnobValue,
     Positive,
     Rate,
     Share,
@@ -106,52 +104,11 @@ OptimConfig = Annotated[
 ]
 
 
-class PhaseConfig(Strict):
-    """A phase of a knob: from its value so far to `to` by a curve, in `steps`, `epochs` or a `fraction` of the run.
-
-    Without a duration the phase lasts to the end of the run.
-    """
-
-    to: KnobValue
-    curve: Literal["cosine", "linear"]
-    steps: Count | None = None
-    epochs: Duration | None = None
-    fraction: Share | None = None
-
-    @property
-    def has_duration(self) -> bool:
-        """Whether the phase states how long it lasts."""
-        return any(value is not None for value in (self.steps, self.epochs, self.fraction))
-
-    @model_validator(mode="after")
-    def _one_duration(self) -> "PhaseConfig":
-        if sum(value is not None for value in (self.steps, self.epochs, self.fraction)) > 1:
-            raise ValueError("a phase has one duration; give steps, epochs or fraction")
-        return self
-
-
-class KnobConfig(Strict):
-    """A scheduled value that a task reads by name: it starts at `start` and goes through `phases` in their order.
-
-    After the last phase the value is held; a phase from a value to the same value holds it too.
-    """
-
-    start: KnobValue
-    phases: list[PhaseConfig]
-
-    @model_validator(mode="after")
-    def _only_the_last_phase_is_open(self) -> "KnobConfig":
-        if any(not phase.has_duration for phase in self.phases[:-1]):
-            raise ValueError("phases: only the last may have no duration; give the others steps, epochs or fraction")
-        return self
-
-
 class _Schedule(Strict):
     """What every schedule has. `warmup_steps` takes precedence over `warmup_epochs`."""
 
     warmup_epochs: DurationOrZero
     warmup_steps: CountOrZero | None
-    knobs: dict[str, KnobConfig]
 
 
 class CosineConfig(_Schedule):
@@ -190,7 +147,6 @@ class OneCycleConfig(Strict):
     cycle_momentum: bool
     momentum_low: BelowOne
     momentum_high: BelowOne
-    knobs: dict[str, KnobConfig]
 
     @model_validator(mode="after")
     def _three_phases_fit(self) -> "OneCycleConfig":

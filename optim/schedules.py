@@ -5,18 +5,29 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
-from optim.config import ConstantConfig, CosineConfig, KnobConfig, OneCycleConfig, PhaseConfig, ScheduleConfig
+import torch
+from torch import Tensor
+
+from optim.config import ConstantConfig, CosineConfig, OneCycleConfig, ScheduleConfig
+
+Number = TypeVar("Number", float, Tensor)
 
 
-def cosine(start: float, end: float, fraction: float) -> float:
-    """Go from start to end along half a cosine; fraction in [0, 1]."""
-    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
+def cosine(start: float, end: float, fraction: Number) -> Number:
+    """Go from start to end along half a cosine, from fraction 0 to 1; a device scalar stays one."""
+    angle = math.pi * _clamp(fraction)
+    return end + (start - end) * 0.5 * (1.0 + (torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)))
 
 
-def linear(start: float, end: float, fraction: float) -> float:
-    """Go from start to end in a straight line; fraction in [0, 1]."""
-    return start + (end - start) * min(max(fraction, 0.0), 1.0)
+def linear(start: float, end: float, fraction: Number) -> Number:
+    """Go from start to end in a straight line, from fraction 0 to 1; a device scalar stays one."""
+    return start + (end - start) * _clamp(fraction)
+
+
+def _clamp(fraction: Number) -> Number:
+    return fraction.clamp(0.0, 1.0) if isinstance(fraction, Tensor) else min(max(fraction, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,6 @@ class Schedule:
     weight_decay: float
     total_steps: int
     warmup_steps: int
-    steps_per_epoch: float
 
     def at(self, step: int) -> GroupValues:
         """Return the optimiser's values for the update that follows `step` updates."""
@@ -60,32 +70,9 @@ class Schedule:
                 fraction = cycles - min(int(cycles), restarts)  # the last cycle ends at 1
                 return GroupValues(cosine(self.lr, self.config.min_lr, fraction), self._decay(step))
 
-    def knobs_at(self, step: int) -> dict[str, float]:
-        """Return the task's scheduled values at a step."""
-        return {name: self._knob_at(knob, step) for name, knob in self.config.knobs.items()}
-
-    def _knob_at(self, knob: KnobConfig, step: int) -> float:
-        """Return a knob's value. A phase that is longer than the run is cut at its end, not compressed."""
-        value, first = knob.start, 0.0
-        for phase in knob.phases:
-            length = self._length(phase, first)
-            if step < first + length:
-                curve = cosine if phase.curve == "cosine" else linear
-                # The last update of a phase without a duration has its end value.
-                end = length if phase.has_duration else max(length - 1, 1)
-                return curve(value, phase.to, (step - first) / end)
-            value, first = phase.to, first + length
-        return value
-
-    def _length(self, phase: PhaseConfig, first: float) -> float:
-        """Return a phase's length in steps."""
-        if phase.steps is not None:
-            return float(phase.steps)
-        if phase.epochs is not None:
-            return phase.epochs * self.steps_per_epoch
-        if phase.fraction is not None:
-            return phase.fraction * self.total_steps
-        return max(self.total_steps - first, 1.0)
+    def progress_at(self, step: int) -> float:
+        """Return the share of the run at the update that follows `step` updates: 0 at the first, 1 at the last."""
+        return step / max(1, self.total_steps - 1)
 
     def _decay(self, step: int) -> float:
         end = self.config.weight_decay_end if isinstance(self.config, CosineConfig) else None

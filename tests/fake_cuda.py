@@ -78,7 +78,6 @@ from engine.writer import HostCopies
 from models.config import ModelConfig
 from models.sdxl import networks as sdxl_networks
 from models.sdxl.networks import unet_config
-from optim.config import KnobConfig
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.vocabulary import Vocabulary
@@ -330,9 +329,6 @@ def run_case(task, optim, precision):
             runtime={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},
         )  # fmt: skip
         learner = run.learner
-        knob = KnobConfig.model_validate({"start": 0.5, "phases": [{"to": 1.0, "curve": "cosine"}]})
-        knobs = dict.fromkeys(learner.task.knob_names, knob)
-        object.__setattr__(learner.schedule, "config", learner.schedule.config.model_copy(update={"knobs": knobs}))
         batches = [make_batch(task, setup) for _ in range(2)]
 
         device.strict = True

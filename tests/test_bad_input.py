@@ -248,7 +248,6 @@ WRONG = {
     "model=timm model.name=vgg11 model.drop_path_rate=0.1": "model.drop_path_rate: 0.1 given ... ; set null",
     "model=timm model.name=test_resnet optim.layer_decay=0.9": "optim.layer_decay_kind: ",
     "optim.rules=[{match:network.head.wieght,lr_scale:0.5}]": "optim.rules.0.match: ... close: network.head.weight",
-    "+schedule.knobs.teacher={start:0.5,phases:[{to:1.0,curve:cosine}]}": "schedule.knobs.teacher: ",
     "runtime.device=cuda": "runtime.device: cuda was requested and torch sees no GPU; set runtime.device=auto or cpu",
     "runtime.precision=fp16": "runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto",
     "run_dir=file": "run_dir: file cannot be written (File exists)",

@@ -18,7 +18,7 @@ from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predict
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
-from engine.task import Exported, Knobs, Report, StepOutput, Task, log_mean
+from engine.task import Exported, Report, StepOutput, Task, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup
@@ -92,12 +92,13 @@ class ClassificationTask(Task):
         """Return the network, its class names and its preprocessing."""
         return Exported(metadata=self._metadata)
 
-    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
-        return StepOutput(self.label_losses(logits, targets, knobs), {"accuracy": log_mean(correct, batch["weight"])})
+        logs = {"accuracy": log_mean(correct, batch["weight"])}
+        return StepOutput(self.label_losses(logits, targets, progress), logs)
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and labels [B] or, where images are mixed, targets [B, K]."""
@@ -105,8 +106,8 @@ class ClassificationTask(Task):
         mixes = self._mixing.is_on and self.training
         return self._mix(images, labels, batch["weight"]) if mixes else (images, labels)
 
-    def label_losses(self, logits: Tensor, targets: Tensor, knobs: Knobs) -> Tensor:
-        """Return the cross-entropy of each sample [B], times the weight of its class; no knob is read."""
+    def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample [B], times the weight of its class; `progress` is not read."""
         loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
         if self.class_weights is None or not self.training:
             return loss

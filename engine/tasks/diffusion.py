@@ -24,7 +24,7 @@ from data.rows import training_rows
 from data.tag_weights import find_tag_facts
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
+from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.diffusion_data import DiffusionPipeline
 from engine.tasks.kind import Kind, Setup
@@ -121,7 +121,7 @@ class DiffusionTask(Task):
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's weighted error of the prediction."""
         error, timesteps, weight = self._errors(batch)
         logs = {"error": log_mean(error, batch["weight"])}
@@ -136,7 +136,7 @@ class DiffusionTask(Task):
             logs["effective_share"] = tuple((batch["weight"] * tag_weight**power).sum() for power in (1, 2))
         return StepOutput(error * weight * tag_weight, logs)
 
-    def after_step(self, step: int, knobs: Knobs, applied: Tensor) -> None:
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Weigh tags anew where that is due."""
         if self.tag_balance is not None:
             self.tag_balance.after_step(step)

@@ -28,7 +28,7 @@ from data.image_data import ImageData
 from data.loader import Fields, no_fields
 from data.rows import training_rows
 from engine.measures.means import measure_means
-from engine.task import Exported, Knobs, Report, Roles, StepOutput, Task, log_mean
+from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.classification import (
     ClassificationKind,
     ClassificationPipeline,
@@ -58,7 +58,7 @@ from utils.vocabulary import RATING, vocabulary_of
 log = get_logger(__name__)
 
 _KEY = "task.teacher"
-_BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0, alpha=None, margin=0.0, scheduled=[])
+_BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0, alpha=None, margin=0.0)
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
@@ -171,13 +171,13 @@ class Student(Task):
         mixes = self.training and self._mixing.is_on
         return self._mixing(images, targets, batch["weight"]) if mixes else (images, targets)
 
-    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss; in evaluation without the labels'."""
         images, targets = self.views(batch)
         logits, losses = self._compare(images)
         share = self._config.label_share
         if share > 0 and self.training:
-            losses["label_loss"] = self.label_losses(logits, targets, knobs)
+            losses["label_loss"] = self.label_losses(logits, targets, progress)
         weights = {"teacher_loss": 1 - share, "label_loss": share, "feature_loss": self._config.feature_weight}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(dim=0)
         return StepOutput(total, {name: log_mean(loss, batch["weight"]) for name, loss in losses.items()})
@@ -204,7 +204,8 @@ class Student(Task):
             raise UserError("weights: a student of features is measured in its run alone, beside its teacher")
         if self._is_labelled:
             return super().evaluate(loaders, step)
-        return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, {}).loss}))
+        end = torch.ones(())  # of the run; nothing reads it here
+        return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, end).loss}))
 
 
 class TagStudent(Student, TaggingTask):

@@ -23,7 +23,7 @@ from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes
 from engine.streams import Streams
-from engine.task import Exported, Knobs, Report, StepOutput, Task
+from engine.task import Exported, Report, StepOutput, Task
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig, augments
 from engine.tasks.kind import Kind, Setup, TaskConfig
 from engine.tasks.labels import LabelFields
@@ -154,7 +154,7 @@ class FCMAETask(Task):
         """Return encoder and decoder, and the preprocessing."""
         return Exported(metadata=self._metadata)
 
-    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's mean squared error over its masked patches."""
         return StepOutput(self._reconstruct(batch)[2])
 

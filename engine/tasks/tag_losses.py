@@ -5,43 +5,37 @@ soft, anywhere from 0 to 1.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from optim.schedules import linear
+from utils.config.bounds import BelowOne
 from utils.config.schema import Strict
 
 _EPS = 1e-8  # as the published code of the asymmetric loss has it
+_Amount = Annotated[float, Field(ge=0, le=100)]
+_Probability = Annotated[float, Field(ge=0, le=1)]
+_Number = TypeVar("_Number")
+_Pair = Annotated[list[_Number], Field(min_length=2, max_length=2)]
 
 
 class TagLossConfig(Strict):
     """Which loss, and its parameters; of `name`, only those of its formula are read.
 
-    scheduled: parameters that schedule.knobs gives in place of the values here, such as [gamma_neg, clip].
+    A parameter is a number, or a pair: its values at the start and at the end of the run, with a straight line between.
     """
 
     name: Literal["bce", "asl", "focal", "hill"]
-    gamma_pos: Annotated[float, Field(ge=0, le=100)]
-    gamma_neg: Annotated[float, Field(ge=0, le=100)]
-    clip: Annotated[float, Field(ge=0, lt=1)]
-    alpha: Annotated[float, Field(ge=0, le=1)] | None
-    margin: Annotated[float, Field(ge=0, le=100)]
-    scheduled: list[Literal["gamma_pos", "gamma_neg", "clip", "alpha", "margin"]]
-
-    @model_validator(mode="after")
-    def _reads_what_is_scheduled(self) -> Self:
-        read = parameters_of(self.name)
-        for name in self.scheduled:
-            if name not in read:
-                raise ValueError(
-                    f"task.loss.scheduled: {name} is not read by task.loss.name={self.name}, which reads "
-                    f"{', '.join(read) or 'none'}; remove it"
-                )
-        return self
+    gamma_pos: _Amount | _Pair[_Amount]
+    gamma_neg: _Amount | _Pair[_Amount]
+    clip: BelowOne | _Pair[BelowOne]
+    alpha: _Probability | _Pair[_Probability] | None
+    margin: _Amount | _Pair[_Amount]
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,23 +86,21 @@ def _focus(wrong: Tensor, gamma: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {"bce": bce, "asl": asymmetric, "focal": focal, "hill": hill}
 
 
-def parameters_of(name: str) -> list[str]:
-    """Return the parameters that a loss reads: what its formula takes beside logits and targets."""
-    return list(inspect.signature(LOSSES[name]).parameters)[2:]
-
-
 class TagLoss:
     """The configured loss."""
 
     def __init__(self, config: TagLossConfig) -> None:
-        self._formula, self.scheduled = LOSSES[config.name], frozenset(config.scheduled)
-        read = parameters_of(config.name)
-        self._fixed = {name: getattr(config, name) for name in read if name not in self.scheduled}
+        self._formula = LOSSES[config.name]
+        read = list(inspect.signature(self._formula).parameters)[2:]  # beside logits and targets
+        self._parameters = {name: getattr(config, name) for name in read}
 
-    def __call__(self, logits: Tensor, targets: Tensor, knobs: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of each pair, float32 [B, T]; knobs: the scheduled parameters."""
-        given = {name: knobs[name] for name in self.scheduled}
-        return self._formula(logits.float(), targets, **self._fixed, **given)
+    def __call__(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
+        """Return the loss of each pair, float32 [B, T]. progress: the share of the run, which parameters may follow."""
+        values = {
+            name: linear(*value, progress) if isinstance(value, list) else value
+            for name, value in self._parameters.items()
+        }
+        return self._formula(logits.float(), targets, **values)
 
 
 def frequency_weights(counts: Tensor, power: float) -> Tensor:

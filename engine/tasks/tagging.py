@@ -28,7 +28,7 @@ from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
-from engine.task import Exported, Knobs, Report, StepOutput, Task
+from engine.task import Exported, Report, StepOutput, Task
 from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup, Targets
 from engine.tasks.mixing import MixingConfig
@@ -117,7 +117,6 @@ class TaggingTask(Task):
         self.network = build_network(setup.model, num_classes=width)
         self.normalise = setup.normalise()
         self.loss, self.label_smoothing = TagLoss(config.loss), config.label_smoothing
-        self.knob_names = self.loss.scheduled
         self._mixing = config.mixing()
         # Facts of training, which weight files do not have.
         orientation, priors = facts.get("orientation"), facts.get("tag_priors")
@@ -149,11 +148,11 @@ class TaggingTask(Task):
         targets = multi_hot(batch["tags"], batch["tags_offsets"], len(self.vocabulary))
         return targets.masked_fill(~batch["rating_known"][:, None] & self.is_rating, torch.nan)
 
-    def forward(self, batch: Batch, knobs: Knobs) -> StepOutput:
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
-        return StepOutput(self.label_losses(logits, targets, knobs), self._logs(logits, targets, batch["weight"]))
+        return StepOutput(self.label_losses(logits, targets, progress), self._logs(logits, targets, batch["weight"]))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network and targets [B, T]; in training both are mirrored and mixed."""
@@ -164,11 +163,11 @@ class TaggingTask(Task):
         mixes = self.training and self._mixing.is_on
         return self._mixing(images, targets, batch["weight"]) if mixes else (images, targets)
 
-    def label_losses(self, logits: Tensor, targets: Tensor, knobs: Knobs) -> Tensor:
+    def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
         """Return the loss of each sample [B], the sum over its tags; a target that is NaN counts nothing."""
         known = ~targets.isnan()
         soft = targets.nan_to_num() * (1 - self.label_smoothing) + self.label_smoothing / 2
-        losses = self.loss(logits, soft, knobs).where(known, 0.0)
+        losses = self.loss(logits, soft, progress).where(known, 0.0)
         return (losses if self.tag_weights is None else losses * self.tag_weights).sum(dim=1)
 
     @torch.no_grad()

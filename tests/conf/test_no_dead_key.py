@@ -38,16 +38,15 @@ from utils.config.schema import Strict
 from utils.io.weights import read_weights
 from utils.record.run_folder import default_run_dir
 
-KNOBS = "+schedule.knobs.momentum={start: 0.5, phases: [{to: 1.0, curve: linear, steps: 3}]}"
 DIFFUSION = TINY["diffusion"]
 TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}, reestimate_steps: 1}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
     ("pretrain_fcmae", []),
     ("finetune", []),
-    ("finetune", ["data=image_folder", "data.root=IMAGES", "model=timm", "optim=adan", "schedule=constant", KNOBS]),
-    ("finetune", ["optim=sgd", "schedule=onecycle", KNOBS]),
-    ("finetune", ["optim=timm", KNOBS, "tracking=tensorboard"]),
+    ("finetune", ["data=image_folder", "data.root=IMAGES", "model=timm", "optim=adan", "schedule=constant"]),
+    ("finetune", ["optim=sgd", "schedule=onecycle"]),
+    ("finetune", ["optim=timm", "tracking=tensorboard"]),
     ("finetune", ["tracking=wandb", "tracking.tags=[small]"]),
     ("train", []),
     ("train", ["data=image_folder", "data.root=IMAGES"]),
@@ -125,8 +124,8 @@ def test_an_unknown_key_is_refused_in_every_group(script, overrides):
     groups = [path for path in groups if isinstance(look_up(values, path), dict)]
     assert () in groups
     for path in groups:
-        if path in (("optim", "extra"), ("schedule", "knobs")):
-            continue  # their keys are free, and checked against the optimiser and the task
+        if path == ("optim", "extra"):
+            continue  # its keys are free, and checked against the optimiser
         problems = problems_of(script, replaced(values, (*path, "bogus"), 1))
         assert [line.partition(";")[0] for line in problems] == [".".join((*path, "bogus")) + ": unknown key"]
 
@@ -278,10 +277,7 @@ def run_all(recorder, folder, monkeypatch):
             go(script, *small, *folders, *tagging, f"task.loss.name={loss}", f"run_dir={script}_{loss}")
         go(script, *small, *folders, *tagging[2:], "task=distillation", f"task.teacher={script}_hill",
            "task.label_share=0.5", "task.targets=both", f"run_dir={script}_distilled")  # fmt: skip
-    durations = ("steps: 1", "epochs: 0.1", "fraction: 0.3")
-    phases = ", ".join(f"{{to: 0.05, curve: linear, {duration}}}" for duration in durations)
-    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop",
-       f"schedule.knobs.teacher_temperature.phases=[{phases}]")  # fmt: skip
+    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
     on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
     go("evaluate", "run_dir=tuned", *on_cpu)
     go("export", "run_dir=tuned")
@@ -330,12 +326,11 @@ PROVED = {
     "AugmentConfig.eval_resize",
     "AugmentConfig.pad",
 }
-# Refused as a whole, so that no key of it can be passed over: a knob that the task does not read; timm in pretraining.
+# Refused as a whole, so that no key of it can be passed over: timm in pretraining.
 REFUSED = {
-    "finetune": ("KnobConfig.", "PhaseConfig."),
-    "train": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights"),
-    "finetune_sdxl": ("KnobConfig.", "PhaseConfig.", "TrainingConfig.init_weights", "LoopConfig.sampling"),
-    "pretrain_fcmae": ("KnobConfig.", "PhaseConfig.", "TimmConfig."),
+    "train": ("TrainingConfig.init_weights",),
+    "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
+    "pretrain_fcmae": ("TimmConfig.",),
     "prepare": ("CacheConfig.memory_gib",),  # of training
 }
 
@@ -348,13 +343,6 @@ def test_every_leaf_is_read(script, runs):
     elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
     dead = {name for name in fields - reads - PROVED if not name.startswith(elsewhere)}
     assert dead == set()
-
-
-@pytest.mark.slow
-def test_every_knob_is_read(runs):
-    durations = {"steps", "epochs", "fraction"}
-    phase = {f"PhaseConfig.{name}" for name in {"to", "curve", *durations}}
-    assert {"KnobConfig.start", *phase} <= runs[0]["tests.tasks.multicrop"]
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ def test_the_loss_of_training_is_weighted(mixup, weights, monkeypatch):
         images, targets = (torch.lerp(each.flip(0), each, 0.75) for each in (images, targets))
         torch.testing.assert_close(targets @ torch.tensor(facts["class_weights"]), torch.tensor(2 * weights))
     expected = F.cross_entropy(task.network(images), targets, reduction="none") * torch.tensor(2 * weights)
-    torch.testing.assert_close(task.train()(batch, {}).loss, expected)
-    torch.testing.assert_close(task.eval()(batch, {}).loss, plain)
+    torch.testing.assert_close(task.train()(batch, 0.0).loss, expected)
+    torch.testing.assert_close(task.eval()(batch, 0.0).loss, plain)
 
 
 def test_a_run_has_them_and_its_weight_file_does_not(tmp_path, capsys):

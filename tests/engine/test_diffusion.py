@@ -164,11 +164,11 @@ def test_the_batch_of_auto_is_what_the_largest_bucket_takes(place, monkeypatch):
     monkeypatch.setattr("engine.run.check_auto", lambda config, runtime: None)
     forward, shapes = DiffusionTask.forward, set()
 
-    def limited(task, batch, knobs):
+    def limited(task, batch, progress):
         if batch["images"][:, 0].numel() > 16_384:
             raise torch.OutOfMemoryError
         shapes.add(batch["images"].shape)
-        return forward(task, batch, knobs)
+        return forward(task, batch, progress)
 
     monkeypatch.setattr(DiffusionTask, "forward", limited)
     own = ["loop.global_batch_size=12", "loop.batch_size=auto", "task.chunk=12", "loop.total_steps=1"]

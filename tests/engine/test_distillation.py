@@ -59,7 +59,7 @@ def look(task, batch, size):
 
 def test_the_loss_of_tags_is_that_of_the_formula():
     task, batch = make(VOCABULARY.facts()).train(), make_tags()
-    output = task(batch, {})
+    output = task(batch, 0.0)
     taught, wanted, logits, features = look(task, batch, (16, 16))
     soft = (taught / 2).sigmoid()
     teacher = -4 * (soft * F.logsigmoid(logits / 2) + (1 - soft) * F.logsigmoid(-logits / 2)).sum(1)
@@ -83,7 +83,7 @@ def test_the_loss_of_classes_is_a_divergence_at_a_temperature():
     taught, _, logits, _ = look(task, batch, (16, 16))
     soft = (taught / 2).softmax(1)
     expected = 4 * (soft * (soft.log() - (logits / 2).log_softmax(1))).sum(1)
-    torch.testing.assert_close(task(batch, {}).loss.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(task(batch, 0.0).loss.double(), expected, rtol=1e-4, atol=1e-4)
     assert not hasattr(task, "projection") and (expected > 0).all()
 
 
@@ -91,7 +91,7 @@ def test_the_teacher_is_frozen_and_gets_no_gradient():
     task, batch = make(VOCABULARY.facts()), make_tags()
     task.train()
     assert not task.teacher.training and task.network.training and task.projection.training
-    task(batch, {}).loss.sum().backward()
+    task(batch, 0.0).loss.sum().backward()
     assert all(parameter.grad is None for parameter in task.teacher.parameters())
     assert all(parameter.grad is not None for parameter in [*task.network.parameters(), *task.projection.parameters()])
 
@@ -104,7 +104,7 @@ def test_features_of_timms_networks_are_what_their_heads_read(name):
     task.teacher.get_classifier().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     batch = make_tags()
     assert task.projection.out_features == task.teacher.get_classifier().in_features
-    assert task(batch, {}).loss.isfinite().all() and given == []
+    assert task(batch, 0.0).loss.isfinite().all() and given == []
     seen = F.interpolate(task.renormalise(task.normalise(batch["images"])), (64, 64), mode="bicubic", antialias=True)
     task.teacher(seen)
     torch.testing.assert_close(

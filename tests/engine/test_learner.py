@@ -164,7 +164,7 @@ class OnFrozen(Task):
         self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
         self.network = nn.Linear(4, 1)
 
-    def forward(self, batch, knobs):
+    def forward(self, batch, progress):
         features = self.encoder(batch["images"].float()).mean(dim=(2, 3))
         return StepOutput(self.network(features).squeeze(1).square())
 

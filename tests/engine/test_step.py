@@ -54,7 +54,7 @@ class Regression(Task):
         layers = [nn.Linear(4, 6), *middle, nn.GELU(), nn.Dropout(dropout), nn.Linear(6, 1)]
         self.network = nn.Sequential(*layers).to(dtype)
 
-    def forward(self, batch, knobs):
+    def forward(self, batch, progress):
         error = self.network(batch["x"]).squeeze(1) - batch["y"]
         loss = error.square()
         if "poison_loss" in batch:
@@ -96,10 +96,10 @@ def descent(task, lr=1.0):
     return make_optimizer("sgd", task, lr=lr, weight_decay=0.0, momentum=0.0, nesterov=False)
 
 
-def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, knobs=None, seed=0, **more):
+def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, progress=0.0, seed=0, **more):
     run = more.pop("runtime", runtime())
     settings = {"step": step, "seed": seed, "clip_grad_norm": clip, "runtime": run, **more}
-    return train_step(model or task, task, batches, optimizer, scale or LossScale(run), knobs or {}, **settings)
+    return train_step(model or task, task, batches, optimizer, scale or LossScale(run), progress, **settings)
 
 
 def update_of(task, batches, **settings):
@@ -346,9 +346,9 @@ def test_gradients_are_shared_in_the_last_micro_batch_alone(micro, without_sync)
             super().__init__()
             self.task, self.inside, self.passes = task, False, []
 
-        def forward(self, batch, knobs):
+        def forward(self, batch, progress):
             self.passes.append(self.inside)
-            return self.task(batch, knobs)
+            return self.task(batch, progress)
 
         @contextmanager
         def no_sync(self):
@@ -381,9 +381,9 @@ class InFloat32(Regression):
         super().__init__()
         self.factor = factor
 
-    def forward(self, batch, knobs):
+    def forward(self, batch, progress):
         with torch.autocast("cpu", enabled=False):
-            output = super().forward(batch, knobs)
+            output = super().forward(batch, progress)
         return StepOutput(output.loss * self.factor, output.logs)
 
 

@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
 
-DEFAULTS = {"gamma_pos": 0.0, "gamma_neg": 4.0, "clip": 0.05, "alpha": None, "margin": 1.0, "scheduled": []}
+DEFAULTS = {"gamma_pos": 0.0, "gamma_neg": 4.0, "clip": 0.05, "alpha": None, "margin": 1.0}
 LOGITS = torch.linspace(-12, 12, 97).repeat(2, 1)
 HARD = (torch.arange(97) % 3 == 0).float().repeat(2, 1)
 SOFT = torch.linspace(0, 1, 97)[torch.randperm(97, generator=torch.Generator().manual_seed(0))].repeat(2, 1)
@@ -62,7 +62,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "formula", "changes"), CASES)
 @pytest.mark.parametrize("targets", [HARD, SOFT], ids=["hard", "soft"])
 def test_a_loss_is_its_formula(name, formula, changes, targets):
-    found = make(name, **changes)(LOGITS, targets, {})
+    found = make(name, **changes)(LOGITS, targets, 0.0)
     expected = formula(LOGITS.double().numpy(), targets.double().numpy(), **{**DEFAULTS, **changes})
     assert found.dtype == torch.float32 and found.shape == LOGITS.shape
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=1e-6)
@@ -79,14 +79,14 @@ def test_a_loss_is_its_formula(name, formula, changes, targets):
 )
 def test_at_probability_one_half(name, changes, positive, negative):
     """By hand."""
-    found = make(name, **changes)(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), {})
+    found = make(name, **changes)(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), 0.0)
     assert found.tolist()[0] == pytest.approx([positive, negative], rel=1e-6)
 
 
 def test_focal_is_torchvisions():
     for gamma, alpha in ((2.0, 0.25), (1.5, None), (0.0, 0.5)):
         theirs = sigmoid_focal_loss(LOGITS, SOFT, -1 if alpha is None else alpha, gamma)
-        torch.testing.assert_close(make("focal", gamma_pos=gamma, alpha=alpha)(LOGITS, SOFT, {}), theirs)
+        torch.testing.assert_close(make("focal", gamma_pos=gamma, alpha=alpha)(LOGITS, SOFT, 0.0), theirs)
 
 
 def official_asl(x, y, gamma_neg, gamma_pos, clip, eps=1e-8):
@@ -102,7 +102,7 @@ def official_asl(x, y, gamma_neg, gamma_pos, clip, eps=1e-8):
 def test_asl_and_its_gradient_are_the_official_codes():
     for gammas in ((4.0, 0.0, 0.05), (4.0, 1.0, 0.05), (7.0, 0.0, 0.2)):
         ours, theirs = (LOGITS.clone().requires_grad_() for _ in range(2))
-        found = make("asl", gamma_neg=gammas[0], gamma_pos=gammas[1], clip=gammas[2])(ours, HARD, {})
+        found = make("asl", gamma_neg=gammas[0], gamma_pos=gammas[1], clip=gammas[2])(ours, HARD, 0.0)
         expected = official_asl(theirs, HARD, *gammas)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
         found.sum().backward()
@@ -115,7 +115,7 @@ def test_asl_and_its_gradient_are_the_official_codes():
 def test_extreme_logits_of_any_precision_are_finite_and_so_are_their_gradients(name, formula, changes, dtype):
     logits = torch.tensor([[-100.0, -30, 0, 30, 100]], dtype=dtype).repeat(3, 1).requires_grad_()
     targets = torch.tensor([[0.0], [1.0], [0.3]]).expand(3, 5)
-    losses = make(name, **changes)(logits, targets, {})
+    losses = make(name, **changes)(logits, targets, 0.0)
     losses.sum().backward()
     assert losses.dtype == torch.float32 and losses.isfinite().all() and logits.grad.isfinite().all()
     assert losses.min() >= 0
@@ -124,18 +124,15 @@ def test_extreme_logits_of_any_precision_are_finite_and_so_are_their_gradients(n
 @pytest.mark.parametrize(("name", "changes"), [("asl", {}), ("asl", {"clip": 0.0, "gamma_neg": 1.0}), ("bce", {})])
 def test_a_positive_that_is_lost_still_has_a_gradient(name, changes):
     logits = torch.tensor([[-40.0]], requires_grad=True)
-    make(name, **changes)(logits, torch.ones(1, 1), {}).sum().backward()
+    make(name, **changes)(logits, torch.ones(1, 1), 0.0).sum().backward()
     assert logits.grad.item() == pytest.approx(-1.0)
 
 
-def test_scheduled_parameters_come_from_the_knobs():
-    loss = make("asl", scheduled=["gamma_neg", "clip"])
-    assert loss.scheduled == {"gamma_neg", "clip"} and make("bce").scheduled == frozenset()
-    knobs = {"gamma_neg": torch.tensor(2.0), "clip": torch.tensor(0.1)}
-    fixed = make("asl", gamma_neg=2.0, clip=0.1)
-    torch.testing.assert_close(loss(LOGITS, HARD, knobs), fixed(LOGITS, HARD, {}))
-    with pytest.raises(ValidationError, match="task.loss.scheduled: margin is not read by task.loss.name=asl"):
-        make("asl", scheduled=["margin"])
+def test_a_pair_moves_over_the_run():
+    moving, progress = make("asl", gamma_neg=[0.0, 4.0], clip=[0.2, 0.0]), torch.tensor(0.5)
+    torch.testing.assert_close(moving(LOGITS, HARD, progress), make("asl", gamma_neg=2.0, clip=0.1)(LOGITS, HARD, 0.0))
+    with pytest.raises(ValidationError, match="less than 1"):
+        make("asl", clip=[0.0, 1.0])
 
 
 def test_frequency_weights_by_hand():

@@ -29,7 +29,7 @@ PRIORS = [0.5, 0.25, 0.1, 0.1, 0.4, 0.3, 0.9, 0.0]
 FACTS = {
     **VOCABULARY.facts(), "tag_priors": PRIORS, "orientation": {"pairs": [[4, 5]], "dropped": [7], "no_flip": [6]},
 }  # fmt: skip
-BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05, alpha=None, margin=1.0, scheduled=[])
+BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05, alpha=None, margin=1.0)
 CONFIG = TaggingTaskConfig(
     name="tagging", vocabulary=None, min_count=1, rating_s=None, aliases=None, implications=None, orientation=None,
     loss=BCE, label_smoothing=0.0, tag_weight_power=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
@@ -77,14 +77,14 @@ def test_the_loss_is_a_sum_over_tags_with_weights_and_smoothing():
     weighted = make(facts=VOCABULARY.facts(), label_smoothing=0.1, tag_weight_power=1.0)
     weights = (8 / torch.tensor(VOCABULARY.counts)).clamp(0.1, 10)  # 8: the median, the lower of two
     expected = (expected * weights)[:, :].where(~plain.targets(batch).isnan(), 0.0).sum(1)
-    torch.testing.assert_close(weighted.label_losses(logits, plain.targets(batch), {}), expected)
+    torch.testing.assert_close(weighted.label_losses(logits, plain.targets(batch), 0.0), expected)
 
 
 def test_an_unknown_rating_masks_its_four_columns_alone():
     task, batch = make(facts=VOCABULARY.facts()), make_tags([[4], [5, 6]])
     targets = task.targets(batch)
     assert targets[:, :4].isnan().all() and targets[:, 4:].tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
-    task(batch, {}).loss.sum().backward()
+    task(batch, 0.0).loss.sum().backward()
     rows = task.network.head.weight.grad.abs().sum(1)
     assert (rows[:4] == 0).all() and (rows[4:] > 0).all() and (task.network.head.bias.grad[:4] == 0).all()
 
@@ -100,7 +100,7 @@ def test_mixup_takes_the_ratings_out_where_either_is_unknown():
     assert 0 < share < 1 and targets[2].tolist() == pytest.approx([0, 1 - share, share, 0, 0, 1 - share, share, 0])
     plain = task.normalise(batch["images"])
     torch.testing.assert_close(images, share * plain + (1 - share) * plain.flip(0))
-    output = task(batch, {})
+    output = task(batch, 0.0)
     assert output.loss.isfinite().all() and all(value.isfinite() for pair in output.logs.values() for value in pair)
 
 
@@ -117,16 +117,6 @@ def test_images_and_tags_are_mirrored_together_and_in_training_alone():
     assert torch.equal(told[::3], plain[::3].flip(-1)) and torch.equal(told[1::3], plain[1::3])
     images, targets = task.eval().views(batch)
     assert torch.equal(images, plain) and torch.equal(targets.nan_to_num(), task.targets(batch).nan_to_num())
-
-
-def test_scheduled_parameters_of_the_loss_are_knobs():
-    loss = BCE.model_copy(update={"name": "asl", "scheduled": ["gamma_neg", "clip"]})
-    task, batch = make(facts=VOCABULARY.facts(), loss=loss).eval(), make_tags()
-    assert task.knob_names == {"gamma_neg", "clip"} and make().knob_names == frozenset()
-    strong, weak = (
-        task(batch, {"gamma_neg": torch.tensor(gamma), "clip": torch.tensor(0.0)}).loss.sum() for gamma in (7.0, 0.0)
-    )
-    assert strong < weak / 2
 
 
 # --- an earlier tagger
@@ -289,12 +279,9 @@ def test_a_run_extends_another_and_has_the_exports_of_a_tagger(place):
     assert run("export", ["format=wd14", "run_dir=extended", "dry_run=true"], place).startswith("dry run")
 
 
-def test_knobs_of_the_loss_are_demanded_and_read(place):
-    asl = ["task.loss.name=asl", "task.loss.scheduled=[gamma_neg]", "run_dir=asl"]
-    with pytest.raises(UserError, match="^schedule.knobs.gamma_neg: "):
-        run("finetune", [*RUN, *asl], place)
-    knobs = "+schedule.knobs.gamma_neg={start: 0.0, phases: [{to: 8.0, curve: linear}]}"
-    run("finetune", [*RUN, *asl, knobs, "optim.lr=0", "loop.total_steps=4", "task.orientation=null",
+def test_a_parameter_of_the_loss_moves_over_the_run(place):
+    asl = ["task.loss.name=asl", "task.loss.gamma_neg=[0.0,8.0]", "run_dir=asl"]
+    run("finetune", [*RUN, *asl, "optim.lr=0", "loop.total_steps=4", "task.orientation=null",
                      "augment.crop_scale=[1.0,1.0]", "augment.interpolation=bilinear"], place)  # fmt: skip
     losses = [row["loss"] for row in rows(place / "asl/metrics.jsonl", "train")]
     assert sum(losses[2:]) < sum(losses[:2])  # each pair of steps sees the same images

@@ -1,14 +1,10 @@
-"""The two real tasks: convergence (one batch is learned by heart), properties of their losses, knobs, and refusals."""
-
-from types import SimpleNamespace
+"""The two real tasks: convergence (one batch is learned by heart), properties of their losses, and refusals."""
 
 import pytest
 import torch
 
-from engine.run import check_knobs
 from engine.runtime import Runtime
 from engine.step import LossScale, train_step
-from engine.task import Task
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig, patch_count
 from engine.tasks.kind import Setup
@@ -122,26 +118,13 @@ def test_an_unreadable_image_is_mixed_into_no_other(mix):
             else:
                 assert torch.equal(found[index], images[index])
                 assert torch.equal(soft[index], torch.eye(4)[batch["labels"][index]])
-    assert torch.equal(task.eval()(batch, {}).loss, task(batch, {}).loss)
+    assert torch.equal(task.eval()(batch, 0.0).loss, task(batch, 0.0).loss)
 
 
 def test_fcmae_refuses_another_network():
     config = TimmConfig(family="timm", name="resnet18", in_channels=3, drop_path_rate=None)
     with pytest.raises(UserError, match="model: FCMAE pretrains ConvNeXt V2, not resnet18"):
         patch_count(config, FCMAE, [32, 32])
-
-
-class _Momentum(Task):
-    knob_names = frozenset({"teacher_momentum"})
-
-
-@pytest.mark.parametrize(
-    ("knobs", "said"),
-    [({}, "teacher_momentum: "), ({"teacher_momentum": 1, "teacher_momentun": 1}, "teacher_momentun: .*close: teach")],
-)
-def test_knobs_must_be_those_that_the_task_reads(knobs, said):
-    with pytest.raises(UserError, match=rf"^schedule\.knobs\.{said}"):
-        check_knobs(_Momentum(), SimpleNamespace(schedule=SimpleNamespace(knobs=knobs)))
 
 
 def test_a_timm_network_of_another_image_size_is_refused():

@@ -7,18 +7,18 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from optim.config import KnobConfig, ScheduleConfig
+from optim.config import ScheduleConfig
 from optim.schedules import Schedule, cosine, linear
 from utils.config.entry_point import CONF
 
 STEPS = 10
 
 
-def make(name, *, lr=1.0, weight_decay=0.5, total=STEPS, warmup=0, steps_per_epoch=4.0, **changes):
+def make(name, *, lr=1.0, weight_decay=0.5, total=STEPS, warmup=0, **changes):
     """A schedule of conf/schedule/<name>.yaml with some keys changed."""
     values = yaml.safe_load((CONF / "schedule" / f"{name}.yaml").read_text()) | changes
     config = TypeAdapter(ScheduleConfig).validate_python(values)
-    return Schedule(config, lr, weight_decay, total, warmup, steps_per_epoch)
+    return Schedule(config, lr, weight_decay, total, warmup)
 
 
 def rates(schedule):
@@ -230,77 +230,19 @@ def test_onecycle_has_values_where_the_peak_is_the_first_step(total, peak_fracti
         assert 0 < schedule.at(step).lr <= 1 and 0.85 <= schedule.at(step).momentum <= 0.95
 
 
-# --- knobs
-
-KNOB_TABLE = {
-    "linear": [0.0, 1 / 9, 2 / 9, 3 / 9, 4 / 9, 5 / 9, 6 / 9, 7 / 9, 8 / 9, 1.0],  # the last step has the end value
-    "cosine": [
-        0.0,
-        0.0301536896070458,  # (1 - cos(pi 1/9)) / 2
-        0.1169777784405110,
-        0.25,  # a third of the way: (1 - 1/2) / 2
-        0.4131759111665348,
-        0.5868240888334652,
-        0.75,
-        0.8830222215594890,
-        0.9698463103929542,
-        1.0,
-    ],
-}
+# --- a task's own values
 
 
-@pytest.mark.parametrize("curve", KNOB_TABLE)
-@pytest.mark.parametrize("name", ["cosine", "constant", "onecycle"])
-@pytest.mark.parametrize("start, end", [(0.0, 1.0), (0.996, 1.0), (4.0, -2.0)])
-def test_a_phase_over_the_run_at_every_step(name, curve, start, end):
-    schedule = make(name, knobs={"gamma": {"start": start, "phases": [{"to": end, "curve": curve}]}})
-    found = [schedule.knobs_at(step) for step in range(STEPS)]
-    assert all(set(values) == {"gamma"} for values in found)
-    close([values["gamma"] for values in found], [start + (end - start) * share for share in KNOB_TABLE[curve]])
+@pytest.mark.parametrize("curve", [cosine, linear])
+def test_a_curve_of_a_device_scalar_is_that_of_a_number(curve):
+    for fraction in (-1.0, 0.0, 1 / 9, 0.5, 1.0, 7.0):
+        found = curve(4.0, -2.0, torch.tensor(fraction))
+        assert found.shape == () and found.item() == pytest.approx(curve(4.0, -2.0, fraction), abs=1e-6)
 
 
-PHASES = {  # ten steps, four an epoch
-    "held throughout": ([], [1.0] * 10),
-    "warm up, then hold": ([{"to": 5.0, "curve": "linear", "steps": 4}], [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]),
-    "the same in epochs": ([{"to": 5.0, "curve": "linear", "epochs": 1.0}], [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]),
-    "the same as a share": ([{"to": 5.0, "curve": "linear", "fraction": 0.4}], [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]),
-    "constant, then down": (
-        [{"to": 1.0, "curve": "linear", "steps": 6}, {"to": -2.0, "curve": "linear"}], [1, 1, 1, 1, 1, 1, 1, 0, -1, -2],
-    ),
-    "up, hold, down": (
-        [{"to": 3.0, "curve": "linear", "steps": 2}, {"to": 3.0, "curve": "linear", "steps": 3},
-         {"to": 1.0, "curve": "cosine", "steps": 4}],
-        [1, 2, 3, 3, 3, 3, 2.7071067811865475, 2.0, 1.2928932188134525, 1],
-    ),
-    "a phase beyond the run is cut": ([{"to": 21.0, "curve": "linear", "steps": 20}], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", PHASES)
-def test_phases_at_every_step(case):
-    phases, expected = PHASES[case]
-    schedule = make("cosine", knobs={"gamma": {"start": 1.0, "phases": phases}}, steps_per_epoch=4.0)
-    close([schedule.knobs_at(step)["gamma"] for step in range(STEPS)], expected)
-
-
-def test_a_run_of_one_step_has_its_knobs_at_their_start():
-    knobs = {"gamma": {"start": 3.0, "phases": [{"to": 5.0, "curve": "linear"}]}}
-    assert make("constant", total=1, knobs=knobs).knobs_at(0) == {"gamma": 3.0}
-
-
-@pytest.mark.parametrize(
-    "phases, message",
-    [
-        ([{"to": 1.0, "curve": "linear"}, {"to": 2.0, "curve": "linear"}], "only the last may have no duration"),
-        ([{"to": 1.0, "curve": "linear", "steps": 3, "epochs": 1.0}], "a phase has one duration"),
-        ([{"to": 1.0, "curve": "square"}], "'cosine' or 'linear'"),
-        ([{"to": 1.0, "curve": "linear", "fraction": 1.5}], "less than or equal to 1"),
-        ([{"to": 1.0, "curve": "linear", "steps": 0}], "greater than or equal to 1"),
-    ],
-)
-def test_a_wrong_phase_is_refused(phases, message):
-    with pytest.raises(ValidationError, match=message):
-        KnobConfig(start=0.0, phases=phases)
+def test_progress_goes_from_the_first_update_to_the_last():
+    assert [make("cosine", total=5).progress_at(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert make("onecycle", total=1).progress_at(0) == 0.0
 
 
 # --- properties

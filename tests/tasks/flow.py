@@ -71,7 +71,7 @@ class FlowTask(Task):
         pred = self.velocity["body"](torch.cat([noisy, level], dim=1)).float()
         return {"loss": (pred - noise + latents).square().mean(dim=(1, 2, 3)), "dropped": batch["labels"] == 0}
 
-    def forward(self, batch, knobs):
+    def forward(self, batch, progress):
         loss, dropped = self._losses(batch).values()
         return StepOutput(loss, {"dropped": log_mean(dropped, batch["weight"])})
 

@@ -18,10 +18,14 @@ from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
 from engine.tasks.kind import Kind, TaskConfig
 from models.build import build_network
 from models.weights.initialise import initialise_from
+from optim.schedules import cosine, linear
 from tests.tasks.entry import add_kind
 from utils.ranks import distributed
 
 GLOBAL, LOCAL = ("global_1", "global_2"), ("local_1", "local_2", "local_3", "local_4")
+
+
+WARM_UP = 6 / 19  # of the run: the first 6 of 20 steps
 
 
 class MultiCropTaskConfig(TaskConfig):
@@ -37,7 +41,6 @@ class MultiCropConfig(ImageTrainingConfig):
 
 
 class MultiCropTask(Task):
-    knob_names = frozenset({"teacher_momentum", "teacher_temperature"})
     roles = Roles(trained=("student",), averaged={})
 
     def __init__(self, setup):
@@ -56,22 +59,23 @@ class MultiCropTask(Task):
     def exported(self):
         return Exported(("teacher",), self._metadata)
 
-    def forward(self, batch, knobs):
+    def forward(self, batch, progress):
         with torch.no_grad():
             taught = [self.teacher(self.normalise(batch[name])).float() for name in GLOBAL]
             valid = (batch["weight"] > 0)[:, None]
             for logits in taught:
                 counted = torch.cat([logits, torch.ones_like(logits[:, :1])], dim=1)
                 self.outputs += torch.where(valid, counted, 0.0).sum(dim=0)
-            targets = [((logits - self.centre) / knobs["teacher_temperature"]).softmax(dim=1) for logits in taught]
+            temperature = linear(0.04, 0.07, progress / WARM_UP)
+            targets = [((logits - self.centre) / temperature).softmax(dim=1) for logits in taught]
         students = [self.student(self.normalise(batch[name])).float() for name in GLOBAL + LOCAL]
         logs = [(logits / self.config.student_temperature).log_softmax(dim=1) for logits in students]
         pairs = [(target, log) for i, target in enumerate(targets) for j, log in enumerate(logs) if i != j]
         return StepOutput(torch.stack([-(target * log).sum(dim=1) for target, log in pairs]).mean(dim=0))
 
     @torch.no_grad()
-    def after_step(self, step, knobs, applied):
-        share = (1.0 - knobs["teacher_momentum"]) * applied
+    def after_step(self, step, progress, applied):
+        share = (1.0 - cosine(0.9, 1.0, progress)) * applied
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters()):
             teacher.add_((student - teacher) * share)
         *total, count = distributed.all_reduce_sum(self.outputs).split([self.config.dim, 1])

@@ -20,8 +20,8 @@ _forward, _train_step = ClassificationTask.forward, loop.train_step
 _now = {"step": -1}
 
 
-def forward(self, batch, knobs):
-    output = _forward(self, batch, knobs)
+def forward(self, batch, progress):
+    output = _forward(self, batch, progress)
     if self.training and _now["step"] == 3 and distributed.rank() == distributed.world_size() - 1:
         output.loss = output.loss * torch.nan
     if self.training and _now["step"] == 5:

@@ -61,7 +61,7 @@ class ThinTaggingTask(Task):
         )
         return losses.mean(dim=1), logits, tag_targets
 
-    def forward(self, batch, knobs):
+    def forward(self, batch, progress):
         loss, logits, tag_targets = self._losses(batch)
         recall = (tag_targets * (logits > 0)).sum(1) / tag_targets.sum(1).clamp_min(1)
         return StepOutput(loss, {"recall": log_mean(recall, batch["weight"])})

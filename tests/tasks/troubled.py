@@ -72,8 +72,8 @@ def nan(first, last, rank=None):
     positions = range((int(first) - 1) * batch_size, int(last) * batch_size)
     keys = torch.tensor([rng.sample_key(seed, position) for position in positions])
 
-    def poisoned(self, batch, knobs):
-        output = forward(self, batch, knobs)
+    def poisoned(self, batch, progress):
+        output = forward(self, batch, progress)
         bad = torch.isin(batch["key"], keys)
         if rank is not None and distributed.rank() != int(rank):
             bad = torch.zeros_like(bad)
@@ -109,10 +109,10 @@ def little_memory(*sizes):
     forward = engine.tasks.classification.ClassificationTask.forward
     most = int(sizes[int(os.environ.get("RANK", "0"))])
 
-    def limited(self, batch, knobs):
+    def limited(self, batch, progress):
         if len(batch["key"]) > most:
             raise torch.OutOfMemoryError
-        return forward(self, batch, knobs)
+        return forward(self, batch, progress)
 
     engine.tasks.classification.ClassificationTask.forward = limited
     engine.run.check_auto = lambda config, runtime: None  # which refuses CPUs

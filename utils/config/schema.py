@@ -69,7 +69,7 @@ def path_keys(schema: type[BaseModel]) -> set[str]:
 
 
 def is_free_group(field: FieldInfo | None) -> bool:
-    """Return whether a group's own keys are free, such as those of schedule.knobs."""
+    """Return whether a group's own keys are free, such as those of optim.extra."""
     return field is not None and typing.get_origin(field.annotation) is dict
 
 

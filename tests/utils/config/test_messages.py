@@ -90,8 +90,6 @@ VALIDATORS = [
     ([], {"model.dims": [8, 16]}, "model.dims"),
     ([], {"model.stem_stride": True}, "model.stem_stride"),
     ([], {"init_weights": "ema"}, "init_weights"),
-    ([], {"schedule.knobs.ema": {"start": 0.0, "phases": [{"to": 1.0, "curve": "bent"}]}},
-     "schedule.knobs.ema.phases.0.curve"),
     (["optim=sgd"], {"optim.momentum": 0.0}, "optim.nesterov"),
     (["optim=sgd"], {"optim.betas": [0.9, 0.9]}, "optim.betas"),
     (["schedule=onecycle"], {"schedule.three_phase": True, "schedule.peak_fraction": 0.6}, "schedule.peak_fraction"),
@@ -145,11 +143,9 @@ def test_known_keys_are_those_of_the_chosen_kind():
     schema = load_command("finetune").schema
     every = known_keys(schema)
     assert {"seed", "optim", "optim.lr", "optim.betas", "optim.momentum", "loop.sampling"} <= set(every)
-    assert len(every) == len(set(every)) and "schedule.knobs.start" not in every
+    assert len(every) == len(set(every))
     chosen = known_keys(schema, {"optim": {"name": "sgd"}})
     assert "optim.momentum" in chosen and "optim.betas" not in chosen
-    named = known_keys(schema, {"schedule": {"knobs": {"temperature": {"start": 1.0}}}})
-    assert {"schedule.knobs.temperature", "schedule.knobs.temperature.start"} <= set(named)
 
 
 def test_close_names():
@@ -172,8 +168,6 @@ FROM_HYDRA = [
     (["loop.lr=1"], "loop.lr: ", "did you mean optim.lr?"),
     (["optm.lr=1"], "optm: ", "close: optim"),
     (["modle=convnextv2_tiny"], "modle: ", "close: model"),
-    (["schedule.knobs.heat={start: 1.0, phases: []}"], "schedule.knobs.heat: ", "+schedule.knobs.heat=VALUE"),
-    (["+schedule.knobs.heat={start: 1.0, strat: 1.0, phases: []}"], "schedule.knobs.heat.strat: ", "close: start"),
     (["seed.x=3"], "seed.x: ", "seed is a value without keys"),
     (["model=convnextv2_tny"], "model: unknown 'convnextv2_tny'", "close: convnextv2_tiny"),
     (["model=resnet50"], "model: unknown 'resnet50'", "timm has it: model=timm model.name=resnet50"),
