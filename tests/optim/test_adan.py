@@ -1,4 +1,4 @@
-"""Adan. Reference equality (formula in plain numbers, timm's), bit equality of skipped steps, convergence, dtypes."""
+"""Adan. Reference equality (formula in plain numbers, timm's), state."""
 
 import copy
 import math
@@ -46,24 +46,10 @@ def parameters_at(start):
     return [torch.nn.Parameter(tensor.clone()) for tensor in start]
 
 
-def take_step(optimizer, parameters, gradients, found_inf=None):
+def take_step(optimizer, parameters, gradients):
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient.clone()
-    if found_inf is not None:
-        optimizer.found_inf = torch.tensor(float(found_inf))
     optimizer.step()
-
-
-def bits(optimizer, parameters):
-    """Everything that a step may touch, as bytes."""
-    tensors = {f"{index}": parameter for index, parameter in enumerate(parameters)}
-    for index, parameter in enumerate(parameters):
-        tensors |= {f"{index}/{name}": value for name, value in optimizer.state[parameter].items()}
-    return {
-        name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    }
 
 
 # --- the formula
@@ -99,67 +85,6 @@ def test_twenty_steps_equal_timms(monkeypatch):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
-def test_groups_have_their_own_rates_and_decay():
-    start, gradients = problem(steps=4)
-    together, alone = parameters_at(start), parameters_at(start)
-    groups = [{"params": [parameter], "lr": 0.1 * (index + 1)} for index, parameter in enumerate(together)]
-    optimizer = make(groups, lr=1.0)
-    singles = [make([parameter], lr=0.1 * (index + 1)) for index, parameter in enumerate(alone)]
-    for now in gradients:
-        take_step(optimizer, together, now)
-        for single, parameter, gradient in zip(singles, alone, now):
-            take_step(single, [parameter], [gradient])
-    assert all(torch.equal(left, right) for left, right in zip(together, alone))
-
-
-def test_a_parameter_without_gradient_is_left_alone():
-    parameters = parameters_at(problem()[0])
-    optimizer = make(parameters, lr=0.1, weight_decay=0.5)
-    before = parameters[1].detach().clone()
-    parameters[0].grad = torch.ones_like(parameters[0])
-    optimizer.step()
-    assert torch.equal(parameters[1], before) and not optimizer.state[parameters[1]]
-
-
-# --- skipped steps
-
-
-@pytest.mark.parametrize(
-    ("steps_before", "poison", "dtype"),
-    [(0, float("nan"), torch.float32), (1, float("inf"), torch.bfloat16), (5, 1.0, torch.float32)],
-)
-def test_found_inf_leaves_parameters_and_state_bit_for_bit(steps_before, poison, dtype):
-    start, gradients = problem(dtype=dtype)
-    parameters = parameters_at(start)
-    optimizer = make(parameters, lr=0.1, weight_decay=0.1)
-    for now in gradients[:steps_before]:
-        take_step(optimizer, parameters, now, found_inf=0)
-    before = bits(optimizer, parameters)
-    bad = [gradient.clone() for gradient in gradients[steps_before]]
-    bad[1].view(-1)[0] = poison
-    take_step(optimizer, parameters, bad, found_inf=1)
-    after = bits(optimizer, parameters)
-    if steps_before:
-        assert after == before
-    else:  # the state is made by the first step that is tried, and is that of no step
-        assert {name: after[name] for name in before} == before
-        assert all(not any(value) for name, value in after.items() if "/" in name)
-
-
-@pytest.mark.parametrize("skipped", [[0, 1, 2], [4, 5, 9]])
-def test_skipped_steps_are_change_nothing(skipped):
-    start, gradients = problem(steps=12, dtype=torch.float32)
-    with_skips, without = parameters_at(start), parameters_at(start)
-    skipping, plain = make(with_skips, lr=0.1, weight_decay=0.1), make(without, lr=0.1, weight_decay=0.1)
-    for step, now in enumerate(gradients):
-        if step in skipped:
-            take_step(skipping, with_skips, [torch.full_like(gradient, float("nan")) for gradient in now], found_inf=1)
-        else:
-            take_step(skipping, with_skips, now, found_inf=0)
-            take_step(plain, without, now)
-    assert bits(skipping, with_skips) == bits(plain, without)
-
-
 # --- state
 
 
@@ -184,4 +109,6 @@ def test_a_saved_state_continues_as_if_uninterrupted():
     for now in gradients[4:]:
         take_step(optimizer, through, now)
         take_step(other, resumed, now)
-    assert bits(optimizer, through) == bits(other, resumed)
+    for left, right in zip(through, resumed):
+        assert torch.equal(left, right)
+        assert all(torch.equal(value, other.state[right][name]) for name, value in optimizer.state[left].items())
