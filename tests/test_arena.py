@@ -85,6 +85,7 @@ def test_taggers_of_ours_and_of_others_are_compared(place):
     assert found["tags"] == 5 and found["images"] == 36  # two ratings and the colours; `rare` is on too few
     assert line.startswith(next(iter(rows))) and rows["one"] == {**rows["wd"], "model": "one"}
     assert sorted(rows, key=lambda name: -rows[name]["mAP"]) == list(rows)
+    assert run("evaluate", [*ARENA, "models=[wd,run]", "dry_run=true"], place).startswith("dry run")
     assert rows["blind"]["mAP"] < 0.6 < rows["wd"]["mAP"]
     tags = {row["tag"]: row for row in rows_of(folder / "tables/arena_tags.csv")}
     assert set(tags) == {"general", "sensitive", *COLOURS} and tags["green"]["support"] == "12"
@@ -127,7 +128,6 @@ CLASHES = {
     "no tag in common": lambda folder: write_wd(folder, rows=[*ROWS[:2], *((4, name) for _, name in ROWS[2:])]),
     "another width": lambda folder: write_wd(folder, rows=ROWS[:-1]),
     "NCHW": lambda folder: write_wd(folder, shape=(3, 8, 8)),
-    "no fixed side": lambda folder: write_wd(folder, shape=("h", "w", 3)),
     "logits": lambda folder: write_wd(folder, tail=[helper.make_node("Identity", ["logits"], ["y"])]),
     "no tags": lambda folder: (write_wd(folder) / "selected_tags.csv").unlink(),
     "nothing": lambda folder: None,
@@ -141,14 +141,10 @@ def test_models_that_cannot_be_compared_are_refused(clash, place, tmp_path):
         run("evaluate", [*ARENA, f"models=[wd,{tmp_path / 'other'}]"], place)
 
 
-@pytest.mark.parametrize(
-    ("key", "overrides"),
-    [("arena.rating_s", ["arena.rating_s=null"]), ("arena.min_support", ["arena.min_support=99"]),
-     ("arena.aliases", ["arena.aliases=nowhere.csv"])],
-)  # fmt: skip
-def test_what_the_images_cannot_give_is_refused(key, overrides, place):
-    with pytest.raises(UserError, match=f"^{key}: "):
-        run("evaluate", [*ARENA, "models=[wd]", *overrides], place)
+@pytest.mark.parametrize("override", ["arena.rating_s=null", "arena.min_support=99", "arena.aliases=nowhere.csv"])
+def test_what_the_images_cannot_give_is_refused(override, place):
+    with pytest.raises(UserError, match=f"^{override.partition('=')[0]}: "):
+        run("evaluate", [*ARENA, "models=[wd]", override], place)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +152,10 @@ def test_what_the_images_cannot_give_is_refused(key, overrides, place):
     [
         ("models", ["job=arena", *DATA]),
         ("data", ["job=arena", "models=[a,b]"]),
-        ("run_dir", ["job=arena", "models=[a,b]", *DATA, "run_dir=run"]),
         ("calibrate", ["job=arena", "models=[a,b]", *DATA, "calibrate=true"]),
         ("models", ["models=[a,b]", "run_dir=run"]),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(key, overrides):
-    with pytest.raises(ConfigError, match=f"\n?.*{key}: "):
+    with pytest.raises(ConfigError, match=f"{key}: "):
         configure("evaluate", overrides)
-
-
-def test_a_dry_run_opens_the_models(place):
-    assert run("evaluate", [*ARENA, "models=[wd,run]", "dry_run=true"], place).startswith("dry run")

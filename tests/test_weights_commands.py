@@ -1,9 +1,7 @@
 """Weights through the commands: weights of others as a run of no steps, timm's weights, licences, exports, refusals."""
 
 from contextlib import suppress
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -194,7 +192,7 @@ def test_reports_of_several_files_lie_beside_each_other(place):
         run("export", ["format=safetensors", "run_dir=run", "output=both"], place)
 
 
-@pytest.mark.parametrize("form", ["onnx", "timm", "pth"])
+@pytest.mark.parametrize("form", ["timm", "pth"])
 def test_an_export_to_a_full_disk_is_a_users_error(form, place, small_disk):
     with open(small_disk / "filler", "wb", buffering=0) as stream, suppress(OSError):
         while True:
@@ -205,29 +203,16 @@ def test_an_export_to_a_full_disk_is_a_users_error(form, place, small_disk):
     assert set(small_disk.rglob("*")) - set(before) <= {small_disk / "x"}
 
 
-def test_weights_that_do_not_match_their_checksum_are_refused(place, tmp_path):
-    content = (place / "run/weights/last_weights.safetensors").read_bytes()
-    (tmp_path / "last.safetensors").write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
-    for script, more in (
-        ("evaluate", [*DATA, *ON_CPU]),
-        ("predict", ["input=images", "output=f.jsonl"]),
-        ("export", ["format=safetensors", f"output={tmp_path}"]),
-    ):
-        with pytest.raises(UserError, match=r"^weights: .*last\.safetensors is damaged: "):
-            run(script, [f"weights={tmp_path}/last.safetensors", *more], place)
-
-
 # --- timm's weights
 
 
 def fill_cache(monkeypatch, folder, name, network):
     """Put a network's weights into a cache of the hub, as a download would, and take the network away."""
-    repository = folder / f"hub/models--timm--{name}"
-    (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs/main").write_text("0" * 40)
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    save_file(network.state_dict(), snapshot / "model.safetensors", metadata={"format": "pt"})
+    repository, commit = folder / f"hub/models--timm--{name}", "0" * 40
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    save_file(network.state_dict(), repository / "snapshots" / commit / "model.safetensors", metadata={"format": "pt"})
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
     use_cache(monkeypatch, folder)
 
 
@@ -260,17 +245,6 @@ def test_timms_weights_come_from_its_cache_with_their_preprocessing(place, monke
         run("finetune", [*TIMM, f"model.name={RESNET}", "init_from=timm", "task.head=kept", "run_dir=kept"], place)
 
 
-@pytest.mark.slow
-def test_dinov3s_convnext_goes_through_timm(place, monkeypatch, tmp_path):
-    name, tensor = "convnext_tiny.dinov3_lvd1689m", "stages.3.blocks.2.mlp.fc2.weight"
-    network = timm.create_model(name, num_classes=0)
-    fill_cache(monkeypatch, tmp_path, name, network)
-    run("finetune", [*TIMM, f"model.name={name}", "model.pretrained=true", "optim.lr=0", "run_dir=dino"], place)
-    state, metadata = weights_of(place, "dino")
-    assert metadata["origin"]["licence"] == "dinov3-license" and metadata["preprocessing"]["eval_crop"] == 1.0
-    assert torch.equal(state[tensor], network.state_dict()[tensor])
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -278,7 +252,6 @@ def test_dinov3s_convnext_goes_through_timm(place, monkeypatch, tmp_path):
         (["model.name=resnet10t.x", "model.pretrained=true"], "model.name: "),
         (["model.pretrained=true", "init_from=fcmae.pt"], "model.pretrained: "),
         (["model=convnextv2_atto", "init_from=timm"], "init_from: "),
-        (["init_from=timm", "init_weights=ema"], "init_weights: "),
     ],
 )
 def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, monkeypatch, tmp_path):
@@ -289,21 +262,7 @@ def test_weights_that_timm_cannot_give_are_refused(overrides, message, place, mo
     assert not (place / "refused").exists()
 
 
-@pytest.mark.parametrize("name", ["volo_d4_448.sail_in1k", "BORDER"])
-def test_a_preprocessing_of_timms_that_ours_cannot_express_is_refused(name, place, monkeypatch):
-    reason = "crop_pct 1.15"
-    if name == "BORDER":
-        name, stated, reason = RESNET, timm.get_pretrained_cfg(RESNET), "crop_mode border"
-        monkeypatch.setattr("timm.get_pretrained_cfg", lambda _: replace(stated, crop_mode="border"))
-    with pytest.raises(UserError, match=rf"^init_from: .*{name} with {reason}, .*init_from=FILE"):
+def test_a_preprocessing_of_timms_that_ours_cannot_express_is_refused(place):
+    name = "volo_d4_448.sail_in1k"
+    with pytest.raises(UserError, match=rf"^init_from: .*{name} with crop_pct 1\.15, .*init_from=FILE"):
         run("finetune", [*TIMM, f"model.name={name}", "init_from=timm", "run_dir=refused"], place)
-
-
-def test_small_networks_of_timm_take_one_channel(place, monkeypatch, tmp_path):
-    network = vary_weights(timm.create_model("test_resnet"))
-    fill_cache(monkeypatch, tmp_path, RESNET, network)
-    grey = ["model.in_channels=1", "model.pretrained=true", "optim.lr=0", "run_dir=grey"]
-    run("finetune", [*TIMM, f"model.name={RESNET}", *grey], place)
-    state, metadata = weights_of(place, "grey")
-    assert torch.allclose(state["conv1.0.weight"], network.conv1[0].weight.sum(dim=1, keepdim=True))
-    np.testing.assert_allclose(metadata["preprocessing"]["mean"], [np.mean(timm.get_pretrained_cfg(RESNET).mean)])

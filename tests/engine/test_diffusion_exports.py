@@ -16,7 +16,7 @@ from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.networks import tiny_networks
 from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
-from tests.support import TINY, make_collection, slow_but
+from tests.support import TINY, make_collection
 from utils.errors import UserError
 
 PROMPTS = ["tag 1, tag 2", "black"]
@@ -75,8 +75,7 @@ def differ(first, second):
     return np.abs(first.astype(float) - second).max()
 
 
-@pytest.mark.parametrize("form", slow_but(["kohya"], ["kohya", "lora_diffusers"]))
-def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(form, place, wanted):
+def compare_lora(form, place, wanted):
     folder = export(place, "lora", form)
     pipeline = StableDiffusionXLPipeline.from_pretrained(place / "base", local_files_only=True)
     assert differ(make_pictures(pipeline), wanted["lora"]) > 20
@@ -84,9 +83,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(form, place, wante
     assert differ(make_pictures(pipeline), wanted["lora"]) <= 2
 
 
-@pytest.mark.parametrize("name", ["lora", "whole"])
-@pytest.mark.parametrize("form", slow_but(["single_file"], ["single_file", "diffusers"]))
-def test_whole_models_give_the_pictures_of_the_run(name, form, place, wanted):
+def compare_whole(name, form, place, wanted):
     folder = export(place, name, form)
     if form == "diffusers":
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
@@ -94,6 +91,16 @@ def test_whole_models_give_the_pictures_of_the_run(name, form, place, wanted):
         file, base = str(folder / "model.safetensors"), str(place / "base")
         pipeline = StableDiffusionXLPipeline.from_single_file(file, config=base, local_files_only=True)
     assert differ(make_pictures(pipeline), wanted[name]) <= 2
+
+
+def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
+    """tests/engine/slow_diffusion_exports.py has the other formats."""
+    compare_lora("kohya", place, wanted)
+
+
+@pytest.mark.parametrize("name", ["lora", "whole"])
+def test_whole_models_give_the_pictures_of_the_run(name, place, wanted):
+    compare_whole(name, "single_file", place, wanted)
 
 
 def test_the_licence_of_the_base_model_is_in_what_is_exported(place):

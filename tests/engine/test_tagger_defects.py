@@ -1,22 +1,5 @@
-"""Defects of an earlier tagger, each of which is a test here or elsewhere.
-
-| defect | test |
-|---|---|
-| validation images in training, with workers | here |
-| F1 at a fixed threshold chose the weights | test_tagging.py |
-| mAP in bins, its memory; figures that change with the batches | test_tag_measures.py |
-| three sources of thresholds, and a file that is none | test_tag_measures.py, tests/models/test_tag_exports.py |
-| another filter in serving than in training | tests/data/test_transforms.py, tests/models/test_wd14_tools.py |
-| flips that repeat from epoch to epoch | here |
-| a lost rating `s`; tags split in another way than documented | tests/data/test_tag_index.py, test_tag_readers.py |
-| outputs for padding and unknown tags; no categories; a moved column | tests/data/test_tag_index.py |
-| an ONNX file that no tool reads | tests/models/test_wd14_tools.py |
-| dense int64 targets from the workers; paths pickled into each of them | here |
-| overrides that nothing reads | tests/conf/test_no_dead_key.py |
-| clamped logits without a gradient; signs and clip of ASL | test_tag_losses.py |
-| the folder walked at each start | tests/data/test_tag_index.py |
-| no split by id; near-duplicates in both splits | tests/data/test_split_by_id.py, test_duplicates.py |
-| a stale schedule after the collection has changed | tests/engine/test_resume.py |
+"""Defects of published taggers that no other test is of: validation images in training, dense targets and paths in the
+workers, flips that repeat from epoch to epoch.
 """
 
 import pickle
