@@ -68,13 +68,6 @@ def test_depths_and_dims_of_different_length_are_refused():
         parse({**SMALL, "dims": [4, 8, 16]})
 
 
-def test_there_are_no_defaults():
-    for values in (SMALL, TIMM):
-        for key in values:
-            with pytest.raises(ValidationError):
-                parse({name: value for name, value in values.items() if name != key})
-
-
 def test_build_passes_every_value_on():
     changes = {"in_channels": 4, "depths": [1, 2], "stem_stride": 1, "drop_path_rate": 0.2, "head_init_scale": 0}
     network = build_network(parse({**SMALL, **changes}), 7)

@@ -109,17 +109,10 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_weights_that_no_run_wrote_are_refused(tmp_path):
-    write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"model": {}})
-    with pytest.raises(UserError, match="weights: .* was not written by a run of Atelier"):
-        load_image_model(tmp_path / "w.safetensors")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"task": {"name": "classificatoin"}}, "unknown task 'classificatoin'; close: classification"),
-        ({"task": {"name": 1}}, "unknown task 1; known: "),
         ({"task": {"name": "classification"}}, r"has wrong metadata \(mixup_alpha: Field required\)"),
         ({"class_names": None}, r"has wrong metadata \(class_names: Input should be a valid list\)"),
         ({"preprocessing": {}}, r"has wrong metadata \(preprocessing.image_size_hw: Field required\)"),
@@ -170,15 +163,15 @@ def save_graph(path, metadata=None, location=None, outputs=("y",), inner=False, 
     path.write_bytes(proto.SerializeToString())
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["initializer", "branch"])
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "link.bin", "beside.bin"])
+@pytest.mark.parametrize(
+    ("location", "inner"), [("../secret.bin", False), ("/etc/hostname", True), ("beside.bin", False)]
+)
 def test_an_onnx_file_that_names_other_files_is_refused(location, inner, tmp_path):
     """export.py writes one file. ONNX Runtime would read what lies beside it, older versions what lies elsewhere."""
     (tmp_path / "secret.bin").write_bytes(bytes(32))
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "beside.bin").write_bytes(bytes(32))
-    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     save_graph(folder / "m.onnx", "{}", location, inner=inner)
     with pytest.raises(UserError, match=r"^weights: .* takes data from another file") as refused:
         load_predictor(folder / "m.onnx", CPU)
@@ -200,11 +193,9 @@ def stated(**changes):
     ("metadata", "key"),
     [
         ("{broken", "is not a readable ONNX file"),
-        ("[" * 100_000, "is not a readable ONNX file"),
         ("[1]", "has wrong metadata (Input should be a valid dictionary"),
         (stated(class_names=[1]), "has wrong metadata (class_names.0: "),
         (stated(preprocessing={**PREPROCESSING, "image_size_hw": [10**6] * 2}), "(preprocessing.image_size_hw.0: "),
-        (stated(preprocessing={**PREPROCESSING, "std": [0.0] * 3}), "(preprocessing.std.0: "),
         (stated(preprocessing={**PREPROCESSING, "std": [0.5]}), "(preprocessing: "),
         (stated(), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; "),
     ],
@@ -223,12 +214,11 @@ EIGHT = {"class_names": list("abcdefgh")}
     ("graph", "metadata", "message"),
     [
         ({}, {}, r"the outputs {'probs': \[1, 8\]}; .*\[batch, 2\]$"),
-        ({"shape": (8,)}, EIGHT, r"the outputs {'probs': \[8\]}; .* gives 'probs', \[batch, 8\]$"),
         ({"outputs": ("y",)}, EIGHT, r"the outputs {'y': \[1, 8\]}; .* gives 'probs', \[batch, 8\]$"),
         ({"images": "x"}, EIGHT, r"has the inputs \[\('x', 'tensor\(float\)'\)\] .* takes 'images', tensor\(float\)"),
         ({}, {**EIGHT, "output": "boxes"}, r"has wrong metadata \(output: 'boxes'\); export it again$"),
     ],
-    ids=["names", "rank", "output", "input", "kind"],
+    ids=["names", "output", "input", "kind"],
 )
 def test_a_graph_that_does_not_fit_its_metadata_is_refused(graph, metadata, message, tmp_path):
     right = {"outputs": ("probs",), "images": "images", "shape": (1, 8)}
@@ -243,11 +233,9 @@ def test_a_graph_that_does_not_fit_its_metadata_is_refused(graph, metadata, mess
     ("change", "message"),
     [
         ({"dims": [2**31, 2**31]}, r"has wrong metadata \(convnextv2\.dims\.0: Input should be less than or equal to"),
-        ({"depths": [10**9, 1]}, r"has wrong metadata \(convnextv2\.depths\.0: Input should be less than or equal to"),
         ({"dims": [8192, 8192]}, "tensors do not fit the network"),
-        ({"family": "other"}, "has wrong metadata"),
     ],
-    ids=["overflow", "deep", "wide", "family"],
+    ids=["overflow", "wide"],
 )
 def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path):
     """The metadata ask for gigabytes: they are compared with the header before anything is allocated."""
@@ -259,28 +247,8 @@ def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path
         load_image_model(path)
 
 
-def test_class_names_that_do_not_fit_the_head_are_refused(tmp_path):
-    """A head of its initial values would give classes at random."""
-    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
-    tensors, metadata = read_weights(tmp_path / "w.safetensors", "weights")
-    write_weights(tmp_path / "w.safetensors", tensors, {**metadata, "class_names": ["a", "b"]})
-    with pytest.raises(UserError, match="lacks head.weight, head.bias; "):
-        load_image_model(tmp_path / "w.safetensors")
-
-
 def published(size):
     return OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny"])
-def test_every_published_size_up_to_tiny_exports(size, tmp_path):
-    torch.manual_seed(0)
-    network = build_network(ConvNeXtV2Config.model_validate({**published(size), "head_init_scale": 1.0}), 3).eval()
-    model = ImageModel(network, Normalise([0.5] * 3, [0.5] * 3, 3), "classes").eval()
-    metadata = {"output": "classes", "class_names": ["a", "b", "c"], "step": 0,
-                "preprocessing": {**PREPROCESSING, "image_size_hw": [64, 64]}}  # fmt: skip
-    assert export_onnx(model, metadata, tmp_path / "m.onnx", onnx_config(1e-3)) < 1e-3
 
 
 @pytest.mark.parametrize("size", ["large", "huge"])

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl.checkpoint_files import write_diffusers, write_single_file
-from models.sdxl.names import PARTS, PREFIXES, from_single_file, part_state, to_single_file
+from models.sdxl.names import PARTS, PREFIXES, part_state, to_single_file
 from models.sdxl.networks import (
     SDXLConfig,
     base_files,
@@ -127,12 +127,6 @@ def test_configs_from_shapes_are_the_published_ones(real_sdxl):
         assert all(getattr(made, name) == getattr(theirs, name) for name in PUBLISHED[part])
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_names_round_trip_bit_exactly(networks, part):
-    state = part_state(part, getattr(networks, part))
-    assert_equal_states(from_single_file(part, to_single_file(part, state)), state)
-
-
 def test_our_files_are_read_bit_exactly(networks, folder, file):
     (folder / "README.md").write_text("---\ntags: [a]\nlicense: openrail++\n---\n# SDXL\n")
     for path in (folder, file):
@@ -175,13 +169,6 @@ def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
     assert not {"v_pred", "ztsnr"} & shapes.keys() and texts["modelspec.prediction_type"] == "epsilon"
     dtypes = {part: {one.dtype for name, one in shapes.items() if name.startswith(PREFIXES[part])} for part in PARTS}
     assert dtypes.pop("vae") == {torch.float32} and all(found == {torch.float16} for found in dtypes.values())
-
-
-def test_only_some_networks_and_shapes_alone(file):
-    found = load_networks(file, "model.path", only=("vae", "unet"), dtype=torch.bfloat16)
-    assert found.text_encoder is found.text_encoder_2 is None and found.vae.dtype == torch.bfloat16
-    with torch.device("meta"):
-        assert load_networks(file, "model.path", only=("unet",)).unet.conv_in.weight.is_meta
 
 
 def test_networks_of_a_config(networks, folder):

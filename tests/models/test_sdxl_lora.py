@@ -106,19 +106,6 @@ def test_begins_without_effect_and_trains_the_matrices_alone():
         torch.testing.assert_close(gradient, found[name], rtol=1e-5, atol=1e-7)
 
 
-def test_attaches_to_networks_that_were_loaded_after_it():
-    with torch.device("meta"):
-        lora = build_lora(build_networks())
-    lora.to_empty(device="cpu")
-    first, second = build_networks(), build_networks()
-    plain = run_unet(first)
-    vary(lora).attach(first)
-    lora.attach(second)
-    assert torch.equal(run_unet(first), plain) and not torch.equal(run_unet(second), plain)
-    lora.detach()
-    assert torch.equal(run_unet(second), plain)
-
-
 @torch.no_grad()
 def test_merged_networks_give_the_same_outputs():
     networks = build_networks()
@@ -130,13 +117,12 @@ def test_merged_networks_give_the_same_outputs():
     torch.testing.assert_close(run(networks), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
-def test_matrices_stay_float32_in_lower_precision(frozen):
+def test_matrices_stay_float32_in_lower_precision():
     networks = build_networks()
     lora = vary(build_lora(networks, conv=True, targets=["unet.*"]))
     lora.attach(networks)
     wanted = run_unet(networks)
-    networks["unet"].to(frozen)
+    networks["unet"].to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         found = run_unet(networks)
     found.float().mean().backward()

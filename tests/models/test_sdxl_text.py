@@ -14,7 +14,7 @@ from open_clip.transformer import TextTransformer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl import tokenizer
-from models.sdxl.step import encode_text, zero_dropped
+from models.sdxl.step import encode_text
 from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, pad_second, tokenize
 from utils.errors import UserError
 
@@ -120,11 +120,6 @@ def test_embeddings_equal_those_of_open_clip():
         torch.testing.assert_close(part[..., 32:], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
         if chunk == 0:
             torch.testing.assert_close(pooled, theirs["text_features"], atol=1e-4, rtol=1e-4)
-
-
-def test_dropped_samples_get_zeros():
-    embeds, pooled = zero_dropped(torch.ones(2, 3, 4), torch.ones(2, 5), torch.tensor([True, False]))
-    assert embeds.sum((1, 2)).tolist() == [0, 12] and pooled.sum(1).tolist() == [0, 5]
 
 
 def test_fit_is_the_time_ids_of_diffusers():

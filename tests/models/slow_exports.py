@@ -1,0 +1,34 @@
+"""Slow tests of exports: `python -m pytest -o python_files="slow_*.py" tests/models`."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.export.onnx_file import open_session
+from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize("config", [geometry(), timm_config("test_resnet")], ids=["convnextv2", "timm"])
+def test_a_file_for_images_of_any_size(config, tmp_path):
+    model, metadata = make(config)
+    _, _, path = export_file(tmp_path, model, metadata, dynamic_size=True)
+    session = open_session(path)
+    for size in ((64, 64), (96, 160), (33, 71)):
+        images, _ = normalised(model, 2, size)
+        with torch.no_grad():
+            wanted = model(images)[0].numpy()
+        np.testing.assert_allclose(session(images.numpy())[0], wanted, atol=1e-4)
+
+
+def test_a_network_of_one_size_is_refused_for_any(tmp_path):
+    model, metadata = make(timm_config("test_vit3"), image_size_hw=(160, 160))
+    with pytest.raises(UserError, match=r"^dynamic_size: true, but VisionTransformer"):
+        export_file(tmp_path, model, metadata, dynamic_size=True)
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+def test_a_published_size_exports(size, tmp_path):
+    depths, dims = ([2, 2, 6, 2], [40, 80, 160, 320]) if size == "atto" else ([3, 3, 9, 3], [96, 192, 384, 768])
+    model, metadata = make(geometry().model_copy(update={"depths": depths, "dims": dims}))
+    assert export_file(tmp_path, model, metadata)[0] < 1e-2
