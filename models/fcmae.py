@@ -1,7 +1,7 @@
 """FCMAE: a ConvNeXt V2 that learns without labels by painting the patches that a mask removed.
 
-A mask is bool [B, L] over the patch grid in row-major order, True = removed; a patch is a vector [P]
-(models/patches.py). Train it with `pretrain_fcmae.py`.
+A mask is bool [B, L] over the patch grid in row-major order, True = removed; a patch is a vector [P] (`patchify`).
+Train it with `pretrain_fcmae.py`.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
-from models.patches import patchify, unpatchify
+from models.layers import patchify, unpatchify
 from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The layers that ConvNeXt V2 is made of: GRN, layer norm over channels, stochastic depth, and the mask's selection.
+"""The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, the mask's selection; and patches.
 
 A layer that takes `visible` (bool, True = kept) treats the masked sites as absent. It selects with
 `torch.where` and never multiplies by the mask, because 0 * NaN and 0 * inf are NaN.
@@ -144,3 +144,19 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Show the rate when the network is printed."""
         return f"rate={self.rate:.4g}"
+
+
+def patchify(images: Tensor, patch_px: int) -> Tensor:
+    """Cut images [B, C, H, W] into patches [B, L, P] numbered by row; P is row, column, channel of the patch."""
+    batch, channels, height, width = images.shape
+    grid_h, grid_w = height // patch_px, width // patch_px
+    cells = images.reshape(batch, channels, grid_h, patch_px, grid_w, patch_px)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid_h * grid_w, patch_px * patch_px * channels)
+
+
+def unpatchify(patches: Tensor, patch_px: int, image_size_hw: tuple[int, int]) -> Tensor:
+    """Lay patches [B, L, P] back into images [B, C, H, W]: the inverse of `patchify`."""
+    height, width = image_size_hw
+    grid_h, grid_w = height // patch_px, width // patch_px
+    cells = patches.reshape(patches.shape[0], grid_h, grid_w, patch_px, patch_px, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)

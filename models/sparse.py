@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
-from models.layers import ChannelsFirstLayerNorm, select_visible
-from models.patches import patchify
+from models.layers import ChannelsFirstLayerNorm, patchify, select_visible
 
 
 class _Scatter(torch.autograd.Function):

@@ -31,8 +31,7 @@ from engine.tasks.kind import Kind, Setup
 from engine.tasks.tag_balance import TagBalance
 from models.sdxl.lora import LoRA
 from models.sdxl.names import ENCODERS, PARTS
-from models.sdxl.networks import SDXLConfig, SDXLNetworks, base_files, freeze_unused, open_networks
-from models.sdxl.reading import describe
+from models.sdxl.networks import SDXLConfig, SDXLNetworks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
 from models.sdxl.step import (
     LATENT_DRAW,

@@ -32,8 +32,7 @@ from engine.task import FILE_HASHES
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
-from models.sdxl.networks import SDXLConfig, base_files, open_networks
-from models.sdxl.reading import describe
+from models.sdxl.networks import SDXLConfig, base_files, describe, open_networks
 from models.sdxl.step import encode_images, encode_text
 from models.sdxl.tokenizer import tokenize
 from utils.canvas import DEFAULT

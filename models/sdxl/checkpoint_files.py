@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from models.sdxl.names import PARTS, to_single_file
-from models.sdxl.networks import SDXLNetworks
-from models.sdxl.reading import weight_name
+from models.sdxl.networks import SDXLNetworks, weight_name
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
 from utils.io.files import write_atomically, write_json

@@ -4,23 +4,38 @@ Sizes are read from the shapes of tensors, so that both layouts go one way and a
 Heads of attention are 64 wide, as in SDXL; a network narrower than 128 has one.
 """
 
-from collections.abc import Collection, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.sdxl.names import PARTS, load_part, part_state
-from models.sdxl.reading import Description, State, describe, list_files, read_states
+from models.sdxl.names import PARTS, PREFIXES, from_folder, from_single_file, load_part, part_state
+from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.io.files import read_json
+from utils.io.weights import read_header, read_weights
 
 VAE_SCALING_FACTOR = 0.13025  # of SDXL's VAE: single files do not state it
 _RESNET = "down_blocks.{}.resnets.0.conv1.weight"
-_SHOWN = 5  # tensors in a message
+State = dict[str, Tensor]
+_MAX_TEXT = 200  # characters of what a file says about itself
+_MAX_CARD = 10_000  # characters of a model card in which its front matter ends
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# Tensors by which another kind of checkpoint is known.
+_OTHERS = {
+    "cond_stage_model.": "Stable Diffusion 1 or 2",
+    "conditioner.embedders.0.model.": "SDXL's refiner",
+    "edm_vpred.sigma_max": "an SDXL with EDM's noise levels",
+    "edm_mean": "Playground 2.5",
+}
+_ADVICE = "name a folder of diffusers or a single .safetensors file of SDXL"
 
 
 class SDXLConfig(Strict):
@@ -34,6 +49,18 @@ class SDXLConfig(Strict):
     path: PathText | None
     frozen_dtype: Literal["float32", "bfloat16"]
     in_channels: Literal[3]
+
+
+class Description(NamedTuple):
+    """What is known before tensors are read.
+
+    shapes: the tensors of each part, on the meta device. configs: what a folder states of each part. source: as
+    SDXLNetworks has it.
+    """
+
+    shapes: dict[str, State]
+    configs: dict[str, dict[str, Any]]
+    source: dict[str, Any]
 
 
 @dataclass
@@ -74,11 +101,6 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     return networks
 
 
-def base_files(model: SDXLConfig) -> list[Path]:
-    """Return the weight files that a config names."""
-    return [] if model.path is None else list_files(Path(model.path), "model.path")
-
-
 def load_networks(
     path: str | Path, key: str, *, only: Collection[str] = PARTS, dtype: torch.dtype = torch.float32
 ) -> SDXLNetworks:
@@ -91,7 +113,11 @@ def load_networks(
     found = describe(path, key)
     networks = _build_to_fit(found, path, key)
     if torch.get_default_device().type != "meta":
-        states = read_states(path, key, only)
+        if path.is_dir():
+            states = _read_folder(path, key, only, lambda file: read_weights(file, key)[0])
+        else:
+            state, _ = read_weights(path, key)
+            states = {part: from_single_file(part, state) for part in only}
         for part in only:
             _fill(part, networks[part], states.pop(part), dtype)
     source = {"path": str(path), **found.source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
@@ -189,7 +215,12 @@ def _build_to_fit(found: Description, path: Path, key: str) -> dict[str, nn.Modu
     except (LookupError, ArithmeticError, ValueError) as error:
         raise UserError(f"{key}: {path} does not have the tensors of SDXL: {error}; name another file") from None
     for part, network in networks.items():
-        _refuse_misfits(found.shapes[part], part_state(part, network), f"{key}: {part} of {path}")
+        refuse_misfits(
+            found.shapes[part],
+            part_state(part, network),
+            f"{key}: {part} of {path} is not SDXL's",
+            "Name another file.",
+        )
         stated = {name: found.configs[part].get(name, value) for name, value in configs[part].items()}
         if wrong := [name for name, value in configs[part].items() if stated[name] != value]:
             shown = "; ".join(f"{name} {stated[name]!r:.99}, not {configs[part][name]!r}" for name in wrong)
@@ -228,18 +259,6 @@ def _count(names: Collection[str], prefix: str) -> int:
     return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
 
 
-def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError unless both have the same names and shapes."""
-    rows = [f"{name} is missing" for name in wanted if name not in given]
-    rows += [f"{name} is unexpected" for name in given if name not in wanted]
-    for name in given.keys() & wanted.keys():
-        if given[name].shape != wanted[name].shape:
-            rows.append(f"{name} is {tuple(given[name].shape)}, not {tuple(wanted[name].shape)}")
-    if rows:
-        shown = "; ".join(sorted(rows)[:_SHOWN])
-        raise UserError(f"{where}: {len(rows)} tensors are not as SDXL has them: {shown}; name another file")
-
-
 def _fill(part: str, network: nn.Module, state: State, dtype: torch.dtype) -> None:
     """Give a network that is on the meta device its tensors, each in memory of its own."""
     load_part(part, network, {name: tensor.to(dtype, copy=True) for name, tensor in state.items()})
@@ -259,3 +278,108 @@ def freeze_unused(text_encoder: nn.Module) -> None:
     for name, parameter in text_encoder.named_parameters():
         if unused in name or "final_layer_norm" in name:
             parameter.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------- their files
+
+
+def describe(path: Path, key: str) -> Description:
+    """Read headers and configs. Raises UserError (`key`) for other kinds of checkpoints."""
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; {_ADVICE}")
+    return _describe_folder(path, key) if path.is_dir() else _describe_file(path, key)
+
+
+def base_files(model: SDXLConfig) -> list[Path]:
+    """Return the weight files that a config names."""
+    path = Path(model.path or "")
+    if model.path is None or not path.is_dir():
+        return [] if model.path is None else [path]
+    return [file for part in PARTS for file in _weight_files(path, part, "model.path")]
+
+
+def _describe_file(path: Path, key: str) -> Description:
+    shapes, texts = read_header(path, key)
+    for mark, kind in _OTHERS.items():
+        if any(name.startswith(mark) for name in shapes):
+            raise UserError(f"{key}: {path} is a checkpoint of {kind}, not of SDXL; {_ADVICE}")
+    parts = {part: from_single_file(part, shapes) for part in PARTS}
+    if missing := [PREFIXES[part] for part in PARTS if not parts[part]]:
+        raise UserError(f"{key}: {path} has no tensors of {', '.join(missing)}; {_ADVICE}")
+    is_v = "v_pred" in shapes or texts.get("modelspec.prediction_type") == "v"
+    source = {
+        "layout": "single file",
+        "prediction_type": "v_prediction" if is_v else "epsilon",
+        "zero_terminal_snr": is_v and "ztsnr" in shapes,
+        "licence": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
+    }
+    return Description(parts, {part: {} for part in PARTS}, source)
+
+
+def _describe_folder(path: Path, key: str) -> Description:
+    kind = str(_read_config(path / "model_index.json", key).get("_class_name"))[:_MAX_TEXT]
+    if not kind.startswith("StableDiffusionXL"):
+        raise UserError(f"{key}: {path} is a {kind}, not a StableDiffusionXLPipeline; {_ADVICE}")
+    scheduler = _read_config(path / "scheduler" / "scheduler_config.json", key)
+    prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr", False)
+    if prediction not in _PREDICTIONS or not isinstance(rescaled, bool):
+        raise UserError(
+            f"{key}: {path / 'scheduler'} has prediction_type {prediction!r:.99} and rescale_betas_zero_snr "
+            f"{rescaled!r:.99}; allowed are {', '.join(_PREDICTIONS)} and true or false"
+        )
+    shapes = _read_folder(path, key, PARTS, lambda file: read_header(file, key).tensors)
+    configs = {part: _read_config(path / part / "config.json", key) for part in PARTS}
+    factor, upcast = configs["vae"].get("scaling_factor"), configs["vae"].get("force_upcast", True)
+    if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
+        raise UserError(
+            f"{key}: {path / 'vae'} has scaling_factor {factor!r:.99} and force_upcast {upcast!r:.99}; SDXL's are "
+            "0.13025 and true"
+        )
+    source = {"layout": "diffusers", "prediction_type": prediction, "zero_terminal_snr": rescaled}
+    return Description(shapes, configs, {**source, "licence": _stated_licence(path / "README.md")})
+
+
+def _read_folder(folder: Path, key: str, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
+    """Return the tensors of parts; read: from a file to its tensors."""
+    states: dict[str, State] = {}
+    for part in only:
+        state: State = {}
+        for file in _weight_files(folder, part, key):
+            state |= read(file)
+        states[part] = from_folder(part, state)
+    return states
+
+
+def weight_name(part: str) -> str:
+    """Return what diffusers and transformers call a part's weight file, without its ending."""
+    return "model" if part.startswith("text") else "diffusion_pytorch_model"
+
+
+def _weight_files(folder: Path, part: str, key: str) -> list[Path]:
+    """Return the files of a part: one, its shards, or the variant in half precision."""
+    name = weight_name(part)
+    for file in (f"{name}.safetensors", f"{name}.fp16.safetensors"):
+        if (folder / part / file).is_file():
+            return [folder / part / file]
+    if shards := sorted((folder / part).glob(f"{name}-*.safetensors")):
+        return shards
+    raise UserError(f"{key}: {folder} has no {part}/{name}.safetensors; {_ADVICE}")
+
+
+def _stated_licence(card: Path) -> str | None:
+    """Return the licence in the front matter of a model card, None where there is none."""
+    if not card.is_file():
+        return None
+    with open(card, encoding="utf-8", errors="replace") as stream:
+        found = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", stream.read(_MAX_CARD))
+    return found and found[1][:_MAX_TEXT]
+
+
+def _read_config(file: Path, key: str) -> dict[str, Any]:
+    try:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file} cannot be read ({str(error) or type(error).__name__}); {_ADVICE}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{key}: {file} holds no JSON object; {_ADVICE}")
+    return config

@@ -85,7 +85,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     # Tensors of a group that keeps its values, or that this network does not have, are ignored.
     ignored = {name for name in found if name in left or (name not in wanted and name.startswith(head + norm))}
     given = {name: tensor for name, tensor in found.items() if name not in ignored}
-    _refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
+    refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
     dropped = [name for name in state if given.keys().isdisjoint({name, name.removeprefix(_ENCODER), _ENCODER + name})]
     return Fit(given, [name for name in wanted if name in left], dropped)
 
@@ -144,8 +144,8 @@ def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(f"{name}." for name in names), ("head.norm.",) if "head.fc" in names else ()
 
 
-def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> None:
-    """Raise UserError with a table unless both have the same names and shapes, and numbers of one kind."""
+def refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, advice: str = "") -> None:
+    """Raise UserError that begins with `where` unless both have the same names and shapes, and numbers of one kind."""
     rows = []
     for name in [*wanted, *(name for name in given if name not in wanted)]:
         has = str(tuple(given[name].shape)) if name in given else "missing"
@@ -159,6 +159,9 @@ def _refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], k
     shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
     table = indent(align_columns(shown), "  ")
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-    held = describe_held(given)
-    advice = f"The checkpoint is of {held}: set that, or name another file." if held else _ADVICE
-    raise UserError(f"{key}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}")
+    if not advice:
+        held = describe_held(given)
+        advice = f"The checkpoint is of {held}: set that, or name another file." if held else _ADVICE
+    raise UserError(
+        f"{where}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}"
+    )

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
-from models.patches import patchify, unpatchify
+from models.layers import patchify, unpatchify
 
 SETTINGS = {
     "patch_px": 8, "mask_ratio": 0.6, "decoder_dim": 24, "decoder_depth": 1, "norm_pix_loss": True,

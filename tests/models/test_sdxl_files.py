@@ -225,7 +225,7 @@ FOLDERS = {
 def test_folders_are_refused(case, folder, tmp_path):
     spoil, named = FOLDERS[case]
     spoil(other := shutil.copytree(folder, tmp_path / "other"))
-    with pytest.raises(UserError, match=f"^model.path: .*{named}"), torch.device("meta"):
+    with pytest.raises(UserError, match=f"(?s)^model.path: .*{named}"), torch.device("meta"):
         load_networks(other, "model.path")
 
 
@@ -250,7 +250,7 @@ FILES = {
 def test_single_files_are_refused(case, file, tmp_path):
     spoil, named = FILES[case]
     save_file(spoil(load_file(file)), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=f"^model.path: .*{named}"):
+    with pytest.raises(UserError, match=f"(?s)^model.path: .*{named}"):
         load_networks(tmp_path / "other.safetensors", "model.path")
 
 
