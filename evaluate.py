@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from data.config import DataConfig
 from engine.config import MachineConfig
@@ -33,7 +33,6 @@ from engine.tasks.kind import Targets
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
 from utils.io.files import output_errors, write_json
 from utils.io.result_folder import open_result_folder
 from utils.io.safe_text import Lines
@@ -45,7 +44,7 @@ from utils.record.html_page import write_page
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report_files import write_report
-from utils.record.run_config import CONFIG_FILE, read_run_config
+from utils.record.run_config import read_run_part
 from utils.text_table import show_rows
 from utils.thresholds import FILE as THRESHOLDS
 from utils.thresholds import write_thresholds
@@ -107,18 +106,6 @@ class RunData(BaseModel):
     seed: int
 
 
-def read_run_data(run: Path) -> RunData:
-    """Return the data of a run folder. Raises UserError (`run_dir`) where its config.json does not state them."""
-    try:
-        return RunData.model_validate(read_run_config(run))
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(
-            f"run_dir: {run / CONFIG_FILE} is damaged ({where}: {error.errors()[0]['msg']}); give weights=FILE "
-            "data=NAME data.root=PATH in place of run_dir"
-        ) from None
-
-
 def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     """Measure `models` on the tags that all of them know; returns the best one's line."""
     entrants = []
@@ -134,7 +121,7 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     rows = report.tables["arena"]
     if distributed.is_main():
         folder = open_results("arena", config.model_dump(mode="json", include={"models", "data", "arena"}))
-        output = folder / "arena.json" if config.output is None else Path(config.output)
+        output = Path(config.output or folder / "arena.json")
         log.info("%s", Lines(show_rows(rows)))
         write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
@@ -169,7 +156,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         return compare_taggers(config, runtime)
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data
-    saved = None if config.run_dir is None else read_run_data(Path(config.run_dir))
+    saved = None if config.run_dir is None else read_run_part(Path(config.run_dir), RunData)
     path = choose_weights(config.run_dir or "", config.weights)
     weights = open_weights(path)
     task, pipeline, step = weights.task, weights.kind.pipeline, weights.metadata["step"]
@@ -195,14 +182,15 @@ def main(config: EvaluateConfig, job: Job) -> str:
             thresholds, found = weights.kind.calibrate(task, loader, config.calibration)
             report.tables |= found.tables
     if distributed.is_main():
+        folder = Path(config.run_dir or "")
         if config.run_dir is None:
             source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
             folder = open_results(path.stem, source)
-        else:
-            folder = Path(config.run_dir)
-        output = folder / "metrics.json" if config.output is None else Path(config.output)
         figures = {"weights": str(path), "step": step, "seconds": round(seconds, 3), **report.scalars}
-        title = f"{path}, step {step}, on {data.collection.root}"
+        title, output = (
+            f"{path}, step {step}, on {data.collection.root}",
+            Path(config.output or folder / "metrics.json"),
+        )
         write_results(folder, output, title, figures, report, prefix="evaluate_")
         if config.calibrate:
             with output_errors("run_dir", folder):

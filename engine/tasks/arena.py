@@ -84,7 +84,7 @@ class Arena:
         Tables: `arena`, a row for each model, the best mAP first; `arena_groups`, all figures of each category;
         `arena_tags`, the AP of each tag. Image: `pr_curves`. Raises UserError (`arena.min_support`, `models`).
         """
-        rows, figures, wholes, tags = [], [], {}, []
+        rows, figures, wholes, tags = [], [], {}, {}
         for model in self._models:
             counts, images = self._count(model)
             scores = self._score(counts)
@@ -92,13 +92,13 @@ class Arena:
             rows.append({"model": model.name, **{name: whole.row()[name] for name in _SHOWN}, "images": images})
             names = dict.fromkeys(["all", *map(category_name, scores.vocabulary.categories)])
             figures += [{"model": model.name, **scores.groups[name].row()} for name in names]
-            own = scores.tables()["tags"]
-            tags = tags or [{name: row[name] for name in ("tag", "category", "support")} for row in own]
-            tags = [{**row, model.name: mine["ap"]} for row, mine in zip(tags, own)]
+            for row in scores.tables()["tags"]:
+                kept = {name: row[name] for name in ("tag", "category", "support")}
+                tags.setdefault((row["category"], row["tag"]), kept)[model.name] = row["ap"]
         rows.sort(key=lambda row: -row["mAP"])
         return Report(
             {"tags": len(tags), "images": images, "min_support": self._min_support},
-            {"arena": rows, "arena_groups": figures, "arena_tags": tags},
+            {"arena": rows, "arena_groups": figures, "arena_tags": list(tags.values())},
             {"pr_curves": draw_pr_curves(wholes)},
         )
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from engine.runtime import Runtime
 from engine.streams import Streams
 from engine.task import FILE_HASHES
 from engine.tasks.diffusion_config import DiffusionTaskConfig
-from engine.tasks.kind import Setup
+from engine.tasks.kind import Pipeline, Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, open_networks
 from models.sdxl.step import encode_images, encode_text
@@ -111,7 +110,7 @@ class CachedLatents:
         return {**self.cache.choose(example), **self.fields(example)}
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(Pipeline[DiffusionTaskConfig]):
     """Captioned images of a collection, in buckets."""
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
@@ -129,13 +128,6 @@ class DiffusionPipeline:
                 "task.noise.convert=true to train it into another, which takes a long run"
             )
         return config
-
-    def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
-        """Return nothing: the buckets are the task's."""
-        return {}
-
-    def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
-        """Accept a weight file: its model and task say all."""
 
     def open(
         self, config: DataConfig, setup: Setup[DiffusionTaskConfig], runtime: Runtime, *, seed: int, batch_size: int

@@ -87,9 +87,11 @@ class Pipeline(Protocol[Config]):
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
         """Return a run's configuration with what its initial weights state, such as their preprocessing."""
+        return config
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
         """Return what evaluation does to a sample, for weight files; empty where there is nothing to state."""
+        return {}
 
     def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
         """Raise UserError (`key`) where a weight file does not state what the pipeline needs."""
@@ -161,13 +163,6 @@ class Kind(Generic[Config]):
         raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
 
 
-def find_kind(name: Any, key: str, kinds: Mapping[str, Kind]) -> Kind:
-    """Return the kind of a task name in a table. Raises UserError (`key`) where the table has none."""
-    if not isinstance(name, str) or name not in kinds:
-        raise UserError(f"{key}: unknown task {name!r}; {close_names(str(name), kinds)}")
-    return kinds[name]
-
-
 # ------------------------------------------------------------------------------------------------------- weight files
 
 
@@ -210,7 +205,10 @@ def _read_setup(path: Path, key: str, metadata: dict[str, Any], kinds: Mapping[s
             f"become a run by: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
             "augment=... data=... run_dir=... (docs/weights.md)"
         )
-    kind = find_kind(metadata["task"].get("name"), f"{key}: {path}", kinds)
+    name = metadata["task"].get("name")
+    if not isinstance(name, str) or name not in kinds:
+        raise UserError(f"{key}: {path}: unknown task {name!r}; {close_names(str(name), kinds)}")
+    kind = kinds[name]
     if missing := [name for name in kind.fact_names if name not in metadata]:
         raise UserError(f"{key}: {path} names no {', '.join(missing)} in its metadata; make the file again")
     kind.pipeline.check_metadata(path, key, {**metadata, "output": kind.output})

@@ -4,7 +4,6 @@ import shlex
 
 from engine.config import TrainingConfig
 from engine.run import build_task, run_path, run_training, start_ranks
-from engine.tasks.kind import find_kind
 from engine.tasks.kinds import KINDS
 from utils.config.entry_point import Job
 
@@ -13,7 +12,7 @@ def train(config: TrainingConfig, job: Job) -> str:
     """Train what `task` names; the same command resumes. Returns a line with the result."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime = start_ranks(config)
-    kind = find_kind(config.task.name, "task.name", KINDS)
+    kind = KINDS[config.task.name]
     config = kind.pipeline.complete(config)
 
     # --------------------------------------------------------------------------------------------------- 2. The data

@@ -1,18 +1,14 @@
 """Defects of published taggers that no other test is of: validation images in training, dense targets and paths in the
-workers, flips that repeat from epoch to epoch.
+workers.
 """
 
 import pickle
 
-import numpy as np
 import pytest
-import torch
 
-from data.tags.mirror import Mirror
 from engine.run import derive_plan, start_ranks
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, working_in
-from utils import rng
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +43,3 @@ def test_tags_travel_as_ids_and_workers_get_no_paths(streams):
     steps.close()
     assert batch["tags"].ndim == 1 and len(batch["tags_offsets"]) == len(batch["sample_id"]) + 1
     assert len(pickle.dumps(reader.fields)) < 2000 and b".png" not in pickle.dumps(reader)
-
-
-def test_mirrored_images_of_two_epochs_are_independent():
-    """Of 4,000 images a quarter is mirrored in both epochs; with a coin of a checksum it was all or none."""
-    mirror = Mirror({"pairs": [], "dropped": [], "no_flip": []}, 1)
-    images = torch.zeros(4000, 1, 1, 2, dtype=torch.uint8)
-    images[..., 1] = 1
-    turned = []
-    for epoch in range(2):
-        keys = torch.tensor([rng.sample_key(0, epoch * 4000 + row) for row in range(4000)])
-        turned.append(mirror(images, torch.zeros(4000, 1), None, keys)[0][:, 0, 0, 0].numpy().astype(bool))
-    assert [float(np.mean(one)) for one in turned] == pytest.approx([0.5, 0.5], abs=0.04)
-    assert float(np.mean(turned[0] & turned[1])) == pytest.approx(0.25, abs=0.04)

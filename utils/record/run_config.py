@@ -5,7 +5,9 @@ It does not import torch, which `live_plot` does not need.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
 from utils.io.files import ignore_write_errors, read_json, write_json
@@ -14,6 +16,7 @@ from utils.io.safe_text import hide_secrets
 CONFIG_FILE = "config.json"
 OVERRIDES_FILE = "overrides.txt"
 _COMPLETE_FILE = "complete.json"
+Part = TypeVar("Part", bound=BaseModel)
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
@@ -30,6 +33,15 @@ def read_run_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"run_dir: {file} is damaged (it holds no configuration)")
     return config
+
+
+def read_run_part(path: Path, schema: type[Part]) -> Part:
+    """Return what a schema names of a run's configuration. Raises UserError (`run_dir`) where it is wrong."""
+    try:
+        return schema.model_validate(read_run_config(path))
+    except ValidationError as error:
+        where, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise UserError(f"run_dir: {path / CONFIG_FILE} is damaged ({where}: {why}); name another run") from None
 
 
 def settings_of(overrides: Iterable[str]) -> frozenset[str]:
