@@ -1,48 +1,24 @@
-"""README: every command in it runs, and every file that it names is there. Refusals if one is neither run nor known."""
+"""README and docs/commands.md: every command runs (slow_readme.py), every link leads somewhere."""
 
 import re
 import shlex
-import shutil
-from importlib.util import find_spec
 
 import pytest
-import torch
 
-from bench.measure import read_group
-from models.build import build_network
-from models.config import ModelConfig
-from tests.support import ROOT, make_collection, run
+from tests.support import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "docs/commands.md"]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
-# What a training command gets on top, so that it ends in seconds; everything else stays as a reader types it.
-SHORT = [
-    "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
-    "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
-]  # fmt: skip
-SHORT_SDXL = [
-    "model=sdxl_tiny", "task.buckets.area_px=16384", "task.buckets.min_px=64", "task.buckets.max_px=256",
-    "task.buckets.step_px=32", "loop.total_steps=2", "runtime.threads=1",
-]  # fmt: skip
 MAKE = {
     "install", "install-sdxl", "install-care", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
     "demo-sdxl", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Return a working folder that has the glyphs (drawn once, in the repository) and a collection named PATH."""
-    path = tmp_path_factory.mktemp("readme")
-    (ROOT / "collections").mkdir(exist_ok=True)
-    (path / "collections").symlink_to(ROOT / "collections")
-    make_collection(path / "PATH")
-    return path
 
 
 def test_the_readme_has_the_commands_that_are_tested_below():
@@ -50,47 +26,6 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "finetune_sdxl", "evaluate", "export", "predict")
     assert scripts == {f"{name}.py" for name in (*root_scripts, "submit/slurm")}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
-    assert len(COMMANDS) == 47
-
-
-def make_released_file(path, num_classes):
-    """Write an atto as the released files are laid out."""
-    config = read_group(ModelConfig, "model", "convnextv2_atto", head_init_scale=1.0)
-    torch.save({"model": build_network(config, num_classes).state_dict()}, path)
-
-
-@pytest.mark.slow
-def test_every_python_command_runs_in_the_order_of_the_readme(folder):
-    """Each stage takes what the one before it left; `init_from=RUN` takes the pretraining on the images in PATH."""
-    for line in (line for line in COMMANDS if line.startswith("python ")):
-        script, *arguments = shlex.split(line)[1:]
-        if "init_from=FILE" in arguments:
-            make_released_file(folder / "FILE", sum(path.is_dir() for path in (folder / "PATH/train").iterdir()))
-            arguments += ["augment.image_size_hw=[32,32]", "runtime.threads=1"]
-        elif script in ("train.py", "pretrain_fcmae.py", "finetune.py"):
-            arguments += SHORT
-        if "sdxl" in line and find_spec("diffusers") is None:
-            continue
-        if script == "finetune_sdxl.py":
-            arguments = [text for text in arguments if text != "model.path=BASE"] + SHORT_SDXL
-        if "task=tagging" in arguments:
-            arguments.append("task.min_count=1")  # of few images
-        if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
-            arguments.append("run_dir=RUN")
-        if script == "predict.py":
-            few = folder / "few"
-            if not few.exists():
-                shutil.copytree(folder / "PATH/train/A", few, ignore=shutil.ignore_patterns("*.txt"))
-            arguments = [f"input={few}" if text.startswith("input=") else text for text in arguments]
-        run(script, arguments, folder)
-    assert (folder / "outputs/first/finetune/export/model.onnx").exists()
-    assert (folder / "outputs/released/result.json").exists()
-    assert (folder / "outputs/first/timm/model.safetensors").exists()
-    assert (folder / "outputs/first/finetune/export/transformers/preprocessor_config.json").exists()
-    assert len((folder / "outputs/first/predictions.csv").read_text().splitlines()) > 10
-    assert (folder / "PATH/manifest.parquet").exists()
-    assert find_spec("diffusers") is None or (folder / "outputs/sdxl/export/kohya/lora.safetensors").exists()
-    assert len(list((folder / "outputs/sweeps/rates").iterdir())) == 2
 
 
 def test_the_torchrun_command_is_the_one_that_is_tested():
@@ -106,6 +41,7 @@ def test_every_make_target_is_there(target):
     assert re.search(rf"^{target}:( .+|\n\t)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_every_link_leads_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links and all((ROOT / link).exists() for link in links), links
+@pytest.mark.parametrize("page", [PAGES[0], *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
