@@ -5,7 +5,7 @@ The values are in conf/model/*.yaml; nothing here has a default.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from utils.config.bounds import BelowOne, Depth, Factor, Side, Width
 from utils.config.schema import Strict
@@ -23,14 +23,6 @@ class ConvNeXtV2Config(Strict):
     stem_stride: Literal[1, 2, 4]
     drop_path_rate: BelowOne
     head_init_scale: Factor
-
-    @field_validator("stem_stride", mode="before")
-    @classmethod
-    def _refuse_equal_but_not_int(cls, value: object) -> object:
-        # A Literal compares with ==, so that true and 1.0 would pass for 1.
-        if type(value) is not int:
-            raise ValueError(f"must be 1, 2 or 4 (an integer), not {value!r}")
-        return value
 
     @model_validator(mode="after")
     def _one_dim_for_each_stage(self) -> Self:
@@ -59,7 +51,6 @@ class TimmConfig(Strict):
     name: str = Field(min_length=1)
     in_channels: Width
     drop_path_rate: BelowOne | None
-    # Weight files of before do not state these.
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     pretrained: bool = False
 

@@ -98,11 +98,11 @@ class ConvNeXtV2(nn.Module):
     ) -> None:
         super().__init__()
         assert len(depths) == len(dims), (depths, dims)
-        self.in_channels = in_channels
-        self.grad_checkpointing = False
-        self.num_classes = num_classes
+        self.in_channels, self.num_classes, self.stem_stride = in_channels, num_classes, stem_stride
         self.depths, self.dims = tuple(depths), tuple(dims)
-        self.stem_stride = stem_stride
+        self.num_features = self.dims[-1]  # of the last feature map
+        self.total_stride = stem_stride * 2 ** (len(dims) - 1)  # pixels per side of one of its sites
+        self.grad_checkpointing = False
 
         kernel, padding = (3, 1) if stem_stride == 1 else (stem_stride, 0)
         stem = nn.Conv2d(in_channels, dims[0], kernel_size=kernel, stride=stem_stride, padding=padding)
@@ -123,16 +123,6 @@ class ConvNeXtV2(nn.Module):
         if num_classes > 0:
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
-
-    @property
-    def total_stride(self) -> int:
-        """Return the pixels per side of one site of the last feature map."""
-        return self.stem_stride * 2 ** (len(self.dims) - 1)
-
-    @property
-    def num_features(self) -> int:
-        """Return the channels of the last feature map."""
-        return self.dims[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, K]; without a head the mean over sites [B, C_last], not normalised.

@@ -141,10 +141,6 @@ class DropPath(nn.Module):
         keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
         return torch.where(keep, x / (1 - self.rate), 0.0)
 
-    def extra_repr(self) -> str:
-        """Show the rate when the network is printed."""
-        return f"rate={self.rate:.4g}"
-
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
     """Cut images [B, C, H, W] into patches [B, L, P] numbered by row; P is row, column, channel of the patch."""

@@ -13,13 +13,10 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
-from models.build import build_network
-from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.initialise import initialise_from, to_timm
 from models.weights.layouts import recognise, translate
-from models.weights.timm_hub import load_timm
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
 from utils.io.weights import InitFrom, write_weights
@@ -210,17 +207,6 @@ def test_what_timms_own_converter_resizes_and_drops(tmp_path):
     wanted = checkpoint_filter_fn(dict(state), target)
     assert all_equal(target, wanted)
     assert wanted["pos_embed"].shape == (1, 1 + 10 * 10, 64)
-
-
-def test_timms_weights_of_another_image_size_are_interpolated(monkeypatch):
-    config = TimmConfig(family="timm", name="test_vit.r160_in1k", in_channels=3, drop_path_rate=None)
-    network = build_network(config.model_copy(update={"image_size_hw": [96, 128]}), 5)
-    source = timm.create_model("test_vit")
-    monkeypatch.setattr("timm.create_model", lambda *_, **__: source)
-    fit, origin = load_timm(network, keep_head=False)
-    wanted = checkpoint_filter_fn(dict(source.state_dict()), network)["pos_embed"]
-    assert torch.equal(network.pos_embed, wanted) and wanted.shape == (1, 1 + 6 * 8, 64)
-    assert set(fit.left) == {"head.weight", "head.bias"} and origin["source"] == "timm test_vit.r160_in1k"
 
 
 @pytest.mark.parametrize("make", [lambda: ours(0), timm_network])

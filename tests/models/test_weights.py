@@ -80,27 +80,16 @@ def test_what_is_loaded_and_what_is_left(make, state, keep_head, left):
     assert loaded_names(target, given) == set(target.state_dict()) - set(left)
 
 
-def test_decoder_names_are_anchored():
-    """A substring test would drop any layer with `pred` or `proj` in its name; only the decoder's own are dropped."""
-    extra = {"encoder.projection.weight": torch.zeros(2), "predictor.weight": torch.zeros(3)}
-    with pytest.raises(UserError, match=r"^init_from: 2 of") as caught:
-        load_into(build(), copy_state(build_fcmae()) | extra, keep_head=True)
-    assert all(name in str(caught.value) for name in ("  projection.weight ", "  predictor.weight "))
-
-
 @pytest.mark.parametrize("axes", [1, 2, 4])
-@pytest.mark.parametrize("make", [build, build_fcmae])
-def test_grn_tensors_of_every_published_shape_load(axes, make):
-    source, target = make(), build()
+def test_grn_tensors_of_every_published_shape_load(axes):
+    source, target = build_fcmae(), build()
     state = {
         name: tensor.reshape([1] * (axes - 1) + [-1]) if ".grn." in name else tensor
         for name, tensor in source.state_dict().items()
     }
     load_into(target, state, keep_head=True)
-    expected = source.encoder if isinstance(source, FCMAE) else source
-    for name, tensor in target.state_dict().items():
-        if ".grn." in name:
-            assert torch.equal(tensor, expected.state_dict()[name]), name
+    for name, tensor in source.encoder.state_dict().items():
+        assert torch.equal(target.state_dict()[name], tensor), name
 
 
 def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
@@ -207,7 +196,7 @@ def test_a_kept_head_of_other_classes_is_refused(known, difference, tmp_path):
     initialise_from(target, path, keep_head=False, class_names=["a", "b", "c"])  # a head that is drawn anew
 
 
-@pytest.mark.parametrize("make", [build_fcmae, lambda: build(0), lambda: build(num_classes=7), lambda: build_timm(4)])
+@pytest.mark.parametrize("make", [build_fcmae, lambda: build(num_classes=7), lambda: build_timm(4)])
 def test_a_kept_head_that_the_file_has_not_is_refused(make, tmp_path):
     torch.save((source := make()).state_dict(), tmp_path / "w.pth")
     target = build_timm(3) if hasattr(source, "pretrained_cfg") else build(num_classes=3)

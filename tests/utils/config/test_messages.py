@@ -88,7 +88,7 @@ VALIDATORS = [
     ([], {"augment.crop_scale": [1.0, 0.5]}, "augment.crop_scale"),
     ([], {"augment.std": [0.5]}, "augment.std"),
     ([], {"model.dims": [8, 16]}, "model.dims"),
-    ([], {"model.stem_stride": True}, "model.stem_stride"),
+    ([], {"model.stem_stride": 3}, "model.stem_stride"),
     ([], {"init_weights": "ema"}, "init_weights"),
     (["optim=sgd"], {"optim.momentum": 0.0}, "optim.nesterov"),
     (["optim=sgd"], {"optim.betas": [0.9, 0.9]}, "optim.betas"),
