@@ -29,21 +29,6 @@ def test_classes_are_the_most_probable_ones_in_order():
     assert [found["class"] for found in row_of("classes", [0.2, 0.7, 0.1], top=9)["top"]] == ["b", "a", "c"]
 
 
-@pytest.mark.parametrize(
-    ("values", "tags", "probs"),
-    [
-        ([0.6, 0.9, 0.4], ["b", "a"], {"general": {"b": 0.9, "a": 0.6}}),
-        ([0.1, 0.4, 0.5], ["c"], {"7": {"c": 0.5}}),  # the threshold itself is enough
-        ([0.1, 0.4, 0.2], [], {}),
-    ],
-)
-def test_tags_are_those_above_the_threshold_in_order(values, tags, probs):
-    found = row_of("tags", values)
-    assert found == {"tags": tags, "probs": probs} and list(found["probs"].get("general", ())) == tags[:2] * (
-        len(tags) > 1
-    )
-
-
 def test_features_are_written_as_they_are():
     assert row_of("features", [0.25, -1.5]) == {"features": [0.25, -1.5]}
 

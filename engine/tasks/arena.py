@@ -6,18 +6,18 @@
 Every model prepares images as its file states. Only images that no model was trained on compare them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.batch import multi_hot
 from data.config import DataConfig, TagRulesConfig
 from data.image_data import ImageData, load_collection
 from data.images import open_images
+from data.loader import EvaluationLoader
 from data.tags.index import describe_report, index_tags
 from data.tags.names import parse_tag
 from data.tags.rules import read_rules
@@ -86,8 +86,7 @@ class Arena:
         """
         rows, figures, wholes, tags = [], [], {}, {}
         for model in self._models:
-            counts, images = self._count(model)
-            scores = self._score(counts)
+            scores, images = self._measure(model)
             whole = wholes[model.name] = scores.groups["all"]
             rows.append({"model": model.name, **{name: whole.row()[name] for name in _SHOWN}, "images": images})
             names = dict.fromkeys(["all", *map(category_name, scores.vocabulary.categories)])
@@ -102,31 +101,24 @@ class Arena:
             {"pr_curves": draw_pr_curves(wholes)},
         )
 
-    def _count(self, model: Entrant) -> tuple[TagCounts, int]:
-        """Return the counts of the shared tags, and the number of images that could be read."""
-        preprocessing, width = model.predictor.preprocessing, len(self._shared)
-        background = background_of(preprocessing) if self._data.background is None else self._data.background
-        config = self._data.model_copy(update={"icc": self._data.icc or preprocessing.get("icc", False)})
-        source = open_images(
-            self._collection, config, preprocessing["channels"], background,
-            shortest_px=preprocessing.get("shortest_px"),
-        )  # fmt: skip
-        data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
-        loader = data.prepared(np.flatnonzero(self._index.tagged), TagFields(self._index, None), preprocessing)
-        outputs = [model.outputs[key] for key in self._shared.columns]
-        is_rating = torch.tensor(self._shared.categories, device=self._runtime.device) == RATING
-        means, counts = Means(), TagHistograms(width)
+    def _measure(self, model: Entrant) -> tuple[TagScores, int]:
+        """Return the scores of the shared tags with enough support, and the number of images that could be read."""
+        shared, outputs = self._shared, [model.outputs[key] for key in self._shared.columns]
+        is_rating = torch.tensor(shared.categories, device=self._runtime.device) == RATING
+        means, histograms, loader = Means(), TagHistograms(len(shared)), self._load(model.predictor.preprocessing)
         for batch in track(loader, len(loader), f"measuring {model.name}"):
-            probs = _check_probs(model, model.predictor.predict(batch["images"])[:, outputs])
-            targets = multi_hot(batch["tags"], batch["tags_offsets"], width)
+            found = model.predictor.predict(batch["images"])[:, outputs]
+            if found.min() < -_SLACK or found.max() > 1 + _SLACK:
+                raise UserError(
+                    f"models: {model.name} gives {found.min():.3g} to {found.max():.3g}, not probabilities; name a "
+                    "file with the sigmoid in its graph, as the WD form has it"
+                )
+            targets = multi_hot(batch["tags"], batch["tags_offsets"], len(shared))
+            logits = torch.from_numpy(found).float().clamp(0, 1).to(targets.device).logit()
             valid, known = batch["weight"] > 0, batch["rating_known"][:, None] | ~is_rating
-            counts.add(probs.to(targets.device).logit(), targets, valid, known)
+            histograms.add(logits, targets, valid, known)
             means.add({}, valid)
-        images = int(means.reduce()["samples"])
-        return counts.reduce(), images
-
-    def _score(self, counts: TagCounts) -> TagScores:
-        """Return the scores of the tags with enough support."""
+        counts = histograms.reduce()
         support = counts.histograms[:, 1].sum(1)
         kept = support >= self._min_support
         if not kept.any():
@@ -135,17 +127,18 @@ class Arena:
                 f"{int(support.max())} of the images; set a lower one, or give more images"
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
-        return TagScores(chosen, Vocabulary.of(compress(self._shared.columns, kept.tolist())))
+        vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
+        return TagScores(chosen, vocabulary), int(means.reduce()["samples"])
 
-
-def _check_probs(model: Entrant, found: np.ndarray) -> Tensor:
-    """Return probabilities, float32 [B, T]. Raises UserError (`models`) where a file gives something else."""
-    if found.min() < -_SLACK or found.max() > 1 + _SLACK:
-        raise UserError(
-            f"models: {model.name} gives {found.min():.3g} to {found.max():.3g}, not probabilities; name a file with "
-            "the sigmoid in its graph, as the WD form has it"
+    def _load(self, stated: Mapping[str, Any]) -> EvaluationLoader:
+        """Return a loader of the images that have a tag, as a model's preprocessing prepares them."""
+        background = background_of(stated) if self._data.background is None else self._data.background
+        config = self._data.model_copy(update={"icc": self._data.icc or stated.get("icc", False)})
+        source = open_images(
+            self._collection, config, stated["channels"], background, shortest_px=stated.get("shortest_px")
         )
-    return torch.from_numpy(found).float().clamp(0, 1)
+        data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
+        return data.prepared(np.flatnonzero(self._index.tagged), TagFields(self._index, None), stated)
 
 
 def known_outputs(vocabulary: Vocabulary) -> dict[tuple[int, str], int]:

@@ -11,11 +11,11 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 Config = TypeVar("Config", bound=TrainingConfig)
-# What `augment` can express of timm's preprocessing: a test of each value, and the values that pass it.
+# What `augment` can express of timm's preprocessing.
 _EXPRESSIBLE = {
-    "crop_pct": (lambda value: 0 < value <= 1, "eval_crop up to 1"),
-    "crop_mode": (("center", "squash").__contains__, "the crop modes center and squash"),
-    "interpolation": (("bilinear", "bicubic", "lanczos").__contains__, "bilinear, bicubic and lanczos"),
+    "crop_pct": ("a share up to 1",),
+    "crop_mode": ("center", "squash"),
+    "interpolation": ("bilinear", "bicubic", "lanczos"),
 }
 
 
@@ -65,14 +65,13 @@ def stated_preprocessing(model: TimmConfig, key: str, advice: str, name_key: str
     except RuntimeError:  # a tag that it does not know
         config = None
     if config is None:
-        bare = model.name.split(".")[0]
-        known = ", ".join(timm.list_pretrained(f"{bare}.*")[:8]) or f"none of {bare!r}"
+        known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none of that network"
         raise UserError(f"{name_key}: timm has no weights named {model.name!r}; it has {known}")
-    for name, (expressible, allowed) in _EXPRESSIBLE.items():
-        if not expressible(value := getattr(config, name)):
+    for name, allowed in _EXPRESSIBLE.items():
+        if not (0 < config.crop_pct <= 1 if name == "crop_pct" else getattr(config, name) in allowed):
             raise UserError(
-                f"{key}: timm prepares the images of {model.name} with {name} {value}, and augment expresses "
-                f"{allowed}; {advice}"
+                f"{key}: timm prepares the images of {model.name} with {name} {getattr(config, name)}, and augment "
+                f"expresses {', '.join(allowed)}; {advice}"
             )
     mean, std = list(config.mean), list(config.std)
     if model.in_channels != len(mean):
