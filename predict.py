@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
-from data.image_data import load_files, split_by_bucket
+from data.open import load_files, split_by_bucket
 from data.predictions import (
     Destination,
     Images,
@@ -167,8 +167,8 @@ def predict_all(
             predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
             for there, path in zip(readable.tolist(), left):
                 if not there:
-                    log.warning("unreadable image %s: %s", path, reasons.of[str(path)])
-                yield {"path": str(path), **(next(predicted) if there else {"error": reasons.of[str(path)]})}
+                    log.warning("unreadable image %s: %s", path, reasons[str(path)])
+                yield {"path": str(path), **(next(predicted) if there else {"error": reasons[str(path)]})}
 
 
 def write_texts(rows: Iterable[Row], destination: Destination, config: PredictConfig) -> Iterator[Row]:

@@ -38,8 +38,8 @@ from data.care.work import Work
 from data.config import DataConfig, PackConfig, VocabularyConfig, WarmCacheConfig
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.idx import idx_to_folders
-from data.image_data import load_collection
-from data.images import open_images
+from data.open import load_collection
+from data.open import open_images
 from data.manifest_writer import write_manifest
 from data.pack import pack_collection
 from data.scan import check_root

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 
 from data.config import AugmentConfig
 from data.device_augment import training_views
-from data.image_data import ImageData, load_collection
-from data.images import open_images
 from data.loader import no_fields
+from data.open import Data, load_collection, open_images
 from engine.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.normalise import Normalise
@@ -83,7 +82,7 @@ class Streams:
         )  # fmt: skip
         collection = load_collection(config.data)
         self.source = open_images(collection, config.data, config.model.in_channels, DEFAULT)
-        data = ImageData(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
+        data = Data(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
         self.rows = collection.rows("train")
         self.choices = (False, True) if config.augment.rand_augment is None else (False,)
         self._loaders = {

@@ -30,9 +30,8 @@ from bench.loader import read_arguments
 from bench.measure import OUT, Comparison, run_bench
 from data.cache.size import shortest_px_for
 from data.device_augment import training_views
-from data.image_data import ImageData, load_collection
-from data.images import open_images
 from data.loader import no_fields
+from data.open import Data, load_collection, open_images
 from models.normalise import Normalise
 
 BATCH = 16 if "quick" in sys.argv else 128
@@ -66,7 +65,7 @@ class Ours:
         )
         collection, shortest_px = load_collection(config.data), shortest_px_for(config.augment)
         source = open_images(collection, config.data, 3, "white", shortest_px=shortest_px, repeats=True)
-        data = ImageData(collection, source, machine, seed=0, batch_size=BATCH, run_path=None)
+        data = Data(collection, source, machine, seed=0, batch_size=BATCH, run_path=None)
         loader = data.train(collection.rows("train"), no_fields, training_views(config.augment))
         plan = SimpleNamespace(world_size=1, global_batch_size=BATCH, micro_batch_size=BATCH, accum_steps=1)
         self._steps, self._batches, self._normalise = loader.steps(0, plan), batches, Normalise(MEAN, STD, 3)

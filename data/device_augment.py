@@ -1,7 +1,7 @@
 """Augmentation on the device: a worker draws a sample's parameters, the device applies those of a whole batch at once.
 
     views = training_views(augment)          {"images": crop and resize, "augment": the parameters [P]}
-    data.train(rows, fields, views)          applies the parameters after the copy (data/image_data.py)
+    data.train(rows, fields, views)          applies the parameters after the copy (data/open.py)
 
 The parameters are a view of the sample: they are drawn from its key, so they depend neither on workers and ranks nor
 on how a step is split. So do the results, to the bit on one device: every operation is elementwise or exact, and each

@@ -91,13 +91,13 @@ class Unsupported(ValueError):
     """An image that is whole, but of a kind that has no 8-bit form."""
 
 
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Return a file's bytes. Raises UnreadableImage where it cannot be opened."""
+def read_file(path: str | os.PathLike[str], name: str | None = None) -> bytes:
+    """Return a file's bytes. Raises UnreadableImage, of its name if given, where it cannot be opened."""
     try:
         with open(path, "rb") as stream:
             return stream.read()
     except (OSError, ValueError, MemoryError) as error:
-        raise UnreadableImage(os.fspath(path), *_explain(error)) from error
+        raise UnreadableImage(name or os.fspath(path), *_explain(error)) from error
 
 
 def open_image(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:

@@ -2,13 +2,13 @@
 
     cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
     cache.fill(encode, open_images(...), machine, batch_size, unreadable)
-    data = ImageData(collection, LatentSource(cache), machine, ...)      # no views; the fields call cache.choose
+    data = data.read_from(LatentSource(cache), ...)      # no views; the fields call cache.choose
 
 A record's key is a hash of the image's bytes and of everything that was done to them, so that what changed is encoded
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
 from data.collection import Collection
 from data.image_formats import UnreadableImage
-from data.loader import EvaluationLoader, Example, SampleReader, UnreadableLog, no_fields
+from data.loader import EvaluationStream, Example, Loader, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
-from data.stream import Draw, EvaluationBatches
+from data.stream import Draw, Policy
 from data.table import is_packed
 from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
@@ -43,6 +43,7 @@ class LatentRecipe(NamedTuple):
 
     vae: str
     background: Any
+    icc: bool = False
 
 
 def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
@@ -115,14 +116,12 @@ class LatentCache:
             absent = distributed.broadcast_object(np.flatnonzero(~self.store.has(self.keys[:, variant])))
             if len(absent) == 0:
                 continue
-            batches = EvaluationBatches(
-                self.buckets.rows[absent], seed=0, batch_size=batch_size, rank=distributed.rank(),
-                world_size=distributed.world_size(), groups=self.buckets.groups[absent],
-            )  # fmt: skip
             reader = SampleReader(
                 self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, no_fields, training=False
             )
-            loader = EvaluationLoader(reader, batches, machine, unreadable=unreadable)
+            policy = Policy(0, batch_size, batch_size, distributed.rank(), distributed.world_size())
+            rows, groups = self.buckets.rows[absent], self.buckets.groups[absent]
+            loader = EvaluationStream(Loader(reader, machine, unreadable.add), rows, policy, groups)
             for batch in track(loader, len(loader), "encoding images"):
                 mean, logvar = (part.to(STORED) for part in encode(batch["images"]))
                 for at, (row, weight) in enumerate(zip(batch["sample_id"].tolist(), batch["weight"].tolist())):
@@ -147,20 +146,17 @@ def _as_read(image: Tensor, draw: Draw) -> Tensor:
 class _FittedFiles:
     """The image files of a cache, each in its bucket: uint8 [3, H, W]."""
 
-    fingerprints: Mapping[str, str] = {}
-
     def __init__(self, images: Source, cache: LatentCache, variant: int) -> None:
-        self._images, self._cache, self._variant = images, cache, variant
-        self.name_of, self.file_of, self.prefetch = images.name_of, images.file_of, images.prefetch
+        self.inner, self._cache, self._variant = images, cache, variant
 
     def read(self, row: int) -> Record:
         number = self._cache.buckets.place_of(row)
-        fit, image = self._cache.fit(number, self._variant), self._images.read(row)[IMAGE]
+        fit, image = self._cache.fit(number, self._variant), self.inner.read(row)[IMAGE]
         if tuple(image.shape[-2:]) != fit.original_hw:
             found, stated = (f"{size[1]} x {size[0]}" for size in (image.shape[-2:], fit.original_hw))
-            raise UnreadableImage(
-                self.name_of(row), "its size is not the stated one", f"{found}, not {stated}; make the manifest again"
-            )
+            name = self._cache.collection.view(row).path
+            advice = f"{found}, not {stated}; make the manifest again"
+            raise UnreadableImage(name, "its size is not the stated one", advice)
         return {IMAGE: place(image, fit)}
 
     def blank(self, group: int) -> Record:
@@ -169,7 +165,7 @@ class _FittedFiles:
 
 class LatentSource:
     """The records of a cache: of each variant v `latent_mean_v`, `latent_logvar_v` [4, h, w], as they are stored, and
-    `fit_v` int64 [6], of `Fit.conditions`.
+    `fit_v` int64 [6], of `Fit.conditions`. fingerprints: of the cache, by its configuration key.
     """
 
     def __init__(self, cache: LatentCache) -> None:
@@ -178,20 +174,17 @@ class LatentSource:
 
     def read(self, row: int) -> Record:
         """Return a row's record. Raises UnreadableImage where the cache does not have it, or has it damaged."""
-        number = self.cache.buckets.place_of(row)
+        number, name = self.cache.buckets.place_of(row), self.cache.collection.view(row).path
         if number is None:
-            raise UnreadableImage(self.name_of(row), "no latents", "it has no bucket")
+            raise UnreadableImage(name, "no latents", "it has no bucket")
         found = {}
         for variant, (key, fit) in enumerate(zip(self.cache.keys[number].tolist(), self.cache.conditions[number])):
             try:
                 record = self.cache.store.read(key.decode())
             except MissingRecord as error:
-                raise UnreadableImage(self.name_of(row), "no latents", str(error)) from None
+                raise UnreadableImage(name, "no latents", str(error)) from None
             found |= {f"{name}_{variant}": tensor for name, tensor in record.items()} | {f"fit_{variant}": fit}
         return found
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Do nothing: shards of latents are on a disk."""
 
     def blank(self, group: int) -> Record:
         """Return latents of zeros in a bucket's shape."""
@@ -200,15 +193,3 @@ class LatentSource:
         fit = torch.cat([size, torch.zeros_like(size), size])
         made = dict(zip(PARTS, (latents, latents, fit)))
         return {f"{name}_{variant}": part for variant in range(self.cache.variants) for name, part in made.items()}
-
-    def name_of(self, row: int) -> str:
-        """Return the row's path."""
-        return self.cache.collection.view(row).path
-
-    def readings(self) -> Mapping[str, float]:
-        """Return nothing: all records are on the disk."""
-        return {}
-
-    def file_of(self, row: int) -> None:
-        """Return None: a shard holds many rows."""
-        return

@@ -11,12 +11,15 @@ import multiprocessing
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -24,9 +27,18 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.batch import DeviceCopier, Ragged, Sample, collate, to_device
 from data.collection import Collection, RowView
 from data.image_formats import UnreadableImage
-from data.read_ahead import DrawBatch, ReadAhead, with_coming
-from data.source import IMAGE, Record, Source
-from data.stream import Draw, EvaluationBatches, RankBatches, Sampler
+from data.read_ahead import RowsAhead, read_ahead
+from data.source import IMAGE, Cache, Prefetching, Record, Source, layers, not_cached
+from data.stream import (
+    BlockSampler,
+    Draw,
+    GroupedSampler,
+    Policy,
+    Sampler,
+    count_batches,
+    evaluation_batches,
+    train_batches,
+)
 from data.transforms import Transform
 from utils import rng
 from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
@@ -38,7 +50,9 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-Loaded = tuple[Batch, list[tuple[str, str]]]
+Problem = tuple[str, str]  # the name of an image, and why it cannot be read
+Loaded = tuple[Batch, list[Problem]]
+Report = Callable[[list[Problem]], None]
 # Counters of the keys that are hashed from a sample's key.
 _FIELDS_KEY, _VIEW_KEY = 1, 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -48,8 +62,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Example:
     """What a field may look at: the row, the record before any transform, and the views made of it.
 
-    draw: its row's number, and its position in the stream; in evaluation both are the row's number. training: False in
-    evaluation streams, so that label dropout, say, does not reach the validation split.
+    draw: its row, and its position in the stream; in evaluation, its place among the evaluated rows. training: False
+    in evaluation streams, so that label dropout, say, does not reach the validation split.
     """
 
     draw: Draw
@@ -78,12 +92,13 @@ class SampleReader(Dataset):
 
     views: the transforms that make named tensors of the record's image. The first is seeded with the sample's key, the
     others with keys hashed from it, so another view changes none of those before it. Other tensors of a record reach a
-    sample by its fields. channels_last: the memory format of a batch's images.
+    sample by its fields. collection: of the rows that fields look at; files of none have no fields, and weight 1.
+    channels_last: the memory format of a batch's images.
     """
 
     def __init__(
         self,
-        collection: Collection,
+        collection: Collection | None,
         source: Source,
         views: Mapping[str, Transform],
         fields: Fields,
@@ -95,30 +110,34 @@ class SampleReader(Dataset):
         self.views, self.fields, self.training = dict(views), fields, training
         self.channels_last = channels_last
 
-    def __getitems__(self, draws: DrawBatch) -> Loaded:
-        """Return the batch of some draws, and the (name, reason) of each that could not be read."""
-        self.source.prefetch([draw.index for draw in (*draws, *draws.coming)])
-        problems: list[tuple[str, str]] = []
-        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
-            samples = self._samples(draws, problems)
-            return collate(samples, len(draws), channels_last=self.channels_last), problems
+    def __getitems__(self, chosen: tuple[list[Draw], list[Draw]]) -> Loaded:
+        """Return the batch of some draws, and the (name, reason) of each that could not be read.
 
-    def _samples(self, draws: DrawBatch, problems: list[tuple[str, str]]) -> Iterator[Sample]:
+        chosen: the draws, and those that this process reads next.
+        """
+        draws, coming = chosen
+        store = layers(self.source)[-1]
+        if isinstance(store, Prefetching):
+            store.prefetch(not_cached(self.source, [draw.index for draw in (*draws, *coming)]))
+        problems: list[Problem] = []
+        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
+            return collate(self._samples(draws, problems), len(draws), channels_last=self.channels_last), problems
+
+    def _samples(self, draws: list[Draw], problems: list[Problem]) -> Iterator[Sample]:
         for draw in draws:
             sample, problem = self[draw]
-            if problem is not None:
-                problems.append(problem)
+            problems += [] if problem is None else [problem]
             yield sample
 
-    def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, str] | None]:
+    def __getitem__(self, draw: Draw) -> tuple[Sample, Problem | None]:
         """Return the sample, and (name, reason) where it could not be read."""
-        row, problem, record = self.collection.view(draw.index), None, None
-        weight = row.weight
+        row = None if self.collection is None else self.collection.view(draw.index)
+        weight, problem, record = 1.0 if row is None else row.weight, None, None
         if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
             try:
                 record = self.source.read(draw.index)
             except UnreadableImage as error:
-                problem = (self.source.name_of(draw.index), error.reason)
+                problem = (error.path, error.reason)
         if record is None:
             record = self.source.blank(draw.group)
         views = {}
@@ -126,14 +145,11 @@ class SampleReader(Dataset):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
             with rng.seeded(key):
                 views[name] = transform(record[IMAGE], draw)
-        padding = draw.position < 0
-        sample: Sample = {
-            "sample_id": draw.index,
-            "key": draw.key,
-            "weight": 0.0 if problem or padding else weight,
-            **views,
-        }
-        return {**sample, **self.fields(Example(draw, row, self.training, record, views))}, problem
+        is_ignored = problem is not None or draw.position < 0  # or padding
+        sample: Sample = {"sample_id": draw.index, "key": draw.key, "weight": 0.0 if is_ignored else weight, **views}
+        if row is not None:
+            sample |= self.fields(Example(draw, row, self.training, record, views))
+        return sample, problem
 
 
 def _share(loaded: Loaded) -> Loaded:
@@ -157,47 +173,36 @@ class UnreadableLog:
         self._waiting, self._warned = "", False
         self._seen: set[str] = set()
         if file is not None and file.is_file():
-            text = file.read_bytes().decode("utf-8", errors="replace")
-            self._seen = {path for line in text.split("\n") if (path := _listed_path(line)) is not None}
-            if text and not text.endswith("\n"):
-                self._waiting = "\n"  # the next row starts on a line of its own
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            self._waiting = "\n" if lines[-1] else ""  # behind a torn row, the next one starts on a line of its own
+            for line in lines:
+                with suppress(ValueError, TypeError, KeyError):  # of a line that a kill or a full disk has torn
+                    self._seen.add(str(json.loads(line)["path"]))
 
     @property
     def count(self) -> int:
         """Return how many paths were unreadable on this rank, earlier starts of the run included."""
         return len(self._seen)
 
-    def add(self, problems: list[tuple[str, str]]) -> None:
+    def add(self, problems: list[Problem]) -> None:
         """Take the problems of a batch."""
         for path, reason in problems:
-            if path in self._seen:
-                continue
-            self._seen.add(path)
-            log.warning("unreadable image %s: %s; its weight is 0", path, reason)
-            self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
-        if self._file is not None:
-            self._write(self._file)
-
-    def _write(self, file: Path) -> None:
-        """Append the waiting rows; a write error is one warning."""
-        if self._stream is None and self._waiting and file.parent.is_dir():
+            if path not in self._seen:
+                self._seen.add(path)
+                log.warning("unreadable image %s: %s; its weight is 0", path, reason)
+                self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
+        if self._file is None:
+            return
+        if self._stream is None and self._waiting and self._file.parent.is_dir():
             try:
-                self._stream = AppendFile(file)
+                self._stream = AppendFile(self._file)
             except OSError as error:
                 if not self._warned:
-                    log.warning("%s cannot be written (%s); its rows are kept in memory", file, error.strerror)
+                    log.warning("%s cannot be written (%s); its rows are kept in memory", self._file, error.strerror)
                 self._warned = True
         if self._stream is not None:
             self._stream.write(self._waiting)  # an empty text too: it retries what failed before
             self._waiting = ""
-
-
-def _listed_path(line: str) -> str | None:
-    """Return the path of a row; None for a line that a kill or a full disk has torn."""
-    try:
-        return str(json.loads(line)["path"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -225,83 +230,79 @@ class _WorkerContext(ForkContext):
     Process = _WorkerProcess
 
 
-def _data_loader(reader: SampleReader, batches: RankBatches | EvaluationBatches, machine: Machine) -> DataLoader:
-    workers = machine.workers
-    forks = workers > 0 and multiprocessing.get_start_method() == "fork"
-    return DataLoader(
-        reader,
-        batch_sampler=with_coming(ReadAhead(batches, reader.source.file_of, batches.blocks_ahead), workers),
-        num_workers=workers,
-        prefetch_factor=machine.prefetch_batches if workers > 0 else None,
-        collate_fn=_share,
-        worker_init_fn=_leave_signals_to_parent,
-        multiprocessing_context=_WorkerContext() if forks else None,
-        pin_memory=machine.device.type == "cuda",
-        persistent_workers=False,
-        generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
-    )
+def _with_coming(batches: Iterable[list[Draw]], workers: int) -> Iterator[tuple[list[Draw], list[Draw]]]:
+    """Yield batches with the next one of their worker; a DataLoader deals them to its workers in turn."""
+    waiting: deque[list[Draw]] = deque()
+    for batch in batches:
+        if len(waiting) == max(workers, 1):
+            yield waiting.popleft(), batch
+        waiting.append(batch)
+    for batch in waiting:
+        yield batch, []
 
 
-def _loaded(loader: DataLoader) -> Iterator[Loaded]:
-    """Yield what is loaded. Raises UserError (`runtime.workers`) where workers have too little shared memory for it."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
-            raise
-        raise UserError(
-            f"runtime.workers: a loader worker has no room for a batch ({found.group(1)}); set runtime.workers=0, or a "
-            "lower runtime.workers, runtime.prefetch_batches or loop.batch_size, or give the machine more shared "
-            "memory (/dev/shm; docker run --shm-size=8g)"
-        ) from None
+class Loader:
+    """Read batches of draws, report unreadable samples, copy to the device, and call the hook.
 
-
-class _Loader:
-    """What both loaders do: load, report unreadable samples, copy to the device, call the hook."""
-
-    def __init__(
-        self, reader: SampleReader, machine: Machine, unreadable: UnreadableLog, on_device: DeviceHook | None
-    ) -> None:
-        self.reader, self.unreadable = reader, unreadable
-        self._machine, self._on_device = machine, on_device
-
-    def _load(self, batches: RankBatches | EvaluationBatches) -> Iterator[Batch]:
-        """Yield batches on the device."""
-        copy = DeviceCopier(self._machine.device)
-        for loaded, problems in _loaded(_data_loader(self.reader, batches, self._machine)):
-            self.unreadable.add(problems)
-            batch = copy(loaded)
-            yield batch if self._on_device is None else self._on_device(batch)
-
-
-class TrainLoader(_Loader):
-    """The endless stream as steps: each a list of this rank's micro-batches on the device.
-
-    on_device: called with each micro-batch after the copy; it draws from batch["key"] (utils/rng.py: normal, uniform).
+    report: called with the (name, reason) of samples that could not be read. on_device: called with each batch after
+    the copy; it draws from batch["key"] (utils/rng.py: normal, uniform).
     """
 
     def __init__(
-        self,
-        reader: SampleReader,
-        sampler: Sampler,
-        machine: Machine,
-        *,
-        seed: int,
-        unreadable: UnreadableLog,
-        on_device: DeviceHook | None = None,
+        self, reader: SampleReader, machine: Machine, report: Report, on_device: DeviceHook | None = None
     ) -> None:
-        super().__init__(reader, machine, unreadable, on_device)
-        self.sampler, self._seed = sampler, seed
+        self.reader, self.machine = reader, machine
+        self._report, self._on_device = report, on_device
 
-    @property
-    def epoch_length(self) -> int:
-        """Positions per epoch."""
-        return self.sampler.epoch_length
+    def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
+        """Yield batches on the device. Raises UserError (`runtime.workers`) where workers lack shared memory."""
+        copy = DeviceCopier(self.machine.device)
+        loader = self._data_loader(read_ahead(batches, self.reader.source, rows_ahead))
+        try:
+            for loaded, problems in loader:
+                self._report(problems)
+                yield self._finish(copy(loaded))
+        except RuntimeError as error:
+            if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
+                raise
+            raise UserError(
+                f"runtime.workers: a loader worker has no room for a batch ({found.group(1)}); set runtime.workers=0, "
+                "or a lower runtime.workers, runtime.prefetch_batches or loop.batch_size, or give the machine more "
+                "shared memory (/dev/shm; docker run --shm-size=8g)"
+            ) from None
 
-    @property
-    def chunk(self) -> int | None:
-        """Neighbouring positions of one shape; None where the sampler groups nothing."""
-        return self.sampler.chunk
+    def repeat(self, draw: Draw, size: int) -> Batch:
+        """Return a batch of `size` times one sample, on the device, with weight 1."""
+        sample, _ = self.reader[draw]
+        batch = collate([sample] * size, size, channels_last=self.reader.channels_last)
+        return self._finish(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
+
+    def _finish(self, batch: Batch) -> Batch:
+        return batch if self._on_device is None else self._on_device(batch)
+
+    def _data_loader(self, batches: Iterable[list[Draw]]) -> DataLoader:
+        workers = self.machine.workers
+        forks = workers > 0 and multiprocessing.get_start_method() == "fork"
+        return DataLoader(
+            self.reader,
+            batch_sampler=_with_coming(batches, workers),
+            num_workers=workers,
+            prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
+            collate_fn=_share,
+            worker_init_fn=_leave_signals_to_parent,
+            multiprocessing_context=_WorkerContext() if forks else None,
+            pin_memory=self.machine.device.type == "cuda",
+            persistent_workers=False,
+            generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
+        )
+
+
+class TrainStream:
+    """The endless stream of training samples as steps: each a list of this rank's micro-batches on the device."""
+
+    def __init__(self, loader: Loader, sampler: Sampler, seed: int, unreadable: UnreadableLog) -> None:
+        self.loader, self.sampler, self.seed, self.unreadable = loader, sampler, seed, unreadable
+        self.epoch_length, self.chunk = sampler.epoch_length, sampler.chunk
 
     @property
     def unreadable_count(self) -> int:
@@ -310,12 +311,13 @@ class TrainLoader(_Loader):
 
     def readings(self) -> Mapping[str, float]:
         """Return what the caches of this rank's source have counted so far."""
-        return self.reader.source.readings()
+        caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cache)]
+        return {name: value for cache in caches for name, value in cache.readings().items()}
 
     @functools.cached_property
     def _examples(self) -> list[tuple[int, int]]:
         """(row, group) of a sample of each shape."""
-        return [self.sampler.at(0)] if self.chunk is None else self.sampler.examples()
+        return self.sampler.examples() if isinstance(self.sampler, GroupedSampler) else [self.sampler.at(0)]
 
     @property
     def shapes(self) -> int:
@@ -325,62 +327,45 @@ class TrainLoader(_Loader):
     def trial_batch(self, shape: int, size: int) -> Batch:
         """Return `size` times one sample of a shape, on the device, with weight 1; no part of the stream."""
         index, group = self._examples[shape]
-        sample, _ = self.reader[Draw(0, index, rng.sample_key(self._seed, 0), group)]
-        batch = collate([sample] * size, size, channels_last=self.reader.channels_last)
-        batch = to_device({**batch, "weight": torch.ones(size)}, self._machine.device)
-        return batch if self._on_device is None else self._on_device(batch)
+        return self.loader.repeat(Draw(0, index, rng.sample_key(self.seed, 0), group), size)
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
-        return self.reader.collection.view(sample_id).path
+        return self.loader.reader.collection.view(sample_id).path
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step after step, from `start_step` on."""
-        batches = RankBatches(
-            self.sampler,
-            seed=self._seed,
-            global_batch_size=plan.global_batch_size,
-            micro_batch_size=plan.micro_batch_size,
-            rank=distributed.rank(),
-            world_size=plan.world_size,
-            start_step=start_step,
-        )
+        policy = Policy(self.seed, plan.global_batch_size, plan.micro_batch_size, distributed.rank(), plan.world_size)
+        rows_ahead = self.sampler.rows_ahead if isinstance(self.sampler, BlockSampler) else None
         step: list[Batch] = []
-        for batch in self._load(batches):
+        for batch in self.loader.load(train_batches(self.sampler, policy, start_step), rows_ahead):
             step.append(batch)
             if len(step) == plan.accum_steps:
                 yield step
                 step = []
 
 
-class EvaluationLoader(_Loader):
-    """Some rows, each exactly once over all ranks; iterate it as often as needed."""
+class EvaluationStream:
+    """Some rows, each exactly once over all ranks (`evaluation_batches`); iterate it as often as needed."""
 
-    def __init__(
-        self,
-        reader: SampleReader,
-        batches: EvaluationBatches,
-        machine: Machine,
-        *,
-        unreadable: UnreadableLog,
-        on_device: DeviceHook | None = None,
-    ) -> None:
-        super().__init__(reader, machine, unreadable, on_device)
-        self.batches = batches
+    def __init__(self, loader: Loader, rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> None:
+        if len(rows) == 0:
+            raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
+        self.loader, self.rows, self.policy, self.groups = loader, rows, policy, groups
 
     @property
     def samples(self) -> int:
         """Samples over all ranks."""
-        return self.batches.samples
+        return len(self.rows)
 
     def set_batch_size(self, batch_size: int) -> None:
         """Make batches of another size."""
-        self.batches.batch_size = batch_size
+        self.policy = self.policy._replace(micro_batch_size=batch_size)
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
-        return len(self.batches)
+        return count_batches(self.rows, self.policy, self.groups)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the device."""
-        yield from self._load(self.batches)
+        return self.loader.load(evaluation_batches(self.rows, self.policy, self.groups))

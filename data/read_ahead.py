@@ -1,6 +1,6 @@
 """Prefetch the files of coming batches, or the parts of shards, into the system's page cache.
 
-    for batch in ReadAhead(batches, lambda row: FileRange(files[row])):
+    for batch in read_ahead(batches, source):
 
 A reader opens one file after another. A slow disk or file server answers many requests in nearly the time of one:
 threads make the requests, and the reader finds the files in the page cache. The samples and their order do not change.
@@ -10,10 +10,10 @@ Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from data.source import FileRange, join_ranges
+from data.source import FileRange, OnDisk, Source, join_ranges, layers, not_cached
 from data.stream import Draw
 
 _FILES = 512  # requested ahead, at least
@@ -21,70 +21,44 @@ _THREADS = 16
 _ASKED_BYTES = 2**17  # the kernel may read no more when it is asked (mm/readahead.c: force_page_cache_ra)
 _READ_BYTES = 2**20
 
+# The first position and the size of a batch, and whether it is the stream's first -> further rows to request with it.
+RowsAhead = Callable[[int, int, bool], list[int]]
 
-class ReadAhead:
-    """Yield batches of draws, and request what they read some batches before; `file_of` returns a row's file or part.
 
-    blocks_ahead: further rows to request with a batch, after its own.
-    Systems without posix_fadvise (macOS, Windows) get the batches only.
+def read_ahead(
+    batches: Iterable[list[Draw]], source: Source, rows_ahead: RowsAhead | None = None
+) -> Iterator[list[Draw]]:
+    """Yield the batches, and request what they read some batches before.
+
+    Nothing is requested where the source reads no files, or the system has no posix_fadvise (macOS, Windows).
     """
+    store = layers(source)[-1]
+    if not isinstance(store, OnDisk) or not hasattr(os, "posix_fadvise"):
+        yield from batches
+        return
 
-    def __init__(
-        self,
-        batches: Iterable[list[Draw]],
-        file_of: Callable[[int], FileRange | None],
-        blocks_ahead: Callable[[list[Draw]], list[int]] = lambda batch: [],
-    ) -> None:
-        self._batches, self._file_of, self._blocks_ahead = batches, file_of, blocks_ahead
+    def files_of(rows: Iterable[int]) -> list[FileRange]:
+        return join_ranges(map(store.file_of, not_cached(source, rows)))
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the batches in their order."""
-        if not hasattr(os, "posix_fadvise"):
-            yield from self._batches
-            return
-        waiting: deque[list[Draw]] = deque()
-        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
-        try:
-            for batch in self._batches:
-                # Here, not in the threads: they only make system calls, so a fork is safe.
-                files = self._joined([draw.index for draw in batch]) + self._joined(self._blocks_ahead(batch))
-                for first in range(min(_THREADS, len(files))):
-                    pool.submit(_ask_for, files[first::_THREADS])
-                waiting.append(batch)
-                if (len(waiting) - 1) * len(batch) >= _FILES:
-                    yield waiting.popleft()
-            yield from waiting
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _joined(self, rows: list[int]) -> list[FileRange]:
-        """Return what rows are read from, near parts of a file as one."""
-        files = {row: file for row in rows if (file := self._file_of(row)) is not None}
-        found = []
-        for group in join_ranges(files):
-            (path, start, _), end = files[group[0]], max(sum(files[row][1:]) for row in group)
-            found.append(FileRange(path, start, end - start))
-        return found
+    waiting: deque[list[Draw]] = deque()
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
+    try:
+        for number, batch in enumerate(batches):
+            # Here, not in the threads: they only make system calls, so a fork is safe.
+            files = files_of(draw.index for draw in batch)
+            if rows_ahead is not None:
+                files += files_of(rows_ahead(batch[0].position, len(batch), number == 0))
+            for first in range(min(_THREADS, len(files))):
+                pool.submit(_request, files[first::_THREADS])
+            waiting.append(batch)
+            if (len(waiting) - 1) * len(batch) >= _FILES:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-class DrawBatch(list[Draw]):
-    """The draws of a batch. coming: those of the batch that the same worker reads next."""
-
-    coming: Sequence[Draw] = ()
-
-
-def with_coming(batches: Iterable[list[Draw]], workers: int) -> Iterator[DrawBatch]:
-    """Yield batches that know the next one of their worker; a DataLoader deals them to its workers in turn."""
-    waiting: deque[DrawBatch] = deque()
-    for batch in map(DrawBatch, batches):
-        if len(waiting) == max(workers, 1):
-            waiting[0].coming = list(batch)
-            yield waiting.popleft()
-        waiting.append(batch)
-    yield from waiting
-
-
-def _ask_for(files: list[FileRange]) -> None:
+def _request(files: list[FileRange]) -> None:
     for file in files:
         will_need(file)
 

@@ -1,9 +1,10 @@
 """A packed collection behind a URL that fsspec reads, such as s3://bucket/folder: its manifest, and ranges of shards.
 
 Keys and endpoints are those of the environment and of fsspec's configuration (FSSPEC_S3_ENDPOINT_URL and so on).
+`filecache::s3://bucket/folder` keeps the shards that were read on a local disk.
 """
 
-import time
+from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +12,9 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from data.manifest_formats import PARQUET
-from data.source import join_ranges
+from data.source import FileRange, join_ranges
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
-
-_ATTEMPTS, _PAUSE_SEC = 3, 0.5
 
 
 def is_remote(root: str) -> bool:
@@ -48,41 +47,20 @@ def fetch_manifest(root: str, cache: Path) -> Path:
     return target
 
 
-def read_ranges(
-    files: AbstractFileSystem, folder: str, places: Mapping[int, tuple[str, int, int]]
-) -> dict[int, bytes | Exception]:
-    """Return the bytes of some (shard, offset, length), or the error of the last attempt; near ones in one request."""
-    found: dict[int, bytes | Exception] = {}
-    for attempt in range(_ATTEMPTS):
-        missing = [key for key, (_, _, length) in places.items() if not _is_whole(found.get(key), length)]
-        if not missing:
-            break
-        time.sleep(attempt * _PAUSE_SEC)
-        found |= _read_once(files, folder, {key: places[key] for key in missing})
-    return found
-
-
-def _is_whole(content: bytes | Exception | None, length: int) -> bool:
-    return isinstance(content, bytes) and len(content) == length
-
-
-def _read_once(
-    files: AbstractFileSystem, folder: str, places: Mapping[int, tuple[str, int, int]]
-) -> dict[int, bytes | Exception]:
-    groups = join_ranges(places)
-    starts = [max(0, places[group[0]][1]) for group in groups]
-    ends = [max(places[key][1] + places[key][2] for key in group) for group in groups]
-    shards = [f"{folder}/{places[group[0]][0]}" for group in groups]
+def read_ranges(files: AbstractFileSystem, places: Mapping[int, FileRange]) -> dict[int, bytes | Exception]:
+    """Return the bytes of some parts of files, or the error that the store gave; near parts in one request."""
+    joined = join_ranges(places.values())
+    paths, starts, lengths = (list(column) for column in zip(*joined))
+    ends = [start + length for start, length in zip(starts, lengths)]
     try:
-        contents = files.cat_ranges(shards, starts, ends, on_error="return")
+        contents = files.cat_ranges(paths, starts, ends, on_error="return")
     except Exception as error:  # each store has errors of its own
         return dict.fromkeys(places, error)
     found: dict[int, bytes | Exception] = {}
-    for group, start, content in zip(groups, starts, contents):
-        for key in group:
-            _, offset, length = places[key]
-            at = offset - start
-            found[key] = content if isinstance(content, Exception) else content[max(0, at) : at + length]
+    for key, (path, offset, length) in places.items():
+        number = bisect_right(joined, (path, offset, float("inf"))) - 1
+        content, at = contents[number], offset - starts[number]
+        found[key] = content[at : at + length] if isinstance(content, bytes) else content
     return found
 
 

@@ -1,19 +1,22 @@
 """Where samples come from: a source gives the record of a row, a dictionary of tensors.
 
-data/images.py has the source of images. Another store (cached latents) is another source: it decodes what it holds, and
-its records may have several tensors.
+A source must have `read` and `blank`. It may stand in front of another one, its `inner`: caches, then the decoder
+(data/images.py), then the encoded files. What else a layer can do is a protocol below, which it has or has not.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
+from fsspec.utils import merge_offset_ranges
 from torch import Tensor
 
 IMAGE = "image"  # the tensor of a record that views are made of
 
 _GAP_BYTES, _JOINED_BYTES = 2**16, 2**23  # ranges as near as this are one request, up to a size
+_PROCESSES = 256  # processes that are alive at once have neighbouring numbers
 
-Key = TypeVar("Key")
 Record = dict[str, Tensor]
 
 
@@ -25,68 +28,78 @@ class FileRange(NamedTuple):
     length: int = 0
 
 
-def join_ranges(places: Mapping[Key, tuple[Any, int, int]]) -> list[list[Key]]:
-    """Group the keys of (file, offset, length) that are near one another, in the order of the offsets."""
-    groups: list[list[Key]] = []
-    for key in sorted(places, key=places.__getitem__):
-        file, offset, length = places[key]
-        if groups:
-            first, last = places[groups[-1][0]], places[groups[-1][-1]]
-            is_near = offset - sum(last[1:]) <= _GAP_BYTES and offset + length - first[1] <= _JOINED_BYTES
-            if file == first[0] and is_near:
-                groups[-1].append(key)
-                continue
-        groups.append([key])
-    return groups
-
-
-class Contents(Protocol):
-    """The encoded images of a collection's rows. Picklable: loader workers open the store themselves."""
-
-    def read(self, row: int) -> bytes:
-        """Return the bytes of a row's image file. Raises UnreadableImage."""
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise.
-
-        rows: a source that need not begin anything does not iterate them, so caches filter them lazily.
-        """
-
-    def name_of(self, row: int) -> str:
-        """Return a row's name, for messages."""
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the part of a file that is worth reading ahead for a row, None for none."""
-
-    def digest_of(self, row: int) -> bytes | None:
-        """Return the SHA-256 of a row's content where it is known and the content cannot change, else None."""
+def join_ranges(ranges: Iterable[FileRange]) -> list[FileRange]:
+    """Return the ranges in the order of files and offsets, those that are near one another as one."""
+    parts = [(path, offset, offset + length if length else None) for path, offset, length in ranges]
+    paths, starts, ends = (list(column) for column in zip(*parts)) if parts else ([], [], [])
+    joined = zip(*merge_offset_ranges(paths, starts, ends, _GAP_BYTES, _JOINED_BYTES))
+    return [FileRange(path, start, 0 if end is None else end - start) for path, start, end in joined]
 
 
 class Source(Protocol):
-    """Give the records of a collection's rows. Picklable: loader workers open the store themselves.
-
-    fingerprints: what must not change while a run is resumed, beside the collection; by configuration key.
-    """
-
-    fingerprints: Mapping[str, str]
+    """Give the records of rows. Picklable: loader workers open the store themselves."""
 
     def read(self, row: int) -> Record:
         """Return a row's record. Raises UnreadableImage where that is not possible."""
 
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Begin to read the rows of this batch and the next, where each would wait for an answer otherwise.
-
-        rows: a source that need not begin anything does not iterate them, so caches filter them lazily.
-        """
-
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one of a shape group; its weight is 0."""
 
-    def name_of(self, row: int) -> str:
-        """Return a row's name, for messages."""
 
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the part of a file that is worth reading ahead for a row, None for none."""
+@runtime_checkable
+class Cache(Protocol):
+    """A source that keeps records of the one behind it."""
+
+    inner: Source
+
+    def has(self, row: int) -> bool:
+        """Return whether a row's record is kept."""
 
     def readings(self) -> Mapping[str, float]:
-        """Return what the source's caches have counted so far, in this rank and its workers, by name."""
+        """Return what has been counted so far, in this rank and its workers, by name."""
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """A layer that reads files, which may be read ahead into the system's page cache."""
+
+    def file_of(self, row: int) -> FileRange:
+        """Return the part of a file that a row is read from."""
+
+
+@runtime_checkable
+class Prefetching(Protocol):
+    """A layer whose every read would wait for an answer, so that it asks for many at once."""
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read the rows of this batch and the next."""
+
+
+def layers(source: Source) -> list[Any]:
+    """Return a source, what it reads from, and so on; the last one is the store."""
+    found: list[Any] = [source]
+    while (inner := getattr(found[-1], "inner", None)) is not None:
+        found.append(inner)
+    return found
+
+
+def not_cached(source: Source, rows: Iterable[int]) -> list[int]:
+    """Return the rows that no cache has, which the store will be asked for."""
+    caches = [layer for layer in layers(source) if isinstance(layer, Cache)]
+    return [row for row in rows if not any(cache.has(row) for cache in caches)]
+
+
+class Counters:
+    """Counts of a rank and its workers, which add without a lock: each process in a row of its own."""
+
+    def __init__(self, *names: str) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+        self._rows = torch.zeros(_PROCESSES, len(names), dtype=torch.int64).share_memory_()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Add to a count."""
+        self._rows.numpy()[os.getpid() % _PROCESSES, self._places[name]] += amount
+
+    def totals(self) -> dict[str, int]:
+        """Return the counts over all processes, in the order of the names."""
+        return dict(zip(self._places, self._rows.sum(dim=0).tolist()))

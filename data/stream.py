@@ -7,6 +7,7 @@ another position. Nothing depends on the number of ranks, workers or micro-batch
 A position costs the same in a collection of any size: orders are keyed permutations (utils/rng.py), not tables.
 """
 
+import itertools
 import os
 import sys
 from bisect import bisect_right
@@ -148,11 +149,13 @@ class BlockSampler:
         width = min(self.window, self.epoch_length - start)
         return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)), 0
 
-    def rows_ahead(self, first: int, count: int, *, begins: bool) -> list[int]:
+    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
         """Return rows to read ahead, by blocks, for `count` positions: as many, of the window after theirs.
 
         begins: with what no position before has asked for, from the beginning of the first position's window on.
         """
+        if not self.reads_blocks:
+            return []
         window_start = first - first % self.epoch_length % self.window
         places = range(window_start if begins else first + self.window, first + count + self.window)
         return [self._row(*divmod(place, self.epoch_length)) for place in places]
@@ -170,8 +173,8 @@ class GroupedSampler:
     """Samples in chunks of one group (one shape) and fixed size, the chunks of an epoch in a random order.
 
     A group's samples come in laps, each in another order, and its chunks are cut from the laps without a gap: what does
-    not fill a chunk is carried into a later epoch. So the samples of all groups come equally often: in `chunk` epochs,
-    each `chunk` times. groups: [len(rows)].
+    not fill a chunk is carried into a later epoch. So the samples of all groups come equally often: in a cycle of
+    `chunk` epochs, each `chunk` times. groups: [len(rows)].
     """
 
     def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
@@ -180,12 +183,17 @@ class GroupedSampler:
         self.epoch_length = len(rows)
         self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
         self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
-        # Chunks of each group before each epoch of a cycle of `chunk` epochs, [chunk + 1, groups]. The phases spread
-        # what small groups have over the epochs: without them, all would have it in the last.
+        # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread what small groups
+        # have over the epochs: without them, all would have it in the last.
         phases = (np.cumsum(counts) - counts) % chunk
-        self._before = (np.arange(chunk + 1)[:, None] * counts + phases) // chunk
-        self._starts = self._before.sum(axis=1).tolist()
-        self._ends = np.diff(self._before, axis=0).cumsum(axis=1)  # in an epoch, up to and including each group
+        before = (np.arange(chunk + 1)[:, None] * counts + phases) // chunk
+        chunks = np.diff(before, axis=0)  # in each epoch
+        # A cycle's chunks, as many as there are samples, epoch after epoch and group after group: the group of each,
+        # and how many chunks its group has had before it.
+        self.epoch_starts = [0, *chunks.sum(axis=1).cumsum().tolist()]
+        self._group = np.repeat(np.tile(np.arange(len(counts)), chunk), chunks.ravel())
+        firsts = chunks.cumsum().reshape(chunks.shape) - chunks
+        self._turn = np.arange(len(self._group)) + np.repeat((before[:-1] - firsts).ravel(), chunks.ravel())
 
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of a sample of each group."""
@@ -194,14 +202,13 @@ class GroupedSampler:
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group)."""
         number, offset = divmod(position, self.chunk)
-        cycle, number = divmod(number, self.epoch_length)  # a cycle has as many chunks as an epoch has samples
-        epoch = bisect_right(self._starts, number) - 1
-        first, end = self._starts[epoch : epoch + 2]
-        place = _order(self.seed, rng.hash_counters(cycle, epoch, -1), end - first)(number - first)
-        group = bisect_right(self._ends[epoch], place)
+        cycle, number = divmod(number, self.epoch_length)
+        epoch = bisect_right(self.epoch_starts, number) - 1
+        first, end = self.epoch_starts[epoch : epoch + 2]
+        place = first + _order(self.seed, rng.hash_counters(cycle, epoch, -1), end - first)(number - first)
+        group = int(self._group[place])
         members = self._members[group]
-        # Counted back from the group's end in this epoch, which is its beginning in the next.
-        turn = cycle * len(members) + int(self._before[epoch + 1, group] + place - self._ends[epoch, group])
+        turn = cycle * len(members) + int(self._turn[place])
         lap, index = divmod(turn * self.chunk + offset, len(members))
         member = members[_order(self.seed, rng.hash_counters(lap, group), len(members))(index)]
         return int(self.rows[member]), int(self._groups[group])
@@ -248,101 +255,63 @@ def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
     return order[np.isin(order, rows)].astype(np.int64)
 
 
-class RankBatches:
-    """The endless micro-batches of one rank from a step on: lists of draws for the loader."""
+class Policy(NamedTuple):
+    """Which samples of a stream this process takes: of each step its rank's share, in micro-batches."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        *,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        start_step: int,
-    ) -> None:
-        self._sampler, self._seed, self._start_step = sampler, seed, start_step
-        self._global, self._micro = global_batch_size, micro_batch_size
-        self._share = global_batch_size // world_size
-        self._rank = rank
-
-    def draw(self, position: int) -> Draw:
-        """Return the draw of a position."""
-        index, group = self._sampler.at(position)
-        return Draw(position, index, rng.sample_key(self._seed, position), group)
-
-    def blocks_ahead(self, batch: Sequence[Draw]) -> list[int]:
-        """Return the rows to read ahead with a micro-batch, beside its own: where whole blocks are read."""
-        if not isinstance(self._sampler, BlockSampler) or not self._sampler.reads_blocks:
-            return []
-        first = batch[0].position
-        begins = first == self._start_step * self._global + self._rank * self._share
-        return self._sampler.rows_ahead(first, len(batch), begins=begins)
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield micro-batches in the order of train_step."""
-        step = self._start_step
-        while True:
-            first = step * self._global + self._rank * self._share
-            for start in range(first, first + self._share, self._micro):
-                yield [self.draw(position) for position in range(start, start + self._micro)]
-            step += 1
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
 
 
-class EvaluationBatches:
-    """A rank's share of some rows, each exactly once. All ranks make the same number of batches; the last is padded.
+def train_batches(sampler: Sampler, policy: Policy, start_step: int = 0) -> Iterator[list[Draw]]:
+    """Yield the endless micro-batches of one rank from a step on, in the order of train_step."""
+    share = policy.global_batch_size // policy.world_size
+    for step in itertools.count(start_step):
+        first = step * policy.global_batch_size + policy.rank * share
+        for start in range(first, first + share, policy.micro_batch_size):
+            positions = range(start, start + policy.micro_batch_size)
+            yield [draw(sampler, policy.seed, position) for position in positions]
+
+
+def draw(sampler: Sampler, seed: int, position: int) -> Draw:
+    """Return the draw of a position."""
+    index, group = sampler.at(position)
+    return Draw(position, index, rng.sample_key(seed, position), group)
+
+
+def evaluation_batches(rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> Iterator[list[Draw]]:
+    """Yield a rank's share of some rows, each exactly once. All ranks make the same number of batches.
 
     groups: the shape group of each row, [len(rows)]: a batch has rows of one group, and each group's last batch is
     padded. Padding repeats a row with `position` -1, to which the reader gives weight 0. A row's key depends on the row
     alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
     """
+    for group, places in _places_by_group(rows, groups):
+        mine, filler = places[policy.rank :: policy.world_size], Draw(-1, int(rows[places[0]]), 0, group)
+        for start in _batch_starts(places, policy):
+            chosen = mine[start : start + policy.micro_batch_size]
+            draws = [_draw_row(int(rows[place]), int(place), policy.seed, group) for place in chosen]
+            yield draws + [filler] * (min(policy.micro_batch_size, len(places)) - len(draws))
 
-    def __init__(
-        self,
-        rows: Sequence[int],
-        *,
-        seed: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        groups: np.ndarray | None = None,
-    ) -> None:
-        if len(rows) == 0:
-            raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
-        self._rows, self._seed, self.batch_size = rows, seed, batch_size
-        self._rank, self._world_size = rank, world_size
-        self._groups: list[tuple[int, Sequence[int]]] = [(0, range(len(rows)))]  # and the places of its rows
-        if groups is not None:
-            self._groups = [(int(group), np.flatnonzero(groups == group)) for group in np.unique(groups)]
 
-    @property
-    def samples(self) -> int:
-        """Samples over all ranks."""
-        return len(self._rows)
+def count_batches(rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> int:
+    """Return the number of `evaluation_batches`, equal on all ranks."""
+    return sum(len(_batch_starts(places, policy)) for _, places in _places_by_group(rows, groups))
 
-    def __len__(self) -> int:
-        """Return the number of batches, equal on all ranks."""
-        return sum(self._count(places) for _, places in self._groups)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the batches."""
-        for group, places in self._groups:
-            mine, size = places[self._rank :: self._world_size], self.batch_size
-            filler = Draw(-1, int(self._rows[places[0]]), 0, group)
-            for number in range(self._count(places)):
-                draws = [self._draw(int(place), group) for place in mine[number * size : (number + 1) * size]]
-                yield draws + [filler] * (min(size, len(places)) - len(draws))
+def _places_by_group(rows: Sequence[int], groups: np.ndarray | None) -> list[tuple[int, Sequence[int]]]:
+    """Return each group, and the places of its rows."""
+    if groups is None:
+        return [(0, range(len(rows)))]
+    return [(int(group), np.flatnonzero(groups == group)) for group in np.unique(groups)]
 
-    def blocks_ahead(self, batch: Sequence[Draw]) -> list[int]:
-        """Return none: a batch's own rows are neighbours."""
-        return []
 
-    def _count(self, places: Sequence[int]) -> int:
-        """Return the batches of a group on each rank."""
-        share = -(-len(places) // self._world_size)
-        return -(-share // self.batch_size)
+def _batch_starts(places: Sequence[int], policy: Policy) -> range:
+    """Return where each batch begins in a rank's share, of which the largest counts."""
+    return range(0, -(-len(places) // policy.world_size), policy.micro_batch_size)
 
-    def _draw(self, place: int, group: int) -> Draw:
-        row = int(self._rows[place])
-        return Draw(place, row, rng.sample_key(self._seed, row, 1), group)
+
+def _draw_row(row: int, place: int, seed: int, group: int) -> Draw:
+    return Draw(place, row, rng.sample_key(seed, row, 1), group)

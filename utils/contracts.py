@@ -51,7 +51,7 @@ class BatchPlan(Protocol):
 
 
 class TrainStream(Protocol):
-    """The endless training stream (data/loader.py: TrainLoader)."""
+    """The endless training stream (data/loader.py)."""
 
     @property
     def epoch_length(self) -> int:

@@ -4,39 +4,42 @@
     source.read(7)["image"]        uint8 [3, H, W]
 
 A hit, a miss and a full disk give the same pixels: with `format` raw those of the decoder; with jpeg or webp those of
-the stored form, which a miss decodes as well. data/cache/key.py says what a record is found by.
+the stored form, which a miss decodes as well. An image is found in two steps, so that neither a file that was edited
+nor an old manifest ever gives a stale one:
+
+    file (path, range, version) -> SHA-256 of its content      as it was read, never as a manifest states it
+    SHA-256, suffix, recipe -> the image                       the recipe: all that pixels depend on beside the content
+
+A file that was copied, moved or touched is read and hashed again, and its image is found by the second key.
 """
 
 import hashlib
 import io
 import math
+import os
 import struct
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data.cache.key import image_key, link_key, recipe_of
-from data.cache.monitor import Counters
 from data.cache.store import COUNTED, Store, open_store
 from data.config import CacheConfig
-from data.decode import Decoder
-from data.source import IMAGE, Contents, FileRange, Record, Source
+from data.images import Images
+from data.source import IMAGE, Counters, OnDisk, Record
+from data.tensor_store import record_key
+from utils.io.memo import file_version
 
+_VERSION = 2  # of the form of records and keys: another number decodes everything again
+_YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
 _RAW, _ENCODED = 0, 1
 _HEAD = struct.Struct("<4I")  # raw or encoded, height, width, channels; the pixels or the encoded file follow
 _LONGEST_PX = 16_383  # side of a WebP; larger images are stored raw
-
-
-class FileSource(Source, Protocol):
-    """A source that decodes files: `data.images.Images`."""
-
-    contents: Contents
-    decoder: Decoder
 
 
 class DiskCached:
@@ -46,27 +49,17 @@ class DiskCached:
     Raises UserError (`data.cache.folder`) where the folder cannot be used.
     """
 
-    fingerprints: Mapping[str, str] = {}
-
-    def __init__(self, images: FileSource, config: CacheConfig) -> None:
-        self.images, self._config = images, config
-        self.decoder = images.decoder
-        self._recipe, self._folder = recipe_of(images.decoder, config), Path(config.folder)
-        self.name_of, self.blank = images.name_of, images.blank
+    def __init__(self, images: Images, config: CacheConfig) -> None:
+        self.inner, self._config = images, config
+        stored = "raw" if config.format == "raw" else f"{config.format} {config.quality} by pillow {PIL.__version__}"
+        self._recipe = f"{images.decoder.identity()}; {stored}"
+        self.blank = images.blank
         self.counts = Counters("hits", "misses", *COUNTED)
         self._store()
 
     def _store(self) -> Store:
         mib = math.ceil(self._config.disk_gib * 1024)
-        return open_store(self._folder, mib << 20, self.counts)
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Prefetch the rows whose images are not in the cache."""
-        self.images.prefetch(row for row in rows if not self.has(row))
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the file to read ahead: None where the row's image is in the cache."""
-        return None if self.has(row) else self.images.file_of(row)
+        return open_store(Path(self._config.folder), mib << 20, self.counts)
 
     def readings(self) -> Mapping[str, float]:
         """Return the share of reads that the cache has answered, the GiB that all its records take, how many made room
@@ -83,51 +76,67 @@ class DiskCached:
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in the cache, and found without reading its file."""
-        digest = self._find_digest(row, link_key(self.images.file_of(row)))
-        return digest is not None and self._store().has(self._key(row, digest))
+        digest = self._find_digest(row, self._file_key(row))
+        return digest is not None and self._store().has(self._image_key(row, digest))
 
     def read(self, row: int) -> Record:
         """Return the image of a row. Raises UnreadableImage."""
-        store, link = self._store(), link_key(self.images.file_of(row))
-        digest = self._find_digest(row, link)
-        record = None if digest is None else store.get(self._key(row, digest))
+        file_key = self._file_key(row)
+        digest = self._find_digest(row, file_key)
+        record = None if digest is None else self._store().get(self._image_key(row, digest))
         self.counts.add("misses" if record is None else "hits")
-        return {IMAGE: self._read_content(row, link) if record is None else self._unpack(record, row)}
+        return {IMAGE: self._read_content(row, file_key) if record is None else self._unpack(record, row)}
 
     def fill(self, row: int) -> None:
         """Put the image of a row into the cache, and wait until the store takes it. Raises UnreadableImage."""
-        self._read_content(row, link_key(self.images.file_of(row)), wait=True)
+        self._read_content(row, self._file_key(row), wait=True)
 
     def stored_bytes(self, row: int) -> int:
         """Return the bytes that the image of a row takes in the cache. Raises UnreadableImage."""
-        return len(self._pack(self.images.read(row)[IMAGE]))
+        return len(self._pack(self.inner.read(row)[IMAGE]))
 
-    def _find_digest(self, row: int, link: str | None) -> bytes | None:
+    def _file_key(self, row: int) -> str | None:
+        """Return the key of the hash of the row's file, or of its part of one; None where it was changed just now."""
+        if not isinstance(contents := self.inner.inner, OnDisk):
+            return None
+        file = contents.file_of(row)
+        version = file_version(file.path)  # None for no file: whoever reads it says why
+        if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
+            return None
+        return record_key(_VERSION, "file", os.path.abspath(file.path), file.offset, file.length, version)
+
+    def _find_digest(self, row: int, file_key: str | None) -> bytes | None:
         """Return the SHA-256 of a row's content where it is known without reading it."""
-        found = None if link is None else self._store().get(link)
-        return self.images.contents.digest_of(row) if found is None else found.tobytes()
+        if file_key is not None:
+            found = self._store().get(file_key)
+            return None if found is None else found.tobytes()
+        contents = self.inner.inner
+        return None if isinstance(contents, OnDisk) else contents.digest_of(row)
 
-    def _read_content(self, row: int, link: str | None, *, wait: bool = False) -> Tensor:
+    def _read_content(self, row: int, file_key: str | None, *, wait: bool = False) -> Tensor:
         """Return the image of a row by the content of its file, decoded where no file had the same content.
 
-        link: of the file before it is read, so that a file that changes meanwhile is never found by it.
+        file_key: of the file before it is read, so that a file that changes meanwhile is never found by it.
         """
-        store, content = self._store(), self.images.contents.read(row)
+        store, content = self._store(), self.inner.inner.read(row)
         digest = hashlib.sha256(content).digest()
-        key = self._key(row, digest)
-        record = store.get(key)
-        if record is None:
-            image = self.images.decoder(content, self.name_of(row))
+        key = self._image_key(row, digest)
+        if (record := store.get(key)) is not None:
+            image = self._unpack(record, row)
+        else:
+            image = self.inner.decoder(content, self.inner.inner.name_of(row))
             packed = self._pack(image)
             store.put(key, packed, wait=wait)
-        if link is not None:
-            store.put(link, digest, wait=wait)
-        if record is None and _HEAD.unpack_from(packed)[0] == _RAW:
-            return image
-        return self._unpack(np.frombuffer(packed, np.uint8) if record is None else record, row)
+            if _HEAD.unpack_from(packed)[0] == _ENCODED:
+                image = self._unpack(np.frombuffer(packed, np.uint8), row)
+        if file_key is not None:
+            store.put(file_key, digest, wait=wait)
+        return image
 
-    def _key(self, row: int, digest: bytes) -> str:
-        return image_key(digest, self.name_of(row), self._recipe)
+    def _image_key(self, row: int, digest: bytes) -> str:
+        """Return the key of an image. digest: SHA-256 of its file's content. The file's name may tell its format."""
+        suffix = os.path.splitext(self.inner.inner.name_of(row))[1].lower()
+        return record_key(_VERSION, digest.hex(), suffix, self._recipe)
 
     def _pack(self, image: Tensor) -> bytes:
         """Return an image, uint8 [C, H, W], in its stored form."""
@@ -144,5 +153,5 @@ class DiskCached:
         kind, *shape = _HEAD.unpack(record[: _HEAD.size])
         content = record[_HEAD.size :]
         if kind == _ENCODED:
-            return self.images.decoder(content.tobytes(), self.name_of(row))
+            return self.inner.decoder(content.tobytes(), self.inner.inner.name_of(row))
         return torch.from_numpy(content.reshape(shape)).permute(2, 0, 1)

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cache.monitor import Counters
 from data.collection import Collection
 from data.config import CacheConfig
 from data.image_formats import UnreadableImage
 from data.rows import spread
-from data.source import IMAGE, FileRange, Record, Source
+from data.source import IMAGE, Counters, Record, Source
 from utils.hardware import free_memory
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -138,42 +137,36 @@ class MemoryCached:
     """The images of a source, kept in an arena as they are decoded. A hit and a miss have equal pixels and strides."""
 
     def __init__(self, source: Source, arena: Arena) -> None:
-        self.source, self.arena, self._counts = source, arena, Counters("hits", "misses")
-        self.fingerprints = source.fingerprints
-        self.blank, self.name_of = source.blank, source.name_of
+        self.inner, self.arena, self.counts = source, arena, Counters("hits", "misses")
+        self.blank = source.blank
+
+    def has(self, row: int) -> bool:
+        """Return whether a row's image is in memory."""
+        return row in self.arena
 
     def read(self, row: int) -> Record:
         """Return the image of a row, from memory or from the source."""
         image = self.arena.get(row)
-        self._counts.add("misses" if image is None else "hits")
+        self.counts.add("misses" if image is None else "hits")
         if image is None:
-            pixels = self.source.read(row)[IMAGE].permute(1, 2, 0).contiguous()
+            pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
             self.arena.put(row, pixels)
             image = pixels.permute(2, 0, 1)
         return {IMAGE: image}
 
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Prefetch the rows that are yet to be decoded."""
-        self.source.prefetch(row for row in rows if row not in self.arena)
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the file of a row that is yet to be decoded."""
-        return None if row in self.arena else self.source.file_of(row)
-
     def readings(self) -> Mapping[str, float]:
-        """Return the share of reads that memory has answered, the GiB that its images take, and the source's own."""
-        hits, misses = self._counts.totals().values()
-        own = {"l1_hit_rate": hits / max(1, hits + misses), "l1_gib": self.arena.used_bytes / GIB}
-        return {**own, **self.source.readings()}
+        """Return the share of reads that memory has answered, and the GiB that its images take."""
+        hits, misses = self.counts.totals().values()
+        return {"l1_hit_rate": hits / max(1, hits + misses), "l1_gib": self.arena.used_bytes / GIB}
 
 
-def keep_in_memory(source: Source, collection: Collection, config: CacheConfig, *, repeats: bool) -> Source:
+def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
     """Return the source with its images kept in memory; the source itself where `data.cache.memory_gib` keeps none.
 
-    repeats: images are read more than once; otherwise keeping them costs time alone. Called on all ranks.
+    Called on all ranks.
     """
     gib = config.memory_gib
-    if gib == 0 or not repeats:
+    if gib == 0:
         return source
     if not hasattr(os, "memfd_create"):
         log.debug("data.cache.memory_gib: this system has no anonymous shared files; no decoded image is kept")

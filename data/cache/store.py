@@ -23,7 +23,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
-from data.cache.monitor import Counters
+from data.source import Counters
 from utils.errors import UserError
 from utils.io.checksums import sum_words
 from utils.io.files import set_aside

@@ -12,7 +12,7 @@ from data.care.moves import move_out
 from data.care.work import Work
 from data.collection import Collection
 from data.facts import Facts, measure_files
-from data.image_data import load_collection
+from data.open import load_collection
 from data.tags.names import parse_rating
 from utils.errors import UserError
 

@@ -10,7 +10,7 @@ from data.care.config import StatisticsConfig
 from data.care.work import Work
 from data.collection import Collection
 from data.facts import Facts, measure_files
-from data.image_data import describe_collection, load_collection
+from data.open import describe_collection, load_collection
 from data.table import SPLITS, count_values
 from utils.errors import UserError
 from utils.record.logging import get_logger

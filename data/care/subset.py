@@ -8,8 +8,8 @@ from data.care.config import FilterConfig, SubsetConfig
 from data.care.filter import find_failing
 from data.care.moves import add_sidecars, copy_rows, find_parquet
 from data.care.work import Work
-from data.image_data import load_collection
 from data.manifest_formats import PARQUET
+from data.open import load_collection
 from data.tags.names import parse_tag
 from data.tags.sidecars import read_text
 from utils.errors import UserError

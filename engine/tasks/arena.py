@@ -15,9 +15,8 @@ import torch
 
 from data.batch import multi_hot
 from data.config import DataConfig, TagRulesConfig
-from data.image_data import ImageData, load_collection
-from data.images import open_images
-from data.loader import EvaluationLoader
+from data.loader import EvaluationStream
+from data.open import Data, load_collection, open_images
 from data.tags.index import describe_report, index_tags
 from data.tags.names import parse_tag
 from data.tags.rules import read_rules
@@ -130,14 +129,14 @@ class Arena:
         vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
         return TagScores(chosen, vocabulary), int(means.reduce()["samples"])
 
-    def _load(self, stated: Mapping[str, Any]) -> EvaluationLoader:
+    def _load(self, stated: Mapping[str, Any]) -> EvaluationStream:
         """Return a loader of the images that have a tag, as a model's preprocessing prepares them."""
         background = background_of(stated) if self._data.background is None else self._data.background
         config = self._data.model_copy(update={"icc": self._data.icc or stated.get("icc", False)})
         source = open_images(
             self._collection, config, stated["channels"], background, shortest_px=stated.get("shortest_px")
         )
-        data = ImageData(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
+        data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         return data.prepared(np.flatnonzero(self._index.tagged), TagFields(self._index, None), stated)
 
 

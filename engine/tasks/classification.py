@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from data.buckets import letterbox_groups
 from data.collection import Collection, check_classes
-from data.image_data import ImageData
 from data.loader import Fields
+from data.open import Data
 from data.rows import refuse_weightless, spread, training_rows
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
@@ -214,7 +214,7 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
     def prepare(
         self,
         task: ClassificationTask,
-        data: ImageData,
+        data: Data,
         setup: Setup[ClassificationTaskConfig],
         config: ImageTrainingConfig,
         runtime: Runtime,

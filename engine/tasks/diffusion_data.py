@@ -13,12 +13,12 @@ from data.buckets import SIZES, Buckets, FittedView, image_sizes, make_buckets
 from data.captions import describe_captions
 from data.collection import Collection
 from data.config import DataConfig
-from data.image_data import ImageData, describe_collection, load_collection
-from data.images import open_images
+from data.images import Images
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
 from data.loader import Example, Fields
+from data.open import Data, describe_collection, load_collection, open_images
 from data.rows import training_rows
-from data.source import Source
+from data.source import Source, layers
 from data.stream import GroupedSampler
 from data.tag_weights import ImageTags, describe_weights, find_shown, read_tags, weigh_images
 from data.tensor_store import TensorStore, record_key
@@ -131,21 +131,21 @@ class DiffusionPipeline(Pipeline[DiffusionTaskConfig]):
 
     def open(
         self, config: DataConfig, setup: Setup[DiffusionTaskConfig], runtime: Runtime, *, seed: int, batch_size: int
-    ) -> ImageData:
+    ) -> Data:
         """Open a collection to measure a task on it."""
         collection = load_collection(config)
         source = _open_images(collection, config, repeats=False)
-        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=None)
+        return Data(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=None)
 
-    def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
+    def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> Data:
         """Open the collection of a run."""
         collection, batch_size = load_collection(config.data), config.loop.first_batch_size
         source = _open_images(collection, config.data, repeats=config.task.latent_cache is None)
-        return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
+        return Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- streams
 
-    def streams(self, data: ImageData, setup: Setup[DiffusionTaskConfig], config: TrainingConfig) -> Streams:
+    def streams(self, data: Data, setup: Setup[DiffusionTaskConfig], config: TrainingConfig) -> Streams:
         """Return the data of a run; caches are filled first, but not in a dry run, which reads no image."""
         task = setup.task
         if config.dry_run:
@@ -176,7 +176,7 @@ class DiffusionPipeline(Pipeline[DiffusionTaskConfig]):
         )
 
     def evaluation(
-        self, data: ImageData, setup: Setup[DiffusionTaskConfig], *, training: bool
+        self, data: Data, setup: Setup[DiffusionTaskConfig], *, training: bool
     ) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions."""
         still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
@@ -201,30 +201,28 @@ def _bucket(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig)
 
 
 def _read(
-    data: ImageData, setup: Setup[DiffusionTaskConfig], buckets: Buckets, fields: Fields
-) -> tuple[ImageData, dict[str, Transform], Fields]:
+    data: Data, setup: Setup[DiffusionTaskConfig], buckets: Buckets, fields: Fields
+) -> tuple[Data, dict[str, Transform], Fields]:
     """Return the data, views and fields: of the latent cache, which is filled first, or of the files."""
     task = setup.task
     if task.latent_cache is None:
         names = ("images", "fit")
         views = {name: FittedView(buckets.sizes_hw, task.buckets, conditions=name == "fit") for name in names}
         return data, views, fields
-    images = data.source
+    images = next(layer for layer in layers(data.source) if isinstance(layer, Images))
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    decoder = images.decoder
-    # Without icc the recipe reads as before there was one: older caches hold the same latents.
-    background = [decoder.background, "icc"] if decoder.icc else decoder.background
-    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), background)
+    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     cache = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
     if distributed.broadcast_object(cache.missing()):
         vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
         cache.fill(lambda batch: encode_images(vae, batch), images, data.machine, data.batch_size, data.unreadable)
-    return data.read_from(LatentSource(cache)), {}, CachedLatents(cache, fields)
+    source = LatentSource(cache)
+    return data.read_from(source, source.fingerprints), {}, CachedLatents(cache, fields)
 
 
 def _caption_fields(
-    data: ImageData,
+    data: Data,
     setup: Setup[DiffusionTaskConfig],
     rows: np.ndarray,
     parts: int,

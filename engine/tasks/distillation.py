@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from data.collection import Collection
 from data.config import TagRulesConfig
-from data.image_data import ImageData
 from data.loader import Fields, no_fields
+from data.open import Data
 from data.rows import training_rows
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
@@ -309,7 +309,7 @@ class DistillationPipeline(ImagePipeline[DistillationTaskConfig]):
         return pipeline.fields(collection, outside)
 
     def evaluation(
-        self, data: ImageData, setup: Setup[DistillationTaskConfig], *, training: bool
+        self, data: Data, setup: Setup[DistillationTaskConfig], *, training: bool
     ) -> dict[str, Iterable[Batch]]:
         """Return `val`: its labelled images, where it has some."""
         rows = data.collection.rows("val")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from data.collection import Collection
 from data.config import AugmentConfig
 from data.device_augment import IMAGES
-from data.image_data import ImageData
 from data.loader import Example, Fields
+from data.open import Data
 from data.rows import choose_probe_rows, spread
 from data.transforms import FOOTPRINT, ByGroup, Footprint, Views, evaluation_views
 from engine.measures.drawings import draw_reconstructions
@@ -224,15 +224,13 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
         footprints = ByGroup.views(augments(augment, setup), lambda own: {FOOTPRINT: Footprint.of_training(own)})
         return {**views, **footprints}
 
-    def streams(self, data: ImageData, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
+    def streams(self, data: Data, setup: Setup[FCMAETaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
         streams, every = super().streams(data, setup, config), setup.task.probe.every_epochs
         probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
         return replace(streams, every_epochs=probes)
 
-    def evaluation(
-        self, data: ImageData, setup: Setup[FCMAETaskConfig], *, training: bool
-    ) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup[FCMAETaskConfig], *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`, of at most VALIDATION_IMAGES images within a run, and the probe's loaders."""
         rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
@@ -246,7 +244,7 @@ class FCMAEPipeline(ImagePipeline[FCMAETaskConfig]):
             return loaders
         return loaders | self._probe_loaders(data, setup)
 
-    def _probe_loaders(self, data: ImageData, setup: Setup[FCMAETaskConfig]) -> dict[str, Iterable[Batch]]:
+    def _probe_loaders(self, data: Data, setup: Setup[FCMAETaskConfig]) -> dict[str, Iterable[Batch]]:
         """Return `probe_train` and `probe_val`; nothing, and a line in the log, where there are too few labels."""
         collection, probe = data.collection, setup.task.probe
         class_ids = collection.class_ids(collection.class_names("train"))

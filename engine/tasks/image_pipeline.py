@@ -12,9 +12,8 @@ from data.cache.size import preprocessing_of
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, IMAGES, training_views
-from data.image_data import ImageData, describe_collection, describe_transparency, load_collection
-from data.images import open_images
 from data.loader import Fields, no_fields
+from data.open import Data, describe_collection, describe_transparency, load_collection, open_images
 from data.rows import training_rows
 from data.stream import GroupedSampler, Sampler, build_sampler
 from data.transforms import FOOTPRINT, ByGroup, Views
@@ -87,9 +86,7 @@ class ImagePipeline(Generic[Config]):
 
     # ------------------------------------------------------------------------------------------------- collections
 
-    def open(
-        self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int
-    ) -> ImageData:
+    def open(self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int) -> Data:
         """Open a collection to evaluate a task on it."""
         collection, stated = load_collection(config), setup.preprocessing
         background = background_of(stated) if config.background is None else config.background
@@ -98,9 +95,9 @@ class ImagePipeline(Generic[Config]):
             collection, config, setup.model.in_channels, background, shortest_px=stated.get("shortest_px")
         )
         log.info("%s", describe_collection(collection))
-        return ImageData(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=None)
+        return Data(collection, source, runtime, seed=seed, batch_size=batch_size, run_path=None)
 
-    def open_training(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
+    def open_training(self, config: ImageTrainingConfig, runtime: Runtime, run_path: Path) -> Data:
         """Open the collection of a training run; unreadable images are listed in its folder, `run_path`."""
         collection, stated = load_collection(config.data), self.preprocessing(config)
         source = open_images(
@@ -108,7 +105,7 @@ class ImagePipeline(Generic[Config]):
             shortest_px=stated.get("shortest_px"), repeats=True,
         )  # fmt: skip
         batch_size = config.loop.first_batch_size
-        return ImageData(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
+        return Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=run_path)
 
     # ----------------------------------------------------------------------------------------------------- samples
 
@@ -146,7 +143,7 @@ class ImagePipeline(Generic[Config]):
 
     # ----------------------------------------------------------------------------------------------------- streams
 
-    def streams(self, data: ImageData, setup: Setup[Config], config: ImageTrainingConfig) -> Streams:
+    def streams(self, data: Data, setup: Setup[Config], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
         collection = data.collection
         rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
@@ -168,7 +165,7 @@ class ImagePipeline(Generic[Config]):
         described = {"collection": describe_collection(collection) + alpha, "images": images}
         return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
 
-    def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
         rows = self.rows(data.collection, setup, data.collection.rows("val"))
         return {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing)}

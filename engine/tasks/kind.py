@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.collection import Collection
 from data.config import DataConfig
-from data.image_data import ImageData
+from data.open import Data
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
@@ -96,18 +96,16 @@ class Pipeline(Protocol[Config]):
     def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
         """Raise UserError (`key`) where a weight file does not state what the pipeline needs."""
 
-    def open(
-        self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int
-    ) -> ImageData:
+    def open(self, config: DataConfig, setup: Setup[Config], runtime: Runtime, *, seed: int, batch_size: int) -> Data:
         """Open a collection to evaluate a task on it."""
 
-    def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> ImageData:
+    def open_training(self, config: TrainingConfig, runtime: Runtime, run_path: Path) -> Data:
         """Open the collection of a training run, whose folder is `run_path`."""
 
-    def streams(self, data: ImageData, setup: Setup[Config], config: TrainingConfig) -> Streams:
+    def streams(self, data: Data, setup: Setup[Config], config: TrainingConfig) -> Streams:
         """Return the training and evaluation data of a run."""
 
-    def evaluation(self, data: ImageData, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup[Config], *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
 
 
@@ -152,9 +150,7 @@ class Kind(Generic[Config]):
         """Return the network from normalised images to `output`: logits [B, K], or features [B, C]."""
         return task.network
 
-    def prepare(
-        self, task: Task, data: ImageData, setup: Setup[Config], config: TrainingConfig, runtime: Runtime
-    ) -> None:
+    def prepare(self, task: Task, data: Data, setup: Setup[Config], config: TrainingConfig, runtime: Runtime) -> None:
         """Change the initial weights by looking at the data, on a new run only."""
 
     def calibrate(self, task: Task, loader: Iterable[Batch], targets: Targets) -> tuple[ThresholdTable, Report]:

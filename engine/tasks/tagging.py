@@ -12,8 +12,8 @@ from torch import Tensor
 from data.batch import Ragged, Sample, multi_hot
 from data.collection import Collection
 from data.config import TagRulesConfig, VocabularyConfig
-from data.image_data import ImageData
 from data.loader import Example, Fields
+from data.open import Data
 from data.rows import training_rows
 from data.tags.index import TagIndex, describe_report, index_tags
 from data.tags.mirror import Mirror
@@ -255,7 +255,7 @@ class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
         """Return what adds the tags."""
         return TagFields(self.index(collection, setup), read_flips(collection))
 
-    def streams(self, data: ImageData, setup: Setup[TaggingTaskConfig], config: ImageTrainingConfig) -> Streams:
+    def streams(self, data: Data, setup: Setup[TaggingTaskConfig], config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
         streams = super().streams(data, setup, config)
         tags = f"{len(setup.facts['tag_names']):,}; {describe_report(self.index(data.collection, setup).report)}"

@@ -11,11 +11,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from data.config import AugmentConfig
 from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn, exact_mean, training_views, turn_hue
-from data.image_data import device_hook
-from data.loader import TrainLoader, UnreadableLog
 from data.stream import ShuffledSampler
 from data.transforms import TrainTransform
-from tests.data.test_loader import GLOBAL, machine, make_reader, open_folder, take, write_image
+from tests.data.test_loader import GLOBAL, make_reader, open_folder, stream, take, write_image
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
@@ -167,13 +165,11 @@ def folder(tmp_path_factory):
 
 
 def stream_of(folder, workers, micro, **changes):
-    """Return two steps of a training stream, joined, as data/image_data.py builds it."""
+    """Return two steps of a training stream, joined, as data/open.py builds it."""
     views = training_views(config_of(**{**ALL, **changes}))
     reader = make_reader(folder, views["images"], **{name: view for name, view in views.items() if name != "images"})
-    loader = TrainLoader(
-        reader, ShuffledSampler(folder.rows("train"), 0), machine(workers), seed=0, unreadable=UnreadableLog(None),
-        on_device=device_hook(views, None),
-    )  # fmt: skip
+    sampler = ShuffledSampler(folder.rows("train"), 0)
+    loader = stream(reader, sampler, workers=workers, on_device=views[AUGMENT].on_device)
     batches = [batch for step in take(loader, 2, micro, between=lambda: torch.rand(7)) for batch in step]
     assert all(AUGMENT not in batch for batch in batches)
     return torch.cat([batch["images"] for batch in batches])
@@ -196,16 +192,6 @@ def test_the_crop_is_the_same_whatever_follows_on_the_device(folder):
 def test_views_are_those_of_before_where_on_device_is_false():
     views = training_views(config_of(on_device=False))
     assert list(views) == ["images"] and isinstance(views["images"], TrainTransform)
-    assert device_hook(views, None) is None
-
-
-def test_a_hook_of_the_callers_follows_the_augmentation():
-    views = training_views(config_of(**ALL))
-    augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
-    batch = {"images": images, "key": keys, AUGMENT: parameters}
-    seen = device_hook(views, lambda batch: {**batch, "mean": batch["images"].float().mean()})(batch)
-    assert list(seen) == ["images", "key", "mean"]
-    assert seen["mean"] == augment.apply(images, parameters, keys).float().mean()
 
 
 def test_nothing_waits_for_the_device():

@@ -13,7 +13,8 @@ from PIL import Image
 from data.collection import index_collection, open_collection
 from data.config import ImageFolderConfig
 from data.image_formats import UnreadableImage
-from data.images import open_contents, open_images
+from data.images import open_contents
+from data.open import open_images
 from data.pack import pack_collection
 from utils.errors import UserError
 

@@ -18,10 +18,10 @@ from data import tensor_store
 from data.buckets import BucketConfig, image_sizes, make_buckets, place
 from data.collection import index_collection, open_collection
 from data.decode import Decoder
-from data.image_data import ImageData
 from data.images import Files, Images
 from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
 from data.loader import UnreadableLog
+from data.open import Data
 from data.stream import GroupedSampler
 from data.tensor_store import TensorStore
 from data.text_cache import TextCache, vary_caption
@@ -134,7 +134,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(images):
 def test_training_and_evaluation_read_the_cache(images):
     config = CONFIG.model_copy(update={"flip": 0.5})
     cache, _ = fill(images, config)
-    data = ImageData(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
+    data = Data(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
     rows, groups = cache.buckets.rows, cache.buckets.groups
     plan = SimpleNamespace(global_batch_size=4, micro_batch_size=4, accum_steps=1, world_size=1)
     loader = data.train(rows, cache.choose, {}, sampler=GroupedSampler(rows, groups, 4, 0))
@@ -157,7 +157,7 @@ def test_an_unreadable_image_has_blank_latents_of_its_buckets_shape(images):
     path.write_bytes(path.read_bytes()[:300])  # its header is whole
     cache, _ = fill(images)
     assert cache.missing() == 1
-    data = ImageData(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
+    data = Data(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
     weights = dict.fromkeys(range(14), 0)
     for batch in data.evaluation(cache.buckets.rows, cache.choose, {}, groups=cache.buckets.groups):
         for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()):

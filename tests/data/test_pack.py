@@ -16,10 +16,10 @@ from PIL import Image
 
 from data.buckets import image_sizes
 from data.collection import index_collection, open_collection
-from data.image_data import describe_transparency
 from data.image_formats import UnreadableImage
 from data.images import Files, open_contents
 from data.manifest_writer import write_manifest
+from data.open import describe_transparency
 from data.pack import _Packer, pack_collection
 from data.shards import ShardContents, member_key
 from data.stream import build_sampler

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data.stream import EvaluationBatches, RankBatches, ShuffledSampler
+from data.stream import Policy, ShuffledSampler, count_batches, evaluation_batches, train_batches
 from utils import rng
 
 ROWS, RANKS, GLOBAL_BATCH = 100_000_000, 1024, 8192
@@ -16,12 +16,9 @@ def draws_of_step(step, ranks, micro_batch_size):
     sampler = ShuffledSampler(range(ROWS), seed=3)
     found = []
     for rank in range(ranks):
-        batches = RankBatches(
-            sampler, seed=3, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch_size, rank=rank,
-            world_size=ranks, start_step=step,
-        )  # fmt: skip
+        batches = train_batches(sampler, Policy(3, GLOBAL_BATCH, micro_batch_size, rank, ranks), step)
         share = GLOBAL_BATCH // ranks
-        found.append([draw for batch in islice(iter(batches), share // micro_batch_size) for draw in batch])
+        found.append([draw for batch in islice(batches, share // micro_batch_size) for draw in batch])
     return found
 
 
@@ -51,11 +48,9 @@ def test_an_order_of_100_million_rows_takes_no_table():
 
 def test_an_evaluation_of_100_million_rows_is_shared_without_a_row_twice():
     """All ranks have as many batches; the shares are disjoint and together the whole."""
-    shares = [
-        EvaluationBatches(range(ROWS - 5), seed=0, batch_size=256, rank=rank, world_size=RANKS) for rank in range(RANKS)
-    ]
-    assert {len(share) for share in shares} == {382}  # of 97,657 rows at most
-    first = [next(iter(share)) for share in shares]
+    policies = [Policy(0, RANKS * 256, 256, rank, RANKS) for rank in range(RANKS)]
+    assert {count_batches(range(ROWS - 5), policy) for policy in policies} == {382}  # of 97,657 rows at most
+    first = [next(evaluation_batches(range(ROWS - 5), policy)) for policy in policies]
     assert all(draw.position % RANKS == rank for rank, batch in enumerate(first) for draw in batch)
     assert [draw.index for draw in first[1][:3]] == [1, 1 + RANKS, 1 + 2 * RANKS]
     assert all(len(batch) == 256 for batch in first)

@@ -14,11 +14,13 @@ from data.stream import (
     BalancedSampler,
     BlockSampler,
     Draw,
-    EvaluationBatches,
     GroupedSampler,
-    RankBatches,
+    Policy,
     ShuffledSampler,
     build_sampler,
+    count_batches,
+    evaluation_batches,
+    train_batches,
 )
 from engine.plan import split_batch
 from utils import rng
@@ -67,14 +69,8 @@ def test_a_far_position_is_found_at_once(monkeypatch, name):
     sampler, made = SAMPLERS[name](0), []
     permutation = rng.Permutation
     monkeypatch.setattr(rng, "Permutation", lambda *counters: made.append(counters) or permutation(*counters))
-    row, _ = sampler.at(10**6 * sampler.epoch_length + 1)
-    assert row in ROWS and 1 <= len(made) <= 3
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_rows_are_python_numbers(name):
-    row, group = SAMPLERS[name](0).at(7)
-    assert type(row) is int and type(group) is int
+    row, group = sampler.at(10**6 * sampler.epoch_length + 1)
+    assert type(row) is int and type(group) is int and row in ROWS and 1 <= len(made) <= 3
 
 
 @pytest.mark.parametrize(
@@ -95,8 +91,7 @@ def test_an_empty_split_is_refused(make):
 # --- shuffled
 
 
-@pytest.mark.parametrize("count", [1, 2, 37, 1000])
-@pytest.mark.parametrize("seed", [0, 1, 2**40])
+@pytest.mark.parametrize("count, seed", [(1, 0), (2, 1), (37, 2**40), (1000, 0)])
 def test_every_epoch_of_a_shuffled_stream_is_a_permutation(count, seed):
     rows = np.arange(count) * 5
     sampler = ShuffledSampler(rows, seed)
@@ -135,19 +130,16 @@ def test_a_window_has_whole_blocks_of_neighbours():
 def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
     sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
     sampler.reads_blocks = True
-    made = RankBatches(
-        sampler, seed=0, global_batch_size=10, micro_batch_size=5, rank=0, world_size=1, start_step=start
-    )
-    asked, jumps, micro = set(), 0, list(islice(made, 40))
+    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, Policy(0, 10, 5), start), 40))
     for number, batch in enumerate(micro):
-        rows = made.blocks_ahead(batch)
+        rows = sampler.rows_ahead(batch[0].position, 5, number == 0)
         asked |= {(row, (start * 10 + 5 * number) // 67) for row in rows}
         assert {draw.index for draw in batch} <= {row for row, _ in asked}
         jumps += sum((after - before) % 67 != 1 for before, after in zip(rows, rows[1:])) if number else 0
         assert len(rows) == 5 or number == 0
     assert jumps < 60, "neighbours but for the ends of blocks"
     sampler.reads_blocks = False
-    assert made.blocks_ahead(micro[0]) == []
+    assert sampler.rows_ahead(0, 5, True) == []
 
 
 def test_statistics_of_the_shuffle_in_blocks():
@@ -261,7 +253,7 @@ def test_a_group_carries_what_fills_no_chunk_so_that_its_samples_come_equally_of
     assert sampler.chunk == CHUNK and sampler.epoch_length == len(ROWS)
     counts = {group: Counter(dict.fromkeys(ROWS[group == GROUPS].tolist(), 0)) for group in set(GROUPS.tolist())}
     for cycle in range(3):
-        for first, end in itertools.pairwise(sampler._starts):
+        for first, end in itertools.pairwise(sampler.epoch_starts):
             for rows, group in grouped_chunks(cycle * len(ROWS) + first, end - first):
                 counts[group].update(rows)
             for group, of in counts.items():
@@ -274,6 +266,16 @@ def test_small_groups_are_spread_over_the_epochs():
     for epoch in range(8):
         groups = [many.at(position)[1] for position in range(epoch * 64, (epoch + 1) * 64)]
         assert set(Counter(groups).values()) == {8} and len(set(groups)) == 8
+
+
+def test_a_known_grouped_order():
+    """Of the first and of a far cycle."""
+    sampler = GroupedSampler(np.arange(7), np.array([0, 0, 0, 1, 1, 2, 2]), 2, 0)
+    assert [sampler.at(position) for position in range(14)] == [
+        (6, 2), (5, 2), (2, 0), (0, 0), (3, 1), (4, 1), (5, 2), (6, 2), (2, 0), (0, 0), (1, 0), (1, 0), (3, 1), (4, 1),
+    ]  # fmt: skip
+    far = [sampler.at(position) for position in range(14 * 10**6 + 7, 14 * 10**6 + 14)]
+    assert far == [(2, 0), (6, 2), (5, 2), (3, 1), (4, 1), (1, 0), (0, 0)]
 
 
 def test_chunks_of_the_groups_are_mixed_and_rows_meet_other_rows_each_epoch():
@@ -291,16 +293,7 @@ STEPS = 7
 
 
 def batches(sampler, *, rank, world, micro, start_step=0, count, seed=3):
-    made = RankBatches(
-        sampler,
-        seed=seed,
-        global_batch_size=GLOBAL,
-        micro_batch_size=micro,
-        rank=rank,
-        world_size=world,
-        start_step=start_step,
-    )
-    return list(islice(made, count))
+    return list(islice(train_batches(sampler, Policy(seed, GLOBAL, micro, rank, world), start_step), count))
 
 
 def steps_over_ranks(name, world, micro, start_step=0, steps=STEPS):
@@ -329,17 +322,13 @@ def test_a_step_takes_the_same_samples_on_any_number_of_ranks_and_micro_batches(
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("world, micro", [(1, 8), (2, 12), (3, 2)])
+@pytest.mark.parametrize("world, micro", [(1, 8), (3, 2)])
 def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro):
     whole = steps_over_ranks(name, world, micro)
     for start_step in (1, 2, 5):
         rest = steps_over_ranks(name, world, micro, start_step, STEPS - start_step)
         assert rest == whole[start_step:]
-
-
-def test_a_start_may_use_another_number_of_ranks():
-    whole = steps_over_ranks("shuffled", 4, 6)
-    assert steps_over_ranks("shuffled", 3, 4, start_step=4, steps=3) == whole[4:]
+    assert steps_over_ranks(name, 4, 6, start_step=4, steps=3) == whole[4:]
 
 
 def test_a_draw_holds_position_row_key_and_group():
@@ -392,16 +381,21 @@ def test_an_index_drawn_twice_has_two_keys():
 # --- evaluation
 
 
+def evaluation(rows, batch_size, world=1, groups=None, seed=0):
+    """Return the batches of each rank."""
+    policies = [Policy(seed, world * batch_size, batch_size, rank, world) for rank in range(world)]
+    assert len({count_batches(rows, policy, groups) for policy in policies}) == 1
+    made = [list(evaluation_batches(rows, policy, groups)) for policy in policies]
+    assert all(len(each) == count_batches(rows, policies[0], groups) for each in made)
+    return made
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_evaluation_in_groups_takes_each_row_once_and_mixes_no_shapes(world, batch_size):
     rows = np.arange(23) * 3
     groups = np.where(rows % 2, 5, np.where(rows % 5 == 0, 9, 2))
-    made = [
-        list(EvaluationBatches(rows, seed=0, batch_size=batch_size, rank=rank, world_size=world, groups=groups))
-        for rank in range(world)
-    ]
-    assert len({len(batches) for batches in made}) == 1
+    made = evaluation(rows, batch_size, world, groups)
     draws = [draw for batches in made for batch in batches for draw in batch]
     assert sorted(draw.index for draw in draws if draw.position >= 0) == rows.tolist()
     group_of = dict(zip(rows.tolist(), groups.tolist()))
@@ -410,46 +404,25 @@ def test_evaluation_in_groups_takes_each_row_once_and_mixes_no_shapes(world, bat
         assert len({draw.group for batch in each for draw in batch}) == len({len(batch) for batch in each}) == 1
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 37])
-@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 7, 37])
+@pytest.mark.parametrize("batch_size", [1, 6, 100])
 def test_evaluation_takes_each_row_once_in_equally_many_batches(world, count, batch_size):
     rows = np.arange(count) * 3 + 1
-    ranks = [
-        EvaluationBatches(rows, seed=0, batch_size=batch_size, rank=rank, world_size=world) for rank in range(world)
-    ]
-    made = [list(each) for each in ranks]
-    assert len({len(each) for each in made}) == 1
-    assert all(len(each) == len(batches) for each, batches in zip(made, ranks))
+    made = evaluation(rows, batch_size, world)
     draws = [draw for each in made for batch in each for draw in batch]
     real = [draw for draw in draws if draw.position >= 0]
     assert sorted(draw.index for draw in real) == rows.tolist()
     assert all(rows[draw.position] == draw.index for draw in real)
-    padding = [draw for draw in draws if draw.position < 0]
-    assert all(draw.position == -1 and draw.index in rows for draw in padding)
+    assert all(draw.position == -1 and draw.index in rows for draw in draws if draw.position < 0)
     assert len({len(batch) for each in made for batch in each}) == 1  # one size: nothing is compiled twice
     assert len(made[0][0]) <= batch_size
 
 
-def test_evaluation_pads_only_what_is_left_over():
-    draws = [
-        draw
-        for rank in range(3)
-        for batch in EvaluationBatches(np.arange(37), seed=0, batch_size=6, rank=rank, world_size=3)
-        for draw in batch
-    ]
-    assert len(draws) == 3 * 18 and sum(draw.position == -1 for draw in draws) == 54 - 37
-
-
 def test_a_rows_key_in_evaluation_depends_on_the_row_alone():
     def keys(rows, world, batch_size):
-        return {
-            draw.index: draw.key
-            for rank in range(world)
-            for batch in EvaluationBatches(rows, seed=5, batch_size=batch_size, rank=rank, world_size=world)
-            for draw in batch
-            if draw.position >= 0
-        }
+        batches = [batch for each in evaluation(rows, batch_size, world, seed=5) for batch in each]
+        return {draw.index: draw.key for batch in batches for draw in batch if draw.position >= 0}
 
     alone = keys(np.arange(20), 1, 4)
     assert len(set(alone.values())) == 20
@@ -458,36 +431,17 @@ def test_a_rows_key_in_evaluation_depends_on_the_row_alone():
     assert not {rng.sample_key(5, position) for position in range(1000)} & set(alone.values())  # no training key
 
 
-def test_an_evaluation_can_be_read_again():
-    made = EvaluationBatches(np.arange(7), seed=0, batch_size=3, rank=0, world_size=1)
-    assert list(made) == list(made)
-
-
-def test_an_empty_validation_split_is_refused():
-    with pytest.raises(UserError, match=r"^data\.root: the validation split is empty; .*data\.validation_fraction"):
-        EvaluationBatches(np.empty(0, dtype=np.int64), seed=0, batch_size=3, rank=0, world_size=1)
-
-
 # --- size
 
 
-@pytest.mark.parametrize(
-    "first_rows",
-    [
-        lambda: [ShuffledSampler(range(10**8), 0).at(position)[0] for position in (0, 1, 10**8 - 1, 10**8, 7 * 10**9)],
-        lambda: [
-            draw.index
-            for draw in next(iter(EvaluationBatches(range(10**8), seed=0, batch_size=9, rank=0, world_size=1)))
-        ],
-    ],
-    ids=["training", "evaluation"],
-)
-def test_a_hundred_million_rows_start_at_once(first_rows):
+def test_a_hundred_million_rows_start_at_once():
     tracemalloc.start()
     try:
-        rows = first_rows()
+        found = [ShuffledSampler(range(10**8), 0).at(position)[0] for position in (0, 1, 10**8 - 1, 7 * 10**9)]
+        first = [draw.index for draw in next(evaluation_batches(range(10**8), Policy(0, 9, 9)))]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(set(rows)) == len(rows) and all(0 <= row < 10**8 for row in rows)
+    for rows in (found, first):
+        assert len(set(rows)) == len(rows) and all(0 <= row < 10**8 for row in rows)
     assert peak < 2**20  # bytes

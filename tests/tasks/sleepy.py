@@ -10,7 +10,7 @@ import data.loader
 import finetune
 from utils.ranks import distributed
 
-_steps = data.loader.TrainLoader.steps
+_steps = data.loader.TrainStream.steps
 
 
 def steps(self, start_step, plan):
@@ -20,7 +20,7 @@ def steps(self, start_step, plan):
         yield step
 
 
-data.loader.TrainLoader.steps = steps
+data.loader.TrainStream.steps = steps
 
 if __name__ == "__main__":
     finetune.main()

@@ -33,7 +33,7 @@ from utils.ranks import distributed
 
 
 def slow_evaluation(seconds):
-    batches = data.loader.EvaluationLoader.__iter__
+    batches = data.loader.EvaluationStream.__iter__
 
     def slow(self):
         for batch in batches(self):
@@ -41,7 +41,7 @@ def slow_evaluation(seconds):
             time.sleep(float(seconds))
             yield batch
 
-    data.loader.EvaluationLoader.__iter__ = slow
+    data.loader.EvaluationStream.__iter__ = slow
 
 
 def slow_save(seconds):
@@ -143,7 +143,7 @@ def hang_reading(position):
 
 # What the troubles replace.
 PATCHED = (
-    (data.loader.EvaluationLoader, "__iter__"),
+    (data.loader.EvaluationStream, "__iter__"),
     (data.loader.SampleReader, "__getitem__"),
     (engine.checkpoint, "sha256_file"),
     (engine.checkpoint, "write_tensors"),

@@ -16,7 +16,6 @@ from PIL import Image
 
 from data.cache import memory
 from data.cache.memory import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
-from data.cache.monitor import Counters
 from data.cache.size import shortest_px_for
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
@@ -24,6 +23,7 @@ from data.decode import Decoder
 from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import SampleReader, no_fields
+from data.source import Counters, not_cached
 from data.stream import Draw
 from data.transforms import EvalTransform, TrainTransform
 from tests.support import cache_config
@@ -71,14 +71,14 @@ def test_an_unreadable_image_is_refused_each_time(collection):
     for _ in range(2):
         with pytest.raises(UnreadableImage):
             kept.read(12)
-    assert kept.name_of(12) == "99.png" and 12 not in kept.arena
+    assert 12 not in kept.arena
 
 
 def test_what_is_kept_is_not_read_ahead(collection):
     kept = cached(collection)
-    assert kept.file_of(3) == images(collection).file_of(3)
+    assert not_cached(kept, range(5)) == [0, 1, 2, 3, 4]
     kept.read(3)
-    assert kept.file_of(3) is None
+    assert not_cached(kept, range(5)) == [0, 1, 2, 4]
 
 
 def test_no_transform_changes_what_is_kept(collection):
@@ -232,12 +232,12 @@ def test_counts_of_workers_add_up():
 # ------------------------------------------------------------------------------------------------------ what is chosen
 
 
-@pytest.mark.parametrize(
-    ("gib", "repeats", "kept"), [(0, True, False), ("auto", False, False), (1.0, False, False), ("auto", True, True)]
-)
-def test_images_are_kept_where_they_are_read_again(collection, gib, repeats, kept):
-    source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib), repeats=repeats)
+@pytest.mark.parametrize(("gib", "kept"), [(0, False), ("auto", True), (1.0, True)])
+def test_images_are_kept_as_configured(collection, monkeypatch, gib, kept):
+    source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib))
     assert isinstance(source, MemoryCached) is kept
+    monkeypatch.delattr(os, "memfd_create")
+    assert not isinstance(keep_in_memory(images(collection), collection, cache_config(memory_gib=gib)), MemoryCached)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])
@@ -255,9 +255,3 @@ def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
     monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
     assert choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
     assert choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text
-
-
-def test_without_anonymous_files_nothing_is_kept(collection, monkeypatch):
-    monkeypatch.delattr(os, "memfd_create")
-    source = images(collection)
-    assert keep_in_memory(source, collection, cache_config(memory_gib="auto"), repeats=True) is source

@@ -1,35 +1,40 @@
-"""The data of a script: one object, made once and asked for training and evaluation streams.
+"""Open data: from a configuration to a collection, the source of its records, and streams of batches. Read this first.
 
 collection = load_collection(config.data)
 source = open_images(collection, config.data, channels=3, background="white")
-data = ImageData(collection, source, runtime, seed=0, batch_size=128, run_path=run)
+data = Data(collection, source, runtime, seed=0, batch_size=128, run_path=run)
 train = data.train(rows, fields, training_views(augment))
-val = data.prepared(data.collection.rows("val"), fields, preprocessing)
+val = data.prepared(collection.rows("val"), fields, preprocessing)
+
+    collection -> sampler -> draws -> source -> views -> fields -> collate -> device -> hook
+                  (stream.py)         (source.py)       (loader.py)
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data.buckets import assign, letterbox_groups
+from data.cache.disk import DiskCached
+from data.cache.memory import keep_in_memory
 from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
 from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs, glyphs_ready
 from data.image_formats import UnreadableImage
-from data.images import Files, Images
-from data.loader import EvaluationLoader, Fields, SampleReader, TrainLoader, UnreadableLog, no_fields
+from data.images import Images, ListedFiles, open_contents
+from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
 from data.pixels import has_alpha, read_upright_size
 from data.rows import spread
 from data.source import Source
-from data.stream import EvaluationBatches, Sampler, ShuffledSampler
-from data.transforms import ByGroup, Transform, Views, evaluation_views, in_buckets
+from data.stream import Policy, Sampler, ShuffledSampler
+from data.transforms import ByGroup, Views, evaluation_views, in_buckets
 from utils.canvas import background_of
-from utils.contracts import Batch, DeviceHook, Machine
+from utils.contracts import Machine
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.progress import counting
@@ -82,48 +87,6 @@ def describe_collection(collection: Collection) -> str:
     return f"{collection.root}: {train} training and {val} validation images{labels}"
 
 
-def device_hook(views: Mapping[str, Transform], on_device: DeviceHook | None) -> DeviceHook | None:
-    """Return what changes a batch on the device: the views' own part of the augmentation first, then `on_device`."""
-    hooks = [view.on_device for view in views.values() if isinstance(view, DeviceAugment)]
-    hooks += [] if on_device is None else [on_device]
-
-    def apply(batch: Batch) -> Batch:
-        for hook in hooks:
-            batch = hook(batch)
-        return batch
-
-    return apply if hooks else None
-
-
-class _FileRow(NamedTuple):
-    path: str
-    weight: float = 1.0
-
-
-class ListedFiles:
-    """Image files that are no collection, in the order of the list; as `data.images.Files` reads them."""
-
-    root = ""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def view(self, row: int) -> _FileRow:
-        """Return a file's path and weight."""
-        return _FileRow(str(self.paths[row]))
-
-
-class Reasons:
-    """Why files could not be read, by path."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, str] = {}
-
-    def add(self, problems: Sequence[tuple[str, str]]) -> None:
-        """Take the problems of a batch."""
-        self.of.update(problems)
-
-
 def split_by_bucket(
     paths: Sequence[Path], preprocessing: Mapping[str, Any]
 ) -> list[tuple[Mapping[str, Any], list[Path]]]:
@@ -149,27 +112,48 @@ def _upright_size(path: Path) -> tuple[int, int]:
 
 def load_files(
     paths: Sequence[Path], preprocessing: Mapping[str, Any], machine: Machine, *, max_pixels: int, batch_size: int
-) -> tuple[EvaluationLoader, Reasons]:
-    """Return a loader of image files as evaluation prepares them, in order, and the reasons of those unreadable.
+) -> tuple[EvaluationStream, Mapping[str, str]]:
+    """Return the batches of image files as evaluation prepares them, in order, and the reasons of those unreadable.
 
-    It is read by the workers of the training loader. The last batch is padded with further rows of weight 0.
+    They are read by the workers of the training loader. The last batch is padded with further rows of weight 0.
     """
-    files, reasons = ListedFiles(paths), Reasons()
     decoder = Decoder(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),
     )  # fmt: skip
-    views = evaluation_views(preprocessing)
-    source = Images(Files(files), decoder)
-    reader = SampleReader(files, source, views, no_fields, training=False, channels_last=machine.channels_last)
-    batches = EvaluationBatches(range(len(paths)), seed=0, batch_size=batch_size, rank=0, world_size=1)
-    return EvaluationLoader(reader, batches, machine, unreadable=reasons), reasons
+    source, views = Images(ListedFiles(paths), decoder), evaluation_views(preprocessing)
+    reader = SampleReader(None, source, views, no_fields, training=False, channels_last=machine.channels_last)
+    reasons: dict[str, str] = {}
+    loader = Loader(reader, machine, reasons.update)
+    return EvaluationStream(loader, range(len(paths)), Policy(0, batch_size, batch_size)), reasons
 
 
-class ImageData:
-    """A collection and how this process reads it: the records of a source.
+def open_images(
+    collection: Collection,
+    config: DataConfig,
+    channels: int,
+    background: Any,
+    *,
+    shortest_px: int | None = None,
+    repeats: bool = False,
+) -> Source:
+    """Return the source of a collection's images, behind the caches that `data.cache` asks for; on all ranks at once.
 
-    batch_size: of evaluation. run_path: the folder whose unreadable.jsonl lists unreadable images; None for none.
+    shortest_px: as in `Decoder`. repeats: images are read again and again, so that keeping them in memory pays.
+    Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so, and (`data.cache.folder`) as
+    `DiskCached` does.
+    """
+    decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)
+    images = Images(open_contents(collection), decoder)
+    source = DiskCached(images, config.cache) if config.cache.disk_gib > 0 else images
+    return keep_in_memory(source, collection, config.cache) if repeats else source
+
+
+class Data:
+    """A collection and how this process reads it: the records of a source, as streams of batches.
+
+    batch_size: of evaluation. run_path: the folder whose unreadable.jsonl lists unreadable samples; None for none.
+    fingerprints: what must not change while a run is resumed, by configuration key.
     """
 
     def __init__(
@@ -183,46 +167,30 @@ class ImageData:
         run_path: Path | None,
     ) -> None:
         self.collection, self.source = collection, source
-        self.fingerprints = {"data.root": collection.fingerprint, **source.fingerprints}
+        self.fingerprints = {"data.root": collection.fingerprint}
         self.machine, self.batch_size, self._seed = machine, batch_size, seed
         self.unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
 
-    def read_from(self, source: Source) -> "ImageData":
-        """Return the same data read from another source, such as a cache."""
+    def read_from(self, source: Source, fingerprints: Mapping[str, str]) -> "Data":
+        """Return the same rows read from another source, such as a cache of latents."""
         other = copy.copy(self)
-        other.source, other.fingerprints = source, {**self.fingerprints, **source.fingerprints}
+        other.source, other.fingerprints = source, {**self.fingerprints, **fingerprints}
         return other
 
     def train(
-        self,
-        rows: Sequence[int],
-        fields: Fields,
-        views: Mapping[str, Transform],
-        *,
-        sampler: Sampler | None = None,
-        on_device: DeviceHook | None = None,
-    ) -> TrainLoader:
+        self, rows: Sequence[int], fields: Fields, views: Views, *, sampler: Sampler | None = None
+    ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = ShuffledSampler(rows, self._seed) if sampler is None else sampler
-        reader, hook = self._reader(fields, views, training=True), device_hook(views, on_device)
-        return TrainLoader(reader, sampler, self.machine, seed=self._seed, unreadable=self.unreadable, on_device=hook)
+        return TrainStream(self._loader(fields, views, training=True), sampler, self._seed, self.unreadable)
 
     def evaluation(
-        self,
-        rows: Sequence[int],
-        fields: Fields,
-        views: Mapping[str, Transform],
-        *,
-        groups: np.ndarray | None = None,
-        on_device: DeviceHook | None = None,
-    ) -> EvaluationLoader:
-        """Return a loader of some rows, each exactly once over all ranks; groups: as in `EvaluationBatches`."""
-        batches = EvaluationBatches(
-            rows, seed=self._seed, batch_size=self.batch_size, rank=distributed.rank(),
-            world_size=distributed.world_size(), groups=groups,
-        )  # fmt: skip
-        reader, hook = self._reader(fields, views, training=False), device_hook(views, on_device)
-        return EvaluationLoader(reader, batches, self.machine, unreadable=self.unreadable, on_device=hook)
+        self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None
+    ) -> EvaluationStream:
+        """Return some rows, each exactly once over all ranks; groups: as in `evaluation_batches`."""
+        world = distributed.world_size()
+        policy = Policy(self._seed, world * self.batch_size, self.batch_size, distributed.rank(), world)
+        return EvaluationStream(self._loader(fields, views, training=False), rows, policy, groups)
 
     def prepared(
         self,
@@ -230,15 +198,18 @@ class ImageData:
         fields: Fields,
         preprocessing: Mapping[str, Any],
         make: Callable[[Mapping[str, Any]], Views] = evaluation_views,
-    ) -> EvaluationLoader:
-        """Return a loader of some rows as a weight file's preprocessing says: of buckets, each batch in one of them.
+    ) -> EvaluationStream:
+        """Return some images as a weight file's preprocessing says: of buckets, each batch in one of them.
 
         make: from the preprocessing in one bucket to views.
         """
         views = ByGroup.views(in_buckets(preprocessing), make)
         return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
 
-    def _reader(self, fields: Fields, views: Mapping[str, Transform], *, training: bool) -> SampleReader:
-        return SampleReader(
-            self.collection, self.source, views, fields, training=training, channels_last=self.machine.channels_last
+    def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
+        channels_last = self.machine.channels_last
+        reader = SampleReader(
+            self.collection, self.source, views, fields, training=training, channels_last=channels_last
         )
+        hook = next((view.on_device for view in views.values() if isinstance(view, DeviceAugment)), None)
+        return Loader(reader, self.machine, self.unreadable.add, hook)
