@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from models.export.model_card import label_names, licence_entry
-from models.weights.initialise import to_timm
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
+from models.weights.timm_hub import filter_state
 from utils.errors import UserError
 from utils.io.weights import write_tensors
 
@@ -63,7 +63,7 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
             theirs = timm.create_model(
                 name, num_classes=geometry.num_classes, in_chans=geometry.in_channels, **arguments
             )
-        state, classes = to_timm(_with_norm(official), theirs), geometry.num_classes
+        state, classes = filter_state(theirs, _with_norm(official)), geometry.num_classes
         config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
         names = {"first_conv": "stem.0", "classifier": "head.fc"}
     config["num_classes"] = classes

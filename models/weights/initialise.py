@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.fit import Fit, fit_state, is_meta, load_into, optional_prefixes
-from models.weights.layouts import is_in_layout, recognise, strip_wrappers, translate
+from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, load_timm
 from utils.errors import UserError
 from utils.io.folder_config import read_config_beside
@@ -73,27 +73,17 @@ def initialise_from(
 def convert(network: nn.Module, state: Mapping[str, Tensor]) -> Converted:
     """Return a state under the names of a network.
 
-    A ConvNeXt V2 of ours takes every layout of `recognise`; timm's takes them too, and any timm network what timm
-    itself converts.
+    A ConvNeXt V2 of ours takes every layout of `recognise`, and any timm network what timm itself converts, which is
+    the official layout too.
     """
     layout, official = recognise(state)
     if isinstance(network, ConvNeXtV2 | FCMAE):
         return Converted(layout, official, [])
-    is_v2 = any(".grn." in name for name in official)
-    if is_v2 and layout not in ("timm", "other") and is_in_layout(network.state_dict(), "timm"):
-        inner = {name.removeprefix("encoder."): one for name, one in official.items() if name.startswith("encoder.")}
-        removed = [name for name in official if not name.startswith("encoder.")] if inner else []  # an FCMAE's decoder
-        return Converted(layout, to_timm(inner or official, network), removed)
-    return Converted(layout, filter_state(network, strip_wrappers(state)), [])
-
-
-def to_timm(official: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Return a state under timm's names; a network of timm's that is small has its pointwise layers as convolutions."""
-    state, wanted = translate(official, "official", "timm"), network.state_dict()
-    for name, tensor in state.items():
-        if ".mlp.fc" in name and name in wanted and tensor.shape == wanted[name].shape[:2]:
-            state[name] = tensor.reshape(wanted[name].shape)
-    return state
+    if layout in ("timm", "other"):
+        return Converted(layout, filter_state(network, strip_wrappers(state)), [])
+    encoder = {name.removeprefix("encoder."): one for name, one in official.items() if name.startswith("encoder.")}
+    removed = [name for name in official if not name.startswith("encoder.")] if encoder else []  # an FCMAE's decoder
+    return Converted(layout, filter_state(network, encoder or official), removed)
 
 
 def _report(origin: Mapping[str, Any], fit: Fit) -> None:

@@ -26,7 +26,7 @@ from models.export.parity import vary_weights
 from models.image_model import ImageModel
 from models.layers import GRN
 from models.normalise import Normalise
-from models.weights.initialise import to_timm
+from models.weights.timm_hub import filter_state
 from tests import support
 from utils.errors import UserError
 from utils.io.weights import read_weights
@@ -168,13 +168,13 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(form, network, 
 
 def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     """With weights as small as drawn ones, its logits would pass; a copy with varied weights shows it."""
-    right = libraries.to_timm
+    right = libraries.filter_state
 
-    def wrong(state, network):
+    def wrong(network, state):
         flipped = {name: tensor.flip(0) for name, tensor in state.items() if name.endswith("dwconv.weight")}
-        return right({**state, **flipped}, network)
+        return right(network, {**state, **flipped})
 
-    monkeypatch.setattr(libraries, "to_timm", wrong)
+    monkeypatch.setattr(libraries, "filter_state", wrong)
     model, metadata = make(geometry())
     with torch.no_grad():
         for parameter in model.network.parameters():
@@ -204,7 +204,7 @@ def test_the_backbone_of_a_timm_network_gives_what_ours_gives(tmp_path):
     """timm's reset_classifier leaves the norm behind the pool; the features are the mean of the last map in both."""
     model, metadata = make(geometry("atto"))
     theirs, their_metadata = make(timm_config("convnextv2_atto"))
-    theirs.network.load_state_dict(to_timm(model.network.state_dict(), theirs.network))
+    theirs.network.load_state_dict(filter_state(theirs.network, model.network.state_dict()))
     images, inputs = normalised(model)
     with torch.no_grad():
         wanted = model.network.forward_features(inputs).mean(dim=(2, 3))

@@ -15,7 +15,7 @@ from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.initialise import initialise_from, to_timm
+from models.weights.initialise import initialise_from
 from models.weights.layouts import recognise, translate
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
@@ -159,10 +159,8 @@ def test_names_translate_there_and_back(target):
     back = translate(there, target, "official")
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     assert recognise(there)[0] == target
-    theirs = {"timm": timm_network, "transformers": transformers_network}
-    if target in theirs:
-        expected = theirs[target]().state_dict()
-        there = to_timm(state, theirs[target]()) if target == "timm" else there
+    if target == "transformers":
+        expected = transformers_network().state_dict()
         assert {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in expected.items()}
 
 
