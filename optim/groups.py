@@ -29,10 +29,7 @@ class _Settings(NamedTuple):
 
 
 def is_vector(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a vector (biases, norms, GRN), which is exempt from weight decay.
-
-    Axes of size 1 do not count: GRN's (1, 1, 1, C) is a vector.
-    """
+    """Return whether a parameter is a vector, exempt from weight decay; GRN's (1, 1, 1, C) is one."""
     return len([size for size in parameter.shape if size > 1]) <= 1
 
 
@@ -136,10 +133,7 @@ def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Drop the gradients of groups that are frozen in update number `step` (from 0).
-
-    The optimiser passes over parameters without a gradient: neither they nor their state change.
-    """
+    """Drop the gradients of groups frozen in update number `step` (from 0); neither they nor their state change."""
     for group in optimizer.param_groups:
         if step < group.get("freeze_steps", 0):
             for parameter in group["params"]:

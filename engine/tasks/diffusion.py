@@ -32,7 +32,7 @@ from engine.tasks.tag_balance import TagBalance
 from models.sdxl.lora import LoRA
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLConfig, SDXLNetworks, base_files, describe, freeze_unused, open_networks
-from models.sdxl.sampling import Prompts, SamplingSettings, sample_pictures, scheduler_config
+from models.sdxl.sampling import Prompts, sample_pictures, scheduler_config
 from models.sdxl.step import (
     LATENT_DRAW,
     NoiseLevel,
@@ -209,17 +209,12 @@ class DiffusionTask(Task):
 
     def sample(self) -> np.ndarray:
         """Return the pictures of `task.samples`, uint8 [N, H, W, 3]; on all ranks the same."""
-        config, noise = self._config.samples, self._config.noise
+        noise = self._config.noise
         if self._config.text_cache is None:
             self._prompts = encode_prompts(self.text_encoder, self.text_encoder_2, self._config)
         prompts = Prompts(*(tensor.to(self.vae.device, self.unet.dtype) for tensor in self._prompts))
-        height, width = config.image_size_hw
-        settings = SamplingSettings(
-            (height, width), config.steps, config.guidance, config.guidance_rescale,
-            [config.seed + number for number in range(len(config.prompts))],
-        )  # fmt: skip
         scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
-        return sample_pictures(self.unet, self.vae, prompts, scheduler, settings)
+        return sample_pictures(self.unet, self.vae, prompts, scheduler, self._config.samples)
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from data.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.tasks.kind import TaskConfig
 from models.sdxl.lora import LoRAConfig
+from models.sdxl.sampling import SamplesConfig
 from models.sdxl.step import PredictionType, TimestepSampling, Weighting
-from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive, Seed, Side
+from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 
 
@@ -53,20 +54,6 @@ class TimestepsConfig(Strict):
     sampling: TimestepSampling
     mean: Annotated[float, Field(ge=-10, le=10)]
     std: Positive
-
-
-class SamplesConfig(Strict):
-    """Pictures of an evaluation, each of a prompt, with fixed noise.
-
-    guidance_rescale: of Lin et al. 2023, section 3.4.
-    """
-
-    prompts: list[str]
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
-    steps: Count
-    guidance: Factor
-    guidance_rescale: Fraction
-    seed: Seed
 
 
 class DiffusionTaskConfig(TaskConfig):

@@ -1,7 +1,6 @@
 """Smaller numbers in an ONNX graph: fp16, with float32 where sums are taken."""
 
 import re
-from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -32,19 +31,14 @@ def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
     (facebookresearch/ConvNeXt-V2 issue 66). Inputs and outputs stay float32. Raises UserError (`precision`) for a graph
     with branches or loops.
     """
-    wide = _names_of_nodes(proto, model, _is_wide)
+    wide = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES
+    }
+    nodes = {node.name for node in proto.graph.node if not wide.isdisjoint(_scopes(node))}
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    return _Fp16Graph(graph, set(wide)).convert(proto)
-
-
-def _is_wide(module: nn.Module) -> bool:
-    return isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES
-
-
-def _names_of_nodes(proto: onnx.ModelProto, model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[str]:
-    """Return the names of the nodes that were traced in the chosen modules."""
-    modules = {name for name, module in model.named_modules() if chosen(module)}
-    return [node.name for node in proto.graph.node if modules & set(_scopes(node))]
+    return _Fp16Graph(graph, nodes).convert(proto)
 
 
 class _Fp16Graph:

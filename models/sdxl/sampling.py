@@ -3,14 +3,16 @@
 Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, decode_latents
+from utils.config.bounds import Count, Factor, Fraction, Seed, Side
+from utils.config.schema import Strict
 
 
 class Prompts(NamedTuple):
@@ -22,14 +24,18 @@ class Prompts(NamedTuple):
     empty_pooled: Tensor
 
 
-class SamplingSettings(NamedTuple):
-    """How pictures are made. hw: their size in pixels. seeds: one for each prompt."""
+class SamplesConfig(Strict):
+    """Pictures of an evaluation, each of a prompt, with fixed noise.
 
-    hw: tuple[int, int]
-    steps: int
-    guidance: float
-    rescale: float
-    seeds: Sequence[int]
+    guidance_rescale: of Lin et al. 2023, section 3.4.
+    """
+
+    prompts: list[str]
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    steps: Count
+    guidance: Factor
+    guidance_rescale: Fraction
+    seed: Seed
 
 
 def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, object]:
@@ -48,7 +54,7 @@ def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -
 
 
 def sample_pictures(
-    unet: nn.Module, vae: nn.Module, prompts: Prompts, scheduler: dict[str, object], settings: SamplingSettings
+    unet: nn.Module, vae: nn.Module, prompts: Prompts, scheduler: dict[str, object], samples: SamplesConfig
 ) -> np.ndarray:
     """Return a picture for each prompt, uint8 [B, H, W, 3]; the same for the same seed on any number of prompts."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
@@ -58,16 +64,17 @@ def sample_pictures(
         tokenizer=None, tokenizer_2=None, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    height, width = settings.hw
+    height, width = samples.image_size_hw
     pictures = []
-    for number, seed in enumerate(settings.seeds):
+    for number in range(len(prompts.embeds)):
+        draw = torch.Generator().manual_seed(samples.seed + number)
         found = pipeline(
             prompt_embeds=prompts.embeds[number : number + 1],
             pooled_prompt_embeds=prompts.pooled[number : number + 1],
             negative_prompt_embeds=prompts.empty_embeds,
             negative_pooled_prompt_embeds=prompts.empty_pooled,
-            height=height, width=width, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-            guidance_rescale=settings.rescale, generator=torch.Generator().manual_seed(seed), output_type="latent",
+            height=height, width=width, num_inference_steps=samples.steps, guidance_scale=samples.guidance,
+            guidance_rescale=samples.guidance_rescale, generator=draw, output_type="latent",
         )  # fmt: skip
         pictures.append(decode_latents(vae, found.images)[0].permute(1, 2, 0).cpu().numpy())
     return np.stack(pictures)

@@ -48,7 +48,7 @@ def test_every_file_builds_on_the_meta_device(path):
         ({"in_channels": 0}, "in_channels"),
         ({"depths": [1], "dims": [4]}, "depths"),
         ({"depths": [1] * 6, "dims": [4] * 6}, "depths"),
-        ({"stem_stride": 3}, "stem_stride"),
+        ({"stem_stride": True}, "stem_stride"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"head_init_scale": float("nan")}, "head_init_scale"),
         ({"name": ""}, "name"),
