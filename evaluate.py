@@ -120,17 +120,12 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
         report = arena.measure()
     rows = report.tables["arena"]
     if distributed.is_main():
-        folder = open_results("arena", config.model_dump(mode="json", include={"models", "data", "arena"}))
+        source = config.model_dump(mode="json", include={"models", "data", "arena"})
+        folder = open_result_folder(_RESULTS / "arena", source)
         output = Path(config.output or folder / "arena.json")
         log.info("%s", Lines(show_rows(rows)))
         write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
-
-
-def open_results(name: str, source: Mapping[str, Any]) -> Path:
-    """Return the folder of results without a run; source: what they are of, by which it is found again."""
-    with output_errors("output", _RESULTS / name):
-        return open_result_folder(_RESULTS / name, source)
 
 
 def write_results(
@@ -185,12 +180,10 @@ def main(config: EvaluateConfig, job: Job) -> str:
         folder = Path(config.run_dir or "")
         if config.run_dir is None:
             source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
-            folder = open_results(path.stem, source)
+            folder = open_result_folder(_RESULTS / path.stem, source)
         figures = {"weights": str(path), "step": step, "seconds": round(seconds, 3), **report.scalars}
-        title, output = (
-            f"{path}, step {step}, on {data.collection.root}",
-            Path(config.output or folder / "metrics.json"),
-        )
+        output = Path(config.output or folder / "metrics.json")
+        title = f"{path}, step {step}, on {data.collection.root}"
         write_results(folder, output, title, figures, report, prefix="evaluate_")
         if config.calibrate:
             with output_errors("run_dir", folder):

@@ -4,7 +4,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from utils.io.files import read_json, write_json
+from utils.io.files import output_errors, read_json, write_json
 
 _SOURCE = "source.json"
 
@@ -13,15 +13,13 @@ def open_result_folder(place: Path, source: dict[str, Any]) -> Path:
     """Return `place`, or `place`-2, `place`-3 and so on: the first that is of this source or is not there yet.
 
     source: JSON values that say what the results are of. They are written into the folder as source.json.
+    Raises UserError (`output`) where it cannot be written.
     """
-    for number in count(1):
-        folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
-        if not folder.exists():
-            write_json(folder / _SOURCE, source)
-            return folder
-        if _read_source(folder) == source:
-            return folder
-    raise AssertionError("count() ends")
+    folders = (place if number == 1 else place.with_name(f"{place.name}-{number}") for number in count(1))
+    folder = next(folder for folder in folders if not folder.exists() or _read_source(folder) == source)
+    with output_errors("output", folder):
+        write_json(folder / _SOURCE, source)
+    return folder
 
 
 def _read_source(folder: Path) -> Any:
