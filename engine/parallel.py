@@ -81,7 +81,7 @@ def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
                 raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
             from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
 
-            setattr(task, name, convert_sync_batchnorm(network))
+            task.set_submodule(name, convert_sync_batchnorm(network))
     if config.grad_checkpointing:
         for name in task.roles.passed or task.roles.trained:
             _checkpoint_gradients(task.get_submodule(name))

@@ -57,7 +57,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Roles:
-    """What each network of a task is for. Names are attributes of the task.
+    """What each network of a task is for. Names are dotted, such as `vae.decoder`.
 
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
@@ -108,7 +108,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def load_frozen(self) -> None:
-        """Make the frozen networks; called at the start, on resume and on rebuild, never on the meta device."""
+        """Set the frozen networks, None before; called at every start and rebuild, never on the meta device."""
 
     def frozen_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files that frozen networks were loaded from, by network; one without files has its own tensors."""
@@ -141,9 +141,19 @@ class Task(nn.Module):
         return self
 
 
+def _find_network(task: Task, name: str) -> nn.Module | None:
+    """Return a network by its dotted name; None where the task holds its place. Raises ValueError for another name."""
+    owner, _, last = name.rpartition(".")
+    network = getattr(task.get_submodule(owner), last, "") if owner in dict(task.named_modules()) else ""
+    if network is not None and not isinstance(network, nn.Module):
+        raise ValueError(f"{type(task).__name__}.roles: {name!r} is none of the task's networks")
+    return network
+
+
 def frozen_networks(task: Task) -> dict[str, nn.Module]:
-    """Return the frozen networks by name; in a dry run they are not loaded."""
-    return {name: network for name in task.roles.frozen if (network := getattr(task, name, None)) is not None}
+    """Return the frozen networks by name; one that is not loaded, as in a dry run, is None in the task."""
+    found = {name: _find_network(task, name) for name in task.roles.frozen}
+    return {name: network for name, network in found.items() if network is not None}
 
 
 def freeze(task: Task) -> None:
@@ -154,7 +164,9 @@ def freeze(task: Task) -> None:
 
 def trained_networks(task: Task) -> dict[str, nn.Module]:
     """Return the networks that receive gradients, by name."""
-    return {name: task.get_submodule(name) for name in task.roles.trained}
+    found = {name: _find_network(task, name) for name in task.roles.trained}
+    assert None not in found.values(), f"networks that are trained, and not built: {found}"
+    return found
 
 
 def checkpointed_state(task: Task) -> dict[str, Tensor]:

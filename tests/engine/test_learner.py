@@ -14,7 +14,7 @@ from engine.learner import Learner
 from engine.plan import Plan
 from engine.runtime import choose_runtime
 from engine.step import LossScale
-from engine.task import Report, Roles, StepOutput, Task
+from engine.task import Report, Roles, StepOutput, Task, checkpointed_state, freeze, trained_networks
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
@@ -185,6 +185,22 @@ def test_a_frozen_network_stays_in_eval_mode_without_gradients():
     after = task.encoder.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any(parameter.requires_grad for parameter in task.encoder.parameters())
+
+
+def test_half_of_a_network_is_frozen_by_its_dotted_name():
+    task = OnFrozen()
+    task.network = nn.ModuleDict({"encoder": nn.Linear(3, 4), "decoder": nn.Linear(4, 1)})
+    task.encoder, task.roles = None, Roles(trained=("network.decoder",), frozen=("network.encoder", "encoder"))
+    freeze(task.train())
+    assert [name for name, one in task.named_parameters() if one.requires_grad] == [
+        "network.decoder.weight", "network.decoder.bias"
+    ]  # fmt: skip
+    assert task.network["decoder"].training and not task.network["encoder"].training
+    assert set(checkpointed_state(task)) == {"network.decoder.weight", "network.decoder.bias"}
+    for roles in (Roles(frozen=("network.encodr",)), Roles(frozen=("none.encoder",)), Roles(trained=("netwrk",))):
+        task.roles = roles
+        with pytest.raises(ValueError, match="OnFrozen.roles"):
+            freeze(task) or trained_networks(task)
 
 
 def test_the_state_of_another_network_is_refused():

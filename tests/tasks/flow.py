@@ -49,6 +49,7 @@ class FlowTask(Task):
         body = [nn.Conv2d(5, setup.model.width, 3, padding=1), nn.SiLU(), nn.Conv2d(setup.model.width, 4, 3, padding=1)]
         label = nn.Embedding(len(setup.facts["class_names"]) + 1, 4)  # 0: no class
         self.velocity = nn.ModuleDict({"label": label, "body": nn.Sequential(*body)})
+        self.encoder = None
         self.normalise, self._metadata, self.channels = (
             setup.normalise(),
             setup.metadata("class_names"),
