@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,9 +75,15 @@ def saved_bytes(task, batch, runtime):
 def stepper(task, batch, runtime):
     """Return a function that makes one whole step of the engine."""
     optimizer, scale = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True), LossScale(runtime)
-    return lambda number: train_step(
-        task, task, [batch], optimizer, scale, {}, step=number, seed=0, clip_grad_norm=None, runtime=runtime
+    learner = SimpleNamespace(
+        model=task, task=task, optimizer=optimizer, scale=scale, runtime=runtime, seed=0, clip_grad_norm=None, step=0
     )
+
+    def step(number):
+        learner.step = number
+        train_step(learner, [batch], 0.0)
+
+    return step
 
 
 def comparisons(device, quick):

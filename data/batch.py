@@ -5,7 +5,7 @@
     weight     [B] float32   its weight in the loss; 0 for an unreadable image (blank) and for padding
 
 Shapes may differ from batch to batch. A field of ragged length, such as tag ids, becomes `<name>` [N] (all values,
-sample after sample) and `<name>_offsets` [B + 1].
+sample after sample) and `<name>_offsets` [B + 1]; a part of a batch has all values, and its own offsets.
 """
 
 import functools
@@ -71,10 +71,13 @@ def _copy(value: Tensor, into: Tensor) -> None:
 
 
 def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
-    """Return [B, width] float32 with ones where a sample's ragged ids point; on the ids' device, without a sync."""
-    rows = torch.bucketize(torch.arange(len(values), device=values.device), offsets[1:], right=True)
-    targets = torch.zeros(len(offsets) - 1, width, device=values.device)
-    return targets.index_put_((rows, values), torch.ones((), device=values.device))
+    """Return [B, width] float32 with ones where a sample's ragged ids point; on the ids' device, without a sync.
+
+    Values outside the offsets belong to other parts of a batch that was cut; they go to the rows before and after.
+    """
+    rows = torch.bucketize(torch.arange(len(values), device=values.device), offsets, right=True)
+    targets = torch.zeros(len(offsets) + 1, width, device=values.device)
+    return targets.index_put_((rows, values), torch.ones((), device=values.device))[1:-1]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -21,7 +21,7 @@ from utils.config.bounds import (
 from utils.config.schema import PathText, Strict, check_path
 from utils.record.config import TrackingConfig
 
-FIRST_BATCH_SIZE = 4  # what `loop.batch_size=auto` tries first, and what is read at once before that
+FIRST_BATCH_SIZE = 4  # of `loop.batch_size=auto`
 
 
 class LoopConfig(Strict):
@@ -29,7 +29,8 @@ class LoopConfig(Strict):
 
     total_steps: 0 measures `init_from` and saves it as a run.
     total_epochs, evaluate_every_epochs: `auto` derives them from the collection's sizes (engine/plan.py).
-    batch_size: `auto` searches what a GPU's memory takes (engine/batch_size.py).
+    batch_size: `auto` begins with all samples of a rank. on_out_of_memory: `halve` makes an update that runs out of
+        memory again from micro-batches half as large (engine/batch_size.py).
     early_stop_epochs: the run ends after an evaluation that comes this many epochs after the best one.
     checkpoint_every_minutes: beside the steps, by the clock of rank 0; checkpoints change no result.
     """
@@ -39,6 +40,7 @@ class LoopConfig(Strict):
     early_stop_epochs: Duration | None
     global_batch_size: BatchSize
     batch_size: Literal["auto"] | BatchSize
+    on_out_of_memory: Literal["halve", "stop"]
     sampling: Literal["shuffled", "blocks", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None
     clip_grad_norm: Positive | None
@@ -57,7 +59,7 @@ class LoopConfig(Strict):
 
     @property
     def first_batch_size(self) -> int:
-        """The largest micro-batch, as far as it is known at the start."""
+        """The largest batch of what is read before training, such as images that a cache encodes."""
         return FIRST_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
 
 

@@ -147,7 +147,7 @@ class Evaluator:
 
         def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
             for batch in loader:
-                self.recorder.phase(step, f"evaluating {name}")
+                self.recorder.phase(step, f"evaluating {name}", batch)
                 yield batch
 
         def tracked(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:

@@ -5,13 +5,13 @@ result = learner.update(batches)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.batch_size import MicroBatches, OutOfMemory
 from engine.config import TrainingConfig
 from engine.parallel import wrap_task
 from engine.plan import Plan
@@ -54,8 +54,6 @@ class Learner:
         self.task, self.runtime = task, runtime
         if config.optim.name == "adamw" and config.optim.bf16_weights:
             _store_in_bf16(task, runtime)
-        if config.optim.name == "adamw8bit":  # it moves other weights into memory that averages do not see
-            runtime = replace(runtime, channels_last=False)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
         task.train()
         groups = build_groups(task, trained_networks(task), config.optim)
@@ -74,7 +72,9 @@ class Learner:
             config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps,
         )  # fmt: skip
         self.step = 0
-        self._seed, self._clip = config.seed, config.loop.clip_grad_norm
+        self.seed, self.clip_grad_norm = config.seed, config.loop.clip_grad_norm
+        halves = config.loop.on_out_of_memory == "halve"
+        self.micro_batches = MicroBatches(plan.micro_batch_size, halves=halves)
         self._ema_decay, self._ema_warmup = config.loop.ema_decay, config.loop.ema_warmup
 
     def values_at(self, step: int) -> GroupValues:
@@ -82,29 +82,37 @@ class Learner:
         return self.schedule.at(step)
 
     def update(self, batches: Sequence[Batch], *, ask: float = 0.0) -> StepResult:
-        """Make one update from this rank's micro-batches. `ask`: what this rank asks for (engine/step.py).
+        """Make one update from this rank's micro-batches, smaller ones where the device takes no larger.
 
-        Raises UserError (`loop.batch_size`) where batch norm has one value per channel.
+        Raises UserError (`loop.batch_size`) where it takes none, and where batch norm has one value per channel.
         """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.values_at(self.step))
-        try:
-            result = train_step(
-                self.model, self.task, batches, self.optimizer, self.scale, progress,
-                step=self.step, seed=self._seed, clip_grad_norm=self._clip, runtime=self.runtime, ask=ask,
-            )  # fmt: skip
-        except ValueError as error:
-            if _NEEDS_TWO not in str(error):
-                raise
-            raise UserError(
-                "loop.batch_size: the network's batch norm cannot train on micro-batches of one sample where its maps "
-                "are one pixel; choose loop.global_batch_size and loop.batch_size that leave each rank two or more"
-            ) from error
+        while (result := self._try(batches, progress, ask)) is None:
+            pass
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             self.averages.update(ema_decay_at(self.step, self._ema_decay, warmup=self._ema_warmup), result.applied)
         self.step += 1
         return result
+
+    def _try(self, batches: Sequence[Batch], progress: Tensor, ask: float) -> StepResult | None:
+        """Make the update; None where the memory ended, and the micro-batches are smaller now."""
+        try:
+            return train_step(self, self.micro_batches.split(batches), progress, ask=ask)
+        except OutOfMemory as error:
+            shape, size = error.shape, error.size  # the error holds the activations
+        except ValueError as error:
+            if _NEEDS_TWO not in str(error):
+                raise
+            raise UserError(
+                "loop.batch_size: batch norm cannot train on micro-batches of one sample where its maps are one pixel; "
+                "choose loop.global_batch_size and loop.batch_size that leave each rank two or more"
+            ) from error
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
+        return None
 
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0 (batch statistics) and their averages; before they are read."""

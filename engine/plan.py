@@ -141,8 +141,9 @@ def make_plan(
 
     Raises UserError where the batch does not divide, or the run has too many steps.
     """
-    micro, accum = split_batch(loop.global_batch_size, world_size, loop.first_batch_size, chunk)
-    if chunk is None and 2 * micro < min(loop.first_batch_size, micro * accum):
+    cap = loop.global_batch_size if loop.batch_size == "auto" else loop.batch_size
+    micro, accum = split_batch(loop.global_batch_size, world_size, cap, chunk)
+    if chunk is None and 2 * micro < min(cap, micro * accum):
         log.warning(
             "loop.global_batch_size: the %d samples of a rank have no divisor near loop.batch_size=%d, so an update "
             "takes %d micro-batches of %d; a multiple of loop.batch_size for each rank is faster",

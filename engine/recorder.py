@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.batch_size import shape_of
 from engine.config import TrainingConfig
 from engine.meters import Meter, PeakMemory, TrainingClock
 from engine.plan import Plan
@@ -77,6 +78,7 @@ class Recorder:
         self._readings: Callable[[], Mapping[str, float]] = dict
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
         self._moved = time.perf_counter()
+        self.stage, self.batch = "the start", ("images", 1)  # of an error's message
         self._device, self._first_step = runtime.device.type, (0, 0.0)
 
     # ------------------------------------------------------------------------------------------------- open and close
@@ -143,9 +145,12 @@ class Recorder:
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def phase(self, step: int, name: str) -> None:
-        """Tell the watchdog what the main thread does next; each call counts as progress."""
-        self.watchdog.progress(f"step {step}: {name}")
+    def phase(self, step: int, name: str, batch: Batch | None = None) -> None:
+        """Tell the watchdog what the main thread does next, and on what; each call counts as progress."""
+        self.stage = f"step {step}: {name}"
+        self.watchdog.progress(self.stage)
+        if batch is not None:
+            self.batch = shape_of(batch), len(batch["weight"])
         # The wait of the very first step is that of the workers' start.
         self._training_clock.turn(name in _TRAINING_PHASES, waits=name == "loading" and self._first_step[0] > 0)
 

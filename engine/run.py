@@ -6,13 +6,14 @@ The run folder is opened only after data and task are built, so a mistake leaves
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from logging import DEBUG, INFO
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from engine.batch_size import check_auto, choose_batch_size
+from engine.batch_size import out_of_memory
 from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
@@ -68,7 +69,14 @@ def start_machine(config: MachineConfig) -> Runtime:
 def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training, and check that all ranks have the same configuration."""
     runtime = start_machine(config.runtime)
-    check_auto(config, runtime)
+    shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
+    if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
+        raise UserError(
+            "loop.batch_size: auto lets each rank try alone, which runtime.parallel=fsdp and "
+            "runtime.sync_batchnorm=true rule out; set a number"
+        )
+    if config.optim.name == "adamw8bit":  # it moves other weights into memory that averages do not see
+        runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
     return runtime
@@ -161,7 +169,9 @@ def run_training(
         StopRequest() as stop,
     ):
         run = build_run(task, streams, config, plan, runtime, folder, stop)
-        choose_batch_size(run, config)
+        run.learner.micro_batches.open(folder.path, runtime.device)
+        if config.loop.batch_size == "auto" and distributed.is_distributed():
+            run.rehearse()
         resume(run, config)
         distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
         finished = _train(run, config, next_commands)
@@ -182,6 +192,8 @@ def _train(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bo
         may_train = not config.lr_finder.enabled or run.step > 0 or find_lr(run, config)
         finished = may_train and _train_epochs(run, config, next_commands)
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
+        if isinstance(error, torch.OutOfMemoryError):
+            error = out_of_memory(recorder.stage, *recorder.batch)
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
         lost = None if known else recorder.watchdog.name_lost_ranks()
         recorder.abandon()
@@ -189,7 +201,7 @@ def _train(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bo
         if lost:
             log.error("%s; the same command resumes from the last checkpoint", lost)
             raise SystemExit(EXIT_LOST_RANK) from error
-        raise
+        raise error
     recorder.watchdog.stop()
     if distributed.is_main():
         task = run.learner.task

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from engine.batch_size import shape_of
 from engine.config import TrainingConfig
 from engine.evaluator import Evaluator
 from engine.learner import Learner
@@ -11,10 +12,11 @@ from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import Runtime
 from engine.saver import Saver
-from engine.step import SAVE, STOP
+from engine.step import SAVE, STOP, fits_alone
 from engine.streams import Streams
 from engine.task import Task, fingerprint_frozen
 from optim.groups import set_peak_lr
+from utils.ranks import distributed
 from utils.ranks.signals import StopRequest
 from utils.record.run_folder import RunFolder
 
@@ -56,6 +58,24 @@ class Run:
         if self.stop.requested or self.saver.writer.failed:
             return STOP
         return SAVE if may_save and self.saver.is_due() else 0.0
+
+    def rehearse(self) -> None:
+        """Halve the micro-batches, on all ranks alike, until every rank can make a pass over each shape.
+
+        The optimiser's state and the ranks' buckets of gradients, which do not exist yet, take their share of memory.
+        """
+        learner, train, device = self.learner, self.streams.train, self.learner.runtime.device
+        trained = sum(parameter.nbytes for group in learner.optimizer.param_groups for parameter in group["params"])
+        reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+        for shape in range(train.shapes):
+            batch = train.trial_batch(shape, self.plan.micro_batch_size)
+            while not all(distributed.gather_objects(fits_alone(learner, learner.micro_batches.split([batch])[0]))):
+                part = learner.micro_batches.split([batch])[0]
+                learner.micro_batches.halve(shape_of(part), len(part["weight"]))
+        del reserve
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
     def use_lr(self, lr: float) -> None:
         """Take a peak learning rate that was found, in place of the configured one."""

@@ -8,11 +8,13 @@ has weight, is one decision for all ranks that stays on the device; a skipped st
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.batch_size import OutOfMemory
 from engine.parallel import no_sync, take_gradients
 from engine.runtime import Runtime
 from engine.task import StepOutput, Task
@@ -26,6 +28,19 @@ from utils.ranks.sharded import holds_rows
 
 # What a rank may ask for in a step: to end the run, or to save. Only rank 0 asks to save, so the sum tells.
 STOP, SAVE = 1.0, 0.5
+
+
+class Stepped(Protocol):
+    """What an update works on (engine/learner.py). `model` is the task as wrapped for the ranks and the compiler."""
+
+    model: nn.Module
+    task: Task
+    optimizer: torch.optim.Optimizer
+    scale: "LossScale"
+    runtime: Runtime
+    step: int
+    seed: int
+    clip_grad_norm: float | None
 
 
 @dataclass
@@ -90,23 +105,18 @@ class LossScale:
 
 
 class _BuffersBefore:
-    """A task's buffers as they were before a step, packed by dtype: a few kernels for any number of them.
-
-    Only persistent buffers: the others are constants, such as the mean of a normalisation.
-    """
+    """A task's buffers as they were before a step, packed by dtype: a few kernels for any number of them."""
 
     def __init__(self, task: nn.Module) -> None:
         self._flat: dict[torch.dtype, list[Tensor]] = {}
-        for module in task.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    self._flat.setdefault(buffer.dtype, []).append(flat_view(buffer))
+        for buffer in task.buffers():
+            self._flat.setdefault(buffer.dtype, []).append(flat_view(buffer))
         self._before = [torch.cat(flat) for flat in self._flat.values()]
 
-    def put_back(self, where: Tensor) -> None:
-        """Undo what the step did to the buffers where a device scalar says so."""
+    def put_back(self, where: Tensor | None = None) -> None:
+        """Undo what the step did to the buffers where a device scalar says so; None: everywhere, without memory."""
         for flat, before in zip(self._flat.values(), self._before):
-            chosen = torch.where(where, before, torch.cat(flat))
+            chosen = before if where is None else torch.where(where, before, torch.cat(flat))
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
 
 
@@ -120,12 +130,10 @@ def step_weight(batches: Sequence[Batch]) -> Tensor:
     return distributed.all_reduce_sum(_sum([batch["weight"].sum() for batch in batches]))
 
 
-def _forward_backward(
-    model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime
-) -> tuple[Tensor, StepOutput]:
+def _forward_backward(learner: Stepped, batch: Batch, progress: Tensor, factor: Tensor) -> tuple[Tensor, StepOutput]:
     """Run one micro-batch, its gradient times `factor`; returns its weighted loss sum (detached) and the output."""
-    with runtime.autocast():
-        output = model(batch, progress)
+    with learner.runtime.autocast():
+        output = learner.model(batch, progress)
     weight = batch["weight"]
     assert output.loss.shape == weight.shape, f"loss {tuple(output.loss.shape)}, weights {tuple(weight.shape)}"
     # Select, do not multiply: the loss of a blank sample may be NaN.
@@ -174,35 +182,29 @@ def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale:
         torch._foreach_mul_(grads, factor)
 
 
-def train_step(
-    model: nn.Module,
-    task: Task,
-    batches: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
-    scale: LossScale,
-    progress: Tensor,
-    *,
-    step: int,
-    seed: int,
-    clip_grad_norm: float | None,
-    runtime: Runtime,
-    ask: float = 0.0,
-) -> StepResult:
-    """Make update number `step` (from 0) of the task from its micro-batches of this rank.
+def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, *, ask: float = 0.0) -> StepResult:
+    """Make the next update of a task from its micro-batches of this rank.
 
-    `model` is the wrapped task (engine/parallel.py); `progress`: the share of the run; `ask`: what this rank asks for.
-    No host synchronisation, except for timm's optimisers, which cannot skip on the device and cost one per step.
+    `progress`: the share of the run; `ask`: what this rank asks for. No host synchronisation, except for timm's
+    optimisers, which cannot skip on the device and cost one per step. Raises OutOfMemory, with nothing changed, where a
+    pass does not fit into the device's memory.
     """
+    optimizer, scale, step = learner.optimizer, learner.scale, learner.step
     weight = step_weight(batches)
     denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
     # DDP and fully_shard average over ranks where the mean over all samples is wanted: hence the world size.
     factor = scale.scale * distributed.world_size() / denominator
-    before = _BuffersBefore(task)
+    before = _BuffersBefore(learner.task)
     rows, names, losses = [], [], []
     for micro_step, batch in enumerate(batches):
-        rng.seed_micro_step(seed, step, micro_step, distributed.rank(), runtime.device)
-        with no_sync(model, last=micro_step == len(batches) - 1):
-            loss, output = _forward_backward(model, batch, progress, factor, runtime)
+        rng.seed_micro_step(learner.seed, step, micro_step, distributed.rank(), learner.runtime.device)
+        try:
+            with no_sync(learner.model, last=micro_step == len(batches) - 1):
+                loss, output = _forward_backward(learner, batch, progress, factor)
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True)
+            before.put_back()
+            raise OutOfMemory(batch) from None
         names = names or sorted(output.logs)
         losses.append(output.loss.detach())
         rows.append(_pack(loss, output.logs, names))
@@ -216,7 +218,7 @@ def train_step(
     if inverse_scale is not None:
         norm = norm * inverse_scale
     sums, norm, bad, asked = _reduce(_sum(rows), names, weight, norm, ask, rows_only=holds_rows(parameters))
-    _clip(grads, norm, clip_grad_norm, inverse_scale)
+    _clip(grads, norm, learner.clip_grad_norm, inverse_scale)
 
     found_inf = bad.float()
     applied = 1.0 - found_inf
@@ -229,3 +231,19 @@ def train_step(
     before.put_back(bad)
     scale.update(applied, weight)
     return StepResult(sums, torch.where(bad, 0.0, norm), applied, asked, weight, losses)
+
+
+def fits_alone(learner: Stepped, batch: Batch) -> bool:
+    """Return whether this rank alone can make a pass over a micro-batch; the pass is undone."""
+    before, wrapped, learner.model = _BuffersBefore(learner.task), learner.model, learner.task
+    one, device = torch.ones((), device=learner.runtime.device), learner.runtime.device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), distributed.alone():
+            _forward_backward(learner, batch, 0 * one, one)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        learner.model = wrapped
+        learner.optimizer.zero_grad(set_to_none=True)
+        before.put_back()

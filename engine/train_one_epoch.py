@@ -61,7 +61,7 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         recorder.add_samples(learner.step + 1, batches)
 
         # 2. The update.
-        recorder.phase(learner.step, "computing")
+        recorder.phase(learner.step, "computing", batches[0])
         ask = run.asks_for(may_save=True)
         result = learner.update(batches, ask=ask)
 
@@ -83,6 +83,9 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         if loop.plot_every_steps is not None and step % loop.plot_every_steps == 0:
             recorder.plot(step)
         if evaluates:
+            if loop.batch_size == "auto" or learner.micro_batches.sizes:
+                for loader in run.streams.evaluation.values():
+                    loader.set_batch_size(learner.micro_batches.smallest)
             run.evaluator.evaluate(learner)
         last = run.is_complete
         if step == end or last:

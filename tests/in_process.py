@@ -116,10 +116,10 @@ def run_until_killed(script: str, overrides: Sequence[str], folder: Path, step: 
     """Run a script's body that dies before update `step` (counted from 0)."""
     train_step = engine.learner.train_step
 
-    def fatal(*arguments, **named):
-        if named["step"] == step:
+    def fatal(learner, *arguments, **named):
+        if learner.step == step:
             raise Killed
-        return train_step(*arguments, **named)
+        return train_step(learner, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.learner, "train_step", fatal)

@@ -180,10 +180,10 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step, draws):
 
         train_step = loop.train_step
 
-        def fatal(*arguments, step, **named):
-            if step == kill_at_step:
+        def fatal(learner, *arguments, **named):
+            if learner.step == kill_at_step:
                 os.killpg(0, signal.SIGKILL)
-            return train_step(*arguments, step=step, **named)
+            return train_step(learner, *arguments, **named)
 
         loop.train_step = fatal
     if not draws:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.tag_weights import TagWeightsConfig, apply_rule
 from utils.contracts import Batch
@@ -36,13 +37,14 @@ class TagBalance(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean weight of each sample's tags, float32 [B], 1 where it has none; count the tags shown."""
-        tags, ends = batch["tags"], batch["tags_offsets"][1:]
-        owners = torch.bucketize(torch.arange(len(tags), device=tags.device), ends, right=True)
-        shown = batch["tags_shown"] & (batch["weight"] > 0)[owners]
+        tags, offsets = batch["tags"], batch["tags_offsets"]
+        # From 1; 0 and B + 1 own the tags of other parts of a batch that was cut (data/batch.py).
+        owners = torch.bucketize(torch.arange(len(tags), device=tags.device), offsets, right=True)
+        shown = batch["tags_shown"] & F.pad(batch["weight"] > 0, (1, 1))[owners]
         self.pending.index_add_(0, tags, shown.long())
-        weights, zeros = self.weights[tags], torch.zeros(len(ends), device=tags.device)
+        weights, zeros = self.weights[tags], torch.zeros(len(offsets) + 1, device=tags.device)
         sums, sizes = zeros.index_add(0, owners, weights), zeros.index_add(0, owners, (weights > 0).float())
-        return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)
+        return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)[1:-1]
 
     def after_step(self, step: int) -> None:
         """Add the step's counts; every `reestimate_steps` weigh anew, which waits for the device."""

@@ -556,6 +556,7 @@ def test_ragged_values_come_back_by_their_offsets_and_multi_hot_equals_a_slow_re
         slow[row, ids] = 1.0
     targets = multi_hot(batch["tags"], batch["tags_offsets"], 5)
     assert targets.dtype == torch.float32 and torch.equal(targets, slow)
+    assert torch.equal(multi_hot(batch["tags"], batch["tags_offsets"][1:], 5), targets[1:])  # of a part of the batch
 
 
 def test_to_device_keeps_every_field():

@@ -1,47 +1,38 @@
-"""loop.batch_size=auto: the search, that it leaves no trace, what the run folder keeps, ranks, refusals; and the memory
-by part.
-"""
+"""Out of memory: micro-batches by shape, a run that halves them, what its folder keeps, ranks; memory by part."""
 
 import json
 
 import pytest
+import torch
 
-from engine.batch_size import search
+from engine.batch_size import MicroBatches
 from engine.memory import memory_by_part
-from engine.run import start_ranks
 from tests.engine.test_exactness import assert_same_tensors
 from tests.engine.test_learner import make_batch, make_learner
-from tests.in_process import TINY, configure, make_images, run
+from tests.in_process import TINY, make_images, run
 from tests.support import ROOT, checkpoint_tensors, command, common, rows
 from tests.tasks import troubled
 from utils.errors import UserError
 
-SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 
-
-@pytest.mark.parametrize(
-    ("limits", "found", "trials"),
-    [
-        ([100], 24, 5),  # 4, then all that are larger
-        ([12], 12, 5),
-        ([3], 3, 2),  # nothing larger is tried after one that was too large
-        ([9, 100, 7, 8], 6, 8),  # the others are tried with what the first found, and lower it
-        ([2, 2], 2, 4),
-    ],
-)
-def test_the_largest_size_that_every_shape_takes(limits, found, trials):
-    tried = []
-
-    def fits(shape, size):
-        tried.append((shape, size))
-        return size <= limits[shape]
-
-    assert search(SIZES, len(limits), fits) == found and len(tried) == trials
-
-
-def test_a_device_that_takes_not_one_sample_is_refused():
-    with pytest.raises(UserError, match=r"^loop.batch_size: auto, .* runtime.grad_checkpointing=true"):
-        search(SIZES, 2, lambda shape, size: False)
+def test_sizes_are_halved_by_shape_and_kept_by_device(tmp_path):
+    sizes = MicroBatches(12, halves=True)
+    sizes.open(tmp_path, torch.device("cpu"))
+    small, large = ({"weight": torch.arange(12), "images": torch.zeros(12, 3, side, side)} for side in (4, 8))
+    sizes.halve("3x8x8", 12)
+    sizes.halve("3x8x8", 6)
+    parts = sizes.split([small, large])
+    assert [len(part["weight"]) for part in parts] == [12, 3, 3, 3, 3] and sizes.smallest == 3
+    assert torch.equal(torch.cat([part["weight"] for part in parts[1:]]), large["weight"])
+    file = tmp_path / "batch_size.json"
+    assert json.loads(file.read_text()) == {"cpu": {"3x8x8": 3}}
+    again = MicroBatches(8, halves=True)
+    again.open(tmp_path, torch.device("cpu"))
+    assert len(again.split([{name: tensor[:8] for name, tensor in large.items()}])[0]["weight"]) == 2  # a divisor of 8
+    for content in ("{}x", '{"cpu": 3}', '{"cpu": {"3x8x8": 0}}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="^loop.batch_size: .*batch_size.json is damaged"):
+            again.open(tmp_path, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -55,28 +46,34 @@ def little_memory(monkeypatch):
 AUTO = ["loop.global_batch_size=8", "loop.batch_size=auto", "loop.total_steps=3", "loop.ema_decay=0.9"]
 
 
-def test_the_run_equals_one_of_the_size_found_and_keeps_it(tmp_path, little_memory, monkeypatch):
+def test_a_run_that_runs_out_equals_one_of_the_size_found_and_keeps_it(tmp_path, little_memory):
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "model.drop_path_rate=0.2"]
     little_memory(3)
     run("finetune", [*base, "run_dir=auto"], tmp_path)
     run("finetune", [*base, "run_dir=two", "loop.batch_size=2"], tmp_path)
     assert_same_tensors(checkpoint_tensors(tmp_path / "auto", 3), checkpoint_tensors(tmp_path / "two", 3))
     assert rows(tmp_path / "auto/metrics.jsonl") == rows(tmp_path / "two/metrics.jsonl")
-    file = tmp_path / "auto/batch_size.json"
-    assert json.loads(file.read_text()) == {"batch_size": 2, "device": "cpu"}
+    assert list(json.loads((tmp_path / "auto/batch_size.json").read_text())["cpu"].values()) == [2]
     said = (tmp_path / "auto/log.txt").read_text()
-    assert "loop.batch_size: auto is 2 on cpu; 4 micro-batches" in said and "memory at the first step: weights" in said
-
-    monkeypatch.setattr("engine.batch_size.search", None)  # a resumed run does not search
+    assert said.count("out of memory") == 2 and "memory at the first step: weights" in said
     run("finetune", [*base, "run_dir=auto", "loop.total_steps=4"], tmp_path)
-    for content, why in (
-        ('{"batch_size": 2, "device": "A100"}', "found 2 on A100, and this is cpu"),
-        ("{}", "damaged"),
-    ):
-        file.write_text(content)
-        with pytest.raises(UserError, match=f"^loop.batch_size: .*{why}.*remove .* to search again"):
-            run("finetune", [*base, "run_dir=auto", "loop.total_steps=5"], tmp_path)
-    run("finetune", [*base, "run_dir=auto", "loop.total_steps=5", "loop.batch_size=1"], tmp_path)
+    assert (tmp_path / "auto/log.txt").read_text().count("out of memory") == 2  # a resumed run begins with what is kept
+
+    with pytest.raises(UserError, match=r"^loop.batch_size: .*in training, with 8 samples of 3x\d+x\d+ at once"):
+        run("finetune", [*base, "run_dir=stopped", "loop.on_out_of_memory=stop"], tmp_path)
+    little_memory(0)
+    with pytest.raises(UserError, match="^loop.batch_size: .*with 1 samples"):
+        run("finetune", [*base, "run_dir=none"], tmp_path)
+
+
+def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("engine.tasks.classification.ClassificationTask.evaluate", full)
+    base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "run_dir=run"]
+    with pytest.raises(UserError, match="^loop.batch_size: .*in step 1: evaluating"):
+        run("finetune", base, tmp_path)
 
 
 @pytest.mark.ddp
@@ -86,15 +83,8 @@ def test_ranks_agree_on_the_smallest(collection, tmp_path):
         "torchrun", "--standalone", "--nproc_per_node=2", ROOT / "tests/tasks/troubled.py", *overrides,
         OMP_NUM_THREADS="1", TROUBLE="little_memory 9 3",
     )  # fmt: skip
-    assert "loop.batch_size: auto is 3 on cpu; 4 micro-batches" in done.stderr, done.stderr[-4000:]
-    assert json.loads((tmp_path / "run/batch_size.json").read_text())["batch_size"] == 3
-
-
-@pytest.mark.parametrize("more", [[], ["dry_run=true"]])
-def test_a_cpu_has_no_memory_to_search(more):
-    config, _ = configure("finetune", [*TINY, "data.root=images", *AUTO, *more])
-    with pytest.raises(UserError, match="^loop.batch_size: auto searches the memory of a GPU"):
-        start_ranks(config)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert list(json.loads((tmp_path / "run/batch_size.json").read_text())["cpu"].values()) == [3]
 
 
 def test_memory_by_part():

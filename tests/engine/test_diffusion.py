@@ -1,5 +1,6 @@
 """task=diffusion: the loss of each sample, what is trained and kept, the samples of a step, and the pictures."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -159,9 +160,8 @@ def test_a_run_logs_the_loss_by_timestep_the_fixed_loss_and_the_pictures(place):
     assert (place / "lora/plots/samples.png").exists() and "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
 
 
-def test_the_batch_of_auto_is_what_the_largest_bucket_takes(place, monkeypatch):
+def test_the_batch_of_auto_is_what_each_bucket_takes(place, monkeypatch):
     """Memory for 16,384 pixels at once: four of 64 x 64, two of 64 x 96."""
-    monkeypatch.setattr("engine.run.check_auto", lambda config, runtime: None)
     forward, shapes = DiffusionTask.forward, set()
 
     def limited(task, batch, progress):
@@ -173,8 +173,8 @@ def test_the_batch_of_auto_is_what_the_largest_bucket_takes(place, monkeypatch):
     monkeypatch.setattr(DiffusionTask, "forward", limited)
     own = ["loop.global_batch_size=12", "loop.batch_size=auto", "task.chunk=12", "loop.total_steps=1"]
     run("finetune_sdxl", [*SHORT, *own, "data.root=images", "run_dir=auto"], place)
-    assert "auto is 2 on cpu; 6 micro-batches" in (place / "auto/log.txt").read_text()
-    assert {(4, 3, 64, 64), (2, 3, 64, 96), (2, 3, 96, 64)} <= shapes
+    sizes = json.loads((place / "auto/batch_size.json").read_text())["cpu"]
+    assert {(sizes[f"3x{height}x{width}"], 3, height, width) for _, _, height, width in shapes} <= shapes
 
 
 # ----------------------------------------------------------------------------------------------------- exact resume

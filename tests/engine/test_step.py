@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,8 +99,11 @@ def descent(task, lr=1.0):
 
 def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, progress=0.0, seed=0, **more):
     run = more.pop("runtime", runtime())
-    settings = {"step": step, "seed": seed, "clip_grad_norm": clip, "runtime": run, **more}
-    return train_step(model or task, task, batches, optimizer, scale or LossScale(run), progress, **settings)
+    learner = SimpleNamespace(
+        model=model or task, task=task, optimizer=optimizer, scale=scale or LossScale(run), runtime=run, step=step,
+        seed=seed, clip_grad_norm=clip,
+    )  # fmt: skip
+    return train_step(learner, batches, progress, **more)
 
 
 def update_of(task, batches, **settings):

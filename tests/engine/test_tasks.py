@@ -1,5 +1,7 @@
 """The two real tasks: convergence (one batch is learned by heart), properties of their losses, and refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -57,11 +59,13 @@ def make_classifier(config=CLASSIFY, classes=4, model=MODEL):
 
 def learn(task, batch, runtime, steps=60, lr=3e-3):
     """Make so many updates on one batch; returns first and last loss."""
-    optimizer, scale = torch.optim.AdamW(task.parameters(), lr=lr, fused=True), LossScale(runtime)
+    learner = SimpleNamespace(
+        model=task, task=task, optimizer=torch.optim.AdamW(task.parameters(), lr=lr, fused=True),
+        scale=LossScale(runtime), runtime=runtime, seed=0, clip_grad_norm=None,
+    )  # fmt: skip
     losses = []
-    for step in range(steps):
-        named = {"step": step, "seed": 0, "clip_grad_norm": None, "runtime": runtime}
-        total, count = train_step(task, task, [batch], optimizer, scale, {}, **named).sums["loss"]
+    for learner.step in range(steps):
+        total, count = train_step(learner, [batch], 0.0).sums["loss"]
         losses.append(float(total / count))
     return losses[0], losses[-1]
 

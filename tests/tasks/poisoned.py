@@ -29,12 +29,12 @@ def forward(self, batch, progress):
     return output
 
 
-def train_step(model, task, batches, *arguments, step, **named):
-    _now["step"] = step
-    if step == 7:
+def train_step(learner, batches, *arguments, **named):
+    _now["step"] = learner.step
+    if learner.step == 7:
         for batch in batches:
             batch["weight"].zero_()
-    return _train_step(model, task, batches, *arguments, step=step, **named)
+    return _train_step(learner, batches, *arguments, **named)
 
 
 ClassificationTask.forward, loop.train_step = forward, train_step

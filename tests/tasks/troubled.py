@@ -86,11 +86,11 @@ def nan(first, last, rank=None):
 def _before_step(step, marker, act):
     train_step = engine.learner.train_step
 
-    def troubled(*arguments, **named):
-        if named["step"] == int(step) - 1 and not Path(marker).exists():
+    def troubled(learner, *arguments, **named):
+        if learner.step == int(step) - 1 and not Path(marker).exists():
             Path(marker).touch()
             act()
-        return train_step(*arguments, **named)
+        return train_step(learner, *arguments, **named)
 
     engine.learner.train_step = troubled
 
@@ -115,16 +115,15 @@ def little_memory(*sizes):
         return forward(self, batch, progress)
 
     engine.tasks.classification.ClassificationTask.forward = limited
-    engine.run.check_auto = lambda config, runtime: None  # which refuses CPUs
 
 
 def lose_images(step, folder):
     train_step = engine.learner.train_step
 
-    def troubled(*arguments, **named):
-        if named["step"] == int(step) - 1:
+    def troubled(learner, *arguments, **named):
+        if learner.step == int(step) - 1:
             os.rename(folder, f"{folder}.lost")
-        return train_step(*arguments, **named)
+        return train_step(learner, *arguments, **named)
 
     engine.learner.train_step = troubled
 
@@ -148,7 +147,6 @@ PATCHED = (
     (engine.checkpoint, "sha256_file"),
     (engine.checkpoint, "write_tensors"),
     (engine.learner, "train_step"),
-    (engine.run, "check_auto"),
     (engine.tasks.classification.ClassificationTask, "forward"),
 )
 

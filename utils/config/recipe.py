@@ -29,6 +29,7 @@ FREE_KEYS = (
     "loop.total_steps",
     "loop.early_stop_epochs",
     "loop.batch_size",
+    "loop.on_out_of_memory",
     "loop.log_every_steps",
     "loop.evaluate_every_epochs",
     "loop.evaluate_raw",
