@@ -15,10 +15,9 @@ from pydantic import AfterValidator, model_validator
 
 from engine.exports.sdxl import SDXL_FORMATS
 from engine.exports.weights import Weights
-from models.export import tag_files
+from models.export import tag_forms
 from models.export.model_card import refuse_other_format, write_card
 from models.export.onnx_file import OnnxConfig, export_onnx
-from models.export.tag_graph import make_form, make_graph, to_bgr
 from models.export.targets import TARGETS, export_folder
 from utils.config.schema import PathText
 from utils.errors import UserError, close_names
@@ -85,26 +84,26 @@ def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
 
 
 def write_tagger(form: str, weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write an ONNX file in one of the forms of models/export/tag_graph.py, and what lies beside it."""
+    """Write an ONNX file in one of the forms of models/export/tag_forms.py, and what lies beside it."""
     vocabulary, preprocessing = vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
-    tag_files.check_images(form, preprocessing)
+    tag_forms.check_images(form, preprocessing)
     thresholds = find_thresholds(config.thresholds, config.run_dir, vocabulary)
-    kept, rows = tag_files.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
-    made = make_form(form, preprocessing)
-    graph = make_graph(weights.model, made, rows, preprocessing["image_size_hw"])
+    kept, rows = tag_forms.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
+    made = tag_forms.make_form(form, preprocessing)
+    graph = tag_forms.make_graph(weights.model, made, rows, preprocessing["image_size_hw"])
     stated = {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
     metadata = {**weights.metadata, **kept.facts(), **stated, "form": made.model_dump(), "vocabulary": vocabulary.hash}
     path = folder / _TAG_FILES[form]
     difference = export_onnx(graph, metadata, path, config)
     if form == "wd14":
-        tag_files.write_tags(folder, kept, thresholds)
-        tag_files.write_head(folder, graph.network)
+        tag_forms.write_tags(folder, kept, thresholds)
+        tag_forms.write_head(folder, graph.network)
     elif form == "imgutils":
-        tag_files.write_imgutils(folder, kept, thresholds, preprocessing)
+        tag_forms.write_imgutils(folder, kept, thresholds, preprocessing)
     else:
-        tag_files.write_mapping(folder, kept)
+        tag_forms.write_mapping(folder, kept)
     write_card(folder, form, path.name, metadata)
-    changes = tag_files.describe_changes(vocabulary, kept)
+    changes = tag_forms.describe_changes(vocabulary, kept)
     return {"file": path.name, "onnx_max_abs_diff": difference, **changes}
 
 
@@ -115,11 +114,11 @@ def write_timm_tagger(weights: Weights, folder: Path, config: ExportConfig) -> d
     round. A backbone takes RGB, as those of every other network do.
     """
     stated = weights.metadata["preprocessing"]
-    network = to_bgr(weights.model.network, stated["image_size_hw"])
+    network = tag_forms.to_bgr(weights.model.network, stated["image_size_hw"])
     metadata = {**weights.metadata, "channel_order": "BGR", "preprocessing": {**stated, "pad": "none"}}  # programs pad
     report = export_folder(TARGETS["timm"], network, metadata, folder, config.accepted)
     vocabulary = vocabulary_of(weights.metadata)
-    tag_files.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
+    tag_forms.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
     return report
 
 

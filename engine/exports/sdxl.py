@@ -14,7 +14,7 @@ from engine.exports.weights import Weights
 from engine.task import Task
 from models.export.model_card import licence_entry
 from models.export.onnx_file import OnnxConfig
-from models.sdxl import checkpoint_files, lora_files
+from models.sdxl import checkpoint_files, lora
 from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
 from utils.errors import UserError
@@ -46,13 +46,13 @@ def write_kohya(weights: Weights, folder: Path, config: OnnxConfig) -> dict[str,
     task, predicts = _lora(weights, "kohya"), weights.setup.task.noise.prediction_type
     facts = {**_facts(weights), "prediction_type": "v" if predicts == "v_prediction" else predicts}
     metadata = {f"modelspec.{name}": text for name, text in facts.items()}
-    lora_files.write_kohya(folder / _LORA_FILE, task.adapter, _DTYPES[config.precision], metadata)
+    lora.write_kohya(folder / _LORA_FILE, task.adapter, _DTYPES[config.precision], metadata)
     return {"file": _LORA_FILE}
 
 
 def write_lora_diffusers(weights: Weights, folder: Path, config: OnnxConfig) -> dict[str, Any]:
     """Write a LoRA for diffusers."""
-    lora_files.write_diffusers(folder, _lora(weights, "lora_diffusers").adapter, _DTYPES[config.precision], {})
+    lora.write_diffusers(folder, _lora(weights, "lora_diffusers").adapter, _DTYPES[config.precision], {})
     return {"file": "pytorch_lora_weights.safetensors"}
 
 

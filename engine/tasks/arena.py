@@ -143,7 +143,7 @@ class Arena:
 def known_outputs(vocabulary: Vocabulary) -> dict[tuple[int, str], int]:
     """Return the output of each tag that a model was trained on, by (category, name as we spell it).
 
-    A tag of no training image only fills a place (models/export/tag_files.py).
+    A tag of no training image only fills a place (models/export/tag_forms.py).
     """
     keys = [(category, parse_tag(name).name) for category, name in vocabulary.columns]
     return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}

@@ -12,8 +12,7 @@ pytest.importorskip("diffusers")
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from models.sdxl.lora import LoRA, LoRAConfig
-from models.sdxl.lora_files import write_diffusers, write_kohya
+from models.sdxl.lora import LoRA, LoRAConfig, write_diffusers, write_kohya
 from models.sdxl.names import rename
 from utils.errors import UserError
 

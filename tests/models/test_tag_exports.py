@@ -19,8 +19,15 @@ from PIL import Image
 from engine.exports.weights import load_predictor
 from models.build import build_network
 from models.export.parity import vary_weights
-from models.export.tag_files import check_images, describe_changes, to_wd_order, write_imgutils
-from models.export.tag_graph import make_form, make_graph, to_bgr
+from models.export.tag_forms import (
+    check_images,
+    describe_changes,
+    make_form,
+    make_graph,
+    to_bgr,
+    to_wd_order,
+    write_imgutils,
+)
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from tests.models.test_export_formats import geometry, timm_config

@@ -1,11 +1,13 @@
-"""The files beside a tagger's network: which output is which tag, from where on it counts, what is done to an image.
+"""A tagger as the programs that read taggers want it: input, outputs, order of the tags, and the files beside it.
 
-| form | files |
-|---|---|
-| wd14 | selected_tags.csv in the WD order, inv.npz |
-| timm | selected_tags.csv |
-| imgutils | selected_tags.csv, categories.json, preprocess.json, thresholds.csv |
-| cl_tagger | tag_mapping.json |
+| form | input | outputs | files |
+|---|---|---|---|
+| wd14 | `input` [B, H, W, 3], BGR, 0 to 255 | `output` (probabilities), `embedding` | selected_tags.csv, inv.npz |
+| imgutils | `input` [B, 3, H, W], RGB, normalised | `prediction`, `embedding`, `logits` | `write_imgutils` |
+| cl_tagger | `input` [B, 3, H, W], BGR, -1 to 1 | `logits`, `probs` | tag_mapping.json |
+| timm | a folder of timm whose network takes BGR | | selected_tags.csv |
+
+The embedding [B, D] is what the head reads. Normalisation, order of channels and layout are inside the graph.
 
 The WD order: the four ratings, general tags by descending count, characters by descending count. Programs find tags by
 their places in it: kohya-ss/sd-scripts:finetune/tag_images_by_wd14_tagger.py takes outputs 0 to 3 for the ratings, and
@@ -13,14 +15,20 @@ pythongosssss/ComfyUI-WD14-Tagger:wd14tagger.py everything from the first charac
 categories are skipped, and a place that the vocabulary cannot fill gets an output whose probability is always 0.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from models.export.parity import refuse_difference, vary_weights
+from models.image_model import ImageModel, find_head
+from models.normalise import Normalise
+from models.onnx_form import OnnxForm
 from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
 from utils.io.files import write_json
@@ -45,6 +53,96 @@ log = get_logger(__name__)
 SD_SCRIPTS_SIDE = 448  # pixels that sd-scripts resizes images to, whatever a file takes
 # Without a general tag or a character, ComfyUI-WD14-Tagger prints the rows of other categories twice.
 _PLACEHOLDERS = {GENERAL: "no_general_tag", CHARACTER: "no_character"}
+_NEVER = -1e4  # the logit of an output that the vocabulary lacks; its sigmoid is 0 in float32, and fp16 holds it
+_TOLERANCE = 1e-4  # of probabilities, between two forms of one network in PyTorch
+
+
+def make_form(name: str, preprocessing: Mapping[str, Any]) -> OnnxForm:
+    """Return a form of the table above."""
+    if name == "wd14":
+        outputs = {"output": "probs", "embedding": "embedding"}
+        return OnnxForm(input="input", layout="NHWC", channels="BGR", std=1 / 255, outputs=outputs)
+    if name == "imgutils":
+        outputs = {"prediction": "probs", "embedding": "embedding", "logits": "logits"}
+        return OnnxForm(input="input", mean=preprocessing["mean"], std=preprocessing["std"], outputs=outputs)
+    return OnnxForm(input="input", channels="BGR", mean=0.5, std=0.5, outputs={"logits": "logits", "probs": "probs"})
+
+
+class TagGraph(ImageModel):
+    """A tagger in a form: from what its file takes to what its file gives."""
+
+    def __init__(self, network: nn.Module, normalise: Normalise, form: OnnxForm) -> None:
+        super().__init__(network, normalise, "tags")
+        self.form = form
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of the form, float32 [B, K] or [B, D]."""
+        features = self.network.forward_features(self.normalise(self.form.to_images(images)))
+        embedding = self.network.forward_head(features, pre_logits=True)
+        logits = self.network.get_classifier()(embedding).float()
+        made = {"logits": logits, "probs": logits.sigmoid(), "embedding": embedding.float()}
+        return tuple(made[what] for what in self.form.outputs.values())
+
+    def with_network(self, network: nn.Module) -> "TagGraph":
+        """Return the same, in eval mode, around another network."""
+        return TagGraph(network, self.normalise, self.form).eval()
+
+
+@torch.no_grad()
+def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
+    """Return a copy of a network whose output i is output `rows[i]`; -1 makes one whose probability is always 0.
+
+    Raises UserError (`format`) where it does not end in one linear layer.
+    """
+    made, order = copy.deepcopy(network), torch.tensor(rows)
+    head, absent = find_head(made, "format", "set format=onnx or safetensors"), order < 0
+    head.weight = nn.Parameter(head.weight[order.clamp_min(0)].masked_fill(absent[:, None], 0.0))
+    head.bias = nn.Parameter(head.bias[order.clamp_min(0)].masked_fill(absent, _NEVER))
+    head.out_features = len(rows)
+    return made
+
+
+@torch.no_grad()
+def make_graph(model: ImageModel, form: OnnxForm, rows: Sequence[int], image_size_hw: Sequence[int]) -> TagGraph:
+    """Return a tagger in a form, whose output i is the model's output `rows[i]` (`reorder_head`).
+
+    It is compared with the model, and again with varied weights. Raises UserError (`tolerance`) where they differ.
+    """
+    images = torch.rand(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
+    for one in (model.with_network(vary_weights(model.network)), model):
+        graph = TagGraph(reorder_head(one.network, rows), one.normalise, form).eval()
+        wanted = one(images)[1][:, list(rows)].masked_fill(torch.tensor(rows) < 0, 0.0)
+        found = graph(form.to_input(images))[list(form.outputs.values()).index("probs")]
+        refuse_difference(float((found - wanted).abs().max()), _TOLERANCE, "the network taken apart for its embedding")
+    return graph
+
+
+@torch.no_grad()
+def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
+    """Return a copy of a network that takes blue, green and red instead of red, green and blue.
+
+    Raises UserError (`format`) where turning its first convolution round does not do that.
+    """
+    images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
+    varied = vary_weights(network)
+    wanted, found = varied(images), _turn_stem(varied)(images.flip(1))
+    if not float((found - wanted).abs().max()) <= _TOLERANCE * float(wanted.abs().max()):
+        raise UserError(
+            f"format: timm's taggers take BGR, and {type(network).__name__} does not begin with one convolution of "
+            "three channels that could be turned round; set format=wd14 or safetensors"
+        )
+    return _turn_stem(network)
+
+
+def _turn_stem(network: nn.Module) -> nn.Module:
+    made = copy.deepcopy(network).eval()
+    stem = next((module for module in made.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is not None and stem.in_channels == 3:
+        stem.weight.data = stem.weight.data.flip(1)
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------- files beside
 
 
 def check_images(form: str, preprocessing: Mapping[str, Any]) -> None:
