@@ -27,12 +27,28 @@ from utils.canvas import DEFAULT
 from utils.contracts import Batch
 
 IMAGES, AUGMENT = "images", "augment"
-# Columns of the parameters.
-_MATRIX, _FACTORS, _RANKS, _RECTANGLE = slice(0, 6), slice(6, 10), slice(10, 14), slice(14, 18)
-PARAMETERS = 18
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_BLENDS, _NONE = (_BRIGHTNESS, _CONTRAST, _SATURATION), -1
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # of utils/rng.py; tasks use small numbers
+
+
+class Parameters(NamedTuple):
+    """What the device is told of each sample; columns of a float tensor [B, PARAMETERS].
+
+    matrix: of `inverse_matrix`. factors: as drawn. before_hue, after_hue: the blends (numbers of brightness, contrast
+    and saturation) in the order in which they are applied, then -1 for none. erased_px: as drawn.
+    """
+
+    matrix: Tensor
+    factors: Tensor
+    before_hue: Tensor
+    after_hue: Tensor
+    erased_px: Tensor
+
+
+_WIDTHS = Parameters(6, 4, len(_BLENDS), len(_BLENDS), 4)
+PARAMETERS = sum(_WIDTHS)
 
 
 class Drawn(NamedTuple):
@@ -81,10 +97,10 @@ class DeviceAugment:
         self._affine = None if config.affine is None else random_affine(config)
         self._jitter = None if config.color_jitter is None else color_jitter(config)
         self._erasing = NoiseErasing(config.random_erasing) if config.random_erasing > 0 else None
-        jitter = self._jitter
-        ranges = (None,) * 4 if jitter is None else (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        self._blends = [number for number in (_BRIGHTNESS, _CONTRAST, _SATURATION) if ranges[number] is not None]
-        self._turns_hue = ranges[_HUE] is not None
+        drawn_by = ("brightness", "contrast", "saturation", "hue")
+        active = [getattr(self._jitter, name, None) is not None for name in drawn_by]
+        self._blends = [number for number in _BLENDS if active[number]]
+        self._turns_hue = active[_HUE]
 
     # ------------------------------------------------------------------------------------------------- in the worker
 
@@ -116,12 +132,12 @@ class DeviceAugment:
 
     def pack(self, drawn: Drawn) -> Tensor:
         """Return what the device needs of one sample's draws, float32 [P]."""
-        blends = [number for number in drawn.order if number in self._blends]
-        ranks = [float(blends.index(number)) if number in blends else -1.0 for number in range(_HUE)]
-        place = drawn.order.index(_HUE)
-        before_hue = sum(number in self._blends for number in drawn.order[:place])
+        place = drawn.order.index(_HUE) if self._turns_hue else len(drawn.order)
+        parts = drawn.order[:place], drawn.order[place:]
+        before, after = ([number for number in part if number in self._blends] for part in parts)
+        padded = [(blends + [_NONE] * len(_BLENDS))[: len(_BLENDS)] for blends in (before, after)]
         matrix = inverse_matrix(drawn, self._size_hw)
-        return torch.tensor([*matrix, *drawn.factors, *ranks, before_hue, *drawn.erased_px], dtype=torch.float32)
+        return torch.tensor([*matrix, *drawn.factors, *padded[0], *padded[1], *drawn.erased_px], dtype=torch.float32)
 
     # ------------------------------------------------------------------------------------------------- on the device
 
@@ -132,37 +148,32 @@ class DeviceAugment:
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
         """Return augmented images, uint8 [B, C, H, W] as given; parameters [B, P], keys [B] for the noise."""
+        given = Parameters(*parameters.split(_WIDTHS, dim=1))
+        changed = images
         if self._affine is not None:
-            changed = sample_affine(images.float(), parameters[:, _MATRIX], float(self._config.fill))
-        else:
-            changed = images
-            if self._config.horizontal_flip > 0:
-                changed = torch.where(_per_image(parameters[:, 0] < 0), images.flip(-1), images)
+            changed = sample_affine(images.float(), given.matrix, float(self._config.fill))
+        elif self._config.horizontal_flip > 0:
+            changed = torch.where(_per_image(given.matrix[:, 0] < 0), images.flip(-1), images)
         if self._jitter is not None:
-            changed = self._change_colours(changed.float(), parameters)
+            changed = self._change_colours(changed.float(), given)
         if changed.is_floating_point():
             changed = changed.round_().clamp_(0, 255).to(torch.uint8)
         if self._erasing is None:
             return changed
-        inside = rectangles(parameters[:, _RECTANGLE], changed.shape[-2:])
+        inside = rectangles(given.erased_px, changed.shape[-2:])
         return torch.where(inside, self._noise(keys, changed.shape), changed)
 
-    def _change_colours(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Apply brightness, contrast, saturation and hue in each sample's own order; float images of 0 to 255.
-
-        Hue is the dear one and is computed once: the blends that come before it, hue, the blends that come after it.
-        """
-        factors, ranks, before_hue = parameters[:, _FACTORS], parameters[:, _RANKS][:, :3], parameters[:, _RANKS][:, 3:]
+    def _change_colours(self, images: Tensor, given: Parameters) -> Tensor:
+        """Apply brightness, contrast, saturation and hue in each sample's own order; float images of 0 to 255."""
         steps = range(len(self._blends))
-        if not self._turns_hue or images.shape[1] == 1:
-            for step in steps:
-                images = blend(images, factors, ranks == step)
+        for step in steps:
+            images = blend(images, given.factors, given.before_hue[:, step])
+        if not self._turns_hue:
             return images
+        if images.shape[1] == 3:
+            images = turn_hue(images, given.factors[:, _HUE])
         for step in steps:
-            images = blend(images, factors, (ranks == step) & (step < before_hue))
-        images = turn_hue(images, factors[:, _HUE])
-        for step in steps:
-            images = blend(images, factors, (ranks == step) & (step >= before_hue))
+            images = blend(images, given.factors, given.after_hue[:, step])
         return images
 
     def _noise(self, keys: Tensor, shape: torch.Size) -> Tensor:
@@ -218,13 +229,14 @@ def exact_mean(grey: Tensor) -> Tensor:
     return total.float() / (256.0 * grey.shape[-2] * grey.shape[-1])
 
 
-def blend(images: Tensor, factors: Tensor, chosen: Tensor) -> Tensor:
-    """Change brightness, contrast or saturation of float images of 0 to 255: the one of the three that is `chosen`.
+def blend(images: Tensor, factors: Tensor, number: Tensor) -> Tensor:
+    """Change brightness, contrast or saturation of float images of 0 to 255.
 
-    factors: [B, 3 or more]. chosen: bool [B, 3], at most one per image; where none is, the image stays as it is.
+    factors: [B, 4]. number: of the one to change, [B]; an image with another number stays as it is.
     An image becomes factor x image + (1 - factor) x target: black, its mean grey, or its grey levels.
     """
-    factor = torch.where(chosen, factors[:, :3], 0.0).sum(dim=1) + (~chosen.any(dim=1))
+    chosen = number[:, None] == torch.arange(len(_BLENDS), device=number.device)
+    factor = torch.where(chosen, factors[:, : len(_BLENDS)], 0.0).sum(dim=1) + (~chosen.any(dim=1))
     grey = luminance(images)
     mean = _per_image(exact_mean(grey) * chosen[:, _CONTRAST])
     target = torch.where(_per_image(chosen[:, _SATURATION]), grey, mean) * _per_image(1.0 - factor)

