@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.cache.warm import estimate_missing, warm_cache
+from data.cache.warm import ADDED, THERE, UNREADABLE, estimate_missing, warm_cache
 from data.care.config import DeduplicateConfig, DownsampleConfig, FilterConfig, StatisticsConfig, SubsetConfig
 from data.care.downsample import downsample_images
 from data.care.duplicates import remove_duplicates
@@ -249,12 +249,12 @@ def fill_disk_cache(config: PrepareConfig) -> str:
         return line
     with counting("filling the cache") as progress:
         warmed = warm_cache(source, rows, progress)
-    if warmed.evicted:
+    if evicted := source.counts.totals()["evicted"]:
         log.warning(
             "data.cache.disk_gib: %g is too little for all images: the oldest %s records made room for others",
-            config.data.cache.disk_gib, f"{warmed.evicted:,}",
+            config.data.cache.disk_gib, f"{evicted:,}",
         )  # fmt: skip
-    line = f"{warmed.added:,} images added, {warmed.there:,} were there, {warmed.unreadable:,} unreadable"
+    line = f"{warmed[ADDED]:,} images added, {warmed[THERE]:,} were there, {warmed[UNREADABLE]:,} unreadable"
     log.info("%s: %s", config.data.cache.folder, line)
     return line
 

@@ -28,10 +28,10 @@ from torchvision.datasets import ImageFolder
 
 from bench.loader import read_arguments
 from bench.measure import OUT, Comparison, run_bench
-from data.cache.size import shortest_px_for
 from data.device_augment import training_views
 from data.loader import no_fields
 from data.open import Data, load_collection, open_images
+from data.transforms import shortest_px_for
 from models.normalise import Normalise
 
 BATCH = 16 if "quick" in sys.argv else 128

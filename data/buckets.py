@@ -76,8 +76,7 @@ class BucketConfig(Strict):
     def _sizes_suit_the_network(self) -> "BucketConfig":
         stated = {"step_px": self.step_px, "min_px": self.min_px, "max_px": self.max_px}
         for name, value in stated.items():
-            if value % self.step_px or value % _UNIT_PX:
-                unit = _UNIT_PX if name == "step_px" else math.lcm(_UNIT_PX, self.step_px)
+            if value % (unit := _UNIT_PX if name == "step_px" else math.lcm(_UNIT_PX, self.step_px)):
                 raise ValueError(f"task.buckets.{name}: {value} is not a multiple of {unit}; set it to one")
         if not self.min_px**2 <= self.area_px <= self.max_px**2:
             raise ValueError(

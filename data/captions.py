@@ -111,8 +111,13 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
             "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
         )
     is_wrong = _choose(pc.match_substring(captions, _REPLACED), rows) & ~(has["tags"] & (config.source == "tags"))
-    _warn(collection, rows[is_empty], "have neither a caption nor tags, and are trained without a text")
-    _warn(collection, rows[is_wrong], "have a caption with U+FFFD, so it was once read in a wrong encoding; correct it")
+    for found, what in (
+        (rows[is_empty], "have neither a caption nor tags, and are trained without a text"),
+        (rows[is_wrong], "have a caption with U+FFFD, so it was once read in a wrong encoding; correct it"),
+    ):
+        if len(found):
+            names = show_some([repr(collection.view(row).path) for row in found[:100].tolist()])
+            log.warning("captions: %s images %s: %s", f"{len(found):,}", what, names)
     counts = {config.source: is_first, other: has[other] & ~is_first, "empty": is_empty}
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
 
@@ -126,10 +131,3 @@ def _spell(text: str) -> str:
 def _choose(column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
     """Return some rows of a column of booleans, where null is false."""
     return column.fill_null(False).to_numpy()[rows]
-
-
-def _warn(collection: Collection, rows: np.ndarray, what: str) -> None:
-    """Warn of rows, the first few by name."""
-    if len(rows):
-        names = show_some([repr(collection.view(row).path) for row in rows[:100].tolist()])
-        log.warning("captions: %s images %s: %s", f"{len(rows):,}", what, names)

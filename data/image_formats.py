@@ -30,37 +30,22 @@ TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
 
-# Signatures of files that are not images of FORMATS: (offset, bytes, name).
+# Signatures: (offset, bytes in lower case, name). First those of FORMATS, then of files that are none of them.
+_KNOWN = (
+    (0, b"\x89png\r\n\x1a\n", "PNG"), (0, b"\xff\xd8\xff", "JPEG"), (0, b"gif8", "GIF"), (8, b"webp", "WEBP"),
+    (0, b"bm", "BMP"), (0, b"ii*\0", "TIFF"), (0, b"mm\0*", "TIFF"), (4, b"ftypavi", "AVIF"), (4, b"jp  ", "JPEG2000"),
+    (0, b"\xff\x4f\xff\x51".lower(), "JPEG2000"), (0, b"\0\0\1\0", "ICO"),
+)  # fmt: skip
 _FOREIGN = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the image; fetch it with `git lfs pull`"),
     (0, b"<!doctype html", "a web page, perhaps of a failed download"),
     (0, b"<html", "a web page, perhaps of a failed download"),
-    (0, b"<svg", "an SVG drawing"),
-    (0, b"<?xml", "an XML document, perhaps an SVG drawing"),
-    (4, b"ftyphei", "HEIC"),
-    (4, b"ftyphev", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftyp", "a video or an unknown kind of HEIF"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"jxl ", "JPEG XL"),
-    (0, b"%pdf", "a PDF document"),
-    (0, b"%!ps", "PostScript"),
-    (0, b"8bps", "a Photoshop document"),
+    (0, b"<svg", "an SVG drawing"), (0, b"<?xml", "an XML document, perhaps an SVG drawing"),
+    (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIF"),
+    (4, b"ftyp", "a video or an unknown kind of HEIF"), (0, b"\xff\x0a", "JPEG XL"), (4, b"jxl ", "JPEG XL"),
+    (0, b"%pdf", "a PDF document"), (0, b"%!ps", "PostScript"), (0, b"8bps", "a Photoshop document"),
     (0, b"pk\x03\x04", "a ZIP archive"),
-)
-_KNOWN = (
-    (0, b"\x89png\r\n\x1a\n", "PNG"),
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"gif8", "GIF"),
-    (8, b"webp", "WEBP"),
-    (0, b"bm", "BMP"),
-    (0, b"ii*\0", "TIFF"),
-    (0, b"mm\0*", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
-    (4, b"jp  ", "JPEG2000"),
-    (0, b"\xff\x4f\xff\x51".lower(), "JPEG2000"),
-    (0, b"\0\0\1\0", "ICO"),
-)
+)  # fmt: skip
 
 # Pillow's warnings (cut-off EXIF, a palette with transparency, a broken animation) would fill the training log with a
 # line per image and worker; `measure_file` reports them. Sizes are limited by `max_pixels`.

@@ -90,24 +90,21 @@ def describe_collection(collection: Collection) -> str:
 def split_by_bucket(
     paths: Sequence[Path], preprocessing: Mapping[str, Any]
 ) -> list[tuple[Mapping[str, Any], list[Path]]]:
-    """Return image files by the bucket of the nearest ratio, each with the preprocessing in it; unreadable ones in one.
-
-    All are in one where the preprocessing states no buckets.
+    """Return image files by the bucket of the nearest ratio, each with the preprocessing in it; unreadable ones in a
+    square's. All are in one where the preprocessing states no buckets.
     """
     each = in_buckets(preprocessing)
     if len(each) == 1:
         return [(each[0], list(paths))]
-    groups = assign(np.array([_upright_size(path) for path in paths]), np.array(preprocessing["buckets_hw"]))
+    sizes_hw = []
+    for path in paths:
+        try:
+            sizes_hw.append(read_upright_size(path))
+        except UnreadableImage:
+            sizes_hw.append((1, 1))
+    groups = assign(np.array(sizes_hw), np.array(preprocessing["buckets_hw"]))
     parts = [(own, [path for path, group in zip(paths, groups) if group == n]) for n, own in enumerate(each)]
     return [(own, some) for own, some in parts if some]
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Return the size of an image file, (height, width); of an unreadable one, that of a square."""
-    try:
-        return read_upright_size(path)
-    except UnreadableImage:
-        return 1, 1
 
 
 def load_files(

@@ -306,6 +306,35 @@ def in_buckets(preprocessing: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in buckets_hw]
 
 
+def shortest_px_for(augment: AugmentConfig) -> int | None:
+    """Return how far the shorter side of an image may be shrunk when it is decoded, in pixels; None: not at all.
+
+    No crop is enlarged because of it. The rule depends on `augment` alone, and holds with and without a cache.
+    The bound is the larger of two. Evaluation resizes to image size / `eval_crop`, or to the image size. Training takes
+    a crop of at least `crop_scale` of the area; of an image with shorter side s it is, at a ratio r = width / height,
+    at least s sqrt(scale r) wide and s sqrt(scale / r) high, and where no crop fits, s or s times the nearest ratio.
+    A worker's affine map enlarges the crop's content at most by its zoom and both shears. A padded image is a square of
+    the longer side, so the bound holds for it, too.
+    """
+    if not augment.shrink:
+        return None
+    height, width = augment.image_size_hw
+    evaluation = max(height, width) / (augment.eval_crop if augment.eval_resize == "crop" else 1)
+    scale, (least, most) = augment.crop_scale[0], augment.crop_ratio
+    wide = max(1 / math.sqrt(scale * least), 1 / most)
+    high = max(math.sqrt(most / scale), least)
+    stretch, affine = 1.0, augment.affine  # how many times an affine map of the worker enlarges a length at most
+    if affine is not None and not augment.on_device:
+        stretch = max(1.0, affine.scale[1] * (1 + math.tan(math.radians(affine.shear_degrees))) ** 2)
+    return math.ceil(max(evaluation, stretch * max(width * wide, height * high)))
+
+
+def preprocessing_of(augment: AugmentConfig, channels: int) -> dict:
+    """Return what evaluation does to an image (AugmentConfig.preprocessing), with `shortest_px` where it is shrunk."""
+    shortest_px = shortest_px_for(augment)
+    return {**augment.preprocessing(channels), **({} if shortest_px is None else {"shortest_px": shortest_px})}
+
+
 def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
     """Return the one view of an evaluation image."""
     return {"images": EvalTransform.of(preprocessing)}

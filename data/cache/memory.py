@@ -12,7 +12,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import numpy as np
@@ -168,8 +168,7 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
     gib = config.memory_gib
     if gib == 0:
         return source
-    if not hasattr(os, "memfd_create"):
-        log.debug("data.cache.memory_gib: this system has no anonymous shared files; no decoded image is kept")
+    if not hasattr(os, "memfd_create"):  # a system without anonymous shared files
         return source
     arena = share_arena(len(collection), lambda: choose_budget(source, collection, gib))
     if arena is None:
@@ -206,7 +205,11 @@ def choose_budget(source: Source, collection: Collection, gib: float | str) -> i
         if gib * GIB > free:
             log.warning("data.cache.memory_gib: %g is more than the %.1f that are free", gib, free / GIB)
         return int(min(gib * GIB, free))
-    whole, room = estimate_bytes(source, collection), int(_FREE_SHARE * free)
+    sizes, room = [], int(_FREE_SHARE * free)
+    for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
+        with suppress(UnreadableImage):  # the loader reports it
+            sizes.append(source.read(int(row))[IMAGE].numel())
+    whole = len(collection) * float(np.mean(sizes or [0]))
     if room < _WORTH_SHARE * whole:
         log.info(
             "data.cache.memory_gib: decoded images are not kept, because all take about %.1f GiB and %.1f are free; a "
@@ -214,14 +217,3 @@ def choose_budget(source: Source, collection: Collection, gib: float | str) -> i
         )  # fmt: skip
         return 0
     return min(room, int(_ESTIMATE_SLACK * whole) + _CHECKED_BYTES)
-
-
-def estimate_bytes(source: Source, collection: Collection) -> float:
-    """Return the bytes that the decoded images of a collection take, by some of them."""
-    sizes = []
-    for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
-        try:
-            sizes.append(source.read(int(row))[IMAGE].numel())
-        except UnreadableImage:  # the loader reports it
-            continue
-    return len(collection) * float(np.mean(sizes)) if sizes else 0.0

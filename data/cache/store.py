@@ -18,7 +18,9 @@ import multiprocessing.util
 import os
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 import numpy as np
@@ -31,6 +33,7 @@ from utils.io.mounts import network_file_system
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 # What the counters of a store count: records that were to be written, were dealt with, were not written because too
 # much was waiting, and made room for others; and how often the file could not be read or written.
@@ -87,28 +90,28 @@ class Store:
 
     def get(self, key: str) -> np.ndarray | None:
         """Return a record's content, uint8 [N] of its own memory; None where there is none, or a damaged one."""
+        record = self._look_up(key, lambda found: np.array(found))
+        return None if record is None else _unwrap(key.encode(), record)
+
+    def has(self, key: str) -> bool:
+        """Return whether there is a record, without reading it."""
+        return self._look_up(key, lambda found: True) is not None
+
+    def _look_up(self, key: str, use: Callable[[memoryview], T]) -> T | None:
+        """Return what `use` makes of a record, None where there is none."""
         try:
             with self._env.begin(buffers=True) as transaction:
                 found = transaction.get(key.encode())
-                return None if found is None else _unwrap(key.encode(), np.array(found))
+                return None if found is None else use(found)
         except lmdb.Error as error:
             self._refuse(error)
             return None
 
-    def has(self, key: str) -> bool:
-        """Return whether there is a record, without reading it."""
-        try:
-            with self._env.begin(buffers=True) as transaction:
-                return transaction.get(key.encode()) is not None
-        except lmdb.Error as error:
-            self._refuse(error)
-            return False
-
     def put(self, key: str, content: bytes, *, wait: bool = False) -> None:
         """Have a record written, in the place of a damaged one. wait: for room among those that are waiting."""
         with self._change:
-            while wait and not self._has_room(content):
-                self._change.wait()
+            if wait:
+                self._change.wait_for(lambda: self._has_room(content))
             if not self._has_room(content):
                 self._counts.add("dropped")
             elif self._writes:
@@ -135,18 +138,16 @@ class Store:
         self._env.close()
 
     def _has_room(self, content: bytes) -> bool:
-        if not self._waiting or not self._writes:
-            return True
-        return self._waiting_bytes + len(content) <= self._waiting_limit
+        fits = self._waiting_bytes + len(content) <= self._waiting_limit
+        return fits or not self._waiting or not self._writes
 
     def _run(self) -> None:
         """Write what is waiting, until the store is closed."""
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting or self._closing)
-                self._change.wait_for(
-                    lambda: self._closing or 2 * self._waiting_bytes > self._waiting_limit, timeout=_GATHER_SEC
-                )
+                is_much = lambda: self._closing or 2 * self._waiting_bytes > self._waiting_limit  # noqa: E731
+                self._change.wait_for(is_much, timeout=_GATHER_SEC)
                 batch = list(self._waiting)
             if not batch:
                 return
@@ -178,7 +179,9 @@ class Store:
 
     def _insert(self, transaction: lmdb.Transaction, batch: list[tuple[bytes, bytes]]) -> None:
         """Insert the records that no other process has written yet, and those that are damaged."""
-        counter = _next_counter(transaction)
+        cursor = transaction.cursor()
+        has_any = cursor.prev() if cursor.set_range(_AFTER_COUNTERS) else cursor.last()
+        counter = int.from_bytes(cursor.key(), "big") + 1 if has_any else 0
         for key, record in batch:
             there = transaction.get(key)
             if there is None or _unwrap(key, np.array(there)) is None:
@@ -222,12 +225,6 @@ def _unwrap(key: bytes, record: np.ndarray) -> np.ndarray | None:
 
 def _checksum(key: bytes, content: np.ndarray) -> bytes:
     return ((zlib.crc32(key) + sum_words(content)) % 2**64).to_bytes(_SUM_BYTES, "little")
-
-
-def _next_counter(transaction: lmdb.Transaction) -> int:
-    cursor = transaction.cursor()
-    found = cursor.prev() if cursor.set_range(_AFTER_COUNTERS) else cursor.last()
-    return int.from_bytes(cursor.key(), "big") + 1 if found else 0
 
 
 def _open(folder: Path, limit_bytes: int) -> lmdb.Environment:

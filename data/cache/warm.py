@@ -1,8 +1,8 @@
 """Fill the cache on disk ahead of training (prepare.py job=warm_cache)."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,27 +13,21 @@ from data.rows import spread
 from utils.ranks.processes import map_items
 
 _SAMPLED = 200  # images that a size is estimated from
+THERE, ADDED, UNREADABLE = "there", "added", "unreadable"
 
 
-class Warmed(NamedTuple):
-    """How many rows were in the cache, were added, and are unreadable; evicted: records that had to go meanwhile."""
+def warm_cache(source: DiskCached, rows: np.ndarray, progress: Callable[[int, int], None]) -> Counter:
+    """Put the images of some rows into the cache, in one process per core; what is there is not decoded again.
 
-    there: int
-    added: int
-    unreadable: int
-    evicted: int
-
-
-def warm_cache(source: DiskCached, rows: np.ndarray, progress: Callable[[int, int], None]) -> Warmed:
-    """Put the images of some rows into the cache, in one process per core; what is there is not decoded again."""
-    fill, items = functools.partial(_fill, source), rows.tolist()
-    results = map_items(fill, items, _fatal_row)
-    counts = dict.fromkeys(("there", "added", "unreadable"), 0)
+    Returns how many were THERE, ADDED and UNREADABLE.
+    """
+    counts: Counter = Counter()
+    results = map_items(functools.partial(_fill, source), rows.tolist(), lambda row: UNREADABLE)
     for done, result in enumerate(results, start=1):
         counts[result] += 1
-        progress(done, len(items))
+        progress(done, len(rows))
     close_stores()  # which writes what this process has waiting
-    return Warmed(**counts, evicted=source.counts.totals()["evicted"])
+    return counts
 
 
 def estimate_missing(source: DiskCached, rows: np.ndarray) -> tuple[int, int]:
@@ -50,13 +44,9 @@ def estimate_missing(source: DiskCached, rows: np.ndarray) -> tuple[int, int]:
 
 def _fill(source: DiskCached, row: int) -> str:
     if source.has(row):
-        return "there"
+        return THERE
     try:
         source.fill(row)
     except UnreadableImage:  # a training run, and job=manifest, name it
-        return "unreadable"
-    return "added"
-
-
-def _fatal_row(row: int) -> str:
-    return "unreadable"
+        return UNREADABLE
+    return ADDED

@@ -8,7 +8,6 @@ import numpy as np
 from pydantic import model_validator
 
 from data.buckets import letterbox_groups, letterbox_sizes
-from data.cache.size import preprocessing_of
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import AUGMENT, IMAGES, training_views
@@ -16,7 +15,7 @@ from data.loader import Fields, no_fields
 from data.open import Data, describe_collection, describe_transparency, load_collection, open_images
 from data.rows import training_rows
 from data.stream import GroupedSampler, Sampler, build_sampler
-from data.transforms import FOOTPRINT, ByGroup, Views
+from data.transforms import FOOTPRINT, ByGroup, Views, preprocessing_of
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams

@@ -62,17 +62,6 @@ def test_the_nearest_ratio_is_chosen_by_its_logarithm():
     assert assign(np.array([[1, 1], [3, 3]]), np.array([[64, 64], [32, 32], [64, 32]])).tolist() == [0, 0]
 
 
-def test_common_photos_lose_little():
-    """85 % of common ratios and 15 % of any, as research on collections has them."""
-    draws = np.random.default_rng(0)
-    common = draws.choice([1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16], 20_000)
-    ratios = np.where(draws.random(20_000) < 0.85, common, np.exp(draws.normal(0, 0.3, 20_000)).clip(1 / 4, 4))
-    sizes = np.round(np.stack([2048 * np.sqrt(ratios), 2048 / np.sqrt(ratios)], axis=1)).astype(int)
-    target = sdxl_sizes(1024**2, 64, 512, 2048)[assign(sizes, sdxl_sizes(1024**2, 64, 512, 2048))]
-    lost = 1 - (target / (sizes * (target / sizes).max(axis=1, keepdims=True))).prod(axis=1)
-    assert lost.mean() < 0.025 and lost.max() < 0.08
-
-
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop", ["centre", "random"])
 def test_an_index_image_gives_back_the_recorded_coordinates(crop, flip):

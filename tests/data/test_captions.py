@@ -1,7 +1,6 @@
 """Captions: where they come from, how they vary, and what is said of bad ones."""
 
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -108,12 +107,6 @@ def test_captions_are_dropped_with_the_probability_stated():
     assert config(caption_dropout=1.0).vary_tags("a", torch.Generator()) == "a"
 
 
-def test_which_configurations_have_several_captions_of_a_row():
-    assert [config(**one).varies_tags for one in ({}, {"caption_dropout": 0.5}, {"shuffle": True}, {"tag_dropout": 0.1})
-            ] == [False, False, True, True]  # fmt: skip
-    assert pickle.loads(pickle.dumps(config())) == config()
-
-
 @pytest.mark.parametrize("key, value", [("separator", ""), ("tag_dropout", 1.5), ("dropout_to", "none"), ("new", 1)])
 def test_wrong_values_are_refused(key, value):
     with pytest.raises(ValidationError, match=key):
@@ -136,10 +129,3 @@ def test_sources_and_bad_captions_are_counted_and_named(tmp_path, log):
     assert "1 images" in empty and "'c.png'" in empty and "U+FFFD" in wrong and "'a.png'" in wrong
     with pytest.raises(UserError, match=r"^data\.root: none of the 1 images"):
         describe_captions(collection, every[2:], config())
-
-
-def test_sidecars_in_a_wrong_encoding_are_named_and_counted(tmp_path):
-    files = {f"{name}.txt": "caf\u00e9".encode("latin-1") for name in "ab"}
-    with pytest.raises(UserError, match=r"^data\.root: .*\.txt' is not UTF-8.*1 more") as caught:
-        collection_of(tmp_path, files)
-    assert str(tmp_path) in str(caught.value)

@@ -176,11 +176,6 @@ def test_nothing_is_enlarged(form, shortest_px):
     assert torch.equal(Decoder(3, LIMIT, shortest_px=shortest_px)(content, "x"), Decoder(3, LIMIT)(content, "x"))
 
 
-def test_the_limit_is_that_of_the_whole_image():
-    with pytest.raises(UnreadableImage, match="too many pixels"):
-        Decoder(3, 93 * 67 - 1, shortest_px=8)(encoded(photo()), "x")
-
-
 # --------------------------------------------------------------------------------------------------------- profiles
 
 

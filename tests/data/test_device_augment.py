@@ -1,8 +1,6 @@
 """Augmentation on the device. Reference equality: torchvision's functions, one image at a time with the same draws.
 Properties: splits and workers change nothing, the draws cover their ranges, nothing waits for the device."""
 
-import pickle
-
 import pytest
 import torch
 import yaml
@@ -12,7 +10,6 @@ from torchvision.transforms.v2 import functional as tv
 from data.config import AugmentConfig
 from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn, exact_mean, training_views, turn_hue
 from data.stream import ShuffledSampler
-from data.transforms import TrainTransform
 from tests.data.test_loader import GLOBAL, make_reader, open_folder, stream, take, write_image
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
@@ -107,15 +104,6 @@ def test_a_batch_equals_torchvisions_functions_on_each_image(case, channels):
     assert channels == 1 and case == "hue alone" or not torch.equal(found, images)
 
 
-def test_colours_are_those_of_the_workers_but_for_their_rounding():
-    """torchvision cuts off the fraction of a level after each of four changes of bytes; here one rounding is made."""
-    config = config_of(**OPTIONS["colours"])
-    augment, images, drawn, parameters, keys = draw_batch(config, 48)
-    found = augment.apply(images, parameters, keys).int()
-    of_bytes = torch.stack([change_colours(image, one) for image, one in zip(images, drawn)]).int()
-    assert (found - of_bytes).abs().float().mean() < 2.0 and (found - of_bytes).abs().float().quantile(0.99) < 6
-
-
 def test_the_edge_of_the_fills_level_stays_invisible():
     """A white letter's sheet, turned: no grey line where the sheet ended."""
     config = config_of(1, **OPTIONS["affine"], fill=255)
@@ -189,11 +177,6 @@ def test_the_crop_is_the_same_whatever_follows_on_the_device(folder):
     assert torch.equal(mirrored.flip(-1), stream_of(folder, 0, 8, **nothing))
 
 
-def test_views_are_those_of_before_where_on_device_is_false():
-    views = training_views(config_of(on_device=False))
-    assert list(views) == ["images"] and isinstance(views["images"], TrainTransform)
-
-
 def test_nothing_waits_for_the_device():
     augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
     normal = draw_batch(config_of(**CASES["normal noise"]), 4)[0]
@@ -265,15 +248,6 @@ def test_the_noise_of_an_erased_rectangle_is_that_of_the_configuration():
     noise = normal._noise(keys, torch.Size((64, 3, 32, 32))).float() / 255
     torch.testing.assert_close(noise.mean(dim=(0, 2, 3)), torch.tensor([0.5, 0.4, 0.6]), atol=2e-3, rtol=0)
     torch.testing.assert_close(noise.std(dim=(0, 2, 3)), torch.tensor(std), atol=2e-3, rtol=0)
-
-
-def test_the_view_is_picklable():
-    """Workers that are spawned get the views by pickle."""
-    augment = pickle.loads(pickle.dumps(DeviceAugment(config_of(**ALL))))
-    with rng.seeded(5):
-        first = augment.draw()
-    with rng.seeded(5):
-        assert first == DeviceAugment(config_of(**ALL)).draw()
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds

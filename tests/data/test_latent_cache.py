@@ -171,13 +171,6 @@ def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
     assert cache.missing() == 1 and "02.png" in log.text
 
 
-def test_latents_that_are_not_finite_are_refused(images):
-    cache = open_cache(images)
-    encode = lambda images: (Encoder()(images)[0] * 1e6,) * 2  # noqa: E731 (beyond float16)
-    with pytest.raises(UserError, match=r"^cache\.latents: 0\d\.png "):
-        cache.fill(encode, Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
-
-
 def test_a_fill_that_is_killed_goes_on_where_it_was(images):
     process = multiprocessing.get_context("fork").Process(target=fill, args=(images, CONFIG, RECIPE, 0.01))
     process.start()

@@ -1,6 +1,5 @@
 """Readers and loaders. Purity over workers, ranks and stray draws, unreadable images, ragged fields, transforms."""
 
-import dbm.dumb
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ import yaml
 from PIL import Image
 
 import data.batch
-from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot, to_device
+from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import Decoder
@@ -25,11 +24,9 @@ from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import EvaluationStream, Loader, SampleReader, TrainStream, UnreadableLog
 from data.rows import training_rows
-from data.stream import BalancedSampler, Draw, GroupedSampler, Policy, ShuffledSampler
+from data.stream import Draw, GroupedSampler, Policy, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from tests.data.test_read_ahead import Asked
-from tests.in_process import TINY, run
-from tests.support import make_collection
 from utils import rng
 from utils.config.entry_point import CONF
 from utils.errors import UserError
@@ -214,23 +211,6 @@ def test_the_files_of_coming_steps_are_asked_for(folder, monkeypatch):
     take(train_stream(folder), 1, between=lambda: asked.wait_for(range(30)))
 
 
-def test_an_image_that_a_balanced_epoch_draws_often_is_augmented_differently_each_time(folder):
-    rows = folder.rows("train")
-    ids = folder.class_ids(folder.class_names("train"))[rows]
-    sampler = BalancedSampler(rows, ids, 0)
-    loader = train_stream(folder, sampler=sampler, horizontal_flip=0.0)
-    samples = [
-        (int(index), image.numpy().tobytes(), float(drawn))
-        for batches in take(loader, 2, 8)
-        for batch in batches
-        for index, image, drawn in zip(batch["sample_id"], batch["images"], batch["drawn"])
-    ][: sampler.epoch_length]
-    alone = int(rows[ids == 0][0])  # the class of one image: a third of the epoch
-    mine = [sample for sample in samples if sample[0] == alone]
-    assert len(mine) >= 13
-    assert len({image for _, image, _ in mine}) == len({drawn for _, _, drawn in mine}) == len(mine)
-
-
 # --- what a batch holds
 
 
@@ -371,37 +351,6 @@ def test_an_unreadable_image_gets_its_fields_all_the_same(damaged):
     assert sample["drawn"] == other["drawn"]  # drawn from the key, not from the image
 
 
-KINDS = {
-    "a cut-off JPEG": ("the file is cut off", lambda content: content[: len(content) // 2]),
-    "no bytes": ("the file is empty", lambda content: b""),
-    "a text": ("not an image of a known format", lambda content: b"a text"),
-    "a folder": ("the file cannot be opened (IsADirectoryError", None),
-}
-
-
-def test_every_kind_of_unreadable_file(tmp_path, logged_warnings):
-    """All of them in one batch, which the loader hands out too."""
-    root, expected = tmp_path / "images", {}
-    for number in range(6):
-        write_image(root / f"{number}.jpg", number)
-    collection = open_folder(root, tmp_path / "cache")
-    for number, (kind, (reason, damage)) in enumerate(KINDS.items()):
-        path = root / f"{number}.jpg"
-        expected[path.name] = reason
-        if kind == "a folder":
-            path.unlink()
-            path.mkdir()
-        else:
-            path.write_bytes(damage(path.read_bytes()))
-    unreadable = UnreadableLog(tmp_path / "unreadable.jsonl")
-    loader = Loader(make_reader(collection, TrainTransform(augment())), machine(), unreadable.add)
-    found = list(EvaluationStream(loader, collection.rows("train"), Policy(0, len(KINDS), len(KINDS))))
-    assert sum(float(batch["weight"].sum()) for batch in found) == 6 - len(KINDS) == 6 - len(logged_warnings)
-    reasons = {row["path"]: row["reason"] for row in listed(tmp_path / "unreadable.jsonl")}
-    assert reasons.keys() == expected.keys()
-    assert all(reasons[name].startswith(reason) for name, reason in expected.items())
-
-
 def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^data\.root: all 2 training images .* weight 0"):
         training_rows(weighted(tmp_path, [0, 0]), None)
@@ -415,20 +364,6 @@ def test_a_run_that_continues_does_not_warn_again(damaged, tmp_path, logged_warn
     logged_warnings.clear()
     take(resumed, 1)
     assert file.read_text() == first and not logged_warnings and resumed.unreadable.count == 3
-
-
-def test_an_image_above_max_pixels_is_unreadable(folder):
-    reader = make_reader(folder, TrainTransform(augment()), max_pixels=10)
-    sample, problem = reader[Draw(0, 0, 1)]
-    assert "more than the 10 allowed" in problem[1] and sample["weight"] == 0
-
-
-def test_an_unreadable_image_met_before_the_run_folder_is_made_is_listed(tmp_path):
-    """task.head=fitted reads images before the folder is opened."""
-    make_collection(tmp_path / "images", per_class=4, classes="AB", validation=2, broken=1)
-    run("finetune", [*TINY, "data.root=images", "run_dir=run", "task.head=fitted"], tmp_path)
-    assert [row["path"] for row in listed(tmp_path / "run/unreadable.jsonl")] == ["train/A/broken0.png"]
-    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
 
 
 def test_rows_wait_for_their_folder(tmp_path):
@@ -559,12 +494,6 @@ def test_ragged_values_come_back_by_their_offsets_and_multi_hot_equals_a_slow_re
     assert torch.equal(multi_hot(batch["tags"], batch["tags_offsets"][1:], 5), targets[1:])  # of a part of the batch
 
 
-def test_to_device_keeps_every_field():
-    batch = ragged_batch([[1], [2, 3]])
-    moved = to_device(batch, torch.device("meta"))
-    assert moved.keys() == batch.keys() and all(tensor.device.type == "meta" for tensor in moved.values())
-
-
 class FakeStream:
     """A CUDA stream that notes what is asked of it."""
 
@@ -670,33 +599,6 @@ def test_fields_see_the_stream_the_decoded_image_and_the_views(folder):
 
 
 # ------------------------------------------------------------------------------------------------------- other sources
-
-
-class Store:
-    """A key-value store in place of LMDB: a file for all rows, which each process opens for itself."""
-
-    def __init__(self, collection, path):
-        self.path, self._opened = path, None
-        with dbm.dumb.open(str(path), "n") as store:
-            for row in range(len(collection)):
-                store[str(row)] = collection.absolute_path(row).read_bytes()
-
-    def __getstate__(self):
-        return {"path": self.path, "_opened": None}
-
-    def read(self, row):
-        self._opened = self._opened or dbm.dumb.open(str(self.path), "r")  # noqa: SIM115
-        return {"image": Decoder(3, 10**6)(self._opened[str(row)], str(row))}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_store_of_records_gives_what_the_files_give(folder, workers, tmp_path):
-    views, sampler = {"images": TrainTransform(augment())}, ShuffledSampler(folder.rows("train"), 0)
-    found = []
-    for source in (Images(Files(folder), Decoder(3, 10**6)), Store(folder, tmp_path / "store")):
-        reader = SampleReader(folder, source, views, DrawnFields(), training=True)
-        found.append([batch["images"] for step in take(stream(reader, sampler, workers=workers), 2) for batch in step])
-    assert all(map(torch.equal, *found))
 
 
 SHAPES = [(6, 5), (4, 8)]

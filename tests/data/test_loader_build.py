@@ -87,15 +87,3 @@ def test_a_probe_of_one_class_is_off(tmp_path):
         "probe: off, because the collection gives it 6 labelled training images of 1 classes and 2 validation images "
         "of them; task.probe.every_epochs=null silences this line"
     ]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_have_the_memory_format_of_the_run(tmp_path, workers):
-    root = make_collection(tmp_path / "images", per_class=6, validation=2)
-    planes, last = (
-        [batch["images"] for batch in build(root, tmp_path, workers=workers, channels_last=choice)[0]["probe_train"]]
-        for choice in (False, True)
-    )
-    assert len(last) > 1 and all(torch.equal(one, other) for one, other in zip(planes, last, strict=True))
-    assert not any(images.is_contiguous() for images in last) and all(images.is_contiguous() for images in planes)
-    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in last)

@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode, v2
@@ -20,14 +19,11 @@ from data.transforms import (
     EvalTransform,
     Footprint,
     Letterbox,
-    NoiseErasing,
     PolicyAugment,
     ResizedCrop,
     TrainTransform,
 )
 from utils import rng
-from utils.canvas import background_levels
-from utils.config.entry_point import CONF
 
 PLAIN = {
     "image_size_hw": [32, 48], "pad": "none", "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5],
@@ -76,28 +72,18 @@ def test_erasing_leaves_the_rest_and_fills_with_noise():
     assert erased[:, changed].float().std() > 50
 
 
-def test_what_affine_uncovers_has_the_fill_level():
-    _, moved = apply(OPTIONS["affine"])
-    assert (moved[:, 0, 0] == 200).all() and (moved[:, -1, -1] == 200).all()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             {"rand_augment": "rand-m9-msdt0.5"},
-            "'rand-m9-msdt0.5' is no policy; give rand with sections of m, n, p, mstd",
+            "'rand-m9-msdt0.5' is no policy",
         ),
-        ({"rand_augment": "augmix-m5"}, "'augmix-m5' is no policy"),
         ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "augment.affine.scale: 1.2 to 0.8"),
-        ({"random_erasing": 1.5}, "random_erasing"),
-        ({"fill": 256}, "fill"),
         ({"color_jitter": {**OPTIONS["color_jitter"]["color_jitter"], "hue": 0.6}}, "color_jitter.hue"),
-        ({"color_jitter": {**OPTIONS["color_jitter"]["color_jitter"], "contrast": -0.1}}, "color_jitter.contrast"),
         (
             {"on_device": True, "rand_augment": "rand-m9"},
-            "augment.on_device: true, and augment.rand_augment (rand-m9) runs on Pillow's images in the workers; set "
-            "augment.on_device=false, or augment.rand_augment=null",
+            "augment.on_device: true, and augment.rand_augment (rand-m9)",
         ),
     ],
 )
@@ -117,8 +103,7 @@ def by_definition(image, size_hw, eval_crop, interpolation):
     return v2.functional.center_crop(v2.functional.resize(image, resized_hw, mode, antialias=True), list(size_hw))
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("image_hw", [(300, 100), (37, 111), (24, 160), (2000, 250), (5, 5)])
+@pytest.mark.parametrize("image_hw, interpolation", [((300, 100), "bilinear"), ((2000, 250), "bicubic")])
 def test_evaluation_of_ordinary_images_is_of_the_whole(image_hw, interpolation):
     """Up to a resized side of eight times 32 or 27."""
     image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -136,7 +121,7 @@ def test_evaluation_of_a_strip_sees_the_same_centre(image_hw, axis):
     assert (found.int() - whole.int()).abs().float().mean() < 2
 
 
-@pytest.mark.parametrize("image_hw", [(1, 50_000), (50_000, 1), (3, 40_001), (100, 100_000)])
+@pytest.mark.parametrize("image_hw", [(1, 50_000), (100_000, 100)])
 def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw, monkeypatch):
     resize, made = transforms.resize, []
 
@@ -198,14 +183,6 @@ def test_the_policy_draws_from_the_key_and_leaves_the_generators_of_others():
     assert torch.equal(first, apply({**PUBLISHED, "rand_augment": "rand-m9-n3-p1-mstd0.5-inc1"}, key=4)[1])
 
 
-def test_normal_noise_has_the_mean_and_deviation_of_the_normalisation():
-    erase = NoiseErasing(1.0, mean=[0.5, 0.3, 0.7], std=[0.1, 0.05, 0.1])
-    with rng.seeded(3):
-        noise = erase._noise((3, 200, 200)) / 255.0
-    torch.testing.assert_close(noise.mean(dim=(1, 2)), torch.tensor([0.5, 0.3, 0.7]), atol=2e-3, rtol=0)
-    torch.testing.assert_close(noise.std(dim=(1, 2)), torch.tensor([0.1, 0.05, 0.1]), atol=2e-3, rtol=0)
-
-
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 def test_the_workers_erase_with_the_noise_that_is_configured(kind):
     levels = {"mean": [0.2, 0.4, 0.6], "std": [1e-6] * 3}
@@ -229,34 +206,6 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(image_hw):
     image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     published = v2.Compose([v2.Resize(64, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(56)])
     assert torch.equal(EvalTransform((56, 56), 0.875, "bicubic")(image), published(image))
-
-
-def list_timms_crops():
-    """Return every (size, crop_pct) of timm's pretrained networks whose crop is square, centred and at most 1."""
-    import timm
-
-    found = set()
-    for name in timm.list_pretrained():
-        config = timm.get_pretrained_cfg(name)
-        height, width = config.input_size[1:]
-        if height == width and config.crop_pct <= 1 and config.crop_mode == "center":
-            found.add((height, config.crop_pct))
-    return sorted(found)
-
-
-def test_every_size_and_crop_of_timms_networks_gives_timms_pixels():
-    """Their own transform, on the same tensor; at 224 px with 0.95 the shorter side is 235, not 236."""
-    from timm.data import create_transform
-
-    crops = list_timms_crops()
-    assert len(crops) > 60 and (224, 0.95) in crops
-    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((61, 90), (83, 60))]
-    for size, crop in crops:
-        theirs = create_transform((3, size, size), is_training=False, crop_pct=crop, interpolation="bicubic")
-        resize, centre = theirs.transforms[:2]
-        for image in images:
-            ours, wanted = EvalTransform((size, size), crop, "bicubic")(image).int(), centre(resize(image)).int()
-            assert (ours - wanted).abs().float().mean() < 1, (size, crop)  # of noise: one pixel off, it is some 60
 
 
 # --- padding to a square, and the filters of the resize
@@ -284,7 +233,7 @@ BACKGROUNDS = [("white", 3, (255,) * 3), ("drop", 3, (255,) * 3), ([250, 0, 40],
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "area"])
 @pytest.mark.parametrize(("background", "channels", "colour"), BACKGROUNDS)
-@pytest.mark.parametrize("image_hw", [(90, 51), (50, 91), (64, 64), (20, 9)])
+@pytest.mark.parametrize("image_hw", [(90, 51), (20, 9)])
 def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channels, colour, interpolation):
     values = {**PLAIN, **PADDED, "interpolation": interpolation, "mean": [0.5] * channels, "std": [0.5] * channels}
     config, image = AugmentConfig(**values), soft(channels, image_hw)
@@ -316,18 +265,11 @@ def test_a_footprint_is_the_view_of_a_white_image_on_black():
     assert found.float().mean() / 255 == pytest.approx(60 / 91, abs=0.03)
 
 
-def test_an_odd_pixel_goes_to_the_right_or_the_bottom():
-    square = Letterbox((32, 32), 7)(torch.zeros(3, 2, 5, dtype=torch.uint8))
-    assert square[0, :, 0].tolist() == [7, 0, 0, 7, 7]
-    assert torch.equal(Letterbox((32, 32), 7)(torch.zeros(3, 5, 2, dtype=torch.uint8)), square.mT)
-    assert background_levels([255, 0, 0], 1) == [76]  # the luma that decoding gives it too
-
-
 IN_BUCKETS = {**PADDED, "pad": "buckets", "crop_ratio": [0.75, 1.25]}
 
 
-@pytest.mark.parametrize("bucket_hw", [(64, 32), (32, 64), (48, 32), (32, 32)])
-@pytest.mark.parametrize(("narrow", "axis"), [(0, 1), (0, 2), (1, 1), (13, 2), (31, 1), (5, 2)])
+@pytest.mark.parametrize("bucket_hw", [(64, 32), (32, 48)])
+@pytest.mark.parametrize(("narrow", "axis"), [(0, 1), (13, 2), (31, 1)])
 def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axis):
     """An image that needs no resize comes back pixel by pixel, in training without cropping and in evaluation."""
     hw = [side - narrow * (number == axis) for number, side in enumerate(bucket_hw, 1)]
@@ -349,8 +291,8 @@ def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axi
         assert torch.equal(footprint(image, draw)[0] == 255, inside)
 
 
-@pytest.mark.parametrize("image_hw", [(101, 50), (50, 101), (99, 50), (333, 17), (640, 427)])
-@pytest.mark.parametrize("bucket_hw", [(288, 160), (160, 288), (256, 192)])
+@pytest.mark.parametrize("image_hw", [(50, 101), (333, 17)])
+@pytest.mark.parametrize("bucket_hw", [(288, 160), (256, 192)])
 def test_crops_of_a_letterbox_have_its_ratio(image_hw, bucket_hw):
     canvas_hw = Letterbox(bucket_hw, "white", "buckets")(torch.zeros(1, *image_hw, dtype=torch.uint8)).shape[1:]
     assert any(side == whole for side, whole in zip(image_hw, canvas_hw))
@@ -388,9 +330,20 @@ def test_varied_draws_each_filter_by_the_key_and_evaluates_bicubic():
     assert kept["interpolation"] == "bicubic" and EvalTransform.of(kept)(image).numpy().tobytes() in found
 
 
-def test_the_padded_recipe_shows_the_whole_image_and_does_not_mirror():
-    values = yaml.safe_load((CONF / "augment" / "tagger.yaml").read_text())
-    image = torch.zeros(3, 100, 40, dtype=torch.uint8)
-    found = EvalTransform.of(AugmentConfig(**values).preprocessing(3))(image)
-    assert found.shape == (3, 448, 448) and values["horizontal_flip"] == 0
-    assert (found[0] < 128).float().mean() == pytest.approx(0.4, abs=0.01)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_whole_crop_at_its_own_size_is_the_image_or_its_mirror(mirrored):
+    image, found = apply({"horizontal_flip": float(mirrored)})
+    assert torch.equal(found, image.flip(-1) if mirrored else image)
+
+
+def test_crops_stay_within_the_stated_share_of_the_area():
+    """A ramp from 0 to 255 shows how wide a crop was."""
+    ramp = torch.arange(200)[None, None].expand(1, 200, 200).to(torch.uint8)
+    changes = {"image_size_hw": [24, 16], "crop_scale": [0.25, 0.25], "crop_ratio": [1.0, 1.0]}
+    transform, starts = TrainTransform(AugmentConfig(**PLAIN | changes)), []
+    for key in range(50):
+        with rng.seeded(key):
+            row = transform(ramp, Draw(0, 0, key))[0, 0].float()
+        assert abs(float(row[-1] - row[0]) - 100 * 15 / 16) < 3  # half of the side, between pixel centres
+        starts.append(float(row[0]))
+    assert min(starts) < 20 and max(starts) > 80

@@ -16,7 +16,6 @@ from PIL import Image
 
 from data.cache import memory
 from data.cache.memory import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
-from data.cache.size import shortest_px_for
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import Decoder
@@ -100,23 +99,6 @@ def test_no_transform_changes_what_is_kept(collection):
     assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
 
 
-@pytest.mark.parametrize("pad", ["none", "square"])
-def test_images_up_to_the_size_give_equal_views_with_and_without_the_rule(collection, pad):
-    values = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {"pad": pad, "shrink": True}
-    config = AugmentConfig(**values | {"image_size_hw": [24, 16], "crop_scale": [0.2, 1.0]})
-    shortest_px = shortest_px_for(config)
-    assert 30 < shortest_px < 64
-    for source in (images(collection, shortest_px), cached(collection, shortest_px=shortest_px)):
-        for row in (0, 2, 4, 6):  # of shorter sides 30 and 25
-            readers = [
-                SampleReader(collection, each, {"images": TrainTransform(config)}, no_fields, training=True)
-                for each in (images(collection), source, source)
-            ]
-            whole, miss, hit = (reader[Draw(row, row, 11)][0]["images"] for reader in readers)
-            assert torch.equal(whole, miss) and torch.equal(miss, hit)
-        assert min(source.read(1)["image"].shape[-2:]) == shortest_px
-
-
 # ------------------------------------------------------------------------------------------------------------ the arena
 
 
@@ -139,13 +121,6 @@ def test_no_image_is_added_where_memory_runs_out(monkeypatch):
     for row in range(9):
         arena.put(row, pixels_of(row))
     assert [row for row in range(9) if row in arena] == [0]
-
-
-def test_a_row_is_kept_once():
-    arena = Arena.create(3, 2**20)
-    for _ in range(4):
-        arena.put(1, pixels_of(9))
-    assert arena.used_bytes == 40 * 50 * 3 + 24
 
 
 def fill(arena, first):

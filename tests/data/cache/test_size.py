@@ -7,9 +7,8 @@ import pytest
 import torch
 import yaml
 
-from data.cache.size import preprocessing_of, shortest_px_for
 from data.config import AugmentConfig
-from data.transforms import ResizedCrop
+from data.transforms import ResizedCrop, preprocessing_of, shortest_px_for
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils import rng
