@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bench.finetune_step import make_batch, make_task
 from bench.measure import Comparison, repeated, run_bench, runtime_of
-from engine.meters import Meter
+from engine.recorder import Meter
 from engine.step import LossScale, train_step
 
 SIZE, BATCH, STEPS = 64, 32, 15

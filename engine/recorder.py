@@ -1,28 +1,33 @@
-"""The recorder: what a run writes down about itself while it trains.
+"""What a run writes down about itself while it trains, and the exact means, seconds and memory that it reports.
 
 Metrics, tracker, live plots, progress bar, curves, the audit of samples, skipped steps, and the phases that the
 watchdog sees.
 """
 
+import resource
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from engine.batch_size import shape_of
 from engine.config import TrainingConfig
-from engine.meters import Meter, PeakMemory, TrainingClock
+from engine.learner import Learner
 from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.skips import SkipWatch
 from engine.step import StepResult
-from engine.waiting import MUCH_WAITING
+from engine.task import frozen_networks
 from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
+from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.background import BackgroundTracker
 from utils.record.figures import show_duration
@@ -38,6 +43,7 @@ from utils.record.trackers import start_tracker
 
 log = get_logger(__name__)
 
+MUCH_WAITING = 0.1  # of the time of training, for data; the bar shows it, and the end says what helps
 _BAR_SEC = 2.0  # between two movements of the bar's figures where logs are farther apart
 _ESTIMATE_STEPS = 20
 _SHORT_SEC, _LONG_SEC = 60.0, 2 * 3600.0
@@ -46,9 +52,136 @@ _FIRST_PLOT_SEC = 10.0  # a run that is shorter draws at its end alone
 _PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
 
 
-def _scheduled(values: GroupValues) -> dict[str, float]:
-    """Return the scheduled figures of a row; the momentum only where it moves."""
-    return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
+# ------------------------------------------------------------------------------------------- means, seconds and memory
+
+
+def _lay_out(names: list[str], figures: Tensor, every: list[str]) -> Tensor:
+    """Return figures [N, 2] with a row for each name of `every`, 0 where a name is absent."""
+    rows, nothing = dict(zip(names, figures)), figures.new_zeros(2)
+    return torch.stack([rows.get(name, nothing) for name in every])
+
+
+class Meter:
+    """Sum (sum, count) pairs in float64; `means` is the only host synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # [N, 2]
+
+    def add(self, result: StepResult) -> None:
+        """Take one step's figures; a skipped step counts only as skipped."""
+        names, figures = result.figures
+        if self._sums is None:
+            self._names, self._sums = names, figures
+            return
+        if names != self._names:
+            every = sorted({*names, *self._names})
+            figures, self._sums = _lay_out(names, figures, every), _lay_out(self._names, self._sums, every)
+            self._names = every
+        self._sums = self._sums + figures  # a new tensor: the figures of a step may be in several meters
+
+    def state(self) -> dict[str, list[float]]:
+        """Return the sums as numbers, exact in JSON."""
+        return {} if self._sums is None else dict(zip(self._names, self._sums.tolist()))
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """Restore saved sums."""
+        self._names, self._sums = sorted(state), None
+        if state:
+            pairs = [state[name] for name in self._names]
+            self._sums = torch.tensor(pairs, dtype=torch.float64, device=self._device)
+
+    def means(self, *, resets: bool = True) -> dict[str, float]:
+        """Return the means and reset; `skipped_steps` is a count. A mean over nothing is NaN."""
+        means = {}
+        for name, (total, count) in self.state().items():
+            means[name] = total if name == "skipped_steps" else (total / count if count else float("nan"))
+        if resets:
+            self._names, self._sums = [], None
+        return means
+
+
+class Clock:
+    """The seconds of training so far, over all resumptions, without evaluations, drawings and checkpoints.
+
+    waited: the seconds among them in which the loop waited for data.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self._before = 0.0
+        self._since: float | None = None  # None: stopped
+        self._waits_since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The seconds so far."""
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def turn(self, is_on: bool, *, waits: bool = False) -> None:
+        """Start or stop the clock; where it already is so, nothing happens. waits: for data, from now on."""
+        now = time.perf_counter()
+        self.waited += 0.0 if self._waits_since is None else now - self._waits_since
+        self._waits_since = now if waits else None
+        if is_on and self._since is None:
+            self._since = now
+        elif not is_on and self._since is not None:
+            self._before, self._since = self._before + now - self._since, None
+
+    def load(self, seconds: float, waited: float) -> None:
+        """Restore what was counted, with the clock stopped."""
+        self._before, self.waited, self._since, self._waits_since = seconds, waited, None, None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that this process has used: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def memory_by_part(learner: Learner) -> dict[str, float]:
+    """Return GiB by part, as they are after an update; without parts of 0 GiB.
+
+    Gradients count as in the backward pass; they are freed after it. On a GPU, `peak` is the most that was allocated so
+    far, and `activations` is the rest of it, beside the other parts on the GPU. An average in the host's memory is
+    `averages on the host`.
+    """
+    task, device = learner.task, learner.runtime.device
+    frozen = _tensors_of(frozen_networks(task).values())
+    known = {id(tensor) for tensor in frozen}
+    weights = [tensor for tensor in _tensors_of([task]) if id(tensor) not in known]
+    averages = [] if learner.averages is None else list(learner.averages.tensors().values())
+    states = [value for state in learner.optimizer.state.values() for value in state.values()]
+    parts = {
+        "weights": weights,
+        "gradients": [parameter for group in learner.optimizer.param_groups for parameter in group["params"]],
+        "optimiser state": [value for value in states if isinstance(value, Tensor)],
+        "averages": [tensor for tensor in averages if tensor.device.type == device.type],
+        "frozen networks": frozen,
+    }
+    found = {name: sum(own_part(tensor).nbytes for tensor in tensors) / 2**30 for name, tensors in parts.items()}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        found |= {"activations": peak - sum(found.values()), "peak": peak}
+    host = [tensor for tensor in averages if tensor.device.type != device.type]
+    found["averages on the host"] = sum(tensor.nbytes for tensor in host) / 2**30
+    return {name: gib for name, gib in found.items() if gib > 0}
+
+
+def show_memory(parts: dict[str, float]) -> str:
+    """Return the parts in a line: `weights 9.56 GiB, gradients 812.0 MiB`."""
+    sizes = {name: f"{gib:.2f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB" for name, gib in parts.items()}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def _tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the parameters and buffers of modules."""
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+# ------------------------------------------------------------------------------------------------------------ recorder
 
 
 class Recorder:
@@ -72,14 +205,18 @@ class Recorder:
         self._samples: SampleLog | None = None
         self._tracker: BackgroundTracker | None = None
         self._live_plots: LivePlots | None = None
-        self._peak_memory = PeakMemory(runtime.device)
-        self._training_clock = TrainingClock()
-        self._clock = (0, 0.0, 0.0)  # step, time, and seconds waited for data
         self._readings: Callable[[], Mapping[str, float]] = dict
-        self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
-        self._moved = time.perf_counter()
+        self.clock = Clock()
+        self._logged = self._first = self._epoch = (
+            0,
+            0.0,
+        )  # steps and seconds at the last log, the first step, the epoch
+        self._waited = 0.0  # at the last log
+        self._next_plot, self._moved = time.perf_counter() + _FIRST_PLOT_SEC, time.perf_counter()
         self.stage, self.batch = "the start", ("images", 1)  # of an error's message
-        self._device, self._first_step = runtime.device.type, (0, 0.0)
+        self._device, self._earlier_peak_gib = runtime.device, 0.0
+        if runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(runtime.device)  # a sweep runs several jobs in one process
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -104,6 +241,7 @@ class Recorder:
         the data's caches, for the rows of training.
         """
         self._readings = readings
+        self._logged, self._waited = (step, self.clock.seconds), self.clock.waited
         if distributed.is_main():
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step, self._plan.epoch_start(step) if goes_on else step)
@@ -152,16 +290,22 @@ class Recorder:
         if batch is not None:
             self.batch = shape_of(batch), len(batch["weight"])
         # The wait of the very first step is that of the workers' start.
-        self._training_clock.turn(name in _TRAINING_PHASES, waits=name == "loading" and self._first_step[0] > 0)
+        self.clock.turn(name in _TRAINING_PHASES, waits=name == "loading" and self._first[0] > 0)
 
     @property
     def wait_share(self) -> float:
         """The share of the seconds of training in which the loop waited for data."""
-        return self._training_clock.waited / max(self._training_clock.seconds, 1e-9)
+        return self.clock.waited / max(self.clock.seconds, 1e-9)
 
-    def start_clock(self, step: int) -> None:
-        """Measure throughput from this step on; called again after anything that is not training."""
-        self._clock = (step, time.perf_counter(), self._training_clock.waited)
+    @property
+    def peak_gib(self) -> float:
+        """The most memory that the run has used, over all resumptions."""
+        return max(self._earlier_peak_gib, peak_memory_gib(self._device))
+
+    def _per_sec(self, step: int, since: tuple[int, float]) -> float:
+        """Return the images per second of training since then; NaN where it took no time."""
+        seconds = self.clock.seconds - since[1]
+        return (step - since[0]) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
 
     def add_samples(self, step: int, batches: Sequence[Batch]) -> None:
         """Record which samples update number `step` (from 1) takes, where `tracking.samples` is set."""
@@ -175,20 +319,19 @@ class Recorder:
         self.skips.add(step, batches, result)
         self.bar.advance(step)
         if self.bar.is_shown and time.perf_counter() - self._moved >= _BAR_SEC:  # reads from the device
-            self._move_bar(step, self.log_meter.means(goes_on=True)["loss"], self.bar.remaining_sec(step))
+            self._move_bar(step, self.log_meter.means(resets=False)["loss"], self.bar.remaining_sec(step))
         self._estimate(step)
 
     def _estimate(self, step: int) -> None:
         """Say, after the first steps of this process, how long the rest takes; the very first is not counted."""
-        if self._first_step[0] == 0:
-            self._first_step = (step, time.perf_counter())
-        first, since = self._first_step
+        if self._first[0] == 0:
+            self._first = (step, self.clock.seconds)
+        first, since = self._first
         if step - first == _ESTIMATE_STEPS:
-            each = (time.perf_counter() - since) / _ESTIMATE_STEPS
-            left_sec = each * (self._plan.total_steps - step)
+            left_sec = (self.clock.seconds - since) / _ESTIMATE_STEPS * (self._plan.total_steps - step)
             if left_sec > _SHORT_SEC:
                 log.info("about %s for the steps that are left, without evaluations", show_duration(left_sec))
-            if self._device == "cpu" and left_sec > _LONG_SEC:
+            if self._device.type == "cpu" and left_sec > _LONG_SEC:
                 log.info(
                     "on a CPU that is long: half of augment.image_size_hw is a quarter of the work; a smaller model or "
                     "fewer loop.total_epochs make it shorter, too"
@@ -222,22 +365,20 @@ class Recorder:
 
         Raises as `SkipWatch.check` does where too many steps were skipped.
         """
-        plan, means = self._plan, self.log_meter.means()
-        first, since, waited = self._clock
-        images_per_sec = (step - first) * plan.global_batch_size / (time.perf_counter() - since)
-        values = self._values_at(step - 1)
-        readings = {"images_per_sec": images_per_sec, "peak_memory_gib": self._peak_memory.gib}
-        data = {"wait_sec": (self._training_clock.waited - waited) / max(1, step - first), **self._readings()}
-        data = {f"data/{name}": value for name, value in data.items()}
-        row = {"epoch": plan.epoch_at(step), **means, **_scheduled(values), **readings, **data}
-        self.add_row(step, "train", row)
+        plan, means = self._plan, self.log_meter.means()  # waits for the device, so that the seconds are its own
+        rate, wait_sec = self._per_sec(step, self._logged), self.clock.waited - self._waited
+        readings = {"wait_sec": wait_sec / max(1, step - self._logged[0]), **self._readings()}
+        self._logged, self._waited = (step, self.clock.seconds), self.clock.waited
+        row = {"epoch": plan.epoch_at(step), **means, **self._scheduled(step)}
+        row |= {"images_per_sec": rate, "peak_memory_gib": self.peak_gib}
+        self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
         if self._live_plots is not None:
             self._live_plots.check()
         left_sec = self.bar.remaining_sec(step)
         log.info(
             "step %d/%d (epoch %.4g)  train loss %.4g  lr %.3g  %s images/s  %s left",
-            step, plan.total_steps, plan.shown_epoch(step), means["loss"], values.lr,
-            f"{images_per_sec:,.0f}" if images_per_sec >= 10 else f"{images_per_sec:.2g}", show_duration(left_sec),
+            step, plan.total_steps, plan.shown_epoch(step), means["loss"], row["lr"],
+            f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(left_sec),
         )  # fmt: skip
         self._move_bar(step, means["loss"], left_sec)
         if means["skipped_steps"]:
@@ -246,7 +387,11 @@ class Recorder:
             self.skips.check(step, last=step == plan.total_steps)
         else:
             self.skips.forget(step)
-        self.start_clock(step)
+
+    def _scheduled(self, step: int) -> dict[str, float]:
+        """Return the scheduled figures of update number `step`, from 1; the momentum only where it moves."""
+        values = self._values_at(step - 1)
+        return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
 
     def _move_bar(self, step: int, loss: float, left_sec: float | None) -> None:
         """Give the progress bar its figures."""
@@ -260,15 +405,16 @@ class Recorder:
 
         Where the run ends within the epoch, its sums are kept, so that a longer run writes the row of the whole epoch.
         """
-        goes_on = self._plan.epoch_start(step) < step
-        means = {f"train/{name}": value for name, value in self.epoch_meter.means(goes_on=goes_on).items()}
+        is_whole = self._plan.epoch_start(step) == step
+        means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}
         readings = {
-            "images_per_sec": self._training_clock.end_epoch(step, goes_on=goes_on) * self._plan.global_batch_size,
-            "seconds": self._training_clock.seconds,
-            "peak_memory_gib": self._peak_memory.gib,
+            "images_per_sec": self._per_sec(step, self._epoch),
+            "seconds": self.clock.seconds,
+            "peak_memory_gib": self.peak_gib,
         }
-        scheduled = _scheduled(self._values_at(step - 1))
-        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **scheduled, **readings})
+        if is_whole:
+            self._epoch = (step, self.clock.seconds)
+        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **readings})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
         """Draw the curves of the run so far, on rank 0, unless another process does.
@@ -286,18 +432,19 @@ class Recorder:
                 plot_curves(self._metrics, path, self.folder.resolve().name)
             ended = time.perf_counter()
             self._next_plot = ended + _PLOT_PAUSE * (ended - started)
-        self.start_clock(step)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""
+        step, seconds = self._epoch
+        clock = {"seconds": self.clock.seconds, "waited": self.clock.waited}
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,
             "skipped_empty": self.skips.empty,
-            "clock": self._training_clock.state(),
-            "peak_memory_gib": self._peak_memory.gib,
+            "clock": {**clock, "epoch_step": step, "epoch_seconds": seconds},
+            "peak_memory_gib": self.peak_gib,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -305,5 +452,7 @@ class Recorder:
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.load(state["skipped"], state["skipped_empty"])
-        self._training_clock.load(state.get("clock"), state["step"])  # older checkpoints have neither
-        self._peak_memory.load(state.get("peak_memory_gib"))
+        clock = state["clock"]
+        self.clock.load(clock["seconds"], clock["waited"])
+        self._epoch = (int(clock["epoch_step"]), clock["epoch_seconds"])
+        self._earlier_peak_gib = state["peak_memory_gib"]

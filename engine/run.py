@@ -17,14 +17,14 @@ from engine.batch_size import out_of_memory
 from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
+from engine.recorder import MUCH_WAITING
 from engine.resume import check_resume, resume, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
-from engine.screen import end_screen, start_screen
+from engine.screen import advise, end_screen, start_screen
 from engine.streams import Streams
 from engine.task import Task, freeze, trained_networks
 from engine.train_one_epoch import Vote, train_one_epoch
-from engine.waiting import MUCH_WAITING, advise
 from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
@@ -242,7 +242,6 @@ def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]
         run.save(last=True)
     batches = streams.train.steps(run.step, plan)
     vote = Vote()
-    run.recorder.start_clock(run.step)
     try:
         with run.recorder.bar.opened(run.step):
             while not run.is_complete:

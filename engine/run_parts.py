@@ -26,7 +26,7 @@ class Run:
     """One run: learner, recorder, evaluator and saver, and what connects them.
 
     found_lr: the peak rate that a range test has found; it is checkpointed, so a resumed run does not search again.
-    memory: GiB by part at the first step of this process (engine/memory.py).
+    memory: GiB by part at the first step of this process (engine/recorder.py).
     """
 
     learner: Learner

@@ -72,7 +72,6 @@ class Saver:
         if last:
             distributed.rank_zero_call(self.writer.finish)
         self._started, self._has_asked = time.monotonic(), False
-        recorder.start_clock(step)
 
     def write_best(self, learner: Learner, name: str, *, averaged: bool) -> None:
         """Write the exported networks, as they are now, as the weights `name`, best or best_raw; on all ranks.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.config import LoopConfig
-from engine.memory import memory_by_part, show_memory
+from engine.recorder import memory_by_part, show_memory
 from engine.run_parts import Run
 from engine.step import STOP, StepResult
 from utils.contracts import Batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.batch_size import MicroBatches
-from engine.memory import memory_by_part
+from engine.recorder import memory_by_part
 from tests.engine.test_exactness import assert_same_tensors
 from tests.engine.test_learner import make_batch, make_learner
 from tests.in_process import TINY, make_images, run

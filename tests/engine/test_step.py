@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
-from engine.meters import Meter
+from engine.recorder import Meter
 from engine.runtime import Runtime
 from engine.skips import EMPTY_STEPS, SkipWatch
 from engine.step import STOP, LossScale, StepResult, train_step

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import engine.run
-import engine.waiting
-from engine.meters import TrainingClock
-from engine.waiting import advise, describe_data
+import engine.screen
+from engine.recorder import Clock
+from engine.screen import advise, describe_data
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 
 
@@ -29,7 +29,7 @@ def runtime(workers):
     ],
 )
 def test_the_setting_that_helps(monkeypatch, workers, epochs, readings, setting):
-    monkeypatch.setattr(engine.waiting, "choose_workers", lambda wanted, device: 3)
+    monkeypatch.setattr(engine.screen, "choose_workers", lambda wanted, device: 3)
     assert setting in advise(runtime(workers), epochs, readings)
 
 
@@ -39,20 +39,17 @@ def test_the_line_of_the_end():
 
 def test_the_wait_is_part_of_the_seconds_and_goes_on_after_a_resumption(monkeypatch):
     now = {"now": 0.0}
-    monkeypatch.setattr(engine.meters.time, "perf_counter", lambda: now["now"])
-    clock = TrainingClock()
+    monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: now["now"])
+    clock = Clock()
     for waits, seconds in ((True, 3.0), (False, 5.0), (True, 1.0)):
         clock.turn(True, waits=waits)
         now["now"] += seconds
     clock.turn(False)
     now["now"] += 100.0
     assert (clock.waited, clock.seconds) == (4.0, 9.0)
-    later, older = TrainingClock(), TrainingClock()
-    state = json.loads(json.dumps(clock.state()))
-    later.load(state, 3)
-    state.pop("waited")
-    older.load(state, 3)
-    assert (later.waited, older.waited) == (4.0, 0.0)
+    later = Clock()
+    later.load(clock.seconds, clock.waited)
+    assert (later.waited, later.seconds) == (4.0, 9.0)
 
 
 @pytest.mark.parametrize("much", [0.0, 1.0])
