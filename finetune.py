@@ -4,6 +4,8 @@ r"""Fine-tune a network for classification, from an FCMAE or another run, or fro
     python finetune.py model=timm model.name=convnextv2_tiny.fcmae_ft_in22k_in1k model.pretrained=true \
         data=image_folder data.root=PATH
     python finetune.py data=image_folder data.root=PATH init_from=RUN dry_run=true       checks all and prints the plan
+    python finetune.py init_from=FILE task.head=kept loop.total_steps=0 data=image_folder data.root=PATH
+                                                                                         FILE is measured, and a run
     python finetune.py --multirun optim.lr=0.001,0.003 seed=0,1,2 sweep.name=rates       a sweep, ranked at its end
     torchrun --nproc_per_node=8 finetune.py model=convnextv2_base data=image_folder data.root=PATH init_from=RUN
 
