@@ -39,7 +39,7 @@ def test_no_validation_image_is_trained_on_with_workers(streams):
 def test_tags_travel_as_ids_and_workers_get_no_paths(streams):
     found, plan = streams
     steps = found.train.steps(0, plan)
-    (batch, *_), reader = next(steps), found.train.reader
+    (batch, *_), reader = next(steps), found.train.loader.reader
     steps.close()
     assert batch["tags"].ndim == 1 and len(batch["tags_offsets"]) == len(batch["sample_id"]) + 1
     assert len(pickle.dumps(reader.fields)) < 2000 and b".png" not in pickle.dumps(reader)
