@@ -283,6 +283,7 @@ def run_all(recorder, folder, monkeypatch):
     go("export", "run_dir=tuned")
     go("train", *small, *folders, "task=tagging", "task.min_count=1", "augment.image_size_hw=[16,16]", "run_dir=tagger")
     go("evaluate", "run_dir=tagger", "calibrate=true", *on_cpu)
+    go("export", "run_dir=tagger", "format=wd14")
     go("evaluate", "job=arena", "models=[tagger]", "arena.min_support=1", *folders, *on_cpu)
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("tests.tasks.thin_tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
@@ -319,7 +320,11 @@ PROVED = {
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
     *(f"PrepareConfig.{name}" for name in ("source", "class_names")),  # of job=idx: tests/data/test_idx.py
-    "ConvNeXtV2Config.name",
+    # All go to the network by one call: tests/models/test_build.py. The name is for messages.
+    *(
+        f"ConvNeXtV2Config.{name}"
+        for name in ("name", "depths", "dims", "stem_stride", "drop_path_rate", "head_init_scale")
+    ),
     "AugmentConfig.mean",
     "AugmentConfig.std",
     "AugmentConfig.eval_crop",
