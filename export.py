@@ -22,7 +22,7 @@ from utils.config.entry_point import Job, entry_point
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights
 from utils.record.logging import get_logger
-from utils.record.wandb_export import send_export
+from utils.record.wandb_run import send_files
 
 log = get_logger(__name__)
 
@@ -50,7 +50,7 @@ def main(config: ExportConfig, job: Job) -> str:
         add_report(folder, report)
     if config.run_dir is not None:
         files = [file for file in folder.iterdir() if file.is_file() and file.stat().st_mtime >= started]
-        send_export(Path(config.run_dir), config.format, files, report, weights=[config.weights])
+        send_files(Path(config.run_dir), config.format, files, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     licence = f" (licence of the source weights: {report['licence']})" if "licence" in report else ""
     log.info("wrote %s%s  %s", folder / report["file"], licence, line)

@@ -29,7 +29,6 @@ from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
-from utils.record.background import BackgroundTracker
 from utils.record.figures import show_duration
 from utils.record.live_plot import LivePlots, start_live_plots
 from utils.record.logging import get_logger
@@ -38,8 +37,7 @@ from utils.record.progress import Bar
 from utils.record.report_files import TableRow, write_report
 from utils.record.run_config import mark_complete
 from utils.record.sample_log import SampleLog
-from utils.record.tracker import RunInfo
-from utils.record.trackers import start_tracker
+from utils.record.trackers import RunInfo, Tracker, start_tracker
 
 log = get_logger(__name__)
 
@@ -203,7 +201,7 @@ class Recorder:
         self._tracking, self._plan, self._values_at = config.tracking, plan, values_at
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None
-        self._tracker: BackgroundTracker | None = None
+        self._tracker: Tracker | None = None
         self._live_plots: LivePlots | None = None
         self._readings: Callable[[], Mapping[str, float]] = dict
         self.clock = Clock()

@@ -45,8 +45,7 @@ from utils.record.run_folder import (
     update_saved_config,
 )
 from utils.record.sweep_table import write_result
-from utils.record.tracker import logged_weights
-from utils.record.trackers import check_tracker
+from utils.record.trackers import check_tracker, logged_weights
 
 log = get_logger(__name__)
 AnyTask = TypeVar("AnyTask", bound=Task)

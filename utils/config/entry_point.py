@@ -54,9 +54,9 @@ from utils.errors import (
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.ranks.job_status import note_status
-from utils.record.background import has_unfinished
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.sweep_table import read_jobs, sweep_table, with_results
+from utils.record.trackers import has_unfinished
 
 log = get_logger(__name__)
 Schema = TypeVar("Schema", bound=Strict)

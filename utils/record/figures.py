@@ -1,7 +1,9 @@
 """How a figure is written on the screen, in a table and over a curve."""
 
+import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 
 def show_name(name: str) -> str:
@@ -13,6 +15,15 @@ def show_name(name: str) -> str:
 def show_evaluated(name: str) -> str:
     """Return the name of an evaluation's figure: its loss is the validation's."""
     return re.sub(r"\bloss\b", "val loss", show_name(name))
+
+
+def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a row as `kind/name`."""
+    return {
+        f"{kind}/{name}": value
+        for name, value in figures.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def show_figures(figures: Mapping[str, float]) -> str:
