@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.config import TimmConfig
 from models.export.onnx_file import open_session
+from tests.models.test_export import assert_alike, write_both
 from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
 from utils.errors import UserError
 
@@ -32,3 +34,8 @@ def test_a_published_size_exports(size, tmp_path):
     depths, dims = ([2, 2, 6, 2], [40, 80, 160, 320]) if size == "atto" else ([3, 3, 9, 3], [96, 192, 384, 768])
     model, metadata = make(geometry().model_copy(update={"depths": depths, "dims": dims}))
     assert export_file(tmp_path, model, metadata)[0] < 1e-2
+
+
+def test_a_network_of_timm_on_grey_images_predicts_alike_as_both_files(tmp_path):
+    model = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_rate=None)
+    assert_alike(tmp_path, write_both(tmp_path, model))

@@ -12,7 +12,7 @@ from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.build import build_network
-from models.config import ConvNeXtV2Config, TimmConfig
+from models.config import ConvNeXtV2Config
 from models.export.onnx_file import OnnxConfig, export_onnx
 from models.image_model import ImageModel
 from models.normalise import Normalise
@@ -25,7 +25,6 @@ CONVNEXT = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 2], dims=[16, 32], stem_stride=2, drop_path_rate=0.1,
     head_init_scale=1.0,
 )  # fmt: skip
-RESNET = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_rate=None)
 TASK = ClassificationTaskConfig(
     name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
     mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="drawn",
@@ -55,41 +54,46 @@ def write_classifier(path, model):
     return task.eval()
 
 
-@pytest.mark.parametrize("model", [CONVNEXT, RESNET], ids=["convnextv2", "timm"])
-def test_weight_file_and_onnx_file_predict_alike(model, tmp_path):
-    task = write_classifier(tmp_path / "w.safetensors", model)
-    model_of_file, metadata = load_image_model(tmp_path / "w.safetensors")
-    difference = export_onnx(model_of_file, metadata, tmp_path / "model.onnx", onnx_config(1e-4))
-    assert difference < 1e-4
-    images = torch.randint(0, 256, (3, model.in_channels, 24, 32), dtype=torch.uint8)
+def assert_alike(folder, task):
+    """Assert that the weight file and the ONNX file of a folder predict what the network does."""
+    images = torch.randint(0, 256, (3, len(task.normalise.mean[0]), 24, 32), dtype=torch.uint8)
     with torch.no_grad():
         wanted = task.network(task.normalise(images)).softmax(1).numpy()
     for name in ("w.safetensors", "model.onnx"):
-        predictor = load_predictor(tmp_path / name, CPU)
+        predictor = load_predictor(folder / name, CPU)
         assert predictor.names == ["ä", "b,c", "d"]
         assert predictor.preprocessing["image_size_hw"] == [24, 32]
         np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
 
 
+def write_both(folder, model):
+    """Write a classifier as w.safetensors and as model.onnx; returns its task."""
+    task = write_classifier(folder / "w.safetensors", model)
+    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", onnx_config(1e-4)) < 1e-4
+    return task
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Return a folder with a classifier as w.safetensors and as model.onnx."""
+    """Return a folder with a classifier in both forms, and its task."""
     folder = tmp_path_factory.mktemp("exported")
-    write_classifier(folder / "w.safetensors", CONVNEXT)
-    export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", onnx_config(1e-4))
-    return folder
+    return folder, write_both(folder, CONVNEXT)
+
+
+def test_weight_file_and_onnx_file_predict_alike(exported):
+    assert_alike(*exported)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the GPU is used")
 def test_an_onnx_file_that_cannot_run_on_the_gpu_asked_for_says_so(exported, log):
-    predictor = load_predictor(exported / "model.onnx", torch.device("cuda", 0))
-    assert f"{exported}/model.onnx runs on the CPU" in log.text
+    predictor = load_predictor(exported[0] / "model.onnx", torch.device("cuda", 0))
+    assert f"{exported[0]}/model.onnx runs on the CPU" in log.text
     assert predictor.predict(torch.zeros(1, 3, 24, 32, dtype=torch.uint8)).shape == (1, 3)
 
 
 def test_the_onnx_file_says_what_it_takes_and_gives(exported):
     """ONNX Runtime 1.15 (May 2023) reads opset 18 and IR 9. Nothing in the file names files of this machine."""
-    proto = onnx.load(exported / "model.onnx")
+    proto = onnx.load(exported[0] / "model.onnx")
     assert [value.name for value in proto.graph.input] == ["images"]
     assert [value.name for value in proto.graph.output] == ["logits", "probs"]
     shape = proto.graph.input[0].type.tensor_type.shape.dim
@@ -104,7 +108,7 @@ def test_the_onnx_file_says_what_it_takes_and_gives(exported):
 def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"the old one")
     with pytest.raises(UserError, match="^tolerance: "):
-        export("onnx", *load_image_model(exported / "w.safetensors"), tmp_path, tolerance=1e-30)
+        export("onnx", *load_image_model(exported[0] / "w.safetensors"), tmp_path, tolerance=1e-30)
     assert (tmp_path / "model.onnx").read_bytes() == b"the old one"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
