@@ -21,8 +21,7 @@ class RuleConfig(Strict):
     """Settings of the parameters whose name matches the pattern `match`, such as `network.head.*`.
 
     lr_scale multiplies the scale of layer decay. weight_decay is fixed, not scheduled, and also applies to vectors.
-    freeze_steps: updates at the start during which the parameters do not change. A field that is absent changes
-    nothing.
+    freeze_steps: updates at the start during which the parameters do not change.
     """
 
     match: Annotated[str, Field(min_length=1)]

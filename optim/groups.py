@@ -20,11 +20,11 @@ _RULE_FIELDS = ("lr_scale", "weight_decay", "freeze_steps")
 
 
 class _Settings(NamedTuple):
-    """What the parameters of a group share. fixed_decay: the weight decay of a rule; None for the scheduled one."""
+    """What the parameters of a group share."""
 
     lr_scale: float
     decays: bool
-    fixed_decay: float | None
+    fixed_decay: float | None  # of a rule; None for the scheduled one
     freeze_steps: int
 
 
@@ -123,10 +123,7 @@ def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> N
 
 
 def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Tell the optimiser a schedule's peak that was found after it was built, as if it had been built with it.
-
-    timm's optimisers with a corrected decay (adamc, sgdc, ...) decay by lr**2 / peak, and note the peak at the start.
-    """
+    """Tell timm's optimisers that decay by lr**2 / peak (adamc, sgdc, ...) a peak that was found after the start."""
     for group in optimizer.param_groups:
         if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = lr

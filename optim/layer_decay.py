@@ -33,13 +33,9 @@ def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float
             f"optim.layer_decay_kind: {kind} numbers the layers of ConvNeXt V2, and {type(network).__name__} is a "
             "network of timm; set optim.layer_decay_kind=timm"
         )
-    return _timm_scales(network, decay)
-
-
-def _timm_scales(network: nn.Module, decay: float) -> dict[str, float]:
-    """Return the scales by timm's own matcher, as timm.optim.param_groups_layer_decay computes them."""
     from timm.models import group_parameters
 
+    # As timm.optim.param_groups_layer_decay computes them.
     layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}

@@ -64,10 +64,12 @@ class VectorOptimizer(torch.optim.Optimizer):
         for (group, parameters), own in zip(members, factors.unbind(1)):
             own = own.to(torch.promote_types(parameters[0].dtype, torch.float32))
             for part in _parts(map(self._vectors, parameters), PART_ELEMENTS[own.device.type]):
-                grads, *stored = [_join(pieces).to(own.dtype) for pieces in zip(*part)]
+                columns = list(zip(*part))
+                joined = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in columns]
+                grads, *stored = (vector.to(own.dtype) for vector in joined)
                 grads = (grads * keep).nan_to_num_(0.0, 0.0, 0.0)  # all 0 where the step is skipped
                 made = self.stepped(stored, grads, group, own.unbind(), number)
-                for pieces, vector in zip(list(zip(*part))[1:], made):
+                for pieces, vector in zip(columns[1:], made):
                     if vector is not pieces[0]:
                         torch._foreach_copy_(list(pieces), vector.split([len(piece) for piece in pieces]))
                 number += 1
@@ -90,10 +92,6 @@ class VectorOptimizer(torch.optim.Optimizer):
 def flat_view(tensor: Tensor) -> Tensor:
     """Return a view of a dense tensor's memory as a vector, for any order of its axes."""
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
-
-
-def _join(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _parts(rows: Iterable[list[Tensor]], limit: int) -> Iterator[list[tuple[Tensor, ...]]]:
