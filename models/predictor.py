@@ -14,8 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from torch import Tensor
 
-from models.image_model import ImageModel
-from models.onnx_form import OnnxForm
+from models.image_model import ImageModel, OnnxForm
 from models.outputs import OUTPUTS, Columns, RowOptions
 from models.wd_file import read_wd_metadata
 from utils.canvas import DEFAULT, Background

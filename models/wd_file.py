@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from models.onnx_form import OnnxForm
+from models.image_model import OnnxForm
 from utils.errors import UserError
 from utils.vocabulary import FILE, read_vocabulary
 

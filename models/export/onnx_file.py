@@ -4,7 +4,7 @@ input     images  float32 [batch, C, H, W], RGB in [0, 1]; the normalisation is 
 outputs   logits, probs  float32 [batch, K]; or features  float32 [batch, C]
 metadata  `atelier`: JSON with output, names, preprocessing and licence
 
-A model may state another form (models/onnx_form.py), which the metadata then have as `form`.
+A model may state another form (models/image_model.py), which the metadata then have as `form`.
 
 Precisions: fp32; fp16, where every norm, softmax and sigmoid stays in float32 (models/export/onnx_precision.py).
 """

@@ -72,7 +72,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     """
     wanted = network.state_dict()
     found = {name: _fit_grn(name, tensor, wanted) for name, tensor in _fit_prefix(state, wanted).items()}
-    for name in _first_convolutions(network):
+    for name in first_convolutions(network):
         if name in found and name in wanted:
             found[name] = _adapt_channels(name, found[name], wanted[name])
     head, norm = optional_prefixes(network)
@@ -125,7 +125,8 @@ def _adapt_channels(name: str, weight: Tensor, wanted: Tensor) -> Tensor:
     return weight.repeat(1, -(-new // old), 1, 1)[:, :new] * (old / new)
 
 
-def _first_convolutions(network: nn.Module) -> list[str]:
+def first_convolutions(network: nn.Module) -> list[str]:
+    """Return the names of the weights that read the images; none where timm does not state them."""
     if isinstance(network, ConvNeXtV2 | FCMAE):
         return [f"{_ENCODER if isinstance(network, FCMAE) else ''}downsample_layers.0.0.weight"]
     first = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()  # timm: one name or several

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.weights.fit import Fit, load_into, optional_prefixes
+from models.weights.fit import Fit, first_convolutions, load_into, optional_prefixes
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -31,10 +31,11 @@ def load_timm(network: nn.Module, *, keep_head: bool, key: str = "init_from") ->
     if not (stated.get("url") or stated.get("hf_hub_id") or stated.get("file")):
         tags = ", ".join(timm.list_pretrained(f"{stated['architecture']}.*")[:8]) or "none"
         raise UserError(f"{key}: timm has no weights for {name}; with weights: {tags}")
-    settings = {"num_classes": network.num_classes, "in_chans": _count_channels(network, stated)}
+    stems = first_convolutions(network)
+    channels = network.get_parameter(stems[0]).shape[1] if stems else 3
     try:
         with torch.random.fork_rng(devices=[]):
-            loaded = timm.create_model(name, pretrained=True, **settings)
+            loaded = timm.create_model(name, pretrained=True, num_classes=network.num_classes, in_chans=channels)
     except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -48,13 +49,6 @@ def load_timm(network: nn.Module, *, keep_head: bool, key: str = "init_from") ->
     licence = stated.get("license")
     log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
     return fit, {"source": f"timm {name}", "layout": "timm", "licence": licence}
-
-
-def _count_channels(network: nn.Module, stated: dict[str, Any]) -> int:
-    """Return the input channels of a network: those of its first convolution, 3 where timm names none."""
-    first = stated.get("first_conv") or ()
-    names = (first,) if isinstance(first, str) else first
-    return network.get_parameter(f"{names[0]}.weight").shape[1] if names else 3
 
 
 def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
