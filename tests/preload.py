@@ -20,7 +20,6 @@ import predict
 import prepare
 import pretrain_fcmae
 import train
-import utils.record.lettering
 import utils.record.plots
 from tests.in_process import compose
 
@@ -30,7 +29,6 @@ if find_spec("diffusers") is not None:  # five seconds of each run of SDXL
 
     import finetune_sdxl
 
-utils.record.lettering.legible("a")  # reads its fonts
 Image.init()  # imports its plugins
 compose("finetune", ["loop.total_steps=1"])  # imports Hydra's parts and fills its parser's caches
 gc.collect()

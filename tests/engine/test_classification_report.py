@@ -24,7 +24,7 @@ from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from tests.in_process import TINY, run
 from tests.support import free_port, make_collection
-from utils.record.lettering import fit, legible, text_width
+from utils.record.pictures import legible, shorten
 from utils.record.report_files import write_report, write_table
 
 MODEL = ConvNeXtV2Config(
@@ -219,8 +219,8 @@ def test_names_are_written_so_that_they_can_be_read():
     assert [legible(name) for name in ("U+0041", "U+2192", "cat", "猫 x")] == ["A", "→", "cat", legible("猫") + " x"]
     assert legible("U+0301") == "◌\u0301" and legible("U+0020") == "U+0020" and legible("U+E000F") == "U+E000F"
     assert legible("\U000e0123") == "U+E0123"  # no font has it
-    cut = fit("American Staffordshire terrier 7", 16, 120)
-    assert text_width(cut, 16) <= 120 and cut.startswith("Ameri") and "…" in cut and cut.endswith("7")
+    cut = shorten("American Staffordshire terrier 7", 12)
+    assert len(cut) <= 12 and cut.startswith("Ameri") and "…" in cut and cut.endswith("7")
 
 
 def test_a_table_is_written_and_an_empty_one_leaves_no_older_one(tmp_path):
