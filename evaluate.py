@@ -3,7 +3,7 @@
     python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
     python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
     python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
-    python evaluate.py job=arena models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
+    python evaluate.py models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
                                                                                    taggers, ours and others', compared
 
 Weights of others are measured as they become a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
@@ -17,7 +17,7 @@ import utils.config.help  # noqa: F401, I001 (answers --help before the slow imp
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -63,10 +63,9 @@ def _as_list(value: Any) -> Any:
 class EvaluateConfig(Strict):
     """`weights` is best, last or ema of `run_dir`, or a weight file of ours, with `data`; `output` a JSON file.
 
-    `calibrate` also writes the thresholds of a tagger. `job` arena compares `models` on `data`, as `arena` says.
+    `calibrate` also writes the thresholds of a tagger. `models` are compared on `data` instead, as `arena` says.
     """
 
-    job: Literal["weights", "arena"]
     models: Annotated[list[PathText] | None, BeforeValidator(_as_list)]
     run_dir: PathText | None
     weights: PathText
@@ -81,15 +80,13 @@ class EvaluateConfig(Strict):
 
     @model_validator(mode="after")
     def _says_what_to_measure(self) -> Self:
-        if self.job == "arena" and not (self.models and self.data):
-            key = "data" if self.models else "models"
-            raise ValueError(f"{key}: job=arena needs models=[RUN,FOLDER] and data=image_folder data.root=PATH")
-        if self.job == "arena" and (self.run_dir or self.calibrate):
-            key = "run_dir" if self.run_dir else "calibrate"
-            raise ValueError(f"{key}: job=arena measures models as they are; remove {key}, or set job=weights")
-        if self.job == "weights" and self.models:
-            raise ValueError("models: are read by job=arena, not by job=weights; add job=arena, or remove models")
-        if self.job == "weights" and self.run_dir is None:
+        if self.models is not None:
+            if self.data is None:
+                raise ValueError("data: must be given with models; add data=image_folder data.root=PATH")
+            if self.run_dir or self.calibrate:
+                key = "run_dir" if self.run_dir else "calibrate"
+                raise ValueError(f"{key}: models are compared as they are; remove {key}, or models")
+        elif self.run_dir is None:
             if self.weights in WEIGHT_NAMES:
                 raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
             if self.data is None:
@@ -147,7 +144,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     """Evaluate."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime = start_machine(config.runtime)
-    if config.job == "arena":
+    if config.models is not None:
         return compare_taggers(config, runtime)
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data

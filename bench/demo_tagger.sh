@@ -18,7 +18,7 @@ train=(train.py task=tagging augment=tagger 'augment.image_size_hw=[32,32]'
     schedule.warmup_steps=18 loop.clip_grad_norm=1.0 runtime.compile=false tracking.live_plots=false)
 
 stage glyphs prepare.py job=glyphs
-stage vocabulary prepare.py job=vocabulary "vocabulary.output=$out/selected_tags.csv"
+stage vocabulary prepare.py job=vocabulary "job.output=$out/selected_tags.csv"
 beside tagger "${train[@]}" "run_dir=$out/tagger" task.orientation=glyphs "${words[@]}"
 stage pretrain pretrain_fcmae.py experiment=glyphs/demo_pretrain "run_dir=$out/pretrain" "${colours[@]}" loop.total_steps=300 \
     schedule.warmup_steps=30 loop.evaluate_every_epochs=100 task.probe.every_epochs=null "${overrides[@]}"

@@ -285,7 +285,7 @@ def measure_rows(
     if len(rows) and is_packed(collection.table.schema):
         raise UserError(
             f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
-            f"prepare.py job=pack data=image_folder data.root={collection.root} pack.output=NEW, and train on NEW (of "
+            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and train on NEW (of "
             "shards that job=pack made, the command that made them adds it there)"
         )
     paths = [collection.absolute_path(int(row)) for row in rows]

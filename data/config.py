@@ -71,16 +71,6 @@ class GlyphsConfig(_Data):
 DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
-class WarmCacheConfig(Strict):
-    """What prepare.py job=warm_cache decodes beside `data`: what the training will look up.
-
-    channels: `model.in_channels`. shortest_px: of the shorter side to which larger images are shrunk; null: to none.
-    """
-
-    channels: Annotated[int, Field(ge=1, le=3)]
-    shortest_px: Side | None
-
-
 class TextConfig(Strict):
     """How predict.py writes the tags of an image.
 
@@ -110,25 +100,17 @@ class TagRulesConfig(Strict):
 
 
 class VocabularyConfig(TagRulesConfig):
-    """What prepare.py job=vocabulary takes into a vocabulary, which it writes to `output`.
+    """What is taken into a vocabulary.
 
     min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line. append_to: a
     vocabulary that keeps its rows, and gets new ones behind them.
     """
 
-    output: PathText | None
     min_count: Count
     categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
     ignore: PathText | None
     keep: PathText | None
     append_to: PathText | None
-
-
-class PackConfig(Strict):
-    """What prepare.py job=pack writes: tar shards of about `shard_mib` MiB, into the folder `output`."""
-
-    output: PathText | None
-    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
 
 
 class AffineConfig(Strict):

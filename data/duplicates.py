@@ -10,8 +10,7 @@ Source: pHash (Zauner 2010) and imagehash. Differs: they compare with the median
 follow.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -37,15 +36,14 @@ def perceptual_hash(pixels: np.ndarray) -> int:
     return sum(1 << int(place) for place in _PLACES[signs] if place >= 0)
 
 
-def group_duplicates(hashes: np.ndarray, alike: Sequence[tuple[np.ndarray, np.ndarray]] = ()) -> np.ndarray:
+def group_duplicates(hashes: np.ndarray) -> np.ndarray:
     """Return the group of each hash, int64 [N]: the smallest hash of those that a chain of near ones joins to it.
 
-    Near are two of which one, or its mirror image's, differs from the other in at most 4 bits. alike: pairs of rows,
-    [n] and [n], that count as near even if their hashes differ.
+    Near are two of which one, or its mirror image's, differs from the other in at most 4 bits.
     """
     distinct, places = np.unique(hashes, return_inverse=True)
     parents = np.arange(len(distinct))
-    for first, second in chain(_near_pairs(distinct), ((places[one], places[other]) for one, other in alike)):
+    for first, second in _near_pairs(distinct):
         _join(parents, first, second)
     return distinct[_roots(parents, np.arange(len(distinct)))][places]
 

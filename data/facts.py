@@ -4,7 +4,6 @@ A line is appended to a journal for each file as it is read, so a killed job goe
 reads only files that are new or changed.
 """
 
-import base64
 import functools
 import hashlib
 import os
@@ -17,7 +16,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from data.duplicates import perceptual_hash, shrink_to_grey
+from data.duplicates import perceptual_hash
 from data.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, UnreadableImage, open_image, read_file
 from data.pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
 from utils.canvas import DEFAULT, background_rgb
@@ -28,7 +27,7 @@ from utils.ranks.processes import map_items
 CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 _SIDE_PX = 512  # at which sharpness is measured, so that one threshold serves all sizes
-Detail = Literal["hash", "pixels", "thumbnail"]
+Detail = Literal["hash", "pixels"]
 _VARIANTS = {"MPO": "JPEG", "DIB": "BMP"}  # MPO: JPEGs with a preview or a second view behind the first
 
 
@@ -37,7 +36,7 @@ class Facts(NamedTuple):
 
     sha256: None where it cannot be opened. traits: what may surprise its owner. All that follows is None unless it was
     decoded. width, height: of the upright image. mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. phash: of
-    data/duplicates.py. thumbnail: the 32 x 32 grey levels that it is of, base64; where it was asked for. brightness:
+    data/duplicates.py.  brightness:
     the mean grey level, 0 to 1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at 512 pixels of
     the longest side; below about 100 an image looks blurred.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
@@ -54,7 +53,6 @@ class Facts(NamedTuple):
     orientation: int | None = None
     transparent: int | None = None
     phash: int | None = None
-    thumbnail: str | None = None
     brightness: float | None = None
     sharpness: float | None = None
 
@@ -62,6 +60,10 @@ class Facts(NamedTuple):
     def of(cls, sha256: str | None, kind: str | None, reason: str | None, traits: Sequence[str], *more: Any) -> Self:
         """Return it from its fields, of which JSON has made a list."""
         return cls(sha256, kind, reason, tuple(traits), *more)
+
+    def size(self) -> dict[str, int | None]:
+        """Return width and height by name."""
+        return {"width": self.width, "height": self.height}
 
     @property
     def is_lasting(self) -> bool:
@@ -72,7 +74,7 @@ class Facts(NamedTuple):
 def measure_files(root: Path, paths: Sequence[str], max_pixels: int, detail: Detail = "pixels") -> list[Facts]:
     """Return the facts of some files of a collection, named relative to its root; in one process per core.
 
-    detail: a journal for each, because a thumbnail is five times as long as all else.
+    detail: hash reads no pixels.
     """
     known_by = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, detail=detail)
@@ -98,7 +100,7 @@ def measure_file(
         try:
             content = read_file(file)
             digest = hashlib.sha256(content).hexdigest()
-            found = open_image(content, name, max_pixels, functools.partial(_measure_image, name=name, detail=detail))
+            found = open_image(content, name, max_pixels, functools.partial(_measure_image, name=name))
         except UnreadableImage as error:
             return Facts(digest, error.kind, error.reason)
     if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in found.traits:
@@ -120,7 +122,7 @@ def _fatal_file(file: str) -> Facts:
     return _hash_file(file)._replace(kind=FATAL, reason=reason)
 
 
-def _measure_image(image: Image.Image, name: str, detail: Detail) -> Facts:
+def _measure_image(image: Image.Image, name: str) -> Facts:
     """Decode an opened image and return what it shows, and what about it its owner may not expect."""
     raw, mode = raw_mode(image), image.mode
     turned = read_orientation(image) if image.format == "TIFF" else None  # which loading turns, and forgets
@@ -135,7 +137,6 @@ def _measure_image(image: Image.Image, name: str, detail: Detail) -> Facts:
         "named as another format": _is_misnamed(image, name),
         "broken metadata": orientation is None,
     }
-    small = shrink_to_grey(pixels)
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
@@ -148,8 +149,7 @@ def _measure_image(image: Image.Image, name: str, detail: Detail) -> Facts:
         mode=mode,
         orientation=stated if stated in UPRIGHT else 1,
         transparent=int(traits["transparent"]),
-        phash=perceptual_hash(small),
-        thumbnail=base64.b64encode(small.tobytes()).decode() if detail == "thumbnail" else None,
+        phash=perceptual_hash(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(_measure_sharpness(levels), 2),
     )

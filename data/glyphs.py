@@ -26,15 +26,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from data.care.tool import DRY_RUN, Tool
+from data.config import DataConfig
 from data.manifest_writer import save_manifest
 from data.table import build_table
 from utils.errors import UserError
 from utils.io.files import fsync_path, read_json, write_json
 from utils.record.logging import get_logger
+from utils.record.progress import counting
 
 log = get_logger(__name__)
 
@@ -79,6 +82,22 @@ class _Ink(NamedTuple):
     left: int
     top: int
     advance: int
+
+
+class Glyphs(Tool):
+    """Draw the embedded collection into `data.root`, where it is not there yet."""
+
+    name: Literal["glyphs"]
+
+    def check(self, data: DataConfig) -> str:
+        """Check nothing: the folder is made."""
+        return DRY_RUN
+
+    def run(self, data: DataConfig) -> str:
+        """Draw it. Raises UserError (`data.root`)."""
+        with counting("drawing the glyphs") as progress:
+            draw_glyphs(Path(data.root), progress)
+        return f"glyphs in {data.root}"
 
 
 def glyphs_ready(root: Path) -> bool:

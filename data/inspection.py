@@ -14,7 +14,11 @@ import pyarrow.compute as pc
 from data.facts import Facts
 from utils.canvas import DEFAULT, Background
 from utils.io.files import write_atomically
+from utils.record.logging import get_logger
 
+log = get_logger(__name__)
+
+_NAMED = 20  # unreadable images in the log
 UNREADABLE = "manifest.unreadable.jsonl"  # written beside the manifest, one {"path", "reason"} a line
 # How the reader treats the traits that `data.facts.measure_file` finds.
 _TREATMENT = {
@@ -49,37 +53,31 @@ class ManifestReport:
     listing: Path | None
     groups: list[int] | None = None
 
-    def unreadable_lines(self, most: int) -> list[str]:
-        """Say which images are unreadable, up to `most` by name, how many by kind, and what to do."""
-        if not self.unreadable:
-            return []
-        kinds = ", ".join(f"{kind}: {count:,}" for kind, count in self.kinds.items())
-        lines = [f"unreadable image {path}: {reason}" for path, reason in self.unreadable[:most]]
-        if len(self.unreadable) > most:
-            lines.append(f"... and {len(self.unreadable) - most:,} more")
-        lines.append(
-            f"{len(self.unreadable):,} of {self.rows:,} images are unreadable ({kinds}) and weigh 0 in the manifest; "
-            f"{self.listing} names each: replace or remove them, then make the manifest again"
-        )
-        return lines
-
-    def duplicate_lines(self) -> list[str]:
-        """Return a line that counts near-duplicates; none where nobody asked."""
-        if self.groups is None:
-            return []
-        largest = f", the largest of {self.groups[0]:,}" if self.groups else ""
-        return [
-            f"{sum(self.groups):,} of {self.rows:,} images are near-duplicates of others, some mirrored: "
-            f"{len(self.groups):,} groups{largest} (column group of the manifest)"
-        ]
-
-    def trait_lines(self, background: Background = DEFAULT) -> list[str]:
-        """Return a line for each trait of readable images that their owner may not expect."""
-        treatment = {trait: text.format(background=background) for trait, text in _TREATMENT.items()}
-        return [
-            f"{trait}: {count:,} image{'' if count == 1 else 's'}, {treatment[trait]} (such as {path})"
-            for trait, (count, path) in self.traits.items()
-        ]
+    def log(self, background: Background = DEFAULT) -> None:
+        """Log which images are unreadable, traits that their owner may not expect, near-duplicates, and the counts."""
+        for path, reason in self.unreadable[:_NAMED]:
+            log.warning("unreadable image %s: %s", path, reason)
+        if self.unreadable:
+            kinds = ", ".join(f"{kind}: {count:,}" for kind, count in self.kinds.items())
+            log.warning(
+                "%s of %s images are unreadable (%s) and weigh 0 in the manifest; %s names each: replace or remove "
+                "them, then make the manifest again",
+                f"{len(self.unreadable):,}", f"{self.rows:,}", kinds, self.listing,
+            )  # fmt: skip
+        for trait, (count, path) in self.traits.items():
+            treatment = _TREATMENT[trait].format(background=background)
+            log.info("%s: %s images, %s (such as %s)", trait, f"{count:,}", treatment, path)
+        if self.groups is not None:
+            log.info(
+                "%s of %s images are near-duplicates of others, some mirrored: %s groups%s (column group)",
+                f"{sum(self.groups):,}", f"{self.rows:,}", f"{len(self.groups):,}",
+                f", the largest of {self.groups[0]:,}" if self.groups else "",
+            )  # fmt: skip
+        splits = ", ".join(f"{count:,} {split}" for split, count in self.splits.items())
+        log.info(
+            "wrote %s: %s images (%s), %d classes, %d tags, %d unreadable",
+            self.path, f"{self.rows:,}", splits, len(self.classes), len(self.tags), len(self.unreadable),
+        )  # fmt: skip
 
 
 def count_groups(groups: pa.ChunkedArray) -> list[int]:

@@ -2,11 +2,15 @@
 
 from collections import deque
 from pathlib import Path
+from typing import Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import model_validator
 
+from data.care.tool import Tool
+from data.config import DataConfig
 from data.duplicates import group_duplicates
 from data.facts import measure_files
 from data.image_formats import DEFAULT_MAX_PIXELS
@@ -16,12 +20,42 @@ from data.manifest_formats import PARQUET, read_parquet
 from data.scan import check_root
 from data.table import MEASURED, assign_validation, count_values, replace_column
 from data.tags.posts import read_folder
+from utils.canvas import DEFAULT
 from utils.errors import UserError
 from utils.io.files import write_atomically
 
 # The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
 _MAKER = b"atelier.made_by"
 _DECODED = ("width", "height", "mode", "orientation", "transparent", "phash")  # columns that verify fills in
+
+
+class Manifest(Tool):
+    """Check the images of `data.root` and write its manifest.
+
+    verify: decode every image; unreadable ones get weight 0. duplicates: find near-duplicates too, which needs verify.
+    """
+
+    name: Literal["manifest"]
+    verify: bool
+    duplicates: bool
+
+    def run(self, data: DataConfig) -> str:
+        """Write it. Raises UserError (`data.root`)."""
+        report = write_manifest(
+            data.root,
+            validation_fraction=data.validation_fraction,
+            verify=self.verify,
+            duplicates=self.duplicates,
+            max_pixels=data.max_pixels,
+        )
+        report.log(DEFAULT if data.background is None else data.background)
+        return f"{report.rows} images, {len(report.unreadable)} unreadable"
+
+    @model_validator(mode="after")
+    def _decodes_for_duplicates(self) -> Self:
+        if self.duplicates and not self.verify:
+            raise ValueError("job.duplicates: true, and job.verify=false decodes no image; set job.verify=true")
+        return self
 
 
 def write_manifest(
@@ -54,6 +88,9 @@ def write_manifest(
     table = replace_column(
         table, "weight", pa.array([1.0 if reason is None else 0.0 for reason in reasons], pa.float32())
     )
+    if any(reasons):
+        why = [None if reason is None else f"unreadable: {reason}" for reason in reasons]
+        table = replace_column(table, "reason", pa.array(why, pa.string()))
     if verify:
         for name in _DECODED:
             table = replace_column(table, name, pa.array([getattr(fact, name) for fact in facts], MEASURED[name]))

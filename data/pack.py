@@ -14,22 +14,31 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
+from data.care.tool import Tool
 from data.collection import Collection
+from data.config import DataConfig
 from data.image_formats import UnreadableImage
 from data.images import Contents, open_contents
 from data.manifest_writer import save_manifest
+from data.open import load_collection
 from data.pixels import upright_size
 from data.scan import IMAGE_SUFFIXES
 from data.shards import HEADER_BYTES, TAR, member_key
 from data.table import MEASURED, PLACES, SPLITS, hash_table, replace_column
 from utils import rng
+from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_atomically, write_json
+from utils.record.logging import get_logger
+from utils.record.progress import counting
+
+log = get_logger(__name__)
 
 _PLAN = "pack.json"  # what is packed: a folder is gone on with only where that is the same
 _VERSION = 1  # of what is in a shard
@@ -57,6 +66,25 @@ class _Place(NamedTuple):
     size_hw: tuple[int, int] | None
 
 
+class Pack(Tool):
+    """Write the images as tar shards of about `shard_mib` MiB, and their manifest, into the folder `output`."""
+
+    name: Literal["pack"]
+    output: PathText
+    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
+
+    def run(self, data: DataConfig) -> str:
+        """Pack. Raises UserError (`job.output`, `data.root`)."""
+        collection = load_collection(data)
+        with counting("packing the images") as progress:
+            report = pack_collection(collection, Path(self.output), self.shard_mib, progress)
+        log.info(
+            "wrote %s: %s images in %d shards (%d of them were there), %d images of weight 0 skipped",
+            self.output, f"{report.rows:,}", report.shards, report.kept, report.weightless,
+        )  # fmt: skip
+        return f"{report.rows} images in {report.shards} shards"
+
+
 def pack_collection(
     collection: Collection, output: Path, shard_mib: int, progress: Callable[[int, int], None]
 ) -> PackReport:
@@ -65,13 +93,13 @@ def pack_collection(
     Shards that are there are read and checked; one that is damaged is written again. progress: called with the images
     done and their number.
 
-    Raises UserError: `pack.output` where the folder holds anything else, or cannot be written; `data.root` where an
+    Raises UserError: `job.output` where the folder holds anything else, or cannot be written; `data.root` where an
     image cannot be read, or has not the stated SHA-256.
     """
     kept_rows = collection.weights() > 0
     shards = _plan_shards(collection, kept_rows, shard_mib * _MIB)
     total, done, kept, places = int(kept_rows.sum()), 0, 0, []
-    with output_errors("pack.output", output):
+    with output_errors("job.output", output):
         _claim(output, {"collection": hash_table(collection.table, measured=True), "shard_mib": shard_mib})
         packer = _Packer(collection)
         for name, rows in shards.items():
@@ -112,8 +140,8 @@ def _claim(output: Path, plan: dict[str, Any]) -> None:
         found = None
     if found != plan:
         raise UserError(
-            f"pack.output: {str(output)!r} is not empty, and does not hold shards of this collection with the same "
-            "pack.shard_mib; name a new folder"
+            f"job.output: {str(output)!r} is not empty, and does not hold shards of this collection with the same "
+            "job.shard_mib; name a new folder"
         )
     for leftover in output.glob(f".*{TAR}.*.tmp"):  # of a call that was killed
         leftover.unlink()

@@ -1,4 +1,4 @@
-"""evaluate.py on taggers: job=arena over files of the WD form, runs and weight files; report.html; what is refused."""
+"""evaluate.py models=[...]: taggers over files of the WD form, runs and weight files; report.html; refusals."""
 
 import csv
 
@@ -21,7 +21,7 @@ COLOURS = {"red": (230, 10, 20), "green": (10, 220, 30), "blue": (20, 10, 240)}
 ROWS = [(9, "general"), (9, "sensitive"), (0, "blue"), (0, "Green"), (0, "red"), (0, "rare"), (0, "of_no_image")]
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "batch_size=5"]
 DATA = ["data=image_folder", "data.root=images"]
-ARENA = ["job=arena", *DATA, *ON_CPU, "arena.rating_s=sensitive", "arena.min_support=4"]
+ARENA = [*DATA, *ON_CPU, "arena.rating_s=sensitive", "arena.min_support=4"]
 
 
 def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch="batch", shape=(8, 8, 3), tail=()):
@@ -150,10 +150,9 @@ def test_what_the_images_cannot_give_is_refused(override, place):
 @pytest.mark.parametrize(
     ("key", "overrides"),
     [
-        ("models", ["job=arena", *DATA]),
-        ("data", ["job=arena", "models=[a,b]"]),
-        ("calibrate", ["job=arena", "models=[a,b]", *DATA, "calibrate=true"]),
-        ("models", ["models=[a,b]", "run_dir=run"]),
+        ("data", ["models=[a,b]"]),
+        ("calibrate", ["models=[a,b]", *DATA, "calibrate=true"]),
+        ("run_dir", ["models=[a,b]", *DATA, "run_dir=run"]),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(key, overrides):

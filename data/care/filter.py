@@ -1,34 +1,53 @@
-"""Move images away that do not meet rules: too few tags, too small, too long, of another rating, poor, blurred."""
+"""Exclude images that do not meet rules: too few tags, too small, too long, of another rating, poor, blurred."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
-from data.care.config import FilterConfig
-from data.care.moves import move_out
-from data.care.work import Work
+from data.care.exclude import ExcludingTool
 from data.collection import Collection
+from data.config import DataConfig
 from data.facts import Facts, measure_files
 from data.open import load_collection
 from data.tags.names import parse_rating
+from utils.config.bounds import Count, Factor, KnobValue, Side
+from utils.config.schema import Strict
 from utils.errors import UserError
 
 _PIXEL_RULES = ("min_side_px", "max_aspect", "min_sharpness")
 
 
-def filter_images(work: Work, rules: FilterConfig) -> str:
-    """Move or list the images that break a rule. Raises UserError (`filter`, `data.root`) and as `move_out` does."""
-    if not any(value is not None for value in rules.model_dump().values()):
-        raise UserError(
-            f"filter: no rule is set; set one of {', '.join(f'filter.{name}' for name in FilterConfig.model_fields)}"
-        )
-    return move_out(work, find_failing(work, load_collection(work.data), rules))
+class Rules(Strict):
+    """What an image needs to stay; null asks for nothing.
+
+    max_aspect: longer side / shorter side. ratings: one of them. min_score: in the manifest's column score.
+    min_sharpness: as data/facts.py measures it.
+    """
+
+    min_tags: Count | None
+    min_side_px: Side | None
+    max_aspect: Annotated[float, Field(ge=1, le=1e6)] | None
+    ratings: list[str] | None
+    min_score: KnobValue | None
+    min_sharpness: Factor | None
 
 
-def find_failing(work: Work, collection: Collection, rules: FilterConfig) -> dict[str, str]:
+class Filter(ExcludingTool, Rules):
+    """Exclude or list the images that break a rule; without a rule, take back what an earlier call excluded."""
+
+    name: Literal["filter"]
+
+    def run(self, data: DataConfig) -> str:
+        """Find and exclude them. Raises UserError (`data.root`, `job`)."""
+        return self.exclude(data, find_failing(load_collection(data), self, data))
+
+
+def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict[str, str]:
     """Return the paths of the images that break a rule, and the first that each breaks.
 
     A rule on pixels passes over images that cannot be read, which job=verify lists.
@@ -37,7 +56,7 @@ def find_failing(work: Work, collection: Collection, rules: FilterConfig) -> dic
     paths = table["path"].to_pylist()
     facts = [Facts()] * len(paths)
     if any(getattr(rules, name) is not None for name in _PIXEL_RULES):
-        facts = measure_files(work.root, paths, work.data.max_pixels)
+        facts = measure_files(Path(data.root), paths, data.max_pixels)
     failing: dict[str, str] = {}
     for fault in (*_check_columns(collection, rules), *_check_pixels(facts, rules)):
         for row in np.flatnonzero(fault.rows).tolist():
@@ -52,7 +71,7 @@ class _Fault(NamedTuple):
     describe: Callable[[int], str]
 
 
-def _check_columns(collection: Collection, rules: FilterConfig) -> Iterator[_Fault]:
+def _check_columns(collection: Collection, rules: Rules) -> Iterator[_Fault]:
     """Yield the faults in tags, ratings and scores."""
     table = collection.table
     if rules.min_tags is not None:
@@ -65,7 +84,7 @@ def _check_columns(collection: Collection, rules: FilterConfig) -> Iterator[_Fau
     if rules.min_score is not None:
         scores = collection.column("score")
         if scores.dtype.kind not in "if":
-            raise UserError("filter.min_score: the column score of the manifest holds no numbers; give it numbers")
+            raise UserError("job.min_score: the column score of the manifest holds no numbers; give it numbers")
         yield _Fault(~(scores >= rules.min_score), lambda row: f"too low a score: {scores[row]:g}")
 
 
@@ -75,7 +94,7 @@ def _parse_ratings(column: pa.ChunkedArray) -> np.ndarray:
     return np.array([parsed.get(text, "") for text in column.to_pylist()])
 
 
-def _check_pixels(facts: list[Facts], rules: FilterConfig) -> Iterator[_Fault]:
+def _check_pixels(facts: list[Facts], rules: Rules) -> Iterator[_Fault]:
     """Yield the faults in size, aspect and sharpness."""
     sides = np.array([(fact.width or np.nan, fact.height or np.nan) for fact in facts], float).reshape(-1, 2)
     short, long = sides.min(axis=1), sides.max(axis=1)

@@ -1,4 +1,4 @@
-"""Replace an image file by a smaller one: by Pillow, or in strips by libvips where memory would not hold it."""
+"""Write a smaller copy of an image file: by Pillow, or in strips by libvips where memory would not hold it."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data.pixels import read_size
-from utils.io.files import link_or_copy, write_atomically
+from utils.io.files import write_atomically
 
 _WRITTEN = ("JPEG", "PNG", "WEBP")
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
@@ -23,20 +23,20 @@ _BROKEN = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.De
 
 
 class Shrink(NamedTuple):
-    """A file, where its old content is kept, and what the new one is to be.
+    """A file, its copy, and what the copy is to be.
 
     longest_px: of its longest side. quality: of JPEG and WebP. max_pixels: an image of more is not decoded as a whole.
     """
 
     file: Path
-    kept: Path
+    target: Path
     longest_px: int
     quality: int
     max_pixels: int
 
 
 class _Unfit(Exception):
-    """An image that stays as it is, and why."""
+    """An image that cannot be shrunk, and why."""
 
 
 def read_longest(file: str) -> float:
@@ -50,17 +50,14 @@ def read_longest(file: str) -> float:
 
 
 def shrink_file(wanted: Shrink) -> str | None:
-    """Replace a file, atomically, by one with the same metadata; return why it was left alone, else None."""
-    if wanted.file.is_symlink():
-        return "a link"
+    """Write a copy with the same metadata and time of change, atomically; return why it cannot be, else None."""
 
     def write(temporary: Path) -> None:
         _find_writer(wanted)(wanted, temporary)
-        shutil.copymode(wanted.file, temporary)
-        link_or_copy(wanted.file, wanted.kept)
+        shutil.copystat(wanted.file, temporary)
 
     try:
-        write_atomically(wanted.file, write)
+        write_atomically(wanted.target, write)
     except _Unfit as error:
         return str(error)
     except _BROKEN as error:

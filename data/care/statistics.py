@@ -1,14 +1,16 @@
 """Count a collection: classes, tags and their co-occurrence, sizes, aspects, formats, brightness, in one HTML page."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.care.config import StatisticsConfig
-from data.care.work import Work
+from data.care.tool import ReportingTool, Tool
 from data.collection import Collection
+from data.config import DataConfig
 from data.facts import Facts, measure_files
 from data.open import describe_collection, load_collection
 from data.table import SPLITS, count_values
@@ -23,44 +25,58 @@ _TOGETHER = 24  # tags of the co-occurrence
 _BINS = 60
 
 
-def count_images(work: Work) -> str:
-    """Log how many images each class, rating and tag has; of the tags the most frequent."""
-    table = load_collection(work.data).table
-    for name in ("split", "label", "rating", "tags"):
-        counts = list(count_values(table[name]).items())
-        shown = ", ".join(f"{value} {count:,}" for value, count in counts[:_SHOWN])
-        if counts:
-            log.info("%s: %s", name, shown + (f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""))
-    return f"{table.num_rows:,} images"
+class Count(Tool):
+    """Log how many images each split, class and rating has; of the tags the most frequent."""
+
+    name: Literal["count"]
+
+    def run(self, data: DataConfig) -> str:
+        """Count. Raises UserError (`data.root`)."""
+        table = load_collection(data).table
+        for name in ("split", "label", "rating", "tags"):
+            counts = list(count_values(table[name]).items())
+            more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
+            if counts:
+                log.info("%s: %s%s", name, ", ".join(f"{value} {count:,}" for value, count in counts[:_SHOWN]), more)
+        return f"{table.num_rows:,} images"
 
 
-def write_statistics(work: Work, wanted: StatisticsConfig) -> str:
-    """Write the statistics of a collection as a page and as JSON. Raises UserError (`data.root`, `report`)."""
-    collection = load_collection(work.data)
-    table = collection.table
-    if wanted.pixels:
-        facts = measure_files(work.root, table["path"].to_pylist(), work.data.max_pixels)
-    else:
-        facts = _facts_of_manifest(table)
-    tables = _count_tables(collection, facts)
-    names, together = count_together(table["tags"])
-    tables["tags_together"] = _list_pairs(names, together)
-    read = [fact for fact in facts if fact.width]
-    lengths = pc.list_value_length(table["tags"]).to_numpy()
-    figures = {
-        "images": table.num_rows,
-        **{f"images of {split}": len(collection.rows(split)) for split in SPLITS},
-        "unreadable": sum(fact.kind is not None for fact in facts),
-        "classes": len(tables["classes"]),
-        "tags": len(tables["tags"]),
-        "images without a tag": int((lengths == 0).sum()),
-        "tags per image": round(float(lengths.mean()), 2),
-        "GiB": round(pc.sum(table["size"]).as_py() / 2**30, 3),
-        **_quantiles("width", [fact.width for fact in read]),
-        **_quantiles("height", [fact.height for fact in read]),
-    }
-    page = work.save_report(figures, tables, _draw(tables, read, names, together))
-    return f"{describe_collection(collection)}; {page}"
+class Statistics(ReportingTool):
+    """Write the statistics of a collection as a page and as JSON.
+
+    pixels: decode the images, for brightness and format; without it the manifest's width and height are taken.
+    """
+
+    name: Literal["statistics"]
+    pixels: bool
+
+    def run(self, data: DataConfig) -> str:
+        """Write them. Raises UserError (`data.root`, `job`)."""
+        collection = load_collection(data)
+        table = collection.table
+        if self.pixels:
+            facts = measure_files(Path(data.root), table["path"].to_pylist(), data.max_pixels)
+        else:
+            facts = _facts_of_manifest(table)
+        tables = _count_tables(collection, facts)
+        names, together = count_together(table["tags"])
+        tables["tags_together"] = _list_pairs(names, together)
+        read = [fact for fact in facts if fact.width]
+        lengths = pc.list_value_length(table["tags"]).to_numpy()
+        figures = {
+            "images": table.num_rows,
+            **{f"images of {split}": len(collection.rows(split)) for split in SPLITS},
+            "unreadable": sum(fact.kind is not None for fact in facts),
+            "classes": len(tables["classes"]),
+            "tags": len(tables["tags"]),
+            "images without a tag": int((lengths == 0).sum()),
+            "tags per image": round(float(lengths.mean()), 2),
+            "GiB": round(pc.sum(table["size"]).as_py() / 2**30, 3),
+            **_quantiles("width", [fact.width for fact in read]),
+            **_quantiles("height", [fact.height for fact in read]),
+        }
+        page = self.save_report(data.root, figures, tables, _draw(tables, read, names, together))
+        return f"{describe_collection(collection)}; {page}"
 
 
 def count_together(tags: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
@@ -79,7 +95,7 @@ def count_together(tags: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
 def _facts_of_manifest(table: pa.Table) -> list[Facts]:
     if not {"width", "height"} <= set(table.column_names):
         raise UserError(
-            "statistics.pixels: false, and the collection has no columns width and height; set it to true, or run "
+            "job.pixels: false, and the collection has no columns width and height; set it to true, or run "
             "prepare.py job=manifest first"
         )
     sizes = zip(table["width"].to_pylist(), table["height"].to_pylist())

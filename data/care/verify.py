@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
-from data.care.work import Work
+from data.care.tool import ReportingTool
+from data.config import DataConfig
 from data.facts import measure_files
 from data.manifest import find_manifest
 from data.manifest_formats import read_table
-from data.scan import find_orphans, is_image_name, list_images, walk_folders
+from data.scan import check_root, find_orphans, is_image_name, list_images, walk_folders
 from data.tags.sidecars import list_sidecars
 from utils.record.logging import get_logger
 
@@ -19,38 +22,41 @@ NO_FILE = "a row of the manifest without a file"
 NO_ROW = "an image without a row in the manifest"
 
 
-def verify_files(work: Work) -> str:
-    """Decode every image and compare files, sidecars and manifest; list what does not fit. Changes nothing.
+class Verify(ReportingTool):
+    """Decode every image and compare files, sidecars and manifest; list what does not fit."""
 
-    Raises UserError (`data.root`) where the folder or the manifest cannot be read, and (`report`).
-    """
-    images = sorted(image.path for image in list_images(work.root))
-    facts = measure_files(work.root, images, work.data.max_pixels)
-    faults = {path: fact.reason for path, fact in zip(images, facts) if fact.kind is not None}
-    kinds = Counter(fact.kind for fact in facts if fact.kind is not None)
-    for path, fault in (*_compare_rows(work, images), *_compare_sidecars(work)):
-        kinds[fault] += 1
-        faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
-    listing = work.list_files(faults)
-    found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
-    return f"{len(images):,} images; {f'{found} ({listing})' if found else 'no fault'}"
+    name: Literal["verify"]
+
+    def run(self, data: DataConfig) -> str:
+        """List the faults. Raises UserError (`data.root`, `job.report`)."""
+        root = check_root(data.root)
+        images = sorted(image.path for image in list_images(root))
+        facts = measure_files(root, images, data.max_pixels)
+        faults = {path: fact.reason for path, fact in zip(images, facts) if fact.kind is not None}
+        kinds = Counter(fact.kind for fact in facts if fact.kind is not None)
+        for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)):
+            kinds[fault] += 1
+            faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
+        listing = self.list_files(faults)
+        found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
+        return f"{len(images):,} images; {f'{found} ({listing})' if found else 'no fault'}"
 
 
-def _compare_rows(work: Work, images: list[str]) -> Iterator[tuple[str, str]]:
+def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the paths that only the manifest, or only the folder has."""
-    manifest = find_manifest(work.root)
+    manifest = find_manifest(root)
     if manifest is None:
         return
     rows = set(read_table(manifest)["path"].to_pylist())
     yield from ((path, NO_ROW) for path in images if path not in rows)
-    yield from ((path, NO_FILE) for path in sorted(rows.difference(images)) if not (work.root / path).is_file())
+    yield from ((path, NO_FILE) for path in sorted(rows.difference(images)) if not (root / path).is_file())
 
 
-def _compare_sidecars(work: Work) -> Iterator[tuple[str, str]]:
+def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
     """Yield sidecars without an image; and images without a sidecar, where any image has one."""
     bare: list[str] = []
     some = False
-    for folder, _, names in walk_folders(work.root):
+    for folder, _, names in walk_folders(root):
         images = {name for name in names if is_image_name(name)}
         without = [name for name in sorted(images) if not list_sidecars(name, names)]
         bare += [folder + name for name in without]

@@ -344,7 +344,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
     if config.vocabulary is not None:
         return read_vocabulary(Path(config.vocabulary), "task.vocabulary")
     wanted = VocabularyConfig(
-        output=None, min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
+        min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
         append_to=None, **config.model_dump(include=set(TagRulesConfig.model_fields)),
     )  # fmt: skip
     vocabulary, report = make_vocabulary(collection, wanted, "task.")

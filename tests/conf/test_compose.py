@@ -25,6 +25,8 @@ MANDATORY = {
     "export": ["run_dir=RUN"],
     "finetune_sdxl": ["model.path=FOLDER", "data.root=PATH"],
 }
+# What jobs of prepare.py must be given.
+TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to=X"], "downsample": ["job.to=X"]}
 SHARED = {"common", "folders"}  # files that primaries include
 ALL_TRAINING = ("finetune", "train", "pretrain_fcmae", "finetune_sdxl")
 GROUPS = {
@@ -37,6 +39,7 @@ GROUPS = {
     "runtime": ALL_TRAINING,
     "tracking": ALL_TRAINING,
     "launch": ["slurm"],
+    "job": ["prepare"],
 }
 # A task and the scripts that train it.
 TASKS = {
@@ -114,7 +117,8 @@ def test_a_primary_file_leaves_folders_to_us(script):
 def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
     overrides = [f"{group}={name}"]
     if script not in ALL_TRAINING:
-        configure(script, [*overrides, *MANDATORY.get(script, []), *(["data.root=IMAGES"] if group == "data" else [])])
+        given = {"data": ["data.root=IMAGES"], "job": TO.get(name, [])}.get(group, [])
+        configure(script, [*overrides, *MANDATORY.get(script, []), *given])
         return
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
     if script == "finetune_sdxl":

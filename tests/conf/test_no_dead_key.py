@@ -20,6 +20,7 @@ from data.transforms import EvalTransform
 from engine.runtime import Runtime
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
+from tests.conf.test_compose import TO
 from tests.in_process import (
     SCRIPTS,
     SHORT,
@@ -32,7 +33,7 @@ from tests.in_process import (
     run,
 )
 from tests.support import TINY
-from utils.config.entry_point import Job, validate
+from utils.config.entry_point import CONF, Job, validate
 from utils.config.messages import ConfigError
 from utils.config.schema import Strict
 from utils.io.weights import read_weights
@@ -51,7 +52,7 @@ CONFIGURATIONS = [
     ("train", []),
     ("train", ["data=image_folder", "data.root=IMAGES"]),
     ("finetune_sdxl", ["model.path=FOLDER", "data.root=IMAGES", f"task.tag_weights={TAG_WEIGHTS}"]),
-    ("prepare", []),
+    *(("prepare", [f"job={path.stem}", *TO.get(path.stem, [])]) for path in sorted((CONF / "job").glob("*.yaml"))),
     ("prepare", ["data=image_folder", "data.root=IMAGES"]),
     ("evaluate", ["run_dir=RUN"]),
     ("predict", ["weights=RUN", "input=IMAGES", "output=found.csv"]),
@@ -284,20 +285,21 @@ def run_all(recorder, folder, monkeypatch):
     go("train", *small, *folders, "task=tagging", "task.min_count=1", "augment.image_size_hw=[16,16]", "run_dir=tagger")
     go("evaluate", "run_dir=tagger", "calibrate=true", *on_cpu)
     go("export", "run_dir=tagger", "format=wd14")
-    go("evaluate", "job=arena", "models=[tagger]", "arena.min_support=1", *folders, *on_cpu)
+    go("evaluate", "models=[tagger]", "arena.min_support=1", *folders, *on_cpu)
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("tests.tasks.thin_tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
     go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
-    go("prepare", "job=manifest", "duplicates=true", *folders)
+    go("prepare", "job=manifest", "job.duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
     go("prepare", "job=warm_cache", *folders)
-    go("prepare", "job=pack", *folders, "pack.output=packed")
-    go("prepare", "job=vocabulary", *folders, "vocabulary.output=tags.csv", "vocabulary.min_count=1")
+    go("prepare", "job=pack", *folders, "job.output=packed")
+    go("prepare", "job=vocabulary", *folders, "job.output=tags.csv", "job.min_count=1")
     for job in ("statistics", "verify", "duplicates"):
         go("prepare", f"job={job}", *folders)
-    go("prepare", "job=filter", "filter.min_tags=1", *folders)
-    go("prepare", "job=copy", "subset.to=part", *folders)
-    go("prepare", "job=downsample", "downsample.longest_px=8", "apply=true", *folders)
+    go("prepare", "job=filter", "job.min_tags=1", *folders)
+    go("prepare", "job=split", *folders)
+    go("prepare", "job=copy", "job.to=part", *folders)
+    go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
     without_a_cluster(monkeypatch)
     go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
     return reads
@@ -319,7 +321,6 @@ PROVED = {
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
-    *(f"PrepareConfig.{name}" for name in ("source", "class_names")),  # of job=idx: tests/data/test_idx.py
     # All go to the network by one call: tests/models/test_build.py. The name is for messages.
     *(
         f"ConvNeXtV2Config.{name}"

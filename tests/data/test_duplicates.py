@@ -1,5 +1,5 @@
 """Near-duplicates. Reference equality: scipy's DCT, and connected components of all distances. Properties: copies fall
-together, other pictures do not; `prepare.py job=manifest duplicates=true` fills in the columns."""
+together, other pictures do not; `prepare.py job=manifest job.duplicates=true` fills in the columns."""
 
 import io
 
@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from data.collection import index_collection, open_collection
 from data.duplicates import group_duplicates, perceptual_hash
 from tests.in_process import run
-from utils.errors import UserError
+from utils.config.messages import ConfigError
 
 ODD = 0x5555555555555555  # the bits of the odd horizontal frequencies
 
@@ -103,7 +103,7 @@ def test_prepare_fills_in_hash_and_group(tmp_path):
     prepare = ["job=manifest", "data=image_folder", f"data.root={root}", "data.validation_fraction=0.0"]
     run("prepare", prepare, tmp_path)
     plain = index_collection(str(root), validation_fraction=0, cache=tmp_path / "cache")
-    run("prepare", [*prepare, "duplicates=true"], tmp_path)
+    run("prepare", [*prepare, "job.duplicates=true"], tmp_path)
     collection = open_collection(
         str(root), index_collection(str(root), validation_fraction=0, cache=tmp_path / "cache")
     )
@@ -111,5 +111,5 @@ def test_prepare_fills_in_hash_and_group(tmp_path):
     assert hashes[:3] == [hash_of(picture(seed)) for seed in range(3)] and hashes[4] is None
     assert groups[1] == groups[3] and len({*groups}) == 4 and groups[4] is None
     assert open_collection(str(root), plain).fingerprint == collection.fingerprint
-    with pytest.raises(UserError, match=r"^duplicates: true, and verify=false"):
-        run("prepare", [*prepare, "duplicates=true", "verify=false"], tmp_path)
+    with pytest.raises(ConfigError, match=r"job.duplicates: true, and job.verify=false"):
+        run("prepare", [*prepare, "job.duplicates=true", "job.verify=false"], tmp_path)

@@ -27,6 +27,7 @@ from data.table import replace_column
 from tests.in_process import run
 from tests.support import SCRIPTS, TINY, assert_same_rows, common, make_collection
 from tests.support import run as start
+from utils.config.messages import ConfigError
 from utils.errors import UserError
 
 
@@ -184,10 +185,10 @@ def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):
     files, _ = collections
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/000000.tar").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"^pack\.output: "):
+    with pytest.raises(UserError, match=r"^job\.output: "):
         pack(files, tmp_path / "mine")
     pack(files, tmp_path / "packed")
-    with pytest.raises(UserError, match=r"^pack\.output: "):
+    with pytest.raises(UserError, match=r"^job\.output: "):
         pack(files, tmp_path / "packed", shard_mib=2)
 
 
@@ -210,7 +211,7 @@ def test_wrong_and_absent_images_and_full_disks_stop_a_pack(place, tmp_path, pac
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "addfile", fill)
-        with pytest.raises(UserError, match=r"^pack\.output: .*No space left"):
+        with pytest.raises(UserError, match=r"^job\.output: .*No space left"):
             pack(files, tmp_path / "packed")
     assert sorted(file.name for file in (tmp_path / "packed").iterdir()) == ["pack.json"]
     pack(files, tmp_path / "packed")
@@ -286,11 +287,11 @@ def test_an_index_that_cannot_be_is_refused(change, collections, place, tmp_path
 
 
 def test_the_command(place, tmp_path):
-    overrides = ["job=pack", "data=image_folder", f"data.root={place / 'files'}", "pack.output=packed"]
+    overrides = ["job=pack", "data=image_folder", f"data.root={place / 'files'}", "job.output=packed"]
     for _ in range(2):
         assert run("prepare", overrides, tmp_path) == "24 images in 2 shards"
     assert json.loads((tmp_path / "packed/pack.json").read_text())["shard_mib"] == 256
-    with pytest.raises(UserError, match=r"^pack\.output: "):
+    with pytest.raises(ConfigError, match=r"job\.output: must be given"):
         run("prepare", overrides[:3], tmp_path)
 
 

@@ -16,6 +16,7 @@ from data.tags.names import Tag, parse_rating, parse_tag
 from data.tags.rules import TagRules, read_rules
 from data.tags.vocabulary import append_tags, choose_tags, count_tags, make_vocabulary
 from tests.in_process import run
+from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
@@ -184,7 +185,7 @@ def test_a_collection_of_another_vocabulary_is_refused(tmp_path, tags, found):
 
 
 def wanted(**changes):
-    keys = dict.fromkeys(("output", "ignore", "keep", "aliases", "implications", "rating_s", "append_to"))
+    keys = dict.fromkeys(("ignore", "keep", "aliases", "implications", "rating_s", "append_to"))
     return VocabularyConfig(**{**keys, "min_count": 2, "categories": ["general", "character"], **changes})
 
 
@@ -268,12 +269,12 @@ def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, tex
 
 
 def test_prepare_writes_a_vocabulary(collection, tmp_path, log):
-    words = ["job=vocabulary", "data=image_folder", f"data.root={collection}", "vocabulary.min_count=3"]
-    with pytest.raises(UserError, match=r"^vocabulary\.output: job=vocabulary needs it"):
+    words = ["job=vocabulary", "data=image_folder", f"data.root={collection}", "job.min_count=3"]
+    with pytest.raises(ConfigError, match=r"job\.output: must be given"):
         run("prepare", words, tmp_path)
-    words.append("vocabulary.output=made/tags.csv")
+    words.append("job.output=made/tags.csv")
     assert run("prepare", [*words, "dry_run=true"], tmp_path).startswith("dry run") and not (tmp_path / "made").exists()
     said = run("prepare", words, tmp_path)
     made = read_vocabulary(tmp_path / "made/tags.csv", "key")
     assert said == f"{len(made)} tags" and made.names[4].startswith("tag_") and min(made.counts[4:]) >= 3
-    assert log.messages[-1].startswith("wrote made/tags.csv: ") and "on fewer than 3 images" in log.messages[-1]
+    assert log.messages[-2].startswith("wrote made/tags.csv: ") and "on fewer than 3 images" in log.messages[-2]

@@ -1,10 +1,11 @@
-"""job=count, statistics, verify and duplicates. Literal tables of a small folder; a killed reading goes on;
-the pages hold what they show."""
+"""job=count, statistics, verify, duplicates, filter and split. Literal tables of a small folder; a killed reading goes
+on; the pages hold what they show."""
 
 import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
@@ -38,6 +39,45 @@ def root(tmp_path):
 def listed(tmp_path, job):
     lines = (tmp_path / f"outputs/care/{job}.jsonl").read_text().splitlines()
     return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def reasons(root):
+    """Return why each image of weight 0 has it."""
+    table = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert all((row["weight"] == 0) == (row["reason"] is not None) for row in table if "reason" in row)
+    return {row["path"]: row["reason"] for row in table if row.get("reason")}
+
+
+def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
+    words = ["job=filter", *FOLDER, "job.apply=true"]
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    unreadable = reasons(root)
+    assert list(unreadable) == ["dog/cut.png"] and unreadable["dog/cut.png"].startswith("unreadable: ")
+    assert run("prepare", [*words[:-1], "job.min_tags=2"], tmp_path).startswith("4 images would be excluded")
+    assert reasons(root) == unreadable
+    assert run("prepare", [*words, "job.min_tags=2"], tmp_path).startswith("3 images excluded")
+    few = {path: f"filter: too few tags: {count}" for path, count in
+           (("cat/2.jpg", 1), ("dog/copy.png", 0), ("dog/same.png", 0))}  # fmt: skip
+    assert reasons(root) == unreadable | few
+    run("prepare", [*words, "job.min_tags=1"], tmp_path)
+    assert set(reasons(root)) == {"dog/cut.png", "dog/copy.png", "dog/same.png"}
+    run("prepare", words, tmp_path)
+    assert reasons(root) == unreadable
+
+
+def test_a_split_is_written_into_the_manifest(root, tmp_path):
+    words = ["job=split", *FOLDER[:2], "data.validation_fraction=0.34"]
+    run("prepare", ["job=manifest", "job.duplicates=true", *FOLDER], tmp_path)
+    splits = pq.read_table(root / "manifest.parquet")["split"].to_pylist()
+    assert run("prepare", words, tmp_path).endswith("set job.apply=true to write it into the manifest")
+    assert pq.read_table(root / "manifest.parquet")["split"].to_pylist() == splits
+    run("prepare", [*words, "job.apply=true"], tmp_path)
+    table = pq.read_table(root / "manifest.parquet").to_pylist()
+    sides = {}
+    for row in table:
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert {row["split"] for row in table} == {"train", "val"}
+    assert all(len(found) == 1 for group, found in sides.items() if group is not None)
 
 
 def test_facts_are_of_the_upright_image(tmp_path):
@@ -105,8 +145,8 @@ def test_statistics(root, tmp_path):
 
 def test_statistics_from_the_manifest_alone(root, tmp_path, monkeypatch):
     monkeypatch.setattr("data.care.statistics.measure_files", None)
-    quick = ["job=statistics", *FOLDER, "statistics.pixels=false"]
-    with pytest.raises(UserError, match=r"^statistics.pixels: false"):
+    quick = ["job=statistics", *FOLDER, "job.pixels=false"]
+    with pytest.raises(UserError, match=r"^job.pixels: false"):
         run("prepare", quick, tmp_path)
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     run("prepare", quick, tmp_path)
@@ -137,11 +177,19 @@ def test_a_folder_without_sidecars_lacks_none(root, tmp_path):
 
 def test_the_largest_of_each_group_stays(root, tmp_path):
     words = ["job=duplicates", *FOLDER]
-    run("prepare", [*words, "deduplicate.match=exact"], tmp_path)
+    run("prepare", [*words, "job.match=exact"], tmp_path)
     assert listed(tmp_path, "duplicates") == {"dog/same.png": "a duplicate: dog/1.png is kept"}
-    run("prepare", [*words, "apply=true"], tmp_path)
-    moved = {path for path in (*TAGS, "dog/copy.png", "dog/same.png", "cat/2.txt") if not (root / path).exists()}
-    assert moved == {"cat/2.jpg", "cat/2.txt", "dog/same.png"}
+    files = {file: file.read_bytes() for file in root.rglob("*.*")}
+    with pytest.raises(UserError, match=r"^data.root: .* run prepare.py job=manifest first"):
+        run("prepare", [*words, "job.apply=true"], tmp_path)
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", [*words, "job.apply=true"], tmp_path)
+    excluded = {
+        "cat/2.jpg": "duplicates: a duplicate: dog/copy.png is kept",
+        "dog/same.png": "duplicates: a duplicate: dog/1.png is kept",
+    }
+    assert {path: reason for path, reason in reasons(root).items() if reason.startswith("duplicates")} == excluded
+    assert all(file.read_bytes() == content for file, content in files.items())
     page = (tmp_path / "outputs/care/duplicates/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "dog/copy.png" in page
 

@@ -96,18 +96,17 @@ def test_paths_separated_by_commas_are_swept_in_a_multirun(start_command):
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
-PREPARED = ("source", "pack.output", "trash", "report", "subset.to", "subset.listed")
+PREPARED = ("output", "report", "to", "listed", "ignore", "keep", "aliases", "implications", "append_to")
 TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
-VOCABULARY_FILES = ("output", "ignore", "keep", "aliases", "implications", "append_to")
 
 
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
         ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
-        ("prepare", {*DATA_FILES, *PREPARED, *(f"vocabulary.{key}" for key in VOCABULARY_FILES)}),
+        ("prepare", {*DATA_FILES, *(f"job.{key}" for key in PREPARED)}),
         ("evaluate", {"models", "run_dir", "weights", "output", *DATA_FILES, "arena.aliases", "arena.implications"}),
-        ("export", {"run_dir", "weights", "output", "thresholds", *DATA_FILES}),
+        ("export", {"run_dir", "weights", "output", "thresholds"}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )

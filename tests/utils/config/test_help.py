@@ -66,10 +66,10 @@ def test_the_keys_are_those_of_the_chosen_files():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_five_commands_of_a_docstring_have_a_valid_configuration(script):
+def test_the_commands_of_a_docstring_have_a_valid_configuration(script):
     lines = TEXTS[script].replace("\\\n", " ").splitlines()
     lines = [re.sub(r"   +[^='].*", "", line.strip()) for line in lines if re.match(" +(python|torchrun) ", line)]
-    assert len(lines) >= 5
+    assert len(lines) >= 4
     for line in lines:
         words = shlex.split(line.partition(".py")[2])
         words = split_words(words)[0] if script == "slurm" else words

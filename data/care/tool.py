@@ -1,16 +1,24 @@
-"""What every tool is given."""
+"""What the jobs of prepare.py have in common: a job is its keys and what it does with a collection.
+
+    class Pack(Tool):
+        name: Literal["pack"]      # conf/job/pack.yaml
+        output: PathText
+        def run(self, data): ...
+
+A tool reads files and writes new ones. It never moves, changes or deletes an image.
+"""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.config import DataConfig
 from data.scan import check_root
+from utils.config.schema import PathText, Strict
 from utils.io.files import output_errors, write_json, write_text
 from utils.record.html_page import FILE, write_page
 from utils.record.logging import get_logger
@@ -18,57 +26,58 @@ from utils.record.report_files import TableRow, write_report
 
 log = get_logger(__name__)
 
+DRY_RUN = "dry run: nothing is written"
 _NAMED = 10  # files in the log
 _DETAIL = re.compile(r": | \(|; ")
 
 
-@dataclass(frozen=True)
-class Work:
-    """A job and its collection.
+class Tool(Strict):
+    """A job of prepare.py."""
 
-    apply: change files; False: list what would change. report: the folder of pages, tables and lists. trash: the folder
-    of moved files and journals.
-    """
+    def check(self, data: DataConfig) -> str:
+        """Check what can be checked without doing anything (`dry_run`); return a line for the log."""
+        check_root(data.root)
+        return DRY_RUN
 
-    job: str
-    data: DataConfig
-    apply: bool
-    report: Path
-    trash: Path
+    def run(self, data: DataConfig) -> str:
+        """Do the job; return a line for the log. Raises UserError."""
+        raise NotImplementedError
 
-    @property
-    def root(self) -> Path:
-        """The collection's folder."""
-        return check_root(self.data.root)
+
+class ReportingTool(Tool):
+    """A job that writes pages and lists. report: their folder."""
+
+    report: PathText
 
     def list_files(self, reasons: Mapping[str, str]) -> Path:
         """Write one JSON line for each file, {"path", "reason"}; log the first of them, and how many by reason.
 
-        reasons: by path; what follows a colon or a parenthesis differs between files. Raises UserError (`report`).
+        reasons: by path; what follows a colon or a parenthesis differs between files. Raises UserError (`job.report`).
         """
         for path, reason in list(reasons.items())[:_NAMED]:
             log.info("%s: %s", path, reason)
         for reason, count in Counter(_DETAIL.split(reason, maxsplit=1)[0] for reason in reasons.values()).most_common():
             log.info("%s: %s files", reason, f"{count:,}")
-        file = self.report / f"{self.job}.jsonl"
+        file = Path(self.report) / f"{self.name}.jsonl"
         lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in reasons.items()]
-        with output_errors("report", file):
+        with output_errors("job.report", file):
             write_text(file, "".join(line + "\n" for line in lines))
         return file
 
     def save_report(
         self,
+        title: str,
         figures: Mapping[str, float],
         tables: Mapping[str, Sequence[TableRow]],
         images: Mapping[str, np.ndarray],
     ) -> Path:
         """Write figures, tables and images [H, W, 3] as one HTML page, as JSON, and as CSV and PNG files.
 
-        Returns the page. Raises UserError (`report`).
+        Returns the page. Raises UserError (`job.report`).
         """
-        folder = self.report / self.job
-        with output_errors("report", folder):
+        folder = Path(self.report) / self.name
+        with output_errors("job.report", folder):
             write_report(folder, tables, images)
-            write_json(folder / f"{self.job}.json", {"figures": figures, "tables": tables})
-            write_page(folder / FILE, f"{self.job}: {self.root}", figures, tables, images)
+            write_json(folder / f"{self.name}.json", {"figures": figures, "tables": tables})
+            write_page(folder / FILE, f"{self.name}: {title}", figures, tables, images)
         return folder / FILE
