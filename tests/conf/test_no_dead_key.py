@@ -337,7 +337,8 @@ REFUSED = {
     "train": ("TrainingConfig.init_weights",),
     "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
     "pretrain_fcmae": ("TimmConfig.",),
-    "prepare": ("CacheConfig.memory_gib",),  # of training
+    "prepare": ("CacheConfig.memory_gib",),  # of training, which reads an image again
+    "evaluate": ("CacheConfig.memory_gib",),
 }
 
 
