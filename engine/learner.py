@@ -16,7 +16,7 @@ from engine.config import TrainingConfig
 from engine.parallel import wrap_task
 from engine.plan import Plan
 from engine.runtime import Runtime
-from engine.step import LossScale, StepResult, train_step
+from engine.step import NOTHING, Asks, LossScale, StepResult, train_step
 from engine.task import (
     Task,
     checkpointed_state,
@@ -81,14 +81,14 @@ class Learner:
         """Return the scheduled values of the update that follows `step` updates."""
         return self.schedule.at(step)
 
-    def update(self, batches: Sequence[Batch], *, ask: float = 0.0) -> StepResult:
+    def update(self, batches: Sequence[Batch], asks: Asks = NOTHING) -> StepResult:
         """Make one update from this rank's micro-batches, smaller ones where the device takes no larger.
 
         Raises UserError (`loop.batch_size`) where it takes none, and where batch norm has one value per channel.
         """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.values_at(self.step))
-        while (result := self._try(batches, progress, ask)) is None:
+        while (result := self._try(batches, progress, asks)) is None:
             pass
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
@@ -96,10 +96,10 @@ class Learner:
         self.step += 1
         return result
 
-    def _try(self, batches: Sequence[Batch], progress: Tensor, ask: float) -> StepResult | None:
+    def _try(self, batches: Sequence[Batch], progress: Tensor, asks: Asks) -> StepResult | None:
         """Make the update; None where the memory ended, and the micro-batches are smaller now."""
         try:
-            return train_step(self, self.micro_batches.split(batches), progress, ask=ask)
+            return train_step(self, self.micro_batches.split(batches), progress, asks)
         except OutOfMemory as error:
             shape, size = error.shape, error.size  # the error holds the activations
         except ValueError as error:

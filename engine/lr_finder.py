@@ -26,7 +26,7 @@ from engine.config import TrainingConfig
 from engine.learner import Learner
 from engine.plan import shortest_tested
 from engine.run_parts import Run
-from engine.step import STOP
+from engine.step import Asks
 from engine.task import checkpointed_state
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues, Schedule
@@ -168,8 +168,8 @@ def range_test(run: Run, batches: Iterator[Sequence[Batch]], steps: int) -> Curv
         for number in range(steps):
             run.recorder.phase(0, f"range test, update {number + 1} of {steps}")
             set_peak_lr(learner.optimizer, sweep.at(number).lr)
-            result = learner.update(next(batches), ask=run.asks_for())
-            if result.asked >= STOP:
+            result = learner.update(next(batches), Asks(stop=run.must_stop))
+            if result.asked[0] > 0:
                 return None
             curve.first_update_sec = curve.first_update_sec or time.perf_counter() - started
             report(number + 1, steps)

@@ -208,7 +208,7 @@ class Recorder:
         self._logged = self._first = self._epoch = (
             0,
             0.0,
-        )  # steps and seconds at the last log, the first step, the epoch
+        )  # step, seconds: last log, first step, epoch's start
         self._waited = 0.0  # at the last log
         self._next_plot, self._moved = time.perf_counter() + _FIRST_PLOT_SEC, time.perf_counter()
         self.stage, self.batch = "the start", ("images", 1)  # of an error's message

@@ -5,7 +5,8 @@ The run folder is opened only after data and task are built, so a mistake leaves
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from logging import DEBUG, INFO
 from pathlib import Path
@@ -173,23 +174,33 @@ def run_training(
             run.rehearse()
         resume(run, config)
         distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
-        finished = _train(run, config, next_commands)
+        started, first, finished = time.perf_counter(), run.step, True
+        with _records(run):
+            if run.is_complete:
+                log.info(
+                    "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
+                    "run_dir", run.step, plan.total_steps,
+                )  # fmt: skip
+            elif finished := fit(run, config):
+                _report_end(run, config, first, time.perf_counter() - started, next_commands)
+        _close_records(run, finished=finished)
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)
     return _summarise(run)
 
 
-def _train(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bool:
-    """Train with all records open; returns False where the run was asked to stop."""
-    recorder = run.recorder
+@contextmanager
+def _records(run: Run) -> Iterator[None]:
+    """Keep the run's records open; where the run fails, close what must be, and name a rank that was lost."""
+    recorder, folder = run.recorder, run.saver.folder
     try:
         if not run.is_complete:  # a complete run needs no tracker
-            _start_tracker(run)
+            saved, sweep = {"script": folder.job.script, **folder.config}, sweep_of(folder.path, folder.job)
+            distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step, sweep))
         run.open_records()
         recorder.watchdog.start()
-        may_train = not config.lr_finder.enabled or run.step > 0 or find_lr(run, config)
-        finished = may_train and _train_epochs(run, config, next_commands)
+        yield
     except BaseException as error:  # an interrupt too: in a notebook the process lives on
         if isinstance(error, torch.OutOfMemoryError):
             error = out_of_memory(recorder.stage, *recorder.batch)
@@ -202,52 +213,39 @@ def _train(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bo
             raise SystemExit(EXIT_LOST_RANK) from error
         raise error
     recorder.watchdog.stop()
-    if distributed.is_main():
-        task = run.learner.task
-        write_result(run.saver.folder.path, task.best_metric, run.evaluator.best, is_lowest_best=task.best_is_lowest)
-        if finished:
-            _send_model(run)
-    recorder.close(completed_step=run.step if finished else None)
-    return finished
 
 
-def _start_tracker(run: Run) -> None:
-    folder = run.saver.folder
-    saved, sweep = {"script": folder.job.script, **folder.config}, sweep_of(folder.path, folder.job)
-    distributed.rank_zero_call(lambda: run.recorder.start_tracker(saved, run.step, sweep))
-
-
-def _send_model(run: Run) -> None:
-    """Send the tracker the best weights of a complete run, or the last ones where this folder has no best ones."""
-    best, folder, metric = run.evaluator.best, run.saver.folder, run.learner.task.best_metric
-    weights = logged_weights(folder.weights)
-    figures = {metric: best.value, "best_step": best.step} if weights.alias == "best" else {}
-    metadata = {"step": run.step, "script": folder.job.script, "model": folder.config["model"], **figures}
-    run.recorder.add_model(*weights, metadata)
-
-
-def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]) -> bool:
-    """Run the remaining epochs; returns False where the run was asked to stop."""
-    plan, streams = run.plan, run.streams
-    if run.is_complete:
-        log.info(
-            "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another run_dir",
-            run.step, plan.total_steps,
-        )  # fmt: skip
-        return True
-    started, first = time.perf_counter(), run.step
-    if plan.total_steps == 0:
+def fit(run: Run, config: TrainingConfig) -> bool:
+    """Make the updates that are left; returns False where the run was asked to stop (and has saved)."""
+    if config.lr_finder.enabled and run.step == 0 and not find_lr(run, config):
+        return False
+    if run.plan.total_steps == 0:
         run.evaluator.evaluate(run.learner)
         run.save(last=True)
-    batches = streams.train.steps(run.step, plan)
     vote = Vote()
-    try:
-        with run.recorder.bar.opened(run.step):
-            while not run.is_complete:
-                if not train_one_epoch(run, batches, config.loop, plan.epoch_of(run.step), vote):
-                    return False
-    finally:
-        batches.close()
+    with closing(run.streams.train.steps(run.step, run.plan)) as batches, run.recorder.bar.opened(run.step):
+        while not run.is_complete:
+            if not train_one_epoch(run, batches, config.loop, run.plan.epoch_of(run.step), vote):
+                return False
+    return True
+
+
+def _close_records(run: Run, *, finished: bool) -> None:
+    """Write the run's result for its sweep, send the tracker the best weights of a complete run, and close."""
+    task, folder, best = run.learner.task, run.saver.folder, run.evaluator.best
+    if distributed.is_main():
+        write_result(folder.path, task.best_metric, best, is_lowest_best=task.best_is_lowest)
+    if distributed.is_main() and finished:
+        weights = logged_weights(folder.weights)  # the last ones where this folder has no best ones
+        figures = {task.best_metric: best.value, "best_step": best.step} if weights.alias == "best" else {}
+        metadata = {"step": run.step, "script": folder.job.script, "model": folder.config["model"], **figures}
+        run.recorder.add_model(*weights, metadata)
+    run.recorder.close(completed_step=run.step if finished else None)
+
+
+def _report_end(run: Run, config: TrainingConfig, first: int, seconds: float, next_commands: Sequence[str]) -> None:
+    """Log how a run ended that has trained from step `first` on."""
+    plan, train = run.plan, run.streams.train
     if run.step < plan.total_steps:
         best, name = run.evaluator.best, run.learner.task.best_metric
         log.info(
@@ -255,17 +253,15 @@ def _train_epochs(run: Run, config: TrainingConfig, next_commands: Sequence[str]
             "weights/best_weights.safetensors has those weights",
             name, best.step, best.value, config.loop.early_stop_epochs,
         )  # fmt: skip
-    if streams.train.unreadable_count:
+    if train.unreadable_count:
         log.warning(
             "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
-            streams.train.unreadable_count,
+            train.unreadable_count,
         )
-    epochs = (run.step - first) * plan.global_batch_size / streams.train.epoch_length
     if run.recorder.wait_share > MUCH_WAITING:
-        advice = advise(run.learner.runtime, epochs, streams.train.readings())
+        advice = advise(run.learner.runtime, plan.epoch_at(run.step - first), train.readings())
         log.warning("%.0f %% of the training time was a wait for data; %s", 100 * run.recorder.wait_share, advice)
-    log.info("%s", Lines(end_screen(run, time.perf_counter() - started, next_commands)))
-    return True
+    log.info("%s", Lines(end_screen(run, seconds, next_commands)))
 
 
 def _summarise(run: Run) -> str:

@@ -12,7 +12,7 @@ from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import Runtime
 from engine.saver import Saver
-from engine.step import SAVE, STOP, fits_alone
+from engine.step import fits_alone
 from engine.streams import Streams
 from engine.task import Task, fingerprint_frozen
 from optim.groups import set_peak_lr
@@ -51,13 +51,10 @@ class Run:
         is_measured = self.plan.total_steps > 0 or bool(self.evaluator.last_report)
         return (self.step >= self.plan.total_steps and is_measured) or self.evaluator.has_stalled
 
-    def asks_for(self, *, may_save: bool = False) -> float:
-        """Return what this rank asks for: STOP where a signal came or a checkpoint could not be written, SAVE where
-        one is due by time, or 0.
-        """
-        if self.stop.requested or self.saver.writer.failed:
-            return STOP
-        return SAVE if may_save and self.saver.is_due() else 0.0
+    @property
+    def must_stop(self) -> bool:
+        """Whether this rank asks to end: a signal came, or a checkpoint could not be written."""
+        return self.stop.requested or self.saver.writer.failed
 
     def rehearse(self) -> None:
         """Halve the micro-batches, on all ranks alike, until every rank can make a pass over each shape.

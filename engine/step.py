@@ -8,7 +8,7 @@ has weight, is one decision for all ranks that stays on the device; a skipped st
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,15 @@ from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.ranks.sharded import holds_rows
 
-# What a rank may ask for in a step: to end the run, or to save. Only rank 0 asks to save, so the sum tells.
-STOP, SAVE = 1.0, 0.5
+
+class Asks(NamedTuple):
+    """What a rank, or any rank, asks for in a step: to end the run after it, to save a checkpoint."""
+
+    stop: bool = False
+    save: bool = False
+
+
+NOTHING = Asks()
 
 
 class Stepped(Protocol):
@@ -49,7 +56,7 @@ class StepResult:
 
     sums: log name -> (sum, count) over all samples of the step, float64; 0 for a skipped step.
     applied: 1 where the optimiser stepped, 0 where the step was skipped.
-    asked: the sum of what the ranks ask for, STOP and SAVE.
+    asked: [2], how many ranks ask to stop, and to save.
     weight: the sum of the samples' weights; 0, which skips the step, where no image could be read.
     losses: the losses [B] of this rank's micro-batches, detached.
     """
@@ -150,26 +157,29 @@ def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[
 
 
 def _reduce(
-    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, ask: float, *, rows_only: bool
+    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, asks: Asks, *, rows_only: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
     """Sum figures and flags over ranks in one collective: (sums, gradient norm, skip, asked).
 
     A step that is not finite, or whose `weight` is 0, is skipped. `figures` begin with the loss. `rows_only`: the norm
     is that of this rank's rows, so the squares are summed over ranks.
     """
-    total = F.pad(figures, (2, 1 if rows_only else 0), value=float(ask))
+    total = F.pad(figures, (3, 1 if rows_only else 0))
     # In float64 the sum of two finite float32 is finite, and any other is not.
     total[0] = ~torch.isfinite(norm + figures[0])
+    for place, asked in enumerate(asks, start=1):
+        if asked:
+            total[place].fill_(1.0)
     if rows_only:
         total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
-    bad, asked = (total[0] > 0) | (weight == 0), total[1]
+    bad = (total[0] > 0) | (weight == 0)
     kept = torch.where(bad, 0.0, total).unbind()
-    sums = {"loss": (kept[2], torch.where(bad, 0.0, weight.double()))}
-    sums |= {name: (kept[3 + 2 * index], kept[4 + 2 * index]) for index, name in enumerate(names)}
+    sums = {"loss": (kept[3], torch.where(bad, 0.0, weight.double()))}
+    sums |= {name: (kept[4 + 2 * index], kept[5 + 2 * index]) for index, name in enumerate(names)}
     if rows_only:
         norm = kept[-1].sqrt().to(norm.dtype)
-    return sums, norm, bad, asked
+    return sums, norm, bad, total[1:3]
 
 
 def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:
@@ -182,10 +192,10 @@ def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale:
         torch._foreach_mul_(grads, factor)
 
 
-def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, *, ask: float = 0.0) -> StepResult:
+def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, asks: Asks = NOTHING) -> StepResult:
     """Make the next update of a task from its micro-batches of this rank.
 
-    `progress`: the share of the run; `ask`: what this rank asks for. No host synchronisation, except for timm's
+    `progress`: the share of the run; `asks`: of this rank. No host synchronisation, except for timm's
     optimisers, which cannot skip on the device and cost one per step. Raises OutOfMemory, with nothing changed, where a
     pass does not fit into the device's memory.
     """
@@ -217,7 +227,7 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, *, 
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if inverse_scale is not None:
         norm = norm * inverse_scale
-    sums, norm, bad, asked = _reduce(_sum(rows), names, weight, norm, ask, rows_only=holds_rows(parameters))
+    sums, norm, bad, asked = _reduce(_sum(rows), names, weight, norm, asks, rows_only=holds_rows(parameters))
     _clip(grads, norm, learner.clip_grad_norm, inverse_scale)
 
     found_inf = bad.float()

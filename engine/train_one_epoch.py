@@ -7,11 +7,12 @@ same things at the same steps.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from engine.config import LoopConfig
 from engine.recorder import memory_by_part, show_memory
 from engine.run_parts import Run
-from engine.step import STOP, StepResult
+from engine.step import Asks, StepResult
 from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -20,30 +21,27 @@ log = get_logger(__name__)
 
 
 class Vote:
-    """Learn, without waiting for the device, what the ranks ask for: to stop, or to save.
+    """Learn, without waiting for the device, what any rank asks for, so that all stop, or save, at the same step.
 
-    On a GPU the sum over ranks is copied in the background and read one step later. All ranks read the same number, so
-    all stop, or save, at the same step.
+    On a GPU the counts are copied in the background, and read one step later.
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def read(self, result: StepResult, ask: float) -> float:
-        """Return what was asked for at the step before (GPU ranks), or at this one; at least STOP, SAVE or 0."""
+    def read(self, result: StepResult, own: Asks) -> Asks:
+        """Return what any rank asked for at this step, or at the step before (GPU ranks). own: of a single process."""
         if not distributed.is_distributed():
-            return ask
-        if result.asked.device.type != "cuda":
-            return float(result.asked)
-        earlier = self._pending
-        copy, event = torch.empty((), dtype=result.asked.dtype, pin_memory=True), torch.cuda.Event()
-        copy.copy_(result.asked, non_blocking=True)
-        event.record()
-        self._pending = (copy, event)
-        if earlier is None:
-            return 0.0
-        earlier[1].synchronize()
-        return float(earlier[0])
+            return own
+        counts: Tensor | None = result.asked
+        if result.asked.device.type == "cuda":
+            counts, copy = None, torch.empty(2, dtype=result.asked.dtype, pin_memory=True)
+            if self._pending is not None:
+                counts, event = self._pending
+                event.synchronize()
+            self._pending = copy.copy_(result.asked, non_blocking=True), torch.cuda.Event()
+            self._pending[1].record()
+        return Asks() if counts is None else Asks(*(count > 0 for count in counts.tolist()))
 
 
 def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: Vote) -> bool:
@@ -62,8 +60,8 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
 
         # 2. The update.
         recorder.phase(learner.step, "computing", batches[0])
-        ask = run.asks_for(may_save=True)
-        result = learner.update(batches, ask=ask)
+        is_due = run.saver.is_due()
+        result = learner.update(batches, Asks(run.must_stop, is_due))
 
         # 3. The record.
         recorder.add_step(learner.step, batches, result)
@@ -74,8 +72,7 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         # 4. What is due. Figures come before the checkpoint, so that a resumed run has them.
         step = learner.step
         last = step == plan.total_steps
-        asked = vote.read(result, max(ask, run.asks_for()))
-        stopping = asked >= STOP
+        asked = vote.read(result, Asks(run.must_stop, is_due))
         evaluates = plan.is_due(step, plan.evaluate_every_epochs)
         may_end = last or (evaluates and loop.early_stop_epochs is not None)
         if step % loop.log_every_steps == 0 or may_end:
@@ -90,8 +87,8 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         last = run.is_complete
         if step == end or last:
             recorder.end_epoch(step, epoch, run.evaluator.last_report)
-        if step % loop.checkpoint_every_steps == 0 or asked or last:
-            run.save(last=last or stopping)
-        if last or stopping:
+        if step % loop.checkpoint_every_steps == 0 or any(asked) or last:
+            run.save(last=last or asked.stop)
+        if last or asked.stop:
             return last
     return True

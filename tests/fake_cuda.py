@@ -68,6 +68,7 @@ from bench.measure import bench_loop, build_bench_run, read_group
 from data.batch import Ragged, collate, to_device
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
+from engine.step import Asks
 from engine.streams import Streams
 from engine.tasks import tagging as tagging_module
 from engine.tasks.fcmae import patch_count
@@ -378,9 +379,9 @@ def run_vote():
     """Read the votes of two steps as one of several ranks does; returns the host reads."""
     with fake_gpu() as device, mock.patch.object(distributed, "is_distributed", return_value=True):
         device.strict, vote = True, Vote()
-        result = SimpleNamespace(asked=zeros())
+        result = SimpleNamespace(asked=zeros(2))
         # The first call has nothing to read; the second reads a host copy, whose value is anything here.
-        assert vote.read(result, 0.0) == 0.0 and isinstance(vote.read(result, 0.0), float)
+        assert vote.read(result, Asks()) == Asks() and isinstance(vote.read(result, Asks()), Asks)
         return device.waits
 
 

@@ -16,7 +16,6 @@ from engine.lr_finder import Curve, RangeSweep, range_test, suggest, undone
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
-from engine.step import STOP
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from optim.groups import set_group_values, set_peak_lr
@@ -92,10 +91,10 @@ def test_the_sweep_keeps_the_ratios_of_groups():
     assert all(group["lr"] == pytest.approx(0.01 * group["lr_scale"]) for group in learner.optimizer.param_groups)
 
 
-def make_run(learner, *, ask=0.0):
+def make_run(learner, *, must_stop=False):
     """What a range test reads of a run."""
     return SimpleNamespace(
-        learner=learner, asks_for=lambda: ask, recorder=SimpleNamespace(phase=lambda *_: None),
+        learner=learner, must_stop=must_stop, recorder=SimpleNamespace(phase=lambda *_: None),
         plan=SimpleNamespace(total_steps=1000),
     )  # fmt: skip
 
@@ -122,8 +121,8 @@ def test_a_corrected_decay_follows_the_rate_of_the_sweep():
     peaks, (configured,) = [], {group["max_lr_snapshot"] for group in learner.optimizer.param_groups}
     update = learner.update
 
-    def noting(batches, *, ask):
-        result = update(batches, ask=ask)
+    def noting(batches, asks):
+        result = update(batches, asks)
         peaks.append({(group["max_lr_snapshot"], group["lr"] / group["lr_scale"]) for group in groups})
         return result
 
@@ -156,9 +155,9 @@ def test_it_ends_where_the_loss_diverges():
     learner = make_learner("optim=sgd", "task.label_smoothing=0.0")
     update = learner.update
 
-    def hastened(batches, *, ask):
+    def hastened(batches, asks):
         set_group_values(learner.optimizer, GroupValues(1e3, 0.0))
-        return update(batches, ask=ask)
+        return update(batches, asks)
 
     learner.update = hastened
     curve = range_test(make_run(learner), itertools.repeat([make_batch()]), 40)
@@ -172,11 +171,11 @@ def test_it_ends_where_the_loss_is_no_number(precision):
     learner = in_fp16(learner) if precision == "fp16" else learner
     finite, results = learner.update, []
 
-    def update(batches, *, ask):
+    def update(batches, asks):
         if len(results) >= 8:
             for parameter in learner.task.parameters():
                 parameter.data.fill_(float("nan"))
-        results.append(finite(batches, ask=ask))
+        results.append(finite(batches, asks))
         return results[-1]
 
     learner.update = update
@@ -195,7 +194,7 @@ def test_a_batch_that_cannot_be_read_is_no_point_of_the_curve():
 
 
 def test_a_stop_signal_ends_it():
-    run = make_run(make_learner("optim=sgd"), ask=STOP)
+    run = make_run(make_learner("optim=sgd"), must_stop=True)
     assert range_test(run, itertools.repeat([make_batch()]), 5) is None and run.learner.step == 1
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import bench_loop, build_bench_run, read_group
+from engine.step import Asks
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
@@ -251,10 +252,13 @@ def test_on_a_gpu_torchs_own_check_is_silent(kind, optim, changes, precision):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_fake_cuda.py reads votes on the CPU")
 def test_on_a_gpu_ranks_read_the_vote_of_the_step_before(monkeypatch):
     monkeypatch.setattr("utils.ranks.distributed.is_distributed", lambda: True)
-    vote, results = Vote(), [SimpleNamespace(asked=torch.tensor(stop, device="cuda")) for stop in (0.0, 1.0, 0.0)]
+    vote, results = (
+        Vote(),
+        [SimpleNamespace(asked=torch.tensor([stop, 0.0], device="cuda")) for stop in (0.0, 1.0, 0.0)],
+    )
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [vote.read(result, 0.0) for result in results]
+        found = [vote.read(result, Asks()).stop for result in results]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found == [0.0, 0.0, 1.0]
+    assert found == [False, False, True]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.run_parts import Run
-from engine.step import STOP
 from tests.in_process import TINY, make_images, run
 from tests.support import checkpoint_tensors, rows
 
@@ -45,7 +44,7 @@ def test_a_cycle_counts_updates_and_not_micro_batches_and_goes_on_where_it_was(s
     run("finetune", [*settings, f"run_dir={tmp_path}/through"], tmp_path)
     words = [*settings, f"run_dir={tmp_path}/stopped"]
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "asks_for", lambda self, **_: STOP if self.step >= 6 else 0.0)
+        patched.setattr(Run, "must_stop", property(lambda self: self.step >= 6))
         with pytest.raises(SystemExit, match="75"):
             run("finetune", words, tmp_path)
     assert not (tmp_path / "stopped/complete.json").exists()

@@ -248,6 +248,10 @@ class Command(Generic[Schema]):
         if isinstance(error, UserError):
             _say(f"{self.script}.py: {error}", other_ranks=True)
             return EXIT_USER_ERROR, str(error).splitlines()[0]
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; training names the stage and the shape itself
+            message = f"the device is out of memory ({error}); set a smaller batch size, or a smaller model or image"
+            _say(f"{self.script}.py: {message}", other_ranks=True)
+            return EXIT_USER_ERROR, message.splitlines()[0]
         if (lost := lost_worker(error)) is not None:
             _say(f"{self.script}.py: {lost}", other_ranks=True)
             return EXIT_LOST_RANK, lost
