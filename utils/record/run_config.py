@@ -1,7 +1,4 @@
-"""What a run folder says of its run: its configuration, and whether it is complete.
-
-It does not import torch, which `live_plot` does not need.
-"""
+"""What a run folder says of its run: its configuration, and whether it is complete."""
 
 from collections.abc import Iterable
 from pathlib import Path

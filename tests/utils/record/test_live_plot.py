@@ -1,4 +1,4 @@
-"""Live plots: a growing file followed, refusals, and a process that ends with its run."""
+"""Live plots: a growing file followed, and a process that ends with its run."""
 
 import json
 import os
@@ -6,15 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 
-from tests.in_process import TINY, make_images, run
-from tests.support import ROOT, rows, start
+from tests.support import ROOT
 from utils.record import live_plot
-from utils.record.live_plot import LivePlots, follow, main
-from utils.record.run_config import mark_complete
+from utils.record.live_plot import LivePlots, follow
 
 
 def make_rows():
@@ -65,211 +62,74 @@ def test_rows_are_drawn_in_a_twentieth_of_the_time_and_the_last_ones_always(pace
     def wait(seconds):
         clock["now"] += seconds
         row = next(made, None)
-        if row is None:
-            mark_complete(folder, 400)
-        else:
+        if row is not None:
             add_rows(folder, [row])
-        return False
+        return row is None
 
-    follow(folder, wait, until_complete=True)
-    assert [count for _, count in drawn] == pytest.approx([1, 12, 22, 33, 43, 44], abs=2) and drawn[-1][1] == 44
+    follow(folder, wait)
+    assert [count for _, count in drawn] == pytest.approx([0, 12, 22, 33, 43, 44], abs=2) and drawn[-1][1] == 44
     assert all(later - earlier >= 10.5 for (earlier, _), (later, _) in zip(drawn[:-2], drawn[1:-1]))
-
-
-def test_without_new_rows_nothing_is_drawn_again(paced):
-    folder, clock, drawn = paced
-    add_rows(folder, make_rows())
-
-    def wait(seconds):
-        clock["now"] += 100
-        return clock["now"] > 5000
-
-    follow(folder, wait, until_complete=False)
-    assert len(drawn) == 1
 
 
 def test_a_removed_folder_is_not_made_again(paced):
     folder, _, drawn = paced
-    add_rows(folder, make_rows())
     (folder / "config.json").unlink()
-    follow(folder, lambda _: False, until_complete=False)
-    assert drawn == [] and not (folder / "plots").exists()
+    follow(folder, lambda seconds: False)
+    assert drawn == []
 
 
-# ----------------------------------------------------------------------------------------------------- from the outside
+# ------------------------------------------------------------------------------------------------------ the process
 
 
-def make_other(folder):
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-
-
-def make_damaged(folder):
-    (make_run(folder) / "metrics.jsonl").write_text("nothing\n")
-
-
-@pytest.mark.parametrize(
-    "prepare, message",
-    [
-        (lambda folder: None, "is not a run folder"),
-        (make_other, "not the folder of a training run"),
-        (make_run, "metrics.jsonl has no row yet"),
-        (make_damaged, "is damaged; remove that line"),
-    ],
-    ids=["missing", "no training", "no row", "damaged"],
-)
-def test_what_is_no_run_is_refused_with_status_2(prepare, message, tmp_path, capsys):
-    folder = tmp_path / "run"
-    prepare(folder)
-    assert main([str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("live_plot: run_dir: ") and message in said
-    assert not (folder / "plots").exists()
-
-
-def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "run"
-    make_run(folder)
-    add_rows(folder, make_rows())
-    monkeypatch.setattr("utils.record.live_plot.os.access", lambda path, mode: False)
-    assert main([str(folder)]) == 2
-    assert f"live_plot: run_dir: {folder / 'plots'} may not be written by this user" in capsys.readouterr().err
-
-
-def run_module(folder, **more):
-    """Start the command; it hears Ctrl-C even where these tests run in a shell's background, which ignores it."""
-    command = [sys.executable, "-m", "utils.record.live_plot", str(folder)]
-    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=ROOT, preexec_fn=hear, **more)
-
-
-def wait_for(condition, seconds=60):
-    """Wait until a condition holds; returns whether it does."""
-    end = time.monotonic() + seconds
-    while not (held := condition()) and time.monotonic() < end:
+def wait_until(condition, seconds=60.0):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
         time.sleep(0.05)
-    return held
+    assert condition()
 
 
-def test_the_command_draws_what_is_there_and_ends_at_ctrl_c_or_with_the_run(tmp_path):
-    folder = make_run(tmp_path / "run", make_rows())
-    process = run_module(folder, stderr=subprocess.PIPE, text=True)
-    assert wait_for(lambda: (folder / "plots/curves.png").exists())
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1].splitlines()[0].endswith("until the run is complete; Ctrl-C ends it")
-    assert process.returncode == 0
-    mark_complete(folder, 400)
-    process = run_module(folder, stderr=subprocess.PIPE, text=True)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+def test_the_process_draws_ignores_the_signals_of_a_run_and_draws_the_last_rows(tmp_path):
+    folder = make_run(tmp_path / "run", make_rows()[:20])
+    picture, live = folder / "plots/curves.png", LivePlots(folder)
+    wait_until(picture.exists)
+    first = picture.read_bytes()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        live._process.send_signal(number)
+    add_rows(folder, make_rows()[20:])
+    live.close()
+    assert live._process.returncode == 0 and picture.read_bytes() != first
 
 
-# ------------------------------------------------------------------------------------------------------------ in a run
-
-
-def is_running(pid):
-    """Return whether a process runs, zombies aside."""
-    try:
-        with open(f"/proc/{pid}/stat") as stream:
-            return stream.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def find_drawers(folder):
-    """Return the processes that draw a run's live plots."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as stream:
-                arguments = stream.read().split(b"\0")
-        except OSError:
-            continue
-        if b"utils.record.live_plot" in arguments and str(folder).encode() in arguments and is_running(pid):
-            found.append(int(pid))
-    return found
-
-
-def test_the_process_ignores_the_signals_of_a_run_and_ends_with_its_pipe(tmp_path):
-    folder = make_run(tmp_path / "run", make_rows()[:5])
-    live = LivePlots(folder)
-    assert wait_for(lambda: (folder / "plots/curves.png").exists())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        os.kill(live._process.pid, number)
-    assert os.getsid(live._process.pid) != os.getsid(0)
-    own, its = (os.getpriority(os.PRIO_PROCESS, process) for process in (0, live._process.pid))
-    assert its == min(19, own + 10)
-    time.sleep(0.2)
+def test_a_process_that_dies_is_one_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(live_plot.log, "warning", lambda *words: said.append(words))
+    live = LivePlots(make_run(tmp_path / "run"))
+    live._process.kill()
+    live._process.wait()
     live.check()
-    before = (folder / "plots/curves.png").read_bytes()
-    add_rows(folder, make_rows()[5:])
     live.close()
-    assert live._process.returncode == 0 and (folder / "plots/curves.png").read_bytes() != before
-    assert not live_plot._pipes
+    assert len(said) == 1 and said[0][1] == -signal.SIGKILL
 
 
-def test_a_process_that_dies_is_one_warning(tmp_path, log):
-    folder = make_run(tmp_path / "run")
-    (folder / "metrics.jsonl").write_text("nothing\n")
-    live = LivePlots(folder)
-    assert wait_for(lambda: live._process.poll() is not None)
-    for _ in range(3):
-        live.check()
-    live.close()
-    (text,) = log.messages
-    assert text.startswith("tracking.live_plots: the process that draws has ended with status 2 (live_plot: run_dir: ")
-    assert text.endswith(live_plot.command_for(folder))
-
-
-PARENT = """
-import os, sys, time
-from pathlib import Path
-from utils.record.live_plot import LivePlots
-live = LivePlots(Path(sys.argv[1]))
-worker = os.fork()
-if worker == 0:
-    time.sleep(600)
-print(worker, flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_killed_parent_leaves_no_process_behind_though_its_worker_lives(tmp_path):
+def test_a_killed_parent_leaves_no_process_behind(tmp_path):
     folder = make_run(tmp_path / "run", make_rows())
-    with subprocess.Popen([sys.executable, "-c", PARENT, folder], cwd=ROOT, stdout=subprocess.PIPE) as parent:
-        worker = int(parent.stdout.readline())
+    code = (
+        "import os, time; from pathlib import Path; from utils.record.live_plot import LivePlots; "
+        f"live = LivePlots(Path({str(folder)!r})); print(live._process.pid, flush=True); os.fork(); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    pid = int(parent.stdout.readline())
+    wait_until((folder / "plots/curves.png").exists)
+    parent.kill()
+    parent.wait()
+
+    def is_gone():
         try:
-            assert wait_for(lambda: (folder / "plots/curves.png").exists()) and len(find_drawers(folder)) == 1
-            parent.kill()
-            parent.wait()
-            assert wait_for(lambda: not find_drawers(folder)) and is_running(worker)
-        finally:
-            os.kill(worker, signal.SIGKILL)
+            return "\nState:\tZ" in open(f"/proc/{pid}/status").read()
+        except FileNotFoundError:
+            return True
 
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("live") / "images")
-
-
-LIVE = ["tracking.live_plots=true", "schedule=onecycle", "run_dir=run"]
-
-
-def test_a_run_draws_its_live_plots_and_is_the_same_run(images, tmp_path):
-    (tmp_path / "without").mkdir()
-    for folder, more in ((tmp_path, LIVE), (tmp_path / "without", [*LIVE, "tracking.live_plots=false"])):
-        run("finetune", [*TINY, f"data.root={images}", "loop.total_steps=4", *more], folder)
-    folder = tmp_path / "run"
-    assert (folder / "plots/curves.png").exists()
-    assert rows(folder / "metrics.jsonl") == rows(tmp_path / "without/run/metrics.jsonl")
-    assert not find_drawers(folder) and json.loads((folder / "complete.json").read_text()) == {"step": 4}
-    assert main([str(folder)]) == 0
-
-
-def test_a_killed_run_leaves_no_process_behind(images, tmp_path):
-    overrides = [*TINY, f"data.root={images}", "loop.total_steps=400", *LIVE]
-    started = start("finetune.py", overrides, tmp_path, kill_at_step=60)
-    started.wait()
-    folder = tmp_path / "run"
-    assert wait_for(lambda: not find_drawers(folder)) and not (folder / "complete.json").exists()
-    assert wait_for(lambda: (folder / "plots/curves.png").exists(), 1)
+    wait_until(is_gone)
+    os.killpg(parent.pid, signal.SIGKILL)  # its worker
