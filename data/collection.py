@@ -5,7 +5,6 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.foreign import read_foreign
-from data.manifest import describe_csv, find_labels, find_manifest, read_manifest
+from data.manifest import find_labels, find_manifest, read_manifest
 from data.remote import fetch_manifest, is_remote
 from data.scan import check_root
 from data.table import (
@@ -190,8 +189,6 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
         images, table = table.num_rows, read_manifest(folder, manifest)
         log.info("data.root: %s is read as the manifest: %d of %d images", manifest.name, table.num_rows, images)
     table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))
-    if manifest is None:
-        _warn_of_similar_classes(table)
     fingerprint = hash_table(table)
     whole = hash_table(table, measured=True)
     target = cache / (f"{fingerprint}.arrow" if whole == fingerprint else f"{fingerprint}-{whole}.arrow")
@@ -217,8 +214,8 @@ def open_collection(root: str, arrow: Path) -> Collection:
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     """Return the class names of the training split, sorted, after checking them against the validation split.
 
-    Raises UserError (`data.root`): fewer than two classes; a class that the two splits write differently; a validation
-    class that training lacks; a training class without a validation image, unless `allow_missing`.
+    Raises UserError (`data.root`): fewer than two classes; a validation class that training lacks; a training class
+    without a validation image, unless `allow_missing`.
     """
     root = str(collection.root)
     train, val = collection.class_names("train"), collection.class_names("val")
@@ -227,15 +224,15 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         raise UserError(
             f"data.root: {root!r} has {found} in its training split; classification needs two. Set data.root to the "
             "folder whose sub-folders are the classes (or train/ and val/ with the classes in them), or name the "
-            f"images in a CSV file there, with the columns path and label{describe_csv(Path(collection.root))}"
+            f"images in a CSV file there, with the columns path and label"
         )
     unknown = sorted(set(val) - set(train))
-    _refuse_two_spellings(root, train, unknown)
     if unknown:
         them = "it" if len(unknown) == 1 else "them"
         raise UserError(
-            f"data.root: {name_classes(unknown)} of {root!r} in the validation split only; add training images of "
-            f"{them}, rename {them} as in training, or remove {them} from the validation split"
+            f"data.root: {name_classes(unknown)} of {root!r} in the validation split only (in training: "
+            f"{show_some(train)}); add training images of {them}, rename {them} as in training, or remove {them} from "
+            "the validation split"
         )
     missing = sorted(set(train) - set(val))
     if missing and not allow_missing:
@@ -257,47 +254,6 @@ def _advise_on(missing: list[str], val: list[str]) -> str:
         f"add images of {them} (each class needs one for training and one for validation), remove {them}, or set "
         "task.allow_missing_classes=true"
     )
-
-
-def _refuse_two_spellings(root: str, train: list[str], unknown: list[str]) -> None:
-    """Raise UserError where an unknown validation class differs from a training class in case or Unicode form alone."""
-    known = {_fold(name): name for name in train}
-    pairs = [(known[_fold(name)], name) for name in unknown if _fold(name) in known]
-    if pairs:
-        more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
-        raise UserError(
-            f"data.root: training and validation of {root!r} name a class differently: {_compare(pairs[0])}{more}; "
-            "rename one of them, so that both splits have the same name"
-        )
-
-
-def _warn_of_similar_classes(table: pa.Table) -> None:
-    """Warn of class folders within a split whose names differ in case or Unicode form alone."""
-    similar: dict[tuple[str, ...], None] = {}
-    for split in SPLITS:
-        groups: dict[str, list[str]] = {}
-        for name in sorted(count_values(table["label"].filter(pc.equal(table["split"], split)))):
-            groups.setdefault(_fold(name), []).append(name)
-        similar |= {tuple(group): None for group in groups.values() if len(group) > 1}
-    if similar:
-        log.warning(
-            "data.root: %s; each is a class here, but a disk that ignores the difference holds one folder of them; "
-            "rename or join them",
-            show_some(list(map(_compare, similar))),
-        )
-
-
-def _fold(name: str) -> str:
-    """Return a name as disks compare it that ignore case and Unicode form."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
-
-
-def _compare(names: Sequence[str]) -> str:
-    """Name classes that `_fold` takes for one, and in what they differ."""
-    shown = " and ".join(map(repr, names))
-    if len({unicodedata.normalize("NFC", name) for name in names}) == len(names):
-        return f"{shown} differ only in upper and lower case"
-    return f"{shown} look alike, but differ in their Unicode characters ({' and '.join(map(ascii, names))})"
 
 
 def _describe_absent_split(root: Path | None, manifest: Path | None) -> str:

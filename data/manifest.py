@@ -22,13 +22,12 @@ from data.scan import list_folder
 from data.table import (
     MEASURED,
     PLACES,
+    SCHEMA,
     SPLIT_NAMES,
     further_fields,
     is_packed,
-    neighbours,
     replace_column,
     settle_test_split,
-    show_some,
     sort_rows,
 )
 from utils.errors import UserError
@@ -64,7 +63,8 @@ def find_labels(root: Path, scanned: pa.Table) -> Path | None:
     """
     if pc.count_distinct(scanned["label"]).as_py() > 1:
         return None
-    found = [file for file, columns in _list_csv(root) if {"path", "label"} <= set(columns)]
+    names = sorted(entry.name for entry in list_folder(root) if entry.name.lower().endswith(".csv") and entry.is_file())
+    found = [root / name for name in names if {"path", "label"} <= set(read_header(root / name))]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise UserError(
@@ -72,19 +72,6 @@ def find_labels(root: Path, scanned: pa.Table) -> Path | None:
             "with a column split (train, val), or keep the one that is right"
         )
     return found[0] if found else None
-
-
-def describe_csv(root: Path) -> str:
-    """Return the columns of the CSV files at the root, for a message; empty where there is none."""
-    if not root.is_dir():  # it is a URL
-        return ""
-    texts = [f"{file.name} has the columns {show_some(columns)}" for file, columns in _list_csv(root)]
-    return f" ({'; '.join(texts)})" if texts else ""
-
-
-def _list_csv(root: Path) -> list[tuple[Path, list[str]]]:
-    names = sorted(entry.name for entry in list_folder(root) if entry.name.lower().endswith(".csv") and entry.is_file())
-    return [(root / name, read_header(root / name)) for name in names]
 
 
 def read_manifest(root: Path | None, file: Path) -> pa.Table:
@@ -103,7 +90,8 @@ def read_manifest(root: Path | None, file: Path) -> pa.Table:
         return f"row {index}"
 
     if further := [field.name for field in further_fields(table.schema) if field.name not in {**MEASURED, **PLACES}]:
-        log.info("data.root: %s has the further columns %s", file.name, ", ".join(further))
+        known = ", ".join((*SCHEMA.names, *MEASURED, *PLACES))
+        log.info("data.root: %s has the further columns %s, beside ours: %s", file.name, ", ".join(further), known)
     if table.num_rows == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
     _check_weights(file, table, locate)
@@ -114,7 +102,7 @@ def read_manifest(root: Path | None, file: Path) -> pa.Table:
         """Return where a path was read, for messages."""
         return f"{str(file)!r}, {locate(pc.index(given, path).as_py())}"
 
-    if any(pc.any(pc.equal(*pair)).as_py() for pair in neighbours(table["path"])):
+    if pc.count_distinct(table["path"]).as_py() < len(table):
         _refuse_repeats(file, given.to_pylist(), locate)
     if is_packed(table.schema):
         _check_places(root, file, table, describe)

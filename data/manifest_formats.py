@@ -1,7 +1,6 @@
 """The file formats of a manifest: Parquet, JSONL and CSV, read by pyarrow into the columns of a collection's table."""
 
 import csv
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from data.table import MEASURED, SCHEMA, column_type
+from data.table import SCHEMA, column_type
 from utils.errors import UserError
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 _COLUMNS = ", ".join(SCHEMA.names)
-_ALIKE = 0.75  # a name as similar as this to one of ours is a misspelling of it
 _MAX_HEADER = 2**16  # characters
 BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
 
@@ -26,7 +24,7 @@ BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
 def read_table(file: Path) -> pa.Table:
     """Read a manifest into a table of SCHEMA and its further columns, in the file's order, absent values filled in.
 
-    Raises UserError (`data.root`) for a broken file, and for a column that is missing, misspelt or of another type.
+    Raises UserError (`data.root`) for a broken file, and for a column that is missing or of another type.
     """
     read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix.lower()]
     try:
@@ -99,9 +97,6 @@ def _conform(file: Path, table: pa.Table) -> pa.Table:
             f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; path must be there, and any of "
             f"{_COLUMNS}, each once"
         )
-    for name in table.column_names:
-        if fault := _fault_of_name(name):
-            raise UserError(f"data.root: {str(file)!r} has the {fault}")
     columns = {name: _cast(file, name, table[name]) for name in table.column_names}
     return fill_columns(columns, table.num_rows)
 
@@ -165,11 +160,3 @@ def fill_columns(columns: dict[str, Any], rows: int) -> pa.Table:
         if name not in SCHEMA.names:
             table = table.append_column(name, column)
     return table
-
-
-def _fault_of_name(name: str) -> str | None:
-    """Return the error where a column's name is a misspelling of one of ours, None for any other name."""
-    close = difflib.get_close_matches(name, SCHEMA.names, n=1, cutoff=_ALIKE)
-    if name in (*SCHEMA.names, *MEASURED) or not close:
-        return None
-    return f"unknown column {name!r}; close: {close[0]}. Rename it, or give a further column another name"

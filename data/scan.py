@@ -29,7 +29,6 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
 _AT_ONCE, _PART = 16, 32  # folders that are listed, and images whose sidecars are read, at once
-_WARNED = 5  # folders without an image that are named
 
 
 class FoundImage(NamedTuple):
@@ -37,10 +36,6 @@ class FoundImage(NamedTuple):
 
     path: str
     size: int
-
-
-# By folder ("" or ending with a slash): the number of its files that are no images, and the first of them.
-_Others = dict[str, tuple[int, str]]
 
 
 def check_root(root: str) -> Path:
@@ -68,14 +63,13 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 def scan_folder(root: Path) -> pa.Table:
     """Read every image and sidecar below a folder into a table of SCHEMA, sorted by path; with ids, if any has one.
 
-    Logs nested folders, images without sidecars and sidecars without images, and warns of folders that hold no image or
-    are named like one.
+    Logs nested folders, images without sidecars and sidecars without images, and warns of folders that hold no image.
     Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
     dangling or circular link; a name that is not UTF-8; a sidecar that cannot be read.
     """
     images: list[FoundImage] = []
     sidecars: list[Sidecar] = []
-    others: _Others = {}
+    folders: list[str] = []
     orphans: list[str] = []
     broken: list[str] = []
     for folder, entries, names in walk_folders(root):
@@ -84,11 +78,11 @@ def scan_folder(root: Path) -> pa.Table:
         for sidecar in _read_all_sidecars(root, folder, [entry.name for entry in suffixed], names):
             (sidecars if isinstance(sidecar, Sidecar) else broken).append(sidecar)
         rest = names.difference(entry.name for entry in suffixed)
-        others[folder] = (len(rest), min(rest, default=""))
+        folders.append(folder)
         orphans += [folder + name for name in find_orphans(rest, names - rest)]
     if not images:
         raise UserError(
-            f"data.root: {str(root)!r} holds no image, {_describe_others(others, '')}; allowed are "
+            f"data.root: {str(root)!r} holds no image; allowed are "
             f"{' '.join(IMAGE_SUFFIXES)}, or a manifest.parquet, manifest.jsonl or manifest.csv that names the images"
         )
     if broken:
@@ -97,7 +91,7 @@ def scan_folder(root: Path) -> pa.Table:
     paths = [image.path for image in images]
     places = _place_images(root, paths)
     class_depth = 2 if _is_in_split(paths[0]) else 1
-    _warn_of_folders(paths, others, class_depth)
+    _warn_of_empty(paths, folders)
     _log_nested(paths, class_depth)
     _log_sidecars(sidecars, orphans)
     metadata = read_metadata(root, paths)
@@ -234,49 +228,12 @@ def _is_in_split(path: str) -> bool:
     return bool(slash) and head.lower() in SPLIT_NAMES
 
 
-def _describe_others(others: _Others, folder: str) -> str:
-    """Say which files there are in a folder without an image, those of its sub-folders included."""
-    found = {inner: files for inner, files in others.items() if inner.startswith(folder) and files[0]}
-    if not found:
-        return "and no other file"
-    count = sum(count for count, _ in found.values())
-    first = min(inner + name for inner, (_, name) in found.items())
-    return f"but {count} other {'file' if count == 1 else 'files'} (such as {first!r})"
-
-
-def _warn_of_folders(paths: list[str], others: _Others, class_depth: int) -> None:
-    """Warn of split and class folders that hold no image, and of folders that are named like one.
-
-    class_depth: the depth of the class folders, 1 or 2 (below a split).
-    """
-    empty = _find_empty(paths, others, class_depth)
-    for folder in empty[:_WARNED]:
-        log.warning(
-            "data.root: %r holds no image, %s; it is ignored: add images or remove it",
-            folder[:-1], _describe_others(others, folder),
-        )  # fmt: skip
-    if len(empty) > _WARNED:
-        log.warning("data.root: %d more folders hold no image and are ignored", len(empty) - _WARNED)
-    if named := sorted(repr(folder[:-1]) for folder in others if is_image_name(folder[:-1])):
-        log.warning(
-            "data.root: %s: a folder that is named like an image is read as a folder; rename it, or put an image in "
-            "its place",
-            show_some(named),
-        )
-
-
-def _find_empty(paths: list[str], others: _Others, class_depth: int) -> list[str]:
-    """Return the split and class folders without an image, sorted; of those inside each other the outer one."""
-    used = {""}
-    for parts in {tuple(path.split("/")[:-1][:class_depth]) for path in paths}:
-        used |= {"/".join(parts[: depth + 1]) + "/" for depth in range(len(parts))}
-    empty = []
-    for folder in sorted(others):
-        parent = folder[: folder[:-1].rfind("/") + 1]
-        has_place = folder.count("/") <= class_depth and (class_depth == 1 or _is_in_split(folder))
-        if has_place and folder not in used and parent in used:
-            empty.append(folder)
-    return empty
+def _warn_of_empty(paths: list[str], folders: list[str]) -> None:
+    """Warn of folders that hold no image; of those inside each other the outer one."""
+    used = {path[: place + 1] for path in paths for place, letter in enumerate(path) if letter == "/"} | {""}
+    empty = [folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used]
+    if empty:
+        log.warning("data.root: %d folders hold no image and are ignored: %s", len(empty), show_some(sorted(empty)))
 
 
 def find_orphans(rest: set[str], images: set[str]) -> list[str]:

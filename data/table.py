@@ -4,7 +4,7 @@ It has the columns of SCHEMA, and after them what else a manifest has: further c
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,23 +97,11 @@ def build_table(columns: dict[str, list[Any]]) -> pa.Table:
     return sort_rows(table)
 
 
-def neighbours(column: pa.ChunkedArray) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Yield the values of a column and those that follow them, as pairs of arrays."""
-    last = None
-    for chunk in column.chunks:
-        if last is not None and len(chunk):
-            yield last, chunk[:1]
-        yield chunk[:-1], chunk[1:]
-        last = chunk[-1:] if len(chunk) else last
-
-
 def sort_rows(table: pa.Table) -> pa.Table:
-    """Return a table sorted by path; one that is sorted already as it is, others in chunks of a fixed number of rows.
+    """Return a table sorted by path, in chunks of a fixed number of rows.
 
     By way of 64-bit offsets: Arrow cannot reorder a column whose texts together pass 2 GiB otherwise.
     """
-    if all(pc.all(pc.less_equal(*pair)).as_py() for pair in neighbours(table["path"])):
-        return table
     schema = pa.schema([*SCHEMA, *further_fields(table.schema)])
     wide = table.cast(pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in schema]))
     wide = wide.combine_chunks()

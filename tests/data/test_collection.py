@@ -17,7 +17,6 @@ import data.facts
 import data.table
 import utils.ranks.processes
 from data.collection import Row, check_classes, index_collection, open_collection
-from data.image_formats import TOO_LARGE
 from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
 from data.table import MEASURED, SCHEMA, assign_validation, build_table, hash_table, replace_column
@@ -122,12 +121,6 @@ def test_a_test_split_is_ignored_beside_a_validation_split(names, message, is_ma
     assert [text for text in said() if "test split" in text] == [f"data.root: {message}"]
 
 
-def test_a_validation_split_that_comes_later_makes_another_index(load, root):
-    before = load(put(root, "train/a.png", "test/a.png"))
-    after = load(put(root, "val/a.png"))
-    assert before.arrow != after.arrow and len(before) == len(after) == 2
-
-
 def test_class_folders_without_splits(load, root):
     put(root, "cat/a.png", "dog/x/a.png")
     assert columns(load(root), "path", "split", "label") == [
@@ -179,36 +172,13 @@ def test_mixed_layouts_are_refused(refuse, root, paths, message):
 
 
 def test_folders_without_an_image_are_named_and_ignored(load, root, said):
-    put(root, "train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "val/dog/a.png", "val/dog/deep/b.png")
-    for name in ("train/fox", "train/owl/deep", "train/cat/empty", "val/fox", ".hidden", "notes"):
+    put(root, "train/cat/a.png", "val/cat/a.png", "val/dog/deep/b.png")
+    for name in ("train/owl/deep", "train/cat/empty", ".hidden"):
         (root / name).mkdir(parents=True)
-    for name in ("train/owl/b.heic", "train/owl/deep/a.txt", "notes/c.txt"):
-        (root / name).write_text("")
-    collection = load(root)
-    assert collection.class_names("train") == ["cat", "dog"]
-    assert said() == [
-        "data.root: 'train/fox' holds no image, and no other file; it is ignored: add images or remove it",
-        "data.root: 'train/owl' holds no image, but 2 other files (such as 'train/owl/b.heic'); it is ignored: add "
-        "images or remove it",
-        "data.root: 'val/fox' holds no image, and no other file; it is ignored: add images or remove it",
-        "nested folders: 1 of 5 images are in folders inside their class folder (such as 'val/dog/deep/b.png' of the "
-        "class 'dog') and belong to that class",
-    ]
-
-
-def test_many_folders_without_an_image_are_counted_and_folders_named_like_images_are_told(load, root, said):
-    put(root, "cat/a.png", "dog/x.jpg/b.png")
-    for number in range(7):
-        (root / f"empty{number}").mkdir()
-    (root / "cat/y.PNG").mkdir()
-    assert columns(load(root), "path", "label") == [("cat/a.png", "cat"), ("dog/x.jpg/b.png", "dog")]
-    assert [message[:24] for message in said()[:5]] == [f"data.root: 'empty{number}' hold" for number in range(5)]
-    assert said()[5] == "data.root: 2 more folders hold no image and are ignored"
-    assert said()[6] == (
-        "data.root: 'cat/y.PNG', 'dog/x.jpg': a folder that is named like an image is read as a folder; rename it, or "
-        "put an image in its place"
-    )
-    assert said()[7].startswith("nested folders: 1 of 2 images ") and len(said()) == 8
+    (root / "train/owl/b.heic").write_text("")
+    assert load(root).class_names("train") == ["cat"]
+    assert "2 folders hold no image and are ignored: train/cat/empty/, train/owl/" in said()[0]
+    assert said()[1].startswith("nested folders: 1 of 3 images") and len(said()) == 2
 
 
 # The root.
@@ -219,10 +189,8 @@ def test_roots_that_are_none(refuse, root, tmp_path):
     refuse("", "data.root: '' does not exist")
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file", "is a file, not a folder; set data.root to the folder that holds the images")
-    refuse(root, "holds no image, and no other file; allowed are .png .jpg .jpeg")
     (root / "a.heic").write_text("")
-    (root / "b.doc").write_text("")
-    refuse(root, "holds no image, but 2 other files (such as 'a.heic'); allowed are .png")
+    refuse(root, "holds no image; allowed are .png .jpg .jpeg")
 
 
 def test_a_folder_without_permission_is_refused(refuse, root, monkeypatch):
@@ -269,11 +237,6 @@ def test_validation_fraction_is_stable(load, root):
     assert {after.row(i).path for i in after.rows("val") if not after.row(i).path.startswith("new")} == chosen
     assert chosen < {row for (row, split) in columns(load(root, 0.5), "path", "split") if split == "val"}
     assert len(load(root).rows("val")) == 0
-
-
-def test_validation_fraction_leaves_a_given_split_alone(load, refuse, root):
-    put(root, "train/a.png", "train/b.png", "val/c.png")
-    assert load(root, 0.9).rows("val").tolist() == [2]
 
 
 SIZES = {"a": 1, "b": 2, "c": 5, "d": 10, "e": 25, "f": 34}
@@ -340,7 +303,7 @@ def test_the_same_fraction_gives_the_same_index_and_a_given_split_stays(load, ro
     assert len(said()) == 3
     (root / "val").mkdir()
     load(root, 0.2)
-    assert said()[3].startswith("data.root: 'val' holds no image") and said()[4].startswith("no image in val/: split")
+    assert "1 folders hold no image" in said()[3] and said()[4].startswith("no image in val/: split")
     load(jsonl(root, [{"path": f"{name}/1.png", "label": name} for name in "ab"]), 0.2)
     single = (
         "data.root: 2 classes ('a', 'b') with a single image (of weight above 0), which stays in training, so valid"
@@ -620,14 +583,9 @@ def test_check_classes(load, root):
         check_classes(collection, allow_missing=False)
 
 
-def test_many_missing_classes_are_counted(load, root):
-    with pytest.raises(UserError, match=r"7 classes \('a', 'b', 'c', 'd', 'e', \.\.\.\) of .* without a validation"):
-        check_classes(classes(load, root, "abcdefgh", "h"), allow_missing=False)
-
-
 @pytest.mark.parametrize("allow", [True, False])
 def test_a_validation_class_without_training_is_refused(load, root, allow):
-    with pytest.raises(UserError, match=r"^data\.root: 1 class \('z'\) of .* in the validation split only; add train"):
+    with pytest.raises(UserError, match=r"^data\.root: .*'z'.* validation split only \(in training: a, b\)"):
         check_classes(classes(load, root, "ab", "abz"), allow)
 
 
@@ -636,49 +594,6 @@ def test_fewer_than_two_classes_are_refused(load, root, train, found):
     put(root, *[f"train/{name}/x.png" for name in train] or ["x.png"])
     with pytest.raises(UserError, match=rf"^data\.root: .*{found} in its training split; classification needs two"):
         check_classes(load(root), allow_missing=True)
-
-
-SPELLINGS = {
-    ("Cat", "cat"): "'Cat' and 'cat' differ only in upper and lower case",
-    ("caf\u00e9", "cafe\u0301"): (
-        "'caf\u00e9' and 'cafe\u0301' look alike, but differ in their Unicode characters ('caf\\xe9' and 'cafe\\u0301')"
-    ),
-    ("CAF\u00c9", "cafe\u0301"): "'CAF\u00c9' and 'cafe\u0301' differ only in upper and lower case",
-}
-
-
-@pytest.mark.parametrize("names", SPELLINGS)
-def test_a_class_that_the_splits_write_differently_is_refused(load, root, said, names):
-    collection = classes(load, root, ["dog", names[0]], ["dog", names[1]])
-    with pytest.raises(UserError) as refused:
-        check_classes(collection, allow_missing=True)
-    assert str(refused.value) == (
-        f"data.root: training and validation of {str(root)!r} name a class differently: {SPELLINGS[names]}; rename one "
-        "of them, so that both splits have the same name"
-    )
-    assert said() == []
-
-
-@pytest.mark.parametrize("names", SPELLINGS)
-def test_classes_of_one_split_that_differ_in_spelling_alone_are_allowed_and_told(load, root, said, names):
-    collection = classes(load, root, ["dog", *names], ["dog", *names])
-    assert check_classes(collection, allow_missing=False) == sorted(["dog", *names])
-    (message,) = said()
-    first, second = sorted(names)
-    if (first, second) == names:
-        assert message.startswith(f"data.root: {SPELLINGS[names]}; each is a class here, but a disk that ")
-    else:
-        assert message.startswith(f"data.root: {first!r} and {second!r} look alike, ")
-    rows = [{"path": f"train/{name}/a.png", "label": name, "split": "val"} for name in names]
-    load(jsonl(root, rows))
-    assert len(said()) == 1  # labels of a manifest are no folders
-
-
-def test_several_misspelt_classes_are_counted(load, root):
-    with pytest.raises(
-        UserError, match=r": 'A' and 'a' differ only in upper and lower case \(and 2 more\); rename one"
-    ):
-        check_classes(classes(load, root, "ABCd", "abcd"), allow_missing=True)
 
 
 def test_without_any_validation_image_the_fraction_is_named(load, root):
@@ -765,7 +680,6 @@ def test_nothing_is_written_into_the_root(load, root, cache, has_manifest):
         ('{"path": "a.png"', "cannot be read (JSON"),
         ('"a.png"', "cannot be read (JSON"),
         ({"label": "x"}, "row 1: path is null"),
-        ({"path": "b.png", "lable": 1}, "unknown column 'lable'; close: label"),
         ({"path": "b.png", "extra": {"a": 1}}, "column 'extra' of "),
         ({"path": "b.png", "extra": ["a"]}, "column 'extra' of "),
         ({"path": "b.png", "label": 3}, "column 'label' of "),
@@ -828,7 +742,6 @@ def test_a_csv_of_paths_and_labels_is_a_manifest(load, root):
     [
         ("", "manifest.csv' cannot be read (Empty CSV file)"),
         ("a.png,cat\n", "has the columns a.png, cat; path must be there"),
-        ("path,lable\na.png,cat\n", "unknown column 'lable'; close: label"),
         ("path,path\na.png,a.png\n", "has the columns path, path"),
         ("path,label\na.png\n", "Expected 2 columns, got 1"),
         ("path,weight\na.png,heavy\n", "invalid value 'heavy'"),
@@ -864,14 +777,6 @@ def test_class_folders_and_a_manifest_win_over_a_csv_of_another_name(load, root)
     assert columns(load(csv_manifest(root, "path,label\nA/a.png,y\n")), "label") == [("y",)]
 
 
-def test_a_csv_that_cannot_be_used_is_named_with_what_it_has(load, root):
-    put(root, "a.png", "b.png")
-    (root / "labels.csv").write_bytes(b"filename,class\na.png,f\xfcr\n")
-    message = r"in a CSV file there, with the columns path and label \(labels.csv has the columns filename, class\)"
-    with pytest.raises(UserError, match=message):
-        check_classes(load(root), False)
-
-
 def test_two_csv_files_with_labels_and_a_wrong_path_are_refused(refuse, root):
     put(root, "a.png", "b.png")
     for name in ("one.csv", "two.CSV"):
@@ -893,7 +798,6 @@ def test_links_inside_the_root_are_fine_in_a_manifest(load, root):
     "arrays,message",
     [
         ({"file": ["a.png"]}, "manifest.parquet' has the columns file; path must be there, and any of path, size"),
-        ({"path": ["a.png"], "lable": [1]}, "has the unknown column 'lable'; close: label"),
         ({"path": ["a.png"], "x": [["y"]]}, "write numbers, text or lists of fixed length"),
         ({"path": ["a.png"], "label": [3]}, "column 'label' of "),
         ({"path": ["a.png"], "tags": ["x"]}, "is string; write it as list<item: string>"),
@@ -951,14 +855,6 @@ def test_unreadable_images_stay_with_weight_0(load, root, monkeypatch, parallel)
     assert report.unreadable[0][1] == "the file is empty (0 bytes)"
     assert load(root).table["weight"].to_pylist() == [1, 0, 1, 0]
     assert write_manifest(str(root), validation_fraction=0, verify=False).unreadable == []
-
-
-def test_images_of_too_many_pixels_stay_with_weight_0(load, root):
-    put(root, "a.png", "b.png")
-    Image.new("L", (2, 5)).save(root / "b.png")
-    report = write_manifest(str(root), validation_fraction=0, verify=True, max_pixels=10)
-    assert report.kinds == {TOO_LARGE: 1} and [path for path, _ in report.unreadable] == ["a.png"]
-    assert load(root).table["weight"].to_pylist() == [0, 1]
 
 
 def test_a_file_that_ends_its_reader_is_listed_with_weight_0(load, root, monkeypatch):
