@@ -56,17 +56,21 @@ demo-tagger: install  ## a tagger, from pictures with words to a file that progr
 demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; four minutes on two cores
 	PYTHON=$(PY) bash bench/demo_sdxl.sh
 
-test: install lint  ## lint, then all tests but the slow ones; four minutes on two cores
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not slurm"
+# Idle threads sleep: on two cores, processes with spinning threads slow each other down.
+test test-slow test-slurm: export OMP_WAIT_POLICY := PASSIVE
 
-test-slow: install  ## the slow tests, about thirteen minutes on two cores; MORE: arguments for pytest
-	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not slurm" $(MORE)
+test: install lint  ## lint, then all tests but the slow ones
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/slurm
+
+SLOW := $(shell find tests -name 'slow_*.py') $(shell grep -rlE 'mark.slow|slow_but' tests --include='test_*.py')
+test-slow: install  ## the slow tests, which are found by their files; MORE: arguments for pytest
+	$(PY) -m pytest -n 2 --dist worksteal -m slow $(MORE) $(SLOW)
 
 SLURM := slurm-wlm munge slurmdbd mariadb-server
-test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing; ten minutes
+test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing
 	@{ command -v sbatch && command -v mariadbd; } >/dev/null || test "$$(id -u)" != 0 || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
-	$(PY) -m pytest -n 2 --dist loadfile -m slurm -rs
+	$(PY) -m pytest -n 2 --dist loadfile -rs tests/slurm
 
 lint: install  ## ruff (rules and format), and the lines of each room against tests/budget.toml
 	$(PY) -m ruff check .
