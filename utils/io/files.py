@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -142,16 +142,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises OSError, and ValueError for what is no regular file, or no JSON (NaN is none)."""
+    """Read a JSON file, NaN as Python writes it. Raises OSError, and ValueError for what is no file, or no JSON."""
     if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
         raise ValueError("it is not a regular file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

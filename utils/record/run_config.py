@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
-from utils.io.files import ignore_write_errors, read_json, write_json
+from utils.io.files import canonical_json, ignore_write_errors, read_json, write_json
 from utils.io.safe_text import hide_secrets
 
 CONFIG_FILE = "config.json"
@@ -23,6 +23,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
         raise UserError(f"run_dir: {path} is not a run folder: it has no config.json; name a folder that training made")
     try:
         config = read_json(file)
+        canonical_json(config)  # which refuses NaN: a configuration has none
     except ValueError as error:
         raise UserError(f"run_dir: {file} is damaged ({error})") from None
     except OSError as error:
