@@ -4,8 +4,8 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from engine.config import LoopConfig, LRFinderConfig
-from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
+from engine.config import LoopConfig, LRFinderConfig, TrainingConfig
+from optim.config import OneCycleConfig, ScheduleConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -128,55 +128,39 @@ def shortest_tested(finder: LRFinderConfig) -> int:
 
 
 def make_plan(
-    loop: LoopConfig,
-    optim: OptimConfig,
-    schedule: ScheduleConfig,
-    *,
-    world_size: int,
-    epoch_length: int,
-    chunk: int | None = None,
-    evaluation_samples: int = 0,
+    config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
     """Derive the plan. evaluation_samples: what one evaluation reads.
 
     Raises UserError where the batch does not divide, or the run has too many steps.
     """
-    cap = loop.global_batch_size if loop.batch_size == "auto" else loop.batch_size
-    micro, accum = split_batch(loop.global_batch_size, world_size, cap, chunk)
+    loop, optim, size = config.loop, config.optim, config.loop.global_batch_size
+    cap = size if loop.batch_size == "auto" else loop.batch_size
+    micro, accum = split_batch(size, world_size, cap, chunk)
     if chunk is None and 2 * micro < min(cap, micro * accum):
         log.warning(
             "loop.global_batch_size: the %d samples of a rank have no divisor near loop.batch_size=%d, so an update "
             "takes %d micro-batches of %d; a multiple of loop.batch_size for each rank is faster",
-            micro * accum, loop.batch_size, accum, micro,
+            micro * accum, cap, accum, micro,
         )  # fmt: skip
-    per_epoch = epoch_length / loop.global_batch_size
+    per_epoch = epoch_length / size
     total = _total_steps(loop, per_epoch)
     if total > MOST_STEPS:
         raise UserError(
             f"loop.total_steps: {total:,} steps are more than {MOST_STEPS:,}, the last that a checkpoint's name can "
             "have; set fewer steps or epochs, or a larger loop.global_batch_size"
         )
-    lr = optim.base_lr * loop.global_batch_size / 256
     if optim.lr is not None:
-        lr = optim.lr
-        log.debug("optim.lr=%g is set, so optim.base_lr=%g is not used", lr, optim.base_lr)
-    else:
-        log.debug("lr=%.3g: optim.base_lr=%g x %d samples / 256", lr, optim.base_lr, loop.global_batch_size)
-    if isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum:
-        log.debug(
-            "schedule.cycle_momentum: the momentum (beta1) goes from %g to %g and back; optim's own is that of a range "
-            "test only",
-            schedule.momentum_high, schedule.momentum_low,
-        )  # fmt: skip
+        log.debug("optim.lr=%g is set, so optim.base_lr=%g is not used", optim.lr, optim.base_lr)
     return Plan(
         world_size=world_size,
-        global_batch_size=loop.global_batch_size,
+        global_batch_size=size,
         micro_batch_size=micro,
         accum_steps=accum,
         epoch_length=epoch_length,
         total_steps=total,
-        warmup_steps=_warmup_steps(schedule, per_epoch, total),
-        lr=lr,
+        warmup_steps=_warmup_steps(config.schedule, per_epoch, total),
+        lr=optim.base_lr * size / 256 if optim.lr is None else optim.lr,
         evaluate_every_epochs=_evaluate_every(loop, total / per_epoch, evaluation_samples / epoch_length),
     )
 

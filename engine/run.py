@@ -101,9 +101,7 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
 def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:
     """Derive steps, micro-batch and learning rate from the configuration, the ranks and the length of an epoch."""
     return make_plan(
-        config.loop,
-        config.optim,
-        config.schedule,
+        config,
         world_size=distributed.planned_world_size() if config.dry_run else distributed.world_size(),
         epoch_length=streams.train.epoch_length,
         chunk=streams.train.chunk,

@@ -141,7 +141,7 @@ def derive(name, epoch_length):
     setup = Setup(config.model, config.task, config.augment.preprocessing(3), facts)
     task = build_task(lambda: KINDS[config.task.name].build(setup), config)
     assert all(parameter.is_meta for parameter in task.parameters())
-    plan = make_plan(config.loop, config.optim, config.schedule, world_size=8, epoch_length=epoch_length)
+    plan = make_plan(config, world_size=8, epoch_length=epoch_length)
     groups = build_groups(task, {"network": task.network}, config.optim)
     return SimpleNamespace(config=config, task=task, plan=plan, groups=groups)
 
@@ -167,8 +167,7 @@ def check_schedule(made, lr, steps, warmup_steps, min_lr):
     config, plan = made.config, made.plan
     assert (plan.lr, plan.total_steps, plan.warmup_steps) == (pytest.approx(lr, rel=1e-9), steps, warmup_steps)
     assert (config.schedule.name, config.schedule.weight_decay_end) == ("cosine", None)
-    per_epoch = plan.epoch_length / plan.global_batch_size
-    schedule = Schedule(config.schedule, plan.lr, config.optim.weight_decay, steps, warmup_steps, per_epoch)
+    schedule = Schedule(config.schedule, plan.lr, config.optim.weight_decay, steps, warmup_steps)
     assert schedule.at(warmup_steps).lr == pytest.approx(lr, rel=1e-9)
     assert schedule.at(steps).lr == pytest.approx(min_lr, abs=1e-15)
     if warmup_steps:
@@ -311,8 +310,8 @@ def test_the_first_loss_is_that_of_its_initialisation():
 def test_the_small_presets_fit_a_few_hundred_images():
     """The shortest run still has a warm-up of some steps, and no batch is larger than an epoch."""
     made = derive("small_data/finetune", SMALL).config
-    plan = make_plan(made.loop, made.optim, made.schedule, world_size=1, epoch_length=300)
+    plan = make_plan(made, world_size=1, epoch_length=300)
     assert (plan.total_steps, plan.warmup_steps, plan.accum_steps) == (469, 47, 1)
     made = derive("small_data/pretrain", SMALL).config
-    plan = make_plan(made.loop, made.optim, made.schedule, world_size=1, epoch_length=300)
+    plan = make_plan(made, world_size=1, epoch_length=300)
     assert (plan.total_steps, plan.global_batch_size, plan.accum_steps) == (20_000, 256, 4)

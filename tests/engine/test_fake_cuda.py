@@ -40,12 +40,3 @@ def check(rows):
 def test_planted_faults_are_found_and_every_task_runs():
     """With AdamW in bf16; diffusion takes long and is slow. The vote on stopping is that of several ranks."""
     check(run_cases("faults", "vote", *[f"{task}:adamw:bf16" for task in TASKS if task != "diffusion"]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_every_optimiser_and_every_precision(task):
-    """Each pair of them with one task at least."""
-    turn = TASKS.index(task)
-    pairs = zip(OPTIMISERS, (*PRECISIONS[turn % 3 :], *PRECISIONS[: turn % 3]))
-    check(run_cases(*[f"{task}:{optim}:{precision}" for optim, precision in pairs]))

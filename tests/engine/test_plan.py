@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,15 +23,13 @@ def plan(
     *, epoch_length, world_size=1, evaluation_samples=0, schedule="cosine", chunk=None, optim=None, warmup=None, **loop
 ):
     """The plan of the default files with some keys of loop, optim and schedule changed."""
-    return make_plan(
-        LoopConfig.model_validate(read("loop", "default", **loop)),
-        TypeAdapter(OptimConfig).validate_python(read("optim", "adamw", **(optim or {}))),
-        TypeAdapter(ScheduleConfig).validate_python(read("schedule", schedule, **(warmup or {}))),
-        world_size=world_size,
-        epoch_length=epoch_length,
-        chunk=chunk,
-        evaluation_samples=evaluation_samples,
+    config = SimpleNamespace(
+        loop=LoopConfig.model_validate(read("loop", "default", **loop)),
+        optim=TypeAdapter(OptimConfig).validate_python(read("optim", "adamw", **(optim or {}))),
+        schedule=TypeAdapter(ScheduleConfig).validate_python(read("schedule", schedule, **(warmup or {}))),
     )
+    sizes = {"world_size": world_size, "epoch_length": epoch_length, "chunk": chunk}
+    return make_plan(config, **sizes, evaluation_samples=evaluation_samples)
 
 
 # --- splitting a batch
@@ -138,7 +137,6 @@ def test_warmup_steps(schedule, warmup, expected, why, log):
 def test_onecycle_has_no_warmup_beside_its_own(log):
     assert plan(epoch_length=100, schedule="onecycle").warmup_steps == 0
     assert "warm" not in log.text
-    assert "schedule.cycle_momentum: the momentum (beta1) goes from 0.95 to 0.85 and back" in log.text
 
 
 @pytest.mark.parametrize(
@@ -154,8 +152,7 @@ def test_onecycle_has_no_warmup_beside_its_own(log):
 def test_the_rate_follows_the_batch(batch, optim, expected, why, log):
     found = plan(epoch_length=5000, global_batch_size=batch, optim=optim)
     assert found.lr == pytest.approx(expected, rel=1e-12), why
-    base = f"optim.base_lr={optim['base_lr']:g}"
-    assert (f"so {base} is not used" if "lr" in optim else f"lr={expected:g}: {base} x {batch} samples") in log.text
+    assert (f"so optim.base_lr={optim['base_lr']:g} is not used" in log.text) is ("lr" in optim)
 
 
 def test_the_number_of_ranks_changes_neither_length_nor_rate():

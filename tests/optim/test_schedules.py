@@ -261,7 +261,7 @@ def test_values_do_not_depend_on_what_was_asked_before(name):
         assert schedule.at(step) == in_order[step] == make(name, warmup=3).at(step)
 
 
-@pytest.mark.parametrize("warmup", range(12))
+@pytest.mark.parametrize("warmup", [0, 1, 5, 10, 11])
 def test_no_update_of_a_cosine_is_lost_to_a_rate_of_zero(warmup):
     assert min(rates(make("cosine", warmup=min(warmup, STEPS)))) > 0
 
