@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 from utils.config.search import Search
@@ -22,17 +21,46 @@ log = get_logger(__name__)
 
 
 def run_at_once(sweep: Sweep, script: str) -> tuple[int, list[JobResult]]:
-    """Run a sweep's jobs as processes of a script; returns the sweep's exit status, 75 where stopped, and the jobs'."""
+    """Run a sweep's jobs as processes of a script; returns the sweep's exit status, 75 where stopped, and the jobs'.
+
+    A stop signal is passed on to the jobs that run, and no other is started. Raises what a thread raised, such as the
+    disk's error, when the other jobs have ended.
+    """
     if detect_world().size > 1:
         raise UserError("sweep.at_once: jobs at once are processes of their own; start the sweep with python alone")
-    gpus = visible_gpus(sweep.gpus)
-    if sweep.trials is None:
-        processes = JobProcesses(script, iter(sweep.jobs()))
-    else:
-        search = Search(sweep)
-        processes = JobProcesses(script, iter(search.next_job, None), search.tell)
-    processes.run(sweep.at_once, gpus)
-    results = processes.results
+    gpus = visible_gpus(sweep.gpus) or [None]
+    search = None if sweep.trials is None else Search(sweep)
+    jobs = iter(sweep.jobs()) if search is None else iter(search.next_job, None)
+    processes, lock, results = _Processes(script), Lock(), []
+
+    def take_jobs(gpu: str | None) -> None:
+        while not processes.stopping:
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            try:
+                status = processes.run(job, gpu)
+            except Exception:
+                processes.stopping = True
+                raise
+            if status != EXIT_STOPPED:
+                with lock:
+                    results.append(JobResult(job.words, status, f"see {job.folder}.log"))
+                    if search is not None:
+                        search.tell(job)
+
+    before = {number: signal.signal(number, processes.stop) for number in SIGNALS}
+    try:
+        with ThreadPoolExecutor(sweep.at_once) as pool:
+            threads = [pool.submit(take_jobs, gpus[number % len(gpus)]) for number in range(sweep.at_once)]
+            while wait(threads, timeout=0.2).not_done:  # so that signals are handled
+                pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for thread in threads:
+        thread.result()
     return EXIT_STOPPED if processes.stopping else max((one.status for one in results), default=EXIT_OK), results
 
 
@@ -54,60 +82,21 @@ def visible_gpus(numbers: Sequence[int]) -> list[str]:
     return [names[number] for number in numbers]
 
 
-@dataclass
-class JobProcesses:
-    """Processes that take jobs, one after another, until there are none.
+class _Processes:
+    """The processes of a sweep's jobs that run now, which a signal stops."""
 
-    ended: called with each job that was not stopped. It and `jobs` are used by one thread at a time.
-    """
+    def __init__(self, script: str) -> None:
+        self._script, self.stopping = script, False
+        self._running: set[subprocess.Popen] = set()
 
-    script: str
-    jobs: Iterator[SweepJob]
-    ended: Callable[[SweepJob], None] = lambda job: None
-    results: list[JobResult] = field(default_factory=list)  # of jobs that were not stopped
-    stopping: bool = False
-    error: Exception | None = None
-    _processes: set[subprocess.Popen] = field(default_factory=set)
-    _lock: Any = field(default_factory=Lock)
+    def stop(self, number: int, frame: Any) -> None:
+        """Ask all jobs to save and end: a signal's handler."""
+        self.stopping = True
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
 
-    def run(self, at_once: int, gpus: Sequence[str]) -> None:
-        """Run all jobs; a stop signal is passed on to those that run, and no other is started.
-
-        Raises what a thread raised, such as the disk's error.
-        """
-        threads = [
-            Thread(target=self._take_jobs, args=(gpus[number % len(gpus)] if gpus else None,), daemon=True)
-            for number in range(at_once)
-        ]
-        with self._signals_passed_on():
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():  # so that signals are handled
-                    thread.join(0.2)
-        if self.error is not None:
-            raise self.error
-
-    def _take_jobs(self, gpu: str | None) -> None:
-        try:
-            self._take_all(gpu)
-        except Exception as error:  # raised in the main thread, when the other jobs have ended
-            self.error = error
-
-    def _take_all(self, gpu: str | None) -> None:
-        while not self.stopping and self.error is None:
-            with self._lock:
-                job = next(self.jobs, None)
-            if job is None:
-                return
-            status = self._run(job, gpu)
-            with self._lock:
-                if status != EXIT_STOPPED:
-                    self.results.append(JobResult(job.words, status, f"see {job.folder}.log"))
-                    self.ended(job)
-
-    def _run(self, job: SweepJob, gpu: str | None) -> int:
-        """Run a job, unless it is complete; its output goes into a file beside its folder."""
+    def run(self, job: SweepJob, gpu: str | None) -> int:
+        """Run a job, unless it is complete; its output goes into a file beside its folder. Returns its status."""
         folder = Path(job.folder)
         if job.is_complete:
             log.info("complete already: %s", folder)
@@ -119,31 +108,17 @@ class JobProcesses:
         output = folder.with_name(f"{folder.name}.log")
         log.info("started%s: see %s", "" if gpu is None else f" on GPU {gpu}", output)
         with open(output, "ab") as stream:
-            command = [sys.executable, self.script, *job.arguments]
-            # In a session of its own: Ctrl-C is passed on below, as a request to save.
+            # In a session of its own: Ctrl-C is passed on, as a request to save.
             process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            self._processes.add(process)
+                [sys.executable, self._script, *job.arguments],
+                env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
             if self.stopping:
                 process.send_signal(signal.SIGTERM)
             status = process.wait()
-            status = status if status >= 0 else 128 - status  # ended by a signal: a shell's number
-        self._processes.discard(process)
+        self._running.discard(process)
+        status = status if status >= 0 else 128 - status  # ended by a signal: a shell's number
         if status not in (EXIT_OK, EXIT_STOPPED):
             log.error("failed with status %d: see %s", status, output)
         return status
-
-    @contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        def pass_on(number: int, frame: Any) -> None:
-            self.stopping = True
-            for process in list(self._processes):
-                process.send_signal(signal.SIGTERM)
-
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
