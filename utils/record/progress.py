@@ -17,10 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -32,7 +32,10 @@ T = TypeVar("T")
 
 _REDRAW_SEC = 0.25
 _LOG_SEC = 60.0
-_WIDE_COLUMNS = 110  # below, figures go before the bar and the elapsed time
+_WIDE_COLUMNS = 110  # below, figures go before the bar
+
+_progress: Progress | None = None  # with a line for each job under way: a terminal has one last line
+_drawn = 0.0
 
 
 def shows_bars() -> bool:
@@ -41,78 +44,27 @@ def shows_bars() -> bool:
     return environment_rank() == 0 and stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
-class _CountColumn(ProgressColumn):
-    """Show the number done and the total."""
-
-    def render(self, task: Task) -> Text:
-        """Render."""
-        done, of = f"{int(task.completed):,}", "" if task.total is None else f"/{int(task.total):,}"
-        return Text(done + of, style="magenta")
-
-
-class _EtaColumn(ProgressColumn):
-    """Show the estimate that the caller gives, else rich's own."""
-
-    def render(self, task: Task) -> Text:
-        """Render."""
-        given = task.fields["eta_sec"]
-        return Text(f"{show_duration(task.time_remaining if given is None else given)} left", "cyan")
-
-
-class _Display:
-    """The live display of the process, with a line for each job under way.
-
-    A terminal has one last line: a bar within another's is the second line of one display.
-    """
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        wide = self.console.width >= _WIDE_COLUMNS
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
-            *([BarColumn(bar_width=20)] if wide else []),
-            _CountColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[figures]}", style="green", table_column=Column(no_wrap=True)),
-            *([TimeElapsedColumn()] if wide else []),
-            _EtaColumn(table_column=Column(no_wrap=True)),
-            console=self.console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,  # it goes where the user sends it
-        )
-        self._drawn = 0.0
-
-    def open(self) -> None:
-        """Start the display on the terminal's last lines."""
-        self.progress.start()
-        self.console.show_cursor(True)  # rich hides it, and a process that is killed could not bring it back
-        print_through(self._print)
-
-    def close(self) -> None:
-        """End the display."""
-        print_through(None)
-        self.progress.stop()
-
-    def _print(self, line: str) -> None:
-        """Print above the bars; the terminal wraps, so that a path is copied in one piece."""
-        self.console.print(Text(line), soft_wrap=True)
-
-    def redraw(self, *, now: bool) -> None:
-        """Draw if enough time has passed, or `now`."""
-        moment = time.monotonic()
-        if now or moment - self._drawn >= _REDRAW_SEC:
-            self._drawn = moment
-            self.progress.refresh()
-
-
-_display: _Display | None = None
+def _open_progress() -> Progress:
+    console = Console(stderr=True)
+    fields = (("bold", "description"), ("magenta", "fields[count]"), ("green", "fields[figures]"))
+    columns = [TextColumn(f"{{task.{name}}}", style, table_column=Column(no_wrap=True)) for style, name in fields]
+    bar = [BarColumn(bar_width=20)] if console.width >= _WIDE_COLUMNS else []
+    left = TextColumn("{task.fields[left]} left", "cyan", table_column=Column(no_wrap=True))
+    # stdout goes where the user sends it.
+    progress = Progress(
+        columns[0], *bar, *columns[1:], left, console=console, auto_refresh=False, transient=True, redirect_stdout=False
+    )
+    progress.start()
+    console.show_cursor(True)  # rich hides it, and a process that is killed could not bring it back
+    print_through(lambda line: console.print(Text(line), soft_wrap=True))  # a path is copied in one piece
+    return progress
 
 
 def _leave_to_parent() -> None:
     """Give a forked process, a loader's worker, the plain stderr: the display is its parent's."""
-    global _display
-    if _display is not None:
-        _display = None
+    global _progress
+    if _progress is not None:
+        _progress = None
         print_through(None)
         sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
@@ -125,61 +77,71 @@ class Bar:
 
     def __init__(self, what: str, total: int | None) -> None:
         self.total = total
-        self._what = what
+        self._what, self._has_texts = what, False
         self._line: TaskID | None = None
         self._origin, self._is_first = (0, 0.0), True
 
     @contextmanager
     def opened(self, done: int = 0) -> Iterator[None]:
         """Show the bar, from `done` on."""
-        global _display
+        global _progress
         self._origin, self._is_first = (done, time.perf_counter()), True
         if not shows_bars():
             yield
             return
-        owner = _display is None
-        if owner:
-            _display = _Display()
-            _display.open()
-        display = _display
-        self._line = display.progress.add_task(self._what, total=self.total, completed=done, figures="", eta_sec=None)
+        owner = _progress is None
+        progress = _progress = _progress or _open_progress()
+        self._line = progress.add_task(self._what, total=self.total, completed=done, count="", figures="", left="-:--")
         try:
-            display.redraw(now=True)
+            self._update(now=True)
             yield
         finally:
-            display.progress.remove_task(self._line)
+            progress.remove_task(self._line)
             self._line = None
             if owner:
-                _display = None
-                display.close()
+                _progress = None
+                print_through(None)
+                progress.stop()
+
+    def _update(self, *, now: bool, **fields: Any) -> None:
+        """Set what is shown, and draw if enough time has passed, or `now`."""
+        global _drawn
+        if self._line is None or _progress is None:
+            return
+        _progress.update(self._line, **fields)
+        if now or time.monotonic() - _drawn >= _REDRAW_SEC:
+            _drawn = time.monotonic()
+            _progress.refresh()
 
     def advance(self, done: int) -> None:
         """Set the progress; drawn a few times a second."""
-        if self._line is not None and _display is not None:
-            _display.progress.update(self._line, completed=done, total=self.total)
-            _display.redraw(now=False)
+        count = f"{done:,}" if self.total is None else f"{done:,}/{self.total:,}"
+        left = {} if self._has_texts else {"left": show_duration(self._estimate(done))}
+        self._update(now=False, completed=done, total=self.total, count=count, **left)
 
     def show(self, what: str, figures: str, eta_sec: float | None) -> None:
         """Set the texts, and draw."""
-        if self._line is not None and _display is not None:
-            _display.progress.update(self._line, description=what, figures=figures, eta_sec=eta_sec)
-            _display.redraw(now=True)
+        self._has_texts = True
+        self._update(now=True, description=what, figures=figures, left=show_duration(eta_sec))
 
     @property
     def is_shown(self) -> bool:
         """Whether it is on the screen."""
         return self._line is not None
 
+    def _estimate(self, done: int) -> float | None:
+        (first, since), now = self._origin, time.perf_counter()
+        return (now - since) / (done - first) * (self.total - done) if done > first and self.total else None
+
     def remaining_sec(self, done: int) -> float | None:
         """Estimate the seconds from `done` to the end by the mean speed since the bar was opened; None at the start.
 
         The time before the first call is used for the first estimate only: compiling and starting workers happen once.
         """
-        now = time.perf_counter()
-        first, since = self._origin
+        estimate = self._estimate(done)
         if self._is_first:
-            self._origin, self._is_first = (done, now), False
-        return (now - since) / (done - first) * (self.total - done) if done > first and self.total else None
+            self._origin, self._is_first = (done, time.perf_counter()), False
+        return estimate
 
 
 @contextmanager

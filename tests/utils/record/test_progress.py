@@ -146,7 +146,7 @@ def test_an_error_gives_the_terminal_back(terminal):
         with pytest.raises(RuntimeError), Bar("training", 10).opened():
             raise RuntimeError
         get_logger("test").info("after")
-        assert progress._display is None and sys.stderr is terminal.stream
+        assert progress._progress is None and sys.stderr is terminal.stream
     assert terminal.screen() == ["after"]
 
 
@@ -154,7 +154,7 @@ def write_from_worker():
     sys.stderr.write("from the worker\n")
     get_logger("test").warning("logged by the worker")
     sys.stderr.flush()
-    os._exit(0 if progress._display is None else 1)
+    os._exit(0 if progress._progress is None else 1)
 
 
 def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
@@ -162,7 +162,7 @@ def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
         worker = multiprocessing.get_context("fork").Process(target=write_from_worker)
         worker.start()
         worker.join(30)
-        assert worker.exitcode == 0 and progress._display is not None
+        assert worker.exitcode == 0 and progress._progress is not None
     assert "from the worker" in terminal.text and "logged by the worker" in terminal.text
 
 
@@ -194,7 +194,7 @@ def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypat
 
 
 def test_the_time_left_follows_the_mean_speed_and_forgets_the_first_window(monkeypatch):
-    moments = iter([100.0, 160.0, 170.0, 190.0])
+    moments = iter([100.0, 160.0, 160.0, 170.0, 190.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(moments))
     bar = Bar("training", 100)
     with bar.opened(10):
