@@ -5,7 +5,8 @@ facts = find_tag_facts(collection, rows, config, captions)       # what a task n
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 
 from data.captions import CaptionConfig
 from data.collection import Collection
+from data.tags.index import TagRows
 from data.tags.names import parse_tag
 from utils.config.bounds import Count, Factor, Positive
 from utils.config.schema import Strict
@@ -46,20 +48,11 @@ class TagWeightsConfig(Strict):
         return self
 
 
-class ImageTags(NamedTuple):
-    """The tags of all rows: ids int32 [N], which are places in `names`, and offsets int64 [rows + 1]."""
+@dataclass(frozen=True, eq=False)
+class ImageTags(TagRows):
+    """The tags of all rows; ids are places in `names`."""
 
-    ids: np.ndarray
-    offsets: np.ndarray
     names: list[str]
-
-    def of_row(self, row: int) -> np.ndarray:
-        """Return the ids of a row, int32 [n]."""
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
-
-    def count(self, rows: np.ndarray) -> np.ndarray:
-        """Return how often some rows have each tag, int64 [T]."""
-        return np.bincount(np.concatenate([self.of_row(row) for row in rows]), minlength=len(self.names))
 
     def factors(self, config: TagWeightsConfig) -> np.ndarray:
         """Return the factor of each tag's category, float64 [T]."""
@@ -76,7 +69,7 @@ def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
 
 def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
     """Return the weight of each row of a collection, float64; counts are those of `rows`."""
-    weights = apply_rule(tags.count(rows), tags.factors(config), config)
+    weights = apply_rule(tags.count(rows, len(tags.names)), tags.factors(config), config)
     return normalise(weigh_rows(tags.ids, tags.offsets, weights, config.combine), rows)
 
 
@@ -104,7 +97,11 @@ def find_tag_facts(
     ids, owners = tags.ids[counted], owners[counted]
     sizes = np.bincount(owners, minlength=len(collection))
     shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
-    return {"counts": tags.count(rows).tolist(), "factors": factors.tolist(), "shares": shares.tolist()}
+    return {
+        "counts": tags.count(rows, len(tags.names)).tolist(),
+        "factors": factors.tolist(),
+        "shares": shares.tolist(),
+    }
 
 
 def find_shown(tags: ImageTags, row: int, caption: str, captions: CaptionConfig) -> list[bool]:

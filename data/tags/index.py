@@ -6,9 +6,9 @@ index.of_row(0), index.rating_known[0], index.tagged[rows]
 
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,56 +29,56 @@ _CHUNK_ROWS = 2**17
 _ABSENT, _UNKNOWN, _AMBIGUOUS = -1, -2, -3  # instead of an output
 
 
-class TagRows(NamedTuple):
-    """The tags of rows: ids int32 [N] (ascending within a row), offsets int64 [rows + 1], and what is known of each.
-
-    rating_known: bool [rows], whether its ids have a rating. tagged: bool [rows], whether they have any other tag.
-    report: numbers of rows and tags, and of what was dropped, by reason.
-    """
+@dataclass(frozen=True, eq=False)
+class TagRows:
+    """The tags of rows as numbers: ids int32 [N], row after row, and offsets int64 [rows + 1]."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    rating_known: np.ndarray
-    tagged: np.ndarray
-    report: dict[str, Any]
-
-
-class TagIndex:
-    """The arrays of `TagRows`, memory-mapped; pickled by the folder, so that a worker maps them itself.
-
-    Raises UserError (`data.root`) where the folder is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Map the files of the folder."""
-        self.folder = folder
-        try:
-            self.ids, self.offsets, self.rating_known, self.tagged = (
-                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
-            )
-            self.report: dict[str, Any] = read_json(folder / _REPORT)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"data.root: the index {str(folder)!r} cannot be read ({error}); delete it, and it will be made again"
-            ) from error
-
-    def __reduce__(self) -> tuple[type["TagIndex"], tuple[Path]]:
-        """Leave the arrays out."""
-        return TagIndex, (self.folder,)
 
     def of_row(self, row: int) -> np.ndarray:
-        """Return the outputs of a row, int32 [n], ascending."""
+        """Return the ids of a row, int32 [n]."""
         return self.ids[self.offsets[row] : self.offsets[row + 1]]
 
     def count(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """Return how many of some rows have each of `width` outputs, int64 [width]."""
-        chosen, counts = np.zeros(len(self.tagged), bool), np.zeros(width, np.int64)
+        """Return how often some rows have each of `width` ids, int64 [width]."""
+        chosen, counts = np.zeros(len(self.offsets) - 1, bool), np.zeros(width, np.int64)
         chosen[rows] = True
         for start in range(0, len(chosen), _CHUNK_ROWS):
             offsets = self.offsets[start : start + _CHUNK_ROWS + 1]
             has = np.repeat(chosen[start : start + _CHUNK_ROWS], np.diff(offsets))
             counts += np.bincount(self.ids[offsets[0] : offsets[-1]][has], minlength=width)
         return counts
+
+
+@dataclass(frozen=True, eq=False)
+class TagIndex(TagRows):
+    """The outputs of each row, ascending, and what is known of it.
+
+    rating_known: bool [rows], whether its ids have a rating. tagged: bool [rows], whether they have any other tag.
+    report: numbers of rows and tags, and of what was dropped, by reason. folder: of the memory-mapped arrays; the index
+    is pickled by it, so that a worker maps them itself.
+    """
+
+    rating_known: np.ndarray
+    tagged: np.ndarray
+    report: dict[str, Any]
+    folder: Path | None = None
+
+    @classmethod
+    def open(cls, folder: Path) -> "TagIndex":
+        """Map the files of a folder. Raises UserError (`data.root`) where it is damaged."""
+        try:
+            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS]
+            return cls(*arrays, read_json(folder / _REPORT), folder)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"data.root: the index {str(folder)!r} cannot be read ({error}); delete it, and it will be made again"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        """Leave the arrays out."""
+        return TagIndex.open, (self.folder,)
 
 
 def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
@@ -97,10 +97,10 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
             write_json(folder / _REPORT, found.report)
         return str(folder)
 
-    return TagIndex(Path(distributed.rank_zero_call(make)))
+    return TagIndex.open(Path(distributed.rank_zero_call(make)))
 
 
-def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagRows:
+def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
     """Map the columns `tags` and `rating` of a collection's table to outputs.
 
     A row's rating is its `rating`, else its one tag of a rating; else it is unknown.
@@ -120,7 +120,7 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagRow
         "rows": len(table), "tagged": int(tagged.sum()), "rated": int(known.sum()), "tags": len(ids),
         "dropped": dict(mapper.dropped), "such_as": [text for text, _ in mapper.unknown.most_common(_SHOWN)],
     }  # fmt: skip
-    return TagRows(ids, offsets, known, tagged, report)
+    return TagIndex(ids, offsets, known, tagged, report)
 
 
 def describe_report(report: dict[str, Any]) -> str:
@@ -151,19 +151,12 @@ class _Mapper:
     def map_rows(self, tags: pa.ListArray, ratings: pa.StringArray) -> tuple[np.ndarray, ...]:
         """Return ids int32 [n], and of each row the number of ids, whether its rating is known, and whether tagged."""
         rows, ids = self._map_tags(tags)
-        is_rating, width = self._is_rating[ids], len(self._is_rating)
-        rated, outputs = np.divmod(np.unique(rows[is_rating] * width + ids[is_rating]), width)
-        from_tags = np.full(len(tags), _ABSENT)
-        from_tags[rated] = outputs
-        from_tags[np.bincount(rated, minlength=len(tags)) > 1] = _UNKNOWN
-        stated = self._map_ratings(ratings)
-        rating = np.where((stated >= 0) | (from_tags == _ABSENT), stated, from_tags)
-        known = np.flatnonzero(rating >= 0)
+        is_rating = self._is_rating[ids]
+        rating = self._choose_ratings(ratings, *_unique_pairs(rows[is_rating], ids[is_rating]))
         rows, ids = rows[~is_rating], ids[~is_rating]
-        tagged = np.bincount(rows, minlength=len(tags)) > 0
-        pairs = np.concatenate([rows * width + ids, known * width + rating[known]])
-        pairs.sort()
-        rows, ids = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], width)
+        tagged, known = np.zeros(len(tags), bool), np.flatnonzero(rating >= 0)
+        tagged[rows] = True
+        rows, ids = _unique_pairs(np.concatenate([rows, known]), np.concatenate([ids, rating[known]]))
         has_none = tags.value_lengths().to_numpy() == 0
         self._count("images without tags", has_none.sum())
         self._count("images without a tag of the vocabulary", (~tagged & ~has_none).sum())
@@ -181,13 +174,21 @@ class _Mapper:
                 self._count(_NOT_THERE if text.strip() else "tags that are blank", count)
                 self.unknown[text] += count
             self.ambiguous += count if outputs == [_AMBIGUOUS] else 0
-        sizes = np.array([len(outputs) for outputs in found], np.int64)
-        counts = sizes[codes]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts = np.repeat((np.cumsum(sizes) - sizes)[codes], counts)
-        ids = np.fromiter(chain.from_iterable(found), np.int64)[starts + within]
-        rows = np.repeat(np.repeat(np.arange(len(tags)), tags.value_lengths().to_numpy()), counts)
+        outputs = pa.array(found, pa.list_(pa.int64())).take(pa.array(codes))  # of each tag
+        row_of_tag = np.repeat(np.arange(len(tags)), tags.value_lengths().to_numpy())
+        rows, ids = np.repeat(row_of_tag, outputs.value_lengths().to_numpy()), outputs.flatten().to_numpy()
         return rows[ids >= 0], ids[ids >= 0]
+
+    def _choose_ratings(self, ratings: pa.StringArray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return the output of each row's rating, int64 [rows], or _ABSENT, _UNKNOWN or _AMBIGUOUS.
+
+        rows, ids: the ratings among the tags; a row's only one counts where its column states none.
+        """
+        stated = self._map_ratings(ratings)
+        from_tags = np.full(len(stated), _ABSENT)
+        from_tags[rows] = ids
+        from_tags[np.bincount(rows, minlength=len(stated)) > 1] = _UNKNOWN
+        return np.where((stated >= 0) | (from_tags == _ABSENT), stated, from_tags)
 
     def _map_ratings(self, ratings: pa.StringArray) -> np.ndarray:
         """Return the output of each row's rating, int64 [rows], or _ABSENT, _UNKNOWN or _AMBIGUOUS."""
@@ -238,6 +239,15 @@ def _encode(texts: pa.StringArray) -> tuple[list[str], np.ndarray]:
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
+def _unique_pairs(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs sorted by row, then by id, each once."""
+    order = np.lexsort((ids, rows))
+    rows, ids = rows[order], ids[order]
+    is_new = np.ones(len(rows), bool)
+    is_new[1:] = (np.diff(rows) != 0) | (np.diff(ids) != 0)
+    return rows[is_new], ids[is_new]
+
+
 def _write_array(path: Path, array: np.ndarray) -> None:
     def write(file: Path) -> None:
         with open(file, "wb") as stream:
@@ -246,7 +256,7 @@ def _write_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, write)
 
 
-def _refuse_empty(collection: Collection, vocabulary: Vocabulary, found: TagRows) -> None:
+def _refuse_empty(collection: Collection, vocabulary: Vocabulary, found: TagIndex) -> None:
     """Raise UserError where no row has a tag of the vocabulary."""
     if not found.tagged.any():
         names = [name for name, category in zip(vocabulary.names, vocabulary.categories) if category != RATING]
