@@ -7,7 +7,7 @@ from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, ask, submit, wait_until
 
 MISSING = why_impossible() or ", ".join(missing_programs())
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(MISSING), reason=f"not here: {MISSING}")]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not here: {MISSING}")
 CLUSTER = {"nodes": 1, "port": 16917, "prefix": "a", "keeps_accounts": True}
 
 

@@ -10,7 +10,7 @@ from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, ask, submit
 from tests.support import checkpoint_tensors, rows
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))]
+pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
 
 CLUSTER, STEPS = {}, 600
 

@@ -14,7 +14,7 @@ from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, Submission, ask, submit
 from tests.support import ROOT
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))]
+pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
 CLUSTER = {"port": 17017, "prefix": "j"}
 
 

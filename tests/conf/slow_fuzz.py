@@ -17,7 +17,6 @@ from tests.support import fork_command
 from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 
-pytestmark = pytest.mark.slow
 NASTY = [
     None, True, False, -1, 0, 1, 3, 10**6, 2**31, 2**64, 10**400, -(10**30), 0.5, 1e308, -1e308, 1e-6, 1e-300, 5e-324,
     float("nan"), float("inf"), "", "nan", "inf", "1e5", "x" * 5000, "x/" * 3000, "\udcff", "ключ/名", "a\0b", "a\nb",
