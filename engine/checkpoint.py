@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that resume on any number of ranks.
+"""Checkpoints that are whole or absent, and that resume on any number of ranks; how they are written and found.
 
     checkpoints/
         step_00001200/
@@ -7,54 +7,82 @@
             average_weights.safetensors  averages of the exported networks; averages.safetensors: of other networks
             optimizer.safetensors        `<parameter name>/<state name>`
             scale.safetensors            the loss scale
-            state.json                   step, config, fingerprints, best metric, meters, checksums of the files above
+            state.json                   everything else (engine/resume.py lists it), and checksums of the files above
             state.sha256                 checksum of state.json
         .step_00001300.tmp-<pid>/        being written, or moved aside; removed by a later save
 
 Rank 0 writes each under a temporary name, flushes it and renames it. Nothing is pickled. There is no random state to
-save: all randomness is a function of (seed, step, position) (utils/rng.py).
+save: all randomness is a function of (seed, step, position) (utils/rng.py). weights/last_weights.safetensors and
+weights/ema_weights.safetensors are links to a checkpoint's files: no tensor is written twice.
 """
 
 import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from engine.config import LoopConfig
+from engine.learner import Learner
+from engine.parallel import is_sharded
 from utils.errors import UserError
-from utils.io.files import fsync_path, read_json, sha256_file, sha256_text
-from utils.io.weights import read_header, read_tensors, refuse_not_finite, write_tensors
+from utils.io.files import fsync_path, link_or_copy, sha256_file, sha256_text
+from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
+from utils.ranks import distributed
 from utils.record.logging import get_logger
+from utils.record.run_folder import RunFolder
 
 log = get_logger(__name__)
 
+Groups = Mapping[str, Mapping[str, Tensor]]  # tensors by group and name
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's content: its path, tensors by group and name, and the JSON state."""
+# ------------------------------------------------------------------------------------------------------------- writing
 
-    path: str
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
 
-    @property
-    def step(self) -> int:
-        """Updates done when it was made."""
-        return self.state["step"]
+def save_checkpoint(
+    folder: Path, step: int, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
+) -> Path:
+    """Write `folder/step_XXXXXXXX` and return it. texts: the metadata of some groups' files."""
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        checksums = {}
+        for name, group in tensors.items():
+            if group:  # plain SGD has no state, and safetensors cannot read a file without tensors
+                file = temporary / f"{name}.safetensors"
+                write_tensors(file, group, texts.get(name))
+                checksums[file.name] = sha256_file(file)
+        about = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
+        text = json.dumps(about, indent=1)
+        for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
+            (temporary / name).write_text(content, encoding="utf-8")
+            fsync_path(temporary / name)
+        fsync_path(temporary)
+        if final.exists():  # made by the run before a kill; the same step has the same content
+            shutil.rmtree(_move_aside(final))
+        os.rename(temporary, final)
+        fsync_path(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
 
 
 @contextmanager
-def write_errors(folder: Path, what: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+def _write_errors(folder: Path, what: str, tensors: Groups) -> Iterator[None]:
     """Turn a write error into a UserError (`run_dir`) that names `what` and how many bytes the tensors need."""
     try:
         yield
@@ -68,90 +96,180 @@ def write_errors(folder: Path, what: str, tensors: Mapping[str, Mapping[str, Ten
         ) from None
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: dict[str, Any],
-    metadata: Mapping[str, Mapping[str, str]] | None = None,
-) -> Path:
-    """Write `folder/step_XXXXXXXX` and return it; called on rank 0. `metadata`: of some groups' files.
+class Writer:
+    """Write one state after another in a thread, each as it was when it was given; on rank 0.
 
-    Raises UserError (`run_dir`) with the bytes needed where the disk refuses it; older checkpoints remain.
+    At most one write is running; the next one waits for it. Errors are logged by the main thread, so that a process
+    forked meanwhile inherits no lock of the logger. Host memory is kept for the next save, pinned for a GPU's tensors.
     """
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    with write_errors(folder, f"the checkpoint of step {step}", tensors):
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._message = ""
+
+    def submit(self, groups: Groups, write: Callable[[Groups], None], message: str, *, copied: bool = False) -> None:
+        """Call `write` with the groups as they are now, and log `message` when it is done.
+
+        copied: nothing else holds the groups' tensors, so they need no copy here.
+        """
+        self.wait()
+        copies, event = (groups, None) if copied else self.copy(groups)
+
+        def run() -> None:
+            try:
+                if event is not None:
+                    event.synchronize()
+                write(copies)
+            except Exception as error:  # logged or raised by the main thread
+                self._error = error
+
+        self._message = message
+        self._thread = threading.Thread(target=run, name="checkpoint writer")
+        self._thread.start()
+
+    def copy(self, groups: Groups) -> tuple[Groups, torch.cuda.Event | None]:
+        """Return contiguous copies, and the event after which copies from a GPU, queued by now, are complete."""
+        copies: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+        event = None
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
+                copy = self._kept.get((group, name))
+                if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copies[group][name] = self._kept[group, name] = copy.copy_(tensor.detach(), non_blocking=True)
+                event = event or (torch.cuda.Event() if tensor.is_cuda else None)
+        if event is not None:
+            event.record()
+        return copies, event
+
+    def poll(self) -> None:
+        """Log the end of a write that is over; cheap."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self, *, last: bool = False) -> None:
+        """Wait for the running write. An error is logged; it is raised after the `last` one, which no other follows."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is None:
+            log.debug("%s", self._message)
+        elif last:
+            raise error
+        else:
+            known = isinstance(error, UserError)
+            log.error("%s\nThe next save tries again", error, exc_info=None if known else error)
+
+
+class Saver:
+    """Write checkpoints and weight files into a run folder. frozen: fingerprints of the task's frozen networks."""
+
+    def __init__(self, folder: RunFolder, loop: LoopConfig, frozen: dict[str, str]) -> None:
+        self.folder, self._frozen = folder, frozen
+        self.writer = Writer()
+        self._keep, self._every_minutes = loop.keep_checkpoints, loop.checkpoint_every_minutes
+        self._saved_at, self._has_asked = time.monotonic(), False
+        self._best_is_written = True
+
+    def is_due(self) -> bool:
+        """Return, once, whether `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
+        self.writer.poll()
+        if self._every_minutes is None or self._has_asked or not distributed.is_main():
+            return False
+        self._has_asked = time.monotonic() - self._saved_at >= 60.0 * self._every_minutes
+        return self._has_asked
+
+    def save(
+        self, learner: Learner, tensors: Groups, state: dict[str, Any], sync_rows: Callable[[], None], *, last: bool
+    ) -> None:
+        """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
+
+        sync_rows: flushes the rows that a run resumed from here keeps. last: wait until everything is on the disk.
+        Raises UserError where the disk refuses the last checkpoint.
+        """
+        step, folder = learner.step, self.folder
+        names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
+        metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
+
+        def write(groups: Groups) -> None:
+            with _write_errors(folder.checkpoints, f"the checkpoint of step {step}", groups):
+                sync_rows()
+                texts = {group: weight_metadata(values, groups[group]) for group, values in metadata.items()}
+                path = save_checkpoint(folder.checkpoints, step, groups, state, texts)
+                for group, name in names.items():
+                    link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
+                remove_old(folder.checkpoints, self._keep, step, state["best"]["step"])
+
+        if distributed.is_main():
+            message = f"saved {folder.checkpoints}/step_{step:08d}"
+            self.writer.submit(tensors, write, message, copied=is_sharded(learner.model))
+        if last:
+            distributed.rank_zero_call(lambda: self.writer.wait(last=True))
+        self._saved_at, self._has_asked = time.monotonic(), False
+
+    def sync_samples(self, sync: Callable[[], None], *, last: bool) -> bool:
+        """Flush every rank's record of samples before the checkpoint beyond it; returns False where a disk refuses it.
+
+        Raises UserError where it is the `last` checkpoint.
+        """
+        problem = None
         try:
-            temporary.mkdir(parents=True)
-            checksums = {}
-            for name, group in tensors.items():
-                if not group:  # plain SGD has no state, and safetensors cannot read a file without tensors
-                    continue
-                file = temporary / f"{name}.safetensors"
-                write_tensors(file, group, (metadata or {}).get(name))
-                checksums[file.name] = sha256_file(file)
-            content = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
-            text = json.dumps(content, indent=1)
-            for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
-                (temporary / name).write_text(content, encoding="utf-8")
-                fsync_path(temporary / name)
-            fsync_path(temporary)
-            if final.exists():  # made by the run before a kill; the same step has the same content
-                remove_checkpoint(final)
-            os.rename(temporary, final)
-            fsync_path(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return final
+            with _write_errors(self.folder.path / "samples", "the record of samples", {}):
+                sync()
+        except UserError as error:
+            problem = error
+        problem = next((found for found in distributed.gather_objects(problem) if found is not None), None)
+        if problem is not None and last:
+            raise problem
+        if problem is not None:
+            log.error("%s\nThe next save tries again", problem)
+        return problem is None
+
+    def write_best(self, learner: Learner) -> None:
+        """Write the exported networks as they are now as the best weights, before the next checkpoint; on all ranks."""
+        tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
+        folder, step = self.folder.weights, learner.step
+
+        def write(groups: Groups) -> None:
+            with _write_errors(folder, f"the best weights of step {step}", groups):
+                write_weights(folder / "best_weights.safetensors", groups["best"], metadata)
+            self._best_is_written = True
+
+        if distributed.is_main():
+            self.writer.wait()
+            self._best_is_written = False
+            message = f"saved {folder / 'best_weights.safetensors'}"
+            self.writer.submit({"best": tensors}, write, message, copied=is_sharded(learner.model))
+
+    def best_is_written(self) -> bool:
+        """Wait until nothing is being written; return whether the disk has the newest best weights. On all ranks."""
+
+        def wait() -> bool:
+            self.writer.wait()
+            return self._best_is_written
+
+        return distributed.rank_zero_call(wait)
+
+    def _metadata(self, learner: Learner, *, averaged: bool) -> dict[str, Any]:
+        """Return the metadata of a weight file."""
+        return {
+            "format": 1,
+            "script": self.folder.job.script,
+            "task": self.folder.config["task"],
+            "model": self.folder.config["model"],
+            "step": learner.step,
+            "average": averaged,
+            "precision": learner.runtime.precision,
+            **({"frozen": self._frozen} if self._frozen else {}),
+            **({"origin": learner.task.origin} if learner.task.origin else {}),
+            **learner.task.exported().metadata,
+        }
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint: rename it first, so that a kill halfway leaves no damaged one."""
-    shutil.rmtree(_move_aside(path))
-
-
-def _move_aside(path: Path) -> Path:
-    hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
-    shutil.rmtree(hidden, ignore_errors=True)  # from an earlier process with the same number
-    os.rename(path, hidden)
-    return hidden
-
-
-def move_aside_beyond(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of more than `step` updates so that nothing finds them; returns their new paths.
-
-    For a run that continues from `step`: they are damaged or belong to another continuation, so neither a later start
-    nor retention may count them. The next save removes them.
-    """
-    return [_move_aside(path) for path in list_checkpoints(folder) if _step_of(path) > step]
-
-
-def find_damage(path: Path) -> str | None:
-    """Return the first error in a checkpoint's files, None where all agree with their checksums."""
-    for file in path.iterdir():
-        if not file.is_file():  # reading a FIFO would wait for ever
-            return f"{file.name} is not a regular file"
-    try:
-        text = (path / "state.json").read_text(encoding="utf-8")
-        if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
-            return "state.json does not match its checksum"
-        state = json.loads(text)
-        if state["format"] != FORMAT:
-            return f"state.json has format {state['format']}, this version reads {FORMAT}"
-        named = {f"{group}.safetensors" for group in state["groups"] if re.fullmatch(r"[a-z_]+", group)}
-        for name, checksum in state["checksums"].items():
-            if name not in named:  # this also refuses a path to another folder
-                return f"state.json names {name!a}, which is not a group of tensors"
-            if sha256_file(path / name) != checksum:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of any shape
-        return f"it cannot be read ({type(error).__name__}: {error})"
-    return None
+# ------------------------------------------------------------------------------------------------ keeping and removing
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -161,81 +279,29 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
-def find_undamaged(folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, if any; a warning names each damaged one beyond it."""
-    for path in reversed(list_checkpoints(folder)):
-        problem = find_damage(path)
-        if problem is None:
-            return path
-        log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
-    return None
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, None where there is none at all.
-
-    Raises UserError where all checkpoints are damaged: the run never starts again unasked.
-    """
-    found = find_undamaged(folder)
-    if found is None and (damaged := list_checkpoints(folder)):
-        raise UserError(
-            f"resume: all {len(damaged)} checkpoints in {folder} are damaged, see the warnings above; restore or "
-            "remove them (a checkpoint that resume names is then used), or start in another folder with run_dir=..."
-        )
-    return found
-
-
-def find_continuation(folder: Path, resume: str) -> Path | None:
-    """Return the newest undamaged checkpoint if it was made by a run that began with the same `resume=PATH`.
-
-    Raises UserError where all checkpoints are damaged.
-    """
-    found = find_checkpoint(folder)
-    if found is None:
-        return None
-    made_with = read_json(found / "state.json")["config"]["resume"]
-    return found if Path(made_with) == Path(resume) else None
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def describe_checkpoint(path: Path) -> Checkpoint:
-    """Return a checkpoint that `find_checkpoint` returned, or one that the user named, with tensors on the meta device.
+def _move_aside(path: Path) -> Path:
+    """Rename a checkpoint so that nothing finds it; a kill while it is removed then leaves no damaged one."""
+    hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+    shutil.rmtree(hidden, ignore_errors=True)  # from an earlier process with the same number
+    os.rename(path, hidden)
+    return hidden
 
-    Raises UserError (`resume`) where it is none, or is damaged.
+
+def move_aside_beyond(folder: Path, step: int) -> None:
+    """Hide the checkpoints of more than `step` updates: damaged ones, or those of another continuation.
+
+    For a run that continues from `step`: neither a later start nor retention may count them.
     """
-    if not path.is_dir():
-        raise UserError(f"resume: {path} is not a checkpoint folder; name one like RUN/checkpoints/step_00001200")
-    problem = find_damage(path)
-    if problem is not None:
-        raise UserError(f"resume: {path} is damaged: {problem}; name another one or set resume=auto")
-    state = read_json(path / "state.json")
-    shapes = {name: read_header(file, "resume").tensors if file else {} for name, file in _files(path, state).items()}
-    return Checkpoint(str(path), shapes, state)
-
-
-def load_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
-    """Read a checkpoint.
-
-    check: called with what `describe_checkpoint` returns before any tensor is read, so that a checkpoint of another
-    recipe or of other shapes is refused at the cost of its headers.
-    """
-    described = describe_checkpoint(path)
-    if check is not None:
-        check(described)
-    files = _files(path, described.state)
-    tensors = {name: read_tensors(file, "resume") if file else {} for name, file in files.items()}
-    for name, group in tensors.items():
-        refuse_not_finite(group, path / f"{name}.safetensors", "resume")
-    return Checkpoint(str(path), tensors, described.state)
-
-
-def _files(path: Path, state: Mapping[str, Any]) -> dict[str, Path | None]:
-    """Return the file of each group; None for a group without tensors."""
-    names = {group: f"{group}.safetensors" for group in state["groups"]}
-    return {group: path / name if name in state["checksums"] else None for group, name in names.items()}
+    hidden = [_move_aside(path) for path in list_checkpoints(folder) if _step_of(path) > step]
+    if hidden:
+        log.warning(
+            "resume: checkpoints beyond step %d are moved aside and removed by the next save; until then they are %s",
+            step, ", ".join(map(str, hidden)),
+        )  # fmt: skip
 
 
 def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> None:
@@ -247,4 +313,60 @@ def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> Non
         shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
         if _step_of(path) != best_step:
-            remove_checkpoint(path)
+            shutil.rmtree(_move_aside(path))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_damage(path: Path) -> str | None:
+    """Return the first error in a checkpoint's files, None where all agree with their checksums."""
+    try:
+        text = (path / "state.json").read_text(encoding="utf-8")
+        if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
+            return "state.json does not match its checksum"
+        state = json.loads(text)
+        if state["format"] != FORMAT:
+            return f"state.json has format {state['format']}, this version reads {FORMAT}"
+        for name, checksum in state["checksums"].items():
+            if sha256_file(path / name) != checksum:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, None where there is none at all; a warning names each damaged one.
+
+    Raises UserError where all checkpoints are damaged: the run never starts again unasked.
+    """
+    every = list_checkpoints(folder)
+    for path in reversed(every):
+        problem = find_damage(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
+    if every:
+        raise UserError(
+            f"resume: all {len(every)} checkpoints in {folder} are damaged, see the warnings above; restore or "
+            "remove them (a checkpoint that resume names is then used), or start in another folder with run_dir=..."
+        )
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def read_groups(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Read a checkpoint's tensors. Raises UserError (`resume`) where values are not finite."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for group in state["groups"]:
+        file = path / f"{group}.safetensors"
+        groups[group] = read_tensors(file, "resume") if file.name in state["checksums"] else {}
+        refuse_not_finite(groups[group], file, "resume")
+    return groups

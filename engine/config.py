@@ -48,13 +48,10 @@ class LoopConfig(Strict):
     ema_warmup: bool
     log_every_steps: Count
     evaluate_every_epochs: Literal["auto"] | Duration
-    evaluate_raw: bool
     plot_every_steps: Count | None
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_checkpoints: Count
-    save_in_background: bool
-    on_failed_save: Literal["stop", "retry"]
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
 
     @property

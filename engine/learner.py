@@ -30,7 +30,7 @@ from optim.build import build_optimizer, skips_on_device
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues, Schedule
-from optim.state import check_optimizer_state, load_optimizer_state, optimizer_state
+from optim.state import load_optimizer_state, optimizer_state
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
@@ -149,10 +149,11 @@ class Learner:
         """Return the tensors of a weight file as the networks hold them now; on rank 0, whole."""
         return sharded.gather_parts(self._task_groups()["weights"])
 
-    def check_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
-        """Raise UserError unless saved tensors (on the meta device, say) have this learner's names, shapes and dtypes.
+    @torch.no_grad()
+    def load_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
+        """Copy a saved state in. others: the optimiser's state that is not tensors; None keeps the optimiser's state.
 
-        others: the optimiser's saved state that is not tensors; None skips the check of the optimiser.
+        Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
         for group, own in {**self._task_groups(), "scale": self.scale.state()}.items():
             saved = tensors.get(group, {})
@@ -164,16 +165,10 @@ class Learner:
                     f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
                 )
         if others is not None:
-            check_optimizer_state(self.optimizer, tensors["optimizer"], others, source)
-
-    @torch.no_grad()
-    def load_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
-        """Copy a saved state in. others: as in `check_state`; None keeps the optimiser's state."""
+            load_optimizer_state(self.optimizer, tensors["optimizer"], others, source)
         saved = join_exported(self.task, tensors["weights"], tensors["task"])
         for name, tensor in checkpointed_state(self.task).items():
             sharded.own_part(tensor).copy_(sharded.take_part(saved[name], tensor))
-        if others is not None:
-            load_optimizer_state(self.optimizer, tensors["optimizer"], dict(others), source)
         self.scale.load(tensors["scale"])
         if self.averages is not None:
             self.averages.load(join_exported(self.task, tensors["average_weights"], tensors["averages"]))

@@ -169,7 +169,6 @@ def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
     """Return the epochs between evaluations. epochs: of the run; share: of an epoch that one evaluation reads."""
     if loop.evaluate_every_epochs != "auto":
         return loop.evaluate_every_epochs
-    share *= 2 if loop.evaluate_raw and loop.ema_decay is not None else 1
     return min(max(1.0, share / AUTO_EVALUATION_SHARE), epochs / AUTO_EVALUATIONS or 1.0)
 
 

@@ -440,7 +440,6 @@ class Recorder:
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,
-            "skipped_empty": self.skips.empty,
             "clock": {**clock, "epoch_step": step, "epoch_seconds": seconds},
             "peak_memory_gib": self.peak_gib,
         }
@@ -449,7 +448,7 @@ class Recorder:
         """Restore what `state` returned."""
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
-        self.skips.load(state["skipped"], state["skipped_empty"])
+        self.skips.load(state["skipped"])
         clock = state["clock"]
         self.clock.load(clock["seconds"], clock["waited"])
         self._epoch = (int(clock["epoch_step"]), clock["epoch_seconds"])

@@ -19,7 +19,7 @@ from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from engine.lr_finder import find_lr
 from engine.plan import Plan, make_plan
 from engine.recorder import MUCH_WAITING
-from engine.resume import check_resume, resume, will_resume
+from engine.resume import check_resume, resume, save, will_resume
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
 from engine.screen import advise, end_screen, start_screen
@@ -205,7 +205,7 @@ def _records(run: Run) -> Iterator[None]:
         known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
         lost = None if known else recorder.watchdog.name_lost_ranks()
         recorder.abandon()
-        run.saver.writer.close()
+        run.saver.writer.wait()
         if lost:
             log.error("%s; the same command resumes from the last checkpoint", lost)
             raise SystemExit(EXIT_LOST_RANK) from error
@@ -219,7 +219,7 @@ def fit(run: Run, config: TrainingConfig) -> bool:
         return False
     if run.plan.total_steps == 0:
         run.evaluator.evaluate(run.learner)
-        run.save(last=True)
+        save(run, last=True)
     vote = Vote()
     with closing(run.streams.train.steps(run.step, run.plan)) as batches, run.recorder.bar.opened(run.step):
         while not run.is_complete:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine.batch_size import shape_of
+from engine.checkpoint import Saver
 from engine.config import TrainingConfig
 from engine.evaluator import Evaluator
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import Runtime
-from engine.saver import Saver
 from engine.step import fits_alone
 from engine.streams import Streams
 from engine.task import Task, fingerprint_frozen
@@ -53,8 +53,8 @@ class Run:
 
     @property
     def must_stop(self) -> bool:
-        """Whether this rank asks to end: a signal came, or a checkpoint could not be written."""
-        return self.stop.requested or self.saver.writer.failed
+        """Whether this rank asks to end: a signal came."""
+        return self.stop.requested
 
     def rehearse(self) -> None:
         """Halve the micro-batches, on all ranks alike, until every rank can make a pass over each shape.
@@ -84,21 +84,6 @@ class Run:
         """Open the files that are written row by row, without rows beyond this step."""
         train = self.streams.train
         self.recorder.open(self.step, train.path_of, goes_on=not self.is_complete, readings=train.readings)
-
-    def save(self, *, last: bool) -> None:
-        """Write a checkpoint of this step; as `Saver.save`. The best weights that it names are on the disk."""
-        self.evaluator.settle()
-        state = {
-            "precision": self.learner.runtime.precision,
-            "threads": torch.get_num_threads(),
-            "world_size": self.plan.world_size,
-            "position": self.step * self.plan.global_batch_size,
-            "fingerprints": self.fingerprints,
-            "origin": self.learner.task.origin,
-            "found_lr": self.found_lr,
-            **self.evaluator.state(),
-        }
-        self.saver.save(self.learner, self.recorder, state, best_step=self.evaluator.best.step, last=last)
 
 
 def build_run(

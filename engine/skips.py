@@ -11,11 +11,9 @@ reference.
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.step import StepResult
 from utils.contracts import Batch
@@ -29,45 +27,31 @@ log = get_logger(__name__)
 
 WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
 EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, with any limit
-_DETAILED = 10  # steps of a report whose samples are listed
+_DETAILED = 10  # steps of a report that are logged one by one
 _SHOWN = 8  # paths in a message; the file has all
+_REASONS = {
+    "loss": "its loss was not finite on rank {}",
+    "gradient": "its gradient was not finite (every loss was)",
+    "weight": "none of its images could be read, or all have weight 0",
+}
 
 
-@dataclass(frozen=True)
-class _Update:
-    """Device tensors of update number `step` (from 1): [B] ids, weights and losses of each micro-batch."""
-
-    step: int
-    applied: Tensor
-    weight: Tensor
-    ids: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    losses: Sequence[Tensor]
-
-    def not_finite(self) -> list[int]:
-        """Return the ids of samples whose loss is not finite."""
-        found = [
-            ids[~torch.isfinite(loss) & (weight > 0)] for ids, weight, loss in zip(self.ids, self.weights, self.losses)
-        ]
-        return [number for ids in found for number in ids.tolist()]
-
-    def all_ids(self) -> list[int]:
-        """Return the ids of all of this rank's samples."""
-        return [number for ids in self.ids for number in ids.tolist()]
+def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int], list[int]]:
+    """Return the ids of this rank's samples whose loss is not finite, and of all of them."""
+    bad, every = [], []
+    for batch, loss in zip(batches, result.losses):
+        bad += batch["sample_id"][~torch.isfinite(loss) & (batch["weight"] > 0)].tolist()
+        every += batch["sample_id"].tolist()
+    return bad, every
 
 
 class SkipWatch:
-    """Count skipped steps.
-
-    `steps`: the numbers (from 1) of the skipped steps among the last WINDOW_STEPS; `empty`: those without weight.
-    """
+    """Count skipped steps. steps: among the last WINDOW_STEPS, the number (from 1) of each, and what was wrong."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self.steps: list[int] = []
-        self.empty: list[int] = []
-        self._ranks: dict[int, list[int]] = {}  # step -> the ranks whose losses were not finite
-        self._unread: deque[_Update] = deque(maxlen=WINDOW_STEPS)
+        self.steps: list[tuple[int, str]] = []
+        self._unread: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
         self._path_of: Callable[[int], str] = str
         self._path: Path | None = None
         self._file: AppendFile | None = None
@@ -85,39 +69,60 @@ class SkipWatch:
         if self._file is not None:
             self._file.close()
 
-    def load(self, steps: list[int], empty: list[int]) -> None:
+    def sync(self) -> None:
+        """Flush the rows to the disk."""
+        if self._file is not None:
+            self._file.sync()
+
+    def load(self, steps: Sequence[tuple[int, str]]) -> None:
         """Restore the steps of a checkpoint."""
-        self.steps, self.empty = list(steps), list(empty)
-        self.forget(0)
+        self._unread.clear()
+        self.steps = [(number, what) for number, what in steps]
 
     def add(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Take update number `step`, from 1."""
-        ids, weights = ([batch[name] for batch in batches] for name in ("sample_id", "weight"))
-        self._unread.append(_Update(step, result.applied, result.weight, ids, weights, result.losses))
+        kept = [{name: batch[name] for name in ("sample_id", "weight")} for batch in batches]
+        self._unread.append((step, kept, result))
 
     def forget(self, step: int) -> None:
         """Release the steps since the last report, when the meters know that none was skipped."""
         self._unread.clear()
-        self.steps, self.empty = (
-            [number for number in numbers if number > step - WINDOW_STEPS] for numbers in (self.steps, self.empty)
-        )
+        self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
 
-    def read(self, step: int) -> int:
-        """Report the skipped steps since the last call and return their number; called on all ranks.
-
-        A host synchronisation.
-        """
+    def read(self, step: int) -> None:
+        """Report the skipped steps since the last call, on all ranks. A host synchronisation."""
         if not self._unread:
-            return 0
-        figures = torch.stack([torch.stack([update.applied, update.weight]) for update in self._unread]).tolist()
-        skipped = [update for update, (applied, _) in zip(self._unread, figures) if applied == 0]
-        empty = [update.step for update, (_, weight) in zip(self._unread, figures) if weight == 0]
+            return
+        flags = torch.stack([torch.stack([result.applied, result.weight]) for _, _, result in self._unread]).tolist()
+        skipped = [
+            (number, weight, _sample_ids(batches, result))
+            for (number, batches, result), (applied, weight) in zip(self._unread, flags)
+            if applied == 0
+        ]
         self.forget(step)
-        self.steps += [update.step for update in skipped]
-        self.empty += empty
-        if skipped:
-            self._report(skipped[:_DETAILED])
-        return len(skipped)
+        if not skipped:
+            return
+        every = distributed.gather_objects([ids for _, _, ids in skipped])
+        for index, (number, weight, _) in enumerate(skipped):
+            ranks = [rank for rank, found in enumerate(every) if found[index][0]]
+            what = "loss" if ranks else "weight" if weight == 0 else "gradient"
+            self.steps.append((number, what))
+            if distributed.is_main():
+                paths = [self._path_of(sample) for found in every for sample in found[index][0 if ranks else 1]]
+                self._list(number, ranks, what, paths, is_logged=index < _DETAILED)
+
+    def _list(self, step: int, ranks: list[int], what: str, paths: list[str], *, is_logged: bool) -> None:
+        """Write a skipped step to the file, and to the log: the samples with a bad loss, or all of them."""
+        if is_logged:
+            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+            reason = _REASONS[what].format(", ".join(map(str, ranks)))
+            log.warning("step %d was skipped: %s; samples: %s%s", step, reason, ", ".join(paths[:_SHOWN]), more)
+        if self._file is None and self._path is not None:
+            with ignore_write_errors(self._path):
+                self._file = AppendFile(self._path)
+        if self._file is not None:
+            row = {"step": step, "ranks": ranks, "what": what, "paths": paths}
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def check(self, step: int, *, last: bool) -> None:
         """Raise where too many steps were skipped up to `step`; `last` marks the run's last step.
@@ -125,60 +130,21 @@ class SkipWatch:
         UserError where no image could be read for EMPTY_STEPS steps, or in all of a shorter run, and where more steps
         were skipped than the limit.
         """
+        empty = {number for number, what in self.steps if what == "weight"}
         newest = range(max(1, step - EMPTY_STEPS + 1), step + 1)
-        if (last or len(newest) == EMPTY_STEPS) and set(newest) <= set(self.empty):
+        if (last or len(newest) == EMPTY_STEPS) and empty.issuperset(newest):
             raise UserError(
                 f"data.root: no image of steps {newest[0]} to {step} could be read, see the warnings above and "
                 "unreadable.jsonl; these steps changed no weight. Restore the images and give the same command again; "
                 "prepare.py job=manifest lists unreadable images"
             )
-        if self.limit is None or len(self.steps) <= self.limit:
-            return
-        named = sorted({rank for number in self.steps for rank in self._ranks.get(number, [])})
-        where = f"losses on rank {', '.join(map(str, named))}" if named else "gradients, of finite losses, on all ranks"
-        reasons = [f"not finite ({where})"] if len(self.steps) > len(self.empty) else []
-        reasons += [f"without an image that could be read ({len(self.empty)} of them)"] if self.empty else []
-        message = (
-            f"loop.max_skipped_steps: {len(self.steps)} of the last {min(step, WINDOW_STEPS)} steps before step {step} "
-            f"were {' or '.join(reasons)}, first step {self.steps[0]}; {self.limit} are allowed. See "
-            "skipped_steps.jsonl for their samples; "
-        )
-        remedy = "start another run with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm"
-        if len(self.steps) == len(self.empty):
-            remedy = "fix the images (prepare.py job=manifest lists unreadable ones)"
-        raise UserError(f"{message}{remedy}, or a higher limit")
-
-    def _report(self, skipped: list[_Update]) -> None:
-        """Log on rank 0 the samples of skipped steps: those with a bad loss, or all where every loss is finite."""
-        empty = set(self.empty)
-        own = [(update.not_finite(), update.all_ids()) for update in skipped]
-        every = distributed.gather_objects(own)
-        for index, update in enumerate(skipped):
-            ranks = [rank for rank, found in enumerate(every) if found[index][0]]
-            self._ranks[update.step] = ranks
-            if not distributed.is_main():
-                continue
-            ids = [number for found in every for number in found[index][0 if ranks else 1]]
-            paths = [self._path_of(number) for number in ids]
-            if ranks:
-                what, reason = "loss", f"its loss was not finite on rank {', '.join(map(str, ranks))}"
-            elif update.step in empty:
-                what, reason = "weight", "none of its images could be read, or all have weight 0"
-            else:
-                what, reason = "gradient", "its gradient was not finite (every loss was)"
-            log.warning(
-                "step %d was skipped: %s; samples: %s%s",
-                update.step, reason, ", ".join(paths[:_SHOWN]),
-                f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "",
-            )  # fmt: skip
-            if self._file is None and self._path is not None:
-                with ignore_write_errors(self._path):
-                    self._file = AppendFile(self._path)
-            row = {"step": update.step, "ranks": ranks, "what": what, "paths": paths}
-            if self._file is not None:
-                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def sync(self) -> None:
-        """Flush the rows to the disk."""
-        if self._file is not None:
-            self._file.sync()
+        if self.limit is not None and len(self.steps) > self.limit:
+            remedy = "start another run with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm"
+            if len(self.steps) == len(empty):
+                remedy = "fix the images (prepare.py job=manifest lists unreadable ones)"
+            raise UserError(
+                f"loop.max_skipped_steps: {len(self.steps)} of the last {min(step, WINDOW_STEPS)} steps before step "
+                f"{step} were skipped, first step {self.steps[0][0]}, {len(empty)} of them because no image could be "
+                f"read; {self.limit} are allowed. See skipped_steps.jsonl for what was not finite and the samples; "
+                f"{remedy}, or a higher limit"
+            )

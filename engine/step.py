@@ -24,7 +24,7 @@ from optim.vectors import flat_view
 from utils import rng
 from utils.contracts import Batch
 from utils.ranks import distributed
-from utils.ranks.sharded import holds_rows
+from utils.ranks.sharded import Part
 
 
 class Asks(NamedTuple):
@@ -227,7 +227,7 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, ask
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if inverse_scale is not None:
         norm = norm * inverse_scale
-    sums, norm, bad, asked = _reduce(_sum(rows), names, weight, norm, asks, rows_only=holds_rows(parameters))
+    sums, norm, bad, asked = _reduce(_sum(rows), names, weight, norm, asks, rows_only=isinstance(parameters[0], Part))
     _clip(grads, norm, learner.clip_grad_norm, inverse_scale)
 
     found_inf = bad.float()

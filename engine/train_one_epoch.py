@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.config import LoopConfig
 from engine.recorder import memory_by_part, show_memory
+from engine.resume import save
 from engine.run_parts import Run
 from engine.step import Asks, StepResult
 from utils.contracts import Batch
@@ -47,8 +48,8 @@ class Vote:
 def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, epoch: int, vote: Vote) -> bool:
     """Run the stream to the end of an epoch, or of the run; returns False where it was asked to stop (and has saved).
 
-    Raises UserError where a checkpoint could not be written or too many steps were skipped. `stream` yields this rank's
-    micro-batches of step after step, beginning with the run's next step.
+    Raises UserError where the last checkpoint cannot be written or too many steps were skipped. `stream` yields this
+    rank's micro-batches of step after step, beginning with the run's next step.
     """
     learner, recorder, plan = run.learner, run.recorder, run.plan
     end = plan.epoch_end(epoch)
@@ -88,7 +89,7 @@ def train_one_epoch(run: Run, stream: Iterator[list[Batch]], loop: LoopConfig, e
         if step == end or last:
             recorder.end_epoch(step, epoch, run.evaluator.last_report)
         if step % loop.checkpoint_every_steps == 0 or any(asked) or last:
-            run.save(last=last or asked.stop)
+            save(run, last=last or asked.stop)
         if last or asked.stop:
             return last
     return True

@@ -66,6 +66,7 @@ import tests.tasks.multicrop
 import tests.tasks.thin_tagging
 from bench.measure import bench_loop, build_bench_run, read_group
 from data.batch import Ragged, collate, to_device
+from engine.checkpoint import Writer
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
 from engine.step import Asks
@@ -75,7 +76,6 @@ from engine.tasks.fcmae import patch_count
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from engine.train_one_epoch import Vote, train_one_epoch
-from engine.writer import HostCopies
 from models.config import ModelConfig
 from models.sdxl import networks as sdxl_networks
 from models.sdxl.networks import unet_config
@@ -345,7 +345,7 @@ def run_case(task, optim, precision):
                 run.evaluator._measure(learner)
         run.recorder.log_meter.means()
         groups, others = learner.state()
-        copies, _ = HostCopies().take(groups)
+        copies, _ = Writer().copy(groups)
         assert all(tensor.device.type == "cpu" for group in copies.values() for tensor in group.values())
         learner.load_state(copies, others, "the copies")
         _check_devices(learner)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -182,6 +183,9 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step, draws):
 
         def fatal(learner, *arguments, **named):
             if learner.step == kill_at_step:
+                for thread in threading.enumerate():  # so that a test knows which checkpoint there is
+                    if thread.name == "checkpoint writer":
+                        thread.join()
                 os.killpg(0, signal.SIGKILL)
             return train_step(learner, *arguments, **named)
 

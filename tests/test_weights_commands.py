@@ -133,7 +133,7 @@ def test_weights_of_others_become_a_run_of_no_steps(place):
     assert weights_of(place, "taken")[1]["step"] == 1
 
 
-# --- licences, origins, and the best raw weights
+# --- licences, origins, and averages
 
 
 def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):

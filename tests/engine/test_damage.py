@@ -1,18 +1,13 @@
 """Damaged records beside good checkpoints: a run goes on after a warning, or ends with one line; never a traceback."""
 
-import json
 import os
 import shutil
 import signal
 from contextlib import contextmanager
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from tests.in_process import TINY, make_images, run, run_command
-from utils.io.files import sha256_file, sha256_text
 
 SETTINGS = [*TINY, "data.root=images", "run_dir=run", "loop.keep_checkpoints=9"]
 
@@ -137,73 +132,3 @@ def test_damaged_records(kind, commands):
     }
     for file in in_place.get(kind, ("config.json", *FOLDERS)):
         assert f"run/{file} is" in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["empty", "list", "number", "folder", "FIFO"])
-@pytest.mark.parametrize("file", FILES)
-def test_a_damaged_record(file, kind, commands):
-    commands([file], kind)
-
-
-# --- forged checkpoints
-
-
-def forge(state):
-    """Write a state.json, a dictionary or a text, into the checkpoint, with a right checksum."""
-
-    def change(path):
-        text = state if isinstance(state, str) else json.dumps(json.loads((path / "state.json").read_text()) | state)
-        (path / "state.json").write_text(text)
-        (path / "state.sha256").write_text(sha256_text(text))
-
-    return change
-
-
-def not_finite(path):
-    file = path / "weights.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(file).items()}
-    save_file(tensors, file, metadata)
-    checksums = json.loads((path / "state.json").read_text())["checksums"]
-    forge({"checksums": checksums | {file.name: sha256_file(file)}})(path)
-
-
-def in_place(name, make):
-    def change(path):
-        (path / name).unlink()
-        make(path / name)
-
-    return change
-
-
-def moved_out(path):
-    shutil.move(path.parent, path.parents[2] / "elsewhere")
-    path.parent.symlink_to(path.parents[2] / "elsewhere")
-
-
-BEFORE = "trying the one before it"
-FORGED = {
-    "without keys": (forge('{"format": 2, "step": 4, "groups": [], "checksums": {}}'), "config: "),
-    "nested": (forge("[" * 100_000), BEFORE),
-    "another meter": (forge({"meters": {"log": {"loss": [1.0]}, "epoch": {}}}), "meters.log.loss: "),
-    "another best": (forge({"best": {"value": "high"}}), "best.value: "),
-    "text for a step": (forge({"step": "4"}), "step: "),
-    "not finite": (not_finite, "weights.safetensors has"),
-    "state is a FIFO": (in_place("state.json", os.mkfifo), BEFORE),
-    "weights are a device": (in_place("weights.safetensors", lambda p: p.symlink_to("/dev/zero")), BEFORE),
-    "a link out of the run": (moved_out, "run_dir: run/checkpoints is a link out of the run folder"),
-}
-
-
-@pytest.mark.parametrize("case", FORGED)
-def test_a_forged_checkpoint_is_refused_by_name(case, place, tmp_path, monkeypatch, capsys):
-    change, phrase = FORGED[case]
-    damage(place, tmp_path, [], "empty")
-    change(tmp_path / "run/checkpoints/step_00000004")
-    with at_most(60):
-        status = run_command(*COMMANDS["resume"], tmp_path, monkeypatch)
-    said = capsys.readouterr().err
-    assert phrase in said and "Traceback" not in said, said
-    assert status == (0 if phrase == BEFORE else 2)

@@ -207,7 +207,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(caches, place):
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_resume_bit_for_bit(place):
-    own = [*SHORT, *RESUMED, "loop.save_in_background=false", "data.root=images"]
+    own = [*SHORT, *RESUMED, "data.root=images"]
     run_process("finetune_sdxl.py", [*own, "run_dir=straight_2"], place, ranks=2)
     run_process("finetune_sdxl.py", [*own, "run_dir=killed_2"], place, ranks=2, expect=-9, kill_at_step=4)
     assert "at step 3" in run_process("finetune_sdxl.py", [*own, "run_dir=killed_2"], place, ranks=2)

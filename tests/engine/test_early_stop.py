@@ -6,7 +6,6 @@ import pytest
 
 from engine.evaluator import Best, Evaluator
 from engine.plan import Plan
-from engine.task import Report
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 
@@ -53,21 +52,3 @@ def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):
     assert "the run is complete: 5 of 20 steps are done" in capsys.readouterr().err
     run("finetune", [*command, "loop.early_stop_epochs=3.0"], tmp_path)
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5, 6, 7]
-
-
-def test_best_weights_that_the_disk_refuses_are_not_the_best():
-    """They are written in the background; before a checkpoint names them, the run knows whether they are there."""
-    refused = []
-    saver = SimpleNamespace(
-        write_best=lambda learner, name, averaged: None, take_refused=lambda: [refused.pop()] if refused else []
-    )
-    learner = SimpleNamespace(task=SimpleNamespace(best_metric="top1", best_is_lowest=False), step=20)
-    evaluator = Evaluator(None, PLAN, None, None, saver, best=Best(0.5, 10))
-    evaluator._keep_best(learner, Report({"top1": 0.6}), "best", averaged=False)
-    evaluator.settle()
-    assert evaluator.best == Best(0.6, 20)
-    learner.step = 30
-    evaluator._keep_best(learner, Report({"top1": 0.7}), "best", averaged=False)
-    refused.append("best")
-    evaluator.settle()
-    assert evaluator.best == Best(0.6, 20)

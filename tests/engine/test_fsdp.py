@@ -63,7 +63,7 @@ def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path):
     settings = [
         "loop.total_steps=14", "loop.global_batch_size=8", "loop.batch_size=2", "loop.ema_decay=0.95",
-        "loop.checkpoint_every_steps=4", "loop.save_in_background=false", "loop.clip_grad_norm=1.0", *NOISY[task], FSDP,
+        "loop.checkpoint_every_steps=4", "loop.clip_grad_norm=1.0", *NOISY[task], FSDP,
     ]  # fmt: skip
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path, ranks=2)
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(task
     total, there, here = 6 * len(legs), tmp_path / "moved", tmp_path / "one"
     settings = [
         f"loop.total_steps={total}", "loop.global_batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
-        "loop.save_in_background=false", "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
     ]  # fmt: skip
     for done, (ranks, way) in zip(range(0, total, 6), legs):
         overrides = common(task, collection, there, *settings, "loop.batch_size=3", f"runtime.parallel={way}")

@@ -13,7 +13,7 @@ STEPS, PEAK = 12, 0.1
 @pytest.fixture
 def settings(tmp_path):
     images = make_images(tmp_path / "images")
-    more = [f"loop.total_steps={STEPS}", f"loop.checkpoint_every_steps={STEPS}", "loop.save_in_background=false"]
+    more = [f"loop.total_steps={STEPS}", f"loop.checkpoint_every_steps={STEPS}"]
     return [*TINY, f"data.root={images}", "schedule=onecycle", "optim=sgd", f"optim.lr={PEAK}", *more]
 
 

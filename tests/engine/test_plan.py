@@ -281,7 +281,6 @@ def test_due_among_evaluations_is_the_first_at_or_beyond_each_multiple(every, am
         (1_000, 400, {"total_epochs": 40}, 2.0),
         (289, 1_958, {"total_epochs": 1000}, 5 * 1_958 / 289),
         (2_890, 19_580, {"total_epochs": 20}, 4.0),  # five times a run
-        (1_000, 400, {"total_epochs": 40, "evaluate_raw": True, "ema_decay": 0.99}, 4.0),
         (1_000, 400, {"total_epochs": 40, "evaluate_every_epochs": 0.5}, 0.5),
     ],
 )

@@ -184,8 +184,8 @@ def pretrain(data, folder, *settings, kill_at_step=None):
 def test_a_run_with_a_probe_is_the_same_run_and_resumes_bit_for_bit(collection, tmp_path):
     """54 images by 8: evaluations at 7, 14 and 20; one and a half epochs end in step 11, so the probe comes at 14."""
     settings = [
-        "loop.ema_decay=0.95", "loop.checkpoint_every_steps=4", "loop.save_in_background=false",
-        "loop.evaluate_every_epochs=1.0", "loop.evaluate_raw=true", "model.drop_path_rate=0.3",
+        "loop.ema_decay=0.95", "loop.checkpoint_every_steps=4",
+        "loop.evaluate_every_epochs=1.0", "model.drop_path_rate=0.3",
     ]  # fmt: skip
     often, never = [*settings, "task.probe.every_epochs=1.5"], [*settings, "task.probe.every_epochs=null"]
     uninterrupted, killed, without = tmp_path / "uninterrupted", tmp_path / "killed", tmp_path / "without"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.checkpoint import find_checkpoint, load_checkpoint, remove_old, save_checkpoint
+from engine.checkpoint import find_checkpoint, read_state, remove_old, save_checkpoint
 from engine.plan import MOST_STEPS
 from tests.engine.test_checkpoint import steps_in
 from tests.engine.test_plan import plan
@@ -18,9 +18,9 @@ STEPS = [1, 9, 10, 99_999, 100_000, 12_207_031, MOST_STEPS]  # 12,207,031: 100 b
 
 def test_checkpoints_of_a_long_run_are_found_in_the_order_of_their_steps(tmp_path):
     for step in reversed(STEPS):
-        save_checkpoint(tmp_path, step, {"weights": {"w": torch.full((1,), float(step))}}, {})
+        save_checkpoint(tmp_path, step, {"weights": {"w": torch.full((1,), float(step))}}, {}, {})
     assert steps_in(tmp_path) == STEPS
-    assert load_checkpoint(find_checkpoint(tmp_path)).step == MOST_STEPS
+    assert read_state(find_checkpoint(tmp_path))["step"] == MOST_STEPS
     remove_old(tmp_path, keep=2, step=MOST_STEPS, best_step=10)
     assert steps_in(tmp_path) == [10, 12_207_031, MOST_STEPS]
 

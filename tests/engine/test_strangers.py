@@ -14,7 +14,7 @@ import evaluate
 import export
 import predict
 import tests.tasks.thin_tagging  # noqa: F401 (adds its kind to the table)
-from tests.engine.test_checkpoint import forge
+from tests.engine.test_checkpoint import replace_state
 from tests.in_process import SHORT, make_images, run, working_in
 from tests.support import rows
 from utils.config.entry_point import Job
@@ -100,10 +100,11 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     state = json.loads((checkpoint / "state.json").read_text())
     metadata = read_weights(place / "flow/weights/best_weights.safetensors", "weights")[1]
     assert state["fingerprints"]["frozen.encoder"] == metadata["frozen"]["encoder"]
-    forged = shutil.copytree(place / "flow", place / "forged") / "checkpoints/step_00000003"
-    forge(forged, lambda state: state["fingerprints"].update({"frozen.encoder": "another"}))
-    with pytest.raises(UserError, match=r"^resume: frozen\.encoder of forged has changed since the checkpoint"):
-        run("tests.tasks.flow", [*OVERRIDES, "run_dir=forged", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
+    changed = shutil.copytree(place / "flow", place / "changed") / "checkpoints/step_00000003"
+    state["fingerprints"]["frozen.encoder"] = "another"
+    replace_state(changed, json.dumps(state))
+    with pytest.raises(UserError, match=r"^resume: frozen\.encoder of changed has changed since the checkpoint"):
+        run("tests.tasks.flow", [*OVERRIDES, "run_dir=changed", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
 
 def test_labels_are_dropped_in_training_only(place):

@@ -8,7 +8,6 @@ import pydoc
 import random
 import re
 import signal
-import subprocess
 import time
 
 import pytest
@@ -99,10 +98,9 @@ def test_eight_kills_leave_no_trace(task, collection, tmp_path):
     assert_equal_runs(straight, killed, 70)
 
 
-@pytest.mark.parametrize("background", slow_but(["true"], ["true", "false"]))
-def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(background, collection, straight, tmp_path):
+def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(collection, straight, tmp_path):
     killed = tmp_path / "killed"
-    settings = ["loop.checkpoint_every_steps=10", f"loop.save_in_background={background}", "runtime.explain=true"]
+    settings = ["loop.checkpoint_every_steps=10", "runtime.explain=true"]
     started, overrides = start_troubled("slow_save 0.1", collection, killed, *settings)
     wait_for(started, lambda: (killed / "checkpoints/step_00000010").exists() and "saving slowly" in
              started.output.partition("saved ")[2])  # fmt: skip
@@ -207,40 +205,31 @@ def trouble(monkeypatch):
     return lambda text: troubled.start(*text.split())
 
 
-def test_a_refused_checkpoint_ends_the_run_and_the_one_before_it_stays(collection, trouble, tmp_path):
-    settings = [*HERE, f"data.root={collection}", "run_dir=run", "loop.log_every_steps=20"]
-    trouble("full_disk 10 99")
-    with pytest.raises(UserError, match=r"^run_dir: the checkpoint of step 10 cannot be written to run/checkpoints"):
-        run_here("finetune", settings, tmp_path)
-    assert checkpoints(tmp_path / "run") == ["step_00000005"]
-
-
 @pytest.mark.parametrize(("steps", "ends"), [("10 15", False), ("15 20", True)])
-def test_on_failed_save_retry_continues_but_the_last_save_is_an_error(steps, ends, collection, trouble, tmp_path):
-    settings = [*HERE, f"data.root={collection}", "run_dir=run", "loop.on_failed_save=retry"]
+def test_a_refused_checkpoint_is_tried_again_but_the_last_one_is_an_error(steps, ends, collection, trouble, tmp_path):
+    settings = [*HERE, f"data.root={collection}", "run_dir=run"]
     trouble(f"full_disk {steps}")
     if ends:
-        with pytest.raises(UserError, match=r"^run_dir: the checkpoint of step 20 cannot be written"):
+        with pytest.raises(
+            UserError, match=r"^run_dir: the checkpoint of step 20 cannot be written to run/checkpoints"
+        ):
             run_here("finetune", settings, tmp_path)
     else:
         run_here("finetune", settings, tmp_path)
     said = (tmp_path / "run/log.txt").read_text()
-    assert said.count("tries again at its next save (loop.on_failed_save=retry)") == (1 if ends else 2)
+    assert said.count("The next save tries again") == (1 if ends else 2)
     assert checkpoints(tmp_path / "run") == ["step_00000005", "step_00000010" if ends else "step_00000020"]
 
 
 OTHER_WRITES = {
-    "engine.saver.write_weights": "the best weights of step 1",
+    "engine.checkpoint.write_weights": "the best weights of step 1",
     "engine.recorder.Recorder.sync_samples": "the record of samples",
 }
 
 
-@pytest.mark.parametrize("retry", [False, True])
 @pytest.mark.parametrize("write", OTHER_WRITES)
-def test_a_refused_file_beside_the_checkpoints_is_an_error_or_written_at_the_next_step(
-    write, retry, tmp_path, monkeypatch, capsys
-):
-    """The first write of it is refused: with retry, best weights and the first checkpoint are of step 2."""
+def test_a_refused_file_beside_the_checkpoints_is_written_at_the_next_step(write, tmp_path, monkeypatch, capsys):
+    """The first write of it is refused: best weights and the first checkpoint are of step 2."""
     original, calls = pydoc.locate(write), []
 
     def refuse_first(*arguments):
@@ -252,27 +241,19 @@ def test_a_refused_file_beside_the_checkpoints_is_an_error_or_written_at_the_nex
     monkeypatch.setattr(write, refuse_first)
     make_images(tmp_path / "images")
     overrides = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=0.5", "task=classification"]
-    refused = f"run_dir: {OTHER_WRITES[write]} cannot be written to "
-    if not retry:
-        with pytest.raises(UserError, match=f"^{refused}.*No space left on device"):
-            run_here("finetune", overrides, tmp_path)
-        assert len(calls) == 1 and checkpoints(tmp_path / "run") == []
-        return
-    run_here("finetune", [*overrides, "loop.on_failed_save=retry"], tmp_path)
-    assert refused in capsys.readouterr().err
-    if write == "engine.saver.write_weights":
+    run_here("finetune", overrides, tmp_path)
+    assert f"run_dir: {OTHER_WRITES[write]} cannot be written to " in capsys.readouterr().err
+    if write == "engine.checkpoint.write_weights":
         states = [read_json(path / "state.json") for path in sorted((tmp_path / "run/checkpoints").iterdir())]
         assert [state["best"]["step"] for state in states] == [None, 2]
     else:
         assert checkpoints(tmp_path / "run") == ["step_00000002"]
 
 
-@pytest.mark.parametrize("retry", slow_but([False], [False, True]))
-def test_a_disk_that_is_full(retry, small_disk, collection, straight, tmp_path):
+def test_a_disk_that_is_full_for_a_while(small_disk, collection, straight, tmp_path):
     """Everything in the run folder meets the full disk: rows, log, curves, tables, weights, checkpoints."""
-    settings = ["loop.checkpoint_every_steps=3"] + (["loop.on_failed_save=retry"] if retry else [])
     full, filler = small_disk / "run", small_disk / "filler"
-    overrides = common("classification", collection, full, *SMALL, *settings)
+    overrides = common("classification", collection, full, *SMALL, "loop.checkpoint_every_steps=3")
     started = start(TROUBLED, overrides, tmp_path, variables={"TROUBLE": "slow_evaluation 0.1"})
     wait_for(started, lambda: list((full / "checkpoints").glob("step_*")) if full.exists() else False)
     with open(filler, "wb", buffering=0) as stream:  # to the last byte
@@ -281,37 +262,11 @@ def test_a_disk_that_is_full(retry, small_disk, collection, straight, tmp_path):
                 stream.write(bytes(4096))
             except OSError:
                 break
-    if retry:
-        wait_for(started, lambda: "tries again at its next save" in started.output)
-        filler.unlink()
-        assert started.wait() == [0]
-    else:
-        assert started.wait() == [2]
-        assert re.search(r"the .* of step \d+ cannot be written .* MiB, .*No space left on device", started.output)
-        assert [name for name in checkpoints(full) if name.startswith("step_")]
-        filler.unlink()
-        run("finetune.py", overrides, tmp_path)
+    wait_for(started, lambda: "The next save tries again" in started.output)
+    filler.unlink()
+    assert started.wait() == [0]
     assert "Traceback" not in started.output
     assert_equal_runs(straight, full)
-
-
-def test_a_disk_that_becomes_read_only(small_disk, collection, tmp_path):
-    settings = [*SMALL, "loop.total_steps=100000", "loop.checkpoint_every_steps=3", "loop.evaluate_every_epochs=1000"]
-    overrides = common("classification", collection, small_disk / "run", *settings)
-    started = start("finetune.py", overrides, tmp_path)
-    wait_for(started, lambda: list(small_disk.glob("run/checkpoints/step_*")))
-    # A mount with files open for writing refuses to become read-only; an immutable folder is as good.
-    frozen = subprocess.run(["chattr", "+i", str(small_disk / "run/checkpoints")], capture_output=True, text=True)
-    if frozen.returncode != 0:
-        started.signal(signal.SIGKILL)
-        started.wait()
-        pytest.skip(f"folders cannot be frozen here ({frozen.stderr.strip()})")
-    try:
-        assert started.wait() == [2]
-    finally:
-        subprocess.run(["chattr", "-i", str(small_disk / "run/checkpoints")], check=True)
-    assert re.search(r"run_dir: the checkpoint of step \d+ cannot be written .* it needs ", started.output)
-    assert [name for name in checkpoints(small_disk / "run") if name.startswith("step_")]
 
 
 # --- processes
@@ -402,12 +357,11 @@ def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch)
     done = command("torchrun", "--standalone", "--nproc_per_node=2", ROOT / TROUBLED, *overrides, OMP_NUM_THREADS="1")
     assert done.returncode != 0
     assert "step 7 was skipped: its loss was not finite on rank 1; samples: train/" in done.stderr
-    assert "were not finite (losses on rank 1), first step 7" in done.stderr
 
 
 def test_too_many_skipped_steps_end_the_run(collection, trouble, tmp_path):
     trouble("nan 7 12")
-    said = r"^loop.max_skipped_steps: 4 of the last 10 steps .*losses on rank 0.* first step 7; 3 are allowed"
+    said = r"^loop.max_skipped_steps: 4 of the last 10 steps .* first step 7, .* 3 are allowed"
     with pytest.raises(UserError, match=said):
         run_here("finetune", [*BAD, f"data.root={collection}", "loop.max_skipped_steps=3"], tmp_path)
     assert checkpoints(tmp_path / "bad") == ["step_00000005"]

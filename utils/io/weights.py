@@ -16,8 +16,7 @@ from utils.io.files import fsync_path, write_atomically
 from utils.io.torch_file import is_torch_file, read_torch
 from utils.ranks import distributed
 
-# Of a run with an average, `best` is the best average and `best_raw` the best of the weights themselves.
-WEIGHT_NAMES = ("best", "best_raw", "last", "ema")
+WEIGHT_NAMES = ("best", "last", "ema")  # of a run with an average, `best` is the best average
 # Files of a folder that timm or transformers wrote.
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 _CHECKSUM = "atelier_sha256"

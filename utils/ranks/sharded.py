@@ -1,12 +1,11 @@
-"""Tensors of which each rank holds some rows (`runtime.parallel=fsdp`): told apart, cut, and gathered whole.
+"""Tensors of which each rank holds some rows (`runtime.parallel=fsdp`), the DTensors of torch's fully_shard.
 
-Such a tensor is a DTensor of torch's fully_shard. Every helper takes plain tensors too.
+Every function takes plain tensors too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from utils.ranks.distributed import is_main, rank, world_size
@@ -20,18 +19,13 @@ class Part(nn.Parameter):
 
 def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return parameters as an optimiser takes them: of shared ones this rank's rows."""
-    return [_part(parameter) if is_shared(parameter) else parameter for parameter in parameters]
-
-
-def _part(parameter: nn.Parameter) -> Part:
-    part = Part(own_part(parameter), requires_grad=parameter.requires_grad)
-    part.whole = parameter
-    return part
-
-
-def holds_rows(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether an optimiser's parameters are rows of shared ones, so that norms are summed over ranks."""
-    return isinstance(parameters[0], Part)
+    parts = []
+    for whole in parameters:
+        part = Part(own_part(whole), requires_grad=whole.requires_grad) if is_shared(whole) else whole
+        if isinstance(part, Part):
+            part.whole = whole
+        parts.append(part)
+    return parts
 
 
 def is_shared(tensor: torch.Tensor) -> bool:
@@ -54,42 +48,24 @@ def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `whole` that this rank holds of `like`, as a view; all of them where `like` is not shared.
-
-    torch's fully_shard gives a rank ceil(rows / ranks) rows, the last ones fewer or none.
-    """
+    """Return the rows of `whole` that this rank holds of `like`, as a view; all of them where `like` is not shared."""
     if not is_shared(like):
         return whole
-    rows = whole.shape[0]
-    share = -(-rows // world_size())
-    part = whole[min(rank() * share, rows) : min((rank() + 1) * share, rows)]
-    assert part.shape == own_part(like).shape, (part.shape, like.shape, like.placements)
-    return part
+    chunks = whole.chunk(world_size())  # as fully_shard cuts: the last ranks may have fewer rows or none
+    return chunks[rank()] if rank() < len(chunks) else whole[:0]
 
 
 def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors whole: themselves where none is shared, else copies on the CPU of rank 0 and nothing elsewhere.
 
-    Every rank calls it with the same names in the same order. One is gathered after another, so that rank 0 holds no
-    more than one of them on its device.
+    Every rank calls it with the same names in the same order. One is gathered after another, so that a device holds no
+    more than one of them.
     """
     if not any(map(is_shared, tensors.values())):
         return dict(tensors)
     whole: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        if is_shared(tensor):
-            whole[name] = _gather(tensor)
-        elif is_main():
-            whole[name] = tensor.detach().to("cpu", copy=True)
-    return whole if is_main() else {}
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return a shared tensor on the CPU on rank 0, None on other ranks."""
-    own, rows = own_part(tensor), tensor.shape[0]
-    share = -(-rows // world_size())
-    if len(own) < share:
-        own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
-    parts = [torch.empty_like(own) for _ in range(world_size())] if is_main() else None
-    dist.gather(own, parts)
-    return torch.cat(parts)[:rows].cpu() if parts is not None else None
+        full = tensor.detach().full_tensor() if is_shared(tensor) else tensor.detach()
+        if is_main():
+            whole[name] = full.to("cpu", copy=True)
+    return whole

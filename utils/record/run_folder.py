@@ -4,7 +4,7 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     config.json  overrides.txt  environment.json       what ran, and where
     log.txt  metrics.jsonl  training_log.txt           messages and figures
     checkpoints/step_00001200/                         what resumes
-    weights/{last,best,best_raw,ema}_weights.safetensors      the weights to use
+    weights/{last,best,ema}_weights.safetensors               the weights to use
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
