@@ -81,10 +81,14 @@ class TagIndex(TagRows):
         return TagIndex.open, (self.folder,)
 
 
+class NoKnownTag(UserError):
+    """No image has a tag of the vocabulary."""
+
+
 def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
     """Return the collection's tags as outputs of the vocabulary; made on rank 0 where `cache` lacks them.
 
-    Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and where no row has a tag of the vocabulary.
+    Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
     """
 
     def make() -> str:
@@ -257,11 +261,11 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 
 
 def _refuse_empty(collection: Collection, vocabulary: Vocabulary, found: TagIndex) -> None:
-    """Raise UserError where no row has a tag of the vocabulary."""
+    """Raise NoKnownTag where no row has a tag of the vocabulary."""
     if not found.tagged.any():
         names = [name for name, category in zip(vocabulary.names, vocabulary.categories) if category != RATING]
         such = f"their tags are such as {found.report['such_as']}" if found.report["such_as"] else "they have no tag"
-        raise UserError(
+        raise NoKnownTag(
             f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
             f"vocabulary ({len(names):,} tags, such as {names[:_SHOWN]}); {such}. Give them sidecars or a manifest "
             "(docs/collections.md), or choose another vocabulary"

@@ -27,6 +27,7 @@ from data.config import TagRulesConfig
 from data.loader import Fields, no_fields
 from data.open import Data
 from data.rows import training_rows
+from data.tags.index import NoKnownTag
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.classification import (
@@ -350,7 +351,7 @@ class DistillationKind(Kind[DistillationTaskConfig]):
             )
         try:
             facts["labelled"] = len(self.pipeline.labelled(collection, setup, collection.rows("val"))) > 0
-        except UserError as error:  # of tags that are not the teacher's
+        except NoKnownTag as error:
             log.warning("evaluation measures the loss, because there are no labels: %s", error)
             facts["labelled"] = False
         return facts

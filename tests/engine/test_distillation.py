@@ -185,6 +185,13 @@ def test_labels_are_mixed_in_and_tags_are_measured(place):
                          "run_dir=x"], place)  # fmt: skip
 
 
+def test_a_key_that_taggers_refuse_does_not_change_the_recipe(place):
+    """It was a warning, and the best weights were chosen by the loss in place of mAP."""
+    for key in ("aliases", "implications"):
+        with pytest.raises(UserError, match=rf"^task\.{key}: .*missing\.csv"):
+            run("finetune", [*DISTIL, "task.teacher=teacher", f"task.{key}=missing.csv", "run_dir=x"], place)
+
+
 def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(place):
     settings = [*DISTIL, "loop.total_steps=6", "task.teacher=teacher/weights/last_weights.safetensors",
                 "task.label_share=0.3", "task.targets=both", "task.cutmix_alpha=1.0"]  # fmt: skip
