@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.care.exclude import ExcludingTool
+from data.care.exclude import ExcludingTool, excluded_by_others
 from data.config import DataConfig
 from data.decode import Decoder
 from data.duplicates import group_duplicates
@@ -31,7 +31,8 @@ class Duplicates(ExcludingTool):
     def run(self, data: DataConfig) -> str:
         """Find and exclude them. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
-        sizes = {image.path: image.size for image in sorted(list_images(root))}
+        out = excluded_by_others(root, self.name)  # else one of them could be kept, and its whole group lost
+        sizes = {image.path: image.size for image in sorted(list_images(root)) if image.path not in out}
         facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
 
         def rank(path: str) -> tuple[int, int, str]:

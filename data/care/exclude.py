@@ -41,6 +41,16 @@ def read_own_manifest(root: Path) -> pa.Table:
     return read_parquet(root / PARQUET)
 
 
+def excluded_by_others(root: Path, job: str) -> set[str]:
+    """Return the images that the manifest of job=manifest excludes for another reason than this job's."""
+    if not (root / PARQUET).is_file():
+        return set()
+    table = read_parquet(root / PARQUET)
+    reasons = table["reason"].to_pylist() if "reason" in table.column_names else []
+    own = f"{job}: "
+    return {path for path, why in zip(table["path"].to_pylist(), reasons) if why and not why.startswith(own)}
+
+
 def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
     """Write weight 0 and the reason of each image into the manifest; return how many rows of this job have one."""
     table = read_own_manifest(root)

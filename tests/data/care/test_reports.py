@@ -192,6 +192,10 @@ def test_the_largest_of_each_group_stays(root, tmp_path):
     assert all(file.read_bytes() == content for file, content in files.items())
     page = (tmp_path / "outputs/care/duplicates/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "dog/copy.png" in page
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", ["job=filter", *FOLDER, "job.min_tags=1", "job.apply=true"], tmp_path)  # the copies have no tags
+    run("prepare", [*words, "job.apply=true"], tmp_path)
+    assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
 
 
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
