@@ -3,14 +3,14 @@
 import pytest
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
 from optim.groups import build_groups as build
-from optim.groups import drop_frozen_gradients, groups_table, is_vector, set_group_values
+from optim.groups import drop_frozen_gradients, groups_table, set_group_values
 from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
@@ -83,18 +83,11 @@ def test_groups_partition_the_trainable_parameters(make, decay, kind):
 
 # --- weight decay
 
-SPARED = [
-    ((8,), True, "a bias or a norm"),
-    ((1, 1, 1, 32), True, "GRN's gamma and beta, which published code decayed for being 4-D"),
-    ((1, 8, 1, 1), True, "the mask token"),
-    ((5, 8), False, "a linear layer"),
-    ((8, 3, 1, 1), False, "a pointwise convolution"),
-]
 
-
-@pytest.mark.parametrize("shape, spared, why", SPARED)
-def test_vectors_by_logical_shape_are_spared_decay(shape, spared, why):
-    assert is_vector(nn.Parameter(torch.zeros(shape))) == spared, why
+@pytest.mark.parametrize("shape, spared", [((8,), True), ((1, 1, 1, 32), True), ((1, 8, 1, 1), True), ((5, 8), False)])
+def test_vectors_by_logical_shape_are_spared_decay(shape, spared):
+    """Biases and norms, and GRN's gamma and beta and the mask token, which published code decayed for being 4-D."""
+    assert is_vector(nn.Parameter(torch.zeros(shape))) == spared
 
 
 # --- rules
@@ -156,12 +149,6 @@ def test_two_rules_that_state_the_same_for_a_parameter_are_refused():
     rules = [rule("network.head.*", lr_scale=0.5), rule("*.weight", lr_scale=2.0)]
     with pytest.raises(UserError, match=r"^optim\.rules\.1\.lr_scale: .*network\.head\.weight; "):
         build_groups(classifier(), config(rules=rules))
-
-
-@pytest.mark.parametrize("settings", [{}, {"lr_scale": -1.0}])
-def test_a_wrong_rule_is_refused(settings):
-    with pytest.raises(ValidationError, match="rules.0"):
-        config(rules=[rule("*", **settings)])
 
 
 # --- what is made of the groups

@@ -121,21 +121,6 @@ def test_found_inf_leaves_parameters_and_state_bit_for_bit(name, steps_before, p
     assert steps_before == 0 or after.keys() == before.keys()
 
 
-@pytest.mark.parametrize(("name", "skipped"), [("adamw", [0, 1]), ("adan", [0, 1, 7]), ("sgd", [2, 7])])
-def test_skipped_steps_are_change_nothing(name, skipped):
-    skipping, straight = network(), network()
-    mine, other = build(name, skipping), build(name, straight)
-    for step in range(STEPS):
-        skip = step in skipped
-        set_gradients(skipping, step, float("nan") if skip else None)
-        mine.found_inf = torch.tensor(float(skip))
-        mine.step()
-        if not skip:
-            set_gradients(straight, step)
-            other.step()
-    assert bits(skipping, mine) == bits(straight, other)
-
-
 def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_skipped_step():
     """torch makes momentum buffers in the first step, and leaves them uninitialised where that one is skipped."""
     model = network()
@@ -150,7 +135,7 @@ def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_skipp
 # --- timm's
 
 
-@pytest.mark.parametrize("opt", ["nadamw", "lion", "muon", "adafactor"])
+@pytest.mark.parametrize("opt", ["nadamw", "muon", "adafactor"])
 def test_timms_optimisers_are_built_and_step(opt):
     model, settings = network(), config("timm", opt=opt)
     check_optimizer(settings, CONSTANT if opt == "adafactor" else ONE_CYCLE)
@@ -166,10 +151,8 @@ def test_timms_optimisers_are_built_and_step(opt):
     [
         ("nadamv", {}, CONSTANT, "optim.opt: unknown timm optimiser 'nadamv'; close: .*nadamw"),
         ("kron", {}, CONSTANT, "optim.opt: kron"),
-        ("lamb", {"beta": [0.9, 0.99]}, CONSTANT, "optim.extra: .*'beta'"),
         ("nadamw", {"betas": [1.5, 0.9]}, CONSTANT, "optim.extra: "),
         ("sgdw", {}, CONSTANT, "optim.extra: .*momentum"),  # timm's own default
-        ("muon", {"conv_mode": "other"}, CONSTANT, "optim.extra: "),
         ("adafactor", {}, ONE_CYCLE, "schedule.cycle_momentum: .* adafactor"),
     ],
 )
@@ -181,20 +164,9 @@ def test_what_timm_refuses_is_refused_with_its_key(opt, extra, schedule, message
 # --- refusals
 
 
-@pytest.mark.parametrize(
-    "name, changes, key",
-    [
-        ("sgd", {"momentum": 0.0}, "set optim.momentum=0.9"),  # nesterov is true in the file
-        ("adamw", {"betas": [0.9]}, "betas"),
-        ("adamw", {"eps": 0.0}, "eps"),  # 0 / 0 where a gradient is 0
-        ("adamw", {"layer_decay": 0.0}, "layer_decay"),  # would freeze silently
-        ("adamw", {"momentum": 0.9}, "momentum"),  # a key of SGD
-        ("adamw", {"name": "adamv"}, "'adamw', 'adamw8bit', 'adan', 'sgd', 'timm'"),
-    ],
-)
-def test_wrong_settings_are_refused(name, changes, key):
-    with pytest.raises(ValidationError, match=key):
-        config(name, **changes)
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(ValidationError, match=r"optim\.momentum"):
+        config("sgd", momentum=0.0)
 
 
 # --- rows of parameters, as sharded training gives them to a rank
@@ -218,8 +190,3 @@ def test_ours_step_on_rows_as_on_the_whole(file):
         runs.append([torch.cat([part.detach() for part in own]) for own in parts])
     for one, other in zip(*runs):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-def test_optimisers_of_others_are_refused_for_rows():
-    with pytest.raises(UserError, match=r"^runtime\.parallel: fsdp"):
-        check_shardable(config("timm", opt="lamb"))
