@@ -71,14 +71,6 @@ def assert_continues(first, second, saved, others, batch):
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_it_learns_a_batch_by_heart_and_makes_no_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    learner, batch = make_learner("task.label_smoothing=0.0"), make_batch()
-    losses = [learner.update([batch]).losses[0].mean().item() for _ in range(60)]
-    assert learner.step == 60 and losses[0] > 1.2 and losses[-1] < 0.3
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_loaded_state_continues_bit_for_bit():
     first, batch = in_fp16(make_learner("loop.ema_decay=0.9")), make_batch()
     for _ in range(3):
@@ -87,13 +79,8 @@ def test_a_loaded_state_continues_bit_for_bit():
     saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
     second = in_fp16(make_learner("loop.ema_decay=0.9"))
     second.update([make_batch(1)])  # another state, to be replaced
-    second.load_state(saved, others, "here")
-    second.step = first.step
-    for learner in (first, second):
-        learner.update([batch])
+    assert_continues(first, second, saved, others, batch)
     assert second.scale.good_steps == 4
-    left, right = tensors_of(first), tensors_of(second)
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_bf16_weights_learn_and_continue_bit_for_bit():
@@ -128,17 +115,14 @@ def test_bf16_weights_need_autocast_and_have_no_average(more):
         make_learner("optim.bf16_weights=true", "runtime.precision=bf16", more)
 
 
-@pytest.mark.parametrize(
-    ("warmup", "decays"), [("true", [1 / 10, 2 / 11, 3 / 12, 4 / 13]), ("false", [0.9, 0.9, 0.9, 0.9])]
-)
-def test_the_average_is_that_of_the_weights_after_each_update(warmup, decays):
-    learner, batch = make_learner("loop.ema_decay=0.9", f"loop.ema_warmup={warmup}"), make_batch()
+def test_the_average_is_that_of_the_weights_after_each_update():
+    learner, batch = make_learner("loop.ema_decay=0.9", "loop.ema_warmup=true"), make_batch()
 
     def weights():
         return {name: tensor.double() for name, tensor in learner.state()[0]["weights"].items()}
 
     average = weights()
-    for decay in decays:
+    for decay in (1 / 10, 2 / 11, 3 / 12, 4 / 13):
         learner.update([batch])
         average = {name: decay * average[name] + (1 - decay) * tensor for name, tensor in weights().items()}
     found = learner.state()[0]["average_weights"]

@@ -157,7 +157,6 @@ def run_steps(training, batches, steps):
 
 CASES = [
     ("fcmae", "adamw", {}),
-    ("fcmae", "adamw", {"execution": "dense"}),
     ("classification", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}),
     ("classification", "adan", {}),
     ("tagging", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "tag_weight_power": 0.5}),
@@ -168,12 +167,11 @@ CASES = [
 IDS = [" ".join([kind, optim, *map(str, changes.values())]) for kind, optim, changes in CASES]
 
 
-@pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize("kind, optim, changes", CASES, ids=IDS)
-def test_no_step_waits_for_the_device(kind, optim, changes, accum):
-    """With the loss scale of fp16 where updates have two micro-batches."""
-    training, batches = make_training(kind, optim, accum=accum, **changes)
-    training.learner.scale.enabled = accum == 2
+def test_no_step_waits_for_the_device(kind, optim, changes):
+    """Of two micro-batches, with the loss scale of fp16."""
+    training, batches = make_training(kind, optim, accum=2, **changes)
+    training.learner.scale.enabled = True
     assert count(lambda: run_steps(training, batches, STEPS)) == []  # the first step, too
 
 
@@ -186,9 +184,8 @@ def test_bf16_weights_do_not_wait():
     assert count(lambda: run_steps(training, batches, STEPS)) == []
 
 
-@pytest.mark.parametrize("opt", ["lion", "adanw", "adafactor"])  # others read numbers of their own beside
-def test_timms_optimisers_wait_once_in_a_step(opt):
-    training, batches = make_training("classification", f"timm {opt}")
+def test_timms_optimisers_wait_once_in_a_step():
+    training, batches = make_training("classification", "timm lion")
     assert not skips_on_device(training.learner.optimizer)
     assert count(lambda: run_steps(training, batches, STEPS)) == ["aten._local_scalar_dense.default"] * STEPS
 
@@ -203,29 +200,18 @@ VALUES = torch.arange(4.0)
 WAITS = {
     "item": lambda: VALUES.sum().item(),
     "bool": lambda: bool(VALUES.sum() > 0),
-    "if": lambda: 1 if VALUES[0] > 0 else 0,
-    "float": lambda: float(VALUES[0]),
-    "int": lambda: int(VALUES[0]),
     "tolist": VALUES.tolist,
     "cpu": VALUES.cpu,
     "numpy": VALUES.numpy,
     "nonzero": lambda: (VALUES > 1).nonzero(),
-    "where with one argument": lambda: torch.where(VALUES > 1),
     "a boolean index": lambda: VALUES[VALUES > 1],
-    "an assignment by a boolean index": lambda: VALUES.clone().index_put_((VALUES > 1,), torch.zeros(2)),
-    "masked_select": lambda: VALUES.masked_select(VALUES > 1),
-    "unique": VALUES.unique,
     "a tensor of a number": lambda: VALUES * torch.tensor(2.0),
     "equal": lambda: torch.equal(VALUES, VALUES),
 }
 FREE = {
     "where": lambda: torch.where(VALUES > 1, VALUES, 0.0),
     "an index of integers": lambda: VALUES[torch.arange(2)],
-    "a slice": lambda: VALUES[1:3],
-    "a comparison": lambda: (VALUES > 1).float().sum(),
-    "full": lambda: torch.full((), 2.0),
     "one_hot": lambda: torch.nn.functional.one_hot(torch.arange(3), 4),
-    "argsort": VALUES.argsort,
 }
 
 

@@ -36,10 +36,8 @@ def plan(
 
 SPLITS = [
     (256, 1, 128, None, (128, 2), "the default"),
-    (256, 1, 1000, None, (256, 1), "a cap above the share is the share"),
     (96, 1, 40, None, (32, 3), "40 does not divide 96: 32 does"),
     (64, 1, 32, 16, (16, 4), "a micro-batch within a chunk of one shape"),
-    (48, 1, 10, 12, (6, 8), "the largest divisor of a chunk of 12 within 10"),
     (24, 2, 24, 8, (4, 3), "a rank's 12 samples begin amid a chunk of 8: quarters of 4 never span two"),
 ]
 
@@ -67,9 +65,9 @@ def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a
 @pytest.mark.parametrize(
     "global_size, world, chunk, advice",
     [
-        (4096, 24, None, "4096 does not divide by the 24 ranks; set it to 4080, 4104, or start another number"),
+        (4096, 24, None, "4080, 4104"),
         (3, 8, None, "set it to 8,"),  # nothing below but 0
-        (100, 2, 16, "100 is not a multiple of"),
+        (100, 2, 16, "100"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused(global_size, world, chunk, advice):
@@ -95,48 +93,39 @@ def test_epochs_become_steps_once(epochs, length, batch, steps, why):
     assert found.total_steps == steps, why
 
 
-@pytest.mark.parametrize("length, epochs", [(10_667, 12), (10_000, 13), (1_280, 100), (640, 200), (64, 200)])
+@pytest.mark.parametrize("length, epochs", [(10_667, 12), (10_000, 13), (64, 200)])
 def test_auto_epochs_follow_from_the_size_of_the_collection(length, epochs):
     """At least 12, and what 1,000 updates of 128 take, up to 200."""
     found = plan(epoch_length=length, total_epochs="auto", global_batch_size=128)
     assert found.total_steps == math.ceil(epochs * length / 128)
 
 
-@pytest.mark.parametrize("size, micro", [(131, 1), (94, 47)])
-def test_a_batch_without_a_divisor_near_the_cap_is_said(size, micro, log):
-    found = plan(epoch_length=1000, total_epochs=1.0, global_batch_size=size, batch_size=64)
-    assert found.micro_batch_size == micro
-    assert ("have no divisor near loop.batch_size=64" in log.text) == (micro == 1)
+def test_a_batch_without_a_divisor_near_the_cap_is_said(log):
+    assert plan(epoch_length=1000, global_batch_size=94, batch_size=64).micro_batch_size == 47
+    assert "loop.batch_size" not in log.text
+    assert plan(epoch_length=1000, global_batch_size=131, batch_size=64).micro_batch_size == 1
+    assert "loop.batch_size=64" in log.text
 
 
 def test_total_steps_win_over_total_epochs_and_say_so(log):
     assert plan(epoch_length=100, total_epochs=3.0, total_steps=7, global_batch_size=10).total_steps == 7
-    assert "loop.total_steps=7 is set, so loop.total_epochs=3.0 is not used" in log.text
+    assert "loop.total_epochs=3.0" in log.text
 
 
 @pytest.mark.parametrize(
     "warmup, expected, why",
     [
         ({"warmup_epochs": 1.0, "warmup_steps": None}, 10, "one epoch of ten steps"),
-        ({"warmup_epochs": 0.5, "warmup_steps": None}, 5, ""),
-        ({"warmup_epochs": 0.0, "warmup_steps": None}, 0, "none"),
         ({"warmup_epochs": 5.0, "warmup_steps": 3}, 3, "steps win"),
         ({"warmup_epochs": 5.0, "warmup_steps": 0}, 0, "0 is a value"),
         ({"warmup_epochs": 9.0, "warmup_steps": None}, 30, "cut to the run's 30 steps"),
-        ({"warmup_epochs": 0.0, "warmup_steps": 1000}, 30, "cut likewise"),
     ],
 )
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_warmup_steps(schedule, warmup, expected, why, log):
-    found = plan(epoch_length=100, total_epochs=3.0, global_batch_size=10, schedule=schedule, warmup=warmup)
+def test_warmup_steps(warmup, expected, why, log):
+    found = plan(epoch_length=100, total_epochs=3.0, global_batch_size=10, warmup=warmup)
     assert found.warmup_steps == expected, why
     assert ("is cut to its 30 steps" in log.text) == (expected == 30)
     assert ("so schedule.warmup_epochs is not used" in log.text) == (warmup["warmup_steps"] is not None)
-
-
-def test_onecycle_has_no_warmup_beside_its_own(log):
-    assert plan(epoch_length=100, schedule="onecycle").warmup_steps == 0
-    assert "warm" not in log.text
 
 
 @pytest.mark.parametrize(
@@ -145,7 +134,6 @@ def test_onecycle_has_no_warmup_beside_its_own(log):
         (256, {"base_lr": 5e-4}, 5e-4, "base_lr is stated for 256 samples"),
         (4096, {"base_lr": 1.5e-4}, 2.4e-3, "the official pretraining"),
         (32, {"base_lr": 0.08}, 0.01, "downwards as well"),
-        (1024, {"lr": 0.3, "base_lr": 5e-4}, 0.3, "lr wins, unscaled"),
         (1024, {"lr": 0.0, "base_lr": 5e-4}, 0.0, "0 is a value"),
     ],
 )
@@ -159,15 +147,6 @@ def test_the_number_of_ranks_changes_neither_length_nor_rate():
     plans = [plan(epoch_length=1000, world_size=world, global_batch_size=240, batch_size=50) for world in (1, 2, 3, 8)]
     assert len({(each.total_steps, each.warmup_steps, each.lr, each.epoch_length) for each in plans}) == 1
     assert [(each.micro_batch_size, each.accum_steps) for each in plans] == [(48, 5), (40, 3), (40, 2), (30, 1)]
-    assert all(each.micro_batch_size * each.accum_steps * each.world_size == 240 for each in plans)
-
-
-def test_the_plan_in_one_line():
-    found = plan(epoch_length=1000, world_size=2, total_epochs=2.0, global_batch_size=100, batch_size=25)
-    assert found.describe() == (
-        "steps=20 warmup_steps=10 lr=0.000195 global_batch_size=100 = 2 ranks x 2 accum_steps x 25 batch_size, "
-        "epoch=1000 samples"
-    )
 
 
 # --- ends of epochs
@@ -208,6 +187,15 @@ def test_ends_of_epochs(length, batch, total, ends, why):
     assert walk(small_plan(length, batch, total))[0] == ends, why
 
 
+def first_at_multiples(plan, steps, samples):
+    """The steps that are the first at or beyond a multiple of so many samples, and the last one."""
+    batch = plan.global_batch_size
+    pairs = zip([0, *steps], steps)
+    return [
+        now for before, now in pairs if now == plan.total_steps or now * batch // samples > before * batch // samples
+    ]
+
+
 def awkward():
     for length in (1, 7, 10, 54, 97, 1000):
         for batch in (1, 2, 3, 7, 10, 53, 96, 97):
@@ -233,41 +221,13 @@ def test_each_epochs_end_is_reached_exactly_once_and_the_next_one_starts_there()
             assert read >= wanted > read - plan.global_batch_size  # the first step at or beyond the boundary
 
 
-def test_a_start_at_any_step_reaches_the_same_ends_and_evaluations():
+@pytest.mark.parametrize("every, among", [("0.3", "0.1"), ("1.5", "0.5"), ("1", "2")])
+def test_evaluations_and_what_is_due_among_them_are_the_first_at_or_beyond_each_multiple(every, among):
     for plan in awkward():
-        ends, due = walk(plan, 0.5)
-        for start in {0, 1, plan.total_steps // 2, plan.total_steps - 1} & set(range(plan.total_steps)):
-            assert walk(plan, 0.5, start) == (
-                [(epoch, step) for epoch, step in ends if step > start],
-                [step for step in due if step > start],
-            )
-
-
-@pytest.mark.parametrize("every", ["0.1", "0.3", "1", "1.5", "1000"])
-def test_an_evaluation_is_due_at_the_first_step_at_or_beyond_each_multiple(every):
-    for plan in awkward():
-        samples = Fraction(every) * plan.epoch_length
-        expected = [
-            step
-            for step in range(1, plan.total_steps + 1)
-            if step == plan.total_steps
-            or step * plan.global_batch_size // samples > (step - 1) * plan.global_batch_size // samples
-        ]
-        assert walk(plan, float(every))[1] == expected, plan
-
-
-@pytest.mark.parametrize("every", ["0.3", "1", "1.5", "1000"])
-@pytest.mark.parametrize("among", ["0.1", "0.5", "2"])
-def test_due_among_evaluations_is_the_first_at_or_beyond_each_multiple(every, among):
-    for plan in awkward():
+        steps = range(1, plan.total_steps + 1)
         evaluations = walk(plan, float(among))[1]
-        samples = Fraction(every) * plan.epoch_length
-        expected = [
-            step
-            for earlier, step in zip([0, *evaluations], evaluations)
-            if step == plan.total_steps
-            or step * plan.global_batch_size // samples > earlier * plan.global_batch_size // samples
-        ]
+        assert evaluations == first_at_multiples(plan, steps, Fraction(among) * plan.epoch_length), plan
+        expected = first_at_multiples(plan, evaluations, Fraction(every) * plan.epoch_length)
         assert [step for step in evaluations if plan.is_due_among(step, float(every), float(among))] == expected, plan
 
 
@@ -278,7 +238,6 @@ def test_due_among_evaluations_is_the_first_at_or_beyond_each_multiple(every, am
     ("training", "validation", "loop", "epochs"),
     [
         (1_281_167, 50_000, {"total_epochs": 100}, 1.0),  # a twenty-fifth of an epoch
-        (1_000, 400, {"total_epochs": 40}, 2.0),
         (289, 1_958, {"total_epochs": 1000}, 5 * 1_958 / 289),
         (2_890, 19_580, {"total_epochs": 20}, 4.0),  # five times a run
         (1_000, 400, {"total_epochs": 40, "evaluate_every_epochs": 0.5}, 0.5),

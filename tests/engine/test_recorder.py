@@ -123,20 +123,6 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder.close(completed_step=None)
 
 
-@pytest.mark.parametrize("own, peak", [(1.25, 3.0), (4.5, 4.5)])
-def test_the_peak_of_memory_goes_on_after_a_resumption(own, peak, tmp_path, monkeypatch):
-    """The greater of the peak that was saved and that of this process; it is saved again."""
-    monkeypatch.setattr(engine.recorder, "peak_memory_gib", lambda device: 3.0)
-    state = {"step": 14, **json.loads(json.dumps(make_recorder(tmp_path).state()))}
-    monkeypatch.setattr(engine.recorder, "peak_memory_gib", lambda device: own)
-    recorder = make_recorder(tmp_path)
-    recorder.load_state(state)
-    recorder.open(14, str)
-    recorder.end_epoch(20, 1, {})
-    assert last_row(recorder)["peak_memory_gib"] == recorder.state()["peak_memory_gib"] == peak
-    recorder.close(completed_step=None)
-
-
 @pytest.mark.parametrize("completed_step", [60, None])
 def test_a_complete_run_is_marked_until_it_goes_on(completed_step, tmp_path, clock):
     recorder = make_recorder(tmp_path)

@@ -125,12 +125,6 @@ def test_an_unreadable_image_is_mixed_into_no_other(mix):
     assert torch.equal(task.eval()(batch, 0.0).loss, task(batch, 0.0).loss)
 
 
-def test_fcmae_refuses_another_network():
-    config = TimmConfig(family="timm", name="resnet18", in_channels=3, drop_path_rate=None)
-    with pytest.raises(UserError, match="model: FCMAE pretrains ConvNeXt V2, not resnet18"):
-        patch_count(config, FCMAE, [32, 32])
-
-
 def test_a_timm_network_of_another_image_size_is_refused():
     config = TimmConfig(family="timm", name="vit_tiny_patch16_224", in_channels=3, drop_path_rate=None)
     with pytest.raises(UserError, match=r"^augment.image_size_hw: \[32, 32\] is no size for vit_tiny_patch16_224 "):

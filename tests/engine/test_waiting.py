@@ -9,7 +9,7 @@ import torch
 import engine.run
 import engine.screen
 from engine.recorder import Clock
-from engine.screen import advise, describe_data
+from engine.screen import advise
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 
 
@@ -33,10 +33,6 @@ def test_the_setting_that_helps(monkeypatch, workers, epochs, readings, setting)
     assert setting in advise(runtime(workers), epochs, readings)
 
 
-def test_the_line_of_the_end():
-    assert describe_data(0.25, {"l1_hit_rate": 0.5, "l1_gib": 1.5}).endswith("l1_hit_rate 50%, l1_gib 1.5")
-
-
 def test_the_wait_is_part_of_the_seconds_and_goes_on_after_a_resumption(monkeypatch):
     now = {"now": 0.0}
     monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: now["now"])
@@ -52,9 +48,8 @@ def test_the_wait_is_part_of_the_seconds_and_goes_on_after_a_resumption(monkeypa
     assert (later.waited, later.seconds) == (4.0, 9.0)
 
 
-@pytest.mark.parametrize("much", [0.0, 1.0])
-def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch, much):
-    monkeypatch.setattr(engine.run, "MUCH_WAITING", much)
+def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.run, "MUCH_WAITING", 0.0)
     root = make_images(tmp_path / "images")
     command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
     run("finetune", command, tmp_path)
@@ -64,4 +59,4 @@ def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkey
     assert rates == sorted(rates) and 0 < rates[-1] < 1
     assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in rows) and rows[-1]["data/wait_sec"] > 0
     said = (tmp_path / "run/log.txt").read_text()
-    assert ("was a wait for data; " in said) is (much == 0) and "l1_hit_rate" in said
+    assert "was a wait for data; " in said and "l1_hit_rate" in said

@@ -10,7 +10,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
 from optim.groups import build_groups as build
-from optim.groups import drop_frozen_gradients, groups_table, set_group_values
+from optim.groups import drop_frozen_gradients, groups_table, is_vector, set_group_values
 from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
