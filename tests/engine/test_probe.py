@@ -136,10 +136,10 @@ def test_features_that_are_not_finite_or_not_there_are_told_and_end_nothing(log)
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-def probed(run_dir):
-    """Return step -> (kNN, linear) of a run's evaluations with a probe."""
+def probed(run_dir, of=""):
+    """Return step -> (kNN, linear) of a run's evaluations with a probe; of: ema/ for those of the average."""
     found = rows(run_dir / "metrics.jsonl", "evaluate")
-    return {row["step"]: (row["probe/knn"], row["probe/linear"]) for row in found if "probe/knn" in row}
+    return {row["step"]: (row[f"{of}probe/knn"], row[f"{of}probe/linear"]) for row in found if f"{of}probe/knn" in row}
 
 
 @pytest.mark.slow
@@ -191,11 +191,11 @@ def test_a_run_with_a_probe_is_the_same_run_and_resumes_bit_for_bit(collection, 
     uninterrupted, killed, without = tmp_path / "uninterrupted", tmp_path / "killed", tmp_path / "without"
     pretrain(collection, uninterrupted, *often)
     pretrain(collection, killed, *often, kill_at_step=15)
-    assert list(probed(killed)) == [14]
+    assert list(probed(killed, "ema/")) == [14]
     assert "at step 12" in pretrain(collection, killed, *often)
     pretrain(collection, without, *never)
 
-    assert list(probed(uninterrupted)) == [14, 20] and probed(without) == {}
+    assert list(probed(uninterrupted, "ema/")) == [14, 20] and probed(without, "ema/") == {}
     assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
     assert training_log(uninterrupted) == training_log(killed)
     tensors = [checkpoint_tensors(folder, 20) for folder in (uninterrupted, killed, without)]

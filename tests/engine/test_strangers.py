@@ -56,7 +56,7 @@ EXPORT = {
 @pytest.mark.parametrize("task", ["multicrop", "flow", "thin_tagging"])
 def test_evaluate_finds_what_the_run_found(task, place):
     values = {
-        "job": "weights", "models": None, "calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9},
+        "models": None, "calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9},
         "arena": {"min_support": 10, "rating_s": None, "aliases": None, "implications": None}, "batch_size": 3,
         "runtime": RUNTIME,
     }  # fmt: skip
