@@ -99,14 +99,6 @@ def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_feature
     assert torch.equal(task.network.head.weight, head.weight) == norm
 
 
-def test_a_norm_that_cannot_shift_is_left_as_it_is(runtime):
-    task, batches = make_classifier(), make_batches()
-    task.network.norm = nn.LayerNorm(task.network.num_features, bias=False)
-    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
-    _, share = measure(task.eval(), batches)
-    assert share > 0.75 and torch.equal(task.network.norm.weight, torch.ones(task.network.num_features))
-
-
 def test_without_a_norm_before_it_the_head_alone_changes(runtime):
     batches = make_batches()
     task = make_classifier()
@@ -196,6 +188,6 @@ def test_a_kept_head_continues_where_its_run_ended_and_resumes_without_it(place)
 
 
 def test_a_kept_head_of_other_classes_ends_the_start(place):
-    with pytest.raises(UserError, match=r"^task\.head: .* class 2 is 'C' there and 'D' here"):
+    with pytest.raises(UserError, match=r"^task\.head: .*'C'.*'D'"):
         finetune(place, "ABD", "task.head=kept", "init_from=first", "run_dir=other")
     assert not (place / "other").exists()
