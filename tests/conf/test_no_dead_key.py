@@ -1,45 +1,28 @@
-"""No key of the configuration is dead. Refusals: every leaf of every primary and of every alternative, given a value of
-a wrong type, is refused by its dotted key. Reads: every leaf is read by the program in real short runs, seen through
-`Strict.__getattribute__`; what is read while the configuration is validated does not count.
+"""Every leaf of every primary and of every alternative, given a value of a wrong type, is refused by its dotted key.
+
+That the program reads every leaf: tests/conf/slow_dead_key.py.
 """
 
 import copy
-import shutil
-import sys
-import typing
-from collections import defaultdict
-from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from pydantic import BaseModel
 
 from data.transforms import EvalTransform
-from engine.runtime import Runtime
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.conf.test_compose import TO
 from tests.in_process import (
-    SCRIPTS,
-    SHORT,
     SMALL_MODEL,
     compose,
     configure,
     load_command,
-    make_glyph_folder,
-    make_images,
-    run,
 )
-from tests.support import TINY
 from utils.config.entry_point import CONF, Job, validate
 from utils.config.messages import ConfigError
-from utils.config.schema import Strict
-from utils.io.weights import read_weights
 from utils.record.run_folder import default_run_dir
 
-DIFFUSION = TINY["diffusion"]
 TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}, reestimate_steps: 1}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
@@ -97,25 +80,25 @@ def problems_of(script, values):
     return refused.value.problems
 
 
+def wrong_value(found):
+    if isinstance(found, bool):
+        return "true"
+    if isinstance(found, int):
+        return True
+    if isinstance(found, float):
+        return float("nan")
+    return ["sentinel", 1] if found == {} else {"sentinel": 1}
+
+
 @pytest.mark.parametrize(("script", "overrides"), CONFIGURATIONS)
 def test_a_value_of_a_wrong_type_is_refused_by_its_key(script, overrides):
     values = values_of(script, overrides)
     for path in list_leaves(values):
         found = look_up(values, path)
-        wrong = [{"sentinel": 1}, ["sentinel", 1]] if found != {} else ["sentinel", 1]
-        if type(found) is int:
-            wrong += [True, found + 0.5]
-        if type(found) is float:
-            wrong += [True, float("nan"), float("inf"), "sentinel"]
-        if isinstance(found, bool):
-            wrong += [1, "true"]
-        if isinstance(found, list):
-            wrong = ["sentinel", {"sentinel": 1}]
-        dotted = ".".join(map(str, path))
-        for value in wrong:
-            problems = problems_of(script, replaced(values, path, value))
-            # A list in place of a value is refused as such or by its items.
-            assert any(line.startswith((f"{dotted}: ", f"{dotted}.")) for line in problems), (dotted, value, problems)
+        dotted, value = ".".join(map(str, path)), wrong_value(found)
+        problems = problems_of(script, replaced(values, path, value))
+        # A list in place of a value is refused as such or by its items.
+        assert any(line.startswith((f"{dotted}: ", f"{dotted}.")) for line in problems), (dotted, value, problems)
 
 
 @pytest.mark.parametrize(("script", "overrides"), CONFIGURATIONS)
@@ -131,233 +114,7 @@ def test_an_unknown_key_is_refused_in_every_group(script, overrides):
         assert [line.partition(";")[0] for line in problems] == [".".join((*path, "bogus")) + ": unknown key"]
 
 
-# ------------------------------------------------------------------------------------------------------ what is read
-
-
-def list_models(annotation):
-    """Return the models that a schema reaches."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        inner = [list_models(field.annotation) for field in annotation.model_fields.values()]
-        return {annotation}.union(*inner)
-    return set().union(*map(list_models, typing.get_args(annotation)))
-
-
-def owner_of(model, name):
-    """Return the class that states a field: `max_pixels` is one key for every kind of data."""
-    return next(cls for cls in reversed(model.__mro__) if name in getattr(cls, "model_fields", ())).__name__
-
-
-def list_fields(schema):
-    """Return `Model.field` of every leaf that a schema reaches, but those with one allowed value.
-
-    A field of one allowed value (a union's tag) cannot be ignored: another value is refused.
-    """
-    found = set()
-    for model in list_models(schema):
-        for name, field in model.model_fields.items():
-            one = typing.get_origin(field.annotation) is typing.Literal and len(typing.get_args(field.annotation)) == 1
-            if not list_models(field.annotation) and not one:
-                found.add(f"{owner_of(model, name)}.{name}")
-    return found
-
-
-class Recorder:
-    """See which fields the program reads of its configuration, and of the `Runtime` that it makes of one group."""
-
-    def __init__(self, monkeypatch):
-        self.seen = set()
-        for cls, fields in ((Strict, lambda cls: cls.model_fields), (Runtime, lambda cls: cls.__dataclass_fields__)):
-            monkeypatch.setattr(cls, "__getattribute__", self._reader(fields), raising=False)
-
-    def _reader(self, fields):
-        def read(owner, name):
-            if not name.startswith("_") and name in fields(type(owner)):
-                caller = sys._getframe(1).f_code
-                # Validators stand in the rooms' config.py; a description is no use of a value.
-                if not caller.co_filename.endswith("config.py") and caller.co_name != "describe":
-                    cls = owner_of(type(owner), name) if isinstance(owner, Strict) else "Runtime"
-                    self.seen.add((f"{cls}.{name}", caller.co_name))
-            return object.__getattribute__(owner, name)
-
-        return read
-
-    def take(self):
-        """Return what was read since the last call; what `choose_runtime` copies into Runtime must be read there."""
-        seen, self.seen = self.seen, set()
-        copies = {(f"MachineConfig.{name}", "choose_runtime") for name in Runtime.__dataclass_fields__}
-        reads = {name for name, where in seen - copies}
-        return reads | {name.replace("Runtime.", "MachineConfig.") for name in reads}
-
-
-def without_a_cluster(monkeypatch):
-    """Let submit/slurm.py go through where nothing is checked, queued or awaited."""
-    jobs, which = [SimpleNamespace(job_id="7")], shutil.which
-    monkeypatch.setattr(shutil, "which", lambda name, *more: name if name == "sbatch" else which(name, *more))
-    monkeypatch.setattr("submit.executor._Executor.submit_array", lambda executor, calls: jobs)
-    monkeypatch.setattr("submit.slurm.wait_for", lambda ids, folder, follow: 0)
-    monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
-
-
-ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache", "data.cache.format=jpeg"]
-
-
-def run_sdxl(go, others, search, data):
-    """Run finetune_sdxl.py with every kind of every group, and every part of its task."""
-    one_batch = ["loop.global_batch_size=2", "loop.batch_size=2"]  # of its 200 updates, each in half a second otherwise
-    groups = {
-        "sgd": [*search, *one_batch, "optim.lr=null"],
-        "adan": [],
-        "timm": ["schedule=cosine", "schedule.warmup_steps=1"],
-    }
-    tiny = [*DIFFUSION, *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
-    for name, overrides in others.items():
-        own = [text for text in overrides if not text.startswith(("model", "augment", "loop.sampling"))]
-        go("finetune_sdxl", *tiny, *ON_DISK, "task.lora=null", *own, *groups[name], f"run_dir=sdxl_{name}")
-    go("finetune_sdxl", *tiny, "task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2",
-       f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
-    rule = {"sizes_hw": "null", "area_px": 4096, "step_px": 32, "min_px": 32, "max_px": 128}
-    resumed = [*(f"task.buckets.{key}={value}" for key, value in rule.items()), "resume_allow=[optim.lr]"]
-    for steps in (3, 4):
-        go("finetune_sdxl", *tiny, *resumed, f"loop.total_steps={steps}", f"optim.lr=0.{steps}", "run_dir=sdxl_rule")
-
-
-def run_all(recorder, folder, monkeypatch):
-    """Run every script so that every kind of every group is used once; returns script -> what it read."""
-    glyphs, images = make_glyph_folder(folder / "glyphs"), make_images(folder / "images")
-    reads = defaultdict(set)
-
-    def go(script, *overrides):
-        run(script, overrides, folder)
-        reads[script] |= recorder.take()
-
-    small, folders = [*SMALL_MODEL, *SHORT], ["data=image_folder", f"data.root={images}", *ON_DISK]
-    on_glyphs = f"data.root={glyphs}"
-    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae")
-    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae", "loop.total_steps=3",
-       "optim.lr=0.1", "resume_allow=[optim.lr]")  # fmt: skip
-    others = {
-        "adan": [
-            "optim=adan",
-            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1}]",
-            "schedule=constant",
-            "loop.sampling=balanced",
-            "loop.early_stop_epochs=1.0",
-            "tracking=wandb",
-            "tracking.mode=offline",
-            "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
-            "augment.random_erasing=1.0",
-            "augment.color_jitter={brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}",
-            "augment.rand_augment=rand-m9-mstd0.5-inc1",
-        ],
-        "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
-        "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
-    }
-    rarely = ["loop.evaluate_every_epochs=50", "loop.checkpoint_every_steps=50"]  # not at each of 100 steps
-    search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100",
-              "loop.max_skipped_steps=null", *rarely]  # fmt: skip
-    for script in ("pretrain_fcmae", "finetune", "train"):
-        more = ["task.decoder_dim=8"] if script == "pretrain_fcmae" else []
-        for name, overrides in others.items():
-            if script == "pretrain_fcmae":
-                overrides = [text for text in overrides if not text.startswith("model")]
-            model = SHORT if any(text.startswith("model") for text in overrides) else small
-            searches = search if name == "sgd" else ["schedule=cosine"] if name == "timm" else []
-            go(script, *model, *folders, *more, *overrides, *searches, f"run_dir={script}_{name}")
-    if find_spec("diffusers"):
-        run_sdxl(go, others, search, f"data.root={images}")
-    adamw = ["optim=adamw", "schedule=cosine", "lr_finder.enabled=false", "run_dir=train_adamw"]
-    go("train", *small, *folders, *adamw)
-    go("train", *small, *folders, *adamw, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
-    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=continued", "init_from=fcmae")
-    tuned = [*small, on_glyphs, *ON_DISK, "run_dir=tuned", "init_from=fcmae"]
-    go("finetune", *tuned)
-    go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
-    tagging = ["task=tagging", "task.min_count=1", "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
-    for script in ("finetune", "train"):
-        for loss in ("asl", "focal", "hill"):
-            go(script, *small, *folders, *tagging, f"task.loss.name={loss}", f"run_dir={script}_{loss}")
-        go(script, *small, *folders, *tagging[2:], "task=distillation", f"task.teacher={script}_hill",
-           "task.label_share=0.5", "task.targets=both", f"run_dir={script}_distilled")  # fmt: skip
-    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
-    on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
-    go("evaluate", "run_dir=tuned", *on_cpu)
-    go("export", "run_dir=tuned")
-    go("train", *small, *folders, "task=tagging", "task.min_count=1", "augment.image_size_hw=[16,16]", "run_dir=tagger")
-    go("evaluate", "run_dir=tagger", "calibrate=true", *on_cpu)
-    go("export", "run_dir=tagger", "format=wd14")
-    go("evaluate", "models=[tagger]", "arena.min_support=1", *folders, *on_cpu)
-    go("predict", "weights=tuned", f"input={images}", "output=found.csv")
-    go("tests.tasks.thin_tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
-    go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
-    go("prepare", "job=manifest", "job.duplicates=true", *folders)
-    go("prepare", "job=glyphs", on_glyphs)
-    go("prepare", "job=warm_cache", *folders)
-    go("prepare", "job=pack", *folders, "job.output=packed")
-    go("prepare", "job=vocabulary", *folders, "job.output=tags.csv", "job.min_count=1")
-    for job in ("statistics", "verify", "duplicates"):
-        go("prepare", f"job={job}", *folders)
-    go("prepare", "job=filter", "job.min_tags=1", *folders)
-    go("prepare", "job=split", *folders)
-    go("prepare", "job=copy", "job.to=part", *folders)
-    go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
-    without_a_cluster(monkeypatch)
-    go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
-    return reads
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reads")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        reads = run_all(Recorder(monkeypatch), folder, monkeypatch)
-    return reads, folder
-
-
-# Read from the dumped values, not through an attribute: proved below.
-PROVED = {
-    "TrainingConfig.run_dir",
-    "SweepConfig.name",
-    *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
-    "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
-    *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
-    "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
-    # All go to the network by one call: tests/models/test_build.py. The name is for messages.
-    *(
-        f"ConvNeXtV2Config.{name}"
-        for name in ("name", "depths", "dims", "stem_stride", "drop_path_rate", "head_init_scale")
-    ),
-    "AugmentConfig.mean",
-    "AugmentConfig.std",
-    "AugmentConfig.eval_crop",
-    "AugmentConfig.eval_resize",
-    "AugmentConfig.pad",
-}
-# Refused as a whole, so that no key of it can be passed over: timm in pretraining.
-REFUSED = {
-    "train": ("TrainingConfig.init_weights",),
-    "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
-    "pretrain_fcmae": ("TimmConfig.",),
-    "prepare": ("CacheConfig.memory_gib",),  # of training, which reads an image again
-    "evaluate": ("CacheConfig.memory_gib",),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_leaf_is_read(script, runs):
-    fields, reads = list_fields(load_command(script).schema), runs[0][script]
-    # A kind of the tests is in the schema where another test of this process has imported it.
-    elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
-    dead = {name for name in fields - reads - PROVED if not name.startswith(elsewhere)}
-    assert dead == set()
-
-
-@pytest.mark.slow
-def test_the_recorder_sees_what_is_not_read(runs):
-    reads = runs[0]
-    assert "_AdamW.betas" in reads["finetune"] and "_AdamW.betas" not in reads["evaluate"]
-    assert "MachineConfig.threads" in reads["evaluate"]
-    assert len(list_fields(load_command("finetune").schema)) > 70
+# --- leaves that slow_dead_key.py cannot see
 
 
 def test_run_dir_and_the_name_of_the_sweep_say_where_a_run_lies():
@@ -365,12 +122,6 @@ def test_run_dir_and_the_name_of_the_sweep_say_where_a_run_lies():
     values, sweep = config.model_dump(mode="json"), Job("finetune", {}, [], "seed=1")
     assert default_run_dir(values, job) == "here"
     assert default_run_dir(values | {"run_dir": None}, sweep) == "outputs/sweeps/first/seed=1"
-
-
-@pytest.mark.slow
-def test_the_name_of_a_model_stands_in_its_weights(runs):
-    path = runs[1] / "tuned/weights/last_weights.safetensors"
-    assert read_weights(path, "weights")[1]["model"]["name"] == "convnextv2_glyph"
 
 
 def test_mean_and_std_reach_the_network():

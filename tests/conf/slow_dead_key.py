@@ -1,0 +1,249 @@
+"""Every leaf of the configuration is read by the program in real short runs, seen through `Strict.__getattribute__`.
+
+What is read while the configuration is validated does not count. The training scripts share their leaves, and their
+runs are counted together.
+"""
+
+import shutil
+import sys
+import typing
+from collections import defaultdict
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+from pydantic import BaseModel
+
+from engine.runtime import Runtime
+from tests.conf.test_no_dead_key import TAG_WEIGHTS
+from tests.in_process import (
+    SCRIPTS,
+    SHORT,
+    SMALL_MODEL,
+    TRAINING,
+    load_command,
+    make_glyph_folder,
+    make_images,
+    run,
+)
+from tests.support import TINY
+from utils.config.schema import Strict
+from utils.io.weights import read_weights
+
+
+def list_models(annotation):
+    """Return the models that a schema reaches."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inner = [list_models(field.annotation) for field in annotation.model_fields.values()]
+        return {annotation}.union(*inner)
+    return set().union(*map(list_models, typing.get_args(annotation)))
+
+
+def owner_of(model, name):
+    """Return the class that states a field: `max_pixels` is one key for every kind of data."""
+    return next(cls for cls in reversed(model.__mro__) if name in getattr(cls, "model_fields", ())).__name__
+
+
+def list_fields(schema):
+    """Return `Model.field` of every leaf that a schema reaches, but those with one allowed value.
+
+    A field of one allowed value (a union's tag) cannot be ignored: another value is refused.
+    """
+    found = set()
+    for model in list_models(schema):
+        for name, field in model.model_fields.items():
+            one = typing.get_origin(field.annotation) is typing.Literal and len(typing.get_args(field.annotation)) == 1
+            if not list_models(field.annotation) and not one:
+                found.add(f"{owner_of(model, name)}.{name}")
+    return found
+
+
+class Recorder:
+    """See which fields the program reads of its configuration, and of the `Runtime` that it makes of one group."""
+
+    def __init__(self, monkeypatch):
+        self.seen = set()
+        for cls, fields in ((Strict, lambda cls: cls.model_fields), (Runtime, lambda cls: cls.__dataclass_fields__)):
+            monkeypatch.setattr(cls, "__getattribute__", self._reader(fields), raising=False)
+
+    def _reader(self, fields):
+        def read(owner, name):
+            if not name.startswith("_") and name in fields(type(owner)):
+                caller = sys._getframe(1).f_code
+                # Validators stand in the rooms' config.py; a description is no use of a value.
+                if not caller.co_filename.endswith("config.py") and caller.co_name != "describe":
+                    cls = owner_of(type(owner), name) if isinstance(owner, Strict) else "Runtime"
+                    self.seen.add((f"{cls}.{name}", caller.co_name))
+            return object.__getattribute__(owner, name)
+
+        return read
+
+    def take(self):
+        """Return what was read since the last call; what `choose_runtime` copies into Runtime must be read there."""
+        seen, self.seen = self.seen, set()
+        copies = {(f"MachineConfig.{name}", "choose_runtime") for name in Runtime.__dataclass_fields__}
+        reads = {name for name, where in seen - copies}
+        return reads | {name.replace("Runtime.", "MachineConfig.") for name in reads}
+
+
+def without_a_cluster(monkeypatch):
+    """Let submit/slurm.py go through where nothing is checked, queued or awaited."""
+    jobs, which = [SimpleNamespace(job_id="7")], shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *more: name if name == "sbatch" else which(name, *more))
+    monkeypatch.setattr("submit.executor._Executor.submit_array", lambda executor, calls: jobs)
+    monkeypatch.setattr("submit.slurm.wait_for", lambda ids, folder, follow: 0)
+    monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
+
+
+ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache", "data.cache.format=jpeg"]
+
+
+def run_sdxl(go, others, search, data):
+    """Run finetune_sdxl.py with every kind of every group, and every part of its task."""
+    one_batch = ["loop.global_batch_size=2", "loop.batch_size=2"]  # of its 200 updates, each in half a second otherwise
+    groups = {
+        "sgd": [*search, *one_batch, "optim.lr=null"],
+        "adan": [],
+        "timm": ["schedule=cosine", "schedule.warmup_steps=1"],
+    }
+    tiny = [*TINY["diffusion"], *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
+    for name, overrides in others.items():
+        own = [text for text in overrides if not text.startswith(("model", "augment", "loop.sampling"))]
+        go("finetune_sdxl", *tiny, *ON_DISK, "task.lora=null", *own, *groups[name], f"run_dir=sdxl_{name}")
+    go("finetune_sdxl", *tiny, "task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2",
+       f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
+    rule = {"sizes_hw": "null", "area_px": 4096, "step_px": 32, "min_px": 32, "max_px": 128}
+    resumed = [*(f"task.buckets.{key}={value}" for key, value in rule.items()), "resume_allow=[optim.lr]"]
+    for steps in (3, 4):
+        go("finetune_sdxl", *tiny, *resumed, f"loop.total_steps={steps}", f"optim.lr=0.{steps}", "run_dir=sdxl_rule")
+
+
+def group_of(script):
+    return "training" if script in TRAINING else script
+
+
+def run_all(recorder, folder, monkeypatch):
+    """Run every script so that every kind of every group is used once; returns group of scripts -> reads."""
+    glyphs, images = make_glyph_folder(folder / "glyphs"), make_images(folder / "images")
+    reads = defaultdict(set)
+
+    def go(script, *overrides):
+        run(script, overrides, folder)
+        reads[group_of(script)] |= recorder.take()
+
+    small, folders = [*SMALL_MODEL, *SHORT], ["data=image_folder", f"data.root={images}", *ON_DISK]
+    on_glyphs = f"data.root={glyphs}"
+    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae")
+    others = {
+        "adan": [
+            "optim=adan",
+            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1}]",
+            "schedule=constant",
+            "loop.sampling=balanced",
+            "loop.early_stop_epochs=1.0",
+            "tracking=wandb",
+            "tracking.mode=offline",
+            "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
+            "augment.random_erasing=1.0",
+            "augment.color_jitter={brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}",
+            "augment.rand_augment=rand-m9-mstd0.5-inc1",
+        ],
+        "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],
+        "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
+    }
+    rarely = ["loop.evaluate_every_epochs=50", "loop.checkpoint_every_steps=50"]  # not at each of 100 steps
+    search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100",
+              "loop.max_skipped_steps=null", *rarely]  # fmt: skip
+    own = {"adan": ["task.decoder_dim=8", *SMALL_MODEL], "sgd": [*SMALL_MODEL, *search], "timm": ["schedule=cosine"]}
+    for script, (name, overrides) in zip(("pretrain_fcmae", "train", "finetune"), others.items(), strict=True):
+        go(script, *SHORT, *folders, *own[name], *overrides, f"run_dir={name}")
+    if find_spec("diffusers"):
+        run_sdxl(go, others, search, f"data.root={images}")
+    tuned = [*small, on_glyphs, *ON_DISK, "run_dir=tuned", "init_from=fcmae"]
+    go("finetune", *tuned)
+    go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
+    tagging = [*small, *folders, "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
+    for loss in ("asl", "focal", "hill"):
+        go("train", *tagging, "task=tagging", "task.min_count=1", f"task.loss.name={loss}", f"run_dir={loss}")
+    go("finetune", *tagging, "task=distillation", "task.teacher=hill", "task.label_share=0.5", "task.targets=both",
+       "run_dir=distilled")  # fmt: skip
+    go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
+    on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
+    go("evaluate", "run_dir=tuned", *on_cpu)
+    go("export", "run_dir=tuned")
+    go("evaluate", "run_dir=hill", "calibrate=true", *on_cpu)
+    go("export", "run_dir=hill", "format=wd14")
+    go("evaluate", "models=[hill]", "arena.min_support=1", *folders, *on_cpu)
+    go("predict", "weights=tuned", f"input={images}", "output=found.csv")
+    go("tests.tasks.thin_tagging", *SHORT, f"data.root={images}", "run_dir=tagged")
+    go("predict", "weights=tagged", f"input={images}", "output=tags.csv")
+    go("prepare", "job=manifest", "job.duplicates=true", *folders)
+    go("prepare", "job=glyphs", on_glyphs)
+    go("prepare", "job=warm_cache", *folders)
+    go("prepare", "job=pack", *folders, "job.output=packed")
+    go("prepare", "job=vocabulary", *folders, "job.output=tags.csv", "job.min_count=1")
+    for job in ("statistics", "verify", "duplicates"):
+        go("prepare", f"job={job}", *folders)
+    go("prepare", "job=filter", "job.min_tags=1", *folders)
+    go("prepare", "job=split", *folders)
+    go("prepare", "job=copy", "job.to=part", *folders)
+    go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
+    without_a_cluster(monkeypatch)
+    go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
+    return reads
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reads")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        reads = run_all(Recorder(monkeypatch), folder, monkeypatch)
+    return reads, folder
+
+
+# Read from the dumped values, not through an attribute: proved below.
+PROVED = {
+    "TrainingConfig.run_dir",
+    "SweepConfig.name",
+    *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
+    "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
+    *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
+    "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
+    # All go to the network by one call: tests/models/test_build.py. The name is for messages.
+    *(
+        f"ConvNeXtV2Config.{name}"
+        for name in ("name", "depths", "dims", "stem_stride", "drop_path_rate", "head_init_scale")
+    ),
+    "AugmentConfig.mean",
+    "AugmentConfig.std",
+    "AugmentConfig.eval_crop",
+    "AugmentConfig.eval_resize",
+    "AugmentConfig.pad",
+}
+# Refused where they are given.
+REFUSED = {
+    "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
+    "prepare": ("CacheConfig.memory_gib",),  # of training, which reads an image again
+    "evaluate": ("CacheConfig.memory_gib",),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_leaf_is_read(script, runs):
+    fields, reads = list_fields(load_command(script).schema), runs[0][group_of(script)]
+    # A kind of the tests is in the schema where another test of this process has imported it.
+    elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
+    dead = {name for name in fields - reads - PROVED if not name.startswith(elsewhere)}
+    assert dead == set()
+
+
+def test_the_recorder_sees_what_is_not_read(runs):
+    reads = runs[0]
+    assert "_AdamW.betas" in reads["training"] and "_AdamW.betas" not in reads["evaluate"]
+    assert "MachineConfig.threads" in reads["evaluate"]
+    assert len(list_fields(load_command("finetune").schema)) > 70
+
+
+def test_the_name_of_a_model_stands_in_its_weights(runs):
+    path = runs[1] / "tuned/weights/last_weights.safetensors"
+    assert read_weights(path, "weights")[1]["model"]["name"] == "convnextv2_glyph"
