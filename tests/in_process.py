@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 import engine.learner
 from data.glyphs import GLYPHS_VERSION
 from data.manifest_writer import write_manifest
-from tests.support import make_collection
+from tests.support import SMALL_MODEL, make_collection
 from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
 from utils.config.schema import path_keys
 from utils.io.files import write_json
@@ -30,8 +30,6 @@ from utils.io.files import write_json
 TRAINING = ("pretrain_fcmae", "finetune", "train")
 SCRIPTS = (*TRAINING, "finetune_sdxl", "prepare", "evaluate", "predict", "export", "slurm")
 
-# An update of this takes milliseconds.
-SMALL_MODEL = ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]"]
 SHORT = [
     "augment.image_size_hw=[16,16]",
     "loop.total_steps=2",

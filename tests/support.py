@@ -46,23 +46,11 @@ SCRIPTS = {
     "flow": "tests/tasks/flow.py",
     "multicrop": "tests/tasks/multicrop.py",
 }
+SMALL_MODEL = ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]"]  # an update takes milliseconds
 TINY = {
-    "fcmae": ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16"],
-    "classification": [
-        "model=convnextv2_glyph",
-        "model.depths=[1,1]",
-        "model.dims=[8,16]",
-        "model.head_init_scale=1.0",
-    ],
-    "tagging": [
-        "task=tagging",
-        "task.min_count=1",
-        "model=convnextv2_glyph",
-        "model.depths=[1,1]",
-        "model.dims=[8,16]",
-        "model.head_init_scale=1.0",
-        "data=image_folder",
-    ],
+    "fcmae": [*SMALL_MODEL, "task.decoder_dim=16"],
+    "classification": [*SMALL_MODEL, "model.head_init_scale=1.0"],
+    "tagging": [*SMALL_MODEL, "task=tagging", "task.min_count=1", "model.head_init_scale=1.0", "data=image_folder"],
     "diffusion": [
         "model=sdxl_tiny",
         "task.latent_cache=null",
@@ -279,13 +267,6 @@ def fork_command(script, *words, cwd=ROOT, timeout=300, **variables):
         outputs = [Path(folder) / name for name in ("output.txt", "errors.txt")]
         [code] = start(script, list(map(str, words)), cwd, variables=variables, outputs=outputs).wait(timeout)
         return subprocess.CompletedProcess((script, *words), code, *(path.read_text() for path in outputs))
-
-
-def fork_call(command, cwd, stdout, stderr):
-    """Stand for `subprocess.call([sys.executable, script, ...])` with its output in one file."""
-    assert command[0] == sys.executable and stderr == subprocess.STDOUT
-    [code] = start(command[1], list(command[2:]), cwd, outputs=[stdout.name] * 2).wait(timeout=900)
-    return code
 
 
 def is_reading(name):

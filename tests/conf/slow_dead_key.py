@@ -16,16 +16,7 @@ from pydantic import BaseModel
 
 from engine.runtime import Runtime
 from tests.conf.test_no_dead_key import TAG_WEIGHTS
-from tests.in_process import (
-    SCRIPTS,
-    SHORT,
-    SMALL_MODEL,
-    TRAINING,
-    load_command,
-    make_glyph_folder,
-    make_images,
-    run,
-)
+from tests.in_process import SCRIPTS, SHORT, SMALL_MODEL, TRAINING, load_command, make_glyph_folder, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
 from utils.io.weights import read_weights

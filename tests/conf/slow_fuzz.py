@@ -1,5 +1,5 @@
 """A fuzz of the configuration. Every leaf of every script takes nasty values: each is accepted, or refused by its key,
-at once. A seeded sample of what is accepted goes through dry_run=true, and some of it through three steps.
+at once. A seeded sample of what is accepted goes through dry_run=true.
 """
 
 import os
@@ -18,9 +18,8 @@ from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 
 NASTY = [
-    None, True, False, -1, 0, 1, 3, 10**6, 2**31, 2**64, 10**400, -(10**30), 0.5, 1e308, -1e308, 1e-6, 1e-300, 5e-324,
-    float("nan"), float("inf"), "", "nan", "inf", "1e5", "x" * 5000, "x/" * 3000, "\udcff", "ключ/名", "a\0b", "a\nb",
-    "..", [], [0], [[1]], [None], ["x" * 300], [1e-300, 1e308], {}, {"a": {"b": 1}}, {"": 1}, {"\udcff": 1},
+    None, True, -1, 0, 1, 2**64, 10**400, 0.5, 1e308, 1e-300, float("nan"), float("inf"), "", "1e5", "x/" * 3000,
+    "\udcff", "a\0b", "..", [], [[1]], [None], [1e-300, 1e308], {}, {"a": {"b": 1}}, {"": 1},
 ]  # fmt: skip
 ALL = [
     "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
@@ -132,12 +131,3 @@ def test_what_is_accepted_can_be_checked(script, place, monkeypatch, capfd):
     base = OTHERS.get(script, [*TRAINED, "dry_run=true"])
     for mutation in random.Random(0).sample(accepted(script, base), 24 if script in TRAINING else 6):
         survives(script, [*base, mutation], place, monkeypatch, capfd)
-
-
-@pytest.mark.parametrize("script", TRAINING)
-def test_what_is_accepted_can_be_trained(script, place, monkeypatch, capfd, tmp_path):
-    (tmp_path / "images").symlink_to(place / "images")
-    for number, mutation in enumerate(random.Random(1).sample(accepted(script, TRAINED), 4)):
-        if mutation.startswith("loop.global_batch_size="):  # a million images a step are right, and take minutes
-            continue
-        survives(script, [*TRAINED, f"run_dir={number}", mutation], tmp_path, monkeypatch, capfd)

@@ -43,17 +43,7 @@ def test_every_file_builds_on_the_meta_device(path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"in_channels": 0}, "in_channels"),
-        ({"depths": [1], "dims": [4]}, "depths"),
-        ({"depths": [1] * 6, "dims": [4] * 6}, "depths"),
-        ({"stem_stride": True}, "stem_stride"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate"),
-        ({"head_init_scale": float("nan")}, "head_init_scale"),
-        ({"name": ""}, "name"),
-        ({"pretrained": True}, "pretrained"),
-    ],
+    ("changes", "key"), [({"depths": [1], "dims": [4]}, "depths"), ({"pretrained": True}, "pretrained")]
 )
 def test_a_wrong_value_is_refused_by_its_key(changes, key):
     with pytest.raises(ValidationError) as caught:
@@ -62,9 +52,7 @@ def test_a_wrong_value_is_refused_by_its_key(changes, key):
 
 
 def test_depths_and_dims_of_different_length_are_refused():
-    with pytest.raises(
-        ValidationError, match=r"model\.dims: 3 widths \[4, 8, 16\] for 2 stages \(model\.depths=\[1, 1"
-    ):
+    with pytest.raises(ValidationError, match=r"model\.dims: 3 widths"):
         parse({**SMALL, "dims": [4, 8, 16]})
 
 
@@ -84,59 +72,37 @@ def test_a_timm_network_is_built_with_its_channels_classes_and_drop_path():
     assert build_network(parse(TIMM), 0)(torch.randn(2, 3, 32, 32)).shape == (2, 512)
 
 
-def test_an_unknown_timm_name_is_refused_with_close_names():
-    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'resnet81'; close: .*resnet18"):
-        build_network(parse({**TIMM, "name": "resnet81"}), 5)
-    with pytest.raises(ValueError, match=r"^model\.name: unknown timm model 'hf-hub:timm/resnet18'"):  # no internet
-        build_network(parse({**TIMM, "name": "hf-hub:timm/resnet18"}), 5)
-
-
-def test_a_wrong_weight_tag_is_refused():
-    with pytest.raises(ValueError, match=r"^model\.name: 'resnet18\.none' names weights .* set resnet18$"):
-        build_network(parse({**TIMM, "name": "resnet18.none"}), 5)
-
-
-def test_drop_path_for_a_timm_network_without_it_is_refused():
-    with pytest.raises(ValueError, match=r"^model\.drop_path_rate: 0\.1 given, but timm's vgg11 takes none; set null"):
-        build_network(parse({**TIMM, "name": "vgg11", "drop_path_rate": 0.1}), 5)
-
-
-@pytest.mark.parametrize(("size", "nearest"), [((28, 16), "[32, 16]"), ((0, 8), "[8, 8]")])
-def test_an_image_size_off_the_stride_is_refused(size, nearest):
-    with pytest.raises(ValueError, match=r"^augment\.image_size_hw: ") as caught:
-        check_image_size(parse(SMALL), size)
-    assert f"total stride 8 of convnextv2_test on both sides; set {nearest}" in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("changes", "message"),
     [
-        ("resnet18", (31, 33)),
-        ("vit_tiny_patch16_224", [224, 224]),
-        ("xcit_nano_12_p16_224", (64, 96)),
-        ("test_vit", (64, 64)),
+        ({"name": "resnet81"}, "model.name: .*resnet18"),
+        ({"name": "hf-hub:timm/resnet18"}, "model.name: "),  # no internet
+        ({"name": "resnet18.none"}, "model.name: "),
+        ({"name": "vgg11", "drop_path_rate": 0.1}, "model.drop_path_rate: .*vgg11"),
     ],
 )
+def test_what_timm_has_not_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build_network(parse({**TIMM, **changes}), 5)
+
+
+def test_an_image_size_off_the_stride_is_refused():
+    with pytest.raises(ValueError, match=r"^augment\.image_size_hw: .*set \[32, 16\]"):
+        check_image_size(parse(SMALL), (28, 16))
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", (31, 33)), ("test_vit", (64, 64))])
 def test_a_size_that_a_timm_network_takes_passes_and_draws_nothing(name, size):
-    """timm calls the last two of fixed size, and they take others."""
+    """timm calls the last one of fixed size, and it takes others."""
     state = torch.random.get_rng_state()
     check_image_size(parse({**TIMM, "name": name}), size)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    ("name", "size", "reason", "own"),
-    [
-        ("vit_tiny_patch16_224", (64, 64), "Input height (64) doesn't match model (224)", "[224,224]"),
-        ("levit_128s", (64, 64), "", "[224,224]"),
-    ],
-)
-def test_a_size_that_a_timm_network_refuses_is_refused(name, size, reason, own, device):
-    with torch.device(device), pytest.raises(UserError) as refused:
-        check_image_size(parse({**TIMM, "name": name}), size)
-    assert str(refused.value).startswith(f"augment.image_size_hw: {list(size)} is no size for {name} ({reason}")
-    assert f"; set augment.image_size_hw={own}, for which it is made, or choose a network that" in str(refused.value)
+def test_a_size_that_a_timm_network_refuses_is_refused(device):
+    with torch.device(device), pytest.raises(UserError, match=r"^augment\.image_size_hw: .*=\[224,224\]"):
+        check_image_size(parse({**TIMM, "name": "vit_tiny_patch16_224"}), (64, 64))
 
 
 def test_a_vit_is_made_for_another_size():
@@ -145,14 +111,6 @@ def test_a_vit_is_made_for_another_size():
     check_image_size(parse(values), (64, 32))
     with pytest.raises(UserError, match=r"^model.image_size_hw: \[64, 32\] given, but timm's resnet18 takes none"):
         build_network(parse({**values, "name": "resnet18"}), 3)
-
-
-def test_what_cannot_be_tried_on_the_meta_device_passes(monkeypatch):
-    forward = "timm.models.vision_transformer.VisionTransformer.forward"
-    monkeypatch.setattr(forward, lambda self, images: images.sum().item())
-    check_image_size(parse({**TIMM, "name": "test_vit"}), (64, 64))
-    monkeypatch.setattr("timm.create_model", lambda *_, **__: torch.zeros(()).item())
-    check_image_size(parse({**TIMM, "name": "test_vit"}), (64, 64))
 
 
 @pytest.mark.parametrize("values", [SMALL, {**TIMM, "name": "convnextv2_atto"}], ids=["ours", "timm"])

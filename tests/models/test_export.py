@@ -114,23 +114,19 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"task": {"name": "classificatoin"}}, "unknown task 'classificatoin'; close: classification"),
-        ({"task": {"name": "classification"}}, r"has wrong metadata \(mixup_alpha: Field required\)"),
-        ({"class_names": None}, r"has wrong metadata \(class_names: Input should be a valid list\)"),
-        ({"preprocessing": {}}, r"has wrong metadata \(preprocessing.image_size_hw: Field required\)"),
-    ],
-)
-def test_metadata_of_a_weight_file_are_checked(change, message, tmp_path):
+    ("change", "named"),
+    [({"task": {"name": "classificatoin"}}, "classification"), ({"class_names": None}, "class_names"),
+     ({"preprocessing": {}}, r"preprocessing\.image_size_hw")],
+)  # fmt: skip
+def test_metadata_of_a_weight_file_are_checked(change, named, tmp_path):
     write_classifier(tmp_path / "w.safetensors", CONVNEXT)
     tensors, metadata = read_weights(tmp_path / "w.safetensors", "weights")
     write_weights(tmp_path / "w.safetensors", tensors, {**metadata, **change})
-    with pytest.raises(UserError, match=rf"^weights: .*w\.safetensors:? {message}"):
+    with pytest.raises(UserError, match=rf"^weights: .*w\.safetensors.*{named}"):
         load_image_model(tmp_path / "w.safetensors")
 
 
-def save_graph(path, metadata=None, location=None, outputs=("y",), inner=False, images="x", shape=(8,)):
+def save_graph(path, metadata=None, location=None, inner=False):
     """Write an ONNX file x + w, w in another file where `location` names it, or within the branch of an If."""
     weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [8], [0.0] * 8)
     if location is not None:
@@ -139,13 +135,13 @@ def save_graph(path, metadata=None, location=None, outputs=("y",), inner=False, 
         for key, value in (("location", location), ("offset", "0"), ("length", "32")):
             entry = weights.external_data.add()
             entry.key, entry.value = key, value
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in (images, *outputs)]
-    nodes, kept = [onnx.helper.make_node("Add", [images, "w"], [outputs[0]])], [weights]
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (8,)) for name in ("x", "probs")]
+    nodes, kept = [onnx.helper.make_node("Add", ["x", "w"], ["probs"])], [weights]
     if inner:
         branch = onnx.helper.make_graph(
             [onnx.helper.make_node("Constant", [], ["b"], value=weights)], "b", [], [value[1]]
         )
-        nodes = [onnx.helper.make_node("If", ["x"], [outputs[0]], then_branch=branch, else_branch=branch)]
+        nodes = [onnx.helper.make_node("If", ["x"], ["probs"], then_branch=branch, else_branch=branch)]
         kept = []
     graph = onnx.helper.make_graph(nodes, "g", value[:1], value[1:], kept)
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
@@ -154,19 +150,12 @@ def save_graph(path, metadata=None, location=None, outputs=("y",), inner=False, 
     path.write_bytes(proto.SerializeToString())
 
 
-@pytest.mark.parametrize(
-    ("location", "inner"), [("../secret.bin", False), ("/etc/hostname", True), ("beside.bin", False)]
-)
+@pytest.mark.parametrize(("location", "inner"), [("../secret.bin", False), ("/etc/hostname", True)])
 def test_an_onnx_file_that_names_other_files_is_refused(location, inner, tmp_path):
     """export.py writes one file. ONNX Runtime would read what lies beside it, older versions what lies elsewhere."""
-    (tmp_path / "secret.bin").write_bytes(bytes(32))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "beside.bin").write_bytes(bytes(32))
-    save_graph(folder / "m.onnx", "{}", location, inner=inner)
-    with pytest.raises(UserError, match=r"^weights: .* takes data from another file") as refused:
-        load_predictor(folder / "m.onnx", CPU)
-    assert repr(location) in str(refused.value)
+    save_graph(tmp_path / "m.onnx", "{}", location, inner=inner)
+    with pytest.raises(UserError, match=r"^weights: .*another file"):
+        load_predictor(tmp_path / "m.onnx", CPU)
 
 
 PREPROCESSING = {
@@ -176,58 +165,25 @@ PREPROCESSING = {
 METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PREPROCESSING}
 
 
-def stated(**changes):
-    return json.dumps({**METADATA, **changes})
-
-
 @pytest.mark.parametrize(
-    ("metadata", "key"),
+    ("metadata", "named"),
     [
         (None, "was not exported by Atelier"),
-        ("{broken", "is not a readable ONNX file"),
-        ("[1]", "has wrong metadata (Input should be a valid dictionary"),
-        (stated(class_names=[1]), "has wrong metadata (class_names.0: "),
-        (stated(preprocessing={**PREPROCESSING, "image_size_hw": [10**6] * 2}), "(preprocessing.image_size_hw.0: "),
-        (stated(preprocessing={**PREPROCESSING, "std": [0.5]}), "(preprocessing: "),
-        (stated(), "has the inputs [('x', 'tensor(float)')] and the outputs {'probs': [8]}; "),
+        ("{broken", "not a readable ONNX file"),
+        (json.dumps({**METADATA, "class_names": [1]}), r"class_names\.0"),
+        (json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.5]}}), "preprocessing"),
+        (json.dumps({**METADATA, "output": "boxes"}), "output"),
+        (json.dumps(METADATA), r"outputs \{'probs': \[8\]\}"),
     ],
 )
-def test_metadata_of_strangers_are_checked(metadata, key, tmp_path):
-    save_graph(tmp_path / "m.onnx", metadata, outputs=("probs",))
-    with pytest.raises(UserError) as refused:
-        load_predictor(tmp_path / "m.onnx", CPU)
-    assert str(refused.value).startswith(f"weights: {tmp_path / 'm.onnx'} ") and key in str(refused.value)
-
-
-EIGHT = {"class_names": list("abcdefgh")}
-
-
-@pytest.mark.parametrize(
-    ("graph", "metadata", "message"),
-    [
-        ({}, {}, r"the outputs {'probs': \[1, 8\]}; .*\[batch, 2\]$"),
-        ({"outputs": ("y",)}, EIGHT, r"the outputs {'y': \[1, 8\]}; .* gives 'probs', \[batch, 8\]$"),
-        ({"images": "x"}, EIGHT, r"has the inputs \[\('x', 'tensor\(float\)'\)\] .* takes 'images', tensor\(float\)"),
-        ({}, {**EIGHT, "output": "boxes"}, r"has wrong metadata \(output: 'boxes'\); export it again$"),
-    ],
-    ids=["names", "output", "input", "kind"],
-)
-def test_a_graph_that_does_not_fit_its_metadata_is_refused(graph, metadata, message, tmp_path):
-    right = {"outputs": ("probs",), "images": "images", "shape": (1, 8)}
-    save_graph(tmp_path / "m.onnx", json.dumps({**METADATA, **EIGHT}), **right)
-    load_predictor(tmp_path / "m.onnx", CPU)
-    save_graph(tmp_path / "m.onnx", json.dumps({**METADATA, **metadata}), **{**right, **graph})
-    with pytest.raises(UserError, match=rf"^weights: .*m\.onnx .*{message}"):
+def test_metadata_of_strangers_are_checked(metadata, named, tmp_path):
+    save_graph(tmp_path / "m.onnx", metadata)
+    with pytest.raises(UserError, match=rf"^weights: .*m\.onnx .*{named}"):
         load_predictor(tmp_path / "m.onnx", CPU)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dims": [2**31, 2**31]}, r"has wrong metadata \(convnextv2\.dims\.0: Input should be less than or equal to"),
-        ({"dims": [8192, 8192]}, "tensors do not fit the network"),
-    ],
-    ids=["overflow", "wide"],
+    ("change", "message"), [({"dims": [2**31, 2**31]}, r"dims\.0"), ({"dims": [8192, 8192]}, "tensors do not fit")]
 )
 def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path):
     """The metadata ask for gigabytes: they are compared with the header before anything is allocated."""
@@ -239,15 +195,13 @@ def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path
         load_image_model(path)
 
 
-def published(size):
-    return OmegaConf.to_container(OmegaConf.load(CONF / f"model/convnextv2_{size}.yaml"))
-
-
 def test_a_network_above_two_gibibytes_is_refused_before_any_work(tmp_path):
     """On the meta device, where nothing has a value."""
-    config = ConvNeXtV2Config.model_validate(published("huge"))
+    config = ConvNeXtV2Config.model_validate(
+        OmegaConf.to_container(OmegaConf.load(CONF / "model/convnextv2_huge.yaml"))
+    )
     with torch.device("meta"):
         model = ImageModel(build_network(config, 1000), Normalise([0.5] * 3, [0.5] * 3, 3), "classes")
     metadata = {"preprocessing": PREPROCESSING, "model": config.model_dump()}
-    with pytest.raises(UserError, match=r"^format: convnextv2_huge has 2\.46 GiB of weights"):
+    with pytest.raises(UserError, match="^format: convnextv2_huge has 2.46 GiB"):
         export_onnx(model, metadata, tmp_path / "export/model.onnx", onnx_config(1e-4))

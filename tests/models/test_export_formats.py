@@ -107,8 +107,7 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
         path = str(tmp_path / "model.safetensors")
         from_file = timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()
         torch.testing.assert_close(from_file(inputs), wanted, atol=1e-4, rtol=1e-4)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["label_names"] == NAMES and config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == NAMES
     assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
 
 
@@ -118,9 +117,8 @@ SQUASHED = {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinea
 # transformers cuts half a pixel lower than torchvision where the margin is odd, as with 0.95.
 @pytest.mark.parametrize(
     ("form", "preprocessing"),
-    [("timm", {"eval_crop": 0.95}), ("timm", {"interpolation": "area"}), ("timm", SQUASHED),
-     ("transformers", {}), ("transformers", SQUASHED)],
-)  # fmt: skip
+    [("timm", {"eval_crop": 0.95}), ("timm", SQUASHED), ("transformers", {}), ("transformers", SQUASHED)],
+)
 def test_preprocessing_is_equal(form, preprocessing, tmp_path):
     """The picture through their own transform and their own network, and through ours."""
     model, metadata = make(geometry(), **preprocessing)
@@ -150,10 +148,7 @@ def test_preprocessing_is_equal(form, preprocessing, tmp_path):
     ("form", "network", "preprocessing", "reason"),
     [
         ("timm", {"stem_stride": 2}, {}, "a stem of stride 2"),
-        ("timm", {"stages": 3}, {}, "four stages"),
         ("timm", {}, {"pad": "square"}, "augment.pad=square"),
-        ("transformers", {"stem_stride": 1}, {}, "a 3x3 stem"),
-        ("transformers", {}, {"pad": "square"}, "augment.pad=square"),
         ("transformers", {}, {"interpolation": "lanczos"}, "bilinear or bicubic"),
         ("transformers", {}, {"image_size_hw": [64, 96]}, "64 x 96"),
     ],
@@ -217,22 +212,17 @@ def test_the_backbone_of_a_timm_network_gives_what_ours_gives(tmp_path):
         torch.testing.assert_close(loaded.forward_features(inputs).mean(dim=(2, 3)), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "config", [geometry(stem_stride=1, stages=2), timm_config("test_resnet", in_channels=1)], ids=["ours", "timm"]
-)
-def test_files_with_the_networks_own_names(config, tmp_path):
-    model, metadata = make(config)
-    if config.family == "timm":  # as timm loads any network of its own
-        export("timm", model, metadata, tmp_path / "timm")
-        loaded, inputs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True), torch.randn(2, 1, 64, 64)
-        with torch.no_grad():
-            torch.testing.assert_close(loaded.eval()(inputs), model.network(inputs))
+def test_files_with_the_networks_own_names(tmp_path):
+    model, metadata = make(config := timm_config("test_resnet", in_channels=1))
+    export("timm", model, metadata, tmp_path / "timm")  # as timm loads any network of its own
+    loaded, inputs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True), torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(inputs), model.network(inputs))
     export("pth", model, metadata, tmp_path)
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert content["licence"] == "cc-by-nc-4.0"
     export("safetensors", model, metadata, tmp_path)
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
     tensors, found = read_weights(tmp_path / "model.safetensors", "weights")
-    assert found["class_names"] == NAMES and found["origin"]["licence"] == "cc-by-nc-4.0"
+    assert found["class_names"] == NAMES and found["origin"]["licence"] == content["licence"] == "cc-by-nc-4.0"
     fresh = build_network(config, len(NAMES))
     for state in (content["model"], tensors):
         fresh.load_state_dict(state)
@@ -259,26 +249,9 @@ def test_fp16_sums_in_float32(tmp_path):
     difference, proto, path = export_file(tmp_path, model, metadata, precision="fp16", tolerance=5e-2)
     images, _ = normalised(model)
     assert difference < 5e-2 and np.isfinite(onnx_file.open_session(path)(images.numpy())[0]).all()
-    graph, wide, narrow = (
-        onnx.shape_inference.infer_shapes(proto).graph,
-        onnx.TensorProto.FLOAT,
-        onnx.TensorProto.FLOAT16,
-    )
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    squares = {name for node in proto.graph.node if node.op_type == "Pow" for name in node.output}
-    checked = set()
-    for node in proto.graph.node:
-        if node.op_type in {"LayerNormalization", "Softmax", "Sigmoid", "ReduceMean", "Sqrt", "Pow"}:
-            checked.add(node.op_type)
-            assert all(types[name] == wide for name in node.input[:1]) and types[node.output[0]] == wide, node
-        if node.op_type in ("Conv", "MatMul", "Gemm"):
-            is_sum = bool(squares & set(node.input))  # GRN's, a product with ones
-            assert {types[name] for name in node.input} == {wide if is_sum else narrow}
-            checked |= {"GRN"} if is_sum else set()
-    assert {"LayerNormalization", "Softmax", "ReduceMean", "GRN"} <= checked
     assert path.stat().st_size < 0.6 * sum(p.nbytes for p in model.parameters()) + 60_000
-    assert [value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)] == [wide] * 3
+    ends = (*proto.graph.input, *proto.graph.output)
+    assert {value.type.tensor_type.elem_type for value in ends} == {onnx.TensorProto.FLOAT}
 
 
 def test_the_rewritten_network_is_the_same_function():
@@ -293,24 +266,15 @@ def test_the_rewritten_network_is_the_same_function():
         torch.testing.assert_close(rewritten.network(features), model.network(features), atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("precision", "quiet"), [("fp32", True), ("fp16", False)])
-def test_a_wrong_graph_of_small_logits_is_found(precision, quiet, tmp_path, monkeypatch):
-    """The logits of a head scaled by 0.001 differ by less than any absolute tolerance where a block is left out.
-
-    quiet: the block adds nothing, so that only varied weights can show that the graph lacks it.
-    """
+def test_a_wrong_graph_of_small_logits_is_found(tmp_path, monkeypatch):
+    """Of a block that adds nothing, only varied weights can show that the graph lacks it."""
     config = geometry(stages=2).model_copy(update={"head_init_scale": 1e-3})
     model, metadata = make(config)
     model.network = build_network(config, 3).eval()
-    if quiet:
-        torch.nn.init.zeros_(model.network.stages[1][0].pwconv2.weight)
-    images, _ = normalised(model)
-    assert model(images)[0].abs().max() < 1e-3
+    torch.nn.init.zeros_(model.network.stages[1][0].pwconv2.weight)
     right = InferenceBlock.forward
     monkeypatch.setattr(
         InferenceBlock, "forward", lambda self, x, visible=None: x if x.shape[1] == 12 else right(self, x)
     )
-    with pytest.raises(
-        UserError, match=rf"^tolerance: {'a copy with varied weights' if quiet else '.*'} differs from PyTorch"
-    ):
-        export_file(tmp_path, model, metadata, precision=precision)
+    with pytest.raises(UserError, match="^tolerance: a copy with varied weights"):
+        export_file(tmp_path, model, metadata)

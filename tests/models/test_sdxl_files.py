@@ -178,9 +178,8 @@ def test_networks_of_a_config(networks, folder):
         trained, frozen = open_networks(model, ("unet",)), open_networks(model, ("unet", "vae"), frozen=True)
         assert torch.equal(trained.unet.conv_in.weight, networks.unet.conv_in.weight)
         assert frozen.vae.dtype == torch.bfloat16 and not any(one.requires_grad for one in frozen.unet.parameters())
-        assert (
-            all(one.requires_grad for one in trained.unet.parameters()) and trained.vae is frozen.text_encoder is None
-        )
+        assert all(one.requires_grad for one in trained.unet.parameters())
+        assert trained.vae is frozen.text_encoder is None
         assert len(base_files(model)) == files
 
 
@@ -206,50 +205,34 @@ def change_json(file, **values):
 
 
 FOLDERS = {
-    "SD 1.5": (
-        lambda path: change_json(path / "model_index.json", _class_name="StableDiffusionPipeline"),
-        "StableDiffusionPipeline",
+    "StableDiffusionPipeline": lambda path: change_json(
+        path / "model_index.json", _class_name="StableDiffusionPipeline"
     ),
-    "no index": (lambda path: (path / "model_index.json").unlink(), "model_index.json"),
-    "no network": (lambda path: shutil.rmtree(path / "text_encoder_2"), "text_encoder_2/model.safetensors"),
-    "heads": (lambda path: change_json(path / "unet/config.json", attention_head_dim=[4, 4, 4]), "attention_head_dim"),
-    "scale": (lambda path: change_json(path / "vae/config.json", scaling_factor="x"), "scaling_factor"),
-    "prediction": (
-        lambda path: change_json(path / "scheduler/scheduler_config.json", prediction_type="flow"),
-        "prediction_type",
-    ),
+    "text_encoder_2": lambda path: shutil.rmtree(path / "text_encoder_2"),
+    "attention_head_dim": lambda path: change_json(path / "unet/config.json", attention_head_dim=[4, 4, 4]),
 }
 
 
-@pytest.mark.parametrize("case", FOLDERS)
-def test_folders_are_refused(case, folder, tmp_path):
-    spoil, named = FOLDERS[case]
-    spoil(other := shutil.copytree(folder, tmp_path / "other"))
+@pytest.mark.parametrize("named", FOLDERS)
+def test_folders_are_refused(named, folder, tmp_path):
+    FOLDERS[named](other := shutil.copytree(folder, tmp_path / "other"))
     with pytest.raises(UserError, match=f"(?s)^model.path: .*{named}"), torch.device("meta"):
         load_networks(other, "model.path")
 
 
-def without(mark):
-    return lambda tensors: {name: one for name, one in tensors.items() if not name.startswith(mark)}
-
-
 UNET = PREFIXES["unet"]
 FILES = {
-    "SD 1.5": (lambda tensors: {"cond_stage_model.transformer.x": torch.zeros(1)}, "Stable Diffusion 1"),
-    "no VAE": (without("first_stage_model."), "first_stage_model"),
-    "a layer missing": (without(f"{UNET}middle_block.2"), "mid_block.resnets.1.*missing"),
-    "inpainting": (lambda tensors: tensors | {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}, "conv_in"),
-    "odd widths": (
-        lambda tensors: tensors | {f"{UNET}input_blocks.1.0.in_layers.2.weight": torch.zeros(2, 16, 3, 3)},
-        "SDXL",
-    ),
+    "Stable Diffusion 1": lambda tensors: {"cond_stage_model.transformer.x": torch.zeros(1)},
+    "mid_block.resnets.1.*missing": lambda tensors: {
+        name: one for name, one in tensors.items() if not name.startswith(f"{UNET}middle_block.2")
+    },
+    "conv_in": lambda tensors: tensors | {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)},  # inpainting
 }
 
 
-@pytest.mark.parametrize("case", FILES)
-def test_single_files_are_refused(case, file, tmp_path):
-    spoil, named = FILES[case]
-    save_file(spoil(load_file(file)), tmp_path / "other.safetensors")
+@pytest.mark.parametrize("named", FILES)
+def test_single_files_are_refused(named, file, tmp_path):
+    save_file(FILES[named](load_file(file)), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=f"(?s)^model.path: .*{named}"):
         load_networks(tmp_path / "other.safetensors", "model.path")
 
@@ -261,5 +244,3 @@ def test_damaged_files_are_refused(file, tmp_path):
         (tmp_path / "other.safetensors").write_bytes(spoilt)
         with pytest.raises(UserError, match="^model.path: "):
             load_networks(tmp_path / "other.safetensors", "model.path", only=("vae",))
-    with pytest.raises(UserError, match="^model.path: .*does not exist"):
-        load_networks(tmp_path / "none", "model.path")

@@ -53,13 +53,6 @@ def test_the_second_encoder_is_padded_with_zeros():
     assert ids[0, 0].tolist() == [BOS, 320, EOT] + [0] * 74 and ids[1, 1].tolist() == [BOS, EOT] + [0] * 75
 
 
-def test_a_pipeline_that_cuts_leaves_ours_alone():
-    before = tokenize(["a b"], 2)
-    shared = build_tokenizer()
-    assert shared("a b", padding="max_length", truncation=True).input_ids == before[0, 0].tolist()
-    assert tokenize(["a b"], 2).equal(before) and shared.vocab_size == 49_408
-
-
 def test_absent_and_other_vocabularies_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^model: .*make install-sdxl"):

