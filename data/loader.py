@@ -176,7 +176,7 @@ class UnreadableLog:
             lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             self._waiting = "\n" if lines[-1] else ""  # behind a torn row, the next one starts on a line of its own
             for line in lines:
-                with suppress(ValueError, TypeError, KeyError):  # of a line that a kill or a full disk has torn
+                with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a torn or damaged line
                     self._seen.add(str(json.loads(line)["path"]))
 
     @property

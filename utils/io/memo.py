@@ -69,7 +69,7 @@ def _read(store: Path) -> dict[str, tuple[list[int], Any]]:
     """Return version and value by file; rewrite a store of which half of the lines count no more."""
     known, text = {}, store.read_text(encoding="utf-8", errors="replace") if store.is_file() else ""
     for line in text.split("\n"):
-        with suppress(ValueError, TypeError):  # a line that a kill has torn
+        with suppress(ValueError, TypeError, RecursionError):  # a line that is torn or damaged
             name, version, value = json.loads(line)
             known[name] = version, value
     if text.count("\n") > 2 * len(known):
