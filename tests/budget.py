@@ -34,7 +34,9 @@ def main() -> int:
         lines = count_lines(files, room["files"])
         total += lines if room["name"] in PROGRAM else 0
         above += [room["name"]] if lines > room["limit"] else []
-        print(f"{room['name']:24} {lines:6} of {room['limit']:6} lines{'  <- above' if lines > room['limit'] else ''}")
+        marks = f", goal {room['goal']}" if "goal" in room else ""
+        marks += "  <- above" if lines > room["limit"] else ""
+        print(f"{room['name']:24} {lines:6} of {room['limit']:6} lines{marks}")
     print(f"{'the program':24} {total:6}")
     if above:
         print(
