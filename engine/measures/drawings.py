@@ -19,7 +19,7 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     if len(class_names) <= _WHOLE_MATRIX:
         title = (
             f"Confusion matrix of {len(class_names)} classes; images wrong: {wrong:,} of {total:,}\n"
-            "numbers are images, the shade is the share of the row; blue right, red wrong"
+            "numbers are images, the shade is the share of the row"
         )
         counts = confusion.matrix(range(len(class_names)))
         return pictures.confusion_matrix(counts, samples, class_names, title)
@@ -27,7 +27,7 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     title = (
         f"The {len(classes)} most confused of {len(class_names):,} classes; "
         f"images wrong in all: {wrong:,} of {total:,}\n"
-        "numbers are per cent of the row's images; blue right, red wrong, other: classes that are not shown"
+        "numbers are per cent of the row's images; other: classes that are not shown"
     )
     counts, names = confusion.matrix(classes), [class_names[index] for index in classes]
     elsewhere = samples[classes] - counts.sum(axis=1)

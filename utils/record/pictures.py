@@ -20,6 +20,7 @@ from torchvision.utils import make_grid
 _INK, _QUIET, _RIGHT, _WRONG = "#212529", "#6c757d", "#08519c", "#be181d"
 _FRAME = (206, 212, 218)
 _MARGIN, _TITLE_PX, _CAPTION_PX, _DPI = 24, 22, 15, 100
+_WIDTH_OF_CHAR = 0.62  # of its size: the mean of wide titles
 _ROW_TILE_PX, _GRID_TILE_PX, _GRID_COLUMNS = 96, 112, 8
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 _LONGEST = 200  # characters of a name that are looked at
@@ -157,7 +158,9 @@ def _draw_grid(
     row = max([tile.height for tile in tiles], default=0) + line_px * max(map(len, captions), default=0) + 20
     heading = title.split("\n")
     top = _MARGIN + 32 * len(heading)
-    width = max(columns * cell, *(10 * len(line) for line in heading)) + 2 * _MARGIN
+    sizes = [_TITLE_PX] + [_CAPTION_PX] * len(heading)
+    width = max(columns * cell, *(round(_WIDTH_OF_CHAR * px * len(line)) for line, px in zip(heading, sizes)))
+    width += 2 * _MARGIN
     page = Image.new("RGB", (width, top + -(-len(tiles) // columns) * row + _MARGIN), "white")
     texts = [
         (_MARGIN, _MARGIN + 32 * number, line, _CAPTION_PX if number else _TITLE_PX, _QUIET if number else _INK, "left")
@@ -203,7 +206,8 @@ def confusion_matrix(
     # Inches around the matrix: matplotlib's layout engines draw everything again to measure it.
     side, right = 0.7 + 0.11 * max(map(len, rows), default=0), 2.0
     top, bottom = 1.2 + (0.0 if flat else 0.11 * max(map(len, shown), default=0)), 0.2
-    width, height = cell * number + side + right, cell * number + top + bottom
+    title_width = 0.3 + _WIDTH_OF_CHAR * 18 * max(map(len, title.split("\n"))) / _DPI
+    width, height = max(cell * number + side + right, title_width), cell * number + top + bottom
     figure = Figure(figsize=(width, height), dpi=_DPI)
     axis = figure.add_axes((side / width, bottom / height, cell * number / width, cell * number / height))
     shares = np.asarray(counts) / totals
