@@ -7,6 +7,7 @@ The hand-written side does what a minimal script does: forward, mean, backward, 
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,13 +33,15 @@ def comparisons(device, quick):
     runtime, steps, batch = runtime_of("fp32"), 2 if quick else STEPS, make_batch(SIZE, BATCH, device)
     ours, our_optimizer = make(device)
     plain, plain_optimizer = make(device)
-    scale, meter = LossScale(runtime), Meter(device)
+    meter, progress = Meter(device), torch.zeros((), device=device)
+    learner = SimpleNamespace(
+        task=ours, model=ours, optimizer=our_optimizer, scale=LossScale(runtime), seed=0, clip_grad_norm=1.0,
+        runtime=runtime,
+    )  # fmt: skip
 
     def our_step(step):
-        result = train_step(
-            ours, ours, [batch], our_optimizer, scale, {}, step=step, seed=0, clip_grad_norm=1.0, runtime=runtime
-        )
-        meter.add(result)
+        learner.step = step
+        meter.add(train_step(learner, [batch], progress))
 
     def plain_step(step):
         loss = F.cross_entropy(plain.network(plain.normalise(batch["images"])), batch["labels"])

@@ -34,7 +34,7 @@ OTHERS = {
     "prepare": ["job=manifest", "data=image_folder", "data.root=images", "dry_run=true"],
     "evaluate": ["run_dir=run", "runtime.device=cpu", "runtime.threads=1", "dry_run=true"],
     "predict": ["weights=run", "input=images", "output=found.csv", "dry_run=true"],
-    "export": ["run_dir=run", "threads=1", "dry_run=true"],
+    "export": ["run_dir=run", "dry_run=true"],
     "slurm": ["launch.dry_run=true"],
 }
 TRAINED = [*TINY, "data.root=images", "run_dir=fuzzed", "loop.total_steps=3"]

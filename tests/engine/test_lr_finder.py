@@ -328,7 +328,7 @@ def test_a_resumed_run_does_not_search_again(searched, tmp_path, capsys):
     found = json.loads((path / "lr_finder.json").read_text())["taken"]
     assert json.loads((path / "checkpoints/step_00000102/state.json").read_text())["found_lr"] == found
     rates = {row["step"]: row["lr"] for row in rows(path / "metrics.jsonl", "train")}
-    (before, _), (last, _) = torchs_values(102, found)[100:]
+    (before, _), (last, _) = list(torchs_values(102, found))[100:]
     assert (rates[101], rates[102]) == pytest.approx((before, last), rel=1e-9)
 
 

@@ -9,14 +9,14 @@ from tests.support import rows
 STEPS, PEAK = 12, 0.1
 
 
-def torchs_values():
+def torchs_values(steps=STEPS, peak=PEAK):
     """Return (rate, momentum) of torch's OneCycleLR at each update, by its own defaults, which are ours."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK, momentum=0.9)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK, total_steps=STEPS)
-    for step in range(STEPS):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak, momentum=0.9)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=steps)
+    for step in range(steps):
         yield optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]
         optimizer.step()
-        if step < STEPS - 1:
+        if step < steps - 1:
             cycle.step()
 
 
