@@ -339,3 +339,19 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
             values["thresholds"] = f"{scratch}/thresholds.csv"
         weights = Weights(Path("w"), model, whole or model.network, metadata)
         return write_export(weights, Path(folder), ExportConfig.model_validate(values))
+
+
+@contextmanager
+def at_most(seconds):
+    """End what hangs, such as a read of a FIFO."""
+
+    def end(number, frame):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -99,7 +99,7 @@ def copy_files(root: Path, target: Path, files: Sequence[str]) -> int:
 
 
 def is_there(source: Path, target: Path) -> bool:
-    """Return whether a target was written from this source. Raises UserError (`job.to`) for another file there."""
+    """Return whether a target has the source's time of change. Raises UserError (`job.to`) for another file there."""
     if not target.exists():
         return False
     if target.stat().st_mtime_ns != source.stat().st_mtime_ns:
@@ -110,6 +110,8 @@ def is_there(source: Path, target: Path) -> bool:
 def _copy_file(pair: tuple[Path, Path]) -> bool:
     source, target = pair
     if is_there(source, target):
+        if target.stat().st_size != source.stat().st_size:
+            raise UserError(f"job.to: {str(target)!r} is another file than {str(source)!r}; name an empty folder")
         return False
     write_atomically(target, lambda temporary: shutil.copy2(source, temporary), flush=False)
     return True

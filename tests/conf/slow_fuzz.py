@@ -4,8 +4,6 @@ at once. A seeded sample of what is accepted goes through dry_run=true.
 
 import os
 import random
-import signal
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import pytest
 
 from tests.conf.test_no_dead_key import CONFIGURATIONS, list_leaves, look_up, replaced, values_of
 from tests.in_process import TINY, TRAINING, load_command, make_glyph_folder, make_images, run, run_command
-from tests.support import fork_command
+from tests.support import at_most, fork_command
 from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 
@@ -40,29 +38,13 @@ OTHERS = {
 TRAINED = [*TINY, "data.root=images", "run_dir=fuzzed", "loop.total_steps=3"]
 
 
-@contextmanager
-def within(seconds):
-    """Raise TimeoutError where a part of the test takes longer."""
-
-    def end(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def mutations(script, overrides):
     """Yield each leaf with each nasty value, and the problems that validation finds; none: it is accepted."""
     values, schema = values_of(script, overrides), load_command(script).schema
     for path in list_leaves(values):
         for value in NASTY:
             try:
-                with within(5):
+                with at_most(5):
                     validate(replaced(values, path, value), schema)
                 yield path, value, []
             except ConfigError as error:
@@ -113,7 +95,7 @@ def place(tmp_path_factory):
 
 def survives(script, overrides, place, monkeypatch, capfd):
     """Run a command and check that it ends well, or with a user's error."""
-    with within(100):
+    with at_most(100):
         status = run_command(script, overrides, place, monkeypatch)
     said = "".join(capfd.readouterr())
     assert status in (0, 2) and "Traceback" not in said, (script, overrides[-1], status, said[-3000:])

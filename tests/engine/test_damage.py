@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import signal
-from contextlib import contextmanager
 
 import pytest
 
 from tests.in_process import TINY, make_images, run, run_command
+from tests.support import at_most
 
 SETTINGS = [*TINY, "data.root=images", "run_dir=run", "loop.keep_checkpoints=9"]
 
@@ -80,22 +79,6 @@ def damage(place, target, files, kind):
             path.write_bytes(before[: len(before) // 2])
         else:
             DAMAGE[kind](path)
-
-
-@contextmanager
-def at_most(seconds):
-    """End what hangs, such as a read of a FIFO."""
-
-    def end(number, frame):
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
