@@ -42,13 +42,13 @@ def read_own_manifest(root: Path) -> pa.Table:
 
 
 def excluded_by_others(root: Path, job: str) -> set[str]:
-    """Return the images that the manifest of job=manifest excludes for another reason than this job's."""
+    """Return the images that the manifest gives weight 0 for another reason than this job's."""
     if not (root / PARQUET).is_file():
         return set()
     table = read_parquet(root / PARQUET)
-    reasons = table["reason"].to_pylist() if "reason" in table.column_names else []
-    own = f"{job}: "
-    return {path for path, why in zip(table["path"].to_pylist(), reasons) if why and not why.startswith(own)}
+    reasons = table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(table)
+    rows = zip(table["path"].to_pylist(), table["weight"].to_pylist(), reasons)
+    return {path for path, weight, why in rows if weight == 0 and why and not why.startswith(f"{job}: ")}
 
 
 def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
