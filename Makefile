@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-sdxl install-cloud install-care install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: install install-sdxl install-cloud install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
@@ -30,13 +30,6 @@ install-cloud: $(CLOUD)  ## add requirements-cloud.txt, which data.root=s3://...
 $(CLOUD): requirements-cloud.txt $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-cloud.txt
 	touch $(CLOUD)
-
-CARE := $(VENV)/.installed-care
-install-care: $(CARE)  ## add requirements-care.txt, by which prepare.py job=downsample reads huge images, to .venv
-
-$(CARE): requirements-care.txt $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-care.txt
-	touch $(CARE)
 
 INTEROP := .venv-interop
 install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/test_wd14_tools.py

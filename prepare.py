@@ -18,8 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from data.cache.warm import WarmCache
-from data.care.copy import Copy
-from data.care.downsample import Downsample
+from data.care.copy import Copy, Downsample
 from data.care.duplicates import Duplicates
 from data.care.filter import Filter
 from data.care.split import Split

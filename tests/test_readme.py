@@ -16,7 +16,7 @@ COMMANDS = [
     if line.split("#")[0].strip()
 ]
 MAKE = {
-    "install", "install-sdxl", "install-care", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
+    "install", "install-sdxl", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
     "demo-sdxl", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 

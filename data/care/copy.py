@@ -1,27 +1,37 @@
-"""Copy a part of a collection, with its sidecars and the rows of its manifest, to another folder."""
+"""Copy a collection or a part of it, with sidecars and the rows of its manifest, to another folder; or shrunk."""
 
+import functools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from data.care.filter import Rules, find_failing
+from data.care.resize import UNFIT, Shrink
 from data.care.tool import Tool
 from data.config import DataConfig
 from data.manifest import find_manifest
-from data.manifest_formats import PARQUET, read_parquet
+from data.manifest_formats import PARQUET, read_parquet, read_table
 from data.open import load_collection
-from data.scan import check_root, is_image_name, list_folder
+from data.scan import check_root, list_folder, list_images
 from data.tags.names import parse_tag
 from data.tags.sidecars import list_sidecars, read_text
+from utils.config.bounds import Side
 from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import output_errors, write_atomically
 from utils.ranks.processes import map_items
+from utils.record.logging import get_logger
 from utils.record.progress import track
+
+log = get_logger(__name__)
+
+_WARNED = 20  # images that are copied as they are
+_THERE, _COPIED, _SHRUNK = "there", "copied", "shrunk"
 
 
 class Copy(Tool, Rules):
@@ -39,34 +49,85 @@ class Copy(Tool, Rules):
     def run(self, data: DataConfig) -> str:
         """Copy. Raises UserError (`job.to`, `job.listed`, `data.root`)."""
         root = check_root(data.root)
-        target = check_target(root, self.to)
-        manifest = find_manifest(root)
-        if manifest is not None and manifest.name != PARQUET:
-            raise UserError(
-                f"data.root: of {str(manifest)!r} no rows can be copied; write it as {PARQUET} (pandas or pyarrow do)"
-            )
+        target = _check_target(root, self.to)
         collection = load_collection(data)
         paths = collection.table["path"].to_pylist()
         failing = find_failing(collection, self, data)
-        listed = None if self.listed is None else _read_list(Path(self.listed).expanduser(), paths)
-        needed = {parse_tag(tag).name for tag in self.tags}
-        chosen = [
-            path
-            for path, tags in zip(paths, collection.table["tags"].to_pylist())
-            if path not in failing
-            and (listed is None or path in listed)
-            and needed <= {parse_tag(tag).name for tag in (tags if needed else ())}
-        ]
-        files = [name for path, sidecars in with_sidecars(root, chosen).items() for name in (path, *sidecars)]
-        copied = copy_files(root, target, files)
-        if manifest is not None:
-            _copy_rows(manifest, target / PARQUET, set(chosen))
+        listed = paths if self.listed is None else _read_list(Path(self.listed).expanduser(), paths)
+        chosen = set(listed).difference(failing)
+        if needed := {parse_tag(tag).name for tag in self.tags}:
+            rows = zip(paths, collection.table["tags"].to_pylist())
+            chosen &= {path for path, tags in rows if needed <= {parse_tag(tag).name for tag in tags}}
+        files = list(dict.fromkeys([*sorted(chosen), *_sidecars_of(root, sorted(chosen))]))
+        done = copy_files(root, target, files)
+        if (manifest := find_manifest(root)) is not None:
+            table = (read_parquet if manifest.name == PARQUET else read_table)(manifest)
+            rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
+            with output_errors("job.to", target):
+                write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
         return (
-            f"{len(chosen):,} of {len(paths):,} images are in {target}, {copied:,} of {len(files):,} files copied now"
+            f"{len(chosen):,} of {len(paths):,} images are in {target}, {done.count(_COPIED):,} of {len(files):,} files "
+            "copied now"
         )
 
 
-def check_target(root: Path, to: str) -> Path:
+class Downsample(Tool):
+    """Copy the collection to the folder `to`, images with a side longer than `longest_px` shrunk to it.
+
+    quality: of JPEG and WebP. Killed, it goes on where it was.
+    """
+
+    name: Literal["downsample"]
+    to: PathText
+    longest_px: Side
+    quality: Annotated[int, Field(ge=1, le=100)]
+
+    def run(self, data: DataConfig) -> str:
+        """Write the copy. Raises UserError (`data.root`, `job.to`)."""
+        root = check_root(data.root)
+        target = _check_target(root, self.to)
+        paths = sorted(image.path for image in list_images(root))
+        done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
+        copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
+        unfit = [(path, what) for path, what in zip(paths, done) if what not in (_THERE, _COPIED, _SHRUNK)]
+        for path, why in unfit[:_WARNED]:
+            log.warning("%s is copied as it is: %s", path, why)
+        return (
+            f"{len(paths):,} images are in {target}; {done.count(_SHRUNK):,} longer than {self.longest_px} pixels were "
+            f"downsampled now, {len(unfit):,} could not be; prepare.py job=manifest makes a manifest there"
+        )
+
+
+def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[str]:
+    """Copy files of a collection to the same places below `target`; return what was done with each."""
+    copy = functools.partial(_copy_file, root, target, shrink)
+    with output_errors("job.to", target):
+        done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
+        return list(track(done, len(files), "copying files"))
+
+
+def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> str:
+    """Copy a file, shrunk where it is longer; return what was done, or why it is copied as it is.
+
+    Raises UserError (`job.to`) where another file is there.
+    """
+    source, copy, done = root / path, target / path, _COPIED
+    if copy.exists():
+        ours, theirs = source.stat(), copy.stat()
+        if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
+            raise UserError(f"job.to: {str(copy)!r} is another file than {str(source)!r}; name an empty folder")
+        return _THERE
+    try:
+        if shrink is not None and shrink.is_for(source):
+            write_atomically(copy, functools.partial(shrink.write, source))
+            return _SHRUNK
+    except UNFIT as error:
+        done = f"{type(error).__name__}: {error}"
+    write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
+    return done
+
+
+def _check_target(root: Path, to: str) -> Path:
     """Return the folder `job.to`. Raises UserError where it is inside the collection, or the collection inside it."""
     target, inside = Path(to).expanduser().resolve(), root.resolve()
     if target.is_relative_to(inside) or inside.is_relative_to(target):
@@ -74,54 +135,14 @@ def check_target(root: Path, to: str) -> Path:
     return target
 
 
-def with_sidecars(root: Path, paths: Sequence[str]) -> dict[str, list[str]]:
-    """Return the sidecars of each image, but for those that belong to an image that is not named too."""
-    by_folder: dict[str, list[str]] = {}
+def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
+    """Yield the sidecars of each image; one of two images comes twice."""
+    names: dict[str, set[str]] = {}
     for path in paths:
-        folder, slash, _ = path.rpartition("/")
-        by_folder.setdefault(folder + slash, []).append(path)
-    found: dict[str, list[str]] = {}
-    for folder, named in by_folder.items():
-        names, ours = {entry.name for entry in list_folder(root / folder)}, set(named)
-        others = (name for name in names if is_image_name(name) and folder + name not in ours)
-        theirs = {file for name in others for file in list_sidecars(name, names)}
-        for path in named:
-            own = list_sidecars(path.removeprefix(folder), names)
-            found[path] = [folder + name for name in own if name not in theirs]
-    return found
-
-
-def copy_files(root: Path, target: Path, files: Sequence[str]) -> int:
-    """Copy files of a collection to the same places below `target`; return how many were not there."""
-    pairs = [(root / path, target / path) for path in files]
-    with output_errors("job.to", target):
-        return sum(track(map_items(_copy_file, pairs, lambda pair: False), len(pairs), "copying files"))
-
-
-def is_there(source: Path, target: Path) -> bool:
-    """Return whether a target has the source's time of change. Raises UserError (`job.to`) for another file there."""
-    if not target.exists():
-        return False
-    if target.stat().st_mtime_ns != source.stat().st_mtime_ns:
-        raise UserError(f"job.to: {str(target)!r} is another file than {str(source)!r}; name an empty folder")
-    return True
-
-
-def _copy_file(pair: tuple[Path, Path]) -> bool:
-    source, target = pair
-    if is_there(source, target):
-        if target.stat().st_size != source.stat().st_size:
-            raise UserError(f"job.to: {str(target)!r} is another file than {str(source)!r}; name an empty folder")
-        return False
-    write_atomically(target, lambda temporary: shutil.copy2(source, temporary), flush=False)
-    return True
-
-
-def _copy_rows(manifest: Path, target: Path, paths: Iterable[str]) -> None:
-    table = read_parquet(manifest)
-    rows = table.filter(pa.array([path in paths for path in table["path"].to_pylist()]))
-    with output_errors("job.to", target):
-        write_atomically(target, lambda file: pq.write_table(rows, file, compression="zstd"))
+        folder, slash, name = path.rpartition("/")
+        if folder not in names:
+            names[folder] = {entry.name for entry in list_folder(root / folder)}
+        yield from (folder + slash + sidecar for sidecar in list_sidecars(name, names[folder]))
 
 
 def _read_list(file: Path, paths: Sequence[str]) -> set[str]:
