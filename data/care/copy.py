@@ -66,8 +66,8 @@ class Copy(Tool, Rules):
             with output_errors("job.to", target):
                 write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
         return (
-            f"{len(chosen):,} of {len(paths):,} images are in {target}, {done.count(_COPIED):,} of {len(files):,} files "
-            "copied now"
+            f"{len(chosen):,} of {len(paths):,} images are in {target}, {done.count(_COPIED):,} of {len(files):,} "
+            "files copied now"
         )
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.care.exclude import ExcludingTool, excluded_by_others
+from data.care.finder import Finder, excluded_by_others
+from data.care.tool import save_report
 from data.config import DataConfig
 from data.decode import Decoder
 from data.duplicates import group_duplicates
@@ -19,7 +20,7 @@ from utils.record.progress import track
 _SHEETS, _SHOWN = 60, 8  # groups in the report, and images of each
 
 
-class Duplicates(ExcludingTool):
+class Duplicates(Finder):
     """Write a page of the groups of duplicates, and exclude or list all but the largest of each.
 
     match: near: look alike, mirrored too; exact: files of equal bytes.
@@ -28,8 +29,8 @@ class Duplicates(ExcludingTool):
     name: Literal["duplicates"]
     match: Literal["near", "exact"]
 
-    def run(self, data: DataConfig) -> str:
-        """Find and exclude them. Raises UserError (`data.root`, `job.report`)."""
+    def find(self, data: DataConfig) -> dict[str, str]:
+        """Return all but one of each group. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
         out = excluded_by_others(root, self.name)  # else one of them could be kept, and its whole group lost
         sizes = {image.path: image.size for image in sorted(list_images(root)) if image.path not in out}
@@ -40,12 +41,6 @@ class Duplicates(ExcludingTool):
             return -(facts[path].width or 0) * (facts[path].height or 0), -sizes[path], path
 
         groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]
-        if groups:
-            self._report(root, groups, facts, data.max_pixels)
-        reasons = {path: f"a duplicate: {group[0]} is kept" for group in groups for path in group[1:]}
-        return f"{len(groups):,} groups of duplicates; {self.exclude(data, reasons)}"
-
-    def _report(self, root: Path, groups: Sequence[list[str]], facts: dict[str, Facts], max_pixels: int) -> None:
         rows = [
             {"group": number, "path": path, "kept": place == 0} | facts[path].size()
             for number, group in enumerate(groups, start=1)
@@ -53,10 +48,12 @@ class Duplicates(ExcludingTool):
         ]
         shown = [group for group in groups if facts[group[0]].kind is None][:_SHEETS]
         sheets = {
-            f"group_{number:03}": _draw_group(root, group, facts, max_pixels)
+            f"group_{number:03}": _draw_group(root, group, Decoder(3, data.max_pixels))
             for number, group in enumerate(track(shown, len(shown), "drawing the groups"), start=1)
         }
-        self.save_report(str(root), {"groups": len(groups), "images in them": len(rows)}, {"groups": rows}, sheets)
+        figures = {"groups": len(groups), "images in them": len(rows)}
+        save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, sheets)
+        return {path: f"a duplicate: {group[0]} is kept" for group in groups for path in group[1:]}
 
 
 def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
@@ -76,13 +73,11 @@ def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
     return sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))
 
 
-def _draw_group(root: Path, group: Sequence[str], facts: dict[str, Facts], max_pixels: int) -> np.ndarray:
-    """Draw the first images of a group with their paths and sizes; what is kept in blue."""
-    shown = group[:_SHOWN]
-    captions = [
-        [(path.rpartition("/")[2], place == 0), (f"{facts[path].width} x {facts[path].height}", place == 0)]
-        for place, path in enumerate(shown)
-    ]
-    decoder = Decoder(3, max_pixels)
-    pixels = [decoder(read_file(root / path), path).permute(1, 2, 0).numpy() for path in shown]
+def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarray:
+    """Draw the first images of a group with their names and sizes; what is kept in blue."""
+    pixels, captions = [], []
+    for path in group[:_SHOWN]:
+        pixels.append(decoder(read_file(root / path), path).permute(1, 2, 0).numpy())
+        height, width = pixels[-1].shape[:2]
+        captions.append([(text, path == group[0]) for text in (path.rpartition("/")[2], f"{width} x {height}")])
     return caption_grid(pixels, captions, f"{len(group):,} images like {group[0]}")

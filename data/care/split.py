@@ -3,8 +3,9 @@
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data.care.exclude import read_own_manifest
+from data.care.finder import read_own_manifest
 from data.care.tool import Tool
 from data.config import DataConfig
 from data.manifest_writer import save_manifest
@@ -28,17 +29,13 @@ class Split(Tool):
             raise UserError("data.validation_fraction: 0.0 leaves nothing to validate on; set a share, such as 0.05")
         root = check_root(data.root)
         table = read_own_manifest(root)
-        old = table["split"].to_pylist()
-        rows = pa.array([number for number, split in enumerate(old) if split != "test"])
-        chosen = table.take(rows)
-        everything_trains = pa.array(["train"] * len(rows), pa.string())
-        chosen = assign_validation(
-            replace_column(chosen, "split", everything_trains), data.validation_fraction, "job=split"
-        )
-        for number, split in zip(rows.to_pylist(), chosen["split"].to_pylist()):
-            old[number] = split
-        line = f"{old.count('val'):,} of {len(rows):,} images for validation"
+        is_ours = pc.not_equal(table["split"], "test")
+        ours = table.filter(is_ours)
+        ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
+        splits = assign_validation(ours, data.validation_fraction, "job=split")["split"].combine_chunks()
+        line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
         if not self.apply:
             return f"{line}; set job.apply=true to write it into the manifest"
-        save_manifest(root, replace_column(table, "split", pa.array(old, pa.string())), "write_manifest")
+        whole = pc.replace_with_mask(table["split"].combine_chunks(), is_ours.combine_chunks(), splits)
+        save_manifest(root, replace_column(table, "split", whole), "write_manifest")
         return line

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.scan import check_root
-from utils.config.schema import PathText, Strict
+from utils.config.schema import Strict
 from utils.io.files import output_errors, write_json, write_text
 from utils.record.html_page import FILE, write_page
 from utils.record.logging import get_logger
@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 DRY_RUN = "dry run: nothing is written"
 _NAMED = 10  # files in the log
-_DETAIL = re.compile(r": | \(|; ")
+_DETAIL = re.compile(r": | \(|; ")  # what follows differs between files
 
 
 class Tool(Strict):
@@ -44,40 +44,29 @@ class Tool(Strict):
         raise NotImplementedError
 
 
-class ReportingTool(Tool):
-    """A job that writes pages and lists. report: their folder."""
+def list_files(report: str, job: str, reasons: Mapping[str, str]) -> Path:
+    """Write one JSON line for each file, {"path", "reason"}; log the first of them, and how many by reason."""
+    for path, reason in list(reasons.items())[:_NAMED]:
+        log.info("%s: %s", path, reason)
+    for reason, count in Counter(_DETAIL.split(reason, maxsplit=1)[0] for reason in reasons.values()).most_common():
+        log.info("%s: %s files", reason, f"{count:,}")
+    file = Path(report) / f"{job}.jsonl"
+    lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in reasons.items()]
+    with output_errors("job.report", file):
+        write_text(file, "".join(line + "\n" for line in lines))
+    return file
 
-    report: PathText
 
-    def list_files(self, reasons: Mapping[str, str]) -> Path:
-        """Write one JSON line for each file, {"path", "reason"}; log the first of them, and how many by reason.
-
-        reasons: by path; what follows a colon or a parenthesis differs between files. Raises UserError (`job.report`).
-        """
-        for path, reason in list(reasons.items())[:_NAMED]:
-            log.info("%s: %s", path, reason)
-        for reason, count in Counter(_DETAIL.split(reason, maxsplit=1)[0] for reason in reasons.values()).most_common():
-            log.info("%s: %s files", reason, f"{count:,}")
-        file = Path(self.report) / f"{self.name}.jsonl"
-        lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in reasons.items()]
-        with output_errors("job.report", file):
-            write_text(file, "".join(line + "\n" for line in lines))
-        return file
-
-    def save_report(
-        self,
-        title: str,
-        figures: Mapping[str, float],
-        tables: Mapping[str, Sequence[TableRow]],
-        images: Mapping[str, np.ndarray],
-    ) -> Path:
-        """Write figures, tables and images [H, W, 3] as one HTML page, as JSON, and as CSV and PNG files.
-
-        Returns the page. Raises UserError (`job.report`).
-        """
-        folder = Path(self.report) / self.name
-        with output_errors("job.report", folder):
-            write_report(folder, tables, images)
-            write_json(folder / f"{self.name}.json", {"figures": figures, "tables": tables})
-            write_page(folder / FILE, f"{self.name}: {title}", figures, tables, images)
-        return folder / FILE
+def save_report(
+    folder: Path,
+    title: str,
+    figures: Mapping[str, float],
+    tables: Mapping[str, Sequence[TableRow]],
+    images: Mapping[str, np.ndarray],
+) -> Path:
+    """Write figures, tables and images [H, W, 3] as one HTML page, which is returned, as JSON, CSV and PNG files."""
+    with output_errors("job.report", folder):
+        write_report(folder, tables, images)
+        write_json(folder / f"{folder.name}.json", {"figures": figures, "tables": tables})
+        write_page(folder / FILE, f"{folder.name}: {title}", figures, tables, images)
+    return folder / FILE

@@ -124,8 +124,8 @@ def test_what_was_read_is_not_read_again(root, tmp_path, monkeypatch):
 
 def test_tags_that_share_images():
     tags = pa.chunked_array([[["a", "b"], [], ["a"]], [["b", "a", "c"]]], pa.list_(pa.string()))
-    names, together = count_together(tags)
-    assert names == ["a", "b", "c"] and together.tolist() == [[3, 2, 1], [2, 2, 1], [1, 1, 1]]
+    pairs = [tuple(row.values()) for row in count_together(tags)]
+    assert pairs == [("b", "a", 2, 1.0), ("c", "a", 1, 1.0), ("c", "b", 1, 1.0)]
 
 
 def test_statistics(root, tmp_path):
@@ -140,7 +140,7 @@ def test_statistics(root, tmp_path):
     assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
     assert tables["tags_together"][0] == {"tag": "hat", "and": "red", "images": 2, "share": 1.0}
     page = (tmp_path / "outputs/care/statistics/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 8 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace("http-equiv", "")
 
 
 def test_statistics_from_the_manifest_alone(root, tmp_path, monkeypatch):
