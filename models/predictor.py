@@ -5,13 +5,13 @@ somebody else's may be a tagger of the WD form (models/wd_file.py).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from models.image_model import ImageModel, OnnxForm
@@ -26,8 +26,8 @@ from utils.vocabulary import GENERAL, RATING
 
 log = get_logger(__name__)
 
-
 _Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
+_Names = Annotated[list[str], Field(min_length=1)]
 
 
 class _Preprocessing(BaseModel):
@@ -54,9 +54,7 @@ class _Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(
-                f"{len(self.mean)} numbers in mean and {len(self.std)} in std, for {self.channels} channels"
-            )
+            raise ValueError(f"mean {self.mean} and std {self.std} for {self.channels} channels")
         return self
 
 
@@ -65,8 +63,11 @@ class _Metadata(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    output: str | None = None
     preprocessing: _Preprocessing
     form: OnnxForm | None = None
+    class_names: _Names | None = None
+    tag_names: _Names | None = None
     tag_categories: list[int] | None = None
     tag_counts: list[int] | None = None
     tag_ids: list[int] | None = None
@@ -74,28 +75,22 @@ class _Metadata(BaseModel):
 
     @model_validator(mode="after")
     def _one_per_tag(self) -> Self:
-        count = len(getattr(self, "tag_names", ()))
+        count = len(self.tag_names or ())
         for name in ("tag_categories", "tag_counts", "tag_ids", "thresholds"):
             if (found := getattr(self, name)) is not None and len(found) != count:
                 raise ValueError(f"{len(found)} {name} for {count} tags")
         return self
 
 
-_Names = Annotated[list[str], Field(min_length=1)]
-_SCHEMAS = {
-    name: create_model("_Named", __base__=_Metadata, **{output.names_key: (_Names, ...)})
-    for name, output in OUTPUTS.items()
-    if output.names_key is not None
-}
-
-
 def check_metadata(path: Path, key: str, metadata: Any) -> None:
     """Raise UserError (`key`) that names the first wrong value of a file's metadata."""
-    output = metadata.get("output") if isinstance(metadata, dict) else None
     try:
-        _SCHEMAS.get(output, _Metadata).model_validate(metadata)
+        found = _Metadata.model_validate(metadata)
     except ValidationError as error:
         raise wrong_metadata(path, key, error) from None
+    output = OUTPUTS.get(found.output or "")
+    if output is not None and output.names_key is not None and getattr(found, output.names_key) is None:
+        raise UserError(f"{key}: {path} has wrong metadata ({output.names_key}: none); make the file again")
 
 
 def wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
@@ -108,11 +103,12 @@ def wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
 class Predictor:
     """Predictions for batches of uint8 images; `names` of the outputs and `preprocessing` as in training.
 
+    run: from uint8 images [B, C, H, W], and `probs`, `features` or `embedding`, to these, float32 [B, ...].
     vocabulary: the hash of what a tagger was trained on, where its file states it. thresholds: [K], or None.
     """
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata = dict(metadata)
+    def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
+        self.metadata, self._run = dict(metadata), run
         self.output, self.has_tags = OUTPUTS[metadata["output"]], metadata["output"] == "tags"
         self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
@@ -124,11 +120,11 @@ class Predictor:
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return probabilities float32 [B, K], or features [B, C], of uint8 images [B, C, H, W]."""
-        raise NotImplementedError
+        return self._run(images, self.output.heads[-1])
 
     def embed(self, images: Tensor) -> np.ndarray:
         """Return embeddings float32 [B, D] of uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
-        raise NotImplementedError
+        return self._run(images, "embedding")
 
     def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
         """Return what is written of each of some uint8 images [B, C, H, W]."""
@@ -136,68 +132,45 @@ class Predictor:
         return [self.output.make_row(values, columns, options) for values in self.predict(images)]
 
 
-class TorchPredictor(Predictor):
-    """Predict with a model that was rebuilt from a weight file."""
-
-    def __init__(self, model: ImageModel, metadata: Mapping[str, Any], device: torch.device) -> None:
-        super().__init__(metadata)
-        self._model, self._device = model.to(device), device
+def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torch.device) -> Predictor:
+    """Return the predictor of a model that was rebuilt from a weight file."""
+    model = model.to(device)
 
     @torch.inference_mode()
-    def predict(self, images: Tensor) -> np.ndarray:
-        """Return the predictions."""
-        return self._model(images.to(self._device))[-1].cpu().numpy()
+    def run(images: Tensor, what: str) -> np.ndarray:
+        images = images.to(device)
+        return (model.embed(images) if what == "embedding" else model(images)[-1]).cpu().numpy()
 
-    @torch.inference_mode()
-    def embed(self, images: Tensor) -> np.ndarray:
-        """Return the embeddings."""
-        return self._model.embed(images.to(self._device)).cpu().numpy()
+    return Predictor(metadata, run)
 
 
-class OnnxPredictor(Predictor):
-    """Predict with an ONNX file in ONNX Runtime. Raises UserError (`key`) where it cannot be read."""
+def onnx_predictor(path: Path, device: torch.device, key: str) -> Predictor:
+    """Return the predictor of an ONNX file in ONNX Runtime. Raises UserError (`key`) where it cannot be read."""
+    session = _open_session(path, device, key)
+    metadata = _read_metadata(path, key, session)
+    heads = OUTPUTS[metadata["output"]].heads
+    form = OnnxForm.model_validate(metadata.get("form") or {"outputs": {name: name for name in heads}})
+    names = {what: name for name, what in form.outputs.items()}
+    names.setdefault("embedding", names.get("features"))
+    (taken, *others), outputs = session.get_inputs(), {value.name: value.shape for value in session.get_outputs()}
+    shape, width = outputs.get(names.get(heads[-1]), []), len(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
+    if others or taken.name != form.input or len(shape) != 2 or (width and shape[1] != width):
+        raise UserError(
+            f"{key}: {path} takes {taken.name} and gives the outputs {outputs}; its metadata say {form.input}, and "
+            f"{names.get(heads[-1])} of [batch, {width or 'C'}]"
+        )
 
-    def __init__(self, path: Path, device: torch.device, key: str = "weights") -> None:
-        self._path, self._session = path, _open_session(path, device, key)
-        metadata = _read_metadata(path, key, self._session)
-        super().__init__(metadata)
-        plain = {"outputs": {name: name for name in self.output.heads}}
-        self._form = OnnxForm.model_validate(metadata.get("form") or plain)
-        self._name = next((name for name, what in self._form.outputs.items() if what == self.output.heads[-1]), "probs")
-        self._check_graph(path, key)
-
-    def _check_graph(self, path: Path, key: str) -> None:
-        """Raise UserError where the graph is not images -> outputs of the metadata's names."""
-        inputs = [(value.name, value.type) for value in self._session.get_inputs()]
-        outputs = {value.name: value.shape for value in self._session.get_outputs()}
-        shape, taken = outputs.get(self._name, []), [(self._form.input, "tensor(float)")]
-        if inputs != taken or len(shape) != 2 or (self.names and shape[1] != len(self.names)):
-            wanted = len(self.names) if self.names else "C"
+    def run(images: Tensor, what: str) -> np.ndarray:
+        if names.get(what) not in outputs:
             raise UserError(
-                f"{key}: {path} has the inputs {inputs} and the outputs {outputs}; a file that export.py made takes "
-                f"'{self._form.input}', tensor(float), and gives '{self._name}', [batch, {wanted}]"
+                f"weights: {path} has no {what} among its outputs, {', '.join(outputs)}; name the run, or export it "
+                "with format=wd14 or imgutils, or backbone_only=true"
             )
+        given = form.to_input(images.cpu().float() / 255.0).numpy()
+        parts = np.split(given, len(given)) if taken.shape[0] == 1 else [given]  # older WD files take one at a time
+        return np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
 
-    def predict(self, images: Tensor) -> np.ndarray:
-        """Return the predictions."""
-        return self._run(self._name, images)
-
-    def embed(self, images: Tensor) -> np.ndarray:
-        """Return the embeddings."""
-        there = [value.name for value in self._session.get_outputs()]
-        found = [name for name, what in self._form.outputs.items() if what in ("embedding", "features")]
-        if not found or found[0] not in there:
-            raise UserError(
-                f"weights: {self._path} has no embedding among its outputs, {', '.join(there)}; name the run, or "
-                "export it with format=wd14 or imgutils, or backbone_only=true"
-            )
-        return self._run(found[0], images)
-
-    def _run(self, name: str, images: Tensor) -> np.ndarray:
-        taken = self._form.to_input(images.cpu().float() / 255.0).numpy()
-        one = self._session.get_inputs()[0].shape[0] == 1  # older WD files take one image at a time
-        parts = np.split(taken, len(taken)) if one else [taken]
-        return np.concatenate([self._session.run([name], {self._form.input: part})[0] for part in parts])
+    return Predictor(metadata, run)
 
 
 def _open_session(path: Path, device: torch.device, key: str) -> Any:
@@ -224,12 +197,12 @@ def _open_session(path: Path, device: torch.device, key: str) -> Any:
 def _read_metadata(path: Path, key: str, session: Any) -> dict[str, Any]:
     """Return the metadata of a file of ours, or what the WD form stands for."""
     found = session.get_modelmeta().custom_metadata_map
+    if "atelier" not in found:
+        return read_wd_metadata(path, key, session.get_inputs(), session.get_outputs())
     try:
-        metadata = json.loads(found["atelier"]) if "atelier" in found else None
+        metadata = json.loads(found["atelier"])
     except (ValueError, RecursionError) as error:
         raise unreadable_onnx(path, key, error) from None
-    if "atelier" not in found:
-        metadata = read_wd_metadata(path, key, session.get_inputs(), session.get_outputs())
     check_metadata(path, key, metadata)
     if metadata.get("output") not in OUTPUTS:
         raise UserError(f"{key}: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")

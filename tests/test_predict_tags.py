@@ -17,7 +17,7 @@ from data.tags.captions import find_excluded, join_tags, spell_tags
 from data.tags.index import map_tags
 from data.tags.rules import TagRules
 from models.outputs import OUTPUTS, Columns, RowOptions
-from models.predictor import Predictor, TorchPredictor
+from models.predictor import Predictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
@@ -81,8 +81,7 @@ def test_which_tags_in_which_order(options, tags):
 def test_ratings_that_no_training_image_had_mean_nothing():
     metadata = {"output": "tags", "tag_names": ["general", "cat"], "tag_categories": [9, 0], "preprocessing": {}}
     for counts, has_ratings in (([3, 7], True), ([0, 7], False)):
-        predictor = Predictor({**metadata, "tag_counts": counts})
-        predictor.predict = lambda images: np.array([[0.1, 0.9]], np.float32)
+        predictor = Predictor({**metadata, "tag_counts": counts}, lambda images, _: np.array([[0.1, 0.9]], np.float32))
         (row,) = predictor.rows(None, RowOptions(1, np.full(2, 0.5)))
         assert ("rating" in row) is has_ratings and row["tags"] == ["cat"]
 
@@ -232,7 +231,7 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
     whole = {file: file.read_text() for file in sorted({*images.rglob("*")} - known) if file.is_file()}
     for file in whole:
         file.unlink()
-    rows_of, calls = TorchPredictor.rows, []
+    rows_of, calls = Predictor.rows, []
 
     def fatal(self, *arguments):
         calls.append(arguments)
@@ -242,7 +241,7 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
 
     monkeypatch.setattr("data.predictions._KEPT_EVERY", 1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(TorchPredictor, "rows", fatal)
+        patch.setattr(Predictor, "rows", fatal)
         go(place, output, *words)
     if output.endswith("csv"):
         with open(place / output, "a") as stream:

@@ -70,9 +70,8 @@ Format = Callable[[Weights, Path, ExportConfig], dict[str, Any]]
 
 def write_folder(name: str, weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write the files of one of TARGETS."""
-    target = TARGETS[name]
-    network = weights.whole if target.holds_decoder else weights.model.network
-    return export_folder(target, network, weights.metadata, folder, config.accepted)
+    network = weights.model.network if name in ("timm", "transformers") else weights.whole
+    return export_folder(name, network, weights.metadata, folder, config.accepted)
 
 
 def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def write_timm_tagger(weights: Weights, folder: Path, config: ExportConfig) -> d
     stated = weights.metadata["preprocessing"]
     network = tag_forms.to_bgr(weights.model.network, stated["image_size_hw"])
     metadata = {**weights.metadata, "channel_order": "BGR", "preprocessing": {**stated, "pad": "none"}}  # programs pad
-    report = export_folder(TARGETS["timm"], network, metadata, folder, config.accepted)
+    report = export_folder("timm", network, metadata, folder, config.accepted)
     vocabulary = vocabulary_of(weights.metadata)
     tag_forms.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
     return report

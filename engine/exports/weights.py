@@ -18,7 +18,7 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.image_model import ImageModel
 from models.outputs import NAME_KEYS
-from models.predictor import OnnxPredictor, Predictor, TorchPredictor
+from models.predictor import Predictor, onnx_predictor, torch_predictor
 from models.weights.fit import load_into
 from utils.errors import UserError
 from utils.io.weights import read_weights
@@ -122,9 +122,9 @@ def open_weights(path: Path, key: str = "weights") -> Weights:
 def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Predictor:
     """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError (`key`)."""
     if path.suffix == ".onnx":
-        return OnnxPredictor(path, device, key)
+        return onnx_predictor(path, device, key)
     weights = open_weights(path, key)
     if weights.model is None:
         name = weights.metadata["task"]["name"]
         raise UserError(f"{key}: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
-    return TorchPredictor(weights.model, weights.metadata, device)
+    return torch_predictor(weights.model, weights.metadata, device)

@@ -47,7 +47,7 @@ from models.config import ModelConfig, TimmConfig
 from models.normalise import Normalise
 from models.weights.fit import load_into
 from models.weights.initialise import initialise_from
-from models.weights.timm_hub import load_timm
+from models.weights.timm_hub import read_timm
 from utils.config.bounds import BelowOne, Positive
 from utils.config.schema import PathText
 from utils.contracts import Batch
@@ -156,7 +156,7 @@ class Student(Task):
         if path := _find_file(self._config.teacher):
             load_into(self.teacher, read_weights(path, _KEY)[0], keep_head=True, key=_KEY)
         else:
-            load_timm(self.teacher, keep_head=True, key=_KEY)
+            load_into(self.teacher, read_timm(self.teacher, _KEY)[0], keep_head=True, key=_KEY)
 
     def frozen_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the teacher's file."""

@@ -35,7 +35,7 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     state, metadata = read_weights(path, "init_from", which=source.weights)
     if "tag_names" not in metadata:
         return
-    known, state = read_facts(path, "init_from", metadata), convert(network, state).state
+    known, state = read_facts(path, "init_from", metadata), convert(network, state)[1]
     head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
     weight, bias = (state.get(f"{prefix}{name}", torch.empty(0)) for name in ("weight", "bias"))
     if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.in_features:

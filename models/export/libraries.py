@@ -23,31 +23,18 @@ from models.weights.timm_hub import filter_state
 from utils.errors import UserError
 from utils.io.weights import write_tensors
 
+Metadata = Mapping[str, Any]
 Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to what is compared
 _BASE = "convnextv2_tiny"  # whose builder takes the depths and dims of a size of ours
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def check_timm(network: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Raise UserError (`format`) where timm cannot express a network or its preprocessing."""
-    preprocessing = metadata["preprocessing"]
-    _refuse_padding(preprocessing, "timm")
-    height, width = preprocessing["image_size_hw"]
-    if height != width and preprocessing.get("eval_resize", "crop") == "crop":
-        raise UserError(
-            f"format: timm rounds the sides of crops that are not square in another way, and the images here are "
-            f"{height} x {width}; set format=onnx, or train with augment.eval_resize=squash"
-        )
-    # With patch_size=2, timm's first stage halves the map again, which ours does not.
-    if not hasattr(network, "pretrained_cfg"):
-        _refuse_shape(read_geometry(_official_state(network, "timm")), "timm", (4,))
-
-
-def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Write a network's weights and configuration into a folder."""
+def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
+    """Write weights and configuration. Raises UserError (`format`) for what timm cannot express."""
     import timm
 
-    config: dict[str, Any]
+    stated = metadata["preprocessing"]
+    _refuse_images("timm", stated)
     if hasattr(network, "pretrained_cfg"):
         state, classes = _with_head_norm(network), network.num_classes
         config = {"architecture": network.pretrained_cfg["architecture"], "num_features": network.num_features}
@@ -55,30 +42,32 @@ def write_timm(network: nn.Module, metadata: Mapping[str, Any], folder: Path) ->
             config["model_args"] = {"img_size": image_size_hw}
         names = {key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
     else:
-        official = _official_state(network, "timm")
-        geometry = read_geometry(official)
-        arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
-        name = f"convnextv2_{geometry.size}" if geometry.size else _BASE
+        # With patch_size=2, timm's first stage halves the map again, which ours does not.
+        official, geometry = _read_official(network, "timm", strides=(4,), stages=(4,))
+        classes, arguments = geometry.num_classes, {"depths": geometry.depths, "dims": geometry.dims}
+        name, arguments = (f"convnextv2_{geometry.size}", {}) if geometry.size else (_BASE, arguments)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            theirs = timm.create_model(
-                name, num_classes=geometry.num_classes, in_chans=geometry.in_channels, **arguments
-            )
-        state, classes = filter_state(theirs, _with_norm(official)), geometry.num_classes
+            theirs = timm.create_model(name, num_classes=classes, in_chans=geometry.in_channels, **arguments)
+        state = filter_state(theirs, official)
         config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
         names = {"first_conv": "stem.0", "classifier": "head.fc"}
     config["num_classes"] = classes
     if label_names(metadata):
         config["label_names"] = label_names(metadata)
+    squashes = _squashes(stated)
     config["pretrained_cfg"] = {
-        **_timm_preprocessing(metadata["preprocessing"]), **names, **licence_entry("license", metadata),
-        "num_classes": classes, "custom_load": False, "fixed_input_size": False,
+        "input_size": [stated["channels"], *stated["image_size_hw"]], "mean": stated["mean"], "std": stated["std"],
+        "interpolation": "box" if stated["interpolation"] == "area" else stated["interpolation"],
+        "crop_pct": 1.0 if squashes else stated["eval_crop"], "crop_mode": "squash" if squashes else "center",
+        **names, **licence_entry("license", metadata), "num_classes": classes, "custom_load": False,
+        "fixed_input_size": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_timm_folder(folder: Path) -> Outputs:
+def load_timm(folder: Path) -> Outputs:
     """Return logits of the network that timm makes of a folder; of a backbone, the last feature map."""
     import timm
 
@@ -100,37 +89,14 @@ def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _timm_preprocessing(ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our preprocessing in timm's words."""
-    squashes = ours.get("eval_resize", "crop") == "squash"
-    return {
-        "input_size": [ours["channels"], *ours["image_size_hw"]],
-        "mean": ours["mean"],
-        "std": ours["std"],
-        "interpolation": "box" if ours["interpolation"] == "area" else ours["interpolation"],
-        "crop_pct": 1.0 if squashes else ours["eval_crop"],
-        "crop_mode": "squash" if squashes else "center",
-    }
-
-
-# ------------------------------------------------------------------------------------------------------- transformers
-
-
-def check_transformers(network: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Raise UserError (`format`) where transformers cannot express a network or its preprocessing."""
-    _refuse_shape(read_geometry(_official_state(network, "transformers")), "transformers", (2, 4), any_stages=True)
-    _refuse_padding(metadata["preprocessing"], "transformers")
-    _processor(metadata["preprocessing"])
-
-
-def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Write a network's weights, configuration and image processor into a folder."""
+def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> None:
+    """Write weights, configuration and image processor. Raises UserError (`format`) for what transformers lacks."""
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    official = _official_state(network, "transformers")
-    geometry = read_geometry(official)
+    _refuse_images("transformers", metadata["preprocessing"])
+    official, geometry = _read_official(network, "transformers", strides=(2, 4), stages=(2, 3, 4, 5))
     names = label_names(metadata)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     config = ConvNextV2Config(
@@ -146,19 +112,18 @@ def write_transformers(network: nn.Module, metadata: Mapping[str, Any], folder: 
     config.update(licence_entry("license", metadata))
     if metadata["output"] == "tags":
         config.problem_type = "multi_label_classification"
-    state = translate(_with_norm(official), "official", "transformers")
     with torch.random.fork_rng(devices=[]):
         theirs = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)
-    if not geometry.num_classes:  # a bare backbone has no prefix
-        state = {name.removeprefix("convnextv2."): tensor for name, tensor in state.items()}
-    theirs.load_state_dict(state, strict=True)
+    prefix = "" if geometry.num_classes else "convnextv2."  # which a bare backbone does not have
+    state = translate(official, "official", "transformers")
+    theirs.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     theirs.save_pretrained(folder)
     processor = json.dumps(_processor(metadata["preprocessing"]), indent=2)
     (folder / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
 
 
-def load_transformers_folder(folder: Path) -> Outputs:
+def load_transformers(folder: Path) -> Outputs:
     """Return logits of the network that transformers makes of a folder; of a backbone, the last feature map."""
     from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
 
@@ -170,75 +135,58 @@ def load_transformers_folder(folder: Path) -> Outputs:
     return lambda images: network(images).logits
 
 
-def _processor(ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our preprocessing as an image processor of transformers.
-
-    Raises UserError (`format`) for what its processors do not have: other filters, and a crop that is not square.
-    """
-    height, width = ours["image_size_hw"]
-    if ours["interpolation"] not in _RESAMPLE:
-        raise UserError(
-            f"format: transformers' image processors resize {' or '.join(_RESAMPLE)} only, and the images here were "
-            f"resized {ours['interpolation']}; set format=timm or onnx"
-        )
+def _processor(stated: Metadata) -> dict[str, Any]:
+    """Return our preprocessing as an image processor of transformers."""
+    height, width = stated["image_size_hw"]
     common = {
-        "do_resize": True, "resample": _RESAMPLE[ours["interpolation"]], "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": ours["mean"], "image_std": ours["std"],
-        "do_convert_rgb": ours["channels"] == 3,
+        "do_resize": True, "resample": _RESAMPLE[stated["interpolation"]], "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": stated["mean"], "image_std": stated["std"],
+        "do_convert_rgb": stated["channels"] == 3,
     }  # fmt: skip
     size = {"height": height, "width": width}
-    if ours.get("eval_resize", "crop") == "squash":
+    if _squashes(stated):
         return {"image_processor_type": "ViTImageProcessor", "size": size, **common}
-    if height != width:
-        raise UserError(
-            f"format: transformers' image processors crop squares only, and the images here are {height} x {width}; "
-            "set format=timm or onnx, or train with augment.eval_resize=squash"
-        )
-    edge = {"shortest_edge": math.floor(height / ours["eval_crop"])}
+    edge = {"shortest_edge": math.floor(height / stated["eval_crop"])}
     return {"image_processor_type": "BitImageProcessor", "size": edge, "do_center_crop": True, "crop_size": size,
             **common}  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------- both
+def _squashes(stated: Metadata) -> bool:
+    return stated.get("eval_resize", "crop") == "squash"
 
 
-def _official_state(network: nn.Module, target: str) -> dict[str, Tensor]:
-    """Return a ConvNeXt V2's tensors under official names, ours or timm's.
+def _read_official(
+    network: nn.Module, library: str, *, strides: tuple[int, ...], stages: tuple[int, ...]
+) -> tuple[dict[str, Tensor], Geometry]:
+    """Return a ConvNeXt V2's tensors under official names, ours or timm's, and its geometry.
 
-    Raises UserError (`format`) for another network.
+    A final norm that an encoder lacks has scale 1 and shift 0. Raises UserError (`format`) for another network, and for
+    a stem or a number of stages that a library does not have.
     """
     layout, state = recognise(network.state_dict())
     if layout not in ("official", "timm") or not any(".grn." in name for name in state):
         name = type(network).__name__
-        raise UserError(f"format: {target} takes ConvNeXt V2, and not {name}; set format=timm, onnx or safetensors")
-    return state
-
-
-def _with_norm(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the final norm that an encoder lacks and timm and transformers have: scale 1, shift 0."""
-    width = read_geometry(official).dims[-1]
-    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **official}
-
-
-def _refuse_padding(preprocessing: Mapping[str, Any], library: str) -> None:
-    """Raise UserError (`format`) where images are padded first, which a library's transforms do not do as ours."""
-    if preprocessing.get("pad", "none") != "none":
+        raise UserError(f"format: {library} takes ConvNeXt V2, and not {name}; set format=timm, onnx or safetensors")
+    geometry = read_geometry(state)
+    stride, count = geometry.stem_stride, len(geometry.depths)
+    if stride not in strides or count not in stages:
         raise UserError(
-            f"format: the images were padded before they were resized (augment.pad={preprocessing['pad']}), which "
-            f"{library}'s own transforms cannot do; set format=onnx, or train with augment.pad=none"
+            f"format: {library} has no ConvNeXt V2 with {count} stages and a stem of stride {stride}; set format=onnx "
+            "or safetensors, or transformers for other numbers of stages and a stem of stride 2"
         )
+    width = geometry.dims[-1]
+    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}, geometry
 
 
-def _refuse_shape(geometry: Geometry, target: str, strides: tuple[int, ...], *, any_stages: bool = False) -> None:
-    """Raise UserError (`format`) for a network whose stem or number of stages a library does not have."""
-    if len(geometry.depths) != 4 and not any_stages:
-        has, found = "ConvNeXt V2 of four stages", len(geometry.depths)
-    elif geometry.stem_stride not in strides:
-        has = f"a stem of stride {' or '.join(map(str, strides))}"
-        found = "a 3x3 stem" if geometry.stem_stride == 1 else f"a stem of stride {geometry.stem_stride}"
+def _refuse_images(library: str, stated: Metadata) -> None:
+    """Raise UserError (`format`) for images that a library's own transforms would prepare in another way."""
+    height, width = stated["image_size_hw"]
+    if stated.get("pad", "none") != "none":
+        reason, advice = f"do not pad images (augment.pad={stated['pad']})", "augment.pad=none"
+    elif height != width and not _squashes(stated):
+        reason, advice = f"crop squares only, and the images are {height} x {width}", "augment.eval_resize=squash"
+    elif library == "transformers" and stated["interpolation"] not in _RESAMPLE:
+        reason, advice = f"resize {' or '.join(_RESAMPLE)} only", "augment.interpolation=bicubic"
     else:
         return
-    raise UserError(
-        f"format: {target} has {has} only, and this network has {found}; set format=onnx or safetensors, or "
-        "transformers for other numbers of stages and a stem of stride 2"
-    )
+    raise UserError(f"format: the image transforms of {library} {reason}; set format=onnx, or train with {advice}")

@@ -22,7 +22,6 @@ log = get_logger(__name__)
 
 # Anchored: a layer whose name merely contains `pred` or `proj` is not part of the decoder.
 _FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
-_GRN = re.compile(r"(^|\.)grn\.(gamma|beta)$")
 _MAX_ROWS = 20
 _ENCODER = "encoder."
 _ADVICE = (
@@ -64,14 +63,13 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
 
     A classifier takes the encoder of an FCMAE. An FCMAE takes an encoder, or that of a classifier, and keeps its own
     decoder. The head stays at its initial values if `keep_head` is false, or if the state has no head or one of another
-    shape. So does the final norm if the state has none. GRN tensors may have 1, 2 or 4 axes, and a stem may have other
-    input channels (`_adapt_channels`).
+    shape. So does the final norm if the state has none. A stem may have other input channels (`_adapt_channels`).
 
     Raises UserError (`key`) with a table of every other name that is missing, unexpected, of a wrong shape or of
     another kind of number.
     """
     wanted = network.state_dict()
-    found = {name: _fit_grn(name, tensor, wanted) for name, tensor in _fit_prefix(state, wanted).items()}
+    found = _fit_prefix(state, wanted)
     for name in first_convolutions(network):
         if name in found and name in wanted:
             found[name] = _adapt_channels(name, found[name], wanted[name])
@@ -96,15 +94,8 @@ def _fit_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     if theirs and not ours:
         return {name.removeprefix(_ENCODER): state[name] for name in state if not _FCMAE_ONLY.match(name)}
     if ours and not theirs:
-        return {f"{_ENCODER}{name}": state[name] for name in state if not name.startswith(("head.", "norm."))}
+        return {_ENCODER + name: state[name] for name in state if not name.startswith(("head.", "norm."))}
     return dict(state)
-
-
-def _fit_grn(name: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
-    """Give a GRN tensor of shape (C), (1, C) or (1, 1, 1, C) the shape that the network wants."""
-    if _GRN.search(name) and name in wanted and tensor.ndim and tensor.numel() == tensor.shape[-1]:
-        return tensor.reshape(wanted[name].shape) if tensor.numel() == wanted[name].numel() else tensor
-    return tensor
 
 
 def _adapt_channels(name: str, weight: Tensor, wanted: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.fit import Fit, fit_state, is_meta, load_into, optional_prefixes
+from models.weights.fit import Fit, fit_state, is_meta, optional_prefixes
 from models.weights.layouts import recognise, strip_wrappers
-from models.weights.timm_hub import filter_state, load_timm
+from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError
 from utils.io.folder_config import read_config_beside
 from utils.io.weights import InitFrom, read_weights, refuse_average
@@ -22,14 +22,6 @@ _MAX_NAME = 60  # characters of a class name that a file brings
 _MAX_TEXT = 200  # characters of what a file says about itself
 # Of the weights that facebookresearch/ConvNeXt-V2 released (its README and issue 2); its code is MIT.
 RELEASED_LICENCE = "cc-by-nc-4.0"
-
-
-class Converted(NamedTuple):
-    """A state under the names of a network; the layout that it had; and the names that have no place there."""
-
-    layout: str
-    state: dict[str, Tensor]
-    removed: list[str]
 
 
 def initialise_from(
@@ -44,46 +36,38 @@ def initialise_from(
     """
     if source is None:
         return None
+    known = None
     if source.source == "timm":
         refuse_average(source.weights, "the weights of timm have no average beside them")
-        fit, origin = load_timm(network, keep_head=keep_head)
-        if keep_head and class_names is not None:
-            _check_head(network, fit.left, Path(origin["source"]), None, class_names)
+        state, origin = read_timm(network)
     else:
         path = source.find()
-        shapes, metadata = read_weights(path, "init_from", which=source.weights, shapes_only=True)
-        converted = convert(network, shapes)
-        layout, known = converted.layout, None
-        left = fit_state(network, converted.state, keep_head=keep_head).left
-        if keep_head and class_names is not None:
-            known = read_class_names(path, metadata)
-            _check_head(network, left, path, known, class_names)
-        if not is_meta(network):
-            tensors, _ = read_weights(path, "init_from", which=source.weights)
-            converted = convert(network, tensors)
-        if known is not None:
-            converted = _order_head(converted, network, [known.index(name) for name in class_names])
-        fit = load_into(network, converted.state, keep_head=keep_head)
-        fit = fit._replace(dropped=[*converted.removed, *fit.dropped])
+        tensors, metadata = read_weights(path, "init_from", which=source.weights, shapes_only=is_meta(network))
+        layout, state = convert(network, tensors)
         origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
+        known = read_class_names(path, metadata)
+    fit = fit_state(network, state, keep_head=keep_head)
+    if keep_head and class_names is not None:
+        _keep_head(network, fit, origin["source"], known, class_names)
+    if not is_meta(network):
+        network.load_state_dict(fit.given, strict=False)
     _report(origin, fit)
     return origin
 
 
-def convert(network: nn.Module, state: Mapping[str, Tensor]) -> Converted:
-    """Return a state under the names of a network.
+def convert(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Return the layout of a state, and the state under the names of a network.
 
     A ConvNeXt V2 of ours takes every layout of `recognise`, and any timm network what timm itself converts, which is
     the official layout too.
     """
     layout, official = recognise(state)
     if isinstance(network, ConvNeXtV2 | FCMAE):
-        return Converted(layout, official, [])
+        return layout, official
     if layout in ("timm", "other"):
-        return Converted(layout, filter_state(network, strip_wrappers(state)), [])
+        return layout, filter_state(network, strip_wrappers(state))
     encoder = {name.removeprefix("encoder."): one for name, one in official.items() if name.startswith("encoder.")}
-    removed = [name for name in official if not name.startswith("encoder.")] if encoder else []  # an FCMAE's decoder
-    return Converted(layout, filter_state(network, encoder or official), removed)
+    return layout, filter_state(network, encoder or official)
 
 
 def _report(origin: Mapping[str, Any], fit: Fit) -> None:
@@ -112,31 +96,26 @@ def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | Non
     return names if isinstance(names, list) or names is None else []
 
 
-def _check_head(
-    network: nn.Module, left: Sequence[str], path: Path, known: list[Any] | None, wanted: Sequence[str]
-) -> None:
-    """Raise UserError (`task.head`) where a file has no head of the classes wanted.
+def _keep_head(network: nn.Module, fit: Fit, source: str, known: list[Any] | None, wanted: Sequence[str]) -> None:
+    """Put the rows of the head that is given into the order of the classes wanted.
 
-    left: the names that keep their initial values; known: the classes that the file names, None where it names none.
+    known: the classes that the file names, None where it names none. Raises UserError (`task.head`) where the file has
+    no head of these classes.
     """
-    advice = "set task.head=drawn or fitted"
+    advice, head = "set task.head=drawn or fitted", optional_prefixes(network)[0]
     if known is not None and (len(known) != len(wanted) or any(name not in known for name in wanted)):
         theirs, ours = ([name for name in a if name not in b] for a, b in ((known, wanted), (wanted, known)))
         raise UserError(
-            f"task.head: kept, but {path} is of {len(known)} classes and this run of {len(wanted)}: only in the file "
+            f"task.head: kept, but {source} is of {len(known)} classes and this run of {len(wanted)}: only in the file "
             f"{_shorten(theirs)}, only in this run {_shorten(ours)}; {advice}, or rename the folders to the file's "
             "classes. If only the names differ, give a copy of the file without names (of model.safetensors, away from "
             "its config.json): its classes are then those of the sorted folders"
         )
-    if any(name.startswith(optional_prefixes(network)[0]) for name in left):
-        raise UserError(f"task.head: kept, but {path} has no head of these {len(wanted)} classes; {advice}")
-
-
-def _order_head(converted: Converted, network: nn.Module, rows: list[int]) -> Converted:
-    """Return a state whose head gives as output i what it gave as output `rows[i]`."""
-    head = optional_prefixes(network)[0]
-    state = {name: tensor[rows] if name.startswith(head) else tensor for name, tensor in converted.state.items()}
-    return converted._replace(state=state)
+    if any(name.startswith(head) for name in fit.left):
+        raise UserError(f"task.head: kept, but {source} has no head of these {len(wanted)} classes; {advice}")
+    if known is not None:
+        rows = [known.index(name) for name in wanted]
+        fit.given.update({name: tensor[rows] for name, tensor in fit.given.items() if name.startswith(head)})
 
 
 def _shorten(names: Sequence[Any]) -> str:

@@ -25,58 +25,47 @@ from torch import Tensor
 
 Layout = Literal["official", "timm", "transformers", "mmpretrain"]
 
-_PARTS = (
-    "stem", "stem_norm", "down_norm", "down", "dwconv", "norm", "pwconv1", "grn", "pwconv2", "final_norm", "head",
-)  # fmt: skip
-_TEMPLATES: dict[Layout, tuple[str, ...]] = {
-    "official": (
-        "downsample_layers.0.0", "downsample_layers.0.1", "downsample_layers.{s}.0", "downsample_layers.{s}.1",
-        "stages.{s}.{b}.dwconv", "stages.{s}.{b}.norm", "stages.{s}.{b}.pwconv1", "stages.{s}.{b}.grn",
-        "stages.{s}.{b}.pwconv2", "norm", "head",
-    ),
-    "timm": (
-        "stem.0", "stem.1", "stages.{s}.downsample.0", "stages.{s}.downsample.1",
-        "stages.{s}.blocks.{b}.conv_dw", "stages.{s}.blocks.{b}.norm", "stages.{s}.blocks.{b}.mlp.fc1",
-        "stages.{s}.blocks.{b}.mlp.grn", "stages.{s}.blocks.{b}.mlp.fc2", "head.norm", "head.fc",
-    ),
-    "transformers": (
-        "convnextv2.embeddings.patch_embeddings", "convnextv2.embeddings.layernorm",
-        "convnextv2.encoder.stages.{s}.downsampling_layer.0", "convnextv2.encoder.stages.{s}.downsampling_layer.1",
-        "convnextv2.encoder.stages.{s}.layers.{b}.dwconv", "convnextv2.encoder.stages.{s}.layers.{b}.layernorm",
-        "convnextv2.encoder.stages.{s}.layers.{b}.pwconv1", "convnextv2.encoder.stages.{s}.layers.{b}.grn",
-        "convnextv2.encoder.stages.{s}.layers.{b}.pwconv2", "convnextv2.layernorm", "classifier",
-    ),
-    "mmpretrain": (
-        "backbone.downsample_layers.0.0", "backbone.downsample_layers.0.1", "backbone.downsample_layers.{s}.0",
-        "backbone.downsample_layers.{s}.1", "backbone.stages.{s}.{b}.depthwise_conv", "backbone.stages.{s}.{b}.norm",
-        "backbone.stages.{s}.{b}.pointwise_conv1", "backbone.stages.{s}.{b}.grn",
-        "backbone.stages.{s}.{b}.pointwise_conv2", "backbone.norm3", "head.fc",
-    ),
-}  # fmt: skip
-# The names of GRN's two tensors: the factor and the shift.
-_GRN_LEAVES: dict[Layout, tuple[str, str]] = {
-    "official": ("gamma", "beta"),
-    "timm": ("weight", "bias"),
-    "transformers": ("weight", "bias"),
-    "mmpretrain": ("gamma", "beta"),
+# The official name of a layer (of a tensor, for GRN); timm's; and transformers', without `convnextv2.`.
+_NAMES = {
+    "downsample_layers.0.0": ("stem.0", "embeddings.patch_embeddings"),
+    "downsample_layers.0.1": ("stem.1", "embeddings.layernorm"),
+    "downsample_layers.{s}.0": ("stages.{s}.downsample.0", "encoder.stages.{s}.downsampling_layer.0"),
+    "downsample_layers.{s}.1": ("stages.{s}.downsample.1", "encoder.stages.{s}.downsampling_layer.1"),
+    "stages.{s}.{b}.dwconv": ("stages.{s}.blocks.{b}.conv_dw", "encoder.stages.{s}.layers.{b}.dwconv"),
+    "stages.{s}.{b}.norm": ("stages.{s}.blocks.{b}.norm", "encoder.stages.{s}.layers.{b}.layernorm"),
+    "stages.{s}.{b}.pwconv1": ("stages.{s}.blocks.{b}.mlp.fc1", "encoder.stages.{s}.layers.{b}.pwconv1"),
+    "stages.{s}.{b}.grn.gamma": ("stages.{s}.blocks.{b}.mlp.grn.weight", "encoder.stages.{s}.layers.{b}.grn.weight"),
+    "stages.{s}.{b}.grn.beta": ("stages.{s}.blocks.{b}.mlp.grn.bias", "encoder.stages.{s}.layers.{b}.grn.bias"),
+    "stages.{s}.{b}.pwconv2": ("stages.{s}.blocks.{b}.mlp.fc2", "encoder.stages.{s}.layers.{b}.pwconv2"),
+    "norm": ("head.norm", "layernorm"),
+    "head": ("head.fc", "classifier"),
 }
-_LEAVES = ("weight", "bias")
-# Where a layout may lack the prefix: a backbone that was saved alone.
-_PREFIX: dict[Layout, str] = {"transformers": "convnextv2.", "mmpretrain": "backbone."}
 
 
-def _compile(layout: Layout) -> list[tuple[str, re.Pattern[str]]]:
-    patterns = []
-    for part, template in zip(_PARTS, _TEMPLATES[layout]):
-        text = re.escape(template).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
-        leaves = _GRN_LEAVES[layout] if part == "grn" else _LEAVES
-        if prefix := _PREFIX.get(layout):
-            text = text.replace(re.escape(prefix), f"(?:{re.escape(prefix)})?", 1)
-        patterns.append((part, re.compile(rf"{text}\.(?P<leaf>{'|'.join(leaves)})")))
-    return patterns
+def _list_templates(layout: Layout) -> list[str]:
+    """Return the names of a layout's tensors in the order of `_NAMES`; `{leaf}` is weight or bias."""
+    found = []
+    for official, (timm, transformers) in _NAMES.items():
+        other = official.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
+        name = {
+            "official": official,
+            "timm": timm,
+            "transformers": transformers if official == "head" else f"convnextv2.{transformers}",
+            "mmpretrain": {"norm": "backbone.norm3", "head": "head.fc"}.get(official, f"backbone.{other}"),
+        }[layout]
+        found.append(name if ".grn." in official else f"{name}.{{leaf}}")
+    return found
 
 
-_PATTERNS = {layout: _compile(layout) for layout in _TEMPLATES}
+def _compile(template: str) -> re.Pattern[str]:
+    """Return the pattern of a template; a backbone that was saved alone may lack the prefix."""
+    text = re.sub(r"\\{([sb])\\}", r"(?P<\1>\\d+)", re.escape(template)).replace(r"\{leaf\}", "(?P<leaf>weight|bias)")
+    return re.compile(re.sub(r"^(convnextv2|backbone)\\\.", r"(?:\1\.)?", text))
+
+
+_TEMPLATES = {layout: _list_templates(layout) for layout in get_args(Layout)}
+_PATTERNS = {layout: [_compile(template) for template in templates] for layout, templates in _TEMPLATES.items()}
+_DWCONV = list(_NAMES).index("stages.{s}.{b}.dwconv")
 # Left by DDP, by torch.compile and by wrappers that hold a network as `model` or `network`.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
@@ -94,8 +83,9 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     for layout in get_args(Layout):
         if is_in_layout(state, layout):
             return layout, translate(state, layout, "official")
-    is_fcmae = is_in_layout([name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)], "official")
-    return "official" if is_fcmae else "other", state
+    if is_in_layout([name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)], "official"):
+        return "official", {name: _reshape_for(name, tensor, "official") for name, tensor in state.items()}
+    return "other", state
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,13 +97,9 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def translate_name(name: str, source: Layout, target: Layout) -> str | None:
     """Return a tensor's name in another layout; None where the source layout has no such name."""
-    for part, pattern in _PATTERNS[source]:
+    for pattern, template in zip(_PATTERNS[source], _TEMPLATES[target]):
         if match := pattern.fullmatch(name):
-            groups = match.groupdict()
-            leaf = groups.pop("leaf")
-            if part == "grn":
-                leaf = _GRN_LEAVES[target][_GRN_LEAVES[source].index(leaf)]
-            return f"{_TEMPLATES[target][_PARTS.index(part)].format(**groups)}.{leaf}"
+            return template.format(**match.groupdict())
     return None
 
 
@@ -122,14 +108,13 @@ def translate(state: Mapping[str, Tensor], source: Layout, target: Layout) -> di
     translated = {}
     for name, tensor in state.items():
         new = translate_name(name, source, target)
-        translated[name if new is None else new] = tensor if new is None else _reshape_for(new, tensor, target)
+        translated[new or name] = tensor if new is None else _reshape_for(new, tensor, target)
     return translated
 
 
 def is_in_layout(names: Iterable[str], layout: Layout) -> bool:
     """Tell whether one of the names is that of a block's depthwise convolution in a layout."""
-    pattern = _PATTERNS[layout][_PARTS.index("dwconv")][1]
-    return any(pattern.fullmatch(name) for name in names)
+    return any(_PATTERNS[layout][_DWCONV].fullmatch(name) for name in names)
 
 
 def _reshape_for(name: str, tensor: Tensor, layout: Layout) -> Tensor:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.weights.fit import Fit, first_convolutions, load_into, optional_prefixes
+from models.weights.fit import first_convolutions, optional_prefixes
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-def load_timm(network: nn.Module, *, keep_head: bool, key: str = "init_from") -> tuple[Fit, dict[str, Any]]:
-    """Load timm's weights for a timm network into it; returns the fit, and the origin.
+def read_timm(network: nn.Module, key: str = "init_from") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return timm's weights for a timm network, without a head of other classes; and their origin.
 
     Raises UserError (`key`) where the network is not timm's, has no weights there, or they cannot be had.
     """
@@ -43,12 +43,12 @@ def load_timm(network: nn.Module, *, keep_head: bool, key: str = "init_from") ->
             f"timm.create_model('{name}', pretrained=True) where there is a network and copy the cache (HF_HOME), or "
             f"give a file: {key}=PATH"
         ) from None
-    keeps = keep_head and stated.get("num_classes") == network.num_classes
-    state = filter_state(network, loaded.state_dict())  # of another image size: positions are interpolated
-    fit = load_into(network, state, keep_head=keeps)
-    licence = stated.get("license")
+    state, licence = filter_state(network, loaded.state_dict()), stated.get("license")  # positions are interpolated
+    if stated.get("num_classes") != network.num_classes:  # timm has drawn the head
+        head = optional_prefixes(network)[0]
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
     log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
-    return fit, {"source": f"timm {name}", "layout": "timm", "licence": licence}
+    return state, {"source": f"timm {name}", "layout": "timm", "licence": licence}
 
 
 def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
