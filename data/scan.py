@@ -2,7 +2,7 @@
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
 and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (data/tags/sidecars.py), and
-kohya's metadata at the root may know more (data/tags/metadata.py). Names that begin with a dot are ignored, links are
+kohya's metadata at the root may know more (data/tags/sidecars.py). Names that begin with a dot are ignored, links are
 followed.
 """
 
@@ -16,9 +16,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data.table import SPLIT_NAMES, build_table, settle_test_split, show_some
-from data.tags.metadata import read_metadata
 from data.tags.records import Sidecar
-from data.tags.sidecars import SUFFIXES, read_sidecars
+from data.tags.sidecars import SUFFIXES, read_metadata, read_sidecars
 from utils.errors import UserError
 from utils.record.logging import get_logger
 

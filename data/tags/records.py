@@ -3,6 +3,7 @@
 A tag of a known category is written with it, such as `character:hatsune_miku`; data/tags/names.py reads it.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 from utils.errors import UserError
 from utils.vocabulary import CATEGORIES
 
-# Categories that are written before the tag; a general tag is written bare.
-STATED = ("artist", "character", "copyright", "meta")
+_STATED = ("artist", "character", "copyright", "meta")  # written before the tag; a general tag is written bare
+# The fields of a record that have tags of one category: Danbooru's texts, gallery-dl's lists.
+CATEGORY_FIELDS = {f"{form}_{name}": name for form in ("tag_string", "tags") for name in CATEGORIES}
+FIELDS = ("id", "md5", "rating", "caption", "tags", "tag_string", *CATEGORY_FIELDS)
 _SEPARATORS = re.compile(r"[,\n]")
 
 
@@ -48,7 +51,7 @@ def parse_text(text: str, one_per_line: bool = False) -> Sidecar:
     """
     caption = text.strip()
     pieces = caption.split("\n") if one_per_line and "\n" in caption else _SEPARATORS.split(caption)
-    return Sidecar(unique_tags(pieces), None, caption or None)
+    return Sidecar(_unique(pieces), None, caption or None)
 
 
 def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
@@ -58,59 +61,45 @@ def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
     """
     found, rating = record.get("id"), record.get("rating")
     rating = str(rating) if type(rating) is int and 0 <= rating <= 3 else rating
-    is_id = isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**63
+    texts = {"rating": rating, "caption": record.get("caption")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"data.root: {key!r} in {where} is {value!r}; write a text, or leave it out")
+        texts[key] = (value or "").strip() or None
     return Sidecar(
-        _tags_of_record(where, record),
-        _text_of_record(where, "rating", rating),
-        _text_of_record(where, "caption", record.get("caption")),
-        found if is_id else None,
+        _tags_of_record(where, record), **texts, id=found if type(found) is int and abs(found) < 2**63 else None
     )
-
-
-def unique_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Strip tags and drop blank and repeated ones, keeping the order. Interned, for a collection repeats them."""
-    return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))
-
-
-def _text_of_record(where: str, key: str, value: Any) -> str | None:
-    """Return a text of a record, None where it is null or blank."""
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"data.root: {key!r} in {where} is {value!r}; write a text, or leave it out")
-    return (value or "").strip() or None
 
 
 def _tags_of_record(where: str, record: dict[str, Any]) -> tuple[str, ...] | None:
     """Return a record's tags, None where it states none: from `tags`, else `tag_string`, else those of categories.
 
-    Categories: `tag_string_artist` and so on, lists such as `tags_artist`, or `tags` as an object of them.
+    Categories: CATEGORY_FIELDS, or `tags` as an object of them.
     """
-    whole = next((record[key] for key in ("tags", "tag_string") if record.get(key) is not None), None)
-    words: dict[str, list[str]] = {}
-    for key, value in record.items():
-        form, _, category = key.rpartition("_")
-        if value is not None and (form == "tag_string" or (form == "tags" and category in CATEGORIES)):
-            words.setdefault(category, _words(where, value, spaced=True))
+    whole = next((name for name in ("tags", "tag_string") if record.get(name) is not None), None)
+    parts = [(category, name, record.get(name)) for name, category in CATEGORY_FIELDS.items()]
+    if isinstance(record.get("tags"), dict):
+        parts, whole = [(category, "tags", value) for category, value in record["tags"].items()], None
+    words = {category: _words(where, name, value) for category, name, value in parts if value is not None}
     if whole is None and not words:
         return None
-    if isinstance(whole, dict):
-        words, whole = {name: _words(where, value, spaced=False) for name, value in whole.items()}, None
-    written = {word: f"{name}:{word}" for name in STATED for word in words.get(name, ())}
-    every = [word for group in words.values() for word in group]
-    if whole is not None:
-        every = _words(where, whole, spaced=record.get("tags") is None)
-    return unique_tags(written.get(word, word) for word in every)
+    written = {word: f"{category}:{word}" for category in _STATED for word in words.get(category, ())}
+    every = itertools.chain(*words.values()) if whole is None else _words(where, whole, record[whole])
+    return _unique(written.get(word, word) for word in every)
 
 
-def _words(where: str, value: Any, spaced: bool) -> list[str]:
-    """Return the tags of a list or a text; in a text that is not `spaced`, commas separate where there is one.
+def _words(where: str, field: str, value: Any) -> list[str]:
+    """Return the tags of a list or a text.
 
-    Boorus separate with spaces; people who write JSON by hand use commas.
+    Spaces separate in the texts of boorus; in `tags` commas do where there is one, as people write JSON by hand.
     """
     if isinstance(value, str):
-        return value.split() if spaced or "," not in value else _SEPARATORS.split(value)
+        return _SEPARATORS.split(value) if field == "tags" and "," in value else value.split()
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise UserError(
-            f"data.root: the tags in {where} are {value!r}; write a list of texts, or one text with spaces between "
-            "the tags"
-        )
+        raise UserError(f"data.root: the tags in {where} are {value!r}; write a list of texts, or one text")
     return value
+
+
+def _unique(tags: Iterable[str]) -> tuple[str, ...]:
+    """Strip tags and drop blank and repeated ones, keeping the order. Interned, for a collection repeats them."""
+    return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))

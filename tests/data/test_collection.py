@@ -387,10 +387,10 @@ def test_sidecars_with_the_whole_name_come_first(load, root):
     "data,message",
     [
         (b'{"tags": [', "a.json' is broken JSON (Expecting value"),
-        (b"[1]", "a.json' holds a JSON list; an object with tags, rating or caption is allowed"),
-        (b'{"tags": 5}', "the tags in the sidecar"),
-        (b'{"tags": ["a", 5]}', "are ['a', 5]; write a list of texts, or one text with spaces"),
-        (b'{"rating": 5}', "'rating' in the sidecar"),
+        (b"[1]", "a.json' holds a JSON list; an object"),
+        (b'{"tags": 5}', "the tags in '"),
+        (b'{"tags": ["a", 5]}', "are ['a', 5]; write a list of texts"),
+        (b'{"rating": 5}', "'rating' in '"),
         (b"\xff", "a.json' is not UTF-8"),
         (b'{"caption": "\\ud800"}', "a.json' is broken JSON ("),
         (b"[" * 100_000, "a.json' is broken JSON (nested too deeply)"),
@@ -413,7 +413,7 @@ def test_a_sidecar_may_not_be_a_link_out_of_the_root(load, refuse, root, tmp_pat
     secret.write_text('{"tags": ["secret"]}')
     link = root / f"cat/a{ending}"
     link.symlink_to(secret)
-    refuse(root, f"the sidecar {str(link)!r} is a link out of the collection, to {str(secret)!r}; put the file in its")
+    refuse(root, f"{str(link)!r} is a link out of the collection, to {str(secret)!r}; put the file in its")
     link.unlink()
     link.symlink_to(f"../../{secret.name}")
     refuse(root, "is a link out of the collection")
@@ -440,7 +440,7 @@ def test_sidecars_that_are_no_files_or_too_large_are_refused(refuse, root):
     refuse(root, "is not a file of at most 16,777,216 bytes")
     (root / "a.txt").unlink()
     (root / "a.txt").symlink_to(root / "nowhere.txt")
-    refuse(root, "a.txt' cannot be read (No such file or directory)")
+    refuse(root, "a.txt' is not a file")
 
 
 def test_nothing_of_a_json_sidecar_names_a_file(load, root):

@@ -175,7 +175,7 @@ def test_metadata_of_kohya(tmp_path, log):
         "x/d.png": (["kept"], None, "kept", None),
         "x/meta_c.png": ([], None, None, None),
     }
-    assert "meta_lat.json: 2 of 3 entries are of images here; the others, such as '/elsewhere/x/gone.png', " in log.text
+    assert "meta_lat.json: 2 of 3 entries are of images here" in log.text
 
 
 def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
@@ -193,9 +193,8 @@ BAD_METADATA = [
     ({"meta_a.json": "[1]"}, "meta_a.json' holds a JSON list"),
     ({"meta_a.json": b'{"a": {"tags": "\xff"}}'}, "meta_a.json' is not UTF-8"),
     ({"meta_a.json": '{"a": {"tags": 5}}'}, "meta_a.json', 'a' are 5"),
-    ({"meta_a.json": '{"a": {"tags": "x"}, "d/a.png": {}}'}, "'a' and 'd/a.png' both name 'a.png'"),
     ({"meta_a.json": '{"a": {}}', "meta_b.json": '{"a": {}}'}, "holds both meta_a.json and meta_b.json"),
-    ({"meta_a.jsonl": '{"image_path": "a.png"}\n{'}, "meta_a.jsonl', object 1, is broken JSON"),
+    ({"meta_a.jsonl": '{"image_path": "a.png"}\n{'}, "meta_a.jsonl', line 1, is broken JSON"),
 ]
 
 
@@ -210,13 +209,13 @@ def test_bad_metadata_is_refused_by_name(tmp_path, files, message):
 
 POSTS = [
     {"id": 4000123, "md5": "ab" * 16, "file_ext": "png", "rating": "g", "tag_string_general": " 1girl  solo ",
-     "tag_string_character": "miku", "tag_string_artist": "", "tag_string": "other", "score": {"x": 1}},
+     "tag_string_character": "miku", "tag_string_artist": "", "tag_string": "1girl miku solo", "score": {"x": 1}},
     {"id": 17, "md5": "cd" * 16, "rating": "s", "tag_string": "a,b c", "tag_string_general": None},
     {"id": 18, "md5": None, "rating": None, "tag_string": ""},
     {"id": 19, "md5": None, "rating": "q", "tag_string_general": "gone"},
 ]  # fmt: skip
 FOUND = {
-    "0123/4000123.png": (["1girl", "solo", "character:miku"], "g", None, 4000123),
+    "0123/4000123.png": (["1girl", "character:miku", "solo"], "g", None, 4000123),
     "18.jpg": ([], None, None, 18),
     "cd/" + "cd" * 16 + ".webp": (["a,b", "c"], "s", None, 17),
 }
@@ -226,8 +225,6 @@ def write_posts(root, form, posts=POSTS):
     match form:
         case "jsonl":
             write(root, "posts.jsonl", b"\xef\xbb\xbf" + "\n".join(map(json.dumps, posts)).encode())
-        case "json":
-            write(root, "posts.json", posts)
         case "parquet":
             columns = {name: [post.get(name) for post in posts] for name in posts[0] if name != "score"}
             table = pa.table(columns).set_column(0, "id", pa.array(columns["id"], pa.int32()))
@@ -235,7 +232,7 @@ def write_posts(root, form, posts=POSTS):
     return root
 
 
-@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_table_of_posts(tmp_path, form, log):
     write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
     assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
@@ -245,17 +242,11 @@ def test_a_table_of_posts(tmp_path, form, log):
 
 
 BAD_POSTS = [
-    ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl' cannot be read"),
-    ({"posts.jsonl": '{"id": "x", "tag_string": "a"}'}, "posts.jsonl' cannot be read"),
-    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
-    ({"posts.json": '{"id": 1}'}, "posts.json' cannot be read (it holds no list of objects)"),
-    ({"posts.json": b'[{"id": 1, "tag_string": "\xff"}]'}, "posts.json' is not UTF-8"),
-    ({"posts.json": '[{"id": 1, "tag_string": 5}]'}, "posts.json' cannot be read"),
-    ({"posts.json": "[]"}, "posts.json"),
-    ({"posts.json": '[{"id": 1}]'}, "states none of tag_string, tag_string_general"),
-    ({"posts.json": '[{"tag_string": "a"}]'}, "states none of id, md5"),
-    ({"posts.json": '[{"id": 9, "md5": "ee", "tag_string": "a"}]'}, "holds 1, none of them 9.*, ee.*; name images by"),
-    ({"posts.json": "[]", "posts.jsonl": ""}, "holds both posts.jsonl and posts.json"),
+    ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 1, is broken JSON"),
+    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' is not UTF-8"),
+    ({"posts.jsonl": '{"id": 1, "tag_string": 5}'}, "posts.jsonl', line 0, are 5"),
+    ({"posts.jsonl": '{"id": 9, "md5": "ee", "tag_string": "a"}'}, "holds 1, none of them 9.*, ee.*; name images by"),
+    ({"posts.parquet": "PAR1", "posts.jsonl": ""}, "holds both posts.parquet and posts.jsonl"),
     ({"posts.parquet": "PAR1"}, "posts.parquet' cannot be read"),
 ]
 
@@ -267,7 +258,7 @@ def test_bad_tables_of_posts_are_refused_by_name(tmp_path, files, message):
     refused(tmp_path, message)
 
 
-@pytest.mark.parametrize("name", ["posts.json", "meta_x.json"])
+@pytest.mark.parametrize("name", ["posts.jsonl", "meta_x.json"])
 def test_tables_that_are_links_out_of_the_root_are_refused(tmp_path, name):
     root = put(tmp_path / "root", "1.png")
     write(tmp_path, "secret.json", {"1": {"tags": "secret"}})
@@ -290,7 +281,7 @@ NESTED = st.dictionaries(
 CONTENT = (
     st.binary(max_size=60) | JSON | NESTED.map(json.dumps).map(str.encode) | JSON.map(lambda text: b"[" + text + b"]")
 )
-NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "meta_x.json", "meta_x.jsonl", "posts.json", "posts.jsonl")
+NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "meta_x.json", "meta_x.jsonl", "posts.jsonl")
 
 
 @FUZZ
