@@ -1,10 +1,8 @@
 """Buckets: the sizes that images of many shapes are trained in, and how an image is fitted into one.
 
-    sizes_hw = image_sizes(collection, rows, cache)
-    buckets = make_buckets(collection, rows, sizes_hw, config)
-    log.info(buckets.describe())
-    fit = fit_into(size_hw, bucket_hw, config.crop, generator, flip=False)
-    pixels = place(image, fit)
+    buckets = make_buckets(collection, rows, image_sizes(collection, rows, cache), config)
+    fit = fit_into(size_hw, bucket_hw, choose_corner)
+    pixels = place(image, fit, flip=False)
 
 Sizes are (height, width) in pixels, of images that EXIF has turned upright.
 """
@@ -21,7 +19,6 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchvision.transforms import v2
 
 from data.collection import Collection
 from data.image_formats import UnreadableImage
@@ -135,43 +132,41 @@ def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
 
 
 class Fit(NamedTuple):
-    """How an image fills its bucket: resized, then mirrored where `flip`, then cropped.
+    """How images fill their buckets: resized, then mirrored where asked for, then cropped; each int64 [..., 2].
 
     crop_top_left: in the resized and mirrored image, so that what the network is told is what it sees. (Where the crop
     comes before the mirror, its left edge must be mirrored, too: huggingface/diffusers#6547.)
     """
 
-    original_hw: tuple[int, int]
-    resized_hw: tuple[int, int]
-    crop_top_left: tuple[int, int]
-    target_hw: tuple[int, int]
-    flip: bool
+    original_hw: np.ndarray
+    resized_hw: np.ndarray
+    crop_top_left: np.ndarray
+    target_hw: np.ndarray
 
-    def conditions(self) -> list[int]:
-        """Return what the network is told of it, 6 numbers: SDXL's time_ids."""
-        return [*self.original_hw, *self.crop_top_left, *self.target_hw]
+    def conditions(self) -> np.ndarray:
+        """Return what the network is told of it, [..., 6]: SDXL's time_ids."""
+        return np.concatenate([self.original_hw, self.crop_top_left, self.target_hw], axis=-1)
 
 
 def fit_into(
-    size_hw: Sequence[int], bucket_hw: Sequence[int], crop: str, generator: torch.Generator | None, *, flip: bool
+    size_hw: np.ndarray, bucket_hw: np.ndarray, choose_corner: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Fit:
-    """Return how an image fills a bucket: no larger than it must be, and cropped in the centre or anywhere (random)."""
-    (height, width), (rows, columns) = map(int, size_hw), map(int, bucket_hw)
-    zoom = max(rows / height, columns / width)
-    resized = max(rows, round(height * zoom)), max(columns, round(width * zoom))
-    slack = resized[0] - rows, resized[1] - columns
-    if crop == "random":
-        top, left = (int(torch.randint(length + 1, (), generator=generator)) for length in slack)
-    else:
-        top, left = slack[0] // 2, slack[1] // 2
-    return Fit((height, width), resized, (top, left), (rows, columns), flip)
+    """Return how images fill buckets, int64 [..., 2]: no larger than they must be.
+
+    choose_corner: from how much the resized images overhang, to the corners of the crops; None: they are centred.
+    """
+    zoom = (bucket_hw / size_hw).max(axis=-1, keepdims=True)
+    resized_hw = np.maximum(bucket_hw, np.round(size_hw * zoom).astype(np.int64))
+    slack = resized_hw - bucket_hw
+    corner = slack // 2 if choose_corner is None else choose_corner(slack)
+    return Fit(*np.broadcast_arrays(size_hw, resized_hw, corner, bucket_hw))
 
 
-def place(image: Tensor, fit: Fit) -> Tensor:
-    """Return an image, [C, H, W], as its fit has it: [C, h, w] of the bucket."""
-    image = resize(image, fit.resized_hw, "bicubic")
-    image = v2.functional.horizontal_flip(image) if fit.flip else image
-    return v2.functional.crop(image, *fit.crop_top_left, *fit.target_hw)
+def place(image: Tensor, fit: Fit, *, flip: bool) -> Tensor:
+    """Return an image, [C, H, W], as its fit has it, mirrored where `flip`: [C, h, w] of the bucket."""
+    image = resize(image, fit.resized_hw.tolist(), "bicubic")
+    (top, left), (height, width) = fit.crop_top_left.tolist(), fit.target_hw.tolist()
+    return (image.flip(-1) if flip else image)[:, top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
@@ -308,5 +303,10 @@ class FittedView:
         """Return the view."""
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < self._config.flip)
-        fit = fit_into(image.shape[-2:], self._sizes_hw[draw.group], self._config.crop, generator, flip=flip)
-        return torch.tensor(fit.conditions()) if self._conditions else place(image, fit)
+
+        def draw_corner(slack: np.ndarray) -> np.ndarray:
+            return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
+
+        is_random = self._config.crop == "random"
+        fit = fit_into(np.array(image.shape[-2:]), self._sizes_hw[draw.group], draw_corner if is_random else None)
+        return torch.tensor(fit.conditions()) if self._conditions else place(image, fit, flip=flip)

@@ -68,7 +68,7 @@ class Images:
     def __init__(self, contents: Contents, decoder: Decoder) -> None:
         self.inner, self.decoder = contents, decoder
 
-    def read(self, row: int) -> Record:
+    def read(self, row: int, key: int = 0) -> Record:
         """Return the decoded image of a row. Raises UnreadableImage."""
         return {IMAGE: self.decoder(self.inner.read(row), self.inner.name_of(row))}
 

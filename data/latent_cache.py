@@ -2,7 +2,7 @@
 
     cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
     cache.fill(encode, open_images(...), machine, batch_size, unreadable)
-    data = data.read_from(LatentSource(cache), ...)      # no views; the fields call cache.choose
+    data = data.read_from(cache, cache.fingerprints)
 
 A record's key is a hash of the image's bytes and of everything that was done to them, so that what changed is encoded
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
@@ -17,22 +17,23 @@ import torch
 from torch import Tensor
 
 from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
+from data.cache.store import TensorStore, record_key
 from data.collection import Collection
 from data.image_formats import UnreadableImage
-from data.loader import EvaluationStream, Example, Loader, SampleReader, UnreadableLog, no_fields
+from data.loader import EvaluationStream, Loader, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, Policy
 from data.table import is_packed
-from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.contracts import Machine
-from utils.io.files import sha256_file, sha256_text
+from utils.io.files import sha256_file
 from utils.ranks import distributed
 from utils.record.progress import track
 
+STORED = torch.float16  # of what networks give
 _VERSION = 1  # of what `place` and the decoder make of a file: another number encodes everything again
 _CHANNELS, _SHRINK = 4, 8  # of SDXL's latents
-PARTS = ("latent_mean", "latent_logvar", "fit")  # of what `choose` returns
+_FLIP_DRAW = 4  # of a sample's key; the loader's are 1 and 2, a bucket's 3
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -65,10 +66,10 @@ def _hash(path: Path) -> str | None:
 
 
 class LatentCache:
-    """The latents of all rows of `buckets`: of each image, and of its mirror image where the config asks for some.
+    """A source of the latents of `buckets.rows`, and of their mirror images where the config asks for some.
 
-    hashes: of the images, as `image_hashes` returns them. keys: of the records, [rows, variants]. conditions: of their
-    fits, int64 [rows, variants, 6].
+    hashes: of the images, as `image_hashes` returns them. fits: [rows, variants, 2]; variant 1 is the mirror image.
+    keys: of the records, [rows, variants], of 32 hexadecimal digits. fingerprints: of all, by the configuration key.
     """
 
     def __init__(
@@ -80,29 +81,33 @@ class LatentCache:
         recipe: LatentRecipe,
         hashes: list[str],
     ) -> None:
-        self.store, self.collection, self.buckets, self.recipe = store, collection, buckets, recipe
-        self._crop, self._flip = config.crop, config.flip
-        self.variants = 2 if config.flip > 0 else 1
-        self._seeds = [int(digest[:15] or "0", 16) for digest in hashes]
-        fits = [self.fit(number, variant) for number in range(len(hashes)) for variant in range(self.variants)]
-        made_by = record_key(_VERSION, recipe)
-        digests = (digest for digest in hashes for _ in range(self.variants))
-        keys = [sha256_text(f"{made_by} {digest} {fit}")[:32] for digest, fit in zip(digests, fits)]
-        self.keys = np.array(keys, dtype="S32").reshape(-1, self.variants)
-        conditions = torch.tensor([fit.conditions() for fit in fits], dtype=torch.int64)
-        self.conditions = conditions.reshape(-1, self.variants, 6)
+        self.store, self.collection, self.buckets = store, collection, buckets
+        self._flip, self.variants = config.flip, 2 if config.flip > 0 else 1
+        digests = bytes.fromhex("".join(f"{digest[:32]:0>32}" for digest in hashes))
+        words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 1, 2)
+        variant = np.arange(self.variants, dtype=np.uint64)[:, None]
+
+        def draw_corner(slack: np.ndarray) -> np.ndarray:
+            return (rng.mix64(words + variant) % (slack + 1).astype(np.uint64)).astype(np.int64)
+
+        sizes_hw, bucket_hw = buckets.image_hw[:, None], buckets.sizes_hw[buckets.groups][:, None]
+        fits = fit_into(sizes_hw, bucket_hw, draw_corner if config.crop == "random" else None)
+        shape = len(hashes), self.variants, 2
+        self.fits = Fit(*(np.broadcast_to(part, shape) for part in fits))
+        done = np.concatenate([self.fits.resized_hw, self.fits.conditions()], axis=-1).astype(np.uint64)
+        made_by = np.uint64(int(record_key(_VERSION, recipe)[:16], 16))
+        for number in (made_by, variant, *np.split(done, done.shape[-1], axis=-1)):
+            words = rng.mix64(words + number)
+        self.keys = np.frombuffer(words.astype(">u8").tobytes().hex().encode(), "S32").reshape(shape[:2])
+        self.fingerprints = {store.key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
 
     def fit(self, number: int, variant: int) -> Fit:
-        """Return how the image of `buckets.rows[number]` fills its bucket; variant 1 is the mirror image."""
-        generator = None
-        if self._crop == "random":
-            generator = rng.generator_for(rng.hash_counters(self._seeds[number], variant))
-        bucket_hw = self.buckets.sizes_hw[self.buckets.groups[number]]
-        return fit_into(self.buckets.image_hw[number], bucket_hw, self._crop, generator, flip=variant == 1)
+        """Return how the image of `buckets.rows[number]` fills its bucket."""
+        return Fit(*(part[number, variant] for part in self.fits))
 
-    def missing(self) -> int:
-        """Return how many records are not in the store."""
-        return int(np.count_nonzero(~self.store.has(self.keys)))
+    def is_missing(self) -> np.ndarray:
+        """Return which records are not in the store, bool [rows, variants], on all ranks."""
+        return distributed.rank_zero_call(lambda: ~np.isin(self.keys, self.store.keys()))
 
     @torch.no_grad()
     def fill(
@@ -112,15 +117,14 @@ class LatentCache:
 
         Raises UserError as `TensorStore.put` does.
         """
-        for variant in range(self.variants):
-            absent = distributed.broadcast_object(np.flatnonzero(~self.store.has(self.keys[:, variant])))
-            if len(absent) == 0:
+        for variant, is_missing in enumerate(self.is_missing().T):
+            if not is_missing.any():
                 continue
             reader = SampleReader(
                 self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, no_fields, training=False
             )
             policy = Policy(0, batch_size, batch_size, distributed.rank(), distributed.world_size())
-            rows, groups = self.buckets.rows[absent], self.buckets.groups[absent]
+            rows, groups = self.buckets.rows[is_missing], self.buckets.groups[is_missing]
             loader = EvaluationStream(Loader(reader, machine, unreadable.add), rows, policy, groups)
             for batch in track(loader, len(loader), "encoding images"):
                 mean, logvar = (part.to(STORED) for part in encode(batch["images"]))
@@ -129,12 +133,36 @@ class LatentCache:
                         key = self.keys[self.buckets.place_of(row), variant].decode()
                         record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
                         self.store.put(key, self.collection.view(row).path, record)
-        self.store.finish()
+        distributed.barrier()
 
-    def choose(self, example: Example) -> Record:
-        """Return one variant of a record of `LatentSource`: in training the mirror image as often as configured."""
-        mirrored = example.training and bool(torch.rand((), generator=example.generator) < self._flip)
-        return {name: example.record[f"{name}_{int(mirrored)}"] for name in PARTS}
+    def read(self, row: int, key: int = 0) -> Record:
+        """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
+
+        key: of the draw, which decides whether they are of the mirror image. Raises UnreadableImage where the cache
+        does not have them.
+        """
+        variant = int(self.variants > 1 and rng.hash_counters(key, _FLIP_DRAW) < self._flip * 2**63)
+        return self.read_variant(row, variant)
+
+    def read_variant(self, row: int, variant: int) -> Record:
+        """Return a record of the image (0) or of its mirror image (1)."""
+        number, record = self.buckets.place_of(row), None
+        if number is not None:
+            record = self.store.read(self.keys[number, variant].decode())
+        if record is None:
+            advice = "start the same command again, which encodes what is missing"
+            raise UnreadableImage(self.collection.view(row).path, "not in the cache of latents, or damaged", advice)
+        return record | {"fit": torch.from_numpy(self.fit(number, variant).conditions())}
+
+    def blank(self, group: int) -> Record:
+        """Return latents of zeros in a bucket's shape."""
+        size = torch.from_numpy(self.buckets.sizes_hw[group])
+        latents = torch.zeros(_CHANNELS, *(size // _SHRINK).tolist(), dtype=STORED)
+        return {
+            "latent_mean": latents,
+            "latent_logvar": latents,
+            "fit": torch.cat([size, torch.zeros_like(size), size]),
+        }
 
 
 def _as_read(image: Tensor, draw: Draw) -> Tensor:
@@ -147,47 +175,14 @@ class _FittedFiles:
     def __init__(self, images: Source, cache: LatentCache, variant: int) -> None:
         self.inner, self._cache, self._variant = images, cache, variant
 
-    def read(self, row: int) -> Record:
-        number = self._cache.buckets.place_of(row)
-        fit, image = self._cache.fit(number, self._variant), self.inner.read(row)[IMAGE]
-        if tuple(image.shape[-2:]) != fit.original_hw:
-            found, stated = (f"{size[1]} x {size[0]}" for size in (image.shape[-2:], fit.original_hw))
-            name = self._cache.collection.view(row).path
+    def read(self, row: int, key: int = 0) -> Record:
+        fit = self._cache.fit(self._cache.buckets.place_of(row), self._variant)
+        image = self.inner.read(row)[IMAGE]
+        if list(image.shape[-2:]) != fit.original_hw.tolist():
+            found, stated = (f"{width} x {height}" for height, width in (image.shape[-2:], fit.original_hw.tolist()))
             advice = f"{found}, not {stated}; make the manifest again"
-            raise UnreadableImage(name, "its size is not the stated one", advice)
-        return {IMAGE: place(image, fit)}
+            raise UnreadableImage(self._cache.collection.view(row).path, "its size is not the stated one", advice)
+        return {IMAGE: place(image, fit, flip=self._variant == 1)}
 
     def blank(self, group: int) -> Record:
         return {IMAGE: torch.zeros(3, *self._cache.buckets.sizes_hw[group], dtype=torch.uint8)}
-
-
-class LatentSource:
-    """The records of a cache: of each variant v `latent_mean_v`, `latent_logvar_v` [4, h, w], as they are stored, and
-    `fit_v` int64 [6], of `Fit.conditions`. fingerprints: of the cache, by its configuration key.
-    """
-
-    def __init__(self, cache: LatentCache) -> None:
-        self.cache = cache
-        self.fingerprints = {cache.store.key: record_key(sorted(key.decode() for key in cache.keys.reshape(-1)))}
-
-    def read(self, row: int) -> Record:
-        """Return a row's record. Raises UnreadableImage where the cache does not have it, or has it damaged."""
-        number, name = self.cache.buckets.place_of(row), self.cache.collection.view(row).path
-        if number is None:
-            raise UnreadableImage(name, "no latents", "it has no bucket")
-        found = {}
-        for variant, (key, fit) in enumerate(zip(self.cache.keys[number].tolist(), self.cache.conditions[number])):
-            try:
-                record = self.cache.store.read(key.decode())
-            except MissingRecord as error:
-                raise UnreadableImage(name, "no latents", str(error)) from None
-            found |= {f"{name}_{variant}": tensor for name, tensor in record.items()} | {f"fit_{variant}": fit}
-        return found
-
-    def blank(self, group: int) -> Record:
-        """Return latents of zeros in a bucket's shape."""
-        size = torch.from_numpy(self.cache.buckets.sizes_hw[group])
-        latents = torch.zeros(_CHANNELS, *(size // _SHRINK).tolist(), dtype=STORED)
-        fit = torch.cat([size, torch.zeros_like(size), size])
-        made = dict(zip(PARTS, (latents, latents, fit)))
-        return {f"{name}_{variant}": part for variant in range(self.cache.variants) for name, part in made.items()}

@@ -135,7 +135,7 @@ class SampleReader(Dataset):
         weight, problem, record = 1.0 if row is None else row.weight, None, None
         if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
             try:
-                record = self.source.read(draw.index)
+                record = self.source.read(draw.index, draw.key)
             except UnreadableImage as error:
                 problem = (error.path, error.reason)
         if record is None:

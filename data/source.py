@@ -39,8 +39,11 @@ def join_ranges(ranges: Iterable[FileRange]) -> list[FileRange]:
 class Source(Protocol):
     """Give the records of rows. Picklable: loader workers open the store themselves."""
 
-    def read(self, row: int) -> Record:
-        """Return a row's record. Raises UnreadableImage where that is not possible."""
+    def read(self, row: int, key: int = 0) -> Record:
+        """Return a row's record. Raises UnreadableImage where that is not possible.
+
+        key: of the draw, for a source that has several records of a row.
+        """
 
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one of a shape group; its weight is 0."""

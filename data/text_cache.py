@@ -10,12 +10,12 @@ Where captions vary (shuffled or dropped tags), K variants of each are made befo
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from data.cache.store import TensorStore, record_key
+from data.latent_cache import STORED
 from data.source import Record
-from data.tensor_store import STORED, MissingRecord, TensorStore, record_key
 from utils import rng
 from utils.errors import UserError
 from utils.io.files import sha256_text
@@ -44,27 +44,26 @@ class TextCache:
     @torch.no_grad()
     def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
         """Encode the captions that are missing, each rank its share; all ranks give the same captions."""
-        texts = list(dict.fromkeys(captions))
-        there = distributed.broadcast_object(self.store.has(np.array(list(map(self._key, texts)))))
-        missing = [text for text, is_there in zip(texts, there) if not is_there]
+        keys = {self._key(text): text for text in captions}
+        there = set(distributed.rank_zero_call(self.store.keys).tolist())
+        missing = [text for key, text in keys.items() if key.encode() not in there]
         mine = missing[distributed.rank() :: distributed.world_size()]
         starts = range(0, len(mine), batch_size)
         for start in track(starts, len(starts), "encoding captions"):
             part = mine[start : start + batch_size]
             for text, embeds, pooled in zip(part, *(found.to(STORED) for found in encode(part))):
                 self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
-        self.store.finish()
+        distributed.barrier()
 
     def read(self, caption: str) -> Record:
         """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.
 
         Raises UserError where the cache does not have it, or has it damaged.
         """
-        try:
-            record = self.store.read(self._key(caption))
-        except MissingRecord as error:
+        record = self.store.read(self._key(caption))
+        if record is None:
             raise UserError(
-                f"{self.store.key}: the caption {caption!r}: {error}; start the same command again, which encodes what "
-                "is missing"
-            ) from None
+                f"{self.store.key}: the caption {caption!r} is not in the cache, or damaged; start the same command "
+                "again, which encodes what is missing"
+            )
         return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16

@@ -144,7 +144,7 @@ class MemoryCached:
         """Return whether a row's image is in memory."""
         return row in self.arena
 
-    def read(self, row: int) -> Record:
+    def read(self, row: int, key: int = 0) -> Record:
         """Return the image of a row, from memory or from the source."""
         image = self.arena.get(row)
         self.counts.add("misses" if image is None else "hits")

@@ -2,14 +2,13 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from data.cache.disk import DiskCached
-from data.cache.store import close_stores
 from data.care.tool import Tool
 from data.config import DataConfig
 from data.image_formats import UnreadableImage
@@ -41,14 +40,23 @@ class WarmCache(Tool):
     def check(self, data: DataConfig) -> str:
         """Return how many images are missing, and about how much they will take."""
         source, rows = self._open(data)
-        missing, size = estimate_missing(source, rows)
-        return f"dry run: {missing:,} of {len(rows):,} images are missing, about {size / 2**30:.2f} GiB"
+        missing = np.array([row for row in rows.tolist() if not source.has(row)], dtype=np.int64)
+        sizes = [0]
+        for row in spread(missing, _SAMPLED).tolist():
+            with suppress(UnreadableImage):  # a training run, and job=manifest, name it
+                sizes.append(source.stored_bytes(row))
+        size = len(missing) * sum(sizes) / max(1, len(sizes) - 1)
+        return f"dry run: {len(missing):,} of {len(rows):,} images are missing, about {size / 2**30:.2f} GiB"
 
     def run(self, data: DataConfig) -> str:
-        """Fill the cache. Raises UserError (`data.root`, `data.cache`)."""
+        """Fill the cache, in one process per core. Raises UserError (`data.root`, `data.cache`)."""
         source, rows = self._open(data)
+        warmed: Counter[str] = Counter()
         with counting("filling the cache") as progress:
-            warmed = warm_cache(source, rows, progress)
+            results = map_items(functools.partial(_fill, source), rows.tolist(), lambda row: UNREADABLE)
+            for done, result in enumerate(results, start=1):
+                warmed[result] += 1
+                progress(done, len(rows))
         if evicted := source.counts.totals()["evicted"]:
             log.warning(
                 "data.cache.disk_gib: %g is too little for all images: the oldest %s records made room for others",
@@ -65,37 +73,11 @@ class WarmCache(Tool):
         return source, np.flatnonzero(collection.weights())
 
 
-def warm_cache(source: DiskCached, rows: np.ndarray, progress: Callable[[int, int], None]) -> Counter:
-    """Put the images of some rows into the cache, in one process per core; what is there is not decoded again.
-
-    Returns how many were THERE, ADDED and UNREADABLE.
-    """
-    counts: Counter = Counter()
-    results = map_items(functools.partial(_fill, source), rows.tolist(), lambda row: UNREADABLE)
-    for done, result in enumerate(results, start=1):
-        counts[result] += 1
-        progress(done, len(rows))
-    close_stores()  # which writes what this process has waiting
-    return counts
-
-
-def estimate_missing(source: DiskCached, rows: np.ndarray) -> tuple[int, int]:
-    """Return how many rows are not in the cache, and about how many bytes they will take there."""
-    missing = np.array([row for row in rows.tolist() if not source.has(row)], dtype=np.int64)
-    sizes = []
-    for row in spread(missing, _SAMPLED).tolist():
-        try:
-            sizes.append(source.stored_bytes(row))
-        except UnreadableImage:  # a training run, and job=manifest, name it
-            sizes.append(0)
-    return len(missing), round(len(missing) * float(np.mean(sizes or [0])))
-
-
 def _fill(source: DiskCached, row: int) -> str:
     if source.has(row):
         return THERE
     try:
-        source.fill(row)
+        source.read(row)
     except UnreadableImage:  # a training run, and job=manifest, name it
         return UNREADABLE
     return ADDED

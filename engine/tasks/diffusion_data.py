@@ -10,18 +10,18 @@ from torch import Tensor
 
 from data.batch import Ragged
 from data.buckets import SIZES, Buckets, FittedView, image_sizes, make_buckets
+from data.cache.store import TensorStore, record_key
 from data.captions import describe_captions
 from data.collection import Collection
 from data.config import DataConfig
 from data.images import Images
-from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
+from data.latent_cache import LatentCache, LatentRecipe, image_hashes
 from data.loader import Example, Fields
 from data.open import Data, describe_collection, load_collection, open_images
 from data.rows import training_rows
 from data.source import Source, layers
 from data.stream import GroupedSampler
 from data.tag_weights import ImageTags, describe_weights, find_shown, read_tags, weigh_images
-from data.tensor_store import TensorStore, record_key
 from data.text_cache import TextCache, vary_caption
 from data.transforms import Transform
 from engine.config import TrainingConfig
@@ -99,15 +99,15 @@ class Tokens:
         return {"token_ids": tokenize([caption], self.chunks)[0]}
 
 
-class CachedLatents:
-    """Add a record of the cache, then the fields of its caption."""
+class WithRecord:
+    """Add the tensors of a record, then other fields."""
 
-    def __init__(self, cache: LatentCache, fields: Fields) -> None:
-        self.cache, self.fields = cache, fields
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
 
     def __call__(self, example: Example) -> dict[str, Tensor | Ragged]:
         """Return the fields."""
-        return {**self.cache.choose(example), **self.fields(example)}
+        return {**example.record, **self.fields(example)}
 
 
 class DiffusionPipeline(Pipeline[DiffusionTaskConfig]):
@@ -214,11 +214,10 @@ def _read(
     recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     cache = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
-    if distributed.broadcast_object(cache.missing()):
+    if cache.is_missing().any():
         vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
         cache.fill(lambda batch: encode_images(vae, batch), images, data.machine, data.batch_size, data.unreadable)
-    source = LatentSource(cache)
-    return data.read_from(source, source.fingerprints), {}, CachedLatents(cache, fields)
+    return data.read_from(cache, cache.fingerprints), {}, WithRecord(fields)
 
 
 def _caption_fields(

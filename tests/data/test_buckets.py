@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from data.buckets import (
     BucketConfig,
+    Fit,
     FittedView,
     assign,
     fit_into,
@@ -22,7 +23,6 @@ from data.buckets import (
 from data.collection import index_collection, open_collection
 from data.stream import Draw
 from utils.errors import UserError
-from utils.rng import generator_for
 
 RULE = {"area_px": 1024**2, "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
 POLICY = {"crop": "centre", "small": "keep", "max_upscale": 1.5, "max_crop": 0.5, "flip": 0.0}
@@ -63,26 +63,24 @@ def test_the_nearest_ratio_is_chosen_by_its_logarithm():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("crop", ["centre", "random"])
-def test_an_index_image_gives_back_the_recorded_coordinates(crop, flip):
+@pytest.mark.parametrize("is_random", [False, True])
+def test_an_index_image_gives_back_the_recorded_coordinates(is_random, flip):
     """Its pixels hold their own row and column, so the placed image says where it was cut from."""
     draws = np.random.default_rng(int(flip))
-    for number in range(40):
-        height, width = (int(side) for side in draws.integers(30, 300, 2))
-        bucket = tuple(int(side) for side in draws.integers(2, 9, 2) * 16)
+    sizes, buckets = draws.integers(30, 300, (40, 2)), draws.integers(2, 9, (40, 2)) * 16
+    fits = fit_into(sizes, buckets, (lambda slack: draws.integers(0, slack + 1)) if is_random else None)
+    assert (fits.target_hw == buckets).all() and (fits.original_hw == sizes).all()
+    assert (fits.crop_top_left >= 0).all() and (fits.crop_top_left <= fits.resized_hw - buckets).all()
+    assert (buckets == fits.resized_hw).any(axis=1).all()
+    for number, (height, width) in enumerate(sizes.tolist()):
+        fit = Fit(*(part[number] for part in fits))
         image = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
-        fit = fit_into((height, width), bucket, crop, generator_for(number), flip=flip)
-        placed = place(image, fit)
-        assert placed.shape[-2:] == bucket == fit.target_hw and fit.original_hw == (height, width)
-        middle = bucket[0] // 2, bucket[1] // 2  # away from the edges, where a resized ramp is not straight
-        zoom = fit.resized_hw[0] / height, fit.resized_hw[1] / width
-        row, column = (float(placed[axis][middle] + 0.5) * zoom[axis] - 0.5 for axis in (0, 1))
+        placed = place(image, fit, flip=flip)
+        middle = tuple((fit.target_hw // 2).tolist())  # away from the edges, where a resized ramp is not straight
+        row, column = ((placed[:, *middle].double().numpy() + 0.5) * fit.resized_hw / fit.original_hw - 0.5).tolist()
         column = fit.resized_hw[1] - 1 - column if flip else column  # in the mirror image
-        found = np.array([row - middle[0], column - middle[1]])
-        assert np.abs(found - fit.crop_top_left).max() < 0.75, fit
-        assert 0 <= fit.crop_top_left[0] <= fit.resized_hw[0] - bucket[0]
-        assert 0 <= fit.crop_top_left[1] <= fit.resized_hw[1] - bucket[1]
-        assert bucket[0] == fit.resized_hw[0] or bucket[1] == fit.resized_hw[1]
+        assert placed.shape[-2:] == tuple(fit.target_hw)
+        assert np.abs(np.array([row, column]) - middle - fit.crop_top_left).max() < 0.75, fit
 
 
 def test_a_view_and_its_conditions_are_of_one_fit():
@@ -92,7 +90,7 @@ def test_a_view_and_its_conditions_are_of_one_fit():
     seen = set()
     for key in range(20):
         pixels, found = (view(image, Draw(key, 0, key, 1)) for view in views)
-        fit = fit_into((100, 200), (64, 96), "centre", None, flip=False)
+        fit = fit_into(np.array([100, 200]), np.array([64, 96]))
         original, (top, left), target = found.split(2)
         assert pixels.shape == (3, 64, 96) and original.tolist() == [100, 200] and target.tolist() == [64, 96]
         mirrored = bool(pixels[0, 0, 0] > pixels[0, 0, -1])

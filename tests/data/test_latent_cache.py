@@ -13,16 +13,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from data import tensor_store
 from data.buckets import BucketConfig, image_sizes, make_buckets, place
+from data.cache.store import TensorStore
 from data.collection import index_collection, open_collection
 from data.decode import Decoder
 from data.images import Files, Images
-from data.latent_cache import LatentCache, LatentRecipe, LatentSource, image_hashes
+from data.latent_cache import LatentCache, LatentRecipe, image_hashes
 from data.loader import UnreadableLog
 from data.open import Data
 from data.stream import GroupedSampler
-from data.tensor_store import TensorStore
 from data.text_cache import TextCache, vary_caption
 from utils.errors import UserError
 
@@ -42,8 +41,7 @@ def make_images(root, count=14):
 
 
 @pytest.fixture
-def images(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_store, "_SHARD_RECORDS", 4)
+def images(tmp_path):
     make_images(tmp_path / "images")
     return tmp_path
 
@@ -71,13 +69,17 @@ def open_cache(folder, config=CONFIG, recipe=RECIPE):
     return LatentCache(TensorStore(folder / "store", "cache.latents"), collection, buckets, config, recipe, hashes)
 
 
+def missing(cache):
+    return np.count_nonzero(cache.is_missing())
+
+
 def fill(folder, config=CONFIG, recipe=RECIPE, pause=0.0):
     """Return the filled cache and how many images were encoded."""
     cache, encode, unreadable = open_cache(folder, config, recipe), Encoder(pause), UnreadableLog(None)
     files = Images(Files(cache.collection), Decoder(3, 10**6))
-    expected = cache.missing()
+    expected = missing(cache)
     cache.fill(encode, files, MACHINE, 3, unreadable)
-    assert cache.missing() == unreadable.count and (encode.seen >= expected or unreadable.count)
+    assert missing(cache) == unreadable.count and (encode.seen >= expected or unreadable.count)
     return cache, expected
 
 
@@ -89,16 +91,15 @@ def within_autocast(batches):
 
 def assert_right(cache):
     """Every record is what encoding its image gives."""
-    files, source = Images(Files(cache.collection), Decoder(3, 10**6)), LatentSource(cache)
+    files = Images(Files(cache.collection), Decoder(3, 10**6))
     for number, row in enumerate(cache.buckets.rows.tolist()):
-        record = source.read(row)
         for variant in range(cache.variants):
-            fit = cache.fit(number, variant)
-            mean, _ = Encoder()(place(files.read(row)["image"], fit)[None])
-            assert torch.equal(record[f"latent_mean_{variant}"], mean[0].half())
-            assert torch.equal(record[f"latent_logvar_{variant}"], -mean[0].half())
-            original_hw, crop_top_left, target_hw = record[f"fit_{variant}"].split(2)
-            assert tuple(crop_top_left.tolist()) == fit.crop_top_left
+            record, fit = cache.read_variant(row, variant), cache.fit(number, variant)
+            mean, _ = Encoder()(place(files.read(row)["image"], fit, flip=variant == 1)[None])
+            assert torch.equal(record["latent_mean"], mean[0].half())
+            assert torch.equal(record["latent_logvar"], -mean[0].half())
+            original_hw, crop_top_left, target_hw = record["fit"].split(2)
+            assert crop_top_left.tolist() == fit.crop_top_left.tolist()
             assert original_hw.tolist() == list(files.read(row)["image"].shape[-2:])
             assert [side // 8 for side in target_hw.tolist()] == list(mean.shape[-2:])
 
@@ -107,13 +108,13 @@ def test_what_changed_is_encoded_again_and_nothing_else(images):
     cache, encoded = fill(images)
     assert encoded == 14 and fill(images)[1] == 0 and len(cache.buckets.sizes_hw) > 1
     assert_right(cache)
-    first = LatentSource(cache).fingerprints
+    first = cache.fingerprints
     time.sleep(0.01)
     Image.new("RGB", (80, 80), "red").save(images / "images/03.png")
     os.rename(images / "images/04.png", images / "images/renamed.png")
     changed, encoded = fill(images)
     assert encoded == 1
-    assert LatentSource(changed).fingerprints != first
+    assert changed.fingerprints != first
     assert_right(changed)
     for config, recipe in (
         (CONFIG, RECIPE._replace(vae="1" * 64)),
@@ -130,24 +131,27 @@ def test_what_changed_is_encoded_again_and_nothing_else(images):
     assert fill(images)[1] == 0
 
 
+def tensors(example):
+    return example.record
+
+
 def test_training_and_evaluation_read_the_cache(images):
     config = CONFIG.model_copy(update={"flip": 0.5})
     cache, _ = fill(images, config)
-    data = Data(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
+    data = Data(cache.collection, cache, MACHINE, seed=0, batch_size=4, run_path=None)
     rows, groups = cache.buckets.rows, cache.buckets.groups
     plan = SimpleNamespace(global_batch_size=4, micro_batch_size=4, accum_steps=1, world_size=1)
-    loader = data.train(rows, cache.choose, {}, sampler=GroupedSampler(rows, groups, 4, 0))
-    steps, mirrored, evaluated = loader.steps(0, plan), set(), []
+    loader = data.train(rows, tensors, {}, sampler=GroupedSampler(rows, groups, 4, 0))
+    steps, mirrored, evaluated = loader.steps(0, plan), [], []
     for _ in range(12):
         (batch,) = next(steps)
         for number, row in enumerate(batch["sample_id"].tolist()):
-            record = LatentSource(cache).read(row)
-            mean = batch["latent_mean"][number]
-            mirrored.add(next(v for v in range(2) if torch.equal(record[f"latent_mean_{v}"], mean)))
+            variants = [cache.read_variant(row, variant)["latent_mean"] for variant in range(2)]
+            mirrored.append(next(v for v in range(2) if torch.equal(variants[v], batch["latent_mean"][number])))
         assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
-    for batch in within_autocast(data.evaluation(rows, cache.choose, {}, groups=groups)):
+    for batch in within_autocast(data.evaluation(rows, tensors, {}, groups=groups)):
         evaluated += [row for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()) if weight]
-    assert mirrored == {0, 1} and sorted(evaluated) == rows.tolist()
+    assert 12 < sum(mirrored) < 36 and sorted(evaluated) == rows.tolist()
 
 
 def test_an_unreadable_image_has_blank_latents_of_its_buckets_shape(images):
@@ -155,10 +159,10 @@ def test_an_unreadable_image_has_blank_latents_of_its_buckets_shape(images):
     path = cache.collection.absolute_path(5)
     path.write_bytes(path.read_bytes()[:300])  # its header is whole
     cache, _ = fill(images)
-    assert cache.missing() == 1
-    data = Data(cache.collection, LatentSource(cache), MACHINE, seed=0, batch_size=4, run_path=None)
+    assert missing(cache) == 1
+    data = Data(cache.collection, cache, MACHINE, seed=0, batch_size=4, run_path=None)
     weights = dict.fromkeys(range(14), 0)
-    for batch in data.evaluation(cache.buckets.rows, cache.choose, {}, groups=cache.buckets.groups):
+    for batch in data.evaluation(cache.buckets.rows, tensors, {}, groups=cache.buckets.groups):
         for row, weight in zip(batch["sample_id"].tolist(), batch["weight"].tolist()):
             weights[row] += weight
     assert weights == {row: float(row != 5) for row in range(14)}
@@ -168,19 +172,19 @@ def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
     cache = open_cache(images)
     Image.new("RGB", (33, 44)).save(cache.collection.absolute_path(2))  # as of a manifest made before
     cache.fill(Encoder(), Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
-    assert cache.missing() == 1 and "02.png" in log.text
+    assert missing(cache) == 1 and "02.png" in log.text
 
 
 def test_a_fill_that_is_killed_goes_on_where_it_was(images):
     process = multiprocessing.get_context("fork").Process(target=fill, args=(images, CONFIG, RECIPE, 0.01))
     process.start()
-    while process.is_alive() and not list((images / "store").glob("*.safetensors")):
+    while process.is_alive() and not list((images / "store").glob("??/*")):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     cache, encoded = fill(images)
-    assert 0 < encoded < 14 and len(cache.store) == 14
+    assert 0 < encoded < 14
     assert_right(cache)
 
 
@@ -202,7 +206,7 @@ def test_ranks_encode_a_share_each(images):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert open_cache(images).missing() == 0
+    assert missing(open_cache(images)) == 0
 
 
 # --- texts

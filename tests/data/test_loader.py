@@ -607,7 +607,7 @@ SHAPES = [(6, 5), (4, 8)]
 class Latents:
     """Latents of two shapes, each with an embedding, as a cache for diffusion holds them; row 3 is damaged."""
 
-    def read(self, row):
+    def read(self, row, key=0):
         if row == 3:
             raise UnreadableImage("latent 3", "cut off", "7 bytes")
         latents = torch.full((4, *SHAPES[row % 2]), row, dtype=torch.float16)
