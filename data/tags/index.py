@@ -4,29 +4,30 @@ index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags
 index.of_row(0), index.rating_known[0], index.tagged[rows]
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
 from data.collection import Collection
-from data.tags.names import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
+from data.tags.names import Tag
 from data.tags.rules import TagRules
 from utils.errors import UserError
-from utils.io.files import read_json, write_atomically, write_json
+from utils.io.files import write_atomically
+from utils.io.weights import read_header, read_tensors, write_tensors
 from utils.ranks import distributed
 from utils.vocabulary import GENERAL, RATING, Vocabulary
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
-_REPORT = "report.json"  # written last: a folder that has it is complete
+_VERSION = 3  # of what tags are made of texts; a change makes every index again
 _SHOWN = 5  # dropped tags that a report names
-_NOT_THERE = "tags that are not in the vocabulary"
 _CHUNK_ROWS = 2**17
-_ABSENT, _UNKNOWN, _AMBIGUOUS = -1, -2, -3  # instead of an output
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +41,15 @@ class TagRows:
         """Return the ids of a row, int32 [n]."""
         return self.ids[self.offsets[row] : self.offsets[row + 1]]
 
+    def owners(self) -> np.ndarray:
+        """Return the row of each id, int64 [N]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
     def count(self, rows: np.ndarray, width: int) -> np.ndarray:
         """Return how often some rows have each of `width` ids, int64 [width]."""
-        chosen, counts = np.zeros(len(self.offsets) - 1, bool), np.zeros(width, np.int64)
+        chosen = np.zeros(len(self.offsets) - 1, bool)
         chosen[rows] = True
-        for start in range(0, len(chosen), _CHUNK_ROWS):
-            offsets = self.offsets[start : start + _CHUNK_ROWS + 1]
-            has = np.repeat(chosen[start : start + _CHUNK_ROWS], np.diff(offsets))
-            counts += np.bincount(self.ids[offsets[0] : offsets[-1]][has], minlength=width)
-        return counts
+        return np.bincount(self.ids[np.repeat(chosen, np.diff(self.offsets))], minlength=width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,29 +57,29 @@ class TagIndex(TagRows):
     """The outputs of each row, ascending, and what is known of it.
 
     rating_known: bool [rows], whether its ids have a rating. tagged: bool [rows], whether they have any other tag.
-    report: numbers of rows and tags, and of what was dropped, by reason. folder: of the memory-mapped arrays; the index
-    is pickled by it, so that a worker maps them itself.
+    report: numbers of rows, of those tagged and rated, of tags, and of those that are not in the vocabulary. file: of
+    the memory-mapped arrays; the index is pickled by it, so that a worker maps it itself.
     """
 
     rating_known: np.ndarray
     tagged: np.ndarray
     report: dict[str, Any]
-    folder: Path | None = None
+    file: Path | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "TagIndex":
-        """Map the files of a folder. Raises UserError (`data.root`) where it is damaged."""
-        try:
-            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS]
-            return cls(*arrays, read_json(folder / _REPORT), folder)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"data.root: the index {str(folder)!r} cannot be read ({error}); delete it, and it will be made again"
-            ) from error
+    def open(cls, file: Path) -> "TagIndex":
+        """Map a file. Raises UserError (`data.root`) where it is damaged."""
+        tensors, texts = read_tensors(file, "data.root"), read_header(file, "data.root").metadata
+        return cls(*(tensors[name].numpy() for name in _ARRAYS), json.loads(texts["report"]), file)
+
+    def save(self, file: Path) -> None:
+        """Write the arrays and the report as a safetensors file, atomically."""
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
+        write_atomically(file, lambda path: write_tensors(path, tensors, {"report": json.dumps(self.report)}))
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Leave the arrays out."""
-        return TagIndex.open, (self.folder,)
+        return TagIndex.open, (self.file,)
 
 
 class NoKnownTag(UserError):
@@ -91,54 +92,54 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
     """
 
-    def make() -> str:
-        folder = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}"
-        if not (folder / _REPORT).is_file():
+    def make() -> Path:
+        file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"
+        if not file.is_file():
             found = map_tags(collection.table, vocabulary, rules)
-            _refuse_empty(collection, vocabulary, found)
-            for name in _ARRAYS:
-                _write_array(folder / f"{name}.npy", getattr(found, name))
-            write_json(folder / _REPORT, found.report)
-        return str(folder)
+            if not found.tagged.any():
+                names = [name for category, name in vocabulary.columns if category != RATING]
+                raise NoKnownTag(
+                    f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
+                    f"vocabulary ({len(names):,} tags, such as {names[:_SHOWN]}); {describe_report(found.report)}. "
+                    "Give them sidecars or a manifest (docs/collections.md), or choose another vocabulary"
+                )
+            found.save(file)
+        return file
 
-    return TagIndex.open(Path(distributed.rank_zero_call(make)))
+    return TagIndex.open(distributed.rank_zero_call(make))
+
+
+def describe_report(report: dict[str, Any]) -> str:
+    """Return a report in a line."""
+    dropped = f"{report['dropped']:,} tags that are not in the vocabulary (such as {', '.join(report['such_as'])})"
+    return (
+        f"{report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {report['rated']:,} a known "
+        f"rating; dropped: {dropped if report['dropped'] else 'nothing'}"
+    )
 
 
 def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
     """Map the columns `tags` and `rating` of a collection's table to outputs.
 
     A row's rating is its `rating`, else its one tag of a rating; else it is unknown.
-    Raises UserError (`<key>rating_s`) where rows are rated `s` or `safe` and the rules do not say what that means.
+    Raises UserError (`<key>rating_s`) where images are rated `s` or `safe` and the rules do not say what that means.
     """
     mapper = _Mapper(vocabulary, rules)
-    parts = [mapper.map_rows(*chunk) for chunk in _chunks(table)]
-    if mapper.ambiguous:
-        raise UserError(
-            f"{rules.key}rating_s: null, and {mapper.ambiguous:,} of {len(table):,} images are rated s or safe; set "
-            "sensitive (Danbooru since 2022) or general (Danbooru before, and other boorus)"
-        )
+    starts = range(0, max(len(table), 1), _CHUNK_ROWS)
+    parts = [
+        mapper.map_rows(part["tags"].combine_chunks(), part["rating"].combine_chunks())
+        for part in (table.slice(start, _CHUNK_ROWS) for start in starts)
+    ]
     ids, lengths, known, tagged = (np.concatenate(arrays) for arrays in zip(*parts))
-    offsets = np.zeros(len(table) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
     report = {
         "rows": len(table), "tagged": int(tagged.sum()), "rated": int(known.sum()), "tags": len(ids),
-        "dropped": dict(mapper.dropped), "such_as": [text for text, _ in mapper.unknown.most_common(_SHOWN)],
+        "dropped": mapper.unknown.total(), "such_as": [repr(text) for text, _ in mapper.unknown.most_common(_SHOWN)],
     }  # fmt: skip
-    return TagIndex(ids, offsets, known, tagged, report)
-
-
-def describe_report(report: dict[str, Any]) -> str:
-    """Return a report in a line."""
-    such = {_NOT_THERE: f" (such as {', '.join(map(repr, report['such_as']))})"}
-    dropped = [f"{count:,} {reason}{such.get(reason, '')}" for reason, count in report["dropped"].items()]
-    return (
-        f"{report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {report['rated']:,} a known "
-        f"rating; dropped: {'; '.join(dropped) or 'nothing'}"
-    )
+    return TagIndex(ids.astype(np.int32), np.cumsum([0, *lengths]), known, tagged, report)
 
 
 class _Mapper:
-    """Map rows to a vocabulary's outputs, each distinct text once, and count what is dropped."""
+    """Map rows to a vocabulary's outputs, each distinct text once, and count the texts that have none."""
 
     def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
         self._columns, self._rules = vocabulary.columns, rules
@@ -148,125 +149,45 @@ class _Mapper:
         self._categories |= {name: category for category, name in named if category == GENERAL}
         self._is_rating = np.asarray(vocabulary.categories) == RATING
         self._known: dict[str, list[int]] = {}
-        self.dropped: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
-        self.ambiguous = 0
 
     def map_rows(self, tags: pa.ListArray, ratings: pa.StringArray) -> tuple[np.ndarray, ...]:
-        """Return ids int32 [n], and of each row the number of ids, whether its rating is known, and whether tagged."""
-        rows, ids = self._map_tags(tags)
-        is_rating = self._is_rating[ids]
-        rating = self._choose_ratings(ratings, *_unique_pairs(rows[is_rating], ids[is_rating]))
-        rows, ids = rows[~is_rating], ids[~is_rating]
-        tagged, known = np.zeros(len(tags), bool), np.flatnonzero(rating >= 0)
-        tagged[rows] = True
-        rows, ids = _unique_pairs(np.concatenate([rows, known]), np.concatenate([ids, rating[known]]))
-        has_none = tags.value_lengths().to_numpy() == 0
-        self._count("images without tags", has_none.sum())
-        self._count("images without a tag of the vocabulary", (~tagged & ~has_none).sum())
-        if self._is_rating.any():
-            self._count("ratings that are absent", (rating == _ABSENT).sum())
-            self._count("ratings that are unknown", (rating == _UNKNOWN).sum())
-        return ids.astype(np.int32), np.bincount(rows, minlength=len(tags)), rating >= 0, tagged
+        """Return ids [n], and of each row the number of ids, whether its rating is known, and whether it is tagged."""
+        width, count = len(self._is_rating), len(tags)
+        texts = tags.flatten().dictionary_encode()
+        found = [self._find_outputs(text) for text in texts.dictionary.to_pylist()]
+        uses = np.bincount(texts.indices.to_numpy(), minlength=len(found)).tolist()
+        for text, outputs, used in zip(texts.dictionary.to_pylist(), found, uses):
+            if not outputs and text.strip():
+                self.unknown[text] += used
+        outputs = pa.array(found, pa.list_(pa.int64())).take(texts.indices)
+        rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
+        rows, ids = np.divmod(np.unique(rows * width + outputs.flatten().to_numpy()), width)
 
-    def _map_tags(self, tags: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row and the output of each tag, row after row; with repetitions."""
-        texts, codes = _encode(tags.flatten())
-        found = [self._outputs(text) for text in texts]
-        for text, outputs, count in zip(texts, found, np.bincount(codes, minlength=len(texts)).tolist()):
-            if not outputs:
-                self._count(_NOT_THERE if text.strip() else "tags that are blank", count)
-                self.unknown[text] += count
-            self.ambiguous += count if outputs == [_AMBIGUOUS] else 0
-        outputs = pa.array(found, pa.list_(pa.int64())).take(pa.array(codes))  # of each tag
-        row_of_tag = np.repeat(np.arange(len(tags)), tags.value_lengths().to_numpy())
-        rows, ids = np.repeat(row_of_tag, outputs.value_lengths().to_numpy()), outputs.flatten().to_numpy()
-        return rows[ids >= 0], ids[ids >= 0]
+        stated, is_rating = ratings.fill_null("").dictionary_encode(), self._is_rating[ids]
+        rating = np.full(count, -1)
+        rating[rows[is_rating]] = ids[is_rating]
+        rating[np.bincount(rows[is_rating], minlength=count) > 1] = -1
+        column = np.array([self._find(Tag(RATING, text)) for text in stated.dictionary.to_pylist()], np.int64)
+        column = column[stated.indices.to_numpy()]
+        rating = np.where(column >= 0, column, rating)
 
-    def _choose_ratings(self, ratings: pa.StringArray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return the output of each row's rating, int64 [rows], or _ABSENT, _UNKNOWN or _AMBIGUOUS.
+        tagged, known = np.zeros(count, bool), np.flatnonzero(rating >= 0)
+        tagged[rows[~is_rating]] = True
+        pairs = (rows * width + ids)[~is_rating]
+        rows, ids = np.divmod(np.sort(np.concatenate([pairs, known * width + rating[known]])), width)
+        return ids, np.bincount(rows, minlength=count), rating >= 0, tagged
 
-        rows, ids: the ratings among the tags; a row's only one counts where its column states none.
-        """
-        stated = self._map_ratings(ratings)
-        from_tags = np.full(len(stated), _ABSENT)
-        from_tags[rows] = ids
-        from_tags[np.bincount(rows, minlength=len(stated)) > 1] = _UNKNOWN
-        return np.where((stated >= 0) | (from_tags == _ABSENT), stated, from_tags)
-
-    def _map_ratings(self, ratings: pa.StringArray) -> np.ndarray:
-        """Return the output of each row's rating, int64 [rows], or _ABSENT, _UNKNOWN or _AMBIGUOUS."""
-        texts, codes = _encode(ratings.fill_null(""))
-        found = np.array([self._rating(text) for text in texts], np.int64)[codes]
-        self.ambiguous += int((found == _AMBIGUOUS).sum())
-        return found
-
-    def _outputs(self, text: str) -> list[int]:
+    def _find_outputs(self, text: str) -> list[int]:
         """Return the outputs of a text: its tag's and those of the tags that follow from it."""
         if text not in self._known:
-            tag = self._rules.resolve(parse_tag(text))
-            found = [self._find(meant) for meant in (tag, *self._rules.implications.get(tag.name, ()))]
-            self._known[text] = [output for output in found if output >= 0 or output == _AMBIGUOUS]
+            self._known[text] = [output for tag in self._rules.read(text) if (output := self._find(tag)) >= 0]
         return self._known[text]
 
     def _find(self, tag: Tag) -> int:
-        """Return a tag's output, negative for none. Without a category it has that of its name in the vocabulary."""
+        """Return a tag's output, -1 for none. Without a category it has that of its name in the vocabulary."""
         if tag.category == RATING:
-            return self._rating(tag.name)
+            name = self._rules.read_rating(tag.name) if self._is_rating.any() else None
+            return self._columns.get((RATING, name), -1)
         category = self._categories.get(tag.name, GENERAL) if tag.category is None else tag.category
-        return self._columns.get((category, tag.name), _UNKNOWN)
-
-    def _rating(self, text: str) -> int:
-        """Return the output of a rating, or _ABSENT, _UNKNOWN or _AMBIGUOUS."""
-        rating = parse_rating(text)
-        if rating in AMBIGUOUS_RATINGS:
-            if self._rules.rating_s is None and self._is_rating.any():
-                return _AMBIGUOUS
-            rating = self._rules.rating_s
-        return self._columns.get((RATING, rating), _UNKNOWN if rating else _ABSENT)
-
-    def _count(self, reason: str, count: int) -> None:
-        if count:
-            self.dropped[reason] += int(count)
-
-
-def _chunks(table: pa.Table) -> Iterable[tuple[pa.ListArray, pa.StringArray]]:
-    """Yield the tags and ratings of some rows after another; at least once."""
-    for start in range(0, max(len(table), 1), _CHUNK_ROWS):
-        part = table.slice(start, _CHUNK_ROWS)
-        yield part["tags"].combine_chunks(), part["rating"].combine_chunks()
-
-
-def _encode(texts: pa.StringArray) -> tuple[list[str], np.ndarray]:
-    """Return the distinct texts, and the position of each text among them."""
-    encoded = texts.dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
-
-
-def _unique_pairs(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs sorted by row, then by id, each once."""
-    order = np.lexsort((ids, rows))
-    rows, ids = rows[order], ids[order]
-    is_new = np.ones(len(rows), bool)
-    is_new[1:] = (np.diff(rows) != 0) | (np.diff(ids) != 0)
-    return rows[is_new], ids[is_new]
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    def write(file: Path) -> None:
-        with open(file, "wb") as stream:
-            np.lib.format.write_array(stream, array, allow_pickle=False)
-
-    write_atomically(path, write)
-
-
-def _refuse_empty(collection: Collection, vocabulary: Vocabulary, found: TagIndex) -> None:
-    """Raise NoKnownTag where no row has a tag of the vocabulary."""
-    if not found.tagged.any():
-        names = [name for name, category in zip(vocabulary.names, vocabulary.categories) if category != RATING]
-        such = f"their tags are such as {found.report['such_as']}" if found.report["such_as"] else "they have no tag"
-        raise NoKnownTag(
-            f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
-            f"vocabulary ({len(names):,} tags, such as {names[:_SHOWN]}); {such}. Give them sidecars or a manifest "
-            "(docs/collections.md), or choose another vocabulary"
-        )
+        return self._columns.get((category, tag.name), -1)

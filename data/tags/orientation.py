@@ -1,4 +1,4 @@
-"""What a mirror does to tags: built once from a vocabulary and a small YAML map, as facts of a tagger.
+"""What a mirror does to tags: built once from a vocabulary and a small YAML map, as facts of a tagger; and the mirror.
 
     mode: balanced              or strict, or permissive
     pairs: [[a, b]]             each is the mirror image of the other
@@ -13,25 +13,29 @@ stays (permissive). The maps for booru tags and for the embedded glyphs are besi
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, ValidationError
+from torch import Tensor, nn
 
+from utils import rng
 from utils.config.messages import validation_problems
 from utils.config.schema import Strict
 from utils.errors import UserError
+from utils.record.logging import get_logger
 from utils.vocabulary import CATEGORIES, GENERAL, Vocabulary
+
+log = get_logger(__name__)
 
 MAPS = ("booru", "glyphs")
 _TURNED = (GENERAL, CATEGORIES["meta"])
 _SIDED = re.compile(r"(?<![a-z])(left|right)")  # not bright, copyright or upright
 _SHOWN = 20  # names in a report
-
+_COIN_DRAW = 0xF11B  # of utils/rng.py; tasks use small numbers
 
 _Two = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
 
@@ -58,85 +62,54 @@ class OrientationMap(Strict):
     symmetric: list[str] = []
     never_flip: list[str] = []
 
-    @cached_property
-    def _partners(self) -> dict[str, str]:
-        return {first: second for pair in self.pairs for first, second in (pair, pair[::-1])}
-
-    @cached_property
-    def _symmetric(self) -> re.Pattern[str]:
-        return _any_of(self.symmetric)
-
     def mirror(self, name: str, category: int) -> str:
         """Return the name of a tag's mirror image, which may be its own."""
-        if name in self._partners:
-            return self._partners[name]
-        if category in _TURNED and not self.is_symmetric(name):
+        for pair in reversed(self.pairs):  # so that a tag in two of them is found to be wrong
+            if name in pair:
+                return pair[1 - pair.index(name)]
+        if category in _TURNED and not _any_of(self.symmetric).fullmatch(name):
             for pattern in self.patterns:
                 name = pattern.apply(name)
         return name
 
-    def is_symmetric(self, name: str) -> bool:
-        """Return whether the map states that a mirror does not change a tag."""
-        return self._symmetric.fullmatch(name) is not None
 
-
-@dataclass(frozen=True)
-class Orientation:
-    """What a mirror does to the outputs of a vocabulary.
+def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, Any]:
+    """Return what a mirror does to a vocabulary's outputs, as facts; name: `booru`, `glyphs`, or the path of a map.
 
     pairs: outputs that change places. dropped: outputs that a mirrored image loses. no_flip: outputs whose images are
-    not mirrored. uncovered: names with left or right of which the map says nothing.
-    """
-
-    pairs: list[tuple[int, int]]
-    dropped: list[int]
-    no_flip: list[int]
-    uncovered: list[str]
-
-    def facts(self) -> dict[str, Any]:
-        """Return what data/tags/mirror.py needs, for the facts of a task."""
-        return {"pairs": [list(pair) for pair in self.pairs], "dropped": self.dropped, "no_flip": self.no_flip}
-
-    def describe(self) -> str:
-        """Return the numbers and the uncovered names in a line."""
-        names = ", ".join(self.uncovered[:_SHOWN]) + (", ..." if len(self.uncovered) > _SHOWN else "")
-        return (
-            f"in a mirrored image {len(self.pairs)} pairs of tags change places and {len(self.dropped)} tags are "
-            f"dropped; images of {len(self.no_flip)} tags are not mirrored; with left or right, but not in the map: "
-            f"{names or 'none'}"
-        )
-
-
-def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Orientation:
-    """Return what a mirror does to a vocabulary's tags; name: `booru`, `glyphs`, or the path of a map.
-
+    not mirrored. Logs the names with left or right of which the map says nothing.
     Raises UserError (`key`) that names the file: for a map that cannot be read, and for one by which the mirror image
     of a tag's mirror image is not the tag.
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
     rules = _read(path, key)
     pairs, alone, uncovered = [], [], []
-    stays = _any_of(rules.never_flip)
-    no_flip = {output for output, tag in enumerate(vocabulary.names) if stays.fullmatch(tag)}
-    for output, (tag, category) in enumerate(zip(vocabulary.names, vocabulary.categories)):
+    forbids, named = _any_of(rules.never_flip), _any_of([*rules.never_flip, *rules.symmetric])
+    no_flip = {output for output, tag in enumerate(vocabulary.names) if forbids.fullmatch(tag)}
+    for (category, tag), output in vocabulary.columns.items():
         mirror = rules.mirror(tag, category)
+        other = vocabulary.columns.get((category, mirror))
         if mirror == tag:
-            named = output in no_flip or rules.is_symmetric(tag) or category not in _TURNED
-            uncovered += [tag] if _SIDED.search(tag) and not named else []
-            continue
-        if (back := rules.mirror(mirror, category)) != tag:
+            is_open = category in _TURNED and _SIDED.search(tag) and not named.fullmatch(tag)
+            uncovered += [tag] if is_open else []
+        elif (back := rules.mirror(mirror, category)) != tag:
             raise UserError(
                 f"{key}: {path}: {tag!r} becomes {mirror!r}, and that {back!r}; write patterns that match both, name "
                 "the tag in symmetric, or each tag in one of pairs"
             )
-        other = vocabulary.columns.get((category, mirror))
-        if other is None:
+        elif other is None:
             alone.append(output)
         elif output < other:
-            pairs.append((output, other))
+            pairs.append([output, other])
     if rules.mode == "strict":
         no_flip.update(alone)
-    return Orientation(pairs, alone if rules.mode == "balanced" else [], sorted(no_flip), uncovered)
+    dropped = alone if rules.mode == "balanced" else []
+    log.debug(
+        "%s=%s: in a mirrored image %d pairs of tags change places and %d are dropped; images of %d tags are not "
+        "mirrored; with left or right, but not in the map: %s",
+        key, name, len(pairs), len(dropped), len(no_flip), ", ".join(uncovered[:_SHOWN]) or "none",
+    )  # fmt: skip
+    return {"pairs": pairs, "dropped": dropped, "no_flip": sorted(no_flip)}
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
@@ -156,3 +129,36 @@ def _read(path: Path, key: str) -> OrientationMap:
         ) from None
     except ValidationError as error:
         raise UserError(f"{key}: {path}: " + "; ".join(validation_problems(error, values, OrientationMap))) from None
+
+
+class Mirror(nn.Module):
+    """Mirror half of the images, by their keys, and exchange the tags that a mirror exchanges.
+
+    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are in no state dict.
+    """
+
+    def __init__(self, orientation: Mapping[str, Any], width: int) -> None:
+        super().__init__()
+        permutation = torch.arange(width)
+        pairs = torch.tensor(orientation["pairs"], dtype=torch.long).view(-1, 2)
+        permutation[pairs] = pairs.flip(1)
+        dropped = torch.zeros(width, dtype=torch.bool)
+        dropped[orientation["dropped"]] = True
+        no_flip = torch.tensor(orientation["no_flip"], dtype=torch.long)
+        for name, tensor in (("permutation", permutation), ("dropped", dropped), ("no_flip", no_flip)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, images: Tensor, targets: Tensor, flip: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images [B, C, H, W] and targets [B, T], mirrored where it is due; without a host synchronisation.
+
+        flip: int8 [B], -1 never, 1 always, 0 (or None) by a coin of the key [B], and never with a tag of `no_flip`.
+        """
+        coin = rng.uniform(keys, (), _COIN_DRAW) < 0.5
+        mirrored = coin & ~(targets.index_select(1, self.no_flip) > 0.5).any(dim=1)
+        if flip is not None:
+            mirrored = torch.where(flip == 0, mirrored, flip > 0)
+        turned = targets.index_select(1, self.permutation).masked_fill(self.dropped, 0)
+        return (
+            torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images),
+            torch.where(mirrored.view(-1, 1), turned, targets),
+        )

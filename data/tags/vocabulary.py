@@ -35,7 +35,6 @@ from utils.vocabulary import (
 log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # of a name; longer ones are sentences
-_TOO_LONG = f"longer than {_MAX_LENGTH} characters"
 _SHOWN = 3  # tags that a message shows
 
 
@@ -88,15 +87,14 @@ def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
     table = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.greater(table["weight"], 0.0)))
     found: Counter[Tag] = Counter()
     for entry in pc.value_counts(pc.list_flatten(table["tags"])).to_pylist():
-        tag = rules.resolve(parse_tag(entry["values"]))
-        found.update(dict.fromkeys([tag, *rules.implications.get(tag.name, ())], entry["counts"]))
+        found.update(dict.fromkeys(rules.read(entry["values"]), entry["counts"]))
     ordered = [tag for tag, _ in found.most_common() if tag.name and tag.category != RATING]
-    stated = {tag.name for tag in ordered if tag.category is not None}
     tags = [tag for tag in ordered if tag.category is not None]
+    stated = {tag.name for tag in tags}
     tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in stated]
-    tags = [Tag(RATING, name) for name in RATINGS] + tags
-    every = _build(tags, [0] * len(tags))
-    return _build(tags, np.bincount(map_tags(table, every, rules).ids, minlength=len(every)).tolist())
+    every = Vocabulary.of([*((RATING, name) for name in RATINGS), *tags])
+    counts = np.bincount(map_tags(table, every, rules).ids, minlength=len(every))
+    return replace(every, counts=tuple(counts.tolist()))
 
 
 def choose_tags(found: Vocabulary, wanted: VocabularyConfig, key: str) -> tuple[Vocabulary, Counter[str]]:
@@ -106,28 +104,27 @@ def choose_tags(found: Vocabulary, wanted: VocabularyConfig, key: str) -> tuple[
     image has a rating, none is taken. A tag of `keep` is taken in any case. A tag of a list without a category is that
     of its name in any category.
     """
-    categories = [RATING, *(CATEGORIES[name] for name in wanted.categories)]
+    categories = [CATEGORIES[name] for name in wanted.categories]
     ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
-    is_rated = any(found.counts[row] for row in found.of_category(RATING))
     dropped: Counter[str] = Counter()
-    chosen = []
-    for row, (tag, count) in enumerate(zip(map(Tag, found.categories, found.names), found.counts)):
+    ratings, chosen = [], []
+    for tag, count in zip(map(Tag._make, found.columns), found.counts):
         listed = {tag, Tag(None, tag.name)}
-        if tag.category == RATING:
-            chosen += [(0, 0, row, "", tag, count)] if is_rated else []
-            continue
         reasons = {
-            _TOO_LONG: len(tag.name) > _MAX_LENGTH,
+            f"longer than {_MAX_LENGTH} characters": len(tag.name) > _MAX_LENGTH,
             "of other categories": tag.category not in categories,
             "ignored": bool(listed & ignore),
             f"on fewer than {wanted.min_count} images": count < wanted.min_count,
         }
-        if any(reasons.values()) and not listed & keep:
+        if tag.category == RATING:
+            ratings.append((tag, count))
+        elif any(reasons.values()) and not listed & keep:
             dropped[next(reason for reason, holds in reasons.items() if holds)] += 1
         else:
-            chosen.append(({GENERAL: 1, CHARACTER: 2}.get(tag.category, 3), tag.category, -count, tag.name, tag, count))
-    chosen.sort()
-    return _build([entry[-2] for entry in chosen], [entry[-1] for entry in chosen]), dropped
+            chosen.append((tag, count))
+    order = {GENERAL: -2, CHARACTER: -1}
+    chosen.sort(key=lambda entry: (order.get(entry[0].category, entry[0].category), -entry[1], entry[0].name))
+    return _build([*ratings, *chosen] if any(count for _, count in ratings) else chosen), dropped
 
 
 def append_tags(base: Vocabulary, chosen: Vocabulary) -> Vocabulary:
@@ -136,14 +133,12 @@ def append_tags(base: Vocabulary, chosen: Vocabulary) -> Vocabulary:
     A general tag whose name has another category in `base` is not new: images may state no category.
     """
     names = {name for category, name in base.columns if category != RATING}
-    tags, counts = [], []
-    for tag, count in zip(map(Tag, chosen.categories, chosen.names), chosen.counts):
-        is_known = tag in base.columns or (tag.category == GENERAL and tag.name in names)
-        if tag.category != RATING and not is_known:
-            tags.append(tag)
-            counts.append(count)
-    added = _build(tags, counts, start=len(base))
-    joined = zip(base.facts().values(), added.facts().values())
+    added = [
+        (tag, count)
+        for tag, count in zip(map(Tag._make, chosen.columns), chosen.counts)
+        if tag not in base.columns and tag.category != RATING and not (tag.category == GENERAL and tag.name in names)
+    ]
+    joined = zip(base.facts().values(), _build(added, start=len(base)).facts().values())
     return Vocabulary(*(tuple(first + second) for first, second in joined))
 
 
@@ -161,7 +156,8 @@ def _read_names(path: str | None, key: str) -> frozenset[Tag]:
     return frozenset(parse_tag(line) for line in lines if line.strip() and not line.startswith("#"))
 
 
-def _build(tags: Sequence[Tag], counts: Sequence[int], start: int = 0) -> Vocabulary:
-    """Build a vocabulary; the number of a tag that is no rating is its row, counted from `start`."""
-    ids = [RATINGS[tag.name] if tag.category == RATING else start + row for row, tag in enumerate(tags)]
-    return replace(Vocabulary.of(tags), counts=tuple(counts), tag_ids=tuple(ids))
+def _build(entries: Sequence[tuple[Tag, int]], start: int = 0) -> Vocabulary:
+    """Build a vocabulary of tags and counts; the number of a tag that is no rating is its row, counted from `start`."""
+    ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(entries, start)]
+    made = Vocabulary.of(tag for tag, _ in entries)
+    return replace(made, counts=tuple(count for _, count in entries), tag_ids=tuple(ids))

@@ -28,6 +28,7 @@ from data.loader import Fields, no_fields
 from data.open import Data
 from data.rows import training_rows
 from data.tags.index import NoKnownTag
+from data.tags.orientation import build_orientation
 from engine.measures.means import measure_means
 from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
 from engine.tasks.classification import (
@@ -41,7 +42,7 @@ from engine.tasks.kind import Kind, Setup, check_weights
 from engine.tasks.mixing import MixingConfig
 from engine.tasks.pretrained import stated_preprocessing
 from engine.tasks.tag_losses import TagLossConfig, bce
-from engine.tasks.tagging import TaggingKind, TaggingPipeline, TaggingTask, TaggingTaskConfig, describe_mirror
+from engine.tasks.tagging import TaggingKind, TaggingPipeline, TaggingTask, TaggingTaskConfig
 from models.build import build_network, check_image_size
 from models.config import ModelConfig, TimmConfig
 from models.normalise import Normalise
@@ -343,7 +344,8 @@ class DistillationKind(Kind[DistillationTaskConfig]):
             facts["tag_priors"] = [count / images for count in vocabulary.counts]
             if task.label_share > 0:
                 _outside(setup)[1].task.check_run(config)
-                facts |= {"orientation": describe_mirror(vocabulary, task.orientation)} if task.orientation else {}
+                if task.orientation:
+                    facts["orientation"] = build_orientation(vocabulary, task.orientation, "task.orientation")
         if len(self.pipeline.rows(collection, setup, rows)) == 0:
             raise UserError(
                 f"task.label_share: {task.label_share:g}, but no training image has a label that the student's outputs "

@@ -16,8 +16,7 @@ from data.loader import Example, Fields
 from data.open import Data
 from data.rows import training_rows
 from data.tags.index import TagIndex, describe_report, index_tags
-from data.tags.mirror import Mirror
-from data.tags.orientation import build_orientation
+from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
@@ -85,7 +84,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
 
 
 class TagFields:
-    """Add a sample's outputs, whether its rating is known, and whether it may be mirrored (data/tags/mirror.py)."""
+    """Add a sample's outputs, whether its rating is known, and whether it may be mirrored (`Mirror`)."""
 
     def __init__(self, index: TagIndex, flip: np.ndarray | None) -> None:
         self._index, self._flip = index, flip
@@ -299,13 +298,6 @@ def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) ->
     return (index.count(rows, len(vocabulary)) / images).tolist()
 
 
-def describe_mirror(vocabulary: Vocabulary, name: str) -> dict[str, Any]:
-    """Return what a mirror does to tags, as a fact, and log it. Raises UserError (`task.orientation`)."""
-    orientation = build_orientation(vocabulary, name, "task.orientation")
-    log.debug("task.orientation=%s: %s", name, orientation.describe())
-    return orientation.facts()
-
-
 class TaggingKind(Kind[TaggingTaskConfig]):
     """Images with tags."""
 
@@ -327,7 +319,7 @@ class TaggingKind(Kind[TaggingTaskConfig]):
         index = index_of(collection, vocabulary, config.task)
         facts = {**vocabulary.facts(), "tag_priors": measure_priors(index, rows, vocabulary)}
         if config.task.orientation is not None:
-            facts["orientation"] = describe_mirror(vocabulary, config.task.orientation)
+            facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts
 
     def build(self, setup: Setup[TaggingTaskConfig]) -> TaggingTask:
