@@ -31,7 +31,6 @@ from bench.measure import OUT, Comparison, run_bench
 from data.device_augment import training_views
 from data.loader import no_fields
 from data.open import Data, load_collection, open_images
-from data.transforms import shortest_px_for
 from models.normalise import Normalise
 
 BATCH = 16 if "quick" in sys.argv else 128
@@ -63,7 +62,7 @@ class Ours:
         machine = SimpleNamespace(
             device=torch.device("cpu"), channels_last=channels_last, workers=0, prefetch_batches=2
         )
-        collection, shortest_px = load_collection(config.data), shortest_px_for(config.augment)
+        collection, shortest_px = load_collection(config.data), config.augment.shortest_px()
         source = open_images(collection, config.data, 3, "white", shortest_px=shortest_px, repeats=True)
         data = Data(collection, source, machine, seed=0, batch_size=BATCH, run_path=None)
         loader = data.train(collection.rows("train"), no_fields, training_views(config.augment))

@@ -1,9 +1,9 @@
 """The shape of `data` and `augment`. Values and defaults are in conf/data/ and conf/augment/."""
 
-import re
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from utils.canvas import Background
 from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
@@ -11,7 +11,17 @@ from utils.config.schema import PathText, Strict
 
 _Jitter = Annotated[float, Field(ge=0, le=100)]
 _Zoom = Annotated[float, Field(ge=0.01, le=100)]
-_POLICY = re.compile(r"rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*")
+_POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*$"
+
+
+def _rises(bounds: list[float]) -> list[float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{bounds[0]:g} to {bounds[1]:g} does not rise; give the smaller number first")
+    return bounds
+
+
+_Pair = Field(min_length=2, max_length=2)
+_Zooms = Annotated[list[_Zoom], _Pair, AfterValidator(_rises)]
 
 
 class CacheConfig(Strict):
@@ -38,9 +48,6 @@ class CacheConfig(Strict):
         return self
 
 
-_DEFAULT_CACHE = CacheConfig(memory_gib="auto", folder="outputs/cache/images", disk_gib=0.0, format="raw", quality=90)
-
-
 class _Data(Strict):
     """What every collection has. `validation_fraction` is used only where the collection has no validation split.
 
@@ -51,9 +58,9 @@ class _Data(Strict):
     root: PathText
     validation_fraction: BelowOne
     max_pixels: Pixels
-    background: Background | None = None  # configurations of before do not state it, nor icc and cache
-    icc: bool = False
-    cache: CacheConfig = _DEFAULT_CACHE
+    background: Background | None
+    icc: bool
+    cache: CacheConfig
 
 
 class ImageFolderConfig(_Data):
@@ -118,7 +125,7 @@ class AffineConfig(Strict):
 
     degrees: Annotated[float, Field(ge=0, le=180)]
     translate: Fraction
-    scale: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
+    scale: _Zooms
     shear_degrees: Annotated[float, Field(ge=0, le=85)]
 
 
@@ -136,46 +143,38 @@ class ColorJitterConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """From a decoded image to the network's input.
-
-    `pad` square puts the whole image into the middle of a square of the background, first, in training and evaluation.
-    buckets: of the nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels as
-    `image_size_hw` or fewer; `crop_ratio` is then relative to that shape. Programs that show one size show the square.
-    Training, in this order: `affine` where it is not null, on the decoded image (its cost grows with the image); a
-    random crop of `crop_scale` of the area and `crop_ratio` width / height, resized; a mirror image with probability
-    `horizontal_flip`; `color_jitter` where it is not null; `rand_augment`, a policy of timm, where it is not null,
-    which fills with the mean; random erasing with probability `random_erasing`, by `uniform` noise or by `normal` noise
-    of `mean` and `std`. Pixels that the affine map uncovers get the grey level `fill`. Evaluation: `crop` resizes the
-    shorter side to image size / `eval_crop` and takes the centre, `squash` resizes both sides. `interpolation` varied
-    draws one of the others for each training image, and is bicubic in evaluation. `mean` and `std` (of values in
-    [0, 1], one per channel) are applied on the device.
+    """From a decoded image to the network's input: in training the steps below, in this order.
 
     `on_device` true: the workers decode, crop and resize, and the rest runs on the device, on whole batches
     (data/device_augment.py). The draws have the same distributions. What differs: `affine` acts on the resized image,
     so its shift is a share of the image size, no crop follows that could cut off what it uncovers, and its one bilinear
     sampling blurs a little what the resize has made sharp; `color_jitter` rounds once at the end and not after each
     change.
-
-    `shrink` true: an image that is larger than crops need is resized when it is decoded (data/cache/size.py).
     """
 
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    image_size_hw: Annotated[list[Side], _Pair]
+    # In training and evaluation. square: the whole image in the middle of a square of the background. buckets: of the
+    # nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels as `image_size_hw` or
+    # fewer; `crop_ratio` is then relative to that shape. Programs that show one size show the square.
     pad: Literal["none", "square", "buckets"]
-    crop_scale: Annotated[list[Share], Field(min_length=2, max_length=2)]
-    crop_ratio: Annotated[list[_Zoom], Field(min_length=2, max_length=2)]
-    horizontal_flip: Fraction
-    affine: AffineConfig | None
-    color_jitter: ColorJitterConfig | None
-    rand_augment: str | None
-    random_erasing: Fraction
-    erasing_noise: Literal["uniform", "normal"]
-    fill: Annotated[int, Field(ge=0, le=255)]
-    on_device: bool
-    shrink: bool = False  # configurations of before do not state it
+    affine: AffineConfig | None  # of the decoded image; its cost grows with it
+    fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of what the affine map uncovers
+    crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # of the area
+    crop_ratio: _Zooms  # width / height
+    # Of the resize; varied draws one of the others for each training image, and is bicubic in evaluation.
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
+    horizontal_flip: Fraction
+    color_jitter: ColorJitterConfig | None
+    # A policy of timm, which fills with the mean and ignores sections that it does not know.
+    rand_augment: Annotated[str, Field(pattern=_POLICY)] | None
+    random_erasing: Fraction
+    erasing_noise: Literal["uniform", "normal"]  # normal: of `mean` and `std`
+    on_device: bool
+    shrink: bool  # an image that is larger than crops need is resized when it is decoded (`shortest_px`)
+    # crop: the shorter side to image size / `eval_crop`, then the centre. squash: both sides to the image size.
     eval_resize: Literal["crop", "squash"]
     eval_crop: Annotated[float, Field(ge=0.1, le=1)]
-    mean: list[Fraction]
+    mean: list[Fraction]  # of values in [0, 1], one per channel; applied on the device
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
@@ -185,7 +184,29 @@ class AugmentConfig(Strict):
             "pad": "square" if self.pad == "buckets" else self.pad,
             "interpolation": "bicubic" if self.interpolation == "varied" else self.interpolation,
             "channels": channels,
+            **({"shortest_px": self.shortest_px()} if self.shrink else {}),
         }
+
+    def shortest_px(self) -> int | None:
+        """Return how far `shrink` shortens the shorter side of an image, in pixels, so that no crop is enlarged.
+
+        The larger of two bounds. Evaluation resizes to image size / `eval_crop`, or to the image size. Training takes a
+        crop of at least `crop_scale` of the area; of an image with shorter side s it is, at a ratio r = width / height,
+        at least s sqrt(scale r) wide and s sqrt(scale / r) high, and where no crop fits, s or s times the nearest
+        ratio. A worker's affine map enlarges the crop's content at most by its zoom and both shears. A padded image is
+        a square of the longer side, so the bound holds for it, too.
+        """
+        if not self.shrink:
+            return None
+        height, width = self.image_size_hw
+        evaluation = max(height, width) / (self.eval_crop if self.eval_resize == "crop" else 1)
+        scale, (least, most) = self.crop_scale[0], self.crop_ratio
+        wide = max(1 / math.sqrt(scale * least), 1 / most)
+        high = max(math.sqrt(most / scale), least)
+        stretch, affine = 1.0, self.affine
+        if affine is not None and not self.on_device:
+            stretch = max(1.0, affine.scale[1] * (1 + math.tan(math.radians(affine.shear_degrees))) ** 2)
+        return math.ceil(max(evaluation, stretch * max(width * wide, height * high)))
 
     def describe(self, task_mirrors: bool) -> str:
         """Return the image size and the augmentation in a line; task_mirrors: whether the task mirrors."""
@@ -200,37 +221,12 @@ class AugmentConfig(Strict):
         steps += ["random erasing"] if self.random_erasing else []
         return f"{height} x {width} px; {', '.join(steps)}"
 
-    @field_validator("rand_augment")
-    @classmethod
-    def _is_a_policy(cls, policy: str | None) -> str | None:
-        # timm ignores sections that it does not know.
-        if policy is not None and not _POLICY.fullmatch(policy):
-            raise ValueError(
-                f"{policy!r} is no policy; give rand with sections of m, n, p, mstd, mmax and inc, each with a number, "
-                "such as rand-m9-mstd0.5-inc1 (timm.data.auto_augment.rand_augment_transform)"
-            )
-        return policy
-
     @model_validator(mode="after")
-    def _ranges_rise(self) -> "AugmentConfig":
-        ranges = {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio}
-        if self.affine is not None:
-            ranges["affine.scale"] = self.affine.scale
-        for name, (low, high) in ranges.items():
-            if low > high:
-                raise ValueError(f"augment.{name}: {low:g} to {high:g} does not rise; give the smaller number first")
-        return self
-
-    @model_validator(mode="after")
-    def _one_std_per_mean(self) -> "AugmentConfig":
+    def _is_of_one_piece(self) -> "AugmentConfig":
         if len(self.mean) != len(self.std):
             raise ValueError(
                 f"augment.std: {len(self.std)} numbers beside {len(self.mean)} in augment.mean; give one per channel"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _policy_is_for_workers(self) -> "AugmentConfig":
         if self.on_device and self.rand_augment is not None:
             raise ValueError(
                 f"augment.on_device: true, and augment.rand_augment ({self.rand_augment}) runs on Pillow's images in "

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from data.config import AugmentConfig
 from data.stream import Draw
-from data.transforms import CropTransform, NoiseErasing, TrainTransform, Transform, color_jitter, random_affine
+from data.transforms import NoiseErasing, TrainTransform, Transform, color_jitter, random_affine
 from utils import rng
 from utils.canvas import DEFAULT
 from utils.contracts import Batch
@@ -94,8 +94,8 @@ class DeviceAugment:
     def __init__(self, config: AugmentConfig) -> None:
         self._config = config
         self._size_hw = tuple(config.image_size_hw)
-        self._affine = None if config.affine is None else random_affine(config)
-        self._jitter = None if config.color_jitter is None else color_jitter(config)
+        self._affine = random_affine(config)
+        self._jitter = color_jitter(config)
         self._erasing = NoiseErasing(config.random_erasing) if config.random_erasing > 0 else None
         drawn_by = ("brightness", "contrast", "saturation", "hue")
         active = [getattr(self._jitter, name, None) is not None for name in drawn_by]
@@ -280,6 +280,5 @@ def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Mapping[
 
     background: of what `augment.pad` adds.
     """
-    if not config.on_device:
-        return {IMAGES: TrainTransform(config, background)}
-    return {IMAGES: CropTransform(config, background), AUGMENT: DeviceAugment(config)}
+    views: dict[str, Transform] = {IMAGES: TrainTransform(config, background)}
+    return views | ({AUGMENT: DeviceAugment(config)} if config.on_device else {})

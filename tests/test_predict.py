@@ -56,7 +56,7 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
 
     weights = open_weights(place / "run/weights/best_weights.safetensors")
     model, metadata = weights.model, weights.metadata
-    transform, names = EvalTransform.of(metadata["preprocessing"]), metadata["class_names"]
+    transform, names = EvalTransform(metadata["preprocessing"]), metadata["class_names"]
     seen = set()
     for row, line in zip(found, table):
         if "error" in row:

@@ -15,7 +15,7 @@ from data.loader import Fields, no_fields
 from data.open import Data, describe_collection, describe_transparency, load_collection, open_images
 from data.rows import training_rows
 from data.stream import GroupedSampler, Sampler, build_sampler
-from data.transforms import FOOTPRINT, ByGroup, Views, preprocessing_of
+from data.transforms import FOOTPRINT, ByGroup, Views
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.streams import Streams
@@ -73,7 +73,7 @@ class ImagePipeline(Generic[Config]):
         if augment.pad == "buckets":
             stated["buckets_hw"] = letterbox_sizes(augment.image_size_hw, self.unit_px(config)).tolist()
         background = DEFAULT if config.data.background is None else config.data.background
-        return {**preprocessing_of(augment, config.model.in_channels), "background": background, **stated}
+        return {**augment.preprocessing(config.model.in_channels), "background": background, **stated}
 
     def unit_px(self, config: ImageTrainingConfig) -> int:
         """Return what divides the sides of buckets."""

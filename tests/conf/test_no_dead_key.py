@@ -136,6 +136,6 @@ def test_eval_crop_reaches_evaluation():
     config, _ = configure("finetune", ["augment.eval_crop=0.5", "augment.image_size_hw=[8,8]"])
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[:, 4:12, 4:12] = 200
-    assert (EvalTransform.of(config.augment.preprocessing(3))(image) == 200).all()
+    assert (EvalTransform(config.augment.preprocessing(3))(image) == 200).all()
     config, _ = configure("finetune", ["augment.eval_resize=squash", "augment.image_size_hw=[16,8]"])
-    assert torch.equal(EvalTransform.of(config.augment.preprocessing(3))(image)[:, :, 0], image[:, :, 0])
+    assert torch.equal(EvalTransform(config.augment.preprocessing(3))(image)[:, :, 0], image[:, :, 0])

@@ -242,7 +242,7 @@ def test_weights_of_the_manifest_reach_the_batch_and_weight_0_is_not_decoded(tmp
 
 
 def evaluation_loader(collection, *, workers=0, batch_size=4, split="val"):
-    reader = make_reader(collection, EvalTransform(SIZE, 0.875, "bilinear"), training=False)
+    reader = make_reader(collection, EvalTransform(augment().preprocessing(3)), training=False)
     loader = Loader(reader, machine(workers), UnreadableLog(None).add)
     return EvaluationStream(loader, collection.rows(split), Policy(0, batch_size, batch_size))
 

@@ -90,7 +90,7 @@ def test_near_ranges_are_one_request(packed, store, monkeypatch):
 def test_a_loader_gives_what_the_files_give(workers, packed, place):
     sizes = {"image_size_hw": [32, 32], "pad": "none", "eval_resize": "squash", "eval_crop": 1.0}
     levels = {"channels": 3, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
-    views = {"images": EvalTransform.of({**sizes, **levels, "background": "white"})}
+    views = {"images": EvalTransform({**sizes, **levels, "background": "white"})}
     config = ImageFolderConfig(name="image_folder", root="x", validation_fraction=0.0, max_pixels=10**6)
     found = []
     for collection in (packed, load(place / "files", place / "cache")):

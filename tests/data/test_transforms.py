@@ -18,10 +18,10 @@ from data.stream import Draw
 from data.transforms import (
     EvalTransform,
     Footprint,
-    Letterbox,
     PolicyAugment,
     ResizedCrop,
     TrainTransform,
+    letterbox,
 )
 from utils import rng
 
@@ -29,8 +29,8 @@ PLAIN = {
     "image_size_hw": [32, 48], "pad": "none", "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5],
     "horizontal_flip": 0.0,
     "affine": None, "color_jitter": None, "rand_augment": None, "random_erasing": 0.0, "erasing_noise": "uniform",
-    "fill": 200, "on_device": False, "interpolation": "bilinear", "eval_resize": "crop", "eval_crop": 1.0,
-    "mean": [0.5], "std": [0.5],
+    "fill": 200, "on_device": False, "shrink": False, "interpolation": "bilinear", "eval_resize": "crop",
+    "eval_crop": 1.0, "mean": [0.5], "std": [0.5],
 }  # fmt: skip
 OPTIONS = {
     "affine": {"affine": {"degrees": 30.0, "translate": 0.2, "scale": [0.5, 0.6], "shear_degrees": 10.0}},
@@ -73,25 +73,24 @@ def test_erasing_leaves_the_rest_and_fills_with_noise():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "key"),
     [
-        (
-            {"rand_augment": "rand-m9-msdt0.5"},
-            "'rand-m9-msdt0.5' is no policy",
-        ),
-        ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "augment.affine.scale: 1.2 to 0.8"),
+        ({"rand_augment": "rand-m9-msdt0.5"}, "rand_augment"),
+        ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "affine.scale"),
         ({"color_jitter": {**OPTIONS["color_jitter"]["color_jitter"], "hue": 0.6}}, "color_jitter.hue"),
-        (
-            {"on_device": True, "rand_augment": "rand-m9"},
-            "augment.on_device: true, and augment.rand_augment (rand-m9)",
-        ),
+        ({"on_device": True, "rand_augment": "rand-m9"}, "augment.on_device"),
+        ({"std": [0.5, 0.5]}, "augment.std"),
     ],
 )
-def test_values_out_of_range_are_refused(change, message):
+def test_values_out_of_range_are_refused(change, key):
     with pytest.raises(ValidationError) as caught:
         AugmentConfig(**{**PLAIN, **change})
-    found = ".".join(str(part) for part in caught.value.errors()[0]["loc"]) + caught.value.errors()[0]["msg"]
-    assert message in found
+    assert key in ".".join(map(str, caught.value.errors()[0]["loc"])) + caught.value.errors()[0]["msg"]
+
+
+def evaluate(image, size_hw, eval_crop=0.875, interpolation="bilinear", eval_resize="crop"):
+    stated = {"image_size_hw": size_hw, "eval_crop": eval_crop, "interpolation": interpolation}
+    return EvalTransform({**stated, "eval_resize": eval_resize})(image)
 
 
 def by_definition(image, size_hw, eval_crop, interpolation):
@@ -103,20 +102,12 @@ def by_definition(image, size_hw, eval_crop, interpolation):
     return v2.functional.center_crop(v2.functional.resize(image, resized_hw, mode, antialias=True), list(size_hw))
 
 
-@pytest.mark.parametrize("image_hw, interpolation", [((300, 100), "bilinear"), ((2000, 250), "bicubic")])
-def test_evaluation_of_ordinary_images_is_of_the_whole(image_hw, interpolation):
-    """Up to a resized side of eight times 32 or 27."""
-    image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    found = EvalTransform((28, 24), 0.875, interpolation)(image)
-    assert torch.equal(found, by_definition(image, (28, 24), 0.875, interpolation))
-
-
 @pytest.mark.parametrize(("image_hw", "axis"), [((8, 401), -1), ((402, 8), -2), ((100, 2999), -1)])
 def test_evaluation_of_a_strip_sees_the_same_centre(image_hw, axis):
     ramp = torch.linspace(0, 255 * 20, image_hw[axis]).sin().mul(100).add(128).round().to(torch.uint8)
     image = ramp.view(-1, 1) if axis == -2 else ramp.view(1, -1)
     image = image.expand(3, *image_hw).contiguous()
-    found = EvalTransform((28, 24), 0.875, "bilinear")(image)
+    found = evaluate(image, (28, 24))
     whole = by_definition(image, (28, 24), 0.875, "bilinear")
     assert (found.int() - whole.int()).abs().float().mean() < 2
 
@@ -130,7 +121,7 @@ def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw, monkeypatch)
         return resize(image, size, interpolation)
 
     monkeypatch.setattr(transforms, "resize", noted)
-    result = EvalTransform((224, 224), 0.875, "bicubic")(torch.full((3, *image_hw), 77, dtype=torch.uint8))
+    result = evaluate(torch.full((3, *image_hw), 77, dtype=torch.uint8), (224, 224), 0.875, "bicubic")
     assert result.shape == (3, 224, 224) and (result == 77).all()
     (((height, width), resized),) = made
     assert min(resized) == 256 and max(resized) <= 9 * 256
@@ -193,10 +184,10 @@ def test_the_workers_erase_with_the_noise_that_is_configured(kind):
 
 def test_squash_resizes_both_sides_and_crops_nothing():
     ramp = torch.arange(96, dtype=torch.uint8).view(1, 1, 96).expand(3, 40, 96).contiguous()
-    squashed = EvalTransform((32, 32), 0.875, "bilinear", "squash")(ramp)
+    squashed = evaluate(ramp, (32, 32), eval_resize="squash")
     wanted = v2.functional.resize(ramp, [32, 32], interpolation=InterpolationMode.BILINEAR, antialias=True)
     assert torch.equal(squashed, wanted)
-    cropped = EvalTransform((32, 32), 0.875, "bilinear")(ramp)
+    cropped = evaluate(ramp, (32, 32))
     assert squashed.min() < 3 < 20 < cropped.min()
 
 
@@ -205,7 +196,7 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(image_hw):
     """As published: Resize(256) and CenterCrop(224), in small."""
     image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     published = v2.Compose([v2.Resize(64, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(56)])
-    assert torch.equal(EvalTransform((56, 56), 0.875, "bicubic")(image), published(image))
+    assert torch.equal(evaluate(image, (56, 56), 0.875, "bicubic"), published(image))
 
 
 # --- padding to a square, and the filters of the resize
@@ -238,7 +229,7 @@ def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channe
     values = {**PLAIN, **PADDED, "interpolation": interpolation, "mean": [0.5] * channels, "std": [0.5] * channels}
     config, image = AugmentConfig(**values), soft(channels, image_hw)
     wanted = by_pillow(image, 32, interpolation, colour).int()
-    evaluation = EvalTransform.of({**config.preprocessing(channels), "background": background})(image)
+    evaluation = EvalTransform({**config.preprocessing(channels), "background": background})(image)
     assert (evaluation.int() - wanted).abs().max() <= 1
     for on_device in (False, True):
         view = training_views(config.model_copy(update={"on_device": on_device}), background)["images"]
@@ -282,7 +273,7 @@ def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axi
     inside[top : top + hw[0], left : left + hw[1]] = True
     for view, footprint in (
         (TrainTransform(config, "white"), Footprint.of_training(config)),
-        (EvalTransform.of({**stated, "background": "white"}), Footprint.of_evaluation(stated)),
+        (EvalTransform({**stated, "background": "white"}), Footprint.of_evaluation(stated)),
     ):
         draw = Draw(0, 0, 5)
         with rng.seeded(draw.key):
@@ -294,7 +285,7 @@ def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axi
 @pytest.mark.parametrize("image_hw", [(50, 101), (333, 17)])
 @pytest.mark.parametrize("bucket_hw", [(288, 160), (256, 192)])
 def test_crops_of_a_letterbox_have_its_ratio(image_hw, bucket_hw):
-    canvas_hw = Letterbox(bucket_hw, "white", "buckets")(torch.zeros(1, *image_hw, dtype=torch.uint8)).shape[1:]
+    canvas_hw = letterbox(torch.zeros(1, *image_hw, dtype=torch.uint8), bucket_hw, "white", "buckets").shape[1:]
     assert any(side == whole for side, whole in zip(image_hw, canvas_hw))
     assert abs(canvas_hw[0] * bucket_hw[1] - canvas_hw[1] * bucket_hw[0]) < max(bucket_hw)
     values = {**PLAIN, **IN_BUCKETS, "image_size_hw": list(bucket_hw), "crop_ratio": [1.0, 1.0]}
@@ -313,7 +304,7 @@ def test_crops_of_a_letterbox_have_its_ratio(image_hw, bucket_hw):
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (9_000, 700)])
 def test_a_strip_is_shrunk_before_it_is_padded(image_hw):
     image = torch.zeros(3, *image_hw, dtype=torch.uint8)
-    square = Letterbox((32, 32), "white")(image)
+    square = letterbox(image, (32, 32), "white")
     assert square.shape == (3, 256, 256)
     assert (square == 0).float().mean() == pytest.approx(max(min(image_hw) / max(image_hw), 1 / 256), rel=0.03)
 
@@ -327,7 +318,7 @@ def test_varied_draws_each_filter_by_the_key_and_evaluates_bicubic():
         found.setdefault(pixels.numpy().tobytes(), []).append(key)
     assert len(found) == 4 and all(35 < len(keys) < 65 for keys in found.values())
     kept = config.preprocessing(3)
-    assert kept["interpolation"] == "bicubic" and EvalTransform.of(kept)(image).numpy().tobytes() in found
+    assert kept["interpolation"] == "bicubic" and EvalTransform(kept)(image).numpy().tobytes() in found
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -89,7 +89,7 @@ def picture(seed=0, size=(90, 150)):
 @torch.no_grad()
 def our_probs(model, metadata, image):
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-    return model(EvalTransform.of(metadata["preprocessing"])(pixels)[None])[1][0]
+    return model(EvalTransform(metadata["preprocessing"])(pixels)[None])[1][0]
 
 
 # --- timm
@@ -133,7 +133,7 @@ def test_preprocessing_is_equal(form, preprocessing, tmp_path):
         processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
         logits, inputs = lambda x: loaded(x).logits, processor(image, return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-    ours = model.normalise(EvalTransform.of(metadata["preprocessing"])(pixels)[None])
+    ours = model.normalise(EvalTransform(metadata["preprocessing"])(pixels)[None])
     assert inputs.shape == ours.shape
     # Both round to bytes after the resize: at most two grey levels apart.
     assert (inputs - ours).abs().max() < 2.5 / 255 / min(STD)

@@ -41,6 +41,6 @@ def test_a_snippet_predicts_as_we_do(form, preprocessing, background, tmp_path):
     found = {name: prob for prob, name in literal_eval(done.stdout)}
     pixels = torch.from_numpy(read_image(tmp_path / "image.png", 3, 10**6, background)).permute(2, 0, 1)
     with torch.no_grad():
-        wanted = model(EvalTransform.of(metadata["preprocessing"])(pixels)[None])[1][0]
+        wanted = model(EvalTransform(metadata["preprocessing"])(pixels)[None])[1][0]
     assert found == pytest.approx(dict(zip(metadata["class_names"], wanted.tolist())), abs=0.02)
     assert wanted.max() - wanted.min() > 0.1

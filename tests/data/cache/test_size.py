@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from data.config import AugmentConfig
-from data.transforms import ResizedCrop, preprocessing_of, shortest_px_for
+from data.transforms import ResizedCrop
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils import rng
@@ -21,7 +21,7 @@ AFFINE = {"degrees": 5.0, "translate": 0.1, "scale": [0.8, 1.5], "shear_degrees"
 
 
 def bound(**changes):
-    return shortest_px_for(AugmentConfig(**LIGHT | changes))
+    return AugmentConfig(**LIGHT | changes).shortest_px()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ SIZES = ([32, 32], [48, 16], [16, 40])
 @pytest.mark.parametrize(("ratio", "scale", "size_hw"), itertools.product(RATIOS, (0.05, 0.5, 1.0), SIZES))
 def test_no_crop_of_an_image_at_the_bound_is_enlarged(ratio, scale, size_hw):
     config = AugmentConfig(**LIGHT | {"crop_ratio": ratio, "crop_scale": [scale, 1.0], "image_size_hw": size_hw})
-    side, crop = shortest_px_for(config), ResizedCrop(config)
+    side, crop = config.shortest_px(), ResizedCrop(config)
     with rng.seeded(3):
         for length in (1.0, 1.3, 4.0):
             for shape in ((3, side, int(side * length)), (3, int(side * length), side)):
@@ -58,8 +58,8 @@ def test_no_crop_of_an_image_at_the_bound_is_enlarged(ratio, scale, size_hw):
 
 
 def test_a_weight_file_states_the_size_only_where_images_are_shrunk():
-    assert preprocessing_of(AugmentConfig(**LIGHT), 3)["shortest_px"] == bound()
-    assert "shortest_px" not in preprocessing_of(AugmentConfig(**LIGHT | {"shrink": False}), 3)
+    assert AugmentConfig(**LIGHT).preprocessing(3)["shortest_px"] == bound()
+    assert "shortest_px" not in AugmentConfig(**LIGHT | {"shrink": False}).preprocessing(3)
 
 
 def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
