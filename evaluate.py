@@ -39,12 +39,10 @@ from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_figures
-from utils.record.html_page import FILE as PAGE
-from utils.record.html_page import write_page
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.record.report_files import write_report
-from utils.record.run_config import read_run_part
+from utils.record.report import PAGE, write_page, write_report
+from utils.record.run_reader import RunReader
 from utils.text_table import show_rows
 from utils.thresholds import FILE as THRESHOLDS
 from utils.thresholds import write_thresholds
@@ -148,7 +146,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         return compare_taggers(config, runtime)
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data
-    saved = None if config.run_dir is None else read_run_part(Path(config.run_dir), RunData)
+    saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(RunData)
     path = choose_weights(config.run_dir or "", config.weights)
     weights = open_weights(path)
     task, pipeline, step = weights.task, weights.kind.pipeline, weights.metadata["step"]

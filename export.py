@@ -22,7 +22,7 @@ from utils.config.entry_point import Job, entry_point
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights
 from utils.record.logging import get_logger
-from utils.record.wandb_run import send_files
+from utils.record.trackers import send_files
 
 log = get_logger(__name__)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
+from utils.record.run_reader import RunReader
 from utils.text_table import align_columns
 
 
@@ -28,7 +29,7 @@ def read_rows(path):
 
 def rows_of(run, kind):
     """Return a run's rows of figures of one kind: train, evaluate or epoch."""
-    return [row for row in read_rows(run / "metrics.jsonl") if row["kind"] == kind]
+    return RunReader(run).rows.of(kind)
 
 
 def training_seconds(out, *runs):

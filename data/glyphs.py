@@ -11,7 +11,6 @@ would stick out is moved by as little as keeps it inside; one larger than the sq
 fits. Centring by the ink instead would make one shape of an underscore and a combining low line.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -21,9 +20,8 @@ import struct
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,7 +33,7 @@ from data.config import DataConfig
 from data.manifest_writer import save_manifest
 from data.table import build_table
 from utils.errors import UserError
-from utils.io.files import fsync_path, read_json, write_json
+from utils.io.files import file_lock, fsync_path, output_errors, read_json, write_json
 from utils.record.logging import get_logger
 from utils.record.progress import counting
 
@@ -119,7 +117,7 @@ def draw_glyphs(root: Path, progress: Callable[[int, int], None] | None = None) 
     root = Path(os.path.abspath(root))
     if glyphs_ready(root):
         return
-    with _lock(root):
+    with output_errors("data.root", root), file_lock(root.with_name(f"{root.name}.lock")):
         if glyphs_ready(root):  # the process that held the lock has drawn them
             return
         if root.exists() and not (root.is_dir() and not any(root.iterdir())):
@@ -210,25 +208,6 @@ def _find_ink(face: str, size: int, char: str) -> _Ink | None:
     ImageDraw.Draw(mask).text((-left, -top), char, 255, font=font, anchor="ls")
     box = mask.getbbox()
     return None if box is None else _Ink(mask.crop(box), left + box[0], top + box[1], round(font.getlength(char)))
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Hold `<root>.lock` exclusively. It is never removed: two processes could then lock two files of that name."""
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(root.with_name(f"{root.name}.lock"), "a")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"data.root: the glyphs cannot be drawn into {str(root)!r} ({error.strerror}: {error.filename!r}); set "
-            "data.root to a folder that this user may make"
-        ) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:  # such as Lustre mounted without flock
-            log.warning("data.root: %s cannot be locked (%s); draw the glyphs once", root, error.strerror)
-        yield
 
 
 def _draw_into(root: Path, progress: Callable[[int, int], None] | None) -> None:

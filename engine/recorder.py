@@ -29,13 +29,13 @@ from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
-from utils.record.figures import show_duration
-from utils.record.live_plot import LivePlots, start_live_plots
+from utils.record.figures import name_figures, show_duration
+from utils.record.live_plot import LivePlots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar
-from utils.record.report_files import TableRow, write_report
-from utils.record.run_config import mark_complete
+from utils.record.report import TableRow, write_report
+from utils.record.run_folder import mark_complete
 from utils.record.sample_log import SampleLog
 from utils.record.trackers import RunInfo, Tracker, start_tracker
 
@@ -223,7 +223,7 @@ class Recorder:
         info = RunInfo(self.folder, run_config, step, self._plan.global_batch_size, sweep)
         self._tracker = start_tracker(self._tracking, info)
         if self._tracking.live_plots:
-            self._live_plots = start_live_plots(self.folder)
+            self._live_plots = LivePlots(self.folder)
 
     def open(
         self,
@@ -248,13 +248,16 @@ class Recorder:
         self.skips.open(self.folder, path_of, step)
 
     def close(self, *, completed_step: int | None) -> None:
-        """Close all files at the end of a run, or of its part; the live plots are drawn once more before.
+        """Close all files at the end of a run, or of its part; curves that were drawn live are drawn once more.
 
         completed_step: the last step of a run that is complete; None: the run goes on later.
         """
         if distributed.is_main() and completed_step is not None:
             mark_complete(self.folder, completed_step)
-        for record in (self._metrics, self._samples, self.skips, self._live_plots):
+        if self._live_plots is not None:
+            self._live_plots.close()
+            self._draw()
+        for record in (self._metrics, self._samples, self.skips):
             if record is not None:
                 record.close()
         if self._tracker is not None:
@@ -264,7 +267,7 @@ class Recorder:
         """End the watch, the live plots and the tracker of a run that failed."""
         self.watchdog.abandon()
         if self._live_plots is not None:
-            self._live_plots.close(waits=False)
+            self._live_plots.close()
         if self._tracker is not None:
             self._tracker.close(failed=True)
 
@@ -317,7 +320,7 @@ class Recorder:
         self.skips.add(step, batches, result)
         self.bar.advance(step)
         if self.bar.is_shown and time.perf_counter() - self._moved >= _BAR_SEC:  # reads from the device
-            self._move_bar(step, self.log_meter.means(resets=False)["loss"], self.bar.remaining_sec(step))
+            self._move_bar(step, self.log_meter.means(resets=False)["loss"])
         self._estimate(step)
 
     def _estimate(self, step: int) -> None:
@@ -340,7 +343,7 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.add(step, kind, figures)
         if self._tracker is not None:
-            self._tracker.add_row(step, kind, figures)
+            self._tracker.add(step, name_figures(kind, figures))
 
     def add_report(self, step: int, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray]) -> None:
         """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0."""
@@ -348,10 +351,8 @@ class Recorder:
             with ignore_write_errors(self.folder / "tables"):
                 write_report(self.folder, tables, images)
         if self._tracker is not None:
-            for name, image in images.items():
-                self._tracker.add_image(step, name, image)
-            for name, rows in tables.items():
-                self._tracker.add_table(step, name, rows)
+            values: dict[str, Any] = {f"images/{name}": image for name, image in images.items()}
+            self._tracker.add(step, values | {f"tables/{name}": rows for name, rows in tables.items() if rows})
 
     def add_model(self, file: Path, alias: str, metadata: dict[str, Any]) -> None:
         """Send the weights of the complete run to W&B, on rank 0, where `tracking.model_artifact` is set."""
@@ -370,15 +371,13 @@ class Recorder:
         row = {"epoch": plan.epoch_at(step), **means, **self._scheduled(step)}
         row |= {"images_per_sec": rate, "peak_memory_gib": self.peak_gib}
         self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
-        if self._live_plots is not None:
-            self._live_plots.check()
-        left_sec = self.bar.remaining_sec(step)
+        left_sec = self.bar.left_sec
         log.info(
             "step %d/%d (epoch %.4g)  train loss %.4g  lr %.3g  %s images/s  %s left",
             step, plan.total_steps, plan.shown_epoch(step), means["loss"], row["lr"],
             f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(left_sec),
         )  # fmt: skip
-        self._move_bar(step, means["loss"], left_sec)
+        self._move_bar(step, means["loss"])
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)
@@ -391,11 +390,11 @@ class Recorder:
         values = self._values_at(step - 1)
         return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
 
-    def _move_bar(self, step: int, loss: float, left_sec: float | None) -> None:
+    def _move_bar(self, step: int, loss: float) -> None:
         """Give the progress bar its figures."""
         epochs = f"epoch {self._plan.shown_epoch(step):g}/{self._plan.epochs:g}"
         waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
-        self.bar.show(epochs, f"train loss {loss:.4g}  lr {self._values_at(step - 1).lr:.3g}{waits}", left_sec)
+        self.bar.show(epochs, f"train loss {loss:.4g}  lr {self._values_at(step - 1).lr:.3g}{waits}")
         self._moved = time.perf_counter()
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
@@ -422,14 +421,19 @@ class Recorder:
         self.phase(step, "plotting")  # on all ranks: the watchdog compares their counts
         started = time.perf_counter()
         skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
-        if self._metrics is not None and self._live_plots is None and not skipped:
+        if not skipped and not (self._live_plots is not None and self._live_plots.is_drawing):
+            self._draw()
+            ended = time.perf_counter()
+            self._next_plot = ended + _PLOT_PAUSE * (ended - started)
+
+    def _draw(self) -> None:
+        """Draw the curves, on rank 0."""
+        if self._metrics is not None:
             from utils.record.plots import plot_curves  # imports matplotlib
 
             path = self.folder / "plots" / "curves.png"
             with ignore_write_errors(path):
                 plot_curves(self._metrics, path, self.folder.resolve().name)
-            ended = time.perf_counter()
-            self._next_plot = ended + _PLOT_PAUSE * (ended - started)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

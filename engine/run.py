@@ -43,9 +43,9 @@ from utils.record.run_folder import (
     environment_state,
     open_run_folder,
     sweep_of,
-    update_saved_config,
+    write_config,
+    write_result,
 )
-from utils.record.sweep_table import write_result
 from utils.record.trackers import check_tracker, logged_weights
 
 log = get_logger(__name__)
@@ -163,7 +163,7 @@ def run_training(
     if not resumes and prepare is not None:
         prepare()
     with (
-        open_run_folder(values, job, environment_state(runtime=runtime.describe())) as folder,
+        open_run_folder(values, job) as folder,
         StopRequest() as stop,
     ):
         run = build_run(task, streams, config, plan, runtime, folder, stop)
@@ -171,7 +171,7 @@ def run_training(
         if config.loop.batch_size == "auto" and distributed.is_distributed():
             run.rehearse()
         resume(run, config)
-        distributed.rank_zero_call(lambda: update_saved_config(folder.path, folder.config, job))
+        distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
         started, first, finished = time.perf_counter(), run.step, True
         with _records(run):
             if run.is_complete:
@@ -194,8 +194,8 @@ def _records(run: Run) -> Iterator[None]:
     recorder, folder = run.recorder, run.saver.folder
     try:
         if not run.is_complete:  # a complete run needs no tracker
-            saved, sweep = {"script": folder.job.script, **folder.config}, sweep_of(folder.path, folder.job)
-            distributed.rank_zero_call(lambda: recorder.start_tracker(saved, run.step, sweep))
+            sweep = sweep_of(folder.path, folder.job)
+            distributed.rank_zero_call(lambda: recorder.start_tracker(folder.saved_config, run.step, sweep))
         run.open_records()
         recorder.watchdog.start()
         yield

@@ -19,7 +19,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from utils.record.report_files import write_table
+from utils.record.report import write_table
 from utils.vocabulary import Vocabulary, describe_difference
 
 log = get_logger(__name__)

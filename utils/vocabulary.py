@@ -21,7 +21,7 @@ from pyarrow import csv as arrow_csv
 
 from utils.errors import UserError
 from utils.io.files import sha256_text
-from utils.record.report_files import write_table
+from utils.record.report import write_table
 
 # Danbooru's numbers of categories.
 CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}

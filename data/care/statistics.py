@@ -17,7 +17,7 @@ from data.table import SPLITS, count_values
 from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from utils.record.report_files import TableRow
+from utils.record.report import TableRow
 
 log = get_logger(__name__)
 

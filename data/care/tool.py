@@ -20,9 +20,8 @@ from data.config import DataConfig
 from data.scan import check_root
 from utils.config.schema import Strict
 from utils.io.files import output_errors, write_json, write_text
-from utils.record.html_page import FILE, write_page
 from utils.record.logging import get_logger
-from utils.record.report_files import TableRow, write_report
+from utils.record.report import PAGE, TableRow, write_page, write_report
 
 log = get_logger(__name__)
 
@@ -68,5 +67,5 @@ def save_report(
     with output_errors("job.report", folder):
         write_report(folder, tables, images)
         write_json(folder / f"{folder.name}.json", {"figures": figures, "tables": tables})
-        write_page(folder / FILE, f"{folder.name}: {title}", figures, tables, images)
-    return folder / FILE
+        write_page(folder / PAGE, f"{folder.name}: {title}", figures, tables, images)
+    return folder / PAGE

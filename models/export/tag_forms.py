@@ -32,7 +32,7 @@ from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
 from utils.io.files import write_json
 from utils.record.logging import get_logger
-from utils.record.report_files import write_table
+from utils.record.report import write_table
 from utils.thresholds import FILE as THRESHOLDS
 from utils.thresholds import OVERALL, PER_TAG, ThresholdTable
 from utils.vocabulary import (

@@ -25,7 +25,7 @@ from models.config import ConvNeXtV2Config
 from tests.in_process import TINY, run
 from tests.support import free_port, make_collection
 from utils.record.pictures import legible, shorten
-from utils.record.report_files import write_report, write_table
+from utils.record.report import write_report, write_table
 
 MODEL = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=1, depths=[1, 1], dims=[8, 16], stem_stride=2, drop_path_rate=0.0,

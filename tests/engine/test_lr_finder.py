@@ -352,7 +352,7 @@ def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         phase(self, step, name)
 
-    tracker = SimpleNamespace(add_row=lambda *_: None, close=lambda **how: closed.append(how))
+    tracker = SimpleNamespace(add=lambda *_: None, close=lambda **how: closed.append(how))
     with monkeypatch.context() as patched:
         patched.setattr(Recorder, "phase", stop_at_the_third)
         patched.setattr("engine.recorder.start_tracker", lambda options, info: tracker)

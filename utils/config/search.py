@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from utils.config.sweep import Sweep, SweepJob
 from utils.errors import UserError
-from utils.record.sweep_table import read_result
+from utils.record.run_reader import RunReader
 
 
 class Search:
@@ -68,7 +68,7 @@ class Search:
 
     def tell(self, job: SweepJob) -> None:
         """Take a job's result from its run folder; without one its trials have failed."""
-        result = read_result(Path(job.folder))
+        result = RunReader(Path(job.folder)).result
         for trial in self._asked.pop(job):
             if result is None or result["value"] is None:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from utils.record.logging import get_logger
-from utils.record.run_config import CONFIG_FILE, read_run_config
+from utils.record.run_reader import CONFIG_FILE, RunReader
 
 log = get_logger(__name__)
 
@@ -23,7 +23,7 @@ def follow_init_from(values: DictConfig, overrides: Sequence[str], choices: Mapp
         return dict(choices)
     if not (Path(source) / CONFIG_FILE).is_file():
         return dict(choices)
-    found = read_run_config(Path(source)).get("model")
+    found = RunReader(Path(source)).config.get("model")
     if not isinstance(found, dict) or "name" not in found:
         return dict(choices)
     given = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override
 
 from utils.config.messages import ConfigError
 from utils.io.files import sha256_text
-from utils.record.run_config import is_complete, read_settings, settings_of
+from utils.record.run_reader import RunReader, settings_of
 
 FLAGS = ("--multirun", "-m", "hydra.mode=MULTIRUN")
 FOLDER = "outputs/sweeps"
@@ -44,7 +44,8 @@ class SweepJob:
     @property
     def is_complete(self) -> bool:
         """Whether its run is complete, with these overrides: with others it may continue, or refuse them."""
-        return is_complete(Path(self.folder)) and read_settings(Path(self.folder)) == settings_of(self.words)
+        run = RunReader(Path(self.folder))
+        return run.is_complete and run.settings == settings_of(self.words)
 
 
 @dataclass(frozen=True)

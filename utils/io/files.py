@@ -1,17 +1,20 @@
 """Files that are complete or absent: atomic writes, hashes, canonical JSON."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -79,6 +82,57 @@ def ignore_write_errors(path: Path) -> Iterator[None]:
         )
 
 
+_held: set[IO[str]] = set()
+
+
+def _close_locks() -> None:
+    """Close the locks in a forked process: a loader's worker may outlive a killed rank."""
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_locks)
+
+
+@contextmanager
+def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
+    """Hold a lock file, which the system releases when the process ends; raise BlockingIOError if another one keeps it.
+
+    The file is never removed: two processes could then lock two files of that name.
+    """
+    until = time.monotonic() + patience_sec
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.1)
+                continue
+            except OSError as error:  # such as Lustre mounted without flock
+                log.warning("%s cannot be locked (%s): two processes would not notice each other", path, error.strerror)
+            break
+        _held.add(stream)
+        try:
+            yield
+        finally:
+            _held.discard(stream)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds a lock file."""
+    try:
+        with open(path) as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no file, or no locks
+        return False
+    return False
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, atomically; a copy where the file system has no hard links."""
 
@@ -99,9 +153,8 @@ class AppendFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
-        self._pending = bytearray()
-        self._lock = threading.Lock()  # a checkpoint's writer syncs from its thread
-        self._warned = False
+        self._pending, self._warned = bytearray(), False
+        self._lock = threading.RLock()  # a checkpoint's writer syncs from its thread; the warning may come here, too
 
     def write(self, text: str) -> None:
         """Append a text; a write error is one warning."""
@@ -111,8 +164,8 @@ class AppendFile:
                 self._push()
             except OSError as error:
                 if not self._warned:
-                    log.warning("%s cannot be written (%s); its rows are kept in memory", self._path, error.strerror)
-                self._warned = True
+                    self._warned = True
+                    log.warning("%s cannot be written (%s); its lines are kept in memory", self._path, error.strerror)
 
     def _push(self) -> None:
         while self._pending:

@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.io.files import fsync_path, write_atomically
 from utils.io.torch_file import is_torch_file, read_torch
 from utils.ranks import distributed
+from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # of a run with an average, `best` is the best average
 # Files of a folder that timm or transformers wrote.
@@ -194,14 +195,7 @@ def find_weights(run_or_file: str, which: str, key: str) -> Path:
         for name in _FOLDER_FILES:
             if (path / name).is_file():
                 return path / name
-    file = path / "weights" / f"{which}_weights.safetensors"
-    if not file.is_file():
-        there = sorted(found.name.removesuffix("_weights.safetensors") for found in path.glob("weights/*_weights.*"))
-        raise UserError(
-            f"{key}: the run {path} has no {which} weights; "
-            + (f"it has {', '.join(there)}" if there else "is it a run folder that has saved a checkpoint?")
-        )
-    return file
+    return RunReader(path).weights(which, key)
 
 
 def choose_weights(run_dir: str, weights: str) -> Path:

@@ -8,16 +8,14 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from logging.handlers import MemoryHandler
 from typing import Any
 
 from utils.io.safe_text import Lines, escape_controls, safe_lines
 
 ROOT = "atelier"
-
-_printer: Callable[[str], None] | None = None  # prints lines while a progress bar uses the terminal
 
 
 class _SafeFormatter(logging.Formatter):
@@ -46,51 +44,15 @@ def _on_one_line(value: Any) -> Any:
     return escape_controls(str(value))
 
 
-class _StderrHandler(logging.StreamHandler):
-    """Write to stderr, or above the progress bar where one is shown."""
+class _StderrHandler(logging.Handler):
+    """Write to what sys.stderr is now: a progress bar replaces it, to show lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        if _printer is None:
-            super().emit(record)
-            return
         try:
-            _printer(self.format(record))
+            sys.stderr.write(f"{self.format(record)}\n")
         except Exception:  # as every handler of the standard library: a message that fails ends no run
             self.handleError(record)
-
-
-class _FileHandler(logging.FileHandler):
-    """Write to a file. Messages that the disk refuses are lost, with one warning; the run continues."""
-
-    _refused = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Warn of a disk that takes no more; show the traceback of other errors, which are defects."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self._refused:
-            self._refused = True
-            text = "%s cannot be written (%s); messages are on stderr only"
-            get_logger(__name__).warning(text, self.baseFilename, error.strerror or error)
-
-    def close(self) -> None:
-        """Close the file, which writes what its buffer still holds."""
-        with suppress(OSError):
-            super().close()
-
-
-class _EarlyRecords(logging.Handler):
-    """Keep the messages from before the run folder is open, for its log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
-        self.records.append(record)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -134,37 +96,26 @@ def setup_logging(rank: int | None = None, *, explain: bool = False) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    stream = _StderrHandler(sys.stderr)
+    handler = _StderrHandler()
     shown = logging.DEBUG if explain else logging.INFO
-    stream.setLevel(shown if rank == 0 else logging.WARNING)
-    stream.setFormatter(_SafeFormatter("%(message)s", place_of(rank)))
-    logger.addHandler(stream)
-    logger.addHandler(_EarlyRecords())
-
-
-def print_through(printer: Callable[[str], None] | None) -> None:
-    """Give the lines meant for stderr to `printer` from now on; None: to stderr again."""
-    global _printer
-    _printer = printer
-
-
-def log_to_file(path: Path) -> logging.Handler:
-    """Copy rank 0's messages, with time and level, to a file, earlier ones as well.
-
-    Returns the handler for `stop_logging_to`.
-    """
-    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger(ROOT)
-    for early in [kept for kept in logger.handlers if isinstance(kept, _EarlyRecords)]:
-        for record in early.records:
-            handler.handle(record)
-        logger.removeHandler(early)
+    handler.setLevel(shown if rank == 0 else logging.WARNING)
+    handler.setFormatter(_SafeFormatter("%(message)s", place_of(rank)))
     logger.addHandler(handler)
-    return handler
+    logger.addHandler(MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))  # for the log of a run folder
 
 
-def stop_logging_to(handler: logging.Handler) -> None:
-    """End a copy that `log_to_file` began."""
-    logging.getLogger(ROOT).removeHandler(handler)
-    handler.close()
+@contextmanager
+def log_copied_to(stream: Any) -> Iterator[None]:
+    """Copy rank 0's messages, with time and level, to a stream, earlier ones as well; close it at the end."""
+    logger, handler = logging.getLogger(ROOT), logging.StreamHandler(stream)
+    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
+    for early in [kept for kept in logger.handlers if isinstance(kept, MemoryHandler)]:
+        early.setTarget(handler)
+        logger.removeHandler(early)
+        early.close()
+    logger.addHandler(handler)
+    with closing(stream):
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)

@@ -8,14 +8,12 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
-import fcntl
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,23 +24,26 @@ from utils.config.entry_point import ROOT, Job
 from utils.config.recipe import recipe_hash
 from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import UserError
-from utils.io.files import read_json, set_aside, write_json, write_text
+from utils.io.files import (
+    AppendFile,
+    file_lock,
+    ignore_write_errors,
+    output_errors,
+    read_json,
+    write_json,
+    write_text,
+)
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.ranks.slurm_step import restart_count
-from utils.record.logging import get_logger, log_to_file, stop_logging_to
-from utils.record.run_config import CONFIG_FILE, OVERRIDES_FILE, read_run_config
+from utils.record.logging import get_logger, log_copied_to
+from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE, RESULT_FILE
 
 log = get_logger(__name__)
 
-GIT_FILE = "git_state.json"
-# What a run reads or appends to, and where it writes.
-_RECORDS = (
-    CONFIG_FILE, "overrides.txt", "environment.json", "log.txt", "metrics.jsonl", "training_log.txt",
-    "unreadable.jsonl", "skipped_steps.jsonl", "lr_finder.json", "result.json", "complete.json", "wandb_run_id.txt",
-)  # fmt: skip
-_FOLDERS = ("checkpoints", "weights", "plots", "tables", "samples")
-_REQUEUED_SEC = 120.0  # for the processes of a job's start before to end
+GIT_FILE, ENVIRONMENT_FILE = "git_state.json", "environment.json"
+_REQUEUED_SEC = 120.0  # for the processes of a job's start before to end, such as on a node that the scheduler has lost
+_READER_SEC = 1.0  # for a reader that asks whether the run is alive
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class RunFolder:
     path: Path
     config: dict[str, Any]
     job: Job
+
+    @property
+    def saved_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"script": self.job.script, **self.config}
 
     @property
     def checkpoints(self) -> Path:
@@ -106,19 +112,13 @@ def git_state() -> dict[str, Any]:
 
 def environment_state(**more: Any) -> dict[str, Any]:
     """Return the environment behind a run's figures: versions, platform, command."""
-    import numpy
-    import PIL
     import torch
-    import torchvision
 
     return {
         "command": hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
+        **{name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
         "simplejpeg": version("simplejpeg") if find_spec("simplejpeg") else None,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -128,126 +128,54 @@ def environment_state(**more: Any) -> dict[str, Any]:
     }
 
 
-_locks: set[Any] = set()
-
-
-def _forget_locks() -> None:
-    """Close the locks in a forked process: a loader's worker may outlive a killed rank."""
-    while _locks:
-        _locks.pop().close()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def _lock(path: Path) -> Any:
-    """Lock the run folder for this run; the kernel releases it when the process ends."""
-    stream = open(path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
-    # Processes of a requeued job may outlive its first start, such as on a node that the scheduler has lost.
-    until = time.monotonic() + (_REQUEUED_SEC if restart_count() else 0.0)
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(1.0)
-                continue
-            stream.close()
-            raise UserError(f"run_dir: another run is writing to {path}; wait for it or give another run_dir") from None
-        except OSError as error:  # such as Lustre mounted without flock
-            log.warning(
-                "run_dir: %s cannot be locked (%s): two runs in it would not notice each other", path, error.strerror
-            )
-        _locks.add(stream)
-        return stream
-
-
-def _set_aside_damaged(path: Path) -> None:
-    """Set aside what is in the place of a record or folder of the run and is none, or cannot be read."""
-    for name in _RECORDS:
-        file = path / name
-        if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
-            set_aside(file, "is not a regular file")
-    for name in _FOLDERS:
-        folder = path / name
-        if os.path.lexists(folder) and not folder.is_dir():
-            set_aside(folder, "is not a folder")
-    if (path / CONFIG_FILE).exists():
-        try:
-            read_run_config(path)
-        except UserError:
-            set_aside(path / CONFIG_FILE, "is damaged")
-    place, checkpoints = os.path.realpath(path), os.path.realpath(path / "checkpoints")
-    if os.path.dirname(checkpoints) != place:
-        raise UserError(
-            f"run_dir: {path / 'checkpoints'} is a link out of the run folder, to {checkpoints}, where saving could "
-            "remove what belongs to others; move that folder into its place, or give another run_dir"
-        )
-
-
-def _open(path: Path, config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Any:
-    try:
-        if path.is_dir():
-            _set_aside_damaged(path)
-        for folder in (path, path / "checkpoints", path / "weights", path / "plots"):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
-        for name, value in ((CONFIG_FILE, {"script": job.script, **config}), ("environment.json", environment)):
-            if not (path / name).exists():
-                write_json(path / name, value)
-        if not (path / OVERRIDES_FILE).exists():
-            _write_overrides(path, job)
-    except OSError as error:
-        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); give another run_dir") from None
-    return lock
-
-
-def _write_overrides(path: Path, job: Job) -> None:
-    write_text(path / OVERRIDES_FILE, "".join(f"{hide_secrets(text)}\n" for text in job.overrides))
-
-
 @contextmanager
-def open_run_folder(config: dict[str, Any], job: Job, environment: dict[str, Any]) -> Iterator[RunFolder]:
+def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
     """Make or find the folder on rank 0, lock it, and copy the log into it while it is open.
 
-    Secrets in the configuration, the command and the environment are hidden. Raises UserError where
-    it cannot be written or another run holds it.
+    Secrets in the configuration are hidden. Raises UserError where it cannot be written or another run holds it.
     """
     path = Path(default_run_dir(config, job))
-    config = hide_secrets_in(config)
-    held: list[Any] = []
-
-    def open_on_main() -> str:
-        held.append(_open(path, config, job, environment))
-        return str(path)
-
-    path = Path(distributed.rank_zero_call(open_on_main))
-    handler = log_to_file(path / "log.txt") if distributed.is_main() else None
-    try:
+    folder = RunFolder(path, hide_secrets_in(config), job)
+    with ExitStack() as stack:
+        distributed.rank_zero_call(lambda: _open(folder, stack))
         log.debug("run folder: %s", path)
-        yield RunFolder(path, config, job)
-    finally:
-        if handler is not None:
-            stop_logging_to(handler)
-        for lock in held:
-            _locks.discard(lock)
-            lock.close()
+        yield folder
 
 
-def update_saved_config(path: Path, config: dict[str, Any], job: Job) -> None:
-    """Replace the saved configuration and overrides by those of the resumption; the old configuration stays beside it.
+def _open(folder: RunFolder, stack: ExitStack) -> None:
+    patience_sec = _REQUEUED_SEC if restart_count() else _READER_SEC
+    with output_errors("run_dir", folder.path):
+        for path in (folder.path, folder.checkpoints, folder.weights, folder.plots):
+            path.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(file_lock(folder.path / LOCK_FILE, patience_sec))
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
+            ) from None
+        stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
 
-    config.json is there at every moment. Raises UserError where the disk refuses it.
-    """
-    saved, now = path / CONFIG_FILE, {"script": job.script, **config}
-    before = read_run_config(path)
-    try:
-        _write_overrides(path, job)
-        if before == now:
-            return
-        write_json(path / "config.before_resume.json", before)
-        write_json(saved, now)
-    except OSError as error:
-        raise UserError(
-            f"run_dir: {saved} cannot be written ({error.strerror}); make room, and give the same command"
-        ) from None
+
+def write_config(folder: RunFolder, environment: dict[str, Any]) -> None:
+    """Write what runs, once a resumption is accepted, and where it began. Raises UserError for a full disk."""
+    with output_errors("run_dir", folder.path):
+        write_text(folder.path / OVERRIDES_FILE, "".join(f"{hide_secrets(text)}\n" for text in folder.job.overrides))
+        write_json(folder.path / CONFIG_FILE, folder.saved_config)
+        if not (folder.path / ENVIRONMENT_FILE).is_file():
+            write_json(folder.path / ENVIRONMENT_FILE, environment)
+
+
+def write_result(path: Path, metric: str, best: Any, *, is_lowest_best: bool) -> None:
+    """Write a run's best value (`best.value` at `best.step`); a write error is a warning."""
+    with ignore_write_errors(path / RESULT_FILE):
+        values = {"metric": metric, "value": best.value, "step": best.step, "is_lowest_best": is_lowest_best}
+        write_json(path / RESULT_FILE, values)
+
+
+def mark_complete(path: Path, step: int | None) -> None:
+    """Write that a run has ended at `step` and does not go on; None: that it goes on. A write error is a warning."""
+    with ignore_write_errors(path / COMPLETE_FILE):
+        if step is None:
+            (path / COMPLETE_FILE).unlink(missing_ok=True)
+        else:
+            write_json(path / COMPLETE_FILE, {"step": step})

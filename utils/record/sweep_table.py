@@ -2,8 +2,8 @@
 
     python -m utils.record.sweep_table outputs/sweeps/NAME
 
-A job is a run folder. It is read from the run's own files, so the table is the same for jobs that ran in turn, at once
-or on a cluster, and can be made while some still run.
+A job is a run folder. The table is the same for jobs that ran in turn, at once or on a cluster, and can be made while
+some still run.
 """
 
 import argparse
@@ -12,16 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from utils.config.sweep import JobResult
 from utils.errors import EXIT_OK, UserError
-from utils.io.files import ignore_write_errors, read_json, write_json
-from utils.record.run_config import OVERRIDES_FILE, is_complete, read_settings, settings_of
+from utils.record.run_reader import OVERRIDES_FILE, RunReader, settings_of
 from utils.text_table import align_columns
 from utils.tool import print_result
 
-RESULT_FILE = "result.json"
 _SEED = "seed="
 
 
@@ -30,39 +27,21 @@ class SweptRun:
     """A job: its overrides, and the best value of its task's metric; None where there is none yet."""
 
     overrides: frozenset[str]
-    state: str  # complete, not complete, why it failed, or the result of a job without a run folder
+    state: str  # complete, running, not complete, why it failed, or the result of a job without a run folder
     metric: str | None = None
     value: float | None = None
     is_lowest_best: bool = False
 
 
-def write_result(folder: Path, metric: str, best: Any, *, is_lowest_best: bool) -> None:
-    """Write a run's best value (`best.value` at `best.step`) beside its other files; a write error is a warning."""
-    with ignore_write_errors(folder / RESULT_FILE):
-        values = {"metric": metric, "value": best.value, "step": best.step, "is_lowest_best": is_lowest_best}
-        write_json(folder / RESULT_FILE, values)
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return a run's best value as it was written; None where there is none, or it cannot be read."""
-    try:
-        found = read_json(folder / RESULT_FILE)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
-
-
 def read_jobs(folder: Path) -> list[SweptRun]:
     """Return the jobs whose run folders are in a sweep's folder."""
-    return [_read_job(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]
+    return [_read_job(RunReader(file.parent)) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]
 
 
-def _read_job(folder: Path) -> SweptRun:
-    overrides, result = read_settings(folder), read_result(folder)
-    state = "complete" if is_complete(folder) else "not complete"
-    if result is None:
-        return SweptRun(overrides, state)
-    return SweptRun(overrides, state, result["metric"], result["value"], result["is_lowest_best"])
+def _read_job(run: RunReader) -> SweptRun:
+    state = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
+    found = run.result or {}
+    return SweptRun(run.settings, state, found.get("metric"), found.get("value"), bool(found.get("is_lowest_best")))
 
 
 def with_results(jobs: Iterable[SweptRun], results: Iterable[JobResult]) -> list[SweptRun]:
@@ -70,49 +49,36 @@ def with_results(jobs: Iterable[SweptRun], results: Iterable[JobResult]) -> list
     runs = {job.overrides: job for job in jobs}
     for result in results:
         overrides = settings_of(result.overrides)
+        job = runs.setdefault(overrides, SweptRun(overrides, result.text))
         if result.status != EXIT_OK:
-            state = f"failed ({result.status}): {result.text}"
-            runs[overrides] = replace(runs.get(overrides, SweptRun(overrides, state)), state=state)
-        else:
-            runs.setdefault(overrides, SweptRun(overrides, result.text))
+            runs[overrides] = replace(job, state=f"failed ({result.status}): {result.text}")
     return list(runs.values())
 
 
-def rank_jobs(jobs: Sequence[SweptRun]) -> list[list[SweptRun]]:
-    """Return the jobs in groups that differ by the seed alone, the best mean first, those without a value last."""
-    groups: dict[frozenset[str], list[SweptRun]] = {}
-    for job in jobs:
-        groups.setdefault(frozenset(text for text in job.overrides if not text.startswith(_SEED)), []).append(job)
-
-    def place(group: list[SweptRun]) -> tuple[bool, float]:
-        values = _values(group)
-        if not values:
-            return True, 0.0
-        return False, mean(values) if group[0].is_lowest_best else -mean(values)
-
-    return sorted(groups.values(), key=place)
-
-
-def _values(group: Sequence[SweptRun]) -> list[float]:
-    return [job.value for job in group if job.value is not None]
-
-
 def sweep_table(jobs: Sequence[SweptRun]) -> str:
-    """Return the table: what a group's overrides have of their own, its jobs, mean and spread of the metric.
+    """Return the table: what jobs that differ by the seed alone have of their own, their mean and spread of the metric.
 
-    Columns that say nothing, such as the spread where no group has two jobs, are left out.
+    The best mean is first, jobs without a value last. Columns that say nothing, such as the spread where no group has
+    two jobs, are left out.
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
     metric = next((job.metric for job in jobs if job.metric is not None), "value")
-    rows = [("settings", "runs", metric, "least to greatest", "state")]
-    for group in rank_jobs(jobs):
-        own = sorted(text for text in group[0].overrides - shared if not text.startswith(_SEED))
-        values = _values(group)
+    sign = 1 if any(job.is_lowest_best for job in jobs) else -1
+    groups: dict[str, list[SweptRun]] = {}
+    for job in jobs:
+        own = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
+        groups.setdefault(" ".join(own) or "-", []).append(job)
+    rows = []
+    for own, group in groups.items():
+        values = [job.value for job in group if job.value is not None]
         states = ", ".join(dict.fromkeys(job.state for job in group))
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"
-        rows.append((" ".join(own) or "-", str(len(group)), value, spread, states))
-    columns = [column for column in zip(*rows) if set(column[1:]) - {"-", "1"}]
+        place = sign * mean(values) if values else float("inf")
+        rows.append((place, (own, str(len(group)), value, spread, states)))
+    ranked = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+    table = [("settings", "runs", metric, "least to greatest", "state"), *ranked]
+    columns = [column for column in zip(*table) if set(column[1:]) - {"-", "1"}]
     return align_columns(list(zip(*columns)))
 
 

@@ -18,7 +18,7 @@ from utils.config.search import Search
 from utils.config.sweep import parse_sweep
 from utils.config.sweep_processes import run_at_once
 from utils.errors import UserError
-from utils.record.sweep_table import write_result
+from utils.record.run_folder import write_result
 
 # It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75. With pair=true,
 # jobs 1 and 2 wait for each other.

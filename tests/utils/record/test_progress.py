@@ -1,6 +1,4 @@
-"""The progress bar. What a terminal shows (a pseudo-terminal, a real run too), that nothing is shown elsewhere, the
-estimate of the time left, and that a forked worker leaves the terminal to its parent.
-"""
+"""The progress bar: what a terminal shows (a pseudo-terminal, a real run too), and that nothing is shown elsewhere."""
 
 import io
 import logging
@@ -54,6 +52,11 @@ class Terminal:
     def text(self):
         return b"".join(self._seen).decode()
 
+    @property
+    def drawn(self):
+        """What was drawn, without colours and moves."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
+
     def screen(self):
         """Return the lines that stay on the screen: cursor moves and erasures are carried out, colours dropped."""
         lines, row, column = [""], 0, 0
@@ -84,61 +87,31 @@ def terminal(monkeypatch):
     return Terminal()
 
 
-def drawn(terminal):
-    """Return the text of every drawing, without colours."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text)
-
-
-def test_a_bar_shows_epoch_count_figures_and_time_left(terminal):
-    bar = Bar("training", 1200)
-    with terminal, bar.opened(40):
-        bar.advance(60)
-        bar.show("epoch 3/20", "loss 0.1234  lr 1.00e-03  512 images/s", 754.0)
-    last = [line for line in drawn(terminal).splitlines() if line][-1]
-    assert "epoch 3/20" in last and "60/1,200" in last and "loss 0.1234  lr 1.00e-03  512 images/s" in last
-    assert last.rstrip().endswith("12:34 left")
-    assert terminal.screen() == []  # it is gone when it is closed
-
-
-def test_log_lines_and_warnings_stand_whole_above_the_bar(terminal):
-    bar, long = Bar("training", 10), "saved /" + "x" * 200
+def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(terminal):
+    bar, long = Bar("training", 1200), "saved /" + "x" * 200
     with terminal:
-        with bar.opened():
-            for step in range(1, 4):
+        with bar.opened(40):
+            for step in range(41, 44):
                 bar.advance(step)
                 get_logger("test").info("step %d  [bold]loss[/bold] 0.5", step)
+            bar.show("epoch 3/20", "train loss 0.1234")
             get_logger("test").info(long)
             print("a library's own warning", file=sys.stderr)
+            assert list(track("abc", 3, "evaluating val")) == ["a", "b", "c"]
+            assert bar.is_shown and bar.left_sec > 0
+            bar.advance(44)
+            with counting("reading") as report:
+                report(7, None)
+                report(1024, 4096)
         get_logger("test").info("the end")
-        assert sys.stderr is terminal.stream
+        assert sys.stderr is terminal.stream and progress._progress is None
     lines = terminal.screen()
-    assert lines[:3] == [f"step {step}  [bold]loss[/bold] 0.5" for step in (1, 2, 3)]
+    assert lines[:3] == [f"step {step}  [bold]loss[/bold] 0.5" for step in (41, 42, 43)]
     assert lines[3:] == [long, "a library's own warning", "the end"]  # the terminal wraps a long line, not we
-    assert " left" in drawn(terminal)
-
-
-def test_a_job_within_a_job_has_a_line_of_its_own(terminal):
-    bar = Bar("training", 10)
-    with terminal, bar.opened():
-        bar.advance(5)
-        assert list(track("abc", 3, "evaluating val")) == ["a", "b", "c"]
-        bar.advance(6)
-    text = drawn(terminal)
-    assert "evaluating val" in text and "3/3" in text and "5/10" in text
-    assert text.rindex("6/10") > text.rindex("evaluating val")
-
-
-def test_the_cursor_is_never_left_hidden(terminal):
-    with terminal, Bar("training", 10).opened():
-        pass
-    assert 0 < terminal.text.index("\x1b[?25h") - terminal.text.index("\x1b[?25l") < 10
-
-
-def test_a_count_without_an_end(terminal):
-    with terminal, counting("reading the images") as report:
-        report(7, None)
-        report(1024, 4096)
-    assert "reading the images" in drawn(terminal) and "1,024/4,096" in drawn(terminal)
+    drawn = terminal.drawn
+    assert re.search(r"epoch 3/20 .* 43/1200 train loss 0.1234 +\d+:\d\d", drawn) and "1024/4096" in drawn
+    assert drawn.rindex("44/1200") > drawn.rindex("evaluating val")
+    assert 0 < terminal.text.index("\x1b[?25h") - terminal.text.index("\x1b[?25l") < 10  # the cursor is not hidden
 
 
 def test_an_error_gives_the_terminal_back(terminal):
@@ -176,50 +149,30 @@ def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
         stderr = sys.stderr = io.StringIO() if where == "no terminal" else terminal.stream
         with bar.opened():
             bar.advance(1)
-            bar.show("epoch 1/1", "loss 1", 1.0)
+            bar.show("epoch 1/1", "loss 1")
             assert list(track(range(3), 3, "evaluating")) == [0, 1, 2]
-            assert sys.stderr is stderr
+            bar.advance(2)
+            assert sys.stderr is stderr and not bar.is_shown and bar.left_sec is not None
     assert terminal.text == "" and (where != "no terminal" or stderr.getvalue() == "")
 
 
-def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypatch, caplog):
+def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypatch, log):
     monkeypatch.setattr(progress, "_LOG_SEC", 0.0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    logger = logging.getLogger("atelier")
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "handlers", [])  # caplog's is the root's
-    with caplog.at_level(logging.INFO, "atelier"):
-        assert list(track(range(2), 2, "evaluating val")) == [0, 1]
-    assert caplog.messages == ["evaluating val: 1 of 2", "evaluating val: 2 of 2"]
-
-
-def test_the_time_left_follows_the_mean_speed_and_forgets_the_first_window(monkeypatch):
-    moments = iter([100.0, 160.0, 160.0, 170.0, 190.0])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(moments))
-    bar = Bar("training", 100)
-    with bar.opened(10):
-        assert bar.remaining_sec(20) == 60 / 10 * 80  # a compiler's minute
-        assert bar.remaining_sec(30) == 10 / 10 * 70
-        assert bar.remaining_sec(40) == 30 / 20 * 60
-    monkeypatch.undo()
-    with bar.opened(10):
-        assert bar.remaining_sec(10) is None
+    assert list(track(range(2), 2, "evaluating val")) == [0, 1]
+    assert log.messages == ["evaluating val: 1 of 2", "evaluating val: 2 of 2"]
 
 
 def test_durations_are_readable():
-    assert [show_duration(value) for value in (None, 0.4, 754, 97445)] == [
-        "-:--", "0:00", "12:34", "27:04:05",
-    ]  # fmt: skip
+    assert [show_duration(value) for value in (None, 0.4, 754, 97445)] == ["-:--", "0:00", "12:34", "27:04:05"]
 
 
 def test_a_run_on_a_terminal_shows_its_bar_and_leaves_its_log(terminal, tmp_path):
     images = make_images(tmp_path / "images")
     with terminal:
         run("finetune", [*TINY, f"data.root={images}", "run_dir=run"], tmp_path)
-    text, lines = drawn(terminal), terminal.screen()
-    assert re.search(r"epoch 1/1 .*2/2 +train loss \d\.\d+  lr \d\.\d\de-\d\d", text)
-    assert "evaluating val" in text
-    steps = [line for line in lines if line.startswith("step ") and " left" in line]
-    assert len(steps) == 2 and all(re.fullmatch(r"step \d/2 \(epoch .*  \d:\d\d left", line) for line in steps)
-    assert sum(" left" in line for line in lines) == 2  # no torn bar between them
+    assert re.search(r"epoch 1/1 .*2/2 +train loss \d\.\d+  lr \d\.\d\de-\d\d", terminal.drawn)
+    assert "evaluating val" in terminal.drawn
+    steps = [line for line in terminal.screen() if " left" in line]  # no torn bar between them
+    assert len(steps) == 2 and all(re.fullmatch(r"step \d/2 \(epoch .*  \S+ left", line) for line in steps)
     assert "\x1b" not in (tmp_path / "run/log.txt").read_text()

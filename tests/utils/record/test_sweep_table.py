@@ -1,10 +1,8 @@
 """The table of a sweep, from run folders: groups over seeds, order, what has no value yet."""
 
-import pytest
-
 from utils.config.sweep import JobResult
-from utils.io.files import write_json
-from utils.record.sweep_table import SweptRun, main, rank_jobs, read_jobs, sweep_table, with_results
+from utils.io.files import file_lock, write_json
+from utils.record.sweep_table import SweptRun, main, read_jobs, sweep_table, with_results
 
 
 def make_run(folder, overrides, value=None, *, complete=True, is_lowest_best=False):
@@ -32,13 +30,11 @@ def test_the_table_of_a_sweep(tmp_path, capsys):
 
 
 def test_what_is_best_is_first_and_what_has_no_value_last():
-    def run(rate, value, *, is_lowest_best):
-        return SweptRun(frozenset([f"optim.lr={rate}"]), "complete", "m", value, is_lowest_best)
-
     for lowest, order in ((False, ["3", "2", "1", "4"]), (True, ["1", "2", "3", "4"])):
         values = {"1": 0.1, "4": None, "3": 0.3, "2": 0.2}
-        ranked = rank_jobs([run(rate, value, is_lowest_best=lowest) for rate, value in values.items()])
-        assert [next(iter(group[0].overrides))[-1] for group in ranked] == order
+        runs = [SweptRun(frozenset([f"optim.lr={rate}"]), "complete", "m", *pair) for rate, value in values.items()
+                for pair in [(value, lowest)]]  # fmt: skip
+        assert [line.split()[0][-1] for line in sweep_table(runs).splitlines()[1:]] == order
 
 
 def test_a_sweep_of_one_job_and_one_without_results(tmp_path):
@@ -69,8 +65,7 @@ def test_a_folder_without_jobs_is_refused(tmp_path, capsys):
     assert f"sweep_table: {tmp_path} holds no job of a sweep; give outputs/sweeps/NAME" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["result.json", "complete.json"])
-def test_files_of_a_run_that_is_under_way_may_be_missing(tmp_path, name):
-    make_run(tmp_path / "a", ["seed=1"], 0.25)
-    (tmp_path / "a" / name).unlink()
-    assert len(read_jobs(tmp_path)) == 1
+def test_a_run_that_is_under_way_is_running(tmp_path):
+    make_run(tmp_path / "a", ["seed=1"], complete=False)
+    with file_lock(tmp_path / "a/.lock"):
+        assert [job.state for job in read_jobs(tmp_path)] == ["running"]

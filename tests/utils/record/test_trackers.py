@@ -5,7 +5,6 @@ import re
 import socket
 import struct
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from tests.support import is_reading, rows, start
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.record.figures import name_figures
-from utils.record.trackers import RunInfo, Tracker, has_unfinished, start_tracker
-from utils.record.wandb_run import choose_mode
+from utils.record.trackers import RunInfo, Tracker, choose_mode, has_unfinished, start_tracker
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB = ["tracking=wandb", "tracking.mode=offline", "tracking.project=tests", "tracking.tags=[small,glyphs]"]
@@ -142,12 +140,10 @@ def test_wandb_has_the_pictures_of_an_evaluation(images, tmp_path):
 
 
 def test_a_server_that_never_answers_leaves_the_run_offline(images, tmp_path, monkeypatch):
-    """The first rows of a run that was tracked elsewhere are sent, too."""
-    fine_tune(images, tmp_path, "loop.total_steps=1")
     with socket.create_server(("127.0.0.1", 0)) as server:  # connections wait for ever
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr("utils.record.wandb_run._START_SEC", 3.0)
-        monkeypatch.setattr("utils.record.wandb_run._ANSWER_SEC", 2.0)
+        monkeypatch.setattr("utils.record.trackers._START_SEC", 3.0)
+        monkeypatch.setattr("utils.record.trackers._ANSWER_SEC", 2.0)
         fine_tune(images, tmp_path, "loop.total_steps=2", "tracking=wandb")
     (start,) = read_wandb(tmp_path / "run")
     assert steps_of(start) == [1, 2]
@@ -168,9 +164,9 @@ def wandb_options(*overrides):
 
 
 def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
-    monkeypatch.setattr("utils.record.wandb_run._find_problem", lambda: None)
+    monkeypatch.setattr("utils.record.trackers._find_problem", lambda: None)
     assert choose_mode(wandb_options()) == "online"
-    monkeypatch.setattr("utils.record.wandb_run._find_problem", lambda: "no API key was found")
+    monkeypatch.setattr("utils.record.trackers._find_problem", lambda: "no API key was found")
     assert choose_mode(wandb_options()) == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode(wandb_options()) == "disabled"
@@ -222,9 +218,9 @@ def test_tensorboard_has_every_row_once_over_a_resumption_and_changes_nothing(im
 
 def test_tensorboard_has_pictures(tmp_path):
     tracker = start_tracker(configure("finetune", ["tracking=tensorboard"])[0].tracking, RunInfo(tmp_path, {}))
-    tracker.add_image(7, "reconstructions", np.zeros((8, 12, 3), np.uint8))
+    tracker.add(7, {"images/reconstructions": np.zeros((8, 12, 3), np.uint8)})
     tracker.close()
-    assert read_events(tmp_path) == ([], {"reconstructions": [7]})
+    assert read_events(tmp_path) == ([], {"images/reconstructions": [7]})
 
 
 # --------------------------------------------------------------------------------------------------------------- both
@@ -243,7 +239,7 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
     def fail(self, *arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("utils.record.trackers._TensorboardWriter.add_figures", fail)
+    monkeypatch.setattr("utils.record.trackers._Tensorboard._add", fail)
     fine_tune(images, tmp_path, "loop.total_steps=3", "tracking=tensorboard")
     (warning,) = re.findall("tracking: .*", (tmp_path / "run/log.txt").read_text())
     assert "TensorBoard failed (OSError: No space left on device)" in warning
@@ -253,6 +249,8 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
 def test_a_tracker_that_stalls_at_the_end_is_left_behind(monkeypatch):
     monkeypatch.setattr("utils.record.trackers._STOP_SEC", 0.1)
     released = threading.Event()
-    Tracker("it", SimpleNamespace(close=lambda failed: released.wait()), 60.0).close(goes_on=True)
+    tracker = Tracker("it", 60.0)
+    tracker._close = lambda failed: released.wait()
+    tracker.close(goes_on=True)
     assert has_unfinished()
     released.set()

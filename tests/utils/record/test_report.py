@@ -1,4 +1,4 @@
-"""The page of an evaluation: complete in one file, escaped, and short however long its tables are."""
+"""An evaluation's page: complete in one file, escaped, and short however long its tables are."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from utils.record.html_page import write_page
+from utils.record.report import write_page
 
 EVIL = '<script>alert("x")</script>&'
 

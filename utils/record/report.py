@@ -1,0 +1,109 @@
+"""An evaluation's tables, pictures and page as files of a run folder: tables/NAME.csv, plots/NAME.png, report.html.
+
+The page needs neither a server nor other files. Names in it come from files of strangers: all text is escaped, and the
+page allows no script and loads nothing.
+"""
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utils.io.files import write_atomically, write_text
+from utils.record.figures import show_name
+from utils.text_table import show_cell
+
+PAGE = "report.html"
+TableRow = Mapping[str, Any]
+_SHOWN_ROWS = 30  # of a table, on the page
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #212529; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
+nav a { margin-right: 1rem } img { max-width: 100% } div { overflow-x: auto } p { color: #666 }
+table { border-collapse: collapse } th, td { padding: .15rem .7rem; border-bottom: 1px solid #ddd; text-align: left }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+"""
+
+
+def write_table(path: Path, rows: Sequence[TableRow]) -> None:
+    """Write rows as CSV, atomically; the columns are those of all rows, and None is an empty cell.
+
+    A table without rows has no file, and the file of an earlier evaluation is removed.
+    """
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    # The newest row first: earlier ones may lack columns, whose place is not the end.
+    columns = list(dict.fromkeys(name for row in reversed(rows) for name in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_report(
+    folder: Path, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray], prefix: str = ""
+) -> None:
+    """Write the tables and images of a report; images are [H, W, 3] uint8. On rank 0 only. Raises OSError."""
+    for name, rows in tables.items():
+        write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
+    for name, image in images.items():
+        write_atomically(folder / "plots" / f"{prefix}{name}.png", lambda file, image=image: _save_png(image, file))
+
+
+def write_page(
+    path: Path,
+    title: str,
+    scalars: Mapping[str, float],
+    tables: Mapping[str, Sequence[TableRow]],
+    images: Mapping[str, np.ndarray],
+) -> None:
+    """Write the figures, the images [H, W, 3] uint8, and the first rows of each table that has any. Raises OSError."""
+    figures = [{"figure": show_name(name), "value": value} for name, value in scalars.items()]
+    parts = {"figures": _table(figures, len(figures))}
+    parts |= {show_name(name): _picture(name, image) for name, image in images.items()}
+    parts |= {show_name(name): _table(rows, _SHOWN_ROWS) for name, rows in tables.items() if rows}
+    links = "".join(f'<a href="#p{place}">{escape(name)}</a>' for place, name in enumerate(parts))
+    sections = "".join(
+        f'<h2 id="p{place}">{escape(name)}</h2>\n{part}\n' for place, (name, part) in enumerate(parts.items())
+    )
+    write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>{_STYLE}</style><title>{escape(title)}</title></head>
+<body><h1>{escape(title)}</h1><nav>{links}</nav>
+{sections}</body></html>
+""",
+    )
+
+
+def _table(rows: Sequence[TableRow], most: int) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    lines = "\n".join(f"<tr>{''.join(map(_cell, row.values()))}</tr>" for row in rows[:most])
+    more = f"<p>The first {most} of {len(rows):,} rows; all are in tables/.</p>" if len(rows) > most else ""
+    return f"<div><table><tr>{head}</tr>\n{lines}</table></div>{more}"
+
+
+def _cell(value: object) -> str:
+    kind = ' class="n"' if isinstance(value, int | float) else ""
+    return f"<td{kind}>{escape(show_cell(value))}</td>"
+
+
+def _picture(name: str, image: np.ndarray) -> str:
+    content = io.BytesIO()
+    _save_png(image, content)
+    encoded = base64.b64encode(content.getvalue()).decode("ascii")
+    return f'<img alt="{escape(show_name(name))}" src="data:image/png;base64,{encoded}">'
+
+
+def _save_png(image: np.ndarray, file: Path | io.BytesIO) -> None:
+    Image.fromarray(image).save(file, format="PNG")

@@ -1,0 +1,95 @@
+"""The one way to read a run folder, whether its run is under way or over."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from utils.errors import UserError
+from utils.io.files import canonical_json, is_locked, read_json
+from utils.io.safe_text import hide_secrets
+from utils.record.metrics_log import METRICS_FILE, Rows, read_rows
+
+CONFIG_FILE, OVERRIDES_FILE, LOCK_FILE = "config.json", "overrides.txt", ".lock"
+RESULT_FILE, COMPLETE_FILE = "result.json", "complete.json"
+Part = TypeVar("Part", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class RunReader:
+    """A run folder; each look reads its files as they are now."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run (`script` beside the schema's keys). Raises UserError (`run_dir`)."""
+        file = self.path / CONFIG_FILE
+        if not file.is_file():
+            raise UserError(
+                f"run_dir: {self.path} is not a run folder: it has no {CONFIG_FILE}; name a folder that training made"
+            )
+        try:
+            config = read_json(file)
+            canonical_json(config)  # refuses NaN: a configuration has none
+        except (ValueError, OSError) as error:
+            raise UserError(f"run_dir: {file} is damaged ({error})") from None
+        if not isinstance(config, dict):
+            raise UserError(f"run_dir: {file} is damaged (it holds no configuration)")
+        return config
+
+    def part(self, schema: type[Part]) -> Part:
+        """Return what a schema names of the configuration. Raises UserError (`run_dir`) where it is wrong."""
+        try:
+            return schema.model_validate(self.config)
+        except ValidationError as error:
+            where, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            raise UserError(f"run_dir: {self.path / CONFIG_FILE} is damaged ({where}: {why})") from None
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """The overrides that the run was started with, as `settings_of` has them."""
+        file = self.path / OVERRIDES_FILE
+        return settings_of(file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of metrics.jsonl."""
+        return Rows([row for _, row in read_rows(self.path / METRICS_FILE)])
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The best value of the run: `metric`, `value`, `step`, `is_lowest_best`; None where there is none to read."""
+        try:
+            found = read_json(self.path / RESULT_FILE)
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
+
+    def weights(self, which: str, key: str) -> Path:
+        """Return the `best`, `last` or `ema` weights. Raises UserError (`key`), which lists what the run has."""
+        file = self.path / "weights" / f"{which}_weights.safetensors"
+        if not file.is_file():
+            there = sorted(found.name.removesuffix("_weights.safetensors") for found in file.parent.glob("*_weights.*"))
+            raise UserError(
+                f"{key}: the run {self.path} has no {which} weights; "
+                + (f"it has {', '.join(there)}" if there else "is it a run folder that has saved a checkpoint?")
+            )
+        return file
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has ended and does not go on."""
+        return (self.path / COMPLETE_FILE).exists()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a process is writing to the folder, as its lock says."""
+        return is_locked(self.path / LOCK_FILE)
+
+
+def settings_of(overrides: Iterable[str]) -> frozenset[str]:
+    """Return the overrides that say what a run is, not where it is or of which sweep; without secrets."""
+    return frozenset(hide_secrets(text) for text in overrides if not text.startswith(("run_dir=", "sweep.")))
