@@ -4,11 +4,9 @@ text = config.read(collection.view(row))                 # what the collection s
 caption, is_dropped = config.vary(text, generator)       # what the network is told this time
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pydantic import Field
@@ -56,7 +54,7 @@ class CaptionConfig(Strict):
         caption = (row.caption or "").strip()
         if caption and self.source == "caption":
             return caption
-        return self.separator.join(filter(None, map(_spell, row.tags or ()))) or caption
+        return self.separator.join(filter(None, map(spell, row.tags or ()))) or caption
 
     def vary(self, text: str, generator: torch.Generator) -> tuple[str, bool]:
         """Return the caption of a training sample, and whether it was dropped and is empty."""
@@ -83,11 +81,6 @@ class CaptionConfig(Strict):
         pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
         return [piece.strip() for piece in pieces if piece.strip()]
 
-    def find_tags(self, text: str, tags: Sequence[str]) -> list[bool]:
-        """Return which tags a caption has, however they are spelled."""
-        pieces = set(map(_spell, self.split(text)))
-        return [pieces.issuperset(map(_spell, self.split(_spell(tag)))) for tag in tags]
-
     def complete(self, text: str) -> str:
         """Return a text behind the prefix, for evaluation."""
         return self.separator.join(part for part in (self.prefix, text) if part)
@@ -98,36 +91,31 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
 
     Raises UserError (`data.root`) where no row has a text.
     """
-    captions = collection.table["caption"]
+    table = collection.table
     has = {
-        "caption": _choose(pc.not_equal(pc.utf8_trim_whitespace(captions), ""), rows),
-        "tags": _choose(pc.greater(pc.list_value_length(collection.table["tags"]), 0), rows),
+        "caption": pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), "").fill_null(False).to_numpy()[rows],
+        "tags": pc.greater(pc.list_value_length(table["tags"]), 0).to_numpy()[rows],
     }
     other = "tags" if config.source == "caption" else "caption"
-    is_first, is_empty = has[config.source], ~(has["caption"] | has["tags"])
-    if is_empty.all():
+    counts = {config.source: has[config.source], other: has[other] & ~has[config.source]}
+    counts["empty"] = ~(has["caption"] | has["tags"])
+    if counts["empty"].all():
         raise UserError(
             f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
             "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
         )
-    is_wrong = _choose(pc.match_substring(captions, _REPLACED), rows) & ~(has["tags"] & (config.source == "tags"))
+    is_wrong = pc.match_substring(table["caption"], _REPLACED).fill_null(False).to_numpy()[rows]
     for found, what in (
-        (rows[is_empty], "have neither a caption nor tags, and are trained without a text"),
+        (rows[counts["empty"]], "have neither a caption nor tags, and are trained without a text"),
         (rows[is_wrong], "have a caption with U+FFFD, so it was once read in a wrong encoding; correct it"),
     ):
         if len(found):
             names = show_some([repr(collection.view(row).path) for row in found[:100].tolist()])
             log.warning("captions: %s images %s: %s", f"{len(found):,}", what, names)
-    counts = {config.source: is_first, other: has[other] & ~is_first, "empty": is_empty}
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
 
 
-def _spell(text: str) -> str:
+def spell(text: str) -> str:
     """Return a tag in words: without its category, but for a rating."""
     category, name = parse_tag(text)
     return f"rating:{name}" if category == RATING else with_spaces(name)
-
-
-def _choose(column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
-    """Return some rows of a column of booleans, where null is false."""
-    return column.fill_null(False).to_numpy()[rows]

@@ -4,48 +4,44 @@ weights = weigh_images(read_tags(collection, captions), rows, config)       # 1 
 facts = find_tag_facts(collection, rows, config, captions)       # what a task needs that weighs anew while it trains
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from data.captions import CaptionConfig
+from data.captions import CaptionConfig, spell
 from data.collection import Collection
 from data.tags.index import TagRows
 from data.tags.names import parse_tag
 from utils.config.bounds import Count, Factor, Positive
 from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.vocabulary import CATEGORIES
-
-_CHUNK_ROWS = 2**17
+from utils.vocabulary import category_name
 
 
 class TagWeightsConfig(Strict):
     """Weights of tags: (median / count) ** power within low and high, times the factor of the tag's category.
 
-    combine: the mean over an image's tags. Images weigh 1 on average. reestimate_steps: null counts the tags of the
+    An image weighs the mean of its tags, and images weigh 1 on average. reestimate_steps: null counts the tags of the
     collection once; a number counts those that training has shown, and weighs anew by them after so many steps.
     """
 
     power: Annotated[float, Field(ge=0, le=4)]
     low: Factor
     high: Positive
-    combine: Literal["mean", "geometric_mean"]
     factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
     reestimate_steps: Count | None
 
-    @model_validator(mode="after")
-    def _can_weigh_anew(self) -> Self:
-        if self.reestimate_steps is not None and self.combine == "geometric_mean":
-            raise ValueError(
-                "task.tag_weights.combine: geometric_mean, and with task.tag_weights.reestimate_steps only the weights "
-                "of mean keep an average of 1; set combine=mean, or reestimate_steps=null"
-            )
-        return self
+    def weigh(self, counts: np.ndarray, factors: np.ndarray) -> np.ndarray:
+        """Return each tag's weight, float64 [T]; counts: images that have it; factors: of its category, both [T].
+
+        The median is that of tags with a count.
+        """
+        seen = counts[counts > 0]
+        median = np.median(seen) if len(seen) else 1.0
+        return np.clip((median / np.maximum(counts, 1)) ** self.power, self.low, self.high) * factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +51,15 @@ class ImageTags(TagRows):
     names: list[str]
 
     def factors(self, config: TagWeightsConfig) -> np.ndarray:
-        """Return the factor of each tag's category, float64 [T]."""
-        return class_factors([parse_tag(name).category or 0 for name in self.names], config.factors)
+        """Return the factor of each tag's category, float64 [T]; 1 where none is stated."""
+        categories = (category_name(parse_tag(name).category or 0) for name in self.names)
+        return np.array([config.factors.get(category, 1.0) for category in categories])
+
+    def find_shown(self, row: int, caption: str, captions: CaptionConfig) -> list[bool]:
+        """Return which tags of a row are in its caption, however they are spelled."""
+        pieces = set(map(spell, captions.split(caption)))
+        tags = [self.names[tag] for tag in self.of_row(row)]
+        return [pieces.issuperset(map(spell, captions.split(spell(tag)))) for tag in tags]
 
 
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
@@ -68,14 +71,20 @@ def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
 
 
 def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
-    """Return the weight of each row of a collection, float64; counts are those of `rows`."""
-    weights = apply_rule(tags.count(rows, len(tags.names)), tags.factors(config), config)
-    return normalise(weigh_rows(tags.ids, tags.offsets, weights, config.combine), rows)
+    """Return the weight of each row of a collection, float64; counts, and the mean of 1, are those of `rows`."""
+    weights = weigh_rows(tags, config.weigh(tags.count(rows, len(tags.names)), tags.factors(config)))
+    return weights / weights[rows].mean()
 
 
-def apply_rule(counts: np.ndarray, factors: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
-    """Return each tag's weight, float64 [T], as the configuration has it."""
-    return weigh_tags(counts, factors, power=config.power, low=config.low, high=config.high)
+def weigh_rows(tags: TagRows, weights: np.ndarray) -> np.ndarray:
+    """Return the mean weight of each row's tags, float64 [rows]; without tags, the mean of the rows that have any.
+
+    weights: of the tags, [T]; tags of weight 0 do not count.
+    """
+    owners, values, rows = tags.owners(), weights[tags.ids], len(tags.offsets) - 1
+    sums, counts = np.bincount(owners, values, rows), np.bincount(owners, values > 0, rows)
+    means = sums / np.maximum(counts, 1)
+    return np.where(counts > 0, means, means[counts > 0].mean() if counts.any() else 1.0)
 
 
 def find_tag_facts(
@@ -86,80 +95,21 @@ def find_tag_facts(
     Raises UserError (`task.tag_weights.reestimate_steps`) where no caption has a tag of its row.
     """
     tags = read_tags(collection, captions)
-    if not any(any(find_shown(tags, row, captions.read(collection.view(row)), captions)) for row in rows.tolist()):
+    if not any(any(tags.find_shown(row, captions.read(collection.view(row)), captions)) for row in rows.tolist()):
         raise UserError(
             f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, and of "
             f"{len(rows):,} none has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
         )
-    factors = tags.factors(config)
-    owners = np.repeat(np.arange(len(collection)), np.diff(tags.offsets))
+    factors, owners = tags.factors(config), tags.owners()
     counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
     ids, owners = tags.ids[counted], owners[counted]
     sizes = np.bincount(owners, minlength=len(collection))
     shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
-    return {
-        "counts": tags.count(rows, len(tags.names)).tolist(),
-        "factors": factors.tolist(),
-        "shares": shares.tolist(),
-    }
-
-
-def find_shown(tags: ImageTags, row: int, caption: str, captions: CaptionConfig) -> list[bool]:
-    """Return which tags of a row are in its caption."""
-    return captions.find_tags(caption, [tags.names[tag] for tag in tags.of_row(row)])
+    counts = tags.count(rows, len(factors))
+    return {"counts": counts.tolist(), "factors": factors.tolist(), "shares": shares.tolist()}
 
 
 def describe_weights(weights: np.ndarray) -> str:
-    """Return the range of weights and the effective number of images in a line."""
-    count = effective_sample_size(weights)
+    """Return the range of weights, and how many images of equal weight give a mean of the same variance."""
+    count = weights.sum() ** 2 / np.square(weights).sum()
     return f"{weights.min():.2f} to {weights.max():.2f} by tags; as {count:,.0f} images of equal weight"
-
-
-def class_factors(categories: Sequence[int], factors: Mapping[str, float]) -> np.ndarray:
-    """Return each tag's factor, float64 [T], from those of classes by name (`character`); 1 where none is stated."""
-    by_number = {CATEGORIES[name]: factor for name, factor in factors.items()}
-    return np.array([by_number.get(category, 1.0) for category in categories])
-
-
-def weigh_tags(counts: np.ndarray, factors: np.ndarray, *, power: float, low: float, high: float) -> np.ndarray:
-    """Return each tag's weight, float64 [T]: (median / count) ** power within low and high, times its factor.
-
-    counts: images that have the tag, int64 [T]; the median is that of tags with a count.
-    """
-    seen = counts[counts > 0]
-    median = np.median(seen) if len(seen) else 1.0
-    return np.clip((median / np.maximum(counts, 1)) ** power, low, high) * factors
-
-
-def weigh_rows(
-    ids: np.ndarray, offsets: np.ndarray, tag_weights: np.ndarray, combine: Literal["mean", "geometric_mean"]
-) -> np.ndarray:
-    """Return each row's weight, float64 [rows]: a mean over its tags; without tags, the mean of the rows that have any.
-
-    ids: int32 [N], offsets: int64 [rows + 1], as in data/tags/index.py. Tags of weight 0 do not count.
-    """
-    geometric, counted, rows = combine == "geometric_mean", tag_weights > 0, len(offsets) - 1
-    values = np.log(np.where(counted, tag_weights, 1.0)) if geometric else tag_weights
-    sums, counts = np.zeros(rows), np.zeros(rows, np.int64)
-    for start in range(0, rows, _CHUNK_ROWS):
-        part = offsets[start : start + _CHUNK_ROWS + 1]
-        chosen, size = ids[part[0] : part[-1]], len(part) - 1
-        owners = np.repeat(np.arange(size), np.diff(part))
-        sums[start : start + size] = np.bincount(owners, values[chosen], minlength=size)
-        counts[start : start + size] = np.bincount(owners, counted[chosen], minlength=size)
-    tagged = counts > 0
-    weights = sums[tagged] / counts[tagged]
-    weights = np.exp(weights) if geometric else weights
-    found = np.full(rows, weights.mean() if len(weights) else 1.0)
-    found[tagged] = weights
-    return found
-
-
-def normalise(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the weights scaled to a mean of 1 over `rows`, so that the learning rate keeps its meaning."""
-    return weights / weights[rows].mean()
-
-
-def effective_sample_size(weights: np.ndarray) -> float:
-    """Return how many images of equal weight give a mean of the same variance: sum(w)**2 / sum(w**2)."""
-    return float(weights.sum() ** 2 / np.square(weights).sum())

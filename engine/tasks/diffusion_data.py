@@ -21,7 +21,7 @@ from data.open import Data, describe_collection, load_collection, open_images
 from data.rows import training_rows
 from data.source import Source, layers
 from data.stream import GroupedSampler
-from data.tag_weights import ImageTags, describe_weights, find_shown, read_tags, weigh_images
+from data.tag_weights import ImageTags, describe_weights, read_tags, weigh_images
 from data.text_cache import TextCache, vary_caption
 from data.transforms import Transform
 from engine.config import TrainingConfig
@@ -73,7 +73,7 @@ class CaptionFields:
     def _weigh(self, row: int, text: str) -> dict[str, Tensor | Ragged]:
         if isinstance(self.weights, np.ndarray):
             return {"tag_weight": torch.tensor(self.weights[row], dtype=torch.float32)}
-        shown = torch.tensor(find_shown(self.weights, row, text, self.config), dtype=torch.bool)
+        shown = torch.tensor(self.weights.find_shown(row, text, self.config), dtype=torch.bool)
         return {"tags": Ragged(torch.tensor(self.weights.of_row(row)).long()), "tags_shown": Ragged(shown)}
 
     def _caption(self, example: Example) -> tuple[str, bool]:

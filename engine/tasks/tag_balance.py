@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.tag_weights import TagWeightsConfig, apply_rule
+from data.tag_weights import TagWeightsConfig
 from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -57,6 +57,6 @@ class TagBalance(nn.Module):
 
     def _weigh(self, counts: np.ndarray) -> Tensor:
         """Return the weights by counts [T]: of 1 on average over the images of the collection, as `shares` has them."""
-        weights = apply_rule(counts, self._factors, self._config)
+        weights = self._config.weigh(counts, self._factors)
         mean = weights @ self._shares
         return torch.from_numpy((weights / (mean or 1.0)).astype(np.float32))

@@ -23,7 +23,7 @@ from utils.config.entry_point import CONF, Job, validate
 from utils.config.messages import ConfigError
 from utils.record.run_folder import default_run_dir
 
-TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, combine: mean, factors: {}, reestimate_steps: 1}"
+TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, factors: {}, reestimate_steps: 1}"
 # Each primary, and of each group of a training script every kind that its union knows.
 CONFIGURATIONS = [
     ("pretrain_fcmae", []),

@@ -11,15 +11,14 @@ from data.tag_weights import TagWeightsConfig
 from engine.tasks.tag_balance import TagBalance
 from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs
 from tests.engine.test_no_host_sync import count
-from tests.in_process import configure, run, run_command, run_until_killed
-from tests.support import TINY, checkpoint_tensors, make_collection, rows
+from tests.in_process import run, run_command, run_until_killed
+from tests.support import checkpoint_tensors, make_collection, rows
 from tests.support import run as run_process
-from utils.config.messages import ConfigError
 
-RULE = {"power": 1.0, "low": 0.1, "high": 4.0, "combine": "mean", "factors": {}}
+RULE = {"power": 1.0, "low": 0.1, "high": 4.0, "factors": {}}
 FACTS = {"counts": [4, 4, 4, 4], "factors": [1.0, 1.0, 1.0, 0.0], "shares": [0.25, 0.25, 0.5, 0.0]}
 OWN = [*SHORT, *RESUMED, "data.root=images", "loop.global_batch_size=12", "loop.batch_size=6", "task.chunk=6"]
-WEIGHTS = "task.tag_weights={power: 1.0, low: 0.1, high: 4.0, combine: mean, factors: {}, reestimate_steps: 2}"
+WEIGHTS = "task.tag_weights={power: 1.0, low: 0.1, high: 4.0, factors: {}, reestimate_steps: 2}"
 
 
 def test_tags_weigh_anew_by_what_was_shown():
@@ -74,9 +73,6 @@ def test_two_ranks_count_as_one(place):
 
 
 def test_what_is_refused(place, monkeypatch, capsys):
-    with pytest.raises(ConfigError) as refused:
-        configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", WEIGHTS.replace("mean", "geometric_mean")])
-    assert refused.value.problems[0].startswith("task.tag_weights.combine: geometric_mean")
     make_collection(place / "prose", per_class=4, validation=1)
     texts = [(file, file.with_suffix(".json")) for file in (place / "prose").rglob("*.txt")]
     for text, sidecar in texts:
