@@ -77,7 +77,7 @@ def write_pictures(folder: Path, captions: list[str], each: int) -> None:
 
 def write_base(folder: Path, captions: list[str], vae_steps: int) -> float:
     """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255."""
-    networks, draw = tiny_networks(0), random.Random(1)
+    networks, draw = tiny_networks(), random.Random(1)
     colours, size_hw = [*COLOURS.values(), *TONES.values()], SIZES_HW[0]
     mixed = [draw_shape(draw.choice(SHAPES), *draw.choices(colours, k=2), size_hw, draw) for _ in range(256)]
     error = train_vae(networks.vae, to_tensor(mixed), vae_steps)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,23 +33,13 @@ class Normalise(nn.Module):
         """Return float32 [B, C, H, W], in the memory format of the images."""
         if images.dtype != torch.uint8:
             return (images.float() - self.mean).div_(self.std)
-        if images.device.type != "cpu" or torch.compiler.is_compiling():
+        if images.device.type != "cpu" or images.is_contiguous() or torch.compiler.is_compiling():
             return images.float().sub_(self._byte_mean).div_(self._byte_std)
-        if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
-            return _normalise_each(images, self._byte_mean[0], self._byte_std[0])
         # As rows of all their numbers: torch is slow along the three of a pixel.
         mean, std = (each.flatten().repeat(images.shape[3]) for each in (self._byte_mean, self._byte_std))
-        rows = _normalise_each(images.permute(0, 2, 3, 1).flatten(2), mean, std)
+        rows = images.permute(0, 2, 3, 1).flatten(2).float().sub_(mean).div_(std)
         return rows.unflatten(2, (images.shape[3], -1)).permute(0, 3, 1, 2)
 
     def undo(self, images: Tensor) -> Tensor:
         """Return uint8 images from normalised ones, clipped."""
         return ((images.float() * self.std + self.mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
-
-
-def _normalise_each(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return (image - mean) / std of each image on the CPU, one by one, which the processor's cache holds."""
-    normalised = torch.from_numpy(np.empty(images.shape, np.float32))  # NumPy asks for huge pages
-    for image, into in zip(images, normalised):
-        into.copy_(image).sub_(mean).div_(std)
-    return normalised

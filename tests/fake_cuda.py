@@ -78,7 +78,6 @@ from engine.tasks.kinds import KINDS
 from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 from models.sdxl import networks as sdxl_networks
-from models.sdxl.networks import unet_config
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.vocabulary import Vocabulary
@@ -252,7 +251,7 @@ def make_setup(task):
     kind = KINDS[task]
     if task == "diffusion":
         model = read_group(kind.model_schema, "model", "sdxl_tiny")
-        sdxl_networks.unet_config = one_layer_each
+        patch_configs()
     config = {
         "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
         "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
@@ -278,9 +277,10 @@ def make_setup(task):
     return kind, Setup(model, config, preprocessing, facts)
 
 
-def one_layer_each(widths, depths, **others):
-    """Return the U-Net's config with one layer in place of equal ones in a row: each takes seconds of fake tensors."""
-    return {**unet_config(widths, [1] * len(depths), **others), "layers_per_block": 1}
+def patch_configs():
+    """Give the tiny SDXL one layer in place of equal ones in a row: each takes seconds of fake tensors."""
+    list_configs, one = sdxl_networks.list_configs, {"transformer_layers_per_block": [1] * 3, "layers_per_block": 1}
+    sdxl_networks.list_configs = lambda **size: (found := list_configs(**size)) | {"unet": found["unet"] | one}
 
 
 def make_batch(task, setup):

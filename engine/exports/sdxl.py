@@ -94,7 +94,7 @@ def write_single_file(weights: Weights, folder: Path, config: OnnxConfig) -> dic
         path, networks, prediction_type=noise.prediction_type, zero_terminal_snr=noise.zero_terminal_snr, dtype=dtype,
         metadata=_facts(weights),
     )  # fmt: skip
-    read = load_networks(path, "output").states()
+    read = load_networks(path).states()
     for part, state in networks.states().items():
         for name, tensor in state.items():
             kept = tensor.to(dtype).float()

@@ -79,7 +79,7 @@ class DiffusionTask(Task):
             trained, passed = ("adapter",), ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
             with torch.device("meta"):
                 shapes = open_networks(setup.model, ("unet", *ENCODERS))
-            self.adapter = LoRA(shapes.parts(), config.lora, "task.lora")
+            self.adapter = LoRA(shapes.parts(), config.lora)
         needed = PARTS if keeps_encoders else ("unet", "vae")
         frozen = tuple(name for name in needed if name not in trained)
         self.roles = Roles(trained, dict.fromkeys(trained, config.average_on), frozen, passed)
@@ -111,7 +111,7 @@ class DiffusionTask(Task):
         if source is not None:
             raise UserError("init_from: SDXL's networks are those of model.path; set init_from=null")
         if (path := self._model.path) is not None:
-            known = describe(Path(path), "model.path").source
+            known = describe(path)
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
 
     def exported(self) -> Exported:

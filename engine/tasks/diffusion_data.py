@@ -118,7 +118,7 @@ class DiffusionPipeline(Pipeline[DiffusionTaskConfig]):
         noise, path = config.task.noise, config.model.path
         if path is None or noise.convert:
             return config
-        source = describe(Path(path), "model.path").source
+        source = describe(path)
         stated = {key: source[key] for key in ("prediction_type", "zero_terminal_snr")}
         if wrong := [key for key, value in stated.items() if getattr(noise, key) != value]:
             ours, theirs = str(getattr(noise, wrong[0])).lower(), str(stated[wrong[0]]).lower()

@@ -37,18 +37,14 @@ def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     def write(temporary: Path) -> None:
         write_tensors(temporary, tensors, metadata)
-        _set_hash(temporary)
+        with open(temporary, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
+            start = 8 + int.from_bytes(content[:8], "little")
+            with memoryview(content)[start:] as payload:
+                digest = hashlib.sha256(payload).hexdigest()
+            content[:start] = content[:start].replace(NO_HASH.encode(), digest.encode())
+            content.flush()
 
     write_atomically(path, write)
-
-
-def _set_hash(path: Path) -> None:
-    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
-        start = 8 + int.from_bytes(content[:8], "little")
-        with memoryview(content)[start:] as payload:
-            digest = hashlib.sha256(payload).hexdigest()
-        content[:start] = content[:start].replace(NO_HASH.encode(), digest.encode())
-        content.flush()
 
 
 def write_single_file(

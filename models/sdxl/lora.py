@@ -85,15 +85,15 @@ class LoRALayer(nn.Module):
 class LoRA(nn.Module):
     """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and `...lora_B.weight`."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig, key: str) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig) -> None:
         """Make the matrices for `networks`: unet, text_encoder, text_encoder_2, of which shapes alone are read.
 
-        key: that of the config, for errors. Raises UserError (`<key>.targets`) where a pattern matches no layer.
+        Raises UserError (`task.lora.targets`) where a pattern matches no layer.
         """
         super().__init__()
         self.config = config
         layers = _find_layers(networks, config)
-        self.names = _choose(layers, config, key)
+        self.names = _choose(layers, config)
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
         self._hooks: list[RemovableHandle] = []
@@ -141,19 +141,19 @@ def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[
     return layers
 
 
-def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig, key: str) -> list[str]:
+def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
     """Return the names of the target layers, in the networks' order."""
     for index, pattern in enumerate(config.targets):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
             raise UserError(
-                f"{key}.targets.{index}: {pattern!r} matches no layer; {close_names(pattern, layers)}. Convolutions "
-                f"need {key}.conv=true, text encoders {key}.text_encoders=true"
+                f"task.lora.targets.{index}: {pattern!r} matches no layer; {close_names(pattern, layers)}. "
+                "Convolutions need task.lora.conv=true, text encoders task.lora.text_encoders=true"
             )
     chosen = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets)]
     if config.text_encoders and not any(name.startswith(_TEXT_ENCODERS) for name in chosen):
         raise UserError(
-            f"{key}.text_encoders: true, but no pattern of {key}.targets matches a layer of them; set it to false, or "
-            "add such as 'text_encoder*.q_proj'"
+            "task.lora.text_encoders: true, but no pattern of task.lora.targets matches a layer of them; set it to "
+            "false, or add such as 'text_encoder*.q_proj'"
         )
     return chosen
 
@@ -172,12 +172,19 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
-    """Write a LoRA in kohya's layout.
+    """Write a LoRA in kohya's layout, with alpha in float32.
 
     modelspec: what is known of the model, such as `modelspec.title`, `.resolution`, `.prediction_type`, `.license`;
     architecture, implementation and hash are added.
     """
-    config = lora.config
+    config, tensors = lora.config, {}
+    for name, layer in lora.layers().items():
+        network, _, path_in = name.partition(".")
+        original = rename("unet", path_in, to_single=True) if network == "unet" else path_in
+        stem = f"{_PREFIXES[network]}_{original}".replace(".", "_")
+        tensors[f"{stem}.lora_down.weight"] = layer.lora_A.weight
+        tensors[f"{stem}.lora_up.weight"] = layer.lora_B.weight
+        tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
@@ -187,47 +194,25 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[s
         "ss_network_args": json.dumps({"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
     }
-    _write(path, kohya_tensors(lora, dtype), {**modelspec, **metadata})
+    _write(path, tensors, dtype, {**modelspec, **metadata})
 
 
 def write_diffusers(folder: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
-    """Write a LoRA as a folder of diffusers; modelspec: as in `write_kohya`."""
+    """Write a LoRA as a folder of diffusers, scaled by alpha / rank; modelspec: as in `write_kohya`."""
+    tensors = {}
+    for name, layer in lora.layers().items():
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight
+        tensors[f"{name}.lora_B.weight"] = layer.scale * layer.lora_B.weight
     metadata = {"format": "pt", "modelspec.implementation": "diffusers"}
-    _write(folder / "pytorch_lora_weights.safetensors", diffusers_tensors(lora, dtype), {**modelspec, **metadata})
+    _write(folder / "pytorch_lora_weights.safetensors", tensors, dtype, {**modelspec, **metadata})
 
 
-def kohya_tensors(lora: LoRA, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a LoRA's tensors under kohya's names, with alpha in float32."""
-    tensors = {}
-    for name, layer in lora.layers().items():
-        network, _, path = name.partition(".")
-        original = rename("unet", path, to_single=True) if network == "unet" else path
-        assert original is not None, name
-        stem = f"{_PREFIXES[network]}_{original}".replace(".", "_")
-        tensors[f"{stem}.lora_down.weight"] = _plain(layer.lora_A.weight, dtype)
-        tensors[f"{stem}.lora_up.weight"] = _plain(layer.lora_B.weight, dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(lora.config.alpha)
-    return tensors
-
-
-def diffusers_tensors(lora: LoRA, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a LoRA's tensors under diffusers' names, scaled by alpha / rank."""
-    tensors = {}
-    for name, layer in lora.layers().items():
-        tensors[f"{name}.lora_A.weight"] = _plain(layer.lora_A.weight, dtype)
-        tensors[f"{name}.lora_B.weight"] = _plain(layer.scale * layer.lora_B.weight, dtype)
-    return tensors
-
-
-def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to("cpu", dtype).contiguous()
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> None:
     modelspec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.hash_sha256": f"0x{NO_HASH}",
         "sshs_model_hash": NO_HASH,
     }
-    write_hashed(path, tensors, {**metadata, **modelspec})
+    cast = {name: one.detach() if name.endswith("alpha") else one.detach().to(dtype) for name, one in tensors.items()}
+    write_hashed(path, cast, {**metadata, **modelspec})

@@ -1,6 +1,5 @@
-"""SDXL's four networks, from a folder of diffusers, a single file, or drawn tiny: all of one topology.
+"""SDXL's four networks, from a folder of diffusers, a single file, or drawn tiny: two sizes of one topology.
 
-Sizes are read from the shapes of tensors, so that both layouts go one way and a tiny SDXL is read as the real one is.
 Heads of attention are 64 wide, as in SDXL; a network narrower than 128 has one.
 """
 
@@ -9,13 +8,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from models.sdxl.names import PARTS, PREFIXES, from_folder, from_single_file, load_part, part_state
+from models.sdxl.step import PredictionType
 from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -23,11 +23,10 @@ from utils.io.files import read_json
 from utils.io.weights import read_header, read_weights
 
 VAE_SCALING_FACTOR = 0.13025  # of SDXL's VAE: single files do not state it
-_RESNET = "down_blocks.{}.resnets.0.conv1.weight"
 State = dict[str, Tensor]
+_TINY_WIDTH = 16  # of the tiny U-Net's first level
 _MAX_TEXT = 200  # characters of what a file says about itself
 _MAX_CARD = 10_000  # characters of a model card in which its front matter ends
-_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Tensors by which another kind of checkpoint is known.
 _OTHERS = {
     "cond_stage_model.": "Stable Diffusion 1 or 2",
@@ -35,7 +34,7 @@ _OTHERS = {
     "edm_vpred.sigma_max": "an SDXL with EDM's noise levels",
     "edm_mean": "Playground 2.5",
 }
-_ADVICE = "name a folder of diffusers or a single .safetensors file of SDXL"
+_KEY = "model.path"  # that messages begin with
 
 
 class SDXLConfig(Strict):
@@ -49,18 +48,6 @@ class SDXLConfig(Strict):
     path: PathText | None
     frozen_dtype: Literal["float32", "bfloat16"]
     in_channels: Literal[3]
-
-
-class Description(NamedTuple):
-    """What is known before tensors are read.
-
-    shapes: the tensors of each part, on the meta device. configs: what a folder states of each part. source: as
-    SDXLNetworks has it.
-    """
-
-    shapes: dict[str, State]
-    configs: dict[str, dict[str, Any]]
-    source: dict[str, Any]
 
 
 @dataclass
@@ -90,53 +77,91 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     """Return the networks that a config names; frozen: without gradients, in `model.frozen_dtype`."""
     dtype = getattr(torch, model.frozen_dtype) if frozen else torch.float32
     if model.path is None:
-        networks = tiny_networks(0)
+        networks = tiny_networks()
         for part in PARTS:
             # nn.Module's, because diffusers' own warns of modules that it would keep in float32, and has none here.
             setattr(networks, part, nn.Module.to(getattr(networks, part), dtype) if part in only else None)
     else:
-        networks = load_networks(model.path, "model.path", only=only, dtype=dtype)
+        networks = load_networks(model.path, only=only, dtype=dtype)
     for part in only if frozen else ():
         getattr(networks, part).requires_grad_(False)
     return networks
 
 
 def load_networks(
-    path: str | Path, key: str, *, only: Collection[str] = PARTS, dtype: torch.dtype = torch.float32
+    path: str | Path, *, only: Collection[str] = PARTS, dtype: torch.dtype = torch.float32
 ) -> SDXLNetworks:
     """Read SDXL from a folder of diffusers or a single file, without a hub. The networks are in eval mode.
 
     only: the networks that are made (PARTS). Where torch's default device is meta, shapes alone are read. Raises
-    UserError (`key`): another kind of checkpoint, missing or unexpected tensors, wrong shapes, a damaged file.
+    UserError (`model.path`): another kind of checkpoint, missing or unexpected tensors, wrong shapes, a damaged file.
     """
     path = Path(path)
-    found = describe(path, key)
-    networks = _build_to_fit(found, path, key)
+    source, stated = _describe(path)
+    networks = _build_to_fit(path, stated)
     if torch.get_default_device().type != "meta":
-        if path.is_dir():
-            states = _read_folder(path, key, only, lambda file: read_weights(file, key)[0])
-        else:
-            state, _ = read_weights(path, key)
-            states = {part: from_single_file(part, state) for part in only}
+        states = _read_parts(path, only, lambda file: read_weights(file, _KEY)[0])
         for part in only:
             _fill(part, networks[part], states.pop(part), dtype)
-    source = {"path": str(path), **found.source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
+    source = {"path": str(path), **source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
     return SDXLNetworks(**{part: networks[part] if part in only else None for part in PARTS}, source=source)
 
 
-def tiny_networks(seed: int, vocab_size: int = 49408) -> SDXLNetworks:
-    """Draw an SDXL whose U-Net has 0.8 million parameters. vocab_size: of the text encoders."""
-    configs = {
-        "unet": unet_config([16, 32, 32], [1, 1, 2], cross_width=80, pooled_width=48, time_width=16),
-        "vae": vae_config([16, 16, 32, 32]),
-        "text_encoder": text_config("quick_gelu", 32, 64, layers=2, vocab_size=vocab_size),
-        "text_encoder_2": text_config("gelu", 48, 96, layers=2, vocab_size=vocab_size),
-    }
+def tiny_networks() -> SDXLNetworks:
+    """Draw the tiny SDXL."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        networks = {part: build_part(part, config) for part, config in configs.items()}
-    facts = {"path": None, "layout": "drawn", "prediction_type": None, "zero_terminal_snr": None, "licence": None}
-    return SDXLNetworks(**networks, source={**facts, "vae_scaling_factor": VAE_SCALING_FACTOR})
+        torch.manual_seed(0)
+        networks = {part: build_part(part, config) for part, config in list_configs(tiny=True).items()}
+    facts = dict.fromkeys(("path", "prediction_type", "zero_terminal_snr", "licence"))
+    return SDXLNetworks(**networks, source={**facts, "layout": "drawn", "vae_scaling_factor": VAE_SCALING_FACTOR})
+
+
+def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
+    """Return the configs of the networks: as published, or those whose U-Net has 0.8 million parameters."""
+    widths, vae_widths = ([16, 32, 32], [16, 16, 32, 32]) if tiny else ([320, 640, 1280], [128, 256, 512, 512])
+    text_widths, layers, time_width = ((32, 48), (2, 2), 16) if tiny else ((768, 1280), (12, 32), 256)
+    unet = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 2,
+        "block_out_channels": widths,
+        "transformer_layers_per_block": [1, 1, 2] if tiny else [1, 2, 10],
+        "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
+        "norm_num_groups": min(32, widths[0] // 4),
+        "cross_attention_dim": sum(text_widths),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_width,
+        "projection_class_embeddings_input_dim": 6 * time_width + text_widths[1],
+    }
+    vae = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": vae_widths,
+        "layers_per_block": 2,
+        "norm_num_groups": min(32, vae_widths[0] // 4),
+        "latent_channels": 4,
+        "latents_mean": None,
+        "latents_std": None,
+        "scaling_factor": VAE_SCALING_FACTOR,
+        "force_upcast": True,  # its maps exceed float16
+    }
+    texts = [
+        {
+            "vocab_size": 49_408,
+            "hidden_size": width,
+            "intermediate_size": (2 if tiny else 4) * width,
+            "projection_dim": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": max(1, width // 64),
+            "max_position_embeddings": 77,
+            "hidden_act": activation,
+        }
+        for width, depth, activation in zip(text_widths, layers, ("quick_gelu", "gelu"))
+    ]
+    return dict(zip(PARTS, (unet, vae, *texts)))
 
 
 def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
@@ -153,110 +178,23 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
     return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
 
 
-def unet_config(
-    widths: list[int], depths: list[int], *, cross_width: int, pooled_width: int, time_width: int
-) -> dict[str, Any]:
-    """Return the U-Net's config. widths, depths: of the levels, and of their transformers; time_width: of one size."""
-    return {
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 2,
-        "block_out_channels": widths,
-        "transformer_layers_per_block": depths,
-        "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
-        "norm_num_groups": min(32, widths[0] // 4),
-        "cross_attention_dim": cross_width,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": time_width,
-        "projection_class_embeddings_input_dim": 6 * time_width + pooled_width,
-    }
-
-
-def vae_config(widths: list[int], stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the VAE's config. stated: that of a folder, whose scale and marking for half precision are taken."""
-    stated = stated or {}
-    return {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": widths,
-        "layers_per_block": 2,
-        "norm_num_groups": min(32, widths[0] // 4),
-        "latent_channels": 4,
-        "latents_mean": None,
-        "latents_std": None,
-        "scaling_factor": stated.get("scaling_factor", VAE_SCALING_FACTOR),
-        "force_upcast": stated.get("force_upcast", True),
-    }
-
-
-def text_config(activation: str, width: int, mlp_width: int, *, layers: int, vocab_size: int) -> dict[str, Any]:
-    """Return a text encoder's config."""
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "intermediate_size": mlp_width,
-        "projection_dim": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": 77,
-        "hidden_act": activation,
-    }
-
-
-def _build_to_fit(found: Description, path: Path, key: str) -> dict[str, nn.Module]:
-    """Return the networks, on the meta device, that what was found fits."""
-    try:
-        configs = _find_configs(found)
-        with torch.device("meta"):
-            networks = {part: build_part(part, configs[part]) for part in PARTS}
-    except (LookupError, ArithmeticError, ValueError) as error:
-        raise UserError(f"{key}: {path} does not have the tensors of SDXL: {error}; name another file") from None
+def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """Return the networks, on the meta device, that a file or folder fits; stated: a folder's config of each part."""
+    shapes = _read_parts(path, PARTS, lambda file: read_header(file, _KEY).tensors)
+    configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
+    own = ("scaling_factor", "force_upcast")  # which a folder may have in its own way
+    configs["vae"] |= {name: stated["vae"][name] for name in own if name in stated.get("vae", ())}
+    with torch.device("meta"):
+        networks = {part: build_part(part, configs[part]) for part in PARTS}
     for part, network in networks.items():
-        refuse_misfits(
-            found.shapes[part],
-            part_state(part, network),
-            f"{key}: {part} of {path} is not SDXL's",
-            "Name another file.",
-        )
-        stated = {name: found.configs[part].get(name, value) for name, value in configs[part].items()}
-        if wrong := [name for name, value in configs[part].items() if stated[name] != value]:
-            shown = "; ".join(f"{name} {stated[name]!r:.99}, not {configs[part][name]!r}" for name in wrong)
-            raise UserError(f"{key}: {part} of {path} is not SDXL's: its config.json has {shown}; name another folder")
+        where = f"{_KEY}: {part} of {path} is not SDXL's"
+        refuse_misfits(shapes[part], part_state(part, network), where, "Name another file.")
+        for name, value in configs[part].items():
+            if (found := stated.get(part, {}).get(name, value)) != value:
+                raise UserError(
+                    f"{where}: its config.json has {name} {found!r:.99}, not {value!r}; name another folder"
+                )
     return networks
-
-
-def _find_configs(found: Description) -> dict[str, dict[str, Any]]:
-    """Return the configs that tensors of these shapes have. Raises LookupError where a tensor or an axis is missing."""
-    unet, vae, first, second = (found.shapes[part] for part in PARTS)
-    vae_widths = [vae["encoder." + _RESNET.format(level)].shape[0] for level in range(4)]
-    widths = [unet[_RESNET.format(level)].shape[0] for level in range(3)]
-    depths = [1] + [_count(unet, f"down_blocks.{level}.attentions.0.transformer_blocks.") for level in (1, 2)]
-    pooled_width = second["text_projection.weight"].shape[0]
-    return {
-        "unet": unet_config(
-            widths, depths,
-            cross_width=unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-            pooled_width=pooled_width,
-            time_width=(unet["add_embedding.linear_1.weight"].shape[1] - pooled_width) // 6,
-        ),
-        "vae": vae_config(vae_widths, found.configs["vae"]),
-        "text_encoder": _text_config_of(first, "quick_gelu"),
-        "text_encoder_2": _text_config_of(second, "gelu"),
-    }  # fmt: skip
-
-
-def _text_config_of(shapes: State, activation: str) -> dict[str, Any]:
-    mlp_width, width = shapes["text_model.encoder.layers.0.mlp.fc1.weight"].shape
-    vocab_size = shapes["text_model.embeddings.token_embedding.weight"].shape[0]
-    layers = _count(shapes, "text_model.encoder.layers.")
-    return text_config(activation, width, mlp_width, layers=layers, vocab_size=vocab_size)
-
-
-def _count(names: Collection[str], prefix: str) -> int:
-    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
 
 
 def _fill(part: str, network: nn.Module, state: State, dtype: torch.dtype) -> None:
@@ -283,68 +221,76 @@ def freeze_unused(text_encoder: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------- their files
 
 
-def describe(path: Path, key: str) -> Description:
-    """Read headers and configs. Raises UserError (`key`) for other kinds of checkpoints."""
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist; {_ADVICE}")
-    return _describe_folder(path, key) if path.is_dir() else _describe_file(path, key)
-
-
 def base_files(model: SDXLConfig) -> list[Path]:
     """Return the weight files that a config names."""
-    path = Path(model.path or "")
-    if model.path is None or not path.is_dir():
-        return [] if model.path is None else [path]
-    return [file for part in PARTS for file in _weight_files(path, part, "model.path")]
+    if model.path is None:
+        return []
+    path = Path(model.path)
+    return [file for part in PARTS for file in _weight_files(path, part)] if path.is_dir() else [path]
 
 
-def _describe_file(path: Path, key: str) -> Description:
-    shapes, texts = read_header(path, key)
+def describe(path: str | Path) -> dict[str, Any]:
+    """Return what a folder or file says of itself: layout, prediction_type, zero_terminal_snr, licence.
+
+    Raises UserError (`model.path`) for other kinds of checkpoints.
+    """
+    return _describe(Path(path))[0]
+
+
+def _describe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return what `describe` does, and what a folder's config.json states of each part."""
+    if not path.exists():
+        raise _unusable(f"{path} does not exist")
+    return _describe_folder(path) if path.is_dir() else (_describe_file(path), {})
+
+
+def _unusable(reason: str) -> UserError:
+    return UserError(f"{_KEY}: {reason}; name a folder of diffusers or a single .safetensors file of SDXL")
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    names, texts = read_header(path, _KEY)
     for mark, kind in _OTHERS.items():
-        if any(name.startswith(mark) for name in shapes):
-            raise UserError(f"{key}: {path} is a checkpoint of {kind}, not of SDXL; {_ADVICE}")
-    parts = {part: from_single_file(part, shapes) for part in PARTS}
-    if missing := [PREFIXES[part] for part in PARTS if not parts[part]]:
-        raise UserError(f"{key}: {path} has no tensors of {', '.join(missing)}; {_ADVICE}")
-    is_v = "v_pred" in shapes or texts.get("modelspec.prediction_type") == "v"
-    source = {
+        if any(name.startswith(mark) for name in names):
+            raise _unusable(f"{path} is a checkpoint of {kind}, not of SDXL")
+    if missing := [prefix for prefix in PREFIXES.values() if not any(name.startswith(prefix) for name in names)]:
+        raise _unusable(f"{path} has no tensors of {', '.join(missing)}")
+    is_v = "v_pred" in names or texts.get("modelspec.prediction_type") == "v"
+    return {
         "layout": "single file",
         "prediction_type": "v_prediction" if is_v else "epsilon",
-        "zero_terminal_snr": is_v and "ztsnr" in shapes,
+        "zero_terminal_snr": is_v and "ztsnr" in names,
         "licence": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
     }
-    return Description(parts, {part: {} for part in PARTS}, source)
 
 
-def _describe_folder(path: Path, key: str) -> Description:
-    kind = str(_read_config(path / "model_index.json", key).get("_class_name"))[:_MAX_TEXT]
+def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    kind = str(_read_config(path / "model_index.json").get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):
-        raise UserError(f"{key}: {path} is a {kind}, not a StableDiffusionXLPipeline; {_ADVICE}")
-    scheduler = _read_config(path / "scheduler" / "scheduler_config.json", key)
+        raise _unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
+    scheduler = _read_config(path / "scheduler" / "scheduler_config.json")
+    stated = {part: _read_config(path / part / "config.json") for part in PARTS}
     prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr", False)
-    if prediction not in _PREDICTIONS or not isinstance(rescaled, bool):
-        raise UserError(
-            f"{key}: {path / 'scheduler'} has prediction_type {prediction!r:.99} and rescale_betas_zero_snr "
-            f"{rescaled!r:.99}; allowed are {', '.join(_PREDICTIONS)} and true or false"
+    if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool):
+        raise _unusable(
+            f"{path}/scheduler has prediction_type {prediction!r:.99}, rescale_betas_zero_snr {rescaled!r:.99}"
         )
-    shapes = _read_folder(path, key, PARTS, lambda file: read_header(file, key).tensors)
-    configs = {part: _read_config(path / part / "config.json", key) for part in PARTS}
-    factor, upcast = configs["vae"].get("scaling_factor"), configs["vae"].get("force_upcast", True)
+    factor, upcast = stated["vae"].get("scaling_factor"), stated["vae"].get("force_upcast", True)
     if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
-        raise UserError(
-            f"{key}: {path / 'vae'} has scaling_factor {factor!r:.99} and force_upcast {upcast!r:.99}; SDXL's are "
-            "0.13025 and true"
-        )
+        raise _unusable(f"{path}/vae has scaling_factor {factor!r:.99}, force_upcast {upcast!r:.99}")
     source = {"layout": "diffusers", "prediction_type": prediction, "zero_terminal_snr": rescaled}
-    return Description(shapes, configs, {**source, "licence": _stated_licence(path / "README.md")})
+    return {**source, "licence": _stated_licence(path / "README.md")}, stated
 
 
-def _read_folder(folder: Path, key: str, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
-    """Return the tensors of parts; read: from a file to its tensors."""
+def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
+    """Return the tensors of parts under the names of published folders; read: from a file to its tensors."""
+    if not path.is_dir():
+        whole = read(path)
+        return {part: from_single_file(part, whole) for part in only}
     states: dict[str, State] = {}
     for part in only:
         state: State = {}
-        for file in _weight_files(folder, part, key):
+        for file in _weight_files(path, part):
             state |= read(file)
         states[part] = from_folder(part, state)
     return states
@@ -355,7 +301,7 @@ def weight_name(part: str) -> str:
     return "model" if part.startswith("text") else "diffusion_pytorch_model"
 
 
-def _weight_files(folder: Path, part: str, key: str) -> list[Path]:
+def _weight_files(folder: Path, part: str) -> list[Path]:
     """Return the files of a part: one, its shards, or the variant in half precision."""
     name = weight_name(part)
     for file in (f"{name}.safetensors", f"{name}.fp16.safetensors"):
@@ -363,7 +309,7 @@ def _weight_files(folder: Path, part: str, key: str) -> list[Path]:
             return [folder / part / file]
     if shards := sorted((folder / part).glob(f"{name}-*.safetensors")):
         return shards
-    raise UserError(f"{key}: {folder} has no {part}/{name}.safetensors; {_ADVICE}")
+    raise _unusable(f"{folder} has no {part}/{name}.safetensors")
 
 
 def _stated_licence(card: Path) -> str | None:
@@ -375,11 +321,11 @@ def _stated_licence(card: Path) -> str | None:
     return found and found[1][:_MAX_TEXT]
 
 
-def _read_config(file: Path, key: str) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = read_json(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} cannot be read ({str(error) or type(error).__name__}); {_ADVICE}") from None
+        raise _unusable(f"{file} cannot be read ({str(error) or type(error).__name__})") from None
     if not isinstance(config, dict):
-        raise UserError(f"{key}: {file} holds no JSON object; {_ADVICE}")
+        raise _unusable(f"{file} holds no JSON object")
     return config

@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     make_collection(folder / "images", per_class=4, validation=1)
     write_diffusers(
-        folder / "base", tiny_networks(0), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
+        folder / "base", tiny_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
     )  # fmt: skip
     (folder / "base/README.md").write_text("---\nlicense: openrail++\n---\n")

@@ -31,8 +31,7 @@ def test_a_network_of_one_size_is_refused_for_any(tmp_path):
 
 @pytest.mark.parametrize("size", ["atto", "tiny"])
 def test_a_published_size_exports(size, tmp_path):
-    depths, dims = ([2, 2, 6, 2], [40, 80, 160, 320]) if size == "atto" else ([3, 3, 9, 3], [96, 192, 384, 768])
-    model, metadata = make(geometry().model_copy(update={"depths": depths, "dims": dims}))
+    model, metadata = make(geometry(size))
     assert export_file(tmp_path, model, metadata)[0] < 1e-2
 
 

@@ -43,17 +43,11 @@ def test_every_file_builds_on_the_meta_device(path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"), [({"depths": [1], "dims": [4]}, "depths"), ({"pretrained": True}, "pretrained")]
+    ("changes", "key"), [({"depths": [1], "dims": [4]}, "depths"), ({"dims": [4, 8, 16]}, r"model\.dims: 3 widths")]
 )
 def test_a_wrong_value_is_refused_by_its_key(changes, key):
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ValidationError, match=key):
         parse({**SMALL, **changes})
-    assert key in {location for error in caught.value.errors() for location in error["loc"]}
-
-
-def test_depths_and_dims_of_different_length_are_refused():
-    with pytest.raises(ValidationError, match=r"model\.dims: 3 widths"):
-        parse({**SMALL, "dims": [4, 8, 16]})
 
 
 def test_build_passes_every_value_on():
@@ -77,7 +71,6 @@ def test_a_timm_network_is_built_with_its_channels_classes_and_drop_path():
     [
         ({"name": "resnet81"}, "model.name: .*resnet18"),
         ({"name": "hf-hub:timm/resnet18"}, "model.name: "),  # no internet
-        ({"name": "resnet18.none"}, "model.name: "),
         ({"name": "vgg11", "drop_path_rate": 0.1}, "model.drop_path_rate: .*vgg11"),
     ],
 )
@@ -86,30 +79,20 @@ def test_what_timm_has_not_is_refused(changes, message):
         build_network(parse({**TIMM, **changes}), 5)
 
 
-def test_an_image_size_off_the_stride_is_refused():
-    with pytest.raises(ValueError, match=r"^augment\.image_size_hw: .*set \[32, 16\]"):
-        check_image_size(parse(SMALL), (28, 16))
-
-
-@pytest.mark.parametrize(("name", "size"), [("resnet18", (31, 33)), ("test_vit", (64, 64))])
-def test_a_size_that_a_timm_network_takes_passes_and_draws_nothing(name, size):
-    """timm calls the last one of fixed size, and it takes others."""
+def test_an_image_size_is_tried_without_drawing_anything():
     state = torch.random.get_rng_state()
-    check_image_size(parse({**TIMM, "name": name}), size)
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_size_that_a_timm_network_refuses_is_refused(device):
-    with torch.device(device), pytest.raises(UserError, match=r"^augment\.image_size_hw: .*=\[224,224\]"):
+    check_image_size(parse({**TIMM, "name": "test_vit"}), (64, 64))  # timm calls it of fixed size, and it takes others
+    with pytest.raises(UserError, match=r"^augment\.image_size_hw: .*set \[32, 16\]"):
+        check_image_size(parse(SMALL), (28, 16))
+    with pytest.raises(UserError, match=r"^augment\.image_size_hw: .*=\[224,224\]"):
         check_image_size(parse({**TIMM, "name": "vit_tiny_patch16_224"}), (64, 64))
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_a_vit_is_made_for_another_size():
     values = {**TIMM, "name": "test_vit", "image_size_hw": [64, 32]}
-    assert build_network(parse(values), 3)(torch.zeros(1, 3, 64, 32)).shape == (1, 3)
     check_image_size(parse(values), (64, 32))
-    with pytest.raises(UserError, match=r"^model.image_size_hw: \[64, 32\] given, but timm's resnet18 takes none"):
+    with pytest.raises(UserError, match=r"^model.image_size_hw: .*resnet18"):
         build_network(parse({**values, "name": "resnet18"}), 3)
 
 

@@ -30,6 +30,7 @@ TASK = ClassificationTaskConfig(
     mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="drawn",
 )  # fmt: skip
 CPU = torch.device("cpu")
+HUGE = CONVNEXT.model_dump() | {"dims": [8192, 8192]}
 
 
 def onnx_config(tolerance):
@@ -116,18 +117,19 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"task": {"name": "classificatoin"}}, "classification"), ({"class_names": None}, "class_names"),
-     ({"preprocessing": {}}, r"preprocessing\.image_size_hw")],
+     ({"preprocessing": {}}, r"preprocessing\.image_size_hw"), ({"model": HUGE}, "tensors do not fit")],
 )  # fmt: skip
 def test_metadata_of_a_weight_file_are_checked(change, named, tmp_path):
-    write_classifier(tmp_path / "w.safetensors", CONVNEXT)
-    tensors, metadata = read_weights(tmp_path / "w.safetensors", "weights")
-    write_weights(tmp_path / "w.safetensors", tensors, {**metadata, **change})
-    with pytest.raises(UserError, match=rf"^weights: .*w\.safetensors.*{named}"):
-        load_image_model(tmp_path / "w.safetensors")
+    """Those of HUGE ask for gigabytes: they are compared with the header before anything is allocated."""
+    write_classifier(path := tmp_path / "w.safetensors", CONVNEXT)
+    tensors, metadata = read_weights(path, "weights")
+    write_weights(path, tensors, {**metadata, **change})
+    with no_large_allocation(), pytest.raises(UserError, match=rf"^weights: [\s\S]*{named}"):
+        load_image_model(path)
 
 
-def save_graph(path, metadata=None, location=None, inner=False):
-    """Write an ONNX file x + w, w in another file where `location` names it, or within the branch of an If."""
+def save_graph(path, metadata=None, location=None):
+    """Write an ONNX file x + w, w in another file where `location` names it."""
     weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [8], [0.0] * 8)
     if location is not None:
         weights.ClearField("float_data")
@@ -135,25 +137,18 @@ def save_graph(path, metadata=None, location=None, inner=False):
         for key, value in (("location", location), ("offset", "0"), ("length", "32")):
             entry = weights.external_data.add()
             entry.key, entry.value = key, value
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (8,)) for name in ("x", "probs")]
-    nodes, kept = [onnx.helper.make_node("Add", ["x", "w"], ["probs"])], [weights]
-    if inner:
-        branch = onnx.helper.make_graph(
-            [onnx.helper.make_node("Constant", [], ["b"], value=weights)], "b", [], [value[1]]
-        )
-        nodes = [onnx.helper.make_node("If", ["x"], ["probs"], then_branch=branch, else_branch=branch)]
-        kept = []
-    graph = onnx.helper.make_graph(nodes, "g", value[:1], value[1:], kept)
+    taken, given = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (8,)) for name in ("x", "probs"))
+    nodes = [onnx.helper.make_node("Add", ["x", "w"], ["probs"])]
+    graph = onnx.helper.make_graph(nodes, "g", [taken], [given], [weights])
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     if metadata is not None:
         onnx.helper.set_model_props(proto, {"atelier": metadata})
     path.write_bytes(proto.SerializeToString())
 
 
-@pytest.mark.parametrize(("location", "inner"), [("../secret.bin", False), ("/etc/hostname", True)])
-def test_an_onnx_file_that_names_other_files_is_refused(location, inner, tmp_path):
+def test_an_onnx_file_that_names_other_files_is_refused(tmp_path):
     """export.py writes one file. ONNX Runtime would read what lies beside it, older versions what lies elsewhere."""
-    save_graph(tmp_path / "m.onnx", "{}", location, inner=inner)
+    save_graph(tmp_path / "m.onnx", "{}", "../secret.bin")
     with pytest.raises(UserError, match=r"^weights: .*another file"):
         load_predictor(tmp_path / "m.onnx", CPU)
 
@@ -170,7 +165,6 @@ METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PRE
     [
         (None, "was not exported by Atelier"),
         ("{broken", "not a readable ONNX file"),
-        (json.dumps({**METADATA, "class_names": [1]}), r"class_names\.0"),
         (json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.5]}}), "preprocessing"),
         (json.dumps({**METADATA, "output": "boxes"}), "output"),
         (json.dumps(METADATA), r"outputs \{'probs': \[8\]\}"),
@@ -180,19 +174,6 @@ def test_metadata_of_strangers_are_checked(metadata, named, tmp_path):
     save_graph(tmp_path / "m.onnx", metadata)
     with pytest.raises(UserError, match=rf"^weights: .*m\.onnx .*{named}"):
         load_predictor(tmp_path / "m.onnx", CPU)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"), [({"dims": [2**31, 2**31]}, r"dims\.0"), ({"dims": [8192, 8192]}, "tensors do not fit")]
-)
-def test_a_network_larger_than_its_file_is_never_built(change, message, tmp_path):
-    """The metadata ask for gigabytes: they are compared with the header before anything is allocated."""
-    path = tmp_path / "w.safetensors"
-    write_classifier(path, CONVNEXT)
-    tensors, metadata = read_weights(path, "weights")
-    write_weights(path, tensors, {**metadata, "model": {**metadata["model"], **change}})
-    with no_large_allocation(), pytest.raises(UserError, match=message):
-        load_image_model(path)
 
 
 def test_a_network_above_two_gibibytes_is_refused_before_any_work(tmp_path):

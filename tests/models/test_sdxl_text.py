@@ -48,11 +48,6 @@ def test_chunks_go_on_where_the_last_ends():
     assert tokenize([long], 1)[0].equal(ids[0, :1])
 
 
-def test_the_second_encoder_is_padded_with_zeros():
-    ids = pad_second(tokenize(["a", ""], 2))
-    assert ids[0, 0].tolist() == [BOS, 320, EOT] + [0] * 74 and ids[1, 1].tolist() == [BOS, EOT] + [0] * 75
-
-
 def test_absent_and_other_vocabularies_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^model: .*make install-sdxl"):
