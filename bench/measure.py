@@ -33,7 +33,8 @@ from engine.plan import Plan
 from engine.run_parts import Run, build_run
 from engine.runtime import Runtime, choose_runtime
 from engine.streams import Streams
-from utils.config.entry_point import CONF, ROOT, Job
+from utils.config.entry_point import Job
+from utils.config.help import CONF, ROOT
 from utils.ranks.signals import StopRequest
 from utils.record.run_folder import RunFolder
 from utils.text_table import align_columns

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
@@ -18,7 +18,8 @@ from utils.config.bounds import (
     Share,
     Workers,
 )
-from utils.config.schema import PathText, Strict, check_path
+from utils.config.schema import PathText, Strict
+from utils.config.sweep import SweepConfig
 from utils.record.config import TrackingConfig
 
 FIRST_BATCH_SIZE = 4  # of `loop.batch_size=auto`
@@ -81,18 +82,6 @@ class RuntimeConfig(MachineConfig):
     sync_batchnorm: bool
     grad_checkpointing: bool
     explain: bool
-
-
-class SweepConfig(Strict):
-    """A multirun: its jobs' run folders are in outputs/sweeps/<name>/ (utils/config/sweep.py).
-
-    at_once: jobs at the same time; gpus: each job gets one of them; trials: jobs whose values Optuna chooses.
-    """
-
-    name: Annotated[str, AfterValidator(check_path)]
-    at_once: Processes
-    gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None
-    trials: Count | None
 
 
 class LRFinderConfig(Strict):

@@ -4,6 +4,7 @@ The run folder is opened only after data and task are built, so a mistake leaves
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -30,6 +31,7 @@ from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
+from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.safe_text import Lines
 from utils.io.weights import InitFrom
@@ -42,7 +44,6 @@ from utils.record.run_folder import (
     default_run_dir,
     environment_state,
     open_run_folder,
-    sweep_of,
     write_config,
     write_result,
 )
@@ -194,7 +195,7 @@ def _records(run: Run) -> Iterator[None]:
     recorder, folder = run.recorder, run.saver.folder
     try:
         if not run.is_complete:  # a complete run needs no tracker
-            sweep = sweep_of(folder.path, folder.job)
+            sweep = os.environ.get(SWEEP_VARIABLE)
             distributed.rank_zero_call(lambda: recorder.start_tracker(folder.saved_config, run.step, sweep))
         run.open_records()
         recorder.watchdog.start()

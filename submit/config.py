@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from pydantic import Field, field_validator, model_validator
 
 from utils.config.bounds import Count, CountOrZero, Processes, Workers
-from utils.config.entry_point import CONF, ROOT
+from utils.config.help import CONF, ROOT
 from utils.config.schema import PathText, Strict
 
 # The files at the root that have a primary file in conf/.

@@ -28,7 +28,8 @@ from submit.executor import container_words, make_executor, queue_jobs
 from submit.follow import wait_for
 from submit.job import ScriptJob
 from submit.snapshot import copy_code
-from utils.config.entry_point import ROOT, Job, entry_point, quote_paths
+from utils.config.entry_point import Job, entry_point, quote_paths
+from utils.config.help import ROOT
 from utils.config.schema import Strict, path_keys
 from utils.config.sweep import FLAGS, Sweep, parse_sweep
 from utils.errors import EXIT_OK, UserError
@@ -53,11 +54,11 @@ def main(config: SubmitConfig, job: Job) -> str:
     """Check, copy, queue, and wait where asked to."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
-    sweep = read_sweep(launch.script, SCRIPT_WORDS) if set(FLAGS) & set(SCRIPT_WORDS) else None
+    sweep = read_sweep(launch.script, SCRIPT_WORDS) if FLAGS & set(SCRIPT_WORDS) else None
     jobs = [SCRIPT_WORDS] if sweep is None else list_jobs(sweep)
     if not jobs:
-        return f"all jobs of the sweep {sweep.name} are complete"
-    check_script(launch, SCRIPT_WORDS)
+        return f"all jobs of the sweep {sweep.base} are complete"
+    check_script(launch, jobs[0])
     if launch.dry_run:
         sys.stdout.write(make_executor(launch, Path(launch.folder) / "NAME").script_text(len(jobs)))
         return "dry run: nothing is queued"
@@ -73,7 +74,7 @@ def main(config: SubmitConfig, job: Job) -> str:
         ScriptJob(
             launch.script, words, folder / "code", Path.cwd(), folder, index,
             container=container_words(launch, folder), torchrun_ranks=torchrun_ranks,
-            max_lost_ranks=launch.max_lost_ranks, sweep=sweep and sweep.name,
+            max_lost_ranks=launch.max_lost_ranks, sweep=sweep and Path(sweep.base).name,
         )
         for index, words in enumerate(jobs)
     ]  # fmt: skip
@@ -93,8 +94,6 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
     """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
     command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words, "dry_run=true"]
     environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
-    if set(FLAGS) & set(words):
-        command += ["sweep.at_once=1", "sweep.gpus=null"]  # in one process
     log.info("checking: %s", " ".join(command[1:]))
     if launch.gpus_per_node:
         environment[GPUS_VARIABLE] = "1"
@@ -108,14 +107,14 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
 def read_sweep(script: str, words: list[str]) -> Sweep:
     """Return the sweep of a --multirun. The script's own schema says which words are paths."""
     keys = path_keys(importlib.import_module(script).main.schema)
-    return parse_sweep(quote_paths(words, keys, multirun=True))
+    return parse_sweep(quote_paths(words, keys))
 
 
 def list_jobs(sweep: Sweep) -> list[list[str]]:
     """Return the words of each job of a --multirun that is not complete, each with a run folder of its own."""
-    if sweep.trials is not None:
+    if sweep.settings.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
-    jobs = sweep.jobs()
+    jobs = list(sweep.jobs())
     left = [job.arguments for job in jobs if not job.is_complete]
     if len(left) < len(jobs):
         log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from utils.config.entry_point import ROOT
+from utils.config.help import ROOT
 from utils.io.files import write_json
 from utils.record.run_folder import GIT_FILE, git_state
 

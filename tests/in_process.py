@@ -23,7 +23,8 @@ import engine.learner
 from data.glyphs import GLYPHS_VERSION
 from data.manifest_writer import write_manifest
 from tests.support import SMALL_MODEL, make_collection
-from utils.config.entry_point import CONF, ROOT, Job, quote_paths, validate
+from utils.config.entry_point import Job, quote_paths, validate
+from utils.config.help import CONF, ROOT
 from utils.config.schema import path_keys
 from utils.io.files import write_json
 
@@ -65,7 +66,7 @@ def load_command(script: str) -> Any:
 def compose(script: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, Job]:
     """Compose a script's configuration as its command line would; returns the values and the job."""
     command = load_command(script)
-    quoted, config_dir = quote_paths(list(overrides), path_keys(command.schema), multirun=False), command.config_dir
+    quoted, config_dir = quote_paths(list(overrides), path_keys(command.schema)), command.config_dir
     search = [] if config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]
     script = script.rpartition(".")[2]
     with initialize_config_dir(str(config_dir), version_base="1.3"):

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from utils.config.entry_point import ROOT
+from utils.config.help import ROOT
 
 SCRIPT = "root scripts"  # the room of the files at the root
 # What each room may import beside itself. Root scripts are not a room: not even another script imports one.

@@ -8,7 +8,7 @@ import ast
 import pytest
 
 from tests.test_layering import FREE, list_files
-from utils.config.entry_point import ROOT
+from utils.config.help import ROOT
 
 # Modules whose import is enough to ask why.
 _MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from utils import rng
-from utils.config.messages import validation_problems
+from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -121,14 +121,14 @@ def _read(path: Path, key: str) -> OrientationMap:
     """Read a map. Raises UserError (`key`)."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return OrientationMap.model_validate(values)
+        return validate(values, OrientationMap)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"{key}: {path} cannot be read as an orientation map ({' '.join(str(error).split())}); set booru, glyphs "
             "or the path of a YAML file"
         ) from None
-    except ValidationError as error:
-        raise UserError(f"{key}: {path}: " + "; ".join(validation_problems(error, values, OrientationMap))) from None
+    except ConfigError as error:
+        raise UserError(f"{key}: {path}: " + "; ".join(error.problems)) from None
 
 
 class Mirror(nn.Module):

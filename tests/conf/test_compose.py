@@ -106,10 +106,10 @@ def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_primary_file_leaves_folders_to_us(script):
-    """Hydra makes no folder but its own for sweeps, changes no directory and configures no logging."""
+    """Hydra makes no folder, changes no directory and configures no logging."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = hydra_compose(script, return_hydra_config=True, overrides=["hydra.job.num=0"]).hydra
-    assert (hydra.run.dir, hydra.output_subdir, hydra.sweep.dir) == (".", None, "outputs/sweeps/.hydra")
+    assert (hydra.run.dir, hydra.output_subdir) == (".", None)
     assert hydra.runtime.choices["hydra/job_logging"] == hydra.runtime.choices["hydra/hydra_logging"] == "disabled"
 
 

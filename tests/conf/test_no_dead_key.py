@@ -19,9 +19,8 @@ from tests.in_process import (
     configure,
     load_command,
 )
-from utils.config.entry_point import CONF, Job, validate
+from utils.config.entry_point import CONF, validate
 from utils.config.messages import ConfigError
-from utils.record.run_folder import default_run_dir
 
 TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, factors: {}, reestimate_steps: 1}"
 # Each primary, and of each group of a training script every kind that its union knows.
@@ -115,13 +114,6 @@ def test_an_unknown_key_is_refused_in_every_group(script, overrides):
 
 
 # --- leaves that slow_dead_key.py cannot see
-
-
-def test_run_dir_and_the_name_of_the_sweep_say_where_a_run_lies():
-    config, job = configure("finetune", ["run_dir=here", "sweep.name=first"])
-    values, sweep = config.model_dump(mode="json"), Job("finetune", {}, [], "seed=1")
-    assert default_run_dir(values, job) == "here"
-    assert default_run_dir(values | {"run_dir": None}, sweep) == "outputs/sweeps/first/seed=1"
 
 
 def test_mean_and_std_reach_the_network():

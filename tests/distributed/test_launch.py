@@ -201,20 +201,6 @@ def test_slurm_variables_start_the_same_job(collection, tmp_path):
     assert checkpoint_tensors(tmp_path / "run", 3)
 
 
-def test_a_multirun_keeps_one_process_group_over_its_jobs(collection, tmp_path):
-    """Two ranks, three jobs, one of them refused: the group is made once and the good jobs end well."""
-    settings = ["loop.total_steps=2", "loop.global_batch_size=4", "optim.lr=0.001,-1,0.002", "--multirun"]
-    overrides = [
-        text for text in common("classification", collection, tmp_path / "sweep") if not text.startswith("optim.lr")
-    ]
-    printed = run("finetune.py", [*overrides, *settings], tmp_path, ranks=2, expect=2)
-    runs = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/weights"))
-    assert len(runs) == 2
-    table = printed[printed.rindex("\nsettings ") :].splitlines()[2:5]
-    states = {line.split()[0]: "failed" in line for line in table}
-    assert states == {"optim.lr=0.001": False, "optim.lr=-1": True, "optim.lr=0.002": False}
-
-
 def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collection, tmp_path):
     settings = ["loop.total_steps=4", "loop.global_batch_size=6", "loop.batch_size=4", "optim.lr=0.001"]
     run("finetune.py", common("classification", collection, tmp_path / "run", *settings), tmp_path)

@@ -12,14 +12,15 @@ and no traceback.
 """
 
 import os
+import re
 import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,26 +28,17 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
-from utils.config.messages import (
-    ConfigError,
-    encoding_problems,
-    hydra_problem,
-    missing_problems,
-    validation_problems,
-)
-from utils.config.options import ROOT, list_options
-from utils.config.schema import Strict, path_keys
+from utils.config.help import CONF, list_options
+from utils.config.messages import ConfigError, Schema, hydra_problem, validate
+from utils.config.schema import path_keys
 from utils.config.source_model import follow_init_from
-from utils.config.sweep import FLAGS, JobResult, Sweep, parse_sweep
-from utils.config.sweep_processes import run_at_once
+from utils.config.sweep import FLAGS, parse_sweep, run_sweep
 from utils.errors import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
     EXIT_LOST_RANK,
     EXIT_OK,
-    EXIT_STOPPED,
     EXIT_USER_ERROR,
     UserError,
     lost_worker,
@@ -55,52 +47,41 @@ from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.ranks.job_status import note_status
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
-from utils.record.sweep_table import read_jobs, sweep_table, with_results
+from utils.record.sweep_table import read_jobs, sweep_table, with_failures
 from utils.record.trackers import has_unfinished
 
 log = get_logger(__name__)
-Schema = TypeVar("Schema", bound=Strict)
-
-CONF = ROOT / "conf"
 
 
 @dataclass(frozen=True)
 class Job:
-    """The command line beside the values: script, chosen groups, overrides, name in a sweep."""
+    """The command line beside the values: script, chosen groups, overrides."""
 
     script: str
     choices: dict[str, str]
     overrides: list[str]
-    sweep_name: str | None = None
 
 
-def quote_paths(arguments: list[str], keys: Container[str], multirun: bool) -> list[str]:
+def quote_paths(arguments: list[str], keys: Container[str]) -> list[str]:
     """Quote the values of some keys, which are paths, so that Hydra takes them literally; quoted values stay.
 
-    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. In a multirun, a comma in a
-    value that names no existing file separates two values, as Hydra has it. A value in brackets with a comma is a list
-    of paths.
+    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. A value in brackets with a comma
+    is a list of paths; in a multirun a comma separates two values. Neither where a file has that name.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") in keys:
-            if _is_list(value):
-                quoted.append(f"{key}=[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]")
-                continue
-            sweeps = multirun and not Path(value).exists() and not set("'\"") & set(value)
-            argument = f"{key}={','.join(map(_quote, value.split(',') if sweeps else [value]))}"
+            is_one = "," not in value or os.path.exists(value)
+            if not is_one and value.startswith("[") and value.endswith("]"):
+                value = f"[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]"
+            elif not is_one and FLAGS & set(arguments) and not set("'\"") & set(value):
+                value = ",".join(map(_quote, value.split(",")))
+            else:
+                value = _quote(value)
+            argument = f"{key}={value}"
         quoted.append(argument)
     return quoted
-
-
-def _is_list(value: str) -> bool:
-    return value.startswith("[") and value.endswith("]") and "," in value and not Path(value).exists()
-
-
-def order_arguments(arguments: list[str]) -> list[str]:
-    """Put the overrides behind the flags: argparse takes no override behind a flag that follows another override."""
-    return sorted(arguments, key=lambda argument: not argument.startswith("-") and "=" in argument)
 
 
 def _quote(value: str) -> str:
@@ -109,35 +90,109 @@ def _quote(value: str) -> str:
     return value if plain else QuotedString(value, Quote.single).with_quotes()
 
 
-def validate(values: Any, schema: type[Schema]) -> Schema:
-    """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
-    container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
-    if problems := encoding_problems(container):  # pydantic fails with some of them
-        raise ConfigError(problems)
-    problems = missing_problems(container)  # a text field would take `???` for a text
-    try:
-        config = schema.model_validate(container)
-    except ValidationError as error:
-        problems += validation_problems(error, container, schema)
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return config
+@dataclass(frozen=True)
+class Command(Generic[Schema]):
+    """A script as a command. Its parts serve those who compose and run it in their own process (tests, notebooks)."""
 
+    script: str
+    main: Callable[[Schema, Job], str | None]
+    schema: type[Schema]
+    config_dir: Path
 
-def _job_from_hydra(script: str, sweep: Sweep | None) -> Job:
-    state = HydraConfig.get()
-    overrides = OmegaConf.to_container(state.overrides.task, resolve=False)  # `${...}` is resolved with the values
-    choices = {name: str(choice) for name, choice in state.runtime.choices.items() if not name.startswith("hydra/")}
-    return Job(script, choices, overrides, None if sweep is None else sweep.name_job(overrides))
+    def __call__(self) -> None:
+        """Run the command of sys.argv, and end the process with its status."""
+        setup_logging()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
+        try:
+            status = self._run(sys.argv[1:])
+        except SystemExit as stop:  # argparse, or a training that was stopped
+            status = stop.code or EXIT_OK
+        except KeyboardInterrupt:  # before or after the training, which saves
+            status = EXIT_INTERRUPTED
+            self._say("interrupted")
+        except Exception as error:
+            try:
+                status = self._report(error)
+            except RuntimeError as later:  # a loader's worker has died: torch's signal handler raises wherever it is
+                status = self._report(later)
+        _leave(status)
 
+    def _run(self, arguments: list[str]) -> int:
+        """Run the job or the sweep of some arguments; returns the greatest exit status."""
+        for argument in arguments:
+            key, _, value = argument.partition("=")
+            if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8
+                raise ConfigError([f"{key!a}: must be UTF-8, found {value!a}"])
+            if value == "null" and (options := list_options(key)):
+                raise ConfigError([f"{key}: null chooses no file; known: {', '.join(options)}"])
+        arguments = quote_paths(arguments, path_keys(self.schema))
+        try:
+            if FLAGS & set(arguments):
+                return self._run_sweep(arguments)
+            values, job = self._compose(arguments)
+            if values is not None:
+                choices = follow_init_from(values, job.overrides, job.choices)
+                config, job = validate(values, self.schema), Job(self.script, choices, job.overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([hydra_problem(error, self.schema)]) from None
+        if values is not None:
+            self.main(config, job)
+        return EXIT_OK
 
-def _say(message: str, *, other_ranks: bool = False) -> None:
-    """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
-    rank, message = environment_rank(), safe_lines(message)
-    if rank == 0:
-        sys.stderr.write(f"{place_of(rank)}{message}\n")
-    elif other_ranks:
-        sys.stderr.write(f"{place_of(rank)}{message.splitlines()[0]}\n")
+    def _compose(self, arguments: list[str]) -> tuple[DictConfig | None, Job]:
+        """Let Hydra compose the values; None where it was asked to show them (--cfg)."""
+        composed: list[tuple[DictConfig, Job]] = []
+
+        def take(values: DictConfig) -> None:
+            state = HydraConfig.get()
+            choices = {name: str(choice) for name, choice in state.runtime.choices.items() if "hydra/" not in name}
+            # `${...}` is resolved with the values.
+            overrides = OmegaConf.to_container(state.overrides.task, resolve=False)
+            composed.append((values, Job(self.script, choices, overrides)))
+
+        if self.config_dir != CONF:  # a stranger's primary file finds our groups
+            arguments = [*arguments, f"hydra.searchpath=['file://{CONF}']"]
+        # argparse takes no override behind a flag that follows another override.
+        sys.argv[1:] = sorted(arguments, key=lambda argument: not argument.startswith("-") and "=" in argument)
+        try:
+            hydra.main(config_path=str(self.config_dir), config_name=self.script, version_base="1.3")(take)()
+        except ValueError as error:  # options that exclude each other
+            raise HydraException(str(error)) from None
+        setup_logging()  # Hydra has switched our loggers off
+        return composed[0] if composed else (None, Job(self.script, {}, []))
+
+    def _run_sweep(self, arguments: list[str]) -> int:
+        """Run the jobs of a --multirun, and log them with those of its folder, the best first."""
+        if "sweep" not in self.schema.model_fields:
+            raise ConfigError([f"--multirun: is of training; {self.script}.py takes one value of each key"])
+        sweep = parse_sweep(arguments)
+        statuses = run_sweep(sweep, sys.argv[0])
+        jobs = with_failures(read_jobs(Path(sweep.base)), [(job.words, status) for job, status in statuses.items()])
+        if jobs and environment_rank() == 0:
+            log.info("%s", Lines(sweep_table(jobs)))
+        return max(statuses.values(), default=EXIT_OK)
+
+    def _say(self, message: str, *, other_ranks: bool = False) -> None:
+        """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
+        rank, message = environment_rank(), safe_lines(f"{self.script}.py: {message}")
+        if rank == 0 or other_ranks:
+            sys.stderr.write(f"{place_of(rank)}{message if rank == 0 else message.splitlines()[0]}\n")
+
+    def _report(self, error: Exception) -> int:
+        """Show an error; returns its exit status."""
+        if isinstance(error, UserError):
+            self._say(str(error), other_ranks=not isinstance(error, ConfigError))
+            return EXIT_USER_ERROR
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; training names the stage and the shape itself
+            advice = "set a smaller batch size, or a smaller model or image"
+            self._say(f"the device is out of memory ({error}); {advice}", other_ranks=True)
+            return EXIT_USER_ERROR
+        if (lost := lost_worker(error)) is not None:
+            self._say(lost, other_ranks=True)
+            return EXIT_LOST_RANK
+        text = safe_lines("".join(traceback.format_exception(error)))  # a defect
+        sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
+        return EXIT_CRASH
 
 
 def _leave(status: int) -> None:
@@ -152,117 +207,8 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
-def _check_arguments(arguments: list[str]) -> None:
-    """Refuse Hydra's rerun option, which reads a pickle, and groups without or with a second file, as Hydra does."""
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.startswith("--experimental-rerun"):
-            raise ConfigError([f"{key}: reads a pickled file, which Atelier never does; give the overrides"])
-        group = key.lstrip("+")
-        if (value == "null" or key != group) and (options := list_options(group, CONF)):
-            raise ConfigError([f"{group}: {argument} chooses no file; write {group}=NAME, one of {', '.join(options)}"])
-
-
-@dataclass(frozen=True)
-class Command(Generic[Schema]):
-    """A script as a command. Its parts serve those who compose and run it in their own process (tests, notebooks)."""
-
-    script: str
-    main: Callable[[Schema, Job], str | None]
-    schema: type[Schema]
-    config_dir: Path
-
-    def __call__(self) -> None:
-        """Run the command of sys.argv, and end the process with its status."""
-        setup_logging()  # again for each job of a sweep
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
-        try:
-            status = self._run(sys.argv[1:])
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            status, _ = self._report(error)
-        except ValueError as error:  # jobs raise nothing, so it is Hydra's: options that exclude each other
-            status, _ = self._report(HydraException(str(error)))
-        except SystemExit as stop:
-            if stop.code not in (EXIT_STOPPED, EXIT_LOST_RANK):
-                raise
-            status = stop.code
-        except KeyboardInterrupt:  # before or after the training, which saves
-            status = EXIT_INTERRUPTED
-            _say(f"{self.script}.py: interrupted")
-        _leave(status)
-
-    def _run(self, arguments: list[str]) -> int:
-        """Run the job or the sweep of some arguments; returns the greatest exit status."""
-        _check_arguments(arguments)
-        multirun = not set(FLAGS).isdisjoint(arguments)
-        arguments = quote_paths(order_arguments(arguments), path_keys(self.schema), multirun)
-        sweep = parse_sweep(arguments) if multirun else None
-        if sweep is None or sweep.is_in_turn:
-            results = self._run_in_turn(arguments, sweep)
-            status = max((result.status for result in results), default=EXIT_OK)
-        else:
-            status, results = run_at_once(sweep, sys.argv[0])
-        if sweep is not None and environment_rank() == 0:
-            self._log_table(sweep, results)
-        return status
-
-    def _log_table(self, sweep: Sweep, results: list[JobResult]) -> None:
-        """Log the jobs of a sweep, those of its folder too, the best first."""
-        jobs = read_jobs(Path(sweep.base)) if "sweep" in self.schema.model_fields else []  # else they have no folders
-        if jobs := with_results(jobs, results):
-            setup_logging()  # Hydra has switched our loggers off again
-            log.info("%s", Lines(sweep_table(jobs)))
-
-    def _run_in_turn(self, arguments: list[str], sweep: Sweep | None) -> list[JobResult]:
-        """Let Hydra compose and run the jobs, in this process."""
-        results: list[JobResult] = []
-
-        def job(values: DictConfig) -> None:
-            results.append(self._run_job(values, sweep))
-
-        elsewhere = self.config_dir != CONF  # a stranger's primary file finds our groups
-        sys.argv[1:] = [*arguments, f"hydra.searchpath=['file://{CONF}']"] if elsewhere else arguments
-        hydra.main(config_path=str(self.config_dir), config_name=self.script, version_base="1.3")(job)()
-        return results
-
-    def _run_job(self, values: DictConfig, sweep: Sweep | None) -> JobResult:
-        """Validate and run one job; every way it can end becomes an exit status."""
-        setup_logging()
-        job = _job_from_hydra(self.script, sweep)
-        try:
-            job = replace(job, choices=follow_init_from(values, job.overrides, job.choices))
-            return JobResult(job.overrides, EXIT_OK, self.main(validate(values, self.schema), job) or "done")
-        except Exception as error:
-            try:
-                return JobResult(job.overrides, *self._report(error))
-            except RuntimeError as later:  # a loader's worker has died: torch's signal handler raises wherever it is
-                return JobResult(job.overrides, *self._report(later))
-
-    def _report(self, error: Exception) -> tuple[int, str]:
-        """Show an error; returns its exit status and its line in a sweep's table."""
-        if isinstance(error, HydraException | OmegaConfBaseException):
-            error = ConfigError([hydra_problem(error, self.schema, CONF)])
-        if isinstance(error, ConfigError):
-            _say(f"{self.script}.py: {error}")
-            return EXIT_USER_ERROR, error.problems[0]
-        if isinstance(error, UserError):
-            _say(f"{self.script}.py: {error}", other_ranks=True)
-            return EXIT_USER_ERROR, str(error).splitlines()[0]
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; training names the stage and the shape itself
-            message = f"the device is out of memory ({error}); set a smaller batch size, or a smaller model or image"
-            _say(f"{self.script}.py: {message}", other_ranks=True)
-            return EXIT_USER_ERROR, message.splitlines()[0]
-        if (lost := lost_worker(error)) is not None:
-            _say(f"{self.script}.py: {lost}", other_ranks=True)
-            return EXIT_LOST_RANK, lost
-        # A defect: show its traceback; the sweep continues.
-        text = safe_lines("".join(traceback.format_exception(error)))
-        sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
-        return EXIT_CRASH, f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def entry_point(
     config_name: str, schema: type[Schema], config_dir: Path = CONF
 ) -> Callable[[Callable[[Schema, Job], str | None]], Command[Schema]]:
-    """Turn `main(config, job)` into a command; its return value is its line in a sweep's table."""
+    """Turn `main(config, job)` into a command."""
     return lambda main: Command(config_name, main, schema, config_dir)

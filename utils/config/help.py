@@ -1,60 +1,65 @@
-"""`--help` of the root scripts: from a script's docstring and the files of conf/, in a tenth of a second.
+"""`--help` of the root scripts: a script's docstring and the files of conf/ that it reads, in a tenth of a second.
 
 A root script imports this module first: the answer is printed before torch, timm or pyarrow is imported, and the
 process ends.
 """
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from utils.config.options import ROOT, list_options, read_script
+import yaml
 
-_CONF = ROOT / "conf"
-_MOST = 15  # files of a group that are named
-_WIDTH = 36  # of a key with its default
-_FLAGS = {
-    "--cfg job": "print every key with its value, and stop",
-    "--multirun": "run each choice of the values that commas separate, seed=0,1,2 (docs/configuration.md)",
-}
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+_USAGE = """\
+
+Usage: python {script} [GROUP=FILE ...] [KEY=VALUE ...] [FLAG ...]
+
+Flags:
+  --cfg job      print every key with its value, and stop
+  --multirun     of training: run each choice of the values that commas separate, seed=0,1,2 (docs/configuration.md)
+
+Keys with their defaults (null: none; ???: must be given). A group is a folder of conf/, of which one file is read;
+`--help GROUP=FILE` shows another. A key in it is GROUP.KEY, such as optim.lr."""
+
+
+def list_options(group: str) -> list[str]:
+    """Return the files of a group, those of subfolders as `folder/name`."""
+    return sorted(file.relative_to(CONF / group).with_suffix("").as_posix() for file in (CONF / group).rglob("*.yaml"))
 
 
 def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str:
-    """Return the help of a script; a group's file that `words` choose (optim=sgd) is described in place of its own."""
-    chosen = dict(word.partition("=")[::2] for word in words if "/" not in word)  # not recipes, which set many groups
-    chosen = {group: name for group, name in chosen.items() if (_CONF / group / f"{name}.yaml").is_file()}
-    groups, keys = read_script(_CONF, script.stem, chosen)
-    choices = "[GROUP=FILE ...] " if groups else ""
+    """Return the help of a script; `words` may choose other files of groups (optim=sgd)."""
     title, _, examples = documentation.partition("\n")
-    lines = [
-        title,
-        "",
-        f"Usage: python {script.relative_to(ROOT)} {choices}[KEY=VALUE ...] [FLAG ...]",
-        "",
-        *(["Groups: each is a folder of conf/, of which one file is read."] if groups else []),
-        *(f"{_line(group, *option)}: {_name_files(group)}" for group, option in groups.items()),
-        *([""] if groups else []),
-        "Keys with their defaults (null: none; ???: must be given). `--help GROUP=FILE` has those of another file.",
-        *(_line(key, *option) for key, option in keys.items()),
-        "",
-        "Flags:",
-        *(f"  {flag:{_WIDTH}}  {meaning}" for flag, meaning in _FLAGS.items()),
-        "",
-        "Examples:",
-    ]
-    return "\n".join([*lines, examples])
+    lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
+    chosen = dict(word.partition("=")[::2] for word in words)
+    groups: dict[str, str] = {}
+    for item in yaml.safe_load((CONF / f"{script.stem}.yaml").read_text(encoding="utf-8"))["defaults"]:
+        if isinstance(item, dict):
+            group, name = next(iter(item.items()))
+            groups[group] = re.sub(r"\$\{(\w+)\}", lambda other: groups[other[1]], name or "null")
+    for group, name in groups.items():
+        name = chosen[group] if (CONF / group / f"{chosen.get(group)}.yaml").is_file() else name
+        if (CONF / group).is_dir():
+            known = list_options(group)
+            lines += ["", f"{group}={name}  ({', '.join(known[:20])}{', ...' if len(known) > 20 else ''})"]
+            lines += [f"  {line}" for line in _read(CONF / group, name)] if name in known else []
+    return "\n".join([*lines, "", "Examples:", examples])
 
 
-def _line(key: str, value: str, meaning: str) -> str:
-    return f"  {f'{key}={value}':{_WIDTH}}  {meaning}"
-
-
-def _name_files(group: str) -> str:
-    names = list_options(group, _CONF)
-    return ", ".join(names) if len(names) <= _MOST else f"{len(names)} files, such as {names[0]}"
+def _read(folder: Path, name: str) -> Iterator[str]:
+    """Yield the lines of a file, behind those of the files that it builds on."""
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    for base in yaml.safe_load(text).get("defaults", ()):
+        if isinstance(base, str) and base not in ("_self_", "folders"):
+            yield from _read(folder, base)
+    without_list = re.sub(r"^defaults:\n(?:  - .*\n)+", "", text, flags=re.MULTILINE)
+    yield from (line for line in without_list.splitlines() if line != "# @package _global_")
 
 
 _script = Path(sys.argv[0]).resolve()
-if {"--help", "-h"} & set(sys.argv) and _script.is_relative_to(ROOT) and (_CONF / f"{_script.stem}.yaml").is_file():
+if {"--help", "-h"} & set(sys.argv) and _script.is_relative_to(ROOT) and (CONF / f"{_script.stem}.yaml").is_file():
     sys.stdout.write(describe(_script, sys.modules["__main__"].__doc__, sys.argv[1:]))
     sys.exit()

@@ -1,20 +1,19 @@
-"""Turn the errors of Hydra, OmegaConf and pydantic into lines of `dotted.key: what is wrong and what to do`."""
+"""Validation, and the errors of Hydra, OmegaConf and pydantic as lines of `dotted.key: found, allowed, what to do`."""
 
-import difflib
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from utils.config.options import list_options
-from utils.config.schema import is_free_group, known_keys, walk_keys
+from utils.config.help import CONF, list_options
+from utils.config.recipe import flatten
+from utils.config.schema import Strict, walk_keys
 from utils.errors import UserError, close_names
 
-_MOST = 3  # keys that an advice names
+Schema = TypeVar("Schema", bound=Strict)
 _MISSING = "???"
 
 
@@ -32,154 +31,95 @@ class ConfigError(UserError):
         return type(self), (self.problems,)
 
 
-# ---------------------------------------------------------------------------------------------------- unknown keys
+def validate(values: Any, schema: type[Schema]) -> Schema:
+    """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
+    container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    # A text field would take `???` for a text.
+    leaves = flatten(container) if isinstance(container, dict) else {}
+    problems = {key: f"must be given; add {key}=VALUE" for key, value in leaves.items() if value == _MISSING}
+    try:
+        config = schema.model_validate(container)
+    except ValidationError as error:
+        problems = _wrong_keys(error, container, schema) | problems
+    if problems:
+        raise ConfigError([f"{key}: {text}" for key, text in problems.items()])
+    return config
 
 
-def _unknown(dotted: str, schema: type[BaseModel], values: Any = None) -> str:
-    """Return the line for an unknown key: the same name in another group is meant, or a near one on its level."""
-    known = known_keys(schema, values)
-    parts = dotted.split(".")
-    elsewhere = [key for key in known if key.rpartition(".")[2] == parts[-1]]
-    if elsewhere:
-        near = difflib.get_close_matches(dotted, elsewhere, n=_MOST, cutoff=0.0)
-        return f"{dotted}: unknown key; did you mean {' or '.join(near)}?"
-    while ".".join(parts[:-1]) not in ("", *known):
-        parts.pop()
-    level = ".".join(parts[:-1])
-    beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == level]
-    if beside:
-        return f"{dotted}: unknown key; {close_names(parts[-1], beside)}"
-    if any(key == level and is_free_group(field) for key, field in walk_keys(schema, values)):
-        return f"{dotted}: unknown key; {level} takes new keys with a plus: +{dotted}=VALUE"
-    return f"{dotted}: unknown key; {level} is a value without keys"
-
-
-def _not_given(dotted: str) -> str:
-    return f"{dotted}: must be given; add {dotted}=VALUE"
-
-
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of each leaf; an empty group is one."""
-    if isinstance(values, dict | list) and values:
-        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from _leaves(value, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), values
-
-
-def missing_problems(values: Any) -> list[str]:
-    """Return a line for each `???` that was not replaced."""
-    return [_not_given(dotted) for dotted, value in _leaves(values) if value == _MISSING]
-
-
-def encoding_problems(values: Any) -> list[str]:
-    """Return a line for each key or text that is not UTF-8: that of a command line may have any bytes."""
-    return [
-        f"{dotted}: must be UTF-8, found {value!a}; rename the file, or write the text anew"
-        for dotted, value in _leaves(values)
-        if re.search("[\ud800-\udfff]", dotted + (value if isinstance(value, str) else ""))
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------------ pydantic
-
-
-def _without_tags(location: tuple[int | str, ...], values: Any) -> list[str]:
-    """Return a location's keys without what pydantic adds: a union's tag, a function's name."""
-    keys: list[str] = []
-    for index, part in enumerate(location):
-        in_dict = isinstance(values, dict) and part in values
-        in_list = isinstance(values, list) and isinstance(part, int) and part < len(values)
-        if in_dict or in_list:
-            keys.append(str(part))
-            values = values[part]
-        elif index == len(location) - 1 and isinstance(values, dict):
-            keys.append(str(part))
-    return keys
-
-
-def _problem(error: dict[str, Any], values: Any, schema: type[BaseModel]) -> str:
-    """Return one pydantic error as a line."""
-    dotted = ".".join(_without_tags(error["loc"], values))
-    kind, context, found = error["type"], error.get("ctx", {}), error["input"]
-    if found == _MISSING:
-        return _not_given(dotted)
-    match kind:
-        case "value_error":
-            message = str(context["error"])
-            return message if re.match(r"[a-z_0-9.]+: ", message) else f"{dotted}: {message}"
-        case "extra_forbidden":
-            return _unknown(dotted, schema, values)
-        case "missing":
-            return f"{dotted}: missing; add {dotted}=VALUE or the file of its group"
-        case "union_tag_not_found":
-            dotted += "." + context["discriminator"].strip("'")
-            return f"{dotted}: missing; add {dotted}=VALUE or the file of its group"
-        case "union_tag_invalid":
-            allowed = [word.strip().strip("'") for word in context["expected_tags"].split(",")]
-            advice = close_names(str(context["tag"]), allowed)
-            return f"{dotted}.{context['discriminator'].strip(chr(39))}: unknown {context['tag']!r}; {advice}"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{dotted}: must be a group of keys, found {found!r}"
-        case "too_short":
-            return f"{dotted}: must have at least {context['min_length']} items, found {found!r}"
-        case "too_long":
-            return f"{dotted}: must have at most {context['max_length']} items, found {found!r}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{dotted}: {message.replace('input should be', 'must be')}, found {found!r}"
-
-
-def validation_problems(error: ValidationError, values: Any, schema: type[BaseModel]) -> list[str]:
-    """Return one line per wrong key; a union without tags (`auto` or a number) reports its key once.
+def _wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> dict[str, str]:
+    """Return what is wrong with each key; a union without tags (`auto` or a number) reports its key once.
 
     Where a group is of another kind (`task=fcmae` in finetune.py) its `name` alone is reported, not each key of it.
     """
-    lines: dict[str, str] = {}
     items = error.errors()
     strange = {item["loc"][:-1] for item in items if item["type"] == "literal_error" and item["loc"][-1] == "name"}
+    found: dict[str, str] = {}
     for item in items:
         if item["type"] in ("missing", "extra_forbidden") and item["loc"][:-1] in strange:
             continue
-        line = _problem(item, values, schema)
-        key, _, message = line.partition(": ")
-        if key in lines and lines[key].partition(", found ")[1] and ", found " in message:
-            first = lines[key].partition(", found ")[0]
-            line = f"{first}, or {message.removeprefix('must be ')}"
-        lines[key] = line
-    return list(lines.values())
+        key, text, value = *_problem(item, _dotted(item["loc"], values), schema), f", found {item['input']!r}"
+        if key in found and found[key].endswith(value):
+            text = f"{found[key].removesuffix(value)}, or {text.removeprefix('must be ')}"
+        found[key] = text
+    return found
 
 
-# -------------------------------------------------------------------------------------------------- Hydra and OmegaConf
+def _dotted(location: tuple[int | str, ...], values: Any) -> str:
+    """Return a location's dotted key, without what pydantic adds: a union's tag, a function's name."""
+    keys: list[str] = []
+    for index, part in enumerate(location):
+        if part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values)):
+            values = values[part]
+        elif not isinstance(values, dict) or index < len(location) - 1:
+            continue
+        keys.append(str(part))
+    return ".".join(keys)
 
 
-def hydra_problem(error: Exception, schema: type[BaseModel], conf: Path) -> str:
-    """Return what Hydra or OmegaConf refused, as a line; `conf` is the folder of the groups' files."""
+def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
+    """Return the key and the text of one pydantic error."""
+    context, found = error.get("ctx", {}), error["input"]
+    match error["type"]:
+        case "value_error":
+            stated = re.fullmatch(r"([a-z_0-9.]+): (.*)", str(context["error"]), re.DOTALL)
+            return stated.groups() if stated else (key, str(context["error"]))
+        case "extra_forbidden":
+            return key, _unknown(key, schema)
+        case "missing":
+            return key, f"missing; add {key}=VALUE or the file of its group"
+        case "union_tag_not_found":
+            key += "." + context["discriminator"].strip("'")
+            return key, f"missing; add {key}=VALUE or the file of its group"
+        case "union_tag_invalid":
+            names = re.findall("'([^']+)'", context["expected_tags"])
+            return f"{key}.{context['discriminator'].strip(chr(39))}", f"unknown {context['tag']!r}; " + close_names(
+                str(context["tag"]), names
+            )
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return key, f"must be a group of keys, found {found!r}"
+    return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', error['msg'])}, found {found!r}"
+
+
+def _unknown(key: str, schema: type[Strict]) -> str:
+    return f"unknown key; {close_names(key, {known for known, _ in walk_keys(schema)} - {key})}"
+
+
+def hydra_problem(error: Exception, schema: type[Strict]) -> str:
+    """Return what Hydra or OmegaConf refused, as a line."""
     if isinstance(error, MissingConfigException):
-        return _missing_file(error, conf)
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        if not name:
+            return f"{group}: no such file in {CONF}"
+        advice = f"; any network of timm: model=timm model.name={name}" if group == "model" else ""
+        return f"{group}: unknown {name!r}; {close_names(name, list_options(group))} (files of {CONF / group}){advice}"
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         if not equals:
             return f"{key}: no value is given; write {key}=VALUE"
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
-        return _unknown(error.__cause__.full_key, schema)
+        key = error.__cause__.full_key
+        return f"{key}: {_unknown(key, schema)}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error)
-
-
-def _missing_file(error: MissingConfigException, conf: Path) -> str:
-    """Say which file of conf/ was not found, and which there are instead."""
-    missing = error.missing_cfg_file or ""
-    group, _, name = missing.partition("/")
-    known = list_options(group, conf) if name else []
-    if not known:
-        return f"{missing}: no such file in {conf}"
-    advice = f"timm has it: model=timm model.name={name}" if group == "model" and _is_in_timm(name) else ""
-    return f"{group}: unknown {name!r}; {advice or close_names(name, known)} (files of {conf / group})"
-
-
-def _is_in_timm(name: str) -> bool:
-    import timm  # takes seconds
-
-    return timm.is_model(name)

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.config.options import ROOT
+from utils.config.help import ROOT
 from utils.io.files import ignore_write_errors
 from utils.io.memo import file_version
 from utils.ranks.signals import SIGNALS

@@ -8,7 +8,6 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
-import os
 import platform
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from utils.config.entry_point import ROOT, Job
+from utils.config.entry_point import Job
+from utils.config.help import ROOT
 from utils.config.recipe import recipe_hash
-from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import UserError
 from utils.io.files import (
     AppendFile,
@@ -75,16 +74,8 @@ class RunFolder:
         return self.path / "plots"
 
 
-def sweep_of(folder: Path, job: Job) -> str | None:
-    """Return the name of the sweep that a run belongs to: of a --multirun, or of a job that one has started."""
-    return folder.parent.name if job.sweep_name is not None else os.environ.get(SWEEP_VARIABLE)
-
-
 def default_run_dir(config: dict[str, Any], job: Job) -> str:
     """Return the folder of a recipe: the same command finds its run, and another recipe gets another folder."""
-    if job.sweep_name is not None:
-        base = config["run_dir"] or f"outputs/sweeps/{config['sweep']['name']}"
-        return f"{base}/{job.sweep_name}"
     if config["run_dir"] is not None:
         return config["run_dir"]
     model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from utils.config.sweep import JobResult
-from utils.errors import EXIT_OK, UserError
+from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.record.run_reader import OVERRIDES_FILE, RunReader, settings_of
 from utils.text_table import align_columns
 from utils.tool import print_result
@@ -27,7 +26,7 @@ class SweptRun:
     """A job: its overrides, and the best value of its task's metric; None where there is none yet."""
 
     overrides: frozenset[str]
-    state: str  # complete, running, not complete, why it failed, or the result of a job without a run folder
+    state: str  # complete, running, not complete, or failed
     metric: str | None = None
     value: float | None = None
     is_lowest_best: bool = False
@@ -44,14 +43,13 @@ def _read_job(run: RunReader) -> SweptRun:
     return SweptRun(run.settings, state, found.get("metric"), found.get("value"), bool(found.get("is_lowest_best")))
 
 
-def with_results(jobs: Iterable[SweptRun], results: Iterable[JobResult]) -> list[SweptRun]:
-    """Return jobs with how some have ended: those that failed say why, and those without a run folder are added."""
+def with_failures(jobs: Iterable[SweptRun], statuses: Iterable[tuple[Iterable[str], int]]) -> list[SweptRun]:
+    """Return jobs with those that failed, of the overrides and exit statuses of some; they may have no run folder."""
     runs = {job.overrides: job for job in jobs}
-    for result in results:
-        overrides = settings_of(result.overrides)
-        job = runs.setdefault(overrides, SweptRun(overrides, result.text))
-        if result.status != EXIT_OK:
-            runs[overrides] = replace(job, state=f"failed ({result.status}): {result.text}")
+    for words, status in statuses:
+        overrides = settings_of(words)
+        if status not in (EXIT_OK, EXIT_STOPPED):
+            runs[overrides] = replace(runs.get(overrides, SweptRun(overrides, "")), state=f"failed ({status})")
     return list(runs.values())
 
 

@@ -1,5 +1,5 @@
-"""Refusals of the configuration. Each message begins with its dotted key, says what was found and what to do; literal
-tables of messages, from pydantic (all of them at once) and from Hydra (the first).
+"""Refusals of the configuration. Each begins with its dotted key, says what was found and what to do: from pydantic all
+of them at once, from Hydra the first.
 """
 
 import copy
@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from tests.in_process import SCRIPTS, compose, load_command, run_command
 from utils.config.entry_point import CONF, validate
-from utils.config.messages import ConfigError, missing_problems
-from utils.config.options import list_options
-from utils.config.schema import known_keys
+from utils.config.help import list_options
+from utils.config.messages import ConfigError
+from utils.config.schema import path_keys
 from utils.errors import UserError, close_names
 
 ABSENT = object()
@@ -36,7 +36,7 @@ def problems_with(values, changes):
         *path, last = dotted.split(".")
         place = values
         for key in path:
-            place = place[int(key) if isinstance(place, list) else key]
+            place = place[key]
         if value is ABSENT:
             del place[last]
         else:
@@ -48,33 +48,18 @@ def problems_with(values, changes):
 
 # dotted key, wrong value, the rest of the line: what must hold, and what was found.
 MESSAGES = [
-    ("seed", "many", "must be a valid integer, found 'many'"),
-    ("seed", 1.5, "must be a valid integer, found 1.5"),
     ("loop.global_batch_size", True, "must be a valid integer, found True"),
-    ("optim.lr", "1e", "must be a valid number, found '1e'"),
-    ("optim.lr", False, "must be a valid number, found False"),
     ("optim.lr", float("nan"), "must be a finite number, found nan"),
-    ("model.name", 3, "must be a valid string, found 3"),
-    ("dry_run", 1, "must be a valid boolean, found 1"),
     ("optim.layer_decay", 1.5, "must be less than or equal to 1, found 1.5"),
     ("augment.interpolation", "cubic", "must be 'bilinear', 'bicubic', 'lanczos', 'area' or 'varied', found 'cubic'"),
     ("loop", [1], "must be a group of keys, found [1]"),
     ("loop.batch_size", ABSENT, "missing; add loop.batch_size=VALUE or the file of its group"),
-    ("optim", ABSENT, "missing; add optim=VALUE or the file of its group"),
     ("optim.name", ABSENT, "missing; add optim.name=VALUE or the file of its group"),
     ("data.root", "???", "must be given; add data.root=VALUE"),
-    ("seed", "???", "must be given; add seed=VALUE"),
     ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adan, adamw8bit"),
-    ("optim.lrr", 1.0, "unknown key; close: lr"),
-    ("sweep.xyzzy", 1, "unknown key; known: at_once, gpus, name, trials"),
-    ("optim.drop_path_rate", 0.1, "unknown key; did you mean model.drop_path_rate?"),
-    ("optm", {"lr": 1.0}, "unknown key; close: optim, loop"),
-    ("runtime.workers", "many", "must be 'auto', or a valid integer, found 'many'"),
+    ("optm", {"lr": 1.0}, "unknown key; close: optim, optim.lr, optim.opt"),
     ("runtime.workers", -1, "must be 'auto', or greater than or equal to 0, found -1"),
-    ("loop.ema_decay", "high", "must be a valid number, found 'high'"),
     ("optim.betas.1", 2, "must be less than 1, found 2"),
-    ("optim.betas", [0.9], "must have at least 2 items, found [0.9]"),
-    ("augment.image_size_hw", [32, 32, 3], "must have at most 2 items, found [32, 32, 3]"),
 ]
 
 
@@ -104,24 +89,20 @@ def test_a_validator_names_its_key(composed, overrides, changes, key):
 
 def test_all_errors_are_listed_together(composed):
     problems = problems_with(composed(), {"seed": 1.5, "loop.batch_size": 0, "optim.lrr": 1, "data.root": "???"})
-    assert [problem.partition(": ")[0] for problem in problems] == ["data.root", "seed", "loop.batch_size", "optim.lrr"]
+    assert {problem.partition(": ")[0] for problem in problems} == {"data.root", "seed", "loop.batch_size", "optim.lrr"}
     assert str(ConfigError(problems)) == "4 configuration errors\n  " + "\n  ".join(problems)
 
 
 def test_a_group_of_another_kind_is_one_error(composed):
-    other = {"name": "fcmae", "mask_ratio": 0.6, "patch_px": None}
-    (problem,) = problems_with(composed(), {"task": other})
+    (problem,) = problems_with(composed(), {"task": {"name": "fcmae", "mask_ratio": 0.6, "patch_px": None}})
     assert problem.startswith("task.name: ") and "'fcmae'" in problem and "classification" in problem
 
 
-def test_an_integer_does_for_a_number(composed):
+def test_an_integer_does_for_a_number_and_a_configuration_is_frozen(composed):
     values = composed()
     values["optim"]["lr"] = 1
-    assert validate(values, load_command("finetune").schema).optim.lr == 1.0
-
-
-def test_a_configuration_is_frozen(composed):
-    config = validate(composed(), load_command("finetune").schema)
+    config = validate(values, load_command("finetune").schema)
+    assert config.optim.lr == 1.0
     with pytest.raises(ValueError, match="frozen"):
         config.optim.lr = 1.0
 
@@ -129,23 +110,7 @@ def test_a_configuration_is_frozen(composed):
 def test_the_error_survives_pickling():
     """It travels from rank 0 to the others."""
     error = pickle.loads(pickle.dumps(ConfigError(["a: wrong", "b: wrong"])))
-    assert isinstance(error, ConfigError) and isinstance(error, UserError)
-    assert (error.problems, str(error)) == (["a: wrong", "b: wrong"], "2 configuration errors\n  a: wrong\n  b: wrong")
-    assert str(ConfigError(["a: wrong"])) == "1 configuration error\n  a: wrong"
-
-
-def test_missing_values_are_found_at_every_depth():
-    values = {"a": "???", "b": {"c": [1, "???"], "d": None}, "e": "?"}
-    assert missing_problems(values) == ["a: must be given; add a=VALUE", "b.c.1: must be given; add b.c.1=VALUE"]
-
-
-def test_known_keys_are_those_of_the_chosen_kind():
-    schema = load_command("finetune").schema
-    every = known_keys(schema)
-    assert {"seed", "optim", "optim.lr", "optim.betas", "optim.momentum", "loop.sampling"} <= set(every)
-    assert len(every) == len(set(every))
-    chosen = known_keys(schema, {"optim": {"name": "sgd"}})
-    assert "optim.momentum" in chosen and "optim.betas" not in chosen
+    assert isinstance(error, UserError) and error.problems == ["a: wrong", "b: wrong"]
 
 
 def test_close_names():
@@ -156,31 +121,45 @@ def test_close_names():
 
 
 def test_the_options_of_a_group_are_its_files_and_those_below():
-    assert {"adamw", "adan", "sgd", "timm"} <= set(list_options("optim", CONF))
-    assert "glyphs/demo_finetune" in list_options("experiment", CONF)
-    assert list_options("nothing", CONF) == []
+    assert {"adamw", "adan", "sgd", "timm"} <= set(list_options("optim"))
+    assert "glyphs/demo_finetune" in list_options("experiment") and list_options("nothing") == []
+
+
+DATA_FILES = ("data.root", "data.cache.folder")
+PREPARED = ("output", "report", "to", "listed", "ignore", "keep", "aliases", "implications", "append_to")
+TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
+        ("prepare", {*DATA_FILES, *(f"job.{key}" for key in PREPARED)}),
+        ("predict", {"weights", "input", "output", "like", "thresholds"}),
+    ],
+)
+def test_a_schema_says_which_keys_are_paths(script, keys):
+    assert path_keys(load_command(script).schema) == keys
 
 
 # arguments, the key that the message names, what it says besides
 FROM_HYDRA = [
-    (["optim.lrr=1"], "optim.lrr: ", "close: lr"),
-    (["+optim.lrr=1"], "optim.lrr: ", "close: lr"),
-    (["loop.lr=1"], "loop.lr: ", "did you mean optim.lr?"),
+    (["optim.lrr=1"], "optim.lrr: ", "close: optim.lr"),
+    (["+optim.lrr=1"], "optim.lrr: ", "close: optim.lr"),
+    (["loop.lr=1"], "loop.lr: ", "optim.lr"),
     (["optm.lr=1"], "optm: ", "close: optim"),
-    (["modle=convnextv2_tiny"], "modle: ", "close: model"),
-    (["seed.x=3"], "seed.x: ", "seed is a value without keys"),
     (["model=convnextv2_tny"], "model: unknown 'convnextv2_tny'", "close: convnextv2_tiny"),
-    (["model=resnet50"], "model: unknown 'resnet50'", "timm has it: model=timm model.name=resnet50"),
+    (["model=resnet50"], "model: unknown 'resnet50'", "model=timm model.name=resnet50"),
     (["experiment=glyphs/demo_fintune"], "experiment: unknown 'glyphs/demo_fintune'", "close: glyphs/demo_finetune"),
     (["tracking=null"], "tracking: ", "jsonl, tensorboard, wandb"),
-    (["+optim=adan"], "optim: ", "optim=NAME, one of adamw"),
+    (["+optim=adan"], "Multiple values for optim", "adan"),
     (["optim.betas=[0.9"], "optim.betas: '[0.9'", "quotes"),
     (["optim.lr"], "optim.lr: ", "optim.lr=VALUE"),
     (["seed=${nothing}"], "seed: ", "'nothing' not found"),
-    (["~optim.lrr"], "Could not delete", "'optim.lrr'"),
+    (["data.root=\udcff"], "'data.root': must be UTF-8", "udcff"),
     (["--config-name=nothing"], "nothing: ", str(CONF)),
-    (["--experimental-rerun=x.pickle"], "--experimental-rerun: ", "pickled"),
     (["--resolve"], "The --resolve flag", "--cfg"),
+    (["sweep.at_once=0", "--multirun"], "sweep.at_once: ", "found 0"),
 ]
 
 
@@ -197,4 +176,4 @@ def test_what_hydra_refuses_names_the_key(arguments, begins, said, tmp_path, mon
 def test_every_script_shows_errors_alike(script, tmp_path, monkeypatch, capsys):
     assert run_command(script, ["+bogus=1"], tmp_path, monkeypatch) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{script}.py: ") and "\n  bogus: unknown key; known: " in err
+    assert err.startswith(f"{script}.py: ") and "\n  bogus: unknown key; " in err

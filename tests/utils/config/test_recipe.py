@@ -7,7 +7,7 @@ import pytest
 
 from tests.in_process import TRAINING, load_command
 from utils.config.recipe import FREE_KEYS, check_resumable, flatten, is_free, recipe_hash
-from utils.config.schema import known_keys
+from utils.config.schema import walk_keys
 from utils.errors import UserError
 
 CONFIG = {
@@ -35,54 +35,25 @@ def test_flatten_keeps_lists_and_empty_groups():
     assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
 
 
-@pytest.mark.parametrize(
-    ("key", "free"),
-    [
-        ("loop.total_steps", True), ("loop.batch_size", True), ("loop.global_batch_size", False), ("seed", False),
-        ("runtime.workers", True), ("runtime.precision", False), ("runtime.deterministic", False),
-        ("tracking.samples", True), ("sweep.name", True), ("run_dir", True), ("init_from", False), ("optim.lr", False),
-        ("loop.ema_decay", False), ("loop", False), ("data.root", False), ("task.probe.k", True),
-        ("task.mask_ratio", False),
-    ],
-)  # fmt: skip
-def test_what_is_free(key, free):
-    assert is_free(key) is free
-
-
-def test_allowing_a_key_makes_it_free_and_patterns_hold():
-    assert is_free("optim.lr", ["optim.lr"]) and not is_free("optim.base_lr", ["optim.lr"])
-    assert is_free("optim.base_lr", ["optim.*"])
+def test_what_is_free():
+    free = ["loop.total_steps", "loop.batch_size", "runtime.workers", "tracking.samples", "run_dir", "task.probe.k"]
+    bound = ["loop.global_batch_size", "seed", "runtime.precision", "init_from", "optim.lr", "loop", "data.root"]
+    assert all(map(is_free, free)) and not any(map(is_free, bound))
+    assert is_free("optim.base_lr", ["optim.*"]) and not is_free("optim.base_lr", ["optim.lr"])
     assert is_free("runtime.precision", ["runtime.precision"])
 
 
 def test_the_hash_sees_the_recipe_alone():
-    own = recipe_hash(CONFIG)
-    assert len(own) == 8 and int(own, 16) >= 0
-    free = [
-        changed(loop__total_steps=99),
-        changed(run_dir="x"),
-        changed(runtime__workers=7),
-        changed(loop__batch_size=1),
-    ]
-    assert {recipe_hash(config) for config in free} == {own}
-    bound = [
-        changed(seed=1),
-        changed(optim__lr=0.2),
-        changed(optim__betas=[0.9, 0.999]),
-        changed(runtime__precision="bf16"),
-    ]
-    assert len({own, *map(recipe_hash, bound)}) == 5
-    assert recipe_hash(dict(reversed(CONFIG.items()))) == own
+    free = [changed(loop__total_steps=99), changed(run_dir="x"), changed(runtime__workers=7)]
+    assert {recipe_hash(config) for config in free} == {recipe_hash(CONFIG)}
+    bound = [changed(seed=1), changed(optim__betas=[0.9, 0.999]), changed(runtime__precision="bf16")]
+    assert len({recipe_hash(config) for config in (CONFIG, *bound)}) == 4
+    assert recipe_hash(dict(reversed(CONFIG.items()))) == recipe_hash(CONFIG)
 
 
 def test_the_hash_is_the_same_on_every_machine():
     """A run is found again by it, so it is part of the format."""
     assert recipe_hash({"seed": 0, "name": "é"}) == "882cc0ca"
-
-
-def test_equal_and_free_differences_pass():
-    assert check_resumable(CONFIG, copy.deepcopy(CONFIG), [], "RUN") == []
-    assert check_resumable(CONFIG, changed(loop__total_steps=99, run_dir="x"), [], "RUN") == []
 
 
 def test_a_changed_recipe_is_refused_with_every_difference():
@@ -118,6 +89,6 @@ def test_an_unknown_key_cannot_be_allowed():
 
 
 def test_the_free_keys_exist():
-    keys = {key for script in (*TRAINING, "finetune_sdxl") for key in known_keys(load_command(script).schema)}
+    keys = {key for script in (*TRAINING, "finetune_sdxl") for key, _ in walk_keys(load_command(script).schema)}
     for pattern in FREE_KEYS:
         assert fnmatch.filter(keys, pattern.removeprefix("!")), pattern

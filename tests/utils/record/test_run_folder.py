@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.in_process import working_in
-from utils.config.entry_point import ROOT, Job
-from utils.config.sweep import SWEEP_VARIABLE
+from utils.config.entry_point import Job
+from utils.config.help import ROOT
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.logging import get_logger, setup_logging
@@ -22,7 +22,6 @@ from utils.record.run_folder import (
     environment_state,
     git_state,
     open_run_folder,
-    sweep_of,
     write_config,
 )
 from utils.record.run_reader import RunReader
@@ -134,8 +133,6 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
     ("job", "run_dir", "expected"),
     [
         (JOB, "x/y", "x/y"),
-        (Job("finetune", {}, [], "seed=1"), None, "outputs/sweeps/first/seed=1"),
-        (Job("finetune", {}, [], "seed=1"), "x", "x/seed=1"),
         (JOB, None, "outputs/finetune/convnextv2_tiny-image_folder-"),
         (Job("finetune", {}, []), None, "outputs/finetune/m-d-"),
     ],
@@ -143,14 +140,6 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
 def test_where_a_run_lies(job, run_dir, expected):
     path = default_run_dir({**config_for("x"), "run_dir": run_dir}, job)
     assert path == expected or (expected[-1] == "-" and path.startswith(expected) and len(path) == len(expected) + 8)
-
-
-def test_a_run_knows_its_sweep_in_turn_and_as_a_command_of_its_own(monkeypatch):
-    monkeypatch.delenv(SWEEP_VARIABLE, raising=False)
-    assert sweep_of(Path("outputs/sweeps/rates/seed=1"), Job("finetune", {}, [], "seed=1")) == "rates"
-    assert sweep_of(Path("outputs/first"), JOB) is None
-    monkeypatch.setenv(SWEEP_VARIABLE, "rates")
-    assert sweep_of(Path("anywhere"), JOB) == "rates"
 
 
 def test_a_folder_that_is_no_run_and_a_damaged_configuration_are_refused(tmp_path):
