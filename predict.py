@@ -24,18 +24,18 @@ from torch import Tensor
 from data.config import TextConfig
 from data.open import load_files, split_by_bucket
 from data.predictions import (
-    Destination,
     Images,
-    KohyaMetadata,
     Row,
     RowFile,
     Sidecars,
+    find_excluded,
     find_images,
+    join_tags,
     rank,
     read_embeddings,
+    spell_tags,
     write_embeddings,
 )
-from data.tags.captions import find_excluded, join_tags, spell_tags
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor
 from engine.runtime import choose_device, choose_runtime
@@ -117,19 +117,19 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
-def open_destination(config: PredictConfig, predictor: Predictor, images: Images) -> tuple[Destination, list[Path]]:
+def open_destination(
+    config: PredictConfig, predictor: Predictor, images: Images
+) -> tuple[RowFile | Sidecars, list[Path]]:
     """Return where the predictions go, and the images that are still to be predicted.
 
     Raises UserError (`output`, `existing`) where they cannot go there, or `existing` does not say what to do with what
     is there.
     """
     output, columns = Path(config.output), predictor.output.columns
-    is_folder = config.output == "beside" or config.output.endswith("/") or output.is_dir()
-    if is_folder or output.suffix == ".json":
+    if config.output == "beside" or config.output.endswith("/") or output.is_dir():
         if not predictor.has_tags:
             raise UserError(f"output: {output} is for tags, which {config.weights} does not give; name a .jsonl file")
-        folder = None if config.output == "beside" else config.output
-        destination = Sidecars(images, folder) if is_folder else KohyaMetadata(images, output)
+        destination = Sidecars(images, None if config.output == "beside" else config.output)
     elif config.existing == "append":
         raise UserError(f"existing: append is for the texts of tags, and {output} has rows; set skip or overwrite")
     elif output.suffix == ".csv" and columns is None:
@@ -171,7 +171,7 @@ def predict_all(
                 yield {"path": str(path), **(next(predicted) if there else {"error": reasons[str(path)]})}
 
 
-def write_texts(rows: Iterable[Row], destination: Destination, config: PredictConfig) -> Iterator[Row]:
+def write_texts(rows: Iterable[Row], destination: RowFile | Sidecars, config: PredictConfig) -> Iterator[Row]:
     """Yield rows with the text of their tags, behind those that an image has already where these are kept."""
     for row in rows:
         if "tags" in row:

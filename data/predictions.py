@@ -8,6 +8,7 @@ import glob
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -17,14 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.pixels import read_size
+from data.config import TextConfig
 from data.scan import IMAGE_SUFFIXES
+from data.tags.names import Tag, parse_tag, with_spaces
 from data.tags.records import parse_text
 from utils.errors import UserError
-from utils.io.files import read_json, write_atomically, write_json
+from utils.io.files import write_atomically
+from utils.record.logging import get_logger
+from utils.vocabulary import RATING
+
+log = get_logger(__name__)
 
 Row = dict[str, Any]
-_KEPT_EVERY = 10_000  # images after which kohya's metadata, one JSON object, are written again
+_PARENTHESES = re.compile(r"[()]")
 
 
 class Images(NamedTuple):
@@ -42,30 +48,24 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     names = [source] if isinstance(source, str) else source
     if source == "-":
         names = [line for line in sys.stdin.read().split("\n") if line]
-        if not names:
-            raise UserError(f"{key}: stdin names no image; write a path on each line")
     folders, paths = set(), {}
-    for name in names:
-        path = Path(name)
-        found = [path] if path.is_file() else _list_images(path, key)
+    for path in map(Path, names):
+        inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
+        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        found = [path] if path.is_file() else found
+        if not found:
+            raise UserError(
+                f"{key}: {path} is no image, and no folder or pattern (such as 'a/**/*.png') of any; known endings: "
+                f"{', '.join(IMAGE_SUFFIXES)}"
+            )
         paths |= dict.fromkeys(found)
         folders |= {path} if path.is_dir() else {file.parent for file in found}
+    if not paths:
+        raise UserError(f"{key}: stdin names no image; write a path on each line")
     for path in paths:
         if str(path) != str(path).encode(errors="replace").decode():
             raise UserError(f"{key}: the file name {str(path)!r} is not UTF-8; rename the file")
     return Images(os.path.commonpath([os.path.abspath(folder) for folder in folders]), list(paths))
-
-
-def _list_images(path: Path, key: str) -> list[Path]:
-    """Return the images of a folder, or that match a pattern."""
-    if not path.is_dir() and not glob.has_magic(str(path)):
-        raise UserError(f"{key}: {path} does not exist; name an image, a folder or a pattern such as 'a/**/*.png'")
-    files = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
-    found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if not found:
-        problem = "holds" if path.is_dir() else "matches"
-        raise UserError(f"{key}: {path} {problem} no image; known endings: {', '.join(IMAGE_SUFFIXES)}")
-    return found
 
 
 class RowFile:
@@ -78,51 +78,48 @@ class RowFile:
         if file.suffix not in (".jsonl", ".csv"):
             raise UserError(
                 f"output: {file} ends in {file.suffix!r}; name a .jsonl or .csv file; without like also .npz, and for "
-                "tags .json, FOLDER/ or beside"
+                "tags FOLDER/ or beside"
             )
         self._file, self._columns, self._keep = file, columns if file.suffix == ".csv" else None, keep
         content = file.read_bytes() if keep and file.is_file() else b""
         self._kept = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last row
         try:
-            self._done = {row["path"] for row in self._parse(io.StringIO(self._kept.decode("utf-8"), newline=""))}
+            lines = io.StringIO(self._kept.decode("utf-8"), newline="")
+            there = map(json.loads, lines) if self._columns is None else csv.DictReader(lines)
+            self._done = {row["path"] for row in there}
+            if self._done and self._columns not in (None, there.fieldnames):
+                raise ValueError(f"the columns {', '.join(there.fieldnames)}")
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             raise UserError(
                 f"output: {file} has other rows than such a prediction ({error}), so existing=skip cannot go on with "
                 "it; name another file, or set existing=overwrite"
             ) from None
 
-    def _parse(self, lines: io.StringIO) -> Iterable[Row]:
-        if self._columns is None:
-            return map(json.loads, lines)
-        reader = csv.DictReader(lines)
-        if reader.fieldnames not in (None, self._columns):
-            raise ValueError(f"the columns {', '.join(reader.fieldnames)}")
-        return reader
-
     def has(self, path: str) -> bool:
         """Return whether a kept row is of the image."""
         return path in self._done
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Write the rows; where none are kept, the file takes its name at the end."""
+        """Write the rows, each when it comes; where none are kept, the file takes its name at the end."""
+
+        def fill(file: Path) -> None:
+            with open(file, "a", encoding="utf-8", newline="") as stream:
+                stream.truncate(len(self._kept))
+                table = csv.DictWriter(stream, self._columns or [], restval="", extrasaction="ignore")
+                if self._columns is not None and not self._kept:
+                    table.writeheader()
+                for row in rows:
+                    if self._columns is None:
+                        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    else:
+                        table.writerow(row)
+                    stream.flush()
+
         if self._keep:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._write_to(self._file, rows)
+            fill(self._file)
         else:
-            write_atomically(self._file, lambda temporary: self._write_to(temporary, rows))
-
-    def _write_to(self, file: Path, rows: Iterable[Row]) -> None:
-        with open(file, "a", encoding="utf-8", newline="") as stream:
-            stream.truncate(len(self._kept))
-            table = csv.DictWriter(stream, self._columns or [], restval="", extrasaction="ignore")
-            if self._columns is not None and not self._kept:
-                table.writeheader()
-            for row in rows:
-                if self._columns is None:
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-                else:
-                    table.writerow(row)
-                stream.flush()
+            write_atomically(self._file, fill)
 
 
 class Sidecars:
@@ -148,65 +145,53 @@ class Sidecars:
         return self._files[path].exists()
 
     def tags(self, path: str) -> Sequence[str]:
-        """Return the tags of the file."""
+        """Return the tags of the file. Raises UserError (`output`) where it is not UTF-8."""
         try:
             return parse_text(self._files[path].read_text(encoding="utf-8-sig")).tags if self.has(path) else ()
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Write the files."""
+        """Write the files, each when its row comes."""
         for row in rows:
             if "tags" in row:
-                write_atomically(
-                    self._files[row["path"]], lambda file, row=row: file.write_text(f"{row['tags']}\n", "utf-8"),
-                    flush=False,
-                )  # fmt: skip
+                text = f"{row['tags']}\n"
+                file = self._files[row["path"]]
+                write_atomically(file, lambda temporary, text=text: temporary.write_text(text, "utf-8"), flush=False)
 
 
-class KohyaMetadata:
-    """kohya's metadata, one JSON object: entries of these images are updated, what else is there stays.
-
-    Raises UserError (`output`) for a file that is something else.
-    """
-
-    def __init__(self, images: Images, file: Path) -> None:
-        self._file = file
-        try:
-            self._entries = read_json(file) if file.exists() else {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"output: {file} cannot be read ({error}); repair it, or name another file") from None
-        if not isinstance(self._entries, dict) or not all(isinstance(one, dict) for one in self._entries.values()):
-            raise UserError(f"output: {file} is no metadata of kohya, an object of objects; name another file")
-        self._keys = {str(path): self._find_key(str(path)) for path in images.paths}
-
-    def _find_key(self, path: str) -> str:
-        """Return an image's key: its path, or what is there for it (absolute, or from the file's folder, or a stem)."""
-        full = os.path.abspath(path)
-        names = (path, full, os.path.relpath(full, os.path.abspath(self._file.parent)))
-        known = (*names, *(os.path.splitext(name)[0] for name in names))
-        return next((name for name in known if name in self._entries), path)
-
-    def has(self, path: str) -> bool:
-        """Return whether the entry has tags."""
-        return isinstance(self._entries.get(self._keys[path], {}).get("tags"), str)
-
-    def tags(self, path: str) -> Sequence[str]:
-        """Return the tags of the entry."""
-        return parse_text(self._entries[self._keys[path]]["tags"]).tags if self.has(path) else ()
-
-    def write(self, rows: Iterable[Row]) -> None:
-        """Update the entries, and write them now and then."""
-        for number, row in enumerate((row for row in rows if "tags" in row), start=1):
-            entry = self._entries.setdefault(self._keys[row["path"]], {})
-            entry |= {"tags": row["tags"], "image_size": list(read_size(row["path"]))}
-            if number % _KEPT_EVERY == 0:
-                write_json(self._file, self._entries)
-        write_json(self._file, self._entries)
+# ------------------------------------------------------------------------------------------------------------- tags
 
 
-# Where predictions go. A row has `path`, and what was predicted or `error`; each is written when it comes.
-Destination = RowFile | Sidecars | KohyaMetadata
+def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequence[str]) -> np.ndarray:
+    """Return which tags are among those excluded, bool [T]; warns of texts that are none of them."""
+    texts = {parse_tag(text): text for text in exclude}
+    both = [{Tag(None, parse_tag(name).name), Tag(number, name)} for name, number in zip(names, categories)]
+    if unknown := [text for tag, text in texts.items() if not any(tag in tags for tags in both)]:
+        log.warning("text.exclude: not among the tags of these weights: %s", ", ".join(unknown))
+    return np.array([not tags.isdisjoint(texts) for tags in both])
+
+
+def spell_tags(names: Iterable[str], rating: str | None, config: TextConfig) -> list[str]:
+    """Return names as they are written, with the rating where it is wanted."""
+    words = [with_spaces(name) if config.spaces else name for name in names]
+    if config.escape:
+        words = [_PARENTHESES.sub(r"\\\g<0>", word) for word in words]
+    if config.rating is None or rating is None:
+        return words
+    return [f"rating:{rating}", *words] if config.rating == "first" else [*words, f"rating:{rating}"]
+
+
+def join_tags(words: Iterable[str], separator: str) -> str:
+    """Join tags, each once, as its first text spells it."""
+    first: dict[Tag | str, str] = {}
+    for word in words:
+        tag = parse_tag(word)
+        first.setdefault(tag if tag.category == RATING else tag.name, word)
+    return separator.join(first.values())
+
+
+# ------------------------------------------------------------------------------------------------------- embeddings
 
 
 def write_embeddings(file: Path, paths: Sequence[str], vectors: np.ndarray, weights: str) -> None:

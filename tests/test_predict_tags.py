@@ -2,18 +2,16 @@
 
 import csv
 import io
-import json
 import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data.collection import index_collection, open_collection
 from data.config import TextConfig
-from data.tags.captions import find_excluded, join_tags, spell_tags
+from data.predictions import find_excluded, join_tags, spell_tags
 from data.tags.index import map_tags
 from data.tags.rules import TagRules
 from models.outputs import OUTPUTS, Columns, RowOptions
@@ -193,9 +191,9 @@ def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
 
 
 def test_what_is_written_is_what_our_readers_read(place, images):
-    """Sidecars, and kohya's metadata at the root."""
+    """Sidecars, and rows at the root that are named as metadata."""
     wanted = {KEYS.index(key) for key, prob in PROBS.items() if prob >= 0.35 and key[1] != "general"}
-    for output in ("beside", "copy/meta_x.json"):
+    for output in ("beside", "copy/meta_x.jsonl"):
         go(place, output, "threshold=0.35", "text.spaces=true", "text.escape=true", "text.rating=first", source="copy")
         path = index_collection(str(images), validation_fraction=0.0, cache=place / "cache")
         found = map_tags(open_collection(str(images), path).table, VOCABULARY, TagRules(None, {}, {}, "x."))
@@ -204,20 +202,6 @@ def test_what_is_written_is_what_our_readers_read(place, images):
             assert set(found.ids[start:end].tolist()) == wanted
         for file in images.rglob("*.txt"):
             file.unlink()
-
-
-def test_kohyas_metadata_are_updated(place, images):
-    file = place / "copy/meta_x.json"
-    before = {"val/A/000": {"caption": "a girl", "tags": "A girl, 1girl"}, "far/val/B/000": {"tags": "x"}}
-    file.write_text(json.dumps(before))
-    go(place, "copy/meta_x.json", "threshold=0.89", "existing=append")
-    found, sizes = json.loads(file.read_text()), [list(Image.open(images / path).size) for path in PATHS]
-    first = {"caption": "a girl", "tags": "A girl, 1girl, long_hair", "image_size": sizes[0]}
-    others = {f"copy/{path}": {"tags": "1girl, long_hair", "image_size": size} for path, size in zip(PATHS, sizes)}
-    assert found == {"val/A/000": first, "far/val/B/000": {"tags": "x"}, **dict(list(others.items())[1:])}
-    file.write_text("[1]")
-    with pytest.raises(UserError, match=r"^output: copy/meta_x\.json "):
-        go(place, "copy/meta_x.json")
 
 
 class Killed(Exception):
@@ -239,7 +223,6 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
             raise Killed
         return rows_of(self, *arguments)
 
-    monkeypatch.setattr("data.predictions._KEPT_EVERY", 1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Predictor, "rows", fatal)
         go(place, output, *words)
