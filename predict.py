@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
-from data.open import load_files, split_by_bucket
+from data.open import load_files
 from data.predictions import (
     Images,
     Row,
@@ -157,18 +157,21 @@ def predict_all(
         deterministic=False, hang_timeout_sec=1800.0,
     )  # fmt: skip
     runtime = choose_runtime(machine)
-    for preprocessing, some in split_by_bucket(paths, predictor.preprocessing) if paths else ():
-        loader, reasons = load_files(
-            some, preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
-        )
-        left = iter(some)
-        for batch in loader:
-            readable = batch["weight"] > 0
-            predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
-            for there, path in zip(readable.tolist(), left):
-                if not there:
-                    log.warning("unreadable image %s: %s", path, reasons[str(path)])
-                yield {"path": str(path), **(next(predicted) if there else {"error": reasons[str(path)]})}
+    if not paths:
+        return
+    loader, reasons = load_files(
+        paths, predictor.preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
+    )
+    for batch in loader:
+        readable = batch["weight"] > 0
+        predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
+        for there, place, key in zip(readable.tolist(), batch["sample_id"].tolist(), batch["key"].tolist()):
+            path = str(paths[place])
+            if there:
+                yield {"path": path, **next(predicted)}
+            elif key:  # not of padding
+                log.warning("unreadable image %s: %s", path, reasons[path])
+                yield {"path": path, "error": reasons[path]}
 
 
 def write_texts(rows: Iterable[Row], destination: RowFile | Sidecars, config: PredictConfig) -> Iterator[Row]:

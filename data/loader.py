@@ -6,12 +6,12 @@ fields of the task. A sample that cannot be read is blank, has weight 0 and is r
 
 import ctypes
 import functools
+import itertools
 import json
 import multiprocessing
 import re
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,21 +29,12 @@ from data.collection import Collection, RowView
 from data.image_formats import UnreadableImage
 from data.read_ahead import RowsAhead, read_ahead
 from data.source import IMAGE, Cache, Prefetching, Record, Source, layers, not_cached
-from data.stream import (
-    BlockSampler,
-    Draw,
-    GroupedSampler,
-    Policy,
-    Sampler,
-    count_batches,
-    evaluation_batches,
-    train_batches,
-)
+from data.stream import Draw, Policy, Sampler, count_batches, evaluation_batches, train_batches
 from data.transforms import Transform
 from utils import rng
 from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
 from utils.errors import UserError
-from utils.io.files import AppendFile
+from utils.io.files import AppendFile, ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.signals import SIGNALS
 from utils.record.logging import get_logger
@@ -110,24 +101,20 @@ class SampleReader(Dataset):
         self.views, self.fields, self.training = dict(views), fields, training
         self.channels_last = channels_last
 
-    def __getitems__(self, chosen: tuple[list[Draw], list[Draw]]) -> Loaded:
-        """Return the batch of some draws, and the (name, reason) of each that could not be read.
-
-        chosen: the draws, and those that this process reads next.
-        """
-        draws, coming = chosen
-        store = layers(self.source)[-1]
+    def __getitems__(self, draws: list[Draw]) -> Loaded:
+        """Return the batch of some draws, and the (name, reason) of each that could not be read."""
+        store, problems = layers(self.source)[-1], []
         if isinstance(store, Prefetching):
-            store.prefetch(not_cached(self.source, [draw.index for draw in (*draws, *coming)]))
-        problems: list[Problem] = []
-        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
-            return collate(self._samples(draws, problems), len(draws), channels_last=self.channels_last), problems
+            store.prefetch(not_cached(self.source, [draw.index for draw in draws]))
 
-    def _samples(self, draws: list[Draw], problems: list[Problem]) -> Iterator[Sample]:
-        for draw in draws:
-            sample, problem = self[draw]
-            problems += [] if problem is None else [problem]
-            yield sample
+        def samples() -> Iterator[Sample]:
+            for draw in draws:
+                sample, problem = self[draw]
+                problems.extend([] if problem is None else [problem])
+                yield sample
+
+        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
+            return collate(samples(), len(draws), channels_last=self.channels_last), problems
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, Problem | None]:
         """Return the sample, and (name, reason) where it could not be read."""
@@ -168,16 +155,13 @@ class UnreadableLog:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._stream: AppendFile | None = None
-        self._waiting, self._warned = "", False
-        self._seen: set[str] = set()
-        if file is not None and file.is_file():
-            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-            self._waiting = "\n" if lines[-1] else ""  # behind a torn row, the next one starts on a line of its own
-            for line in lines:
-                with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a torn or damaged line
-                    self._seen.add(str(json.loads(line)["path"]))
+        self._file, self._lines = file, None
+        self._waiting, self._seen = "", set()
+        text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
+        for line in text.split("\n"):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a torn or damaged line
+                self._seen.add(str(json.loads(line)["path"]))
+        self._start = "" if text.endswith("\n") or not text else "\n"  # behind a torn row, a line of its own
 
     @property
     def count(self) -> int:
@@ -191,17 +175,13 @@ class UnreadableLog:
                 self._seen.add(path)
                 log.warning("unreadable image %s: %s; its weight is 0", path, reason)
                 self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
-        if self._file is None:
+        if not self._waiting or self._file is None or not self._file.parent.is_dir():
             return
-        if self._stream is None and self._waiting and self._file.parent.is_dir():
-            try:
-                self._stream = AppendFile(self._file)
-            except OSError as error:
-                if not self._warned:
-                    log.warning("%s cannot be written (%s); its rows are kept in memory", self._file, error.strerror)
-                self._warned = True
-        if self._stream is not None:
-            self._stream.write(self._waiting)  # an empty text too: it retries what failed before
+        with ignore_write_errors(self._file):
+            if self._lines is None:
+                self._lines = AppendFile(self._file)
+                self._waiting = self._start + self._waiting
+            self._lines.write(self._waiting)
             self._waiting = ""
 
 
@@ -230,17 +210,6 @@ class _WorkerContext(ForkContext):
     Process = _WorkerProcess
 
 
-def _with_coming(batches: Iterable[list[Draw]], workers: int) -> Iterator[tuple[list[Draw], list[Draw]]]:
-    """Yield batches with the next one of their worker; a DataLoader deals them to its workers in turn."""
-    waiting: deque[list[Draw]] = deque()
-    for batch in batches:
-        if len(waiting) == max(workers, 1):
-            yield waiting.popleft(), batch
-        waiting.append(batch)
-    for batch in waiting:
-        yield batch, []
-
-
 class Loader:
     """Read batches of draws, report unreadable samples, copy to the device, and call the hook.
 
@@ -252,16 +221,27 @@ class Loader:
         self, reader: SampleReader, machine: Machine, report: Report, on_device: DeviceHook | None = None
     ) -> None:
         self.reader, self.machine = reader, machine
-        self._report, self._on_device = report, on_device
+        self._report, self._on_device = report, on_device or (lambda batch: batch)
 
     def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
         """Yield batches on the device. Raises UserError (`runtime.workers`) where workers lack shared memory."""
-        copy = DeviceCopier(self.machine.device)
-        loader = self._data_loader(read_ahead(batches, self.reader.source, rows_ahead))
+        copy, workers = DeviceCopier(self.machine.device), self.machine.workers
+        forks = workers > 0 and multiprocessing.get_start_method() == "fork"
+        loader = DataLoader(
+            self.reader,
+            batch_sampler=read_ahead(batches, self.reader.source, rows_ahead),
+            num_workers=workers,
+            prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
+            collate_fn=_share,
+            worker_init_fn=_leave_signals_to_parent,
+            multiprocessing_context=_WorkerContext() if forks else None,
+            pin_memory=self.machine.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
+        )
         try:
             for loaded, problems in loader:
                 self._report(problems)
-                yield self._finish(copy(loaded))
+                yield self._on_device(copy(loaded))
         except RuntimeError as error:
             if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
                 raise
@@ -275,26 +255,7 @@ class Loader:
         """Return a batch of `size` times one sample, on the device, with weight 1."""
         sample, _ = self.reader[draw]
         batch = collate([sample] * size, size, channels_last=self.reader.channels_last)
-        return self._finish(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
-
-    def _finish(self, batch: Batch) -> Batch:
-        return batch if self._on_device is None else self._on_device(batch)
-
-    def _data_loader(self, batches: Iterable[list[Draw]]) -> DataLoader:
-        workers = self.machine.workers
-        forks = workers > 0 and multiprocessing.get_start_method() == "fork"
-        return DataLoader(
-            self.reader,
-            batch_sampler=_with_coming(batches, workers),
-            num_workers=workers,
-            prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
-            collate_fn=_share,
-            worker_init_fn=_leave_signals_to_parent,
-            multiprocessing_context=_WorkerContext() if forks else None,
-            pin_memory=self.machine.device.type == "cuda",
-            persistent_workers=False,
-            generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
-        )
+        return self._on_device(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
 
 
 class TrainStream:
@@ -316,8 +277,7 @@ class TrainStream:
 
     @functools.cached_property
     def _examples(self) -> list[tuple[int, int]]:
-        """(row, group) of a sample of each shape."""
-        return self.sampler.examples() if isinstance(self.sampler, GroupedSampler) else [self.sampler.at(0)]
+        return self.sampler.examples()
 
     @property
     def shapes(self) -> int:
@@ -336,13 +296,9 @@ class TrainStream:
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step after step, from `start_step` on."""
         policy = Policy(self.seed, plan.global_batch_size, plan.micro_batch_size, distributed.rank(), plan.world_size)
-        rows_ahead = self.sampler.rows_ahead if isinstance(self.sampler, BlockSampler) else None
-        step: list[Batch] = []
-        for batch in self.loader.load(train_batches(self.sampler, policy, start_step), rows_ahead):
-            step.append(batch)
-            if len(step) == plan.accum_steps:
-                yield step
-                step = []
+        batches = self.loader.load(train_batches(self.sampler, policy, start_step), self.sampler.rows_ahead)
+        while True:
+            yield list(itertools.islice(batches, plan.accum_steps))
 
 
 class EvaluationStream:

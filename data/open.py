@@ -1,17 +1,23 @@
 """Open data: from a configuration to a collection, the source of its records, and streams of batches. Read this first.
 
-collection = load_collection(config.data)
-source = open_images(collection, config.data, channels=3, background="white")
-data = Data(collection, source, runtime, seed=0, batch_size=128, run_path=run)
-train = data.train(rows, fields, training_views(augment))
-val = data.prepared(collection.rows("val"), fields, preprocessing)
+    collection = load_collection(config.data)
+    source = open_images(collection, config.data, channels=3, background="white")
+    data = Data(collection, source, runtime, seed=0, batch_size=128, run_path=run)
+    train = data.train(rows, fields, training_views(augment))
+    val = data.prepared(collection.rows("val"), fields, preprocessing)
 
-    collection -> sampler -> draws -> source -> views -> fields -> collate -> device -> hook
-                  (stream.py)         (source.py)       (loader.py)
+The way of an image, each step a call of the one before:
+
+    position -> row        Sampler.at                                                  stream.py
+    row -> pixels          MemoryCached, DiskCached, Images: bytes, then the Decoder   images.py, cache/, decode.py
+    pixels -> views        TrainTransform, EvalTransform; fields add labels and tags   transforms.py, SampleReader
+    samples -> batch       collate, in a loader worker                                 batch.py
+    batch -> device        DeviceCopier, then the hook of DeviceAugment                loader.py, device_augment.py
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +34,7 @@ from data.glyphs import draw_glyphs, glyphs_ready
 from data.image_formats import UnreadableImage
 from data.images import Images, ListedFiles, open_contents
 from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
-from data.pixels import has_alpha, read_upright_size
-from data.rows import spread
+from data.pixels import read_upright_size
 from data.source import Source
 from data.stream import Policy, Sampler, ShuffledSampler
 from data.transforms import ByGroup, Views, evaluation_views, in_buckets
@@ -42,7 +47,6 @@ from utils.record.progress import counting
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/collections")
-_LOOKED_AT = 500  # images whose headers are read at a start
 
 
 def load_collection(config: DataConfig) -> Collection:
@@ -61,22 +65,14 @@ def load_collection(config: DataConfig) -> Collection:
 
 
 def describe_transparency(collection: Collection, background: Any) -> str:
-    """Return how many images have an alpha channel: of all as the manifest states, or looked up in the headers of at
-    most some files; "" for none.
-    """
-    rows = collection.rows("train")
-    if "transparent" in collection.table.column_names:
-        stated = collection.column("transparent")[rows]
-        count, looked_at = int(np.nansum(stated)), np.count_nonzero(~np.isnan(stated))
-    else:
-        looked_up = spread(rows, _LOOKED_AT)
-        count = sum(has_alpha(collection.absolute_path(int(row))) for row in looked_up) if distributed.is_main() else 0
-        looked_at = len(looked_up)
-    if count == 0:
+    """Return how many training images have an alpha channel, "" for none and where the manifest does not state it."""
+    if "transparent" not in collection.table.column_names:
         return ""
-    of = f"{looked_at:,} looked at" if looked_at < len(rows) else f"{looked_at:,}"
+    stated = collection.column("transparent")[collection.rows("train")]
+    if not (count := int(np.nansum(stated))):
+        return ""
     what = "their alpha is dropped" if background == "drop" else f"put on {background}"
-    return f"; {count:,} of {of} have an alpha channel, {what} (data.background)"
+    return f"; {count:,} of {np.count_nonzero(~np.isnan(stated)):,} have an alpha channel, {what} (data.background)"
 
 
 def describe_collection(collection: Collection) -> str:
@@ -87,42 +83,30 @@ def describe_collection(collection: Collection) -> str:
     return f"{collection.root}: {train} training and {val} validation images{labels}"
 
 
-def split_by_bucket(
-    paths: Sequence[Path], preprocessing: Mapping[str, Any]
-) -> list[tuple[Mapping[str, Any], list[Path]]]:
-    """Return image files by the bucket of the nearest ratio, each with the preprocessing in it; unreadable ones in a
-    square's. All are in one where the preprocessing states no buckets.
-    """
-    each = in_buckets(preprocessing)
-    if len(each) == 1:
-        return [(each[0], list(paths))]
-    sizes_hw = []
-    for path in paths:
-        try:
-            sizes_hw.append(read_upright_size(path))
-        except UnreadableImage:
-            sizes_hw.append((1, 1))
-    groups = assign(np.array(sizes_hw), np.array(preprocessing["buckets_hw"]))
-    parts = [(own, [path for path, group in zip(paths, groups) if group == n]) for n, own in enumerate(each)]
-    return [(own, some) for own, some in parts if some]
-
-
 def load_files(
     paths: Sequence[Path], preprocessing: Mapping[str, Any], machine: Machine, *, max_pixels: int, batch_size: int
 ) -> tuple[EvaluationStream, Mapping[str, str]]:
-    """Return the batches of image files as evaluation prepares them, in order, and the reasons of those unreadable.
+    """Return the batches of image files as evaluation prepares them, and the reasons of those unreadable.
 
-    They are read by the workers of the training loader. The last batch is padded with further rows of weight 0.
+    A sample's id is its place among the paths, and its key 0 where it is padding. In order; where the preprocessing
+    states buckets, one bucket after the other, and files whose size cannot be read as if they were squares.
     """
     decoder = Decoder(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),
     )  # fmt: skip
-    source, views = Images(ListedFiles(paths), decoder), evaluation_views(preprocessing)
+    views = ByGroup.views(in_buckets(preprocessing), evaluation_views)
+    source, groups = Images(ListedFiles(paths), decoder), None
+    if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
+        sizes_hw = np.ones((len(paths), 2))
+        for place, path in enumerate(paths):
+            with suppress(UnreadableImage):
+                sizes_hw[place] = read_upright_size(path)
+        groups = assign(sizes_hw, np.array(buckets_hw))
     reader = SampleReader(None, source, views, no_fields, training=False, channels_last=machine.channels_last)
     reasons: dict[str, str] = {}
     loader = Loader(reader, machine, reasons.update)
-    return EvaluationStream(loader, range(len(paths)), Policy(0, batch_size, batch_size)), reasons
+    return EvaluationStream(loader, range(len(paths)), Policy(0, batch_size, batch_size), groups), reasons
 
 
 def open_images(
@@ -204,9 +188,7 @@ class Data:
         return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
-        channels_last = self.machine.channels_last
-        reader = SampleReader(
-            self.collection, self.source, views, fields, training=training, channels_last=channels_last
-        )
+        last = self.machine.channels_last
+        reader = SampleReader(self.collection, self.source, views, fields, training=training, channels_last=last)
         hook = next((view.on_device for view in views.values() if isinstance(view, DeviceAugment)), None)
         return Loader(reader, self.machine, self.unreadable.add, hook)

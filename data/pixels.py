@@ -145,15 +145,6 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
 
 
-def has_alpha(path: str | os.PathLike[str]) -> bool:
-    """Return whether the header of an image file states transparency; False where it cannot be read."""
-    try:
-        with Image.open(path, formats=formats_of(os.fspath(path))) as image:
-            return is_transparent(image)
-    except Exception:  # training reports it
-        return False
-
-
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return the width and height in the header of an image file that can be read; EXIF may yet turn it."""
     with Image.open(path, formats=formats_of(os.fspath(path))) as image:

@@ -36,18 +36,16 @@ def read_ahead(
     if not isinstance(store, OnDisk) or not hasattr(os, "posix_fadvise"):
         yield from batches
         return
-
-    def files_of(rows: Iterable[int]) -> list[FileRange]:
-        return join_ranges(map(store.file_of, not_cached(source, rows)))
-
     waiting: deque[list[Draw]] = deque()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
     try:
         for number, batch in enumerate(batches):
             # Here, not in the threads: they only make system calls, so a fork is safe.
-            files = files_of(draw.index for draw in batch)
-            if rows_ahead is not None:
-                files += files_of(rows_ahead(batch[0].position, len(batch), number == 0))
+            rows = [draw.index for draw in batch]
+            further = [] if rows_ahead is None else rows_ahead(batch[0].position, len(batch), number == 0)
+            files = [
+                file for some in (rows, further) for file in join_ranges(map(store.file_of, not_cached(source, some)))
+            ]
             for first in range(min(_THREADS, len(files))):
                 pool.submit(_request, files[first::_THREADS])
             waiting.append(batch)

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -41,31 +41,31 @@ class Draw(NamedTuple):
     group: int = 0
 
 
-class Sampler(Protocol):
-    """An order of samples. `chunk`: neighbouring positions of one shape; None where nothing is grouped."""
-
-    epoch_length: int
-    chunk: int | None
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Return (row, group) at a position."""
-        ...
-
-
-def _check_rows(rows: Sequence[int]) -> None:
-    if len(rows) == 0:
-        raise UserError("data.root: there is no sample to train on; see the collection's splits and labels")
-
-
-class ShuffledSampler:
-    """Every sample once per epoch, in another order each epoch. `rows`: an array or a range."""
+class Sampler:
+    """An order of rows: an array or a range. chunk: neighbouring positions of one shape; None: nothing is grouped."""
 
     chunk: int | None = None
 
     def __init__(self, rows: Sequence[int], seed: int) -> None:
-        _check_rows(rows)
-        self.rows, self.seed = rows, seed
-        self.epoch_length = len(rows)
+        if len(rows) == 0:
+            raise UserError("data.root: there is no sample to train on; see the collection's splits and labels")
+        self.rows, self.seed, self.epoch_length = rows, seed, len(rows)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, group) at a position."""
+        raise NotImplementedError
+
+    def examples(self) -> list[tuple[int, int]]:
+        """Return (row, group) of a sample of each shape."""
+        return [self.at(0)]
+
+    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
+        """Return further rows to read ahead for `count` positions; begins: they are the first of the stream."""
+        return []
+
+
+class ShuffledSampler(Sampler):
+    """Every sample once per epoch, in another order each epoch."""
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
@@ -73,19 +73,15 @@ class ShuffledSampler:
         return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
 
 
-class BalancedSampler:
+class BalancedSampler(Sampler):
     """Every class equally often; within a class its samples in turn, in another order each lap.
 
     An epoch has as many positions as there are samples, so samples of small classes occur several times in it (with
     another augmentation each time) and not all samples of large classes do.
     """
 
-    chunk: int | None = None
-
     def __init__(self, rows: Sequence[int], class_ids: np.ndarray, seed: int) -> None:
-        _check_rows(rows)
-        self.rows, self.seed = rows, seed
-        self.epoch_length = len(rows)
+        super().__init__(rows, seed)
         order = np.argsort(class_ids, kind="stable")
         self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
 
@@ -117,7 +113,7 @@ class BalancedSampler:
         return number, epoch * rounds + extra_of_class + turn
 
 
-class BlockSampler:
+class BlockSampler(Sampler):
     """Every sample once per epoch, by blocks of neighbours, so that a shard is read nearly in sequence.
 
     An epoch cuts the rows, as a circle from a random place on, into blocks of `block` rows. The blocks come in a random
@@ -133,13 +129,9 @@ class BlockSampler:
     reads_blocks: whole blocks are read ahead, a window before they are drawn from.
     """
 
-    chunk: int | None = None
-
     def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
-        _check_rows(rows)
-        self.rows, self.seed, self.block, self.window = rows, seed, block, block * window
-        self.reads_blocks = False
-        self.epoch_length = len(rows)
+        super().__init__(rows, seed)
+        self.block, self.window, self.reads_blocks = block, block * window, False
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
@@ -150,10 +142,7 @@ class BlockSampler:
         return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)), 0
 
     def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
-        """Return rows to read ahead, by blocks, for `count` positions: as many, of the window after theirs.
-
-        begins: with what no position before has asked for, from the beginning of the first position's window on.
-        """
+        """Return as many rows of the next window, by blocks; at first all from the beginning of this window on."""
         if not self.reads_blocks:
             return []
         window_start = first - first % self.epoch_length % self.window
@@ -169,7 +158,7 @@ class BlockSampler:
         return int(self.rows[(first + block * self.block + inner) % self.epoch_length])
 
 
-class GroupedSampler:
+class GroupedSampler(Sampler):
     """Samples in chunks of one group (one shape) and fixed size, the chunks of an epoch in a random order.
 
     A group's samples come in laps, each in another order, and its chunks are cut from the laps without a gap: what does
@@ -178,9 +167,8 @@ class GroupedSampler:
     """
 
     def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
-        _check_rows(rows)
-        self.rows, self.seed, self.chunk = rows, seed, chunk
-        self.epoch_length = len(rows)
+        super().__init__(rows, seed)
+        self.chunk = chunk
         self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
         self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
         # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread what small groups
@@ -220,23 +208,20 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
     Balanced passes over images of weight 0, which would take turns of their class. Raises UserError where it meets
     images without a label.
     """
-    match name:
-        case "shuffled":
-            return ShuffledSampler(rows, seed)
-        case "blocks":
-            sampler = BlockSampler(_as_stored(rows, collection), seed)
-            sampler.reads_blocks = _has_room_for(sampler.window, collection)
-            return sampler
-        case "balanced":
-            class_ids = collection.class_ids(collection.class_names("train"))[rows]
-            if without := np.count_nonzero(class_ids < 0):
-                raise UserError(
-                    f"loop.sampling: balanced needs the class of every training image, and {without:,} of "
-                    f"{len(rows):,} have none; set loop.sampling=shuffled"
-                )
-            has_weight = collection.weights()[rows] > 0
-            return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
-    raise AssertionError(name)
+    if name == "shuffled":
+        return ShuffledSampler(rows, seed)
+    if name == "blocks":
+        sampler = BlockSampler(_as_stored(rows, collection), seed)
+        sampler.reads_blocks = _has_room_for(sampler.window, collection)
+        return sampler
+    class_ids = collection.class_ids(collection.class_names("train"))[rows]
+    if without := np.count_nonzero(class_ids < 0):
+        raise UserError(
+            f"loop.sampling: balanced needs the class of every training image, and {without:,} of {len(rows):,} have "
+            "none; set loop.sampling=shuffled"
+        )
+    has_weight = collection.weights()[rows] > 0
+    return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
 
 
 def _has_room_for(window: int, collection: Collection) -> bool:
@@ -271,8 +256,7 @@ def train_batches(sampler: Sampler, policy: Policy, start_step: int = 0) -> Iter
     for step in itertools.count(start_step):
         first = step * policy.global_batch_size + policy.rank * share
         for start in range(first, first + share, policy.micro_batch_size):
-            positions = range(start, start + policy.micro_batch_size)
-            yield [draw(sampler, policy.seed, position) for position in positions]
+            yield [draw(sampler, policy.seed, start + place) for place in range(policy.micro_batch_size)]
 
 
 def draw(sampler: Sampler, seed: int, position: int) -> Draw:
@@ -285,33 +269,24 @@ def evaluation_batches(rows: Sequence[int], policy: Policy, groups: np.ndarray |
     """Yield a rank's share of some rows, each exactly once. All ranks make the same number of batches.
 
     groups: the shape group of each row, [len(rows)]: a batch has rows of one group, and each group's last batch is
-    padded. Padding repeats a row with `position` -1, to which the reader gives weight 0. A row's key depends on the row
-    alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
+    padded. Padding repeats a row with `position` -1 and key 0, to which the reader gives weight 0. A row's key depends
+    on the row alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
     """
-    for group, places in _places_by_group(rows, groups):
+    for group, places, starts in _plan(rows, policy, groups):
         mine, filler = places[policy.rank :: policy.world_size], Draw(-1, int(rows[places[0]]), 0, group)
-        for start in _batch_starts(places, policy):
-            chosen = mine[start : start + policy.micro_batch_size]
-            draws = [_draw_row(int(rows[place]), int(place), policy.seed, group) for place in chosen]
+        for start in starts:
+            chosen = [(int(place), int(rows[place])) for place in mine[start : start + policy.micro_batch_size]]
+            draws = [Draw(place, row, rng.sample_key(policy.seed, row, 1), group) for place, row in chosen]
             yield draws + [filler] * (min(policy.micro_batch_size, len(places)) - len(draws))
 
 
 def count_batches(rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> int:
     """Return the number of `evaluation_batches`, equal on all ranks."""
-    return sum(len(_batch_starts(places, policy)) for _, places in _places_by_group(rows, groups))
+    return sum(len(starts) for _, _, starts in _plan(rows, policy, groups))
 
 
-def _places_by_group(rows: Sequence[int], groups: np.ndarray | None) -> list[tuple[int, Sequence[int]]]:
-    """Return each group, and the places of its rows."""
-    if groups is None:
-        return [(0, range(len(rows)))]
-    return [(int(group), np.flatnonzero(groups == group)) for group in np.unique(groups)]
-
-
-def _batch_starts(places: Sequence[int], policy: Policy) -> range:
-    """Return where each batch begins in a rank's share, of which the largest counts."""
-    return range(0, -(-len(places) // policy.world_size), policy.micro_batch_size)
-
-
-def _draw_row(row: int, place: int, seed: int, group: int) -> Draw:
-    return Draw(place, row, rng.sample_key(seed, row, 1), group)
+def _plan(rows: Sequence[int], policy: Policy, groups: np.ndarray | None) -> Iterator[tuple[int, Sequence[int], range]]:
+    """Yield each group, the places of its rows, and where each batch begins in a rank's share; the largest counts."""
+    for group in (0,) if groups is None else np.unique(groups).tolist():
+        places = range(len(rows)) if groups is None else np.flatnonzero(groups == group)
+        yield group, places, range(0, -(-len(places) // policy.world_size), policy.micro_batch_size)

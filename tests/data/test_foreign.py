@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from data.collection import index_collection, open_collection
-from data.config import ImageFolderConfig
 from data.image_formats import UnreadableImage
 from data.images import open_contents
 from data.open import open_images
 from data.pack import pack_collection
+from tests.support import data_config
 from utils.errors import UserError
 
 
@@ -189,7 +189,7 @@ def test_folders_of_datasets_are_read(write, train, test, kind, tmp_path, load, 
     assert (rows[2].caption, rows[2].tags) == ("picture 3", ("a", "b"))
     contents = open_contents(found)
     assert [contents.read(int(row)) for row in found.rows("train")] == [png(n) for n in (1, 2, 4, 5, 6, 7)]
-    config = ImageFolderConfig(name="image_folder", root="x", validation_fraction=0.0, max_pixels=100)
+    config = data_config(max_pixels=100)
     assert open_images(found, config, 1, "white").read(int(found.rows("val")[1]))["image"].unique().tolist() == [21]
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from data import shards
 from data.collection import index_collection, open_collection
-from data.config import ImageFolderConfig
 from data.image_formats import UnreadableImage
 from data.images import Files, open_contents
 from data.loader import SampleReader, no_fields
@@ -19,7 +18,7 @@ from data.source import FileRange, join_ranges
 from data.stream import build_sampler
 from data.transforms import EvalTransform
 from tests.data.test_loader import stream, take
-from tests.support import make_collection
+from tests.support import data_config, make_collection
 from utils.errors import UserError
 
 s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
@@ -91,7 +90,7 @@ def test_a_loader_gives_what_the_files_give(workers, packed, place):
     sizes = {"image_size_hw": [32, 32], "pad": "none", "eval_resize": "squash", "eval_crop": 1.0}
     levels = {"channels": 3, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
     views = {"images": EvalTransform({**sizes, **levels, "background": "white"})}
-    config = ImageFolderConfig(name="image_folder", root="x", validation_fraction=0.0, max_pixels=10**6)
+    config = data_config(max_pixels=10**6)
     found = []
     for collection in (packed, load(place / "files", place / "cache")):
         reader = SampleReader(collection, open_images(collection, config, 3, "white"), views, no_fields, training=True)
