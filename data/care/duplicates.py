@@ -14,7 +14,7 @@ from data.duplicates import group_duplicates
 from data.facts import Facts, measure_files
 from data.image_formats import read_file
 from data.scan import check_root, list_images
-from utils.record.pictures import caption_grid
+from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track
 
 _SHEETS, _SHOWN = 60, 8  # groups in the report, and images of each
@@ -79,5 +79,7 @@ def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarra
     for path in group[:_SHOWN]:
         pixels.append(decoder(read_file(root / path), path).permute(1, 2, 0).numpy())
         height, width = pixels[-1].shape[:2]
-        captions.append([(text, path == group[0]) for text in (path.rpartition("/")[2], f"{width} x {height}")])
-    return caption_grid(pixels, captions, f"{len(group):,} images like {group[0]}")
+        texts, color = (path.rpartition("/")[2], f"{width} x {height}"), RIGHT if path == group[0] else WRONG
+        captions.append([(shorten(legible(text), 30), color) for text in texts])
+    title = f"{len(group):,} images like {shorten(legible(group[0]), 60)}"
+    return image_grid(pixels, captions, title, columns=4, tile_px=226)

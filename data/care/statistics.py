@@ -153,20 +153,20 @@ def draw_counts(title: str, label: str, values: Mapping[str, int] | np.ndarray) 
     """Draw a bar for each name, in the given order from the top, or a histogram of values [N]."""
     from matplotlib.figure import Figure  # which takes 0.3 s
 
-    from utils.record.plots import BLUE, INK, figure_to_image, style_axes
+    from utils.record.plots import figure_to_image, style
 
     is_named = isinstance(values, Mapping)
-    figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(values) if is_named else 3.6), dpi=110, layout="tight")
-    axis = figure.add_subplot(title=title, xlabel=label)
-    style_axes(axis)
-    if is_named:
-        bars = axis.barh(range(len(values)), list(values.values()), color=BLUE)
-        axis.bar_label(bars, [f"{count:,}" for count in values.values()], padding=3, fontsize=8, color=INK)
-        names = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in values]
-        axis.set_yticks(range(len(values)), names, parse_math=False)
-        axis.set_ylim(len(values) - 0.4, -0.6)
-        axis.margins(x=0.12)
-    else:
-        axis.hist(values[np.isfinite(values)], bins=60, color=BLUE)
-        axis.set_ylabel("images")
-    return figure_to_image(figure)
+    with style():
+        figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(values) if is_named else 3.6))
+        axis = figure.add_subplot(title=title, xlabel=label)
+        if is_named:
+            bars = axis.barh(range(len(values)), list(values.values()))
+            axis.bar_label(bars, [f"{count:,}" for count in values.values()], padding=3)
+            names = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in values]
+            axis.set_yticks(range(len(values)), names)
+            axis.set_ylim(len(values) - 0.4, -0.6)
+            axis.margins(x=0.12)
+        else:
+            axis.hist(values[np.isfinite(values)], bins=60)
+            axis.set_ylabel("images")
+        return figure_to_image(figure)

@@ -27,7 +27,7 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     title = (
         f"The {len(classes)} most confused of {len(class_names):,} classes; "
         f"images wrong in all: {wrong:,} of {total:,}\n"
-        "numbers are per cent of the row's images; other: classes that are not shown"
+        "numbers are per cent of the row's images; other: of classes that are not shown"
     )
     counts, names = confusion.matrix(classes), [class_names[index] for index in classes]
     elsewhere = samples[classes] - counts.sum(axis=1)
@@ -36,39 +36,40 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
 
 def draw_mistakes(kept: Mapping[str, np.ndarray], confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
     """Draw the most confident mistakes, `kept` in that order."""
-    total = int(confusion.samples.sum())
-    wrong = total - int(confusion.correct.sum())
-    shown = _predictions(kept, np.arange(len(kept["sample_id"])), class_names)
-    title = f"Mistakes, the most confident first: {len(shown)} of {wrong:,} (images: {total:,})"
-    return pictures.prediction_grid(shown, f"{title}\ntrue → predicted (probability)")
+    total, count = int(confusion.samples.sum()), len(kept["sample_id"])
+    title = (
+        f"Mistakes, the most confident first: {count} of {total - int(confusion.correct.sum()):,} (images: {total:,})\n"
+        "true → predicted (probability)"
+    )
+    return _draw_samples(kept, np.arange(count), class_names, title)
 
 
 def draw_predictions(kept: Mapping[str, np.ndarray], total: int, class_names: Sequence[str]) -> np.ndarray:
     """Draw samples and their predictions, in the order of their rows."""
-    shown = _predictions(kept, kept["sample_id"].argsort(), class_names)
-    title = f"Predictions: {len(shown)} of {total:,} images, the same ones each time"
-    return pictures.prediction_grid(shown, f"{title}\ntrue → predicted (probability); blue right, red wrong")
+    title = (
+        f"Predictions: {len(kept['sample_id'])} of {total:,} images, the same ones each time\n"
+        "true → predicted (probability); blue right, red wrong"
+    )
+    return _draw_samples(kept, kept["sample_id"].argsort(), class_names, title)
 
 
-def _predictions(
-    kept: Mapping[str, np.ndarray], order: np.ndarray, class_names: Sequence[str]
-) -> list[pictures.Prediction]:
-    """Return samples in an order; `kept` has images [N, C, H, W], labels, predicted and prob [N]."""
-    images = _as_bytes(kept["images"])
-    return [
-        pictures.Prediction(
-            images[index].transpose(1, 2, 0),
-            class_names[kept["labels"][index]],
-            class_names[kept["predicted"][index]],
-            float(kept["prob"][index]),
-        )
-        for index in order
-    ]
+def _draw_samples(
+    kept: Mapping[str, np.ndarray], order: np.ndarray, class_names: Sequence[str], title: str
+) -> np.ndarray:
+    """Draw samples in an order; `kept` has images [N, C, H, W], labels, predicted and prob [N]."""
+    captions = []
+    for label, predicted, prob in zip(kept["labels"][order], kept["predicted"][order], kept["prob"][order]):
+        color = pictures.RIGHT if label == predicted else pictures.WRONG
+        true, given = (pictures.legible(class_names[index]) for index in (label, predicted))
+        mark = "✓" if label == predicted else f"→ {pictures.shorten(given, 14)}"
+        captions.append([(pictures.shorten(true, 20), color), (f"{mark} ({prob:.2f})", color)])
+    return pictures.image_grid(_as_images(kept["images"])[order], captions, title)
 
 
-def _as_bytes(images: np.ndarray) -> np.ndarray:
-    """Return images of bytes, or of floats from 0 to 1, as bytes."""
-    return images if images.dtype == np.uint8 else (images * 255.0).round().clip(0, 255).astype(np.uint8)
+def _as_images(images: np.ndarray) -> np.ndarray:
+    """Return [N, C, H, W] images of bytes, or of floats from 0 to 1, as [N, H, W, C] bytes."""
+    pixels = images if images.dtype == np.uint8 else (images * 255.0).round().clip(0, 255).astype(np.uint8)
+    return pixels.transpose(0, 2, 3, 1)
 
 
 def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
@@ -80,32 +81,43 @@ def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> n
     captions = []
     for index in range(len(kept["images"])):
         wrong, missed = (
-            [(names[tag], prob) for tag, prob in zip(kept[kind][index], kept[f"{kind}_prob"][index]) if prob > 0.5]
+            [(pictures.legible(names[tag]), prob)
+             for tag, prob in zip(kept[kind][index], kept[f"{kind}_prob"][index]) if prob > 0.5]
             for kind in ("wrong", "missed")
+        )  # fmt: skip
+        captions.append(
+            [(f"+ {pictures.shorten(name, 22)} ({prob:.2f})", pictures.WRONG) for name, prob in wrong]
+            + [(f"- {pictures.shorten(name, 22)} ({1 - prob:.2f})", pictures.RIGHT) for name, prob in missed]
         )
-        captions.append([(f"+ {name} ({prob:.2f})", False) for name, prob in wrong]
-                        + [(f"- {name} ({1 - prob:.2f})", True) for name, prob in missed])  # fmt: skip
-    images = [image.transpose(1, 2, 0) for image in _as_bytes(kept["images"])]
     title = "Greatest losses\n+ given wrongly, in red; - not given, in blue (probability of the tag)"
-    return pictures.caption_grid(images, captions, title)
+    return pictures.image_grid(_as_images(kept["images"]), captions, title, columns=4, tile_px=226)
 
 
 def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.ndarray) -> np.ndarray:
-    """Draw rows of originals, masked inputs and reconstructions; each [N, H, W, C], range 0 to 1."""
-    return pictures.image_rows([original, masked, painted], ["original", "masked input", "reconstruction"])
+    """Draw rows of originals, masked inputs and reconstructions; each [N, H, W, C] uint8."""
+    title = "From the top: originals, masked inputs, reconstructions"
+    images = [*original, *masked, *painted]
+    return pictures.image_grid(images, [()] * len(images), title, columns=len(original))
 
 
 def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
     """Draw the micro precision of groups of tags over their recall; a group that has all the positives is `all`."""
-    from utils.record import plots  # matplotlib
+    from matplotlib.figure import Figure
 
-    figure, axis = plots.open_square("Precision and recall, all decisions of a group together", "recall", "precision")
-    whole = groups.get("all")
-    for name, group in groups.items():
-        if not group.support or (whole is not None and group is not whole and group.support == whole.support):
-            continue
-        precision, recall, _ = group.micro()
-        some = group.predicted > 0
-        axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
-    axis.legend(frameon=False, fontsize=9.5)
-    return plots.figure_to_image(figure)
+    from utils.record import plots
+
+    with plots.style():
+        figure = Figure(figsize=(6.4, 6.0))
+        axis = figure.add_subplot(
+            title="Precision and recall, all decisions of a group together",
+            xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01),
+        )  # fmt: skip
+        whole = groups.get("all")
+        for name, group in groups.items():
+            if not group.support or (whole is not None and group is not whole and group.support == whole.support):
+                continue
+            precision, recall, _ = group.micro()
+            some = group.predicted > 0
+            axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
+        axis.legend()
+        return plots.figure_to_image(figure)

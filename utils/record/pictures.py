@@ -1,27 +1,25 @@
-"""Pictures of predictions, set by matplotlib without a display.
+"""Pictures of predictions, set by torchvision's make_grid and matplotlib without a display.
 
 All take and return uint8 arrays: an image is [H, W, C] with 1 or 3 channels, a picture [H', W', 3]. matplotlib is
 imported where it is used: it takes 0.3 s.
 """
 
 import functools
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import pad
 from torchvision.utils import make_grid
 
-_INK, _QUIET, _RIGHT, _WRONG = "#212529", "#6c757d", "#08519c", "#be181d"
+RIGHT, WRONG = "#08519c", "#be181d"
+Line = tuple[str, str]  # of a caption: text and colour
 _FRAME = (206, 212, 218)
-_MARGIN, _TITLE_PX, _CAPTION_PX, _DPI = 24, 22, 15, 100
-_WIDTH_OF_CHAR = 0.62  # of its size: the mean of wide titles
-_ROW_TILE_PX, _GRID_TILE_PX, _GRID_COLUMNS = 96, 112, 8
+_LINE_PX, _CHARACTER_PX, _PADDING_PX = 18, 8, 8  # of a caption; between tiles
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 _LONGEST = 200  # characters of a name that are looked at
 
@@ -38,16 +36,15 @@ def _fonts() -> list[Any]:
 
 
 @functools.cache
-def _characters(file: str) -> frozenset[int]:
-    from matplotlib.font_manager import get_font
-
-    return frozenset(get_font(file).get_charmap())
-
-
-@functools.lru_cache(maxsize=65536)
 def _font_of(char: str) -> str | None:
     """Return the first font that has a character, None for none."""
-    return next((font.name for font in _fonts() if ord(char) in _characters(font.fname)), None)
+    from matplotlib.font_manager import get_font
+
+    return next((font.name for font in _fonts() if get_font(font.fname).get_char_index(ord(char))), None)
+
+
+def _families(text: str) -> list[str]:
+    return list(dict.fromkeys(["DejaVu Sans", *filter(None, map(_font_of, text))]))
 
 
 def legible(name: str) -> str:
@@ -73,108 +70,57 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2].rstrip()}…{text[len(text) - (most - 1) // 2 :].lstrip()}"
 
 
-def _font(text: str, px: float, color: str = _INK) -> dict[str, object]:
-    """Return matplotlib's properties of a text at a size in pixels."""
-    families = list(dict.fromkeys(["DejaVu Sans", *(family for char in text if (family := _font_of(char)))]))
-    return {"fontsize": 72 * px / _DPI, "color": color, "family": families, "parse_math": False}
+def _to_tile(image: np.ndarray, tile_px: int) -> torch.Tensor:
+    """Return [3, tile_px, tile_px]: an image as large as it fits, in a frame, on white.
 
-
-def _to_tile(image: np.ndarray, tile_px: int) -> Image.Image:
-    """Return an image at about `tile_px` pixels; small ones by whole factors, so that their pixels stay visible."""
+    Small ones grow by whole factors, so that their pixels stay visible.
+    """
     picture = Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image))
-    factor = tile_px // max(picture.size)
-    if factor >= 2:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    size = [max(1, math.floor(side * tile_px / max(picture.size))) for side in picture.size]
-    return picture.resize(tuple(size), Image.Resampling.LANCZOS)
+    inside = tile_px - 2
+    if (factor := inside // max(picture.size)) >= 2:
+        picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
+    else:
+        picture = ImageOps.contain(picture, (inside, inside), Image.Resampling.LANCZOS)
+    framed = ImageOps.expand(picture, 1, _FRAME)  # white has no edge on white
+    tile = Image.new("RGB", (tile_px, tile_px), "white")
+    tile.paste(framed, ((tile_px - framed.width) // 2, tile_px - framed.height))
+    return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
 
 
-def _draw_page(page: Image.Image, texts: Sequence[tuple[int, int, str, int, str, str]]) -> np.ndarray:
-    """Draw texts over a page: (left or right end or centre, middle, text, size in pixels, colour, alignment)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def image_grid(
+    images: Sequence[np.ndarray],
+    captions: Sequence[Sequence[Line]],
+    title: str,
+    *,
+    columns: int = 8,
+    tile_px: int = 114,
+) -> np.ndarray:
+    """Draw images in rows, each with its lines under it, below a title."""
     from matplotlib.figure import Figure
 
-    width, height = page.size
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    figure.figimage(np.asarray(page))
-    for x, y, text, px, color, align in texts:
-        figure.text(x / width, 1 - y / height, text, ha=align, va="center", **_font(text, px, color))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    from utils.record.plots import figure_to_image, style
 
-
-def image_rows(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
-    """Lay out rows of images, each [N, H, W, C] with one N, H, W, with a label before each row."""
-    tiles = [np.asarray(_to_tile(image, _ROW_TILE_PX)) for row in rows for image in row]
-    height = tiles[0].shape[0] + 6
-    grid = make_grid(torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=6, pad_value=255)
-    left = _MARGIN + 10 * max(map(len, labels))
-    page = Image.new("RGB", (left + grid.shape[2] + _MARGIN, grid.shape[1] + 2 * _MARGIN), "white")
-    page.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (left, _MARGIN))
-    middles = [_MARGIN + number * height + height // 2 for number in range(len(labels))]
-    return _draw_page(page, [(left - 8, y, text, _CAPTION_PX, _INK, "right") for y, text in zip(middles, labels)])
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An image, its class, the predicted class and its probability."""
-
-    image: np.ndarray
-    true: str
-    predicted: str
-    prob: float
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the prediction is right."""
-        return self.true == self.predicted
-
-
-def prediction_grid(predictions: Sequence[Prediction], title: str) -> np.ndarray:
-    """Draw images with class and prediction under each, in blue where right and in red where wrong."""
-    captions = []
-    for item in predictions:
-        mark = "✓" if item.is_right else f"→ {shorten(legible(item.predicted), 14)}"
-        lines = (shorten(legible(item.true), 20), f"{mark} ({item.prob:.2f})")
-        captions.append([(line, item.is_right) for line in lines])
-    return _draw_grid([_to_tile(item.image, _GRID_TILE_PX) for item in predictions], captions, title, _GRID_COLUMNS)
-
-
-def caption_grid(
-    images: Sequence[np.ndarray], captions: Sequence[Sequence[tuple[str, bool]]], title: str
-) -> np.ndarray:
-    """Draw images with lines under each, in blue where their flag is true and in red where not; long ones are cut."""
-    lines = [[(shorten(legible(text), 30), flag) for text, flag in item] for item in captions]
-    return _draw_grid([_to_tile(image, 2 * _GRID_TILE_PX) for image in images], lines, title, _GRID_COLUMNS // 2)
-
-
-def _draw_grid(
-    tiles: Sequence[Image.Image], captions: Sequence[Sequence[tuple[str, bool]]], title: str, columns: int
-) -> np.ndarray:
-    """Draw tiles in rows, each with lines under it, below a title whose first line is larger."""
-    columns, line_px = min(columns, max(1, len(tiles))), 22
-    cell = max([0, *(tile.width for tile in tiles)] + [10 * len(text) for lines in captions for text, _ in lines]) + 16
-    row = max([tile.height for tile in tiles], default=0) + line_px * max(map(len, captions), default=0) + 20
-    heading = title.split("\n")
-    top = _MARGIN + 32 * len(heading)
-    sizes = [_TITLE_PX] + [_CAPTION_PX] * len(heading)
-    width = max(columns * cell, *(round(_WIDTH_OF_CHAR * px * len(line)) for line, px in zip(heading, sizes)))
-    width += 2 * _MARGIN
-    page = Image.new("RGB", (width, top + -(-len(tiles) // columns) * row + _MARGIN), "white")
-    texts = [
-        (_MARGIN, _MARGIN + 32 * number, line, _CAPTION_PX if number else _TITLE_PX, _QUIET if number else _INK, "left")
-        for number, line in enumerate(heading)
-    ]
-    for place, (tile, lines) in enumerate(zip(tiles, captions)):
-        centre, y = _MARGIN + place % columns * cell + cell // 2, top + place // columns * row
-        page.paste(
-            ImageOps.expand(tile, 1, _FRAME), (centre - tile.width // 2 - 1, y - 1)
-        )  # white has no edge on white
-        for number, (line, flag) in enumerate(lines):
-            middle = y + tile.height + 16 + line_px * number
-            texts.append((centre, middle, line, _CAPTION_PX, _RIGHT if flag else _WRONG, "center"))
-    return _draw_page(page, texts)
+    cell = max([tile_px, *(_CHARACTER_PX * len(text) for lines in captions for text, _ in lines)])
+    below = _LINE_PX * max(map(len, captions), default=0)
+    tiles = [pad(_to_tile(image, tile_px), ((cell - tile_px) // 2, -(-(cell - tile_px) // 2), 0, below), value=255)
+             for image in images] or [torch.full((3, 1, cell), 255, dtype=torch.uint8)]  # fmt: skip
+    columns = min(columns, len(tiles))
+    grid = make_grid(torch.stack(tiles), columns, _PADDING_PX, pad_value=255).permute(1, 2, 0).numpy()
+    with style():
+        figure = Figure(figsize=(grid.shape[1] / 110, grid.shape[0] / 110))
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.imshow(grid, interpolation="nearest")
+        axis.axis("off")
+        axis.set_title(title)
+        for place, lines in enumerate(captions):
+            x = place % columns * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
+            y = place // columns * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px
+            for number, (text, color) in enumerate(lines):
+                axis.text(
+                    x, y + _LINE_PX * (number + 0.5), text, color=color, ha="center", va="center",
+                    family=_families(text), in_layout=False,
+                )  # fmt: skip
+        return figure_to_image(figure)
 
 
 def confusion_matrix(
@@ -189,53 +135,41 @@ def confusion_matrix(
     """Draw a confusion matrix: rows are true classes, shaded by their share of the row's samples.
 
     counts: [N, N], row true, column predicted; samples: [N], each class's images. `percent` writes shares of the row
-    in place of counts. elsewhere: [N], predictions of classes that are not shown, as a separate column.
+    in place of counts. elsewhere: [N], predictions of classes that are not shown.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    from utils.record.plots import figure_to_image
+    from utils.record.plots import figure_to_image, style
 
-    number, totals = len(names), np.maximum(np.asarray(samples), 1)[:, None]
-    cell = 0.9 if number <= 6 else 0.7 if number <= 12 else 0.46
+    shares = np.asarray(counts) / np.maximum(samples, 1)[:, None]
+    cell = 0.9 if len(names) <= 6 else 0.7 if len(names) <= 12 else 0.46  # inches
     shown = [shorten(legible(name), 24) for name in names]
-    flat = max(map(len, shown), default=0) * 0.1 < cell
-    # A character alone may have many look-alikes: a row also says which it is.
-    rows = [text if text == name or len(text) > 2 else f"{text}  {name}" for text, name in zip(shown, names)]
-    # Inches around the matrix: matplotlib's layout engines draw everything again to measure it.
-    side, right = 0.7 + 0.11 * max(map(len, rows), default=0), 2.0
-    top, bottom = 1.2 + (0.0 if flat else 0.11 * max(map(len, shown), default=0)), 0.2
-    title_width = 0.3 + _WIDTH_OF_CHAR * 18 * max(map(len, title.split("\n"))) / _DPI
-    width, height = max(cell * number + side + right, title_width), cell * number + top + bottom
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    axis = figure.add_axes((side / width, bottom / height, cell * number / width, cell * number / height))
-    shares = np.asarray(counts) / totals
-    ConfusionMatrixDisplay(shares, display_labels=shown).plot(
-        include_values=False, cmap="Blues", ax=axis, colorbar=False, im_kw={"norm": PowerNorm(0.7, 0, 1)},
-    )  # fmt: skip
-    axis.xaxis.tick_top()
-    axis.tick_params("x", labelrotation=0 if flat else 90)
-    axis.xaxis.set_label_position("top")
-    axis.set(xlabel="predicted", ylabel="true")
-    axis.set_yticks(range(number), rows)
-    for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
-        label.set(**_font(label.get_text(), _CAPTION_PX))
-    figure.text(0.15 / width, 1 - 0.3 / height, title, va="center", **_font(title, 18))
-
-    def write(x: float, y: float, text: str, color: str) -> None:
-        axis.text(x, y, text, ha="center", va="center", **_font(text, 13, color))
-
-    for row, column in zip(*np.nonzero(counts)):
-        share = shares[row, column]
-        text = f"{100 * share:.0f}" if percent else f"{counts[row, column]:,}"
-        write(column, row, text, "white" if share > 0.45 else _INK)
-    extra = {"images": samples} if elsewhere is None else {"other": elsewhere, "images": samples}
-    for place, (name, values) in enumerate(extra.items()):
-        x = number - 0.5 + (0.5 + 0.8 * place) / cell
-        write(x, -0.5 - 0.25 / cell, name, _QUIET)
-        for row, value in enumerate(values):
-            as_share = percent and name == "other" and samples[row]
-            text = f"{100 * value / samples[row]:.0f}" if as_share else f"{value:,}"
-            write(x, row, text if value or name == "images" else "", _QUIET)
-    return figure_to_image(figure)
+    is_flat = max(map(len, shown)) * 0.1 < cell
+    rows = []
+    for row, (text, name) in enumerate(zip(shown, names)):
+        # A character alone may have many look-alikes: a row also says which it is.
+        called = text if text == name or len(text) > 2 else f"{text}  {name}"
+        other = "" if elsewhere is None else f", other {100 * elsewhere[row] / max(samples[row], 1):.0f}"
+        rows.append(f"{called}  ({samples[row]:,}{other})")
+    with style():
+        figure = Figure(figsize=(cell * len(names), cell * len(names)))
+        display = ConfusionMatrixDisplay(shares, display_labels=shown).plot(
+            ax=figure.add_axes((0, 0, 1, 1)), cmap="Blues", colorbar=False, im_kw={"norm": PowerNorm(0.7, 0, 1)},
+            text_kw={"in_layout": False},
+        )  # fmt: skip
+        axis = display.ax_
+        axis.grid(False)
+        axis.xaxis.tick_top()
+        axis.tick_params("x", labelrotation=0 if is_flat else 90)
+        axis.xaxis.set_label_position("top")
+        axis.set(xlabel="predicted", ylabel="true (images)")
+        axis.set_yticks(range(len(names)), rows)
+        for label, text in zip((*axis.get_xticklabels(), *axis.get_yticklabels()), (*shown, *rows)):
+            label.set_family(_families(text))
+        axis.set_title(title, pad=12)
+        for text, share, count in zip(display.text_.flat, shares.flat, np.asarray(counts).flat):
+            text.set_text(f"{100 * share:.0f}" if percent else f"{count:,}")
+            text.set_visible(count > 0)
+        return figure_to_image(figure)
