@@ -16,23 +16,26 @@ import utils.config.help  # noqa: F401, I001 (answers --help before the slow imp
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data.config import DataConfig
+from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor, open_weights
 from engine.run import start_machine
 from engine.runtime import Runtime
 from engine.task import Report
-from engine.tasks.arena import Arena, ArenaConfig, Entrant
-from engine.tasks.kind import Targets
+from engine.tasks.arena import Arena, ArenaConfig
+from engine.tasks.tagging import TaggingTask
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
+from utils.errors import UserError
 from utils.io.files import output_errors, write_json
 from utils.io.result_folder import open_result_folder
 from utils.io.safe_text import Lines
@@ -45,7 +48,7 @@ from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
 from utils.text_table import show_rows
 from utils.thresholds import FILE as THRESHOLDS
-from utils.thresholds import write_thresholds
+from utils.thresholds import PER_TAG, write_thresholds
 
 log = get_logger(__name__)
 
@@ -56,6 +59,13 @@ _DRY_RUN = "dry run: nothing is measured"
 def _as_list(value: Any) -> Any:
     """Return one path, with brackets or without, as a list: on a command line, only a comma makes one of paths."""
     return [value.removeprefix("[").removesuffix("]")] if isinstance(value, str) else value
+
+
+class Targets(Strict):
+    """What the profiles high_precision and high_recall are to reach."""
+
+    precision: Annotated[float, Field(gt=0, lt=1)]
+    recall: Annotated[float, Field(gt=0, lt=1)]
 
 
 class EvaluateConfig(Strict):
@@ -103,12 +113,12 @@ class RunData(BaseModel):
 
 def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     """Measure `models` on the tags that all of them know; returns the best one's line."""
-    entrants = []
+    models = {}
     for name in config.models:
         path = Path(name) / "model.onnx"
         path = path if path.is_file() else find_weights(name, "best", "models")
-        entrants.append(Entrant.of(name, load_predictor(path, runtime.device, "models")))
-    arena = Arena(entrants, config.data, config.arena, runtime, config.batch_size)
+        models[name] = load_predictor(path, runtime.device, "models")
+    arena = Arena(models, config.data, config.arena, runtime, config.batch_size)
     if config.dry_run:
         return _DRY_RUN
     with torch.inference_mode(), runtime.autocast():
@@ -149,10 +159,15 @@ def main(config: EvaluateConfig, job: Job) -> str:
     saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(RunData)
     path = choose_weights(config.run_dir or "", config.weights)
     weights = open_weights(path)
-    task, pipeline, step = weights.task, weights.kind.pipeline, weights.metadata["step"]
-    data = pipeline.open(
-        config.data or saved.data, weights.setup, runtime, seed=saved.seed if saved else 0, batch_size=config.batch_size
-    )
+    task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
+    if config.calibrate and not isinstance(task, TaggingTask):
+        name = weights.metadata["task"]["name"]
+        raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
+    data_config, seed = config.data or saved.data, saved.seed if saved else 0
+    collection = load_collection(data_config)
+    images = kind.source(collection, data_config, setup, repeats=False)
+    data = Data(collection, images, runtime, seed=seed, batch_size=config.batch_size, run_path=None)
+    log.info("%s", describe_collection(collection))
     if config.dry_run:
         return _DRY_RUN
     if config.runtime.precision == "auto":
@@ -162,15 +177,15 @@ def main(config: EvaluateConfig, job: Job) -> str:
         task.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
-    loaders, started = pipeline.evaluation(data, weights.setup, training=False), time.perf_counter()
+    loaders, started = kind.evaluation(data, setup, training=False), time.perf_counter()
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
         seconds = time.perf_counter() - started
         if config.calibrate:
             loader = track(loaders["val"], len(loaders["val"]), "calibrating")
-            thresholds, found = weights.kind.calibrate(task, loader, config.calibration)
-            report.tables |= found.tables
+            thresholds = task.calibrate(loader, config.calibration.precision, config.calibration.recall)
+            report.tables["thresholds"] = [asdict(row) for row in thresholds.rows if row.profile != PER_TAG]
     if distributed.is_main():
         folder = Path(config.run_dir or "")
         if config.run_dir is None:
@@ -178,7 +193,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
             folder = open_result_folder(_RESULTS / path.stem, source)
         figures = {"weights": str(path), "step": step, "seconds": round(seconds, 3), **report.scalars}
         output = Path(config.output or folder / "metrics.json")
-        title = f"{path}, step {step}, on {data.collection.root}"
+        title = f"{path}, step {step}, on {collection.root}"
         write_results(folder, output, title, figures, report, prefix="evaluate_")
         if config.calibrate:
             with output_errors("run_dir", folder):

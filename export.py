@@ -16,8 +16,7 @@ from pathlib import Path
 
 from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
-from models.export.model_card import licence_entry
-from models.export.model_card import add_report
+from models.export.model_card import add_report, licence_entry
 from utils.config.entry_point import Job, entry_point
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights
@@ -32,10 +31,8 @@ def main(config: ExportConfig, job: Job) -> str:
     """Export."""
     started = time.time()
     # ------------------------------------------------------------------------------------------------ 1. The weights
-    weights = open_weights(choose_weights(config.run_dir or "", config.weights)).with_licence(config.licence)
-    if config.backbone_only:
-        weights = weights.without_head()
-    weights = weights.of_one_size()
+    weights = open_weights(choose_weights(config.run_dir or "", config.weights))
+    weights = (weights.without_head() if config.backbone_only else weights).for_export(config.licence)
     find_format(config.format, weights)
     if config.dry_run:
         return "dry run: nothing is written"

@@ -14,9 +14,8 @@ The same command resumes.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from engine.tasks.image_pipeline import ImageTrainingConfig
-from engine.tasks.kinds import task_schema
-from engine.tasks.training import train
+from engine.tasks.image_kind import ImageTrainingConfig
+from engine.tasks.kinds import task_schema, train
 from utils.config.entry_point import entry_point
 
 

@@ -19,8 +19,7 @@ from pydantic import model_validator
 
 from data.config import DataConfig
 from engine.config import TrainingConfig
-from engine.tasks.kinds import task_schema
-from engine.tasks.training import train
+from engine.tasks.kinds import task_schema, train
 from models.sdxl.networks import SDXLConfig
 from utils.config.entry_point import entry_point
 

@@ -15,9 +15,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from engine.tasks.image_pipeline import ImageTrainingConfig
-from engine.tasks.kinds import task_schema
-from engine.tasks.training import train
+from engine.tasks.image_kind import ImageTrainingConfig
+from engine.tasks.kinds import task_schema, train
 from utils.config.entry_point import entry_point
 
 

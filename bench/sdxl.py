@@ -34,9 +34,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from bench.measure import OUT, Comparison, bench_loop, build_bench_run, run_bench
+from data.open import Data, load_collection
 from engine.run import build_task
 from engine.runtime import choose_runtime
-from engine.tasks.diffusion import DiffusionKind
+from engine.tasks.diffusion_kind import DiffusionKind
 from engine.train_one_epoch import Vote, train_one_epoch
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.sampling import scheduler_config
@@ -74,10 +75,12 @@ def pictures(folder, count, side_px):
 def start(config):
     """Open the data of a run, as its start does; returns the setup and the endless stream of steps."""
     kind = DiffusionKind()
-    data = kind.pipeline.open_training(config, choose_runtime(config.runtime), None)
-    setup = kind.set_up(config, data.collection)
+    collection = load_collection(config.data)
+    setup = kind.set_up(config, collection)
+    source, runtime = kind.source(collection, config.data, setup, repeats=True), choose_runtime(config.runtime)
+    data = Data(collection, source, runtime, seed=config.seed, batch_size=BATCH, run_path=None)
     plan = SimpleNamespace(world_size=1, global_batch_size=BATCH, micro_batch_size=BATCH, accum_steps=1)
-    return setup, kind.pipeline.streams(data, setup, config).train.steps(0, plan)
+    return setup, kind.streams(data, setup, config).train.steps(0, plan)
 
 
 def make_task(config, setup):

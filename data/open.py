@@ -16,7 +16,7 @@ The way of an image, each step a call of the one before:
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -173,18 +173,9 @@ class Data:
         policy = Policy(self._seed, world * self.batch_size, self.batch_size, distributed.rank(), world)
         return EvaluationStream(self._loader(fields, views, training=False), rows, policy, groups)
 
-    def prepared(
-        self,
-        rows: np.ndarray,
-        fields: Fields,
-        preprocessing: Mapping[str, Any],
-        make: Callable[[Mapping[str, Any]], Views] = evaluation_views,
-    ) -> EvaluationStream:
-        """Return some images as a weight file's preprocessing says: of buckets, each batch in one of them.
-
-        make: from the preprocessing in one bucket to views.
-        """
-        views = ByGroup.views(in_buckets(preprocessing), make)
+    def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Mapping[str, Any]) -> EvaluationStream:
+        """Return some images as a weight file's preprocessing says: of buckets, each batch in one of them."""
+        views = ByGroup.views(in_buckets(preprocessing), evaluation_views)
         return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:

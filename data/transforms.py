@@ -26,7 +26,6 @@ from utils.canvas import DEFAULT, background_levels, background_of
 # pixels would become one of 256 x 12,800,000. Of one that is padded, all is shrunk to this many times the image size.
 _LONGEST = 8
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
-FOOTPRINT = "footprint"  # of a sample, uint8 [1, H, W], where padding is ignored
 _PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 
 # From uint8 [C, H, W] of any size to uint8 [C, h, w] of the size that the draw's group has. A view that is no image may
@@ -234,32 +233,6 @@ def _changes(config: AugmentConfig) -> list[Any]:
         noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
         steps.append(NoiseErasing(config.random_erasing, *noise))
     return steps
-
-
-class Footprint:
-    """Which pixels of the view `images` are the image's own and not padding: 255 or 0, uint8 [1, h, w].
-
-    The same view of a white image on black, by the same draws. transform: of that view, without changes of colour.
-    """
-
-    def __init__(self, transform: Transform) -> None:
-        self._transform = transform
-
-    @classmethod
-    def of_training(cls, config: AugmentConfig) -> "Footprint":
-        """Return that of the view that `TrainTransform` makes of a config without `rand_augment`."""
-        changes = {"color_jitter": None, "random_erasing": 0.0, "fill": 0}
-        return cls(TrainTransform(config.model_copy(update=changes), "black"))
-
-    @classmethod
-    def of_evaluation(cls, preprocessing: Mapping[str, Any]) -> "Footprint":
-        """Return that of the view that `EvalTransform` makes."""
-        return cls(EvalTransform({**preprocessing, "background": "black"}))
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the footprint of an image."""
-        with rng.seeded(draw.key):  # that of the first view; this one has another
-            return self._transform(torch.full_like(image[:1], 255), draw)
 
 
 class EvalTransform:

@@ -265,7 +265,7 @@ class Saver:
             "precision": learner.runtime.precision,
             **({"frozen": self._frozen} if self._frozen else {}),
             **({"origin": learner.task.origin} if learner.task.origin else {}),
-            **learner.task.exported().metadata,
+            **learner.task.metadata,
         }
 
 

@@ -8,7 +8,7 @@ networks run stacked blocks by calling them: FSDP all-gathers a block's weights 
     task(batch, progress) -> StepOutput       one loss per sample
     task.roles                                which networks are trained, averaged, frozen
     task.initialise(source)                   initial weights from `init_from`
-    task.exported() -> Exported               what weight files and exports hold, and what is judged best
+    task.exported, task.metadata              what weight files and exports hold, and what is judged best
     task.after_step(step, progress, applied)  optional: a teacher's update
     task.evaluate(loaders, step) -> Report    exact over ranks
 """
@@ -75,21 +75,12 @@ class Roles:
     passed: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What weight files and exports hold: attribute names of the task's networks, and metadata (JSON values).
-
-    The tensors of a single network keep their own names in the file; those of several are prefixed with the network's.
-    """
-
-    networks: tuple[str, ...] = ("network",)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
 class Task(nn.Module):
     """Base of all tasks: the names that the engine uses, and defaults for what is optional.
 
     best_metric: the scalar of a report that decides which weights are best; `best_is_lowest` is its direction.
+    exported: names of the networks that weight files and exports hold. The tensors of a single one keep their own names
+    in a file; those of several are prefixed with the network's. metadata: of the files (JSON values).
     origin: what is known of the weights that training began with, such as their licence (JSON values), or None. It is
     checkpointed and written into weight files.
     """
@@ -97,6 +88,8 @@ class Task(nn.Module):
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
     roles: Roles = Roles()
+    exported: tuple[str, ...] = ("network",)
+    metadata: Mapping[str, Any] = {}
     origin: dict[str, Any] | None = None
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
@@ -128,10 +121,6 @@ class Task(nn.Module):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure on the loaders' samples, exact over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
-
-    def exported(self) -> Exported:
-        """Return what weight files and exports hold."""
-        return Exported()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all networks but the frozen ones, which stay in eval mode."""
@@ -177,7 +166,7 @@ def checkpointed_state(task: Task) -> dict[str, Tensor]:
 
 def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split tensors by full name into those of a weight file, under the file's names, and the rest."""
-    networks = task.exported().networks
+    networks = task.exported
     exported, rest = {}, {}
     for name, tensor in tensors.items():
         network = next((network for network in networks if name.startswith(f"{network}.")), None)
@@ -190,14 +179,14 @@ def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
 
 def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo `split_exported`."""
-    networks = task.exported().networks
+    networks = task.exported
     prefix = f"{networks[0]}." if len(networks) == 1 else ""
     return {f"{prefix}{name}": tensor for name, tensor in exported.items()} | dict(rest)
 
 
 def exports_average(task: Task) -> bool:
     """Return whether all exported networks are averaged, so that their average is what is judged and exported."""
-    return set(task.exported().networks) <= set(task.roles.averaged)
+    return set(task.exported) <= set(task.roles.averaged)
 
 
 def fingerprint_frozen(task: Task) -> dict[str, str]:

@@ -158,51 +158,35 @@ class FCMAE(nn.Module):
             pixels = targets.from_map(self.pred(x))
         return self._join_sites(pixels, removed.shape[1])
 
-    def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None) -> Tensor:
+    def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].
 
         images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
-        by its own mean and deviation. The loss does not see the values at visible patches. footprint: the weight of
-        each pixel, float [B, 1, H, W], 0 for padding; means and deviations are over the others, a loss of none is 0.
+        by its own mean and deviation. The loss does not see the values at visible patches.
         """
-        target, mean, std, weights = self._target(images, mask, footprint)
-        errors = (pred.float() - (target - mean) / std).square()
-        if weights is None:
-            return errors.mean(dim=(1, 2))
-        return (weights * errors).sum(dim=(1, 2)) / weights.sum(dim=(1, 2)).clamp(min=1.0)
+        target, mean, std = self._target(images, mask)
+        return (pred.float() - (target - mean) / std).square().mean(dim=(1, 2))
 
-    def _target(
-        self, images: Tensor, mask: Tensor, footprint: Tensor | None
-    ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | None]:
-        """Return the removed patches, float32 [B, M, P], what they are normalised by, and the weights of their values.
+    def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Return the removed patches, float32 [B, M, P], and what they are normalised by.
 
         mean and standard deviation [B, M, 1]: the variance is unbiased and grows by 1e-6 under the root, which keeps a
         constant patch finite; 0 and 1 without `norm_pix_loss`.
         """
         places = self.split(mask)[1][..., None]
         target = patchify(images.float(), self.patch_px).take_along_dim(places, dim=1)
-        weights = None
-        if footprint is not None:
-            weights = patchify(footprint.expand_as(images).float(), self.patch_px).take_along_dim(places, dim=1)
         if not self.norm_pix_loss:
-            return target, 0.0, 1.0, weights
-        if weights is None:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
-        else:
-            total = weights.sum(dim=-1, keepdim=True)
-            mean = (weights * target).sum(dim=-1, keepdim=True) / total.clamp(min=1.0)
-            squares = (weights * (target - mean).square()).sum(dim=-1, keepdim=True)
-            variance = squares / (total - 1.0).clamp(min=1.0)
-        return target, mean, (variance + 1e-6).sqrt(), weights
+            return target, 0.0, 1.0
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
+        return target, mean, (variance + 1e-6).sqrt()
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor, footprint: Tensor | None = None) -> Tensor:
+    def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the images with the masked patches painted by `pred`, float32 [B, C, H, W].
 
         Where the target was normalised, the prediction is scaled back by the target patch's own mean and deviation.
-        footprint: as in `loss_per_sample`.
         """
-        _, mean, std, _ = self._target(images, mask, footprint)
+        _, mean, std = self._target(images, mask)
         patches = patchify(images.float(), self.patch_px)
         places = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
         return unpatchify(patches.scatter(1, places, pred.float() * std + mean), self.patch_px, images.shape[-2:])

@@ -250,7 +250,7 @@ def make_setup(task):
         model = read_group(ModelConfig, "model", "convnextv2_atto", **small)
     kind = KINDS[task]
     if task == "diffusion":
-        model = read_group(kind.model_schema, "model", "sdxl_tiny")
+        model = read_group(kind.model, "model", "sdxl_tiny")
         patch_configs()
     config = {
         "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
@@ -265,9 +265,9 @@ def make_setup(task):
         "flow": lambda: kind.config(name=task, chunk=2, label_dropout=0.1),
     }[task]()
     if task == "flow":
-        model = kind.model_schema(name="toy", in_channels=3, width=8)
+        model = kind.model(name="toy", in_channels=3, width=8)
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
-    facts = dict.fromkeys(kind.fact_names, NAMES)
+    facts = dict.fromkeys(kind.names, NAMES)
     if task in ("tagging", "distillation"):
         orientation = {"pairs": [[4, 5]], "dropped": [6], "no_flip": [6]}
         facts = Vocabulary(tuple(NAMES), (9, 9, 9, 9, 0, 0, 4), (5,) * 7, tuple(range(7))).facts()

@@ -1,6 +1,7 @@
 """evaluate.py models=[...]: taggers over files of the WD form, runs and weight files; report.html; refusals."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -109,7 +110,11 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
 
 def test_a_tag_is_known_by_category_and_our_spelling():
     words = Vocabulary(("Hat \\(x\\)", "general", "general", "no_character"), (0, 9, 0, 4), (1, 2, 3, 0), (0,) * 4)
-    assert known_outputs(words) == {(0, "hat_(x)"): 0, (9, "general"): 1, (0, "general"): 2}
+    assert known_outputs("ours", SimpleNamespace(metadata=words.facts())) == {
+        (0, "hat_(x)"): 0,
+        (9, "general"): 1,
+        (0, "general"): 2,
+    }
 
 
 CLASHES = {

@@ -5,35 +5,35 @@ The libraries are imported where they are used.
 """
 
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, model_validator
+import torch
+from pydantic import model_validator
+from torch import nn
 
-from engine.exports.sdxl import SDXL_FORMATS
 from engine.exports.weights import Weights
+from engine.tasks.diffusion import DiffusionTask
 from models.export import tag_forms
-from models.export.model_card import refuse_other_format, write_card
+from models.export.model_card import licence_entry, refuse_other_format, write_card
 from models.export.onnx_file import OnnxConfig, export_onnx
 from models.export.targets import TARGETS, export_folder
+from models.sdxl import checkpoint_files, lora
+from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
+from models.sdxl.tokenizer import build_tokenizer
 from utils.config.schema import PathText
-from utils.errors import UserError, close_names
+from utils.errors import UserError
 from utils.io.weights import WEIGHT_NAMES
 from utils.thresholds import PER_TAG, find_thresholds
 from utils.vocabulary import FACTS, vocabulary_of
 
 _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_MERGE_TOLERANCE = 1e-3  # of the largest output, in float32
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
-
-
-def check_format(name: str) -> str:
-    """Raise ValueError for a format that no weights have."""
-    if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; {close_names(name, FORMATS)}")
-    return name
 
 
 class ExportConfig(OnnxConfig):
@@ -43,7 +43,10 @@ class ExportConfig(OnnxConfig):
     is known of the licence of the source weights.
     """
 
-    format: Annotated[str, AfterValidator(check_format)]
+    format: Literal[
+        "onnx", "timm", "transformers", "safetensors", "pth", "wd14", "imgutils", "cl_tagger",
+        "kohya", "lora_diffusers", "single_file", "diffusers",
+    ]  # fmt: skip
     run_dir: PathText | None
     weights: PathText
     output: PathText | None
@@ -58,7 +61,7 @@ class ExportConfig(OnnxConfig):
             raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
         if self.run_dir is None and self.output is None:
             raise ValueError("output: must be given where there is no run_dir; add output=FOLDER")
-        if self.precision == "fp16" and self.format not in _IN_FP16:
+        if self.precision == "fp16" and self.format in TARGETS:
             raise ValueError(f"precision: format={self.format} does not read it; remove precision, or set format=onnx")
         if self.dynamic_size and self.format != "onnx":
             raise ValueError(f"dynamic_size: format={self.format} does not read it; remove it, or set format=onnx")
@@ -68,10 +71,10 @@ class ExportConfig(OnnxConfig):
 Format = Callable[[Weights, Path, ExportConfig], dict[str, Any]]
 
 
-def write_folder(name: str, weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write the files of one of TARGETS."""
-    network = weights.model.network if name in ("timm", "transformers") else weights.whole
-    return export_folder(name, network, weights.metadata, folder, config.accepted)
+    network = weights.model.network if config.format in ("timm", "transformers") else weights.whole
+    return export_folder(config.format, network, weights.metadata, folder, config.accepted)
 
 
 def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -82,9 +85,9 @@ def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
     return {"file": path.name, "onnx_max_abs_diff": difference}
 
 
-def write_tagger(form: str, weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write an ONNX file in one of the forms of models/export/tag_forms.py, and what lies beside it."""
-    vocabulary, preprocessing = vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
+    form, vocabulary, preprocessing = config.format, vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
     tag_forms.check_images(form, preprocessing)
     thresholds = find_thresholds(config.thresholds, config.run_dir, vocabulary)
     kept, rows = tag_forms.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
@@ -121,32 +124,102 @@ def write_timm_tagger(weights: Weights, folder: Path, config: ExportConfig) -> d
     return report
 
 
-IMAGE_FORMATS: Mapping[str, Format] = {
-    "onnx": write_onnx,
-    **{name: partial(write_folder, name) for name in TARGETS},
-}
-TAG_FORMATS: Mapping[str, Format] = {
-    **IMAGE_FORMATS,
-    "timm": write_timm_tagger,
-    **{form: partial(write_tagger, form) for form in _TAG_FILES},
-}
-KIND_FORMATS: Mapping[str, Mapping[str, Format]] = {"diffusion": SDXL_FORMATS}  # of kinds that make nothing of an image
-FORMATS = {*TAG_FORMATS, *(name for formats in KIND_FORMATS.values() for name in formats)}
-_IN_FP16 = {"onnx", *_TAG_FILES, *SDXL_FORMATS}
+# --------------------------------------------------------------------------------------------------------------- SDXL
+
+
+def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write a LoRA alone: for ComfyUI, the web UIs and sd-scripts (kohya), or for diffusers."""
+    if weights.setup.task.lora is None:
+        raise UserError(
+            f"format: {config.format} is of a LoRA, and this run trained the whole U-Net; set format=single_file"
+        )
+    adapter, dtype = weights.task.adapter, _DTYPES[config.precision]
+    if config.format == "lora_diffusers":
+        lora.write_diffusers(folder, adapter, dtype, {})
+        return {"file": "pytorch_lora_weights.safetensors"}
+    predicts = weights.setup.task.noise.prediction_type
+    facts = {**_facts(weights), "prediction_type": "v" if predicts == "v_prediction" else predicts}
+    metadata = {f"modelspec.{name}": text for name, text in facts.items()}
+    lora.write_kohya(folder / "lora.safetensors", adapter, dtype, metadata)
+    return {"file": "lora.safetensors"}
+
+
+def _facts(weights: Weights) -> dict[str, str]:
+    """Return what ModelSpec calls title, date and so on."""
+    height, width = weights.setup.task.samples.image_size_hw
+    return {
+        "title": weights.path.stem,
+        "date": date.today().isoformat(),
+        "resolution": f"{width}x{height}",
+        **licence_entry("license", weights.metadata),
+    }
+
+
+def whole_networks(weights: Weights) -> tuple[SDXLNetworks, dict[str, Any]]:
+    """Return all networks in float32, with what was trained in them, and a report of a LoRA's merge."""
+    task, setup = weights.task, weights.setup
+    networks = open_networks(setup.model)
+    if setup.task.lora is None:
+        for name in task.exported:
+            setattr(networks, name, task.get_submodule(name))
+        return networks, {}
+    parts = networks.parts()
+    task.adapter.attach(parts)
+    before = _run_unet(networks.unet)
+    task.adapter.merge(parts)
+    difference = float((_run_unet(networks.unet) - before).abs().max() / before.abs().max())
+    if difference > _MERGE_TOLERANCE:
+        raise UserError(f"format: the merged U-Net differs by {difference:.1e} from the LoRA beside it; report this")
+    return networks, {"merge_max_rel_diff": difference}
+
+
+@torch.no_grad()
+def _run_unet(unet: nn.Module) -> torch.Tensor:
+    config, random = unet.config, torch.Generator().manual_seed(0)
+    noisy, texts = (
+        torch.randn(1, *shape, generator=random) for shape in ((4, 16, 16), (77, config.cross_attention_dim))
+    )
+    pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    added = {"text_embeds": pooled, "time_ids": torch.zeros(1, 6)}
+    return unet(noisy, 500, encoder_hidden_states=texts, added_cond_kwargs=added).sample
+
+
+def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write the whole model: a folder of diffusers, or a single file, which is read back."""
+    networks, report = whole_networks(weights)
+    task, dtype = weights.setup.task, _DTYPES[config.precision]
+    noise = {"prediction_type": task.noise.prediction_type, "zero_terminal_snr": task.noise.zero_terminal_snr}
+    if config.format == "diffusers":
+        zeros = task.captions.dropout_to == "zeros"
+        checkpoint_files.write_diffusers(
+            folder, networks, build_tokenizer(), dtype=dtype, zeros_for_empty_prompt=zeros, **noise
+        )
+        return {"file": "model_index.json", **report}
+    path = folder / "model.safetensors"
+    checkpoint_files.write_single_file(path, networks, dtype=dtype, metadata=_facts(weights), **noise)
+    read = load_networks(path).states()
+    for part, state in networks.states().items():
+        for name, tensor in state.items():
+            assert torch.equal(read[part][name], tensor.to(dtype).float()) or part == "vae", (part, name)
+    return {"file": path.name, **report}
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+IMAGE_FORMATS: dict[str, Format] = {"onnx": write_onnx, **dict.fromkeys(TARGETS, write_folder)}
+SDXL_FORMATS = {"kohya": write_lora, "lora_diffusers": write_lora, "single_file": write_whole, "diffusers": write_whole}
+TAG_FORMATS = {**IMAGE_FORMATS, "timm": write_timm_tagger, **dict.fromkeys(_TAG_FILES, write_tagger)}
 
 
 def find_format(name: str, weights: Weights) -> Format:
-    """Return a format of some weights. Raises UserError (`weights`, `format`) where they have none, or not this one."""
+    """Return a format of some weights. Raises UserError (`format`) where they do not have it."""
     if weights.model is None:
-        task = weights.metadata["task"]["name"]
-        formats = KIND_FORMATS.get(task, {})
-        if not formats:
-            raise UserError(f"weights: {weights.path} is of task {task!r}, which has no export")
+        formats = SDXL_FORMATS if isinstance(weights.task, DiffusionTask) else {}
     else:
         is_tagger = weights.metadata["output"] == "tags" and set(FACTS) <= weights.metadata.keys()
         formats = TAG_FORMATS if is_tagger else IMAGE_FORMATS
     if name not in formats:
-        raise UserError(f"format: {name!r} is no format of these weights; {close_names(name, formats)}")
+        raise UserError(f"format: {name} is no format of {weights.path}; it has {', '.join(formats) or 'none'}")
     return formats[name]
 
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from engine.task import Task, fingerprint_frozen
-from engine.tasks.kind import Kind, Setup, check_weights, split_networks
+from engine.task import Task, fingerprint_frozen, join_exported
+from engine.tasks.kind import Kind, Setup, check_weights
 from engine.tasks.kinds import KINDS
 from models.build import build_network
 from models.config import ConvNeXtV2Config
@@ -41,30 +41,25 @@ class Weights:
     task: Task | None = None
     setup: Setup | None = None
 
-    def with_metadata(self, **changes: Any) -> Self:
-        """Return the same with other metadata."""
-        return replace(self, metadata={**self.metadata, **changes})
-
-    def with_licence(self, licence: str | None) -> Self:
-        """Return the same with a licence of the source weights; None leaves what is known of it."""
-        origin = self.metadata.get("origin") or {}
-        return self if licence is None else self.with_metadata(origin={**origin, "licence": licence})
-
-    def of_one_size(self) -> Self:
+    def for_export(self, licence: str | None) -> Self:
         """Return the same for programs that show images of one size, padded to a square.
 
-        Raises UserError (`weights`) for predictions of a network that was trained in buckets.
+        licence: of the source weights; None leaves what is known of it. Raises UserError (`weights`) for predictions of
+        a network that was trained in buckets.
         """
-        stated = self.metadata.get("preprocessing", {})
-        if stated.get("buckets_hw") is None:
-            return self
-        if self.metadata["output"] != "features":
+        metadata = dict(self.metadata)
+        if licence is not None:
+            metadata["origin"] = {**(metadata.get("origin") or {}), "licence": licence}
+        stated = dict(metadata.get("preprocessing", {}))
+        if stated.pop("buckets_hw", None) is None:
+            return replace(self, metadata=metadata)
+        if metadata["output"] != "features":
             raise UserError(
                 "weights: they were trained on images of several shapes (augment.pad=buckets), and programs that load "
                 "an export show images in a square, where such a network is wrong far more often; predict with "
                 "predict.py, or train on: python finetune.py init_from=RUN augment.pad=square"
             )
-        return self.with_metadata(preprocessing={key: stated[key] for key in stated if key != "buckets_hw"})
+        return replace(self, metadata={**metadata, "preprocessing": stated})
 
     def without_head(self) -> Self:
         """Return the backbone: the network without head and final norm, whose output is the mean of the last map.
@@ -72,12 +67,11 @@ class Weights:
         A network of timm gives its pooled features; where it pools a map and norms the result, that norm is removed
         too. The metadata name no task, because a file of these weights has none: it is for `init_from`.
         """
-        model = self.model
-        if model is None:
+        if self.model is None:
             raise UserError(
                 "backbone_only: true, but this task has no network on single images; set backbone_only=false"
             )
-        network = model.network
+        network = self.model.network
         if hasattr(network, "reset_classifier"):
             _remove_timm_head(network)
         elif getattr(network, "num_classes", 0):
@@ -85,7 +79,7 @@ class Weights:
             load_into(backbone, network.state_dict(), keep_head=False)
             network = backbone
         kept = {key: value for key, value in self.metadata.items() if key not in NAME_KEYS}
-        backbone = ImageModel(network, model.normalise, "features").eval()
+        backbone = ImageModel(network, self.model.normalise, "features").eval()
         return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
 
 
@@ -105,8 +99,7 @@ def open_weights(path: Path, key: str = "weights") -> Weights:
     tensors, _ = read_weights(path, key)
     task = kind.build(setup)
     task.load_frozen()
-    for name, state in split_networks(task, tensors).items():
-        load_into(task.get_submodule(name), state, keep_head=True)
+    task.load_state_dict(join_exported(task, tensors, {}), strict=False)
     if (built := fingerprint_frozen(task)) != (saved := metadata.get("frozen", {})):
         raise UserError(
             f"{key}: {path} was trained with other frozen networks ({saved} then, {built} now); restore them"
@@ -115,8 +108,8 @@ def open_weights(path: Path, key: str = "weights") -> Weights:
     metadata |= {"output": kind.output}
     if kind.output is None:
         return Weights(path, None, None, metadata, kind, task, setup)
-    model = ImageModel(kind.image_network(task), setup.normalise(), kind.output).eval()
-    return Weights(path, model, task.get_submodule(task.exported().networks[0]), metadata, kind, task, setup)
+    model = ImageModel(task.get_submodule(kind.network), setup.normalise(), kind.output).eval()
+    return Weights(path, model, task.get_submodule(task.exported[0]), metadata, kind, task, setup)
 
 
 def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Predictor:

@@ -111,9 +111,8 @@ class TagHistograms:
         self._counts: Tensor | None = None  # [T, 2 * BINS]
         self._scores = self._hits = torch.empty(0)  # [T, _KEPT]
 
-    def add(self, logits: Tensor, targets: Tensor, valid: Tensor, known: Tensor | None = None) -> None:
-        """Take a batch: logits [B, T]; targets [B, T], 0 or 1; valid [B] bool; known: [B, T] bool, which
-        targets are known; None: all.
+    def add(self, logits: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """Take a batch: logits [B, T]; targets [B, T], 0, 1, or NaN where not known; valid [B] bool.
 
         A logit that is NaN counts as the lowest.
         """
@@ -121,7 +120,7 @@ class TagHistograms:
             self._counts = torch.zeros(self.num_tags, 2 * BINS, dtype=torch.int32, device=logits.device)
             self._scores = logits.new_full((self.num_tags, _KEPT), -torch.inf, dtype=torch.float32)
             self._hits = torch.zeros_like(self._scores, dtype=torch.bool)
-        used = (valid[:, None] if known is None else known & valid[:, None]).expand_as(logits)
+        used = valid[:, None] & ~targets.isnan()
         for start in range(0, self.num_tags, _TAGS):
             own = slice(start, start + _TAGS)
             scores, hits, counted = (tensor[:, own].T.contiguous() for tensor in (logits, targets, used))

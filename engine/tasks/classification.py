@@ -18,13 +18,11 @@ from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predict
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
-from engine.task import Exported, Report, StepOutput, Task, log_mean
+from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, Setup
-from engine.tasks.labels import LabelFields
-from engine.tasks.mixing import MixingConfig
-from models.build import build_network, check_image_size
+from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig, label_fields
+from engine.tasks.kind import Setup
+from engine.tasks.mixing import Mixing, MixingConfig
 from models.weights.initialise import initialise_from
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
@@ -65,32 +63,23 @@ class ClassificationTaskConfig(MixingConfig):
             )
 
 
-class ClassificationTask(Task):
+class ClassificationTask(ImageTask):
     """Own a classifier of `facts["class_names"]`, which fix the order of its outputs."""
 
     best_metric: ClassVar[str] = "top1"
     best_is_lowest: ClassVar[bool] = False
 
-    def __init__(self, setup: Setup[ClassificationTaskConfig]) -> None:
-        super().__init__()
-        preprocessing, config = setup.preprocessing, setup.task
-        check_image_size(setup.model, tuple(preprocessing["image_size_hw"]))
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, outputs=len(setup.facts["class_names"]))
         self.class_names = list(setup.facts["class_names"])
-        self.network = build_network(setup.model, num_classes=len(self.class_names))
-        self.normalise = setup.normalise()
-        self.label_smoothing, self.head = config.label_smoothing, config.head
-        self._mixing = config.mixing()
-        self._metadata = setup.metadata("class_names")
+        self.label_smoothing, self.head = setup.task.label_smoothing, setup.task.head
+        self.mixing = Mixing(setup.task)
         weights = setup.facts.get("class_weights")  # for training alone
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; the head too where `task.head` is kept."""
         self.origin = initialise_from(self.network, source, keep_head=self.head == "kept", class_names=self.class_names)
-
-    def exported(self) -> Exported:
-        """Return the network, its class names and its preprocessing."""
-        return Exported(metadata=self._metadata)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
@@ -103,8 +92,10 @@ class ClassificationTask(Task):
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and labels [B] or, where images are mixed, targets [B, K]."""
         images, labels = self.normalise(batch["images"]), batch["labels"]
-        mixes = self._mixing.is_on and self.training
-        return self._mix(images, labels, batch["weight"]) if mixes else (images, labels)
+        if not self.mixing.is_on:
+            return images, labels
+        targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
+        return self.mixing(images, targets, batch["weight"])
 
     def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
         """Return the cross-entropy of each sample [B], times the weight of its class; `progress` is not read."""
@@ -112,11 +103,6 @@ class ClassificationTask(Task):
         if self.class_weights is None or not self.training:
             return loss
         return loss * (self.class_weights[targets] if targets.ndim == 1 else targets @ self.class_weights)
-
-    @torch.compiler.disable
-    def _mix(self, images: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images and soft targets [B, K]."""
-        return self._mixing(images, F.one_hot(labels, len(self.class_names)).to(images.dtype), weight)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.
@@ -163,36 +149,19 @@ def balance(class_ids: np.ndarray, image_weights: np.ndarray, names: Sequence[st
     sums = np.bincount(class_ids[known], weights=image_weights[known], minlength=len(names))
     present = sums > 0
     weights = sums.sum() / (np.count_nonzero(present) * np.where(present, sums, 1.0))
-    log.info(
-        "task.class_weights=balanced: from %.3g (%s) to %.3g (%s)",
-        weights[present].min(), names[int(sums.argmax())], weights[present].max(),
-        names[int(np.where(present, sums, np.inf).argmin())],
-    )  # fmt: skip
+    ranked = sorted(zip(weights[present], np.array(names)[present]))
+    log.info("task.class_weights=balanced: from %.3g (%s) to %.3g (%s)", *ranked[0], *ranked[-1])
     return weights.tolist()
 
 
-class ClassificationPipeline(ImagePipeline[ClassificationTaskConfig]):
-    """Labelled images."""
-
-    def rows(self, collection: Collection, setup: Setup[ClassificationTaskConfig], rows: np.ndarray) -> np.ndarray:
-        """Return the rows of the known classes."""
-        return rows[collection.class_ids(setup.facts["class_names"])[rows] >= 0]
-
-    def fields(self, collection: Collection, setup: Setup[ClassificationTaskConfig]) -> Fields:
-        """Return what adds the label."""
-        return LabelFields(collection.class_ids(setup.facts["class_names"]))
-
-
-class ClassificationKind(Kind[ClassificationTaskConfig]):
+class ClassificationKind(ImageKind):
     """Labelled images; the training split's classes are the classes."""
 
-    config = ClassificationTaskConfig
-    pipeline = ClassificationPipeline()
-    scripts = ("train", "finetune")
+    config, task = ClassificationTaskConfig, ClassificationTask
+    names = ("class_names",)
     output = "classes"
-    fact_names = ("class_names",)
     next_commands = (
-        *Kind.next_commands,
+        *ImageKind.next_commands,
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
         "python export.py format=onnx run_dir={run}",
     )
@@ -207,26 +176,24 @@ class ClassificationKind(Kind[ClassificationTaskConfig]):
         weights = balance(collection.class_ids(names)[rows], collection.weights()[rows], names)
         return {"class_names": names, "class_weights": weights}
 
-    def build(self, setup: Setup[ClassificationTaskConfig]) -> ClassificationTask:
-        """Return the task."""
-        return ClassificationTask(setup)
+    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of the known classes."""
+        return rows[collection.class_ids(setup.facts["class_names"])[rows] >= 0]
+
+    def fields(self, collection: Collection, setup: Setup) -> Fields:
+        """Return what adds the label."""
+        return label_fields(collection.class_ids(setup.facts["class_names"]))
 
     def prepare(
-        self,
-        task: ClassificationTask,
-        data: Data,
-        setup: Setup[ClassificationTaskConfig],
-        config: ImageTrainingConfig,
-        runtime: Runtime,
+        self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
     ) -> None:
         """Standardise the features of a new head, or fit it, as `task.head` says."""
         if task.head not in ("standardised", "fitted"):
             return
-        pipeline, collection = self.pipeline, data.collection
-        rows = pipeline.rows(collection, setup, training_rows(collection, config.loop.train_paths))
-        # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
-        views = pipeline.views(setup, config.augment)
+        collection = data.collection
+        rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
         rows = spread(rows, HEAD_IMAGES)
-        groups = letterbox_groups(collection, rows, setup.preprocessing)
-        loader = data.evaluation(rows, pipeline.fields(collection, setup), views, groups=groups)
+        # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
+        views, groups = self.views(setup, config.augment), letterbox_groups(collection, rows, setup.preprocessing)
+        loader = data.evaluation(rows, self.fields(collection, setup), views, groups=groups)
         prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

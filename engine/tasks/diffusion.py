@@ -6,36 +6,38 @@ Noise, timesteps and the latents' own randomness are drawn on the device from ea
     fit [B, 6] int64: the image's size, where its crop begins, and the size of that, which are SDXL's time_ids
     token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of the cache
     is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch
-    tag_weight [B]; or its ragged tags and tags_shown, bool, by which engine/tasks/tag_balance.py weighs
+    tag_weight [B]; or its ragged tags and tags_shown, bool, by which `TagBalance` weighs
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the rest of a step, with the equations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from data.collection import Collection
-from data.rows import training_rows
-from data.tag_weights import find_tag_facts
+from data.buckets import BucketConfig
+from data.captions import CaptionConfig
+from data.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
-from engine.tasks.diffusion_config import DiffusionTaskConfig
-from engine.tasks.diffusion_data import DiffusionPipeline
-from engine.tasks.kind import Kind, Setup
-from engine.tasks.tag_balance import TagBalance
-from models.sdxl.lora import LoRA
+from engine.task import Report, Roles, StepOutput, Task, log_mean
+from engine.tasks.kind import Setup, TaskConfig
+from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.names import ENCODERS, PARTS
-from models.sdxl.networks import SDXLConfig, SDXLNetworks, base_files, describe, freeze_unused, open_networks
-from models.sdxl.sampling import Prompts, sample_pictures, scheduler_config
+from models.sdxl.networks import SDXLNetworks, base_files, describe, freeze_unused, open_networks
+from models.sdxl.sampling import Prompts, SamplesConfig, sample_pictures, scheduler_config
 from models.sdxl.step import (
     LATENT_DRAW,
     NoiseLevel,
+    PredictionType,
+    TimestepSampling,
+    Weighting,
     add_noise,
     build_noise_table,
     draw_noise,
@@ -49,39 +51,193 @@ from models.sdxl.step import (
 )
 from models.sdxl.tokenizer import tokenize
 from utils import rng
+from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
+from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.weights import InitFrom
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _BINS = 5  # of timesteps, whose losses are logged
+
+
+class NoiseConfig(Strict):
+    """What is predicted, and at which noise.
+
+    convert: accepts a base model of another prediction type or noise table, which training then changes.
+    shift_by_resolution: more noise for larger images, so that an area of 1024 x 1024 px has SDXL's table.
+    offset: strength of a random brightness in the noise; 0 is off.
+    """
+
+    prediction_type: PredictionType
+    zero_terminal_snr: bool
+    convert: bool
+    shift_by_resolution: bool
+    offset: Fraction
+
+    @model_validator(mode="after")
+    def _has_a_target_everywhere(self) -> Self:
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "task.noise.prediction_type: epsilon has nothing to predict where task.noise.zero_terminal_snr=true "
+                "makes the last timestep pure noise; set v_prediction, or zero_terminal_snr=false"
+            )
+        return self
+
+
+class LossConfig(Strict):
+    """Weights of the loss by noise level: `loss_weight` of models/sdxl/step.py has their meaning."""
+
+    weighting: Weighting
+    gamma: Positive
+    floor: Factor
+
+
+class TimestepsConfig(Strict):
+    """How timesteps are drawn; mean and std are of logit_normal."""
+
+    sampling: TimestepSampling
+    mean: Annotated[float, Field(ge=-10, le=10)]
+    std: Positive
+
+
+class DiffusionTaskConfig(TaskConfig):
+    """SDXL on captioned images.
+
+    chunk: samples of one bucket that follow each other; a micro-batch is a part of it. caption_chunks: of 75 words,
+    which captions have at most. tag_weights: null weighs all images alike. lora: null trains the whole U-Net.
+    train_text_encoders: the whole encoders, beside the whole U-Net. average_on: where the average of loop.ema_decay is.
+    latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
+    """
+
+    name: Literal["diffusion"]
+    noise: NoiseConfig
+    loss: LossConfig
+    timesteps: TimestepsConfig
+    buckets: BucketConfig
+    chunk: BatchSize
+    captions: CaptionConfig
+    caption_chunks: Annotated[int, Field(ge=1, le=8)]
+    tag_weights: TagWeightsConfig | None
+    lora: LoRAConfig | None
+    train_text_encoders: bool
+    average_on: Literal["device", "cpu"]
+    latent_cache: PathText | None
+    text_cache: PathText | None
+    text_variants: Count
+    samples: SamplesConfig
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders change in training."""
+        return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
+
+    @property
+    def reestimates(self) -> bool:
+        """Whether training weighs tags anew."""
+        return self.tag_weights is not None and self.tag_weights.reestimate_steps is not None
+
+    def check_run(self, config: TrainingConfig) -> None:
+        """Raise ValueError where two settings exclude each other."""
+        if config.loop.sampling != "shuffled":
+            raise ValueError(
+                f"loop.sampling: {config.loop.sampling} is not for task=diffusion, which takes images by bucket; set "
+                "loop.sampling=shuffled (task.tag_weights lets rare tags count more)"
+            )
+        if self.latent_cache is not None and config.data.cache.disk_gib > 0:
+            raise ValueError(
+                f"data.cache.disk_gib: {config.data.cache.disk_gib:g}, and images are decoded once, because "
+                "task.latent_cache keeps what is made of them; set data.cache.disk_gib=0, or task.latent_cache=null"
+            )
+        if self.lora is not None and self.train_text_encoders:
+            raise ValueError(
+                "task.train_text_encoders: true trains the whole encoders, and task.lora is set; set "
+                "task.lora.text_encoders=true for a LoRA of them, or task.lora=null"
+            )
+        if self.text_cache is not None and self.trains_text:
+            raise ValueError(
+                "task.text_cache: holds the texts of frozen encoders, and the encoders are trained; set it to null"
+            )
+        if self.text_cache is not None and self.captions.varies_tags and self.text_variants == 1:
+            raise ValueError(
+                "task.text_cache: holds one text of a caption, and task.captions shuffles or drops tags; set "
+                "task.text_variants=8, say, or task.text_cache=null"
+            )
+
+
+class TagBalance(nn.Module):
+    """Weights [T] float32 of tags, every `reestimate_steps` by how often training has shown each: counts [T] int64.
+
+    What is counted is what the network was told: neither dropped tags and captions, nor unreadable images, nor skipped
+    steps. Counts are integers, so their sum over ranks is exact. facts: of data/tag_weights.py, for the first weights.
+    """
+
+    def __init__(self, config: TagWeightsConfig, facts: Mapping[str, Sequence[float]]) -> None:
+        super().__init__()
+        self._config = config
+        self._factors, self._shares = np.array(facts["factors"]), np.array(facts["shares"])
+        self.register_buffer("weights", self._weigh(np.array(facts["counts"])))
+        self.register_buffer("shown", torch.zeros(len(self._factors), dtype=torch.int64))
+        self.register_buffer("pending", torch.zeros_like(self.shown))  # of this step and rank
+
+    @torch.compiler.disable  # the number of tags of a batch is not one to compile for
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean weight of each sample's tags, float32 [B], 1 where it has none; count the tags shown."""
+        tags, offsets = batch["tags"], batch["tags_offsets"]
+        # From 1; 0 and B + 1 own the tags of other parts of a batch that was cut (data/batch.py).
+        owners = torch.bucketize(torch.arange(len(tags), device=tags.device), offsets, right=True)
+        shown = batch["tags_shown"] & F.pad(batch["weight"] > 0, (1, 1))[owners]
+        self.pending.index_add_(0, tags, shown.long())
+        weights, zeros = self.weights[tags], torch.zeros(len(offsets) + 1, device=tags.device)
+        sums, sizes = zeros.index_add(0, owners, weights), zeros.index_add(0, owners, (weights > 0).float())
+        return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)[1:-1]
+
+    def after_step(self, step: int) -> None:
+        """Add the step's counts; every `reestimate_steps` weigh anew, which waits for the device."""
+        self.shown += distributed.all_reduce_sum(self.pending)
+        self.pending.zero_()
+        if (step + 1) % self._config.reestimate_steps == 0:
+            self.weights.copy_(self._weigh(self.shown.cpu().numpy()))
+            low, high = self.weights.min(), self.weights.max()
+            log.info("step %d: tags weigh %.2f to %.2f, by %s shown", step + 1, low, high, f"{self.shown.sum():,}")
+
+    def _weigh(self, counts: np.ndarray) -> Tensor:
+        """Return the weights by counts [T]: of 1 on average over the images of the collection, as `shares` has them."""
+        weights = self._config.weigh(counts, self._factors)
+        mean = weights @ self._shares
+        return torch.from_numpy((weights / (mean or 1.0)).astype(np.float32))
 
 
 class DiffusionTask(Task):
     """Own SDXL's networks: those that are trained, or a LoRA beside them, and the frozen ones."""
 
-    def __init__(self, setup: Setup[DiffusionTaskConfig]) -> None:
+    def __init__(self, setup: Setup) -> None:
         super().__init__()
         config, tags = setup.task, setup.facts.get("tag_weights")  # a fact of training, which weight files do not have
-        self._config, self._model, self._metadata = config, setup.model, setup.metadata()
+        self._config, self._model = config, setup.model
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
-        keeps_encoders = config.text_cache is None
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
+        whole = ("unet", *ENCODERS)
         if config.lora is None:
-            trained = ("unet", *ENCODERS) if config.train_text_encoders else ("unet",)
+            trained, passed = whole if config.train_text_encoders else ("unet",), ()
             self._take(trained, open_networks(setup.model, trained))
             if config.train_text_encoders:
                 freeze_unused(self.text_encoder)
-            passed = ()
         else:
-            trained, passed = ("adapter",), ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
+            trained, passed = ("adapter",), whole if config.lora.text_encoders else ("unet",)
             with torch.device("meta"):
-                shapes = open_networks(setup.model, ("unet", *ENCODERS))
+                shapes = open_networks(setup.model, whole)
             self.adapter = LoRA(shapes.parts(), config.lora)
-        needed = PARTS if keeps_encoders else ("unet", "vae")
+        needed = PARTS if config.text_cache is None else ("unet", "vae")
         frozen = tuple(name for name in needed if name not in trained)
+        self.exported = trained
         self.roles = Roles(trained, dict.fromkeys(trained, config.average_on), frozen, passed)
 
     def _take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
@@ -113,10 +269,6 @@ class DiffusionTask(Task):
         if (path := self._model.path) is not None:
             known = describe(path)
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
-
-    def exported(self) -> Exported:
-        """Return the trained networks."""
-        return Exported(self.roles.trained, self._metadata)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -225,28 +377,3 @@ def encode_prompts(first: nn.Module, second: nn.Module, config: DiffusionTaskCon
     if config.captions.dropout_to == "zeros":
         embeds[0], pooled[0] = 0.0, 0.0
     return Prompts(embeds[1:], pooled[1:], embeds[:1], pooled[:1])
-
-
-class DiffusionKind(Kind[DiffusionTaskConfig]):
-    """SDXL, by a LoRA or whole."""
-
-    config = DiffusionTaskConfig
-    model_schema = SDXLConfig
-    pipeline = DiffusionPipeline()
-    scripts = ("finetune_sdxl",)
-    next_commands = (
-        "python export.py format=single_file run_dir={run}",
-        "python evaluate.py run_dir={run}",
-    )
-
-    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the tags' counts, where training weighs them anew; what the task is otherwise, its config says."""
-        task = config.task
-        if not task.reestimates:
-            return {}
-        rows = training_rows(collection, config.loop.train_paths)
-        return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
-
-    def build(self, setup: Setup[DiffusionTaskConfig]) -> DiffusionTask:
-        """Return the task."""
-        return DiffusionTask(setup)

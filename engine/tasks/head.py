@@ -14,7 +14,6 @@ Differs: the probe is ridge regression, scaled for the least cross-entropy of im
 map.
 """
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,7 +46,26 @@ def prepare_head(
     network that does not end in one linear layer.
     """
     head = find_head(network)
-    features, labels, norm = _collect(network, normalise, head, loader, runtime)
+    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
+    seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
+    hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
+    hooks.append(head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0]})))
+    collected, norm = Features(), None
+    network.to(runtime.device).eval()
+    normalise.to(runtime.device)
+    for batch in loader:
+        seen.clear()
+        with runtime.autocast():
+            network(normalise(batch["images"]))
+        features = seen.pop(head)
+        # What lies between the two returns its input (dropout, flatten), so both share their memory.
+        norm = next((norm for norm, output in seen.items() if _is_same(output, features)), None)
+        collected.add(features, batch["labels"], batch["sample_id"], batch["weight"])
+    for hook in hooks:
+        hook.remove()
+    network.train()
+
+    features, labels = collected.reduce()
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
             f"task.head: {len(features)} images could be read to prepare the head, or their features are not finite; "
@@ -72,44 +90,8 @@ def prepare_head(
     log.info("task.head: features standardised over %s images; %s", f"{len(labels):,}", result)
 
 
-def _collect(
-    network: nn.Module, normalise: Normalise, head: nn.Linear, loader: Iterable[Batch], runtime: Runtime
-) -> tuple[Tensor, Tensor, nn.LayerNorm | None]:
-    """Return the head's input [N, C], labels [N], and the layer norm that makes this input (None without one)."""
-    network.to(runtime.device).eval()
-    normalise.to(runtime.device)
-    seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
-
-    def keep_output(norm: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[norm] = output
-
-    def keep_input(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen[linear] = arguments[0]
-
-    norms = [module for module in network.modules() if _is_affine_norm(module)]
-    hooks = [norm.register_forward_hook(keep_output) for norm in norms]
-    hooks.append(head.register_forward_pre_hook(keep_input))
-    collected, before = Features(), None
-    try:
-        for batch in loader:
-            seen.clear()
-            with runtime.autocast():
-                network(normalise(batch["images"]))
-            features = seen[head]
-            # What lies between the two returns its input (dropout, flatten), so both share their memory.
-            same = [norm for norm in norms if norm in seen and seen[norm].data_ptr() == features.data_ptr()]
-            before = next((norm for norm in same if seen[norm].numel() == features.numel()), None)
-            collected.add(features, batch["labels"], batch["sample_id"], batch["weight"])
-    finally:
-        for hook in hooks:
-            hook.remove()
-        network.train()
-    return *collected.reduce(), before
-
-
-def _is_affine_norm(module: nn.Module) -> bool:
-    """Return whether a module is a layer norm with scale and shift; a batch norm standardises by itself."""
-    return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
+def _is_same(output: Tensor, features: Tensor) -> bool:
+    return output.data_ptr() == features.data_ptr() and output.numel() == features.numel()
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
@@ -122,22 +104,11 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
     found = []  # of each penalty
 
     def quality(left_out: Tensor, labels: Tensor) -> float:
-        loss, scale = _find_scale(left_out.float(), labels)
-        found.append((loss, scale, (left_out.argmax(dim=1) == labels).double().mean().item()))
-        return -loss
+        scores, recognised = left_out.float(), (left_out.argmax(dim=1) == labels).double().mean().item()
+        found.append((*min((float(F.cross_entropy(by * scores, labels)), by) for by in _SCALES), recognised))
+        return -found[-1][0]
 
     ridge = fit_ridge(features, labels, num_classes, quality)
     loss, scale, accuracy = min(found, key=lambda penalty: penalty[0])
     weight, bias = (scale * torch.from_numpy(np.asarray(values)) for values in (ridge.coef_, ridge.intercept_))
     return weight.view(num_classes, -1), bias.view(num_classes), loss, accuracy
-
-
-def _find_scale(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the least cross-entropy of scores [N, K] times one of `_SCALES`, and that scale; it falls, then rises."""
-    best = (math.inf, 1.0)
-    for scale in _SCALES:
-        loss = float(F.cross_entropy(scale * scores, labels))
-        if loss >= best[0]:
-            break
-        best = (loss, scale)
-    return best

@@ -1,4 +1,4 @@
-"""The table of kinds: task name -> Kind. The root scripts look their task up here.
+"""The table of kinds: task name -> Kind, and the `main` of every training script, which looks its task up here.
 
 | name | script | rows | fields | output |
 |---|---|---|---|---|
@@ -9,18 +9,24 @@
 | diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tag_weight or tags | none |
 """
 
+import shlex
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from data.open import Data, load_collection
+from engine.config import TrainingConfig
+from engine.run import build_task, run_path, run_training, start_ranks
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.diffusion import DiffusionKind
+from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
 from engine.tasks.fcmae import FCMAEKind
 from engine.tasks.kind import Kind
+from engine.tasks.pretrained import use_pretrained
 from engine.tasks.tagging import TaggingKind
+from utils.config.entry_point import Job
 
 KINDS: dict[str, Kind] = {
     "classification": ClassificationKind(),
@@ -35,3 +41,29 @@ def task_schema(script: str) -> Any:
     """Return the schema of `task` in a root script: the configs of its kinds, chosen by `name`."""
     configs = tuple(kind.config for kind in KINDS.values() if script in kind.scripts)
     return configs[0] if len(configs) == 1 else Annotated[reduce(or_, configs), Field(discriminator="name")]
+
+
+def train(config: TrainingConfig, job: Job) -> str:
+    """Train what `task` names; the same command resumes. Returns a line with the result."""
+    # ------------------------------------------------------------------------------------------ 1. Ranks and machine
+    runtime, kind, config = start_ranks(config), KINDS[config.task.name], use_pretrained(config)
+    path = run_path(config, job)
+
+    # --------------------------------------------------------------------------------------------------- 2. The data
+    collection, batch_size = load_collection(config.data), config.loop.first_batch_size
+    setup = kind.set_up(config, collection)
+    source = kind.source(collection, config.data, setup, repeats=True)
+    data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
+    streams = kind.streams(data, setup, config)
+
+    # --------------------------------------------------------------------------------------------------- 3. The task
+    task = build_task(lambda: kind.build(setup), config)
+
+    # ----------------------------------------------------------------------------------------------- 4. The training
+    # A new run loads init_from, then prepares what depends on the data, such as a fitted head.
+    words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
+    next_commands = [line.format(run=path, data=words) for line in kind.next_commands]
+    return run_training(
+        task, streams, config, job, runtime, prepare=lambda: kind.prepare(task, data, setup, config, runtime),
+        next_commands=next_commands,
+    )  # fmt: skip

@@ -1,13 +1,13 @@
 """Tagging: any number of tags for an image, each with its own probability."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Ragged, Sample, multi_hot
 from data.collection import Collection
@@ -27,30 +27,30 @@ from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
 from engine.streams import Streams
-from engine.task import Exported, Report, StepOutput, Task
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, Setup, Targets
-from engine.tasks.mixing import MixingConfig
-from engine.tasks.tag_head import continue_head, prior_bias
+from engine.task import Report, StepOutput
+from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
+from engine.tasks.kind import Setup
+from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
-from models.build import build_network, check_image_size
 from models.image_model import find_head
-from models.weights.initialise import initialise_from
+from models.weights.fit import is_meta, optional_prefixes
+from models.weights.initialise import convert
 from utils.config.bounds import BelowOne, Count, Fraction
 from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.weights import InitFrom
+from utils.io.weights import InitFrom, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT_LOGIT, PER_TAG, ThresholdTable
+from utils.thresholds import DEFAULT_LOGIT, ThresholdTable
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
-_PICTURE = ("sample_id", "images")
+_LOWEST = -8.0  # of a bias; a tag on no training image has no logarithm
+_SHOWN = 5  # new tags in the log
 
 
 class TaggingTaskConfig(MixingConfig, TagRulesConfig):
@@ -69,11 +69,6 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     label_smoothing: BelowOne
     tag_weight_power: Fraction
 
-    @property
-    def mirrors(self) -> bool:
-        """Whether it mirrors images and their tags."""
-        return self.orientation is not None
-
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that knows nothing of tags."""
         if config.augment.horizontal_flip > 0:
@@ -83,63 +78,38 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
             )
 
 
-class TagFields:
-    """Add a sample's outputs, whether its rating is known, and whether it may be mirrored (`Mirror`)."""
-
-    def __init__(self, index: TagIndex, flip: np.ndarray | None) -> None:
-        self._index, self._flip = index, flip
-
-    def __call__(self, example: Example) -> Sample:
-        """Return the fields."""
-        row = example.draw.index
-        fields: Sample = {
-            "tags": Ragged(torch.from_numpy(self._index.of_row(row).astype(np.int64))),
-            "rating_known": torch.tensor(bool(self._index.rating_known[row])),
-        }
-        if self._flip is not None:
-            fields["flip"] = torch.tensor(int(self._flip[row]), dtype=torch.int8)
-        return fields
-
-
-class TaggingTask(Task):
+class TaggingTask(ImageTask):
     """Own a tagger of a vocabulary, whose order is that of its outputs."""
 
     best_metric: ClassVar[str] = "mAP"
     best_is_lowest: ClassVar[bool] = False
 
-    def __init__(self, setup: Setup[TaggingTaskConfig]) -> None:
-        super().__init__()
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, outputs=len(setup.facts["tag_names"]))
         config, facts = setup.task, setup.facts
-        check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
         self.vocabulary = vocabulary_of(facts)
-        width = len(self.vocabulary)
-        self.network = build_network(setup.model, num_classes=width)
-        self.normalise = setup.normalise()
         self.loss, self.label_smoothing = TagLoss(config.loss), config.label_smoothing
-        self._mixing = config.mixing()
+        self.mixing = Mixing(config)
         # Facts of training, which weight files do not have.
         orientation, priors = facts.get("orientation"), facts.get("tag_priors")
-        self.mirror = None if orientation is None else Mirror(orientation, width)
+        self.mirror = None if orientation is None else Mirror(orientation, len(self.vocabulary))
         self._priors = None if priors is None else torch.tensor(priors, device="cpu")
         if priors is not None:
             head = find_head(self.network, "model.name", "choose another network")
             head.bias.data.copy_(prior_bias(self._priors))
-        counts = torch.tensor(self.vocabulary.counts)
-        weights = frequency_weights(counts, config.tag_weight_power) if config.tag_weight_power else None
+        weights, counts = None, torch.tensor(self.vocabulary.counts)
+        if config.tag_weight_power:
+            weights = frequency_weights(counts, config.tag_weight_power)
         self.register_buffer("tag_weights", weights, persistent=False)
         is_rating = torch.tensor(self.vocabulary.categories) == RATING
         self.register_buffer("is_rating", is_rating, persistent=False)
-        self._metadata = {**setup.metadata(*FACTS), "vocabulary_hash": self.vocabulary.hash}
+        self.metadata = {"vocabulary_hash": self.vocabulary.hash}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; of a tagger of ours, the rows of its head by the tags' names."""
-        self.origin = initialise_from(self.network, source, keep_head=False)
+        super().initialise(source)
         if source is not None:
             continue_head(self.network, source, self.vocabulary, self._priors)
-
-    def exported(self) -> Exported:
-        """Return the network, its vocabulary and its preprocessing."""
-        return Exported(metadata=self._metadata)
 
     @torch.compiler.disable  # the number of tags of a batch is not one to compile for
     def targets(self, batch: Batch) -> Tensor:
@@ -158,9 +128,7 @@ class TaggingTask(Task):
         images, targets = batch["images"], self.targets(batch)
         if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
-        images = self.normalise(images)
-        mixes = self.training and self._mixing.is_on
-        return self._mixing(images, targets, batch["weight"]) if mixes else (images, targets)
+        return self.mixing(self.normalise(images), targets, batch["weight"])
 
     def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
         """Return the loss of each sample [B], the sum over its tags; a target that is NaN counts nothing."""
@@ -188,13 +156,14 @@ class TaggingTask(Task):
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
         confusions = TagConfusions(self.vocabulary)
         for batch in loaders["val"]:
-            logits, targets, valid = self._measure(batch)
+            logits, targets, valid = self._predict(batch)
             # The cross-entropy, whatever the loss in training, so that runs compare.
             loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
             means.add({"loss": loss}, valid)
-            counts.add(logits, targets.nan_to_num(), valid, ~targets.isnan())
+            counts.add(logits, targets, valid)
             confusions.add(logits, targets, valid)
-            worst.add(loss, valid, {**_find_mistakes(logits, targets), **{name: batch[name] for name in _PICTURE}})
+            shown = {name: batch[name] for name in ("sample_id", "images")}
+            worst.add(loss, valid, {**_find_mistakes(logits, targets), **shown})
         scores = TagScores(counts.reduce(), self.vocabulary)
         measured, kept, pairs = means.reduce(), worst.reduce(), confusions.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
@@ -206,20 +175,18 @@ class TaggingTask(Task):
             }
         return report
 
-    def calibrate(self, loader: Iterable[Batch], wanted: Targets) -> tuple[ThresholdTable, Report]:
+    def calibrate(self, loader: Iterable[Batch], precision: float, recall: float) -> ThresholdTable:
         """Fit thresholds on one half of the samples, by their keys, and measure them on the other."""
         fitted, others = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
-            logits, targets, valid = self._measure(batch)
-            half, known = to_fit(batch["key"]), ~targets.isnan()
-            for counts, own in ((fitted, half), (others, ~half)):
-                counts.add(logits, targets.nan_to_num(), valid & own, known)
-        mine, theirs = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
-        table = calibrate(mine, theirs, wanted.precision, wanted.recall)
-        profiles = [asdict(row) for row in table.rows if row.profile != PER_TAG]
-        return table, Report(tables={"thresholds": profiles})
+            logits, targets, valid = self._predict(batch)
+            half = to_fit(batch["key"])
+            fitted.add(logits, targets, valid & half)
+            others.add(logits, targets, valid & ~half)
+        scores = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
+        return calibrate(*scores, precision, recall)
 
-    def _measure(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
         images, targets = self.views(batch)
         return self.network(images).float(), targets, batch["weight"] > 0
@@ -234,42 +201,61 @@ def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-class TaggingPipeline(ImagePipeline[TaggingTaskConfig]):
-    """Images with a tag of the vocabulary."""
-
-    def check_metadata(self, path: Path, key: str, metadata: Mapping[str, Any]) -> None:
-        """Raise UserError (`key`) that names the first wrong value of a weight file's preprocessing and vocabulary."""
-        super().check_metadata(path, key, metadata)
-        read_facts(path, key, metadata)
-
-    def index(self, collection: Collection, setup: Setup[TaggingTaskConfig]) -> TagIndex:
-        """Return the collection's tags as outputs."""
-        return index_of(collection, vocabulary_of(setup.facts), setup.task)
-
-    def rows(self, collection: Collection, setup: Setup[TaggingTaskConfig], rows: np.ndarray) -> np.ndarray:
-        """Return the rows that have a tag, beside a rating."""
-        return rows[self.index(collection, setup).tagged[rows]]
-
-    def fields(self, collection: Collection, setup: Setup[TaggingTaskConfig]) -> Fields:
-        """Return what adds the tags."""
-        return TagFields(self.index(collection, setup), read_flips(collection))
-
-    def streams(self, data: Data, setup: Setup[TaggingTaskConfig], config: ImageTrainingConfig) -> Streams:
-        """Return the data of a run."""
-        streams = super().streams(data, setup, config)
-        tags = f"{len(setup.facts['tag_names']):,}; {describe_report(self.index(data.collection, setup).report)}"
-        return replace(streams, described={**streams.described, "tags": tags})
+def prior_bias(priors: Tensor) -> Tensor:
+    """Return the biases at which an untrained head gives each tag its frequency; priors: [T], shares of images."""
+    return priors.logit(eps=1e-6).clamp(_LOWEST, 0.0)
 
 
-def index_of(collection: Collection, vocabulary: Vocabulary, config: TaggingTaskConfig) -> TagIndex:
-    """Return a collection's tags as outputs of a vocabulary. Raises UserError (`task.rating_s`, `data.root`)."""
-    return index_tags(collection, vocabulary, read_rules(config, "task."), CACHE)
+@torch.no_grad()
+def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
+    """Copy the head's rows of the tags that `init_from` has too; nothing where it is no tagger of ours.
+
+    A new tag begins with the mean of all rows of `init_from`, and the bias of its own frequency.
+    Raises UserError (`init_from`) where a file's vocabulary and head do not fit together.
+    """
+    if source.source == "timm" or is_meta(network):
+        return
+    path = source.find()
+    state, metadata = read_weights(path, "init_from", which=source.weights)
+    if "tag_names" not in metadata:
+        return
+    known, state = read_facts(path, "init_from", metadata), convert(network, state)[1]
+    head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
+    weight, bias = (state.get(f"{prefix}{name}", torch.empty(0)) for name in ("weight", "bias"))
+    if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.in_features:
+        raise UserError(f"init_from: {path} has no head of its {len(known)} tags; give the file of a whole tagger")
+    weight = weight.flatten(1)
+    pairs = {row: known.columns[key] for key, row in vocabulary.columns.items() if key in known.columns}
+    rows, old = list(pairs), list(pairs.values())
+    head.weight.copy_(weight.mean(0))
+    head.bias.copy_(prior_bias(priors))
+    head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
+    new = [name for row, name in enumerate(vocabulary.names) if row not in pairs]
+    shown = ", ".join(new[:_SHOWN]) + (", ..." if len(new) > _SHOWN else "")
+    log.info("init_from: the head continues %d tags of %s; new: %d (%s)", len(pairs), path, len(new), shown or "none")
+
+
+def index_of(collection: Collection, setup: Setup) -> TagIndex:
+    """Return a collection's tags as outputs. Raises UserError (`task.rating_s`, `data.root`)."""
+    return index_tags(collection, vocabulary_of(setup.facts), read_rules(setup.task, "task."), CACHE)
+
+
+def tag_fields(index: TagIndex, flip: np.ndarray | None) -> Fields:
+    """Return what adds a sample's outputs, whether its rating is known, and `flip`, for `Mirror`."""
+
+    def add(example: Example) -> Sample:
+        row = example.draw.index
+        tags = Ragged(torch.from_numpy(index.of_row(row).astype(np.int64)))
+        fields = {"tags": tags, "rating_known": bool(index.rating_known[row])}
+        return fields if flip is None else {**fields, "flip": int(flip[row])}
+
+    return add
 
 
 def read_flips(collection: Collection) -> np.ndarray | None:
     """Return the column `flip` of a manifest, int8 [N], 0 where it is empty; None without one.
 
-    Raises UserError (`data.root`) for other values than those of `TagFields`.
+    Raises UserError (`data.root`) for other values.
     """
     if "flip" not in collection.table.column_names:
         return None
@@ -298,39 +284,6 @@ def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) ->
     return (index.count(rows, len(vocabulary)) / images).tolist()
 
 
-class TaggingKind(Kind[TaggingTaskConfig]):
-    """Images with tags."""
-
-    config = TaggingTaskConfig
-    pipeline = TaggingPipeline()
-    scripts = ("train", "finetune")
-    output = "tags"
-    fact_names = FACTS
-    next_commands = (
-        "python evaluate.py run_dir={run} calibrate=true",
-        "python export.py format=wd14 run_dir={run}",
-        "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
-    )
-
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the vocabulary, and what training alone reads: the tags' frequencies, and what a mirror does."""
-        rows = training_rows(collection, config.loop.train_paths)
-        vocabulary = choose_vocabulary(config.task, collection)
-        index = index_of(collection, vocabulary, config.task)
-        facts = {**vocabulary.facts(), "tag_priors": measure_priors(index, rows, vocabulary)}
-        if config.task.orientation is not None:
-            facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
-        return facts
-
-    def build(self, setup: Setup[TaggingTaskConfig]) -> TaggingTask:
-        """Return the task."""
-        return TaggingTask(setup)
-
-    def calibrate(self, task: TaggingTask, loader: Iterable[Batch], targets: Targets) -> tuple[ThresholdTable, Report]:
-        """Return thresholds, and how well the probabilities are calibrated."""
-        return task.calibrate(loader, targets)
-
-
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:
     """Return the vocabulary of `task.vocabulary`, or that of the training split."""
     if config.vocabulary is not None:
@@ -342,3 +295,41 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
     vocabulary, report = make_vocabulary(collection, wanted, "task.")
     log.debug("vocabulary: %s", report)
     return vocabulary
+
+
+class TaggingKind(ImageKind):
+    """Images with a tag of the vocabulary."""
+
+    config, task = TaggingTaskConfig, TaggingTask
+    names = FACTS
+    output = "tags"
+    next_commands = (
+        "python evaluate.py run_dir={run} calibrate=true",
+        "python export.py format=wd14 run_dir={run}",
+        "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
+    )
+
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return the vocabulary, and what training alone reads: the tags' frequencies, and what a mirror does."""
+        rows = training_rows(collection, config.loop.train_paths)
+        vocabulary = choose_vocabulary(config.task, collection)
+        facts = vocabulary.facts()
+        index = index_of(collection, Setup(config.model, config.task, facts=facts))
+        facts["tag_priors"] = measure_priors(index, rows, vocabulary)
+        if config.task.orientation is not None:
+            facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
+        return facts
+
+    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
+        """Return the rows that have a tag, beside a rating."""
+        return rows[index_of(collection, setup).tagged[rows]]
+
+    def fields(self, collection: Collection, setup: Setup) -> Fields:
+        """Return what adds the tags."""
+        return tag_fields(index_of(collection, setup), read_flips(collection))
+
+    def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
+        """Return the data of a run."""
+        streams, report = super().streams(data, setup, config), index_of(data.collection, setup).report
+        tags = f"{len(setup.facts['tag_names']):,}; {describe_report(report)}"
+        return replace(streams, described={**streams.described, "tags": tags})

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.open import Data, load_collection
 from data.rows import choose_probe_rows
-from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import TINY, configure, working_in
 from tests.support import make_collection
@@ -60,8 +60,11 @@ def build(root, folder, train_images=100, val_images=100, **machine):
         with working_in(folder):
             usual = {"device": torch.device("cpu"), "channels_last": False, "workers": 0, "prefetch_batches": 2}
             chosen = SimpleNamespace(**usual | machine)
-            data = kind.pipeline.open(config.data, Setup(config.model, config.task), chosen, seed=0, batch_size=4)
-            loaders = kind.pipeline.evaluation(data, kind.set_up(config, data.collection), training=True)
+            collection = load_collection(config.data)
+            setup = kind.set_up(config, collection)
+            source = kind.source(collection, config.data, setup, repeats=False)
+            data = Data(collection, source, chosen, seed=0, batch_size=4, run_path=None)
+            loaders = kind.evaluation(data, setup, training=True)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -83,7 +86,4 @@ def test_probe_loaders_give_labelled_images(tmp_path):
 def test_a_probe_of_one_class_is_off(tmp_path):
     root = make_collection(tmp_path / "images", per_class=6, classes="A", validation=2)
     loaders, messages = build(root, tmp_path)
-    assert loaders == {} and messages == [
-        "probe: off, because the collection gives it 6 labelled training images of 1 classes and 2 validation images "
-        "of them; task.probe.every_epochs=null silences this line"
-    ]
+    assert loaders == {} and len(messages) == 1 and messages[0].startswith("probe: off, with 6 training and 2 ")

@@ -310,7 +310,7 @@ def test_sdxl_on_shards_has_the_latents_and_figures_of_files(place, tmp_path, mo
     own += ["loop.global_batch_size=8", "loop.batch_size=4", "loop.log_every_steps=1", "task.latent_cache=latents"]
     for name in ("packed", "files"):  # the second finds all latents
         run("finetune_sdxl", [*own, f"data.root={place / name}", f"run_dir={name}"], tmp_path)
-        monkeypatch.setattr("engine.tasks.diffusion_data.encode_images", lambda *_: pytest.fail("encoded again"))
+        monkeypatch.setattr("engine.tasks.diffusion_kind.encode_images", lambda *_: pytest.fail("encoded again"))
     assert_same_rows(tmp_path / "files", tmp_path / "packed", tolerance=0)
 
 

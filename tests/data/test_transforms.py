@@ -12,12 +12,11 @@ from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode, v2
 
 from data import transforms
-from data.config import AugmentConfig, ColorJitterConfig
+from data.config import AugmentConfig
 from data.device_augment import training_views
 from data.stream import Draw
 from data.transforms import (
     EvalTransform,
-    Footprint,
     PolicyAugment,
     ResizedCrop,
     TrainTransform,
@@ -236,32 +235,12 @@ def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channe
         assert torch.equal(view(image, Draw(0, 0, 0)), evaluation)
 
 
-def test_a_footprint_is_the_view_of_a_white_image_on_black():
-    """By the draws of the first view, whatever its own key is."""
-    changes = {"affine": {"degrees": 9.0, "translate": 0.1, "scale": [0.8, 1.2], "shear_degrees": 9.0}, "fill": 0,
-               "crop_scale": [0.3, 1.0], "horizontal_flip": 0.5, "interpolation": "varied"}  # fmt: skip
-    config, image = AugmentConfig(**{**PLAIN, **PADDED, **changes}), torch.full((3, 60, 91), 255, dtype=torch.uint8)
-    jitter = ColorJitterConfig(brightness=1, contrast=1, saturation=1, hue=0.5)
-    coloured = config.model_copy(update={"color_jitter": jitter, "random_erasing": 1.0, "fill": 99})
-    shares = set()
-    for key in range(20):
-        with rng.seeded(key):
-            wanted = TrainTransform(config, "black")(image, Draw(0, 0, key))
-        with rng.seeded(key + 1):
-            found = Footprint.of_training(coloured)(image, Draw(0, 0, key))
-        assert torch.equal(found.expand(3, -1, -1), wanted)
-        shares.add(float(found.float().mean()))
-    assert len(shares) == 20
-    found = Footprint.of_evaluation({**config.preprocessing(3), "background": "white"})(image, Draw(0, 0, 0))
-    assert found.float().mean() / 255 == pytest.approx(60 / 91, abs=0.03)
-
-
 IN_BUCKETS = {**PADDED, "pad": "buckets", "crop_ratio": [0.75, 1.25]}
 
 
 @pytest.mark.parametrize("bucket_hw", [(64, 32), (32, 48)])
 @pytest.mark.parametrize(("narrow", "axis"), [(0, 1), (13, 2), (31, 1)])
-def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axis):
+def test_a_bucket_holds_the_whole_image(bucket_hw, narrow, axis):
     """An image that needs no resize comes back pixel by pixel, in training without cropping and in evaluation."""
     hw = [side - narrow * (number == axis) for number, side in enumerate(bucket_hw, 1)]
     image = torch.stack([number.to(torch.uint8) for number in (*torch.meshgrid(*map(torch.arange, hw), indexing="ij"),
@@ -271,15 +250,11 @@ def test_a_bucket_holds_the_whole_image_and_its_footprint(bucket_hw, narrow, axi
     top, left = ((whole - side) // 2 for whole, side in zip(bucket_hw, hw))
     inside = torch.zeros(bucket_hw, dtype=torch.bool)
     inside[top : top + hw[0], left : left + hw[1]] = True
-    for view, footprint in (
-        (TrainTransform(config, "white"), Footprint.of_training(config)),
-        (EvalTransform({**stated, "background": "white"}), Footprint.of_evaluation(stated)),
-    ):
+    for view in (TrainTransform(config, "white"), EvalTransform({**stated, "background": "white"})):
         draw = Draw(0, 0, 5)
         with rng.seeded(draw.key):
             found = view(image, draw)
         assert torch.equal(found[:, inside], image.flatten(1)) and (found[:, ~inside] == 255).all()
-        assert torch.equal(footprint(image, draw)[0] == 255, inside)
 
 
 @pytest.mark.parametrize("image_hw", [(50, 101), (333, 17)])

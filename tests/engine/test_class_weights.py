@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.tasks import mixing
 from engine.tasks.classification import balance
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
@@ -33,7 +32,7 @@ def test_balance_is_inverse_to_the_size_of_a_class():
 )
 def test_the_loss_of_training_is_weighted(mixup, weights, monkeypatch):
     """By the weight of an image's class; an image mixed from two classes has a mixed weight."""
-    monkeypatch.setattr(Mixing, "draw", lambda self, height, width: mixing._Draw(0.75, None))
+    monkeypatch.setattr(Mixing, "draw", lambda self, height, width: (0.75, None))
     config, _ = configure("train", [*OURS, *SHORT, f"task.mixup_alpha={mixup}", "task.label_smoothing=0.0"])
     facts = {"class_names": ["a", "b", "c", "d"], "class_weights": [4.0, 1.0, 0.5, 0.0]}
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("diffusers")
 
 from engine.task import freeze
-from engine.tasks.diffusion import DiffusionKind, DiffusionTask
+from engine.tasks.diffusion import DiffusionTask
+from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.tokenizer import tokenize

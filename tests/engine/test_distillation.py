@@ -51,7 +51,7 @@ def look(task, batch, size):
     seen = Normalise([0.3, 0.4, 0.5], [0.2, 0.25, 0.5], 3)(pixels)
     seen = F.interpolate(seen, size, mode="bicubic", antialias=True)
     found = []
-    for network, images in ((task.teacher, seen), (task.network, task.normalise(pixels))):
+    for network, images in ((task.teacher, seen), (task.student.network, task.student.normalise(pixels))):
         pooled = network.norm(network.forward_features(images).mean((-2, -1)))
         found += [network.head(pooled), pooled]
     return [tensor.detach().double() for tensor in found]
@@ -63,7 +63,7 @@ def test_the_loss_of_tags_is_that_of_the_formula():
     taught, wanted, logits, features = look(task, batch, (16, 16))
     soft = (taught / 2).sigmoid()
     teacher = -4 * (soft * F.logsigmoid(logits / 2) + (1 - soft) * F.logsigmoid(-logits / 2)).sum(1)
-    targets = task.targets(batch)
+    targets = task.student.targets(batch)
     labels = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num().double(), reduction="none")
     labels = labels.where(~targets.isnan(), 0.0).sum(1)
     white = (wanted - wanted.mean(1, keepdim=True)) / (wanted.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
@@ -90,10 +90,10 @@ def test_the_loss_of_classes_is_a_divergence_at_a_temperature():
 def test_the_teacher_is_frozen_and_gets_no_gradient():
     task, batch = make(VOCABULARY.facts()), make_tags()
     task.train()
-    assert not task.teacher.training and task.network.training and task.projection.training
+    assert not task.teacher.training and task.student.training and task.projection.training
     task(batch, 0.0).loss.sum().backward()
     assert all(parameter.grad is None for parameter in task.teacher.parameters())
-    assert all(parameter.grad is not None for parameter in [*task.network.parameters(), *task.projection.parameters()])
+    assert all(parameter.grad is not None for parameter in [*task.student.parameters(), *task.projection.parameters()])
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
@@ -105,7 +105,9 @@ def test_features_of_timms_networks_are_what_their_heads_read(name):
     batch = make_tags()
     assert task.projection.out_features == task.teacher.get_classifier().in_features
     assert task(batch, 0.0).loss.isfinite().all() and given == []
-    seen = F.interpolate(task.renormalise(task.normalise(batch["images"])), (64, 64), mode="bicubic", antialias=True)
+    seen = F.interpolate(
+        task.renormalise(task.student.normalise(batch["images"])), (64, 64), mode="bicubic", antialias=True
+    )
     task.teacher(seen)
     torch.testing.assert_close(
         task.teacher.forward_head(task.teacher.forward_features(seen), pre_logits=True), given[0]
@@ -246,8 +248,8 @@ def test_a_wrong_teacher_is_named(teacher, said, place, features):
 
 
 def test_a_teacher_of_timm_states_its_preprocessing_and_has_a_head_or_none():
-    facts = find_teacher("resnet18", 3)
-    assert facts["teacher"]["preprocessing"]["image_size_hw"] == [224, 224] and len(facts["class_names"]) == 1000
-    assert set(find_teacher("vit_small_patch14_dinov2.lvd142m", 3)) == {"teacher"}
+    teacher, names = find_teacher("resnet18", 3)
+    assert teacher["preprocessing"]["image_size_hw"] == [224, 224] and len(names["class_names"]) == 1000
+    assert find_teacher("vit_small_patch14_dinov2.lvd142m", 3)[1] == {}
     with pytest.raises(UserError, match=r"^task.teacher: timm has no weights named 'resnet18.nosuch'"):
         find_teacher("resnet18.nosuch", 3)

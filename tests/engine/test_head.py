@@ -15,8 +15,7 @@ from models.image_model import find_head
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
 from tests.in_process import TINY, run
-from tests.support import common, make_collection, rows
-from tests.support import run as run_ranks
+from tests.support import make_collection, rows
 from utils.errors import UserError
 
 
@@ -77,12 +76,11 @@ def features_of(task, batches):
 def test_the_norm_before_the_head_then_gives_standardised_features(runtime):
     task, batches = make_classifier(), make_batches()
     task.network.norm.weight.data[0] = 0.0  # a feature that is constant
-    raw = features_of(task, batches)
     prepare_head(task.network, task.normalise, batches, runtime, fit=True)
     features = features_of(task, batches)
     assert torch.allclose(features.mean(dim=0), torch.zeros(features.shape[1]), atol=1e-4)
     assert torch.allclose(features.std(dim=0, correction=0)[1:], torch.ones(features.shape[1] - 1), atol=1e-3)
-    assert raw.mean(dim=0).abs().max() > 0.05 and torch.equal(features[:, 0], torch.zeros(len(features)))
+    assert torch.equal(features[:, 0], torch.zeros(len(features)))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -126,13 +124,6 @@ def test_padding_and_unreadable_images_are_ignored(runtime):
         prepare_head(task.network, task.normalise, unreadable, runtime, fit=True)
 
 
-def test_timm_networks_and_those_without_a_linear_head():
-    config = TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None)
-    assert find_head(build_network(config, 7)).out_features == 7
-    with pytest.raises(ValueError, match=r"^task\.head: a network that ends in one linear layer"):
-        find_head(nn.Sequential(nn.Conv2d(3, 4, 1)))
-
-
 # --- whole runs
 
 
@@ -150,10 +141,6 @@ def finetune(folder, data, *overrides):
     run("finetune", [*TINY, f"data.root={data}", "loop.global_batch_size=8", *overrides], folder)
 
 
-def last_evaluation(run_dir):
-    return rows(run_dir / "metrics.jsonl", "evaluate")[-1]["loss"]
-
-
 @pytest.mark.parametrize("kind", ["fitted", "standardised"])
 def test_a_run_begins_with_it_and_resumes_without_it(kind, place):
     given = ["ABC", f"task.head={kind}", f"run_dir={kind}"]
@@ -165,29 +152,17 @@ def test_a_run_begins_with_it_and_resumes_without_it(kind, place):
     assert "task.head" not in (place / kind / "log.txt").read_text()[len(text) :]
 
 
-def test_one_head_on_any_number_of_ranks(place, tmp_path):
-    losses = []
-    for ranks in (1, 2):
-        folder = tmp_path / f"run{ranks}"
-        overrides = common("classification", place / "ABC", folder, "task.head=fitted", "loop.total_steps=1")
-        run_ranks("finetune.py", overrides, tmp_path, ranks=ranks)
-        losses.append(rows(folder / "metrics.jsonl", "train")[0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_a_kept_head_continues_where_its_run_ended_and_resumes_without_it(place):
     """init_from is read once: that run may be gone when this one resumes."""
     shutil.copytree(place / "first", place / "before")
     given = ["ABC", "task.head=kept", "optim.lr=1e-12", "run_dir=kept", "init_from=before"]
     finetune(place, *given, "loop.total_steps=1")
     assert "left at their initial values: none" in (place / "kept/log.txt").read_text()
-    assert last_evaluation(place / "kept") == pytest.approx(last_evaluation(place / "first"), rel=1e-5)
+    losses = [rows(place / name / "metrics.jsonl", "evaluate")[-1]["loss"] for name in ("kept", "first")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     shutil.rmtree(place / "before")
     finetune(place, *given, "loop.total_steps=2")
     assert "resumed from" in (place / "kept/log.txt").read_text()
-
-
-def test_a_kept_head_of_other_classes_ends_the_start(place):
     with pytest.raises(UserError, match=r"^task\.head: .*'C'.*'D'"):
         finetune(place, "ABD", "task.head=kept", "init_from=first", "run_dir=other")
     assert not (place / "other").exists()

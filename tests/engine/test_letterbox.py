@@ -1,4 +1,4 @@
-"""augment.pad=buckets: batches of one shape, footprints, runs that resume exactly, evaluation, refusals."""
+"""augment.pad=buckets: batches of one shape, runs that resume exactly, evaluation, refusals."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.open import Data, load_collection
 from engine.exports.weights import load_predictor
 from engine.runtime import Runtime
 from engine.tasks.kinds import KINDS
@@ -23,7 +24,7 @@ from utils.errors import UserError
 SHAPES = [(60, 30), (30, 61), (40, 40), (45, 60)]
 OWN = [
     *SMALL_MODEL, *SHORT, "data=image_folder", "data.root=images", "augment=glyphs", "augment.image_size_hw=[64,64]",
-    "augment.pad=buckets", "augment.crop_scale=[1,1]", "task.patch_px=16", "task.ignore_padding=true",
+    "augment.pad=buckets", "augment.crop_scale=[1,1]", "task.patch_px=16",
     "data.background=white", "model.in_channels=3", "augment.mean=[0.5,0.5,0.5]", "augment.std=[0.5,0.5,0.5]",
     "task.probe.every_epochs=1", "loop.total_steps=6", "loop.checkpoint_every_steps=2", "tracking.samples=true",
 ]  # fmt: skip
@@ -47,12 +48,15 @@ def place(tmp_path_factory):
 def open_run(script, words):
     config, _ = configure(script, words)
     kind, runtime = KINDS[config.task.name], Runtime(torch.device("cpu"), "fp32", False, 0, 1)
-    data = kind.pipeline.open_training(config, runtime, Path("none"))
-    return data, kind.pipeline.streams(data, kind.set_up(config, data.collection), config)
+    collection = load_collection(config.data)
+    setup = kind.set_up(config, collection)
+    source = kind.source(collection, config.data, setup, repeats=True)
+    data = Data(collection, source, runtime, seed=config.seed, batch_size=2, run_path=None)
+    return data, kind.streams(data, setup, config)
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_batches_have_one_shape_and_footprints_are_where_the_black_images_are(place, small):
+def test_batches_have_one_shape_and_padding_is_white(place, small):
     patch_px, sizes = (8, {(24, 40), (32, 32), (40, 24)}) if small else (16, {(48, 80), (64, 64), (80, 48)})
     changes = ["augment.image_size_hw=[32,32]", "task.patch_px=8", "augment.shrink=true"] if small else []
     with working_in(place):
@@ -70,7 +74,6 @@ def test_batches_have_one_shape_and_footprints_are_where_the_black_images_are(pl
     assert len(seen) == len(set(seen.tolist())) == 6
     for batch in batches["train"] + batches["val"]:
         assert batch["mask"].shape[1] == batch["images"][0, 0].numel() // patch_px**2
-        assert ((batch["images"].int() + batch["footprint"].int() - 255).abs() <= 1).all()
         height, width = batch["images"].shape[-2:]
         assert (batch["images"][0] == 255).any() or height == width
 

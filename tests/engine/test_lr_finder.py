@@ -234,16 +234,16 @@ def make_of(script, *overrides):
     """Return a learner of another kind of training, and a batch for it."""
     config, _ = configure(script, [*SHORT, *overrides])
     kind = KINDS[config.task.name]
-    setup = Setup(config.model, config.task, kind.pipeline.preprocessing(config))
+    setup = Setup(config.model, config.task, kind.preprocessing(config))
     torch.manual_seed(0)
     task, batch = kind.build(setup), make_batch()
     task.initialise(None)
     fields = [
-        kind.pipeline.fields(None, setup)(SimpleNamespace(generator=generator_for(key), views={"images": image}))
+        kind.fields(None, setup)(SimpleNamespace(generator=generator_for(key), views={"images": image}))
         for key, image in zip(batch["key"].tolist(), batch["images"])
     ]
     batch |= {name: torch.stack([field[name] for field in fields]) for name in fields[0]}
-    batch |= dict.fromkeys(kind.pipeline.views(setup, config.augment), batch["images"])
+    batch |= dict.fromkeys(kind.views(setup, config.augment), batch["images"])
     return Learner(task, config, Plan(1, 8, 8, 1, 80, 100, 0, 5e-3), choose_runtime(config.runtime)), batch
 
 

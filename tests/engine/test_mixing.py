@@ -6,20 +6,25 @@ from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 
 from engine.tasks import mixing
-from engine.tasks.mixing import Mixing
+from engine.tasks.mixing import Mixing, MixingConfig
 
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
+TARGETS = F.one_hot(LABELS, 4).float()
 ONES = torch.ones(6)
+BOTH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0, "mix_switch_probability": 0.5}
 
 
 def images(count=6):
     return torch.rand(count, 3, 20, 24, generator=torch.Generator().manual_seed(0))
 
 
-def mix(seed, **changes):
-    values = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5} | changes
+def make(**changes):
+    return Mixing(MixingConfig(name="any", **{**BOTH, **changes}))
+
+
+def mix(seed, weight=ONES, **changes):
     torch.manual_seed(seed)
-    return Mixing(**values)(images(), F.one_hot(LABELS, 4).float(), ONES)
+    return make(**changes)(images(), TARGETS, weight)
 
 
 def test_mixup_is_timms_with_one_share_and_the_reverse_batch():
@@ -42,25 +47,37 @@ def test_cutmix_takes_one_rectangle_of_the_partner_and_its_true_share():
         rows, columns = from_partner[0].any(dim=1).sum(), from_partner[0].any(dim=0).sum()
         assert from_partner[0].sum() == rows * columns
         assert float(targets[0, 0]) == pytest.approx(1 - float(from_partner[0].float().mean()))
-        assert torch.equal(
-            mixed[~from_partner[:, None].expand_as(mixed)], images()[~from_partner[:, None].expand_as(mixed)]
-        )
+        assert torch.equal(torch.where(from_partner[:, None], images(), mixed), images())
 
 
 def test_the_box_is_timms(monkeypatch):
     """Centre uniform over the image, sides by the root of the area, cut off at the borders."""
     draws = iter([3, 20])
     monkeypatch.setattr(mixing.torch, "randint", lambda high, shape: torch.tensor(next(draws)))
+    monkeypatch.setattr(mixing.torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
     # sqrt(1 - 0.75) = 0.5: 10 x 12 pixels about (3, 20) of 20 x 24.
-    assert mixing._draw_box(20, 24, 0.75) == (0, 8, 14, 24)
+    assert make(mixup_alpha=0.0).draw(20, 24) == (1 - 8 * 10 / (20 * 24), (0, 8, 14, 24))
 
 
-def test_probabilities_are_those_given():
-    unmixed = sum(torch.equal(mix(seed, probability=0.3)[0], images()) for seed in range(300))
+@pytest.mark.parametrize("off", ["mixup_alpha", "cutmix_alpha"])
+def test_an_unreadable_image_is_mixed_into_no_other(off):
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0])  # the partner of 1 is 4
+    mixed, targets = mix(3, **{off: 0.0})
+    found, soft = mix(3, weight, **{off: 0.0})
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(found[others], mixed[others]) and torch.equal(soft[others], targets[others])
+    assert torch.equal(found[4], images()[4]) and torch.equal(soft[4], TARGETS[4])
+    assert not torch.equal(mixed[4], images()[4])
+    last = images().contiguous(memory_format=torch.channels_last)
+    assert make(**{off: 0.0})(last, TARGETS, weight)[0].stride() == last.stride()
+
+
+def test_probabilities_are_those_given_and_evaluation_mixes_nothing():
+    unmixed = sum(torch.equal(mix(seed, mix_probability=0.3)[0], images()) for seed in range(300))
     assert 180 < unmixed < 240
-    kinds = [mix(seed, switch_probability=0.8) for seed in range(300)]
+    kinds = [mix(seed, mix_switch_probability=0.8) for seed in range(300)]
     cuts = sum(bool(((found == images()) | (found == images().flip(0))).all()) for found, _ in kinds)
     assert 215 < cuts < 265
-    plain, targets = mix(0, probability=0.0)
-    assert torch.equal(plain, images()) and torch.equal(targets, F.one_hot(LABELS, 4).float())
-    assert not Mixing(0.0, 0.0, 1.0, 0.5).is_on and not Mixing(0.8, 0.0, 0.0, 0.5).is_on
+    for still in (make(mix_probability=0.0), make(mixup_alpha=0.0, cutmix_alpha=0.0), make().eval()):
+        plain, targets = still(images(), TARGETS, ONES)
+        assert not still.is_on and torch.equal(plain, images()) and torch.equal(targets, TARGETS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.checkpoint import find_checkpoint, read_state, remove_old, save_checkpoint
+from engine.checkpoint import find_checkpoint, read_state, save_checkpoint
 from engine.plan import MOST_STEPS
 from tests.engine.test_checkpoint import steps_in
 from tests.engine.test_plan import plan
@@ -13,21 +13,16 @@ from utils.record.logging import place_of
 from utils.record.sample_log import SampleLog
 
 RANKS = 1024
-STEPS = [1, 9, 10, 99_999, 100_000, 12_207_031, MOST_STEPS]  # 12,207,031: 100 billion samples in steps of 8,192
+STEPS = [1, 10, 99_999, 100_000, MOST_STEPS]
 
 
-def test_checkpoints_of_a_long_run_are_found_in_the_order_of_their_steps(tmp_path):
+def test_checkpoints_of_a_long_run_are_found_in_order_and_a_longer_one_is_refused(tmp_path):
     for step in reversed(STEPS):
         save_checkpoint(tmp_path, step, {"weights": {"w": torch.full((1,), float(step))}}, {}, {})
     assert steps_in(tmp_path) == STEPS
     assert read_state(find_checkpoint(tmp_path))["step"] == MOST_STEPS
-    remove_old(tmp_path, keep=2, step=MOST_STEPS, best_step=10)
-    assert steps_in(tmp_path) == [10, 12_207_031, MOST_STEPS]
-
-
-def test_a_run_with_more_steps_than_names_is_refused():
     assert plan(epoch_length=10, total_steps=MOST_STEPS).total_steps == MOST_STEPS
-    with pytest.raises(UserError, match=r"loop.total_steps: 100,000,000 steps are more than 99,999,999, the last that"):
+    with pytest.raises(UserError, match=r"^loop.total_steps: 100,000,000 steps"):
         plan(epoch_length=10, total_steps=MOST_STEPS + 1)
 
 

@@ -153,7 +153,7 @@ def test_features_are_exported_and_predicted(place):
 
 
 def test_what_a_task_has_no_output_for_is_refused(place):
-    with pytest.raises(UserError, match=r"^weights: flow/.* is of task 'flow', which has no export"):
+    with pytest.raises(UserError, match=r"^format: onnx is no format of flow/"):
         call(export, place, run_dir="flow", **EXPORT)
     with pytest.raises(UserError, match=r"^output: .* gives vectors, which CSV does not hold; name a \.jsonl"):
         predictions(place, "features.csv", weights="multicrop")

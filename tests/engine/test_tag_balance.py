@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from data.tag_weights import TagWeightsConfig
-from engine.tasks.tag_balance import TagBalance
+from engine.tasks.diffusion import TagBalance
 from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs
 from tests.engine.test_no_host_sync import count
 from tests.in_process import run, run_command, run_until_killed

@@ -1,13 +1,11 @@
 """Losses of a tagger: each is its formula, written out in numpy; the gradient of ASL is that of the official code."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
-from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
+from engine.tasks.tag_losses import TagLoss, TagLossConfig, frequency_weights
 
 DEFAULTS = {"gamma_pos": 0.0, "gamma_neg": 4.0, "clip": 0.05, "alpha": None, "margin": 1.0}
 LOGITS = torch.linspace(-12, 12, 97).repeat(2, 1)
@@ -53,33 +51,23 @@ CASES = [
     ("asl", asl_formula, {"gamma_neg": 0.0, "clip": 0.0}),
     ("focal", focal_formula, {"gamma_pos": 2.0, "alpha": 0.25}),
     ("focal", focal_formula, {"gamma_pos": 0.5}),
-    ("hill", hill_formula, {"gamma_pos": 2.0}),
     ("hill", hill_formula, {"gamma_pos": 0.5, "margin": 0.3}),
 ]
 
 
 @pytest.mark.parametrize(("name", "formula", "changes"), CASES)
-@pytest.mark.parametrize("targets", [HARD, SOFT], ids=["hard", "soft"])
-def test_a_loss_is_its_formula(name, formula, changes, targets):
-    found = make(name, **changes)(LOGITS, targets, 0.0)
-    expected = formula(LOGITS.double().numpy(), targets.double().numpy(), **{**DEFAULTS, **changes})
-    assert found.dtype == torch.float32 and found.shape == LOGITS.shape
-    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "positive", "negative"),
-    [
-        ("bce", {}, math.log(2), math.log(2)),
-        ("asl", {}, math.log(2), -math.log(0.55) * 0.45**4),  # p_m = 0.45
-        ("focal", {"gamma_pos": 2.0, "alpha": 0.25}, 0.0625 * math.log(2), 0.1875 * math.log(2)),
-        ("hill", {"margin": 0.0}, math.log(2), 0.25),
-    ],
-)
-def test_at_probability_one_half(name, changes, positive, negative):
-    """By hand."""
-    found = make(name, **changes)(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), 0.0)
-    assert found.tolist()[0] == pytest.approx([positive, negative], rel=1e-6)
+def test_a_loss_is_its_formula_and_finite_for_extreme_logits(name, formula, changes):
+    loss = make(name, **changes)
+    for targets in (HARD, SOFT):
+        found = loss(LOGITS, targets, 0.0)
+        expected = formula(LOGITS.double().numpy(), targets.double().numpy(), **{**DEFAULTS, **changes})
+        assert found.dtype == torch.float32 and found.shape == LOGITS.shape
+        np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=1e-6)
+    logits = torch.tensor([[-100.0, -30, 0, 30, 100]], dtype=torch.float16).repeat(3, 1).requires_grad_()
+    losses = loss(logits, torch.tensor([[0.0], [1.0], [0.3]]).expand(3, 5), 0.0)
+    losses.sum().backward()
+    assert losses.dtype == torch.float32 and losses.isfinite().all() and logits.grad.isfinite().all()
+    assert losses.min() >= 0
 
 
 def official_asl(x, y, gamma_neg, gamma_pos, clip, eps=1e-8):
@@ -92,33 +80,15 @@ def official_asl(x, y, gamma_neg, gamma_pos, clip, eps=1e-8):
     return -loss * focus
 
 
-def test_asl_and_its_gradient_are_the_official_codes():
+def test_the_gradient_of_asl_is_the_official_codes_and_a_lost_positive_has_one():
     for gammas in ((4.0, 0.0, 0.05), (4.0, 1.0, 0.05), (7.0, 0.0, 0.2)):
         ours, theirs = (LOGITS.clone().requires_grad_() for _ in range(2))
-        found = make("asl", gamma_neg=gammas[0], gamma_pos=gammas[1], clip=gammas[2])(ours, HARD, 0.0)
-        expected = official_asl(theirs, HARD, *gammas)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-        found.sum().backward()
-        expected.sum().backward()
+        make("asl", gamma_neg=gammas[0], gamma_pos=gammas[1], clip=gammas[2])(ours, HARD, 0.0).sum().backward()
+        official_asl(theirs, HARD, *gammas).sum().backward()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("name", "formula", "changes"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_extreme_logits_of_any_precision_are_finite_and_so_are_their_gradients(name, formula, changes, dtype):
-    logits = torch.tensor([[-100.0, -30, 0, 30, 100]], dtype=dtype).repeat(3, 1).requires_grad_()
-    targets = torch.tensor([[0.0], [1.0], [0.3]]).expand(3, 5)
-    losses = make(name, **changes)(logits, targets, 0.0)
-    losses.sum().backward()
-    assert losses.dtype == torch.float32 and losses.isfinite().all() and logits.grad.isfinite().all()
-    assert losses.min() >= 0
-
-
-@pytest.mark.parametrize(("name", "changes"), [("asl", {}), ("asl", {"clip": 0.0, "gamma_neg": 1.0}), ("bce", {})])
-def test_a_positive_that_is_lost_still_has_a_gradient(name, changes):
-    logits = torch.tensor([[-40.0]], requires_grad=True)
-    make(name, **changes)(logits, torch.ones(1, 1), 0.0).sum().backward()
-    assert logits.grad.item() == pytest.approx(-1.0)
+    lost = torch.tensor([[-40.0]], requires_grad=True)
+    make("asl")(lost, torch.ones(1, 1), 0.0).sum().backward()
+    assert lost.grad.item() == pytest.approx(-1.0)
 
 
 def test_a_pair_moves_over_the_run():
@@ -131,4 +101,3 @@ def test_a_pair_moves_over_the_run():
 def test_frequency_weights_by_hand():
     found = frequency_weights(torch.tensor([100, 400, 25, 0, 10**9]), 0.5)
     assert found.tolist() == pytest.approx([1.0, 0.5, 2.0, 10.0, 0.1]) and found.dtype == torch.float32
-    assert bce(torch.zeros(1, 1), torch.zeros(1, 1)).shape == (1, 1)

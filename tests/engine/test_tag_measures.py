@@ -26,6 +26,7 @@ LOGITS = 2 * LATENT + 0.5 + 0.5 * torch.randn(IMAGES, TAGS, generator=GENERATOR)
 VALID = torch.rand(IMAGES, generator=GENERATOR) > 0.1
 KNOWN = torch.ones(IMAGES, TAGS, dtype=torch.bool)
 KNOWN[:, :4] = (torch.rand(IMAGES, generator=GENERATOR) > 0.3)[:, None]  # ratings
+MASKED = TARGETS.masked_fill(~KNOWN, torch.nan)
 CATEGORIES = (9,) * 4 + (0,) * 26 + (4,) * 10
 COUNTS = tuple(int(20000 * share) for share in TARGETS.mean(0))
 VOCABULARY = Vocabulary(tuple(f"tag_{i}" for i in range(TAGS)), CATEGORIES, COUNTS, tuple(range(TAGS)))
@@ -39,7 +40,7 @@ def logit(prob):
 
 def fill(split=SPLITS[0], rows=slice(None), logits=LOGITS):
     measure = TagHistograms(TAGS)
-    for batch in zip(*(column[rows].split(split) for column in (logits, TARGETS, VALID, KNOWN))):
+    for batch in zip(*(column[rows].split(split) for column in (logits, MASKED, VALID))):
         measure.add(*batch)
     return measure
 
@@ -189,7 +190,7 @@ def halves():
     parts = []
     for chosen in (fit, ~fit):
         measure = TagHistograms(TAGS)
-        measure.add(LOGITS, TARGETS, VALID & chosen, KNOWN)
+        measure.add(LOGITS, MASKED, VALID & chosen)
         parts.append(TagScores(measure.reduce(), VOCABULARY))
     return parts
 

@@ -9,9 +9,8 @@ import torch
 
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
-from engine.tasks.tag_head import prior_bias
 from engine.tasks.tag_losses import TagLossConfig
-from engine.tasks.tagging import TaggingTask, TaggingTaskConfig, measure_priors, read_flips
+from engine.tasks.tagging import TaggingKind, TaggingTask, TaggingTaskConfig, measure_priors, prior_bias, read_flips
 from models.config import TimmConfig
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run, run_until_killed
@@ -40,7 +39,7 @@ TAGS = [[0, 4], [1, 5, 6], [4, 7], [2], [0, 4, 5], [3, 7], [1, 6], [0]]
 
 def make(facts=FACTS, **changes):
     torch.manual_seed(0)
-    return TaggingTask(Setup(MODEL, CONFIG.model_copy(update=changes), PREPROCESSING, facts))
+    return TaggingKind().build(Setup(MODEL, CONFIG.model_copy(update=changes), PREPROCESSING, facts))
 
 
 def make_tags(tags=TAGS):
@@ -126,7 +125,7 @@ def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their
     earlier = make()
     torch.nn.init.normal_(earlier.network.head.weight)
     path = tmp_path / "earlier.safetensors"
-    metadata = {"task": CONFIG.model_dump(), "model": MODEL.model_dump(), **earlier.exported().metadata}
+    metadata = {"task": CONFIG.model_dump(), "model": MODEL.model_dump(), **earlier.metadata}
     write_weights(path, earlier.network.state_dict(), metadata)
     assert "orientation" not in metadata and "tag_priors" not in metadata
     names = ("hat", "text", "left_arm", "general", "general")  # a tag and a rating of one name

@@ -21,7 +21,7 @@ MODEL = ConvNeXtV2Config(
 )  # fmt: skip
 FCMAE = FCMAETaskConfig(
     name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True,
-    ignore_padding=False, execution="sparse",
+    execution="sparse",
     probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )  # fmt: skip
 CLASSIFY = ClassificationTaskConfig(
@@ -97,32 +97,6 @@ def test_evaluation_leaves_out_weight_zero_and_counts_the_rest():
     assert with_padding == pytest.approx(plain) and plain["samples"] == 8
     # Top-5 of four classes is top-4.
     assert set(plain) == {"loss", "top1", "top4", "mean_class_accuracy", "macro_f1", "samples"}
-
-
-@pytest.mark.parametrize("mix", ["mixup_alpha", "cutmix_alpha"])
-def test_an_unreadable_image_is_mixed_into_no_other(mix):
-    """The partner of a sample is the one at its place from the end. In evaluation nothing is mixed."""
-    task = make_classifier(CLASSIFY.model_copy(update={mix: 5.0}))
-    batch = make_batch(7) | {"labels": torch.tensor([0, 1, 2, 3, 0, 1, 2])}
-    images = task.normalise(batch["images"]).contiguous(memory_format=torch.channels_last)
-    weight = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0])
-    torch.manual_seed(3)
-    mixed, targets = task._mix(images, batch["labels"], torch.ones(7))
-    for given in (torch.ones(7), weight):
-        torch.manual_seed(3)
-        found, soft = task._mix(images, batch["labels"], given)
-        assert found.stride() == mixed.stride() and soft.dtype == targets.dtype
-        for index in range(7):
-            partner = 6 - index
-            if partner == index:
-                torch.testing.assert_close(found[index], images[index])
-            elif given[partner] > 0:
-                assert torch.equal(found[index], mixed[index]) and torch.equal(soft[index], targets[index])
-                assert not torch.equal(found[index], images[index])
-            else:
-                assert torch.equal(found[index], images[index])
-                assert torch.equal(soft[index], torch.eye(4)[batch["labels"][index]])
-    assert torch.equal(task.eval()(batch, 0.0).loss, task(batch, 0.0).loss)
 
 
 def test_a_timm_network_of_another_image_size_is_refused():

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from engine.exports.weights import load_predictor, open_weights
-from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.build import build_network
 from models.config import ConvNeXtV2Config
@@ -49,8 +49,8 @@ def write_classifier(path, model):
         "image_size_hw": [24, 32], "mean": [0.4] * channels, "std": [0.3] * channels, "eval_crop": 1.0,
         "interpolation": "bilinear", "channels": channels,
     }  # fmt: skip
-    task = ClassificationTask(Setup(model, TASK, preprocessing, {"class_names": ["ä", "b,c", "d"]}))
-    metadata = {"task": TASK.model_dump(), "model": model.model_dump(), "step": 3, **task.exported().metadata}
+    task = ClassificationKind().build(Setup(model, TASK, preprocessing, {"class_names": ["ä", "b,c", "d"]}))
+    metadata = {"task": TASK.model_dump(), "model": model.model_dump(), "step": 3, **task.metadata}
     write_weights(path, task.network.state_dict(), metadata)
     return task.eval()
 

@@ -126,25 +126,6 @@ def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_st
         assert all(torch.equal(before, after) for before, after in zip(outcomes[0], outcome))
 
 
-@pytest.mark.parametrize(("norm_pix_loss", "size"), [(True, (16, 64)), (False, (48, 24))])
-def test_padding_reaches_the_loss_neither_by_its_content_nor_by_a_prediction(size, norm_pix_loss):
-    """The last patch column is padded in part."""
-    torch.manual_seed(0)
-    fcmae = build(norm_pix_loss=norm_pix_loss)
-    mask = draw_masks(3, fcmae, size)
-    images, footprint = torch.randn(3, 3, *size), torch.ones(3, 1, *size)
-    footprint[..., size[1] - 11 :] = 0
-    other = torch.where(footprint > 0, images, torch.randn(3, 3, *size))
-    pred = fcmae(images, mask).detach().requires_grad_()
-    losses = [fcmae.loss_per_sample(content, pred, mask, footprint) for content in (images, other)]
-    assert torch.equal(losses[0], losses[1]) and (losses[0] > 0).all()
-    losses[0].sum().backward()
-    counted = patchify(footprint.expand_as(images), 8)[mask].view_as(pred)
-    assert torch.equal(pred.grad != 0, counted > 0)
-    painted = fcmae.reconstruct(images, pred, mask, footprint)
-    assert torch.equal(patchify(painted, 8)[~mask], patchify(images, 8)[~mask])
-
-
 def test_forward_and_loss_are_one_graph():
     torch.manual_seed(0)
     fcmae = build()

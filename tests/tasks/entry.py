@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from engine.tasks.kinds import KINDS
-from engine.tasks.training import train
+from engine.tasks.kinds import KINDS, train
 from utils.config.entry_point import entry_point
 
 

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 
 from data.stream import GroupedSampler
 from engine.measures.means import measure_means
-from engine.task import Exported, Report, Roles, StepOutput, Task, log_mean
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, TaskConfig
+from engine.task import Report, Roles, StepOutput, Task, log_mean
+from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
+from engine.tasks.kind import TaskConfig
 from tests.tasks.entry import add_kind
 from utils import rng
 from utils.config.schema import Strict
@@ -43,6 +43,7 @@ class FlowConfig(ImageTrainingConfig):
 
 class FlowTask(Task):
     roles = Roles(trained=("velocity",), averaged={"velocity": "cpu"}, frozen=("encoder",))
+    exported = ("velocity",)
 
     def __init__(self, setup):
         super().__init__()
@@ -50,18 +51,11 @@ class FlowTask(Task):
         label = nn.Embedding(len(setup.facts["class_names"]) + 1, 4)  # 0: no class
         self.velocity = nn.ModuleDict({"label": label, "body": nn.Sequential(*body)})
         self.encoder = None
-        self.normalise, self._metadata, self.channels = (
-            setup.normalise(),
-            setup.metadata("class_names"),
-            setup.model.in_channels,
-        )
+        self.normalise, self.channels = setup.normalise(), setup.model.in_channels
 
     def load_frozen(self):
         self.encoder = nn.Conv2d(self.channels, 4, kernel_size=4, stride=4, bias=False)
         nn.init.orthogonal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
-
-    def exported(self):
-        return Exported(("velocity",), self._metadata)
 
     def _losses(self, batch):
         latents = self.encoder(self.normalise(batch["images"])).float()
@@ -80,7 +74,12 @@ class FlowTask(Task):
         return Report(measure_means(loaders["val"], self._losses))
 
 
-class FlowPipeline(ImagePipeline):
+class FlowKind(ImageKind):
+    config, model, task, names = FlowTaskConfig, ToyModelConfig, FlowTask, ("class_names",)
+
+    def find_facts(self, config, collection):
+        return {"class_names": collection.class_names("train")}
+
     def fields(self, collection, setup):
         class_ids = collection.class_ids(setup.facts["class_names"])
 
@@ -95,16 +94,6 @@ class FlowPipeline(ImagePipeline):
 
     def sampler(self, collection, setup, config, rows):
         return GroupedSampler(rows, rows % len(SHAPES_HW), setup.task.chunk, config.seed)
-
-
-class FlowKind(Kind):
-    config, model_schema, pipeline, fact_names = FlowTaskConfig, ToyModelConfig, FlowPipeline(), ("class_names",)
-
-    def find_facts(self, config, collection):
-        return {"class_names": collection.class_names("train")}
-
-    def build(self, setup):
-        return FlowTask(setup)
 
 
 main = add_kind("flow", FlowKind(), FlowConfig)

@@ -13,9 +13,9 @@ import torch
 
 from data.transforms import TrainTransform
 from engine.measures.means import measure_means
-from engine.task import Exported, Report, Roles, StepOutput, Task
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, TaskConfig
+from engine.task import Report, Roles, StepOutput, Task
+from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
+from engine.tasks.kind import TaskConfig
 from models.build import build_network
 from models.weights.initialise import initialise_from
 from optim.schedules import cosine, linear
@@ -42,6 +42,7 @@ class MultiCropConfig(ImageTrainingConfig):
 
 class MultiCropTask(Task):
     roles = Roles(trained=("student",), averaged={})
+    exported = ("teacher",)
 
     def __init__(self, setup):
         super().__init__()
@@ -50,14 +51,11 @@ class MultiCropTask(Task):
         self.normalise = setup.normalise()
         self.register_buffer("centre", torch.zeros(setup.task.dim))
         self.register_buffer("outputs", torch.zeros(setup.task.dim + 1), persistent=False)  # their sum, and number
-        self.config, self._metadata = setup.task, setup.metadata()
+        self.config = setup.task
 
     def initialise(self, source):
         self.origin = initialise_from(self.student, source, keep_head=False)
         self.teacher.load_state_dict(self.student.state_dict())
-
-    def exported(self):
-        return Exported(("teacher",), self._metadata)
 
     def forward(self, batch, progress):
         with torch.no_grad():
@@ -92,21 +90,13 @@ class MultiCropTask(Task):
         return {"loss": -(target.exp() * mirrored).sum(dim=1)}
 
 
-class MultiCropPipeline(ImagePipeline):
+class MultiCropKind(ImageKind):
+    config, task = MultiCropTaskConfig, MultiCropTask
+    output, network = "features", "teacher"
+
     def views(self, setup, augment):
         small = augment.model_copy(update={"image_size_hw": setup.task.local_size_hw, "crop_scale": [0.05, 0.4]})
         return {name: TrainTransform(augment) for name in GLOBAL} | {name: TrainTransform(small) for name in LOCAL}
-
-
-class MultiCropKind(Kind):
-    config, pipeline = MultiCropTaskConfig, MultiCropPipeline()
-    output = "features"
-
-    def build(self, setup):
-        return MultiCropTask(setup)
-
-    def image_network(self, task):
-        return task.teacher
 
 
 main = add_kind("multicrop", MultiCropKind(), MultiCropConfig)

@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from data.batch import Ragged, multi_hot
 from engine.measures.means import measure_means
-from engine.task import Exported, Report, StepOutput, Task, log_mean
-from engine.tasks.image_pipeline import ImagePipeline, ImageTrainingConfig
-from engine.tasks.kind import Kind, TaskConfig
-from models.build import build_network
-from models.weights.initialise import initialise_from
+from engine.task import Report, StepOutput, log_mean
+from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
+from engine.tasks.kind import TaskConfig
 from tests.tasks.entry import add_kind
 
 
@@ -38,20 +36,11 @@ class TagFields:
         return {"tags": Ragged(torch.tensor(ids, dtype=torch.int64))}
 
 
-class ThinTaggingTask(Task):
+class ThinTaggingTask(ImageTask):
     def __init__(self, setup):
-        super().__init__()
+        super().__init__(setup, outputs=len(setup.facts["tag_names"]))
         self.tag_names = setup.facts["tag_names"]
-        self.network = build_network(setup.model, num_classes=len(self.tag_names))
-        self.normalise = setup.normalise()
         self.register_buffer("positive_weight", torch.tensor(setup.task.positive_weight))
-        self._metadata = setup.metadata("tag_names")
-
-    def initialise(self, source):
-        self.origin = initialise_from(self.network, source, keep_head=False)
-
-    def exported(self):
-        return Exported(metadata=self._metadata)
 
     def _losses(self, batch):
         logits = self.network(self.normalise(batch["images"])).float()
@@ -70,21 +59,15 @@ class ThinTaggingTask(Task):
         return Report(measure_means(loaders["val"], lambda batch: {"loss": self._losses(batch)[0]}))
 
 
-class ThinTaggingPipeline(ImagePipeline):
-    def fields(self, collection, setup):
-        return TagFields(setup.facts["tag_names"])
-
-
-class ThinTaggingKind(Kind):
-    config, pipeline = ThinTaggingTaskConfig, ThinTaggingPipeline()
+class ThinTaggingKind(ImageKind):
+    config, task, names = ThinTaggingTaskConfig, ThinTaggingTask, ("tag_names",)
     output = "tags"
-    fact_names = ("tag_names",)
 
     def find_facts(self, config, collection):
         return {"tag_names": sorted(collection.tag_counts("train"))}
 
-    def build(self, setup):
-        return ThinTaggingTask(setup)
+    def fields(self, collection, setup):
+        return TagFields(setup.facts["tag_names"])
 
 
 main = add_kind("thin_tagging", ThinTaggingKind(), ThinTaggingConfig)

@@ -1,0 +1,223 @@
+"""SDXL as a kind of training: captioned images in buckets of shapes, from files or from caches of latents and texts."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Ragged, Sample
+from data.buckets import SIZES, Buckets, FittedView, image_sizes, make_buckets
+from data.cache.store import TensorStore, record_key
+from data.captions import CaptionConfig, describe_captions
+from data.collection import Collection
+from data.config import DataConfig
+from data.images import Images
+from data.latent_cache import LatentCache, LatentRecipe, image_hashes
+from data.loader import Example, Fields
+from data.open import Data, describe_collection, open_images
+from data.rows import training_rows
+from data.source import Source, layers
+from data.stream import GroupedSampler
+from data.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
+from data.text_cache import TextCache, vary_caption
+from data.transforms import Views
+from engine.config import TrainingConfig
+from engine.streams import Streams
+from engine.task import FILE_HASHES
+from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from engine.tasks.kind import Kind, Setup
+from models.sdxl.names import ENCODERS
+from models.sdxl.networks import SDXLConfig, base_files, describe, open_networks
+from models.sdxl.step import encode_images, encode_text
+from models.sdxl.tokenizer import tokenize
+from utils.canvas import DEFAULT
+from utils.contracts import Batch
+from utils.errors import UserError
+from utils.io.memo import hash_once
+from utils.ranks import distributed
+
+HASHES = Path("outputs/cache/image_hashes.jsonl")
+_TEXTS_AT_ONCE = 16
+
+Weights = np.ndarray | ImageTags  # of the rows' tags, [rows of the collection], or the tags, which the task weighs
+Texts = tuple[Callable[[str], Mapping[str, Tensor]], int | None]  # what the network is given of a caption; variants
+
+
+class DiffusionKind(Kind):
+    """SDXL, by a LoRA or whole."""
+
+    config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
+    scripts = ("finetune_sdxl",)
+    next_commands = ("python export.py format=single_file run_dir={run}", *Kind.next_commands)
+
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return the tags' counts, where training weighs them anew; what the task is otherwise, its config says.
+
+        Raises UserError (`task.noise`) where the base model predicts something else.
+        """
+        task = config.task
+        if config.model.path is not None and not task.noise.convert:
+            _check_base(config.model.path, task)
+        if not task.reestimates:
+            return {}
+        rows = training_rows(collection, config.loop.train_paths)
+        return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
+
+    def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
+        """Return the images; those that are read once are not cached."""
+        repeats = repeats and setup.task.latent_cache is None
+        background = DEFAULT if config.background is None else config.background
+        if not repeats:
+            config = config.model_copy(update={"cache": config.cache.model_copy(update={"disk_gib": 0.0})})
+        return open_images(collection, config, 3, background, repeats=repeats)
+
+    def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the data of a run; caches are filled first, but not in a dry run, which reads no image."""
+        task, collection = setup.task, data.collection
+        if config.dry_run:
+            setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
+        rows = training_rows(collection, config.loop.train_paths)
+        buckets = _bucket(collection, rows, task)
+        captions = describe_captions(collection, rows, task.captions)
+        described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
+        weights: Weights = np.ones(len(collection))
+        if task.tag_weights is not None:
+            tags = read_tags(collection, task.captions)
+            weights = weigh_images(tags, rows, task.tag_weights)
+            described["weights"] = describe_weights(weights[buckets.rows])
+            weights = tags if task.reestimates else weights
+        texts = _read_texts(data, setup, rows, training=True)
+        fields = caption_fields(task.captions, texts, config.loop.global_batch_size, weights)
+        read, views, fields = _read_images(data, setup, buckets, fields)
+        sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
+        return Streams(
+            read.train(buckets.rows, fields, views, sampler=sampler),
+            self.evaluation(data, setup, training=True),
+            {**read.fingerprints, **setup.fingerprints()},
+            described=described,
+        )
+
+    def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
+        """Return `val`, in buckets, with centred crops and whole captions."""
+        still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
+        setup = replace(setup, task=setup.task.model_copy(update={"buckets": still}))
+        rows = data.collection.rows("val")
+        buckets = _bucket(data.collection, rows, setup.task)
+        texts = _read_texts(data, setup, rows, training=False)
+        fields = caption_fields(setup.task.captions, texts, 1, np.ones(len(data.collection)))
+        read, views, fields = _read_images(data, setup, buckets, fields)
+        return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+
+
+def _check_base(path: str, task: DiffusionTaskConfig) -> None:
+    """Raise UserError (`task.noise`) where a base model says of itself that it predicts something else."""
+    source = describe(path)
+    stated = {key: source[key] for key in ("prediction_type", "zero_terminal_snr")}
+    if wrong := [key for key, value in stated.items() if getattr(task.noise, key) != value]:
+        ours, theirs = str(getattr(task.noise, wrong[0])).lower(), str(stated[wrong[0]]).lower()
+        settings = " ".join(f"task.noise.{key}={str(value).lower()}" for key, value in stated.items())
+        raise UserError(
+            f"task.noise.{wrong[0]}: {ours}, but {path} says {theirs} of itself; set {settings}, or "
+            "task.noise.convert=true to train it into another, which takes a long run"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- captions
+
+
+def caption_fields(config: CaptionConfig, texts: Texts, parts: int, weights: Weights) -> Fields:
+    """Return what adds a sample's caption, its place in the step, and its weight or tags.
+
+    texts: what the network is given of a caption, and how many variants of one there are; None draws a new one each
+    time. parts: samples of a step, over all ranks.
+    """
+    tensors, variants = texts
+
+    def choose(example: Example) -> tuple[str, bool]:
+        text, generator = config.read(example.row), example.generator
+        if not example.training:
+            return config.complete(text), False
+        if variants is None:
+            return config.vary(text, generator)
+        if config.drops(generator):
+            return "", True
+        return vary_caption(text, int(torch.randint(variants, (), generator=generator)), config.vary_tags), False
+
+    def add(example: Example) -> Sample:
+        (text, is_dropped), row = choose(example), example.draw.index
+        strata = torch.tensor([example.draw.position % parts, parts])
+        fields = {**tensors(text), "is_dropped": is_dropped, "strata": strata}
+        if isinstance(weights, np.ndarray):
+            return {**fields, "tag_weight": float(weights[row])}
+        shown = torch.tensor(weights.find_shown(row, text, config), dtype=torch.bool)
+        return {**fields, "tags": Ragged(torch.tensor(weights.of_row(row)).long()), "tags_shown": Ragged(shown)}
+
+    return add
+
+
+def _tokens(chunks: int, caption: str) -> dict[str, Tensor]:
+    return {"token_ids": tokenize([caption], chunks)[0]}
+
+
+def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Texts:
+    """Return what the network is given of captions: tokens, or records of the text cache, which is filled first."""
+    task, captions = setup.task, setup.task.captions
+    if task.text_cache is None:
+        return partial(_tokens, task.caption_chunks), None
+    variants = task.text_variants if training and captions.varies_tags else 1
+    texts = [captions.read(data.collection.view(int(row))) for row in rows]
+    if training:
+        wanted = [vary_caption(text, number, captions.vary_tags) for text in texts for number in range(variants)]
+    else:
+        wanted = [captions.complete(text) for text in texts]
+
+    @cache  # loaded where a text is missing
+    def encoders() -> list[torch.nn.Module]:
+        networks = open_networks(setup.model, ENCODERS, frozen=True)
+        return [getattr(networks, name).to(data.machine.device) for name in ENCODERS]
+
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        return encode_text(*encoders(), tokenize(texts, task.caption_chunks).to(data.machine.device))
+
+    recipe = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
+    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), recipe)
+    store.fill(["", *wanted], encode, _TEXTS_AT_ONCE)
+    return store.read, variants
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def _bucket(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> Buckets:
+    return make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
+
+
+def _read_images(data: Data, setup: Setup, buckets: Buckets, fields: Fields) -> tuple[Data, Views, Fields]:
+    """Return the data, views and fields: of the files, or of the latent cache, which is filled first."""
+    task = setup.task
+    if task.latent_cache is None:
+        names = ("images", "fit")
+        views = {name: FittedView(buckets.sizes_hw, task.buckets, conditions=name == "fit") for name in names}
+        return data, views, fields
+    images = next(layer for layer in layers(data.source) if isinstance(layer, Images))
+    hashes = image_hashes(data.collection, buckets.rows, HASHES)
+    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
+    store = TensorStore(Path(task.latent_cache), "task.latent_cache")
+    latents = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
+    if latents.is_missing().any():
+        vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
+        latents.fill(partial(encode_images, vae), images, data.machine, data.batch_size, data.unreadable)
+    return data.read_from(latents, latents.fingerprints), {}, lambda example: {**example.record, **fields(example)}
+
+
+def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
+    """Return a hash of some networks: of their files, or of a single file as a whole."""
+    files = base_files(model)
+    chosen = [file for file in files if len(files) == 1 or file.parent.name in parts]
+    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in chosen])
+    return record_key(model.name if model.path is None else "", hashes, model.frozen_dtype)
