@@ -4,7 +4,6 @@
     python prepare.py job=manifest data=image_folder data.root=PATH          check all images, write manifest.parquet
     python prepare.py job=manifest data=image_folder data.root=PATH job.verify=false          without decoding them
     python prepare.py job=vocabulary data=image_folder data.root=PATH job.output=FILE         the tags to train
-    python prepare.py job=warm_cache data=image_folder data.root=PATH data.cache.disk_gib=100    fill the disk cache
     python prepare.py job=pack data=image_folder data.root=PATH job.output=FOLDER             the images as tar shards
     python prepare.py job=statistics data=image_folder data.root=PATH        what is in a collection, as an HTML page
 
@@ -17,7 +16,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data.cache.warm import WarmCache
 from data.care.copy import Copy, Downsample
 from data.care.duplicates import Duplicates
 from data.care.filter import Filter
@@ -36,7 +34,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 AnyJob = Annotated[
-    Glyphs | Manifest | CollectVocabulary | WarmCache | Pack
+    Glyphs | Manifest | CollectVocabulary | Pack
     | Count | Statistics | Verify | Duplicates | Filter | Downsample | Split | Copy,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -48,7 +48,12 @@ def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = Fals
                     last = channels_last and value.dtype == torch.uint8 and value.dim() == 3
                     form = torch.channels_last if last else torch.contiguous_format
                     batch[name] = torch.empty(count, *value.shape, dtype=value.dtype, memory_format=form)
-                _copy(value, batch[name][place])
+                into = batch[name][place]
+                assert value.shape == into.shape, (value.shape, into.shape)
+                if value.dtype == torch.uint8:
+                    np.copyto(into.numpy(), value.numpy())  # images: channels to the front in half of torch's time
+                else:
+                    into.copy_(value)
             else:
                 columns.setdefault(name, []).append(value)
     for name, column in columns.items():
@@ -59,15 +64,6 @@ def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = Fals
         else:
             batch[name] = torch.tensor(column)
     return batch
-
-
-def _copy(value: Tensor, into: Tensor) -> None:
-    """Copy a sample's tensor to its place in the batch."""
-    assert value.shape == into.shape, (value.shape, into.shape)
-    if value.dtype == torch.uint8:
-        np.copyto(into.numpy(), value.numpy())  # moves the channels of images to the front in half of torch's time
-    else:
-        into.copy_(value)
 
 
 def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:

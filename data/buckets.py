@@ -36,7 +36,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_UNIT_PX = 32  # the VAE shrinks by 8, the U-Net by 4 more
+_UnitSide = Annotated[Side, Field(multiple_of=32)]  # the VAE shrinks by 8, the U-Net by 4 more
 _FIT_DRAW = 3  # of a sample's key; the loader's are 1 and 2
 SIZES = Path("outputs/cache/image_sizes.jsonl")
 
@@ -53,10 +53,10 @@ class BucketConfig(Strict):
     """
 
     area_px: Pixels
-    step_px: Side
+    step_px: _UnitSide
     min_px: Side
     max_px: Side
-    sizes_hw: list[Annotated[list[Side], Field(min_length=2, max_length=2)]] | None
+    sizes_hw: Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None
     crop: Literal["centre", "random"]
     small: Literal["keep", "drop", "native"]
     max_upscale: Annotated[float, Field(ge=1, le=1000)]
@@ -70,20 +70,14 @@ class BucketConfig(Strict):
         return sdxl_sizes(self.area_px, self.step_px, self.min_px, self.max_px)
 
     @model_validator(mode="after")
-    def _sizes_suit_the_network(self) -> "BucketConfig":
-        stated = {"step_px": self.step_px, "min_px": self.min_px, "max_px": self.max_px}
-        for name, value in stated.items():
-            if value % (unit := _UNIT_PX if name == "step_px" else math.lcm(_UNIT_PX, self.step_px)):
-                raise ValueError(f"task.buckets.{name}: {value} is not a multiple of {unit}; set it to one")
+    def _has_a_square(self) -> "BucketConfig":
+        for name in ("min_px", "max_px"):
+            if getattr(self, name) % self.step_px:
+                raise ValueError(f"task.buckets.{name}: {getattr(self, name)} is not a multiple of {self.step_px}")
         if not self.min_px**2 <= self.area_px <= self.max_px**2:
             raise ValueError(
                 f"task.buckets.area_px: {self.area_px} is not between min_px x min_px and max_px x max_px, "
                 f"{self.min_px**2} and {self.max_px**2}; change one of them"
-            )
-        if self.sizes_hw is not None and (not self.sizes_hw or np.any(np.array(self.sizes_hw) % _UNIT_PX)):
-            raise ValueError(
-                f"task.buckets.sizes_hw: {self.sizes_hw} has no size, or a side that is not a multiple of {_UNIT_PX}; "
-                "give pairs of height and width, or null for the rule"
             )
         return self
 

@@ -1,12 +1,10 @@
-"""Decode the bytes of an image file by the fastest library that gives Pillow's pixels.
+"""Decode the bytes of an image file to Pillow's pixels, a plain JPEG faster.
 
 Pillow opens every file, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
-grey or RGB is then decoded by simplejpeg where it is installed, a still WebP without alpha by torchvision, and all else
-by Pillow. Where simplejpeg warns or another library refuses, Pillow decodes too.
+grey or RGB is then decoded by simplejpeg where it is installed, unless it warns; all else by Pillow.
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,10 +13,8 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-import torchvision
 from PIL import Image, features
 from torch import Tensor
-from torchvision.io import ImageReadMode
 
 from data.image_formats import open_image
 from data.pixels import UPRIGHT, convert, read_orientation, to_array
@@ -31,17 +27,13 @@ try:
 except ImportError:  # no wheel for this machine: Pillow decodes
     simplejpeg = None
 
-decode_webp = getattr(torchvision.io, "decode_webp", None)  # announced to be removed in some release after 0.29
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
-_RULES = 1  # of how pixels are converted and resized here: another number makes cached images anew
+_RULES = 2  # of how pixels are converted and resized here: another number makes cached images anew
 
 
 def decoder_versions() -> str:
     """Return which libraries decode, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
-    found = [] if simplejpeg is None else [f"JPEG by simplejpeg {version('simplejpeg')}"]
-    found += [] if decode_webp is None else [f"WebP by torchvision {torchvision.__version__}"]
-    pillow = "pillow-simd" if ".post" in PIL.__version__ else "pillow"
-    return ", ".join([*found, f"others by {pillow} {PIL.__version__}"])
+    jpeg = "" if simplejpeg is None else f"JPEG by simplejpeg {version('simplejpeg')}, "
+    return f"{jpeg}others by pillow {PIL.__version__}"
 
 
 @dataclass(frozen=True)
@@ -88,12 +80,12 @@ class Decoder:
         return open_image(content, name, self.max_pixels, functools.partial(self._decode, content))
 
     def _decode(self, content: bytes, image: Image.Image) -> Tensor:
-        """Decode an opened image by the library for it."""
+        """Decode an opened image."""
         whole = image.size
         if self.shortest_px is not None:
             image.draft(None, (self.shortest_px, self.shortest_px))  # a JPEG's scale, with both sides at least so long
         scaled = image.size != whole  # asked before loading, which may change the size that a header states
-        pixels = self._decode_fast(content, image)
+        pixels = self._decode_jpeg(content, image)
         if pixels is None:
             pixels = to_array(image, self.channels, self.background, self.icc)
         decoded = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -101,44 +93,27 @@ class Decoder:
             return decoded
         return _shrink(decoded, self.shortest_px, whole if scaled else pixels.shape[:2])
 
-    def _decode_fast(self, content: bytes, image: Image.Image) -> np.ndarray | None:
-        """Return what a faster library decodes, at the scale of the opened image; None where Pillow is to decode."""
-        if self.icc and "icc_profile" in image.info:
+    def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
+        """Return the pixels of a plain JPEG at the scale of the opened image; None where Pillow is to decode."""
+        is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+        if simplejpeg is None or not is_plain or (self.icc and "icc_profile" in image.info):
             return None
-        if simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            pixels = _read_jpeg(content, image.height, image.width, grey=image.mode == "L" and self.channels == 1)
-        elif decode_webp is not None and image.format == "WEBP" and image.mode == "RGB" and not image.is_animated:
-            pixels = _read_webp(content)
-        else:
+        height, width, grey = image.height, image.width, image.mode == "L" and self.channels == 1
+        # Room for what was read in the header: a file in which libjpeg sees a larger image is refused.
+        room = np.empty((height, width, 1 if grey else 3), np.uint8)
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                content, "GRAY" if grey else "RGB", min_height=height, min_width=width, buffer=room
+            )
+        except ValueError:  # of damage that Pillow may accept, and of kinds unknown here
             return None
-        if pixels is None or pixels.shape[:2] != (image.height, image.width):
+        if pixels.shape[:2] != (height, width):
             return None
         turn = UPRIGHT.get(read_orientation(image))
         if turn is None and pixels.shape[2] == self.channels:
             return pixels
-        picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+        picture = Image.fromarray(pixels[..., 0] if grey else pixels)
         return convert(picture if turn is None else picture.transpose(turn), self.channels, None)
-
-
-def _read_jpeg(content: bytes, height: int, width: int, grey: bool) -> np.ndarray | None:
-    """Return a JPEG, uint8 [H, W, 1 or 3]; None for damage that Pillow may accept, and for kinds unknown here."""
-    # Room for what was read in the header: a file in which libjpeg sees a larger image is refused.
-    room = np.empty((height, width, 1 if grey else 3), np.uint8)
-    try:
-        return simplejpeg.decode_jpeg(
-            content, "GRAY" if grey else "RGB", min_height=height, min_width=width, buffer=room
-        )
-    except ValueError:
-        return None
-
-
-def _read_webp(content: bytes) -> np.ndarray | None:
-    """Return a still WebP, uint8 [H, W, 3]; None where it is damaged. Pillow's reader of animations is slower."""
-    try:
-        pixels = decode_webp(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:
-        return None
-    return pixels.permute(1, 2, 0).numpy()
 
 
 def _shrink(image: Tensor, shortest_px: int, sides: Sequence[int]) -> Tensor:

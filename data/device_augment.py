@@ -27,6 +27,7 @@ from utils.canvas import DEFAULT
 from utils.contracts import Batch
 
 IMAGES, AUGMENT = "images", "augment"
+_CHANGES = ("brightness", "contrast", "saturation", "hue")
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _BLENDS, _NONE = (_BRIGHTNESS, _CONTRAST, _SATURATION), -1
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
@@ -97,8 +98,7 @@ class DeviceAugment:
         self._affine = random_affine(config)
         self._jitter = color_jitter(config)
         self._erasing = NoiseErasing(config.random_erasing) if config.random_erasing > 0 else None
-        drawn_by = ("brightness", "contrast", "saturation", "hue")
-        active = [getattr(self._jitter, name, None) is not None for name in drawn_by]
+        active = [getattr(self._jitter, name, None) is not None for name in _CHANGES]
         self._blends = [number for number in _BLENDS if active[number]]
         self._turns_hue = active[_HUE]
 
@@ -110,25 +110,24 @@ class DeviceAugment:
 
     def draw(self) -> Drawn:
         """Draw from torch's generator, which the reader has seeded with the view's key; by torchvision's own rules."""
-        like = [torch.zeros(()).expand(1, *self._size_hw)]  # they ask for the size alone
-        drawn = Drawn(mirrored=torch.rand(()).item() < self._config.horizontal_flip)
-        if self._affine is not None:
-            found = self._affine.make_params(like)
-            drawn = drawn._replace(
-                angle=found["angle"], translate_px=found["translate"], scale=found["scale"], shear=found["shear"]
-            )
-        if self._jitter is not None:
-            found = self._jitter.make_params(like)
-            names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
-            factors = tuple(
-                still if found[name] is None else found[name] for name, still in zip(names, Drawn().factors)
-            )
-            drawn = drawn._replace(factors=factors, order=tuple(found["fn_idx"].tolist()))
+        like, still = [torch.zeros(()).expand(1, *self._size_hw)], Drawn()  # they ask for the size alone
+        mirrored = torch.rand(()).item() < self._config.horizontal_flip
+        affine = {} if self._affine is None else self._affine.make_params(like)
+        jitter = {} if self._jitter is None else self._jitter.make_params(like)
+        factors = (jitter.get(f"{name}_factor") for name in _CHANGES)
+        erased = {"v": None}  # also where no rectangle fits
         if self._erasing is not None and torch.rand(()) < self._erasing.p:
-            found = self._erasing.make_params(like)
-            if found["v"] is not None:  # None: no rectangle fitted
-                drawn = drawn._replace(erased_px=tuple(found[name] for name in "ijhw"))
-        return drawn
+            erased = self._erasing.make_params(like)
+        return Drawn(
+            mirrored,
+            affine.get("angle", still.angle),
+            affine.get("translate", still.translate_px),
+            affine.get("scale", still.scale),
+            affine.get("shear", still.shear),
+            tuple(same if factor is None else factor for factor, same in zip(factors, still.factors)),
+            tuple(jitter["fn_idx"].tolist()) if jitter else still.order,
+            still.erased_px if erased["v"] is None else tuple(erased[name] for name in "ijhw"),
+        )
 
     def pack(self, drawn: Drawn) -> Tensor:
         """Return what the device needs of one sample's draws, float32 [P]."""

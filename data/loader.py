@@ -51,11 +51,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass
 class Example:
-    """What a field may look at: the row, the record before any transform, and the views made of it.
-
-    draw: its row, and its position in the stream; in evaluation, its place among the evaluated rows. training: False
-    in evaluation streams, so that label dropout, say, does not reach the validation split.
-    """
+    """What a field may look at: the row, the record before any transform, and the views; training: no evaluation."""
 
     draw: Draw
     row: RowView
@@ -69,7 +65,6 @@ class Example:
         return rng.generator_for(rng.hash_counters(self.draw.key, _FIELDS_KEY))
 
 
-# What a task adds to a sample: labels, tag ids, a mask.
 Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
 
 
@@ -79,12 +74,11 @@ def no_fields(example: Example) -> dict[str, Tensor]:
 
 
 class SampleReader(Dataset):
-    """Read the sample of a draw. Picklable; workers open the collection themselves.
+    """Read the sample of a draw, in a worker.
 
-    views: the transforms that make named tensors of the record's image. The first is seeded with the sample's key, the
-    others with keys hashed from it, so another view changes none of those before it. Other tensors of a record reach a
-    sample by its fields. collection: of the rows that fields look at; files of none have no fields, and weight 1.
-    channels_last: the memory format of a batch's images.
+    views: they make named tensors of the record's image. The first is seeded with the sample's key, the others with
+    keys hashed from it, so another view changes none of those before it. fields: what a task adds, such as labels.
+    collection: of the rows; files of none have no fields, and weight 1.
     """
 
     def __init__(
@@ -106,37 +100,28 @@ class SampleReader(Dataset):
         store, problems = layers(self.source)[-1], []
         if isinstance(store, Prefetching):
             store.prefetch(not_cached(self.source, [draw.index for draw in draws]))
-
-        def samples() -> Iterator[Sample]:
-            for draw in draws:
-                sample, problem = self[draw]
-                problems.extend([] if problem is None else [problem])
-                yield sample
-
+        samples = map(functools.partial(self.read, problems=problems), draws)
         with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
-            return collate(samples(), len(draws), channels_last=self.channels_last), problems
+            return collate(samples, len(draws), channels_last=self.channels_last), problems
 
-    def __getitem__(self, draw: Draw) -> tuple[Sample, Problem | None]:
-        """Return the sample, and (name, reason) where it could not be read."""
+    def read(self, draw: Draw, problems: list[Problem]) -> Sample:
+        """Return the sample of a draw; where its record cannot be read, add why."""
         row = None if self.collection is None else self.collection.view(draw.index)
-        weight, problem, record = 1.0 if row is None else row.weight, None, None
+        weight, record = 1.0 if row is None else row.weight, None
         if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
             try:
                 record = self.source.read(draw.index, draw.key)
             except UnreadableImage as error:
-                problem = (error.path, error.reason)
-        if record is None:
-            record = self.source.blank(draw.group)
+                problems.append((error.path, error.reason))
+        weight = 0.0 if record is None or draw.position < 0 else weight  # unreadable, or padding
+        record = self.source.blank(draw.group) if record is None else record
         views = {}
         for number, (name, transform) in enumerate(self.views.items()):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
             with rng.seeded(key):
                 views[name] = transform(record[IMAGE], draw)
-        is_ignored = problem is not None or draw.position < 0  # or padding
-        sample: Sample = {"sample_id": draw.index, "key": draw.key, "weight": 0.0 if is_ignored else weight, **views}
-        if row is not None:
-            sample |= self.fields(Example(draw, row, self.training, record, views))
-        return sample, problem
+        fields = {} if row is None else self.fields(Example(draw, row, self.training, record, views))
+        return {"sample_id": draw.index, "key": draw.key, "weight": weight, **views, **fields}
 
 
 def _share(loaded: Loaded) -> Loaded:
@@ -253,8 +238,7 @@ class Loader:
 
     def repeat(self, draw: Draw, size: int) -> Batch:
         """Return a batch of `size` times one sample, on the device, with weight 1."""
-        sample, _ = self.reader[draw]
-        batch = collate([sample] * size, size, channels_last=self.reader.channels_last)
+        batch = collate([self.reader.read(draw, [])] * size, size, channels_last=self.reader.channels_last)
         return self._on_device(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
 
 

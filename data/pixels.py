@@ -58,7 +58,8 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _to_eight_bit(image, colour)
     elif is_transparent(image) and colour is not None:
-        image = _on_colour(image, colour)
+        canvas = Image.new("RGBA", image.size, (*colour, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     elif image.mode == "RGBa":
         image = image.convert("RGBA")  # Pillow converts premultiplied colours to nothing else
     mode = "L" if channels == 1 else "RGB"
@@ -110,13 +111,6 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
         coloured[pixels == clear] = colour
         return Image.fromarray(coloured)
     return Image.fromarray(grey)
-
-
-def _on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Composite an image with an alpha channel, or with a transparent palette entry or colour, on a colour."""
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", image.size, (*colour, 255))
-    return Image.alpha_composite(canvas, image).convert("RGB")
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -104,5 +104,5 @@ class Counters:
         self._rows.numpy()[os.getpid() % _PROCESSES, self._places[name]] += amount
 
     def totals(self) -> dict[str, int]:
-        """Return the counts over all processes, in the order of the names."""
+        """Return the counts over all processes."""
         return dict(zip(self._places, self._rows.sum(dim=0).tolist()))

@@ -118,6 +118,6 @@ def advise(runtime: Runtime, epochs: float, readings: Mapping[str, float]) -> st
     if 1 - missed < _MANY_HITS * (1 - 1 / epochs):
         return (
             f"{missed:.0%} of the images were decoded again: raise data.cache.memory_gib, or keep them on a disk "
-            "(data.cache.disk_gib, prepare.py job=warm_cache)"
+            "(data.cache.disk_gib)"
         )
     return "decoded images come from a cache, so augmentation takes the time: try augment.on_device=true"

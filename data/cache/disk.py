@@ -77,10 +77,6 @@ class DiskCached:
             self._keep(key, packed)
         return {IMAGE: self._unpack(np.frombuffer(packed, np.uint8)) if _is_encoded(packed) else image}
 
-    def stored_bytes(self, row: int) -> int:
-        """Return the bytes that the image of a row takes in the cache. Raises UnreadableImage."""
-        return len(self._pack(self.inner.read(row)[IMAGE]))
-
     def _key(self, row: int) -> str | None:
         """Return the key of a row's image; None where the file is not there, or was changed just now."""
         contents = self.inner.inner

@@ -84,11 +84,6 @@ class Arena:
         """Return the bytes that images take so far."""
         return int(self._next[0]) - self._numbers_bytes
 
-    @property
-    def budget(self) -> int:
-        """Return the bytes that images may take."""
-        return int(self._end[0]) - self._numbers_bytes
-
     def __contains__(self, row: int) -> bool:
         return self._starts[row] != 0
 
@@ -110,16 +105,13 @@ class Arena:
             if end > self._end[0] or row in self:
                 return
             self._next[0] = end
-        self._sizes(start)[:] = pixels.shape
+        self._words[start // 8 : start // 8 + 3] = pixels.shape
         self._pixels(start)[:] = pixels.numpy()
         with self._locked():  # which orders what is stored before it, on any processor
             self._starts[row] = start
 
-    def _sizes(self, start: int) -> np.ndarray:
-        return self._words[start // 8 : start // 8 + 3]
-
     def _pixels(self, start: int) -> np.ndarray:
-        height, width, channels = self._sizes(start).tolist()
+        height, width, channels = self._words[start // 8 : start // 8 + 3].tolist()
         first = start + _SIZES_BYTES
         return self._levels[first : first + height * width * channels].reshape(height, width, channels)
 
@@ -166,24 +158,20 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
     Called on all ranks.
     """
     gib = config.memory_gib
-    if gib == 0:
-        return source
-    if not hasattr(os, "memfd_create"):  # a system without anonymous shared files
+    if gib == 0 or not hasattr(os, "memfd_create"):  # a system without anonymous shared files
         return source
     arena = share_arena(len(collection), lambda: choose_budget(source, collection, gib))
-    if arena is None:
-        return source
-    log.debug("data.cache.memory_gib: decoded images are kept, in up to %.3g GiB", arena.budget / GIB)
-    return MemoryCached(source, arena)
+    return source if arena is None else MemoryCached(source, arena)
 
 
-def share_arena(rows: int, budget: Callable[[], int]) -> Arena | None:
+def share_arena(rows: int, choose: Callable[[], int]) -> Arena | None:
     """Return one arena on all ranks of a node, of the bytes that its first rank chooses; None for 0."""
     hosts = distributed.gather_objects(socket.gethostname())
     first = hosts.index(hosts[distributed.rank()])
     arena = None
-    if distributed.rank() == first and (size := budget()):
-        arena = Arena.create(rows, size)
+    if distributed.rank() == first and (budget := choose()):
+        log.debug("data.cache.memory_gib: decoded images are kept, in up to %.3g GiB", budget / GIB)
+        arena = Arena.create(rows, budget)
     path = distributed.gather_objects(None if arena is None else arena.path)[first]
     if arena is None and path is not None:
         try:
@@ -205,15 +193,15 @@ def choose_budget(source: Source, collection: Collection, gib: float | str) -> i
         if gib * GIB > free:
             log.warning("data.cache.memory_gib: %g is more than the %.1f that are free", gib, free / GIB)
         return int(min(gib * GIB, free))
-    sizes, room = [], int(_FREE_SHARE * free)
+    sizes = [0]
     for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
         with suppress(UnreadableImage):  # the loader reports it
             sizes.append(source.read(int(row))[IMAGE].numel())
-    whole = len(collection) * float(np.mean(sizes or [0]))
+    room, whole = _FREE_SHARE * free, len(collection) * sum(sizes) / max(1, len(sizes) - 1)
     if room < _WORTH_SHARE * whole:
         log.info(
             "data.cache.memory_gib: decoded images are not kept, because all take about %.1f GiB and %.1f are free; a "
             "number keeps as many as it holds", whole / GIB, free / GIB,
         )  # fmt: skip
         return 0
-    return min(room, int(_ESTIMATE_SLACK * whole) + _CHECKED_BYTES)
+    return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))

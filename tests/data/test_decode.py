@@ -4,12 +4,10 @@ import struct
 import zlib
 
 import numpy as np
-import PIL
 import pytest
 from PIL import Image
 
-from data import decode, inspection
-from data.decode import decoder_versions
+from data import inspection
 from data.facts import measure_file
 from data.image_formats import CUT_OFF, DAMAGED, UnreadableImage
 from tests.support import read_image
@@ -332,12 +330,3 @@ def test_pixels_of_unknown_range_are_refused(tmp_path):
     Image.fromarray(np.array([[-1, 70000]], np.int32)).save(tmp_path / "integer.tiff")
     refused(tmp_path / "float.tiff", "floating-point pixels have no fixed range")
     refused(tmp_path / "integer.tiff", "integer pixels from -1 to 70000")
-
-
-@pytest.mark.parametrize("version,name", [("11.3.0", "pillow 11.3.0"), ("9.5.0.post2", "pillow-simd 9.5.0.post2")])
-def test_the_decoders_are_named(monkeypatch, version, name):
-    monkeypatch.setattr(PIL, "__version__", version)
-    assert decoder_versions().endswith(f", others by {name}")
-    monkeypatch.setattr(decode, "simplejpeg", None)
-    monkeypatch.setattr(decode, "decode_webp", None)
-    assert decoder_versions() == f"others by {name}"

@@ -1,4 +1,4 @@
-"""Decoders against each other: simplejpeg and torchvision give Pillow's pixels; scales, profiles and identities."""
+"""Decoders against each other: simplejpeg gives Pillow's pixels; scales, profiles and identities."""
 
 import io
 from dataclasses import asdict, replace
@@ -44,7 +44,6 @@ def turned(orientation):
 def by_pillow(monkeypatch, decoder, content):
     with monkeypatch.context() as patched:
         patched.setattr(decode, "simplejpeg", None)
-        patched.setattr(decode, "decode_webp", None)
         return decoder(content, "x")
 
 
@@ -84,34 +83,6 @@ def test_a_plain_jpeg_has_pillows_pixels(name, mode, channels, by_simplejpeg, mo
     assert torch.equal(pixels, by_pillow(monkeypatch, decoder, content))
 
 
-STILL = {"poor": {"quality": 1}, "lossless": {"lossless": True}, "turned": turned(6), "profile": PLAIN["profile"]}
-
-
-@pytest.mark.skipif(decode.decode_webp is None, reason="this torchvision has no decoder of WebP")
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", STILL)
-def test_a_still_webp_has_pillows_pixels(name, channels, monkeypatch):
-    content, decoder = encoded(photo(), "WEBP", **STILL[name]), Decoder(channels, LIMIT)
-    read = []
-    fast = decode.decode_webp
-    monkeypatch.setattr(decode, "decode_webp", lambda *given: read.append(fast(*given)) or read[-1])
-    pixels = decoder(content, "x")
-    assert len(read) == 1 and torch.equal(pixels, by_pillow(monkeypatch, decoder, content))
-
-
-@pytest.mark.parametrize("kind", ["alpha", "several frames"])
-def test_other_webp_files_are_left_to_pillow(kind, monkeypatch):
-    monkeypatch.setattr(decode, "decode_webp", None)
-    picture = photo()
-    if kind == "alpha":
-        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-    more = {"save_all": True, "append_images": [photo(seed=3)]} if kind == "several frames" else {}
-    content = encoded(picture, "WEBP", **more)
-    expected = Decoder(3, LIMIT)(content, "x")
-    monkeypatch.setattr(decode, "decode_webp", lambda *given: pytest.fail("Pillow is to decode it"))
-    assert torch.equal(Decoder(3, LIMIT)(content, "x"), expected)
-
-
 def test_other_kinds_are_left_to_pillow(by_simplejpeg, monkeypatch):
     profile = PLAIN["profile"]
     for content, icc in [
@@ -133,10 +104,9 @@ def outcome(read, *given):
 def test_damaged_files_are_read_or_refused_as_pillow_does(monkeypatch):
     draw, decoder = np.random.default_rng(1), Decoder(3, LIMIT)
     files = [encoded(photo(seed=1), **PLAIN[name]) for name in ("subsampling 2", "progressive", "restart markers")]
-    files += [encoded(photo(seed=1), "WEBP"), encoded(photo(seed=1), "WEBP", lossless=True, **turned(6))]
     read = 0
-    for number in range(300):
-        damaged = bytearray(files[number % 5])
+    for number in range(200):
+        damaged = bytearray(files[number % 3])
         for _ in range(draw.integers(1, 5)):
             damaged[draw.integers(len(damaged) if draw.random() < 0.5 else 200)] = draw.integers(256)
         content = bytes(damaged[: draw.integers(1, len(damaged)) if draw.random() < 0.3 else len(damaged)])
@@ -144,7 +114,7 @@ def test_damaged_files_are_read_or_refused_as_pillow_does(monkeypatch):
         assert type(ours) is type(pillows), (number, ours, pillows)
         assert ours == pillows if isinstance(ours, str) else torch.equal(ours, pillows), number
         read += not isinstance(ours, str)
-    assert 50 < read < 250
+    assert 30 < read < 170
 
 
 # ------------------------------------------------------------------------------------------------------- shortest side

@@ -230,12 +230,13 @@ def test_weights_of_the_manifest_reach_the_batch_and_weight_0_is_not_decoded(tmp
     collection = weighted(tmp_path, [0.0, 0.5, 1.0])
     reader, read, decode = make_reader(collection, TrainTransform(augment())), [], Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda *given: read.append(given[2]) or decode(*given))
-    samples, problems = zip(*[reader[Draw(0, row, 5)] for row in range(3)])
-    assert read == ["1.png", "2.png"] and problems == (None,) * 3
+    problems = []
+    samples = [reader.read(Draw(0, row, 5), problems) for row in range(3)]
+    assert read == ["1.png", "2.png"] and problems == []
     assert [sample["weight"] for sample in samples] == [0.0, 0.5, 1.0]
     assert [bool(sample["images"].any()) for sample in samples] == [False, True, True]
     assert samples[0].keys() == samples[1].keys() and samples[0]["drawn"] == samples[1]["drawn"]
-    assert reader[Draw(-1, 2, 1)][0]["weight"] == 0.0  # padding
+    assert reader.read(Draw(-1, 2, 1), [])["weight"] == 0.0  # padding
 
 
 # --- evaluation
@@ -548,9 +549,9 @@ class Noise:
 
 
 def test_views_have_keys_of_their_own_and_another_view_changes_none(folder):
-    one = make_reader(folder, Noise())[Draw(0, 0, 7)][0]
-    two = make_reader(folder, Noise(), second=Noise())[Draw(0, 0, 7)][0]
-    three = make_reader(folder, Noise(), second=Noise(), third=Noise())[Draw(0, 0, 7)][0]
+    one = make_reader(folder, Noise()).read(Draw(0, 0, 7), [])
+    two = make_reader(folder, Noise(), second=Noise()).read(Draw(0, 0, 7), [])
+    three = make_reader(folder, Noise(), second=Noise(), third=Noise()).read(Draw(0, 0, 7), [])
     assert torch.equal(one["images"], two["images"]) and torch.equal(two["second"], three["second"])
     assert len({tuple(three[name].tolist()) for name in ("images", "second", "third")}) == 3
     assert one["drawn"] == three["drawn"]
@@ -569,7 +570,7 @@ class Seen:
 
 def test_fields_see_the_stream_the_decoded_image_and_the_views(folder):
     for training in (True, False):
-        sample = make_reader(folder, TrainTransform(augment()), Seen(), training=training)[Draw(0, 0, 7)][0]
+        sample = make_reader(folder, TrainTransform(augment()), Seen(), training=training).read(Draw(0, 0, 7), [])
         with Image.open(folder.absolute_path(0)) as image:
             assert sample["size_hw"].tolist() == [image.height, image.width]
         assert bool(sample["training"]) == training

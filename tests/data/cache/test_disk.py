@@ -160,21 +160,13 @@ def test_a_lossy_form_is_part_of_the_recipe_and_needs_the_cache():
     assert is_free("data.cache.disk_gib") and is_free("data.cache.folder") and not is_free("data.cache.format")
 
 
-def test_a_run_is_the_same_with_a_cache_that_prepare_has_filled(tmp_path, monkeypatch):
+def test_a_run_is_the_same_with_a_cache(tmp_path, monkeypatch):
     root = f"data.root={make_images(tmp_path / 'images')}"
-    cache = ["data.cache.disk_gib=0.05", "data.cache.folder=cache"]
-    warm = ["job=warm_cache", "data=image_folder", root]
-    monkeypatch.setattr("utils.ranks.processes.PARALLEL_FROM", 0)
-    with pytest.raises(UserError, match=r"^data.cache.disk_gib"):
-        run("prepare", warm, tmp_path)
-    assert run("prepare", [*warm, *cache, "dry_run=true"], tmp_path).startswith("dry run: 12 of 12 images")
-    assert run("prepare", [*warm, *cache], tmp_path) == "12 images added, 0 were there, 0 unreadable"
-    assert run("prepare", [*warm, *cache], tmp_path) == "0 images added, 12 were there, 0 unreadable"
-    assert run("prepare", [*warm, *cache, "dry_run=true"], tmp_path).startswith("dry run: 0 of 12 images")
-    run("finetune", [*TINY, root, "run_dir=plain"], tmp_path)
-    monkeypatch.setattr(Decoder, "__call__", None)
-    run("finetune", [*TINY, root, *cache, "run_dir=cached"], tmp_path)
-    losses = [
-        [row["loss"] for row in logged(tmp_path / name / "metrics.jsonl", "train")] for name in ("plain", "cached")
-    ]
-    assert losses[0] == losses[1]
+    for name, gib in (("plain", 0.0), ("filling", 0.05), ("cached", 0.05)):
+        words = [f"data.cache.disk_gib={gib}", "data.cache.folder=cache", "data.cache.memory_gib=0"]
+        run("finetune", [*TINY, root, *words, f"run_dir={name}"], tmp_path)
+        if name == "filling":
+            monkeypatch.setattr(Decoder, "__call__", None)
+    losses = [[row["loss"] for row in logged(tmp_path / name / "metrics.jsonl", "train")]
+              for name in ("plain", "filling", "cached")]  # fmt: skip
+    assert losses[0] == losses[1] == losses[2]

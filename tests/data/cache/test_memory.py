@@ -95,7 +95,7 @@ def test_no_transform_changes_what_is_kept(collection):
     for transform in transforms:
         reader = SampleReader(collection, kept, {"images": transform}, no_fields, training=True)
         for row in range(12):
-            reader[Draw(row, row, 7)]
+            reader.read(Draw(row, row, 7), [])
     assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
 
 
