@@ -45,9 +45,6 @@ def same_bits(left, right):
         assert torch.equal(a, b), name
 
 
-# --- the decay
-
-
 @pytest.mark.parametrize(
     "step, decay, expected",
     [
@@ -60,9 +57,6 @@ def same_bits(left, right):
 def test_the_decay_warms_up(step, decay, expected):
     assert ema_decay_at(step, decay, warmup=True) == pytest.approx(expected, abs=1e-9)
     assert ema_decay_at(step, decay, warmup=False) == decay
-
-
-# --- the recursion
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
@@ -79,22 +73,11 @@ def test_twenty_updates_equal_the_recursion_in_float64(dtype, tolerance):
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(averaged(ema)[name].double(), expected[name], rtol=tolerance, atol=tolerance)
+    before = {name: tensor.clone() for name, tensor in averaged(ema).items()}
+    ema.update(0.9, torch.tensor(0.0))  # of a skipped step
+    same_bits(averaged(ema), before)
     assert averaged(ema)["1.running_mean"].dtype == dtype
     assert averaged(ema)["1.num_batches_tracked"] == model[1].num_batches_tracked == 20  # copied
-
-
-def test_a_skipped_step_keeps_the_average_bit_for_bit():
-    model = made(torch.float32)
-    ema = average_of(model)
-    for step in range(3):
-        wander(model, step)
-        ema.update(0.9, ONE)
-    before = {name: tensor.clone() for name, tensor in averaged(ema).items()}
-    ema.update(0.9, torch.tensor(0.0))
-    same_bits(averaged(ema), before)
-
-
-# --- swapped
 
 
 def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
@@ -111,9 +94,6 @@ def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
     same_bits(copied(model), own)
     same_bits(averaged(ema), average)
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses  # optimiser and DDP hold them
-
-
-# --- several networks
 
 
 def test_averages_of_several_networks_are_those_of_each_alone_and_continue_from_a_checkpoint():

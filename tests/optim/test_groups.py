@@ -10,7 +10,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
 from optim.groups import build_groups as build
-from optim.groups import drop_frozen_gradients, groups_table, is_vector, set_group_values
+from optim.groups import drop_frozen_gradients, is_vector, set_group_values
 from optim.schedules import GroupValues
 from utils.config.entry_point import CONF
 from utils.errors import UserError
@@ -53,6 +53,10 @@ def fcmae():
     return owner(network)
 
 
+def rule(match, **settings):
+    return {"match": match, **settings}
+
+
 def by_name(groups):
     """Name -> group, after checking that names and parameters belong together."""
     found = {}
@@ -64,37 +68,22 @@ def by_name(groups):
     return found
 
 
-# --- a partition
-
-
-@pytest.mark.parametrize("decay, kind", [(1.0, "single"), (0.7, "group")])
-@pytest.mark.parametrize("make", [classifier, fcmae])
-def test_groups_partition_the_trainable_parameters(make, decay, kind):
+@pytest.mark.parametrize(("make", "decay"), [(classifier, 1.0), (fcmae, 0.7)])
+def test_groups_partition_the_trainable_parameters(make, decay):
     task = make()
     named = dict(task.named_parameters())
-    groups = build_groups(task, config(layer_decay=decay, layer_decay_kind=kind))
+    groups = build_groups(task, config(layer_decay=decay, layer_decay_kind="group"))
     assert set(by_name(groups)) == set(named)
     for group in groups:
         assert all(named[name] is parameter for name, parameter in zip(group["names"], group["params"]))
     keys = [(group["lr_scale"], group["decays"]) for group in groups]
     assert keys == sorted(set(keys)) and keys[-1] == (1.0, True)
-    assert decay < 1 or keys == [(1.0, False), (1.0, True)]
-
-
-# --- weight decay
 
 
 @pytest.mark.parametrize("shape, spared", [((8,), True), ((1, 1, 1, 32), True), ((1, 8, 1, 1), True), ((5, 8), False)])
 def test_vectors_by_logical_shape_are_spared_decay(shape, spared):
     """Biases and norms, and GRN's gamma and beta and the mask token, which published code decayed for being 4-D."""
     assert is_vector(nn.Parameter(torch.zeros(shape))) == spared
-
-
-# --- rules
-
-
-def rule(match, **settings):
-    return {"match": match, **settings}
 
 
 def test_rules_set_what_they_state_and_nothing_else():
@@ -134,32 +123,17 @@ def test_frozen_groups_do_not_change_and_nor_does_their_state():
     assert {steps[name] for name in frozen} == {1.0} and {steps[name] for name in set(before) - frozen} == {3.0}
 
 
-# --- refusals
-
-
-def test_a_rule_without_a_match_is_refused_with_close_names():
-    rules = [rule("*.dwconv.weight", lr_scale=0.5), rule("network.heed.weight", lr_scale=0.5)]
-    with pytest.raises(UserError, match=r"^optim\.rules\.1\.match: .* close: .*network\.head\.weight"):
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([rule("network.heed.weight", lr_scale=0.5)], r"optim\.rules\.0\.match: .* close: .*network\.head\.weight"),
+        ([rule("Network.head.weight", lr_scale=0.5)], "optim.rules.0.match"),  # patterns tell capital letters
+        ([rule("network.head.*", lr_scale=0.5), rule("*.weight", lr_scale=2.0)], r"optim\.rules\.1\.lr_scale: "),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(rules, message):
+    with pytest.raises(UserError, match=f"^{message}"):
         build_groups(classifier(), config(rules=rules))
-    with pytest.raises(UserError, match="matches no parameter"):  # patterns tell capital letters
-        build_groups(classifier(), config(rules=[rule("Network.head.weight", lr_scale=0.5)]))
-
-
-def test_two_rules_that_state_the_same_for_a_parameter_are_refused():
-    rules = [rule("network.head.*", lr_scale=0.5), rule("*.weight", lr_scale=2.0)]
-    with pytest.raises(UserError, match=r"^optim\.rules\.1\.lr_scale: .*network\.head\.weight; "):
-        build_groups(classifier(), config(rules=rules))
-
-
-# --- what is made of the groups
-
-
-def test_the_table_counts_tensors_and_parameters():
-    groups = build_groups(owner(nn.Linear(30, 100)), config())
-    header, spared, decayed = groups_table(groups).splitlines()
-    assert header.split() == ["lr", "scale", "decay", "frozen", "tensors", "parameters", "first"]
-    assert spared.split() == ["1.00000", "no", "0", "1", "100", "network.bias"]
-    assert decayed.split() == ["1.00000", "yes", "0", "1", "3,000", "network.weight"]
 
 
 def test_every_group_gets_its_share_of_the_rate_and_its_decay():
