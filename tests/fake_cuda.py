@@ -63,7 +63,6 @@ from torch.utils._pytree import tree_leaves
 
 import tests.tasks.flow
 import tests.tasks.multicrop
-import tests.tasks.thin_tagging
 from bench.measure import bench_loop, build_bench_run, read_group
 from data.batch import Ragged, collate, to_device
 from engine.checkpoint import Writer
@@ -257,7 +256,6 @@ def make_setup(task):
         "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
         "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
         "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="both", label_share=0.5),
-        "thin_tagging": lambda: kind.config(name=task, positive_weight=2.0),
         "multicrop": lambda: kind.config(
             name=task, dim=12, local_size_hw=[32, 32], student_temperature=0.1, centre_momentum=0.9
         ),
@@ -292,7 +290,7 @@ def make_batch(task, setup):
         sample |= {"images": images, "labels": torch.tensor(number % 3)}
         if task == "fcmae":
             sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
-        if task in ("tagging", "distillation", "thin_tagging"):
+        if task in ("tagging", "distillation"):
             sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
             sample |= {"rating_known": torch.tensor(True), "flip": torch.tensor(0, dtype=torch.int8)}
         if task == "diffusion":

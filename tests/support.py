@@ -42,7 +42,6 @@ SCRIPTS = {
     "classification": "finetune.py",
     "tagging": "finetune.py",
     "diffusion": "finetune_sdxl.py",
-    "thin_tagging": "tests/tasks/thin_tagging.py",
     "flow": "tests/tasks/flow.py",
     "multicrop": "tests/tasks/multicrop.py",
 }
@@ -63,7 +62,6 @@ TINY = {
         "task.samples.image_size_hw=[64,64]",
         "task.samples.steps=3",
     ],
-    "thin_tagging": [],
     "flow": [],
     "multicrop": [],
 }
@@ -225,7 +223,7 @@ class Started:
 def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, draws=False, outputs=None):
     """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
 
-    Several ranks get torchrun's variables; `variables` replaces them (one process then). draws: with plots/curves.png.
+    Several ranks get torchrun's variables beside `variables`. draws: with plots/curves.png.
     outputs: the files of standard output and standard error, else one in `cwd`.
     """
     outputs = outputs or [Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"] * 2
@@ -234,7 +232,7 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, dr
     for rank in range(ranks):
         own = dict(variables or {})
         if ranks > 1:
-            own = {
+            own |= {
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
@@ -245,9 +243,9 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, dr
     return Started(processes, outputs[1])
 
 
-def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, draws=False):
+def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, draws=False, variables=None):
     """Run a script to its end and check its exit codes; returns what it printed."""
-    started = start(script, overrides, cwd, ranks, kill_at_step, draws=draws)
+    started = start(script, overrides, cwd, ranks, kill_at_step, variables, draws)
     codes = started.wait()
     assert codes == [expect] * ranks, f"{script} on {ranks} ranks ended with {codes}:\n{started.output[-6000:]}"
     return started.output

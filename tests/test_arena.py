@@ -1,7 +1,6 @@
 """evaluate.py models=[...]: taggers over files of the WD form, runs and weight files; report.html; refusals."""
 
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -9,9 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from engine.tasks.arena import known_outputs
-from tests.in_process import SHORT, SMALL_MODEL, configure, run
-from utils.config.messages import ConfigError
+from tests.in_process import SHORT, SMALL_MODEL, run
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.vocabulary import Vocabulary, write_vocabulary
@@ -108,20 +105,10 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
         assert f">{section}</h2>" in page
 
 
-def test_a_tag_is_known_by_category_and_our_spelling():
-    words = Vocabulary(("Hat \\(x\\)", "general", "general", "no_character"), (0, 9, 0, 4), (1, 2, 3, 0), (0,) * 4)
-    assert known_outputs("ours", SimpleNamespace(metadata=words.facts())) == {
-        (0, "hat_(x)"): 0,
-        (9, "general"): 1,
-        (0, "general"): 2,
-    }
-
-
 CLASHES = {
     "no tag in common": lambda folder: write_wd(folder, rows=[*ROWS[:2], *((4, name) for _, name in ROWS[2:])]),
     "another width": lambda folder: write_wd(folder, rows=ROWS[:-1]),
     "NCHW": lambda folder: write_wd(folder, shape=(3, 8, 8)),
-    "no tags": lambda folder: (write_wd(folder) / "selected_tags.csv").unlink(),
 }
 
 
@@ -130,14 +117,3 @@ def test_models_that_cannot_be_compared_are_refused(clash, place, tmp_path):
     CLASHES[clash](tmp_path / "other")
     with pytest.raises(UserError, match=r"^models: .*other"):
         run("evaluate", [*ARENA, f"models=[wd,{tmp_path / 'other'}]"], place)
-
-
-def test_what_the_images_cannot_give_is_refused(place):
-    with pytest.raises(UserError, match="^arena.min_support: "):
-        run("evaluate", [*ARENA, "models=[wd]", "arena.min_support=99"], place)
-
-
-@pytest.mark.parametrize(("key", "overrides"), [("data", []), ("run_dir", [*DATA, "run_dir=run"])])
-def test_keys_that_do_not_go_together_are_refused(key, overrides):
-    with pytest.raises(ConfigError, match=f"{key}: "):
-        configure("evaluate", ["models=[a,b]", *overrides])

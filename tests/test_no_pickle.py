@@ -5,8 +5,6 @@ The check itself is tested on planted calls.
 
 import ast
 
-import pytest
-
 from tests.test_layering import FREE, list_files
 from utils.config.help import ROOT
 
@@ -83,30 +81,14 @@ def test_no_room_unpickles_or_evaluates():
     assert [(file, what) for file, what, _ in unsafe] == list(ALLOWED), unsafe
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from pickle import loads", "import tarfile", "torch.load(p)",
-        "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "np.load(p, allow_pickle=True)",
-        "np.load(p, allow_pickle=flag)", "yaml.load(t, yaml.Loader)", "eval(t)", "exec(t)",
-        "subprocess.run(c, shell=True)", "archive.extractall(p)", "torch.save(x, p)",
-        "def f():\n    if x:\n        return eval(t)", "pd.read_pickle(p)",
-        "from torch import load\nload(p)", "import torch as t\nt.load(p)", "from torch import save\nsave(x, p)",
-        "from os import system\nsystem(c)", "from yaml import load as read\nread(t, L)", "torch.hub.load(r, m)",
-        "def f():\n    from shutil import unpack_archive\n    unpack_archive(p)", "builtins.eval(t)",
-        "import torch.hub as hub\nhub.load(r, m)",
-    ],
-)  # fmt: skip
-def test_a_planted_call_is_found(source):
-    assert len(find_unsafe(source)) == 1
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "task.eval()", "torch.load(p, weights_only=True)", "np.load(p)", "re.compile(t)", "torch.compile(m)",
-        "from json import load\nload(f)", "from torch import load\nload(p, weights_only=True)",
-    ],
-)  # fmt: skip
-def test_what_is_right_passes(source):
-    assert find_unsafe(source) == []
+def test_planted_calls_are_found_and_what_is_right_passes():
+    unsafe = [
+        "import pickle", "from pickle import loads", "torch.load(p)", "torch.load(p, weights_only=flag)",
+        "np.load(p, allow_pickle=True)", "yaml.load(t, yaml.Loader)", "eval(t)", "subprocess.run(c, shell=True)",
+        "archive.extractall(p)", "def f():\n    if x:\n        return eval(t)", "from torch import load\nload(p)",
+        "import torch as t\nt.load(p)", "from os import system\nsystem(c)",
+    ]  # fmt: skip
+    assert [source for source in unsafe if len(find_unsafe(source)) != 1] == []
+    right = ["task.eval()", "torch.load(p, weights_only=True)", "np.load(p)", "torch.compile(m)",
+             "from json import load\nload(f)"]  # fmt: skip
+    assert [source for source in right if find_unsafe(source)] == []

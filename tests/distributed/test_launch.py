@@ -117,7 +117,7 @@ def test_a_rank_that_stops_is_named_and_ends_the_job(collection, tmp_path):
 def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_path):
     """A sleeping loader is alive but makes no progress."""
     overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6")
-    started = start("tests/tasks/sleepy.py", overrides, tmp_path, 2)
+    started = start("tests/tasks/troubled.py", overrides, tmp_path, 2, variables={"TROUBLE": "hang_loading 1 4"})
     codes = started.wait(120)
     assert codes[0] == 70
     assert "rank 1 hangs in 'step 3: loading': no progress for 6 s" in started.output

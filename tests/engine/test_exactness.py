@@ -29,7 +29,6 @@ NOISY = {
     "classification": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "tagging": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "diffusion": [],
-    "thin_tagging": ["model.drop_path_rate=0.3"],
     "flow": [],
     "multicrop": ["model.drop_path_rate=0.3"],
 }

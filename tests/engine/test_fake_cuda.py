@@ -14,7 +14,7 @@ import pytest
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (cc) for the shim")
-TASKS = ("classification", "test_resnet", "fcmae", "tagging", "distillation", "thin_tagging", "multicrop", "flow")
+TASKS = ("classification", "test_resnet", "fcmae", "tagging", "distillation", "multicrop", "flow")
 if find_spec("diffusers") is not None:
     TASKS += ("diffusion",)
 OPTIMISERS, PRECISIONS = ("adamw", "adan", "sgd"), ("fp32", "bf16", "fp16")

@@ -4,8 +4,7 @@ import importlib
 import sys
 
 import tests.tasks.flow
-import tests.tasks.multicrop
-import tests.tasks.thin_tagging  # noqa: F401 (each adds its kind to the table)
+import tests.tasks.multicrop  # noqa: F401 (each adds its kind to the table)
 
 if __name__ == "__main__":
     importlib.import_module(sys.argv.pop(1)).main()

@@ -8,6 +8,9 @@ kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
 little_memory SIZE ...           the device of each rank takes a batch of so many samples in training
 lose_images STEP FOLDER          this folder of images is renamed to FOLDER.lost before this step
+hang_loading RANK STEP           the data of this step (from 1) never come on this rank
+skip_steps                       three steps are skipped: the fourth's losses are NaN on the last rank, the sixth has a
+                                 gradient that is NaN in one row, and in the eighth no image weighs anything
 hang_reading POSITION            reading the sample at this position of the stream never ends; its process is told
 """
 
@@ -83,12 +86,13 @@ def nan(first, last, rank=None):
     engine.tasks.classification.ClassificationTask.forward = poisoned
 
 
-def _before_step(step, marker, act):
+def _before_step(step, marker, act, marks=True):
     train_step = engine.learner.train_step
 
     def troubled(learner, *arguments, **named):
         if learner.step == int(step) - 1 and not Path(marker).exists():
-            Path(marker).touch()
+            if marks:
+                Path(marker).touch()
             act()
         return train_step(learner, *arguments, **named)
 
@@ -118,14 +122,40 @@ def little_memory(*sizes):
 
 
 def lose_images(step, folder):
-    train_step = engine.learner.train_step
+    _before_step(step, f"{folder}.lost", lambda: os.rename(folder, f"{folder}.lost"), marks=False)
 
-    def troubled(learner, *arguments, **named):
-        if learner.step == int(step) - 1:
-            os.rename(folder, f"{folder}.lost")
-        return train_step(learner, *arguments, **named)
 
-    engine.learner.train_step = troubled
+def hang_loading(rank, step):
+    steps = data.loader.TrainStream.steps
+
+    def hanging(self, start_step, plan):
+        for number, batches in enumerate(steps(self, start_step, plan), start_step):
+            if number == int(step) - 1 and distributed.rank() == int(rank):
+                time.sleep(3600)
+            yield batches
+
+    data.loader.TrainStream.steps = hanging
+
+
+def skip_steps():
+    task = engine.tasks.classification.ClassificationTask
+    forward, train_step, now = task.forward, engine.learner.train_step, {"step": -1}
+
+    def poisoned(self, batch, progress):
+        output = forward(self, batch, progress)
+        if self.training and now["step"] == 3 and distributed.rank() == distributed.world_size() - 1:
+            output.loss = output.loss * torch.nan
+        if self.training and now["step"] == 5:
+            output.loss = output.loss + (self.network.head.weight[-1, 0] * 0.0).sqrt()  # 0, of slope 0 / 0
+        return output
+
+    def weightless(learner, batches, *arguments, **named):
+        now["step"] = learner.step
+        for batch in batches if learner.step == 7 else ():
+            batch["weight"].zero_()
+        return train_step(learner, batches, *arguments, **named)
+
+    task.forward, engine.learner.train_step = poisoned, weightless
 
 
 def hang_reading(position):
@@ -153,18 +183,7 @@ PATCHED = (
 
 def start(name, *amounts):
     """Begin a trouble in this process."""
-    kinds = (
-        slow_evaluation,
-        slow_save,
-        full_disk,
-        nan,
-        kill_rank,
-        kill_worker,
-        little_memory,
-        lose_images,
-        hang_reading,
-    )
-    {kind.__name__: kind for kind in kinds}[name](*amounts)
+    globals()[name](*amounts)
 
 
 if __name__ == "__main__":
