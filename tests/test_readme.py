@@ -29,9 +29,9 @@ def test_the_readme_has_the_commands_that_are_tested_below():
 
 
 def test_the_torchrun_command_is_the_one_that_is_tested():
-    """It runs in tests/distributed/test_launch.py."""
+    """It runs in tests/distributed/slow_launch.py."""
     line = next(line for line in COMMANDS if line.startswith("torchrun"))
-    source = (ROOT / "tests/distributed/test_launch.py").read_text()
+    source = (ROOT / "tests/distributed/slow_launch.py").read_text()
     assert all(f'"{word}"' in source or word in ("torchrun", "finetune.py") for word in shlex.split(line))
 
 

@@ -1,17 +1,14 @@
 """Launching and ending: torchrun's own command, ranks that die, hang or are asked to stop. Properties of whole jobs."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, checkpoint_tensors, command, common, rows, run, start
+from tests.support import checkpoint_tensors, common, rows, run, start
 
 pytestmark = pytest.mark.ddp
 
@@ -46,29 +43,6 @@ def has_ended(*pids):
     return lambda: all(processes().get(pid, (0, "Z"))[1] == "Z" for pid in pids)
 
 
-@pytest.mark.slow
-def test_torchrun_with_two_processes_runs_through(tmp_path):
-    """The issue's command, on the embedded glyphs, which the first run draws."""
-    done = command(
-        "torchrun", "--nproc_per_node=2", ROOT / "finetune.py", "model=convnextv2_atto", "loop.total_steps=4",
-        "loop.global_batch_size=8", "loop.batch_size=4", f"run_dir={tmp_path}/run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
-    assert "2 ranks, each CPU" in done.stderr
-    assert rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["samples"] == 3509.0
-
-
-@pytest.mark.slow
-def test_eight_processes_compose_and_agree_with_nothing_else_given(tmp_path):
-    done = command(
-        "torchrun", "--nproc_per_node=8", ROOT / "finetune.py", "model=convnextv2_base", "dry_run=true",
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 ranks, each CPU" in done.stderr
-
-
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(collection, tmp_path):
     overrides = common("classification", collection, tmp_path / "run", "loop.global_batch_size=8")
     printed = run("finetune.py", overrides, tmp_path, ranks=3, expect=2)
@@ -77,16 +51,6 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(collection, tmp_pa
     assert sorted(line.split("finetune.py")[0] for line in lines) == ["", "[rank 1] ", "[rank 2] "]
     assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_more_ranks_than_divide_the_validation_set_end_cleanly(collection, tmp_path):
-    """A successful job ends with status 0, five times in a row (gloo aborts at exit now and then if it is let)."""
-    for number in range(5):
-        overrides = common(
-            "classification", collection, tmp_path / f"{number}", "loop.total_steps=1", "loop.global_batch_size=4"
-        )
-        run("finetune.py", overrides, tmp_path, ranks=4)
 
 
 def endless(collection, run_dir, *more):
@@ -113,16 +77,6 @@ def test_a_rank_that_stops_is_named_and_ends_the_job(collection, tmp_path):
     started.signal(signal.SIGKILL)
 
 
-@pytest.mark.slow
-def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_path):
-    """A sleeping loader is alive but makes no progress."""
-    overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6")
-    started = start("tests/tasks/troubled.py", overrides, tmp_path, 2, variables={"TROUBLE": "hang_loading 1 4"})
-    codes = started.wait(120)
-    assert codes[0] == 70
-    assert "rank 1 hangs in 'step 3: loading': no progress for 6 s" in started.output
-
-
 def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collection, tmp_path):
     overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6", "runtime.workers=1")
     started = start("tests/tasks/troubled.py", overrides, tmp_path, variables={"TROUBLE": "hang_reading 30"})
@@ -146,37 +100,6 @@ def test_sigterm_saves_and_leaves_and_the_same_command_continues(ranks, collecti
     printed = run("finetune.py", overrides, tmp_path, ranks=ranks)
     assert f"at step {stopped}" in printed
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 121))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues(number, collection, tmp_path):
-    """As srun, systemd and cgroups do it: each rank gets SIGTERM twice, and SIGUSR1 ends torchrun with its store.
-
-    The save lasts longer than the watchdog waits for a store.
-    """
-    settings = ["loop.total_steps=200", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
-    overrides = common("classification", collection, tmp_path / "run", *settings, "runtime.hang_timeout_sec=16")
-    script, output = ROOT / "tests/tasks/troubled.py", tmp_path / "output.txt"
-    with open(output, "wb") as stream:
-        agent = subprocess.Popen(
-            [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", script, *overrides],
-            cwd=tmp_path, env={**os.environ, "TROUBLE": "slow_save 2.5"}, stdout=stream, stderr=stream,
-            start_new_session=True,
-        )  # fmt: skip
-    wait_for(has_rows(tmp_path / "run", 10))
-    ranks = [pid for pid, (parent, _) in processes().items() if parent == agent.pid]
-    for pid in (agent.pid, *ranks):  # torchrun gives each rank a session of its own
-        os.killpg(pid, number)
-    assert agent.wait(60) != 0
-    wait_for(has_ended(*ranks))
-    said = output.read_text()
-    assert len(ranks) == 2 and said.count(f"{number.name}: finishing the step, then saving") == 2
-    assert "leaving at once" not in said and "rank 0 is gone" not in said
-    stopped = int(rows(tmp_path / "run/metrics.jsonl")[-1]["step"])
-    assert (tmp_path / f"run/checkpoints/step_{stopped:08d}").is_dir() and stopped < 200
-    assert f"at step {stopped}" in run("finetune.py", overrides, tmp_path, ranks=2)
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 201))
 
 
 def test_slurm_variables_start_the_same_job(collection, tmp_path):
