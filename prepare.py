@@ -17,11 +17,8 @@ from typing import Annotated
 from pydantic import Field
 
 from data.care.copy import Copy, Downsample
-from data.care.duplicates import Duplicates
-from data.care.filter import Filter
-from data.care.split import Split
-from data.care.statistics import Count, Statistics
-from data.care.verify import Verify
+from data.care.exclude import Duplicates, Filter, Split
+from data.care.reports import Count, Statistics, Verify
 from data.config import DataConfig
 from data.glyphs import Glyphs
 from data.manifest_writer import Manifest

@@ -1,7 +1,7 @@
 """Captions for text to image: from a row's sidecars, manifest or predicted tags, and varied anew for each sample.
 
 text = config.read(collection.view(row))                 # what the collection says of the image
-caption, is_dropped = config.vary(text, generator)       # what the network is told this time
+config.vary_tags(text, generator)                       # what the network is told this time
 """
 
 from typing import Annotated, Literal
@@ -21,8 +21,6 @@ from utils.record.logging import get_logger
 from utils.vocabulary import RATING
 
 log = get_logger(__name__)
-
-_REPLACED = "\ufffd"  # what programs write for bytes that they could not decode
 
 
 class CaptionConfig(Strict):
@@ -56,10 +54,6 @@ class CaptionConfig(Strict):
             return caption
         return self.separator.join(filter(None, map(spell, row.tags or ()))) or caption
 
-    def vary(self, text: str, generator: torch.Generator) -> tuple[str, bool]:
-        """Return the caption of a training sample, and whether it was dropped and is empty."""
-        return ("", True) if self.drops(generator) else (self.vary_tags(text, generator), False)
-
     def drops(self, generator: torch.Generator) -> bool:
         """Return whether a training sample has no caption."""
         return bool(torch.rand((), generator=generator) < self.caption_dropout)
@@ -87,7 +81,7 @@ class CaptionConfig(Strict):
 
 
 def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:
-    """Return in a line where the captions of some rows come from; warn of empty and of wrongly decoded ones by name.
+    """Return in a line where the captions of some rows come from; warn of empty ones by name.
 
     Raises UserError (`data.root`) where no row has a text.
     """
@@ -104,14 +98,9 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
             f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
             "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
         )
-    is_wrong = pc.match_substring(table["caption"], _REPLACED).fill_null(False).to_numpy()[rows]
-    for found, what in (
-        (rows[counts["empty"]], "have neither a caption nor tags, and are trained without a text"),
-        (rows[is_wrong], "have a caption with U+FFFD, so it was once read in a wrong encoding; correct it"),
-    ):
-        if len(found):
-            names = show_some([repr(collection.view(row).path) for row in found[:100].tolist()])
-            log.warning("captions: %s images %s: %s", f"{len(found):,}", what, names)
+    if len(found := rows[counts["empty"]]):
+        names = show_some([repr(collection.view(row).path) for row in found[:100].tolist()])
+        log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(found):,}", names)
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
 
 

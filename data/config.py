@@ -109,15 +109,13 @@ class TagRulesConfig(Strict):
 class VocabularyConfig(TagRulesConfig):
     """What is taken into a vocabulary.
 
-    min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line. append_to: a
-    vocabulary that keeps its rows, and gets new ones behind them.
+    min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line.
     """
 
     min_count: Count
     categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
     ignore: PathText | None
     keep: PathText | None
-    append_to: PathText | None
 
 
 class AffineConfig(Strict):

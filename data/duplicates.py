@@ -44,7 +44,12 @@ def group_duplicates(hashes: np.ndarray) -> np.ndarray:
     distinct, places = np.unique(hashes, return_inverse=True)
     parents = np.arange(len(distinct))
     for first, second in _near_pairs(distinct):
-        _join(parents, first, second)
+        while len(first):
+            roots = _roots(parents, first), _roots(parents, second)
+            parents[first], parents[second] = roots  # shortens the ways to them
+            differ = roots[0] != roots[1]
+            first, second = roots[0][differ], roots[1][differ]
+            np.minimum.at(parents, np.maximum(first, second), np.minimum(first, second))  # the smaller root stays
     return distinct[_roots(parents, np.arange(len(distinct)))][places]
 
 
@@ -74,13 +79,3 @@ def _roots(parents: np.ndarray, items: np.ndarray) -> np.ndarray:
     while ((above := parents[items]) != items).any():
         items = above
     return items
-
-
-def _join(parents: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
-    """Join the trees of pairs; the smaller root stays, so a root is the smallest index of its tree."""
-    while len(first):
-        roots = _roots(parents, first), _roots(parents, second)
-        parents[first], parents[second] = roots  # shortens the ways to them
-        differ = roots[0] != roots[1]
-        first, second = roots[0][differ], roots[1][differ]
-        np.minimum.at(parents, np.maximum(first, second), np.minimum(first, second))

@@ -2,21 +2,24 @@
 
 import functools
 import shutil
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
-from data.care.filter import Rules, find_failing
-from data.care.resize import UNFIT, Shrink
+from data.care.exclude import Rules, find_failing
 from data.care.tool import Tool
 from data.config import DataConfig
 from data.manifest import find_manifest
 from data.manifest_formats import PARQUET, read_parquet, read_table
 from data.open import load_collection
+from data.pixels import read_size
 from data.scan import check_root, list_folder, list_images
 from data.tags.names import parse_tag
 from data.tags.sidecars import list_sidecars, read_text
@@ -32,6 +35,55 @@ log = get_logger(__name__)
 
 _WARNED = 20  # images that are copied as they are
 _THERE, _COPIED, _SHRUNK = "there", "copied", "shrunk"
+_WRITTEN = ("JPEG", "PNG", "WEBP")
+_METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
+# What Pillow raises for images that it cannot read, and ValueError for those that are not shrunk.
+_UNFIT = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
+
+
+class Shrink(NamedTuple):
+    """What a smaller copy is to be. quality: of JPEG and WebP. max_pixels: an image of more is not decoded."""
+
+    longest_px: int
+    quality: int
+    max_pixels: int
+
+    def is_for(self, file: Path) -> bool:
+        """Return whether a side of an image is longer. Raises _UNFIT where the image cannot be read or shrunk."""
+        width, height = read_size(file)
+        if max(width, height) > self.longest_px and width * height > self.max_pixels:
+            raise ValueError(f"more than {self.max_pixels:,} pixels (data.max_pixels)")
+        return max(width, height) > self.longest_px
+
+    def write(self, file: Path, target: Path) -> None:
+        """Write the copy, with the same metadata and time of change. Raises _UNFIT."""
+        with Image.open(file, formats=_WRITTEN) as image:
+            name = image.format
+            if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{name} of several frames")
+            options = {key: image.info[key] for key in _METADATA if key in image.info}
+            if name == "PNG":
+                options["pnginfo"] = PngInfo()
+                for key, text in image.text.items():
+                    options["pnginfo"].add_text(key, text)
+            else:
+                options["quality"] = self.quality
+            is_wide = image.mode.startswith("I")  # grey of 16 bits
+            if (mode := _smooth_mode(image)) != image.mode:  # else a JPEG would be decoded at its full size
+                image = image.convert(mode)
+            image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            image = image.convert("I;16") if is_wide else image
+            image.save(target, format=name, **options)
+        shutil.copystat(file, target)
+
+
+def _smooth_mode(image: Image.Image) -> str:
+    """Return the mode in which an image is resized smoothly."""
+    if "transparency" in image.info or image.mode == "PA":
+        return "RGBA"
+    if image.mode.startswith("I"):
+        return "I"
+    return {"P": "RGB", "1": "L"}.get(image.mode, image.mode)
 
 
 class Copy(Tool, Rules):
@@ -121,7 +173,7 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
         if shrink is not None and shrink.is_for(source):
             write_atomically(copy, functools.partial(shrink.write, source))
             return _SHRUNK
-    except UNFIT as error:
+    except _UNFIT as error:
         done = f"{type(error).__name__}: {error}"
     write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
     return done

@@ -9,8 +9,6 @@ A tool reads files and writes new ones. It never moves, changes or deletes an im
 """
 
 import json
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +25,6 @@ log = get_logger(__name__)
 
 DRY_RUN = "dry run: nothing is written"
 _NAMED = 10  # files in the log
-_DETAIL = re.compile(r": | \(|; ")  # what follows differs between files
 
 
 class Tool(Strict):
@@ -44,11 +41,9 @@ class Tool(Strict):
 
 
 def list_files(report: str, job: str, reasons: Mapping[str, str]) -> Path:
-    """Write one JSON line for each file, {"path", "reason"}; log the first of them, and how many by reason."""
+    """Write one JSON line for each file, {"path", "reason"}; log the first of them."""
     for path, reason in list(reasons.items())[:_NAMED]:
         log.info("%s: %s", path, reason)
-    for reason, count in Counter(_DETAIL.split(reason, maxsplit=1)[0] for reason in reasons.values()).most_common():
-        log.info("%s: %s files", reason, f"{count:,}")
     file = Path(report) / f"{job}.jsonl"
     lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in reasons.items()]
     with output_errors("job.report", file):

@@ -4,7 +4,6 @@ index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags
 index.of_row(0), index.rating_known[0], index.tagged[rows]
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,12 @@ from data.tags.names import Tag
 from data.tags.rules import TagRules
 from utils.errors import UserError
 from utils.io.files import write_atomically
-from utils.io.weights import read_header, read_tensors, write_tensors
+from utils.io.weights import read_tensors, write_tensors
 from utils.ranks import distributed
+from utils.record.logging import get_logger
 from utils.vocabulary import GENERAL, RATING, Vocabulary
+
+log = get_logger(__name__)
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
 _VERSION = 3  # of what tags are made of texts; a change makes every index again
@@ -57,25 +59,28 @@ class TagIndex(TagRows):
     """The outputs of each row, ascending, and what is known of it.
 
     rating_known: bool [rows], whether its ids have a rating. tagged: bool [rows], whether they have any other tag.
-    report: numbers of rows, of those tagged and rated, of tags, and of those that are not in the vocabulary. file: of
-    the memory-mapped arrays; the index is pickled by it, so that a worker maps it itself.
+    file: of the memory-mapped arrays; the index is pickled by it, so that a worker maps it itself.
     """
 
     rating_known: np.ndarray
     tagged: np.ndarray
-    report: dict[str, Any]
     file: Path | None = None
 
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
         """Map a file. Raises UserError (`data.root`) where it is damaged."""
-        tensors, texts = read_tensors(file, "data.root"), read_header(file, "data.root").metadata
-        return cls(*(tensors[name].numpy() for name in _ARRAYS), json.loads(texts["report"]), file)
+        tensors = read_tensors(file, "data.root")
+        return cls(*(tensors[name].numpy() for name in _ARRAYS), file)
 
     def save(self, file: Path) -> None:
-        """Write the arrays and the report as a safetensors file, atomically."""
+        """Write the arrays as a safetensors file, atomically."""
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
-        write_atomically(file, lambda path: write_tensors(path, tensors, {"report": json.dumps(self.report)}))
+        write_atomically(file, lambda path: write_tensors(path, tensors))
+
+    def describe(self) -> str:
+        """Return in a line how many images have tags."""
+        rows, tagged, rated = len(self.tagged), self.tagged.sum(), self.rating_known.sum()
+        return f"{tagged:,} of {rows:,} images have one of the vocabulary, {rated:,} a known rating"
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Leave the arrays out."""
@@ -100,8 +105,8 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
                 names = [name for category, name in vocabulary.columns if category != RATING]
                 raise NoKnownTag(
                     f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
-                    f"vocabulary ({len(names):,} tags, such as {names[:_SHOWN]}); {describe_report(found.report)}. "
-                    "Give them sidecars or a manifest (docs/collections.md), or choose another vocabulary"
+                    f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
+                    "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
                 )
             found.save(file)
         return file
@@ -109,19 +114,10 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
     return TagIndex.open(distributed.rank_zero_call(make))
 
 
-def describe_report(report: dict[str, Any]) -> str:
-    """Return a report in a line."""
-    dropped = f"{report['dropped']:,} tags that are not in the vocabulary (such as {', '.join(report['such_as'])})"
-    return (
-        f"{report['tagged']:,} of {report['rows']:,} images have one of the vocabulary, {report['rated']:,} a known "
-        f"rating; dropped: {dropped if report['dropped'] else 'nothing'}"
-    )
-
-
 def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
     """Map the columns `tags` and `rating` of a collection's table to outputs.
 
-    A row's rating is its `rating`, else its one tag of a rating; else it is unknown.
+    A row's rating is its `rating`, else its one tag of a rating; else it is unknown. Logs tags that are dropped.
     Raises UserError (`<key>rating_s`) where images are rated `s` or `safe` and the rules do not say what that means.
     """
     mapper = _Mapper(vocabulary, rules)
@@ -131,11 +127,10 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagInd
         for part in (table.slice(start, _CHUNK_ROWS) for start in starts)
     ]
     ids, lengths, known, tagged = (np.concatenate(arrays) for arrays in zip(*parts))
-    report = {
-        "rows": len(table), "tagged": int(tagged.sum()), "rated": int(known.sum()), "tags": len(ids),
-        "dropped": mapper.unknown.total(), "such_as": [repr(text) for text, _ in mapper.unknown.most_common(_SHOWN)],
-    }  # fmt: skip
-    return TagIndex(ids.astype(np.int32), np.cumsum([0, *lengths]), known, tagged, report)
+    if mapper.unknown:
+        texts = ", ".join(repr(text) for text, _ in mapper.unknown.most_common(_SHOWN))
+        log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.unknown.total():,}", texts)
+    return TagIndex(ids.astype(np.int32), np.cumsum([0, *lengths]), known, tagged)
 
 
 class _Mapper:

@@ -1,6 +1,5 @@
 """What a mirror does to tags: built once from a vocabulary and a small YAML map, as facts of a tagger; and the mirror.
 
-    mode: balanced              or strict, or permissive
     pairs: [[a, b]]             each is the mirror image of the other
     patterns:                   the two words of `swap` change places in what the regular expression `match` matches
       - {match: REGEX, swap: [left, right]}
@@ -8,14 +7,14 @@
     never_flip: ["*_text"]      an image with such a tag is not mirrored
 
 Every key may be absent. Patterns act on general and meta tags, not on names of characters, artists and works. A tag
-whose mirror image is not in the vocabulary is dropped from a mirrored image (balanced), forbids the mirror (strict), or
-stays (permissive). The maps for booru tags and for the embedded glyphs are beside this file.
+whose mirror image is not in the vocabulary is dropped from a mirrored image, unless `symmetric` or `never_flip` has it.
+The maps for booru tags and for the embedded glyphs are beside this file.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import yaml
@@ -56,7 +55,6 @@ class Pattern(Strict):
 class OrientationMap(Strict):
     """The map; its keys are explained above."""
 
-    mode: Literal["strict", "balanced", "permissive"] = "balanced"
     pairs: list[_Two] = []
     patterns: list[Pattern] = []
     symmetric: list[str] = []
@@ -83,9 +81,9 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, 
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
     rules = _read(path, key)
-    pairs, alone, uncovered = [], [], []
+    pairs, dropped, uncovered = [], [], []
     forbids, named = _any_of(rules.never_flip), _any_of([*rules.never_flip, *rules.symmetric])
-    no_flip = {output for output, tag in enumerate(vocabulary.names) if forbids.fullmatch(tag)}
+    no_flip = [output for output, tag in enumerate(vocabulary.names) if forbids.fullmatch(tag)]
     for (category, tag), output in vocabulary.columns.items():
         mirror = rules.mirror(tag, category)
         other = vocabulary.columns.get((category, mirror))
@@ -98,18 +96,15 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, 
                 "the tag in symmetric, or each tag in one of pairs"
             )
         elif other is None:
-            alone.append(output)
+            dropped.append(output)
         elif output < other:
             pairs.append([output, other])
-    if rules.mode == "strict":
-        no_flip.update(alone)
-    dropped = alone if rules.mode == "balanced" else []
     log.debug(
         "%s=%s: in a mirrored image %d pairs of tags change places and %d are dropped; images of %d tags are not "
         "mirrored; with left or right, but not in the map: %s",
         key, name, len(pairs), len(dropped), len(no_flip), ", ".join(uncovered[:_SHOWN]) or "none",
     )  # fmt: skip
-    return {"pairs": pairs, "dropped": dropped, "no_flip": sorted(no_flip)}
+    return {"pairs": pairs, "dropped": dropped, "no_flip": no_flip}
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ import torch
 from data.batch import multi_hot
 from data.config import DataConfig, TagRulesConfig
 from data.open import Data, load_collection
-from data.tags.index import describe_report, index_tags
+from data.tags.index import index_tags
 from data.tags.names import parse_tag
 from data.tags.rules import read_rules
 from engine.measures.drawings import draw_pr_curves
@@ -60,7 +60,7 @@ class Arena:
         self._shared = share_tags(self._outputs)
         self._collection = load_collection(data)
         self._index = index_tags(self._collection, self._shared, read_rules(config, "arena."), CACHE)
-        log.info("the models share %s tags; %s", f"{len(self._shared):,}", describe_report(self._index.report))
+        log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe())
 
     def measure(self) -> Report:
         """Measure all models, the same on any number of ranks.

@@ -142,10 +142,10 @@ def caption_fields(config: CaptionConfig, texts: Texts, parts: int, weights: Wei
         text, generator = config.read(example.row), example.generator
         if not example.training:
             return config.complete(text), False
-        if variants is None:
-            return config.vary(text, generator)
         if config.drops(generator):
             return "", True
+        if variants is None:
+            return config.vary_tags(text, generator), False
         return vary_caption(text, int(torch.randint(variants, (), generator=generator)), config.vary_tags), False
 
     def add(example: Example) -> Sample:

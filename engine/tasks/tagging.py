@@ -15,7 +15,7 @@ from data.config import TagRulesConfig, VocabularyConfig
 from data.loader import Example, Fields
 from data.open import Data
 from data.rows import training_rows
-from data.tags.index import TagIndex, describe_report, index_tags
+from data.tags.index import TagIndex, index_tags
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
@@ -290,7 +290,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
         return read_vocabulary(Path(config.vocabulary), "task.vocabulary")
     wanted = VocabularyConfig(
         min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
-        append_to=None, **config.model_dump(include=set(TagRulesConfig.model_fields)),
+        **config.model_dump(include=set(TagRulesConfig.model_fields)),
     )  # fmt: skip
     vocabulary, report = make_vocabulary(collection, wanted, "task.")
     log.debug("vocabulary: %s", report)
@@ -330,6 +330,6 @@ class TaggingKind(ImageKind):
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
-        streams, report = super().streams(data, setup, config), index_of(data.collection, setup).report
-        tags = f"{len(setup.facts['tag_names']):,}; {describe_report(report)}"
+        streams = super().streams(data, setup, config)
+        tags = f"{len(setup.facts['tag_names']):,}; {index_of(data.collection, setup).describe()}"
         return replace(streams, described={**streams.described, "tags": tags})

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from data.care.copy import copy_files
-from data.care.resize import Shrink
+from data.care.copy import Shrink, copy_files
 from tests.data.test_duplicates import picture
 from tests.in_process import run
 from utils.errors import UserError

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 import data.facts
-from data.care.duplicates import find_groups
-from data.care.statistics import count_together
+from data.care.exclude import find_groups
+from data.care.reports import count_together
 from data.facts import Facts, measure_file, measure_files
 from data.image_formats import CUT_OFF, NOT_OPENED
 from tests.data.test_duplicates import picture
@@ -140,11 +140,11 @@ def test_statistics(root, tmp_path):
     assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
     assert tables["tags_together"][0] == {"tag": "hat", "and": "red", "images": 2, "share": 1.0}
     page = (tmp_path / "outputs/care/statistics/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http-equiv", "")
 
 
 def test_statistics_from_the_manifest_alone(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.care.statistics.measure_files", None)
+    monkeypatch.setattr("data.care.reports.measure_files", None)
     quick = ["job=statistics", *FOLDER, "job.pixels=false"]
     with pytest.raises(UserError, match=r"^job.pixels: false"):
         run("prepare", quick, tmp_path)
@@ -167,12 +167,10 @@ def test_verify_finds_orphans_both_ways(root, tmp_path):
     found = listed(tmp_path, "verify")
     assert found["cat/1.png"] == "a row of the manifest without a file"
     assert found["cat/3.png"] == "an image without a row in the manifest; an image without a sidecar"
-
-
-def test_a_folder_without_sidecars_lacks_none(root, tmp_path):
+    (root / "manifest.parquet").unlink()
     for file in (*root.rglob("*.txt"), root / "dog/cut.png"):
         file.unlink()
-    assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"
+    assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"  # nor does any lack a sidecar
 
 
 def test_the_largest_of_each_group_stays(root, tmp_path):

@@ -126,7 +126,7 @@ def test_the_options_of_a_group_are_its_files_and_those_below():
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
-PREPARED = ("output", "report", "to", "listed", "ignore", "keep", "aliases", "implications", "append_to")
+PREPARED = ("output", "report", "to", "listed", "ignore", "keep", "aliases", "implications")
 TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
 
 

@@ -1,6 +1,7 @@
-"""Count a collection: classes, tags and their co-occurrence, sizes, aspects, formats, brightness, in one HTML page."""
+"""Jobs that only look: count, statistics (one HTML page) and verify (unreadable images, and orphans both ways)."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -8,12 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.care.tool import Tool, save_report
+from data.care.tool import Tool, list_files, save_report
 from data.collection import Collection
 from data.config import DataConfig
 from data.facts import Facts, measure_files
+from data.manifest import find_manifest
+from data.manifest_formats import read_table
 from data.open import describe_collection, load_collection
+from data.scan import check_root, find_orphans, is_image_name, list_images, walk_folders
 from data.table import SPLITS, count_values
+from data.tags.sidecars import list_sidecars
 from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -21,7 +26,7 @@ from utils.record.report import TableRow
 
 log = get_logger(__name__)
 
-_SHOWN, _LONGEST = 30, 28  # classes and tags in a plot, and characters of a name
+_SHOWN = 30  # classes and tags in the log
 _TOGETHER = 24  # tags of the co-occurrence
 
 
@@ -70,7 +75,7 @@ class Statistics(Tool):
             if values := [getattr(fact, side) for fact in facts if fact.width]:
                 quantiles = zip(("5 %", "median", "95 %"), np.quantile(values, [0.05, 0.5, 0.95]).tolist())
                 figures |= {f"{side}, {word}": value for word, value in quantiles}
-        page = save_report(Path(self.report) / self.name, data.root, figures, tables, _draw(tables, facts))
+        page = save_report(Path(self.report) / self.name, data.root, figures, tables, _draw(facts))
         return f"{describe_collection(collection)}; {page}"
 
     def _find_facts(self, collection: Collection, data: DataConfig) -> list[Facts]:
@@ -128,45 +133,73 @@ def count_together(tags: pa.ChunkedArray) -> list[TableRow]:
     ]
 
 
-def _draw(tables: Mapping[str, list[TableRow]], facts: list[Facts]) -> dict[str, np.ndarray]:
-    """Draw what there is of each figure, [H, W, 3] uint8."""
-    drawn: dict[str, np.ndarray] = {}
-    for name, column in (("classes", "class"), ("tags", "tag"), ("formats", "format")):
-        totals = {row[column]: sum(v for v in row.values() if isinstance(v, int)) for row in tables[name][:_SHOWN]}
-        if totals:
-            drawn[f"{column}_counts"] = draw_counts(name, "images", totals)
+def _draw(facts: list[Facts]) -> dict[str, np.ndarray]:
+    """Draw how many of the images that can be read have which size, aspect, brightness and sharpness."""
     read = [fact for fact in facts if fact.width]
-    if read:
-        width, height, brightness, sharpness = (
-            np.array([getattr(fact, name) for fact in read], float)  # NaN where it was not measured
-            for name in ("width", "height", "brightness", "sharpness")
-        )
-        drawn["sizes"] = draw_counts("longest side", "pixels", np.maximum(width, height))
-        drawn["aspect"] = draw_counts("aspect", "width / height", width / height)
-        if not np.isnan(brightness).all():
-            drawn["brightness"] = draw_counts("brightness", "mean grey level", brightness)
-            drawn["sharpness"] = draw_counts("sharpness", "log10 (variance + 1)", np.log10(sharpness + 1))
-    return drawn
+    width, height, brightness, sharpness = (
+        np.array([getattr(fact, name) for fact in read], float)  # NaN where it was not measured
+        for name in ("width", "height", "brightness", "sharpness")
+    )
+    values = {
+        "sizes": ("pixels of the longest side", np.maximum(width, height)),
+        "aspect": ("width / height", width / height),
+        "brightness": ("mean grey level", brightness),
+        "sharpness": ("log10 (variance + 1)", np.log10(sharpness + 1)),
+    }
+    return {name: _draw_histogram(name, *value) for name, value in values.items() if np.isfinite(value[1]).any()}
 
 
-def draw_counts(title: str, label: str, values: Mapping[str, int] | np.ndarray) -> np.ndarray:
-    """Draw a bar for each name, in the given order from the top, or a histogram of values [N]."""
+def _draw_histogram(title: str, label: str, values: np.ndarray) -> np.ndarray:
+    """Draw how many images have which value, [H, W, 3] uint8."""
     from matplotlib.figure import Figure  # which takes 0.3 s
 
     from utils.record.plots import figure_to_image, style
 
-    is_named = isinstance(values, Mapping)
     with style():
-        figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(values) if is_named else 3.6))
-        axis = figure.add_subplot(title=title, xlabel=label)
-        if is_named:
-            bars = axis.barh(range(len(values)), list(values.values()))
-            axis.bar_label(bars, [f"{count:,}" for count in values.values()], padding=3)
-            names = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in values]
-            axis.set_yticks(range(len(values)), names)
-            axis.set_ylim(len(values) - 0.4, -0.6)
-            axis.margins(x=0.12)
-        else:
-            axis.hist(values[np.isfinite(values)], bins=60)
-            axis.set_ylabel("images")
+        figure = Figure(figsize=(7.2, 3.6))
+        axis = figure.add_subplot(title=title, xlabel=label, ylabel="images")
+        axis.hist(values[np.isfinite(values)], bins=60)
         return figure_to_image(figure)
+
+
+class Verify(Tool):
+    """Decode every image and compare files, sidecars and manifest; list what does not fit. report: of the list."""
+
+    name: Literal["verify"]
+    report: PathText
+
+    def run(self, data: DataConfig) -> str:
+        """List the faults. Raises UserError (`data.root`, `job.report`)."""
+        root = check_root(data.root)
+        images = sorted(image.path for image in list_images(root))
+        facts = measure_files(root, images, data.max_pixels)
+        faults = {path: fact.reason for path, fact in zip(images, facts) if fact.kind is not None}
+        kinds = Counter(fact.kind for fact in facts if fact.kind is not None)
+        for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)):
+            kinds[fault] += 1
+            faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
+        listing = list_files(self.report, self.name, faults)
+        found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
+        return f"{len(images):,} images; {f'{found} ({listing})' if found else 'no fault'}"
+
+
+def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the paths that only the manifest, or only the folder has."""
+    if (manifest := find_manifest(root)) is not None:
+        rows = set(read_table(manifest)["path"].to_pylist())
+        yield from ((path, "an image without a row in the manifest") for path in images if path not in rows)
+        gone = (path for path in sorted(rows.difference(images)) if not (root / path).is_file())
+        yield from ((path, "a row of the manifest without a file") for path in gone)
+
+
+def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield sidecars without an image; and images without a sidecar, where any image has one."""
+    bare, some = [], False
+    for folder, _, names in walk_folders(root):
+        images = {name for name in names if is_image_name(name)}
+        without = [folder + name for name in images if not list_sidecars(name, names)]
+        bare += without
+        some = some or len(without) < len(images)
+        yield from ((folder + name, "a sidecar without an image") for name in find_orphans(names - images, images))
+    if some:
+        yield from ((path, "an image without a sidecar") for path in sorted(bare))
