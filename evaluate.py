@@ -27,8 +27,7 @@ from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor, open_weights
-from engine.run import start_machine
-from engine.runtime import Runtime
+from engine.runtime import Runtime, start_machine
 from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
 from engine.tasks.tagging import TaggingTask

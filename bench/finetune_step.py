@@ -2,7 +2,7 @@
 
 python bench/finetune_step.py [quick]          (on an idle machine; six minutes on two CPU cores; quick: no compiling)
 
-Ours is the loop itself (engine/train_one_epoch.py) on a batch on the device: scheduled values, train_step
+Ours is the loop itself (engine/run.py) on a batch on the device: scheduled values, train_step
 with its finite decision and clipping, EMA, meters. Theirs is one update as timm's script makes it, of timm's own parts:
 the prefetching loader's normalisation, autocast, forward and loss, backward, gradient clipping, the optimiser of
 `create_optimizer_v2`, reading the loss, EMA, the schedule per update. Both normalise uint8 images, smooth labels by
@@ -27,11 +27,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 
-from bench.measure import Comparison, bench_loop, build_bench_run, read_group, run_bench
-from engine.runtime import can_compile
+from bench.measure import Comparison, build_bench_run, read_group, run_bench
+from engine.runtime import missing_for_compile
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
-from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 
 CLASSES, SMOOTHING, CLIP, EMA_DECAY = 1000, 0.1, 1.0, 0.9998
@@ -73,8 +72,8 @@ def our_turn(task, batch, steps, *, ema, runtime="reference", **machine):
         task, batch_size=len(batch["weight"]), epoch_steps=steps, runtime={"option": runtime, **machine},
         loop={"clip_grad_norm": CLIP, "ema_decay": EMA_DECAY if ema else None},
     )  # fmt: skip
-    stream, epochs, vote = itertools.repeat([batch]), itertools.count(), Vote()
-    return lambda: train_one_epoch(run, stream, bench_loop(), next(epochs), vote)
+    stream = itertools.repeat([batch])
+    return lambda: run.train_one_epoch(stream)
 
 
 class TimmScript:
@@ -155,7 +154,7 @@ def comparisons(device, quick):
             yield sides.compare("eager fp32, EMA" if ema else "eager fp32", {"atelier": sides.ours(ema=ema), **theirs})
         fast = {"ema": False, "precision": "bf16"}
         yield sides.compare("eager bf16", {"atelier": sides.ours(**fast), "timm fused": sides.theirs(**fast)})
-        if can_compile(device.type) and not quick:
+        if not missing_for_compile(device.type) and not quick:
             fast = {"ema": True, "precision": "bf16", "compile": True, "channels_last": True}
             both = {"atelier": sides.ours(**fast), "timm fused": sides.theirs(**fast)}
             yield sides.compare("compiled bf16, channels-last, EMA", both, warmup=3)

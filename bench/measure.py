@@ -30,12 +30,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.config import LoopConfig, RuntimeConfig, TrainingConfig
 from engine.plan import Plan
-from engine.run_parts import Run, build_run
+from engine.run import Run
 from engine.runtime import Runtime, choose_runtime
-from engine.streams import Streams
+from engine.task import Streams
 from utils.config.entry_point import Job
 from utils.config.help import CONF, ROOT
-from utils.ranks.signals import StopRequest
 from utils.record.run_folder import RunFolder
 from utils.text_table import align_columns
 
@@ -219,4 +218,4 @@ def build_bench_run(
     size = batch_size * accum_steps
     plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3, 1e9)
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
-    return build_run(task, Streams(None, {}, {}), config, plan, choose_runtime(config.runtime), folder, StopRequest())
+    return Run(task, Streams(None, {}, {}), plan, config, choose_runtime(config.runtime), folder)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import Comparison, read_group, repeated, run_bench, runtime_of
-from engine.step import LossScale, train_step
+from engine.step import Buffers, LossScale, train_step
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -76,8 +76,9 @@ def stepper(task, batch, runtime):
     """Return a function that makes one whole step of the engine."""
     optimizer, scale = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True), LossScale(runtime)
     learner = SimpleNamespace(
-        model=task, task=task, optimizer=optimizer, scale=scale, runtime=runtime, seed=0, clip_grad_norm=None, step=0
-    )
+        model=task, task=task, buffers=Buffers(task), optimizer=optimizer, scale=scale, runtime=runtime, seed=0,
+        clip_grad_norm=None, step=0,
+    )  # fmt: skip
 
     def step(number):
         learner.step = number

@@ -33,12 +33,11 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch.nn import functional as F
 
-from bench.measure import OUT, Comparison, bench_loop, build_bench_run, run_bench
+from bench.measure import OUT, Comparison, build_bench_run, run_bench
 from data.open import Data, load_collection
-from engine.run import build_task
 from engine.runtime import choose_runtime
+from engine.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
-from engine.train_one_epoch import Vote, train_one_epoch
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.sampling import scheduler_config
 from utils.config.entry_point import CONF, validate
@@ -94,8 +93,7 @@ def loop_turn(task, stream, steps):
         task, batch_size=BATCH, epoch_steps=steps, loop={"clip_grad_norm": CLIP},
         runtime={"device": "auto", "deterministic": False, "threads": 1},
     )  # fmt: skip
-    epochs, vote = itertools.count(), Vote()
-    return lambda: train_one_epoch(run, stream, bench_loop(), next(epochs), vote)
+    return lambda: run.train_one_epoch(stream)
 
 
 class DiffusersScript:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bench.finetune_step import make_batch, make_task
 from bench.measure import Comparison, repeated, run_bench, runtime_of
 from engine.recorder import Meter
-from engine.step import LossScale, train_step
+from engine.step import Buffers, LossScale, train_step
 
 SIZE, BATCH, STEPS = 64, 32, 15
 
@@ -35,8 +35,8 @@ def comparisons(device, quick):
     plain, plain_optimizer = make(device)
     meter, progress = Meter(device), torch.zeros((), device=device)
     learner = SimpleNamespace(
-        task=ours, model=ours, optimizer=our_optimizer, scale=LossScale(runtime), seed=0, clip_grad_norm=1.0,
-        runtime=runtime,
+        task=ours, model=ours, buffers=Buffers(ours), optimizer=our_optimizer, scale=LossScale(runtime), seed=0,
+        clip_grad_norm=1.0, runtime=runtime,
     )  # fmt: skip
 
     def our_step(step):

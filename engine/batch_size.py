@@ -5,8 +5,8 @@ nothing: the update is made again from micro-batches half as large, and so is ev
 order, global batch and learning rate stay. batch_size.json in the run folder keeps the sizes by device and shape.
 
 A rank whose memory ends leaves the others in a collective. So with several ranks `auto` tries every shape before
-training, and all ranks halve by one decision (`Run.rehearse`); a rank that runs out later ends the run, and the same
-command resumes with the smaller size.
+training, and all ranks halve by one decision (`Learner.rehearse`); a rank that runs out later ends the run, and the
+same command resumes with the smaller size.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter
 
+from engine.plan import largest_divisor
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.files import read_json, write_json
@@ -83,7 +84,7 @@ class MicroBatches:
         """Cut the loader's micro-batches into those of the present sizes, with the same samples in the same order."""
         parts = []
         for batch in batches:
-            size = _divisor(len(batch["weight"]), self.sizes.get(shape_of(batch), self.begin))
+            size = largest_divisor(len(batch["weight"]), self.sizes.get(shape_of(batch), self.begin))
             parts += [_cut(batch, first, size) for first in range(0, len(batch["weight"]), size)]
         return parts
 
@@ -94,7 +95,7 @@ class MicroBatches:
         """
         if not self.halves or size == 1:
             raise out_of_memory("training", shape, size)
-        half = self.sizes[shape] = _divisor(size, size // 2)
+        half = self.sizes[shape] = largest_divisor(size, size // 2)
         if self._is_kept and (distributed.is_main() or not everywhere):
             write_json(self._file, {**self._read(), self._device: self.sizes})
         if not everywhere:
@@ -114,8 +115,3 @@ def _cut(batch: Batch, first: int, size: int) -> Batch:
         if (offsets := f"{name}_offsets") in batch:
             part |= {name: batch[name], offsets: batch[offsets][first : first + size + 1]}
     return part
-
-
-def _divisor(count: int, most: int) -> int:
-    """Return the largest divisor of `count` up to `most`."""
-    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)

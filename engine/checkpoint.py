@@ -7,7 +7,7 @@
             average_weights.safetensors  averages of the exported networks; averages.safetensors: of other networks
             optimizer.safetensors        `<parameter name>/<state name>`
             scale.safetensors            the loss scale
-            state.json                   everything else (engine/resume.py lists it), and checksums of the files above
+            state.json                   everything else (engine/run.py: Run.save), and checksums of the files above
             state.sha256                 checksum of state.json
         .step_00001300.tmp-<pid>/        being written, or moved aside; removed by a later save
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from engine.config import LoopConfig
 from engine.learner import Learner
 from engine.parallel import is_sharded
+from engine.recorder import Recorder
 from utils.errors import UserError
 from utils.io.files import fsync_path, link_or_copy, sha256_file, sha256_text
 from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
@@ -45,7 +46,8 @@ log = get_logger(__name__)
 
 Groups = Mapping[str, Mapping[str, Tensor]]  # tensors by group and name
 FORMAT = 2
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_(\d{8,})")
+_AGAIN = "\nThe next save tries again"
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -160,48 +162,46 @@ class Writer:
         elif last:
             raise error
         else:
-            known = isinstance(error, UserError)
-            log.error("%s\nThe next save tries again", error, exc_info=None if known else error)
+            log.error("%s%s", error, _AGAIN, exc_info=None if isinstance(error, UserError) else error)
 
 
 class Saver:
-    """Write checkpoints and weight files into a run folder. frozen: fingerprints of the task's frozen networks."""
+    """Write checkpoints and weight files into a run folder. helpers: fingerprints of the task's helpers."""
 
-    def __init__(self, folder: RunFolder, loop: LoopConfig, frozen: dict[str, str]) -> None:
-        self.folder, self._frozen = folder, frozen
+    def __init__(self, folder: RunFolder, loop: LoopConfig, helpers: dict[str, str]) -> None:
+        self.folder, self._helpers, self._loop = folder, helpers, loop
         self.writer = Writer()
-        self._keep, self._every_minutes = loop.keep_checkpoints, loop.checkpoint_every_minutes
         self._saved_at, self._has_asked = time.monotonic(), False
-        self._best_is_written = True
 
     def is_due(self) -> bool:
         """Return, once, whether `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
         self.writer.poll()
-        if self._every_minutes is None or self._has_asked or not distributed.is_main():
+        minutes = self._loop.checkpoint_every_minutes
+        if minutes is None or self._has_asked or not distributed.is_main():
             return False
-        self._has_asked = time.monotonic() - self._saved_at >= 60.0 * self._every_minutes
+        self._has_asked = time.monotonic() - self._saved_at >= 60.0 * minutes
         return self._has_asked
 
-    def save(
-        self, learner: Learner, tensors: Groups, state: dict[str, Any], sync_rows: Callable[[], None], *, last: bool
-    ) -> None:
+    def save(self, learner: Learner, tensors: Groups, state: dict[str, Any], recorder: Recorder, *, last: bool) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
-        sync_rows: flushes the rows that a run resumed from here keeps. last: wait until everything is on the disk.
-        Raises UserError where the disk refuses the last checkpoint.
+        The rows that a run resumed from here keeps are flushed before it. last: wait until everything is on the disk.
+        Raises UserError where the disk refuses the last checkpoint, or the rows before it.
         """
         step, folder = learner.step, self.folder
+        if not self._sync_samples(recorder, last=last):
+            return
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
 
         def write(groups: Groups) -> None:
             with _write_errors(folder.checkpoints, f"the checkpoint of step {step}", groups):
-                sync_rows()
+                recorder.sync()
                 texts = {group: weight_metadata(values, groups[group]) for group, values in metadata.items()}
                 path = save_checkpoint(folder.checkpoints, step, groups, state, texts)
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
-                remove_old(folder.checkpoints, self._keep, step, state["best"]["step"])
+                remove_old(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
 
         if distributed.is_main():
             message = f"saved {folder.checkpoints}/step_{step:08d}"
@@ -210,48 +210,38 @@ class Saver:
             distributed.rank_zero_call(lambda: self.writer.wait(last=True))
         self._saved_at, self._has_asked = time.monotonic(), False
 
-    def sync_samples(self, sync: Callable[[], None], *, last: bool) -> bool:
-        """Flush every rank's record of samples before the checkpoint beyond it; returns False where a disk refuses it.
-
-        Raises UserError where it is the `last` checkpoint.
-        """
+    def _sync_samples(self, recorder: Recorder, *, last: bool) -> bool:
+        """Flush every rank's record of samples; returns False, or raises for the `last` save, where a disk refuses."""
         problem = None
         try:
             with _write_errors(self.folder.path / "samples", "the record of samples", {}):
-                sync()
+                recorder.sync_samples()
         except UserError as error:
             problem = error
         problem = next((found for found in distributed.gather_objects(problem) if found is not None), None)
         if problem is not None and last:
             raise problem
         if problem is not None:
-            log.error("%s\nThe next save tries again", problem)
+            log.error("%s%s", problem, _AGAIN)
         return problem is None
 
-    def write_best(self, learner: Learner) -> None:
-        """Write the exported networks as they are now as the best weights, before the next checkpoint; on all ranks."""
+    def write_best(self, learner: Learner) -> bool:
+        """Write the exported networks as they are now as the best weights; on all ranks.
+
+        Returns False where the disk refuses them, so that the best weights before them stay.
+        """
         tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
-        folder, step = self.folder.weights, learner.step
 
-        def write(groups: Groups) -> None:
-            with _write_errors(folder, f"the best weights of step {step}", groups):
-                write_weights(folder / "best_weights.safetensors", groups["best"], metadata)
-            self._best_is_written = True
+        def write() -> bool:
+            try:
+                with _write_errors(self.folder.weights, f"the best weights of step {learner.step}", {"best": tensors}):
+                    write_weights(self.folder.weights / "best_weights.safetensors", tensors, metadata)
+            except UserError as error:
+                log.error("%s%s", error, _AGAIN)
+                return False
+            return True
 
-        if distributed.is_main():
-            self.writer.wait()
-            self._best_is_written = False
-            message = f"saved {folder / 'best_weights.safetensors'}"
-            self.writer.submit({"best": tensors}, write, message, copied=is_sharded(learner.model))
-
-    def best_is_written(self) -> bool:
-        """Wait until nothing is being written; return whether the disk has the newest best weights. On all ranks."""
-
-        def wait() -> bool:
-            self.writer.wait()
-            return self._best_is_written
-
-        return distributed.rank_zero_call(wait)
+        return distributed.rank_zero_call(write)
 
     def _metadata(self, learner: Learner, *, averaged: bool) -> dict[str, Any]:
         """Return the metadata of a weight file."""
@@ -263,7 +253,7 @@ class Saver:
             "step": learner.step,
             "average": averaged,
             "precision": learner.runtime.precision,
-            **({"frozen": self._frozen} if self._frozen else {}),
+            **({"frozen": self._helpers} if self._helpers else {}),
             **({"origin": learner.task.origin} if learner.task.origin else {}),
             **learner.task.metadata,
         }
@@ -274,12 +264,12 @@ class Saver:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+    every = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in every if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -296,7 +286,7 @@ def move_aside_beyond(folder: Path, step: int) -> None:
 
     For a run that continues from `step`: neither a later start nor retention may count them.
     """
-    hidden = [_move_aside(path) for path in list_checkpoints(folder) if _step_of(path) > step]
+    hidden = [_move_aside(path) for path in list_checkpoints(folder) if step_of(path) > step]
     if hidden:
         log.warning(
             "resume: checkpoints beyond step %d are moved aside and removed by the next save; until then they are %s",
@@ -311,8 +301,8 @@ def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> Non
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
-        if _step_of(path) != best_step:
+    for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
+        if step_of(path) != best_step:
             shutil.rmtree(_move_aside(path))
 
 

@@ -4,32 +4,24 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.batch_size import MicroBatches, OutOfMemory
+from engine.batch_size import MicroBatches, OutOfMemory, shape_of
 from engine.config import TrainingConfig
 from engine.parallel import wrap_task
 from engine.plan import Plan
 from engine.runtime import Runtime
-from engine.step import NOTHING, Asks, LossScale, StepResult, train_step
-from engine.task import (
-    Task,
-    checkpointed_state,
-    exports_average,
-    freeze,
-    join_exported,
-    split_exported,
-    trained_networks,
-)
+from engine.step import NOTHING, Asks, Buffers, LossScale, StepResult, fits_alone, train_step
+from engine.task import Task, checkpointed_state, join_exported, networks_of, split_exported
 from optim.build import build_optimizer, skips_on_device
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, set_group_values
-from optim.schedules import GroupValues, Schedule
+from optim.schedules import Schedule
 from optim.state import load_optimizer_state, optimizer_state
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -39,7 +31,6 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 Tensors = dict[str, dict[str, Tensor]]  # by group and name
-_NEEDS_TWO = "Expected more than 1 value per channel when training"  # as torch says it
 
 
 class Learner:
@@ -50,13 +41,13 @@ class Learner:
     """
 
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
-        freeze(task)
-        self.task, self.runtime = task, runtime
+        self.task, self.runtime, self.config = task.train(), runtime, config
+        self.seed, self.clip_grad_norm, self.step = config.seed, config.loop.clip_grad_norm, 0
         if config.optim.name == "adamw" and config.optim.bf16_weights:
             _store_in_bf16(task, runtime)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
-        task.train()
-        groups = build_groups(task, trained_networks(task), config.optim)
+        self.buffers = Buffers(task)
+        groups = build_groups(task, networks_of(task, task.trained), config.optim)
         for group in groups:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
@@ -65,54 +56,52 @@ class Learner:
         self.scale = LossScale(runtime)
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
-            averaged = task.roles.averaged
-            self.averages = Averages({name: task.get_submodule(name) for name in averaged}, averaged)
-        self.exports_average = self.averages is not None and exports_average(task)
+            self.averages = Averages(networks_of(task, task.averaged), task.averaged)
+        self.exports_average = self.averages is not None and set(task.exported) <= task.averaged.keys()
         self.schedule = Schedule(
             config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps,
         )  # fmt: skip
-        self.step = 0
-        self.seed, self.clip_grad_norm = config.seed, config.loop.clip_grad_norm
-        halves = config.loop.on_out_of_memory == "halve"
-        self.micro_batches = MicroBatches(plan.micro_batch_size, halves=halves)
-        self._ema_decay, self._ema_warmup = config.loop.ema_decay, config.loop.ema_warmup
-
-    def values_at(self, step: int) -> GroupValues:
-        """Return the scheduled values of the update that follows `step` updates."""
-        return self.schedule.at(step)
+        self.micro_batches = MicroBatches(plan.micro_batch_size, halves=config.loop.on_out_of_memory == "halve")
 
     def update(self, batches: Sequence[Batch], asks: Asks = NOTHING) -> StepResult:
         """Make one update from this rank's micro-batches, smaller ones where the device takes no larger.
 
-        Raises UserError (`loop.batch_size`) where it takes none, and where batch norm has one value per channel.
+        Raises UserError (`loop.batch_size`) where it takes none.
         """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
-        set_group_values(self.optimizer, self.values_at(self.step))
-        while (result := self._try(batches, progress, asks)) is None:
-            pass
+        set_group_values(self.optimizer, self.schedule.at(self.step))
+        result: StepResult | None = None
+        while result is None:
+            try:
+                result = train_step(self, self.micro_batches.split(batches), progress, asks)
+            except OutOfMemory as error:
+                shape, size = error.shape, error.size  # the error holds the activations
+            if result is None:
+                if self.runtime.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
-            self.averages.update(ema_decay_at(self.step, self._ema_decay, warmup=self._ema_warmup), result.applied)
+            loop = self.config.loop
+            self.averages.update(ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup), result.applied)
         self.step += 1
         return result
 
-    def _try(self, batches: Sequence[Batch], progress: Tensor, asks: Asks) -> StepResult | None:
-        """Make the update; None where the memory ended, and the micro-batches are smaller now."""
-        try:
-            return train_step(self, self.micro_batches.split(batches), progress, asks)
-        except OutOfMemory as error:
-            shape, size = error.shape, error.size  # the error holds the activations
-        except ValueError as error:
-            if _NEEDS_TWO not in str(error):
-                raise
-            raise UserError(
-                "loop.batch_size: batch norm cannot train on micro-batches of one sample where its maps are one pixel; "
-                "choose loop.global_batch_size and loop.batch_size that leave each rank two or more"
-            ) from error
-        if self.runtime.device.type == "cuda":
+    def rehearse(self, trials: Iterable[Batch]) -> None:
+        """Halve the micro-batches, on all ranks alike, until every rank can make a pass over each trial's shape.
+
+        The optimiser's state and the ranks' buckets of gradients, which do not exist yet, take their share of memory.
+        """
+        device = self.runtime.device
+        trained = sum(parameter.nbytes for group in self.optimizer.param_groups for parameter in group["params"])
+        reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+        for trial in trials:
+            while not all(distributed.gather_objects(fits_alone(self, part := self.micro_batches.split([trial])[0]))):
+                self.micro_batches.halve(shape_of(part), len(part["weight"]))
+        del reserve
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-        self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
-        return None
+            torch.cuda.reset_peak_memory_stats(device)
 
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0 (batch statistics) and their averages; before they are read."""
@@ -156,10 +145,12 @@ class Learner:
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
         for group, own in {**self._task_groups(), "scale": self.scale.state()}.items():
-            saved = tensors.get(group, {})
-            wrong = [name for name in own if name not in saved or not _are_alike(saved[name], own[name])]
-            wrong += [name for name in saved if name not in own]
-            if wrong:
+            forms, saved = (
+                {name: (tensor.shape, tensor.dtype) for name, tensor in of.items()}
+                for of in (own, tensors.get(group, {}))
+            )
+            if forms != saved:
+                wrong = [name for name in {**forms, **saved} if forms.get(name) != saved.get(name)]
                 raise UserError(
                     f"resume: {source} is of another model: {len(wrong)} tensors of {group} differ, first "
                     f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
@@ -183,7 +174,3 @@ def _store_in_bf16(task: Task, runtime: Runtime) -> None:
     for parameter in task.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-
-
-def _are_alike(saved: Tensor, own: Tensor) -> bool:
-    return saved.shape == own.shape and saved.dtype == own.dtype

@@ -2,19 +2,13 @@
 
 `ddp` is torch's DistributedDataParallel. `fsdp` is torch's fully_shard: a rank holds some rows of every parameter, of
 its gradient, of the optimiser's state and of the average, and all-gathers a unit's parameters only while the unit is
-computed. Units are found by structure: the stacked blocks of a network are units of their own; everything else that is
-trained belongs to the task's unit, which is gathered for a whole forward and backward pass. What else is frozen is kept
-whole by each rank.
-
-A unit's parameters are gathered in its forward call. A network must therefore call its blocks and not read their
-weights from outside; one that does fails ("mixed torch.Tensor and DTensor") instead of computing with some of the rows.
-Evaluation sees all parameters outside the units.
-
-The optimiser, clipping and the average work on the rows that a rank holds, as plain tensors (utils/ranks/sharded.py),
-with the kernels and arithmetic of a single process.
+computed: in its forward call. A network must therefore call its blocks and not read their weights from outside; one
+that does fails ("mixed torch.Tensor and DTensor"). Optimiser, clipping and average work on the rows that a rank holds,
+as plain tensors (utils/ranks/sharded.py), with the kernels and arithmetic of a single process.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,7 +19,7 @@ from torch.utils import _pytree
 
 from engine.config import RuntimeConfig
 from engine.runtime import Runtime, choose_compile
-from engine.task import StepOutput, Task, frozen_networks
+from engine.task import StepOutput, Task, networks_of
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
 from utils.ranks.sharded import Part
@@ -40,13 +34,10 @@ _STACKS = (nn.Sequential, nn.ModuleList)
 _pytree.register_dataclass(StepOutput)  # torch before 2.15 finds the loss in it by this alone
 
 
-# --------------------------------------------------------------------------------------------------------- building
-
-
 def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runtime) -> nn.Module:
     """Move the task to the device, wrap it for the ranks and compile it; returns what train_step calls.
 
-    The task keeps its parameter names. Raises UserError where `runtime` asks for what the task does not support.
+    Raises UserError where `runtime` asks for what the task does not support.
     """
     shards = config.parallel == "fsdp" and distributed.is_distributed()
     _change_layers(task, config, runtime)
@@ -72,51 +63,50 @@ def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runt
     return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{per_forward: False})
 
 
-def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
-    """Change the trained networks' layers as `runtime` asks."""
-    for name in task.roles.trained:
-        network = task.get_submodule(name)
-        if config.sync_batchnorm and distributed.is_distributed():
-            if runtime.device.type != "cuda":
-                raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
-            from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
-
-            task.set_submodule(name, convert_sync_batchnorm(network))
-    if config.grad_checkpointing:
-        for name in task.roles.passed or task.roles.trained:
-            _checkpoint_gradients(task.get_submodule(name))
-
-
 # As timm (and our networks), diffusers and transformers name it.
 _CHECKPOINTING = ("set_grad_checkpointing", "enable_gradient_checkpointing", "gradient_checkpointing_enable")
 
 
-def _checkpoint_gradients(network: nn.Module) -> None:
-    """Let a network recompute its blocks in the backward pass, by the method that its library gives it."""
-    method = next((found for name in _CHECKPOINTING if (found := getattr(network, name, None)) is not None), None)
-    try:
-        if method is None:
-            raise AssertionError
-        method()
-    except AssertionError:  # as timm's networks refuse it
+def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
+    """Change the networks' layers as `runtime` asks."""
+    if config.sync_batchnorm and distributed.is_distributed():
+        if runtime.device.type != "cuda":
+            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
+
+        for name, network in networks_of(task, task.trained).items():
+            task.set_submodule(name, convert_sync_batchnorm(network))
+    if config.grad_checkpointing:
+        for names in (task.trained, task.helpers):  # such as a LoRA's U-Net, which gradients pass through
+            found = list(map(_checkpoint_gradients, networks_of(task, names).values()))
+            if any(found):
+                return
         raise UserError(
-            f"runtime.grad_checkpointing: true, but {type(network).__name__} cannot recompute its blocks; set it to "
+            f"runtime.grad_checkpointing: true, but {', '.join(task.trained)} cannot recompute its blocks; set it to "
             "false"
-        ) from None
+        )
+
+
+def _checkpoint_gradients(network: nn.Module) -> bool:
+    """Let a network recompute its blocks in the backward pass; returns whether its library lets it."""
+    for name in _CHECKPOINTING:
+        if (method := getattr(network, name, None)) is not None:
+            try:
+                method()
+            except AssertionError:  # as timm's networks refuse it
+                return False
+            return True
+    return False
 
 
 def find_units(task: nn.Module) -> list[nn.Module]:
-    """Return the modules that become FSDP units, inner ones first.
+    """Return the modules that become FSDP units, inner ones first; all else is in the task's own unit.
 
     A unit is a member of a stack (nn.Sequential, nn.ModuleList) that is neither a stack nor a single layer. It must
     have enough parameters beside those of the units inside it, and share none with modules outside it.
     """
     everything = sum(parameter.numel() for parameter in task.parameters())
-    uses: dict[nn.Parameter, int] = {}
-    for module in task.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                uses[parameter] = uses.get(parameter, 0) + 1
+    uses = Counter(one for module in task.modules() for one in module._parameters.values() if one is not None)
     stacked = {member for stack in task.modules() if type(stack) in _STACKS for member in stack.children()}
     units: list[nn.Module] = []
     taken: set[nn.Parameter] = set()
@@ -132,13 +122,12 @@ def find_units(task: nn.Module) -> list[nn.Module]:
 
 
 def _keep_whole(task: Task, units: Sequence[nn.Module], runtime: Runtime) -> set[nn.Parameter]:
-    """Move the parameters of frozen networks that are in no unit to the device, and return them.
+    """Move the helpers' parameters that are in no unit to the device, and return them.
 
-    In the task's unit they would be gathered in every forward pass, and stay so to the end of the backward pass, the
-    VAE's too, which no step may use: rows of them would save no memory in a step.
+    In the task's unit they would be gathered for a whole forward and backward pass: rows of them would save no memory.
     """
     in_units = {parameter for unit in units for parameter in unit.parameters()}
-    frozen = {parameter for network in frozen_networks(task).values() for parameter in network.parameters()}
+    frozen = {one for network in networks_of(task, task.helpers).values() for one in network.parameters()}
     for parameter in frozen - in_units:
         parameter.data = parameter.data.to(runtime.device)
     return frozen - in_units
@@ -146,12 +135,6 @@ def _keep_whole(task: Task, units: Sequence[nn.Module], runtime: Runtime) -> set
 
 def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     """Shard a task's parameters over the ranks, in place."""
-    for name, parameter in task.named_parameters():
-        if parameter.ndim == 0:
-            raise UserError(
-                f"runtime.parallel: fsdp shards rows, and {name} is a scalar without rows; make it a vector of one "
-                "element, or set runtime.parallel=ddp"
-            )
     # Imported here: they take half a second, which other runs need not wait for.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -172,9 +155,6 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
         len(units), own / 2**20, whole / 2**20, "; compiling the units" if compiles else "",
     )  # fmt: skip
     return task
-
-
-# --------------------------------------------------------------------------------------------------------- stepping
 
 
 def no_sync(model: nn.Module, *, last: bool) -> AbstractContextManager:

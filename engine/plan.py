@@ -1,7 +1,6 @@
 """All derived values, computed in one place: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 
 from engine.config import LoopConfig, LRFinderConfig, TrainingConfig
@@ -37,14 +36,14 @@ class Plan:
         """Return the epochs read after `step` updates, as a fraction."""
         return step * self.global_batch_size / self.epoch_length
 
+    def shown_epoch(self, step: int) -> float:
+        """Return the epochs read after `step` updates, with a digit after the point."""
+        return round(self.epoch_at(step), 1)
+
     @property
     def epochs(self) -> float:
         """The epochs of the run, with a digit after the point."""
         return self.shown_epoch(self.total_steps)
-
-    def shown_epoch(self, step: int) -> float:
-        """Return the epochs read after `step` updates, with a digit after the point."""
-        return round(self.epoch_at(step), 1)
 
     def epoch_end(self, epoch: int) -> int:
         """Return the step that completes epoch number `epoch`, counted from 0; the last one ends with the run."""
@@ -58,41 +57,28 @@ class Plan:
         """Return the step at which the epoch of the update after `step` updates began; `step` where it begins one."""
         return -(-self.epoch_of(step) * self.epoch_length // self.global_batch_size)
 
-    def is_due(self, step: int, every_epochs: float) -> bool:
-        """Return whether update number `step` crosses a multiple of `every_epochs` or ends the run."""
-        if step == self.total_steps:
-            return True
-        # A multiple is crossed by the first step at or beyond it.
-        return self._multiples(step, every_epochs) > self._multiples(step - 1, every_epochs)
+    def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
+        """Return whether `step` ends the run, or a multiple of `every_epochs` lies after step `since`, up to `step`.
 
-    def is_due_among(self, step: int, every_epochs: float, among_every_epochs: float) -> bool:
-        """Return whether `step` is the first of the steps due every `among_every_epochs` to reach another multiple of
-        `every_epochs`, or ends the run; it must be one of them.
+        since: None for the step before.
         """
-        if step == self.total_steps:
-            return True
-        crossed = self._multiples(step - 1, among_every_epochs)  # by the step that was due before
-        before = math.ceil(crossed * among_every_epochs * self.epoch_length / self.global_batch_size - 1e-9)
-        return self._multiples(step, every_epochs) > self._multiples(before, every_epochs)
-
-    def _multiples(self, step: int, every_epochs: float) -> int:
-        """Return how many multiples of `every_epochs` above 0 lie at or before `step`."""
-        return math.floor(step * self.global_batch_size / (every_epochs * self.epoch_length) + 1e-9)
-
-    def describe(self) -> str:
-        """Return the plan in one line."""
-        return (
-            f"steps={self.total_steps} warmup_steps={self.warmup_steps} lr={self.lr:.3g} "
-            f"global_batch_size={self.global_batch_size} = {self.world_size} ranks x {self.accum_steps} accum_steps x "
-            f"{self.micro_batch_size} batch_size, epoch={self.epoch_length} samples"
+        after, before = (
+            math.floor(self.epoch_at(one) / every_epochs + 1e-9) for one in (step, step - 1 if since is None else since)
         )
+        return after > before or step == self.total_steps
+
+    def has_range_test(self, finder: LRFinderConfig) -> bool:
+        """Return whether the run begins with a range test, of at most `lr_finder.max_share` of its steps."""
+        return finder.enabled and finder.steps <= finder.max_share * self.total_steps
 
 
-MOST_STEPS = 99_999_999  # checkpoints are named by eight digits
+def largest_divisor(count: int, most: int) -> int:
+    """Return the largest divisor of `count` up to `most`."""
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
 
 
-def list_batch_sizes(global_batch_size: int, world_size: int, chunk: int | None) -> list[int]:
-    """Return the possible sizes of a micro-batch, rising: the divisors of a rank's share.
+def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
+    """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share that is not above the cap.
 
     `chunk` is the number of consecutive samples of one shape that a grouping sampler hands out; a micro-batch never
     spans two of them. Raises UserError where the batch does not divide.
@@ -110,30 +96,14 @@ def list_batch_sizes(global_batch_size: int, world_size: int, chunk: int | None)
             f"of one shape; set it to a multiple of {chunk}"
         )
     share = global_batch_size // world_size
-    unit = share if chunk is None else math.gcd(share, chunk)
-    small = [size for size in range(1, math.isqrt(unit) + 1) if unit % size == 0]
-    return sorted({*small, *(unit // size for size in small)})
-
-
-def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
-    """Return (micro_batch_size, accum_steps): of the possible sizes, the largest that is not above the cap."""
-    sizes = list_batch_sizes(global_batch_size, world_size, chunk)
-    micro = sizes[bisect_right(sizes, cap) - 1]
-    return micro, global_batch_size // world_size // micro
-
-
-def shortest_tested(finder: LRFinderConfig) -> int:
-    """Return the steps of the shortest run that has a range test."""
-    return math.ceil(finder.steps / finder.max_share)
+    micro = largest_divisor(share if chunk is None else math.gcd(share, chunk), cap)
+    return micro, share // micro
 
 
 def make_plan(
     config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
-    """Derive the plan. evaluation_samples: what one evaluation reads.
-
-    Raises UserError where the batch does not divide, or the run has too many steps.
-    """
+    """Return the plan. evaluation_samples: what one evaluation reads. Raises UserError as `split_batch`."""
     loop, optim, size = config.loop, config.optim, config.loop.global_batch_size
     cap = size if loop.batch_size == "auto" else loop.batch_size
     micro, accum = split_batch(size, world_size, cap, chunk)
@@ -145,14 +115,7 @@ def make_plan(
         )  # fmt: skip
     per_epoch = epoch_length / size
     total = _total_steps(loop, per_epoch)
-    if total > MOST_STEPS:
-        raise UserError(
-            f"loop.total_steps: {total:,} steps are more than {MOST_STEPS:,}, the last that a checkpoint's name can "
-            "have; set fewer steps or epochs, or a larger loop.global_batch_size"
-        )
-    if optim.lr is not None:
-        log.debug("optim.lr=%g is set, so optim.base_lr=%g is not used", optim.lr, optim.base_lr)
-    return Plan(
+    plan = Plan(
         world_size=world_size,
         global_batch_size=size,
         micro_batch_size=micro,
@@ -163,6 +126,12 @@ def make_plan(
         lr=optim.base_lr * size / 256 if optim.lr is None else optim.lr,
         evaluate_every_epochs=_evaluate_every(loop, total / per_epoch, evaluation_samples / epoch_length),
     )
+    if config.lr_finder.enabled and not plan.has_range_test(config.lr_finder):
+        log.warning(
+            "lr_finder: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate stays %.3g",
+            config.lr_finder.steps, config.lr_finder.max_share, total, plan.lr,
+        )  # fmt: skip
+    return plan
 
 
 def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
@@ -175,29 +144,19 @@ def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
 def _total_steps(loop: LoopConfig, steps_per_epoch: float) -> int:
     epochs = loop.total_epochs
     if loop.total_steps is not None:
-        log.debug("loop.total_steps=%d is set, so loop.total_epochs=%s is not used", loop.total_steps, epochs)
         return loop.total_steps
     if epochs == "auto":
         epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch)), AUTO_MOST_EPOCHS)
-        log.debug(
-            "loop.total_epochs=auto: %d epochs; at least %d, and for small collections more, up to %d, for %d updates",
-            epochs, AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS,
-        )  # fmt: skip
     return max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
 
 
 def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps: int) -> int:
     if isinstance(schedule, OneCycleConfig):
         return 0
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
-    if schedule.warmup_steps is not None:
-        warmup = schedule.warmup_steps
-        log.debug("schedule.warmup_steps=%d is set, so schedule.warmup_epochs is not used", warmup)
+    warmup = schedule.warmup_steps
+    warmup = round(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
     if warmup > total_steps > 0:
         log.warning(
-            "schedule.warmup_epochs or schedule.warmup_steps: a warm-up of %d steps is longer than the run; it is cut "
-            "to its %d steps",
-            warmup,
-            total_steps,
+            "schedule: the warm-up of %d steps is longer than the run; it is cut to its %d steps", warmup, total_steps
         )
     return min(warmup, total_steps)

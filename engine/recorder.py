@@ -1,7 +1,5 @@
-"""What a run writes down about itself while it trains, and the exact means, seconds and memory that it reports.
-
-Metrics, tracker, live plots, progress bar, curves, the audit of samples, skipped steps, and the phases that the
-watchdog sees.
+"""What a run writes down about itself while it trains: exact means, seconds and memory; metrics, tracker, live plots,
+progress bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
 """
 
 import resource
@@ -11,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +16,10 @@ from engine.batch_size import shape_of
 from engine.config import TrainingConfig
 from engine.learner import Learner
 from engine.plan import Plan
-from engine.runtime import Runtime
 from engine.skips import SkipWatch
 from engine.step import StepResult
-from engine.task import frozen_networks
-from optim.schedules import GroupValues
-from utils.contracts import Batch
+from engine.task import Report, networks_of
+from utils.contracts import Batch, TrainStream
 from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.sharded import own_part
@@ -34,18 +29,14 @@ from utils.record.live_plot import LivePlots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar
-from utils.record.report import TableRow, write_report
+from utils.record.report import write_report
 from utils.record.run_folder import mark_complete
 from utils.record.sample_log import SampleLog
-from utils.record.trackers import RunInfo, Tracker, start_tracker
+from utils.record.trackers import RunInfo, Tracker, logged_weights, start_tracker
 
 log = get_logger(__name__)
 
 MUCH_WAITING = 0.1  # of the time of training, for data; the bar shows it, and the end says what helps
-_BAR_SEC = 2.0  # between two movements of the bar's figures where logs are farther apart
-_ESTIMATE_STEPS = 20
-_SHORT_SEC, _LONG_SEC = 60.0, 2 * 3600.0
-_TRAINING_PHASES = ("loading", "computing")
 _FIRST_PLOT_SEC = 10.0  # a run that is shorter draws at its end alone
 _PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
 
@@ -53,42 +44,34 @@ _PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw i
 # ------------------------------------------------------------------------------------------- means, seconds and memory
 
 
-def _lay_out(names: list[str], figures: Tensor, every: list[str]) -> Tensor:
-    """Return figures [N, 2] with a row for each name of `every`, 0 where a name is absent."""
-    rows, nothing = dict(zip(names, figures)), figures.new_zeros(2)
-    return torch.stack([rows.get(name, nothing) for name in every])
-
-
 class Meter:
     """Sum (sum, count) pairs in float64; `means` is the only host synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # [N, 2]
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # [N, 2] by the N names of a step
 
     def add(self, result: StepResult) -> None:
         """Take one step's figures; a skipped step counts only as skipped."""
         names, figures = result.figures
-        if self._sums is None:
-            self._names, self._sums = names, figures
-            return
-        if names != self._names:
-            every = sorted({*names, *self._names})
-            figures, self._sums = _lay_out(names, figures, every), _lay_out(self._names, self._sums, every)
-            self._names = every
-        self._sums = self._sums + figures  # a new tensor: the figures of a step may be in several meters
+        before = self._sums.get(tuple(names))
+        self._sums[tuple(names)] = figures if before is None else before + figures
 
     def state(self) -> dict[str, list[float]]:
         """Return the sums as numbers, exact in JSON."""
-        return {} if self._sums is None else dict(zip(self._names, self._sums.tolist()))
+        state: dict[str, list[float]] = {}
+        for names, sums in self._sums.items():
+            for name, (total, count) in zip(names, sums.tolist()):
+                before = state.get(name, (0.0, 0.0))
+                state[name] = [before[0] + total, before[1] + count]
+        return state
 
-    def load(self, state: dict[str, list[float]]) -> None:
+    def load(self, state: Mapping[str, list[float]]) -> None:
         """Restore saved sums."""
-        self._names, self._sums = sorted(state), None
+        self._sums = {}
         if state:
-            pairs = [state[name] for name in self._names]
-            self._sums = torch.tensor(pairs, dtype=torch.float64, device=self._device)
+            pairs = [state[name] for name in sorted(state)]
+            self._sums[tuple(sorted(state))] = torch.tensor(pairs, dtype=torch.float64, device=self._device)
 
     def means(self, *, resets: bool = True) -> dict[str, float]:
         """Return the means and reset; `skipped_steps` is a count. A mean over nothing is NaN."""
@@ -96,7 +79,7 @@ class Meter:
         for name, (total, count) in self.state().items():
             means[name] = total if name == "skipped_steps" else (total / count if count else float("nan"))
         if resets:
-            self._names, self._sums = [], None
+            self._sums = {}
         return means
 
 
@@ -107,28 +90,21 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.waited = self._before = 0.0
-        self._since: float | None = None  # None: stopped
-        self._waits_since: float | None = None
+        self.seconds = self.waited = 0.0
+        self._since, self._trains, self._waits = time.perf_counter(), False, False
 
-    @property
-    def seconds(self) -> float:
-        """The seconds so far."""
-        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+    def turn(self, *, trains: bool, waits: bool = False) -> None:
+        """Say what the time from now on is for."""
+        self.read()
+        self._trains, self._waits = trains, waits
 
-    def turn(self, is_on: bool, *, waits: bool = False) -> None:
-        """Start or stop the clock; where it already is so, nothing happens. waits: for data, from now on."""
+    def read(self) -> float:
+        """Return the seconds, up to now."""
         now = time.perf_counter()
-        self.waited += 0.0 if self._waits_since is None else now - self._waits_since
-        self._waits_since = now if waits else None
-        if is_on and self._since is None:
-            self._since = now
-        elif not is_on and self._since is not None:
-            self._before, self._since = self._before + now - self._since, None
-
-    def load(self, seconds: float, waited: float) -> None:
-        """Restore what was counted, with the clock stopped."""
-        self._before, self.waited, self._since, self._waits_since = seconds, waited, None, None
+        self.seconds += (now - self._since) * self._trains
+        self.waited += (now - self._since) * self._waits
+        self._since = now
+        return self.seconds
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -147,17 +123,16 @@ def memory_by_part(learner: Learner) -> dict[str, float]:
     `averages on the host`.
     """
     task, device = learner.task, learner.runtime.device
-    frozen = _tensors_of(frozen_networks(task).values())
-    known = {id(tensor) for tensor in frozen}
-    weights = [tensor for tensor in _tensors_of([task]) if id(tensor) not in known]
+    helpers = _tensors_of(networks_of(task, task.helpers).values())
+    known = {id(tensor) for tensor in helpers}
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
     states = [value for state in learner.optimizer.state.values() for value in state.values()]
     parts = {
-        "weights": weights,
+        "weights": [tensor for tensor in _tensors_of([task]) if id(tensor) not in known],
         "gradients": [parameter for group in learner.optimizer.param_groups for parameter in group["params"]],
         "optimiser state": [value for value in states if isinstance(value, Tensor)],
         "averages": [tensor for tensor in averages if tensor.device.type == device.type],
-        "frozen networks": frozen,
+        "frozen networks": helpers,
     }
     found = {name: sum(own_part(tensor).nbytes for tensor in tensors) / 2**30 for name, tensors in parts.items()}
     if device.type == "cuda":
@@ -175,7 +150,6 @@ def show_memory(parts: dict[str, float]) -> str:
 
 
 def _tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Return the parameters and buffers of modules."""
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
@@ -185,36 +159,25 @@ def _tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 class Recorder:
     """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`."""
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        plan: Plan,
-        values_at: Callable[[int], GroupValues],
-        runtime: Runtime,
-        folder: Path,
-    ) -> None:
-        self.folder = folder
+    def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
+        self.folder, self.clock = folder, Clock()
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
         self.bar = Bar("training", plan.total_steps)
         self.skips = SkipWatch(config.loop.max_skipped_steps)
-        self.log_meter, self.epoch_meter = Meter(runtime.device), Meter(runtime.device)
-        self._tracking, self._plan, self._values_at = config.tracking, plan, values_at
+        self._device = learner.runtime.device
+        self.log_meter, self.epoch_meter = Meter(self._device), Meter(self._device)
+        self._tracking, self._plan, self._learner = config.tracking, plan, learner
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None
         self._tracker: Tracker | None = None
         self._live_plots: LivePlots | None = None
         self._readings: Callable[[], Mapping[str, float]] = dict
-        self.clock = Clock()
-        self._logged = self._first = self._epoch = (
-            0,
-            0.0,
-        )  # step, seconds: last log, first step, epoch's start
-        self._waited = 0.0  # at the last log
-        self._next_plot, self._moved = time.perf_counter() + _FIRST_PLOT_SEC, time.perf_counter()
+        self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)  # step, seconds, waited: of the last log, the epoch's start
+        self._next_plot, self._has_stepped = time.perf_counter() + _FIRST_PLOT_SEC, False
         self.stage, self.batch = "the start", ("images", 1)  # of an error's message
-        self._device, self._earlier_peak_gib = runtime.device, 0.0
-        if runtime.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(runtime.device)  # a sweep runs several jobs in one process
+        self._earlier_peak_gib = 0.0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)  # a sweep runs several jobs in one process
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -225,35 +188,31 @@ class Recorder:
         if self._tracking.live_plots:
             self._live_plots = LivePlots(self.folder)
 
-    def open(
-        self,
-        step: int,
-        path_of: Callable[[int], str],
-        *,
-        goes_on: bool = True,
-        readings: Callable[[], Mapping[str, float]] = dict,
-    ) -> None:
+    def open(self, step: int, train: TrainStream | None, *, goes_on: bool = True) -> None:
         """Open the files that are written row by row, without rows beyond `step`.
 
-        goes_on: the run trains, so that the row of an epoch that an earlier end has cut is dropped, too. readings: of
-        the data's caches, for the rows of training.
+        train: names samples, and reads the data's caches. goes_on: the run trains, so that the row of an epoch that an
+        earlier end has cut is dropped, too.
         """
-        self._readings = readings
-        self._logged, self._waited = (step, self.clock.seconds), self.clock.waited
+        self._readings = dict if train is None else train.readings
+        self._logged = (step, self.clock.read(), self.clock.waited)
         if distributed.is_main():
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step, self._plan.epoch_start(step) if goes_on else step)
         if self._tracking.samples:
             self._samples = SampleLog(self.folder, step)
-        self.skips.open(self.folder, path_of, step)
+        self.skips.open(self.folder, str if train is None else train.path_of, step)
 
-    def close(self, *, completed_step: int | None) -> None:
+    def close(self, *, completed_step: int | None, metadata: dict[str, Any] | None = None) -> None:
         """Close all files at the end of a run, or of its part; curves that were drawn live are drawn once more.
 
-        completed_step: the last step of a run that is complete; None: the run goes on later.
+        completed_step: the last step of a run that is complete; None: the run goes on later. metadata: of the weights
+        that W&B gets then, the best ones or else the last ones, where `tracking.model_artifact` is set.
         """
         if distributed.is_main() and completed_step is not None:
             mark_complete(self.folder, completed_step)
+            if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
+                self._tracker.add_model(*logged_weights(self.folder / "weights"), metadata or {})
         if self._live_plots is not None:
             self._live_plots.close()
             self._draw()
@@ -291,22 +250,24 @@ class Recorder:
         if batch is not None:
             self.batch = shape_of(batch), len(batch["weight"])
         # The wait of the very first step is that of the workers' start.
-        self.clock.turn(name in _TRAINING_PHASES, waits=name == "loading" and self._first[0] > 0)
+        waits = name == "loading" and self._has_stepped
+        self.clock.turn(trains=name in ("loading", "computing"), waits=waits)
 
     @property
     def wait_share(self) -> float:
         """The share of the seconds of training in which the loop waited for data."""
-        return self.clock.waited / max(self.clock.seconds, 1e-9)
+        return self.clock.waited / max(self.clock.read(), 1e-9)
+
+    def _speed(self, step: int, since: tuple[int, float]) -> dict[str, float]:
+        """Return the images per second of training since then (NaN where it took no time), and the most memory."""
+        seconds = self.clock.read() - since[1]
+        rate = (step - since[0]) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
+        return {"images_per_sec": rate, "peak_memory_gib": self.peak_gib}
 
     @property
     def peak_gib(self) -> float:
         """The most memory that the run has used, over all resumptions."""
         return max(self._earlier_peak_gib, peak_memory_gib(self._device))
-
-    def _per_sec(self, step: int, since: tuple[int, float]) -> float:
-        """Return the images per second of training since then; NaN where it took no time."""
-        seconds = self.clock.seconds - since[1]
-        return (step - since[0]) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
 
     def add_samples(self, step: int, batches: Sequence[Batch]) -> None:
         """Record which samples update number `step` (from 1) takes, where `tracking.samples` is set."""
@@ -314,29 +275,14 @@ class Recorder:
             self._samples.add(step, batches)
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
-        """Take the result of update number `step` (from 1); without a terminal nothing is read from the device."""
+        """Take the result of update number `step` (from 1); nothing is read from the device."""
         self.log_meter.add(result)
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
         self.bar.advance(step)
-        if self.bar.is_shown and time.perf_counter() - self._moved >= _BAR_SEC:  # reads from the device
-            self._move_bar(step, self.log_meter.means(resets=False)["loss"])
-        self._estimate(step)
-
-    def _estimate(self, step: int) -> None:
-        """Say, after the first steps of this process, how long the rest takes; the very first is not counted."""
-        if self._first[0] == 0:
-            self._first = (step, self.clock.seconds)
-        first, since = self._first
-        if step - first == _ESTIMATE_STEPS:
-            left_sec = (self.clock.seconds - since) / _ESTIMATE_STEPS * (self._plan.total_steps - step)
-            if left_sec > _SHORT_SEC:
-                log.info("about %s for the steps that are left, without evaluations", show_duration(left_sec))
-            if self._device.type == "cpu" and left_sec > _LONG_SEC:
-                log.info(
-                    "on a CPU that is long: half of augment.image_size_hw is a quarter of the work; a smaller model or "
-                    "fewer loop.total_epochs make it shorter, too"
-                )
+        if not self._has_stepped:
+            self._has_stepped = True
+            log.info("memory at the first step: %s", show_memory(memory_by_part(self._learner)))
 
     def add_row(self, step: int, kind: str, figures: dict[str, Any]) -> None:
         """Write a row of metrics, on rank 0."""
@@ -345,19 +291,14 @@ class Recorder:
         if self._tracker is not None:
             self._tracker.add(step, name_figures(kind, figures))
 
-    def add_report(self, step: int, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray]) -> None:
+    def add_report(self, step: int, report: Report) -> None:
         """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0."""
         if distributed.is_main():
             with ignore_write_errors(self.folder / "tables"):
-                write_report(self.folder, tables, images)
+                write_report(self.folder, report.tables, report.images)
         if self._tracker is not None:
-            values: dict[str, Any] = {f"images/{name}": image for name, image in images.items()}
-            self._tracker.add(step, values | {f"tables/{name}": rows for name, rows in tables.items() if rows})
-
-    def add_model(self, file: Path, alias: str, metadata: dict[str, Any]) -> None:
-        """Send the weights of the complete run to W&B, on rank 0, where `tracking.model_artifact` is set."""
-        if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
-            self._tracker.add_model(file, alias, metadata)
+            values: dict[str, Any] = {f"images/{name}": image for name, image in report.images.items()}
+            self._tracker.add(step, values | {f"tables/{name}": rows for name, rows in report.tables.items() if rows})
 
     def log_step(self, step: int) -> None:
         """Write the means since the last log: the only regular host synchronisation.
@@ -365,19 +306,21 @@ class Recorder:
         Raises as `SkipWatch.check` does where too many steps were skipped.
         """
         plan, means = self._plan, self.log_meter.means()  # waits for the device, so that the seconds are its own
-        rate, wait_sec = self._per_sec(step, self._logged), self.clock.waited - self._waited
-        readings = {"wait_sec": wait_sec / max(1, step - self._logged[0]), **self._readings()}
-        self._logged, self._waited = (step, self.clock.seconds), self.clock.waited
-        row = {"epoch": plan.epoch_at(step), **means, **self._scheduled(step)}
-        row |= {"images_per_sec": rate, "peak_memory_gib": self.peak_gib}
+        since, speed = self._logged, self._speed(step, self._logged[:2])
+        self._logged = (step, self.clock.seconds, self.clock.waited)
+        readings = {"wait_sec": (self.clock.waited - since[2]) / max(1, step - since[0]), **self._readings()}
+        scheduled = self._scheduled(step)
+        row = {"epoch": plan.epoch_at(step), **means, **scheduled, **speed}
         self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
-        left_sec = self.bar.left_sec
+        left_sec, rate = self.bar.left_sec, speed["images_per_sec"]
+        figures = f"train loss {means['loss']:.4g}  lr {scheduled['lr']:.3g}"
         log.info(
-            "step %d/%d (epoch %.4g)  train loss %.4g  lr %.3g  %s images/s  %s left",
-            step, plan.total_steps, plan.shown_epoch(step), means["loss"], row["lr"],
+            "step %d/%d (epoch %.4g)  %s  %s images/s  %s left",
+            step, plan.total_steps, plan.shown_epoch(step), figures,
             f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(left_sec),
         )  # fmt: skip
-        self._move_bar(step, means["loss"])
+        waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
+        self.bar.show(f"epoch {plan.shown_epoch(step):g}/{plan.epochs:g}", figures + waits)
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)
@@ -387,15 +330,8 @@ class Recorder:
 
     def _scheduled(self, step: int) -> dict[str, float]:
         """Return the scheduled figures of update number `step`, from 1; the momentum only where it moves."""
-        values = self._values_at(step - 1)
+        values = self._learner.schedule.at(step - 1)
         return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
-
-    def _move_bar(self, step: int, loss: float) -> None:
-        """Give the progress bar its figures."""
-        epochs = f"epoch {self._plan.shown_epoch(step):g}/{self._plan.epochs:g}"
-        waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
-        self.bar.show(epochs, f"train loss {loss:.4g}  lr {self._values_at(step - 1).lr:.3g}{waits}")
-        self._moved = time.perf_counter()
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
         """Write the epoch's row: its mean losses, the newest evaluation, the schedule, speed, time and memory.
@@ -404,14 +340,11 @@ class Recorder:
         """
         is_whole = self._plan.epoch_start(step) == step
         means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}
-        readings = {
-            "images_per_sec": self._per_sec(step, self._epoch),
-            "seconds": self.clock.seconds,
-            "peak_memory_gib": self.peak_gib,
-        }
+        speed = self._speed(step, self._epoch)
+        speed = {"images_per_sec": speed.pop("images_per_sec"), "seconds": self.clock.seconds, **speed}
         if is_whole:
             self._epoch = (step, self.clock.seconds)
-        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **readings})
+        self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **speed})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
         """Draw the curves of the run so far, on rank 0, unless another process does.
@@ -439,12 +372,10 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps (JSON values)."""
-        step, seconds = self._epoch
-        clock = {"seconds": self.clock.seconds, "waited": self.clock.waited}
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,
-            "clock": {**clock, "epoch_step": step, "epoch_seconds": seconds},
+            "clock": {"seconds": self.clock.read(), "waited": self.clock.waited, "epoch": self._epoch},
             "peak_memory_gib": self.peak_gib,
         }
 
@@ -453,7 +384,6 @@ class Recorder:
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.load(state["skipped"])
-        clock = state["clock"]
-        self.clock.load(clock["seconds"], clock["waited"])
-        self._epoch = (int(clock["epoch_step"]), clock["epoch_seconds"])
+        self.clock.seconds, self.clock.waited = state["clock"]["seconds"], state["clock"]["waited"]
+        self._epoch = tuple(state["clock"]["epoch"])
         self._earlier_peak_gib = state["peak_memory_gib"]

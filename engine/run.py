@@ -1,272 +1,324 @@
-"""What every training script calls: `start_ranks` first, `build_task`, and `run_training` last.
+"""A run from its first update to its last: the only training loop, and what it evaluates, saves and continues from.
 
-The run folder is opened only after data and task are built, so a mistake leaves nothing behind.
+Run.fit -> train_one_epoch -> Learner.update -> train_step (engine/step.py) -> task(batch, progress)
 """
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from logging import DEBUG, INFO
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from engine.batch_size import out_of_memory
-from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
+from engine.checkpoint import Saver, read_groups, read_state
+from engine.config import TrainingConfig
+from engine.learner import Learner
 from engine.lr_finder import find_lr
-from engine.plan import Plan, make_plan
-from engine.recorder import MUCH_WAITING
-from engine.resume import check_resume, resume, save, will_resume
-from engine.run_parts import Run, build_run
-from engine.runtime import Runtime, choose_compile, choose_device, choose_runtime
-from engine.screen import advise, end_screen, start_screen
-from engine.streams import Streams
-from engine.task import Task, freeze, trained_networks
-from engine.train_one_epoch import Vote, train_one_epoch
-from optim.build import check_optimizer, check_shardable
-from optim.groups import build_groups, groups_table
-from utils.config.entry_point import Job
-from utils.config.recipe import recipe_hash
-from utils.config.sweep import SWEEP_VARIABLE
-from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
+from engine.parallel import reshard
+from engine.plan import Plan
+from engine.recorder import MUCH_WAITING, Recorder, memory_by_part, show_memory
+from engine.resume import check_start
+from engine.runtime import Runtime
+from engine.screen import advise, describe_data, show_lines
+from engine.step import Asks, Stopped, Vote
+from engine.task import Report, Streams, Task, fingerprint_helpers
+from optim.groups import set_peak_lr
+from utils.contracts import Batch
 from utils.io.safe_text import Lines
-from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest
-from utils.record.figures import show_figures
-from utils.record.logging import get_logger, setup_logging
-from utils.record.run_folder import (
-    RunFolder,
-    default_run_dir,
-    environment_state,
-    open_run_folder,
-    write_config,
-    write_result,
-)
-from utils.record.trackers import check_tracker, logged_weights
+from utils.record.figures import show_duration, show_evaluated, show_figures
+from utils.record.logging import get_logger
+from utils.record.progress import track
+from utils.record.run_folder import RunFolder, write_result
 
 log = get_logger(__name__)
-AnyTask = TypeVar("AnyTask", bound=Task)
 
-# The watchdog names a rank that hangs; the time-out of the process group is a second line of defence.
-_GROUP_PATIENCE = 4
+_SHOWN = 3  # figures of an evaluation on the screen
 
 
-# ------------------------------------------------------------------------------------------------------------ starting
+@dataclass
+class Best:
+    """The best evaluation so far: value of the task's best_metric, and its step."""
+
+    value: float | None = None
+    step: int | None = None
 
 
-def start_machine(config: MachineConfig) -> Runtime:
-    """Join the ranks and decide what `auto` means on this machine."""
-    device = choose_device(config.device)
-    world = distributed.init_process_group(device, _GROUP_PATIENCE * config.hang_timeout_sec)
-    setup_logging(world.rank, explain=isinstance(config, RuntimeConfig) and config.explain)
-    return choose_runtime(config)
+class Run:
+    """One run: learner, recorder and saver, and how far it is.
 
-
-def start_ranks(config: TrainingConfig) -> Runtime:
-    """Start the machine for training, and check that all ranks have the same configuration."""
-    runtime = start_machine(config.runtime)
-    shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
-    if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
-        raise UserError(
-            "loop.batch_size: auto lets each rank try alone, which runtime.parallel=fsdp and "
-            "runtime.sync_batchnorm=true rule out; set a number"
-        )
-    if config.optim.name == "adamw8bit":  # it moves other weights into memory that averages do not see
-        runtime = replace(runtime, channels_last=False)
-    distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
-    distributed.check_same("runtime.precision", runtime.precision)
-    return runtime
-
-
-def run_path(config: TrainingConfig, job: Job) -> Path:
-    """Return where the run's folder is, or will be."""
-    return Path(default_run_dir(config.model_dump(mode="json"), job))
-
-
-def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
-    """Build the task from the seed, equal on all ranks; on the meta device for a dry run."""
-    torch.manual_seed(config.seed)
-    with torch.device("meta" if config.dry_run else "cpu"):
-        task = make()
-    if not config.dry_run:
-        task.load_frozen()
-    freeze(task)
-    return task
-
-
-def derive_plan(config: TrainingConfig, streams: Streams) -> Plan:
-    """Derive steps, micro-batch and learning rate from the configuration, the ranks and the length of an epoch."""
-    return make_plan(
-        config,
-        world_size=distributed.planned_world_size() if config.dry_run else distributed.world_size(),
-        epoch_length=streams.train.epoch_length,
-        chunk=streams.train.chunk,
-        evaluation_samples=streams.evaluation_samples,
-    )
-
-
-# -------------------------------------------------------------------------------------------------- checks and dry run
-
-
-def describe_run(task: Task, streams: Streams, config: TrainingConfig, plan: Plan, runtime: Runtime, job: Job) -> None:
-    """Check what can be checked before any image is read, and log what will run."""
-    check_optimizer(config.optim, config.schedule)
-    if config.runtime.parallel == "fsdp":
-        check_shardable(config.optim)
-    distributed.rank_zero_call(lambda: check_tracker(config.tracking))
-    networks = trained_networks(task)
-    groups = build_groups(task, networks, config.optim)
-    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
-    log.debug("runtime: %s compile=%s", runtime.describe(), compiles)
-    log.debug("plan: %s", plan.describe())
-    for name, network in networks.items():
-        count = sum(parameter.numel() for parameter in network.parameters())
-        log.debug("%s: %s, %s parameters", name, type(network).__name__, f"{count:,}")
-    folder = str(run_path(config, job))
-    log.info("%s", Lines(start_screen(job.script, config, plan, runtime, networks, streams.described, folder)))
-    log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def run_training(
-    task: Task,
-    streams: Streams,
-    config: TrainingConfig,
-    job: Job,
-    runtime: Runtime,
-    *,
-    prepare: Callable[[], None] | None = None,
-    next_commands: Sequence[str] = (),
-) -> str:
-    """Train to the end of the plan, or from where the run folder left off; returns a line with the result.
-
-    `prepare`: called on a new run after the task has loaded `init_from`, such as to fit a head. `next_commands`: what
-    can be typed next; shown at the end. With dry_run set, everything is checked and logged and nothing is made. Raises
-    UserError for what the user can fix, SystemExit(75) after a stop signal.
+    last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak rate that a range test
+    has found. All are checkpointed.
     """
-    plan = derive_plan(config, streams)
-    describe_run(task, streams, config, plan, runtime, job)  # refuses what it can before a folder is made
-    values = config.model_dump(mode="json")
-    resumes = distributed.rank_zero_call(lambda: will_resume(config, run_path(config, job)))
-    if not resumes:
-        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
-    if config.dry_run:
-        check_resume(config, RunFolder(run_path(config, job), values, job), plan.total_steps)
-        log.info("dry run: nothing was written")
-        return f"dry run: {plan.total_steps} steps"
-    if not resumes and prepare is not None:
-        prepare()
-    with (
-        open_run_folder(values, job) as folder,
-        StopRequest() as stop,
-    ):
-        run = build_run(task, streams, config, plan, runtime, folder, stop)
-        run.learner.micro_batches.open(folder.path, runtime.device)
-        if config.loop.batch_size == "auto" and distributed.is_distributed():
-            run.rehearse()
-        resume(run, config)
-        distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
-        started, first, finished = time.perf_counter(), run.step, True
-        with _records(run):
-            if run.is_complete:
-                log.info(
-                    "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
-                    "run_dir", run.step, plan.total_steps,
-                )  # fmt: skip
-            elif finished := fit(run, config):
-                _report_end(run, config, first, time.perf_counter() - started, next_commands)
-        _close_records(run, finished=finished)
-    if not finished:
-        log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
-        raise SystemExit(EXIT_STOPPED)
-    return _summarise(run)
 
+    def __init__(
+        self, task: Task, streams: Streams, plan: Plan, config: TrainingConfig, runtime: Runtime, folder: RunFolder
+    ) -> None:
+        helpers = fingerprint_helpers(task)
+        self.streams, self.plan, self.config, self.folder = streams, plan, config, folder
+        self.fingerprints = {**streams.fingerprints, **{f"frozen.{name}": value for name, value in helpers.items()}}
+        self.learner = Learner(task, config, plan, runtime)
+        self.recorder = Recorder(config, plan, self.learner, folder.path)
+        self.saver = Saver(folder, config.loop, helpers)
+        self.best, self.last_report, self.last_evaluated = Best(), dict[str, float](), 0
+        self.found_lr: float | None = None
+        self.stop, self.vote = StopRequest(), Vote()
 
-@contextmanager
-def _records(run: Run) -> Iterator[None]:
-    """Keep the run's records open; where the run fails, close what must be, and name a rank that was lost."""
-    recorder, folder = run.recorder, run.saver.folder
-    try:
-        if not run.is_complete:  # a complete run needs no tracker
-            sweep = os.environ.get(SWEEP_VARIABLE)
-            distributed.rank_zero_call(lambda: recorder.start_tracker(folder.saved_config, run.step, sweep))
-        run.open_records()
-        recorder.watchdog.start()
-        yield
-    except BaseException as error:  # an interrupt too: in a notebook the process lives on
-        if isinstance(error, torch.OutOfMemoryError):
-            error = out_of_memory(recorder.stage, *recorder.batch)
-        known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
-        lost = None if known else recorder.watchdog.name_lost_ranks()
-        recorder.abandon()
-        run.saver.writer.wait()
-        if lost:
-            log.error("%s; the same command resumes from the last checkpoint", lost)
-            raise SystemExit(EXIT_LOST_RANK) from error
-        raise error
-    recorder.watchdog.stop()
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.learner.step
 
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the newest evaluation is `loop.early_stop_epochs` or more after the best one."""
+        patience, plan = self.config.loop.early_stop_epochs, self.plan
+        if patience is None or self.best.step is None:
+            return False
+        return plan.epoch_at(self.last_evaluated) - plan.epoch_at(self.best.step) >= patience - 1e-9
 
-def fit(run: Run, config: TrainingConfig) -> bool:
-    """Make the updates that are left; returns False where the run was asked to stop (and has saved)."""
-    if config.lr_finder.enabled and run.step == 0 and not find_lr(run, config):
-        return False
-    if run.plan.total_steps == 0:
-        run.evaluator.evaluate(run.learner)
-        save(run, last=True)
-    vote = Vote()
-    with closing(run.streams.train.steps(run.step, run.plan)) as batches, run.recorder.bar.opened(run.step):
-        while not run.is_complete:
-            if not train_one_epoch(run, batches, config.loop, run.plan.epoch_of(run.step), vote):
-                return False
-    return True
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are done, or the best value is too old."""
+        is_measured = self.plan.total_steps > 0 or bool(self.last_report)
+        return (self.step >= self.plan.total_steps and is_measured) or self.has_stalled
 
+    # ------------------------------------------------------------------------------------------------------- the loop
 
-def _close_records(run: Run, *, finished: bool) -> None:
-    """Write the run's result for its sweep, send the tracker the best weights of a complete run, and close."""
-    task, folder, best = run.learner.task, run.saver.folder, run.evaluator.best
-    if distributed.is_main():
-        write_result(folder.path, task.best_metric, best, is_lowest_best=task.best_is_lowest)
-    if distributed.is_main() and finished:
-        weights = logged_weights(folder.weights)  # the last ones where this folder has no best ones
-        figures = {task.best_metric: best.value, "best_step": best.step} if weights.alias == "best" else {}
-        metadata = {"step": run.step, "script": folder.job.script, "model": folder.config["model"], **figures}
-        run.recorder.add_model(*weights, metadata)
-    run.recorder.close(completed_step=run.step if finished else None)
+    def fit(self, next_commands: Sequence[str] = ()) -> str:
+        """Make the updates that are left; returns a line with the result. next_commands: what can be typed next.
 
+        Raises Stopped where the run was asked to stop, and has saved.
+        """
+        plan, config, first, started = self.plan, self.config, self.step, time.perf_counter()
+        if self.is_complete:
+            log.info(
+                "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
+                "run_dir", self.step, plan.total_steps,
+            )  # fmt: skip
+            return self._result()
+        if first == 0 and plan.has_range_test(config.lr_finder):
+            with closing(self.streams.train.steps(plan.total_steps, plan)) as batches:
+                rate = find_lr(self.learner, batches, config.lr_finder, plan, self.recorder, self.stop)
+            if rate is not None:
+                self.use_lr(rate)
+        if plan.total_steps == 0:
+            self.evaluate()
+            self.save(last=True)
+        with closing(self.streams.train.steps(self.step, plan)) as batches, self.recorder.bar.opened(self.step):
+            while not self.is_complete:
+                self.train_one_epoch(batches)
+        self._report_end(first, time.perf_counter() - started, next_commands)
+        return self._result()
 
-def _report_end(run: Run, config: TrainingConfig, first: int, seconds: float, next_commands: Sequence[str]) -> None:
-    """Log how a run ended that has trained from step `first` on."""
-    plan, train = run.plan, run.streams.train
-    if run.step < plan.total_steps:
-        best, name = run.evaluator.best, run.learner.task.best_metric
-        log.info(
-            "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
-            "weights/best_weights.safetensors has those weights",
-            name, best.step, best.value, config.loop.early_stop_epochs,
-        )  # fmt: skip
-    if train.unreadable_count:
-        log.warning(
-            "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
-            train.unreadable_count,
-        )
-    if run.recorder.wait_share > MUCH_WAITING:
-        advice = advise(run.learner.runtime, plan.epoch_at(run.step - first), train.readings())
-        log.warning("%.0f %% of the training time was a wait for data; %s", 100 * run.recorder.wait_share, advice)
-    log.info("%s", Lines(end_screen(run, seconds, next_commands)))
+    def train_one_epoch(self, stream: Iterator[list[Batch]]) -> None:
+        """Run the stream to the end of an epoch, or of the run. One pass of the body is one optimiser update.
 
+        What is due after it depends on the step alone, so a resumed run does the same things at the same steps.
+        `stream` yields this rank's micro-batches of step after step, beginning with the run's next step. Raises Stopped
+        after a request to stop, and UserError where the last checkpoint cannot be written or too many steps were
+        skipped.
+        """
+        learner, recorder, plan, loop = self.learner, self.recorder, self.plan, self.config.loop
+        epoch = plan.epoch_of(learner.step)
+        end = plan.epoch_end(epoch)
+        while learner.step < end:
+            # 1. Data.
+            recorder.phase(learner.step, "loading")
+            batches = next(stream)
+            recorder.add_samples(learner.step + 1, batches)
 
-def _summarise(run: Run) -> str:
-    """Return the run's line in a sweep's table."""
-    best, report = run.evaluator.best, run.evaluator.last_report
-    parts = [show_figures({name: value for name, value in report.items() if math.isfinite(value)})]
-    if best.value is not None:
-        parts.append(f"best {run.learner.task.best_metric}={best.value:.4f} at step {best.step}")
-    return "  ".join(parts)
+            # 2. The update.
+            recorder.phase(learner.step, "computing", batches[0])
+            is_due = self.saver.is_due()
+            result = learner.update(batches, Asks(self.stop.requested, is_due))
+
+            # 3. The record.
+            step = learner.step
+            recorder.add_step(step, batches, result)
+
+            # 4. What is due. Figures come before the checkpoint, so that a resumed run has them.
+            asked = self.vote.read(result.asked, Asks(self.stop.requested, is_due))
+            evaluates = plan.is_due(step, plan.evaluate_every_epochs)
+            may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
+            if step % loop.log_every_steps == 0 or may_end:
+                recorder.log_step(step)
+            if loop.plot_every_steps is not None and step % loop.plot_every_steps == 0:
+                recorder.plot(step)
+            if evaluates:
+                self.evaluate()
+            last = self.is_complete
+            if step == end or last:
+                recorder.end_epoch(step, epoch, self.last_report)
+            if step % loop.checkpoint_every_steps == 0 or any(asked) or last:
+                self.save(last=last or asked.stop)
+            if last:
+                return
+            if asked.stop:
+                raise Stopped
+
+    def use_lr(self, lr: float) -> None:
+        """Take a peak learning rate that was found, in place of the configured one."""
+        self.found_lr = lr
+        self.learner.schedule = replace(self.learner.schedule, lr=lr)
+        set_peak_lr(self.learner.optimizer, lr)
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self) -> None:
+        """Measure what is exported, the average where there is one, and write its weights where they are the best."""
+        learner, recorder, plan, step = self.learner, self.recorder, self.plan, self.step
+        recorder.phase(step, "evaluating")
+        learner.sync_buffers()
+        averaged = learner.exports_average
+        with learner.averages.swapped() if averaged else nullcontext():
+            report = self.measure()
+            value = report.scalars[learner.task.best_metric]
+            if self._is_best(value) and self.saver.write_best(learner):  # while the network holds them
+                self.best = Best(value, step)
+        self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
+        self.last_evaluated = step
+        recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.last_report})
+        shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
+        shown += [] if self.best.value is None else [f"best {self.best.value:.4g}"]
+        log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.epochs:g}", *shown]))
+        recorder.add_report(step, report)
+        if step > 0:  # a run of no steps has no curves
+            recorder.plot(step, may_skip=not self.has_stalled)  # they end where the run stops early
+
+    @torch.no_grad()
+    def measure(self) -> Report:
+        """Return the task's report on the loaders that are due."""
+        learner = self.learner
+        learner.task.eval()
+        try:
+            with learner.runtime.autocast():
+                return learner.task.evaluate(self._due_loaders(), learner.step)
+        finally:
+            learner.task.train()
+            reshard(learner.model)
+
+    def _is_best(self, value: float) -> bool:
+        task, best = self.learner.task, self.best.value
+        if not math.isfinite(value):
+            log.warning("step %d: %s is %s, so these are not the best weights", self.step, task.best_metric, value)
+            return False
+        return best is None or (value < best if task.best_is_lowest else value > best)
+
+    def _due_loaders(self) -> Mapping[str, Iterable[Batch]]:
+        """Return the loaders that are due; each of their batches counts as progress."""
+
+        def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
+            for batch in loader:
+                self.recorder.phase(self.step, f"evaluating {name}", batch)
+                yield batch
+
+        due, sizes = {}, self.learner.micro_batches
+        for name, loader in self.streams.evaluation.items():
+            every = self.streams.every_epochs.get(name)
+            if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
+                if self.config.loop.batch_size == "auto" or sizes.sizes:
+                    loader.set_batch_size(sizes.smallest)
+                total = len(loader) if isinstance(loader, Sized) else None
+                due[name] = track(watched(name, loader), total, f"evaluating {name}")
+        return due
+
+    # ----------------------------------------------------------------------------------------------- save and restore
+
+    def save(self, *, last: bool) -> None:
+        """Save everything that the run continues from, on all ranks; `last` and errors: as `Saver.save`."""
+        learner, recorder = self.learner, self.recorder
+        recorder.phase(self.step, "saving")
+        learner.sync_buffers()
+        recorder.skips.read(self.step)
+        tensors, optimizer = learner.state()
+        state = {
+            "config": self.folder.config,
+            "precision": learner.runtime.precision,
+            "threads": torch.get_num_threads(),
+            "world_size": self.plan.world_size,
+            "position": self.step * self.plan.global_batch_size,
+            "fingerprints": self.fingerprints,
+            "origin": learner.task.origin,
+            "found_lr": self.found_lr,
+            "best": asdict(self.best),
+            "last_report": self.last_report,
+            "last_evaluated": self.last_evaluated,
+            **recorder.state(),
+            "optimizer": optimizer,  # what of its state is not tensors
+        }
+        self.saver.save(learner, tensors, state, recorder, last=last)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint that `save` has written. Raises UserError where it does not fit this run."""
+        learner, state = self.learner, read_state(path)
+        check_start(state, self.fingerprints, learner.runtime.precision, self.config)
+        saved, now = (config["optim"] for config in (state["config"], self.folder.config))
+        optimizer = state["optimizer"]
+        if (saved["name"], saved.get("opt")) != (now["name"], now.get("opt")):
+            log.warning("resume: %s starts without state: the checkpoint's optimiser is %s", now["name"], saved["name"])
+            optimizer = None
+        learner.load_state(read_groups(path, state), optimizer, str(path))
+        learner.step, learner.task.origin = state["step"], state["origin"]
+        self.best = Best(**state["best"])
+        self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
+        self.recorder.load_state(state)
+        log.info("resumed from %s at step %d", path, self.step)
+        if state["found_lr"] is not None and all(saved.get(key) == now.get(key) for key in ("lr", "base_lr")):
+            self.use_lr(state["found_lr"])
+            log.info("the peak rate is %.3g, which the range test of this run found", self.found_lr)
+
+    # -------------------------------------------------------------------------------------------------------- the end
+
+    def close(self, *, finished: bool) -> None:
+        """Write the run's result for its sweep, send the tracker the best weights of a complete run, and close."""
+        task, best = self.learner.task, self.best
+        if distributed.is_main():
+            write_result(self.folder.path, task.best_metric, best, is_lowest_best=task.best_is_lowest)
+        metadata = {"step": self.step, "script": self.folder.job.script, "model": self.folder.config["model"]}
+        if best.step is not None:
+            metadata |= {task.best_metric: best.value, "best_step": best.step}
+        self.recorder.close(completed_step=self.step if finished else None, metadata=metadata)
+
+    def _report_end(self, first: int, seconds: float, next_commands: Sequence[str]) -> None:
+        """Log how a run ended that has trained from step `first` on."""
+        plan, train, folder, best, recorder = self.plan, self.streams.train, self.folder, self.best, self.recorder
+        metric = self.learner.task.best_metric
+        if self.step < plan.total_steps:
+            log.info(
+                "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
+                "weights/best_weights.safetensors has those weights",
+                metric, best.step, best.value, self.config.loop.early_stop_epochs,
+            )  # fmt: skip
+        if train.unreadable_count:
+            log.warning(
+                "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
+                train.unreadable_count,
+            )
+        if recorder.wait_share > MUCH_WAITING:
+            advice = advise(self.learner.runtime, plan.epoch_at(self.step - first), train.readings())
+            log.warning("%.0f %% of the training time was a wait for data; %s", 100 * recorder.wait_share, advice)
+        rows = []
+        if best.step is not None:
+            last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
+            at = f"{best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}"
+            rows += [("best", f"{show_evaluated(metric)} {at}")]
+            rows += [("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors")]
+        rows += [
+            ("memory", show_memory(memory_by_part(self.learner))),
+            ("curves", f"{folder.plots}/curves.png"),
+            ("tables", f"{folder.path}/tables, training_log.txt"),
+            ("data", describe_data(recorder.wait_share, train.readings())),
+        ]
+        rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]
+        title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
+        log.info("%s", Lines(show_lines(title, rows)))
+
+    def _result(self) -> str:
+        """Return the run's line in a sweep's table."""
+        report = {name: value for name, value in self.last_report.items() if math.isfinite(value)}
+        best = "" if self.best.value is None else f"{self.best.value:.4f} at step {self.best.step}"
+        return show_figures(report) + (f"  best {self.learner.task.best_metric}={best}" if best else "")

@@ -17,9 +17,7 @@ from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import setup_logging
 
 # By device, where runtime.compile=auto compiles at all. GPU, estimated: one to two minutes save 10 to 20 ms of a step.
 # On a CPU it saves a third of a step with some networks and costs a tenth with others (docs/benchmarks.md).
@@ -28,6 +26,8 @@ COMPILE_PAYS_AFTER_STEPS = {"cuda": 3000}
 _EVALUATION_PREFETCH = 2
 # Loader processes that still speed up a rank; more only take memory.
 _MOST_WORKERS = 24
+# The watchdog names a rank that hangs; the time-out of the process group is a second line of defence.
+_GROUP_PATIENCE = 4
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,28 +82,20 @@ def _choose_precision(wanted: str, device: str) -> str:
 
 def missing_for_compile(device: str) -> list[str]:
     """Return what torch.compile needs and does not find, searched where inductor (CPU) and Triton (GPU) search."""
-    missing = []
-    if device == "cuda":
-        variable, compilers = "CC", ("gcc", "clang")
-    else:
-        variable, compilers = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
-    named = os.environ.get(variable)
-    if named is None and not any(map(shutil.which, compilers)):
-        missing.append(f"a compiler on the PATH ({' or '.join(compilers)})")
-    if named is not None and not any(map(shutil.which, named.split()[:1])):  # flags may follow
-        missing.append(f"the compiler that {variable} names ({named!r})")
+    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))
+    if device == "cpu" and sys.platform == "darwin":
+        known = ("clang++",)
+    compilers = os.environ.get(variable, "").split()[:1] or known  # flags may follow
     # A Debian Python's own scheme names a folder of /usr/local, where its headers are not.
     folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
-    if not any(Path(folder, "Python.h").is_file() for folder in folders):
-        missing.append("Python's headers (Python.h, of the package python3-dev or python3-devel)")
-    if device == "cuda" and find_spec("triton") is None:
-        missing.append("the package triton")
-    return missing
-
-
-def can_compile(device: str) -> bool:
-    """Return whether torch.compile finds what it needs."""
-    return not missing_for_compile(device)
+    needed = {
+        f"a compiler on the PATH ({' or '.join(compilers)}, as {variable} says)": any(map(shutil.which, compilers)),
+        "Python's headers (Python.h, of the package python3-dev or python3-devel)": any(
+            Path(folder, "Python.h").is_file() for folder in folders
+        ),
+        "the package triton": device != "cuda" or find_spec("triton") is not None,
+    }
+    return [name for name, is_there in needed.items() if not is_there]
 
 
 def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
@@ -119,7 +111,7 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
     if config.compile != "auto":
         return config.compile
     pays = total_steps >= COMPILE_PAYS_AFTER_STEPS.get(device, math.inf)
-    return pays and not config.deterministic and can_compile(device)
+    return pays and not config.deterministic and not missing_for_compile(device)
 
 
 def choose_workers(wanted: str | int, device: str) -> int:
@@ -135,6 +127,13 @@ def choose_workers(wanted: str | int, device: str) -> int:
     # SLURM, where it binds each task to its own cores, has already divided them; the ranks of a launcher share theirs.
     divided = usable < machine and "LOCAL_WORLD_SIZE" not in os.environ
     return max(1, min(_MOST_WORKERS, (usable if divided else usable // local_size) - 1))
+
+
+def start_machine(config: MachineConfig) -> Runtime:
+    """Join the ranks and decide what `auto` means on this machine."""
+    world = distributed.init_process_group(choose_device(config.device), _GROUP_PATIENCE * config.hang_timeout_sec)
+    setup_logging(world.rank, explain=isinstance(config, RuntimeConfig) and config.explain)
+    return choose_runtime(config)
 
 
 def _set_backends(config: MachineConfig, device: str) -> None:

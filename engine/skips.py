@@ -27,8 +27,7 @@ log = get_logger(__name__)
 
 WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
 EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, with any limit
-_DETAILED = 10  # steps of a report that are logged one by one
-_SHOWN = 8  # paths in a message; the file has all
+_SHOWN = 8  # steps and paths of a report that are logged; the file has all
 _REASONS = {
     "loss": "its loss was not finite on rank {}",
     "gradient": "its gradient was not finite (every loss was)",
@@ -58,10 +57,9 @@ class SkipWatch:
 
     def open(self, folder: Path, path_of: Callable[[int], str], last_step: int) -> None:
         """Open the file of rows, without rows beyond `last_step`. `path_of` returns the path of a sample."""
-        self.close()
         self._path_of = path_of
         if distributed.is_main():
-            self._path, self._file = folder / "skipped_steps.jsonl", None
+            self._path = folder / "skipped_steps.jsonl"
             keep_rows(self._path, last_step)
 
     def close(self) -> None:
@@ -76,7 +74,6 @@ class SkipWatch:
 
     def load(self, steps: Sequence[tuple[int, str]]) -> None:
         """Restore the steps of a checkpoint."""
-        self._unread.clear()
         self.steps = [(number, what) for number, what in steps]
 
     def add(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
@@ -107,27 +104,21 @@ class SkipWatch:
             ranks = [rank for rank, found in enumerate(every) if found[index][0]]
             what = "loss" if ranks else "weight" if weight == 0 else "gradient"
             self.steps.append((number, what))
-            if distributed.is_main():
-                paths = [self._path_of(sample) for found in every for sample in found[index][0 if ranks else 1]]
-                self._list(number, ranks, what, paths, is_logged=index < _DETAILED)
-
-    def _list(self, step: int, ranks: list[int], what: str, paths: list[str], *, is_logged: bool) -> None:
-        """Write a skipped step to the file, and to the log: the samples with a bad loss, or all of them."""
-        if is_logged:
-            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-            reason = _REASONS[what].format(", ".join(map(str, ranks)))
-            log.warning("step %d was skipped: %s; samples: %s%s", step, reason, ", ".join(paths[:_SHOWN]), more)
-        if self._file is None and self._path is not None:
+            if self._path is None:
+                continue  # not rank 0
+            paths = [self._path_of(sample) for found in every for sample in found[index][0 if ranks else 1]]
+            if index < _SHOWN:
+                reason = _REASONS[what].format(", ".join(map(str, ranks)))
+                log.warning("step %d was skipped: %s; samples: %s", number, reason, ", ".join(paths[:_SHOWN]))
             with ignore_write_errors(self._path):
-                self._file = AppendFile(self._path)
-        if self._file is not None:
-            row = {"step": step, "ranks": ranks, "what": what, "paths": paths}
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file = self._file or AppendFile(self._path)
+                row = {"step": number, "ranks": ranks, "what": what, "paths": paths}
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def check(self, step: int, *, last: bool) -> None:
-        """Raise where too many steps were skipped up to `step`; `last` marks the run's last step.
+        """Raise UserError where too many steps were skipped up to `step`; `last` marks the run's last step.
 
-        UserError where no image could be read for EMPTY_STEPS steps, or in all of a shorter run, and where more steps
+        That is where no image could be read for EMPTY_STEPS steps, or in all of a shorter run, and where more steps
         were skipped than the limit.
         """
         empty = {number for number, what in self.steps if what == "weight"}
@@ -139,12 +130,10 @@ class SkipWatch:
                 "prepare.py job=manifest lists unreadable images"
             )
         if self.limit is not None and len(self.steps) > self.limit:
-            remedy = "start another run with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm"
-            if len(self.steps) == len(empty):
-                remedy = "fix the images (prepare.py job=manifest lists unreadable ones)"
             raise UserError(
                 f"loop.max_skipped_steps: {len(self.steps)} of the last {min(step, WINDOW_STEPS)} steps before step "
                 f"{step} were skipped, first step {self.steps[0][0]}, {len(empty)} of them because no image could be "
-                f"read; {self.limit} are allowed. See skipped_steps.jsonl for what was not finite and the samples; "
-                f"{remedy}, or a higher limit"
+                f"read; {self.limit} are allowed. See skipped_steps.jsonl for what was not finite and the samples. "
+                "Start another run with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm, or a "
+                "higher limit; prepare.py job=manifest lists unreadable images"
             )

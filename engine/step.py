@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.batch_size import OutOfMemory
 from engine.parallel import no_sync, take_gradients
 from engine.runtime import Runtime
-from engine.task import StepOutput, Task
+from engine.task import StepOutput, Task, checkpointed_state
 from optim.build import skips_on_device
 from optim.groups import drop_frozen_gradients
 from optim.vectors import flat_view
@@ -37,11 +37,40 @@ class Asks(NamedTuple):
 NOTHING = Asks()
 
 
+class Stopped(Exception):
+    """The ranks have agreed to end the run here; the same command resumes."""
+
+
+class Vote:
+    """Learn, without waiting for the device, what any rank asks for, so that all stop, or save, at the same step.
+
+    On a GPU the counts are copied in the background, and read one step later.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def read(self, asked: Tensor, own: Asks) -> Asks:
+        """Return what any rank asked for at this step, or at the step before (GPU ranks). own: of a single process."""
+        if not distributed.is_distributed():
+            return own
+        counts: Tensor | None = asked
+        if asked.device.type == "cuda":
+            counts, copy = None, torch.empty(2, dtype=asked.dtype, pin_memory=True)
+            if self._pending is not None:
+                counts, event = self._pending
+                event.synchronize()
+            self._pending = copy.copy_(asked, non_blocking=True), torch.cuda.Event()
+            self._pending[1].record()
+        return NOTHING if counts is None else Asks(*(count > 0 for count in counts.tolist()))
+
+
 class Stepped(Protocol):
     """What an update works on (engine/learner.py). `model` is the task as wrapped for the ranks and the compiler."""
 
     model: nn.Module
     task: Task
+    buffers: "Buffers"
     optimizer: torch.optim.Optimizer
     scale: "LossScale"
     runtime: Runtime
@@ -111,18 +140,26 @@ class LossScale:
         self.scale, self.good_steps = (state[name].to(self.scale.device) for name in ("scale", "good_steps"))
 
 
-class _BuffersBefore:
-    """A task's buffers as they were before a step, packed by dtype: a few kernels for any number of them."""
+class Buffers:
+    """The buffers of a task's state, such as batch statistics, packed by dtype: a few kernels for any number of them.
 
-    def __init__(self, task: nn.Module) -> None:
+    Buffers that no checkpoint has are constants, which a forward pass does not change.
+    """
+
+    def __init__(self, task: Task) -> None:
         self._flat: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in task.buffers():
-            self._flat.setdefault(buffer.dtype, []).append(flat_view(buffer))
-        self._before = [torch.cat(flat) for flat in self._flat.values()]
+        names = dict(task.named_buffers()).keys()
+        for name, tensor in checkpointed_state(task).items():
+            if name in names:
+                self._flat.setdefault(tensor.dtype, []).append(flat_view(tensor))
 
-    def put_back(self, where: Tensor | None = None) -> None:
-        """Undo what the step did to the buffers where a device scalar says so; None: everywhere, without memory."""
-        for flat, before in zip(self._flat.values(), self._before):
+    def copy(self) -> list[Tensor]:
+        """Return their values."""
+        return [torch.cat(flat) for flat in self._flat.values()]
+
+    def put_back(self, values: Sequence[Tensor], where: Tensor | None = None) -> None:
+        """Restore a copy where a device scalar says so; None: everywhere, without memory."""
+        for flat, before in zip(self._flat.values(), values):
             chosen = before if where is None else torch.where(where, before, torch.cat(flat))
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
 
@@ -204,7 +241,7 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, ask
     denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
     # DDP and fully_shard average over ranks where the mean over all samples is wanted: hence the world size.
     factor = scale.scale * distributed.world_size() / denominator
-    before = _BuffersBefore(learner.task)
+    before = learner.buffers.copy()
     rows, names, losses = [], [], []
     for micro_step, batch in enumerate(batches):
         rng.seed_micro_step(learner.seed, step, micro_step, distributed.rank(), learner.runtime.device)
@@ -213,7 +250,7 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, ask
                 loss, output = _forward_backward(learner, batch, progress, factor)
         except torch.OutOfMemoryError:
             optimizer.zero_grad(set_to_none=True)
-            before.put_back()
+            learner.buffers.put_back(before)
             raise OutOfMemory(batch) from None
         names = names or sorted(output.logs)
         losses.append(output.loss.detach())
@@ -238,14 +275,14 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, ask
     elif not bad:  # a host synchronisation
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    before.put_back(bad)
+    learner.buffers.put_back(before, bad)
     scale.update(applied, weight)
     return StepResult(sums, torch.where(bad, 0.0, norm), applied, asked, weight, losses)
 
 
 def fits_alone(learner: Stepped, batch: Batch) -> bool:
     """Return whether this rank alone can make a pass over a micro-batch; the pass is undone."""
-    before, wrapped, learner.model = _BuffersBefore(learner.task), learner.model, learner.task
+    before, wrapped, learner.model = learner.buffers.copy(), learner.model, learner.task
     one, device = torch.ones((), device=learner.runtime.device), learner.runtime.device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), distributed.alone():
@@ -256,4 +293,4 @@ def fits_alone(learner: Stepped, batch: Batch) -> bool:
     finally:
         learner.model = wrapped
         learner.optimizer.zero_grad(set_to_none=True)
-        before.put_back()
+        learner.buffers.put_back(before)

@@ -6,7 +6,7 @@ networks run stacked blocks by calling them: FSDP all-gathers a block's weights 
 (engine/parallel.py).
 
     task(batch, progress) -> StepOutput       one loss per sample
-    task.roles                                which networks are trained, averaged, frozen
+    task.trained, .averaged, .helpers         what each network is for
     task.initialise(source)                   initial weights from `init_from`
     task.exported, task.metadata              what weight files and exports hold, and what is judged best
     task.after_step(step, progress, applied)  optional: a teacher's update
@@ -23,12 +23,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.contracts import Batch
+from utils.contracts import Batch, TrainStream
 from utils.errors import UserError
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom
 
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The data of a run.
+
+    fingerprints: what must not change while a run is resumed, by configuration key, such as the collection's content.
+    every_epochs: for evaluation loaders that not every evaluation needs (a probe), the epochs between two uses. The
+        first evaluation at or after each multiple uses them, and so does that of the run's last step.
+    described: lines of the first screen, such as `collection` and `images`.
+    """
+
+    train: TrainStream
+    evaluation: Mapping[str, Iterable[Batch]]
+    fingerprints: Mapping[str, str]
+    every_epochs: Mapping[str, float] = field(default_factory=dict)
+    described: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def evaluation_samples(self) -> int:
+        """Samples that every evaluation reads, of the loaders that say how many they have."""
+        every = [loader for name, loader in self.evaluation.items() if name not in self.every_epochs]
+        return sum(getattr(loader, "samples", 0) for loader in every)
 
 
 @dataclass
@@ -55,41 +78,30 @@ class Report:
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Roles:
-    """What each network of a task is for. Names are dotted, such as `vae.decoder`.
-
-    trained: networks that receive gradients.
-    averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
-    frozen: networks that are never trained and never checkpointed. `load_frozen` makes them at every start; they are
-        compared by fingerprint on resume.
-    passed: frozen networks that gradients pass through, such as a U-Net beside a LoRA; gradient checkpointing is for
-        them, too.
-
-    A network in none of these, such as an EMA teacher, is checkpointed but gets no gradient.
-    """
-
-    trained: tuple[str, ...] = ("network",)
-    averaged: Mapping[str, Literal["device", "cpu"]] = field(default_factory=lambda: {"network": "device"})
-    frozen: tuple[str, ...] = ()
-    passed: tuple[str, ...] = ()
-
-
 class Task(nn.Module):
     """Base of all tasks: the names that the engine uses, and defaults for what is optional.
 
+    Networks are named with dots, such as `vae.decoder`. One that is in no list, such as an EMA teacher, is checkpointed
+    but gets no gradient.
+
+    trained: networks that receive gradients.
+    averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
+    helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
+        makes them at every start; they are compared by fingerprint on resume.
+    exported: networks that weight files and exports hold. The tensors of a single one keep their own names in a file;
+        those of several are prefixed with the network's. metadata: of the files (JSON values).
     best_metric: the scalar of a report that decides which weights are best; `best_is_lowest` is its direction.
-    exported: names of the networks that weight files and exports hold. The tensors of a single one keep their own names
-    in a file; those of several are prefixed with the network's. metadata: of the files (JSON values).
     origin: what is known of the weights that training began with, such as their licence (JSON values), or None. It is
-    checkpointed and written into weight files.
+        checkpointed and written into weight files.
     """
 
-    best_metric: ClassVar[str] = "loss"
-    best_is_lowest: ClassVar[bool] = True
-    roles: Roles = Roles()
+    trained: tuple[str, ...] = ("network",)
+    averaged: Mapping[str, Literal["device", "cpu"]] = {"network": "device"}
+    helpers: tuple[str, ...] = ()
     exported: tuple[str, ...] = ("network",)
     metadata: Mapping[str, Any] = {}
+    best_metric: ClassVar[str] = "loss"
+    best_is_lowest: ClassVar[bool] = True
     origin: dict[str, Any] | None = None
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
@@ -100,11 +112,11 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    def load_frozen(self) -> None:
-        """Set the frozen networks, None before; called at every start and rebuild, never on the meta device."""
+    def load_helpers(self) -> None:
+        """Set the helpers, None before; called at every start and rebuild, never on the meta device."""
 
-    def frozen_files(self) -> Mapping[str, Sequence[Path]]:
-        """Return the files that frozen networks were loaded from, by network; one without files has its own tensors."""
+    def helper_files(self) -> Mapping[str, Sequence[Path]]:
+        """Return the files that helpers were loaded from, by network; one without files has its own tensors."""
         return {}
 
     def initialise(self, source: InitFrom | None) -> None:
@@ -123,58 +135,35 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all networks but the frozen ones, which stay in eval mode."""
+        """Set the mode of all networks but the helpers, which stay frozen and in eval mode."""
         super().train(mode)
-        for network in frozen_networks(self).values():
-            network.eval()
+        for network in networks_of(self, self.helpers).values():
+            network.eval().requires_grad_(False)
         return self
 
 
-def _find_network(task: Task, name: str) -> nn.Module | None:
-    """Return a network by its dotted name; None where the task holds its place. Raises ValueError for another name."""
-    owner, _, last = name.rpartition(".")
-    network = getattr(task.get_submodule(owner), last, "") if owner in dict(task.named_modules()) else ""
-    if network is not None and not isinstance(network, nn.Module):
-        raise ValueError(f"{type(task).__name__}.roles: {name!r} is none of the task's networks")
-    return network
-
-
-def frozen_networks(task: Task) -> dict[str, nn.Module]:
-    """Return the frozen networks by name; one that is not loaded, as in a dry run, is None in the task."""
-    found = {name: _find_network(task, name) for name in task.roles.frozen}
-    return {name: network for name, network in found.items() if network is not None}
-
-
-def freeze(task: Task) -> None:
-    """Turn off the gradients of the frozen networks."""
-    for network in frozen_networks(task).values():
-        network.requires_grad_(False)
-
-
-def trained_networks(task: Task) -> dict[str, nn.Module]:
-    """Return the networks that receive gradients, by name."""
-    found = {name: _find_network(task, name) for name in task.roles.trained}
-    assert None not in found.values(), f"networks that are trained, and not built: {found}"
+def networks_of(task: Task, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Return networks by name, without helpers that are not loaded. Raises AttributeError for a wrong name."""
+    found = {}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        if (network := getattr(task.get_submodule(owner), last)) is not None:
+            found[name] = network
     return found
 
 
 def checkpointed_state(task: Task) -> dict[str, Tensor]:
-    """Return the task's state without its frozen networks."""
-    frozen = tuple(f"{name}." for name in task.roles.frozen)
-    return {name: tensor for name, tensor in task.state_dict().items() if not name.startswith(frozen)}
+    """Return the task's state without its helpers."""
+    helpers = tuple(f"{name}." for name in task.helpers)
+    return {name: tensor for name, tensor in task.state_dict().items() if not name.startswith(helpers)}
 
 
 def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split tensors by full name into those of a weight file, under the file's names, and the rest."""
-    networks = task.exported
-    exported, rest = {}, {}
-    for name, tensor in tensors.items():
-        network = next((network for network in networks if name.startswith(f"{network}.")), None)
-        if network is None:
-            rest[name] = tensor
-        else:
-            exported[name.removeprefix(f"{network}.") if len(networks) == 1 else name] = tensor
-    return exported, rest
+    networks = tuple(f"{name}." for name in task.exported)
+    prefix = networks[0] if len(networks) == 1 else ""
+    exported = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(networks)}
+    return exported, {name: tensor for name, tensor in tensors.items() if not name.startswith(networks)}
 
 
 def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,22 +173,14 @@ def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str,
     return {f"{prefix}{name}": tensor for name, tensor in exported.items()} | dict(rest)
 
 
-def exports_average(task: Task) -> bool:
-    """Return whether all exported networks are averaged, so that their average is what is judged and exported."""
-    return set(task.exported) <= set(task.roles.averaged)
-
-
-def fingerprint_frozen(task: Task) -> dict[str, str]:
-    """Return a hash of each frozen network by name: of its files, or else of its tensors' names, shapes and bytes."""
-    fingerprints, files = {}, task.frozen_files()
-    for network, module in frozen_networks(task).items():
+def fingerprint_helpers(task: Task) -> dict[str, str]:
+    """Return a hash of each helper by name: of its files, or else of its tensors' names, shapes and bytes."""
+    fingerprints, files = {}, task.helper_files()
+    for network, module in networks_of(task, task.helpers).items():
         digest = hashlib.sha256()
-        if network in files:
-            for path in files[network]:
-                digest.update(f"{path.name} {hash_once(path, FILE_HASHES)}\n".encode())
-            fingerprints[network] = digest.hexdigest()[:16]
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
+        for path in files.get(network, ()):
+            digest.update(f"{path.name} {hash_once(path, FILE_HASHES)}\n".encode())
+        for name, tensor in () if network in files else sorted(module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         fingerprints[network] = digest.hexdigest()[:16]

@@ -63,18 +63,17 @@ from torch.utils._pytree import tree_leaves
 
 import tests.tasks.flow
 import tests.tasks.multicrop
-from bench.measure import bench_loop, build_bench_run, read_group
+from bench.measure import build_bench_run, read_group
 from data.batch import Ragged, collate, to_device
 from engine.checkpoint import Writer
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
-from engine.step import Asks
-from engine.streams import Streams
+from engine.step import Asks, Vote
+from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from engine.tasks.fcmae import patch_count
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 from models.sdxl import networks as sdxl_networks
 from utils.errors import UserError
@@ -307,7 +306,7 @@ def make_batch(task, setup):
 def run_steps(run, batches):
     """Run the loop until its stream ends."""
     try:
-        train_one_epoch(run, iter([batches] * STEPS), bench_loop(), 0, Vote())
+        run.train_one_epoch(iter([batches] * STEPS))
     except StopIteration:
         return
     except RuntimeError as error:
@@ -322,7 +321,7 @@ def run_case(task, optim, precision):
         torch.manual_seed(0)
         network = kind.build(setup)
         if task != "distillation":  # its teacher has drawn weights
-            network.load_frozen()
+            network.load_helpers()
         run = build_bench_run(
             network, batch_size=BATCH, accum_steps=2, optim={"option": optim}, loop={"ema_decay": 0.99},
             runtime={"device": "cuda", "precision": precision, "channels_last": True, "deterministic": False},
@@ -336,11 +335,11 @@ def run_case(task, optim, precision):
         probe_module._score = lambda *_: {}  # runs on the CPU and needs numbers
         tagging_module.TagScores = score_tags
         loaders = {"val": batches, **dict.fromkeys(("probe_train", "probe_val"), batches)}
-        run.evaluator.streams = Streams(None, loaders, {})
-        run.evaluator._measure(learner)
+        run.streams = Streams(None, loaders, {})
+        run.measure()
         if learner.exports_average:
             with learner.averages.swapped():
-                run.evaluator._measure(learner)
+                run.measure()
         run.recorder.log_meter.means()
         groups, others = learner.state()
         copies, _ = Writer().copy(groups)
@@ -377,9 +376,8 @@ def run_vote():
     """Read the votes of two steps as one of several ranks does; returns the host reads."""
     with fake_gpu() as device, mock.patch.object(distributed, "is_distributed", return_value=True):
         device.strict, vote = True, Vote()
-        result = SimpleNamespace(asked=zeros(2))
         # The first call has nothing to read; the second reads a host copy, whose value is anything here.
-        assert vote.read(result, Asks()) == Asks() and isinstance(vote.read(result, Asks()), Asks)
+        assert vote.read(zeros(2), Asks()) == Asks() and isinstance(vote.read(zeros(2), Asks()), Asks)
         return device.waits
 
 

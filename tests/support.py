@@ -30,7 +30,7 @@ from data.config import CacheConfig, ImageFolderConfig
 from data.decode import Decoder
 from data.image_formats import read_file
 from utils.canvas import DEFAULT
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]

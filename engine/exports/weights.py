@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from engine.task import Task, fingerprint_frozen, join_exported
+from engine.task import Task, fingerprint_helpers, join_exported
 from engine.tasks.kind import Kind, Setup, check_weights
 from engine.tasks.kinds import KINDS
 from models.build import build_network
@@ -98,9 +98,9 @@ def open_weights(path: Path, key: str = "weights") -> Weights:
     kind, setup = check_weights(path, key, shapes, metadata, KINDS)
     tensors, _ = read_weights(path, key)
     task = kind.build(setup)
-    task.load_frozen()
+    task.load_helpers()
     task.load_state_dict(join_exported(task, tensors, {}), strict=False)
-    if (built := fingerprint_frozen(task)) != (saved := metadata.get("frozen", {})):
+    if (built := fingerprint_helpers(task)) != (saved := metadata.get("frozen", {})):
         raise UserError(
             f"{key}: {path} was trained with other frozen networks ({saved} then, {built} now); restore them"
         )

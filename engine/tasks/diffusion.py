@@ -26,7 +26,7 @@ from data.captions import CaptionConfig
 from data.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import Report, Roles, StepOutput, Task, log_mean
+from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.names import ENCODERS, PARTS
@@ -226,41 +226,42 @@ class DiffusionTask(Task):
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
         whole = ("unet", *ENCODERS)
         if config.lora is None:
-            trained, passed = whole if config.train_text_encoders else ("unet",), ()
+            trained = whole if config.train_text_encoders else ("unet",)
             self._take(trained, open_networks(setup.model, trained))
             if config.train_text_encoders:
                 freeze_unused(self.text_encoder)
         else:
-            trained, passed = ("adapter",), whole if config.lora.text_encoders else ("unet",)
+            trained = ("adapter",)
             with torch.device("meta"):
                 shapes = open_networks(setup.model, whole)
             self.adapter = LoRA(shapes.parts(), config.lora)
         needed = PARTS if config.text_cache is None else ("unet", "vae")
-        frozen = tuple(name for name in needed if name not in trained)
-        self.exported = trained
-        self.roles = Roles(trained, dict.fromkeys(trained, config.average_on), frozen, passed)
+        self.trained = self.exported = trained
+        self.averaged = dict.fromkeys(trained, config.average_on)
+        self.helpers = tuple(name for name in needed if name not in trained)
 
     def _take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
         for name in names:
             setattr(self, name, getattr(networks, name))
 
-    def load_frozen(self) -> None:
+    def load_helpers(self) -> None:
         """Load the networks that are not trained; encode the prompts where no text encoder stays."""
         config = self._config
         encodes_once = config.text_cache is not None and bool(config.samples.prompts)
-        names = (*self.roles.frozen, *(ENCODERS if encodes_once else ()))
+        names = (*self.helpers, *(ENCODERS if encodes_once else ()))
         networks = open_networks(self._model, names, frozen=True)
         self.latent_scale = networks.source["vae_scaling_factor"]
-        self._take(self.roles.frozen, networks)
+        self._take(self.helpers, networks)
         if encodes_once:
             self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
         if config.lora is not None:
-            self.adapter.attach({name: getattr(self, name) for name in self.roles.passed})
+            adapted = ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
+            self.adapter.attach({name: getattr(self, name) for name in adapted})
 
-    def frozen_files(self) -> Mapping[str, Sequence[Path]]:
+    def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model."""
         files = base_files(self._model)
-        return dict.fromkeys(self.roles.frozen, files) if files else {}
+        return dict.fromkeys(self.helpers, files) if files else {}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the base model's networks (`model.path`), and set `origin` to what is known of them."""

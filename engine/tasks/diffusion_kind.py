@@ -27,8 +27,7 @@ from data.tag_weights import ImageTags, describe_weights, find_tag_facts, read_t
 from data.text_cache import TextCache, vary_caption
 from data.transforms import Views
 from engine.config import TrainingConfig
-from engine.streams import Streams
-from engine.task import FILE_HASHES
+from engine.task import FILE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.names import ENCODERS

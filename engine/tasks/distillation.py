@@ -29,7 +29,7 @@ from data.open import Data
 from data.tags.index import NoKnownTag
 from data.tags.orientation import build_orientation
 from engine.measures.means import measure_means
-from engine.task import Report, Roles, StepOutput, Task, log_mean
+from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
 from engine.tasks.kind import Setup, check_weights
@@ -133,7 +133,7 @@ def _width(network: nn.Module) -> int:
 class DistillationTask(Task):
     """Own the student, which is a task of its own, and the teacher; a weight file of the student needs no teacher."""
 
-    roles = Roles(trained=("student.network",), averaged={"student.network": "device"}, frozen=("teacher",))
+    trained, averaged, helpers = ("student.network",), {"student.network": "device"}, ("teacher",)
     exported = ("student.network",)
 
     def __init__(self, setup: Setup) -> None:
@@ -155,7 +155,7 @@ class DistillationTask(Task):
         std = [b / scale for b, scale in zip(theirs["std"], ours["std"])]
         self.renormalise, self._teacher_hw = Normalise(mean, std, len(mean)), tuple(theirs["image_size_hw"])
 
-    def load_frozen(self) -> None:
+    def load_helpers(self) -> None:
         """Load the teacher. Raises UserError (`task.teacher`)."""
         if self.teacher is None:
             return
@@ -164,7 +164,7 @@ class DistillationTask(Task):
         else:
             load_into(self.teacher, read_timm(self.teacher, _KEY)[0], keep_head=True, key=_KEY)
 
-    def frozen_files(self) -> Mapping[str, Sequence[Path]]:
+    def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the teacher's file."""
         path = _find_file(self._config.teacher)
         return {} if path is None else {"teacher": [path]}

@@ -20,8 +20,7 @@ from data.rows import choose_probe_rows, spread
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes
-from engine.streams import Streams
-from engine.task import Report, StepOutput
+from engine.task import Report, StepOutput, Streams
 from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig, label_fields
 from engine.tasks.kind import Setup, TaskConfig
 from models.config import ConvNeXtV2Config, ModelConfig

@@ -18,8 +18,7 @@ from data.source import Source
 from data.stream import GroupedSampler, Sampler, build_sampler
 from data.transforms import ByGroup, Views
 from engine.config import TrainingConfig
-from engine.streams import Streams
-from engine.task import Task
+from engine.task import Streams, Task
 from engine.tasks.kind import Kind, Setup, TaskConfig
 from models.build import build_network, check_image_size
 from models.config import ModelConfig

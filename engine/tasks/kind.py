@@ -24,8 +24,7 @@ from data.open import Data
 from data.source import Source
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
-from engine.streams import Streams
-from engine.task import Task, split_exported
+from engine.task import Streams, Task, split_exported
 from models.config import ModelConfig
 from models.normalise import Normalise
 from models.predictor import check_metadata, wrong_metadata

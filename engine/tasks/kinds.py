@@ -18,7 +18,8 @@ from pydantic import Field
 
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
-from engine.run import build_task, run_path, run_training, start_ranks
+from engine.resume import will_resume
+from engine.start import build_task, describe_run, open_run, run_path, start_ranks
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
@@ -27,6 +28,8 @@ from engine.tasks.kind import Kind
 from engine.tasks.pretrained import use_pretrained
 from engine.tasks.tagging import TaggingKind
 from utils.config.entry_point import Job
+from utils.io.weights import InitFrom
+from utils.ranks import distributed
 
 KINDS: dict[str, Kind] = {
     "classification": ClassificationKind(),
@@ -59,11 +62,17 @@ def train(config: TrainingConfig, job: Job) -> str:
     # --------------------------------------------------------------------------------------------------- 3. The task
     task = build_task(lambda: kind.build(setup), config)
 
-    # ----------------------------------------------------------------------------------------------- 4. The training
-    # A new run loads init_from, then prepares what depends on the data, such as a fitted head.
+    plan = describe_run(task, streams, config, job, runtime)
+
+    # ----------------------------------------------------------------- 4. Initial weights, and what is fitted to data
+    if not distributed.rank_zero_call(lambda: will_resume(config, path)):
+        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
+        if not config.dry_run:
+            kind.prepare(task, data, setup, config, runtime)
+    if config.dry_run:
+        return f"dry run: {plan.total_steps} steps"
+
+    # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
-    next_commands = [line.format(run=path, data=words) for line in kind.next_commands]
-    return run_training(
-        task, streams, config, job, runtime, prepare=lambda: kind.prepare(task, data, setup, config, runtime),
-        next_commands=next_commands,
-    )  # fmt: skip
+    with open_run(task, streams, plan, config, job, runtime) as run:
+        return run.fit([line.format(run=path, data=words) for line in kind.next_commands])

@@ -26,8 +26,7 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
-from engine.streams import Streams
-from engine.task import Report, StepOutput
+from engine.task import Report, StepOutput, Streams
 from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
 from engine.tasks.kind import Setup
 from engine.tasks.mixing import Mixing, MixingConfig

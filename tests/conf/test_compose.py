@@ -9,12 +9,12 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from engine.run import build_task
+from engine.start import build_task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.conf.test_recipes import FOLDERS
 from tests.in_process import SCRIPTS, TRAINING, compose, configure, make_glyph_folder, run
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 

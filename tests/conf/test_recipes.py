@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from engine.plan import make_plan
-from engine.run import build_task
+from engine.start import build_task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.fcmae import count_removed
@@ -21,7 +21,7 @@ from optim.ema import ema_decay_at
 from optim.groups import build_groups
 from optim.schedules import Schedule
 from tests.in_process import configure
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 
 EXPERIMENTS = CONF / "experiment"
 FOLDERS = ("imagenet", "imagenet22k", "small_data")

@@ -14,7 +14,7 @@ from tests.data.test_loader import GLOBAL, make_reader, open_folder, stream, tak
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -28,7 +28,7 @@ from data.stream import Draw, GroupedSampler, Policy, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from tests.data.test_read_ahead import Asked
 from utils import rng
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 
 # More workers than cores are wanted here.

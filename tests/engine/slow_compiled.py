@@ -3,10 +3,10 @@
 import pytest
 from safetensors.torch import load_file
 
-from engine.runtime import can_compile
+from engine.runtime import missing_for_compile
 from tests.support import SCRIPTS, checkpoint_tensors, common, run, start
 
-pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="needs a C++ compiler and Python's headers")
+pytestmark = pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler and Python's headers")
 FAST = ["runtime.compile=true", "runtime.channels_last=true", "runtime.precision=bf16", "runtime.deterministic=false"]
 
 

@@ -97,5 +97,5 @@ def test_memory_by_part():
     assert found == {
         "weights": weights + buffers, "gradients": weights, "optimiser state": 2 * weights + steps, "averages": weights,
     }  # fmt: skip
-    learner.task.roles = learner.task.roles.__class__(frozen=("network",))
+    learner.task.helpers = ("network",)
     assert memory_by_part(learner)["frozen networks"] * 2**30 == weights

@@ -24,7 +24,7 @@ from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups
 from optim.state import load_optimizer_state, optimizer_state
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 from utils.io.files import AppendFile, sha256_text
 

@@ -32,7 +32,7 @@ def build(*overrides):
     config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", *overrides])
     torch.manual_seed(0)
     task = DiffusionKind().build(Setup(config.model, config.task))
-    task.load_frozen()
+    task.load_helpers()
     freeze(task)
     return task.train()
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.evaluator import Best, Evaluator
 from engine.plan import Plan
+from engine.run import Best, Run
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 
@@ -23,9 +23,9 @@ PLAN = Plan(1, 10, 10, 1, 100, 1000, 0, 0.1)  # 10 steps an epoch
     ],
 )
 def test_when_it_stalls(patience, best, newest, stalled):
-    loop = SimpleNamespace(early_stop_epochs=patience)
-    evaluator = Evaluator(None, PLAN, loop, None, None, best=Best(0.5, best), last_step=newest)
-    assert evaluator.has_stalled == stalled
+    config = SimpleNamespace(loop=SimpleNamespace(early_stop_epochs=patience))
+    run = SimpleNamespace(config=config, plan=PLAN, best=Best(0.5, best), last_evaluated=newest)
+    assert Run.has_stalled.fget(run) == stalled
 
 
 def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):

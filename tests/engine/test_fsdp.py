@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.parallel import _keep_whole, _shard, find_units
-from engine.runtime import Runtime, can_compile
-from engine.task import Roles, Task
+from engine.parallel import _keep_whole, find_units
+from engine.runtime import Runtime, missing_for_compile
+from engine.task import Task
 from tests.engine.test_exactness import CHEAP, NOISY, assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
@@ -150,7 +150,7 @@ def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, toleranc
 
 @pytest.mark.ddp
 @pytest.mark.slow
-@pytest.mark.skipif(not can_compile("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler")
 def test_compiled_unit_by_unit(collection, tmp_path):
     settings = ["loop.total_steps=3", "loop.global_batch_size=8", "optim.lr=0.001", "runtime.deterministic=false", FSDP]
     for compiles in ("false", "true"):
@@ -196,19 +196,11 @@ def test_units_are_blocks_in_stacks_and_nothing_else():
 
 def test_what_is_frozen_and_in_no_unit_is_kept_whole():
     task = Task()
-    task.roles = Roles(trained=("network",), frozen=("encoder",))
+    task.helpers = ("encoder",)
     task.network, task.encoder = Pair(8), nn.Module()
     task.encoder.stem, task.encoder.stack = nn.Linear(8, 8), nn.ModuleList([Pair(8)])
     machine = Runtime(torch.device("cpu"), "fp32", False, 0, 2)
     assert _keep_whole(task, find_units(task), machine) == set(task.encoder.stem.parameters())
-
-
-def test_a_single_number_is_refused_as_a_parameter():
-    task = nn.Module()
-    task.temperature = nn.Parameter(torch.tensor(0.1))
-    machine = Runtime(torch.device("cpu"), "fp32", False, 0, 2)
-    with pytest.raises(UserError, match=r"^runtime.parallel: fsdp shards rows, and temperature is a scalar"):
-        _shard(task, machine, compiles=False)
 
 
 def test_an_optimiser_of_whole_parameters_is_refused_before_a_folder_is_made(collection, tmp_path):

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.evaluator import Evaluator
 from engine.learner import Learner
 from engine.plan import Plan
+from engine.run import Run
 from engine.runtime import choose_runtime
 from engine.step import LossScale
-from engine.task import Report, Roles, StepOutput, Task, checkpointed_state, freeze, trained_networks
+from engine.task import Report, StepOutput, Task, checkpointed_state, networks_of
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
@@ -134,7 +134,7 @@ def test_the_average_is_that_of_the_weights_after_each_update():
 class OnFrozen(Task):
     """A linear layer on a frozen encoder that has statistics and draws."""
 
-    roles = Roles(frozen=("encoder",))
+    helpers = ("encoder",)
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ def test_a_frozen_network_stays_in_eval_mode_without_gradients():
     task, before = learner.task, copy.deepcopy(learner.task.encoder.state_dict())
     task.train()
     learner.update([make_batch()])
-    Evaluator(SimpleNamespace(evaluation={}), plan, None, None, None)._measure(learner)
+    Run.measure(SimpleNamespace(learner=learner, _due_loaders=dict))
     assert task.network.training and not any(module.training for module in task.encoder.modules())
     learner.update([make_batch()])
     after = task.encoder.state_dict()
@@ -167,17 +167,16 @@ def test_a_frozen_network_stays_in_eval_mode_without_gradients():
 def test_half_of_a_network_is_frozen_by_its_dotted_name():
     task = OnFrozen()
     task.network = nn.ModuleDict({"encoder": nn.Linear(3, 4), "decoder": nn.Linear(4, 1)})
-    task.encoder, task.roles = None, Roles(trained=("network.decoder",), frozen=("network.encoder", "encoder"))
-    freeze(task.train())
+    task.encoder, task.trained, task.helpers = None, ("network.decoder",), ("network.encoder", "encoder")
+    task.train()
     assert [name for name, one in task.named_parameters() if one.requires_grad] == [
         "network.decoder.weight", "network.decoder.bias"
     ]  # fmt: skip
     assert task.network["decoder"].training and not task.network["encoder"].training
     assert set(checkpointed_state(task)) == {"network.decoder.weight", "network.decoder.bias"}
-    for roles in (Roles(frozen=("network.encodr",)), Roles(frozen=("none.encoder",)), Roles(trained=("netwrk",))):
-        task.roles = roles
-        with pytest.raises(ValueError, match="OnFrozen.roles"):
-            freeze(task) or trained_networks(task)
+    for name in ("network.encodr", "none.encoder", "netwrk"):
+        with pytest.raises(AttributeError):
+            networks_of(task, [name])
 
 
 def test_the_state_of_another_network_is_refused():

@@ -6,20 +6,18 @@ raises. Steps that log, evaluate or save are excluded: those may wait.
 """
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import bench_loop, build_bench_run, read_group
-from engine.step import Asks
+from bench.measure import build_bench_run, read_group
+from engine.step import Asks, Vote
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from engine.train_one_epoch import Vote, train_one_epoch
 from models.config import ModelConfig
 from models.fcmae import draw_mask
 from optim.build import skips_on_device
@@ -28,7 +26,6 @@ from utils.vocabulary import Vocabulary
 
 STEPS, CLASSES, SIZE, BATCH = 10, 5, 32, 4
 PREPROCESSING = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}
-LOOP = bench_loop()
 aten = torch.ops.aten
 
 # What must read device memory on the host, or the shape of whose result depends on it.
@@ -151,7 +148,7 @@ def run_steps(training, batches, steps):
     """Run the loop itself until its stream ends."""
     before = training.step
     with pytest.raises(StopIteration):
-        train_one_epoch(training, iter([batches] * steps), LOOP, 0, Vote())
+        training.train_one_epoch(iter([batches] * steps))
     assert training.step == before + steps
 
 
@@ -238,10 +235,7 @@ def test_on_a_gpu_torchs_own_check_is_silent(kind, optim, changes, precision):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_fake_cuda.py reads votes on the CPU")
 def test_on_a_gpu_ranks_read_the_vote_of_the_step_before(monkeypatch):
     monkeypatch.setattr("utils.ranks.distributed.is_distributed", lambda: True)
-    vote, results = (
-        Vote(),
-        [SimpleNamespace(asked=torch.tensor([stop, 0.0], device="cuda")) for stop in (0.0, 1.0, 0.0)],
-    )
+    vote, results = Vote(), [torch.tensor([stop, 0.0], device="cuda") for stop in (0.0, 1.0, 0.0)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [vote.read(result, Asks()).stop for result in results]

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,8 +24,8 @@ def make_recorder(folder, momentum=None, *overrides):
     """Return a recorder of a run of 100 steps of 8 images, 10 steps an epoch."""
     config, _ = configure("finetune", [*SMALL_MODEL, *SHORT, *overrides])
     plan = Plan(1, 8, 8, 1, 80, 100, 0, 1e-3)
-    values = GroupValues(0.5, 0.0, momentum)
-    return Recorder(config, plan, lambda step: values, choose_runtime(config.runtime), folder)
+    schedule = SimpleNamespace(at=lambda step: GroupValues(0.5, 0.0, momentum))
+    return Recorder(config, plan, SimpleNamespace(schedule=schedule, runtime=choose_runtime(config.runtime)), folder)
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def drawn(tmp_path, monkeypatch):
     clock, steps = {"now": 1000.0}, []
     monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: clock["now"])
     recorder = make_recorder(tmp_path)
-    recorder.open(0, str)
+    recorder.open(0, None)
 
     def draw(metrics, path, title):
         clock["now"] += 1.0
@@ -88,7 +89,7 @@ def last_row(recorder):
 
 def test_an_epochs_row_counts_training_alone(tmp_path, clock):
     recorder = make_recorder(tmp_path, momentum=0.9)
-    recorder.open(0, str)
+    recorder.open(0, None)
     train_to(recorder, clock, 0, 10)
     recorder.end_epoch(10, 0, {"loss": 1.5, "top1": 0.5, "top5": 0.75})
     row = last_row(recorder)
@@ -105,7 +106,7 @@ def test_an_epochs_row_counts_training_alone(tmp_path, clock):
 
 def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder = make_recorder(tmp_path)
-    recorder.open(0, str)
+    recorder.open(0, None)
     train_to(recorder, clock, 0, 10)
     recorder.end_epoch(10, 0, {})
     train_to(recorder, clock, 10, 14)
@@ -114,7 +115,7 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     clock["now"] += 1e6
     recorder = make_recorder(tmp_path)
     recorder.load_state(state)
-    recorder.open(14, str)
+    recorder.open(14, None)
     train_to(recorder, clock, 14, 20)
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["seconds"] == pytest.approx(4.0)
@@ -126,13 +127,13 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
 @pytest.mark.parametrize("completed_step", [60, None])
 def test_a_complete_run_is_marked_until_it_goes_on(completed_step, tmp_path, clock):
     recorder = make_recorder(tmp_path)
-    recorder.open(0, str)
+    recorder.open(0, None)
     train_to(recorder, clock, 0, 60)
     recorder.close(completed_step=completed_step)
     marked = tmp_path / "complete.json"
     assert (json.loads(marked.read_text()) if marked.exists() else None) == (completed_step and {"step": 60})
     recorder = make_recorder(tmp_path)
-    recorder.open(50, str)
+    recorder.open(50, None)
     assert not (tmp_path / "complete.json").exists()
     recorder.close(completed_step=None)
 

@@ -13,13 +13,13 @@ from torch import nn
 from engine.recorder import Meter
 from engine.runtime import Runtime
 from engine.skips import EMPTY_STEPS, SkipWatch
-from engine.step import Asks, LossScale, StepResult, train_step
-from engine.task import StepOutput, Task, log_mean, trained_networks
+from engine.step import Asks, Buffers, LossScale, StepResult, train_step
+from engine.task import StepOutput, Task, log_mean, networks_of
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 from utils.ranks import distributed
 
@@ -87,7 +87,7 @@ def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
     group, _, opt = name.partition(" ")
     values = yaml.safe_load((CONF / "optim" / f"{group}.yaml").read_text()) | ({"opt": opt} if opt else {}) | changes
     config = TypeAdapter(OptimConfig).validate_python(values)
-    optimizer = build_optimizer(config, build_groups(task, trained_networks(task), config), lr)
+    optimizer = build_optimizer(config, build_groups(task, networks_of(task, task.trained), config), lr)
     set_group_values(optimizer, GroupValues(lr, weight_decay, None))
     return optimizer
 
@@ -100,8 +100,8 @@ def descent(task, lr=1.0):
 def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, progress=0.0, seed=0, **more):
     run = more.pop("runtime", runtime())
     learner = SimpleNamespace(
-        model=model or task, task=task, optimizer=optimizer, scale=scale or LossScale(run), runtime=run, step=step,
-        seed=seed, clip_grad_norm=clip,
+        model=model or task, task=task, buffers=Buffers(task), optimizer=optimizer, scale=scale or LossScale(run),
+        runtime=run, step=step, seed=seed, clip_grad_norm=clip,
     )  # fmt: skip
     return train_step(learner, batches, progress, **more)
 

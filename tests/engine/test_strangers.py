@@ -72,7 +72,7 @@ def test_the_teacher_is_exported_and_the_student_is_checkpointed(place):
     checkpoint = place / "multicrop/checkpoints/step_00000003"
     weights, rest = (load_file(checkpoint / f"{name}.safetensors") for name in ("weights", "task"))
     assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in exported)
-    assert {name.partition(".")[0] for name in rest} == {"student", "centre"}
+    assert {name.partition(".")[0] for name in rest} == {"student", "centre", "outputs"}
     assert not torch.equal(rest["student.head.weight"], exported["head.weight"])
     last = place / "multicrop/weights/last_weights.safetensors"
     assert last.samefile(checkpoint / "weights.safetensors")  # linked, not written twice
@@ -101,7 +101,7 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     changed = shutil.copytree(place / "flow", place / "changed") / "checkpoints/step_00000003"
     state["fingerprints"]["frozen.encoder"] = "another"
     replace_state(changed, json.dumps(state))
-    with pytest.raises(UserError, match=r"^resume: frozen\.encoder of changed has changed since the checkpoint"):
+    with pytest.raises(UserError, match=r"^frozen\.encoder: "):
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=changed", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.runtime import Runtime
-from engine.step import LossScale, train_step
+from engine.step import Buffers, LossScale, train_step
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig, patch_count
 from engine.tasks.kind import Setup
@@ -61,7 +61,7 @@ def learn(task, batch, runtime, steps=60, lr=3e-3):
     """Make so many updates on one batch; returns first and last loss."""
     learner = SimpleNamespace(
         model=task, task=task, optimizer=torch.optim.AdamW(task.parameters(), lr=lr, fused=True),
-        scale=LossScale(runtime), runtime=runtime, seed=0, clip_grad_norm=None,
+        buffers=Buffers(task), scale=LossScale(runtime), runtime=runtime, seed=0, clip_grad_norm=None,
     )  # fmt: skip
     losses = []
     for learner.step in range(steps):

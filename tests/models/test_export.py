@@ -17,7 +17,7 @@ from models.export.onnx_file import OnnxConfig, export_onnx
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from tests.support import export, no_large_allocation
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights
 

@@ -12,7 +12,7 @@ from optim.config import OptimConfig
 from optim.groups import build_groups as build
 from optim.groups import drop_frozen_gradients, is_vector, set_group_values
 from optim.schedules import GroupValues
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 
 DEPTHS = [1, 2, 3, 1]

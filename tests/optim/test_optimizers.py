@@ -10,7 +10,7 @@ from optim.build import build_optimizer, check_optimizer, skips_on_device
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 
 STEPS = 10

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from optim.config import ScheduleConfig
 from optim.schedules import Schedule, cosine, linear
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 
 STEPS = 10
 

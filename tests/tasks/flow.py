@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from data.stream import GroupedSampler
 from engine.measures.means import measure_means
-from engine.task import Report, Roles, StepOutput, Task, log_mean
+from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
 from engine.tasks.kind import TaskConfig
 from tests.tasks.entry import add_kind
@@ -42,7 +42,7 @@ class FlowConfig(ImageTrainingConfig):
 
 
 class FlowTask(Task):
-    roles = Roles(trained=("velocity",), averaged={"velocity": "cpu"}, frozen=("encoder",))
+    trained, averaged, helpers = ("velocity",), {"velocity": "cpu"}, ("encoder",)
     exported = ("velocity",)
 
     def __init__(self, setup):
@@ -53,7 +53,7 @@ class FlowTask(Task):
         self.encoder = None
         self.normalise, self.channels = setup.normalise(), setup.model.in_channels
 
-    def load_frozen(self):
+    def load_helpers(self):
         self.encoder = nn.Conv2d(self.channels, 4, kernel_size=4, stride=4, bias=False)
         nn.init.orthogonal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
 

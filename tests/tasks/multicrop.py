@@ -13,7 +13,7 @@ import torch
 
 from data.transforms import TrainTransform
 from engine.measures.means import measure_means
-from engine.task import Report, Roles, StepOutput, Task
+from engine.task import Report, StepOutput, Task
 from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
 from engine.tasks.kind import TaskConfig
 from models.build import build_network
@@ -41,7 +41,7 @@ class MultiCropConfig(ImageTrainingConfig):
 
 
 class MultiCropTask(Task):
-    roles = Roles(trained=("student",), averaged={})
+    trained, averaged = ("student",), {}
     exported = ("teacher",)
 
     def __init__(self, setup):
@@ -50,7 +50,7 @@ class MultiCropTask(Task):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.normalise = setup.normalise()
         self.register_buffer("centre", torch.zeros(setup.task.dim))
-        self.register_buffer("outputs", torch.zeros(setup.task.dim + 1), persistent=False)  # their sum, and number
+        self.register_buffer("outputs", torch.zeros(setup.task.dim + 1))  # their sum, and number
         self.config = setup.task
 
     def initialise(self, source):

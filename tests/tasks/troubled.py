@@ -28,7 +28,6 @@ import torch
 import data.loader
 import engine.checkpoint
 import engine.learner
-import engine.run
 import engine.tasks.classification
 import finetune
 from utils import rng

@@ -26,7 +26,7 @@ from data.source import Counters, not_cached
 from data.stream import Draw
 from data.transforms import EvalTransform, TrainTransform
 from tests.support import cache_config
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.ranks import distributed
 
 FORK = multiprocessing.get_context("fork")

@@ -12,7 +12,7 @@ from data.transforms import ResizedCrop
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils import rng
-from utils.config.entry_point import CONF
+from utils.config.help import CONF
 from utils.errors import UserError
 from utils.io.weights import read_weights
 

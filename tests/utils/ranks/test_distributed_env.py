@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.run import start_ranks
+from engine.start import start_ranks
 from tests.in_process import TINY, configure, working_in
 from utils.errors import UserError
 from utils.ranks import distributed

@@ -1,0 +1,163 @@
+"""What every training script calls before `Run.fit`: ranks, the task, checks, and the run in its folder.
+
+    runtime = start_ranks(config)
+    task = build_task(make, config)
+    plan = describe_run(task, streams, config, job, runtime)
+    with open_run(task, streams, plan, config, job, runtime) as run:
+        run.fit()
+
+The run folder is opened only after data and task are built, so a mistake leaves nothing behind.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from logging import DEBUG, INFO
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+
+from engine.batch_size import out_of_memory
+from engine.checkpoint import move_aside_beyond
+from engine.config import TrainingConfig
+from engine.plan import Plan, make_plan
+from engine.resume import choose_checkpoint
+from engine.run import Run
+from engine.runtime import Runtime, choose_compile, start_machine
+from engine.screen import start_screen
+from engine.step import Stopped
+from engine.task import Streams, Task, networks_of
+from optim.build import check_optimizer, check_shardable
+from optim.groups import build_groups, groups_table
+from utils.config.entry_point import Job
+from utils.config.recipe import recipe_hash
+from utils.config.sweep import SWEEP_VARIABLE
+from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
+from utils.io.safe_text import Lines
+from utils.ranks import distributed
+from utils.ranks.signals import StopRequest
+from utils.record.logging import get_logger
+from utils.record.run_folder import default_run_dir, environment_state, open_run_folder, write_config
+from utils.record.trackers import check_tracker
+
+log = get_logger(__name__)
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+def start_ranks(config: TrainingConfig) -> Runtime:
+    """Start the machine for training, and check that all ranks have the same configuration."""
+    runtime = start_machine(config.runtime)
+    shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
+    if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
+        raise UserError(
+            "loop.batch_size: auto lets each rank try alone, which runtime.parallel=fsdp and "
+            "runtime.sync_batchnorm=true rule out; set a number"
+        )
+    if config.optim.name == "adamw8bit":  # it moves other weights into memory that averages do not see
+        runtime = replace(runtime, channels_last=False)
+    distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
+    distributed.check_same("runtime.precision", runtime.precision)
+    return runtime
+
+
+def run_path(config: TrainingConfig, job: Job) -> Path:
+    """Return where the run's folder is, or will be."""
+    return Path(default_run_dir(config.model_dump(mode="json"), job))
+
+
+def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
+    """Build the task from the seed, equal on all ranks; on the meta device for a dry run."""
+    torch.manual_seed(config.seed)
+    with torch.device("meta" if config.dry_run else "cpu"):
+        task = make()
+    if not config.dry_run:
+        task.load_helpers()
+    return task.train()
+
+
+def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
+    """Return the run's plan; check what can be checked before any image is read, and log what will run.
+
+    In a dry run also the checkpoint that it would continue from.
+    """
+    train, path = streams.train, run_path(config, job)
+    plan = make_plan(
+        config,
+        world_size=distributed.planned_world_size() if config.dry_run else distributed.world_size(),
+        epoch_length=train.epoch_length,
+        chunk=train.chunk,
+        evaluation_samples=streams.evaluation_samples,
+    )
+    check_optimizer(config.optim, config.schedule)
+    if config.runtime.parallel == "fsdp":
+        check_shardable(config.optim)
+    distributed.rank_zero_call(lambda: check_tracker(config.tracking))
+    networks = networks_of(task, task.trained)
+    groups = build_groups(task, networks, config.optim)
+    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+    log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
+    screen = start_screen(config, plan, runtime, networks, streams.described)
+    log.info("%s", Lines(f"{job.script}.py: {screen}\n  run folder  {path}"))
+    log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
+    if config.dry_run:
+        choose_checkpoint(config, path, plan.total_steps)
+        log.info("dry run: nothing was written")
+    return plan
+
+
+@contextmanager
+def open_run(
+    task: Task, streams: Streams, plan: Plan, config: TrainingConfig, job: Job, runtime: Runtime
+) -> Iterator[Run]:
+    """Open a run's folder and records, continue from its checkpoint if it has one, and close all at the end.
+
+    Raises UserError for what the user can fix, SystemExit(75) after a stop signal.
+    """
+    values = config.model_dump(mode="json")
+    with open_run_folder(values, job) as folder, StopRequest() as stop:
+        run = Run(task, streams, plan, config, runtime, folder)
+        recorder, train, run.stop = run.recorder, streams.train, stop
+        run.learner.micro_batches.open(folder.path, runtime.device)
+        if config.loop.batch_size == "auto" and distributed.is_distributed():
+            sizes = range(train.shapes)
+            run.learner.rehearse(train.trial_batch(shape, plan.micro_batch_size) for shape in sizes)
+        found = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
+        if found is not None:
+            run.restore(found)
+            distributed.rank_zero_call(lambda: move_aside_beyond(folder.checkpoints, run.step))
+        distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
+        finished = True
+        try:
+            if not run.is_complete:  # a complete run needs no tracker
+                sweep = os.environ.get(SWEEP_VARIABLE)
+                distributed.rank_zero_call(lambda: recorder.start_tracker(folder.saved_config, run.step, sweep))
+            recorder.open(run.step, train, goes_on=not run.is_complete)
+            recorder.watchdog.start()
+            try:
+                yield run
+            except Stopped:
+                finished = False
+            recorder.watchdog.stop()
+        except BaseException as error:  # an interrupt too: in a notebook the process lives on
+            _fail(run, error)
+        run.close(finished=finished)
+    if not finished:
+        log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
+        raise SystemExit(EXIT_STOPPED)
+
+
+def _fail(run: Run, error: BaseException) -> NoReturn:
+    """Close what must be of a run that failed, and raise the error; where a rank was lost, name it."""
+    recorder = run.recorder
+    if isinstance(error, torch.OutOfMemoryError):
+        error = out_of_memory(recorder.stage, *recorder.batch)
+    known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
+    lost = None if known else recorder.watchdog.name_lost_ranks()
+    recorder.abandon()
+    run.saver.writer.wait()
+    if lost:
+        log.error("%s; the same command resumes from the last checkpoint", lost)
+        raise SystemExit(EXIT_LOST_RANK) from error
+    raise error
