@@ -6,25 +6,15 @@ graph's side by bicubic, BGR from 0 to 255; the first output is probabilities, o
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from models.image_model import OnnxForm
 from utils.errors import UserError
 from utils.vocabulary import FILE, read_vocabulary
 
 
-class GraphValue(Protocol):
-    """An input or output, as ONNX Runtime describes it; a size that is not fixed is a name or None."""
-
-    name: str
-    type: str
-    shape: list[int | str | None]
-
-
-def read_wd_metadata(
-    path: Path, key: str, inputs: Sequence[GraphValue], outputs: Sequence[GraphValue]
-) -> dict[str, Any]:
-    """Return the metadata that a file of ours would have.
+def read_wd_metadata(path: Path, key: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+    """Return the metadata that a file of ours would have, from the inputs and outputs that ONNX Runtime describes.
 
     Raises UserError (`key`) where no selected_tags.csv lies beside the file, the graph is of another form, or the CSV
     file is of another tagger.
@@ -55,7 +45,7 @@ def read_wd_metadata(
     return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}
 
 
-def _is_wd(taken: GraphValue, given: GraphValue) -> bool:
+def _is_wd(taken: Any, given: Any) -> bool:
     if taken.type != "tensor(float)" or len(taken.shape) != 4 or len(given.shape) != 2:
         return False
     batch, height, width, channels = taken.shape

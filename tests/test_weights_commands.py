@@ -158,10 +158,6 @@ def test_reports_of_several_files_lie_beside_each_other(place):
     assert {name: report["format"] for name, report in reports.items()} == {
         "model.safetensors": "safetensors", "model.pth": "pth"
     }  # fmt: skip
-    before = (place / "both/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=r"^output: .*format=safetensors"):
-        run("export", ["format=timm", "run_dir=run", "output=both"], place)
-    assert (place / "both/model.safetensors").read_bytes() == before
 
 
 def test_an_export_to_a_full_disk_is_a_users_error(place, small_disk):

@@ -18,7 +18,7 @@ from torch import nn
 from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTask
 from models.export import tag_forms
-from models.export.model_card import licence_entry, refuse_other_format, write_card
+from models.export.model_card import licence_entry, write_card
 from models.export.onnx_file import OnnxConfig, export_onnx
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
@@ -232,7 +232,6 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     there = next(path for path in (folder, *folder.parents) if path.exists())
     with TemporaryDirectory(dir=there, prefix=".export-") as scratch:
         report = write(weights, Path(scratch), config)
-        refuse_other_format(folder, report["file"], config.format)
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
             place = folder / path.relative_to(scratch)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 from models.export import snippets
 from models.outputs import OUTPUTS
-from utils.canvas import background_of
 from utils.errors import UserError
 from utils.io.files import read_json, write_json
 
@@ -29,22 +28,6 @@ def licence_entry(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
     return {} if licence is None else {key: licence}
 
 
-def describe_preprocessing(preprocessing: Mapping[str, Any]) -> str:
-    """Return what is done to an image, in words."""
-    height, width = preprocessing["image_size_hw"]
-    resize = f"both sides to {height} x {width} px ({preprocessing['interpolation']})"
-    is_square = preprocessing.get("pad", "none") == "square"
-    is_whole = is_square and height == width and preprocessing.get("eval_crop") == 1  # there is nothing to cut off
-    if preprocessing.get("eval_resize", "crop") == "crop" and not is_whole:
-        resize = (
-            f"the shorter side to {height} x {width} px / {preprocessing['eval_crop']:g}, rounded down "
-            f"({preprocessing['interpolation']}), and the centre of {height} x {width}"
-        )
-    if is_square:
-        resize = f"padded to a square of the same colour, an odd pixel to the right or the bottom; {resize}"
-    return f"{resize}; values in [0, 1] minus {preprocessing['mean']}, divided by {preprocessing['std']}"
-
-
 def label_names(metadata: Mapping[str, Any]) -> list[str]:
     """Return the names of a head's outputs, classes or tags; none for a backbone, or where they are mere numbers."""
     if metadata.get("numbered_classes"):
@@ -55,15 +38,10 @@ def label_names(metadata: Mapping[str, Any]) -> list[str]:
 def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) -> None:
     """Write README.md, with the licence where the hub looks for it. file: the exported one, of format `form`."""
     licence, origin = licence_of(metadata), metadata.get("origin") or {}
-    preprocessing = metadata["preprocessing"]
+    steps = [f"- {name}: {value}" for name, value in metadata["preprocessing"].items()]
     lines = [] if licence is None else ["---", f"license: {licence}", "---", ""]
     lines += [f"# {metadata['model']['name']}, format {form}", ""]
-    background = background_of(preprocessing)
-    under = "leave transparency out" if background == "drop" else f"put transparent images on {background}"
-    lines += [
-        f"The network was trained on images prepared so: {under}; then {describe_preprocessing(preprocessing)}.",
-        "",
-    ]
+    lines += ["In training, images were prepared so:", "", *steps, ""]
     if metadata.get("channel_order") == "BGR":
         lines += ["It takes BGR: turn the channels round after timm's transform, on an image that is padded to a "
                   "white square, as neggles/wdv3-timm does.", ""]  # fmt: skip
@@ -82,29 +60,11 @@ def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) 
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def refuse_other_format(folder: Path, file: str, form: str) -> None:
-    """Raise UserError (`output`) where a folder has a file of this name in another format."""
-    earlier = _read_report(folder).get(file, {}).get("format", form)
-    if earlier != form:
-        raise UserError(
-            f"output: format={form} would replace the {file} of format={earlier} in {folder}; name another folder"
-        )
-
-
 def add_report(folder: Path, report: dict[str, Any]) -> None:
     """Write the report of `report["file"]` into export.json; those of other files stay."""
-    write_json(folder / REPORT, {**_read_report(folder), report["file"]: report})
-
-
-def _read_report(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the reports in a folder by file."""
     path = folder / REPORT
-    if not path.is_file():
-        return {}
     try:
-        found = read_json(path)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(report, dict) for report in found.values()):
-        raise UserError(f"output: {path} is not a report of export.py; move it away, or name another folder")
-    return found
+        earlier = dict(read_json(path)) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"output: {path} is not a report of export.py; move it away, or name another folder") from None
+    write_json(path, {**earlier, report["file"]: report})

@@ -63,7 +63,7 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, conf
     Raises UserError: `tolerance` if the outputs of either differ by more; `format` for weights above the size of an
     ONNX file; `dynamic_size` for a network of one size.
     """
-    _refuse_large(model, metadata, path)
+    _refuse_large(model, metadata)
     samples = _draw_samples(metadata["preprocessing"], model, config.dynamic_size)
     _check_varied(model, metadata, path, samples, config)
     _write(model, metadata, path, samples[-1], config)
@@ -105,14 +105,12 @@ def _check_varied(
     refuse_difference(_compare(varied, path, samples)[1], tolerance, "a copy with varied weights")
 
 
-def _refuse_large(model: ImageModel, metadata: Mapping[str, Any], path: Path) -> None:
+def _refuse_large(model: ImageModel, metadata: Mapping[str, Any]) -> None:
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > _MAX_BYTES:
-        name = metadata.get("model", {}).get("name", "the network")
         raise UserError(
-            f"format: {name} has {size / 2**30:.2f} GiB of weights and one ONNX file holds at most 2 GiB, so {path} "
-            "cannot be written; export a smaller network (model=convnextv2_large, say), or predict with the weights "
-            "themselves: predict.py weights=RUN"
+            f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, and one ONNX file holds at "
+            "most 2 GiB; export a smaller network, or predict with the weights themselves: predict.py weights=RUN"
         )
 
 

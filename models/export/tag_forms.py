@@ -123,21 +123,17 @@ def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
     Raises UserError (`format`) where turning its first convolution round does not do that.
     """
     images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
-    varied = vary_weights(network)
-    wanted, found = varied(images), _turn_stem(varied)(images.flip(1))
-    if not float((found - wanted).abs().max()) <= _TOLERANCE * float(wanted.abs().max()):
-        raise UserError(
-            f"format: timm's taggers take BGR, and {type(network).__name__} does not begin with one convolution of "
-            "three channels that could be turned round; set format=wd14 or safetensors"
-        )
-    return _turn_stem(network)
-
-
-def _turn_stem(network: nn.Module) -> nn.Module:
-    made = copy.deepcopy(network).eval()
-    stem = next((module for module in made.modules() if isinstance(module, nn.Conv2d)), None)
-    if stem is not None and stem.in_channels == 3:
-        stem.weight.data = stem.weight.data.flip(1)
+    for original in (vary_weights(network), network):
+        made = copy.deepcopy(original).eval()
+        stem = next((module for module in made.modules() if isinstance(module, nn.Conv2d)), None)
+        if stem is not None and stem.in_channels == 3:
+            stem.weight.data = stem.weight.data.flip(1)
+        wanted = original.eval()(images)
+        if not float((made(images.flip(1)) - wanted).abs().max()) <= _TOLERANCE * float(wanted.abs().max()):
+            raise UserError(
+                f"format: timm's taggers take BGR, and {type(network).__name__} does not begin with one convolution of "
+                "three channels that could be turned round; set format=wd14 or safetensors"
+            )
     return made
 
 
@@ -155,14 +151,11 @@ def check_images(form: str, preprocessing: Mapping[str, Any]) -> None:
     if form == "imgutils":
         return
     if height != SD_SCRIPTS_SIDE:
-        log.warning(
-            "format: sd-scripts resizes images to %d px, and these weights take %d px, so it cannot use them; other "
-            "programs can. Train with augment.image_size_hw=[448,448] for it", SD_SCRIPTS_SIDE, height,
-        )  # fmt: skip
+        log.warning("format: sd-scripts gives images of %d px, and these weights take %d px", SD_SCRIPTS_SIDE, height)
     if preprocessing.get("pad", "none") != "square" or background_rgb(background_of(preprocessing)) != (255, 255, 255):
         log.warning(
-            "format: the programs that read %s pad images to squares on white, and these weights were trained on other "
-            "images; expect worse tags than evaluate.py measures (augment.pad=square data.background=white)", form,
+            "format: the programs that read %s pad images to squares on white, which was not so in training; expect "
+            "worse tags than evaluate.py measures (augment.pad=square data.background=white)", form,
         )  # fmt: skip
 
 
@@ -183,10 +176,6 @@ def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]
     missing = vocabulary.columns.keys() - kept.columns.keys()
     left_out = dict(Counter(category_name(category) for category, _ in sorted(missing)))
     constant = [name for _, name in kept.columns.keys() - vocabulary.columns.keys()]
-    if left_out:
-        log.info("format: tags left out: %s", left_out)
-    if constant:
-        log.info("format: rows that programs need and the vocabulary lacks, always 0: %s", ", ".join(sorted(constant)))
     if not any(kept.counts[row] for row in kept.of_category(RATING)):
         log.warning("format: no training image had a rating, so the ratings that programs show mean nothing")
     return {"tags": len(kept), "left_out": left_out, "constant": sorted(constant)}
