@@ -15,24 +15,19 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-SIDE_PX, _FREQUENCIES = 32, 8
+_SIDE_PX, _FREQUENCIES = 32, 8
 _DISTANCE = 4  # bits in which the hashes of duplicates may differ
 # Hashes at most 4 bits apart agree in one of these 5 bands of 13 bits (the last has 11).
 _SHIFTS, _BAND = range(0, 63, 13), 2**13 - 1
-_WAVES = np.cos(np.pi / SIDE_PX * np.outer(np.arange(_FREQUENCIES), np.arange(SIDE_PX) + 0.5))
+_WAVES = np.cos(np.pi / _SIDE_PX * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE_PX) + 0.5))
 _PLACES = np.arange(-1, _FREQUENCIES**2 - 1).reshape(_FREQUENCIES, _FREQUENCIES)  # of the bits; the mean's is -1
 _ODD = sum(1 << int(place) for place in _PLACES[:, 1::2].flat)
 
 
-def shrink_to_grey(pixels: np.ndarray) -> np.ndarray:
-    """Return the grey levels of an image squeezed to a square, uint8 [32, 32]; of such a square, itself."""
-    grey = Image.fromarray(pixels).convert("L").resize((SIDE_PX, SIDE_PX), Image.Resampling.HAMMING)
-    return np.asarray(grey)
-
-
 def perceptual_hash(pixels: np.ndarray) -> int:
     """Return the hash of an image, uint8 [H, W, 3], or of its grey levels [H, W]: from 0 to 2**63 - 1."""
-    signs = _WAVES @ shrink_to_grey(pixels).astype(np.float64) @ _WAVES.T > 0.5  # not 0, where rounding would decide
+    grey = Image.fromarray(pixels).convert("L").resize((_SIDE_PX, _SIDE_PX), Image.Resampling.HAMMING)
+    signs = _WAVES @ np.asarray(grey, np.float64) @ _WAVES.T > 0.5  # not 0, where rounding would decide
     return sum(1 << int(place) for place in _PLACES[signs] if place >= 0)
 
 
@@ -64,15 +59,11 @@ def _near_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while len(rows):
             apart += 1
             rows = rows[rows + apart < ends[rows]]
-            near = rows[is_near(values[rows] ^ values[rows + apart], _DISTANCE)]
+            differences = values[rows] ^ values[rows + apart]
+            for _ in range(_DISTANCE):
+                differences &= differences - 1  # clears the lowest bit that is set
+            near = rows[differences == 0]
             yield owners[near], owners[near + apart]
-
-
-def is_near(differences: np.ndarray, distance: int) -> np.ndarray:
-    """Return where at most `distance` bits are set, bool of the same shape."""
-    for _ in range(distance):
-        differences = differences & (differences - 1)  # clears the lowest bit that is set
-    return differences == 0
 
 
 def _roots(parents: np.ndarray, items: np.ndarray) -> np.ndarray:

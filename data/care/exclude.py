@@ -22,7 +22,7 @@ from data.image_formats import read_file
 from data.manifest_formats import PARQUET, read_parquet
 from data.manifest_writer import refuse_foreign, save_manifest
 from data.open import load_collection
-from data.scan import check_root, list_images
+from data.scan import check_root
 from data.table import assign_validation, replace_column
 from data.tags.names import parse_rating
 from utils.config.bounds import Count, Factor, KnobValue, Side
@@ -64,15 +64,6 @@ def read_own_manifest(root: Path) -> pa.Table:
 def _read_reasons(table: pa.Table) -> list[str | None]:
     """Return why each row of a manifest has weight 0, None where it has not."""
     return table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(table)
-
-
-def excluded_by_others(root: Path, job: str) -> set[str]:
-    """Return the images that the manifest excludes for another reason than this job's."""
-    if not (root / PARQUET).is_file():
-        return set()
-    table = read_parquet(root / PARQUET)
-    rows = zip(table["path"].to_pylist(), table["weight"].to_pylist(), _read_reasons(table))
-    return {path for path, weight, why in rows if weight == 0 and why and not why.startswith(f"{job}: ")}
 
 
 def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
@@ -162,9 +153,11 @@ class Duplicates(Finder):
 
     def find(self, data: DataConfig) -> dict[str, str]:
         """Return all but one of each group. Raises UserError (`data.root`, `job.report`)."""
-        root = check_root(data.root)
-        out = excluded_by_others(root, self.name)  # else one of them could be kept, and its whole group lost
-        sizes = {image.path: image.size for image in sorted(list_images(root)) if image.path not in out}
+        root, table = check_root(data.root), load_collection(data).table
+        rows = zip(*(table[name].to_pylist() for name in ("path", "size", "weight")), _read_reasons(table))
+        sizes = {  # without what others exclude: else one of those could be kept, and its whole group lost
+            path: size for path, size, weight, why in rows if weight or not why or why.startswith(f"{self.name}: ")
+        }
         facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
 
         def rank(path: str) -> tuple[int, int, str]:

@@ -130,7 +130,7 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagInd
     if mapper.unknown:
         texts = ", ".join(repr(text) for text, _ in mapper.unknown.most_common(_SHOWN))
         log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.unknown.total():,}", texts)
-    return TagIndex(ids.astype(np.int32), np.cumsum([0, *lengths]), known, tagged)
+    return TagIndex(ids.astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), known, tagged)
 
 
 class _Mapper:

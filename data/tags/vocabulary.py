@@ -44,35 +44,49 @@ class CollectVocabulary(Tool, VocabularyConfig):
 
     def run(self, data: DataConfig) -> str:
         """Write it. Raises UserError (`data.root`, `job`)."""
-        made, report = make_vocabulary(load_collection(data), self, "job.")
+        made = make_vocabulary(load_collection(data), self, "job.")
         with output_errors("job.output", Path(self.output)):
             write_vocabulary(Path(self.output), made)
-        log.info("wrote %s: %s", self.output, report)
-        return f"{len(made)} tags"
+        return f"{len(made)} tags in {self.output}"
 
 
-def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) -> tuple[Vocabulary, str]:
-    """Return the vocabulary that the configuration asks for, and a report of what was taken.
+def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) -> Vocabulary:
+    """Return the vocabulary that the configuration asks for, in the order of published taggers. Logs what was taken.
 
-    key: what the configuration keys begin with. Raises UserError (`<key>...`) where a file cannot be read, ratings are
-    ambiguous, or no tag is left.
+    The order: ratings, general, characters, the other categories; in each by descending count, then by name. Where no
+    image has a rating, none is taken. A tag of `keep` is taken in any case. A tag of a list without a category is that
+    of its name in any category. key: what the configuration keys begin with.
+    Raises UserError (`<key>...`) where a file cannot be read, ratings are ambiguous, or no tag is left.
     """
-    rules = read_rules(wanted, key)
-    found = count_tags(collection, rules)
-    chosen = choose_tags(found, wanted, key)
-    if not set(chosen.categories) - {RATING}:
-        most = [f"{name!r} on {count:,}" for name, count in zip(found.names, found.counts)][len(RATINGS) :][:_SHOWN]
+    categories = {CATEGORIES[name] for name in wanted.categories}
+    ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
+
+    def is_wanted(tag: Tag, count: int) -> bool:
+        listed = {tag, Tag(None, tag.name)}
+        fits = tag.category in categories and count >= wanted.min_count and len(tag.name) <= _MAX_LENGTH
+        return tag.category != RATING and (bool(listed & keep) or (fits and not listed & ignore))
+
+    found = count_tags(collection, read_rules(wanted, key))
+    chosen = [entry for entry in found if is_wanted(*entry)]
+    if not chosen:
+        most = [f"{tag.name!r} on {count:,}" for tag, count in found[len(RATINGS) :][:_SHOWN]]
         raise UserError(
             f"{key}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
             f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); set a lower one, or give the "
             "images sidecars (docs/collections.md)"
         )
-    taken = ", ".join(f"{count:,} {name}" for name, count in Counter(map(category_name, chosen.categories)).items())
-    unrated = "" if RATING in chosen.categories else "; no ratings, because no training image has one"
-    return chosen, f"{len(chosen):,} tags ({taken}) of {len(found):,}{unrated}"
+    order = {GENERAL: -2, CHARACTER: -1}
+    chosen.sort(key=lambda entry: (order.get(entry[0].category, entry[0].category), -entry[1], entry[0].name))
+    if any(count for _, count in found[: len(RATINGS)]):
+        chosen = found[: len(RATINGS)] + chosen
+    taken = Counter(category_name(tag.category) for tag, _ in chosen)
+    log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in taken.items()))
+    ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
+    made = Vocabulary.of(tag for tag, _ in chosen)
+    return replace(made, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
 
 
-def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
+def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:
     """Return the four ratings and every tag, each with the number of training images that have it, implied tags too.
 
     Images of weight 0 do not count. Raises UserError (`<key>rating_s`) as `map_tags` does.
@@ -88,33 +102,7 @@ def count_tags(collection: Collection, rules: TagRules) -> Vocabulary:
     tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in stated]
     every = Vocabulary.of([*((RATING, name) for name in RATINGS), *tags])
     counts = np.bincount(map_tags(table, every, rules).ids, minlength=len(every))
-    return replace(every, counts=tuple(counts.tolist()))
-
-
-def choose_tags(found: Vocabulary, wanted: VocabularyConfig, key: str) -> Vocabulary:
-    """Return the ratings and the chosen tags in the order of published taggers.
-
-    The order: ratings, general, characters, the other categories; in each by descending count, then by name. Where no
-    image has a rating, none is taken. A tag of `keep` is taken in any case. A tag of a list without a category is that
-    of its name in any category.
-    """
-    categories = {CATEGORIES[name] for name in wanted.categories}
-    ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
-
-    def is_wanted(tag: Tag, count: int) -> bool:
-        listed = {tag, Tag(None, tag.name)}
-        fits = tag.category in categories and count >= wanted.min_count and len(tag.name) <= _MAX_LENGTH
-        return bool(listed & keep) or (fits and not listed & ignore)
-
-    every = list(zip(map(Tag._make, found.columns), found.counts))
-    ratings = [entry for entry in every if entry[0].category == RATING]
-    chosen = [entry for entry in every if entry[0].category != RATING and is_wanted(*entry)]
-    order = {GENERAL: -2, CHARACTER: -1}
-    chosen.sort(key=lambda entry: (order.get(entry[0].category, entry[0].category), -entry[1], entry[0].name))
-    chosen = [*ratings, *chosen] if any(count for _, count in ratings) else chosen
-    ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
-    made = Vocabulary.of(tag for tag, _ in chosen)
-    return replace(made, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
+    return list(zip(map(Tag._make, every.columns), counts.tolist()))
 
 
 def _read_names(path: str | None, key: str) -> frozenset[Tag]:

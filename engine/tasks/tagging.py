@@ -291,9 +291,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
         min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
         **config.model_dump(include=set(TagRulesConfig.model_fields)),
     )  # fmt: skip
-    vocabulary, report = make_vocabulary(collection, wanted, "task.")
-    log.debug("vocabulary: %s", report)
-    return vocabulary
+    return make_vocabulary(collection, wanted, "task.")
 
 
 class TaggingKind(ImageKind):

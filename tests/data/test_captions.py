@@ -23,13 +23,13 @@ def config(**changed):
 
 
 def collection_of(root, files, images=("a.png", "b.png", "c.png")):
-    """Return a collection of images and other files, by name; a text, bytes, or objects of which each is a line."""
+    """Return a collection of images and other files, by name; a text, or objects of which each is a line."""
     for name in images:
         Image.new("L", (2, 2)).save(root / name)
     for name, content in files.items():
         if isinstance(content, list):
             content = "\n".join(map(json.dumps, content))
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (root / name).write_text(content)
     return open_collection(str(root), index_collection(str(root), validation_fraction=0, cache=root / ".cache"))
 
 
@@ -48,16 +48,6 @@ def test_captions_of_sidecars_and_tags_in_words(tmp_path):
     assert texts(collection) == ["A cat, sleeping.", "1girl, long hair, rating:g", ""]
     assert texts(collection, source="tags")[0] == "hatsune miku, hat (x), ^_^"
     assert texts(collection, source="tags", separator=" | ")[1] == "1girl | long hair | rating:g"
-
-
-def test_rows_of_predictions(tmp_path):
-    rows = [
-        {"path": "elsewhere/a.png", "rating": "general", "rating_prob": 0.9, "tags": "1girl, long_hair", "probs": {}},
-        {"path": "elsewhere/b.png", "error": "truncated"},
-    ]
-    collection = collection_of(tmp_path, {"meta_tags.jsonl": rows, "b.txt": "kept", "c.txt": "a cat"})
-    assert texts(collection) == ["1girl, long hair", "kept", "a cat"]
-    assert collection.row(0).rating == "general"
 
 
 # Variation.

@@ -14,7 +14,7 @@ from data.table import build_table
 from data.tags.index import index_tags, map_tags
 from data.tags.names import Tag, parse_rating, parse_tag
 from data.tags.rules import TagRules, read_rules
-from data.tags.vocabulary import choose_tags, count_tags, make_vocabulary
+from data.tags.vocabulary import make_vocabulary
 from tests.in_process import run
 from utils.config.messages import ConfigError
 from utils.errors import UserError
@@ -183,18 +183,18 @@ def test_a_vocabulary_is_made_in_the_order_of_published_taggers(tmp_path):
     (tmp_path / "ignore.txt").write_text("# comment\n\nBad\ncharacter:a\n")
     (tmp_path / "keep.txt").write_text("kept\n")
     lists = {name: str(tmp_path / f"{name}.txt") for name in ("ignore", "keep")}
-    made, report = make_vocabulary(collection, wanted(**lists), "vocabulary.")
+    made = make_vocabulary(collection, wanted(**lists), "vocabulary.")
     assert made.names == (*RATINGS, "a", "b", "c,d", "kept", "miku")
     assert made.categories == (9, 9, 9, 9, 0, 0, 0, 0, 4) and made.counts == (0, 0, 1, 0, 3, 2, 2, 1, 3)
     assert made.tag_ids == (*RATINGS.values(), 4, 5, 6, 7, 8)
-    assert report == "9 tags (4 rating, 4 general, 1 character) of 13"
 
 
 def test_implied_tags_count_and_other_categories_come_last(tmp_path):
     collection = collection_of(tmp_path / "root", rows_with({"kitty": 3, "cat": 1, "artist:z": 2, "copyright:y": 2}))
-    rules = rules_of(tmp_path, "kitty,cat", "cat,animal")
-    found = count_tags(collection, rules)
-    chosen = choose_tags(found, wanted(categories=["artist", "general", "copyright"]), "vocabulary.")
+    (tmp_path / "aliases.csv").write_text("kitty,cat")
+    (tmp_path / "implications.csv").write_text("cat,animal")
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("aliases", "implications")}
+    chosen = make_vocabulary(collection, wanted(categories=["artist", "general", "copyright"], **files), "vocabulary.")
     assert list(zip(chosen.names, chosen.counts)) == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]  # nor ratings
 
 
@@ -213,7 +213,8 @@ def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
 def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, texts):
     root = tmp_path_factory.mktemp("any")
     collection = collection_of(root / "root", [{"path": "a", "tags": ["tag", *texts]}])
-    made = count_tags(collection, TagRules("general", {}, {}, "task."))
+    every = wanted(min_count=1, categories=["general", "artist", "copyright", "character", "meta"], rating_s="general")
+    made = make_vocabulary(collection, every, "task.")
     write_vocabulary(root / FILE, made)
     assert read_vocabulary(root / FILE, "key") == made
     expected = {tag for tag in map(parse_tag, texts) if tag.name and tag.category != 9}
@@ -228,5 +229,5 @@ def test_prepare_writes_a_vocabulary(collection, tmp_path, log):
     assert run("prepare", [*words, "dry_run=true"], tmp_path).startswith("dry run") and not (tmp_path / "made").exists()
     said = run("prepare", words, tmp_path)
     made = read_vocabulary(tmp_path / "made/tags.csv", "key")
-    assert said == f"{len(made)} tags" and made.names[4].startswith("tag_") and min(made.counts[4:]) >= 3
-    assert log.messages[-2].startswith("wrote made/tags.csv: ")
+    assert said == f"{len(made)} tags in made/tags.csv" and made.names[4].startswith("tag_")
+    assert min(made.counts[4:]) >= 3 and log.messages[-2].startswith(f"{len(made)} of ")

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
-import data.facts
 from data.care.exclude import find_groups
 from data.care.reports import count_together
 from data.facts import Facts, measure_file, measure_files
@@ -99,29 +98,6 @@ def test_facts_are_of_the_upright_image(tmp_path):
     assert measure_file(str(tmp_path / "none.png"), 9).sha256 is None
 
 
-def test_what_was_read_is_not_read_again(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    measure, read = data.facts.measure_file, []
-
-    def counted(file, **options):
-        read.append(file)
-        if len(read) == 3:
-            raise KeyboardInterrupt
-        return measure(file, **options)
-
-    monkeypatch.setattr(data.facts, "measure_file", counted)
-    with pytest.raises(KeyboardInterrupt):
-        measure_files(root, list(TAGS), 10**6)
-    (cache,) = (tmp_path / "outputs/cache/facts").iterdir()
-    cache.write_text(cache.read_text() + '\n["dog/1.png", [1, 2')
-    facts = measure_files(root, list(TAGS), 10**6)
-    assert len(read) == 4 and measure_files(root, list(TAGS), 10**6) == facts and len(read) == 4
-    (root / "cat/1.png").write_bytes((root / "dog/1.png").read_bytes())
-    assert measure_files(root, list(TAGS), 10**6)[0] == facts[2] and len(read) == 5
-    measure_files(root, list(TAGS), 100)
-    assert len(read) == 8
-
-
 def test_tags_that_share_images():
     tags = pa.chunked_array([[["a", "b"], [], ["a"]], [["b", "a", "c"]]], pa.list_(pa.string()))
     pairs = [tuple(row.values()) for row in count_together(tags)]
@@ -140,7 +116,7 @@ def test_statistics(root, tmp_path):
     assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
     assert tables["tags_together"][0] == {"tag": "hat", "and": "red", "images": 2, "share": 1.0}
     page = (tmp_path / "outputs/care/statistics/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 5 and "http:" not in page and "https:" not in page
 
 
 def test_statistics_from_the_manifest_alone(root, tmp_path, monkeypatch):
