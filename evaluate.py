@@ -35,8 +35,7 @@ from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
-from utils.io.files import output_errors, write_json
-from utils.io.result_folder import open_result_folder
+from utils.io.files import canonical_json, output_errors, sha256_text, write_json
 from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
@@ -125,11 +124,16 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     rows = report.tables["arena"]
     if distributed.is_main():
         source = config.model_dump(mode="json", include={"models", "data", "arena"})
-        folder = open_result_folder(_RESULTS / "arena", source)
+        folder = result_folder("arena", source)
         output = Path(config.output or folder / "arena.json")
         log.info("%s", Lines(show_rows(rows)))
         write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
+
+
+def result_folder(name: str, source: dict[str, Any]) -> Path:
+    """Return the folder of results that belong to no run: the same source finds it again."""
+    return _RESULTS / f"{name}-{sha256_text(canonical_json(source))[:8]}"
 
 
 def write_results(
@@ -189,7 +193,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         folder = Path(config.run_dir or "")
         if config.run_dir is None:
             source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
-            folder = open_result_folder(_RESULTS / path.stem, source)
+            folder = result_folder(path.stem, source)
         figures = {"weights": str(path), "step": step, "seconds": round(seconds, 3), **report.scalars}
         output = Path(config.output or folder / "metrics.json")
         title = f"{path}, step {step}, on {collection.root}"

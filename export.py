@@ -11,7 +11,6 @@ docs/weights.md has each format, what it can hold, how it is loaded, and how wei
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-import time
 from pathlib import Path
 
 from engine.exports.formats import ExportConfig, find_format, write_export
@@ -21,7 +20,6 @@ from utils.config.entry_point import Job, entry_point
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights
 from utils.record.logging import get_logger
-from utils.record.trackers import send_files
 
 log = get_logger(__name__)
 
@@ -29,7 +27,6 @@ log = get_logger(__name__)
 @entry_point("export", ExportConfig)
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
-    started = time.time()
     # ------------------------------------------------------------------------------------------------ 1. The weights
     weights = open_weights(choose_weights(config.run_dir or "", config.weights))
     weights = (weights.without_head() if config.backbone_only else weights).for_export(config.licence)
@@ -45,9 +42,6 @@ def main(config: ExportConfig, job: Job) -> str:
         report |= {"format": config.format, "step": weights.metadata["step"]}
         report |= licence_entry("licence", weights.metadata)
         add_report(folder, report)
-    if config.run_dir is not None:
-        files = [file for file in folder.iterdir() if file.is_file() and file.stat().st_mtime >= started]
-        send_files(Path(config.run_dir), config.format, files, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     licence = f" (licence of the source weights: {report['licence']})" if "licence" in report else ""
     log.info("wrote %s%s  %s", folder / report["file"], licence, line)

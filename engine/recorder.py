@@ -32,7 +32,7 @@ from utils.record.progress import Bar
 from utils.record.report import write_report
 from utils.record.run_folder import mark_complete
 from utils.record.sample_log import SampleLog
-from utils.record.trackers import RunInfo, Tracker, logged_weights, start_tracker
+from utils.record.trackers import RunInfo, Tracker, start_tracker
 
 log = get_logger(__name__)
 
@@ -212,7 +212,7 @@ class Recorder:
         if distributed.is_main() and completed_step is not None:
             mark_complete(self.folder, completed_step)
             if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
-                self._tracker.add_model(*logged_weights(self.folder / "weights"), metadata or {})
+                self._tracker.add_model(self.folder / "weights", metadata or {})
         if self._live_plots is not None:
             self._live_plots.close()
             self._draw()

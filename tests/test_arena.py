@@ -73,7 +73,7 @@ def rows_of(path):
 
 def test_taggers_of_ours_and_of_others_are_compared(place):
     line = run("evaluate", [*ARENA, "models=[run,wd,blind,one,run/weights/last_weights.safetensors]"], place)
-    folder = place / "outputs/evaluate/arena"
+    (folder,) = (place / "outputs/evaluate").glob("arena-*")
     found = read_json(folder / "arena.json")
     rows = {row["model"]: row for row in found["models"]}
     assert found["tags"] == 5 and found["images"] == 36  # two ratings and the colours; `rare` is on too few

@@ -64,10 +64,9 @@ def test_results_without_a_run_lie_below_outputs_by_file_and_collection(place):
     write_weights(place / "own_weights.safetensors", tensors, {**metadata, "step": 99})
     for name in ("own_weights", "other/own_weights", "own_weights"):
         run("evaluate", [f"weights={name}.safetensors", *DATA, *ON_CPU], place)
-    folders = [place / f"outputs/evaluate/{name}" for name in ("own_weights", "own_weights-2")]
-    found = [read_json(folder / "metrics.json") for folder in folders]
+    folders = (place / "outputs/evaluate").glob("own_weights-*")
+    found = sorted((read_json(folder / "metrics.json") for folder in folders), key=lambda values: -values["step"])
     assert [values["step"] for values in found] == [99, metadata["step"]]
-    assert not (place / "outputs/evaluate/own_weights-3").exists()
     wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
     assert found[1].items() >= wanted.items() and wanted["samples"] == 4
 

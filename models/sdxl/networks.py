@@ -180,7 +180,7 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
 
 def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
     """Return the networks, on the meta device, that a file or folder fits; stated: a folder's config of each part."""
-    shapes = _read_parts(path, PARTS, lambda file: read_header(file, _KEY).tensors)
+    shapes = _read_parts(path, PARTS, lambda file: read_header(file, _KEY)[0])
     configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
     own = ("scaling_factor", "force_upcast")  # which a folder may have in its own way
     configs["vae"] |= {name: stated["vae"][name] for name in own if name in stated.get("vae", ())}

@@ -12,8 +12,8 @@ from models.weights.fit import Fit, fit_state, is_meta, optional_prefixes
 from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError
-from utils.io.folder_config import read_config_beside
-from utils.io.weights import InitFrom, read_weights, refuse_average
+from utils.io.files import read_json
+from utils.io.weights import FOLDER_FILES, InitFrom, read_weights, refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -79,6 +79,19 @@ def _report(origin: Mapping[str, Any], fit: Fit) -> None:
     log.debug("init_from: all that is dropped: %s", ", ".join(fit.dropped))
 
 
+def _read_config_beside(path: Path) -> dict[str, Any]:
+    """Return the config.json of timm's or transformers' folder of a weight file; empty where there is none to read."""
+    file = path.parent / "config.json"
+    if path.name not in FOLDER_FILES or not file.is_file():
+        return {}
+    try:
+        stated = read_json(file)
+    except (OSError, ValueError) as error:
+        log.warning("%s is ignored (%s); its class names and licence are unknown", file, error)
+        return {}
+    return stated if isinstance(stated, dict) else {}
+
+
 def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | None:
     """Return the class names of a weight file, from its metadata or the config.json of timm and transformers beside it.
 
@@ -86,7 +99,7 @@ def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | Non
     """
     names = metadata.get("class_names")
     if names is None:
-        beside = read_config_beside(path)
+        beside = _read_config_beside(path)
         labels = beside.get("id2label")
         labels = labels if isinstance(labels, dict) else {}
         names = beside.get("label_names") or [labels.get(str(index)) for index in range(len(labels))] or None
@@ -139,7 +152,7 @@ def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str,
     if "task" in metadata or licence is not None:
         reason = "the file states it"
     else:
-        stated, reason = read_config_beside(path), "config.json beside the file states it"
+        stated, reason = _read_config_beside(path), "config.json beside the file states it"
         pretrained = stated.get("pretrained_cfg")  # where timm writes it
         licence = stated.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
         if licence is None and layout == "official" and metadata.get("entries") == ["model"]:

@@ -1,6 +1,5 @@
 """Files that are complete or absent: atomic writes, hashes, canonical JSON."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -11,9 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
@@ -65,21 +62,12 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Yield a temporary folder that is removed afterwards. Raises UserError (`TMPDIR`) where it cannot be written."""
-    with output_errors("TMPDIR", Path(gettempdir())), TemporaryDirectory(prefix="atelier-") as folder:
-        yield Path(folder)
-
-
-@contextmanager
 def ignore_write_errors(path: Path) -> Iterator[None]:
     """Turn a write error into a warning, for a file that will be rewritten soon."""
     try:
         yield
     except OSError as error:
-        log.warning(
-            "%s cannot be written (%s); it will be rewritten when it is next due", path, error.strerror or error
-        )
+        log.warning("%s cannot be written (%s); it will be rewritten when it is next due", path, error)
 
 
 _held: set[IO[str]] = set()
@@ -139,9 +127,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     def fill(temporary: Path) -> None:
         try:
             os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
-                raise
+        except OSError:
             shutil.copyfile(source, temporary)
 
     write_atomically(target, fill)
@@ -203,13 +189,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def set_aside(path: Path, why: str) -> None:
-    """Rename what is in the place of a file or folder of ours, and warn; nothing is lost."""
-    number = next(number for number in count() if not os.path.lexists(f"{path}.damaged-{number}"))
-    os.rename(path, f"{path}.damaged-{number}")
-    log.warning("%s %s; it is now %s.damaged-%d, and the run goes on without it", path, why, path.name, number)
 
 
 def canonical_json(value: Any) -> str:

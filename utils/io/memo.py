@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text, write_text
+from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text
 from utils.record.progress import counting
 
 _THREADS, _SUBMITTED = 8, 10_000
@@ -53,7 +53,12 @@ def measure_once(
     known = _read(store)
     values = {path: known[name][1] for path, name in names.items() if known.get(name, (None,))[0] == versions[path]}
     waiting = [path for path in names if path not in values]
-    lines = _open(store) if waiting else None
+    lines = None
+    if waiting:
+        with ignore_write_errors(store):
+            store.parent.mkdir(parents=True, exist_ok=True)
+            lines = AppendFile(store)
+            lines.write("\n")  # behind what may be a torn line
     with counting(what) as report:
         for done, (path, value) in enumerate(zip(waiting, measure(waiting)), start=1):
             values[path] = value
@@ -66,26 +71,13 @@ def measure_once(
 
 
 def _read(store: Path) -> dict[str, tuple[list[int], Any]]:
-    """Return version and value by file; rewrite a store of which half of the lines count no more."""
-    known, text = {}, store.read_text(encoding="utf-8", errors="replace") if store.is_file() else ""
-    for line in text.split("\n"):
+    """Return version and value by file."""
+    known = {}
+    for line in store.read_text(encoding="utf-8", errors="replace").split("\n") if store.is_file() else ():
         with suppress(ValueError, TypeError, RecursionError):  # a line that is torn or damaged
             name, version, value = json.loads(line)
             known[name] = version, value
-    if text.count("\n") > 2 * len(known):
-        with ignore_write_errors(store):
-            write_text(store, "".join(f"{json.dumps([name, *entry])}\n" for name, entry in known.items()))
     return known
-
-
-def _open(store: Path) -> AppendFile | None:
-    """Open a store behind what may be a torn line; None, with a warning, where it cannot be written."""
-    with ignore_write_errors(store):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        lines = AppendFile(store)
-        lines.write("\n")
-        return lines
-    return None
 
 
 def in_threads(measure: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:

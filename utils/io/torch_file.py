@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,35 +10,18 @@ from torch import Tensor
 from utils.errors import UserError
 
 _SHOWN_CHARACTERS = 120  # of a name or a reason in the file
-_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a ZIP archive; a bare pickle
-_SUFFIXES = (".pt", ".pth", ".bin")
 # The entries under which trainers keep weights and their average; `model_ema` is that of the official fine-tuning,
 # `state_dict_ema` timm's.
 ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 
 
-class TorchContent(NamedTuple):
-    """A state dict; the names of all entries of the file that it was one of, and its entry `licence` (export.py's)."""
-
-    tensors: dict[str, Tensor]
-    entries: tuple[str, ...] = ()
-    licence: str | None = None
-
-
-def is_torch_file(path: Path) -> bool:
-    """Tell from its first bytes whether a file is one of `torch.save`; of unknown bytes the ending decides."""
-    with open(path, "rb") as stream:
-        first = stream.read(9)
-    begins_a_header = first[8:] == b"{"  # of safetensors, whose length may have the bytes of a signature
-    return not begins_a_header and (first.startswith(_SIGNATURES) or path.suffix in _SUFFIXES)
-
-
-def read_torch(path: Path, key: str, which: str = "model") -> TorchContent:
+def read_torch(path: Path, key: str, which: str = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state dict of a file, on the CPU: bare, or the weights or the average (`ema`) of a checkpoint.
 
-    Beside tensors and plain values, a file may hold an `argparse.Namespace`, as training scripts save their arguments;
-    it is ignored. Raises UserError (`key`) for other pickled objects, damage, and what is no state dict of plain
-    tensors; UserError (`init_weights`) where there is no average.
+    With it, of a checkpoint, the names of its `entries`, and its `licence`, which export.py writes, as `origin`. Beside
+    tensors and plain values, a file may hold an `argparse.Namespace`, as training scripts save their arguments; it is
+    ignored. Raises UserError (`key`) for other pickled objects, damage, and what is no state dict of plain tensors;
+    UserError (`init_weights`) where there is no average.
     """
     try:
         # By its content: torch reads a path that ends in .safetensors by another reader.
@@ -53,8 +36,7 @@ def read_torch(path: Path, key: str, which: str = "model") -> TorchContent:
             f"{key}: {path} is not a readable torch file of tensors alone, and no code in it was run ({reason}); give "
             "a .safetensors file of these weights"
         ) from None
-    entries: tuple[str, ...] = ()
-    licence = None
+    metadata: dict[str, Any] = {}
     if isinstance(content, dict):
         states = [name for names in ENTRIES.values() for name in names if isinstance(content.get(name), dict)]
         chosen = next((name for name in ENTRIES[which] if name in states), None)
@@ -64,12 +46,13 @@ def read_torch(path: Path, key: str, which: str = "model") -> TorchContent:
                 f"{', '.join(states) or 'a bare state dict'}); set init_weights=model"
             )
         if states:
-            entries = tuple(str(name)[:_SHOWN_CHARACTERS] for name in content)
-            licence = content.get("licence")
+            metadata["entries"] = [str(name)[:_SHOWN_CHARACTERS] for name in content]
+            if isinstance(licence := content.get("licence"), str):
+                metadata["origin"] = {"licence": licence[:_SHOWN_CHARACTERS]}
             content = content[chosen or states[0]]
     if not isinstance(content, dict) or not content or not all(map(_is_plain, content.keys(), content.values())):
         raise UserError(f"{key}: {path} holds no state dict of plain tensors but a {type(content).__name__}")
-    return TorchContent(content, entries, licence[:_SHOWN_CHARACTERS] if isinstance(licence, str) else None)
+    return content, metadata
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:

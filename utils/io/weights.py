@@ -13,13 +13,12 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.io.files import fsync_path, write_atomically
-from utils.io.torch_file import is_torch_file, read_torch
+from utils.io.torch_file import read_torch
 from utils.ranks import distributed
 from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # of a run with an average, `best` is the best average
-# Files of a folder that timm or transformers wrote.
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder that timm or transformers wrote
 _CHECKSUM = "atelier_sha256"
 _SHOWN_CHARACTERS = 200  # of the reason that a file is refused
 
@@ -35,22 +34,14 @@ class InitFrom(NamedTuple):
         return find_weights(self.source, "ema" if self.weights == "ema" else "last", "init_from")
 
 
-class Header(NamedTuple):
-    """The header of a safetensors file: tensors by name, on the meta device, and the metadata."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory with another."""
     plain, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         pointer = tensor.untyped_storage().data_ptr()
-        plain[name] = (
-            tensor.clone() if pointer in seen or tensor.nbytes != tensor.untyped_storage().nbytes() else tensor
-        )
+        is_part = tensor.nbytes != tensor.untyped_storage().nbytes()
+        plain[name] = tensor.clone() if pointer in seen or is_part else tensor
         seen.add(pointer)
     return plain
 
@@ -91,30 +82,28 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
 
-    A file of torch, told by its first bytes, is read by torch with weights_only, so no code in it runs; its metadata
-    are the names of the `entries` of a checkpoint. which: the weights of a torch checkpoint, or their average; a
-    safetensors file is an average where its metadata say so. shapes_only: return the tensors on the meta device, so
-    that what does not fit is refused for the price of a safetensors header. Raises UserError that begins with `key`,
-    the configuration key that named the file, or with `init_weights` where the file has no average.
+    What does not end in .safetensors is read by torch with weights_only, so no code in it runs. which: the weights of a
+    torch checkpoint, or their average; a safetensors file is an average where its metadata say so. shapes_only: return
+    the tensors on the meta device, for the price of a safetensors header. Raises UserError that begins with `key`, the
+    configuration key that named the file, or with `init_weights` where the file has no average.
     """
     if not path.is_file():
         raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
-    if is_torch_file(path):
-        content = read_torch(path, key, which)
-        metadata: dict[str, Any] = {"entries": list(content.entries)} if content.entries else {}
-        if content.licence is not None:
-            metadata["origin"] = {"licence": content.licence}
-        tensors = content.tensors
+    if path.suffix != ".safetensors":
+        tensors, metadata = read_torch(path, key, which)
         refuse_not_finite(tensors, path, key)
         return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
     shapes, texts = read_header(path, key)
-    metadata, checksum = _read_metadata(texts, path, key), texts.get(_CHECKSUM)
+    try:
+        metadata = dict(json.loads(texts.get("atelier", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(path, key, error) from None
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
     if shapes_only:
         return shapes, metadata
     tensors = read_tensors(path, key)
-    if checksum is not None and hash_tensors(tensors) != checksum:
+    if _CHECKSUM in texts and hash_tensors(tensors) != texts[_CHECKSUM]:
         raise UserError(
             f"{key}: {path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, "
             "such as weights.safetensors of an earlier checkpoint"
@@ -142,13 +131,16 @@ def refuse_average(which: Literal["model", "ema"], why: str) -> None:
         )
 
 
-def read_header(path: Path, key: str) -> Header:
-    """Read the header of a safetensors file, and no tensor. Raises UserError (`key`) where the file is damaged."""
+def read_header(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file on the meta device, and its metadata; only the header is read.
+
+    Raises UserError (`key`) where the file is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             # These tensors are views of the mapped file, so nothing is read.
             tensors = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dictionary)
-            return Header(tensors, file.metadata() or {})
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError) as error:
         raise _unreadable(path, key, error) from None
 
@@ -161,18 +153,8 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
         raise _unreadable(path, key, error) from None
 
 
-def _read_metadata(texts: Mapping[str, str], path: Path, key: str) -> dict[str, Any]:
-    try:
-        metadata = json.loads(texts.get("atelier", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, key, error) from None
-    if not isinstance(metadata, dict):
-        raise _unreadable(path, key, f"its metadata are a JSON {type(metadata).__name__}, not an object")
-    return metadata
-
-
-def _unreadable(path: Path, key: str, why: object) -> UserError:
-    reason = ascii((str(why) or type(why).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
+def _unreadable(path: Path, key: str, error: Exception) -> UserError:
+    reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
     return UserError(f"{key}: {path} is not a readable safetensors file ({reason}); get it again, or name another")
 
 
@@ -192,7 +174,7 @@ def find_weights(run_or_file: str, which: str, key: str) -> Path:
             "them as one: model.save_pretrained(FOLDER, max_shard_size='1TB') in transformers"
         )
     if not (path / "weights").is_dir() and (path / "config.json").is_file():
-        for name in _FOLDER_FILES:
+        for name in FOLDER_FILES:
             if (path / name).is_file():
                 return path / name
     return RunReader(path).weights(which, key)

@@ -29,8 +29,7 @@ class WandbTrackingConfig(_Tracking):
 
     entity null: the account's default. mode auto: WANDB_MODE if it is set, else online where an API key is found, else
     offline. group null: the sweep of a multirun; job_type null: the script. model_artifact: the weights of a complete
-    run are logged, and its exports, each with what it came from. finish_timeout_sec: how long a complete run waits for
-    its upload.
+    run are logged. finish_timeout_sec: how long a complete run waits for its upload.
     """
 
     name: Literal["wandb"]

@@ -14,20 +14,12 @@ from pathlib import Path
 import torch
 
 from utils.io.files import AppendFile
+from utils.io.weights import hash_tensors
 from utils.ranks import distributed
 from utils.record.metrics_log import keep_rows
 
 
-def batch_hash(batch: Mapping[str, torch.Tensor]) -> str:
-    """Return a hash of the names and bytes of a batch's tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(batch):
-        digest.update(name.encode())
-        digest.update(batch[name].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-class SampleLog:
+class SampleLog(AppendFile):
     """One rank's record. Made on every rank together."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
@@ -37,7 +29,7 @@ class SampleLog:
             for path in folder.glob("rank_*.jsonl"):
                 keep_rows(path, last_step)
         distributed.barrier()
-        self._stream = AppendFile(folder / f"rank_{distributed.rank():05d}.jsonl")
+        super().__init__(folder / f"rank_{distributed.rank():05d}.jsonl")
 
     def add(self, step: int, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Record the micro-batches of update number `step` (from 1)."""
@@ -45,14 +37,6 @@ class SampleLog:
             "step": step,
             "ids": [number for batch in batches for number in batch["sample_id"].tolist()],
             "keys": [number for batch in batches for number in batch["key"].tolist()],
-            "hash": hashlib.sha256("".join(batch_hash(batch) for batch in batches).encode()).hexdigest()[:16],
+            "hash": hashlib.sha256("".join(hash_tensors(batch) for batch in batches).encode()).hexdigest()[:16],
         }
-        self._stream.write(json.dumps(row) + "\n")
-
-    def sync(self) -> None:
-        """Bring the rows to the disk."""
-        self._stream.sync()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        self.write(json.dumps(row) + "\n")

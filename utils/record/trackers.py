@@ -15,10 +15,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from utils.errors import UserError
 from utils.io.files import write_text
@@ -64,9 +63,9 @@ class Tracker:
         """Pass on the values of a step."""
         self._try(self._add, step, values)
 
-    def add_model(self, file: Path, alias: str, metadata: Mapping[str, Any]) -> None:
-        """Pass on the weights of a complete run; alias: `best` or `last`."""
-        self._try(self._add_model, file, alias, metadata)
+    def add_model(self, weights: Path, metadata: Mapping[str, Any]) -> None:
+        """Pass on the best weights of a complete run's weights/, or the last ones where there are no best ones."""
+        self._try(self._add_model, weights, metadata)
 
     def close(self, failed: bool = False, *, goes_on: bool = False) -> None:
         """Write the rest; wait a few seconds only where the run goes on later, or has failed."""
@@ -94,7 +93,7 @@ class Tracker:
     def _add(self, step: int, values: Mapping[str, Value]) -> None:
         raise NotImplementedError
 
-    def _add_model(self, file: Path, alias: str, metadata: Mapping[str, Any]) -> None:
+    def _add_model(self, weights: Path, metadata: Mapping[str, Any]) -> None:
         """Write nothing, where a tracker keeps no models."""
 
     def _close(self, failed: bool) -> None:
@@ -159,8 +158,12 @@ class _Wandb(Tracker):
         rows = [list(row.values()) for row in value[:_MOST_ROWS]]
         return wandb.Table(columns=list(value[0]), data=rows, allow_mixed_types=True)
 
-    def _add_model(self, file: Path, alias: str, metadata: Mapping[str, Any]) -> None:
-        _log_files(self._run, f"weights-{self._run.id}", [file], metadata, [alias])
+    def _add_model(self, weights: Path, metadata: Mapping[str, Any]) -> None:
+        files = {name: weights / f"{name}_weights.safetensors" for name in ("best", "last")}
+        alias = "best" if files["best"].exists() else "last"
+        artifact = _import_wandb().Artifact(f"weights-{self._run.id}", type="model", metadata=dict(metadata))
+        artifact.add_file(str(files[alias].resolve()), name=files[alias].name, policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=[alias])
 
     def _close(self, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
@@ -236,33 +239,6 @@ def _open_run(options: WandbTrackingConfig, mode: str, folder: Path, **values: A
         return wandb.init(mode="offline", **values)
 
 
-def _log_files(run: Any, name: str, files: Sequence[Path], metadata: Mapping[str, Any], aliases: Sequence[str]) -> None:
-    """Log files as an artefact of type model."""
-    artifact = _import_wandb().Artifact(name, type="model", metadata=dict(metadata))
-    for file in files:
-        artifact.add_file(str(file.resolve()), name=file.name, policy="immutable", skip_cache=True)
-    run.log_artifact(artifact, aliases=list(aliases))
-
-
-def send_files(run_dir: Path, name: str, files: Sequence[Path], report: Mapping[str, Any]) -> None:
-    """Log an export as artefact `export-ID-NAME` of the run, where it was tracked by W&B with `model_artifact`.
-
-    W&B that is down is a warning.
-    """
-    if not (run_dir / ID_FILE).exists():
-        return
-    try:
-        options = WandbTrackingConfig.model_validate(RunReader(run_dir).config["tracking"])
-        if options.model_artifact and (mode := choose_mode(options)) != "disabled":
-            run = _open_run(options, mode, run_dir)
-            _log_files(run, f"export-{run.id}-{name}", files, report, [])
-            run.finish()
-    except ValidationError:
-        log.warning("the export is not sent to W&B: the run is not tracked by it any more")
-    except Exception as error:  # a server, a disk, a foreign library
-        log.warning("the export is not sent to W&B (%s: %s)", type(error).__name__, error)
-
-
 # --------------------------------------------------------------------------------------------------------------- both
 
 
@@ -287,16 +263,3 @@ def start_tracker(options: TrackingConfig, info: RunInfo) -> Tracker | None:
 def has_unfinished() -> bool:
     """Return whether a tracker of this process still works after its close; its library may hold up the exit."""
     return any(thread.is_alive() for thread in _unfinished)
-
-
-class LoggedWeights(NamedTuple):
-    """The weight file that a tracker gets at the end of a run, and its name: best or last."""
-
-    file: Path
-    alias: str
-
-
-def logged_weights(folder: Path) -> LoggedWeights:
-    """Return the best weights in a run's weights/, or the last ones where there are no best ones."""
-    best = folder / "best_weights.safetensors"
-    return LoggedWeights(best, "best") if best.exists() else LoggedWeights(folder / "last_weights.safetensors", "last")

@@ -72,14 +72,6 @@ def test_a_store_that_cannot_be_written_is_a_warning(files, tmp_path, caplog):
     assert "cannot be written" in caplog.text
 
 
-def test_old_lines_are_dropped(files, tmp_path):
-    store = tmp_path / "values.jsonl"
-    for number in range(9):
-        files[0].write_text("x" * number)
-        measure_once(files[:1], lambda missing: map(str, missing), store, "")
-    assert store.read_text().count("\n") < 9
-
-
 def test_a_key_changes_with_a_file_and_the_values(files):
     key = files_key(files, 1)
     assert files_key(files, 1) == key != files_key(files, 2)
