@@ -11,7 +11,7 @@ from engine.config import TrainingConfig
 from utils.config.recipe import check_resumable
 from utils.errors import UserError
 from utils.io.safe_text import hide_secrets_in
-from utils.ranks.slurm_step import restart_count
+from utils.ranks.job_status import restart_count
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

@@ -33,10 +33,10 @@ from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
-from utils.config.sweep import SWEEP_VARIABLE
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
+from utils.ranks.job_status import SWEEP_VARIABLE
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir, environment_state, open_run_folder, write_config

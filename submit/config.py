@@ -1,10 +1,8 @@
 """The shape of `launch`: a SLURM job. Values are in conf/launch/slurm.yaml."""
 
-import re
 from typing import Annotated, Literal, Self
 
-from omegaconf import OmegaConf
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from utils.config.bounds import Count, CountOrZero, Processes, Workers
 from utils.config.help import CONF, ROOT
@@ -13,22 +11,15 @@ from utils.config.schema import PathText, Strict
 # The files at the root that have a primary file in conf/.
 SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if (CONF / f"{file.stem}.yaml").is_file())
 Script = Literal[*SCRIPTS]
-# What submitit and this room set themselves, or what undoes it.
-_OWN_LINES = {
-    "job-name", "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "gpus-per-node", "gpus-per-task", "gpus",
-    "partition", "account", "qos", "constraint", "cpus-per-task", "mem", "mem-per-cpu", "time", "signal", "output",
-    "error", "open-mode", "array", "requeue", "no-requeue", "chdir",
-}  # fmt: skip
 
 
 class LaunchConfig(Strict):
     """A script, the resources of its job, and what to do after queueing it.
 
-    gpu_type: as the cluster names it, such as a100; null takes any. ranks_per_node: null takes one for each GPU, and 1
-    without GPUs. start: a SLURM task for each rank (srun), or one for each node, whose torchrun starts the ranks.
-    stop_before_end_sec: a job is asked to save this long before its time ends. max_requeues: time limits that a job may
-    reach before it is not continued; preemptions do not count. max_lost_ranks: the same for ranks and nodes that are
-    lost.
+    ranks_per_node: null takes one for each GPU, and 1 without GPUs. start: a SLURM task for each rank (srun), or one
+    for each node, whose torchrun starts the ranks. stop_before_end_sec: a job is asked to save this long before its
+    time ends. max_requeues, max_lost_ranks: how often a job that was stopped, or lost a rank or a node, is continued.
+    command: what runs the script in place of `python`, such as a container's words; our part of the job runs outside.
     """
 
     script: Script
@@ -36,7 +27,6 @@ class LaunchConfig(Strict):
     job_name: str | None
     nodes: Count
     gpus_per_node: Workers
-    gpu_type: str | None
     ranks_per_node: Processes | None
     start: Literal["srun", "torchrun"]
     partition: str | None
@@ -51,24 +41,12 @@ class LaunchConfig(Strict):
     max_lost_ranks: CountOrZero
     array_parallelism: Count
     python: PathText | None
-    container: PathText | None
-    container_mounts: list[str]
+    command: Annotated[list[str], Field(min_length=1)] | None
     setup: list[str]
     sbatch_lines: list[str]
     wait: bool
     follow: bool
     dry_run: bool
-
-    @field_validator("sbatch_lines")
-    @classmethod
-    def _are_options(cls, lines: list[str]) -> list[str]:
-        for line in lines:
-            found = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", line)
-            if found is None:
-                raise ValueError(f"{line!r} is no option of sbatch; give --NAME or --NAME=VALUE (--exclude=node7)")
-            if found.group(1) in _OWN_LINES:
-                raise ValueError(f"--{found.group(1)} is set by launch itself; remove it here, and see its other keys")
-        return lines
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -77,20 +55,22 @@ class LaunchConfig(Strict):
                 f"launch.ranks_per_node: {self.ranks_on_node} ranks need a GPU each, and "
                 f"launch.gpus_per_node={self.gpus_per_node}; lower the one or raise the other"
             )
-        if self.gpu_type is not None and self.gpus_per_node == 0:
-            raise ValueError("launch.gpu_type: no GPU is asked for; set launch.gpus_per_node")
         if self.stop_before_end_sec >= 60 * self.time_min:
             raise ValueError(
                 f"launch.stop_before_end_sec: {self.stop_before_end_sec} s are all of launch.time_min={self.time_min}, "
                 "so the job would be stopped as it starts; set it lower"
             )
         many = self.nodes * self.ranks_on_node
-        if many > 1 and not (self.trains or "runtime" in _config_parts(self.script)):
+        if many > 1 and "runtime" not in self._primary:
             raise ValueError(
                 f"launch.script: {self.script}.py is one process, and {many} are asked for; set launch.nodes=1 "
                 "launch.ranks_per_node=1"
             )
         return self
+
+    @property
+    def _primary(self) -> str:
+        return (CONF / f"{self.script}.yaml").read_text(encoding="utf-8")
 
     @property
     def ranks_on_node(self) -> int:
@@ -100,11 +80,4 @@ class LaunchConfig(Strict):
     @property
     def trains(self) -> bool:
         """Whether the script saves when it is asked to stop, and continues."""
-        return "common" in _config_parts(self.script)
-
-
-def _config_parts(script: str) -> set[str]:
-    """Return the keys and the groups of a script's primary file."""
-    values = OmegaConf.load(CONF / f"{script}.yaml")
-    groups = {part if isinstance(part, str) else next(iter(part)) for part in values.defaults}
-    return groups | {str(key) for key in values}
+        return "  - common\n" in self._primary

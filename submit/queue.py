@@ -1,49 +1,39 @@
-"""What SLURM says of jobs: by squeue and scontrol, which need no accounting."""
+"""What SLURM says of jobs, by squeue and scontrol, which need no accounting; and waiting for their end."""
 
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from contextlib import suppress
+from pathlib import Path
+
+from utils.errors import EXIT_CRASH, EXIT_INTERRUPTED
+from utils.io.files import read_json
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 # A job in one of these states may still run.
-ACTIVE = {
+_ACTIVE = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED",
     "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD",
 }  # fmt: skip
-_UNKNOWN_JOB = "Invalid job id"
 _ANSWER_SEC = 60
+_LOOK_SEC = 2.0
+_FILES_SEC = 30.0  # for a shared file system to show what a node has written
 
 
 class NoAnswer(Exception):
     """SLURM's controller does not answer, such as while it is restarted; the message has its words."""
 
 
-def show(what: str, name: str) -> str:
-    """Return what `scontrol show` prints; empty where SLURM does not know the job (any more). Raises NoAnswer."""
-    return _ask("scontrol", "--oneliner", "show", what, name)
-
-
-def requeue(job: str) -> bool:
-    """Put a job back into the queue; returns whether SLURM has done it."""
-    try:
-        _ask("scontrol", "requeue", job)
-    except NoAnswer:
-        return False
-    return True
-
-
-def forbid_requeue(job: str) -> None:
-    """Let SLURM not requeue a job, which it would do where a node has failed."""
-    with suppress(NoAnswer):
-        _ask("scontrol", "update", f"JobId={job}", "Requeue=0")
-
-
-def _ask(*command: str) -> str:
+def ask(*command: str) -> str:
+    """Return what a command of SLURM prints; empty where it does not know the job (any more). Raises NoAnswer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SEC)
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]} has not answered within {_ANSWER_SEC} s") from None
-    if done.returncode != 0 and _UNKNOWN_JOB not in done.stderr:
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise NoAnswer(" ".join(done.stderr.split()))
     return done.stdout
 
@@ -51,18 +41,68 @@ def _ask(*command: str) -> str:
 def is_running(job: str) -> bool:
     """Return whether a job runs, and is not being ended; where SLURM does not answer it is taken to."""
     try:
-        found = re.search(r"\bJobState=(\w+)", show("job", job))
+        found = re.search(r"\bJobState=(\w+)", ask("scontrol", "--oneliner", "show", "job", job))
     except NoAnswer:
         return True
     return found is None or found.group(1) == "RUNNING"
 
 
-def list_states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return job -> (state, reason), such as (PENDING, Resources), of those that SLURM knows. Raises NoAnswer.
+def list_states(jobs: Sequence[str]) -> dict[str, str]:
+    """Return job -> state, with why it is pending, of those that SLURM knows. Raises NoAnswer.
 
     jobs: one, or the members NUMBER_INDEX of one array.
     """
-    number, wanted = jobs[0].partition("_")[0], set(jobs)
-    lines = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r")
-    found = (line.split("|", 2) for line in lines.splitlines())
-    return {job: (state, reason) for job, state, reason in found if job in wanted}
+    number = f"--jobs={jobs[0].partition('_')[0]}"
+    lines = ask("squeue", "--noheader", "--array", "--states=all", number, "--format=%i|%T|%r").splitlines()
+    found = (line.split("|", 2) for line in lines)
+    return {job: f"{state} ({reason})" if state == "PENDING" else state for job, state, reason in found if job in jobs}
+
+
+def wait_for(ids: Sequence[str], folder: Path, *, follow: bool) -> int:
+    """Wait until all jobs have ended; returns the greatest of their exit statuses.
+
+    follow: show the logs of their first tasks. Raises SystemExit(130) on Ctrl-C, which leaves the jobs running.
+    """
+    shown = {folder / "logs" / f"{job}_0_log.out": 0 for job in ids if follow}
+    states = dict.fromkeys(ids, "PENDING")
+    try:
+        while any(state.split()[0] in _ACTIVE for state in states.values()):
+            time.sleep(_LOOK_SEC)
+            try:
+                found = list_states(ids)
+            except NoAnswer as error:
+                log.warning("SLURM does not answer, and is asked again: %s", error)
+                continue
+            for job, before in states.items():
+                states[job] = found.get(job, "unknown to SLURM")
+                if states[job] != before and states[job].split()[0] in _ACTIVE:
+                    log.info("job %s: %s", job, states[job])
+            for file, place in shown.items():
+                shown[file] = _show(file, place)
+    except KeyboardInterrupt:
+        log.warning("the jobs go on without being watched; scancel %s ends them", ids[0].partition("_")[0])
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    return max(_end_of(job, states[job], folder / f"end_{index}.json") for index, job in enumerate(ids))
+
+
+def _show(file: Path, place: int) -> int:
+    """Print what a file has from a place on; returns its end."""
+    if not file.exists():
+        return place
+    text = file.read_bytes()[place:]
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return place + len(text)
+
+
+def _end_of(job: str, state: str, file: Path) -> int:
+    """Return a job's exit status: the script's, or 1 where SLURM has ended it."""
+    until = time.monotonic() + (_FILES_SEC if state in ("COMPLETED", "FAILED", "unknown to SLURM") else 0)
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    if not file.exists():
+        log.error("job %s has ended as %s before its script did", job, state)
+        return EXIT_CRASH
+    end = read_json(file)
+    log.info("job %s has ended with status %d, after %d restarts", job, end["status"], end["restarts"])
+    return end["status"]

@@ -10,37 +10,47 @@ What begins with `launch` is read here (conf/launch/slurm.yaml); everything else
 its own dry run before anything is queued. docs/slurm.md leads from an empty cluster to a requeued job.
 """
 
+import contextlib
 import importlib
+import io
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
 from submit.config import LaunchConfig
-from submit.executor import container_words, make_executor, queue_jobs
-from submit.follow import wait_for
 from submit.job import ScriptJob
-from submit.snapshot import copy_code
+from submit.queue import wait_for
 from utils.config.entry_point import Job, entry_point, quote_paths
 from utils.config.help import ROOT
 from utils.config.schema import Strict, path_keys
-from utils.config.sweep import FLAGS, Sweep, parse_sweep
+from utils.config.sweep import FLAGS, parse_sweep
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import output_errors, write_json
 from utils.ranks.distributed import GPUS_VARIABLE, RANKS_VARIABLE
 from utils.record.logging import get_logger
+from utils.record.run_folder import GIT_FILE, git_state
 
 log = get_logger(__name__)
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 SCRIPT_WORDS: list[str] = []  # of the command line, outside `launch`
+# What a copy of the code has: the rooms, which are packages, and their configuration.
+FOLDERS = ["conf", *sorted(file.parent.name for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests")]
 
 
 class SubmitConfig(Strict):
@@ -54,30 +64,28 @@ def main(config: SubmitConfig, job: Job) -> str:
     """Check, copy, queue, and wait where asked to."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
-    sweep = read_sweep(launch.script, SCRIPT_WORDS) if FLAGS & set(SCRIPT_WORDS) else None
-    jobs = [SCRIPT_WORDS] if sweep is None else list_jobs(sweep)
-    if not jobs:
-        return f"all jobs of the sweep {sweep.base} are complete"
+    sweep, jobs = None, [SCRIPT_WORDS]
+    if FLAGS & set(SCRIPT_WORDS):
+        sweep, jobs = list_jobs(launch.script, SCRIPT_WORDS)
+        if not jobs:
+            return f"all jobs of the sweep {sweep} are complete"
     check_script(launch, jobs[0])
     if launch.dry_run:
-        sys.stdout.write(make_executor(launch, Path(launch.folder) / "NAME").script_text(len(jobs)))
+        sys.stdout.write(script_text(launch, Path(launch.folder) / "NAME", len(jobs)))
         return "dry run: nothing is queued"
 
     # ------------------------------------------------------------------------------------ 2. The folder, with the code
-    folder = make_folder(launch)
-    copy_code(folder / "code")
-    write_json(folder / "job.json", {"launch": launch.model_dump(), "jobs": jobs})
+    folder = Path(launch.folder).absolute() / f"{launch.job_name or launch.script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with output_errors("launch.folder", folder):
+        copy_code(folder / "code")
+        write_json(folder / "job.json", {"launch": {**launch.model_dump(), "trains": launch.trains}, "jobs": jobs})
 
     # ------------------------------------------------------------------------------------------------- 3. The queue
     torchrun_ranks = launch.ranks_on_node if launch.start == "torchrun" else None
     calls = [
-        ScriptJob(
-            launch.script, words, folder / "code", Path.cwd(), folder, index,
-            container=container_words(launch, folder), torchrun_ranks=torchrun_ranks,
-            max_lost_ranks=launch.max_lost_ranks, sweep=sweep and Path(sweep.base).name,
-        )
+        ScriptJob(launch.script, words, folder, Path.cwd(), index, launch.command, torchrun_ranks, sweep)
         for index, words in enumerate(jobs)
-    ]  # fmt: skip
+    ]
     ids = queue_jobs(launch, folder, calls)
     log.info("job %s: %s.py in %s", ids[0].partition("_")[0], launch.script, folder)
     log.info("its logs, one for each task: %s", folder / "logs" / "*_log.out")
@@ -88,6 +96,19 @@ def main(config: SubmitConfig, job: Job) -> str:
         if status != EXIT_OK:
             raise SystemExit(status)
     return f"job {ids[0]}"
+
+
+def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
+    """Return the name of a --multirun, and the words of each job that is not complete."""
+    schema = importlib.import_module(script).main.schema  # which says which words are paths
+    sweep = parse_sweep(quote_paths(words, path_keys(schema)))
+    if sweep.settings.trials is not None:
+        raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
+    jobs = list(sweep.jobs())
+    left = [job.arguments for job in jobs if not job.is_complete]
+    if len(left) < len(jobs):
+        log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))
+    return Path(sweep.base).name, left
 
 
 def check_script(launch: LaunchConfig, words: list[str]) -> None:
@@ -104,36 +125,94 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
         raise SystemExit(done.returncode)
 
 
-def read_sweep(script: str, words: list[str]) -> Sweep:
-    """Return the sweep of a --multirun. The script's own schema says which words are paths."""
-    keys = path_keys(importlib.import_module(script).main.schema)
-    return parse_sweep(quote_paths(words, keys))
+def copy_code(target: Path) -> None:
+    """Copy the root scripts, the rooms and the state of git: what is queued does not change with the working tree."""
+    target.mkdir(parents=True)
+    for file in ROOT.glob("*.py"):
+        shutil.copy2(file, target)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_json(target / GIT_FILE, git_state())
 
 
-def list_jobs(sweep: Sweep) -> list[list[str]]:
-    """Return the words of each job of a --multirun that is not complete, each with a run folder of its own."""
-    if sweep.settings.trials is not None:
-        raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
-    jobs = list(sweep.jobs())
-    left = [job.arguments for job in jobs if not job.is_complete]
-    if len(left) < len(jobs):
-        log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))
-    return left
+class _Executor(submitit.SlurmExecutor):
+    """submitit's executor, which can also be made where there is no SLURM, to print its script."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
 
 
-def make_folder(launch: LaunchConfig) -> Path:
-    """Make and return a new folder for the job."""
-    name = launch.job_name or launch.script
-    for number in range(1000):
-        tail = "" if number == 0 else f"-{number}"
-        folder = Path(launch.folder).absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{tail}"
-        with output_errors("launch.folder", folder):
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                continue
-        return folder
-    raise UserError(f"launch.folder: {launch.folder} has no free name; give another folder")
+def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
+    """Return the executor of a job whose files are in `folder`."""
+    python, by_torchrun = shlex.quote(launch.python or sys.executable), launch.start == "torchrun"
+    tasks = 1 if by_torchrun else launch.ranks_on_node
+    cpus = launch.cpus_per_rank and launch.cpus_per_rank * (launch.ranks_on_node if by_torchrun else 1)
+    options = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
+    values: dict[str, Any] = {
+        "job_name": launch.job_name or launch.script,
+        "nodes": launch.nodes,
+        "ntasks_per_node": tasks,
+        "gpus_per_node": launch.gpus_per_node or None,
+        "partition": launch.partition,
+        "account": launch.account,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+        "cpus_per_task": cpus,
+        "mem": launch.memory_gib and f"{round(1024 * launch.memory_gib)}M",
+        "time": launch.time_min,
+        "signal_delay_s": launch.stop_before_end_sec,
+        "array_parallelism": launch.array_parallelism,
+        "setup": [*launch.setup, "trap : TERM USR1 USR2  # for the tasks, which save; the script goes on behind them"],
+        "teardown": [f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
+        "stderr_to_stdout": True,
+        # srun does not take the CPUs from sbatch in SLURM 22.05 to 23.02.
+        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
+        # Its own copy of the code is found before the folder from which it is submitted.
+        "additional_parameters": {"chdir": str(folder / "code"), "requeue": True}
+        | {name.replace("-", "_"): value or True for name, _, value in options},
+    }
+    executor = _Executor(folder / "logs", python=python)
+    executor.update_parameters(**{name: value for name, value in values.items() if value is not None}, wckey=None)
+    return executor
+
+
+def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
+    """Return the sbatch script of a job, or of an array of several."""
+    executor = make_executor(launch, folder.absolute())
+    if jobs > 1:
+        executor.parameters["map_count"] = jobs
+    return executor._make_submission_file_text(executor._submitit_command_str, "") + "\n"
+
+
+@contextlib.contextmanager
+def clean_environment(launch: LaunchConfig) -> Iterator[None]:
+    """Hide what a job around this process, a launcher, or the shell would add to what `launch` says.
+
+    sbatch's variables would win over the script's lines; those of a key that is null apply.
+    """
+    before = dict(os.environ)
+    given = ("partition", "account", "qos", "constraint")
+    kept = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in given if getattr(launch, key) is None)}
+    foreign = r"S(LURMD?|BATCH|RUN|UBMITIT)_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+    for name in before:
+        if name not in kept and re.fullmatch(foreign, name):
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) -> list[str]:
+    """Queue the jobs, several as one array; returns SLURM's numbers. Raises UserError where SLURM refuses."""
+    if shutil.which("sbatch") is None:
+        raise UserError("launch: there is no sbatch here; submit on a login node of the cluster")
+    try:
+        with clean_environment(launch), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            return [job.job_id for job in make_executor(launch, folder).submit_array(jobs)]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(f"launch: SLURM refuses the job: {' '.join(str(error).split())}") from None
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:

@@ -81,7 +81,7 @@ def without_a_cluster(monkeypatch):
     """Let submit/slurm.py go through where nothing is checked, queued or awaited."""
     jobs, which = [SimpleNamespace(job_id="7")], shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, *more: name if name == "sbatch" else which(name, *more))
-    monkeypatch.setattr("submit.executor._Executor.submit_array", lambda executor, calls: jobs)
+    monkeypatch.setattr("submit.slurm._Executor.submit_array", lambda executor, calls: jobs)
     monkeypatch.setattr("submit.slurm.wait_for", lambda ids, folder, follow: 0)
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
 
@@ -178,7 +178,7 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=copy", "job.to=part", *folders)
     go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
     without_a_cluster(monkeypatch)
-    go("slurm", "launch.container=image.sif", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
+    go("slurm", "launch.command=[apptainer]", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
     return reads
 
 

@@ -21,8 +21,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.slurm.accounting import Accounting
-
 CPUS, GPUS, MEMORY_MIB, GRACE_SEC = 4, 2, 8000, 10
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "sbatch")
 _HOSTS = Path("/etc/hosts")
@@ -47,7 +45,9 @@ SlurmdLogFile={folder}/log/slurmd-%n.log
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
-{accounting}ProctrackType=proctrack/linuxproc
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SlurmdParameters=config_overrides
@@ -75,25 +75,18 @@ PartitionName=low Nodes={names} Default=NO MaxTime=INFINITE PriorityTier=1 Preem
 """
 
 
-NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none\nJobAcctGatherType=jobacct_gather/none\n"
-
-
 class ClusterError(RuntimeError):
     """SLURM did not start, or is not installed."""
 
 
 @dataclass
 class Cluster:
-    """A cluster whose files are in `folder`; `port`: the first of nodes + 1 free ones.
-
-    keeps_accounts: with slurmdbd and a database, on port + 50.
-    """
+    """A cluster whose files are in `folder`; `port`: the first of nodes + 1 free ones."""
 
     folder: Path
     nodes: int = 2
     port: int = 16817
     prefix: str = "n"  # of the nodes' names: two clusters of one machine share /etc/hosts
-    keeps_accounts: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -119,8 +112,6 @@ class Cluster:
             "munged", "--force", f"--socket={run}/munge.sock", f"--key-file={munge}/munge.key",
             f"--pid-file={run}/munged.pid", f"--log-file={log}/munged.log", f"--seed-file={munge}/munge.seed",
         )  # fmt: skip
-        if self.keeps_accounts:
-            self._accounting.start(self.environment)
         self._run("slurmctld")
         for name in self.names:
             self.start_node(name)
@@ -134,7 +125,7 @@ class Cluster:
         """End jobs and daemons, and take the nodes' names away again."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=20)
         time.sleep(0.5)
-        for daemon in (*(f"slurmd-{name}" for name in self.names), "slurmctld", "slurmdbd", "mariadbd", "munged"):
+        for daemon in (*(f"slurmd-{name}" for name in self.names), "slurmctld", "munged"):
             self._kill(daemon, signal.SIGTERM)
         self._name_the_nodes([])
 
@@ -164,10 +155,6 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------------- the parts
 
     @property
-    def _accounting(self) -> Accounting:
-        return Accounting(self.folder, self.port + 50, "atelier")
-
-    @property
     def _mark(self) -> str:
         return f"# SLURM of {self.folder}"
 
@@ -193,9 +180,8 @@ class Cluster:
         first = int(time.time()) // 10 % 60_000_000 + 1
         names = f"{self.prefix}[1-{self.nodes}]"
         text = CONFIG.format(
-            host=host, port=self.port, folder=self.folder, first_job=first, nodes=nodes, names=names, grace=GRACE_SEC,
-            accounting=self._accounting.lines if self.keeps_accounts else NO_ACCOUNTING,
-        )  # fmt: skip
+            host=host, port=self.port, folder=self.folder, first_job=first, nodes=nodes, names=names, grace=GRACE_SEC
+        )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n")
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from submit.slurm import read_sweep, split_words
+from submit.slurm import list_jobs, split_words
 from tests.in_process import make_glyph_folder
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, Submission, ask, submit
@@ -23,8 +23,8 @@ def test_a_sweep_is_one_array(cluster, images, tmp_path):
     words = ["--multirun", "seed=0,1", "optim.lr=0.01,0.02", "sweep.name=rates", "launch.gpus_per_node=0",
              "launch.wait=true", *(word for word in TRAINING if not word.startswith("optim.lr")), f"data.root={images}",
              "loop.total_steps=4"]  # fmt: skip
-    sweep = read_sweep("finetune", split_words(words)[1])
-    in_the_way = tmp_path / sweep.jobs()[3].folder  # no folder: its job fails
+    folder = list_jobs("finetune", split_words(words)[1])[1][3][-1].removeprefix("run_dir=")
+    in_the_way = tmp_path / folder  # no folder: its job fails
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
     said = Submission(cluster, tmp_path, words).wait_for(2)
@@ -85,20 +85,19 @@ def stand_in(tmp_path, monkeypatch):
     return folder
 
 
-IMAGE = ["launch.container=/images/atelier.sif", f"launch.python={sys.executable}"]
+IMAGE = [f"launch.command=[apptainer,exec,--bind,/data,image.sif,'{sys.executable}']"]
 
 
 def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, stand_in, tmp_path):
-    words = [*IMAGE, "launch.gpus_per_node=0", f'launch.container_mounts=["{images}"]', "launch.wait=true", *TRAINING]
-    submission = submit(cluster, tmp_path, *words, f"data.root={images}", "loop.total_steps=600")
+    words = [*IMAGE, "launch.gpus_per_node=0", "launch.wait=true", *TRAINING, f"data.root={images}"]
+    submission = submit(cluster, tmp_path, *words, "loop.total_steps=600")
     submission.wait_for_step(100)
     ask(cluster, "scancel", "--signal=USR2", submission.job)
     submission.wait_for(0)
     submission.assert_ended(0, restarts=1)
     (folder,) = tmp_path.glob("outputs/slurm/*")
     (call,) = set((tmp_path / "calls").read_text().splitlines())
-    binds = f"exec --bind {tmp_path} --bind {folder} --bind {images} /images/atelier.sif {sys.executable} "
-    assert call.startswith(f"{binds}-u {folder}/code/finetune.py ")
+    assert call.startswith(f"exec --bind /data image.sif {sys.executable} -u {folder}/code/finetune.py ")
 
 
 def test_a_rank_that_cannot_start_ends_the_job(cluster, images, stand_in, tmp_path):
@@ -108,7 +107,6 @@ def test_a_rank_that_cannot_start_ends_the_job(cluster, images, stand_in, tmp_pa
     (stand_in / "apptainer").write_text(text.replace("shift\n", f"{refusal}shift\n", 1))
     submission = submit(cluster, tmp_path, *IMAGE, *TWO_NODES, *TRAINING, f"data.root={images}", "loop.total_steps=4")
     assert "has ended with status 126, after 0 restarts" in submission.wait_for(126)
-    assert "another rank has failed, and this one does not end: it is killed" in submission.log()
 
 
 def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):
@@ -123,42 +121,15 @@ def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):
     assert (tmp_path / "outputs/tried/complete.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            ["optim.lr=-1"],
-            "\n  optim.lr: must be greater than or equal to 0, found -1\n",
-        ),
-        (["optim.lrr=1"], "finetune.py: 1 configuration error\n  optim.lrr: unknown key; close: lr"),
-        (["launch.nodes=99"], "finetune.py: loop.global_batch_size: 4 does not divide by the 99 ranks; set it to 99"),
-    ],
-)
-def test_what_the_script_refuses_is_not_queued(cluster, images, tmp_path, words, said):
-    output = submit(cluster, tmp_path, *TRAINING, f"data.root={images}", "launch.gpus_per_node=0", *words).wait_for(2)
-    assert said in output and "nothing is queued: finetune.py refuses what it was given" in output
-    assert not (tmp_path / "outputs/slurm").exists() and ask(cluster, "squeue", "-h") == ""
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            ["launch.partition=none"],
-            r"launch.partition: SLURM refuses the job \('none' was asked for\): .*invalid",
-        ),
-        (["launch.nodes=99", "loop.global_batch_size=99"], r"launch.nodes: SLURM refuses the job \(99 was asked for\)"),
-        (
-            ["launch.gpus_per_node=3", "loop.global_batch_size=3"],
-            r"launch.(gpus_per_node|nodes): SLURM refuses the job",
-        ),
-        (["launch.sbatch_lines=[exclude]"], r"launch.sbatch_lines: 'exclude' is no option of sbatch; give --NAME"),
-        (['launch.sbatch_lines=["--time=3"]'], r"launch.sbatch_lines: --time is set by launch itself"),
-        (["launch.node=2"], r"launch.node: unknown key; close: nodes"),
-    ],
-)
-def test_a_wrong_field_is_refused(cluster, images, tmp_path, words, said):
-    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0", *words]
+def test_what_the_script_refuses_is_not_queued(cluster, images, tmp_path):
+    words = [*TRAINING, f"data.root={images}", "launch.gpus_per_node=0", "launch.nodes=99"]
     output = submit(cluster, tmp_path, *words).wait_for(2)
-    assert re.search(said, output), output
+    assert "finetune.py: loop.global_batch_size: 4 does not divide by the 99 ranks" in output
+    assert "nothing is queued" in output and not (tmp_path / "outputs/slurm").exists()
+
+
+def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):
+    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
+    output = submit(cluster, tmp_path, "launch.partition=none", *words).wait_for(2)
+    assert re.search(r"launch: SLURM refuses the job: .*[Ii]nvalid partition", output), output
     assert "Traceback" not in output and ask(cluster, "squeue", "-h") == ""

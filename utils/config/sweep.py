@@ -34,6 +34,7 @@ from utils.config.schema import Strict, check_path
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.io.files import sha256_text
 from utils.ranks.distributed import detect_world
+from utils.ranks.job_status import SWEEP_VARIABLE
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
 from utils.record.run_reader import RunReader, settings_of
@@ -41,7 +42,6 @@ from utils.record.run_reader import RunReader, settings_of
 log = get_logger(__name__)
 
 FLAGS = {"--multirun", "-m"}
-SWEEP_VARIABLE = "ATELIER_SWEEP"  # the name of the sweep, for its jobs
 _NAME_BYTES = 200  # of a job's folder; file systems take 255
 _LOOK_SEC = 0.1
 

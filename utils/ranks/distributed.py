@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.ranks.slurm_step import slurm_port
+from utils.ranks.job_status import slurm_port
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

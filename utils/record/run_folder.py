@@ -34,7 +34,7 @@ from utils.io.files import (
 )
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
-from utils.ranks.slurm_step import restart_count
+from utils.ranks.job_status import restart_count
 from utils.record.logging import get_logger, log_copied_to
 from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE, RESULT_FILE
 
