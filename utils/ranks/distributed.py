@@ -1,7 +1,6 @@
 """Ranks: this process's place among them, and collectives.
 
-Processes are started by torchrun, by srun or submitit (SLURM variables), or as plain `python`. Every helper also works
-without a process group, as a world of one rank.
+Processes are started by torchrun, by SLURM, or as plain `python`. Without a process group all is a world of one rank.
 """
 
 import gc
@@ -9,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,45 +43,33 @@ class World:
 
 def _first_host(node_list: str) -> str:
     """Return the first host of a SLURM node list: `gpu[03-05,9]-ib,x1` gives `gpu03-ib`."""
-    match = re.match(r"[^,\[](?:[^,\[]|\[[^\]]+\])*", node_list)
-    if match is None:
-        raise UserError(f"SLURM_JOB_NODELIST: {node_list!r} names no host; set MASTER_ADDR to the first node's name")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
+    first = re.match(r"(?:[^,\[]|\[[^\]]+\])*", node_list).group()
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def detect_world(environment: dict[str, str] | None = None) -> World:
+def detect_world(environment: Mapping[str, str] = os.environ) -> World:
     """Read the launcher's variables: torchrun's first, then those of a SLURM step, else a world of one.
 
     A batch script's own shell has SLURM_NTASKS but is not a step, so only SLURM_STEP_NUM_TASKS counts.
     """
-    env = dict(os.environ) if environment is None else environment
+    env = environment
     if "RANK" in env and "WORLD_SIZE" in env:
-        return World(
-            rank=int(env["RANK"]),
-            size=int(env["WORLD_SIZE"]),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
-            address=env.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(env.get("MASTER_PORT", "29500")),
-        )
+        ranks = (int(env[name]) for name in ("RANK", "WORLD_SIZE"))
+        address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))
+        return World(*ranks, int(env.get("LOCAL_RANK", "0")), "torchrun", address, port)
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        return World(
-            rank=int(env["SLURM_PROCID"]),
-            size=int(env["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(env.get("SLURM_LOCALID", "0")),
-            launcher="slurm",
-            address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]),
-            port=int(env.get("MASTER_PORT") or slurm_port(env)),
-        )
+        ranks = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+        address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+        port = int(env.get("MASTER_PORT") or slurm_port(env))
+        return World(*ranks, int(env.get("SLURM_LOCALID", "0")), "slurm", address, port)
     return World()
 
 
 def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
     """Return a name shared by the ranks of this start only.
 
-    torchrun's store outlives ranks that it restarts (torch 2.15): without a new name, they sometimes read the addresses
-    of the dead ranks. Each rank writes a hello with a unique word; rank 0 answers every hello that it sees, old ones
-    too, until all ranks have read their answer.
+    torchrun's store outlives ranks that it restarts: without a new name, they may read the addresses of the dead ranks.
+    Each rank writes a hello with a unique word; rank 0 answers all that it sees, until all ranks have read theirs.
     """
     own = uuid.uuid4().hex
     store.set(f"hello/{world.rank}", own)
@@ -128,12 +115,11 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
 
 
 def local_device_index(world: World | None = None) -> int:
-    """Return the GPU of this process: its local rank, or 0 where the scheduler shows each process one GPU only.
+    """Return the GPU of a process: its local rank, or 0 where the scheduler shows each process one GPU only.
 
     Raises UserError where the node has fewer GPUs than processes.
     """
-    world = detect_world() if world is None else world
-    count = torch.cuda.device_count()
+    world, count = world or detect_world(), torch.cuda.device_count()
     if count == 1 and world.launcher == "slurm":  # srun --gpus-per-task=1
         return 0
     if world.local_rank >= count:
@@ -220,10 +206,9 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return the rows of all ranks, in the ranks' order, on every rank; all ranks give tensors of one shape."""
     if not is_distributed():
         return tensor
-    tensor = tensor.contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts)
+    rows = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
 
 
 def rank_zero_call(call: Callable[[], T]) -> T:
@@ -231,17 +216,15 @@ def rank_zero_call(call: Callable[[], T]) -> T:
 
     An error on rank 0 is raised on all of them, so none is left waiting; a user's error keeps its kind.
     """
-    outcome: tuple[Any, Exception | None] = (None, None)
+    value, failure = None, None
     if is_main():
         try:
-            outcome = (call(), None)
-        except Exception as error:  # passed on to every rank below
-            if not is_distributed():
-                raise
-            outcome = (None, error)
-    value, error = broadcast_object(outcome)
-    if error is not None:
-        raise error
+            value = call()
+        except Exception as error:
+            failure = error
+    value, failure = broadcast_object((value, failure))
+    if failure is not None:
+        raise failure
     return value
 
 

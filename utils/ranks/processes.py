@@ -36,38 +36,20 @@ def map_in_processes(
 ) -> Iterator[Result]:
     """Yield `function` of each item, in order; `fatal` of one on which a process dies (a crash, a lack of memory).
 
-    chunk_size: items that a process gets at once. `function` and items must be picklable. Items of the
-    same chunk as a fatal one are processed again, one by one.
+    chunk_size: items that a process gets at once. `function` and items must be picklable. Items of the same chunk as a
+    fatal one are processed again, one after another by one process.
     """
     done = 0
     while done < len(items):
         try:
-            with _processes(count_cores()) as pool:
+            with _processes(count_cores() if chunk_size > 1 else 1) as pool:
                 for result in pool.map(function, items[done:], chunksize=chunk_size):
                     yield result
                     done += 1
-        except BrokenProcessPool:
-            # The error does not name the item. It is in this chunk, or in one of the next.
+        except BrokenProcessPool:  # it does not name the item, which is in this chunk, or in one of the next
             chunk = items[done : done + chunk_size]
-            yield from _one_by_one(function, chunk, fatal)
+            yield from [fatal(chunk[0])] if chunk_size == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)
-
-
-def _one_by_one(
-    function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result]
-) -> Iterator[Result]:
-    """Yield the same from one process at a time, which has one item at a time; a new one where it dies."""
-    remaining = iter(items)
-    item = next(remaining, None)
-    while item is not None:
-        try:
-            with _processes(1) as pool:
-                while item is not None:
-                    yield pool.submit(function, item).result()
-                    item = next(remaining, None)
-        except BrokenProcessPool:
-            yield fatal(item)
-            item = next(remaining, None)
 
 
 def _processes(count: int) -> ProcessPoolExecutor:

@@ -20,10 +20,10 @@ REPEAT_SEC = 2.0
 _current: "StopRequest | None" = None
 
 
-def stop_requested_sec() -> float | None:
-    """Return for how many seconds the run under way has been asked to stop; None where it has not. From any thread."""
+def is_stop_requested() -> bool:
+    """Return whether the run under way has been asked to stop. From any thread."""
     request = _current
-    return None if request is None or not request.requested else time.monotonic() - request.since
+    return request is not None and request.requested
 
 
 def _tell(number: int, text: str) -> None:
@@ -36,7 +36,7 @@ class StopRequest:
     """Record that a signal came; a context manager that restores the old handlers."""
 
     def __init__(self) -> None:
-        self.requested, self.since = False, 0.0
+        self.requested, self._since = False, 0.0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -55,9 +55,9 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.requested:
-            self.since, self.requested = now, True
+            self._since, self.requested = now, True
             _tell(number, ": finishing the step, then saving; once more leaves at once")
-        elif now - self.since >= REPEAT_SEC * (1.0 if is_launched() else 0.1):
+        elif now - self._since >= REPEAT_SEC * (1.0 if is_launched() else 0.1):
             _tell(number, " again: leaving at once, without saving")
             note_status(EXIT_STOPPED)
             os._exit(EXIT_STOPPED)

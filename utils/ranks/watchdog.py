@@ -12,6 +12,7 @@ stopped; a rank whose progress stays behind the others' hangs.
 import os
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from utils.errors import EXIT_LOST_RANK
 from utils.ranks import distributed
 from utils.ranks.job_status import note_status
-from utils.ranks.signals import stop_requested_sec
+from utils.ranks.signals import is_stop_requested
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -36,26 +37,22 @@ class Watchdog:
     def __init__(self, timeout_sec: float) -> None:
         self.timeout_sec = timeout_sec
         self.interval_sec = min(5.0, timeout_sec / 8)
-        self._progress, self._phase = 0, "starting"
+        self._rounds, self._progress, self._phase = 0, 0, "starting"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: dist.Store | None = None  # None: one rank
-        self._rank = 0
-        self._watched: list[int] = []
-        # The last value of each rank, and when it changed: rank -> (value, time).
-        self._life: dict[int, tuple[str, float]] = {}
-        self._moves: dict[int, tuple[int, float, str]] = {}
+        self._rank, self._size = 0, 1
+        # Of each rank its rounds (0) and its progress (1): the last value, and when it changed.
+        self._last: dict[tuple[int, int], tuple[str, float]] = {}
 
     def start(self) -> None:
         """Begin to watch. All ranks call it together."""
         if distributed.is_distributed():
-            rank, size = distributed.rank(), distributed.world_size()
+            self._rank, self._size = distributed.rank(), distributed.world_size()
             # A separate client, so that the process group's is never blocked.
             self._store = dist.PrefixStore("atelier/watchdog", dist.distributed_c10d._get_default_store().clone())
             self._store.set_timeout(timedelta(seconds=self.timeout_sec))
-            self._rank = rank
-            self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
-            self._publish(0)
+            self._store.set(str(self._rank), self._state())
             distributed.barrier()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -86,7 +83,7 @@ class Watchdog:
         """
         if self._thread is None or self._store is None:
             return None
-        others = [other for other in range(distributed.world_size()) if other != self._rank]
+        others = [other for other in range(self._size) if other != self._rank]
         try:
             before = {other: self._store.get(str(other)).split(b"|")[0] for other in others}
             time.sleep(2.5 * self.interval_sec)
@@ -95,65 +92,51 @@ class Watchdog:
             gone = [0]
         return f"rank {', '.join(map(str, gone))} has died: no sign of life" if gone else None
 
-    def _publish(self, count: int) -> None:
-        self._store.set(str(self._rank), f"{count}|{self._progress}|{self._phase}")
+    def _state(self) -> str:
+        return f"{self._rounds}|{self._progress}|{self._phase}"
 
-    def _exchange(self, count: int) -> dict[int, str]:
-        """Publish this rank's state and return that of the watched ranks."""
+    def _exchange(self) -> dict[int, str]:
+        """Publish this rank's state; returns those that it judges."""
+        self._rounds += 1
         if self._store is None:
-            return {}
-        self._publish(count)
-        return {other: self._store.get(str(other)).decode() for other in self._watched}
+            return {self._rank: self._state()}
+        self._store.set(str(self._rank), self._state())
+        return {rank: self._store.get(str(rank)).decode() for rank in (range(self._size) if self._rank == 0 else [0])}
 
     def _watch(self) -> None:
-        count, clock = 0, 0.0
+        clock = 0.0
         looked = answered = time.monotonic()
         while not self._stop.wait(self.interval_sec):
-            count += 1
             now = time.monotonic()
             clock += min(now - looked, 2 * self.interval_sec)  # without the time for which this process was stopped
-            looked = now
+            looked, verdict = now, None
             try:
-                seen = self._exchange(count)
+                verdict = self._judge(self._exchange(), clock)
                 answered = time.monotonic()
-                verdict = self._judge(seen, clock)
             except Exception as error:
-                verdict = self._judge_silence(time.monotonic() - answered, error)
+                if is_stop_requested():  # a launcher may leave on the signal, with the store; this rank saves still
+                    self._store = None
+                elif time.monotonic() - answered >= _STORE_PATIENCE * self.interval_sec:
+                    verdict = f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
             if verdict is not None and not self._stop.is_set():
                 self._end(verdict)
 
-    def _judge_silence(self, silent_sec: float, error: Exception) -> str | None:
-        """Return the verdict where the store does not answer: it is in rank 0's process or its launcher.
-
-        A launcher may leave on the signal that asks the ranks to stop: they need the time to save, and no store.
-        """
-        asked_sec = stop_requested_sec()
-        if asked_sec is not None:
-            # The store is not asked again meanwhile: torch shows each failure on 25 lines.
-            self._stop.wait(max(0.0, self.timeout_sec - asked_sec))
-        elif silent_sec < _STORE_PATIENCE * self.interval_sec:
+    def _judge(self, seen: Mapping[int, str], now: float) -> str | None:
+        """Return the verdict on the ranks that are watched, None where all are well."""
+        states = {rank: text.split("|", 2) for rank, text in seen.items()}
+        for rank, state in states.items():
+            for part in (0, 1):
+                if self._last.get((rank, part), ("", 0.0))[0] != state[part]:
+                    self._last[rank, part] = state[part], now
+        for rank in states:
+            if (silent := now - self._last[rank, 0][1]) > self.timeout_sec:
+                return f"rank {rank} has died or was stopped: no sign of life for {silent:.0f} s"
+        judges = self._rank == 0 or self._store is None
+        if not judges or any(now - self._last[rank, 1][1] < self.timeout_sec for rank in states):
             return None
-        return f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
-
-    def _judge(self, seen: dict[int, str], now: float) -> str | None:
-        """Return the verdict on the watched ranks, None where all are well."""
-        own = self._moves.get(self._rank)
-        if own is None or own[0] != self._progress:
-            self._moves[self._rank] = (self._progress, now, self._phase)
-        for other, text in seen.items():
-            count, progress, phase = text.split("|", 2)
-            if self._life.get(other, ("", 0.0))[0] != count:
-                self._life[other] = (count, now)
-            if self._moves.get(other, (-1, 0.0, ""))[0] != int(progress):
-                self._moves[other] = (int(progress), now, phase)
-        for other, (_, since) in self._life.items():
-            if now - since > self.timeout_sec:
-                return f"rank {other} has died or was stopped: no sign of life for {now - since:.0f} s"
-        if self._rank != 0 or min(now - since for _, since, _ in self._moves.values()) < self.timeout_sec:
-            return None
-        least = min(progress for progress, _, _ in self._moves.values())
-        behind = sorted(rank for rank, (progress, _, _) in self._moves.items() if progress == least)
-        where = self._moves[behind[0]][2]
+        least = min(int(progress) for _, progress, _ in states.values())
+        behind = [rank for rank, (_, progress, _) in states.items() if int(progress) == least]
+        where = states[behind[0]][2]
         return f"rank {', '.join(map(str, behind))} hangs in {where!r}: no progress for {self.timeout_sec:.0f} s"
 
     def _end(self, verdict: str) -> None:

