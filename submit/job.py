@@ -83,6 +83,8 @@ class ScriptJob:
         status = judge_status(folder, status)
         note(folder / f"task_{os.environ['SLURM_PROCID']}", status)
         _say(f"{self.script}.py has ended with status {status}")
+        if status == EXIT_LOST_RANK and os.environ["SLURM_PROCID"] == "0":
+            finish(self.folder, status)  # srun waits for a lost node, until SLURM knows
         os._exit(EXIT_OK if status == EXIT_STOPPED else status)
 
 
