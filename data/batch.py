@@ -76,35 +76,23 @@ def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
     return targets.index_put_((rows, values), torch.ones((), device=values.device))[1:-1]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch; from pinned memory without waiting for the copy."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
 @functools.cache  # memory is kept for each stream, and every evaluation has a loader of its own
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class DeviceCopier:
-    """Move batches to a device. On a GPU, copies have a stream of their own: they overlap with the step before.
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch; from pinned memory without waiting for the copy.
 
-    The host asks for the next batch while the device still computes. On the compute stream, the copy would queue behind
-    that work.
+    On a GPU, copies have a stream of their own and overlap with the step before. The host asks for the next batch while
+    the device still computes; on the compute stream, the copy would queue behind that work.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copies = _copy_stream(device) if device.type == "cuda" else None
-
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the batch on the device, ready for the current stream; without waiting for the copy."""
-        if self._copies is None:
-            return to_device(batch, self._device)
-        with torch.cuda.stream(self._copies):
-            moved = to_device(batch, self._device)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._copies)
-        for tensor in moved.values():
-            tensor.record_stream(current)  # the copies' stream may not reuse its memory before the step is done
-        return moved
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    copies, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copies):
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    current.wait_stream(copies)
+    for tensor in moved.values():
+        tensor.record_stream(current)  # the copies' stream may not reuse its memory before the step is done
+    return moved

@@ -115,10 +115,7 @@ def letterbox_groups(collection: Collection, rows: np.ndarray, preprocessing: Ma
 
 
 def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
-    """Return the bucket of the nearest ratio of height to width, in its logarithm, for each size: int64 [N].
-
-    Of buckets of one ratio, the first.
-    """
+    """Return the bucket of the nearest ratio of height to width, in its logarithm, for each size: int64 [N]."""
     ratios = np.log(buckets_hw[:, 0] / buckets_hw[:, 1])
     order = np.argsort(ratios, kind="stable")
     between = (ratios[order][1:] + ratios[order][:-1]) / 2
@@ -239,9 +236,7 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
 def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
     """Return the sizes of rows, int64 [N, 2]: the manifest's width and height, else what the files' headers say.
 
-    0 for what is unreadable or has weight 0. cache: a JSON file that keeps what was read of the files. Rank 0 reads.
-    Shards are not read: what job=pack could read has a size. An edited file is no danger: the latent cache refuses an
-    image of another size than is stated, and `FittedView` measures each.
+    0 for what is unreadable or has weight 0. cache: a file that keeps what was read, by rank 0. Shards are not read.
     Raises UserError (`data.root`) where the index of shards has no sizes.
     """
     stated = collection.stated_sizes()
@@ -274,8 +269,7 @@ def measure_rows(
     if len(rows) and is_packed(collection.table.schema):
         raise UserError(
             f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
-            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and train on NEW (of "
-            "shards that job=pack made, the command that made them adds it there)"
+            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and train on NEW"
         )
     paths = [collection.absolute_path(int(row)) for row in rows]
     there = [path for path in paths if path.is_file() and os.access(path, os.R_OK)]

@@ -3,12 +3,10 @@
     views = training_views(augment)          {"images": crop and resize, "augment": the parameters [P]}
     data.train(rows, fields, views)          applies the parameters after the copy (data/open.py)
 
-The parameters are a view of the sample: they are drawn from its key, so they depend neither on workers and ranks nor
-on how a step is split. So do the results, to the bit on one device: every operation is elementwise or exact, and each
-is a kernel of its own (a fused multiply-add may round the end of an array otherwise than its middle).
-
-The steps are those of data/transforms.py after its crop: affine map, mirror, colours, erasing. Images stay bytes: what
-needs floats is rounded once, at the end, and a batch is the same as one from the workers. Nothing waits for the device.
+The parameters are a view of the sample, drawn from its key. The results do not depend on how a step is split, to the
+bit on one device: every operation is elementwise or exact, and each is a kernel of its own (a fused multiply-add may
+round the end of an array otherwise than its middle). Images stay bytes: what needs floats is rounded once, at the end.
+Nothing waits for the device.
 """
 
 import math
@@ -34,21 +32,10 @@ _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # of utils/rng.py; tasks use small numbers
 
 
-class Parameters(NamedTuple):
-    """What the device is told of each sample; columns of a float tensor [B, PARAMETERS].
-
-    matrix: of `inverse_matrix`. factors: as drawn. before_hue, after_hue: the blends (numbers of brightness, contrast
-    and saturation) in the order in which they are applied, then -1 for none. erased_px: as drawn.
-    """
-
-    matrix: Tensor
-    factors: Tensor
-    before_hue: Tensor
-    after_hue: Tensor
-    erased_px: Tensor
-
-
-_WIDTHS = Parameters(6, 4, len(_BLENDS), len(_BLENDS), 4)
+# The parameters of a sample, [P]: `inverse_matrix`; factors, as drawn; the blends before the hue and those after it
+# (numbers of brightness, contrast and saturation) in the order in which they are applied, then -1 for none; the erased
+# rectangle, as drawn.
+_WIDTHS = (6, 4, len(_BLENDS), len(_BLENDS), 4)
 PARAMETERS = sum(_WIDTHS)
 
 
@@ -102,8 +89,6 @@ class DeviceAugment:
         self._blends = [number for number in _BLENDS if active[number]]
         self._turns_hue = active[_HUE]
 
-    # ------------------------------------------------------------------------------------------------- in the worker
-
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return a sample's parameters, float32 [P]."""
         return self.pack(self.draw())
@@ -138,8 +123,6 @@ class DeviceAugment:
         matrix = inverse_matrix(drawn, self._size_hw)
         return torch.tensor([*matrix, *drawn.factors, *padded[0], *padded[1], *drawn.erased_px], dtype=torch.float32)
 
-    # ------------------------------------------------------------------------------------------------- on the device
-
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with its images augmented and without the parameters."""
         rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
@@ -147,32 +130,32 @@ class DeviceAugment:
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
         """Return augmented images, uint8 [B, C, H, W] as given; parameters [B, P], keys [B] for the noise."""
-        given = Parameters(*parameters.split(_WIDTHS, dim=1))
+        matrix, factors, before_hue, after_hue, erased_px = parameters.split(_WIDTHS, dim=1)
         changed = images
         if self._affine is not None:
-            changed = sample_affine(images.float(), given.matrix, float(self._config.fill))
+            changed = sample_affine(images.float(), matrix, float(self._config.fill))
         elif self._config.horizontal_flip > 0:
-            changed = torch.where(_per_image(given.matrix[:, 0] < 0), images.flip(-1), images)
+            changed = torch.where(_per_image(matrix[:, 0] < 0), images.flip(-1), images)
         if self._jitter is not None:
-            changed = self._change_colours(changed.float(), given)
+            changed = self._change_colours(changed.float(), factors, before_hue, after_hue)
         if changed.is_floating_point():
             changed = changed.round_().clamp_(0, 255).to(torch.uint8)
         if self._erasing is None:
             return changed
-        inside = rectangles(given.erased_px, changed.shape[-2:])
+        inside = rectangles(erased_px, changed.shape[-2:])
         return torch.where(inside, self._noise(keys, changed.shape), changed)
 
-    def _change_colours(self, images: Tensor, given: Parameters) -> Tensor:
+    def _change_colours(self, images: Tensor, factors: Tensor, before_hue: Tensor, after_hue: Tensor) -> Tensor:
         """Apply brightness, contrast, saturation and hue in each sample's own order; float images of 0 to 255."""
-        steps = range(len(self._blends))
-        for step in steps:
-            images = blend(images, given.factors, given.before_hue[:, step])
+        count = len(self._blends)
+        for number in before_hue.unbind(1)[:count]:
+            images = blend(images, factors, number)
         if not self._turns_hue:
             return images
         if images.shape[1] == 3:
-            images = turn_hue(images, given.factors[:, _HUE])
-        for step in steps:
-            images = blend(images, given.factors, given.after_hue[:, step])
+            images = turn_hue(images, factors[:, _HUE])
+        for number in after_hue.unbind(1)[:count]:
+            images = blend(images, factors, number)
         return images
 
     def _noise(self, keys: Tensor, shape: torch.Size) -> Tensor:

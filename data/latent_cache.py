@@ -8,9 +8,9 @@ A record's key is a hash of the image's bytes and of everything that was done to
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,14 +39,6 @@ _FLIP_DRAW = 4  # of a sample's key; the loader's are 1 and 2, a bucket's 3
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class LatentRecipe(NamedTuple):
-    """What latents depend on beside the image and its fit. vae: a hash of the weights."""
-
-    vae: str
-    background: Any
-    icc: bool = False
-
-
 def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
     """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only.
 
@@ -68,7 +60,8 @@ def _hash(path: Path) -> str | None:
 class LatentCache:
     """A source of the latents of `buckets.rows`, and of their mirror images where the config asks for some.
 
-    hashes: of the images, as `image_hashes` returns them. fits: [rows, variants, 2]; variant 1 is the mirror image.
+    recipe: what latents depend on beside the image and its fit, such as a hash of the VAE. hashes: of `image_hashes`.
+    fits: [rows, variants, 2]; variant 1 is the mirror image.
     keys: of the records, [rows, variants], of 32 hexadecimal digits. fingerprints: of all, by the configuration key.
     """
 
@@ -78,7 +71,7 @@ class LatentCache:
         collection: Collection,
         buckets: Buckets,
         config: BucketConfig,
-        recipe: LatentRecipe,
+        recipe: Sequence[Any],
         hashes: list[str],
     ) -> None:
         self.store, self.collection, self.buckets = store, collection, buckets

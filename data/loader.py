@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.batch import DeviceCopier, Ragged, Sample, collate, to_device
+from data.batch import Ragged, Sample, collate, to_device
 from data.collection import Collection, RowView
 from data.image_formats import UnreadableImage
 from data.read_ahead import RowsAhead, read_ahead
@@ -210,7 +210,7 @@ class Loader:
 
     def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
         """Yield batches on the device. Raises UserError (`runtime.workers`) where workers lack shared memory."""
-        copy, workers = DeviceCopier(self.machine.device), self.machine.workers
+        workers = self.machine.workers
         forks = workers > 0 and multiprocessing.get_start_method() == "fork"
         loader = DataLoader(
             self.reader,
@@ -226,7 +226,7 @@ class Loader:
         try:
             for loaded, problems in loader:
                 self._report(problems)
-                yield self._on_device(copy(loaded))
+                yield self._on_device(to_device(loaded, self.machine.device))
         except RuntimeError as error:
             if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
                 raise

@@ -12,7 +12,7 @@ The way of an image, each step a call of the one before:
     row -> pixels          MemoryCached, DiskCached, Images: bytes, then the Decoder   images.py, cache/, decode.py
     pixels -> views        TrainTransform, EvalTransform; fields add labels and tags   transforms.py, SampleReader
     samples -> batch       collate, in a loader worker                                 batch.py
-    batch -> device        DeviceCopier, then the hook of DeviceAugment                loader.py, device_augment.py
+    batch -> device        to_device, then the hook of DeviceAugment                loader.py, device_augment.py
 """
 
 import copy

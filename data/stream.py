@@ -118,13 +118,8 @@ class BlockSampler(Sampler):
 
     An epoch cuts the rows, as a circle from a random place on, into blocks of `block` rows. The blocks come in a random
     order, and `window` of them at a time are shuffled together; rows that fill no block are at the end of the last
-    window. Of B = block, W = window and N rows:
-
-    - Over the seeds, each row is at each place of an epoch with the same probability, but for 1 / N.
-    - Two rows of a block are in one window, at most B W - 1 places apart; two that are farther apart than B among the
-      rows are in one window with probability (W - 1) / (N / B - 1), about.
-    - Of G samples in a row within a window, (G - 1) (B - 1) / (B W - 1) are expected to be of the block of the first:
-      one in W, where a whole shuffle has one in N / B. So a block must not be of one class; job=pack shuffles first.
+    window. So about one of `window` neighbouring samples is of the block of the first, where a whole shuffle has next
+    to none: a block must not be of one class, and job=pack shuffles first.
 
     reads_blocks: whole blocks are read ahead, a window before they are drawn from.
     """

@@ -64,7 +64,7 @@ from torch.utils._pytree import tree_leaves
 import tests.tasks.flow
 import tests.tasks.multicrop
 from bench.measure import build_bench_run, read_group
-from data.batch import Ragged, collate, to_device
+from data.batch import Ragged, collate
 from engine.checkpoint import Writer
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
@@ -300,7 +300,8 @@ def make_batch(task, setup):
             for name in tests.tasks.multicrop.GLOBAL + tests.tasks.multicrop.LOCAL:
                 sample[name] = images if name.startswith("global") else images[:, :32, :32]
         samples.append(sample)
-    return to_device(collate(samples, len(samples), channels_last=True), DEVICE)
+    batch = collate(samples, len(samples), channels_last=True)
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
 def run_steps(run, batches):

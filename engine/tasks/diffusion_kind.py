@@ -17,7 +17,7 @@ from data.captions import CaptionConfig, describe_captions
 from data.collection import Collection
 from data.config import DataConfig
 from data.images import Images
-from data.latent_cache import LatentCache, LatentRecipe, image_hashes
+from data.latent_cache import LatentCache, image_hashes
 from data.loader import Example, Fields
 from data.open import Data, describe_collection, open_images
 from data.rows import training_rows
@@ -205,7 +205,7 @@ def _read_images(data: Data, setup: Setup, buckets: Buckets, fields: Fields) -> 
         return data, views, fields
     images = next(layer for layer in layers(data.source) if isinstance(layer, Images))
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    recipe = LatentRecipe(_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
+    recipe = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     latents = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
     if latents.is_missing().any():

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from data.cache.store import TensorStore
 from data.collection import index_collection, open_collection
 from data.decode import Decoder
 from data.images import Files, Images
-from data.latent_cache import LatentCache, LatentRecipe, image_hashes
+from data.latent_cache import LatentCache, image_hashes
 from data.loader import UnreadableLog
 from data.open import Data
 from data.stream import GroupedSampler
@@ -29,7 +28,7 @@ CONFIG = BucketConfig(
     area_px=96**2, step_px=32, min_px=64, max_px=128, sizes_hw=None, crop="centre", small="keep", max_upscale=8.0,
     max_crop=0.9, flip=0.0,
 )  # fmt: skip
-RECIPE = LatentRecipe(vae="0" * 64, background="white")
+RECIPE = ("0" * 64, "white", False)
 MACHINE = SimpleNamespace(device=torch.device("cpu"), channels_last=False, workers=0, prefetch_batches=2)
 
 
@@ -49,11 +48,10 @@ def images(tmp_path):
 class Encoder:
     """Average each 8 x 8 pixels; counts the images."""
 
-    def __init__(self, pause=0.0):
-        self.seen, self.pause = 0, pause
+    def __init__(self):
+        self.seen = 0
 
     def __call__(self, images):
-        time.sleep(self.pause * len(images))
         self.seen += len(images)
         mean = torch.nn.functional.avg_pool2d(images.float() / 255, 8)
         mean = torch.cat([mean, mean.mean(dim=1, keepdim=True)], dim=1)
@@ -73,9 +71,9 @@ def missing(cache):
     return np.count_nonzero(cache.is_missing())
 
 
-def fill(folder, config=CONFIG, recipe=RECIPE, pause=0.0):
+def fill(folder, config=CONFIG, recipe=RECIPE):
     """Return the filled cache and how many images were encoded."""
-    cache, encode, unreadable = open_cache(folder, config, recipe), Encoder(pause), UnreadableLog(None)
+    cache, encode, unreadable = open_cache(folder, config, recipe), Encoder(), UnreadableLog(None)
     files = Images(Files(cache.collection), Decoder(3, 10**6))
     expected = missing(cache)
     cache.fill(encode, files, MACHINE, 3, unreadable)
@@ -117,8 +115,8 @@ def test_what_changed_is_encoded_again_and_nothing_else(images):
     assert changed.fingerprints != first
     assert_right(changed)
     for config, recipe in (
-        (CONFIG, RECIPE._replace(vae="1" * 64)),
-        (CONFIG, RECIPE._replace(background="black")),
+        (CONFIG, ("1" * 64, "white", False)),
+        (CONFIG, ("0" * 64, "black", False)),
         (CONFIG.model_copy(update={"flip": 0.5}), RECIPE),  # the mirror images
         (CONFIG.model_copy(update={"area_px": 128**2}), RECIPE),
     ):
@@ -173,19 +171,6 @@ def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
     Image.new("RGB", (33, 44)).save(cache.collection.absolute_path(2))  # as of a manifest made before
     cache.fill(Encoder(), Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
     assert missing(cache) == 1 and "02.png" in log.text
-
-
-def test_a_fill_that_is_killed_goes_on_where_it_was(images):
-    process = multiprocessing.get_context("fork").Process(target=fill, args=(images, CONFIG, RECIPE, 0.01))
-    process.start()
-    while process.is_alive() and not list((images / "store").glob("??/*")):
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    cache, encoded = fill(images)
-    assert 0 < encoded < 14
-    assert_right(cache)
 
 
 def _be_rank(rank, folder):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -16,15 +15,14 @@ import yaml
 from PIL import Image
 
 import data.batch
-from data.batch import ALWAYS, DeviceCopier, Ragged, collate, multi_hot
+from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import Decoder
-from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import EvaluationStream, Loader, SampleReader, TrainStream, UnreadableLog
 from data.rows import training_rows
-from data.stream import Draw, GroupedSampler, Policy, ShuffledSampler
+from data.stream import Draw, Policy, ShuffledSampler
 from data.transforms import EvalTransform, TrainTransform
 from tests.data.test_read_ahead import Asked
 from utils import rng
@@ -276,27 +274,6 @@ def test_an_evaluation_reads_the_same_again_with_any_batch_size(folder):
 # --- unreadable images
 
 
-class Kept(logging.Handler):
-    """Keep a logger's messages, whatever other tests did to logging."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-@pytest.fixture
-def logged_warnings():
-    logger, handler = logging.getLogger("atelier.data.loader"), Kept()
-    logger.addHandler(handler)
-    before, logger.disabled = logger.disabled, False
-    yield handler.messages
-    logger.removeHandler(handler)
-    logger.disabled = before
-
-
 @pytest.fixture
 def damaged(tmp_path):
     """Eight images, three of which cannot be read: empty, cut off, and gone since the collection was indexed."""
@@ -319,7 +296,7 @@ def listed(file):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damaged, tmp_path, logged_warnings, workers):
+def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damaged, tmp_path, log, workers):
     file = tmp_path / "unreadable.jsonl"
     loader = train_stream(damaged, workers=workers, file=file)
     steps = take(loader, 3, 8)  # 96 samples: each file a dozen times
@@ -336,10 +313,7 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
     assert "empty" in reasons["train/2.png"] and "No such file" in reasons["train/7.png"]
     assert all(reasons.values())
     assert loader.unreadable.count == 3
-    assert len(logged_warnings) == 3
-    for path in BROKEN:
-        (line,) = [line for line in logged_warnings if path in line]
-        assert line.startswith(f"unreadable image {path}: ") and line.endswith("; its weight is 0")
+    assert all(log.text.count(f"unreadable image {path}: ") == 1 for path in BROKEN)
 
 
 def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
@@ -347,24 +321,24 @@ def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
         training_rows(weighted(tmp_path, [0, 0]), None)
 
 
-def test_a_run_that_continues_does_not_warn_again(damaged, tmp_path, logged_warnings):
+def test_a_run_that_continues_does_not_warn_again(damaged, tmp_path, log):
     file = tmp_path / "unreadable.jsonl"
     take(train_stream(damaged, file=file), 1)
     first = file.read_text()
     resumed = train_stream(damaged, file=file)
-    logged_warnings.clear()
+    log.clear()
     take(resumed, 1)
-    assert file.read_text() == first and not logged_warnings and resumed.unreadable.count == 3
+    assert file.read_text() == first and not log.records and resumed.unreadable.count == 3
 
 
 def test_rows_wait_for_their_folder(tmp_path):
-    log = UnreadableLog(tmp_path / "run/unreadable.jsonl")
-    log.add([("a.png", "empty")])
-    log.add([])
-    assert not (tmp_path / "run").exists() and log.count == 1
-    (tmp_path / "run").mkdir()
-    log.add([])
-    assert listed(tmp_path / "run/unreadable.jsonl") == [{"path": "a.png", "reason": "empty"}]
+    file = tmp_path / "run/unreadable.jsonl"
+    unreadable = UnreadableLog(file)
+    unreadable.add([("a.png", "empty")])
+    assert not file.parent.exists() and unreadable.count == 1
+    file.parent.mkdir()
+    unreadable.add([])
+    assert listed(file) == [{"path": "a.png", "reason": "empty"}]
 
 
 def test_a_full_disk_ends_nothing_and_rows_wait_for_space(tmp_path, log):
@@ -492,28 +466,26 @@ class FakeStream:
 def test_on_a_gpu_copies_have_a_stream_that_the_step_waits_for(monkeypatch):
     """With streams that only note; a GPU test copies really."""
     notes = []
-    streams = {name: FakeStream(name, notes) for name in ("copies", "compute")}
-    monkeypatch.setattr(data.batch, "_copy_stream", lambda device: streams["copies"])
+    copies, compute = (FakeStream(name, notes) for name in ("copies", "compute"))
+    monkeypatch.setattr(data.batch, "_copy_stream", lambda device: copies)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["compute"])
-    monkeypatch.setattr(data.batch, "to_device", lambda batch, device: notes.append("to_device") or batch)
-    monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda self, stream: notes.append(f"in use by {stream.name}"), raising=False
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: notes.append("to device") or self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: notes.append(f"in use by {stream.name}"))
     batch = ragged_batch([[1], [2, 3]])
-    assert DeviceCopier(torch.device("cuda", 0))(batch) is batch
-    steps = ["copy on copies", "to_device", "copied", "compute waits for copies"]
-    assert notes == [*steps, *["in use by compute"] * len(batch)]
+    assert to_device(batch, torch.device("cuda", 0)) == batch
+    moved = ["copy on copies", *["to device"] * len(batch), "copied", "compute waits for copies"]
+    assert notes == moved + ["in use by compute"] * len(batch)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_arrive_whole_behind_work_of_the_step_before():
     device = torch.device("cuda", 0)
-    copy, weight = DeviceCopier(device), torch.randn(4096, 4096, device=device)
+    weight = torch.randn(4096, 4096, device=device)
     for number in range(20):
         batch = {"images": torch.full((64, 3, 128, 128), number, dtype=torch.uint8).pin_memory()}
-        moved = copy(batch)["images"]
+        moved = to_device(batch, device)["images"]
         weight = weight @ weight * 1e-4
         total = moved.sum(dtype=torch.int64)
         del moved, batch
@@ -575,61 +547,3 @@ def test_fields_see_the_stream_the_decoded_image_and_the_views(folder):
             assert sample["size_hw"].tolist() == [image.height, image.width]
         assert bool(sample["training"]) == training
         assert sample["view"] == sample["images"].float().mean()
-
-
-# ------------------------------------------------------------------------------------------------------- other sources
-
-
-SHAPES = [(6, 5), (4, 8)]
-
-
-class Latents:
-    """Latents of two shapes, each with an embedding, as a cache for diffusion holds them; row 3 is damaged."""
-
-    def read(self, row, key=0):
-        if row == 3:
-            raise UnreadableImage("latent 3", "cut off", "7 bytes")
-        latents = torch.full((4, *SHAPES[row % 2]), row, dtype=torch.float16)
-        return {"latents": latents, "embedding": torch.tensor([row, row + 1.0])}
-
-    def blank(self, group):
-        return {"latents": torch.zeros(4, *SHAPES[group], dtype=torch.float16), "embedding": torch.zeros(2)}
-
-
-def keep_all(example):
-    return example.record
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_records_of_several_tensors_and_shapes_are_trained_on_and_evaluated(folder, workers):
-    rows = folder.rows("train")
-    reader = SampleReader(folder, Latents(), {}, keep_all, training=False)
-    trained = stream(reader, GroupedSampler(rows, rows % 2, 4, seed=0), workers=workers)
-    found, seen = list(EvaluationStream(trained.loader, rows, Policy(0, 8, 8), rows % 2)), []
-    for batch in (*found, *(batch for step in take(trained, 3, 4) for batch in step)):
-        group = int(batch["sample_id"][0]) % 2
-        ids, weights = batch["sample_id"], batch["weight"]
-        assert batch["latents"].shape == (len(ids), 4, *SHAPES[group]) and bool((ids % 2 == group).all())
-        assert torch.equal(batch["latents"][:, 0, 0, 0], torch.where(ids == 3, 0, ids).half())
-        assert torch.equal(batch["embedding"][:, 1], torch.where(ids == 3, 0, ids + 1.0))
-        assert bool((weights[ids == 3] == 0).all())
-    for batch in found:
-        padding = batch["weight"] == 0
-        seen += [row for row, blank in zip(batch["sample_id"].tolist(), padding.tolist()) if not blank or row == 3]
-    assert sorted(set(seen)) == rows.tolist() and len(seen) >= len(rows) and trained.unreadable_count == 1
-
-
-def add_noise(batch):
-    return {**batch, "noise": rng.normal(batch["key"], (3, 2))}
-
-
-def test_a_hook_on_the_device_draws_the_same_however_batches_are_split(folder):
-    def noise(workers, micro):
-        reader = make_reader(folder, TrainTransform(augment()))
-        sampler = ShuffledSampler(folder.rows("train"), 0)
-        read = stream(reader, sampler, workers=workers, on_device=add_noise)
-        return torch.cat([batch["noise"] for step in take(read, 2, micro) for batch in step])
-
-    whole = noise(0, GLOBAL)
-    assert whole.shape == (2 * GLOBAL, 3, 2) and len(torch.unique(whole)) == whole.numel()
-    assert torch.equal(noise(0, 8), whole) and torch.equal(noise(2, 4), whole)

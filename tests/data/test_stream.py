@@ -13,7 +13,6 @@ import pytest
 from data.stream import (
     BalancedSampler,
     BlockSampler,
-    Draw,
     GroupedSampler,
     Policy,
     ShuffledSampler,
@@ -100,14 +99,6 @@ def test_every_epoch_of_a_shuffled_stream_is_a_permutation(count, seed):
         assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
 
 
-def test_every_row_comes_first_equally_often():
-    """Chi-square over 4,000 epochs of 8 rows: 7 degrees of freedom, 24.3 is the 0.1 % point."""
-    sampler = ShuffledSampler(np.arange(8), seed=0)
-    for place in (0, 7):
-        counts = Counter(sampler.at(epoch * 8 + place)[0] for epoch in range(4000))
-        assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 24.3
-
-
 # --- blocks
 
 
@@ -142,8 +133,8 @@ def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
     assert sampler.rows_ahead(0, 5, True) == []
 
 
-def test_statistics_of_the_shuffle_in_blocks():
-    """As the docstring states them; 1,500 seeds, tolerances of four standard errors."""
+def test_rows_and_blocks_are_shuffled_evenly():
+    """1,500 seeds: every row at any place equally often, neighbours in a batch as expected of four blocks at a time."""
     block, window, count, batch, seeds = 4, 4, 64, 8, 1500
     samplers = [BlockSampler(np.arange(count), seed, block=block, window=window) for seed in range(seeds)]
     orders = np.array([epoch_rows(sampler, 0) for sampler in samplers])
@@ -154,8 +145,6 @@ def test_statistics_of_the_shuffle_in_blocks():
     blocks = (orders - np.array(starts)[:, None]) % count // block
     same = (blocks[:, 1:batch] == blocks[:, :1]).sum(axis=1).mean()
     assert abs(same - (batch - 1) * (block - 1) / (block * window - 1)) < 0.1
-    windows = np.argsort(orders, axis=1) // (block * window)
-    assert abs((windows[:, 0] == windows[:, 32]).mean() - (window - 1) / (count / block - 1)) < 0.045
 
 
 # --- balanced
@@ -223,14 +212,6 @@ def test_a_known_balanced_order():
     assert found == [5, 0, 6, 4, 6, 2, 1, 3, 5, 6, 4, 0, 6, 4]
 
 
-def test_every_round_of_a_balanced_epoch_has_every_class_in_an_order_of_its_own():
-    sampler = BalancedSampler(np.arange(len(CLASS_IDS)), CLASS_IDS, 0)
-    classes = [int(CLASS_IDS[row]) for row in epoch_rows(sampler, 0)]
-    rounds = [tuple(classes[start : start + 4]) for start in range(0, 36, 4)]
-    assert all(sorted(each) == [0, 1, 2, 3] for each in rounds)
-    assert len(set(rounds)) > 4
-
-
 # --- grouped
 
 
@@ -278,14 +259,6 @@ def test_a_known_grouped_order():
     assert far == [(2, 0), (6, 2), (5, 2), (3, 1), (4, 1), (1, 0), (0, 0)]
 
 
-def test_chunks_of_the_groups_are_mixed_and_rows_meet_other_rows_each_epoch():
-    chunks = grouped_chunks(0, 2 * len(ROWS))
-    first, second = chunks[: len(ROWS)], chunks[len(ROWS) :]
-    assert [group for _, group in first] != [group for _, group in second]
-    alone = GROUPS.tolist().count(0)  # the group of one sample meets itself
-    assert len({frozenset(rows) for rows, _ in first} & {frozenset(rows) for rows, _ in second}) <= alone
-
-
 # --- ranks and micro-batches
 
 GLOBAL = 24
@@ -331,15 +304,6 @@ def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro)
     assert steps_over_ranks(name, 4, 6, start_step=4, steps=3) == whole[4:]
 
 
-def test_a_draw_holds_position_row_key_and_group():
-    sampler = SAMPLERS["grouped"](0)
-    (batch,) = batches(sampler, rank=1, world=2, micro=12, start_step=5, count=1, seed=11)
-    for offset, draw in enumerate(batch):
-        position = 5 * GLOBAL + 12 + offset
-        row, group = sampler.at(position)
-        assert draw == Draw(position, row, rng.sample_key(11, position), group)
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("cap", [1, 3, 4, 24])
 def test_a_micro_batch_never_spans_two_shapes(world, cap):
@@ -371,11 +335,6 @@ def test_balanced_needs_labels():
     collection = labelled(["A", None, "B", None], [1, 1, 1, 1])
     with pytest.raises(UserError, match=r"^loop.sampling: balanced needs the class of every training image, and 2 of"):
         build_sampler("balanced", np.arange(4), collection, 0)
-
-
-def test_an_index_drawn_twice_has_two_keys():
-    draws = [draw for batch in batches(SAMPLERS["balanced"](0), rank=0, world=1, micro=24, count=8) for draw in batch]
-    assert len({draw.key for draw in draws}) == len(draws) > len({draw.index for draw in draws})
 
 
 # --- evaluation

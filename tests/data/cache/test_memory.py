@@ -22,7 +22,6 @@ from data.decode import Decoder
 from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import SampleReader, no_fields
-from data.source import Counters, not_cached
 from data.stream import Draw
 from data.transforms import EvalTransform, TrainTransform
 from tests.support import cache_config
@@ -71,13 +70,6 @@ def test_an_unreadable_image_is_refused_each_time(collection):
         with pytest.raises(UnreadableImage):
             kept.read(12)
     assert 12 not in kept.arena
-
-
-def test_what_is_kept_is_not_read_ahead(collection):
-    kept = cached(collection)
-    assert not_cached(kept, range(5)) == [0, 1, 2, 3, 4]
-    kept.read(3)
-    assert not_cached(kept, range(5)) == [0, 1, 2, 4]
 
 
 def test_no_transform_changes_what_is_kept(collection):
@@ -186,22 +178,6 @@ def test_two_ranks_share_one_arena():
     assert [found.get(timeout=60) for _ in ranks] == [[0, 1], [0, 1]]
     for process in ranks:
         process.join()
-
-
-def count(counters):
-    for _ in range(500):
-        counters.add("hits")
-
-
-def test_counts_of_workers_add_up():
-    counters = Counters("hits", "misses")
-    workers = [FORK.Process(target=count, args=(counters,)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    counters.add("misses", 2)
-    assert counters.totals() == {"hits": 1500, "misses": 2}
 
 
 # ------------------------------------------------------------------------------------------------------ what is chosen

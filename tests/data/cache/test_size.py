@@ -57,11 +57,6 @@ def test_no_crop_of_an_image_at_the_bound_is_enlarged(ratio, scale, size_hw):
                     assert drawn["height"] >= size_hw[0] and drawn["width"] >= size_hw[1]
 
 
-def test_a_weight_file_states_the_size_only_where_images_are_shrunk():
-    assert AugmentConfig(**LIGHT).preprocessing(3)["shortest_px"] == bound()
-    assert "shortest_px" not in AugmentConfig(**LIGHT | {"shrink": False}).preprocessing(3)
-
-
 def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
     root = make_images(tmp_path / "images")  # of 36 to 60 px
     command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "run_dir=run", "augment=light"]
