@@ -126,7 +126,7 @@ class LatentCache:
                         key = self.keys[self.buckets.place_of(row), variant].decode()
                         record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
                         self.store.put(key, self.collection.view(row).path, record)
-        distributed.barrier()
+        self.store.finish()
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.

@@ -64,7 +64,7 @@ class ShardContents:
 
 
 class RemoteContents:
-    """The parts of shards behind a URL: those of a batch are asked for together, while the batch before is decoded."""
+    """The parts of shards behind a URL: those of a batch are asked for together."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection

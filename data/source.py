@@ -75,7 +75,7 @@ class Prefetching(Protocol):
     """A layer whose every read would wait for an answer, so that it asks for many at once."""
 
     def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read the rows of this batch and the next."""
+        """Begin to read the rows of a batch."""
 
 
 def layers(source: Source) -> list[Any]:

@@ -53,7 +53,7 @@ class TextCache:
             part = mine[start : start + batch_size]
             for text, embeds, pooled in zip(part, *(found.to(STORED) for found in encode(part))):
                 self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
-        distributed.barrier()
+        self.store.finish()
 
     def read(self, caption: str) -> Record:
         """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.

@@ -9,6 +9,7 @@ that does not match is removed, as if it had never been there.
 """
 
 import fcntl
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from data.source import Record
 from utils.errors import UserError
 from utils.io.files import canonical_json, output_errors, sha256_text, write_atomically
+from utils.ranks import distributed
 
 _SUM_BYTES = 8  # of a checksum, which leaves the content where its words are aligned
 _FULL = 0.9  # of the limit: the oldest records go until no more is left
@@ -150,3 +152,8 @@ class TensorStore:
             )
         with output_errors(self.key, self._store.folder):
             self._store.put(key, save(record))
+
+    def finish(self) -> None:
+        """Wait until all ranks have written, and the disk holds it."""
+        os.sync()
+        distributed.barrier()
