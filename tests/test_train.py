@@ -130,8 +130,3 @@ def test_what_a_run_from_scratch_would_not_read_is_refused(override):
         configure("train", [override])
     (problem,) = refused.value.problems
     assert problem.startswith(f"{override.partition('=')[0]}: ")
-
-
-def test_classes_are_balanced_once():
-    with pytest.raises(ConfigError, match=r"task\.class_weights: balanced, beside loop\.sampling=balanced"):
-        configure("train", ["loop.sampling=balanced", "task.class_weights=balanced"])

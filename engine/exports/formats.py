@@ -72,9 +72,28 @@ Format = Callable[[Weights, Path, ExportConfig], dict[str, Any]]
 
 
 def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the files of one of TARGETS."""
-    network = weights.model.network if config.format in ("timm", "transformers") else weights.whole
-    return export_folder(config.format, network, weights.metadata, folder, config.accepted)
+    """Write the files of one of TARGETS; of a tagger, selected_tags.csv lies beside timm's.
+
+    timm's taggers take BGR, as the published ones do. Mean and standard deviation stay those of red, green and blue:
+    neggles/wdv3-timm normalises, then turns the channels round. A backbone takes RGB, as every other network does.
+    """
+    form, network, metadata = config.format, weights.whole, weights.metadata
+    is_tagger = form == "timm" and _is_tagger(weights)
+    if form in ("timm", "transformers"):
+        network = weights.model.network
+    if is_tagger:
+        stated = metadata["preprocessing"]
+        network = tag_forms.to_bgr(network, stated["image_size_hw"])
+        metadata = {**metadata, "channel_order": "BGR", "preprocessing": {**stated, "pad": "none"}}  # programs pad
+    report = export_folder(form, network, metadata, folder, config.accepted)
+    if is_tagger:
+        vocabulary = vocabulary_of(metadata)
+        tag_forms.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
+    return report
+
+
+def _is_tagger(weights: Weights) -> bool:
+    return weights.metadata["output"] == "tags" and set(FACTS) <= weights.metadata.keys()
 
 
 def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -107,21 +126,6 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     write_card(folder, form, path.name, metadata)
     changes = tag_forms.describe_changes(vocabulary, kept)
     return {"file": path.name, "onnx_max_abs_diff": difference, **changes}
-
-
-def write_timm_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write a folder for timm whose network takes BGR, as the published taggers do, and selected_tags.csv.
-
-    Mean and standard deviation stay those of red, green and blue: neggles/wdv3-timm normalises, then turns the channels
-    round. A backbone takes RGB, as those of every other network do.
-    """
-    stated = weights.metadata["preprocessing"]
-    network = tag_forms.to_bgr(weights.model.network, stated["image_size_hw"])
-    metadata = {**weights.metadata, "channel_order": "BGR", "preprocessing": {**stated, "pad": "none"}}  # programs pad
-    report = export_folder("timm", network, metadata, folder, config.accepted)
-    vocabulary = vocabulary_of(weights.metadata)
-    tag_forms.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
-    return report
 
 
 # --------------------------------------------------------------------------------------------------------------- SDXL
@@ -208,7 +212,7 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
 
 IMAGE_FORMATS: dict[str, Format] = {"onnx": write_onnx, **dict.fromkeys(TARGETS, write_folder)}
 SDXL_FORMATS = {"kohya": write_lora, "lora_diffusers": write_lora, "single_file": write_whole, "diffusers": write_whole}
-TAG_FORMATS = {**IMAGE_FORMATS, "timm": write_timm_tagger, **dict.fromkeys(_TAG_FILES, write_tagger)}
+TAG_FORMATS = {**IMAGE_FORMATS, **dict.fromkeys(_TAG_FILES, write_tagger)}
 
 
 def find_format(name: str, weights: Weights) -> Format:
@@ -216,8 +220,7 @@ def find_format(name: str, weights: Weights) -> Format:
     if weights.model is None:
         formats = SDXL_FORMATS if isinstance(weights.task, DiffusionTask) else {}
     else:
-        is_tagger = weights.metadata["output"] == "tags" and set(FACTS) <= weights.metadata.keys()
-        formats = TAG_FORMATS if is_tagger else IMAGE_FORMATS
+        formats = TAG_FORMATS if _is_tagger(weights) else IMAGE_FORMATS
     if name not in formats:
         raise UserError(f"format: {name} is no format of {weights.path}; it has {', '.join(formats) or 'none'}")
     return formats[name]

@@ -73,7 +73,11 @@ class Weights:
             )
         network = self.model.network
         if hasattr(network, "reset_classifier"):
-            _remove_timm_head(network)
+            from timm.layers import NormMlpClassifierHead
+
+            network.reset_classifier(0)
+            if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
+                head.reset(0, reset_other=True)  # the norm behind the pool
         elif getattr(network, "num_classes", 0):
             backbone = build_network(ConvNeXtV2Config.model_validate(self.metadata["model"]), num_classes=0)
             load_into(backbone, network.state_dict(), keep_head=False)
@@ -81,15 +85,6 @@ class Weights:
         kept = {key: value for key, value in self.metadata.items() if key not in NAME_KEYS}
         backbone = ImageModel(network, self.model.normalise, "features").eval()
         return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
-
-
-def _remove_timm_head(network: nn.Module) -> None:
-    """Remove a timm network's classifier, and the norm behind the pool, which timm's `reset_classifier` leaves."""
-    from timm.layers import NormMlpClassifierHead
-
-    network.reset_classifier(0)
-    if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
-        head.reset(0, reset_other=True)
 
 
 def open_weights(path: Path, key: str = "weights") -> Weights:

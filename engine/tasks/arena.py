@@ -18,7 +18,6 @@ from data.tags.index import index_tags
 from data.tags.names import parse_tag
 from data.tags.rules import read_rules
 from engine.measures.drawings import draw_pr_curves
-from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.runtime import Runtime
@@ -95,7 +94,7 @@ class Arena:
         data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), stated)
         is_rating = torch.tensor(shared.categories, device=self._runtime.device) == RATING
-        means, histograms = Means(), TagHistograms(len(shared))
+        histograms = TagHistograms(len(shared))
         for batch in track(loader, len(loader), f"measuring {name}"):
             found = predictor.predict(batch["images"])[:, outputs]
             if found.min() < -_SLACK or found.max() > 1 + _SLACK:
@@ -105,9 +104,8 @@ class Arena:
                 )
             targets = multi_hot(batch["tags"], batch["tags_offsets"], len(shared))
             targets.masked_fill_(~batch["rating_known"][:, None] & is_rating, torch.nan)
-            logits, valid = torch.from_numpy(found).float().clamp(0, 1).to(targets.device).logit(), batch["weight"] > 0
-            histograms.add(logits, targets, valid)
-            means.add({}, valid)
+            logits = torch.from_numpy(found).float().clamp(0, 1).to(targets.device).logit()
+            histograms.add(logits, targets, batch["weight"] > 0)
         counts = histograms.reduce()
         support = counts.histograms[:, 1].sum(1)
         kept = support >= self._min_support
@@ -118,7 +116,8 @@ class Arena:
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
         vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
-        return TagScores(chosen, vocabulary), int(means.reduce()["samples"])
+        images = counts.histograms.sum((1, 2)).max()  # of a tag that is no rating, and so known of every image
+        return TagScores(chosen, vocabulary), int(images)
 
 
 def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:

@@ -1,10 +1,9 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,9 +27,6 @@ from utils.config.bounds import BelowOne
 from utils.contracts import Batch
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
 _PAIRS = 1000  # rows of the table of confusions
@@ -38,24 +34,15 @@ HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
 
 
 class ClassificationTaskConfig(MixingConfig):
-    """How a classifier is trained.
-
-    class_weights: `balanced` multiplies a training image's loss by N / (K n): N images, K classes, n of its own class.
-    """
+    """How a classifier is trained."""
 
     name: Literal["classification"]
     label_smoothing: BelowOne
-    class_weights: Literal["none", "balanced"]
     allow_missing_classes: bool
     head: Literal["drawn", "standardised", "fitted", "kept"]
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for classes that are balanced twice, and for a head kept from no weights."""
-        if config.loop.sampling == "balanced" and self.class_weights == "balanced":
-            raise ValueError(
-                "task.class_weights: balanced, beside loop.sampling=balanced, would make up for the sizes of classes "
-                "twice; set task.class_weights=none or loop.sampling=shuffled"
-            )
+        """Raise ValueError for a head kept from no weights."""
         if self.head == "kept" and config.init_from is None and not getattr(config.model, "pretrained", False):
             raise ValueError(
                 "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in "
@@ -74,8 +61,6 @@ class ClassificationTask(ImageTask):
         self.class_names = list(setup.facts["class_names"])
         self.label_smoothing, self.head = setup.task.label_smoothing, setup.task.head
         self.mixing = Mixing(setup.task)
-        weights = setup.facts.get("class_weights")  # for training alone
-        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file; the head too where `task.head` is kept."""
@@ -98,11 +83,8 @@ class ClassificationTask(ImageTask):
         return self.mixing(images, targets, batch["weight"])
 
     def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample [B], times the weight of its class; `progress` is not read."""
-        loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        if self.class_weights is None or not self.training:
-            return loss
-        return loss * (self.class_weights[targets] if targets.ndim == 1 else targets @ self.class_weights)
+        """Return the cross-entropy of each sample [B]; `progress` is not read."""
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.
@@ -139,21 +121,6 @@ class ClassificationTask(ImageTask):
         return report
 
 
-def balance(class_ids: np.ndarray, image_weights: np.ndarray, names: Sequence[str]) -> list[float]:
-    """Return a weight for each class, N / (K n), which gives all classes the same sum; its mean over images is 1.
-
-    n is the sum of the weights of a class's images, N that of all. class_ids: int64, the class of each training image,
-    -1 for none. image_weights: of the same images. A class without weight gets that of a class with one image.
-    """
-    known = class_ids >= 0
-    sums = np.bincount(class_ids[known], weights=image_weights[known], minlength=len(names))
-    present = sums > 0
-    weights = sums.sum() / (np.count_nonzero(present) * np.where(present, sums, 1.0))
-    ranked = sorted(zip(weights[present], np.array(names)[present]))
-    log.info("task.class_weights=balanced: from %.3g (%s) to %.3g (%s)", *ranked[0], *ranked[-1])
-    return weights.tolist()
-
-
 class ClassificationKind(ImageKind):
     """Labelled images; the training split's classes are the classes."""
 
@@ -167,22 +134,14 @@ class ClassificationKind(ImageKind):
     )
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the class names, checked against the validation split; and the weights of the classes, if any."""
+        """Return the class names, checked against the validation split."""
         refuse_weightless(collection)
-        names = check_classes(collection, config.task.allow_missing_classes)
-        if config.task.class_weights == "none":
-            return {"class_names": names}
-        rows = training_rows(collection, config.loop.train_paths)
-        weights = balance(collection.class_ids(names)[rows], collection.weights()[rows], names)
-        return {"class_names": names, "class_weights": weights}
+        return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
 
-    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
-        """Return the rows of the known classes."""
-        return rows[collection.class_ids(setup.facts["class_names"])[rows] >= 0]
-
-    def fields(self, collection: Collection, setup: Setup) -> Fields:
-        """Return what adds the label."""
-        return label_fields(collection.class_ids(setup.facts["class_names"]))
+    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
+        """Return the rows of the known classes, and what adds the label."""
+        class_ids = collection.class_ids(setup.facts["class_names"])
+        return class_ids >= 0, label_fields(class_ids)
 
     def prepare(
         self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
@@ -190,10 +149,10 @@ class ClassificationKind(ImageKind):
         """Standardise the features of a new head, or fit it, as `task.head` says."""
         if task.head not in ("standardised", "fitted"):
             return
-        collection = data.collection
-        rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
-        rows = spread(rows, HEAD_IMAGES)
+        is_usable, fields = self.samples(data.collection, setup)
+        rows = training_rows(data.collection, config.loop.train_paths)
+        rows = spread(rows[is_usable[rows]], HEAD_IMAGES)
         # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
-        views, groups = self.views(setup, config.augment), letterbox_groups(collection, rows, setup.preprocessing)
-        loader = data.evaluation(rows, self.fields(collection, setup), views, groups=groups)
+        views, groups = self.views(setup, config.augment), letterbox_groups(data.collection, rows, setup.preprocessing)
+        loader = data.evaluation(rows, fields, views, groups=groups)
         prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

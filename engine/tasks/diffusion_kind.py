@@ -43,7 +43,8 @@ from utils.ranks import distributed
 HASHES = Path("outputs/cache/image_hashes.jsonl")
 _TEXTS_AT_ONCE = 16
 
-Weights = np.ndarray | ImageTags  # of the rows' tags, [rows of the collection], or the tags, which the task weighs
+# Of each row of the collection by its tags; or the tags, which the task weighs; None: all rows weigh alike.
+Weights = np.ndarray | ImageTags | None
 Texts = tuple[Callable[[str], Mapping[str, Tensor]], int | None]  # what the network is given of a caption; variants
 
 
@@ -81,18 +82,17 @@ class DiffusionKind(Kind):
         if config.dry_run:
             setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
         rows = training_rows(collection, config.loop.train_paths)
-        buckets = _bucket(collection, rows, task)
-        captions = describe_captions(collection, rows, task.captions)
-        described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
-        weights: Weights = np.ones(len(collection))
+        weights = each = None
         if task.tag_weights is not None:
             tags = read_tags(collection, task.captions)
-            weights = weigh_images(tags, rows, task.tag_weights)
-            described["weights"] = describe_weights(weights[buckets.rows])
-            weights = tags if task.reestimates else weights
-        texts = _read_texts(data, setup, rows, training=True)
-        fields = caption_fields(task.captions, texts, config.loop.global_batch_size, weights)
-        read, views, fields = _read_images(data, setup, buckets, fields)
+            each = weigh_images(tags, rows, task.tag_weights)
+            weights = tags if task.reestimates else each
+        parts = config.loop.global_batch_size
+        buckets, read, views, fields = _read(data, setup, rows, parts, weights, training=True)
+        captions = describe_captions(collection, rows, task.captions)
+        described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
+        if each is not None:
+            described["weights"] = describe_weights(each[buckets.rows])
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
@@ -106,10 +106,7 @@ class DiffusionKind(Kind):
         still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
         setup = replace(setup, task=setup.task.model_copy(update={"buckets": still}))
         rows = data.collection.rows("val")
-        buckets = _bucket(data.collection, rows, setup.task)
-        texts = _read_texts(data, setup, rows, training=False)
-        fields = caption_fields(setup.task.captions, texts, 1, np.ones(len(data.collection)))
-        read, views, fields = _read_images(data, setup, buckets, fields)
+        buckets, read, views, fields = _read(data, setup, rows, 1, None, training=False)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 
 
@@ -151,8 +148,8 @@ def caption_fields(config: CaptionConfig, texts: Texts, parts: int, weights: Wei
         (text, is_dropped), row = choose(example), example.draw.index
         strata = torch.tensor([example.draw.position % parts, parts])
         fields = {**tensors(text), "is_dropped": is_dropped, "strata": strata}
-        if isinstance(weights, np.ndarray):
-            return {**fields, "tag_weight": float(weights[row])}
+        if not isinstance(weights, ImageTags):
+            return {**fields, "tag_weight": 1.0 if weights is None else float(weights[row])}
         shown = torch.tensor(weights.find_shown(row, text, config), dtype=torch.bool)
         return {**fields, "tags": Ragged(torch.tensor(weights.of_row(row)).long()), "tags_shown": Ragged(shown)}
 
@@ -189,20 +186,21 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     return store.read, variants
 
 
-# ------------------------------------------------------------------------------------------------------------- images
+def _read(
+    data: Data, setup: Setup, rows: np.ndarray, parts: int, weights: Weights, *, training: bool
+) -> tuple[Buckets, Data, Views, Fields]:
+    """Return the buckets of some rows, and the data, views and fields: of the files, or of caches that it fills first.
 
-
-def _bucket(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> Buckets:
-    return make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
-
-
-def _read_images(data: Data, setup: Setup, buckets: Buckets, fields: Fields) -> tuple[Data, Views, Fields]:
-    """Return the data, views and fields: of the files, or of the latent cache, which is filled first."""
-    task = setup.task
+    parts, weights: as in `caption_fields`.
+    """
+    task, collection = setup.task, data.collection
+    buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
+    texts = _read_texts(data, setup, rows, training=training)
+    fields = caption_fields(task.captions, texts, parts, weights)
     if task.latent_cache is None:
         names = ("images", "fit")
         views = {name: FittedView(buckets.sizes_hw, task.buckets, conditions=name == "fit") for name in names}
-        return data, views, fields
+        return buckets, data, views, fields
     images = next(layer for layer in layers(data.source) if isinstance(layer, Images))
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
     recipe = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
@@ -211,7 +209,8 @@ def _read_images(data: Data, setup: Setup, buckets: Buckets, fields: Fields) -> 
     if latents.is_missing().any():
         vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
         latents.fill(partial(encode_images, vae), images, data.machine, data.batch_size, data.unreadable)
-    return data.read_from(latents, latents.fingerprints), {}, lambda example: {**example.record, **fields(example)}
+    read = data.read_from(latents, latents.fingerprints)
+    return buckets, read, {}, lambda example: {**example.record, **fields(example)}
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:

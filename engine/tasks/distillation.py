@@ -31,7 +31,7 @@ from data.tags.orientation import build_orientation
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
+from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
 from engine.tasks.kind import Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.pretrained import stated_preprocessing
@@ -53,7 +53,7 @@ from utils.vocabulary import RATING, vocabulary_of
 log = get_logger(__name__)
 
 _KEY = "task.teacher"
-_BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0, alpha=None, margin=0.0)
+_BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0)
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
@@ -86,33 +86,16 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
 # ---------------------------------------------------------------------------------------------------------- the student
 
 
-class _Backbone(ImageTask):
-    """A network without a head."""
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup, outputs=0)
-
-
-class _BackboneKind(ImageKind):
-    """The student of features: it knows no label."""
-
-    task = _Backbone
-
-    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
-        """Return none of the rows."""
-        return rows[:0]
-
-
 def find_student(setup: Setup) -> tuple[ImageKind, Setup]:
-    """Return the kind and the setup of what a student is outside its run: a tagger, a classifier or a backbone."""
+    """Return the kind and the setup of a student outside its run: a tagger, a classifier, or a backbone alone."""
     if "tag_names" in setup.facts:
         kind, more = TaggingKind(), {"name": "tagging", "vocabulary": None, "min_count": 1, "loss": _BCE}
         more |= {"label_smoothing": 0.0, "tag_weight_power": 0.0}
     elif "class_names" in setup.facts:
-        kind, more = ClassificationKind(), {"name": "classification", "label_smoothing": 0.0, "class_weights": "none"}
-        more |= {"allow_missing_classes": True, "head": "drawn"}
+        kind, more = ClassificationKind(), {"name": "classification", "label_smoothing": 0.0, "head": "drawn"}
+        more["allow_missing_classes"] = True
     else:
-        return _BackboneKind(), setup
+        return ImageKind(), setup
     shared = setup.task.model_dump(include=kind.config.model_fields.keys())
     return kind, replace(setup, task=kind.config(**{**shared, **more}))
 
@@ -159,10 +142,9 @@ class DistillationTask(Task):
         """Load the teacher. Raises UserError (`task.teacher`)."""
         if self.teacher is None:
             return
-        if path := _find_file(self._config.teacher):
-            load_into(self.teacher, read_weights(path, _KEY)[0], keep_head=True, key=_KEY)
-        else:
-            load_into(self.teacher, read_timm(self.teacher, _KEY)[0], keep_head=True, key=_KEY)
+        path = _find_file(self._config.teacher)
+        state, _ = read_weights(path, _KEY) if path else read_timm(self.teacher, _KEY)
+        load_into(self.teacher, state, keep_head=True, key=_KEY)
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the teacher's file."""
@@ -194,7 +176,7 @@ class DistillationTask(Task):
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the student, and targets; [B, 0] where no label is read."""
-        if self._config.label_share > 0 if self.training else self._is_labelled:
+        if self._config.label_share > 0 and self.training:
             return self.student.views(batch)
         images = self.student.normalise(batch["images"])
         return self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])
@@ -299,21 +281,16 @@ class DistillationKind(ImageKind):
             if "tag_names" in names and task.orientation:
                 facts["orientation"] = build_orientation(vocabulary_of(names), task.orientation, "task.orientation")
         try:
-            labelled = len(kind.rows(collection, student, collection.rows("val"))) > 0
+            labelled = bool(names) and bool(kind.samples(collection, student)[0][collection.rows("val")].any())
         except NoKnownTag as error:
             log.warning("evaluation measures the loss, because there are no labels: %s", error)
             labelled = False
         return {**facts, "labelled": labelled}
 
-    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
-        """Return the labelled rows where labels are trained on, else all."""
+    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
+        """Return the labelled rows and their labels, where they are trained on, else all rows."""
         kind, student = find_student(setup)
-        return kind.rows(collection, student, rows) if setup.task.label_share > 0 else rows
-
-    def fields(self, collection: Collection, setup: Setup) -> Fields:
-        """Return what adds labels, where they are trained on."""
-        kind, student = find_student(setup)
-        return kind.fields(collection, student) if setup.task.label_share > 0 else no_fields
+        return kind.samples(collection, student) if setup.task.label_share > 0 else super().samples(collection, setup)
 
     def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: its labelled images, where it has some."""

@@ -94,7 +94,7 @@ class FCMAETask(ImageTask):
     """Own the masked autoencoder; fine-tuning takes the encoder in it."""
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup, outputs=0)
+        super().__init__(setup)
         config = setup.task
         self.network = FCMAE(
             encoder=self.network,
@@ -173,8 +173,8 @@ class FCMAEKind(ImageKind):
             patch_count(config.model, config.task, size_hw)
         return setup
 
-    def fields(self, collection: Collection, setup: Setup) -> Fields:
-        """Return what adds a sample's mask, bool [L], True where a patch of its image is removed."""
+    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
+        """Return all rows, and what adds a sample's mask, bool [L], True where a patch of its image is removed."""
         patch_px, mask_ratio = _patch_px(setup.model, setup.task), setup.task.mask_ratio
 
         def mask(example: Example) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ class FCMAEKind(ImageKind):
             patches = (height // patch_px) * (width // patch_px)
             return {"mask": draw_mask(example.generator, patches, mask_ratio)}
 
-        return mask
+        return super().samples(collection, setup)[0], mask
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
@@ -194,7 +194,7 @@ class FCMAEKind(ImageKind):
         """Return `val`, of at most VALIDATION_IMAGES images within a run, and the probe's loaders."""
         rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
-        loaders = {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing)}
+        loaders = {"val": data.prepared(rows, self.samples(data.collection, setup)[1], setup.preprocessing)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
         return loaders | _probe_loaders(data, setup)

@@ -57,7 +57,7 @@ class ImageTrainingConfig(TrainingConfig):
 class ImageTask(Task):
     """A task with one network on images, whose head has so many outputs (0: no head)."""
 
-    def __init__(self, setup: Setup, outputs: int) -> None:
+    def __init__(self, setup: Setup, outputs: int = 0) -> None:
         super().__init__()
         check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
         self.network = build_network(setup.model, num_classes=outputs)
@@ -75,7 +75,9 @@ def label_fields(class_ids: np.ndarray) -> Fields:
 
 
 class ImageKind(Kind):
-    """Images of a collection. A kind of its own overrides rows, fields, views or sampler."""
+    """Images of a collection. A kind of its own overrides samples, views or sampler."""
+
+    task = ImageTask
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return what evaluation does to an image; of buckets, to one in a square, and their sizes (`buckets_hw`)."""
@@ -100,13 +102,9 @@ class ImageKind(Kind):
 
     # ----------------------------------------------------------------------------------------------------- samples
 
-    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
-        """Return those of some rows that the task can use."""
-        return rows
-
-    def fields(self, collection: Collection, setup: Setup) -> Fields:
-        """Return what a sample has beside its images."""
-        return no_fields
+    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
+        """Return which rows the task can use, bool [N], and what a sample has beside its images."""
+        return np.ones(len(collection), dtype=bool), no_fields
 
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
         """Return the named views of a training image; a kind with its own makes them in the workers."""
@@ -141,18 +139,17 @@ class ImageKind(Kind):
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
-        collection, augment = data.collection, config.augment
-        rows = self.rows(collection, setup, training_rows(collection, config.loop.train_paths))
-        views = self.views(setup, augment)
+        collection, augment, views = data.collection, config.augment, self.views(setup, config.augment)
+        is_usable, fields = self.samples(collection, setup)
+        rows = training_rows(collection, config.loop.train_paths)
+        rows = rows[is_usable[rows]]
         for key in ("on_device", "shrink"):
             if getattr(augment, key) and type(self).views is not ImageKind.views:
                 raise UserError(
                     f"augment.{key}: true is for kinds whose training view is `images` alone; task={config.task.name} "
                     f"makes views of its own ({', '.join(views)}), so set augment.{key}=false"
                 )
-        train = data.train(
-            rows, self.fields(collection, setup), views, sampler=self.sampler(collection, setup, config, rows)
-        )
+        train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         alpha = describe_transparency(collection, setup.preprocessing["background"])
         described = {
             "collection": describe_collection(collection) + alpha,
@@ -163,5 +160,5 @@ class ImageKind(Kind):
 
     def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return the images of `val` that the task can use."""
-        rows = self.rows(data.collection, setup, data.collection.rows("val"))
-        return {"val": data.prepared(rows, self.fields(data.collection, setup), setup.preprocessing)}
+        (is_usable, fields), rows = self.samples(data.collection, setup), data.collection.rows("val")
+        return {"val": data.prepared(rows[is_usable[rows]], fields, setup.preprocessing)}

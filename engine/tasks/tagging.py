@@ -1,7 +1,6 @@
 """Tagging: any number of tags for an image, each with its own probability."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,6 @@ from data.batch import Ragged, Sample, multi_hot
 from data.collection import Collection
 from data.config import TagRulesConfig, VocabularyConfig
 from data.loader import Example, Fields
-from data.open import Data
 from data.rows import training_rows
 from data.tags.index import TagIndex, index_tags
 from data.tags.orientation import Mirror, build_orientation
@@ -26,11 +24,11 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
-from engine.task import Report, StepOutput, Streams
+from engine.task import Report, StepOutput
 from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
 from engine.tasks.kind import Setup
 from engine.tasks.mixing import Mixing, MixingConfig
-from engine.tasks.tag_losses import TagLoss, TagLossConfig, bce, frequency_weights
+from engine.tasks.tag_losses import TagLossConfig, bce, frequency_weights, tag_loss
 from models.image_model import find_head
 from models.weights.fit import is_meta, optional_prefixes
 from models.weights.initialise import convert
@@ -87,7 +85,7 @@ class TaggingTask(ImageTask):
         super().__init__(setup, outputs=len(setup.facts["tag_names"]))
         config, facts = setup.task, setup.facts
         self.vocabulary = vocabulary_of(facts)
-        self.loss, self.label_smoothing = TagLoss(config.loss), config.label_smoothing
+        self.loss, self.label_smoothing = config.loss, config.label_smoothing
         self.mixing = Mixing(config)
         # Facts of training, which weight files do not have.
         orientation, priors = facts.get("orientation"), facts.get("tag_priors")
@@ -133,7 +131,7 @@ class TaggingTask(ImageTask):
         """Return the loss of each sample [B], the sum over its tags; a target that is NaN counts nothing."""
         known = ~targets.isnan()
         soft = targets.nan_to_num() * (1 - self.label_smoothing) + self.label_smoothing / 2
-        losses = self.loss(logits, soft, progress).where(known, 0.0)
+        losses = tag_loss(self.loss, logits, soft, progress).where(known, 0.0)
         return (losses if self.tag_weights is None else losses * self.tag_weights).sum(dim=1)
 
     @torch.no_grad()
@@ -268,19 +266,11 @@ def read_flips(collection: Collection) -> np.ndarray | None:
 
 
 def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
-    """Return the share of some images that has each output, of a rating among those with a known rating.
-
-    Raises UserError (`data.root`) where no image has a tag.
-    """
+    """Return the share of some images that has each output, of a rating among those with a known rating."""
     rows = rows[index.tagged[rows]]
-    if len(rows) == 0:
-        raise UserError(
-            "data.root: no training image has a tag of the vocabulary; give the training split sidecars, or choose "
-            "another task.vocabulary or loop.train_paths"
-        )
     is_rating = np.asarray(vocabulary.categories) == RATING
-    images = np.where(is_rating, max(1, index.rating_known[rows].sum()), len(rows))
-    return (index.count(rows, len(vocabulary)) / images).tolist()
+    images = np.where(is_rating, index.rating_known[rows].sum(), len(rows))
+    return (index.count(rows, len(vocabulary)) / np.maximum(images, 1)).tolist()
 
 
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:
@@ -312,21 +302,13 @@ class TaggingKind(ImageKind):
         vocabulary = choose_vocabulary(config.task, collection)
         facts = vocabulary.facts()
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
+        log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe())
         facts["tag_priors"] = measure_priors(index, rows, vocabulary)
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts
 
-    def rows(self, collection: Collection, setup: Setup, rows: np.ndarray) -> np.ndarray:
-        """Return the rows that have a tag, beside a rating."""
-        return rows[index_of(collection, setup).tagged[rows]]
-
-    def fields(self, collection: Collection, setup: Setup) -> Fields:
-        """Return what adds the tags."""
-        return tag_fields(index_of(collection, setup), read_flips(collection))
-
-    def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
-        """Return the data of a run."""
-        streams = super().streams(data, setup, config)
-        tags = f"{len(setup.facts['tag_names']):,}; {index_of(data.collection, setup).describe()}"
-        return replace(streams, described={**streams.described, "tags": tags})
+    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
+        """Return the rows that have a tag, beside a rating, and what adds the tags."""
+        index = index_of(collection, setup)
+        return index.tagged, tag_fields(index, read_flips(collection))

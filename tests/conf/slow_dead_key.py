@@ -154,17 +154,16 @@ def run_all(recorder, folder, monkeypatch):
     go("finetune", *tuned)
     go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     tagging = [*small, *folders, "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
-    for loss in ("asl", "focal", "hill"):
-        go("train", *tagging, "task=tagging", "task.min_count=1", f"task.loss.name={loss}", f"run_dir={loss}")
-    go("finetune", *tagging, "task=distillation", "task.teacher=hill", "task.label_share=0.5", "task.targets=both",
+    go("train", *tagging, "task=tagging", "task.min_count=1", "task.loss.name=asl", "run_dir=asl")
+    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "task.label_share=0.5", "task.targets=both",
        "run_dir=distilled")  # fmt: skip
     go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
     on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
     go("evaluate", "run_dir=tuned", *on_cpu)
     go("export", "run_dir=tuned")
-    go("evaluate", "run_dir=hill", "calibrate=true", *on_cpu)
-    go("export", "run_dir=hill", "format=wd14")
-    go("evaluate", "models=[hill]", "arena.min_support=1", *folders, *on_cpu)
+    go("evaluate", "run_dir=asl", "calibrate=true", *on_cpu)
+    go("export", "run_dir=asl", "format=wd14")
+    go("evaluate", "models=[asl]", "arena.min_support=1", *folders, *on_cpu)
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("predict", "weights=hill", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "job.duplicates=true", *folders)

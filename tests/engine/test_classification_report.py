@@ -1,38 +1,29 @@
-"""What evaluation says of a classifier: literal tables, equality with scikit-learn and torchmetrics and over ranks, and
-the edges: two classes, one without a sample, no mistake, very many classes, names of every script.
-"""
+"""What evaluation says of a classifier: literal tables, equality with scikit-learn, names of every script, files."""
 
 import csv
 import io
-import math
-import multiprocessing
-import pickle
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from PIL import Image
 from sklearn import metrics as reference
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from engine.measures.confusion import ConfusionCounts
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from tests.in_process import TINY, run
-from tests.support import free_port, make_collection
+from tests.support import make_collection
 from utils.record.pictures import legible, shorten
-from utils.record.report import write_report, write_table
+from utils.record.report import write_table
 
 MODEL = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=1, depths=[1, 1], dims=[8, 16], stem_stride=2, drop_path_rate=0.0,
     head_init_scale=1.0,
 )  # fmt: skip
 CONFIG = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
+    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
     mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=True,
     head="drawn",
 )  # fmt: skip
@@ -98,8 +89,8 @@ def test_a_literal_table():
     assert found.most_confused(4) == [0, 1, 2] and found.most_confused(2) == [0, 1]
 
 
-@pytest.mark.parametrize("classes, samples", [(2, 50), (7, 400), (300, 500)])
-def test_figures_equal_those_of_scikit_learn_and_torchmetrics(classes, samples):
+@pytest.mark.parametrize("classes, samples", [(2, 50), (300, 500)])
+def test_figures_equal_those_of_scikit_learn(classes, samples):
     """300 classes of 500 samples: many have none, and many are never predicted."""
     generator = torch.Generator().manual_seed(classes)
     labels = torch.randint(classes, (samples,), generator=generator)
@@ -117,14 +108,8 @@ def test_figures_equal_those_of_scikit_learn_and_torchmetrics(classes, samples):
         column = np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
         np.testing.assert_allclose(column, expected, rtol=1e-12)
     assert [rows[number]["f1"] for number in held] == pytest.approx(np.nan_to_num(f1[held]).tolist())
-    scalars = found.macro_scalars()
-    assert scalars["macro_f1"] == pytest.approx(np.nan_to_num(f1[held]).mean())
-    assert scalars["mean_class_accuracy"] == pytest.approx(recall[held].mean())
-    per_class = [
-        metric(classes, average=None)(predicted, labels)[held].double().mean().item()
-        for metric in (MulticlassAccuracy, MulticlassF1Score)
-    ]
-    assert [scalars["mean_class_accuracy"], scalars["macro_f1"]] == pytest.approx(per_class, rel=1e-5)
+    expected = {"macro_f1": np.nan_to_num(f1[held]).mean(), "mean_class_accuracy": recall[held].mean()}
+    assert found.macro_scalars() == pytest.approx(expected)
 
 
 def test_top_k_equals_that_of_scikit_learn():
@@ -138,61 +123,16 @@ def test_top_k_equals_that_of_scikit_learn():
     assert scalars["loss"] == pytest.approx(reference.log_loss(labels, logits.softmax(1).numpy()), rel=1e-5)
 
 
-def _be_rank(rank, ranks, port, path):
-    """Evaluate a rank's share, in batches of three with a padded last one, and write what it found."""
-    if ranks > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=ranks, rank=rank)
-    logits = torch.randn(101, 60, generator=torch.Generator().manual_seed(3))
-    logits[40:60] = logits[40]  # ties, which any number of ranks must break alike
-    batches, mine = [], list(range(rank, 101, ranks))
-    for start in range(0, math.ceil(101 / ranks), 3):
-        ids = mine[start : start + 3]
-        padded, weight = ids + [0] * (3 - len(ids)), [1.0] * len(ids) + [0.0] * (3 - len(ids))
-        batches.append(make_batch(padded, [number % 50 for number in padded], weight))
-    with torch.inference_mode():
-        report = make_task(logits, [f"c{number}" for number in range(60)]).evaluate({"val": batches}, 0)
-    images = {name: image.tobytes() for name, image in report.images.items()}
-    path.with_name(f"{path.name}_{rank}").write_bytes(pickle.dumps((report.scalars, report.tables, images)))
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_tables_and_pictures_are_the_same_on_one_two_and_three_ranks(tmp_path):
-    forks = multiprocessing.get_context("forkserver")
-    found = {}
-    for ranks in (1, 2, 3):
-        shared = (ranks, free_port(), tmp_path / f"of_{ranks}")
-        processes = [forks.Process(target=_be_rank, args=(rank, *shared)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0] * ranks
-        found[ranks] = [pickle.loads((tmp_path / f"of_{ranks}_{rank}").read_bytes()) for rank in range(ranks)]
-    scalars, tables, images = found[1][0]
-    assert scalars["samples"] == 101 and sum(row["samples"] for row in tables["classes"]) == 101
-    assert set(images) == {"confusion", "mistakes", "predictions"}
-    for ranks in (2, 3):
-        first, *others = found[ranks]
-        assert first[0] == pytest.approx(scalars, rel=1e-12)
-        assert first[1:] == (tables, images)
-        assert all(other == (first[0], {}, {}) for other in others)
-
-
 @pytest.mark.parametrize(
-    "names, labels",
+    "names, labels, right",
     [
-        (["cat", "dog"], [0, 1, 1]),
-        (["猫", "собака", "قطة"], [0, 2, 2]),  # none of the second
-        (["a name\nof two lines", "x" * 500, "U+0041", "U+0301"], [0, 1, 2]),
-        ([f"c{number}" for number in range(41)], [0, 1, 40]),
+        (["cat", "dog"], [0, 1, 1], True),
+        (["猫", "собака", "قطة"], [0, 2, 2], False),  # none of the second
+        (["a name\nof two lines", "x" * 500, "U+0041", "U+0301"], [0, 1, 2], False),
+        ([f"c{number}" for number in range(41)], [0, 1, 40], True),
     ],
     ids=["two classes", "scripts, one class without a sample", "odd names", "more than a whole matrix"],
 )
-@pytest.mark.parametrize("right", [True, False])
 def test_edges_are_drawn(names, labels, right):
     logits = torch.full((3, len(names)), -5.0)
     logits[range(3), [label if right else (label + 1) % len(names) for label in labels]] = 5.0
@@ -221,9 +161,6 @@ def test_a_table_is_written_and_an_empty_one_leaves_no_older_one(tmp_path):
     write_table(path, [])
     write_table(path, [])
     assert not path.exists()
-    write_report(tmp_path, {"t": [{"n": 1}]}, {"p": np.zeros((3, 4, 3), np.uint8)}, prefix="evaluate_")
-    assert (tmp_path / "tables/evaluate_t.csv").read_text() == "n\n1\n"
-    assert Image.open(tmp_path / "plots/evaluate_p.png").size == (4, 3)
 
 
 def test_training_and_evaluate_write_the_same_tables(tmp_path):

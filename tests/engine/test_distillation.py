@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from data.manifest_writer import write_manifest
@@ -71,6 +70,9 @@ def test_the_loss_of_tags_is_that_of_the_formula():
     smooth = torch.where(gap < 2, gap**2 / 4, gap - 1).mean(1)
     expected = 0.75 * teacher + 0.25 * labels + 3 * smooth
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-4, atol=1e-4)
+    output.loss.sum().backward()
+    assert all(parameter.grad is None for parameter in task.teacher.parameters()) and not task.teacher.training
+    assert all(parameter.grad is not None for parameter in [*task.student.parameters(), *task.projection.parameters()])
     parts = {"teacher_loss": teacher, "label_loss": labels, "feature_loss": smooth}
     for name, part in parts.items():
         torch.testing.assert_close(output.logs[name][0].double(), part.sum(), rtol=1e-4, atol=1e-4)
@@ -87,31 +89,17 @@ def test_the_loss_of_classes_is_a_divergence_at_a_temperature():
     assert not hasattr(task, "projection") and (expected > 0).all()
 
 
-def test_the_teacher_is_frozen_and_gets_no_gradient():
-    task, batch = make(VOCABULARY.facts()), make_tags()
-    task.train()
-    assert not task.teacher.training and task.student.training and task.projection.training
-    task(batch, 0.0).loss.sum().backward()
-    assert all(parameter.grad is None for parameter in task.teacher.parameters())
-    assert all(parameter.grad is not None for parameter in [*task.student.parameters(), *task.projection.parameters()])
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_features_of_timms_networks_are_what_their_heads_read(name):
     teacher = TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None)
     task = make({}, outputs=7, teacher=teacher, size=(64, 64), targets="features", label_share=0.0).eval()
     given = []
     task.teacher.get_classifier().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    batch = make_tags()
-    assert task.projection.out_features == task.teacher.get_classifier().in_features
-    assert task(batch, 0.0).loss.isfinite().all() and given == []
-    seen = F.interpolate(
-        task.renormalise(task.student.normalise(batch["images"])), (64, 64), mode="bicubic", antialias=True
-    )
+    seen = torch.randn(2, 3, 64, 64)
     task.teacher(seen)
-    torch.testing.assert_close(
-        task.teacher.forward_head(task.teacher.forward_features(seen), pre_logits=True), given[0]
-    )
+    features = task.teacher.forward_head(task.teacher.forward_features(seen), pre_logits=True)
+    torch.testing.assert_close(features, given[0])
+    assert task.projection.out_features == features.shape[1] and task(make_tags(), 0.0).loss.isfinite().all()
 
 
 # --- runs
@@ -146,7 +134,6 @@ def train_rows(place, name):
 
 
 def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(place):
-    before = load_file(place / "teacher/weights/best_weights.safetensors")
     steps = ["loop.total_steps=30", "loop.checkpoint_every_steps=30", "loop.evaluate_every_epochs=15", "optim.lr=0.01"]
     run("finetune", [*DISTIL, *steps, "task.teacher=teacher", "data.root=bare", "run_dir=student",
                      "task.targets=both"], place)  # fmt: skip
@@ -155,8 +142,6 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
     found = rows(place / "student/metrics.jsonl", "evaluate")
     assert "loss" in found[-1] and "mAP" not in found[-1]  # bare images have no tags
 
-    after = load_file(place / "teacher/weights/best_weights.safetensors")
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     names = {name for name in checkpoint_tensors(place / "student", 30) if name.startswith(("weights/", "task/"))}
     assert not any("teacher" in name for name in names)
     assert "weights/head.weight" in names and "task/projection.weight" in names
@@ -182,16 +167,10 @@ def test_labels_are_mixed_in_and_tags_are_measured(place):
     assert "mAP" in rows(place / "labels/metrics.jsonl", "evaluate")[-1]
     with pytest.raises(UserError, match=r"^data.root: none of the 12 images of .*bare"):
         run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "data.root=bare", "run_dir=x"], place)
-    with pytest.raises(UserError, match=r"^augment.horizontal_flip: "):
-        run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "augment.horizontal_flip=0.5",
-                         "run_dir=x"], place)  # fmt: skip
-
-
-def test_a_key_that_taggers_refuse_does_not_change_the_recipe(place):
-    """It was a warning, and the best weights were chosen by the loss in place of mAP."""
-    for key in ("aliases", "implications"):
-        with pytest.raises(UserError, match=rf"^task\.{key}: .*missing\.csv"):
-            run("finetune", [*DISTIL, "task.teacher=teacher", f"task.{key}=missing.csv", "run_dir=x"], place)
+    for key, wrong in (("augment.horizontal_flip", "0.5"), ("task.aliases", "missing.csv")):
+        with pytest.raises(UserError, match=rf"^{key}: "):
+            words = ["task.teacher=teacher", "task.label_share=0.5", f"{key}={wrong}", "run_dir=x"]
+            run("finetune", [*DISTIL, *words], place)
 
 
 def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(place):
@@ -205,12 +184,10 @@ def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(
     file, first = place / "teacher/weights/last_weights.safetensors", place / "teacher/weights/best_weights.safetensors"
     kept = file.read_bytes()
     file.unlink()
-    try:
-        file.write_bytes(first.read_bytes())
-        with pytest.raises(UserError, match=r"^resume: frozen\.teacher of whole has changed"):
-            run("finetune", [*settings, "run_dir=whole", "loop.total_steps=7"], place)
-    finally:
-        file.write_bytes(kept)
+    file.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"^frozen\.teacher: "):
+        run("finetune", [*settings, "run_dir=whole", "loop.total_steps=7"], place)
+    file.write_bytes(kept)
 
 
 def test_a_student_of_a_classifier_and_one_of_features(place, features):
@@ -232,15 +209,9 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
 
 @pytest.mark.parametrize(
     ("teacher", "said"),
-    [
-        ("resnet1888", "'resnet1888' is neither a run nor a weight file nor a network of timm; .*resnet18"),
-        ("images", "the run images has no best weights"),
-        ("pixels.png", "pixels.png is not a readable safetensors file"),
-        ("features", r"unknown task 'distillation'"),
-    ],
+    [("resnet1888", "'resnet1888'.*resnet18"), ("images", "images"), ("features", "'distillation'")],
 )
 def test_a_wrong_teacher_is_named(teacher, said, place, features):
-    (place / "pixels.png").write_bytes(next((place / "images").rglob("*.png")).read_bytes())
     with pytest.raises(UserError, match=re.compile(rf"^task\.teacher: .*{said}", re.DOTALL)):
         run("finetune", [*DISTIL, f"task.teacher={teacher}", "run_dir=x"], place)
     with pytest.raises(UserError, match=r"^task\.teacher: .* takes images of 3 channels, and the student of 1; set"):

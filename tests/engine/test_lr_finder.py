@@ -237,8 +237,9 @@ def make_of(script, *overrides):
     torch.manual_seed(0)
     task, batch = kind.build(setup), make_batch()
     task.initialise(None)
+    _, add = kind.samples(batch["key"], setup)
     fields = [
-        kind.fields(None, setup)(SimpleNamespace(generator=generator_for(key), views={"images": image}))
+        add(SimpleNamespace(generator=generator_for(key), views={"images": image}))
         for key, image in zip(batch["key"].tolist(), batch["images"])
     ]
     batch |= {name: torch.stack([field[name] for field in fields]) for name in fields[0]}

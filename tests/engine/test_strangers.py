@@ -1,8 +1,7 @@
 """The strangers' tasks of tests/tasks under every script: roles, initial weights, what is judged, exported and saved,
-frozen networks, and their cost in lines. Exact resume and ranks: test_exactness.py.
+frozen networks. Exact resume and ranks: test_exactness.py.
 """
 
-import csv
 import json
 import shutil
 
@@ -10,13 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
-import export
-import predict
 from tests.engine.test_checkpoint import replace_state
-from tests.in_process import SHORT, make_images, run, working_in
+from tests.in_process import SHORT, make_images, run
 from tests.support import rows
-from utils.config.entry_point import Job
 from utils.errors import UserError
 from utils.io.weights import read_weights
 
@@ -33,32 +28,12 @@ def place(tmp_path_factory):
     return folder
 
 
-def call(script, folder, **values):
-    """Run a script's body with values of its configuration."""
-    with working_in(folder):
-        schema = script.main.schema
-        return script.main.main(schema.model_validate(values), Job(script.__name__, {}, []))
-
-
-RUNTIME = {
-    "device": "cpu", "precision": "fp32", "channels_last": False, "workers": 0, "threads": 1, "deterministic": True,
-    "hang_timeout_sec": 60.0,
-}  # fmt: skip
-WEIGHTS = {"weights": "best", "data": None, "dry_run": False}
-EXPORT = {
-    "weights": "best", "format": "onnx", "output": None, "backbone_only": False, "precision": "fp32",
-    "dynamic_size": False, "tolerance": 1e-4, "thresholds": None, "licence": None, "dry_run": False,
-}  # fmt: skip
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp32", "runtime.workers=0"]
 
 
 @pytest.mark.parametrize("task", ["multicrop", "flow"])
 def test_evaluate_finds_what_the_run_found(task, place):
-    values = {
-        "models": None, "calibrate": False, "calibration": {"precision": 0.9, "recall": 0.9},
-        "arena": {"min_support": 10, "rating_s": None, "aliases": None, "implications": None}, "batch_size": 3,
-        "runtime": RUNTIME,
-    }  # fmt: skip
-    call(evaluate, place, run_dir=task, output=f"{task}.json", **values, **WEIGHTS)
+    run("evaluate", [f"run_dir={task}", f"output={task}.json", "batch_size=3", *ON_CPU], place)
     found = json.loads((place / f"{task}.json").read_text())
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
     # What is exported is judged: the average where there is one of it, else the network itself.
@@ -112,23 +87,18 @@ def test_labels_are_dropped_in_training_only(place):
     assert all(row["dropped"] == 0 for row in rows(place / "dropped/metrics.jsonl", "evaluate"))
 
 
-def predictions(place, output, **values):
+def predictions(place, output, *words):
     """Predict the validation images, with all tags; returns the file's rows."""
-    config = {
-        "input": "images/val", "top": 2, "threshold": 0.0, "batch_size": 3, "max_pixels": 10**6, "device": "cpu",
-        "workers": 0, "dry_run": False, "existing": None, "like": None, "thresholds": None, "profile": "per_tag",
-        "text": {"order": "score", "max_tags": None, "exclude": [], "rating": None, "spaces": False, "escape": False,
-                 "separator": ", "},
-    }  # fmt: skip
-    call(predict, place, **{**config, "output": output, **values})
-    with open(place / output, newline="") as stream:
-        return list(csv.DictReader(stream)) if output.endswith(".csv") else [json.loads(line) for line in stream]
+    given = ["input=images/val", "top=2", "batch_size=3", "device=cpu", "workers=0", f"output={output}"]
+    run("predict", [*given, *words], place)
+    found = [json.loads(line) for line in (place / output).read_text().splitlines()]
+    (place / output).unlink()
+    return found
 
 
 def test_features_are_exported_and_predicted(place):
-    call(export, place, run_dir="multicrop", **EXPORT)
-    files = ("", "/export/model.onnx")
-    found = [predictions(place, "features.jsonl", weights=f"multicrop{file}") for file in files]
+    run("export", ["run_dir=multicrop", "format=onnx"], place)
+    found = [predictions(place, "features.jsonl", f"weights=multicrop{file}") for file in ("", "/export/model.onnx")]
     vectors = [torch.tensor([row["features"] for row in given]) for given in found]
     assert vectors[0].shape == (4, 32)
     torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
@@ -136,6 +106,6 @@ def test_features_are_exported_and_predicted(place):
 
 def test_what_a_task_has_no_output_for_is_refused(place):
     with pytest.raises(UserError, match=r"^format: onnx is no format of flow/"):
-        call(export, place, run_dir="flow", **EXPORT)
-    with pytest.raises(UserError, match=r"^output: .* gives vectors, which CSV does not hold; name a \.jsonl"):
-        predictions(place, "features.csv", weights="multicrop")
+        run("export", ["run_dir=flow", "format=onnx"], place)
+    with pytest.raises(UserError, match=r"^output: .* gives vectors"):
+        predictions(place, "features.csv", "weights=multicrop")

@@ -13,7 +13,6 @@ from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs
 from tests.engine.test_no_host_sync import count
 from tests.in_process import run, run_command, run_until_killed
 from tests.support import checkpoint_tensors, make_collection, rows
-from tests.support import run as run_process
 
 RULE = {"power": 1.0, "low": 0.1, "high": 4.0, "factors": {}}
 FACTS = {"counts": [4, 4, 4, 4], "factors": [1.0, 1.0, 1.0, 0.0], "shares": [0.25, 0.25, 0.5, 0.0]}
@@ -61,15 +60,6 @@ def test_a_run_weighs_anew_and_resumes_bit_for_bit_with_other_workers(place):
     run_until_killed("finetune_sdxl", killed, place, step=5)  # of steps 3 to 6, the weights are those of step 2 and 4
     run("finetune_sdxl", [*killed, "runtime.workers=2", "runtime.prefetch_batches=3"], place)
     assert_equal_runs(place / "straight", place / "killed", 6)
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_two_ranks_count_as_one(place):
-    run_process("finetune_sdxl.py", [*OWN, WEIGHTS, "run_dir=ranks"], place, ranks=2)
-    one, two = (checkpoint_tensors(place / name, 6) for name in ("straight", "ranks"))
-    balance = [name for name in one if "tag_balance" in name]
-    assert len(balance) == 3 and all(torch.equal(one[name], two[name]) for name in balance)
 
 
 def test_what_is_refused(place, monkeypatch, capsys):

@@ -1,17 +1,16 @@
 """The tagger: its loss, mirror, head and facts on a batch, and whole runs on a folder of images with sidecars."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
 from engine.tasks.tag_losses import TagLossConfig
-from engine.tasks.tagging import TaggingKind, TaggingTask, TaggingTaskConfig, measure_priors, prior_bias, read_flips
-from models.config import TimmConfig
+from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias, read_flips
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run, run_until_killed
 from tests.support import assert_same_rows, checkpoint_tensors, rows
@@ -28,7 +27,7 @@ PRIORS = [0.5, 0.25, 0.1, 0.1, 0.4, 0.3, 0.9, 0.0]
 FACTS = {
     **VOCABULARY.facts(), "tag_priors": PRIORS, "orientation": {"pairs": [[4, 5]], "dropped": [7], "no_flip": [6]},
 }  # fmt: skip
-BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05, alpha=None, margin=1.0)
+BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05)
 CONFIG = TaggingTaskConfig(
     name="tagging", vocabulary=None, min_count=1, rating_s=None, aliases=None, implications=None, orientation=None,
     loss=BCE, label_smoothing=0.0, tag_weight_power=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
@@ -60,23 +59,16 @@ def test_one_batch_is_learned_by_heart(runtime):  # noqa: F811
 def test_the_head_begins_with_the_frequencies():
     bias = make().network.head.bias.sigmoid()
     assert bias.tolist() == pytest.approx([0.5, 0.25, 0.1, 0.1, 0.4, 0.3, 0.5, 1 / (1 + np.exp(8))], abs=1e-6)
-    drawn = make(facts=VOCABULARY.facts()).network.head.bias
-    assert drawn.abs().max() == 0  # as a file is rebuilt
-    config = TimmConfig(family="timm", name="deit_tiny_distilled_patch16_224", in_channels=3, drop_path_rate=None)
-    with pytest.raises(UserError, match="^model.name: a network that ends in one linear layer"):
-        TaggingTask(Setup(config, CONFIG, {**PREPROCESSING, "image_size_hw": [224, 224]}, FACTS))
+    assert make(facts=VOCABULARY.facts()).network.head.bias.abs().max() == 0  # as a file is rebuilt
 
 
 def test_the_loss_is_a_sum_over_tags_with_weights_and_smoothing():
-    batch, plain = make_tags(), make(facts=VOCABULARY.facts())
-    logits = torch.randn(8, 8)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, (plain.targets(batch).nan_to_num() * 0.9 + 0.05), reduction="none"
-    )
-    weighted = make(facts=VOCABULARY.facts(), label_smoothing=0.1, tag_weight_power=1.0)
+    task, logits = make(facts=VOCABULARY.facts(), label_smoothing=0.1, tag_weight_power=1.0), torch.randn(8, 8)
+    targets = task.targets(make_tags())
+    losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num() * 0.9 + 0.05, reduction="none")
     weights = (8 / torch.tensor(VOCABULARY.counts)).clamp(0.1, 10)  # 8: the median, the lower of two
-    expected = (expected * weights)[:, :].where(~plain.targets(batch).isnan(), 0.0).sum(1)
-    torch.testing.assert_close(weighted.label_losses(logits, plain.targets(batch), 0.0), expected)
+    expected = (losses * weights).where(~targets.isnan(), 0.0).sum(1)
+    torch.testing.assert_close(task.label_losses(logits, targets, 0.0), expected)
 
 
 def test_an_unknown_rating_masks_its_four_columns_alone():
@@ -92,13 +84,11 @@ def test_mixup_takes_the_ratings_out_where_either_is_unknown():
     task, batch = make(mixup_alpha=1.0), make_tags([[0, 4], [1, 5], [2, 6], [7]])
     torch.manual_seed(1)
     task.mirror = None
-    images, targets = task.views(batch)
+    _, targets = task.views(batch)
     unknown = targets.isnan()
     assert unknown[:, :4].tolist() == [[True] * 4, [False] * 4, [False] * 4, [True] * 4] and not unknown[:, 4:].any()
     share = float(targets[1, 1])
     assert 0 < share < 1 and targets[2].tolist() == pytest.approx([0, 1 - share, share, 0, 0, 1 - share, share, 0])
-    plain = task.normalise(batch["images"])
-    torch.testing.assert_close(images, share * plain + (1 - share) * plain.flip(0))
     output = task(batch, 0.0)
     assert output.loss.isfinite().all() and all(value.isfinite() for pair in output.logs.values() for value in pair)
 
@@ -160,8 +150,6 @@ class _Index:
 def test_priors_are_shares_of_the_images_that_are_known():
     found = measure_priors(_Index(), np.array([0, 1, 2, 3]), VOCABULARY)
     assert found == [0.5, 0.5, 0, 0, 1, 0, 0, 0]
-    with pytest.raises(UserError, match="^data.root: no training image has a tag of the vocabulary"):
-        measure_priors(_Index(), np.array([3]), VOCABULARY)
 
 
 def test_the_column_flip_may_have_gaps_and_nothing_strange(tmp_path):
@@ -174,11 +162,10 @@ def test_the_column_flip_may_have_gaps_and_nothing_strange(tmp_path):
 
     collection = Found()
     collection.values = np.array([1, np.nan, -1, 0])
-    assert read_flips(collection).tolist() == [1, 0, -1, 0] and read_flips(collection).dtype == np.int8
-    for wrong in (np.array([0, 2]), np.array(["never", None], dtype=object)):
-        collection.values = wrong
-        with pytest.raises(UserError, match="^data.root: the column flip of"):
-            read_flips(collection)
+    assert read_flips(collection).tolist() == [1, 0, -1, 0]
+    collection.values = np.array(["never", None], dtype=object)
+    with pytest.raises(UserError, match="^data.root: the column flip of"):
+        read_flips(collection)
 
 
 # --- runs
@@ -229,21 +216,14 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("tag_names", lambda names: [*names[:-1], 7]),
-        ("tag_names", lambda names: [*names[:-2], "a", "a"]),
-        ("tag_categories", lambda values: values[:-1]),
-        ("tag_counts", lambda values: [-1, *values[1:]]),
-        ("tag_ids", lambda values: [2**63, *values[1:]]),
-        ("vocabulary_hash", lambda value: "0" * 16),
-    ],
+    ("name", "value"),
+    [("tag_categories", [0]), ("tag_ids", [2**63] * 7), ("vocabulary_hash", "0" * 16)],
 )
-def test_a_strangers_vocabulary_is_refused_by_its_key(name, change, place):
+def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
     tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors", "weights")
     path = place / "stranger.safetensors"
-    write_weights(path, tensors, {**metadata, name: change(metadata[name])})
-    with pytest.raises(UserError, match=rf"^weights: {path}.*(\({name}|{name} for|'a' of category 0 more than once)"):
+    write_weights(path, tensors, {**metadata, name: value})
+    with pytest.raises(UserError, match=rf"^weights: {path}.*{name}"):
         open_weights(path)
 
 
@@ -255,23 +235,6 @@ def test_killed_and_resumed_equals_uninterrupted(place):
     one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert_same_rows(place / "whole", place / "killed", tolerance=0)
-
-
-def test_a_run_extends_another_and_has_the_exports_of_a_tagger(place):
-    shutil.copytree(place / "images", place / "more")
-    for file in (place / "more").rglob("*.txt"):
-        file.write_text(file.read_text() + ", drawing")
-    run("finetune", [*RUN, "data.root=more", "init_from=run", "run_dir=extended", "loop.total_steps=1",
-                     "optim.lr=1e-12"], place)  # fmt: skip
-    (before, old), (after, new) = (
-        read_weights(place / name / "weights/last_weights.safetensors", "weights") for name in ("run", "extended")
-    )
-    for row, tag in enumerate(new["tag_names"]):
-        known = tag in old["tag_names"]
-        expected = before["head.weight"][old["tag_names"].index(tag)] if known else before["head.weight"].mean(0)
-        torch.testing.assert_close(after["head.weight"][row], expected, rtol=0, atol=1e-6)
-    assert "drawing" in new["tag_names"] and "drawing" not in old["tag_names"]
-    assert run("export", ["format=wd14", "run_dir=extended", "dry_run=true"], place).startswith("dry run")
 
 
 def test_a_parameter_of_the_loss_moves_over_the_run(place):

@@ -25,7 +25,7 @@ FCMAE = FCMAETaskConfig(
     probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )  # fmt: skip
 CLASSIFY = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, mix_probability=1.0,
+    name="classification", label_smoothing=0.0, mixup_alpha=0.0, mix_probability=1.0,
     mix_switch_probability=0.5, cutmix_alpha=0.0, allow_missing_classes=False, head="drawn",
 )  # fmt: skip
 PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}

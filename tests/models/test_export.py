@@ -26,7 +26,7 @@ CONVNEXT = ConvNeXtV2Config(
     head_init_scale=1.0,
 )  # fmt: skip
 TASK = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, class_weights="none", mixup_alpha=0.0, cutmix_alpha=0.0,
+    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
     mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="drawn",
 )  # fmt: skip
 CPU = torch.device("cpu")

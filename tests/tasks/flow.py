@@ -80,14 +80,14 @@ class FlowKind(ImageKind):
     def find_facts(self, config, collection):
         return {"class_names": collection.class_names("train")}
 
-    def fields(self, collection, setup):
+    def samples(self, collection, setup):
         class_ids = collection.class_ids(setup.facts["class_names"])
 
         def label(example):
             dropped = example.training and torch.rand((), generator=example.generator) < setup.task.label_dropout
             return {"labels": torch.tensor(0 if dropped else int(class_ids[example.draw.index]) + 1)}
 
-        return label
+        return super().samples(collection, setup)[0], label
 
     def views(self, setup, augment):
         return {"images": lambda image, draw: v2.functional.resize(image, list(SHAPES_HW[draw.group]), antialias=True)}
