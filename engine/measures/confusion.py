@@ -3,8 +3,11 @@
 Only pairs that occur are stored, so 22,000 classes need no more memory than their samples.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,32 +26,30 @@ class Confusion:
     predictions: np.ndarray
     counts: np.ndarray
 
-    def _per_class(self, classes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        totals = np.zeros(self.num_classes, dtype=np.int64)
-        np.add.at(totals, classes, counts)
-        return totals
+    def _per_class(self, chosen: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        return np.bincount(classes[chosen], self.counts[chosen], self.num_classes).astype(np.int64)
 
-    @property
+    @cached_property
     def samples(self) -> np.ndarray:
-        """Return how many samples each class has, [K]."""
-        return self._per_class(self.labels, self.counts)
+        """How many samples each class has, [K]."""
+        return self._per_class(self.labels >= 0, self.labels)
 
-    @property
+    @cached_property
     def predicted(self) -> np.ndarray:
-        """Return how often each class was predicted, [K]."""
-        return self._per_class(self.predictions, self.counts)
+        """How often each class was predicted, [K]."""
+        return self._per_class(self.labels >= 0, self.predictions)
 
-    @property
+    @cached_property
     def correct(self) -> np.ndarray:
-        """Return how many of each class's samples were predicted as it, [K]."""
-        right = self.labels == self.predictions
-        return self._per_class(self.labels[right], self.counts[right])
+        """How many of each class's samples were predicted as it, [K]."""
+        return self._per_class(self.labels == self.predictions, self.labels)
 
-    def mistakes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return labels, predictions and counts of the wrong pairs: the most frequent first, then by class."""
+    @cached_property
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """(label, prediction, count) of the wrong pairs: the most frequent first, then by class."""
         wrong = np.flatnonzero(self.labels != self.predictions)
         wrong = wrong[np.argsort(-self.counts[wrong], kind="stable")]
-        return self.labels[wrong], self.predictions[wrong], self.counts[wrong]
+        return list(zip(*(column[wrong].tolist() for column in (self.labels, self.predictions, self.counts))))
 
     def macro_scalars(self) -> dict[str, float]:
         """Return the means over the classes that have samples: of accuracy and of F1."""
@@ -61,13 +62,12 @@ class Confusion:
 
     def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return a row for each class; None where a score would divide by zero or there is no confusion."""
-        worst: dict[int, tuple[int, int]] = {}
-        for label, prediction, count in zip(*(column.tolist() for column in self.mistakes())):
-            worst.setdefault(label, (prediction, count))
+        worst: dict[int, tuple[str | None, int | None]] = {}
+        for label, prediction, count in self.mistakes:
+            worst.setdefault(label, (names[prediction], count))
         rows = []
-        for number, (samples, predicted, correct) in enumerate(
-            zip(self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
-        ):
+        columns = (self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
+        for number, (samples, predicted, correct) in enumerate(zip(*columns)):
             confused_with, times = worst.get(number, (None, None))
             rows.append(
                 {
@@ -78,7 +78,7 @@ class Confusion:
                     "recall": correct / samples if samples else None,
                     "precision": correct / predicted if predicted else None,
                     "f1": 2 * correct / (samples + predicted) if samples else None,
-                    "confused_with": None if confused_with is None else names[confused_with],
+                    "confused_with": confused_with,
                     "confused_count": times,
                 }
             )
@@ -86,10 +86,10 @@ class Confusion:
 
     def pair_rows(self, names: Sequence[str], most: int) -> list[dict[str, Any]]:
         """Return a row for each of the most frequent wrong pairs."""
-        samples = self.samples
         return [
-            {"true": names[label], "predicted": names[prediction], "count": count, "share": count / int(samples[label])}
-            for label, prediction, count in zip(*(column[:most].tolist() for column in self.mistakes()))
+            {"true": names[label], "predicted": names[prediction], "count": count, "share": count / of}
+            for label, prediction, count in self.mistakes[:most]
+            if (of := int(self.samples[label]))
         ]
 
     def matrix(self, classes: Sequence[int]) -> np.ndarray:
@@ -102,34 +102,16 @@ class Confusion:
         return counts
 
     def most_confused(self, most: int) -> list[int]:
-        """Return at most `most` classes: those confused most often, ordered so that confused classes are neighbours.
+        """Return at most `most` classes, those of the pairs that are confused most often, pair by pair.
 
         Confusions of two classes count in both directions; ties go to the lower class. Without any confusion these are
         the first classes that have samples.
         """
-        links: dict[tuple[int, int], int] = {}
-        for label, prediction, count in zip(*(column.tolist() for column in self.mistakes())):
-            pair = (min(label, prediction), max(label, prediction))
-            links[pair] = links.get(pair, 0) + count
+        links: Counter[tuple[int, int]] = Counter()
+        for label, prediction, count in self.mistakes:
+            links[min(label, prediction), max(label, prediction)] += count
         ranked = sorted(links, key=lambda pair: (-links[pair], pair))
-        chosen: dict[int, list[int]] = {}
-        for first, second in ranked:
-            if len(chosen.keys() | {first, second}) > most:
-                continue
-            chosen.setdefault(first, []).append(second)
-            chosen.setdefault(second, []).append(first)
-        order: dict[int, None] = {}
-
-        def place(number: int) -> None:
-            order[number] = None
-            for partner in chosen[number]:
-                if partner not in order:
-                    place(partner)
-
-        for number in chosen:
-            if number not in order:
-                place(number)
-        return list(order) or np.flatnonzero(self.samples)[:most].tolist()
+        return list(dict.fromkeys(chain(*ranked)))[:most] or np.flatnonzero(self.samples)[:most].tolist()
 
 
 class ConfusionCounts:
@@ -149,6 +131,5 @@ class ConfusionCounts:
         gathered = distributed.gather_objects((own[own >= 0], counts[own >= 0]))
         codes = np.concatenate([codes for codes, _ in gathered])
         unique, inverse = np.unique(codes, return_inverse=True)
-        totals = np.zeros(len(unique), dtype=np.int64)
-        np.add.at(totals, inverse, np.concatenate([counts for _, counts in gathered]))
+        totals = np.bincount(inverse, np.concatenate([counts for _, counts in gathered])).astype(np.int64)
         return Confusion(self.num_classes, unique // self.num_classes, unique % self.num_classes, totals)

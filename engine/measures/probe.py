@@ -2,10 +2,7 @@
 
 Both are fitted to labelled training images and measured on labelled validation images, in float64 on the CPU of rank 0,
 so the scores do not depend on the ranks. Nothing is drawn at random and no gradient is taken: a probe does not change
-the run.
-
-The linear classifier is a ridge regression of the classes. It has no step size and no number of iterations to set, and
-its leave-one-out scores, which have a closed form, choose the penalty.
+the run. The linear classifier is a ridge regression of the classes, whose leave-one-out scores choose the penalty.
 """
 
 from collections.abc import Callable
@@ -39,8 +36,8 @@ class Features:
 
     def reduce(self) -> tuple[Tensor, Tensor]:
         """Return features [N, C] float64 and labels [N] of all readable samples, by sample_id, on the CPU."""
-        gathered = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*self._batches))
-        features, labels, ids, weight = gathered
+        columns = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*self._batches))
+        features, labels, ids, weight = columns
         order = torch.argsort(ids, stable=True)
         order = order[weight[order] > 0]  # without padding and unreadable images
         return features[order].double(), labels[order]
@@ -59,11 +56,8 @@ def measure_probes(train: Features, val: Features, k: int) -> dict[str, float]:
 def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, k: int) -> dict[str, float]:
     from sklearn.neighbors import KNeighborsClassifier  # 1.3 s
 
-    if len(train) == 0 or len(val) == 0:
-        log.warning("probe: skipped, because no image of one of its two sets could be read")
-        return {}
-    if not (train.isfinite().all() and val.isfinite().all()):
-        log.warning("probe: skipped, because the encoder's features are not finite")
+    if not (len(train) and len(val) and train.isfinite().all() and val.isfinite().all()):
+        log.warning("probe: skipped: no image of one of its two sets could be read, or features are not finite")
         return {}
     mean, scale = standardise(train)
     train, val = (train - mean) / scale, (val - mean) / scale
@@ -111,8 +105,7 @@ def fit_ridge(
 def _count_hits(left_out: Tensor, labels: Tensor) -> float:
     """Return how many labels the scores recognise, plus less than 1 for a small squared error, which decides ties.
 
-    The usual choice is that error alone: with many classes of a few images each, it is least where all scores are
-    nearly 0, and such a classifier recognises almost nothing.
+    That error alone would, with many classes of a few images each, choose scores of nearly 0, which recognise nothing.
     """
     hits = (left_out.argmax(dim=1) == labels).sum()
     error = (F.one_hot(labels, left_out.shape[1]) - left_out).square().sum()
