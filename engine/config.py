@@ -1,6 +1,6 @@
 """The shape of `loop`, `runtime` and of the keys that every training script has. Values are in conf/."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -114,26 +114,18 @@ class TrainingConfig(Strict):
     sweep: SweepConfig
 
     @model_validator(mode="after")
-    def _an_average_is_read(self) -> "TrainingConfig":
+    def _every_key_is_read(self) -> Self:
         if self.init_weights == "ema" and self.init_from is None:
             raise ValueError(
                 "init_weights: ema, but init_from is null, so that no weights are read; set init_from=RUN_OR_FILE, or "
                 "init_weights=model"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _the_rate_is_found_or_given(self) -> "TrainingConfig":
         if self.lr_finder.enabled and self.optim.lr is not None:
             raise ValueError(
                 f"optim.lr: {self.optim.lr:g} is not read, because the range test finds the rate; set "
                 "lr_finder.enabled=false to train at this rate, or optim.lr=null and optim.base_lr for the rate where "
                 "the test has no answer"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _an_average_has_digits(self) -> "TrainingConfig":
         if self.loop.ema_decay is not None and self.optim.name == "adamw" and self.optim.bf16_weights:
             raise ValueError(
                 f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} averages weights in their own "

@@ -107,14 +107,6 @@ class Clock:
         return self.seconds
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory that this process has used: allocated on its GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def memory_by_part(learner: Learner) -> dict[str, float]:
     """Return GiB by part, as they are after an update; without parts of 0 GiB.
 
@@ -266,8 +258,13 @@ class Recorder:
 
     @property
     def peak_gib(self) -> float:
-        """The most memory that the run has used, over all resumptions."""
-        return max(self._earlier_peak_gib, peak_memory_gib(self._device))
+        """The most memory that the run has used, over all resumptions: allocated on its GPU, or resident on a CPU."""
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return max(self._earlier_peak_gib, peak / 2**30)
 
     def add_samples(self, step: int, batches: Sequence[Batch]) -> None:
         """Record which samples update number `step` (from 1) takes, where `tracking.samples` is set."""

@@ -21,7 +21,7 @@ from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, memory_by_part, show_memory
 from engine.resume import check_start
 from engine.runtime import Runtime
-from engine.screen import advise, describe_data, show_lines
+from engine.screen import advise, show_lines
 from engine.step import Asks, Stopped, Vote
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from optim.groups import set_peak_lr
@@ -311,7 +311,6 @@ class Run:
             ("memory", show_memory(memory_by_part(self.learner))),
             ("curves", f"{folder.plots}/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),
-            ("data", describe_data(recorder.wait_share, train.readings())),
         ]
         rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"

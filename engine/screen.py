@@ -49,14 +49,6 @@ def start_screen(
     )
 
 
-def describe_data(wait_share: float, readings: Mapping[str, float]) -> str:
-    """Return the share of the time that was a wait, and the readings of the caches in a line."""
-    shown = [
-        f"{name} {value:.0%}" if name.endswith("_rate") else f"{name} {value:,.3g}" for name, value in readings.items()
-    ]
-    return ", ".join([f"{wait_share:.0%} of the time was a wait for it", *shown])
-
-
 def advise(runtime: Runtime, epochs: float, readings: Mapping[str, float]) -> str:
     """Return the setting that helps a run that waits for data. epochs: that this process has trained."""
     workers = choose_workers("auto", runtime.device.type)

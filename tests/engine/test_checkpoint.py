@@ -69,10 +69,8 @@ def test_what_is_saved_comes_back(tmp_path):
         (lambda path: flip_a_bit(path / "task.safetensors"), "task.safetensors does not match its checksum"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
         (lambda path: flip_a_bit(path / "state.json"), "state.json does not match its checksum"),
-        (lambda path: (path / "state.sha256").unlink(), "state.sha256 is missing"),
         (lambda path: replace_state(path, "[" * 100_000), "it cannot be read (RecursionError"),
         (lambda path: replace_state(path, '{"format": 99}'), "state.json has format 99"),
-        (lambda path: replace_state(path, "{}"), "it cannot be read (KeyError"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, said, tmp_path, log):
@@ -105,18 +103,6 @@ def test_a_half_written_checkpoint_is_none_and_is_removed_later(tmp_path):
     assert steps_in(tmp_path) == [10]
     remove_old(tmp_path, keep=2, step=10, best_step=None)
     assert not half.exists()
-
-
-def test_an_error_while_writing_leaves_the_old_ones_and_nothing_else(tmp_path, monkeypatch):
-    make(tmp_path, 10)
-
-    def full(*arguments, **named):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("engine.checkpoint.write_tensors", full)
-    with pytest.raises(OSError, match="No space"):
-        make(tmp_path, 20)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +242,7 @@ def test_optimiser_state_is_kept_by_name_for_any_groups():
 
 
 OURS = ("adamw", "adan", "sgd")
-TIMMS = ("nadamw", "lamb", "adafactor")
+TIMMS = ("lamb", "adafactor")
 TIMM = {"name": "timm", "extra": {}, "lr": 0.01, "base_lr": 0.0, "weight_decay": 0.05, "layer_decay": 1.0,
         "layer_decay_kind": "single", "rules": []}  # fmt: skip
 
@@ -308,13 +294,3 @@ def test_optimisers_continue_bit_for_bit(name, memory_format, tmp_path):
         assert torch.equal(one, other)
     if name == "adafactor":  # without rows and columns the test would prove less
         assert {(24,), (20,)} <= {tuple(value.shape) for value in tensors.values()}
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_an_optimisers_state_comes_to_the_device_of_its_parameters(name):
-    _, optimizer, update = stepped(name)
-    update(0)
-    network, resumed, _ = stepped(name, device="meta")
-    load_optimizer_state(resumed, *optimizer_state(optimizer), "here")
-    for parameter in network.parameters():
-        assert resumed.state[parameter] and all(value.is_meta for value in resumed.state[parameter].values())

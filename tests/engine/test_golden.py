@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_exactness import CHEAP
-from tests.support import SCRIPTS, common, rows, run, slow_but
+from tests.support import SCRIPTS, common, rows, run
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
-@pytest.mark.parametrize("task", slow_but(CHEAP, sorted(SCRIPTS)))
+@pytest.mark.parametrize("task", CHEAP)
 def test_losses_of_twenty_steps(task, collection, tmp_path, request):
     settings = ["loop.total_steps=20", "loop.global_batch_size=16", "loop.batch_size=8", "loop.clip_grad_norm=1.0"]
     run(SCRIPTS[task], common(task, collection, tmp_path / "run", *settings), tmp_path)

@@ -155,7 +155,6 @@ def run_steps(training, batches, steps):
 CASES = [
     ("fcmae", "adamw", {}),
     ("classification", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}),
-    ("classification", "adan", {}),
     ("tagging", "adamw", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "tag_weight_power": 0.5}),
     ("distillation", "adamw", {"teacher": "drawn", "targets": "both", "label_share": 0.5}),
     ("classification", "sgd", {}),

@@ -18,7 +18,6 @@ from tests.support import checkpoint_tensors, rows
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import read_weights
-from utils.ranks import distributed
 
 # Two steps an epoch; the last step evaluates in any case.
 QUIET = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=100"]
@@ -159,20 +158,6 @@ def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch)
 
 
 # --- ranks, as far as one process can tell
-
-
-def test_buffers_that_are_no_state_have_no_average(monkeypatch):
-    """Such as a table of positions: the network's own goes to all ranks, and there is no average of it to go."""
-    training, _ = make_training("batch statistics", "adamw")
-    training.learner.task.network.register_buffer("table", torch.arange(3.0), persistent=False)
-    sent = []
-    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr("engine.learner.dist.broadcast", lambda tensor, src: sent.append(id(tensor)))
-    training.learner.sync_buffers()
-    averages = [tensor for name, tensor in training.learner.averages.tensors().items() if "running_" in name]
-    assert averages and all(id(tensor) in sent for tensor in averages)
-    assert all(id(tensor) in sent for tensor in training.learner.task.buffers())
-    assert len(sent) == len(set(sent))
 
 
 def test_a_plot_is_progress_on_ranks_that_draw_nothing():

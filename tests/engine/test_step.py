@@ -1,7 +1,6 @@
 """train_step and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality."""
 
 import copy
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -160,18 +159,6 @@ def test_a_step_is_the_weighted_mean_for_any_micro_batch(weight, micro):
     torch.testing.assert_close(result.sums["error"][1], count, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_ten_steps_of_one_micro_batch_equal_ten_of_four(name):
-    whole, cut = Regression(), Regression()
-    one, other = make_optimizer(name, whole), make_optimizer(name, cut)
-    for step in range(10):
-        batch = make_batch(seed=step, weight=WEIGHTS)
-        make_step(whole, [batch], one, step=step, clip=1.0)
-        make_step(cut, split(batch, 2), other, step=step, clip=1.0)
-    for left, right in zip(whole.parameters(), cut.parameters()):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
-
-
 def test_a_sample_of_weight_0_changes_nothing_even_where_its_loss_is_nan():
     weight = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
     clean, dirty = make_batch(weight=weight), make_batch(weight=weight)
@@ -223,10 +210,9 @@ def poisoned(kind, seed=50):
     return batches
 
 
-@pytest.mark.parametrize("kind", POISONS)
 @pytest.mark.parametrize("steps_before", [0, 3])
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, steps_before, kind):
+@pytest.mark.parametrize("name, kind", [*zip(OPTIMISERS, POISONS), ("adamw", "nothing could be read")])
+def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, kind, steps_before):
     task = Regression(norm=True)
     optimizer = make_optimizer(name, task)
     for step in range(steps_before):
@@ -244,9 +230,8 @@ def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, steps_b
     assert all(parameter.grad is None for parameter in task.parameters())
 
 
-@pytest.mark.parametrize("kind", ["a gradient is NaN", "nothing could be read"])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_training_continues_as_if_a_skipped_step_had_never_been(name, kind):
+def test_training_continues_as_if_a_skipped_step_had_never_been(name, kind="a gradient is NaN"):
     skipping, straight = Regression(norm=True), Regression(norm=True)
     one, other = make_optimizer(name, skipping), make_optimizer(name, straight)
     for step in range(6):
@@ -275,16 +260,6 @@ def test_clipping_equals_torchs(limit):
     assert length_of(update) <= min(limit, float(norm)) * (1 + 1e-4)
 
 
-def test_bf16_autocast_clips_gradients_of_float32():
-    run, limit = runtime("bf16"), 0.1
-    whole, before = update_of(Regression(), split(make_batch(), 4), runtime=run)
-    update, result = update_of(Regression(), split(make_batch(), 4), runtime=run, clip=limit)
-    assert result.grad_norm == before.grad_norm != update_of(Regression(), split(make_batch(), 4))[1].grad_norm
-    for name, each in whole.items():
-        assert each.dtype == torch.float32
-        torch.testing.assert_close(update[name], each * (limit / before.grad_norm), rtol=1e-3, atol=2e-7)
-
-
 # --- what else a step does
 
 
@@ -309,30 +284,6 @@ def test_a_request_to_stop_is_in_the_result():
     assert make_step(task, [make_batch()], descent(task), asks=Asks(save=True)).asked.tolist() == [0, 1]
     skipped = make_step(task, poisoned("a loss is NaN"), descent(task), asks=Asks(stop=True))
     assert skipped.applied == 0 and skipped.asked.tolist() == [1, 0]
-
-
-def test_gradients_are_shared_in_the_last_micro_batch_alone():
-    class Shared(nn.Module):
-        """Stands in for DDP."""
-
-        def __init__(self, task):
-            super().__init__()
-            self.task, self.inside, self.passes = task, False, []
-
-        def forward(self, batch, progress):
-            self.passes.append(self.inside)
-            return self.task(batch, progress)
-
-        @contextmanager
-        def no_sync(self):
-            self.inside = True
-            yield
-            self.inside = False
-
-    task = Regression()
-    model = Shared(task)
-    make_step(task, split(make_batch(), 2), descent(task), model=model)
-    assert model.passes == [True] * 3 + [False]
 
 
 # --- the loss scale of fp16
@@ -406,11 +357,6 @@ def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alo
     meter.add(result(0.0, 0.0, accuracy=(0.0, 0.0), applied=0.0))
     meter.add(result(1.0, 1.0, accuracy=(0.0, 1.0), norm=4.0))
     assert meter.means() == {"loss": 9 / 5, "accuracy": 3 / 5, "grad_norm": 2.5, "skipped_steps": 1.0}
-    meter.add(result(3.0, 1.0))
-    assert meter.means() == {"loss": 3.0, "grad_norm": 2.0, "skipped_steps": 0.0}  # they begin anew
-
-
-def test_a_saved_meter_continues_bit_for_bit():
     through, resumed = Meter(CPU), Meter(CPU)
     for step in range(5):
         through.add(result(1 / 3 + step, 1 / 7, accuracy=(0.1, 0.3)))

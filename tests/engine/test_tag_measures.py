@@ -11,7 +11,6 @@ from engine.measures.tag_scores import PROBS, TagScores
 from engine.measures.tags import BINS, EDGES, TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from tests.engine.test_no_host_sync import count
-from utils.errors import UserError
 from utils.ranks import distributed
 from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
 from utils.vocabulary import Vocabulary
@@ -105,14 +104,6 @@ def test_curves_at_an_edge_are_scikit_learns(scores, edge):
     assert group.micro()[2][edge] == pytest.approx(metrics.f1_score(truth, decision, zero_division=0))
 
 
-def test_the_micro_curve_is_scikit_learns(scores):
-    truth, logits = (np.concatenate(column) for column in zip(*columns()))
-    *exact, thresholds = metrics.precision_recall_curve(truth, logits)
-    place = np.searchsorted(thresholds, EDGES[200:1200])
-    for found, curve in zip(scores.groups["all"].micro(), exact):
-        assert found[200:1200] == pytest.approx(curve[place], abs=1e-4)
-
-
 def test_scalars(scores):
     found, probs = scores.scalars(), [(truth, 1 / (1 + np.exp(-logits))) for truth, logits in columns()]
     scored = [pair for pair in probs if pair[0].any()]
@@ -172,13 +163,6 @@ def test_what_is_not_finite_or_not_valid():
     assert (found.histograms.sum((1, 2)) == VALID.sum()).all()
     assert [found.histograms[tag, :, place].sum() for tag, place in ((5, 0), (6, BINS - 1), (7, 0))] == [1, 1, 1]
     assert np.isfinite(found.average_precision()[SCORED]).all()
-
-
-def test_no_positive_at_all_is_an_error():
-    measure = TagHistograms(TAGS)
-    measure.add(LOGITS, torch.zeros_like(TARGETS), VALID)
-    with pytest.raises(UserError, match=r"^data\.root: "):
-        TagScores(measure.reduce(), VOCABULARY)
 
 
 # ------------------------------------------------------------------------------------------------------- thresholds

@@ -1,0 +1,282 @@
+"""The slow forms of this folder's tests: other tasks, ranks, settings and signals."""
+
+import json
+import random
+import re
+import signal
+
+import pytest
+
+from engine.runtime import missing_for_compile
+from tests.engine import test_exactness as exactness
+from tests.engine import test_fsdp as fsdp
+from tests.engine import test_golden as golden
+from tests.engine import test_survival as survival
+from tests.engine.test_exactness import CHEAP, QUICK, TASKS, assert_same_tensors
+from tests.engine.test_fsdp import FSDP
+from tests.engine.test_lr_finder import SEARCH, searched  # noqa: F401 (a fixture)
+from tests.engine.test_probe import probed
+from tests.engine.test_survival import HERE, SMALL, TROUBLED, assert_equal_runs, straight  # noqa: F401 (a fixture)
+from tests.in_process import run as run_here
+from tests.support import (
+    ROOT,
+    SCRIPTS,
+    assert_same_rows,
+    checkpoint_tensors,
+    command,
+    common,
+    make_collection,
+    rows,
+    run,
+    samples_by_step,
+    start,
+)
+
+OTHER_TASKS = [task for task in TASKS if task not in QUICK]
+
+# --- the quick tests of other tasks, optimisers and signals
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in CHEAP])
+def test_losses_of_twenty_steps(task, collection, tmp_path, request):
+    golden.test_losses_of_twenty_steps(task, collection, tmp_path, request)
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_killed_and_resumed(task, collection, tmp_path):
+    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path)
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_two_ranks_equal_one(task, collection, tmp_path):
+    exactness.test_two_ranks_equal_one_at_the_same_global_batch(task, collection, tmp_path)
+
+
+@pytest.mark.ddp
+def test_evaluation_is_exact(collection, tmp_path):
+    exactness.test_evaluation_is_exact_on_any_number_of_ranks(collection, tmp_path, "fcmae")
+
+
+OTHERS = [
+    "classification optim=adan",
+    "classification optim=sgd",
+    "classification optim.layer_decay=0.7",
+    "fcmae task.execution=dense",
+    "fcmae runtime.grad_checkpointing=true",
+]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("case", [*(task for task in TASKS if task != "fcmae"), *OTHERS])
+def test_sharded_equals_replicated(case, collection, tmp_path):
+    fsdp.test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "classification"])
+def test_sharded_killed_and_resumed(task, collection, tmp_path):
+    fsdp.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("optim", ["adan", "sgd"])
+def test_a_step_that_is_not_finite(optim, collection, tmp_path):
+    fsdp.test_a_step_that_is_not_finite_changes_no_rank(optim, collection, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(number, collection, straight, tmp_path):  # noqa: F811
+    survival.test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(collection, straight, tmp_path, number)
+
+
+def test_a_signal_within_an_evaluation(collection, straight, tmp_path):  # noqa: F811
+    survival.test_a_signal_within_an_evaluation_or_a_save_waits_for_it(
+        "slow_evaluation 0.1", collection, straight, tmp_path
+    )
+
+
+# --- what takes long in any form
+
+
+LEGS = [(2, "ddp"), (2, "fsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
+MORE_LEGS = [(1, "fsdp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), (1, "ddp"), (2, "fsdp")]
+SLOW_BAD = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=5", "loop.log_every_steps=5"]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", CHEAP)
+def test_killed_on_four_ranks_resumes_on_two_three_and_one(task, collection, tmp_path):
+    """100 steps: the sample ids of every step equal the uninterrupted run's as sets, losses within 1e-5 in float32."""
+    settings = [
+        "loop.total_steps=100", "loop.global_batch_size=24", "loop.batch_size=6", "loop.checkpoint_every_steps=10",
+        "loop.evaluate_every_epochs=5", "optim.lr=0.001", "loop.ema_decay=0.95",
+    ]  # fmt: skip
+    uninterrupted, moved = tmp_path / "uninterrupted", tmp_path / "moved"
+    run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path, ranks=4)
+    overrides = common(task, collection, moved, *settings)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=4, expect=-9, kill_at_step=27)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=2, expect=-9, kill_at_step=55)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=3, expect=-9, kill_at_step=78)
+    run(SCRIPTS[task], overrides, tmp_path, ranks=1)
+
+    assert samples_by_step(moved) == samples_by_step(uninterrupted)
+    assert sorted(samples_by_step(moved)) == list(range(1, 101))
+    pairs = list(zip(rows(moved / "metrics.jsonl"), rows(uninterrupted / "metrics.jsonl"), strict=True))
+    assert [a["step"] for a, _ in pairs] == [b["step"] for _, b in pairs]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in a) < 1e-5
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("task", "legs", "settings"),
+    [("classification", MORE_LEGS, [])]
+    + [(task, LEGS, []) for task in CHEAP if task != "classification"]
+    + [("classification", LEGS, [optim]) for optim in ("optim=adan", "optim=sgd")],
+)
+def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(task, legs, settings, collection, tmp_path):
+    """Six steps by each (ranks, way) of a run, killed after all but the last, against a run on one rank."""
+    total, there, here = 6 * len(legs), tmp_path / "moved", tmp_path / "one"
+    settings = [
+        f"loop.total_steps={total}", "loop.global_batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
+    ]  # fmt: skip
+    for done, (ranks, way) in zip(range(0, total, 6), legs):
+        overrides = common(task, collection, there, *settings, "loop.batch_size=3", f"runtime.parallel={way}")
+        end = {"expect": -9, "kill_at_step": done + 6} if done + 6 < total else {}
+        printed = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks, **end)
+        assert done == 0 or f"at step {done}" in printed
+    run(SCRIPTS[task], common(task, collection, here, *settings), tmp_path)
+    assert_same_tensors(checkpoint_tensors(there, total), checkpoint_tensors(here, total), tolerance=2e-5)
+    assert samples_by_step(there) == samples_by_step(here)
+    losses = [[row["loss"] for row in rows(path / "metrics.jsonl", "train")] for path in (there, here)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == total
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("task", "settings", "tolerance"),
+    [
+        # Batch norm keeps each rank's own statistics, as under ddp.
+        ("classification", ["model=timm", "model.name=test_resnet", "loop.ema_decay=0.9"], 2e-5),
+        # Autocast over float32 parameters; the optimiser's kernel rounds the last elements of rows anew.
+        ("fcmae", ["runtime.precision=bf16", "loop.clip_grad_norm=null"], 1e-6),
+    ],
+)
+def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, tolerance, collection, tmp_path):
+    settings = [*settings, "loop.total_steps=6", "loop.global_batch_size=8", "optim.lr=0.001"]
+    for way in ("ddp", "fsdp"):
+        overrides = common(task, collection, tmp_path / way, *settings, f"runtime.parallel={way}")
+        timm = "model=timm" in settings
+        overrides = [text for text in overrides if not timm or not text.startswith("model") or text in settings]
+        run(SCRIPTS[task], overrides, tmp_path, ranks=2)
+    assert_same_tensors(checkpoint_tensors(tmp_path / "ddp", 6), checkpoint_tensors(tmp_path / "fsdp", 6), tolerance)
+    run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=last", "runtime.threads=1"], tmp_path)
+
+
+@pytest.mark.ddp
+@pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler")
+def test_compiled_unit_by_unit(collection, tmp_path):
+    settings = ["loop.total_steps=3", "loop.global_batch_size=8", "optim.lr=0.001", "runtime.deterministic=false", FSDP]
+    for compiles in ("false", "true"):
+        overrides = common("classification", collection, tmp_path / compiles, *settings, f"runtime.compile={compiles}")
+        started = start("finetune.py", overrides, tmp_path, 2)
+        assert started.wait(500) == [0, 0]
+        assert ("compiling the units" in started.output) is (compiles == "true")
+    losses = [[row["loss"] for row in rows(tmp_path / way / "metrics.jsonl", "train")] for way in ("false", "true")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["classification", "fcmae"])
+def test_eight_kills_leave_no_trace(task, collection, tmp_path):
+    settings = [
+        *SMALL, "loop.total_steps=70", "loop.checkpoint_every_steps=4", "runtime.workers=2",
+        "model.drop_path_rate=0.2",
+    ]  # fmt: skip
+    whole, killed = tmp_path / "straight", tmp_path / "killed"
+    run(SCRIPTS[task], common(task, collection, whole, *settings), tmp_path)
+    draw, step = random.Random(0), 0
+    for _ in range(8):
+        step += draw.randint(3, 8)
+        run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=step)
+    run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
+    assert_equal_runs(whole, killed, 70)
+
+
+@pytest.mark.ddp
+def test_shared_memory_that_is_too_small(collection, tmp_path):
+    """In a mount namespace, so that no other process is disturbed."""
+    settings = [*SMALL, "runtime.workers=2", "augment.image_size_hw=[256,256]"]
+    mounts = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 99; exec "$@"'
+    done = command(
+        "unshare", "--mount", "sh", "-c", mounts, "sh", "python", ROOT / "finetune.py",
+        *common("classification", collection, tmp_path / "run", *settings), timeout=120,
+    )  # fmt: skip
+    if re.search("^(unshare|mount): ", done.stderr, re.MULTILINE):
+        pytest.skip(f"a file system cannot be mounted here ({done.stderr.strip()}); test_loader.py raises its error")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "finetune.py: runtime.workers: a loader worker has no room for a batch (unable to allocate" in done.stderr
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_worker 14"])
+def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
+    """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""
+    settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=1",
+                "runtime.hang_timeout_sec=16"]  # fmt: skip
+    whole, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    run("finetune.py", common("classification", collection, whole, *settings), tmp_path, ranks=2)
+    done = command(
+        "torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=2", ROOT / TROUBLED,
+        *common("classification", collection, killed, *settings), TROUBLE=f"{trouble} {tmp_path}/marker",
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "marker").exists() and "resumed from" in done.stderr
+    assert_equal_runs(whole, killed, 16)
+
+
+@pytest.mark.ddp
+def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch):
+    monkeypatch.setenv("TROUBLE", "nan 7 12 1")
+    overrides = common("classification", collection, tmp_path / "bad", *SLOW_BAD, "loop.max_skipped_steps=3")
+    done = command("torchrun", "--standalone", "--nproc_per_node=2", ROOT / TROUBLED, *overrides, OMP_NUM_THREADS="1")
+    assert done.returncode != 0
+    assert "step 7 was skipped: its loss was not finite on rank 1; samples: train/" in done.stderr
+
+
+@pytest.mark.ddp
+def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
+    """Sets that no number of ranks divides, one image of them unreadable."""
+    data = make_collection(tmp_path / "images", per_class=17, validation=7, broken=1)
+    settings = [
+        "loop.total_steps=1",
+        "loop.global_batch_size=12",
+        "loop.batch_size=4",
+        "optim.lr=0.0",
+        "task.probe.k=4",
+    ]
+    found = []
+    for ranks in (1, 2, 3):
+        run("pretrain_fcmae.py", common("fcmae", data, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
+        found.append(probed(tmp_path / f"{ranks}"))
+    assert list(found[0]) == [1] and found[0][1][0] > 1 / 3  # shapes differ in random features too
+    assert found[1] == found[0] and found[2] == found[0]
+    for ranks in (1, 2):
+        arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=5"]
+        run("evaluate.py", [f"run_dir={tmp_path}/1", *arguments], tmp_path, ranks=ranks)
+        metrics = json.loads((tmp_path / "1/metrics.json").read_text())
+        assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0][1]
+
+
+@pytest.mark.ddp
+def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
+    """With replicated and with sharded parameters; the run after it is the same up to summation order."""
+    folder, base = searched
+    run_here("finetune", [*base, *SEARCH, f"run_dir={folder}/one"], folder)
+    one = json.loads((folder / "one/lr_finder.json").read_text())
+    for name in ("ddp", "fsdp"):
+        run("finetune.py", [*base, *SEARCH, f"runtime.parallel={name}", f"run_dir={folder}/{name}"], folder, ranks=2)
+        other = json.loads((folder / name / "lr_finder.json").read_text())
+        assert other["taken"] == one["taken"]
+        assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
+        assert_same_rows(folder / "one", folder / name, 1e-3)
