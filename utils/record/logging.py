@@ -31,8 +31,6 @@ class _SafeFormatter(logging.Formatter):
         record.exc_text = None  # of another formatter
         if isinstance(record.args, tuple):
             record.args = tuple(map(_on_one_line, record.args))
-        elif isinstance(record.args, dict):
-            record.args = {name: _on_one_line(value) for name, value in record.args.items()}
         lines = safe_lines(super().format(record)).split("\n")
         return "\n".join(self._mark + line for line in lines)
 
