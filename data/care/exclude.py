@@ -156,7 +156,7 @@ class Duplicates(Finder):
         root, table = check_root(data.root), load_collection(data).table
         rows = zip(*(table[name].to_pylist() for name in ("path", "size", "weight")), _read_reasons(table))
         sizes = {  # without what others exclude: else one of those could be kept, and its whole group lost
-            path: size for path, size, weight, why in rows if weight or not why or why.startswith(f"{self.name}: ")
+            path: size for path, size, weight, why in rows if weight or not why or str(why).startswith(f"{self.name}: ")
         }
         facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
 

@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from engine.task import freeze
 from engine.tasks.diffusion import DiffusionTask
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kind import Setup
@@ -31,7 +30,6 @@ def build(*overrides):
     torch.manual_seed(0)
     task = DiffusionKind().build(Setup(config.model, config.task))
     task.load_helpers()
-    freeze(task)
     return task.train()
 
 
