@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from submit.queue import NoAnswer, ask, is_running
+from submit.queue import NoAnswer, ask, job_state
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED
 from utils.io.files import read_json, write_json
 from utils.ranks.job_status import STATUS_VARIABLE, SWEEP_VARIABLE, judge_status, note, restart_count, slurm_port, worst
@@ -111,7 +111,7 @@ def finish(folder: Path, status: int) -> int:
         until = time.monotonic() + _PATIENCE_SEC
         if often <= limit or not launch["trains"]:
             _say(f"ended with status {status}; the job continues in the queue")
-            while is_running(job) and launch["trains"] and time.monotonic() < until and not _requeue(job):
+            while launch["trains"] and time.monotonic() < until and not _requeue(job):
                 time.sleep(_AGAIN_SEC)
             time.sleep(_PATIENCE_SEC)  # SLURM ends it: it was requeued, cancelled, or its time is over
         elif status == EXIT_LOST_RANK:
@@ -126,9 +126,10 @@ def end_file(folder: Path, index: int) -> Path:
 
 
 def _requeue(job: str) -> bool:
-    """Put a job back into the queue; returns whether SLURM has done it."""
+    """Put a job back into the queue, unless SLURM is ending it; returns False where SLURM does not answer."""
     try:
-        ask("scontrol", "requeue", job)
+        if job_state(job) == "RUNNING":
+            ask("scontrol", "requeue", job)
     except NoAnswer:
         return False
     return True

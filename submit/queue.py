@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import EXIT_CRASH, EXIT_INTERRUPTED
@@ -13,11 +14,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# A job in one of these states may still run.
-_ACTIVE = {
-    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED",
-    "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD",
-}  # fmt: skip
 _ANSWER_SEC = 60
 _LOOK_SEC = 2.0
 _FILES_SEC = 30.0  # for a shared file system to show what a node has written
@@ -38,23 +34,19 @@ def ask(*command: str) -> str:
     return done.stdout
 
 
-def is_running(job: str) -> bool:
-    """Return whether a job runs, and is not being ended; where SLURM does not answer it is taken to."""
-    try:
-        found = re.search(r"\bJobState=(\w+)", ask("scontrol", "--oneliner", "show", "job", job))
-    except NoAnswer:
-        return True
-    return found is None or found.group(1) == "RUNNING"
+def job_state(job: str) -> str:
+    """Return the state of a job, such as RUNNING; UNKNOWN where SLURM does not know it (any more). Raises NoAnswer."""
+    found = re.search(r"\bJobState=(\w+)", ask("scontrol", "--oneliner", "show", "job", job))
+    return "UNKNOWN" if found is None else found.group(1)
 
 
-def list_states(jobs: Sequence[str]) -> dict[str, str]:
-    """Return job -> state, with why it is pending, of those that SLURM knows. Raises NoAnswer.
+def list_active(jobs: Sequence[str]) -> dict[str, str]:
+    """Return job -> state, with why it is pending, of those that are not over. Raises NoAnswer.
 
     jobs: one, or the members NUMBER_INDEX of one array.
     """
     number = f"--jobs={jobs[0].partition('_')[0]}"
-    lines = ask("squeue", "--noheader", "--array", "--states=all", number, "--format=%i|%T|%r").splitlines()
-    found = (line.split("|", 2) for line in lines)
+    found = (line.split("|", 2) for line in ask("squeue", "-h", "--array", number, "--format=%i|%T|%r").splitlines())
     return {job: f"{state} ({reason})" if state == "PENDING" else state for job, state, reason in found if job in jobs}
 
 
@@ -64,25 +56,24 @@ def wait_for(ids: Sequence[str], folder: Path, *, follow: bool) -> int:
     follow: show the logs of their first tasks. Raises SystemExit(130) on Ctrl-C, which leaves the jobs running.
     """
     shown = {folder / "logs" / f"{job}_0_log.out": 0 for job in ids if follow}
-    states = dict.fromkeys(ids, "PENDING")
+    before: dict[str, str] = {}
+    active = dict.fromkeys(ids, "")
     try:
-        while any(state.split()[0] in _ACTIVE for state in states.values()):
+        while active:
             time.sleep(_LOOK_SEC)
             try:
-                found = list_states(ids)
+                active = list_active(ids)
             except NoAnswer as error:
                 log.warning("SLURM does not answer, and is asked again: %s", error)
-                continue
-            for job, before in states.items():
-                states[job] = found.get(job, "unknown to SLURM")
-                if states[job] != before and states[job].split()[0] in _ACTIVE:
-                    log.info("job %s: %s", job, states[job])
+            for job in [job for job, state in active.items() if before.get(job, "") != state]:
+                log.info("job %s: %s", job, active[job])
+            before |= active
             for file, place in shown.items():
                 shown[file] = _show(file, place)
     except KeyboardInterrupt:
         log.warning("the jobs go on without being watched; scancel %s ends them", ids[0].partition("_")[0])
         raise SystemExit(EXIT_INTERRUPTED) from None
-    return max(_end_of(job, states[job], folder / f"end_{index}.json") for index, job in enumerate(ids))
+    return max(_end_of(job, folder / f"end_{index}.json") for index, job in enumerate(ids))
 
 
 def _show(file: Path, place: int) -> int:
@@ -95,10 +86,12 @@ def _show(file: Path, place: int) -> int:
     return place + len(text)
 
 
-def _end_of(job: str, state: str, file: Path) -> int:
+def _end_of(job: str, file: Path) -> int:
     """Return a job's exit status: the script's, or 1 where SLURM has ended it."""
-    until = time.monotonic() + (_FILES_SEC if state in ("COMPLETED", "FAILED", "unknown to SLURM") else 0)
-    while not file.exists() and time.monotonic() < until:
+    state, until = "UNKNOWN", time.monotonic() + _FILES_SEC
+    with suppress(NoAnswer):
+        state = job_state(job)
+    while not file.exists() and state in ("COMPLETED", "FAILED", "UNKNOWN") and time.monotonic() < until:
         time.sleep(0.5)
     if not file.exists():
         log.error("job %s has ended as %s before its script did", job, state)

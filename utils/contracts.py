@@ -13,61 +13,28 @@ DeviceHook = Callable[[Batch], Batch]
 class Machine(Protocol):
     """The machine as a loader sees it (engine/runtime.py: Runtime)."""
 
-    @property
-    def device(self) -> torch.device:
-        """The device that batches are moved to."""
-
-    @property
-    def channels_last(self) -> bool:
-        """The memory format of images."""
-
-    @property
-    def workers(self) -> int:
-        """Loader processes of this rank."""
-
-    @property
-    def prefetch_batches(self) -> int:
-        """Batches that each of them prepares ahead."""
+    device: torch.device  # that batches are moved to
+    channels_last: bool  # the memory format of images
+    workers: int  # loader processes of this rank
+    prefetch_batches: int  # that each of them prepares ahead
 
 
 class BatchPlan(Protocol):
     """How the ranks share a step's samples (engine/plan.py: Plan)."""
 
-    @property
-    def world_size(self) -> int:
-        """The number of ranks."""
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples per update, over all ranks."""
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples per forward pass."""
-
-    @property
-    def accum_steps(self) -> int:
-        """Forward passes per update."""
+    world_size: int
+    global_batch_size: int  # samples per update, over all ranks
+    micro_batch_size: int  # samples per forward pass
+    accum_steps: int  # forward passes per update
 
 
 class TrainStream(Protocol):
     """The endless training stream (data/loader.py)."""
 
-    @property
-    def epoch_length(self) -> int:
-        """Positions per epoch."""
-
-    @property
-    def chunk(self) -> int | None:
-        """Neighbouring positions of one shape; None where the sampler groups nothing."""
-
-    @property
-    def unreadable_count(self) -> int:
-        """Images that could not be read so far, on this rank."""
-
-    @property
-    def shapes(self) -> int:
-        """The number of shapes that samples come in; 1 where the sampler groups nothing."""
+    epoch_length: int  # positions
+    chunk: int | None  # neighbouring positions of one shape; None where the sampler groups nothing
+    unreadable_count: int  # images that could not be read so far, on this rank
+    shapes: int  # that samples come in; 1 where the sampler groups nothing
 
     def trial_batch(self, shape: int, size: int) -> Batch:
         """Return `size` times one sample of a shape, on the device; no part of the stream."""

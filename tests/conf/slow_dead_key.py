@@ -19,7 +19,6 @@ from tests.conf.test_no_dead_key import TAG_WEIGHTS
 from tests.in_process import SCRIPTS, SHORT, SMALL_MODEL, TRAINING, load_command, make_glyph_folder, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
-from utils.io.weights import read_weights
 
 
 def list_models(annotation):
@@ -223,15 +222,3 @@ def test_every_leaf_is_read(script, runs):
     elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
     dead = {name for name in fields - reads - PROVED if not name.startswith(elsewhere)}
     assert dead == set()
-
-
-def test_the_recorder_sees_what_is_not_read(runs):
-    reads = runs[0]
-    assert "_AdamW.betas" in reads["training"] and "_AdamW.betas" not in reads["evaluate"]
-    assert "MachineConfig.threads" in reads["evaluate"]
-    assert len(list_fields(load_command("finetune").schema)) > 70
-
-
-def test_the_name_of_a_model_stands_in_its_weights(runs):
-    path = runs[1] / "tuned/weights/last_weights.safetensors"
-    assert read_weights(path, "weights")[1]["model"]["name"] == "convnextv2_glyph"

@@ -13,7 +13,7 @@ import pytest
 from submit import slurm
 from submit.config import LaunchConfig
 from submit.job import ScriptJob, _meaning, finish
-from submit.queue import list_states, wait_for
+from submit.queue import list_active, wait_for
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
 from tests.in_process import TINY, compose, configure
 from tests.support import ROOT, fork_command
@@ -158,7 +158,7 @@ def test_no_slurm_is_said(tmp_path, monkeypatch):
 
 def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, capfd):
     """A controller that is restarted for a moment is no end of a job."""
-    answers = iter([(1, "down"), (0, "7|RUNNING|None"), (1, "down"), (0, "7|COMPLETED|None")])
+    answers = iter([(1, "down"), (0, "7|RUNNING|None"), (1, "down"), (0, ""), (0, "JobId=7 JobState=COMPLETED")])
     (tmp_path / "end_0.json").write_text(json.dumps({"status": 0, "restarts": 1}))
 
     def ask(*_, **__):
@@ -177,7 +177,7 @@ def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, capfd)
 def test_the_members_of_an_array_are_asked_for_at_once(monkeypatch):
     lines = "7_0|RUNNING|None\n7_1|PENDING|JobArrayTaskLimit\n7_9|RUNNING|None\n"
     monkeypatch.setattr("submit.queue.ask", lambda *command: lines)
-    assert list_states(["7_0", "7_1", "7_2"]) == {"7_0": "RUNNING", "7_1": "PENDING (JobArrayTaskLimit)"}
+    assert list_active(["7_0", "7_1", "7_2"]) == {"7_0": "RUNNING", "7_1": "PENDING (JobArrayTaskLimit)"}
 
 
 def test_a_script_that_a_signal_ends_was_stopped_or_lost():
@@ -217,7 +217,7 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     asked, slept = [], []
-    monkeypatch.setattr("submit.job.is_running", lambda job: not slept)
+    monkeypatch.setattr("submit.job.job_state", lambda job: "RUNNING")
     monkeypatch.setattr("submit.job.ask", lambda *words: asked.append(words[1:]))
     monkeypatch.setattr("submit.job.time.sleep", slept.append)
     limits = {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}

@@ -64,10 +64,7 @@ def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
     [
         (lambda lines: lines[:-1], "3 of 4 tags"),
         (lambda lines: [line for line in lines if ",high_recall," not in line], "high_recall"),
-        (lambda lines: ["category,name,threshold", "0,general,0.3"], "no thresholds.csv"),
-        (lambda lines: [lines[0], lines[1].replace("0.3", "nan")], "no thresholds.csv"),
         (lambda lines: [lines[0], lines[1].replace("0.3", "1.5")], "1.5"),
-        (lambda lines: [lines[0], "0,general"], "no thresholds.csv"),
         (lambda lines: [], "no thresholds.csv"),
     ],
 )

@@ -77,20 +77,15 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
     for pattern in allowed:
         if not any(fnmatch.fnmatchcase(key, pattern) for key in old | new):
             raise UserError(f"resume_allow: {pattern!r} is not a key of this configuration; --cfg job prints the keys")
-    refused, passed = [], []
+    lines = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if before == after:
-            continue
-        line = f"{key}: {before!r} in the run, {after!r} now"
-        if not is_free(key, allowed):
-            refused.append(line)
-        elif not is_free(key):
-            passed.append(line)
-    if refused:
-        keys = ",".join(line.partition(":")[0] for line in refused)
+        if before != after:
+            lines[key] = f"{key}: {before!r} in the run, {after!r} now"
+    if refused := [key for key in lines if not is_free(key, allowed)]:
+        differences = "\n  ".join(lines[key] for key in refused)
         raise UserError(
-            f"resume: {folder} was made with another recipe:\n  " + "\n  ".join(refused) + "\nStart another run with "
-            f"run_dir=... (a sweep with sweep.name=...), or accept these with 'resume_allow=[{keys}]'."
+            f"resume: {folder} was made with another recipe:\n  {differences}\nStart another run with run_dir=... (a "
+            f"sweep with sweep.name=...), or accept these with 'resume_allow=[{','.join(refused)}]'."
         )
-    return passed
+    return [line for key, line in lines.items() if not is_free(key)]

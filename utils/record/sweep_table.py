@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
+from utils.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from utils.record.run_reader import OVERRIDES_FILE, RunReader, settings_of
 from utils.text_table import align_columns
-from utils.tool import print_result
 
 _SEED = "seed="
 
@@ -80,19 +79,16 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     return align_columns(list(zip(*columns)))
 
 
-def find_table(folder: Path) -> str:
-    """Return the table of a sweep's folder. Raises UserError where it holds no job."""
-    if not (jobs := read_jobs(folder)):
-        raise UserError(f"{folder} holds no job of a sweep; give outputs/sweeps/NAME")
-    return sweep_table(jobs)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser("python -m utils.record.sweep_table", description="Rank the jobs of a sweep.")
     parser.add_argument("folder", type=Path, help="outputs/sweeps/NAME")
     folder = parser.parse_args(arguments).folder
-    return print_result("sweep_table", lambda: find_table(folder))
+    if not (jobs := read_jobs(folder)):
+        sys.stderr.write(f"sweep_table: {folder} holds no job of a sweep; give outputs/sweeps/NAME\n")
+        return EXIT_USER_ERROR
+    sys.stdout.write(sweep_table(jobs) + "\n")
+    return EXIT_OK
 
 
 if __name__ == "__main__":

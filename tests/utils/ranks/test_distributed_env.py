@@ -21,10 +21,6 @@ STEP = {
 WORLDS = {
     "plain python": ({}, World()),
     "torchrun": (TORCHRUN, World(3, 4, 1, "torchrun", "node1", 1234)),
-    "torchrun with one process": (
-        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-        World(0, 1, 0, "torchrun", "node1", 1234),
-    ),
     "torchrun's variables by hand": (
         {"RANK": "1", "WORLD_SIZE": "2"},
         World(1, 2, 0, "torchrun", "127.0.0.1", 29500),
@@ -46,7 +42,6 @@ WORLDS = {
          "SLURM_JOB_NODELIST": "gpu[01-08]"},
         World(),
     ),
-    "salloc's shell": ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n1"}, World()),
 }  # fmt: skip
 
 
@@ -120,18 +115,9 @@ def test_a_start_compares_configuration_and_precision(tmp_path, monkeypatch):
     assert values[0] != values[2] and values[1] == values[3] == "fp32"
 
 
-def test_an_error_of_rank_0_alone_keeps_its_kind():
-    def fail():
-        raise UserError("data.root: no")
-
-    with pytest.raises(UserError, match=r"^data.root: no$"):
-        distributed.rank_zero_call(fail)
-
-
 @pytest.mark.parametrize(
     "world, gpus, expected",
     [
-        (World(), 1, 0),
         (World(3, 4, 1, "torchrun"), 2, 1),
         (World(5, 8, 1, "slurm"), 4, 1),
         (World(5, 8, 1, "slurm"), 1, 0),  # srun --gpus-per-task=1 shows each process its own GPU
