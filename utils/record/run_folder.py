@@ -85,7 +85,7 @@ def default_run_dir(config: dict[str, Any], job: Job) -> str:
 def git_state() -> dict[str, Any]:
     """Return the commit of the code and whether files were changed; nulls outside a git checkout.
 
-    A copy of the code (submit/snapshot.py) has them in a file.
+    A copy of the code (submit/slurm.py) has them in a file.
     """
     if (ROOT / GIT_FILE).exists():
         return read_json(ROOT / GIT_FILE)
