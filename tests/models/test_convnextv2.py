@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import nn
 
@@ -85,34 +84,6 @@ def test_stem_strides_and_images_that_are_not_square(stem_stride):
     assert network(images).shape == (2, 5)
     rates = [block.drop_path.rate for stage in network.stages for block in stage]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-
-
-def slow_masked_block(block, x, visible):
-    """The block in gathered form, sample by sample: the MLP sees the visible sites alone."""
-    out = torch.zeros_like(x)
-    for index in range(len(x)):
-        kept = visible[index]
-        spatial = block.dwconv((x[index] * kept)[None])[0].permute(1, 2, 0)[kept]  # [N, C]
-        hidden = F.gelu(block.pwconv1(block.norm(spatial)))
-        norms = hidden.square().sum(dim=0).sqrt()
-        share = norms / (norms.mean() + 1e-6)
-        hidden = block.grn.gamma[0, 0, 0] * (hidden * share) + block.grn.beta[0, 0, 0] + hidden
-        out[index].permute(1, 2, 0)[kept] = x[index].permute(1, 2, 0)[kept] + block.pwconv2(hidden)
-    return out
-
-
-@torch.no_grad()
-def test_masked_network_equals_the_gathered_form():
-    torch.manual_seed(0)
-    network = randomise(small()).double()
-    images, visible = torch.randn(2, 3, 24, 40, dtype=torch.float64), torch.rand(2, 3, 5) < 0.5
-    x = images * repeat_sites(visible, 8)[:, None]
-    for index, (downsample, stage) in enumerate(zip(network.downsample_layers, network.stages)):
-        sites = repeat_sites(visible, 4 >> index)
-        x = downsample(x) * sites[:, None]
-        for block in stage:
-            x = slow_masked_block(block, x, sites)
-    torch.testing.assert_close(network.forward_features(images, visible), x, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("stem_stride", "hidden"), [(1, float("nan")), (2, 1e30)])

@@ -6,18 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
 from engine.tasks.kind import Setup
-from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.export.onnx_file import OnnxConfig, export_onnx
-from models.image_model import ImageModel
-from models.normalise import Normalise
 from tests.support import export, no_large_allocation
-from utils.config.help import CONF
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights
 
@@ -174,15 +169,3 @@ def test_metadata_of_strangers_are_checked(metadata, named, tmp_path):
     save_graph(tmp_path / "m.onnx", metadata)
     with pytest.raises(UserError, match=rf"^weights: .*m\.onnx .*{named}"):
         load_predictor(tmp_path / "m.onnx", CPU)
-
-
-def test_a_network_above_two_gibibytes_is_refused_before_any_work(tmp_path):
-    """On the meta device, where nothing has a value."""
-    config = ConvNeXtV2Config.model_validate(
-        OmegaConf.to_container(OmegaConf.load(CONF / "model/convnextv2_huge.yaml"))
-    )
-    with torch.device("meta"):
-        model = ImageModel(build_network(config, 1000), Normalise([0.5] * 3, [0.5] * 3, 3), "classes")
-    metadata = {"preprocessing": PREPROCESSING, "model": config.model_dump()}
-    with pytest.raises(UserError, match="^format: convnextv2_huge has 2.46 GiB"):
-        export_onnx(model, metadata, tmp_path / "export/model.onnx", onnx_config(1e-4))

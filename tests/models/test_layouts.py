@@ -14,6 +14,7 @@ import torch
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
 from models.convnextv2 import ConvNeXtV2
+from models.export.parity import vary_weights
 from models.fcmae import FCMAE
 from models.weights.initialise import initialise_from
 from models.weights.layouts import Layout, recognise, translate
@@ -23,17 +24,6 @@ from utils.io.weights import InitFrom, write_weights
 
 DEPTHS, DIMS = (1, 1, 2, 1), (8, 12, 16, 20)
 CLASSES = 5
-
-
-def randomise(network, seed=0):
-    """Give a network weights with which logits vary between images; returns it in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_scale = parameter.ndim == 1 and name.endswith("weight") and "grn" not in name
-        scale = 0.1 if parameter.ndim == 1 else 0.5 if "grn" in name else (2.0 / parameter[0].numel()) ** 0.5
-        parameter.data = noise * scale + (1.0 if is_scale else 0.0)
-    return network.eval()
 
 
 def ours(num_classes=CLASSES, in_channels=3, stem_stride=4):
@@ -109,15 +99,15 @@ def logits(network, pictures=None):
 @functools.cache
 def sources():
     """Networks of all libraries with their states, as (logits, state) by layout; minkowski: a whole FCMAE's."""
-    official, theirs, hugging = (randomise(make()) for make in (ours, timm_network, transformers_network))
+    official, theirs, hugging = (vary_weights(make()) for make in (ours, timm_network, transformers_network))
     whole = fcmae()
-    whole.encoder.load_state_dict(randomise(ours(0)).state_dict())
+    whole.encoder.load_state_dict(vary_weights(ours(0)).state_dict())
     return {
         "official": (logits(official), official.state_dict()),
         "timm": (logits(theirs), theirs.state_dict()),
         "transformers": (logits(hugging), hugging.state_dict()),
         "mmpretrain": (logits(official), mmpretrain_state(official)),
-        "minkowski": (logits(randomise(ours(0))), sparse_of(whole.state_dict())),
+        "minkowski": (logits(vary_weights(ours(0))), sparse_of(whole.state_dict())),
     }
 
 
@@ -164,17 +154,10 @@ def test_names_translate_there_and_back(target):
         assert {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in expected.items()}
 
 
-def test_what_is_dropped_or_left_is_logged(tmp_path, log):
-    write_weights(tmp_path / "w.safetensors", randomise(fcmae()).state_dict(), {})
-    start(ours(), tmp_path / "w.safetensors")
-    assert "init_from: dropped: " in log.text
-    assert "init_from: left at their initial values: norm.weight, norm.bias, head.weight, head.bias" in log.messages
-
-
 @pytest.mark.parametrize("make", [lambda: ours(0), timm_network])
 def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     """Continued pretraining: from released encoders, and from classifiers of any layout."""
-    source, target = randomise(make()), fcmae()
+    source, target = vary_weights(make()), fcmae()
     fresh = {name: tensor.clone() for name, tensor in target.state_dict().items() if not name.startswith("encoder.")}
     write_weights(tmp_path / "w.safetensors", source.state_dict(), {})
     start(target, tmp_path / "w.safetensors")
@@ -185,7 +168,7 @@ def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
 
 @pytest.mark.parametrize(("ending", "which"), [("", "model"), ("_ema", "ema")])
 def test_the_weights_or_their_average_are_taken_as_asked(ending, which, tmp_path):
-    networks = {name: randomise(ours(), seed) for seed, name in enumerate(("", "_ema"))}
+    networks = {name: ours() for name in ("", "_ema")}
     content = {f"state_dict{name}": network.state_dict() for name, network in networks.items()}
     torch.save({**content, "epoch": "best-ema", "optimizer": {"state": {}}}, tmp_path / "checkpoint-best-ema.pth.tar")
     start(target := ours(), tmp_path / "checkpoint-best-ema.pth.tar", which)
@@ -194,7 +177,7 @@ def test_the_weights_or_their_average_are_taken_as_asked(ending, which, tmp_path
 
 def test_an_average_is_read_from_a_file_that_says_so_only(tmp_path):
     """Released and converted files say nothing: their plain weights must not pass for an average."""
-    path, source = tmp_path / "w.safetensors", randomise(ours())
+    path, source = tmp_path / "w.safetensors", vary_weights(ours())
     write_weights(path, source.state_dict(), {"task": {}})
     with pytest.raises(UserError, match=r"^init_weights: ema"):
         start(ours(), path, "ema")
@@ -209,7 +192,7 @@ def test_an_average_is_read_from_a_file_that_says_so_only(tmp_path):
 @pytest.mark.parametrize(("old", "new", "make"), [(3, 1, ours), (1, 3, timm_network)])
 def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_path, log):
     key = "in_channels" if make is ours else "in_chans"
-    source, target = randomise(make(**{key: old})), make(**{key: new}).eval()
+    source, target = vary_weights(make(**{key: old})), make(**{key: new}).eval()
     torch.save(source.state_dict(), tmp_path / "w.pth")
     start(target, tmp_path / "w.pth")
     name = "downsample_layers.0.0.weight" if make is ours else "stem.0.weight"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import GRN, ChannelsFirstLayerNorm, DropPath
+from models.layers import GRN, DropPath
 
 
 def random_grn(channels, dtype=torch.float64):
@@ -81,18 +81,6 @@ def test_grn_gradients_are_those_of_the_formula(masked):
         return torch.func.functional_call(grn, {"gamma": gamma, "beta": beta}, (x, visible))
 
     assert torch.autograd.gradcheck(run, (x, grn.gamma, grn.beta))
-
-
-def test_channels_first_layer_norm_equals_the_formula():
-    torch.manual_seed(0)
-    norm, x = ChannelsFirstLayerNorm(7).double(), torch.randn(2, 7, 3, 5, dtype=torch.float64)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    centred = x - x.mean(dim=1, keepdim=True)
-    normal = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
-    expected = normal * norm.weight[:, None, None] + norm.bias[:, None, None]
-    torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-12)
-    assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():

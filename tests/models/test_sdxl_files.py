@@ -17,12 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from models.sdxl.checkpoint_files import write_diffusers, write_single_file
 from models.sdxl.names import PARTS, PREFIXES, part_state, to_single_file
 from models.sdxl.networks import (
-    SDXLConfig,
-    base_files,
     build_part,
     list_configs,
     load_networks,
-    open_networks,
     tiny_networks,
 )
 from models.sdxl.tokenizer import build_tokenizer
@@ -160,18 +157,6 @@ def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
     assert not {"v_pred", "ztsnr"} & shapes.keys() and texts["modelspec.prediction_type"] == "epsilon"
     dtypes = {part: {one.dtype for name, one in shapes.items() if name.startswith(PREFIXES[part])} for part in PARTS}
     assert dtypes.pop("vae") == {torch.float32} and all(found == {torch.float16} for found in dtypes.values())
-
-
-def test_networks_of_a_config(networks, folder):
-    config = {"family": "sdxl", "name": "sdxl", "frozen_dtype": "bfloat16", "in_channels": 3}
-    for path, files in ((None, 0), (str(folder), 4)):
-        model = SDXLConfig(path=path, **config)
-        trained, frozen = open_networks(model, ("unet",)), open_networks(model, ("unet", "vae"), frozen=True)
-        assert torch.equal(trained.unet.conv_in.weight, networks.unet.conv_in.weight)
-        assert frozen.vae.dtype == torch.bfloat16 and not any(one.requires_grad for one in frozen.unet.parameters())
-        assert all(one.requires_grad for one in trained.unet.parameters())
-        assert trained.vae is frozen.text_encoder is None
-        assert len(base_files(model)) == files
 
 
 def test_files_of_other_programs_are_read(networks, folder, file, tmp_path):

@@ -1,15 +1,11 @@
 """SDXL's texts: ids and encoders equal open_clip's, on random weights; sizes equal diffusers'."""
 
-import random
-from types import SimpleNamespace as Some
-
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
 import open_clip
-from diffusers import StableDiffusionXLPipeline
 from open_clip.transformer import TextTransformer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -26,15 +22,8 @@ WRITTEN = [
 ]  # fmt: skip
 
 
-def random_prompts(count):
-    draw = random.Random(0)
-    signs = "abcdefghij0123456789 ,_-!?.()'\"#:;/é猫"
-    return ["".join(draw.choices(signs, k=draw.randint(1, 60))) for _ in range(count)]
-
-
 def test_ids_equal_those_of_open_clip():
-    prompts = WRITTEN + random_prompts(300)
-    assert pad_second(tokenize(prompts, 1)[:, 0]).equal(open_clip.tokenize(prompts))
+    assert pad_second(tokenize(WRITTEN, 1)[:, 0]).equal(open_clip.tokenize(WRITTEN))
 
 
 def test_chunks_go_on_where_the_last_ends():
@@ -104,13 +93,3 @@ def test_embeddings_equal_those_of_open_clip():
         torch.testing.assert_close(part[..., 32:], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
         if chunk == 0:
             torch.testing.assert_close(pooled, theirs["text_features"], atol=1e-4, rtol=1e-4)
-
-
-def test_fit_is_the_time_ids_of_diffusers():
-    """A batch's `fit` is the size of the file, where the crop begins, and the size of that."""
-    sizes = [(1200, 1601), (64, 0), (1024, 1344)]
-    linear = torch.nn.Linear(6 * 256 + 1280, 1)
-    unet = Some(config=Some(addition_time_embed_dim=256), add_embedding=Some(linear_1=linear))
-    of_pipeline = StableDiffusionXLPipeline._get_add_time_ids
-    theirs = of_pipeline(Some(unet=unet), *sizes, torch.float32, text_encoder_projection_dim=1280)
-    assert torch.tensor([sum(sizes, ())]).float().equal(theirs)
