@@ -45,13 +45,11 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
     own_hw = tuple(own_hw or network.pretrained_cfg["input_size"][1:])
     refusal = _refusal(network, config.in_channels, tuple(image_size_hw))
     # If its own size is refused too, the network does not run on the meta device.
-    if refusal is None or _refusal(network, config.in_channels, own_hw) is not None:
-        return
-    raise UserError(
-        f"augment.image_size_hw: {list(image_size_hw)} is no size for {config.name} ({refusal}); set "
-        f"augment.image_size_hw=[{own_hw[0]},{own_hw[1]}], for which it is made, or choose a network that takes other "
-        "sizes (model=convnextv2_tiny, model.name=resnet18), or a ViT made for this one (model.image_size_hw)"
-    )
+    if refusal is not None and _refusal(network, config.in_channels, own_hw) is None:
+        raise UserError(
+            f"augment.image_size_hw: {list(image_size_hw)} is no size for {config.name} ({refusal}); set "
+            f"augment.image_size_hw=[{own_hw[0]},{own_hw[1]}], model.image_size_hw of a ViT, or another network"
+        )
 
 
 @torch.no_grad()
@@ -80,14 +78,7 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
         return timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra
         )
-    except RuntimeError as error:
-        if "pretrained tag" not in str(error):
-            raise
-        bare = config.name.split(".")[0]
-        raise UserError(f"model.name: {config.name!r} names weights that timm does not have; set {bare}") from error
-    except TypeError as error:
-        refused = next((name for name in extra if name in str(error)), None)
-        if refused is None:
-            raise
-        key = {"drop_path_rate": "model.drop_path_rate", "img_size": "model.image_size_hw"}[refused]
-        raise UserError(f"{key}: {extra[refused]} given, but timm's {config.name} takes none; set null") from error
+    except (RuntimeError, TypeError) as error:  # a tag of no weights; an argument that the network does not have
+        keys = {"drop_path_rate": "model.drop_path_rate", "img_size": "model.image_size_hw"}
+        key = next((keys[name] for name in extra if name in str(error)), "model.name")
+        raise UserError(f"{key}: timm cannot build {config.name} so ({error}); set null, or another name") from error

@@ -4,7 +4,7 @@ A new output is one entry of OUTPUTS: weight files, ONNX files and predictions f
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,8 +43,7 @@ class RowOptions(NamedTuple):
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One kind of output.
 
     heads: the names of an exported file's outputs, in order; a prediction uses the last. make_row: from the values [K]
@@ -95,13 +94,10 @@ def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
 
 
 def _row_of_features(values: np.ndarray, columns: Columns, options: RowOptions) -> Row:
-    return {"features": [float(value) for value in values]}
+    return {"features": values.astype(float).tolist()}
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=1)
-
-
+_softmax = partial(torch.softmax, dim=1)
 OUTPUTS = {
     "classes": Output(("logits", "probs"), _row_of_classes, "class_names", _softmax, ("class", "prob")),
     "tags": Output(("logits", "probs"), _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags")),

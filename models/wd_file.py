@@ -25,16 +25,18 @@ def read_wd_metadata(path: Path, key: str, inputs: Sequence[Any], outputs: Seque
             f"{key}: {path} was not exported by Atelier: it has no metadata; use export.py, or put a WD tagger's "
             f"{FILE} beside it"
         )
-    if len(inputs) != 1 or not _is_wd(inputs[0], outputs[0]):
+    (taken, *others), given = inputs, outputs[0]
+    batch, *sides = taken.shape
+    is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]
+    if others or taken.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):
         raise UserError(
-            f"{key}: {path} takes {[(value.type, value.shape) for value in inputs]} and gives {outputs[0].shape}; a "
-            "tagger of the WD form takes one tensor(float) of [batch, side, side, 3], and gives [batch, tags] first"
+            f"{key}: {path} takes {[(value.type, value.shape) for value in inputs]} and gives {given.shape}; a tagger "
+            "of the WD form takes one tensor(float) of [batch, side, side, 3], and gives [batch, tags] first"
         )
-    taken, given = inputs[0], outputs[0]
     vocabulary = read_vocabulary(tags, key)
-    if given.shape[1] != len(vocabulary):
+    if len(given.shape) != 2 or given.shape[1] != len(vocabulary):
         raise UserError(
-            f"{key}: {tags} has {len(vocabulary)} rows, and {path} gives {given.shape[1]} probabilities; put the file "
+            f"{key}: {tags} has {len(vocabulary)} rows, and {path} gives {given.shape}; put the file "
             "beside it that it was published with"
         )
     preprocessing = {
@@ -43,10 +45,3 @@ def read_wd_metadata(path: Path, key: str, inputs: Sequence[Any], outputs: Seque
     }  # fmt: skip
     form = OnnxForm(input=taken.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={given.name: "probs"})
     return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}
-
-
-def _is_wd(taken: Any, given: Any) -> bool:
-    if taken.type != "tensor(float)" or len(taken.shape) != 4 or len(given.shape) != 2:
-        return False
-    batch, height, width, channels = taken.shape
-    return isinstance(height, int) and width == height and channels == 3 and (not isinstance(batch, int) or batch == 1)

@@ -63,55 +63,36 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, conf
     Raises UserError: `tolerance` if the outputs of either differ by more; `format` for weights above the size of an
     ONNX file; `dynamic_size` for a network of one size.
     """
-    _refuse_large(model, metadata)
-    samples = _draw_samples(metadata["preprocessing"], model, config.dynamic_size)
-    _check_varied(model, metadata, path, samples, config)
-    _write(model, metadata, path, samples[-1], config)
-    absolute, relative = _compare(model, path, samples)
-    refuse_difference(relative, config.accepted, "ONNX Runtime")
-    return absolute
-
-
-def _write(
-    model: ImageModel, metadata: Mapping[str, Any], path: Path, sample: torch.Tensor, config: OnnxConfig
-) -> None:
-    """Write a model's file, traced with a sample."""
-    rewritten = to_inference_form(model)
-    proto = _trace(rewritten, sample, config.dynamic_size)
-    if config.precision == "fp16":
-        proto = to_fp16(proto, rewritten)
-    _clean(proto, metadata, model)
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
-
-
-def _check_varied(
-    model: ImageModel,
-    metadata: Mapping[str, Any],
-    path: Path,
-    samples: Sequence[torch.Tensor],
-    config: OnnxConfig,
-) -> None:
-    """Export a copy with varied weights and compare it; raises UserError (`tolerance`) if outputs differ.
-
-    The copy is in float32 for fp16 of a network without GRN: the maps of others may grow beyond fp16.
-    """
-    varied = model.with_network(vary_weights(model.network))
-    as_asked = config.precision == "fp32" or any("grn" in name for name, _ in varied.named_parameters())
-    tolerance = config.accepted if as_asked else _GRAPH_TOLERANCE
-    if not as_asked:
-        config = config.model_copy(update={"precision": "fp32"})
-    _write(varied, metadata, path, samples[-1], config)
-    refuse_difference(_compare(varied, path, samples)[1], tolerance, "a copy with varied weights")
-
-
-def _refuse_large(model: ImageModel, metadata: Mapping[str, Any]) -> None:
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > _MAX_BYTES:
         raise UserError(
             f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, and one ONNX file holds at "
             "most 2 GiB; export a smaller network, or predict with the weights themselves: predict.py weights=RUN"
         )
+    samples = _draw_samples(metadata["preprocessing"], model, config.dynamic_size)
+    varied, tried, tolerance = model.with_network(vary_weights(model.network)), config, config.accepted
+    if config.precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
+        # In float32: with varied weights, the maps of a network without GRN may grow beyond fp16.
+        tried, tolerance = config.model_copy(update={"precision": "fp32"}), _GRAPH_TOLERANCE
+    _, relative = _write_and_compare(varied, metadata, path, samples, tried)
+    refuse_difference(relative, tolerance, "a copy with varied weights")
+    absolute, relative = _write_and_compare(model, metadata, path, samples, config)
+    refuse_difference(relative, config.accepted, "ONNX Runtime")
+    return absolute
+
+
+def _write_and_compare(
+    model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], config: OnnxConfig
+) -> tuple[float, float]:
+    """Write a model's file, traced with the last sample; returns what `_compare` does."""
+    rewritten = to_inference_form(model)
+    proto = _trace(rewritten, samples[-1], config.dynamic_size)
+    if config.precision == "fp16":
+        proto = to_fp16(proto, rewritten)
+    _clean(proto, metadata, model)
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+    return _compare(model, path, samples)
 
 
 def _draw_samples(preprocessing: Mapping[str, Any], model: ImageModel, dynamic_size: bool) -> list[torch.Tensor]:

@@ -33,13 +33,11 @@ _ADVICE = (
 class Fit(NamedTuple):
     """How a state fits a network.
 
-    given: what to load, by the network's names. left: names that keep their initial values. dropped: names of the
-    state that the network does not have or does not take.
+    given: what to load, by the network's names. left: names that keep their initial values.
     """
 
     given: dict[str, Tensor]
     left: list[str]
-    dropped: list[str]
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
@@ -84,8 +82,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     ignored = {name for name in found if name in left or (name not in wanted and name.startswith(head + norm))}
     given = {name: tensor for name, tensor in found.items() if name not in ignored}
     refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
-    dropped = [name for name in state if given.keys().isdisjoint({name, name.removeprefix(_ENCODER), _ENCODER + name})]
-    return Fit(given, [name for name in wanted if name in left], dropped)
+    return Fit(given, [name for name in wanted if name in left])
 
 
 def _fit_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ def initialise_from(
         _keep_head(network, fit, origin["source"], known, class_names)
     if not is_meta(network):
         network.load_state_dict(fit.given, strict=False)
-    _report(origin, fit)
+    log.info("init_from: %s, layout %s: %d tensors loaded", origin["source"], origin["layout"], len(fit.given))
+    log.info("init_from: left at their initial values: %s", ", ".join(fit.left) or "none")
     return origin
 
 
@@ -68,15 +69,6 @@ def convert(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[
         return layout, filter_state(network, strip_wrappers(state))
     encoder = {name.removeprefix("encoder."): one for name, one in official.items() if name.startswith("encoder.")}
     return layout, filter_state(network, encoder or official)
-
-
-def _report(origin: Mapping[str, Any], fit: Fit) -> None:
-    """Log what was loaded, and every tensor that was not; all names of those dropped in the file of the log."""
-    log.info("init_from: %s, layout %s: %d tensors loaded", origin["source"], origin["layout"], len(fit.given))
-    log.info("init_from: left at their initial values: %s", ", ".join(fit.left) or "none")
-    more = f" and {len(fit.dropped) - 1} more" if len(fit.dropped) > 1 else ""
-    log.info("init_from: dropped: %s%s", fit.dropped[0] if fit.dropped else "none", more)
-    log.debug("init_from: all that is dropped: %s", ", ".join(fit.dropped))
 
 
 def _read_config_beside(path: Path) -> dict[str, Any]:
@@ -144,14 +136,12 @@ def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str,
     The licence is what the file's metadata say, or the configuration beside it (timm's and transformers' folders). A
     torch file with the released files' layout and single entry is presumed to be one of them.
     """
-    earlier = metadata.get("origin")
+    earlier, is_run = metadata.get("origin"), "task" in metadata
     earlier = earlier if isinstance(earlier, dict) else {}
-    if "task" in metadata and "licence" not in earlier:
+    if is_run and "licence" not in earlier:
         return {"source": str(path), "layout": layout}
-    licence = earlier.get("licence")
-    if "task" in metadata or licence is not None:
-        reason = "the file states it"
-    else:
+    licence, reason = earlier.get("licence"), "the file states it"
+    if licence is None and not is_run:
         stated, reason = _read_config_beside(path), "config.json beside the file states it"
         pretrained = stated.get("pretrained_cfg")  # where timm writes it
         licence = stated.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
@@ -160,7 +150,7 @@ def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str,
     if isinstance(licence, str) and licence != "unknown":
         licence = licence[:_MAX_TEXT]
         log.warning("licence of %s: %s (%s); it applies to what is trained from these weights", path, licence, reason)
-    elif "task" not in metadata:
+    elif not is_run:
         log.info("licence of %s: not stated; Meta's weights of ConvNeXt V2 are %s", path, RELEASED_LICENCE)
         licence = None
     return {"source": str(path), "layout": layout, "licence": licence}

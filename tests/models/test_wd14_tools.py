@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from models.build import build_network
-from models.export import onnx_file
 from models.export.parity import vary_weights
 from models.image_model import ImageModel
 from models.normalise import Normalise
@@ -63,10 +62,8 @@ def make_tagger():
 def place(tmp_path_factory):
     """Return a folder with one export of each form and the images."""
     folder, tagger = tmp_path_factory.mktemp("tools"), make_tagger()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_file, "_check_varied", lambda *_: None)  # the tagger's own weights are varied
-        for form in ("wd14", "imgutils", "cl_tagger", "timm"):
-            export(form, *tagger, folder / form, thresholds=THRESHOLDS)
+    for form in ("wd14", "imgutils", "cl_tagger", "timm"):
+        export(form, *tagger, folder / form, thresholds=THRESHOLDS)
     for number, (width, height, mode) in enumerate(IMAGES):
         coarse = np.random.default_rng(number).integers(0, 256, (7, 9, len(mode)), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
