@@ -387,10 +387,7 @@ _READ, _COPY = "a number is read", "a copy between host and device"
 FAULTS = {
     "a CPU tensor in CUDA arithmetic": (lambda: zeros(3) + torch.zeros(3), "on the same device"),
     "item": (lambda: zeros(1).item(), _READ),
-    "bool": (lambda: bool(zeros(1) > 0), _READ),
-    "tolist": (lambda: zeros(2).tolist(), _READ),
     "a boolean index": (lambda: zeros(3)[zeros(3) > 0], "the shape of aten::index depends on values"),
-    "a tensor of a number": (lambda: zeros(3) * torch.tensor(2.0, device=DEVICE), _COPY),
     "a copy to the host": (lambda: zeros(3).cpu(), _COPY),
     "matrices of two dtypes": (
         lambda: zeros(2, 2) @ zeros(2, 2).bfloat16(), "aten::mm of ['torch.bfloat16', 'torch.float32']",

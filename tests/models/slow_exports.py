@@ -1,13 +1,17 @@
 """Slow tests of exports: `python -m pytest -o python_files="slow_*.py" tests/models`."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from engine.exports.weights import load_predictor
 from models.config import TimmConfig
 from models.export.onnx_file import open_session
 from tests.models.test_export import assert_alike, write_both
 from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
+from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
+from tests.support import export
 from utils.errors import UserError
 
 
@@ -38,3 +42,18 @@ def test_a_published_size_exports(size, tmp_path):
 def test_a_network_of_timm_on_grey_images_predicts_alike_as_both_files(tmp_path):
     model = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_rate=None)
     assert_alike(tmp_path, write_both(tmp_path, model))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_tagger_of_timm_in_fp16(name, tmp_path):
+    model, metadata = open_tagger(timm_config(name), side=160, vocabulary=VOCABULARY)
+    report = export("wd14", model, metadata, tmp_path, precision="fp16")
+    assert report["onnx_max_abs_diff"] < 0.1
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert {value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)} == {1}
+    assert any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in proto.graph.initializer)
+    images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    probs = load_predictor(tmp_path / "model.onnx", torch.device("cpu")).predict(images)
+    with torch.no_grad():
+        np.testing.assert_allclose(probs[:, 4:], model(images)[1][:, ROWS[4:]].numpy(), atol=2e-2)
+    assert not probs[:, 1:3].any()

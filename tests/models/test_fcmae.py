@@ -39,9 +39,6 @@ def mask_pixels(mask, fcmae, size=(32, 48)):
     return grid.repeat_interleave(fcmae.patch_px, 2).repeat_interleave(fcmae.patch_px, 3)
 
 
-# --- patches and masks
-
-
 def test_a_mask_removes_the_stated_count():
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
@@ -55,9 +52,6 @@ def test_patches_that_cannot_be_are_refused():
     for size, patch_px, key in (((32, 48), 12, "task.patch_px"), ((32, 40), 16, "augment.image_size_hw")):
         with pytest.raises(UserError, match=f"^{key}: "):
             check_patch_grid(8, size, patch_px)
-
-
-# --- shapes and refusals
 
 
 @torch.no_grad()
@@ -75,9 +69,6 @@ def test_a_patch_of_several_sites_takes_each_pixel_from_its_own_site(execution):
     pred = fcmae(images, mask)
     shown = sites.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
     assert torch.equal(pred + 0, patchify(shown, 16)[mask].view_as(pred))
-
-
-# --- the loss
 
 
 def slow_loss(images, pred, mask, patch_px, norm_pix_loss):
@@ -136,9 +127,6 @@ def test_forward_and_loss_are_one_graph():
 
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     assert torch.equal(compiled(images, mask), loss(images, mask))
-
-
-# --- pictures
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])

@@ -12,7 +12,6 @@ pytest.importorskip("diffusers")
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from models.sdxl.lora import LoRA, LoRAConfig, write_diffusers, write_kohya
-from models.sdxl.names import rename
 from models.sdxl.networks import tiny_networks
 from utils.errors import UserError
 
@@ -137,20 +136,3 @@ def test_metadata_and_dtype(tmp_path):
         stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
         assert file.get_tensor(f"{stem}.lora_down.weight").dtype == torch.float16
         assert file.get_tensor(f"{stem}.alpha").item() == 2.0
-
-
-def test_names_of_the_original_unet():
-    """Compare with kohya-ss/sd-scripts:library/sdxl_model_util.py make_unet_conversion_map."""
-    literal = {
-        "conv_in": "input_blocks.0.0",
-        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
-        "down_blocks.2.attentions.1.proj_in": "input_blocks.8.1.proj_in",
-        "mid_block.attentions.0.transformer_blocks.9.ff.net.2": "middle_block.1.transformer_blocks.9.ff.net.2",
-        "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
-        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_k": "output_blocks.2.1.transformer_blocks.0.attn2.to_k",
-        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
-        "up_blocks.2.resnets.2.conv2": "output_blocks.8.0.out_layers.3",
-    }
-    assert {name: rename("unet", name, to_single=True) for name in literal} == literal

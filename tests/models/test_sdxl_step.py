@@ -23,9 +23,6 @@ def level_at(timesteps, *, zero, shift=None):
     return build_noise_table(zero).at(timesteps, shift)
 
 
-# --- the table
-
-
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     diffusers = pytest.importorskip("diffusers")
@@ -40,9 +37,6 @@ def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
 
 
-# --- the shift by resolution
-
-
 def test_the_shift_multiplies_the_noise_and_stays_finite():
     shift = torch.tensor([0.5, 1.0, 2.0, 2.0, 4.0, 2.0])
     plain, moved = level_at(TIMESTEPS, zero=True), level_at(TIMESTEPS, zero=True, shift=shift)
@@ -51,9 +45,6 @@ def test_the_shift_multiplies_the_noise_and_stays_finite():
     assert moved.alpha[-1] == 0 and moved.sigma[-1] == 1
     sizes = torch.tensor([[1024, 1024], [2048, 2048], [2048, 512], [512, 512]])
     assert resolution_shift(sizes).tolist() == [1, 2, 1, 0.5]
-
-
-# --- weights
 
 
 def test_literal_weights():
@@ -71,21 +62,6 @@ def test_literal_weights():
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("kind", ["min_snr", "soft_min_snr", "debiased"])
-def test_the_loss_is_the_same_whatever_is_predicted(kind):
-    level = level_at(TIMESTEPS, zero=False)
-    noisy, guess = add_noise(LATENTS, NOISE, level), LATENTS + 0.1
-    losses = []
-    for prediction_type in PREDICTION_TYPES:
-        guessed_noise = (noisy - level.over(noisy)[0] * guess) / level.over(noisy)[1]
-        output = target(prediction_type, guess, guessed_noise, level)
-        error = output - target(prediction_type, LATENTS, NOISE, level)
-        weight = loss_weight(kind, prediction_type, level.snr, gamma=5.0, floor=0.0)
-        losses.append(weight * error.square().mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(losses[1], losses[2], rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("floor", [0.25, 0.0])
 def test_the_terminal_step_has_a_gradient_with_a_floor(floor):
     """Without one, min-SNR weights v by 0 at zero terminal SNR, and black images are never learnt."""
@@ -94,9 +70,6 @@ def test_the_terminal_step_has_a_gradient_with_a_floor(floor):
     error = output - target("v_prediction", LATENTS[:1], NOISE[:1], level)
     (loss_weight("min_snr", "v_prediction", level.snr, 5.0, floor) * error.square().mean()).sum().backward()
     assert output.grad.isfinite().all() and bool(output.grad.any()) == (floor > 0)
-
-
-# --- draws
 
 
 def strata_of(keys):
