@@ -90,12 +90,6 @@ def test_clear_features_are_recognised_and_noise_is_guessed():
 # ------------------------------------------------------------------------------------------------- degenerate features
 
 
-def test_a_class_of_one_image_and_classes_never_shown():
-    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.2]]), torch.tensor([3, 3, 7])
-    val = torch.tensor([[1.0, 0.05], [-1.0, 0.2], [0.5, 0.5]]), torch.tensor([3, 7, 5])
-    assert measure(train, val, k=1) == pytest.approx({"probe/knn": 2 / 3, "probe/linear": 2 / 3})
-
-
 def test_padding_and_unreadable_images_are_ignored_and_batches_do_not_matter():
     train, val = make_features(41, 12, noise=3.0), make_features(30, 12, seed=1, noise=3.0)
     whole = measure(train, val)
