@@ -210,7 +210,7 @@ PROVED = {
 # Refused where they are given.
 REFUSED = {
     "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
-    "prepare": ("CacheConfig.memory_gib",),  # of training, which reads an image again
+    "prepare": ("CacheConfig.", "_Data.icc"),  # of training
     "evaluate": ("CacheConfig.memory_gib",),
 }
 
