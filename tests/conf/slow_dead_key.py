@@ -164,7 +164,7 @@ def run_all(recorder, folder, monkeypatch):
     go("export", "run_dir=asl", "format=wd14")
     go("evaluate", "models=[asl]", "arena.min_support=1", *folders, *on_cpu)
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
-    go("predict", "weights=hill", f"input={images}", "output=tags.csv")
+    go("predict", "weights=asl", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "job.duplicates=true", *folders)
     go("prepare", "job=glyphs", on_glyphs)
     go("prepare", "job=pack", *folders, "job.output=packed")
