@@ -28,7 +28,7 @@ from data.batch import Ragged, Sample, collate, to_device
 from data.collection import Collection, RowView
 from data.image_formats import UnreadableImage
 from data.read_ahead import RowsAhead, read_ahead
-from data.source import IMAGE, Cache, Prefetching, Record, Source, layers, not_cached
+from data.source import IMAGE, Cached, Prefetching, Record, Source, layers, not_cached
 from data.stream import Draw, Policy, Sampler, count_batches, evaluation_batches, train_batches
 from data.transforms import Transform
 from utils import rng
@@ -256,7 +256,7 @@ class TrainStream:
 
     def readings(self) -> Mapping[str, float]:
         """Return what the caches of this rank's source have counted so far."""
-        caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cache)]
+        caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cached)]
         return {name: value for cache in caches for name, value in cache.readings().items()}
 
     @functools.cached_property

@@ -5,7 +5,7 @@ A source must have `read` and `blank`. It may stand in front of another one, its
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -50,19 +50,6 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Cache(Protocol):
-    """A source that keeps records of the one behind it."""
-
-    inner: Source
-
-    def has(self, row: int) -> bool:
-        """Return whether a row's record is kept."""
-
-    def readings(self) -> Mapping[str, float]:
-        """Return what has been counted so far, in this rank and its workers, by name."""
-
-
-@runtime_checkable
 class OnDisk(Protocol):
     """A layer that reads files, which may be read ahead into the system's page cache."""
 
@@ -88,7 +75,7 @@ def layers(source: Source) -> list[Any]:
 
 def not_cached(source: Source, rows: Iterable[int]) -> list[int]:
     """Return the rows that no cache has, which the store will be asked for."""
-    caches = [layer for layer in layers(source) if isinstance(layer, Cache)]
+    caches = [layer for layer in layers(source) if isinstance(layer, Cached)]
     return [row for row in rows if not any(cache.has(row) for cache in caches)]
 
 
@@ -106,3 +93,24 @@ class Counters:
     def totals(self) -> dict[str, int]:
         """Return the counts over all processes."""
         return dict(zip(self._places, self._rows.sum(dim=0).tolist()))
+
+
+class Cached:
+    """A source that keeps records of the one behind it. counts: of this process and its loader workers."""
+
+    def __init__(self, inner: Source, *counted: str) -> None:
+        self.inner, self.blank = inner, inner.blank
+        self.counts = Counters("hits", "misses", *counted)
+
+    def has(self, row: int) -> bool:
+        """Return whether a row's record is kept."""
+        raise NotImplementedError
+
+    def readings(self) -> dict[str, float]:
+        """Return what has been counted so far, by name."""
+        raise NotImplementedError
+
+    def hit_rate(self) -> float:
+        """Return the share of reads that the cache has answered."""
+        counts = self.counts.totals()
+        return counts["hits"] / max(1, counts["hits"] + counts["misses"])

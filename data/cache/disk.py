@@ -12,7 +12,6 @@ import io
 import os
 import struct
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 from data.cache.store import LimitedStore, record_key
 from data.config import CacheConfig
 from data.images import Images
-from data.source import IMAGE, Counters, OnDisk, Record
+from data.source import IMAGE, Cached, OnDisk, Record
 from utils.io.memo import file_version
 from utils.record.logging import get_logger
 
@@ -36,28 +35,23 @@ _HEAD = struct.Struct("<4I")  # raw or encoded, height, width, channels; the pix
 _LONGEST_PX = 16_383  # side of a WebP; larger images are stored raw
 
 
-class DiskCached:
-    """The images of a source, kept in a folder. counts: of this process and its loader workers.
+class DiskCached(Cached):
+    """The images of a source, kept in a folder.
 
     Raises UserError (`data.cache.folder`) where the folder cannot be used.
     """
 
     def __init__(self, images: Images, config: CacheConfig) -> None:
-        self.inner, self._config = images, config
+        super().__init__(images, "evicted", "refused")
+        self._config = config
         stored = "raw" if config.format == "raw" else f"{config.format} {config.quality} by pillow {PIL.__version__}"
         self._recipe = f"{images.decoder.identity()}; {stored}"
-        self.blank = images.blank
-        self.counts = Counters("hits", "misses", "evicted", "refused")
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
 
-    def readings(self) -> Mapping[str, float]:
+    def readings(self) -> dict[str, float]:
         """Return the share of reads that the cache has answered, the GiB of all records, and how many made room."""
-        counts = self.counts.totals()
-        return {
-            "l2_hit_rate": counts["hits"] / max(1, counts["hits"] + counts["misses"]),
-            "l2_gib": self._store.used_bytes() / 2**30,
-            "l2_evicted": counts["evicted"],
-        }
+        gib, evicted = self._store.used_bytes() / 2**30, self.counts.totals()["evicted"]
+        return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in the cache."""
@@ -66,15 +60,15 @@ class DiskCached:
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return the image of a row. Raises UnreadableImage."""
-        key = self._key(row)  # of the file before it is read: one that changes meanwhile is never found by it
-        record = None if key is None else self._store.get(key)
+        found_by = self._key(row)  # of the file before it is read: one that changes meanwhile is never found by it
+        record = None if found_by is None else self._store.get(found_by)
         self.counts.add("misses" if record is None else "hits")
         if record is not None:
             return {IMAGE: self._unpack(record)}
         image = self.inner.read(row)[IMAGE]
         packed = self._pack(image)
-        if key is not None:
-            self._keep(key, packed)
+        if found_by is not None:
+            self._keep(found_by, packed)
         return {IMAGE: self._unpack(np.frombuffer(packed, np.uint8)) if _is_encoded(packed) else image}
 
     def _key(self, row: int) -> str | None:

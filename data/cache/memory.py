@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from data.collection import Collection
 from data.config import CacheConfig
 from data.image_formats import UnreadableImage
 from data.rows import spread
-from data.source import IMAGE, Counters, Record, Source
+from data.source import IMAGE, Cached, Record, Source
 from utils.hardware import free_memory
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -125,12 +125,12 @@ class Arena:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
-class MemoryCached:
+class MemoryCached(Cached):
     """The images of a source, kept in an arena as they are decoded. A hit and a miss have equal pixels and strides."""
 
     def __init__(self, source: Source, arena: Arena) -> None:
-        self.inner, self.arena, self.counts = source, arena, Counters("hits", "misses")
-        self.blank = source.blank
+        super().__init__(source)
+        self.arena = arena
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in memory."""
@@ -146,10 +146,9 @@ class MemoryCached:
             image = pixels.permute(2, 0, 1)
         return {IMAGE: image}
 
-    def readings(self) -> Mapping[str, float]:
+    def readings(self) -> dict[str, float]:
         """Return the share of reads that memory has answered, and the GiB that its images take."""
-        hits, misses = self.counts.totals().values()
-        return {"l1_hit_rate": hits / max(1, hits + misses), "l1_gib": self.arena.used_bytes / GIB}
+        return {"l1_hit_rate": self.hit_rate(), "l1_gib": self.arena.used_bytes / GIB}
 
 
 def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
