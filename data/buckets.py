@@ -24,7 +24,7 @@ from data.collection import Collection
 from data.image_formats import UnreadableImage
 from data.pixels import read_upright_size
 from data.stream import Draw
-from data.table import is_packed, show_some
+from data.table import show_some
 from data.transforms import resize
 from utils import rng
 from utils.config.bounds import Fraction, Pixels, Share, Side
@@ -250,7 +250,7 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
             return None
 
     weightless = collection.weights()[rows] == 0
-    is_final = stated is not None and is_packed(collection.table.schema)
+    is_final = stated is not None and collection.is_packed
     unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless & (not is_final))
     found = distributed.rank_zero_call(lambda: measure_rows(collection, rows[unknown], cache, measure, "image sizes"))
     for place, size in zip(unknown, found):
@@ -266,7 +266,7 @@ def measure_rows(
 
     Raises UserError (`data.root`) where the rows are parts of shards.
     """
-    if len(rows) and is_packed(collection.table.schema):
+    if len(rows) and collection.is_packed:
         raise UserError(
             f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
             f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and train on NEW"

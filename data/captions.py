@@ -1,6 +1,6 @@
 """Captions for text to image: from a row's sidecars, manifest or predicted tags, and varied anew for each sample.
 
-text = config.read(collection.view(row))                 # what the collection says of the image
+text = config.read(collection.row(row))                 # what the collection says of the image
 config.vary_tags(text, generator)                       # what the network is told this time
 """
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
-from data.collection import Collection, Row, RowView
+from data.collection import Collection, Row
 from data.table import show_some
 from data.tags.names import parse_tag, with_spaces
 from utils.config.bounds import CountOrZero, Fraction
@@ -47,7 +47,7 @@ class CaptionConfig(Strict):
         """Whether a row has more than one caption."""
         return self.shuffle or self.tag_dropout > 0
 
-    def read(self, row: Row | RowView) -> str:
+    def read(self, row: Row) -> str:
         """Return a row's text, empty where it has none."""
         caption = (row.caption or "").strip()
         if caption and self.source == "caption":
@@ -99,7 +99,7 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
             "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
         )
     if len(found := rows[counts["empty"]]):
-        names = show_some([repr(collection.view(row).path) for row in found[:100].tolist()])
+        names = show_some([repr(collection.row(row).path) for row in found[:100].tolist()])
         log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(found):,}", names)
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
 

@@ -5,54 +5,32 @@ collection = open_collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.foreign import read_foreign
-from data.manifest import find_labels, find_manifest, read_manifest
-from data.remote import fetch_manifest, is_remote
+from data.recognise import recognise
+from data.remote import is_remote
 from data.scan import check_root
-from data.table import (
-    MEASURED,
-    SCHEMA,
-    SPLIT_NAMES,
-    SPLITS,
-    assign_validation,
-    count_values,
-    hash_table,
-    is_packed,
-    name_classes,
-    show_some,
-)
-from data.tags.posts import read_folder
+from data.split import assign_validation
+from data.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
 from utils.errors import UserError
-from utils.io.files import write_atomically, write_text
+from utils.io.files import write_atomically
 from utils.io.memo import files_key
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 _FINGERPRINT = b"fingerprint"
-_INDEX = 1  # of what an index has: another number makes all of them again
+_INDEX = 2  # of what an index has: another number makes all of them again
 
 
-class Row(NamedTuple):
-    """One image of a collection; `path` is POSIX and relative to the root."""
-
-    path: str
-    label: str | None
-    tags: tuple[str, ...]
-    rating: str | None
-    caption: str | None
-    weight: float
-
-
-class RowView:
+class Row:
     """A row whose columns are read on access, which costs a microsecond or two each."""
 
     __slots__ = ("_columns", "_index")
@@ -62,7 +40,7 @@ class RowView:
         self._columns, self._index = columns, index
 
     def __getattr__(self, name: str) -> Any:
-        """Return a column's value, as `Row` has it. Raises AttributeError where there is no such column."""
+        """Return a column's value; tags as a tuple. Raises AttributeError where there is no such column."""
         try:
             value = self._columns[name][self._index].as_py()
         except KeyError:
@@ -82,7 +60,7 @@ class Collection:
         self.root, self.arrow, self.fingerprint = root, arrow, fingerprint
         self._length = length
         self._table: pa.Table | None = None
-        self._columns: dict[str, pa.ChunkedArray] | None = None
+        self._columns: dict[str, pa.ChunkedArray] = {}
 
     @property
     def table(self) -> pa.Table:
@@ -91,28 +69,28 @@ class Collection:
             self._table = _map_index(self.arrow)
         return self._table
 
+    @functools.cached_property
+    def is_packed(self) -> bool:
+        """Whether rows are parts of larger files, which the columns of `data.table.PLACES` say."""
+        return PLACES.keys() <= set(self.table.column_names)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mapped table out."""
-        return {**self.__dict__, "_table": None, "_columns": None}
+        return {**self.__dict__, "_table": None, "_columns": {}}
 
     def __len__(self) -> int:
         """Return the number of rows, both splits together."""
         return self._length
 
     def row(self, i: int) -> Row:
-        """Return row i, 0 <= i < N. Raises IndexError beyond."""
-        view = self.view(i)
-        return Row(*[getattr(view, name) for name in Row._fields])
-
-    def view(self, i: int) -> RowView:
-        """Return row i without reading it yet."""
-        if self._columns is None:  # a table makes a column anew at each access
+        """Return row i, 0 <= i < N, without reading it yet."""
+        if not self._columns:  # a table makes a column anew at each access
             self._columns = dict(zip(self.table.column_names, self.table.columns))
-        return RowView(self._columns, i)
+        return Row(self._columns, i)
 
     def absolute_path(self, i: int) -> Path:
         """Return the file of row i."""
-        return Path(self.root) / self.view(i).path
+        return Path(self.root) / self.row(i).path
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row indices of a split (train or val), int64 [n], ascending."""
@@ -157,46 +135,28 @@ class Collection:
         return count_values(self._column("tags", split))
 
     def _column(self, name: str, split: str) -> pa.ChunkedArray:
-        """Return a column's values in one split."""
         assert split in SPLITS, split
         return self.table[name].filter(pc.equal(self.table["split"], split))
 
 
 def index_collection(root: str, *, validation_fraction: float, cache: Path) -> Path:
-    """Read a collection, check it, and return its index: an uncompressed Arrow IPC file named by the content's hash.
+    """Read a collection by the layout it has, and return its index: an uncompressed Arrow IPC file in `cache`.
 
-    A manifest at the root takes precedence over the folder's layout; a CSV file with labels does where the layout has
-    none. A folder without images may have other people's shards (data/foreign.py). Where no row is in the
-    validation split, `validation_fraction` of them are moved there as `assign_validation` says. The index is kept in
-    `cache`, outside the collection, so that an index that came with a collection is never read. That of an unchanged
-    manifest is taken as it is; a file that is gone since is reported when it is read.
-
-    Raises UserError (`data.root`, `data.validation_fraction`) as `read_manifest` and `read_folder` do.
+    The index of an unchanged manifest, and of unchanged shards, is taken as it is; a file that is gone since is
+    reported when it is read. A folder is read anew at each call. An index that came with a collection is never read.
+    Raises UserError (`data.root`).
     """
-    if is_remote(root):
-        folder, manifest = None, fetch_manifest(root, cache)
-    else:
-        folder = check_root(root)
-        manifest = find_manifest(folder)
-    made = None if manifest is None else cache / f"{files_key([manifest], _INDEX, validation_fraction)}.txt"
-    if made is not None and made.is_file() and (target := cache / made.read_text(encoding="utf-8")).is_file():
-        log.debug("data.root: %s is unchanged, and its index is there", manifest)
+    layout = recognise(root, cache)
+    target = cache / f"{files_key(layout.files, _INDEX, validation_fraction)}.arrow" if layout.files else None
+    if target is not None and target.is_file():
+        log.debug("data.root: %s is unchanged, and its index is there", layout.files[0])
         return target
-    table = read_foreign(folder, cache) if manifest is None else read_manifest(folder, manifest)
-    if table is None:
-        table = read_folder(folder)
-    if manifest is None and not is_packed(table.schema) and (manifest := find_labels(folder, table)) is not None:
-        images, table = table.num_rows, read_manifest(folder, manifest)
-        log.info("data.root: %s is read as the manifest: %d of %d images", manifest.name, table.num_rows, images)
-    table = assign_validation(table, validation_fraction, _describe_absent_split(folder, manifest))
+    table = assign_validation(layout.read(), validation_fraction)
     fingerprint = hash_table(table)
-    whole = hash_table(table, measured=True)
-    target = cache / (f"{fingerprint}.arrow" if whole == fingerprint else f"{fingerprint}-{whole}.arrow")
+    target = target or cache / f"{fingerprint}.arrow"
     if not target.is_file():
         table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
         write_atomically(target, lambda file: _write_index(file, table))
-    if made is not None:
-        write_text(made, target.name)
     return target
 
 
@@ -207,8 +167,7 @@ def open_collection(root: str, arrow: Path) -> Collection:
     """
     folder = root if is_remote(root) else check_root(root)
     table = _map_index(arrow)
-    fingerprint = (table.schema.metadata or {}).get(_FINGERPRINT, b"").decode()
-    return Collection(folder, Path(arrow), fingerprint, table.num_rows)
+    return Collection(folder, Path(arrow), table.schema.metadata[_FINGERPRINT].decode(), table.num_rows)
 
 
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
@@ -219,49 +178,26 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     """
     root = str(collection.root)
     train, val = collection.class_names("train"), collection.class_names("val")
+    known = show_some(list(map(repr, train)))
     if len(train) < 2:
-        found = f"the class {train[0]!r} alone" if train else "no class"
         raise UserError(
-            f"data.root: {root!r} has {found} in its training split; classification needs two. Set data.root to the "
-            "folder whose sub-folders are the classes (or train/ and val/ with the classes in them), or name the "
-            f"images in a CSV file there, with the columns path and label"
+            f"data.root: {root!r} has {len(train)} classes in its training split ({known}); classification "
+            "needs two. Set data.root to the folder whose sub-folders are the classes (or train/ and val/ with the "
+            "classes in them), or name the images in a manifest.csv there, with the columns path and label"
         )
-    unknown = sorted(set(val) - set(train))
-    if unknown:
-        them = "it" if len(unknown) == 1 else "them"
+    if unknown := sorted(set(val) - set(train)):
         raise UserError(
-            f"data.root: {name_classes(unknown)} of {root!r} in the validation split only (in training: "
-            f"{show_some(train)}); add training images of {them}, rename {them} as in training, or remove {them} from "
-            "the validation split"
+            f"data.root: {root!r} has classes in its validation split only: {show_some(list(map(repr, unknown)))} "
+            f"(in training: {known}); add training images of them, rename them as in training, or remove them"
         )
     missing = sorted(set(train) - set(val))
     if missing and not allow_missing:
+        advice = "task.allow_missing_classes=true" if val else "data.validation_fraction"
         raise UserError(
-            f"data.root: {name_classes(missing)} of {root!r} without a validation image; {_advise_on(missing, val)}"
+            f"data.root: {root!r} has classes without a validation image: {show_some(list(map(repr, missing)))}; add a "
+            f"val/ folder with images of every class, or, with two images or more of each, set {advice}"
         )
     return train
-
-
-def _advise_on(missing: list[str], val: list[str]) -> str:
-    """Say what to do about training classes that lack a validation image. val: the validation classes."""
-    if not val:
-        return (
-            "add a val/ folder with images of every class, or, with two images or more of each class, set "
-            "data.validation_fraction above 0"
-        )
-    them = "it" if len(missing) == 1 else "them"
-    return (
-        f"add images of {them} (each class needs one for training and one for validation), remove {them}, or set "
-        "task.allow_missing_classes=true"
-    )
-
-
-def _describe_absent_split(root: Path | None, manifest: Path | None) -> str:
-    """Say where a validation split was looked for, for a collection that has none."""
-    if manifest is not None:
-        return f"no row of {manifest.name} is in split val"
-    empty = [name for name, split in SPLIT_NAMES.items() if split != "train" and (root / name).is_dir()]
-    return f"no image in {empty[0]}/" if empty else "no val/ folder"
 
 
 def _write_index(file: Path, table: pa.Table) -> None:
@@ -274,10 +210,9 @@ def _map_index(arrow: Path) -> pa.Table:
     """Map an index. Raises UserError where it is absent, damaged or of another schema."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
+        assert pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it, and it will be made again"
         ) from error
-    if not pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA):
-        raise UserError(f"data.root: the index {str(arrow)!r} is of another version; delete it: it will be made again")
     return table

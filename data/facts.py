@@ -7,10 +7,9 @@ reads only files that are new or changed.
 import functools
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -18,7 +17,7 @@ from PIL import Image
 
 from data.duplicates import perceptual_hash
 from data.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, UnreadableImage, open_image, read_file
-from data.pixels import UPRIGHT, convert, is_transparent, load_upright, raw_mode, read_orientation
+from data.pixels import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from utils.canvas import DEFAULT, background_rgb
 from utils.io.files import sha256_file, sha256_text
 from utils.io.memo import measure_once
@@ -28,24 +27,21 @@ CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 _SIDE_PX = 512  # at which sharpness is measured, so that one threshold serves all sizes
 Detail = Literal["hash", "pixels"]
-_VARIANTS = {"MPO": "JPEG", "DIB": "BMP"}  # MPO: JPEGs with a preview or a second view behind the first
 
 
 class Facts(NamedTuple):
     """One image file; `kind` and `reason` say why it cannot be read (data/image_formats.py), and are None where it can.
 
-    sha256: None where it cannot be opened. traits: what may surprise its owner. All that follows is None unless it was
-    decoded. width, height: of the upright image. mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. phash: of
-    data/duplicates.py.  brightness:
-    the mean grey level, 0 to 1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at 512 pixels of
-    the longest side; below about 100 an image looks blurred.
+    sha256: None where it cannot be opened. All else is None unless it was decoded. width, height: of the upright image.
+    mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. transparent: 0 or 1. phash: of data/duplicates.py.
+    brightness: the mean grey level, 0 to 1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at
+    512 pixels of the longest side; below about 100 an image looks blurred.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 
     sha256: str | None = None
     kind: str | None = None
     reason: str | None = None
-    traits: tuple[str, ...] = ()
     format: str | None = None
     width: int | None = None
     height: int | None = None
@@ -55,11 +51,6 @@ class Facts(NamedTuple):
     phash: int | None = None
     brightness: float | None = None
     sharpness: float | None = None
-
-    @classmethod
-    def of(cls, sha256: str | None, kind: str | None, reason: str | None, traits: Sequence[str], *more: Any) -> Self:
-        """Return it from its fields, of which JSON has made a list."""
-        return cls(sha256, kind, reason, tuple(traits), *more)
 
     def size(self) -> dict[str, int | None]:
         """Return width and height by name."""
@@ -85,7 +76,7 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, detail: Det
         "reading the images",
         lambda facts: facts.is_lasting,
     )
-    return [Facts.of(*value) for value in values]
+    return [Facts(*value) for value in values]
 
 
 def measure_file(
@@ -94,18 +85,13 @@ def measure_file(
     """Return the SHA-256 of a file; unless `detail` is hash, and why it cannot be read, or else what it shows."""
     if detail == "hash":
         return _hash_file(file)
-    digest, name = None, os.fspath(file)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            content = read_file(file)
-            digest = hashlib.sha256(content).hexdigest()
-            found = open_image(content, name, max_pixels, functools.partial(_measure_image, name=name))
-        except UnreadableImage as error:
-            return Facts(digest, error.kind, error.reason)
-    if any(issubclass(warning.category, UserWarning) for warning in said) and "broken metadata" not in found.traits:
-        found = found._replace(traits=(*found.traits, "broken metadata"))
-    return found._replace(sha256=digest)
+    digest = None
+    try:
+        content = read_file(file)
+        digest = hashlib.sha256(content).hexdigest()
+        return open_image(content, os.fspath(file), max_pixels, _measure_image)._replace(sha256=digest)
+    except UnreadableImage as error:
+        return Facts(digest, error.kind, error.reason)
 
 
 def _hash_file(file: str | os.PathLike[str]) -> Facts:
@@ -122,51 +108,28 @@ def _fatal_file(file: str) -> Facts:
     return _hash_file(file)._replace(kind=FATAL, reason=reason)
 
 
-def _measure_image(image: Image.Image, name: str) -> Facts:
-    """Decode an opened image and return what it shows, and what about it its owner may not expect."""
-    raw, mode = raw_mode(image), image.mode
+def _measure_image(image: Image.Image) -> Facts:
+    """Decode an opened image and return what it shows."""
+    mode = image.mode
     turned = read_orientation(image) if image.format == "TIFF" else None  # which loading turns, and forgets
     upright, orientation = load_upright(image)
+    transparent = int(is_transparent(image))
     pixels = convert(upright, 3, background_rgb(DEFAULT))
-    traits = {
-        "several frames": _has_frames(image),
-        "CMYK": image.mode == "CMYK",
-        "16 bits per channel": image.mode.startswith("I") or ";16" in raw,
-        "rotated by EXIF": turned in UPRIGHT or orientation in UPRIGHT,
-        "transparent": is_transparent(image),
-        "named as another format": _is_misnamed(image, name),
-        "broken metadata": orientation is None,
-    }
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
     stated = turned or orientation
     return Facts(
-        traits=tuple(trait for trait, there in traits.items() if there),
         format=image.format,
         width=upright.width,
         height=upright.height,
         mode=mode,
         orientation=stated if stated in UPRIGHT else 1,
-        transparent=int(traits["transparent"]),
+        transparent=transparent,
         phash=perceptual_hash(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(_measure_sharpness(levels), 2),
     )
-
-
-def _has_frames(image: Image.Image) -> bool:
-    """Tell whether a decoded image has more than one frame; one that breaks after the first has."""
-    try:
-        return getattr(image, "is_animated", False)
-    except Exception:  # any, as for pixels; the first frame, which is all that is read, was decoded
-        return True
-
-
-def _is_misnamed(image: Image.Image, name: str) -> bool:
-    """Return whether the suffix of a file's name is that of another format."""
-    stated = Image.EXTENSION.get(os.path.splitext(name)[1].lower(), image.format)
-    return _VARIANTS.get(stated, stated) != _VARIANTS.get(image.format, image.format)
 
 
 def _measure_sharpness(levels: np.ndarray) -> float:

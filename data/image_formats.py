@@ -30,12 +30,7 @@ TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
 
-# Signatures: (offset, bytes in lower case, name). First those of FORMATS, then of files that are none of them.
-_KNOWN = (
-    (0, b"\x89png\r\n\x1a\n", "PNG"), (0, b"\xff\xd8\xff", "JPEG"), (0, b"gif8", "GIF"), (8, b"webp", "WEBP"),
-    (0, b"bm", "BMP"), (0, b"ii*\0", "TIFF"), (0, b"mm\0*", "TIFF"), (4, b"ftypavi", "AVIF"), (4, b"jp  ", "JPEG2000"),
-    (0, b"\xff\x4f\xff\x51".lower(), "JPEG2000"), (0, b"\0\0\1\0", "ICO"),
-)  # fmt: skip
+# What is often under an image's name, by its signature: offset, bytes in lower case, name.
 _FOREIGN = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the image; fetch it with `git lfs pull`"),
     (0, b"<!doctype html", "a web page, perhaps of a failed download"),
@@ -48,7 +43,7 @@ _FOREIGN = (
 )  # fmt: skip
 
 # Pillow's warnings (cut-off EXIF, a palette with transparency, a broken animation) would fill the training log with a
-# line per image and worker; `measure_file` reports them. Sizes are limited by `max_pixels`.
+# line per image and worker. Sizes are limited by `max_pixels`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Used = TypeVar("Used")
@@ -93,7 +88,7 @@ def open_image(content: bytes, name: str, max_pixels: int, use: Callable[[Image.
         try:
             image = Image.open(io.BytesIO(content), formats=formats_of(name))
         except UnidentifiedImageError as error:
-            raise UnreadableImage(name, *_explain_header(content[:65536])) from error
+            raise UnreadableImage(name, *_explain_header(content[:256])) from error
         with image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} pixels"
@@ -122,29 +117,14 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 def _explain_header(head: bytes) -> tuple[str, str]:
     """Return the kind of fault of a file that no reader accepted, and its details, from the file's first bytes."""
+    for name in _formats():
+        if (accepts := Image.OPEN[name][1]) is not None and accepts(head):
+            return DAMAGED, f"it begins as {name}, but what follows is broken, cut off or of a rare kind"
     lower = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
-    for offset, mark, name in _KNOWN:
-        if lower[offset:].startswith(mark):
-            if name not in _formats():
-                return UNSUPPORTED, f"{name}, which this build of Pillow does not read"
-            if name == "JPEG" and (bits := _bits_of_jpeg(head)) not in (None, 8):
-                return UNSUPPORTED, f"a JPEG of {bits} bits per channel; save the image with 8"
-            return DAMAGED, f"it begins as {name}, but what follows is broken or cut off"
     for offset, mark, name in _FOREIGN:
         if lower[offset:].startswith(mark):
             return UNKNOWN, f"{name}; allowed are {', '.join(_formats())}"
     return UNKNOWN, ", ".join(_formats())
-
-
-def _bits_of_jpeg(head: bytes) -> int | None:
-    """Return the bits per channel that a JPEG's frame header states, None where the header is not among these bytes."""
-    at = 2
-    while at + 5 <= len(head) and head[at] == 0xFF:
-        marker = head[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return head[at + 4]
-        at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
-    return None
 
 
 def formats_of(name: str) -> tuple[str, ...]:

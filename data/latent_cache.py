@@ -23,7 +23,6 @@ from data.image_formats import UnreadableImage
 from data.loader import EvaluationStream, Loader, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
 from data.stream import Draw, Policy
-from data.table import is_packed
 from utils import rng
 from utils.contracts import Machine
 from utils.io.files import sha256_file
@@ -44,7 +43,7 @@ def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[
 
     Of shards it is what the manifest states.
     """
-    if is_packed(collection.table.schema) and collection.table["sha256"].null_count == 0:
+    if collection.is_packed and collection.table["sha256"].null_count == 0:
         return collection.table["sha256"].take(rows).to_pylist()
     found = distributed.rank_zero_call(lambda: measure_rows(collection, rows, cache, _hash, "images, to know changes"))
     return [digest or "" for digest in found]
@@ -125,7 +124,7 @@ class LatentCache:
                     if weight > 0:
                         key = self.keys[self.buckets.place_of(row), variant].decode()
                         record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
-                        self.store.put(key, self.collection.view(row).path, record)
+                        self.store.put(key, self.collection.row(row).path, record)
         self.store.finish()
 
     def read(self, row: int, key: int = 0) -> Record:
@@ -144,7 +143,7 @@ class LatentCache:
             record = self.store.read(self.keys[number, variant].decode())
         if record is None:
             advice = "start the same command again, which encodes what is missing"
-            raise UnreadableImage(self.collection.view(row).path, "not in the cache of latents, or damaged", advice)
+            raise UnreadableImage(self.collection.row(row).path, "not in the cache of latents, or damaged", advice)
         return record | {"fit": torch.from_numpy(self.fit(number, variant).conditions())}
 
     def blank(self, group: int) -> Record:
@@ -174,7 +173,7 @@ class _FittedFiles:
         if list(image.shape[-2:]) != fit.original_hw.tolist():
             found, stated = (f"{width} x {height}" for height, width in (image.shape[-2:], fit.original_hw.tolist()))
             advice = f"{found}, not {stated}; make the manifest again"
-            raise UnreadableImage(self._cache.collection.view(row).path, "its size is not the stated one", advice)
+            raise UnreadableImage(self._cache.collection.row(row).path, "its size is not the stated one", advice)
         return {IMAGE: place(image, fit, flip=self._variant == 1)}
 
     def blank(self, group: int) -> Record:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch import Ragged, Sample, collate, to_device
-from data.collection import Collection, RowView
+from data.collection import Collection, Row
 from data.image_formats import UnreadableImage
 from data.read_ahead import RowsAhead, read_ahead
 from data.source import IMAGE, Cached, Prefetching, Record, Source, layers, not_cached
@@ -54,7 +54,7 @@ class Example:
     """What a field may look at: the row, the record before any transform, and the views; training: no evaluation."""
 
     draw: Draw
-    row: RowView
+    row: Row
     training: bool
     record: Record
     views: Mapping[str, Tensor]
@@ -106,7 +106,7 @@ class SampleReader(Dataset):
 
     def read(self, draw: Draw, problems: list[Problem]) -> Sample:
         """Return the sample of a draw; where its record cannot be read, add why."""
-        row = None if self.collection is None else self.collection.view(draw.index)
+        row = None if self.collection is None else self.collection.row(draw.index)
         weight, record = 1.0 if row is None else row.weight, None
         if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
             try:
@@ -275,7 +275,7 @@ class TrainStream:
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
-        return self.loader.reader.collection.view(sample_id).path
+        return self.loader.reader.collection.row(sample_id).path
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step after step, from `start_step` on."""

@@ -1,45 +1,35 @@
 """The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images and what is known of
-them. Where folders are no classes, a CSV file of any name with the columns path and label is one.
+them.
 
 Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns are kept. A manifest may come from a
 stranger, so its paths must stay in the root. With the columns `data.table.PLACES` the paths are names alone, and the
 shards are the files.
 """
 
+import functools
 import os
-import posixpath
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PureWindowsPath
-from typing import NoReturn
+import stat
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
 
-from data.manifest_formats import CSV, JSONL, PARQUET, read_header, read_table
-from data.scan import list_folder
-from data.table import (
-    MEASURED,
-    PLACES,
-    SCHEMA,
-    SPLIT_NAMES,
-    further_fields,
-    is_packed,
-    replace_column,
-    settle_test_split,
-    sort_rows,
-)
+from data.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-Locate = Callable[[int], str]
-Describe = Callable[[str], str]
-
-# Paths that are looked at closely: absolute, of Windows, or with an empty part, `.` or `..`.
-_SUSPECT = r"(^|/)\.{0,2}(/|$)|\\|^[A-Za-z]:|\x00"
+PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
+BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
+OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute, or with an empty part, `.` or `..`
+_AT_ONCE, _PART = 16, 512  # folders or files that are asked for at once
 
 
 def find_manifest(root: Path) -> Path | None:
@@ -56,188 +46,187 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
     return found[0] if found else None
 
 
-def find_labels(root: Path, scanned: pa.Table) -> Path | None:
-    """Return the CSV file at the root that has the columns path and label; None without one, or with class folders.
-
-    scanned: what `scan_folder` found. Raises UserError (`data.root`) where there are several such files.
-    """
-    if pc.count_distinct(scanned["label"]).as_py() > 1:
-        return None
-    names = sorted(entry.name for entry in list_folder(root) if entry.name.lower().endswith(".csv") and entry.is_file())
-    found = [root / name for name in names if {"path", "label"} <= set(read_header(root / name))]
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise UserError(
-            f"data.root: {str(root)!r} holds {names}, each with the columns path and label; join them in one {CSV} "
-            "with a column split (train, val), or keep the one that is right"
-        )
-    return found[0] if found else None
-
-
 def read_manifest(root: Path | None, file: Path) -> pa.Table:
     """Read a manifest into a table, sorted by path, with every file's size filled in.
 
     root: None for the manifest of remote shards, which are not looked for.
 
-    Raises UserError (`data.root`) naming the file, the column or the row (counted from 0, without the header of CSV):
-    broken file; missing, mistyped or misspelt column; path that is absent, repeated, or leads out of the root; unknown
-    split; weight that is negative or not finite; shard that is absent; offset or length that is no number of bytes.
+    Raises UserError (`data.root`) naming the file, and the column, the row (counted from 0, without the header of CSV)
+    or the path: broken file; missing or mistyped column; path that is absent, repeated, or leads out of the root;
+    unknown split; weight that is negative or not finite; shard that is absent, or does not hold what a row says.
     """
     table = read_table(file)
-
-    def locate(index: int) -> str:
-        """Return the position of a row in the file, for messages."""
-        return f"row {index}"
-
-    if further := [field.name for field in further_fields(table.schema) if field.name not in {**MEASURED, **PLACES}]:
-        known = ", ".join((*SCHEMA.names, *MEASURED, *PLACES))
-        log.info("data.root: %s has the further columns %s, beside ours: %s", file.name, ", ".join(further), known)
-    if table.num_rows == 0:
+    if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
-    _check_weights(file, table, locate)
-    table = replace_column(table, "split", _read_splits(file, table, locate))
-    given, table = table["path"], sort_rows(table)
-
-    def describe(path: str) -> str:
-        """Return where a path was read, for messages."""
-        return f"{str(file)!r}, {locate(pc.index(given, path).as_py())}"
-
-    if pc.count_distinct(table["path"]).as_py() < len(table):
-        _refuse_repeats(file, given.to_pylist(), locate)
-    if is_packed(table.schema):
-        _check_places(root, file, table, describe)
-        return settle_test_split(replace_column(table, "size", pc.coalesce(table["size"], table["length"])))
-    if root is None:
+    if further := [name for name in table.column_names if name not in TYPES]:
+        log.info("data.root: %s has the further columns %s, beside ours: %s", file.name, further, list(TYPES))
+    weights = table["weight"].fill_null(1.0).to_numpy()
+    for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
+        raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number from 0 up")
+    table = build_table({**dict(zip(table.column_names, table.columns)), "split": _read_splits(file, table["split"])})
+    paths, where = table["path"], f"{str(file)!r}, column path"
+    again = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
+    if len(again):
+        raise UserError(f"data.root: {where}: {again[0].as_py()!r} is there twice; keep one of the rows")
+    _check_spelling(paths, where)
+    if PLACES.keys() <= set(table.column_names):
+        _check_places(root, file, table)
+        sizes = table["length"]
+    elif root is None:
         raise UserError(f"data.root: {file.name} names files, and from a URL shards are read; pack them (job=pack)")
-    entries = find_files(root, table["path"], describe)
-    if table["size"].null_count:
-        known = table["size"].to_pylist()
-        sizes = [entry.stat().st_size if size is None else size for entry, size in zip(entries, known)]
-        table = replace_column(table, "size", pa.array(sizes, pa.int64()))
     else:
-        deque(entries, maxlen=0)
-    return settle_test_split(table)
+        sizes = pa.array(find_sizes(root, paths.to_pylist(), where))
+    return replace_column(table, "size", pc.coalesce(table["size"], sizes))
 
 
-def find_files(root: Path, paths: pa.ChunkedArray, describe: Describe) -> Iterator[os.DirEntry[str]]:
-    """Yield the directory entry of each relative path; of sorted ones, each folder is listed once.
+def read_table(file: Path) -> pa.Table:
+    """Read a manifest as it is, but for the types of its columns, which are ours.
 
-    Raises UserError (`data.root`) where a path is absolute or not in normal form, does not exist, is no file, or leads
-    out of the root, by `..` or by a link. `describe(path)` says where the path was read.
+    Raises UserError (`data.root`) for a broken file, and for a column that is missing or of another type.
     """
-    real, listings, current = os.path.realpath(root), {}, None
-    for chunk in paths.chunks:
-        suspects = pc.match_substring_regex(chunk, _SUSPECT).to_pylist()
-        for path, suspect in zip(chunk.to_pylist(), suspects):
-            parent = path.rpartition("/")[0]
-            if parent != current:  # of the folders before, those that it lies in may come again
-                listings = {folder: found for folder, found in listings.items() if f"{parent}/".startswith(folder)}
-                current = parent
-            entry = (suspect and fault_of_path(path)) or _look_up(root, real, path, listings)
-            if isinstance(entry, str):
-                _refuse_path(root, describe(path), path, entry)
-            yield entry
+    read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
+    try:
+        table = read(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
+    if len(set(table.column_names)) < table.num_columns or "path" not in table.column_names:
+        raise UserError(
+            f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; path must be there, and any of "
+            f"{', '.join(SCHEMA.names)}, each once"
+        )
+    columns = {name: _cast(file, name, table[name]) for name in table.column_names}
+    for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
+        raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; name the image or drop the row")
+    return pa.table({**{field.name: pa.nulls(len(table), field.type) for field in SCHEMA}, **columns})
 
 
-def _refuse_path(root: Path | None, where: str, path: str, fault: str) -> NoReturn:
-    raise UserError(
-        f"data.root: {where}: path {path!r} {fault}; allowed are files inside the collection, named from "
-        f"{str(root or 'data.root')!r} with / between folders"
+def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file as it is, or those of some columns that it has.
+
+    Raises ArrowException or OSError where it is not one.
+    """
+    with pq.ParquetFile(file) as parquet:  # not read_table, which takes folders named a=b for columns
+        return parquet.read(columns)
+
+
+def _read_jsonl(file: Path) -> pa.Table:
+    content = file.read_bytes().removeprefix(BOM)
+    options = pa.json.ReadOptions(block_size=len(content) + 1)  # so that a column has one type
+    return pa.json.read_json(pa.BufferReader(content), read_options=options)
+
+
+def _read_csv(file: Path) -> pa.Table:
+    """Read a CSV file. Empty fields are absent; tags are separated by commas, so several need quotes."""
+    types = {**TYPES, "tags": pa.string()}
+    table = pa.csv.read_csv(
+        file,
+        convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
     )
+    if "tags" not in table.column_names:
+        return table
+    texts = table["tags"].to_pylist()
+    lists = [text and [tag for part in text.split(",") if (tag := part.strip())] for text in texts]
+    return table.set_column(table.column_names.index("tags"), "tags", pa.array(lists, TYPES["tags"]))
 
 
-def _check_places(root: Path | None, file: Path, table: pa.Table, describe: Describe) -> None:
-    """Check the spelling of the paths of packed rows, that their shards are there, and their offsets and lengths."""
-    suspects = table["path"].filter(pc.match_substring_regex(table["path"], _SUSPECT)).to_pylist()
-    if faults := [(path, fault) for path in suspects if (fault := fault_of_path(path))]:
-        _refuse_path(root, describe(faults[0][0]), *faults[0])
-    places = [table[name].fill_null(-1).to_numpy() for name in ("offset", "length")]
-    bad = np.flatnonzero((np.stack(places) < 0).any(axis=0) | table["shard"].is_null().to_numpy())
-    if len(bad):
-        found = {name: table[name][int(bad[0])].as_py() for name in PLACES}
+def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cast a column to its type. Raises UserError where that would change its meaning."""
+    wanted = TYPES.get(name) or _kept_type(column)
+    try:
+        column = column.cast(wanted)
+    except (pa.ArrowException, TypeError) as error:
+        kinds = wanted or "numbers, text or lists of numbers of one length"
         raise UserError(
-            f"data.root: {describe(table['path'][int(bad[0])].as_py())}: {found} is no place of an image; pack the "
-            "collection again"
-        )
-    shards, where = pc.unique(table["shard"]).sort(), f"{str(file)!r}, column shard"
-    if root is not None:
-        deque(find_files(root, pa.chunked_array([shards]), lambda path: where), maxlen=0)
-    elif faults := [(shard, fault) for shard in shards.to_pylist() if (fault := fault_of_path(shard))]:
-        _refuse_path(root, where, *faults[0])
+            f"data.root: column {name!r} of {str(file)!r} is {column.type} ({error}); write {kinds}"
+        ) from error
+    if name == "tags" and pc.list_flatten(column).null_count:
+        raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; drop it from the list")
+    return column
 
 
-def _check_weights(file: Path, table: pa.Table, locate: Locate) -> None:
-    """Raise UserError for a weight that is negative, infinite or no number."""
-    weights = table["weight"].to_numpy()
-    bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
-    if len(bad):
-        raise UserError(
-            f"data.root: {str(file)!r}, {locate(bad[0])}: weight is {weights[bad[0]]}; write a number from 0 up"
-        )
+def _kept_type(column: pa.ChunkedArray) -> pa.DataType | None:
+    """Return the type in which a further column is kept: int64, float64, text, or a vector of float32; None for others.
+
+    A vector is a list of numbers, all of one length.
+    """
+    found = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_boolean(found) or pa.types.is_integer(found):
+        return pa.int64()
+    if pa.types.is_floating(found):
+        return pa.float64()
+    if not pa.types.is_nested(found):
+        return pa.string()
+    if pa.types.is_fixed_size_list(found):
+        return pa.list_(pa.float32(), found.list_size)
+    lengths = pc.unique(pc.list_value_length(column).drop_null()) if pa.types.is_list(found) else []
+    return pa.list_(pa.float32(), lengths[0].as_py()) if len(lengths) == 1 else None
 
 
-def _read_splits(file: Path, table: pa.Table, locate: Locate) -> pa.ChunkedArray:
+def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Bring the split column to train, val and test; null is train."""
-    names = pc.unique(table["split"])
+    names = pc.unique(column)
     splits = [SPLIT_NAMES.get((name or "train").lower()) for name in names.to_pylist()]
     if None in splits:
-        name, allowed = names[splits.index(None)], ", ".join(SPLIT_NAMES)
-        row = locate(pc.index(table["split"], name).as_py())
-        raise UserError(f"data.root: {str(file)!r}, {row}: split is {name.as_py()!r}; allowed are {allowed}")
-    return pc.take(pa.array(splits, pa.string()), pc.index_in(table["split"], value_set=names))
+        name = names[splits.index(None)]
+        raise UserError(
+            f"data.root: {str(file)!r}, row {pc.index(column, name)}: split is {name.as_py()!r}; allowed are "
+            f"{', '.join(SPLIT_NAMES)}"
+        )
+    return pc.take(pa.array(splits, pa.string()), pc.index_in(column, value_set=names))
 
 
-def _refuse_repeats(file: Path, paths: list[str], locate: Locate) -> None:
-    """Raise UserError where two rows name one path."""
-    first: dict[str, int] = {}
-    for index, path in enumerate(paths):
-        if first.setdefault(path, index) != index:
+def _check_spelling(paths: pa.ChunkedArray, where: str) -> None:
+    """Raise UserError for a path that is not one inside the collection by its spelling."""
+    outside = paths.filter(pc.match_substring_regex(paths, OUTSIDE))
+    if len(outside):
+        raise UserError(
+            f"data.root: {where}: {outside[0].as_py()!r} is absolute or leads out, or has an empty part or '.'; write "
+            "paths inside the collection, with / between folders"
+        )
+
+
+def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
+    """Raise UserError where a packed row is not a part of a shard in the collection."""
+    shards, where = pa.chunked_array([pc.unique(table["shard"]).drop_null()]), f"{str(file)!r}, column shard"
+    _check_spelling(shards, where)
+    ends = np.full(len(table), np.inf)
+    if root is not None:
+        sizes = np.array([*find_sizes(root, shards.to_pylist(), where), -1])
+        ends = sizes[pc.index_in(table["shard"], value_set=shards.chunk(0)).fill_null(-1).to_numpy()]
+    offsets, lengths = (table[name].fill_null(-1).to_numpy() for name in ("offset", "length"))
+    inside = (offsets >= 0) & (lengths >= 0) & (offsets + lengths <= ends) & table["shard"].is_valid().to_numpy()
+    for row in np.flatnonzero(~inside).tolist():
+        found = {name: table[name][row].as_py() for name in ("path", *PLACES)}
+        raise UserError(f"data.root: {str(file)!r}: {found} is no place in a shard; pack the collection again")
+
+
+def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
+    """Return the bytes of files of a collection, which threads look up.
+
+    Raises UserError (`data.root`) where one is no file, or leads out of the root by a link. where: of the paths, for
+    messages.
+    """
+    real = os.path.join(os.path.realpath(root), "")
+    find_folder = functools.lru_cache(_PART)(lambda folder: os.path.realpath(os.path.join(root, folder)))
+
+    def look_up(path: str) -> int:
+        folder, _, name = path.rpartition("/")
+        try:
+            file = os.path.join(find_folder(folder), name)
+            status = os.lstat(file)
+            if stat.S_ISLNK(status.st_mode):
+                file = os.path.realpath(file)
+                status = os.stat(file)
+        except OSError as error:
             raise UserError(
-                f"data.root: {str(file)!r}, {locate(index)}: path {path!r} is at {locate(first[path])} already; "
-                "keep one of them"
-            )
+                f"data.root: {where}: {path!r} does not exist in {str(root)!r} ({error.strerror})"
+            ) from error
+        if not stat.S_ISREG(status.st_mode) or not file.startswith(real):
+            fault = f"is a link out of the collection, to {file!r}" if not file.startswith(real) else "is no file"
+            raise UserError(f"data.root: {where}: {path!r} {fault}; name files inside {str(root)!r}")
+        return status.st_size
 
-
-def fault_of_path(path: str) -> str | None:
-    """Return the first error in the spelling of a path, None without an error."""
-    if path.startswith("/") or PureWindowsPath(path).is_absolute():
-        return "is absolute"
-    if ".." in path.split("/"):
-        return "leads out of the collection, by '..'"
-    if not path or "\0" in path or posixpath.normpath(path) != path:
-        return f"is not in normal form (that is {posixpath.normpath(path)!r})"
-    return None
-
-
-def _look_up(
-    root: Path, real: str, path: str, listings: dict[str, dict[str, os.DirEntry[str]] | str]
-) -> os.DirEntry[str] | str:
-    """Return a path's directory entry, or the error. `listings` caches each folder."""
-    parent, _, name = path.rpartition("/")
-    if parent not in listings:
-        listings[parent] = _list_inside(root / parent, real)
-    listing = listings[parent]
-    entry = listing if isinstance(listing, str) else listing.get(name, "does not exist")
-    if isinstance(entry, str):
-        return entry
-    if entry.is_symlink() and not _is_inside(target := os.path.realpath(entry.path), real):
-        return f"is a link out of the collection, to {target!r}"
-    try:
-        return entry if entry.is_file() else "is no file, or a link to nothing"
-    except OSError as error:
-        return f"cannot be followed ({error.strerror})"
-
-
-def _list_inside(folder: Path, real: str) -> dict[str, os.DirEntry[str]] | str:
-    """Return a folder's entries by name, or why it is not one inside the collection."""
-    target = os.path.realpath(folder)
-    if not _is_inside(target, real):
-        return f"lies in a link out of the collection, to {target!r}"
-    if not os.path.isdir(target):
-        return "does not exist"
-    return {entry.name: entry for entry in list_folder(folder)}
-
-
-def _is_inside(target: str, real: str) -> bool:
-    """Tell whether a real path is the real root or below it."""
-    return target == real or target.startswith(real.rstrip("/") + "/")
+    parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [size for sizes in pool.map(lambda part: list(map(look_up, part)), parts) for size in sizes]

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow.compute as pc
 
 from data.collection import Collection
-from data.table import is_packed
 from utils import rng
 from utils.errors import UserError
 from utils.hardware import free_memory
@@ -222,14 +221,14 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
 def _has_room_for(window: int, collection: Collection) -> bool:
     """Return whether the page cache has room for two windows of local shards, which are read by this node alone."""
     one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not one_node or sys.platform != "linux" or not is_packed(collection.table.schema):
+    if not one_node or sys.platform != "linux" or not collection.is_packed:
         return False
     return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
 
 
 def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
     """Return rows in the order in which they are stored: of their shards, else of their paths."""
-    if not is_packed(collection.table.schema):
+    if not collection.is_packed:
         return np.sort(rows)
     order = pc.sort_indices(collection.table, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
     return order[np.isin(order, rows)].astype(np.int64)

@@ -64,7 +64,7 @@ class ImageTags(TagRows):
 
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
     """Return the tags of a collection, or of its captions where a row has none."""
-    views = map(collection.view, range(len(collection)))
+    views = map(collection.row, range(len(collection)))
     tags = [view.tags or captions.split(captions.read(view)) for view in views]
     encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
     return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
@@ -95,7 +95,7 @@ def find_tag_facts(
     Raises UserError (`task.tag_weights.reestimate_steps`) where no caption has a tag of its row.
     """
     tags = read_tags(collection, captions)
-    if not any(any(tags.find_shown(row, captions.read(collection.view(row)), captions)) for row in rows.tolist()):
+    if not any(any(tags.find_shown(row, captions.read(collection.row(row)), captions)) for row in rows.tolist()):
         raise UserError(
             f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, and of "
             f"{len(rows):,} none has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"

@@ -89,7 +89,7 @@ def test_a_corrupt_image_is_met_in_the_range_test_and_the_run_completes(place, l
     assert log.count(f"unreadable image {CORRUPT}: ") == 1
     met = log.index(f"unreadable image {CORRUPT}: ")
     assert met < log.index("lr_finder: takes") < log.index("finished: 120 steps in ")
-    assert log.count("no val/ folder: split off 6 of 36 images") == 1
+    assert log.count("split off 6 of 36 images") == 1
     assert read_json(place / "run/complete.json") == {"step": 120}
     for name in ("lr_finder_plot", "curves", "confusion", "mistakes"):
         with Image.open(place / f"run/plots/{name}.png") as picture:

@@ -16,8 +16,7 @@ from pydantic import Field
 from data.care.exclude import Rules, find_failing
 from data.care.tool import Tool
 from data.config import DataConfig
-from data.manifest import find_manifest
-from data.manifest_formats import PARQUET, read_parquet, read_table
+from data.manifest import PARQUET, find_manifest, read_parquet, read_table
 from data.open import load_collection
 from data.pixels import read_size
 from data.scan import check_root, list_folder, list_images

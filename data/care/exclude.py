@@ -19,11 +19,12 @@ from data.decode import Decoder
 from data.duplicates import group_duplicates
 from data.facts import Facts, measure_files
 from data.image_formats import read_file
-from data.manifest_formats import PARQUET, read_parquet
+from data.manifest import PARQUET, read_parquet
 from data.manifest_writer import refuse_foreign, save_manifest
 from data.open import load_collection
 from data.scan import check_root
-from data.table import assign_validation, replace_column
+from data.split import assign_validation
+from data.table import replace_column
 from data.tags.names import parse_rating
 from utils.config.bounds import Count, Factor, KnobValue, Side
 from utils.config.schema import PathText, Strict
@@ -227,7 +228,7 @@ class Split(Tool):
         is_ours = pc.not_equal(table["split"], "test")
         ours = table.filter(is_ours)
         ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
-        splits = assign_validation(ours, data.validation_fraction, "job=split")["split"].combine_chunks()
+        splits = assign_validation(ours, data.validation_fraction)["split"].combine_chunks()
         line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
         if not self.apply:
             return f"{line}; set job.apply=true to write it into the manifest"

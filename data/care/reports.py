@@ -13,8 +13,7 @@ from data.care.tool import Tool, list_files, save_report
 from data.collection import Collection
 from data.config import DataConfig
 from data.facts import Facts, measure_files
-from data.manifest import find_manifest
-from data.manifest_formats import read_table
+from data.manifest import find_manifest, read_table
 from data.open import describe_collection, load_collection
 from data.scan import check_root, find_orphans, is_image_name, list_images, walk_folders
 from data.table import SPLITS, count_values

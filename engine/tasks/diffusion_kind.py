@@ -166,7 +166,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     if task.text_cache is None:
         return partial(_tokens, task.caption_chunks), None
     variants = task.text_variants if training and captions.varies_tags else 1
-    texts = [captions.read(data.collection.view(int(row))) for row in rows]
+    texts = [captions.read(data.collection.row(int(row))) for row in rows]
     if training:
         wanted = [vary_caption(text, number, captions.vary_tags) for text in texts for number in range(variants)]
     else:

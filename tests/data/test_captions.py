@@ -34,7 +34,7 @@ def collection_of(root, files, images=("a.png", "b.png", "c.png")):
 
 
 def texts(collection, **changed):
-    return [config(**changed).read(collection.view(row)) for row in range(len(collection))]
+    return [config(**changed).read(collection.row(row)) for row in range(len(collection))]
 
 
 SIDECARS = {

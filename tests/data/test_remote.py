@@ -5,28 +5,23 @@ import time
 import fsspec
 import pytest
 
-from data import shards
-from data.collection import index_collection, open_collection
+from data import images
 from data.image_formats import UnreadableImage
-from data.images import Files, open_contents
+from data.images import NO_ANSWER, Files, RemoteFiles, open_contents
 from data.loader import SampleReader, no_fields
 from data.manifest_writer import write_manifest
 from data.open import open_images
 from data.pack import pack_collection
-from data.shards import NO_ANSWER, RemoteContents, place_of
 from data.source import FileRange, join_ranges
 from data.stream import build_sampler
 from data.transforms import EvalTransform
+from tests.data.test_collection import load
 from tests.data.test_loader import stream, take
 from tests.support import data_config, make_collection
 from utils.errors import UserError
 
 s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 BUCKET = "s3://pictures"
-
-
-def load(root, cache):
-    return open_collection(str(root), index_collection(str(root), validation_fraction=0.0, cache=cache))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +61,7 @@ def test_a_remote_collection_is_the_collection(packed, place):
     files = load(place / "files", place / "cache")
     assert packed.fingerprint == files.fingerprint and str(packed.root) == f"{BUCKET}/packed"
     contents = open_contents(packed)
-    assert isinstance(contents, RemoteContents)
+    assert isinstance(contents, RemoteFiles)
     contents.prefetch(range(50))
     assert [contents.read(row) for row in range(len(packed))] == [Files(files).read(row) for row in range(len(files))]
 
@@ -79,8 +74,7 @@ def test_near_ranges_are_one_request(packed, store, monkeypatch):
     contents.prefetch(rows)
     for row in rows:
         contents.read(row)
-    contents.prefetch(rows)  # which are there
-    assert len(asked) == 1 and len(asked[0]) == len({packed.view(row).shard for row in rows})
+    assert len(asked) == 1 and len(asked[0]) == len({packed.row(row).shard for row in rows})
     parts = [FileRange("a", 10, 2**23), FileRange("b", 9, 1), FileRange("a", 0, 9), FileRange("a", 2**20, 5)]
     assert join_ranges(parts) == [FileRange("a", 0, 9), FileRange("a", 10, 2**23), FileRange("b", 9, 1)]
 
@@ -104,12 +98,12 @@ def test_a_loader_gives_what_the_files_give(workers, packed, place):
 def refused(packed, row=0):
     with pytest.raises(UnreadableImage) as error:
         open_contents(packed).read(row)
-    assert packed.view(row).shard in str(error.value)
+    assert packed.row(row).shard in str(error.value)
     return error.value
 
 
 def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, store, place, monkeypatch):
-    path, (_, offset, length) = f"{BUCKET}/packed/{packed.view(0).shard}", place_of(packed, 0)
+    path, offset, length = open_contents(packed).place_of(0, f"{BUCKET}/packed")
     whole = store.cat_file(path)
     try:
         store.pipe_file(path, whole[: offset + length - 10])
@@ -124,25 +118,19 @@ def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, sto
 
 
 def test_a_slow_store_is_given_up(packed, store, monkeypatch):
-    monkeypatch.setattr(shards, "_PATIENCE_SEC", 0.2)
+    monkeypatch.setattr(images, "_PATIENCE_SEC", 0.2)
     monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: time.sleep(0.5) or [b""] * len(paths))
     assert "within 0.2 s" in refused(packed).detail
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [(FileNotFoundError, "404"), (PermissionError, "403"), (ConnectionError, "ConnectionError")],
-)
-def test_a_manifest_that_cannot_be_had_ends_the_start(fault, message, place, store, monkeypatch):
-    if fault is not FileNotFoundError:
-        monkeypatch.setattr(store, "cat_file", lambda *a, **k: (_ for _ in ()).throw(fault("no")))
-    with pytest.raises(UserError, match=rf"^data\.root: 's3://pictures/absent'.*{message}"):
+def test_what_cannot_be_had_ends_the_start(place, store, monkeypatch):
+    with pytest.raises(UserError, match=r"^data\.root: .*'s3://pictures/absent'.*FileNotFoundError"):
         load(f"{BUCKET}/absent", place / "cache")
-
-
-def test_a_remote_manifest_of_files_and_an_unknown_store_are_refused(place, store):
     store.put(str(place / "files/manifest.parquet"), f"{BUCKET}/files/manifest.parquet")
     with pytest.raises(UserError, match=r"^data\.root: manifest\.parquet names files"):
         load(f"{BUCKET}/files", place / "cache")
     with pytest.raises(UserError, match=r"^data\.root: 'nonsense://x'.*install-cloud"):
         load("nonsense://x", place / "cache")
+    monkeypatch.setattr(store, "cat_file", lambda *a, **k: (_ for _ in ()).throw(PermissionError("no")))
+    with pytest.raises(UserError, match=r"^data\.root: .*PermissionError"):
+        load(f"{BUCKET}/packed", place / "cache")

@@ -119,7 +119,7 @@ def test_a_labelled_task_is_trained_evaluated_and_predicted_in_buckets(place, ta
         for batch in streams.evaluation["val"]:
             seen.add(tuple(batch["images"].shape[-2:]))
             for row, expected in zip(batch["sample_id"], predictor.rows(batch["images"], RowOptions(5, np.float32(0)))):
-                mine = found[Path(data.collection.view(int(row)).path).stem]
+                mine = found[Path(data.collection.row(int(row)).path).stem]
                 assert numbers_of(mine) == pytest.approx(numbers_of(expected), abs=2e-6)
     assert seen == {(48, 84), (56, 72), (64, 64), (84, 48)} and len(found) == 6
 
