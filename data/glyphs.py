@@ -3,8 +3,8 @@
     draw_glyphs(Path("collections/glyphs"))
 
 A glyph's Unicode name is its caption, the words of the name its tags, the character its class (characters that DejaVu
-Sans draws alike are one class). The STIX faces are the validation split, and never trained on. The files form a
-user's would: images/<face>/U+0041.png with .txt and .json sidecars, and manifest.parquet.
+Sans draws alike are one class). The STIX faces are the validation split, and never trained on. The files are
+images/<face>/U+0041.png and manifest.parquet.
 
 A glyph is drawn at 44 px into 64 x 64 grey, dark on white: on one baseline, centred by its advance width. One that
 would stick out is moved by as little as keeps it inside; one larger than the square is drawn at the largest size that
@@ -13,18 +13,16 @@ fits. Centring by the ink instead would make one shape of an underscore and a co
 
 import functools
 import hashlib
-import json
 import os
-import shutil
 import struct
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -33,11 +31,8 @@ from data.config import DataConfig
 from data.manifest_writer import save_manifest
 from data.table import build_table
 from utils.errors import UserError
-from utils.io.files import file_lock, fsync_path, output_errors, read_json, write_json
-from utils.record.logging import get_logger
+from utils.io.files import output_errors, read_json, write_json
 from utils.record.progress import counting
-
-log = get_logger(__name__)
 
 GLYPHS_VERSION = 1
 # The hash of all pixels, and what drew them. Another FreeType may round an edge differently; glyphs.json keeps what was
@@ -59,27 +54,6 @@ _SIDE_PX, _FONT_PX, _BASELINE_PX = 64, 44, 46
 _FACES_OF_A_CLASS = 14  # of 16
 _MERGED_IN = "DejaVuSans"
 _ABOUT = "glyphs.json"
-_WRITERS = 4  # threads; making 164,000 files waits for the disk, not for a core
-_BATCH = 128  # glyphs
-
-
-class _Glyph(NamedTuple):
-    """One drawn glyph: its face and code point, the hash of its pixels, and its PNG file as the manifest states it."""
-
-    face: str
-    code: int
-    pixels: str
-    size: int
-    sha256: str
-
-
-class _Ink(NamedTuple):
-    """The ink of a glyph: its mask, the position of its corner from the origin, and the glyph's advance."""
-
-    mask: Image.Image
-    left: int
-    top: int
-    advance: int
 
 
 class Glyphs(Tool):
@@ -100,60 +74,61 @@ class Glyphs(Tool):
 
 def glyphs_ready(root: Path) -> bool:
     """Tell whether `root` holds this version's glyphs, completely drawn."""
-    about = root / _ABOUT
-    return (
-        about.is_file() and (root / "manifest.parquet").is_file() and read_json(about).get("version") == GLYPHS_VERSION
-    )
+    there = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
+    return there and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
 
 
-def draw_glyphs(root: Path, progress: Callable[[int, int], None] | None = None) -> None:
+def draw_glyphs(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Draw the embedded collection into `root`, once: where it is ready, nothing happens.
 
-    It appears whole or not at all, and of several processes one draws while the others wait. The bytes of every image
-    follow from the fonts and from Pillow's FreeType. progress: called with the code points drawn and their number.
+    It appears whole or not at all; of several processes that draw at once, the first to end makes it. The bytes of
+    every image follow from the fonts and from Pillow's FreeType. progress: called with the code points drawn and their
+    number.
 
     Raises UserError (`data.root`) where `root` is something else, and where it cannot be made.
     """
     root = Path(os.path.abspath(root))
     if glyphs_ready(root):
         return
-    with output_errors("data.root", root), file_lock(root.with_name(f"{root.name}.lock")):
-        if glyphs_ready(root):  # the process that held the lock has drawn them
-            return
-        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-            raise UserError(
-                f"data.root: {str(root)!r} exists and does not hold version {GLYPHS_VERSION} of the embedded "
-                "collection; set data.root to a new folder, or remove this one to have the glyphs drawn into it"
-            )
-        partial = root.with_name(f".{root.name}.partial")
-        if partial.exists():  # of a process that died: whoever draws holds the lock
-            shutil.rmtree(partial)
-        _draw_into(partial, progress)
-        os.rename(partial, root)
-        fsync_path(root.parent)
-
-
-def font_file(face: str) -> Path:
-    """Return the file of a face in the fonts of matplotlib."""
-    import matplotlib  # takes 0.1 s
-
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise UserError(
+            f"data.root: {str(root)!r} exists and does not hold version {GLYPHS_VERSION} of the embedded "
+            "collection; set data.root to a new folder, or remove this one to have the glyphs drawn into it"
+        )
+    with output_errors("data.root", root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
+            made = Path(folder) / "glyphs"
+            _draw_into(made, progress)
+            try:
+                os.rename(made, root)
+            except OSError:
+                if not glyphs_ready(root):  # else another process was faster
+                    raise
 
 
 def draw_glyph(face: str, code: int) -> Image.Image | None:
     """Draw the glyph of a code point as 64 x 64 grey, dark on white; None where it is blank."""
-    size, ink = _FONT_PX, _find_ink(face, _FONT_PX, chr(code))
-    while ink is not None and max(ink.mask.size) > _SIDE_PX:
-        size = min(size - 1, size * _SIDE_PX // max(ink.mask.size))
-        ink = _find_ink(face, size, chr(code))
-    if ink is None:
-        return None
-    left = _SIDE_PX // 2 - ink.advance // 2 + ink.left
-    top = _BASELINE_PX + ink.top
-    left = min(max(left, 0), _SIDE_PX - ink.mask.width)
-    top = min(max(top, 0), _SIDE_PX - ink.mask.height)
+    size = _FONT_PX
+    while True:
+        font = _load_font(face, size)
+        left, top, right, bottom = font.getbbox(chr(code), anchor="ls")
+        if right <= left or bottom <= top:
+            return None
+        mask = Image.new("L", (right - left, bottom - top), 0)
+        ImageDraw.Draw(mask).text((-left, -top), chr(code), 255, font=font, anchor="ls")
+        box = mask.getbbox()
+        if box is None:
+            return None
+        ink = mask.crop(box)
+        if max(ink.size) <= _SIDE_PX:
+            break
+        size = min(size - 1, size * _SIDE_PX // max(ink.size))
+    left += _SIDE_PX // 2 - round(font.getlength(chr(code))) // 2 + box[0]
+    top += _BASELINE_PX + box[1]
+    corner = (min(max(left, 0), _SIDE_PX - ink.width), min(max(top, 0), _SIDE_PX - ink.height))
     image = Image.new("L", (_SIDE_PX, _SIDE_PX), 255)
-    image.paste(0, (left, top), ink.mask)
+    image.paste(0, corner, ink)
     return image
 
 
@@ -184,6 +159,13 @@ def describe_code(code: int) -> tuple[str | None, list[str]]:
     return name or None, list(dict.fromkeys(name.replace("-", " ").split()))
 
 
+def font_file(face: str) -> Path:
+    """Return the file of a face in the fonts of matplotlib."""
+    import matplotlib  # takes 0.1 s
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+
+
 def read_codes(face: str) -> list[int]:
     """Return the code points that a face has glyphs for, ascending."""
     from fontTools.ttLib import TTFont
@@ -198,103 +180,57 @@ def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(font_file(face)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _find_ink(face: str, size: int, char: str) -> _Ink | None:
-    """Draw a character at a size and cut out its ink; None where it has none."""
-    font = _load_font(face, size)
-    left, top, right, bottom = font.getbbox(char, anchor="ls")
-    if right <= left or bottom <= top:
-        return None
-    mask = Image.new("L", (right - left, bottom - top), 0)
-    ImageDraw.Draw(mask).text((-left, -top), char, 255, font=font, anchor="ls")
-    box = mask.getbbox()
-    return None if box is None else _Ink(mask.crop(box), left + box[0], top + box[1], round(font.getlength(char)))
-
-
-def _draw_into(root: Path, progress: Callable[[int, int], None] | None) -> None:
+def _draw_into(root: Path, progress: Callable[[int, int], None]) -> None:
     """Draw all faces into an absent folder, then write its manifest and glyphs.json."""
-    faces = {face: read_codes(face) for face in (*TRAIN_FACES, *VAL_FACES)}
-    total, done = sum(map(len, faces.values())), 0
-    glyphs: list[_Glyph] = []
-    batches = []
-    for face, codes in faces.items():
-        (root / "images" / face).mkdir(parents=True)
-        for start in range(0, len(codes), _BATCH):
-            batch = codes[start : start + _BATCH]
-            batches.append((root / "images" / face, _draw_batch(face, batch, glyphs)))
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-    # After the drawing, not beside it: threads that wait for the interpreter's lock would slow both down.
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        list(pool.map(_write_files, *zip(*batches)))
-    save_manifest(root, build_table(_manifest_columns(glyphs)), "draw_glyphs")
-    write_json(root / _ABOUT, _about(glyphs))
-
-
-def _draw_batch(face: str, codes: list[int], glyphs: list[_Glyph]) -> dict[str, bytes]:
-    """Draw some glyphs of a face, append them to `glyphs`, and return their files' names and bytes."""
-    files = {}
-    for code in codes:
-        image = draw_glyph(face, code)
-        if image is None:
-            continue
-        pixels, stem = image.tobytes(), name_code(code)
-        png = encode_png(pixels, _SIDE_PX)
-        caption, tags = describe_code(code)
-        record = {"tags": tags, "caption": caption, "face": face, "char": chr(code)}
-        files[f"{stem}.png"] = png
-        files[f"{stem}.json"] = json.dumps(record, ensure_ascii=False).encode()
-        if caption is not None:
-            files[f"{stem}.txt"] = caption.encode()
-        hashes = (hashlib.sha256(data).hexdigest() for data in (pixels, png))
-        glyphs.append(_Glyph(face, code, next(hashes), len(png), next(hashes)))
-    return files
-
-
-def _write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write new files into a folder, with three system calls each (`open` makes seven)."""
-    for name, data in files.items():
-        descriptor = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-        if written < len(data):
-            raise OSError(f"{folder}/{name}: only {written} of {len(data)} bytes were written; is the disk full?")
-
-
-def _name_classes(glyphs: list[_Glyph]) -> dict[int, str]:
-    """Return the class of each code point that nearly all faces have: the lowest code point that looks the same."""
-    faces = Counter(glyph.code for glyph in glyphs)
-    looks = {glyph.code: glyph.pixels for glyph in glyphs if glyph.face == _MERGED_IN}
-    codes = sorted(code for code, count in faces.items() if count >= _FACES_OF_A_CLASS)
-    lowest: dict[str | int, int] = {}
-    return {code: name_code(lowest.setdefault(looks.get(code, code), code)) for code in codes}
-
-
-def _manifest_columns(glyphs: list[_Glyph]) -> dict[str, list[Any]]:
-    """Return the manifest's columns."""
-    classes = _name_classes(glyphs)
-    described = [describe_code(glyph.code) for glyph in glyphs]
-    return {
-        "path": [f"images/{glyph.face}/{name_code(glyph.code)}.png" for glyph in glyphs],
-        "size": [glyph.size for glyph in glyphs],
-        "sha256": [glyph.sha256 for glyph in glyphs],
-        "split": ["val" if glyph.face in VAL_FACES else "train" for glyph in glyphs],
-        "label": [classes.get(glyph.code) for glyph in glyphs],
-        "tags": [tags for _, tags in described],
-        "caption": [caption for caption, _ in described],
-    }
-
-
-def _about(glyphs: list[_Glyph]) -> dict[str, Any]:
-    """Return what glyphs.json says: the version, the number of images, the hash of all pixels and what drew them."""
-    lines = "".join(f"{glyph.face} {glyph.code} {glyph.pixels}\n" for glyph in glyphs)
-    return {
+    codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
+    rows: list[dict[str, Any]] = []
+    for done, (face, code) in enumerate(codes, start=1):
+        if (image := draw_glyph(face, code)) is not None:
+            rows.append(_write_glyph(root, face, code, image.tobytes()))
+        if done % 1000 == 0 or done == len(codes):
+            progress(done, len(codes))
+    classes = _name_classes(rows)
+    columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
+    table = build_table({**columns, "label": [classes.get(row["code"]) for row in rows]})
+    save_manifest(root, table, "draw_glyphs")
+    lines = "".join(f"{row['face']} {row['code']} {row['pixels']}\n" for row in rows)
+    about = {
         "version": GLYPHS_VERSION,
-        "count": len(glyphs),
+        "count": len(rows),
         "pixels": hashlib.sha256(lines.encode()).hexdigest(),
         "freetype": features.version("freetype2"),
         "matplotlib": version("matplotlib"),
         "measured": MEASURED,
     }
+    write_json(root / _ABOUT, about)
+
+
+def _write_glyph(root: Path, face: str, code: int, pixels: bytes) -> dict[str, Any]:
+    """Write a glyph's file; return its row in the manifest, with what classes are made of."""
+    path, png, (caption, tags) = (
+        f"images/{face}/{name_code(code)}.png",
+        encode_png(pixels, _SIDE_PX),
+        describe_code(code),
+    )
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_bytes(png)
+    return {
+        "path": path,
+        "size": len(png),
+        "sha256": hashlib.sha256(png).hexdigest(),
+        "split": "val" if face in VAL_FACES else "train",
+        "tags": tags,
+        "caption": caption,
+        "face": face,
+        "code": code,
+        "pixels": hashlib.sha256(pixels).hexdigest(),
+    }
+
+
+def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:
+    """Return the class of each code point that nearly all faces have: the lowest code point that looks the same."""
+    faces = Counter(row["code"] for row in rows)
+    looks = {row["code"]: row["pixels"] for row in rows if row["face"] == _MERGED_IN}
+    codes = sorted(code for code, count in faces.items() if count >= _FACES_OF_A_CLASS)
+    lowest: dict[str | int, int] = {}
+    return {code: name_code(lowest.setdefault(looks.get(code, code), code)) for code in codes}
