@@ -12,9 +12,8 @@ from utils.config.help import ROOT
 _MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}
 # What may stand where: format=pth; the error that torch raises for a pickle it refuses.
 ALLOWED = {
-    ("data/foreign.py", "import tarfile"): "members are listed and read in place; none is extracted",
     ("data/pack.py", "import tarfile"): "shards are written, and their members listed",
-    ("data/shards.py", "import tarfile"): "the header of one member is parsed",
+    ("data/webdataset.py", "import tarfile"): "members are listed and read in place; none is extracted",
     ("models/export/targets.py", "torch.save"): "format=pth; tensors and one text",
 }
 # torch.save is among them: what is written is safetensors, JSON, Arrow, PNG and text.
