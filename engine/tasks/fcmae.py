@@ -99,7 +99,11 @@ class FCMAETask(ImageTask):
         self.network = FCMAE(
             encoder=self.network,
             patch_px=_patch_px(setup.model, config),
-            **config.model_dump(include={"mask_ratio", "decoder_dim", "decoder_depth", "norm_pix_loss", "execution"}),
+            mask_ratio=config.mask_ratio,
+            decoder_dim=config.decoder_dim,
+            decoder_depth=config.decoder_depth,
+            norm_pix_loss=config.norm_pix_loss,
+            execution=config.execution,
         )
         self.probe_k = config.probe.k
 
