@@ -27,25 +27,13 @@ _Zooms = Annotated[list[_Zoom], _Pair, AfterValidator(_rises)]
 class CacheConfig(Strict):
     """Where decoded images are kept (docs/caches.md).
 
-    memory_gib: in the shared memory of a node, while training; 0: none. disk_gib: the most that the file in `folder`
-    takes; 0: none. format: raw keeps the pixels; jpeg and webp, at `quality`, are part of the recipe, because the run
-    then sees what they leave of an image.
+    memory_gib: in the shared memory of a node, while training; 0: none. disk_gib: the most that the files in `folder`
+    take; 0: none.
     """
 
     memory_gib: Literal["auto"] | Annotated[float, Field(ge=0, le=1e6)]
     folder: PathText
     disk_gib: Annotated[float, Field(ge=0, le=65_536)]
-    format: Literal["raw", "jpeg", "webp"]
-    quality: Annotated[int, Field(ge=1, le=100)]
-
-    @model_validator(mode="after")
-    def _is_kept_where_it_is_lossy(self) -> "CacheConfig":
-        if self.format != "raw" and self.disk_gib == 0:
-            raise ValueError(
-                f"data.cache.format: {self.format} without a cache; set data.cache.disk_gib above 0, or "
-                "data.cache.format=raw"
-            )
-        return self
 
 
 class _Data(Strict):

@@ -3,21 +3,16 @@
     source = DiskCached(Images(Files(collection), decoder), config.data.cache)
     source.read(7)["image"]        uint8 [3, H, W]
 
-A hit, a miss and a full disk give the same pixels: with `format` raw those of the decoder; with jpeg or webp those of
-the stored form, which a miss decodes as well. A key is made of the file as it is now (path, range, size, times, inode)
-and of all that pixels depend on beside it, so an edited file or another decoder never finds what was kept before.
+A hit, a miss and a full disk give the decoder's pixels. A key is made of the file as it is now (path, range, size,
+times, inode) and of the decoder's identity, so an edited file or another decoder never finds what was kept before.
 """
 
-import io
 import os
 import struct
 import time
 from pathlib import Path
 
-import numpy as np
-import PIL
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.cache.store import LimitedStore, record_key
@@ -30,9 +25,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
-_RAW, _ENCODED = 0, 1
-_HEAD = struct.Struct("<4I")  # raw or encoded, height, width, channels; the pixels or the encoded file follow
-_LONGEST_PX = 16_383  # side of a WebP; larger images are stored raw
+_HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
 
 
 class DiskCached(Cached):
@@ -44,8 +37,7 @@ class DiskCached(Cached):
     def __init__(self, images: Images, config: CacheConfig) -> None:
         super().__init__(images, "evicted", "refused")
         self._config = config
-        stored = "raw" if config.format == "raw" else f"{config.format} {config.quality} by pillow {PIL.__version__}"
-        self._recipe = f"{images.decoder.identity()}; {stored}"
+        self._recipe = images.decoder.identity()
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
 
     def readings(self) -> dict[str, float]:
@@ -64,12 +56,12 @@ class DiskCached(Cached):
         record = None if found_by is None else self._store.get(found_by)
         self.counts.add("misses" if record is None else "hits")
         if record is not None:
-            return {IMAGE: self._unpack(record)}
+            shape = _HEAD.unpack(record[: _HEAD.size])
+            return {IMAGE: torch.from_numpy(record[_HEAD.size :].reshape(shape)).permute(2, 0, 1)}
         image = self.inner.read(row)[IMAGE]
-        packed = self._pack(image)
         if found_by is not None:
-            self._keep(found_by, packed)
-        return {IMAGE: self._unpack(np.frombuffer(packed, np.uint8)) if _is_encoded(packed) else image}
+            self._keep(found_by, image)
+        return {IMAGE: image}
 
     def _key(self, row: int) -> str | None:
         """Return the key of a row's image; None where the file is not there, or was changed just now."""
@@ -83,37 +75,16 @@ class DiskCached(Cached):
             return None
         return record_key(self._recipe, os.path.abspath(file.path), file.offset, file.length, version)
 
-    def _keep(self, key: str, packed: bytes) -> None:
-        """Write a record. Where the disk refuses it, all processes write no more, and one warns."""
+    def _keep(self, key: str, image: Tensor) -> None:
+        """Write the record of an image, uint8 [C, H, W]; where the disk refuses it, one warns and all write no more."""
         if self.counts.totals()["refused"]:
             return
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
         try:
-            self.counts.add("evicted", self._store.add(key, packed))
+            self.counts.add("evicted", self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes()))
         except OSError as error:
             self.counts.add("refused")
             log.warning(
                 "data.cache.folder: %s cannot be written (%s); the run goes on, and decodes what is not in the cache",
                 self._config.folder, error.strerror,
             )  # fmt: skip
-
-    def _pack(self, image: Tensor) -> bytes:
-        """Return an image, uint8 [C, H, W], in its stored form."""
-        pixels = image.permute(1, 2, 0).contiguous().numpy()
-        if self._config.format == "raw" or max(pixels.shape) > _LONGEST_PX:
-            return _HEAD.pack(_RAW, *pixels.shape) + pixels.tobytes()
-        file = io.BytesIO()
-        picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        picture.save(file, self._config.format, quality=self._config.quality)
-        return _HEAD.pack(_ENCODED, *pixels.shape) + file.getvalue()
-
-    def _unpack(self, record: np.ndarray) -> Tensor:
-        """Return the image of a stored form, uint8 [C, H, W]."""
-        _, *shape = _HEAD.unpack(record[: _HEAD.size])
-        content = record[_HEAD.size :]
-        if _is_encoded(record):
-            return self.inner.decoder(content.tobytes(), self._config.folder)
-        return torch.from_numpy(content.reshape(shape)).permute(2, 0, 1)
-
-
-def _is_encoded(record: bytes | np.ndarray) -> bool:
-    return bool(record[0] == _ENCODED)

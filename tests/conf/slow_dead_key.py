@@ -85,7 +85,7 @@ def without_a_cluster(monkeypatch):
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
 
 
-ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache", "data.cache.format=jpeg"]
+ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache"]
 
 
 def run_sdxl(go, others, search, data):
