@@ -194,9 +194,13 @@ PROVED = {
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
+    *(
+        f"LaunchConfig.{name}" for name in ("max_requeues", "max_lost_ranks")
+    ),  # on the nodes: tests/submit/test_slurm.py
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
-    # All go to the network by one call: tests/models/test_build.py. The name is for messages.
+    # All go to the network by one call: tests/models/test_build.py, test_fcmae.py. The name is for messages.
+    *(f"FCMAETaskConfig.{name}" for name in ("decoder_dim", "decoder_depth", "norm_pix_loss", "execution")),
     *(
         f"ConvNeXtV2Config.{name}"
         for name in ("name", "depths", "dims", "stem_stride", "drop_path_rate", "head_init_scale")
@@ -207,10 +211,10 @@ PROVED = {
     "AugmentConfig.eval_resize",
     "AugmentConfig.pad",
 }
-# Refused where they are given.
+# Refused where they are given, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {
     "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
-    "prepare": ("CacheConfig.", "_Data.icc"),  # of training
+    "prepare": ("CacheConfig.", "_Data.icc"),
     "evaluate": ("CacheConfig.memory_gib",),
 }
 
