@@ -53,11 +53,10 @@ demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a Lo
 test test-slow test-slurm: export OMP_WAIT_POLICY := PASSIVE
 
 test: install lint  ## lint, then all tests but the slow ones
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/slurm
+	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm
 
-SLOW := $(shell find tests -name 'slow_*.py') $(shell grep -rlE 'mark.slow|slow_but' tests --include='test_*.py')
-test-slow: install  ## the slow tests, which are found by their files; MORE: arguments for pytest
-	$(PY) -m pytest -n 2 --dist worksteal -m slow $(MORE) $(SLOW)
+test-slow: install  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
+	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' $(MORE) tests
 
 SLURM := slurm-wlm munge
 test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing

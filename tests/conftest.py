@@ -46,13 +46,6 @@ def no_curves(monkeypatch):
     monkeypatch.setattr("utils.record.plots.plot_curves", draw_nothing)
 
 
-def pytest_collection_modifyitems(items):
-    """Mark what is in files named slow_*.py, which `make test` does not collect and `make test-slow` names."""
-    for item in items:
-        if item.path.name.startswith("slow_"):
-            item.add_marker("slow")
-
-
 def pytest_addoption(parser):
     """Add the flag that rewrites the golden curves; the diff is for review."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")
