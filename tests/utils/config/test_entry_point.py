@@ -175,7 +175,8 @@ def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(
         cwd=tmp_path, OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[:8] == [
+    assert done.stderr.splitlines()[:9] == [
+        "data.root: 12 of 12 images have a sidecar",
         "finetune.py: classification, convnextv2_glyph, 4,850 parameters",
         f"  collection  {name}: 8 training and 4 validation images of 2 classes",
         "  images      16 x 16 px; crops of 60% to 100%, no mirror",
