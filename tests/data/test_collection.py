@@ -1,7 +1,6 @@
 """Collections: literal tables of the folders' layouts, refusals by key and one word, and the index that is kept."""
 
 import os
-import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -126,15 +125,6 @@ def test_mixed_layouts_are_refused(refuse, root, paths, words):
     refuse(put(root, *paths), "mixes", *words)
 
 
-def test_folders_without_an_image_are_named_and_ignored(opened, root, log):
-    put(root, "train/cat/a.png", "val/cat/a.png", "val/dog/deep/b.png")
-    for name in ("train/owl/deep", "train/cat/empty", ".hidden"):
-        (root / name).mkdir(parents=True)
-    (root / "train/owl/b.heic").write_text("")
-    assert opened(root).class_names("train") == ["cat"]
-    assert "2 folders hold no image and are ignored: train/cat/empty/, train/owl/" in log.text
-
-
 def test_roots_that_are_none(refuse, root, tmp_path):
     refuse(tmp_path / "absent", str(tmp_path / "absent"), "does not exist")
     refuse("", "''")
@@ -142,19 +132,6 @@ def test_roots_that_are_none(refuse, root, tmp_path):
     refuse(tmp_path / "file", "a file, not a folder")
     (root / "a.heic").write_text("")
     refuse(root, "no image", ".png")
-
-
-def test_a_folder_without_permission_is_refused(refuse, root, monkeypatch):
-    put(root, "cat/a.png", "dog/a.png")
-    scandir = os.scandir
-
-    def locked(path):
-        if str(path).endswith("dog"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", locked)
-    refuse(root, str(root / "dog"), "Permission denied")
 
 
 def test_bad_links_and_names_are_refused(refuse, root):
@@ -255,18 +232,6 @@ def test_the_index_of_a_folder(opened, root, tmp_path):
     assert opened(root).arrow.stat() == before
 
 
-def test_the_fingerprint_follows_the_content(opened, root):
-    put(root, "cat/a.png", "dog/b.png", text="x")
-    seen = [opened(root).fingerprint]
-    (root / "cat/a.txt").write_text("y")
-    seen.append(opened(root).fingerprint)
-    (root / "dog").rename(root / "horse")
-    seen.append(opened(root).fingerprint)
-    Image.new("L", (90, 70)).save(root / "cat/a.png")
-    seen += [opened(root).fingerprint, opened(root, 0.5).fingerprint]
-    assert len(set(seen)) == 5 or len(set(seen)) == 4  # no class has two images, so a fraction may move none
-
-
 @pytest.mark.parametrize("name", SCHEMA.names)
 def test_every_column_is_in_the_hash(name):
     base = {"path": ["a", "b"], "size": [1, 2], "tags": [["x", "y"], []], "label": ["l", None], "weight": [1, 0.5]}
@@ -295,15 +260,6 @@ def test_a_collection_of_many_chunks(opened, root, monkeypatch):
     assert cut.table["path"].num_chunks == 4 and cut.fingerprint == whole.fingerprint
     assert cut.table.to_pylist() == rows and [cut.row(i).path for i in range(10)] == [row["path"] for row in rows]
     assert np.array_equal(cut.class_ids("ab"), whole.class_ids("ab")) and cut.tag_counts("val") == {"t": 6}
-
-
-def test_a_collection_is_pickled_by_its_paths(opened, root):
-    collection = opened(put(root, "cat/a.png", "dog/b.png"))
-    assert collection.row(0).path == "cat/a.png"
-    data = pickle.dumps(collection)
-    copy = pickle.loads(data)
-    assert len(data) < 1000 and copy._table is None and copy.row(1).path == "dog/b.png"
-    assert (len(copy), copy.fingerprint) == (2, collection.fingerprint)
 
 
 def test_a_damaged_index_is_refused(opened, root):
@@ -358,25 +314,6 @@ def classes(opened, root, train, val):
     return opened(root)
 
 
-def test_check_classes(opened, root):
-    collection = classes(opened, root, "abc", "ab")
-    assert check_classes(collection, allow_missing=True) == ["a", "b", "c"]
-    with pytest.raises(
-        UserError, match=r"^data\.root: .*without a validation image: 'c'; .*task\.allow_missing_classes"
-    ):
-        check_classes(collection, allow_missing=False)
-
-
-def test_a_validation_class_without_training_is_refused(opened, root):
-    with pytest.raises(UserError, match=r"^data\.root: .* validation split only: 'z' \(in training: 'a', 'b'\)"):
-        check_classes(classes(opened, root, "ab", "abz"), allow_missing=True)
-
-
 def test_fewer_than_two_classes_are_refused(opened, root):
     with pytest.raises(UserError, match=r"^data\.root: .* has 1 classes .*manifest\.csv"):
         check_classes(classes(opened, root, "a", ""), allow_missing=True)
-
-
-def test_without_any_validation_image_the_fraction_is_named(opened, root):
-    with pytest.raises(UserError, match=r"data\.validation_fraction"):
-        check_classes(classes(opened, root, "ab", ""), allow_missing=False)

@@ -7,7 +7,6 @@ files through a training. Origins: corpora/README.md.
 import io
 import json
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -30,9 +29,7 @@ from data.image_formats import (
     UNSUPPORTED,
     UnreadableImage,
 )
-from tests.in_process import TINY, run
-from tests.support import ROOT, make_collection, read_image
-from tests.support import rows as read_rows
+from tests.support import ROOT, read_image
 
 CORPORA = Path(__file__).parent / "corpora"
 PNGS = sorted([*CORPORA.glob("pngsuite/**/*.png"), *CORPORA.glob("testpngs/*.png")])
@@ -286,36 +283,3 @@ def test_nothing_is_said_of_images_that_are_merely_odd(drawn, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- training
-
-
-ONE_EPOCH = ["optim.lr=0.0", "loop.total_steps=1", "loop.global_batch_size=48", "loop.batch_size=16"]
-BAD = [*(path for path in CRASHERS[:6] if path.stem not in ("badcrc", "huge_IDAT")), CORPORA / "jpeg/testorig12.jpg"]
-
-
-def test_a_training_runs_over_them_and_its_figures_are_those_without_them(tmp_path):
-    """No update changes the weights: the validation figures must not depend on what could not be read."""
-    clean = make_collection(tmp_path / "good images", per_class=4, classes="AB", validation=4)
-    for path in [*PNGS[::6], *CORPORA.glob("jpeg/*.jpg")]:
-        for split in ("train", "val"):
-            if path not in BAD:
-                shutil.copyfile(path, clean / split / "A" / path.name)
-    root = shutil.copytree(clean, tmp_path / "images")
-    for split in ("train", "val"):
-        for path in BAD:
-            shutil.copyfile(path, root / split / "A" / path.name)
-        (root / split / "B" / "empty.webp").write_bytes(b"")
-    bad = sorted(
-        str(path.relative_to(root)) for path in root.rglob("*") if not (clean / path.relative_to(root)).exists()
-    )
-    figures = []
-    for folder, name in ((root, "bad"), (clean, "good")):
-        run("finetune", [*TINY, *ONE_EPOCH, f"data.root={folder}", f"run_dir={tmp_path / name}"], tmp_path)
-        rows = read_rows(tmp_path / name / "metrics.jsonl")
-        assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
-        figures.append({key: value for key, value in rows[-1].items() if not key.startswith("train/")})
-    listed = [json.loads(line) for line in (tmp_path / "bad/unreadable.jsonl").read_text().splitlines()]
-    assert sorted(line["path"] for line in listed) == bad and all(line["reason"] for line in listed)
-    assert not (tmp_path / "good/unreadable.jsonl").exists()
-    said = (tmp_path / "bad/log.txt").read_text()
-    assert all(said.count(f"unreadable image {path}: ") == 1 for path in bad)
-    assert figures[0] == figures[1]

@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from data.config import AugmentConfig
-from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn, exact_mean, training_views, turn_hue
+from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn, training_views
 from data.stream import ShuffledSampler
 from tests.data.test_loader import GLOBAL, make_reader, open_folder, stream, take, write_image
 from tests.engine.test_no_host_sync import count
@@ -119,13 +119,6 @@ def test_no_change_is_no_change_to_the_byte():
     assert torch.equal(augment.apply(images, mirrored, keys), images.flip(-1))
 
 
-def test_a_full_turn_of_the_hue_is_no_turn_and_grey_has_none():
-    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
-    torch.testing.assert_close(turn_hue(image, torch.tensor([1.0, -1.0])), image, atol=1e-3, rtol=0)
-    grey = image[:, :1].expand(-1, 3, -1, -1)
-    assert torch.equal(turn_hue(grey, torch.tensor([0.3, 0.5])), grey)
-
-
 # -------------------------------------------------------------------------------------------------- splits and workers
 
 
@@ -136,12 +129,6 @@ def test_the_split_of_a_batch_changes_no_bit(case):
     for sizes in ([1] * 13, [5, 8], [2, 7, 4]):
         pieces = [part.split(sizes) for part in (images, parameters, keys)]
         assert torch.equal(torch.cat([augment.apply(*piece) for piece in zip(*pieces)]), whole)
-
-
-def test_the_mean_grey_is_exact_however_it_is_summed():
-    grey = torch.rand(3, 1, 301, 299, generator=torch.Generator().manual_seed(0)) * 255
-    assert torch.equal(exact_mean(grey), torch.cat([exact_mean(one) for one in grey.split(1)]))
-    torch.testing.assert_close(exact_mean(grey), grey.double().mean(dim=(1, 2, 3)).float(), atol=2e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -81,12 +81,6 @@ def test_groups_are_the_connected_components_of_all_distances():
     assert all((groups[wanted == number] == hashes[wanted == number].min()).all() for number in range(count))
 
 
-def test_a_chain_of_many_is_one_group():
-    chain = np.cumsum(np.int64(1) << np.arange(60))
-    assert len(np.unique(group_duplicates(np.random.default_rng(0).permutation(chain)))) == 1
-    assert group_duplicates(np.array([], np.int64)).tolist() == []
-
-
 def test_prepare_fills_in_hash_and_group(tmp_path):
     root = tmp_path / "images"
     root.mkdir()

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 import data.glyphs as glyphs
 from data.collection import check_classes
-from data.glyphs import describe_code, draw_glyph, draw_glyphs, encode_png, glyphs_ready, name_code, read_codes
+from data.glyphs import draw_glyph, draw_glyphs, encode_png, glyphs_ready, name_code, read_codes
 from tests.data.test_collection import load
 from tests.support import read_image
 from utils.errors import UserError
@@ -86,11 +85,6 @@ def test_characters_of_one_shape_are_one_class(collection):
         assert row_of(collection, f"images/DejaVuSans/{other}.png").label == other
 
 
-def test_words_of_a_name():
-    assert describe_code(0x2A7E)[0] == "greater-than or slanted equal to"
-    assert describe_code(0x2A7E)[1] == ["greater", "than", "or", "slanted", "equal", "to"]
-
-
 def test_glyphs_larger_than_the_square_are_shrunk_and_none_is_cut():
     long_dash = np.array(draw_glyph("STIXGeneral", 0x2015))
     columns = np.flatnonzero((long_dash < 255).any(axis=0))
@@ -105,13 +99,6 @@ def test_a_face_drawn_again_gives_the_same_bytes(collection, root):
     drawn = {path: encode_png(image.tobytes(), 64) for path, image in drawn.items() if image is not None}
     assert stated == {path: [hashlib.sha256(png).hexdigest(), len(png)] for path, png in drawn.items()}
     assert all((root / path).read_bytes() == png for path, png in drawn.items())
-
-
-def test_pillow_reads_what_encode_png_writes(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8)
-    (tmp_path / "x.png").write_bytes(encode_png(pixels.tobytes(), 9))
-    with Image.open(tmp_path / "x.png") as image:
-        assert image.mode == "L" and np.array_equal(np.array(image), pixels)
 
 
 def test_the_pixels_are_those_that_were_measured(root):
@@ -164,9 +151,3 @@ def test_something_else_at_the_root_is_refused(tmp_path, kind):
         (root / ("glyphs.json" if kind == "other version" else "a.png")).write_text('{"version": 0}')
     with pytest.raises(UserError, match=r"^data\.root: .*photos' exists and does not hold version 1"):
         draw_glyphs(root)
-
-
-def test_a_root_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^data\.root: .*/file/glyphs"):
-        draw_glyphs(tmp_path / "file" / "glyphs")

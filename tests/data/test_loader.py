@@ -14,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-import data.batch
 from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
 from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
@@ -137,14 +136,6 @@ def fingerprints(steps):
     return found
 
 
-@pytest.fixture(scope="module")
-def expected(folder):
-    """Three steps as one process reads them, in one batch each."""
-    found = fingerprints(take(train_stream(folder), 3))
-    assert all(len(step) == GLOBAL for step in found)
-    return found
-
-
 # --- purity: "the augmented samples' hashes do not change"
 
 
@@ -175,18 +166,6 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     with pytest.raises(UserError, match=r"^runtime\.workers: .*No space left on device.* set runtime\.workers=0"):
         take(train_stream(folder, workers=1), 1)
-
-
-def test_a_start_at_any_step_on_any_ranks_reads_the_same_samples(folder, expected, monkeypatch):
-    steps = [[] for _ in range(2)]
-    for rank in range(4):
-        monkeypatch.setattr("utils.ranks.distributed.rank", lambda rank=rank: rank)
-        read = train_stream(folder).steps(1, plan(8, 4))
-        for step in steps:
-            step.extend(next(read))
-    assert fingerprints(steps) == expected[1:]
-    monkeypatch.undo()
-    assert not set(sum(fingerprints(take(train_stream(folder, seed=1), 2)), [])) & set(sum(expected, []))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -244,18 +223,6 @@ def evaluation_loader(collection, *, workers=0, batch_size=4, split="val"):
     reader = make_reader(collection, EvalTransform(augment().preprocessing(3)), training=False)
     loader = Loader(reader, machine(workers), UnreadableLog(None).add)
     return EvaluationStream(loader, collection.rows(split), Policy(0, batch_size, batch_size))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_weighs_each_row_once_and_padding_nothing(folder, workers):
-    loader = evaluation_loader(folder, workers=workers)
-    batches = list(loader)
-    assert len(batches) == len(loader) == 2
-    counted = [
-        int(index) for batch in batches for index, weight in zip(batch["sample_id"], batch["weight"]) if weight > 0
-    ]
-    assert sorted(counted) == folder.rows("val").tolist()
-    assert sum(float(batch["weight"].sum()) for batch in batches) == 7.0
 
 
 def test_an_evaluation_reads_the_same_again_with_any_batch_size(folder):
@@ -319,38 +286,6 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
 def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^data\.root: all 2 training images .* weight 0"):
         training_rows(weighted(tmp_path, [0, 0]), None)
-
-
-def test_a_run_that_continues_does_not_warn_again(damaged, tmp_path, log):
-    file = tmp_path / "unreadable.jsonl"
-    take(train_stream(damaged, file=file), 1)
-    first = file.read_text()
-    resumed = train_stream(damaged, file=file)
-    log.clear()
-    take(resumed, 1)
-    assert file.read_text() == first and not log.records and resumed.unreadable.count == 3
-
-
-def test_rows_wait_for_their_folder(tmp_path):
-    file = tmp_path / "run/unreadable.jsonl"
-    unreadable = UnreadableLog(file)
-    unreadable.add([("a.png", "empty")])
-    assert not file.parent.exists() and unreadable.count == 1
-    file.parent.mkdir()
-    unreadable.add([])
-    assert listed(file) == [{"path": "a.png", "reason": "empty"}]
-
-
-def test_a_full_disk_ends_nothing_and_rows_wait_for_space(tmp_path, log):
-    unreadable = UnreadableLog(tmp_path / "unreadable.jsonl")
-    (tmp_path / "unreadable.jsonl").symlink_to("/dev/full")
-    for path in ("a.png", "b.png"):
-        unreadable.add([(path, "empty")])
-    assert log.text.count("cannot be written (No space left on device)") == 1
-    with open(tmp_path / "space.jsonl", "wb") as space:
-        os.dup2(space.fileno(), unreadable._lines._file.fileno())
-    unreadable.add([("c.png", "empty")])
-    assert [row["path"] for row in listed(tmp_path / "space.jsonl")] == ["a.png", "b.png", "c.png"]
 
 
 def test_torn_rows_are_passed_over_and_stay_apart_from_those_that_follow(tmp_path):
@@ -447,37 +382,6 @@ def test_ragged_values_come_back_by_their_offsets_and_multi_hot_equals_a_slow_re
     assert torch.equal(multi_hot(batch["tags"], batch["tags_offsets"][1:], 5), targets[1:])  # of a part of the batch
 
 
-class FakeStream:
-    """A CUDA stream that notes what is asked of it."""
-
-    def __init__(self, name, notes):
-        self.name, self.notes = name, notes
-
-    def __enter__(self):
-        self.notes.append(f"copy on {self.name}")
-
-    def __exit__(self, *error):
-        self.notes.append("copied")
-
-    def wait_stream(self, other):
-        self.notes.append(f"{self.name} waits for {other.name}")
-
-
-def test_on_a_gpu_copies_have_a_stream_that_the_step_waits_for(monkeypatch):
-    """With streams that only note; a GPU test copies really."""
-    notes = []
-    copies, compute = (FakeStream(name, notes) for name in ("copies", "compute"))
-    monkeypatch.setattr(data.batch, "_copy_stream", lambda device: copies)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: notes.append("to device") or self)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: notes.append(f"in use by {stream.name}"))
-    batch = ragged_batch([[1], [2, 3]])
-    assert to_device(batch, torch.device("cuda", 0)) == batch
-    moved = ["copy on copies", *["to device"] * len(batch), "copied", "compute waits for copies"]
-    assert notes == moved + ["in use by compute"] * len(batch)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_arrive_whole_behind_work_of_the_step_before():
@@ -527,23 +431,3 @@ def test_views_have_keys_of_their_own_and_another_view_changes_none(folder):
     assert torch.equal(one["images"], two["images"]) and torch.equal(two["second"], three["second"])
     assert len({tuple(three[name].tolist()) for name in ("images", "second", "third")}) == 3
     assert one["drawn"] == three["drawn"]
-
-
-class Seen:
-    """What a field is told."""
-
-    def __call__(self, example):
-        return {
-            "training": torch.tensor(example.training),
-            "size_hw": torch.tensor(example.record["image"].shape[1:]),
-            "view": example.views["images"].float().mean(),
-        }
-
-
-def test_fields_see_the_stream_the_decoded_image_and_the_views(folder):
-    for training in (True, False):
-        sample = make_reader(folder, TrainTransform(augment()), Seen(), training=training).read(Draw(0, 0, 7), [])
-        with Image.open(folder.absolute_path(0)) as image:
-            assert sample["size_hw"].tolist() == [image.height, image.width]
-        assert bool(sample["training"]) == training
-        assert sample["view"] == sample["images"].float().mean()

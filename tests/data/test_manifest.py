@@ -3,9 +3,7 @@
 # ruff: noqa: F811
 
 import json
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +17,6 @@ from data.manifest import find_manifest
 from data.manifest_writer import write_manifest
 from data.table import MEASURED, SCHEMA
 from tests.data.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
-from tests.in_process import run
-from utils.config.messages import ConfigError
 from utils.errors import UserError
 
 
@@ -207,21 +203,6 @@ def test_a_manifest_is_the_folder_with_checksums_and_sizes(opened, root):
     assert opened(root).fingerprint == collection.fingerprint
 
 
-def test_the_command_says_what_a_user_needs(root, tmp_path, log):
-    put(root, "x/a.png", "x/b.png")
-    (root / "x/empty.webp").write_bytes(b"")
-    Image.new("CMYK", (4, 4)).save(root / "x/inks.jpg")
-    Image.new("RGBA", (4, 4)).save(root / "x/clear.png")
-    words = ["job=manifest", "job.duplicates=true", "data=image_folder", f"data.root={root}"]
-    assert run("prepare", words, tmp_path) == "5 images, 1 unreadable"
-    assert "x/empty.webp: unreadable: the file is empty (0 bytes)" in log.text
-    assert "1 of 5 images are unreadable" in log.text and "the file is empty: 1" in log.text
-    assert "1 images are CMYK" in log.text and "(such as x/inks.jpg)" in log.text
-    assert "1 images are transparent" in log.text and "(white)" in log.text and "near-duplicates" in log.text
-    with pytest.raises(ConfigError, match=r"job\.duplicates"):
-        run("prepare", [*words, "job.verify=false"], tmp_path)
-
-
 @pytest.mark.parametrize("parallel", [False, True])
 def test_unreadable_images_stay_with_weight_0(opened, root, monkeypatch, parallel):
     monkeypatch.setattr(utils.ranks.processes, "PARALLEL_FROM", 2 if parallel else 100)
@@ -267,27 +248,3 @@ def test_a_manifest_is_not_made_of_links_out_of_the_root(root, tmp_path):
     with pytest.raises(UserError, match="'dog/x.png' is a link out"):
         write_manifest(str(root), validation_fraction=0, verify=False)
     assert find_manifest(root) is None
-
-
-def test_a_manifest_made_again_reads_changed_files_only(root, monkeypatch):
-    """After a kill as well: what was found is kept line by line."""
-    monkeypatch.setattr(data.facts, "CACHE", root.parent / "facts")
-    put(root, *(f"x/{name}.png" for name in "abcd"))
-    read, inspect = [], data.facts.measure_file
-
-    def count(file, **options):
-        read.append(Path(file).stem)
-        if read == ["a", "b", "c"]:
-            raise KeyboardInterrupt
-        return inspect(file, **options)
-
-    monkeypatch.setattr(data.facts, "measure_file", count)
-    with pytest.raises(KeyboardInterrupt):
-        write_manifest(str(root), validation_fraction=0.0, verify=True)
-    first = write_manifest(str(root), validation_fraction=0.0, verify=True)
-    Image.new("RGB", (7, 9)).save(root / "x/b.png")
-    os.utime(root / "x/b.png")
-    second = write_manifest(str(root), validation_fraction=0.0, verify=True)
-    assert read == ["a", "b", "c", "c", "d", "b"]
-    assert [left == right for left, right in zip(first.to_pylist(), second.to_pylist())] == [True, False, True, True]
-    assert second["width"][1].as_py() == 7

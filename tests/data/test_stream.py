@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import tracemalloc
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -391,16 +390,3 @@ def test_a_rows_key_in_evaluation_depends_on_the_row_alone():
 
 
 # --- size
-
-
-def test_a_hundred_million_rows_start_at_once():
-    tracemalloc.start()
-    try:
-        found = [ShuffledSampler(range(10**8), 0).at(position)[0] for position in (0, 1, 10**8 - 1, 7 * 10**9)]
-        first = [draw.index for draw in next(evaluation_batches(range(10**8), Policy(0, 9, 9)))]
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    for rows in (found, first):
-        assert len(set(rows)) == len(rows) and all(0 <= row < 10**8 for row in rows)
-    assert peak < 2**20  # bytes
