@@ -97,15 +97,6 @@ def test_a_test_split_is_ignored_beside_a_validation_split(names, use, is_manife
     assert [use in text for text in log.messages if "test split" in text] == [True]
 
 
-def test_names_in_any_script_with_spaces_and_commas(opened, root):
-    names = ["猫, 白/été 1.png", "猫, 白/x=1&[2].png", "собака/я.png"]
-    collection = opened(put(root, *names, text="тег один, 二"))
-    assert [collection.row(i).path for i in range(3)] == sorted(names)
-    assert all(collection.absolute_path(i).is_file() for i in range(3))
-    assert collection.row(0).tags == ("тег один", "二")
-    assert collection.class_names("train") == ["собака", "猫, 白"]
-
-
 def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):
     put(tmp_path / "elsewhere", "x.png")
     put(root, "cat/a.png")
@@ -157,24 +148,6 @@ def test_sidecars_with_the_whole_name_come_first(opened, root):
     put(root, "a.png", "a.jpg", text="stem")
     (root / "a.png.txt").write_text("whole")
     assert columns(opened(root), "caption") == [("stem",), ("whole",)]
-
-
-@pytest.mark.parametrize(
-    "content, word",
-    [
-        (b'{"tags": [', "broken JSON"),
-        (b"[1]", "list"),
-        (b'{"tags": ["a", 5]}', "['a', 5]"),
-        (b'{"rating": 5}', "'rating'"),
-        (b"\xff", "not UTF-8"),
-        (b'{"caption": "\\ud800"}', "broken JSON"),
-        (b"[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_broken_sidecars_are_refused_by_name(refuse, root, content, word):
-    put(root, "a.png")
-    (root / "a.json").write_bytes(content)
-    refuse(root, str(root / "a.json"), word)
 
 
 @pytest.mark.parametrize("ending", [".txt", ".png.txt", ".json"])

@@ -13,7 +13,6 @@ from PIL import Image
 from data.image_formats import UnreadableImage
 from data.images import open_contents
 from data.open import open_images
-from data.pack import pack_collection
 from tests.data.test_collection import load as load_into
 from tests.support import data_config
 from utils.errors import UserError
@@ -203,13 +202,3 @@ def test_an_unpacked_file_that_is_gone_is_made_again(tmp_path, load):
     for file in (tmp_path / "cache/unpacked").iterdir():
         file.unlink()
     assert open_contents(load(tmp_path / "root")).read(0) == png(1)
-
-
-def test_a_data_set_is_packed_into_shards(tmp_path, load):
-    write_parquet(tmp_path / "root/train.parquet", arrow_table([1, 2, 3, 4]))
-    found = load(tmp_path / "root", fraction=0.5)
-    pack_collection(found, tmp_path / "packed", 1, lambda done, total: None)
-    packed = load(tmp_path / "packed")
-    for name in ("path", "split", "label", "tags", "caption"):
-        assert packed.table[name].to_pylist() == found.table[name].to_pylist()
-    assert [open_contents(packed).read(row) for row in range(4)] == [open_contents(found).read(row) for row in range(4)]

@@ -1,6 +1,5 @@
 """The embedded collection. Literal counts, properties of every row, drawn by two processes at once, refusals."""
 
-import hashlib
 import json
 import multiprocessing
 import shutil
@@ -14,7 +13,7 @@ import pytest
 
 import data.glyphs as glyphs
 from data.collection import check_classes
-from data.glyphs import draw_glyph, draw_glyphs, encode_png, glyphs_ready, name_code, read_codes
+from data.glyphs import draw_glyph, draw_glyphs, glyphs_ready, read_codes
 from tests.data.test_collection import load
 from tests.support import read_image
 from utils.errors import UserError
@@ -89,16 +88,6 @@ def test_glyphs_larger_than_the_square_are_shrunk_and_none_is_cut():
     long_dash = np.array(draw_glyph("STIXGeneral", 0x2015))
     columns = np.flatnonzero((long_dash < 255).any(axis=0))
     assert columns[-1] - columns[0] + 1 > 60 and long_dash.min() < 128
-
-
-def test_a_face_drawn_again_gives_the_same_bytes(collection, root):
-    face = "STIXGeneralBol"
-    stated = zip(*(collection.table[name].to_pylist() for name in ("path", "sha256", "size")))
-    stated = {path: rest for path, *rest in stated if path.startswith(f"images/{face}/")}
-    drawn = {f"images/{face}/{name_code(code)}.png": draw_glyph(face, code) for code in read_codes(face)}
-    drawn = {path: encode_png(image.tobytes(), 64) for path, image in drawn.items() if image is not None}
-    assert stated == {path: [hashlib.sha256(png).hexdigest(), len(png)] for path, png in drawn.items()}
-    assert all((root / path).read_bytes() == png for path, png in drawn.items())
 
 
 def test_the_pixels_are_those_that_were_measured(root):

@@ -1,15 +1,12 @@
 """Caches of latents and texts: what changed is encoded again and nothing else; what training reads of them."""
 
-import multiprocessing
 import os
 import time
-from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from data.buckets import BucketConfig, image_sizes, make_buckets, place
@@ -171,27 +168,6 @@ def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
     Image.new("RGB", (33, 44)).save(cache.collection.absolute_path(2))  # as of a manifest made before
     cache.fill(Encoder(), Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
     assert missing(cache) == 1 and "02.png" in log.text
-
-
-def _be_rank(rank, folder):
-    address = f"file://{folder}/meet"
-    dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=2, rank=rank)
-    cache, encode = open_cache(folder), Encoder()
-    cache.fill(encode, Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
-    assert_right(cache)
-    assert 0 < encode.seen < 14
-    dist.destroy_process_group()
-
-
-def test_ranks_encode_a_share_each(images):
-    forks = multiprocessing.get_context("fork")
-    processes = [forks.Process(target=_be_rank, args=(rank, images)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert missing(open_cache(images)) == 0
 
 
 # --- texts

@@ -19,10 +19,10 @@ from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import Decoder
 from data.images import Files, Images
-from data.loader import EvaluationStream, Loader, SampleReader, TrainStream, UnreadableLog
+from data.loader import Loader, SampleReader, TrainStream, UnreadableLog
 from data.rows import training_rows
-from data.stream import Draw, Policy, ShuffledSampler
-from data.transforms import EvalTransform, TrainTransform
+from data.stream import Draw, ShuffledSampler
+from data.transforms import TrainTransform
 from tests.data.test_read_ahead import Asked
 from utils import rng
 from utils.config.help import CONF
@@ -168,19 +168,6 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
         take(train_stream(folder, workers=1), 1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reading_leaves_global_random_state_alone(folder, workers):
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    take(train_stream(folder, workers=workers), 2)
-    assert list(evaluation_loader(folder, workers=workers))
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]
-    assert random.getstate() == before[2]
-
-
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
 def test_the_files_of_coming_steps_are_asked_for(folder, monkeypatch):
     asked = Asked()
@@ -217,25 +204,6 @@ def test_weights_of_the_manifest_reach_the_batch_and_weight_0_is_not_decoded(tmp
 
 
 # --- evaluation
-
-
-def evaluation_loader(collection, *, workers=0, batch_size=4, split="val"):
-    reader = make_reader(collection, EvalTransform(augment().preprocessing(3)), training=False)
-    loader = Loader(reader, machine(workers), UnreadableLog(None).add)
-    return EvaluationStream(loader, collection.rows(split), Policy(0, batch_size, batch_size))
-
-
-def test_an_evaluation_reads_the_same_again_with_any_batch_size(folder):
-    def images(loader):
-        return {
-            int(index): (image.numpy().tobytes(), float(drawn))
-            for batch in loader
-            for index, image, drawn, weight in zip(batch["sample_id"], batch["images"], batch["drawn"], batch["weight"])
-            if weight > 0
-        }
-
-    loader = evaluation_loader(folder)
-    assert images(loader) == images(loader) == images(evaluation_loader(folder, batch_size=3))
 
 
 # --- unreadable images

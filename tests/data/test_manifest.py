@@ -239,12 +239,3 @@ def test_nobodys_manifest_is_overwritten(root):
             write_manifest(str(root), validation_fraction=0, verify=False)
         assert find_manifest(root).read_bytes() == before
         find_manifest(root).unlink()
-
-
-def test_a_manifest_is_not_made_of_links_out_of_the_root(root, tmp_path):
-    put(tmp_path / "root_elsewhere", "x.png")
-    put(root, "cat/a.png")
-    (root / "dog").symlink_to(tmp_path / "root_elsewhere")
-    with pytest.raises(UserError, match="'dog/x.png' is a link out"):
-        write_manifest(str(root), validation_fraction=0, verify=False)
-    assert find_manifest(root) is None

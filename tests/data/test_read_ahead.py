@@ -3,7 +3,6 @@
 import itertools
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -86,21 +85,6 @@ def test_files_are_asked_for_some_hundred_before_they_are_read_until_the_stream_
     for thread in threads:
         thread.join(timeout=30)
     assert not threads_of_ours()
-
-
-def test_neighbours_in_a_shard_are_one_request(tmp_path, monkeypatch):
-    asked, read, shard = [], [], tmp_path / "0.tar"
-    shard.touch()
-    monkeypatch.setattr(os, "posix_fadvise", lambda opened, *part: asked.append(part))
-    monkeypatch.setattr(os, "pread", lambda opened, *part: read.append(part))
-    stream = read_ahead(batches(3, 1), Files(shard), lambda first, count, begins: list(range(100, 180)))
-    end = time.monotonic() + 30
-    for batch in stream:  # at its end, what nobody has begun is not asked for
-        assert batch == next(iter(batches(3, 1)))
-        while len(asked) + len(read) < 3 and time.monotonic() < end:
-            time.sleep(0.01)
-    assert asked == [(0, 50_000, os.POSIX_FADV_WILLNEED)]
-    assert read == [(2**20, 2_000_000), (1_590_000 - 2**20, 2_000_000 + 2**20)]
 
 
 def test_any_file_may_be_asked_for(tmp_path):

@@ -15,8 +15,6 @@ from data.tags.index import index_tags, map_tags
 from data.tags.names import Tag, parse_rating, parse_tag
 from data.tags.rules import TagRules, read_rules
 from data.tags.vocabulary import make_vocabulary
-from tests.in_process import run
-from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
@@ -219,15 +217,3 @@ def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, tex
     assert read_vocabulary(root / FILE, "key") == made
     expected = {tag for tag in map(parse_tag, texts) if tag.name and tag.category != 9}
     assert expected <= {Tag(c, n) for c, n in made.columns} | {Tag(None, n) for n in made.names}
-
-
-def test_prepare_writes_a_vocabulary(collection, tmp_path, log):
-    words = ["job=vocabulary", "data=image_folder", f"data.root={collection}", "job.min_count=3"]
-    with pytest.raises(ConfigError, match=r"job\.output: must be given"):
-        run("prepare", words, tmp_path)
-    words.append("job.output=made/tags.csv")
-    assert run("prepare", [*words, "dry_run=true"], tmp_path).startswith("dry run") and not (tmp_path / "made").exists()
-    said = run("prepare", words, tmp_path)
-    made = read_vocabulary(tmp_path / "made/tags.csv", "key")
-    assert said == f"{len(made)} tags in made/tags.csv" and made.names[4].startswith("tag_")
-    assert min(made.counts[4:]) >= 3 and log.messages[-2].startswith(f"{len(made)} of ")

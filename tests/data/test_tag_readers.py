@@ -213,6 +213,7 @@ def test_a_table_of_posts(tmp_path, form, log):
 
 BAD = [
     ({"meta_a.json": '{"a": '}, "meta_a.json' is broken JSON"),
+    ({"1.json": "[" * 100_000}, "1.json' is broken JSON (nested too deeply)"),
     ({"meta_a.json": '{"1": {"tags": 5}}'}, "meta_a.json', '1' are 5"),
     ({"meta_a.json": '{"a": {}}', "meta_b.json": '{"a": {}}'}, "holds both meta_a.json and meta_b.json"),
     ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 1, is broken JSON"),

@@ -21,6 +21,7 @@ from data.transforms import (
     TrainTransform,
     letterbox,
 )
+from tests.support import no_large_allocation
 from utils import rng
 
 PLAIN = {
@@ -58,16 +59,6 @@ def test_each_option_changes_the_image_by_the_draw_alone(option, channels):
     assert all(result.shape == (channels, 32, 48) and result.dtype == torch.uint8 for result in results)
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], image)
     assert torch.equal(results[0], results[2]) == (option == "horizontal_flip")
-
-
-def test_erasing_leaves_the_rest_and_fills_with_noise():
-    image, erased = apply(OPTIONS["random_erasing"])
-    changed = (image != erased).any(dim=0)
-    assert 0.02 < changed.float().mean() < 0.35
-    rows, columns = changed.any(dim=1).nonzero().flatten(), changed.any(dim=0).nonzero().flatten()
-    area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-    assert changed.sum() > 0.9 * area  # a rectangle
-    assert erased[:, changed].float().std() > 50
 
 
 @pytest.mark.parametrize(
@@ -111,19 +102,11 @@ def test_evaluation_of_a_strip_sees_the_same_centre(image_hw, axis):
 
 
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (100_000, 100)])
-def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw, monkeypatch):
-    resize, made = transforms.resize, []
-
-    def noted(image, size, interpolation):
-        made.append((tuple(image.shape[-2:]), tuple(size)))
-        return resize(image, size, interpolation)
-
-    monkeypatch.setattr(transforms, "resize", noted)
-    result = evaluate(torch.full((3, *image_hw), 77, dtype=torch.uint8), (224, 224), 0.875, "bicubic")
+def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw):
+    image = torch.full((3, *image_hw), 77, dtype=torch.uint8)
+    with no_large_allocation():
+        result = evaluate(image, (224, 224), 0.875, "bicubic")
     assert result.shape == (3, 224, 224) and (result == 77).all()
-    (((height, width), resized),) = made
-    assert min(resized) == 256 and max(resized) <= 9 * 256
-    assert min(height, width) == min(image_hw) and max(height, width) <= 9 * min(image_hw)
 
 
 # --- the published augmentation: timm's own functions, and draws that depend on the sample's key alone
@@ -284,16 +267,3 @@ def test_varied_draws_each_filter_by_the_key_and_evaluates_bicubic():
     assert len(found) == 4 and all(35 < len(keys) < 65 for keys in found.values())
     kept = config.preprocessing(3)
     assert kept["interpolation"] == "bicubic" and EvalTransform(kept)(image).numpy().tobytes() in found
-
-
-def test_crops_stay_within_the_stated_share_of_the_area():
-    """A ramp from 0 to 255 shows how wide a crop was."""
-    ramp = torch.arange(200)[None, None].expand(1, 200, 200).to(torch.uint8)
-    changes = {"image_size_hw": [24, 16], "crop_scale": [0.25, 0.25], "crop_ratio": [1.0, 1.0]}
-    transform, starts = TrainTransform(AugmentConfig(**PLAIN | changes)), []
-    for key in range(50):
-        with rng.seeded(key):
-            row = transform(ramp, Draw(0, 0, key))[0, 0].float()
-        assert abs(float(row[-1] - row[0]) - 100 * 15 / 16) < 3  # half of the side, between pixel centres
-        starts.append(float(row[0]))
-    assert min(starts) < 20 and max(starts) > 80

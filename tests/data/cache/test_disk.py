@@ -79,21 +79,6 @@ def test_a_hit_equals_a_miss(channels, photos, tmp_path):
     assert_equal(read_all(source), missed)
 
 
-def test_what_pixels_depend_on_is_in_the_key(photos, tmp_path):
-    read_all(cached(photos, tmp_path / "cache"))
-    others = [
-        cached(photos, tmp_path / "cache", Decoder(3, 10**6, shortest_px=20)),
-        cached(photos, tmp_path / "cache", Decoder(1, 10**6)),
-        cached(photos, tmp_path / "cache", Decoder(3, 10**5)),
-        cached(photos, tmp_path / "cache", Decoder(3, 10**6, "black")),
-    ]
-    for other in others:
-        missed = read_all(other)
-        assert counted(other) == (0, COUNT)
-        assert_equal(read_all(other), missed)
-    assert min(others[0].read(0)[IMAGE].shape[1:]) == 20
-
-
 def test_an_edited_file_is_read_again(photos, tmp_path):
     source = cached(photos, tmp_path / "cache")
     before = read_all(source)

@@ -1,9 +1,6 @@
 """The keyed store: round trips, damage, a limit, a full disk, and writers that are killed."""
 
-import itertools
-import multiprocessing
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -60,35 +57,3 @@ def test_the_oldest_records_make_room(tmp_path):
     assert kept.add(KEYS[0], bytes(4 << 20)) == 0 and not kept.has(KEYS[0])
     (tmp_path / "used").write_text("damaged")
     assert LimitedStore(tmp_path, 4 << 20).used_bytes() == sum(file.stat().st_size for file in kept.files())
-
-
-def write_for_ever(folder, first, written):
-    kept = LimitedStore(folder, 1 << 30)
-    for number in itertools.count(first):
-        key = record_key(number)
-        kept.add(key, content_of(key))
-        written.send(key)
-
-
-def test_a_killed_writer_loses_nothing_that_was_written(tmp_path):
-    """Each is killed at another moment."""
-    fork, keys = multiprocessing.get_context("fork"), []
-    for number in range(5):
-        told, teller = fork.Pipe(duplex=False)
-        writer = fork.Process(target=write_for_ever, args=(tmp_path, number << 12, teller))
-        writer.start()
-        teller.close()
-        keys.append(told.recv())
-        time.sleep(0.003 * number)
-        writer.kill()
-        writer.join()
-        while told.poll():
-            try:
-                keys.append(told.recv())
-            except EOFError:
-                break
-    kept = LimitedStore(tmp_path, 1 << 30)
-    assert len(keys) >= 5 and all(kept.get(key).tobytes() == content_of(key) for key in keys)
-    assert all(kept.get(file.name).tobytes() == content_of(file.name) for file in kept.files())
-    kept.add(KEYS[0], b"still written")
-    assert kept.has(KEYS[0])
