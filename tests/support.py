@@ -307,11 +307,6 @@ def samples_by_step(run_dir):
     return {step: sorted(pairs) for step, pairs in steps.items()}
 
 
-def slow_but(quick, values):
-    """Return the values of a parametrised test, all but `quick` marked slow (`make test-slow`)."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
 def thresholds_of(vocabulary, categories, tags):
     """Return a table of thresholds: of categories, 0.35 over all tags, and of tags' own, by (category, name)."""
     least = {**categories, OVERALL: 0.35}

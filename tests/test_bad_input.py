@@ -3,8 +3,6 @@
 The scripts' bodies run in the test's own process. What the command line refuses: tests/utils/config/test_messages.py.
 """
 
-import json
-import math
 import re
 import shutil
 
@@ -13,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests.in_process import SHORT, TINY, make_images, run
-from tests.support import make_collection
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 
@@ -65,22 +62,6 @@ def test_classes_that_do_not_fit(gone, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- unreadable images
-
-
-def test_unreadable_images_are_listed_and_training_goes_on(tmp_path):
-    root = make_collection(tmp_path / "images", per_class=3, classes="AB", validation=2)
-    whole = (root / "train/A/000.png").read_bytes()
-    wrong_checksum = whole[:18] + bytes([whole[18] ^ 1]) + whole[19:]
-    broken = {"train/A/000.png": b"", "train/B/001.png": whole[: len(whole) // 2], "train/B/002.png": wrong_checksum,
-              "val/A/000.png": b"<html>"}  # fmt: skip
-    for path, content in broken.items():
-        (root / path).write_bytes(content)
-    run("finetune", [*TINY, "data.root=images", "run_dir=run"], tmp_path)
-    listed = [json.loads(line) for line in (tmp_path / "run/unreadable.jsonl").read_text().splitlines()]
-    assert sorted(row["path"] for row in listed) == sorted(broken) and all(row["reason"] for row in listed)
-    assert f"WARNING unreadable images: {len(broken)}" in (tmp_path / "run/log.txt").read_text()
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(value) for row in metrics for name, value in row.items() if name.endswith("loss"))
 
 
 # --------------------------------------------------------------------------------------------- sizes, models, machines

@@ -10,27 +10,9 @@ from PIL import Image
 
 from data.transforms import EvalTransform
 from engine.exports.weights import open_weights
-from models.outputs import OUTPUTS, Columns, RowOptions
 from tests.in_process import TINY, make_images, run
 from tests.support import rows
 from utils.io.weights import read_weights
-
-
-def row_of(output, values, **config):
-    options = RowOptions(**{"top": 1, "thresholds": np.float32(0.5), **config})
-    columns = Columns(["a", "b", "c"], np.array([0, 0, 7]))
-    return OUTPUTS[output].make_row(np.array(values, dtype=np.float32), columns, options)
-
-
-def test_classes_are_the_most_probable_ones_in_order():
-    first, second = {"class": "b", "prob": 0.7}, {"class": "a", "prob": 0.2}
-    assert row_of("classes", [0.2, 0.7, 0.1], top=2) == {**first, "top": [first, second]}
-    assert row_of("classes", [0.2, 0.7, 0.1], top=1) == {**first, "top": [first]}
-    assert [found["class"] for found in row_of("classes", [0.2, 0.7, 0.1], top=9)["top"]] == ["b", "a", "c"]
-
-
-def test_features_are_written_as_they_are():
-    assert row_of("features", [0.25, -1.5]) == {"features": [0.25, -1.5]}
 
 
 @pytest.fixture(scope="module")

@@ -94,11 +94,6 @@ def test_the_text_of_tags():
     assert text_of(["^_^", "o_o", "a_b", "t_t"], spaces=True) == "^_^, o_o, a b, t t"  # kaomoji keep theirs
 
 
-def test_merged_tags_are_there_once_in_any_spelling():
-    old = ["A cat", "hat \\(x\\)", "character:miku"]
-    assert join_tags([*old, "hat_(x)", "miku", "a_cat", "new"], ", ") == "A cat, hat \\(x\\), character:miku, new"
-
-
 def test_excluded_tags_are_found_in_any_spelling(log):
     wanted = ["Long hair", r"hat \(x\)", "character:rin", "artist:solo", "character:1girl", "nothing"]
     found = find_excluded(NAMES, CATEGORIES, wanted)

@@ -28,13 +28,6 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
 
 
-def test_the_torchrun_command_is_the_one_that_is_tested():
-    """It runs in tests/distributed/slow_launch.py."""
-    line = next(line for line in COMMANDS if line.startswith("torchrun"))
-    source = (ROOT / "tests/distributed/slow_launch.py").read_text()
-    assert all(f'"{word}"' in source or word in ("torchrun", "finetune.py") for word in shlex.split(line))
-
-
 @pytest.mark.parametrize("target", sorted(MAKE))
 def test_every_make_target_is_there(target):
     """make accepts a phony target without a rule, too: it has nothing to do then."""

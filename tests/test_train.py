@@ -5,14 +5,11 @@ import json
 import math
 
 import pytest
-import timm
-import torch
 from PIL import Image
 
-from tests.in_process import configure, run, run_command
+from tests.in_process import configure, run
 from utils.config.messages import ConfigError
 from utils.io.files import read_json
-from utils.io.weights import read_weights
 
 # ------------------------------------------------------------------------------------------------------- the defaults
 
@@ -107,16 +104,6 @@ def test_the_training_log_has_a_row_for_each_epoch(place):
     rates, momenta = ([float(line[name]) for line in lines] for name in ("lr", "momentum"))
     assert rates.index(max(rates)) == momenta.index(min(momenta)) == 11 and rates[-1] < rates[0]
     assert rates[11] == pytest.approx(read_json(place / "run/lr_finder.json")["taken"])  # the peak, at step 36
-
-
-def test_a_pth_has_the_networks_own_names(place, monkeypatch):
-    """The command that docs/training.md names, and timm's network loads what it writes."""
-    assert run_command("export", ["format=pth", "run_dir=run", "weights=last"], place, monkeypatch) == 0
-    content = torch.load(place / "run/export/pth/model.pth", weights_only=True)["model"]
-    timm.create_model("test_resnet", num_classes=6).load_state_dict(content)
-    tensors, metadata = read_weights(place / "run/weights/last_weights.safetensors", "weights")
-    assert metadata["class_names"] == COLOURS
-    assert content.keys() == tensors.keys() and all(torch.equal(content[name], tensors[name]) for name in tensors)
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

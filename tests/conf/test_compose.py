@@ -6,14 +6,8 @@ import re
 from importlib.util import find_spec
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 
-from engine.start import build_task
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
-from tests.conf.test_recipes import FOLDERS
-from tests.in_process import SCRIPTS, TRAINING, compose, configure, make_glyph_folder, run
+from tests.in_process import SCRIPTS, compose, configure, make_glyph_folder, run
 from utils.config.help import CONF
 from utils.config.messages import ConfigError
 from utils.errors import UserError
@@ -104,15 +98,6 @@ def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
         assert refused.value.problems == [f"{key}: must be given; add {key}=VALUE" for key in keys]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_primary_file_leaves_folders_to_us(script):
-    """Hydra makes no folder, changes no directory and configures no logging."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        hydra = hydra_compose(script, return_hydra_config=True, overrides=["hydra.job.num=0"]).hydra
-    assert (hydra.run.dir, hydra.output_subdir) == (".", None)
-    assert hydra.runtime.choices["hydra/job_logging"] == hydra.runtime.choices["hydra/hydra_logging"] == "disabled"
-
-
 @pytest.mark.parametrize(("script", "group", "name"), OPTIONS)
 def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
     overrides = [f"{group}={name}"]
@@ -143,24 +128,6 @@ def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs
     if "tagger" in name:
         overrides += SMALL["distillation" if name == "tagger/distil" else "tagging"]
     assert run(script_of(name), overrides, tmp_path).startswith("dry run: ")
-
-
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.partition("/")[0] not in FOLDERS])
-def test_an_experiment_opens_with_its_evidence(name):
-    """Of what test_recipes.py does not read."""
-    header = read_header(name)
-    assert header.startswith("# @package _global_\n")
-    for word in ("Source:", "Command:", "Hardware:", "xpected", "easured"):
-        assert word in header, f"experiment/{name} does not state its {word}"
-
-
-@pytest.mark.parametrize("script", TRAINING)
-def test_a_dry_run_builds_on_the_meta_device(script):
-    config, _ = configure(script, ["dry_run=true", "model=convnextv2_huge"])
-    facts = {"class_names": ["a", "b"]} if script != "pretrain_fcmae" else {}
-    setup = Setup(config.model, config.task, config.augment.preprocessing(3), facts)
-    task = build_task(lambda: KINDS[config.task.name].build(setup), config)
-    assert len(list(task.parameters())) > 100 and all(parameter.is_meta for parameter in task.parameters())
 
 
 def test_the_command_line_beats_the_experiment_the_experiment_the_file_and_the_file_its_group():

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from engine.exports.weights import load_predictor
-from models.config import TimmConfig
 from models.export.onnx_file import open_session
-from tests.models.test_export import assert_alike, write_both
 from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
 from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
 from tests.support import export
@@ -37,11 +35,6 @@ def test_a_network_of_one_size_is_refused_for_any(tmp_path):
 def test_a_published_size_exports(size, tmp_path):
     model, metadata = make(geometry(size))
     assert export_file(tmp_path, model, metadata)[0] < 1e-2
-
-
-def test_a_network_of_timm_on_grey_images_predicts_alike_as_both_files(tmp_path):
-    model = TimmConfig(family="timm", name="resnet10t", in_channels=1, drop_path_rate=None)
-    assert_alike(tmp_path, write_both(tmp_path, model))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])

@@ -80,13 +80,6 @@ def test_weight_file_and_onnx_file_predict_alike(exported):
     assert_alike(*exported)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the GPU is used")
-def test_an_onnx_file_that_cannot_run_on_the_gpu_asked_for_says_so(exported, log):
-    predictor = load_predictor(exported[0] / "model.onnx", torch.device("cuda", 0))
-    assert f"{exported[0]}/model.onnx runs on the CPU" in log.text
-    assert predictor.predict(torch.zeros(1, 3, 24, 32, dtype=torch.uint8)).shape == (1, 3)
-
-
 def test_the_onnx_file_says_what_it_takes_and_gives(exported):
     """ONNX Runtime 1.15 (May 2023) reads opset 18 and IR 9. Nothing in the file names files of this machine."""
     proto = onnx.load(exported[0] / "model.onnx")

@@ -117,18 +117,6 @@ def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_st
         assert all(torch.equal(before, after) for before, after in zip(outcomes[0], outcome))
 
 
-def test_forward_and_loss_are_one_graph():
-    torch.manual_seed(0)
-    fcmae = build()
-    images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
-
-    def loss(images, mask):
-        return fcmae.loss_per_sample(images, fcmae(images, mask), mask)
-
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(images, mask), loss(images, mask))
-
-
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_the_perfect_prediction_paints_the_image(norm_pix_loss):
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.export.parity import vary_weights
 from models.fcmae import FCMAE
 from models.weights.initialise import initialise_from
-from models.weights.layouts import Layout, recognise, translate
+from models.weights.layouts import Layout, recognise
 from tests.models.test_fcmae import SETTINGS
 from utils.errors import UserError
 from utils.io.weights import InitFrom, write_weights
@@ -140,18 +140,6 @@ def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tm
             assert torch.allclose(network.forward_features(images()).mean(dim=(2, 3)), wanted, atol=1e-5)
         return
     assert torch.allclose(logits(network), wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("target", get_args(Layout))
-def test_names_translate_there_and_back(target):
-    state = ours().state_dict()
-    there = translate(state, "official", target)
-    back = translate(there, target, "official")
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    assert recognise(there)[0] == target
-    if target == "transformers":
-        expected = transformers_network().state_dict()
-        assert {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in expected.items()}
 
 
 @pytest.mark.parametrize("make", [lambda: ours(0), timm_network])

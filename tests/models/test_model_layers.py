@@ -90,19 +90,3 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
     assert (y == y[:, :1, :1]).all()
     assert abs(y.mean().item() - 1) < 0.02  # five standard deviations are 0.023
-
-
-def test_grn_gradients_in_fp16_do_not_overflow_before_they_are_summed():
-    """A loss scale makes gradients large: their products with the input exceed the range of fp16."""
-    torch.manual_seed(0)
-    layer = GRN(4)
-    nn.init.normal_(layer.gamma)
-    x, grad = 300 * torch.rand(2, 3, 3, 4), 300 * torch.rand(2, 3, 3, 4)
-    found = []
-    for dtype in (torch.float16, torch.float64):
-        given = x.half().to(dtype).requires_grad_()
-        layer.to(torch.float32 if dtype == torch.float16 else dtype).zero_grad()
-        layer(given).backward(grad.half().to(dtype))
-        found.append([tensor.double() for tensor in (given.grad, layer.gamma.grad, layer.beta.grad)])
-    for half, wide in zip(*found):
-        torch.testing.assert_close(half, wide, rtol=5e-3, atol=1.0)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from models.sparse import encode_visible
 from tests.models.test_fcmae import build, draw_masks, randomise
 
 VARIANTS = {
@@ -51,29 +50,3 @@ def test_sparse_equals_masked_dense_forward_and_gradients(variant):
         scale = gradient.abs().max().item()
         assert scale > 0, name
         torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=3e-7 * scale, msg=name)
-
-
-def test_a_step_by_step_reference_of_one_sample():
-    """Visible sites alone, by lists of coordinates: nothing of models/sparse.py or of the masked form is used."""
-    sparse, _, images, mask = both("plain")
-    encoder, image = sparse.encoder, images[0]
-    kept = [divmod(number, 6) for number in (~mask[0]).nonzero().flatten().tolist()]
-    visible = torch.zeros(4, 6, dtype=torch.bool)
-    for row, column in kept:
-        visible[row, column] = True
-    x = image[None]
-    for index, (downsample, stage) in enumerate(zip(encoder.downsample_layers, encoder.stages)):
-        side = 4 >> index
-        sites = visible.repeat_interleave(side, 0).repeat_interleave(side, 1)
-        x = torch.where(sites, downsample(x), 0.0)
-        for block in stage:
-            rows = block.norm(block.dwconv(x)[0].permute(1, 2, 0)[sites])
-            hidden = torch.nn.functional.gelu(block.pwconv1(rows))
-            share = hidden.norm(dim=0) / (hidden.norm(dim=0).mean() + 1e-6)
-            hidden = block.grn.gamma.flatten() * hidden * share + block.grn.beta.flatten() + hidden
-            out = x.clone()
-            out[0].permute(1, 2, 0)[sites] += block.pwconv2(hidden)
-            x = out
-    expected = x[0].permute(1, 2, 0)[visible]
-    found = encode_visible(encoder, images[:1], sparse.split(mask[:1])[0], 8)
-    torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-10, atol=1e-10)

@@ -95,16 +95,6 @@ def test_a_wd14_file_takes_and_gives_what_the_programs_expect(wd14):
     assert [float(row["best_threshold"]) for row in rows] == found["thresholds"]
 
 
-def test_predict_reads_a_wd14_file(wd14):
-    predictor = load_predictor(wd14 / "model.onnx", torch.device("cpu"))
-    assert predictor.names == ORDERED
-    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    with torch.no_grad():
-        wanted = open_tagger(geometry())[0](images)[1].numpy()
-    wanted = np.where(np.array(ROWS) < 0, 0, wanted[:, ROWS])
-    np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
-
-
 def test_the_program_in_the_readme_prints_rating_and_tags(wd14, tmp_path):
     shutil.copytree(wd14, tmp_path, dirs_exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "image.png")

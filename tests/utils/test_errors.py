@@ -1,7 +1,5 @@
 """A loader worker that was killed is named with what to do, in whatever form its end shows."""
 
-import signal
-
 import pytest
 
 from utils.errors import lost_worker
@@ -20,17 +18,3 @@ def test_a_dead_worker_becomes_advice_also_where_another_error_follows(said, nam
     following = AttributeError("what was being read")
     following.__context__ = RuntimeError(said)
     assert lost_worker(following) == message
-
-
-def test_a_broken_connection_waits_for_the_report_of_the_worker_that_ended(monkeypatch):
-    def report(number, frame):
-        raise RuntimeError(next(iter(DEAD)))
-
-    broken, before = ConnectionResetError(), signal.signal(signal.SIGALRM, report)
-    signal.setitimer(signal.ITIMER_REAL, 0.02)  # as SIGCHLD comes, which torch handles
-    try:
-        assert lost_worker(broken) is not None
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    monkeypatch.setattr("utils.errors._END_REPORTED_SEC", 0.0)
-    assert lost_worker(broken) is not None and lost_worker(ConnectionResetError()) is None

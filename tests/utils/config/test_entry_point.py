@@ -9,7 +9,7 @@ import pytest
 
 from tests.in_process import TINY, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
-from tests.support import ROOT, command, start
+from tests.support import ROOT, command
 from utils.config.entry_point import entry_point, quote_paths
 from utils.errors import UserError
 from utils.record.run_folder import default_run_dir
@@ -68,23 +68,7 @@ def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp
     assert quote_paths(["a=été/a b,x=y", "a=a,b", "-m"], {"a"}) == ["a='été/a b','x=y'", "a='a,b'", "-m"]
 
 
-def test_an_interpolation_is_resolved(start_command):
-    seen = []
-    assert (
-        start_command(lambda config, job: seen.append((config, job)), "weights=w", "input=i", "output=${input}.csv")
-        == 0
-    )
-    assert seen[0][0].output == "i.csv" and seen[0][1].overrides[-1] == "output='${input}.csv'"
-
-
 # ------------------------------------------------------------------------------------------------------------- statuses
-
-
-def test_the_job_knows_its_script_and_choices(start_command):
-    seen = []
-    assert start_command(lambda config, job: seen.append(job), *PATHS) == 0
-    assert (seen[0].script, seen[0].choices) == ("predict", {})
-    assert seen[0].overrides == ["weights='w'", "input='i'", "output='o'"]
 
 
 def test_a_mistake_of_the_user_is_status_2_without_traceback(start_command, capsys):
@@ -155,15 +139,6 @@ def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capfd):
 
 
 # --------------------------------------------------------------------------------------------------------- real scripts
-
-
-def test_a_wrong_key_ends_a_real_process_with_status_2(tmp_path):
-    done = start("finetune.py", ["optim.lrr=1"], tmp_path)
-    assert done.wait() == [2]
-    assert done.output == (
-        "finetune.py: 1 configuration error\n  optim.lrr: unknown key; close: optim.lr, optim.base_lr, optim\n"
-    )
-    assert [path.suffix for path in tmp_path.iterdir()] == [".txt"]  # the output
 
 
 def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from submit.slurm import split_words
 from tests.in_process import SCRIPTS, configure
 from tests.support import ROOT, command
-from utils.config.help import CONF, describe
+from utils.config.help import describe
 
 FILES = {script: ROOT / ("submit/slurm.py" if script == "slurm" else f"{script}.py") for script in SCRIPTS}
 TEXTS = {script: ast.get_docstring(ast.parse(file.read_text()), clean=False) for script, file in FILES.items()}
@@ -60,12 +60,3 @@ def test_the_commands_of_a_docstring_have_a_valid_configuration(script):
         if "--multirun" in words:
             words = [word.partition(",")[0] for word in words if word != "--multirun"]
         configure(script, words)
-
-
-def test_a_key_that_a_group_s_first_file_explains_is_explained_there():
-    """Not in each size of a network, nor in a recipe."""
-    for group in ("optim", "schedule", "loop", "runtime", "tracking", "data"):
-        lines = [line for file in (CONF / group).glob("*.yaml") for line in file.read_text().splitlines()]
-        keys = {match.group(1) for line in lines if (match := re.match(r" *(\w+): ", line))}
-        explained = {match.group(1) for line in lines if (match := re.match(r" *(\w+): .*# ", line))}
-        assert keys <= explained, group

@@ -8,9 +8,8 @@ import pickle
 import pytest
 from omegaconf import OmegaConf
 
-from tests.in_process import SCRIPTS, compose, load_command, run_command
+from tests.in_process import compose, load_command, run_command
 from utils.config.entry_point import CONF, validate
-from utils.config.help import list_options
 from utils.config.messages import ConfigError
 from utils.config.schema import path_keys
 from utils.errors import UserError, close_names
@@ -48,13 +47,10 @@ def problems_with(values, changes):
 
 # dotted key, wrong value, the rest of the line: what must hold, and what was found.
 MESSAGES = [
-    ("loop.global_batch_size", True, "must be a valid integer, found True"),
     ("optim.lr", float("nan"), "must be a finite number, found nan"),
-    ("optim.layer_decay", 1.5, "must be less than or equal to 1, found 1.5"),
     ("augment.interpolation", "cubic", "must be 'bilinear', 'bicubic', 'lanczos', 'area' or 'varied', found 'cubic'"),
     ("loop", [1], "must be a group of keys, found [1]"),
     ("loop.batch_size", ABSENT, "missing; add loop.batch_size=VALUE or the file of its group"),
-    ("optim.name", ABSENT, "missing; add optim.name=VALUE or the file of its group"),
     ("data.root", "???", "must be given; add data.root=VALUE"),
     ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adan, adamw8bit"),
     ("optm", {"lr": 1.0}, "unknown key; close: optim, optim.lr, optim.opt"),
@@ -73,10 +69,8 @@ VALIDATORS = [
     ([], {"augment.crop_scale": [1.0, 0.5]}, "augment.crop_scale"),
     ([], {"augment.std": [0.5]}, "augment.std"),
     ([], {"model.dims": [8, 16]}, "model.dims"),
-    ([], {"model.stem_stride": 3}, "model.stem_stride"),
     ([], {"init_weights": "ema"}, "init_weights"),
     (["optim=sgd"], {"optim.momentum": 0.0}, "optim.nesterov"),
-    (["optim=sgd"], {"optim.betas": [0.9, 0.9]}, "optim.betas"),
     (["schedule=onecycle"], {"schedule.three_phase": True, "schedule.peak_fraction": 0.6}, "schedule.peak_fraction"),
 ]  # fmt: skip
 
@@ -98,15 +92,6 @@ def test_a_group_of_another_kind_is_one_error(composed):
     assert problem.startswith("task.name: ") and "'fcmae'" in problem and "classification" in problem
 
 
-def test_an_integer_does_for_a_number_and_a_configuration_is_frozen(composed):
-    values = composed()
-    values["optim"]["lr"] = 1
-    config = validate(values, load_command("finetune").schema)
-    assert config.optim.lr == 1.0
-    with pytest.raises(ValueError, match="frozen"):
-        config.optim.lr = 1.0
-
-
 def test_the_error_survives_pickling():
     """It travels from rank 0 to the others."""
     error = pickle.loads(pickle.dumps(ConfigError(["a: wrong", "b: wrong"])))
@@ -118,11 +103,6 @@ def test_close_names():
     assert close_names("bogus", ["sgd", "adamw"]) == "known: adamw, sgd"
     many = close_names("bogus", [f"layer{number:03}" for number in range(300)])
     assert many.startswith("known: layer000, layer001, ") and many.endswith(", layer019, ... (300 in all)")
-
-
-def test_the_options_of_a_group_are_its_files_and_those_below():
-    assert {"adamw", "adan", "sgd", "timm"} <= set(list_options("optim"))
-    assert "glyphs/demo_finetune" in list_options("experiment") and list_options("nothing") == []
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
@@ -145,12 +125,9 @@ def test_a_schema_says_which_keys_are_paths(script, keys):
 # arguments, the key that the message names, what it says besides
 FROM_HYDRA = [
     (["optim.lrr=1"], "optim.lrr: ", "close: optim.lr"),
-    (["+optim.lrr=1"], "optim.lrr: ", "close: optim.lr"),
     (["loop.lr=1"], "loop.lr: ", "optim.lr"),
-    (["optm.lr=1"], "optm: ", "close: optim"),
     (["model=convnextv2_tny"], "model: unknown 'convnextv2_tny'", "close: convnextv2_tiny"),
     (["model=resnet50"], "model: unknown 'resnet50'", "model=timm model.name=resnet50"),
-    (["experiment=glyphs/demo_fintune"], "experiment: unknown 'glyphs/demo_fintune'", "close: glyphs/demo_finetune"),
     (["tracking=null"], "tracking: ", "jsonl, tensorboard, wandb"),
     (["+optim=adan"], "Multiple values for optim", "adan"),
     (["optim.betas=[0.9"], "optim.betas: '[0.9'", "quotes"),
@@ -158,7 +135,6 @@ FROM_HYDRA = [
     (["seed=${nothing}"], "seed: ", "'nothing' not found"),
     (["data.root=\udcff"], "'data.root': must be UTF-8", "udcff"),
     (["--config-name=nothing"], "nothing: ", str(CONF)),
-    (["--resolve"], "The --resolve flag", "--cfg"),
     (["sweep.at_once=0", "--multirun"], "sweep.at_once: ", "found 0"),
 ]
 
@@ -170,10 +146,3 @@ def test_what_hydra_refuses_names_the_key(arguments, begins, said, tmp_path, mon
     title, problem = printed.err.splitlines()
     assert title == "finetune.py: 1 configuration error" and problem.startswith(f"  {begins}") and said in problem
     assert printed.out == "" and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_shows_errors_alike(script, tmp_path, monkeypatch, capsys):
-    assert run_command(script, ["+bogus=1"], tmp_path, monkeypatch) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"{script}.py: ") and "\n  bogus: unknown key; " in err

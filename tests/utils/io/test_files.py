@@ -1,6 +1,5 @@
 """Files that are whole or absent: a failed write leaves the old file and nothing else; one spelling of JSON."""
 
-import hashlib
 import json
 import os
 
@@ -10,19 +9,10 @@ from utils.io.files import (
     canonical_json,
     link_or_copy,
     read_json,
-    sha256_file,
-    sha256_text,
     write_atomically,
     write_json,
     write_text,
 )
-
-
-def test_writing_makes_folders_and_replaces(tmp_path):
-    path = tmp_path / "a/b/c.txt"
-    write_text(path, "first é\n")
-    write_text(path, "second")
-    assert path.read_bytes() == b"second" and os.listdir(path.parent) == ["c.txt"]
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError])
@@ -51,11 +41,6 @@ def test_json_is_readable_has_one_canonical_spelling_and_no_nan(tmp_path):
     assert read_json(path) == value and os.listdir(tmp_path) == ["x.json"]
     spelled = '{"a":[1.5,"\\u00e9"],"b":1}'
     assert canonical_json({"b": 1, "a": [1.5, "é"]}) == spelled == canonical_json(json.loads(spelled))
-
-
-def test_hashes_are_those_of_the_bytes(tmp_path):
-    (tmp_path / "x").write_bytes("é".encode())
-    assert sha256_file(tmp_path / "x") == sha256_text("é") == hashlib.sha256("é".encode()).hexdigest()
 
 
 @pytest.mark.parametrize("has_links", [True, False])

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from utils.io.files import sha256_file
-from utils.io.memo import files_key, hash_once, in_threads, measure_once
+from utils.io.memo import hash_once, in_threads, measure_once
 
 
 @pytest.fixture
@@ -70,10 +70,3 @@ def test_a_store_that_cannot_be_written_is_a_warning(files, tmp_path, caplog):
     store = files[0] / "values.jsonl"
     assert hash_once(files[1], store) == sha256_file(files[1]) == hash_once(files[1], store)
     assert "cannot be written" in caplog.text
-
-
-def test_a_key_changes_with_a_file_and_the_values(files):
-    key = files_key(files, 1)
-    assert files_key(files, 1) == key != files_key(files, 2)
-    files[2].write_text("more")
-    assert files_key(files, 1) != key

@@ -2,16 +2,13 @@
 folder's files.
 """
 
-import io
 import json
-import logging
 
 import pytest
 
-from tests.in_process import TINY, make_images, run_command
+from tests.in_process import TINY, make_images
 from tests.in_process import run as run_script
-from utils.io.safe_text import HIDDEN, Lines, escape_controls, hide_secrets, hide_secrets_in
-from utils.record import logging as house
+from utils.io.safe_text import HIDDEN, escape_controls, hide_secrets, hide_secrets_in
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -21,7 +18,6 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
     [
         ("a\nERROR forged\rb\tc\0d", r"a\nERROR forged\rb\tc\x00d"),
         ("\x1b[2J\x1b]0;title\x07\x9b31m", r"\x1b[2J\x1b]0;title\x07\x9b31m"),
-        ("gpj.\u202egnp.exe\u2066\u2069\u200f", r"gpj.\u202egnp.exe\u2066\u2069\u200f"),
         ("a\u2028b\u2029c\x85\ufeff\u200b\udc80", r"a\u2028b\u2029c\x85\ufeff\u200b\udc80"),
         ("日本 é ß 猫 👩‍🚀 العربية a\u00a0b C:\\new", "日本 é ß 猫 👩‍🚀 العربية a\u00a0b C:\\new"),
     ],
@@ -35,7 +31,6 @@ def test_control_characters_are_escaped_and_scripts_are_not(text, shown):
     ("text", "shown"),
     [
         ("https://me:pass1@host/x?y=1", f"https://{HIDDEN}@host/x?y=1"),
-        ("s3://:only-password@host", f"s3://{HIDDEN}@host"),
         ("https://host:80/a@b", "https://host:80/a@b"),
         (f"key {KEY}.", f"key {HIDDEN}."),
         (KEY + KEY[:24], KEY + KEY[:24]),  # a SHA-256
@@ -62,26 +57,6 @@ def test_values_of_variables_named_like_secrets_are_hidden(monkeypatch, tmp_path
     }  # fmt: skip
 
 
-def test_the_log_shows_no_forged_line_and_no_secret(capsys, monkeypatch):
-    monkeypatch.setenv("SOME_TOKEN", "do-not-tell")
-    logger, file = logging.getLogger(house.ROOT), io.StringIO()
-    before = list(logger.handlers), logger.propagate, logger.level
-    logger.handlers = []
-    house.setup_logging(0)
-    with house.log_copied_to(file):
-        file.close = lambda: None
-        log = house.get_logger("test")
-        for make in (str, OSError):
-            log.warning("unreadable image %s: %d bytes", make("a\nERROR forged\x1b[2K"), 3)
-        log.warning("groups:\n%s", Lines("a  1\nb  2\x1b[1m"))  # a table of our own keeps its lines
-        log.warning("cannot reach %s with do-not-tell", "https://me:word@host")
-    logger.handlers, logger.propagate, logger.level = before
-    shown = r"unreadable image a\nERROR forged\x1b[2K: 3 bytes"
-    lines = [shown, shown, "groups:", "a  1", r"b  2\x1b[1m", f"cannot reach https://{HIDDEN}@host with {HIDDEN}"]
-    assert capsys.readouterr().err.splitlines() == lines
-    assert [line.partition(" WARNING ")[2] or line for line in file.getvalue().splitlines()] == lines
-
-
 def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     """A hostile name is one line of the log; a key in the environment, and one on the command line, is in no file."""
     monkeypatch.setenv("SOME_API_KEY", "sesame-open-up")
@@ -99,11 +74,3 @@ def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     assert json.loads((run_dir / "config.json").read_text())["run_dir"] == HIDDEN
     assert f"run_dir='{HIDDEN}'" in (run_dir / "overrides.txt").read_text()
     run_script("finetune", [*overrides[:-1], "loop.total_steps=5"], tmp_path)  # and it goes on
-
-
-def test_a_command_hides_the_key_in_what_it_refuses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SOME_API_KEY", "sesame-open-up")
-    words = ["data.root=https://me:word@host/x", "run_dir=x", "tracking=sesame-open-up\x1b[1A"]
-    assert run_command("finetune", words, tmp_path, monkeypatch) == 2
-    said = capsys.readouterr().err
-    assert "tracking" in said and "sesame" not in said and "\x1b" not in said

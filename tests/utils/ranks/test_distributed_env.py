@@ -27,14 +27,6 @@ WORLDS = {
     ),
     "torchrun inside a SLURM step": ({**STEP, **TORCHRUN}, World(3, 4, 1, "torchrun", "node1", 1234)),
     "a SLURM step": (STEP, World(5, 8, 1, "slurm", "gpu03", 11007)),
-    "a SLURM step with an address": (
-        {**STEP, "MASTER_ADDR": "node9", "MASTER_PORT": "77"},
-        World(5, 8, 1, "slurm", "node9", 77),
-    ),
-    "a SLURM step without its own node list": (
-        {name: value for name, value in STEP.items() if name != "SLURM_STEP_NODELIST"},
-        World(5, 8, 1, "slurm", "gpu01", 11007),
-    ),
     "a SLURM step of one task": ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, World()),
     # sbatch's own shell has the job's variables, and even a rank, but is no step: `python` in it is one process.
     "a SLURM batch shell": (
@@ -80,21 +72,6 @@ def test_the_rank_before_there_is_a_group_is_that_of_the_world(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert environment_rank() == world.rank
-
-
-def test_a_world_of_one_needs_no_group(monkeypatch):
-    for name in set(TORCHRUN) | set(STEP):
-        monkeypatch.delenv(name, raising=False)
-    assert distributed.init_process_group("cpu", 10.0) == World()
-    assert not distributed.is_distributed() and distributed.is_main()
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    tensor = torch.tensor([1.0, 2.0])
-    assert distributed.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
-    assert distributed.broadcast_object({"a": 1}) == {"a": 1} and distributed.gather_objects("x") == ["x"]
-    assert distributed.rank_zero_call(lambda: 7) == 7
-    distributed.barrier()
-    distributed.check_same("x", 1)
-    assert distributed.shutdown() is False
 
 
 def test_ranks_that_differ_are_refused(monkeypatch):

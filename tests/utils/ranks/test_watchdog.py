@@ -50,14 +50,6 @@ def test_one_rank_that_makes_no_progress_is_named_with_its_place():
     assert watchdog.name_lost_ranks() is None
 
 
-def test_it_ends_with_the_run():
-    watchdog = Recorded(0.5)
-    watchdog.start()
-    thread = watchdog._thread
-    watchdog.stop()
-    assert not thread.is_alive() and watchdog.verdict is None
-
-
 def test_a_process_that_was_stopped_meanwhile_does_not_hang(monkeypatch):
     """Ctrl-Z, a scheduler that suspends: the clock goes on and the process does not."""
     now, jump = time.monotonic, [0.0]

@@ -50,13 +50,6 @@ def test_a_resumed_run_drops_the_rows_beyond_its_checkpoint(folder):
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_file_without_rows_to_drop_is_not_written_again(folder, monkeypatch):
-    """A full disk may have no room for a copy."""
-    monkeypatch.setattr("utils.record.metrics_log.write_text", lambda *_: pytest.fail("it was written"))
-    assert [row["step"] for row in keep_rows(folder / "metrics.jsonl", 3)] == [1, 2, 3]
-    assert keep_rows(folder / "none.jsonl", 5) == []
-
-
 @pytest.mark.parametrize("torn", ['{"step": 3, "ki', '{"step": 3, "kind": "train", "loss": 1.0}', "\0"])
 def test_a_torn_last_line_is_dropped(folder, torn):
     """Also one that is whole but for its end: its number may be cut."""

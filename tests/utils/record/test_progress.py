@@ -11,9 +11,7 @@ import threading
 
 import pytest
 
-from tests.in_process import TINY, make_images, run
 from utils.record import progress
-from utils.record.figures import show_duration
 from utils.record.logging import get_logger, setup_logging
 from utils.record.progress import Bar, counting, track
 
@@ -161,18 +159,3 @@ def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypat
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(track(range(2), 2, "evaluating val")) == [0, 1]
     assert log.messages == ["evaluating val: 1 of 2", "evaluating val: 2 of 2"]
-
-
-def test_durations_are_readable():
-    assert [show_duration(value) for value in (None, 0.4, 754, 97445)] == ["-:--", "0:00", "12:34", "27:04:05"]
-
-
-def test_a_run_on_a_terminal_shows_its_bar_and_leaves_its_log(terminal, tmp_path):
-    images = make_images(tmp_path / "images")
-    with terminal:
-        run("finetune", [*TINY, f"data.root={images}", "run_dir=run"], tmp_path)
-    assert re.search(r"epoch 1/1 .*2/2 +train loss \d\.\d+  lr \d\.\d\de-\d\d", terminal.drawn)
-    assert "evaluating val" in terminal.drawn
-    steps = [line for line in terminal.screen() if " left" in line]  # no torn bar between them
-    assert len(steps) == 2 and all(re.fullmatch(r"step \d/2 \(epoch .*  \S+ left", line) for line in steps)
-    assert "\x1b" not in (tmp_path / "run/log.txt").read_text()

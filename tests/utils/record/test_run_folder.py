@@ -18,7 +18,6 @@ from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.logging import get_logger, setup_logging
 from utils.record.run_folder import (
-    default_run_dir,
     environment_state,
     git_state,
     open_run_folder,
@@ -129,19 +128,6 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
         assert "Traceback" not in said and "Logging error" not in said
 
 
-@pytest.mark.parametrize(
-    ("job", "run_dir", "expected"),
-    [
-        (JOB, "x/y", "x/y"),
-        (JOB, None, "outputs/finetune/convnextv2_tiny-image_folder-"),
-        (Job("finetune", {}, []), None, "outputs/finetune/m-d-"),
-    ],
-)
-def test_where_a_run_lies(job, run_dir, expected):
-    path = default_run_dir({**config_for("x"), "run_dir": run_dir}, job)
-    assert path == expected or (expected[-1] == "-" and path.startswith(expected) and len(path) == len(expected) + 8)
-
-
 def test_a_folder_that_is_no_run_and_a_damaged_configuration_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^run_dir: .* is not a run folder"):
         _ = RunReader(tmp_path).config
@@ -162,20 +148,3 @@ def test_the_environment_says_what_ran(monkeypatch, tmp_path):
     monkeypatch.setattr("utils.record.run_folder.ROOT", ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert git_state() == {"commit": None, "changed_files": None}
-
-
-def test_lines_of_a_job_of_several_ranks_begin_with_rank_and_node(monkeypatch, capsys):
-    for environment, rank, place in [
-        ({}, 0, ""),
-        ({}, 3, "[rank 3] "),
-        ({"SLURMD_NODENAME": "n2", "SLURM_STEP_NUM_TASKS": "1"}, 0, ""),
-        ({"SLURMD_NODENAME": "n2", "SLURM_STEP_NUM_TASKS": "4"}, 0, "[rank 0 n2] "),
-        ({"SLURMD_NODENAME": "n2", "SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": "2"}, 1, "[rank 1 n2] "),
-    ]:
-        for name in ("SLURMD_NODENAME", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        setup_logging(rank)
-        get_logger("a").warning("two\nlines")
-        assert capsys.readouterr().err == f"{place}two\n{place}lines\n"

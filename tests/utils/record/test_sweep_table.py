@@ -36,13 +36,6 @@ def test_what_is_best_is_first_and_what_has_no_value_last():
         assert [line.split()[0][-1] for line in sweep_table(runs).splitlines()[1:]] == order
 
 
-def test_a_sweep_of_one_job_and_one_without_results(tmp_path):
-    make_run(tmp_path / "a", ["seed=1"], 0.25)
-    assert sweep_table(read_jobs(tmp_path)).splitlines() == ["top1    state", "0.2500  complete"]
-    make_run(tmp_path / "other/b", ["seed=1"], complete=False)
-    assert sweep_table(read_jobs(tmp_path / "other")).splitlines() == ["state", "not complete"]
-
-
 def test_the_table_says_what_failed_and_what_has_no_run_folder(tmp_path):
     for rate in (1, 2):
         make_run(tmp_path / str(rate), [f"optim.lr={rate}"], 0.25 * rate, complete=rate == 1)

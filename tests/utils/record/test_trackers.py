@@ -12,7 +12,6 @@ from tests.in_process import TINY, configure, make_images, run
 from tests.support import is_reading, rows, start
 from utils.config.messages import ConfigError
 from utils.errors import UserError
-from utils.record.figures import name_figures
 from utils.record.trackers import RunInfo, Tracker, choose_mode, has_unfinished, start_tracker
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -198,11 +197,6 @@ def test_tensorboard_has_every_row_once_over_a_resumption_and_changes_nothing(im
 
 
 # --------------------------------------------------------------------------------------------------------------- both
-
-
-def test_only_finite_numbers_go_out():
-    figures = {"loss": 0.5, "norm": float("nan"), "rate": float("inf"), "count": 3, "note": "x", "none": None}
-    assert name_figures("train", figures) == {"train/loss": 0.5, "train/count": 3}
 
 
 def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, monkeypatch):
