@@ -25,7 +25,6 @@ def place(tmp_path_factory):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, folder / "foreign.pth")
     save_file({"conv1.weight": torch.zeros(3)}, folder / "foreign.safetensors")
     (folder / "broken.safetensors").write_bytes(b"x")
-    (folder / "broken.onnx").write_bytes(b"x")
     shutil.copytree(folder / "tuned/checkpoints/step_00000002", folder / "damaged")
     (folder / "damaged/weights.safetensors").write_bytes(b"x")
     return folder
@@ -43,25 +42,6 @@ def refusal(script, overrides, folder):
 def matches(message, pattern):
     """A message begins with a key, and names what follows ` ... `."""
     assert re.match(".*".join(map(re.escape, pattern.split(" ... "))), message, re.DOTALL), message
-
-
-# --------------------------------------------------------------------------------------------------- images and classes
-
-
-CLASSES = {"val/B": "task.allow_missing_classes=true", "train/C": "'C'", "val": "data.validation_fraction"}
-
-
-@pytest.mark.parametrize("gone", CLASSES)
-def test_classes_that_do_not_fit(gone, tmp_path):
-    make_images(tmp_path / "images", "ABC")
-    shutil.rmtree(tmp_path / "images" / gone)
-    overrides = [*TINY, "data.root=images", "data.validation_fraction=0"]
-    matches(refusal("finetune", overrides, tmp_path), f"data.root: ... {CLASSES[gone]}")
-    if gone == "val/B":
-        run("finetune", [*overrides, "task.allow_missing_classes=true", "dry_run=true"], tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------- unreadable images
 
 
 # --------------------------------------------------------------------------------------------- sizes, models, machines
@@ -105,21 +85,11 @@ def test_a_resumption_that_cannot_be(command, place):
     assert {path: path.read_bytes() for path in (place / "tuned").rglob("*.json*")} == before, "the run was changed"
 
 
-@pytest.fixture
-def copied_run(place, tmp_path):
-    for name in ("images", "tuned"):
-        shutil.copytree(place / name, tmp_path / name)
-    return tmp_path
-
-
 # ------------------------------------------------------------------------------------- evaluation, export, prediction
 
 OTHERS = {
-    "evaluate run_dir=nowhere": "run_dir: nowhere",
-    "evaluate run_dir=tuned weights=ema": "weights: ... best, last",
     "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors",
     "predict weights=pretrained input=images": "output: pretrained",
-    "predict weights=broken.onnx input=images": "weights: broken.onnx",
     "predict weights=tuned input=images output=x.txt": "output: x.txt",
     "predict weights=tuned input=file.npz output=x.csv like=images/a.png": "input: file.npz",
 }
@@ -132,8 +102,3 @@ def test_what_is_given_to_the_scripts_after_training(command, place, monkeypatch
     if script == "predict" and "output" not in command:
         overrides.append("output=found.csv")
     matches(refusal(script, overrides, place), OTHERS[command])
-
-
-def test_a_collection_that_has_moved_is_named_when_a_run_is_evaluated(copied_run):
-    (copied_run / "images").rename(copied_run / "moved")
-    matches(refusal("evaluate", ["run_dir=tuned"], copied_run), "data.root: 'images' does not exist (looked from /")

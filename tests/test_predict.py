@@ -1,4 +1,4 @@
-"""Rows of predict.py: literal values of each output, and each row against the network applied to its file alone."""
+"""Rows of predict.py: each against the network applied to its file alone."""
 
 import csv
 import json

@@ -229,13 +229,6 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
     assert go(place, output, *words) == "0 images"
 
 
-def test_rows_of_something_else_are_not_continued(place, images):
-    (images / "x.csv").write_text("path,class\na,b\n")
-    with pytest.raises(UserError, match=r"^output: .* existing=skip"):
-        go(place, "copy/x.csv", "existing=skip")
-    assert (images / "x.csv").read_text() == "path,class\na,b\n"
-
-
 def test_nothing_is_written_through_a_link(place, images, tmp_path):
     shutil.copytree(images / "val", tmp_path / "other")
     (images / "link").symlink_to(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""train.py as users type it: what its defaults are, what a run of its own network leaves, and what it refuses."""
+"""train.py as users type it: what a run of its own network leaves, and what it refuses."""
 
 import csv
 import json
@@ -10,37 +10,6 @@ from PIL import Image
 from tests.in_process import configure, run
 from utils.config.messages import ConfigError
 from utils.io.files import read_json
-
-# ------------------------------------------------------------------------------------------------------- the defaults
-
-DEFAULTS = {
-    "model.name": "resnet18",
-    "model.pretrained": False,
-    "data.name": "glyphs",
-    "task.name": "classification",
-    "task.label_smoothing": 0.1,
-    "optim.name": "sgd",
-    "optim.nesterov": True,
-    "optim.lr": None,
-    "optim.base_lr": 0.4,
-    "optim.weight_decay": 5e-4,
-    "schedule.name": "onecycle",
-    "schedule.peak_fraction": 0.3,
-    "lr_finder.enabled": True,
-    "lr_finder.steps": 100,
-    "lr_finder.max_share": 0.1,
-    "loop.total_epochs": "auto",
-    "loop.global_batch_size": 128,
-    "tracking.live_plots": True,
-}
-
-
-def test_the_defaults_are_those_of_the_recipe():
-    values = configure("train")[0].model_dump()
-    assert {key: values[key.split(".")[0]][key.split(".")[1]] for key in DEFAULTS} == DEFAULTS
-    config, job = configure("train", ["data=image_folder", "data.root=photos", "optim=adamw"])
-    assert job.choices["augment"] == "train_image_folder" and config.optim.weight_decay == 0.05
-
 
 # -------------------------------------------------------------------------------------------------------------- a run
 

@@ -1,4 +1,4 @@
-"""Configuration and building. Literal table (files of conf/model), refusals (each message), built shapes."""
+"""Configuration and building. Refusals (each message), built shapes, checkpointing of gradients."""
 
 import pytest
 import torch

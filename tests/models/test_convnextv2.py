@@ -1,4 +1,4 @@
-"""ConvNeXt V2. Literal table (parameter counts), reference equality (masked form), properties (mask, shapes, batch)."""
+"""ConvNeXt V2. Literal tables (parameter counts and names), properties (initial weights, shapes)."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sparse execution. Reference equality in float64 (masked dense, forward and gradients), properties (batch, memory)."""
+"""Sparse execution. Reference equality in float64 (masked dense, forward and gradients)."""
 
 import copy
 

@@ -17,17 +17,14 @@ import timm
 import torch
 from PIL import Image
 
-from models.build import build_network
-from models.export.parity import vary_weights
-from models.image_model import ImageModel
-from models.normalise import Normalise
 from tests.models.test_export_formats import geometry
+from tests.models.test_tag_exports import open_tagger
 from tests.support import ROOT, export, thresholds_of
 from utils.thresholds import PER_TAG
 from utils.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary
 
 INTEROP = ROOT / ".venv-interop/bin/python"
-SIDE, MEAN, STD = 448, [0.45, 0.5, 0.6], [0.4, 0.5, 0.6]
+SIDE = 448
 SPECIAL = ["^_^", "<o>_<o>", 'don\'t_say_"lazy"', "a,b", "hat_(x)", "1girl"]
 GENERALS = [*SPECIAL, *(f"tag_{number}" for number in range(120))]
 CHARACTERS = [f"name_{number}_(series)" for number in range(40)]
@@ -45,17 +42,10 @@ THRESHOLDS = thresholds_of(VOCABULARY, {GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL
 
 def make_tagger():
     """Return a small tagger whose probabilities spread, as export.py opens it."""
-    config = geometry()
-    network = vary_weights(build_network(config, len(VOCABULARY)))
+    model, metadata = open_tagger(geometry(), SIDE, VOCABULARY)
     with torch.no_grad():
-        network.head.weight.mul_(3.0)
-    preprocessing = {
-        "image_size_hw": [SIDE, SIDE], "mean": MEAN, "std": STD, "eval_crop": 1.0, "interpolation": "bicubic",
-        "eval_resize": "crop", "channels": 3, "background": "white", "pad": "square",
-    }  # fmt: skip
-    metadata = {"task": {"name": "tagging"}, "model": config.model_dump(), "preprocessing": preprocessing, "step": 7,
-                "output": "tags", **VOCABULARY.facts()}  # fmt: skip
-    return ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), metadata
+        model.network.head.weight.mul_(3.0)
+    return model, metadata
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from submit import slurm
-from submit.config import LaunchConfig
 from submit.job import ScriptJob, _meaning, finish
 from submit.queue import list_active, wait_for
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
-from tests.in_process import TINY, compose, configure
+from tests.in_process import TINY, configure
 from tests.support import ROOT, fork_command
 from utils.config.messages import ConfigError
 from utils.errors import UserError
@@ -114,11 +113,6 @@ def test_wrong_values_are_refused(word, said):
     with pytest.raises(ConfigError) as refused:
         launch(*word.split())
     assert refused.value.problems[0].startswith(said)
-
-
-def test_training_scripts_are_continued():
-    scripts = ("train", "pretrain_fcmae", "finetune_sdxl", "evaluate", "predict")
-    assert [launch(f"script={script}").trains for script in scripts] == [True, True, True, False, False]
 
 
 def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):
@@ -255,7 +249,3 @@ def test_a_script_is_checked_by_its_dry_run_with_the_ranks_of_the_job(
     with pytest.raises(SystemExit) as refused:
         slurm.check_script(launch(f"script={script}", *size), words)
     assert refused.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_the_schema_has_every_key_and_no_other():
-    assert set(compose("slurm")[0]["launch"]) == set(LaunchConfig.model_fields)

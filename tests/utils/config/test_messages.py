@@ -106,7 +106,6 @@ def test_close_names():
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
-PREPARED = ("output", "report", "to", "listed", "ignore", "keep", "aliases", "implications")
 TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
 
 
@@ -114,7 +113,6 @@ TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
     ("script", "keys"),
     [
         ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
-        ("prepare", {*DATA_FILES, *(f"job.{key}" for key in PREPARED)}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )

@@ -44,21 +44,6 @@ def test_the_hash_is_the_same_on_every_machine():
     assert recipe_hash({"seed": 0, "name": "é"}) == "882cc0ca"
 
 
-def test_a_changed_recipe_is_refused_with_every_difference():
-    now = changed(seed=1, optim__lr=0.2, loop__total_steps=99)
-    del now["optim"]["betas"]
-    with pytest.raises(UserError) as refused:
-        check_resumable(CONFIG, now, [], "outputs/RUN")
-    said = str(refused.value)
-    for line in (
-        "optim.betas: [0.9, 0.99] in the run, '(absent)' now",
-        "optim.lr: 0.1 in",
-        "seed: 0 in the run, 1 now",
-    ):
-        assert f"\n  {line}" in said
-    assert "loop." not in said and "'resume_allow=[optim.betas,optim.lr,seed]'" in said
-
-
 def test_allowed_differences_are_returned_and_the_others_still_refused():
     now = changed(seed=1, optim__lr=0.2)
     del now["optim"]["betas"]
@@ -69,11 +54,6 @@ def test_allowed_differences_are_returned_and_the_others_still_refused():
     ]
     with pytest.raises(UserError, match=r"another recipe:\n  seed: 0 in the run, 1 now\nStart"):
         check_resumable(CONFIG, now, ["optim.*"], "RUN")
-
-
-def test_an_unknown_key_cannot_be_allowed():
-    with pytest.raises(UserError, match=r"^resume_allow: 'optim.lrr'"):
-        check_resumable(CONFIG, CONFIG, ["optim.lr", "optim.lrr"], "RUN")
 
 
 def test_the_free_keys_exist():

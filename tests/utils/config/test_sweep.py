@@ -138,13 +138,6 @@ def test_a_search_comes_near_the_best_and_goes_on_where_it_stopped(script):
     assert len(tops) == 14 and min(abs(top - 3) for top in tops) < 1.5
 
 
-def test_a_trial_that_was_killed_is_made_again_with_its_values(script):
-    sweep = parse_sweep(["--multirun", "top=interval(0,10)", "n=range(1,9)", "c=x,y", "sweep.name=k", "sweep.trials=2"])
-    job = next(_trials(sweep))
-    assert next(_trials(sweep)).words == job.words
-    assert re.fullmatch(r"top=[\d.e-]+ n=[1-8] c=[xy] .*", " ".join(job.words))
-
-
 def test_trials_of_the_same_values_are_not_under_way_together(script):
     words = ["top=wait1,wait1", "sweep.name=k", "sweep.trials=3", "sweep.at_once=3"]
     assert len(run(script, *words)) == 1

@@ -68,14 +68,6 @@ def test_tensors_that_do_not_match_their_checksum_are_refused(tmp_path):
         message_of(path)
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": state, "epoch": 3}])
-def test_a_torch_file_is_read_bare_or_wrapped(tmp_path, wrap):
-    torch.save(wrap(TENSORS), tmp_path / "w.pth")
-    found, said = read_weights(tmp_path / "w.pth", "init_from")
-    entries = [name for name in wrap(TENSORS) if name not in TENSORS]
-    assert equal(found, TENSORS) and said == ({"entries": entries} if entries else {})
-
-
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_pickled_objects_are_refused_and_not_run(tmp_path, name):
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""The progress bar: what a terminal shows (a pseudo-terminal, a real run too), and that nothing is shown elsewhere."""
+"""The progress bar: what a terminal shows (a pseudo-terminal), and that nothing is shown elsewhere."""
 
 import io
 import logging
@@ -152,10 +152,3 @@ def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
             bar.advance(2)
             assert sys.stderr is stderr and not bar.is_shown and bar.left_sec is not None
     assert terminal.text == "" and (where != "no terminal" or stderr.getvalue() == "")
-
-
-def test_without_a_terminal_a_long_job_says_now_and_then_how_far_it_is(monkeypatch, log):
-    monkeypatch.setattr(progress, "_LOG_SEC", 0.0)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert list(track(range(2), 2, "evaluating val")) == [0, 1]
-    assert log.messages == ["evaluating val: 1 of 2", "evaluating val: 2 of 2"]
