@@ -1,18 +1,13 @@
-"""task=diffusion resumes bit for bit from files, and on two ranks, which count tags as one."""
+"""task=diffusion resumes bit for bit on two ranks, which count tags as one."""
 
 import pytest
 import torch
 
-from tests.engine import test_diffusion
 from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs, place  # noqa: F401 (a fixture)
 from tests.engine.test_tag_balance import OWN, WEIGHTS
 from tests.in_process import run
 from tests.support import checkpoint_tensors
 from tests.support import run as run_process
-
-
-def test_killed_and_resumed_from_files_equals_uninterrupted(place):  # noqa: F811
-    test_diffusion.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place, caches=False)
 
 
 @pytest.mark.ddp

@@ -1,9 +1,6 @@
 """The slow forms of this folder's tests: other tasks, ranks, settings and signals."""
 
 import json
-import random
-import re
-import signal
 
 import pytest
 
@@ -11,7 +8,6 @@ from engine.runtime import missing_for_compile
 from tests.engine import test_exactness as exactness
 from tests.engine import test_fsdp as fsdp
 from tests.engine import test_golden as golden
-from tests.engine import test_survival as survival
 from tests.engine.test_exactness import CHEAP, QUICK, TASKS, assert_same_tensors
 from tests.engine.test_fsdp import FSDP
 from tests.engine.test_lr_finder import SEARCH, searched  # noqa: F401 (a fixture)
@@ -84,46 +80,11 @@ def test_a_step_that_is_not_finite(optim, collection, tmp_path):
     fsdp.test_a_step_that_is_not_finite_changes_no_rank(optim, collection, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves(number, collection, straight, tmp_path):  # noqa: F811
-    survival.test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(collection, straight, tmp_path, number)
-
-
-def test_a_signal_within_an_evaluation(collection, straight, tmp_path):  # noqa: F811
-    survival.test_a_signal_within_an_evaluation_or_a_save_waits_for_it(
-        "slow_evaluation 0.1", collection, straight, tmp_path
-    )
-
-
 # --- what takes long in any form
 
 
 LEGS = [(2, "ddp"), (2, "fsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
 MORE_LEGS = [(1, "fsdp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), (1, "ddp"), (2, "fsdp")]
-SLOW_BAD = [*SMALL, "loop.total_steps=20", "loop.checkpoint_every_steps=5", "loop.log_every_steps=5"]
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("task", CHEAP)
-def test_killed_on_four_ranks_resumes_on_two_three_and_one(task, collection, tmp_path):
-    """100 steps: the sample ids of every step equal the uninterrupted run's as sets, losses within 1e-5 in float32."""
-    settings = [
-        "loop.total_steps=100", "loop.global_batch_size=24", "loop.batch_size=6", "loop.checkpoint_every_steps=10",
-        "loop.evaluate_every_epochs=5", "optim.lr=0.001", "loop.ema_decay=0.95",
-    ]  # fmt: skip
-    uninterrupted, moved = tmp_path / "uninterrupted", tmp_path / "moved"
-    run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path, ranks=4)
-    overrides = common(task, collection, moved, *settings)
-    run(SCRIPTS[task], overrides, tmp_path, ranks=4, expect=-9, kill_at_step=27)
-    run(SCRIPTS[task], overrides, tmp_path, ranks=2, expect=-9, kill_at_step=55)
-    run(SCRIPTS[task], overrides, tmp_path, ranks=3, expect=-9, kill_at_step=78)
-    run(SCRIPTS[task], overrides, tmp_path, ranks=1)
-
-    assert samples_by_step(moved) == samples_by_step(uninterrupted)
-    assert sorted(samples_by_step(moved)) == list(range(1, 101))
-    pairs = list(zip(rows(moved / "metrics.jsonl"), rows(uninterrupted / "metrics.jsonl"), strict=True))
-    assert [a["step"] for a, _ in pairs] == [b["step"] for _, b in pairs]
-    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in a) < 1e-5
 
 
 @pytest.mark.ddp
@@ -186,37 +147,6 @@ def test_compiled_unit_by_unit(collection, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("task", ["classification", "fcmae"])
-def test_eight_kills_leave_no_trace(task, collection, tmp_path):
-    settings = [
-        *SMALL, "loop.total_steps=70", "loop.checkpoint_every_steps=4", "runtime.workers=2",
-        "model.drop_path_rate=0.2",
-    ]  # fmt: skip
-    whole, killed = tmp_path / "straight", tmp_path / "killed"
-    run(SCRIPTS[task], common(task, collection, whole, *settings), tmp_path)
-    draw, step = random.Random(0), 0
-    for _ in range(8):
-        step += draw.randint(3, 8)
-        run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=step)
-    run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
-    assert_equal_runs(whole, killed, 70)
-
-
-@pytest.mark.ddp
-def test_shared_memory_that_is_too_small(collection, tmp_path):
-    """In a mount namespace, so that no other process is disturbed."""
-    settings = [*SMALL, "runtime.workers=2", "augment.image_size_hw=[256,256]"]
-    mounts = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 99; exec "$@"'
-    done = command(
-        "unshare", "--mount", "sh", "-c", mounts, "sh", "python", ROOT / "finetune.py",
-        *common("classification", collection, tmp_path / "run", *settings), timeout=120,
-    )  # fmt: skip
-    if re.search("^(unshare|mount): ", done.stderr, re.MULTILINE):
-        pytest.skip(f"a file system cannot be mounted here ({done.stderr.strip()}); test_loader.py raises its error")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "finetune.py: runtime.workers: a loader worker has no room for a batch (unable to allocate" in done.stderr
-
-
 @pytest.mark.ddp
 @pytest.mark.parametrize("trouble", ["kill_rank 0 14", "kill_worker 14"])
 def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
@@ -233,15 +163,6 @@ def test_torchrun_restarts_what_was_killed(trouble, collection, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "marker").exists() and "resumed from" in done.stderr
     assert_equal_runs(whole, killed, 16)
-
-
-@pytest.mark.ddp
-def test_the_rank_that_is_not_finite_is_named(collection, tmp_path, monkeypatch):
-    monkeypatch.setenv("TROUBLE", "nan 7 12 1")
-    overrides = common("classification", collection, tmp_path / "bad", *SLOW_BAD, "loop.max_skipped_steps=3")
-    done = command("torchrun", "--standalone", "--nproc_per_node=2", ROOT / TROUBLED, *overrides, OMP_NUM_THREADS="1")
-    assert done.returncode != 0
-    assert "step 7 was skipped: its loss was not finite on rank 1; samples: train/" in done.stderr
 
 
 @pytest.mark.ddp

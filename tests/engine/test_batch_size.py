@@ -1,4 +1,4 @@
-"""Out of memory: micro-batches by shape, a run that halves them, what its folder keeps, ranks; memory by part."""
+"""Out of memory: micro-batches by shape, a run that halves them, what its folder keeps, ranks."""
 
 import json
 
@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from engine.batch_size import MicroBatches
-from engine.recorder import memory_by_part
 from tests.engine.test_exactness import assert_same_tensors
-from tests.engine.test_learner import make_batch, make_learner
 from tests.in_process import TINY, make_images, run
 from tests.support import ROOT, checkpoint_tensors, command, common, rows
 from tests.tasks import troubled
@@ -85,17 +83,3 @@ def test_ranks_agree_on_the_smallest(collection, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert list(json.loads((tmp_path / "run/batch_size.json").read_text())["cpu"].values()) == [3]
-
-
-def test_memory_by_part():
-    learner = make_learner("optim=adamw", "loop.ema_decay=0.9")
-    learner.update([make_batch()])
-    weights = sum(parameter.nbytes for parameter in learner.task.parameters())
-    steps = 4 * len(list(learner.task.parameters()))
-    found = {name: gib * 2**30 for name, gib in memory_by_part(learner).items()}
-    buffers = sum(buffer.nbytes for buffer in learner.task.buffers())
-    assert found == {
-        "weights": weights + buffers, "gradients": weights, "optimiser state": 2 * weights + steps, "averages": weights,
-    }  # fmt: skip
-    learner.task.helpers = ("network",)
-    assert memory_by_part(learner)["frozen networks"] * 2**30 == weights

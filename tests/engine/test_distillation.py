@@ -167,13 +167,9 @@ def test_labels_are_mixed_in_and_tags_are_measured(place):
     assert "mAP" in rows(place / "labels/metrics.jsonl", "evaluate")[-1]
     with pytest.raises(UserError, match=r"^data.root: none of the 12 images of .*bare"):
         run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "data.root=bare", "run_dir=x"], place)
-    for key, wrong in (("augment.horizontal_flip", "0.5"), ("task.aliases", "missing.csv")):
-        with pytest.raises(UserError, match=rf"^{key}: "):
-            words = ["task.teacher=teacher", "task.label_share=0.5", f"{key}={wrong}", "run_dir=x"]
-            run("finetune", [*DISTIL, *words], place)
 
 
-def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(place):
+def test_killed_and_resumed_equals_uninterrupted(place):
     settings = [*DISTIL, "loop.total_steps=6", "task.teacher=teacher/weights/last_weights.safetensors",
                 "task.label_share=0.3", "task.targets=both", "task.cutmix_alpha=1.0"]  # fmt: skip
     run("finetune", [*settings, "run_dir=whole"], place)
@@ -181,13 +177,6 @@ def test_killed_and_resumed_equals_uninterrupted_and_another_teacher_is_refused(
     run("finetune", [*settings, "run_dir=killed"], place)
     one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    file, first = place / "teacher/weights/last_weights.safetensors", place / "teacher/weights/best_weights.safetensors"
-    kept = file.read_bytes()
-    file.unlink()
-    file.write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match=r"^frozen\.teacher: "):
-        run("finetune", [*settings, "run_dir=whole", "loop.total_steps=7"], place)
-    file.write_bytes(kept)
 
 
 def test_a_student_of_a_classifier_and_one_of_features(place, features):

@@ -33,11 +33,9 @@ def dry(words, place):
     ("words", "phrase"),
     [
         (["init_from=nowhere"], "init_from: nowhere does not exist"),
-        (["init_from=images"], "init_from: the run images has no last weights"),
         (["init_from=pretrain", "model.dims=[8,24]"], "is of model.depths=[1,1] model.dims=[8,16] model.stem_stride=2"),
         (["resume=nowhere"], "resume: nowhere is no whole checkpoint"),
         (["run_dir=finetuned", "optim.base_lr=0.7"], "optim.base_lr: "),
-        (["run_dir=finetuned", "loop.total_steps=1"], "loop.total_steps: "),
     ],
 )  # fmt: skip
 def test_what_a_run_begins_with_is_checked(words, phrase, place):

@@ -1,31 +1,7 @@
 """Early stopping: when an evaluation is too long after the best one, the run is complete, and stays so."""
 
-from types import SimpleNamespace
-
-import pytest
-
-from engine.plan import Plan
-from engine.run import Best, Run
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
-
-PLAN = Plan(1, 10, 10, 1, 100, 1000, 0, 0.1)  # 10 steps an epoch
-
-
-@pytest.mark.parametrize(
-    "patience, best, newest, stalled",
-    [
-        (None, 10, 900, False),
-        (2.0, 10, 29, False),
-        (2.0, 10, 30, True),  # two epochs
-        (0.3, 10, 13, True),
-        (2.0, None, 900, False),  # no finite value yet
-    ],
-)
-def test_when_it_stalls(patience, best, newest, stalled):
-    config = SimpleNamespace(loop=SimpleNamespace(early_stop_epochs=patience))
-    run = SimpleNamespace(config=config, plan=PLAN, best=Best(0.5, best), last_evaluated=newest)
-    assert Run.has_stalled.fget(run) == stalled
 
 
 def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):

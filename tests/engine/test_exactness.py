@@ -41,18 +41,19 @@ def assert_same_tensors(first, second, tolerance=0.0):
 
 
 @pytest.mark.parametrize("task", QUICK)
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path, more=(), ranks=1):
     """20 steps against 10 and some, SIGKILL of the process group, the same command again."""
     settings = [
         "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
         "loop.checkpoint_every_steps=4", "loop.evaluate_every_epochs=1.0", "loop.clip_grad_norm=1.0",
-        "runtime.workers=2", *NOISY[task],
+        "runtime.workers=2", *NOISY[task], *more,
     ]  # fmt: skip
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path)
-    run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path, expect=-9, kill_at_step=10)
+    run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path, ranks)
+    overrides = common(task, collection, killed, *settings)
+    run(SCRIPTS[task], overrides, tmp_path, ranks, expect=-9, kill_at_step=10)
     assert rows(killed / "metrics.jsonl")[-1]["step"] == 10, "the kill came elsewhere"
-    printed = run(SCRIPTS[task], common(task, collection, killed, *settings), tmp_path)
+    printed = run(SCRIPTS[task], overrides, tmp_path, ranks)
     # Steps beyond the checkpoint are made again, mid-epoch (54 images by 8); the one of step 8 may not be written yet.
     assert "at step 8" in printed or "at step 4" in printed
 
@@ -61,6 +62,16 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, t
     assert training_log(uninterrupted) == training_log(killed)
     assert rows(uninterrupted / "samples/rank_00000.jsonl") == rows(killed / "samples/rank_00000.jsonl")
     assert [row["step"] for row in rows(killed / "metrics.jsonl", "train")] == list(range(1, 21))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the test above does the same on a CPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", QUICK)
+def test_on_a_gpu(task, precision, collection, tmp_path):
+    """With runtime.deterministic=true, which runtime=reference sets."""
+    more = ["runtime.device=cuda", f"runtime.precision={precision}"]
+    test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path, more)
 
 
 @pytest.mark.parametrize("task", QUICK)
@@ -100,11 +111,13 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
 @pytest.mark.ddp
 def test_evaluation_is_exact_on_any_number_of_ranks(collection, tmp_path, task="classification"):
     """The same figures on 1, 2 and 3 ranks, with a last batch that is not full (15 images by 4)."""
-    figures = []
+    figures, tables = [], []
     settings = ["loop.total_steps=1", "loop.global_batch_size=12", "loop.batch_size=4", "optim.lr=0.0"]
     for ranks in (1, 2, 3):
         run(SCRIPTS[task], common(task, collection, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
         figures.append(rows(tmp_path / f"{ranks}/metrics.jsonl", "evaluate")[-1])
+        tables.append([file.read_text() for file in sorted((tmp_path / f"{ranks}").glob("tables/*.csv"))])
+    assert tables[0] == tables[1] == tables[2] and bool(tables[0]) == (task == "classification")
     for other in figures[1:]:
         assert other.keys() == figures[0].keys()
         for name, value in figures[0].items():

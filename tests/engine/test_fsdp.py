@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.parallel import _keep_whole, find_units
-from engine.runtime import Runtime
-from engine.task import Task
-from tests.engine.test_exactness import NOISY, assert_same_tensors
+from engine.parallel import find_units
+from tests.engine import test_exactness as exactness
+from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
 from tests.support import (
@@ -52,17 +51,7 @@ def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
 @pytest.mark.ddp
 @pytest.mark.parametrize("task", ["classification"])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path):
-    settings = [
-        "loop.total_steps=14", "loop.global_batch_size=8", "loop.batch_size=2", "loop.ema_decay=0.95",
-        "loop.checkpoint_every_steps=4", "loop.clip_grad_norm=1.0", *NOISY[task], FSDP,
-    ]  # fmt: skip
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    run(SCRIPTS[task], common(task, collection, uninterrupted, *settings), tmp_path, ranks=2)
-    overrides = common(task, collection, killed, *settings)
-    run(SCRIPTS[task], overrides, tmp_path, ranks=2, expect=-9, kill_at_step=10)
-    assert "at step 8" in run(SCRIPTS[task], overrides, tmp_path, ranks=2)
-    assert_same_tensors(checkpoint_tensors(uninterrupted, 14), checkpoint_tensors(killed, 14))
-    assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path, [FSDP], ranks=2)
 
 
 @pytest.mark.ddp
@@ -83,7 +72,8 @@ def test_a_step_that_is_not_finite_changes_no_rank(optim, collection, tmp_path):
         assert any(not torch.equal(states[before - 1][name], states[after - 1][name]) for name in states[0])
     skipped = [row["skipped_steps"] for row in rows(path / "metrics.jsonl", "train")]
     assert skipped == [0, 0, 0, 1, 0, 1, 0, 1, 0]
-    assert [row["what"] for row in rows(path / "skipped_steps.jsonl")] == ["loss", "gradient", "weight"]
+    listed = rows(path / "skipped_steps.jsonl")
+    assert [row["what"] for row in listed] == ["loss", "gradient", "weight"] and listed[0]["ranks"] == [2]
 
 
 # --- what is a unit, and what is refused
@@ -97,34 +87,15 @@ class Pair(nn.Module):
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
 
 
-class Nested(nn.Module):
-    """A block with a stack of blocks inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.outer = nn.ModuleList([Pair(8), Pair(8)]), nn.Linear(8, 8)
-
-
 def test_units_are_blocks_in_stacks_and_nothing_else():
-    block, small, nested = Pair(8), Pair(1), Nested()
+    block, small, other = Pair(8), Pair(1), Pair(8)
     network = nn.Module()
     network.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8))  # bare layers
-    network.stages = nn.Sequential(nn.Sequential(block, small), nn.ModuleList([nested]))
+    network.stages = nn.Sequential(nn.Sequential(block, small), nn.ModuleList([other]))
     network.head = Pair(16)  # in no stack
-    found = find_units(network)
-    assert set(found) == {block, nested, *nested.inner}  # `small` is not worth a collective
-    assert found.index(nested) > max(found.index(inner) for inner in nested.inner)
-    nested.inner[0].first.weight = block.first.weight  # of two blocks: it is in no unit
-    assert find_units(network) == [nested.inner[1]]
-
-
-def test_what_is_frozen_and_in_no_unit_is_kept_whole():
-    task = Task()
-    task.helpers = ("encoder",)
-    task.network, task.encoder = Pair(8), nn.Module()
-    task.encoder.stem, task.encoder.stack = nn.Linear(8, 8), nn.ModuleList([Pair(8)])
-    machine = Runtime(torch.device("cpu"), "fp32", False, 0, 2)
-    assert _keep_whole(task, find_units(task), machine) == set(task.encoder.stem.parameters())
+    assert find_units(network) == [block, other]  # `small` is not worth a collective
+    other.first.weight = block.first.weight  # of two blocks: it is in no unit
+    assert find_units(network) == []
 
 
 def test_an_optimiser_of_whole_parameters_is_refused_before_a_folder_is_made(collection, tmp_path):

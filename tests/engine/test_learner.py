@@ -1,8 +1,6 @@
-"""The learner alone, without a run folder: it learns, its state round-trips, rules freeze what they name."""
+"""The learner alone, without a run folder: it learns, its state round-trips, names freeze what they say."""
 
-import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +9,9 @@ from torch import nn
 
 from engine.learner import Learner
 from engine.plan import Plan
-from engine.run import Run
 from engine.runtime import choose_runtime
 from engine.step import LossScale
-from engine.task import Report, StepOutput, Task, checkpointed_state, networks_of
+from engine.task import Task, checkpointed_state
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
@@ -61,52 +58,42 @@ def tensors_of(learner):
     return {f"{group}/{name}": tensor.clone() for group, named in groups.items() for name, tensor in named.items()}
 
 
-def assert_continues(first, second, saved, others, batch):
-    """Load a saved state of one learner into another; an update of both makes the same tensors, bit for bit."""
-    second.load_state(saved, others, "here")
+STATES = {
+    "fp16": ["loop.ema_decay=0.9", "runtime.channels_last=true"],
+    "bf16 weights": ["optim.bf16_weights=true", "runtime.precision=bf16", "optim.lr=1e-4"],
+    "averages of 8 bits": ["optim=adamw8bit", "model.dims=[64,128]", "loop.ema_decay=0.9"],
+    "adan": ["optim=adan", "runtime.channels_last=true"],
+    "sgd": ["optim=sgd", "runtime.channels_last=true"],
+    "lamb": ["optim=timm", "optim.opt=lamb"],
+    "adafactor": ["optim=timm", "optim.opt=adafactor"],
+}
+DTYPES = {"bf16 weights": {torch.bfloat16}, "averages of 8 bits": {torch.uint8, torch.float32}}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_saved_in_files_continues_bit_for_bit(case, tmp_path):
+    """A file keeps no layout, and fused kernels ask for none; some of timm's count their steps in the group."""
+    if case == "averages of 8 bits":
+        pytest.importorskip("bitsandbytes")
+    first, second = make_learner(*STATES[case]), make_learner(*STATES[case])
+    if case == "fp16":
+        first, second = in_fp16(first), in_fp16(second)
+    batch = make_batch()
+    losses = [first.update([batch]).losses[0].mean().item() for _ in range(60)]
+    tensors, others = first.state()
+    assert losses[-1] < losses[0] - 0.1
+    found = {tensor.dtype for tensor in tensors["optimizer"].values() if tensor.ndim}
+    assert found == DTYPES.get(case, {torch.float32})
+    saved = {name: group for name, group in tensors.items() if group}  # an empty group has no file
+    for name, group in saved.items():
+        write_tensors(tmp_path / name, group)
+    second.update([make_batch(1)])  # another state, to be replaced
+    second.load_state(dict.fromkeys(tensors, {}) | {name: load_file(tmp_path / name) for name in saved}, others, "here")
     second.step = first.step
     for learner in (first, second):
         learner.update([batch])
     left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_a_loaded_state_continues_bit_for_bit():
-    first, batch = in_fp16(make_learner("loop.ema_decay=0.9")), make_batch()
-    for _ in range(3):
-        first.update([batch])
-    tensors, others = first.state()
-    saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
-    second = in_fp16(make_learner("loop.ema_decay=0.9"))
-    second.update([make_batch(1)])  # another state, to be replaced
-    assert_continues(first, second, saved, others, batch)
-    assert second.scale.good_steps == 4
-
-
-def test_bf16_weights_learn_and_continue_bit_for_bit():
-    setting = ("optim.bf16_weights=true", "runtime.precision=bf16", "optim.lr=1e-4")
-    first, second, batch = make_learner(*setting), make_learner(*setting), make_batch()
-    losses = [first.update([batch]).losses[0].mean().item() for _ in range(60)]
-    tensors, others = first.state()
-    assert losses[-1] < losses[0] - 0.1
-    kept = {tensor.dtype for group in ("weights", "optimizer") for tensor in tensors[group].values() if tensor.ndim}
-    assert kept == {torch.bfloat16}
-    saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
-    assert_continues(first, second, saved, others, batch)
-
-
-def test_averages_of_8_bits_are_saved_as_such_and_continue_bit_for_bit(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    setting = ("optim=adamw8bit", "model.dims=[64,128]", "loop.ema_decay=0.9")
-    first, second, batch = make_learner(*setting), make_learner(*setting), make_batch()
-    losses = [first.update([batch]).losses[0].mean().item() for _ in range(20)]
-    tensors, others = first.state()
-    assert losses[-1] < losses[0] - 0.1
-    assert {tensor.dtype for tensor in tensors["optimizer"].values()} == {torch.uint8, torch.float32}
-    saved = {name: {key: tensor.clone() for key, tensor in group.items()} for name, group in tensors.items()}
-    write_tensors(tmp_path / "optimizer", tensors["optimizer"])
-    saved["optimizer"] = load_file(tmp_path / "optimizer")
-    assert_continues(first, second, saved, others, batch)
 
 
 @pytest.mark.parametrize("more", ["runtime.precision=fp32", "loop.ema_decay=0.9"])
@@ -131,52 +118,16 @@ def test_the_average_is_that_of_the_weights_after_each_update():
         torch.testing.assert_close(tensor.double(), average[name], rtol=1e-6, atol=1e-7)
 
 
-class OnFrozen(Task):
-    """A linear layer on a frozen encoder that has statistics and draws."""
-
-    helpers = ("encoder",)
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
-        self.network = nn.Linear(4, 1)
-
-    def forward(self, batch, progress):
-        features = self.encoder(batch["images"].float()).mean(dim=(2, 3))
-        return StepOutput(self.network(features).squeeze(1).square())
-
-    def evaluate(self, loaders, step):
-        return Report({"loss": 0.0})
-
-
-def test_a_frozen_network_stays_in_eval_mode_without_gradients():
-    config, _ = configure("finetune", [*OURS, *SHORT])
-    plan = Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3)
-    learner = Learner(OnFrozen(), config, plan, choose_runtime(config.runtime))
-    task, before = learner.task, copy.deepcopy(learner.task.encoder.state_dict())
-    task.train()
-    learner.update([make_batch()])
-    Run.measure(SimpleNamespace(learner=learner, _due_loaders=dict))
-    assert task.network.training and not any(module.training for module in task.encoder.modules())
-    learner.update([make_batch()])
-    after = task.encoder.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not any(parameter.requires_grad for parameter in task.encoder.parameters())
-
-
 def test_half_of_a_network_is_frozen_by_its_dotted_name():
-    task = OnFrozen()
+    task = Task()
     task.network = nn.ModuleDict({"encoder": nn.Linear(3, 4), "decoder": nn.Linear(4, 1)})
-    task.encoder, task.trained, task.helpers = None, ("network.decoder",), ("network.encoder", "encoder")
+    task.trained, task.helpers = ("network.decoder",), ("network.encoder",)
     task.train()
     assert [name for name, one in task.named_parameters() if one.requires_grad] == [
         "network.decoder.weight", "network.decoder.bias"
     ]  # fmt: skip
     assert task.network["decoder"].training and not task.network["encoder"].training
     assert set(checkpointed_state(task)) == {"network.decoder.weight", "network.decoder.bias"}
-    for name in ("network.encodr", "none.encoder", "netwrk"):
-        with pytest.raises(AttributeError):
-            networks_of(task, [name])
 
 
 def test_the_state_of_another_network_is_refused():
@@ -184,15 +135,3 @@ def test_the_state_of_another_network_is_refused():
     tensors, others = other.state()
     with pytest.raises(UserError, match=r"^resume: here is of another model: \d+ tensors of weights differ, first"):
         learner.load_state(tensors, others, "here")
-
-
-def test_a_rule_freezes_parameters_for_the_first_updates():
-    rule = "optim.rules=[{match: 'network.downsample_layers.0.*', freeze_steps: 2}]"
-    learner, batch = make_learner(rule), make_batch()
-    stem, head = learner.task.network.downsample_layers[0][0].weight, learner.task.network.head.weight
-    seen = []
-    for _ in range(3):
-        before = stem.clone(), head.clone()
-        learner.update([batch])
-        seen.append((torch.equal(stem, before[0]), torch.equal(head, before[1])))
-    assert seen == [(True, False), (True, False), (False, False)]

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.measures.confusion import ConfusionCounts
 from engine.measures.means import Means
-from engine.measures.probe import Features, measure_probes
 from engine.measures.top_samples import TopSamples
 from tests.engine.test_no_host_sync import count
 from utils.errors import UserError
@@ -37,25 +35,11 @@ def fill_means(split):
     return measure
 
 
-def fill_confusion(split):
-    measure = ConfusionCounts(CLASSES)
-    for batch in batches(split, LABELS, PREDICTED, VALID):
-        measure.add(*batch)
-    return measure
-
-
 def fill_top(split):
     measure = TopSamples(6)
     for score, valid, ids, images in batches(split, SCORES, VALID, IDS, FEATURES):
         measure.add(score, valid, {"sample_id": ids, "images": images})
     return measure
-
-
-def fill_probe(split):
-    features = Features()
-    for batch in batches(split, FEATURES, LABELS, IDS, VALID.float()):
-        features.add(*batch)
-    return features
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -74,13 +58,6 @@ def test_means_of_nothing_are_an_error():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_confusion_counts_each_valid_pair(split):
-    expected = np.zeros((CLASSES, CLASSES), dtype=np.int64)
-    np.add.at(expected, (LABELS[VALID].numpy(), PREDICTED[VALID].numpy()), 1)
-    assert np.array_equal(fill_confusion(split).reduce().matrix(range(CLASSES)), expected)
-
-
-@pytest.mark.parametrize("split", SPLITS)
 def test_top_samples_are_the_first_of_a_sort_by_score_then_id(split):
     found = fill_top(split).reduce()
     order = sorted(torch.nonzero(VALID).flatten().tolist(), key=lambda row: (-SCORES[row], IDS[row]))[:6]
@@ -88,13 +65,7 @@ def test_top_samples_are_the_first_of_a_sort_by_score_then_id(split):
     assert np.array_equal(found["images"], FEATURES[order].numpy())
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_probes_do_not_depend_on_the_split(split):
-    found, whole = (measure_probes(features, features, 3) for features in (fill_probe(split), fill_probe([SAMPLES])))
-    assert found == pytest.approx(whole) and found["probe/knn"] > 0.5 and found["probe/linear"] > 0.5
-
-
-@pytest.mark.parametrize("fill", [fill_means, fill_confusion, fill_top, fill_probe])
+@pytest.mark.parametrize("fill", [fill_means, fill_top])
 def test_adding_never_waits_for_the_device(fill):
     assert count(lambda: fill([20, 20, 20])) == []
 

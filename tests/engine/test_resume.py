@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from engine.tasks.classification import ClassificationTask
 from tests.engine.test_checkpoint import flip_a_bit, steps_in
 from tests.engine.test_exactness import assert_same_tensors
-from tests.engine.test_no_host_sync import make_training
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import checkpoint_tensors, rows
 from utils.errors import UserError
@@ -155,15 +154,3 @@ def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert "resumed from run/checkpoints/step_0000000" in finetune(place, *settings)
     assert left(place)[-1] == 3 and [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == [1, 2, 3]
-
-
-# --- ranks, as far as one process can tell
-
-
-def test_a_plot_is_progress_on_ranks_that_draw_nothing():
-    """The watchdog compares the ranks' counts: one that ran ahead would never be found to hang."""
-    training, _ = make_training("classification", "adamw")
-    assert training.recorder._metrics is None
-    before = training.recorder.watchdog._progress
-    training.recorder.plot(1)
-    assert training.recorder.watchdog._progress == before + 1

@@ -48,8 +48,6 @@ def machine(tmp_path, monkeypatch):
     ("device", "given", "missing"),
     [
         ("cpu", {"programs": ["g++"]}, []),
-        ("cpu", {"programs": ["g++"], "headers": "prefix"}, []),
-        ("cpu", {"programs": ["clang++"]}, ["(g++, "]),  # inductor does not look for it
         ("cpu", {"programs": ["ccache", "g++"], "CXX": "ccache g++"}, []),
         ("cpu", {"headers": None, "CXX": "nope -O3"}, ["(nope, as CXX says)", "headers"]),
         ("cuda", {"programs": ["clang"]}, []),
@@ -121,7 +119,6 @@ def test_a_gpu_takes_bf16_where_it_multiplies_it(capability, precision, chosen):
         (["avx512_bf16"], "bf16"),  # AMD
         (["avx512_bf16", "avx512_fp16"], "fp32"),  # Intel; AMX hidden by a virtual machine
         (["avx512_bf16", "avx512_fp16", "amx_bf16"], "bf16"),
-        (["bf16", "neon"], "fp32"),  # ARM
     ],
 )
 def test_a_cpu_takes_bf16_where_it_multiplies_it_faster(capabilities, precision, chosen, monkeypatch):
@@ -160,12 +157,8 @@ TORCHRUN, SLURM = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4"}, "SLURM_
     [
         (None, 8, {}, 7),  # a system without affinity
         (8, 64, {}, 7),
-        (25, 25, {}, 24),
-        (64, 64, TORCHRUN, 15),
         (32, 64, TORCHRUN, 7),  # a container's cores, shared by its ranks
-        (64, 64, {SLURM: "1,4(x2)"}, 15),
         (16, 64, {SLURM: "4(x2)"}, 15),  # each task is bound to its own cores
-        (2, 2, TORCHRUN, 1),
         (1, 64, {SLURM: "4(x2)"}, 1),
     ],
 )

@@ -80,32 +80,8 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=changed", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
 
-def test_labels_are_dropped_in_training_only(place):
-    settings = [*OVERRIDES, "run_dir=dropped", "task.label_dropout=0.9"]
-    run("tests.tasks.flow", settings, place)
-    assert max(row["dropped"] for row in rows(place / "dropped/metrics.jsonl", "train")) > 0.4
-    assert all(row["dropped"] == 0 for row in rows(place / "dropped/metrics.jsonl", "evaluate"))
-
-
-def predictions(place, output, *words):
-    """Predict the validation images, with all tags; returns the file's rows."""
-    given = ["input=images/val", "top=2", "batch_size=3", "device=cpu", "workers=0", f"output={output}"]
-    run("predict", [*given, *words], place)
-    found = [json.loads(line) for line in (place / output).read_text().splitlines()]
-    (place / output).unlink()
-    return found
-
-
-def test_features_are_exported_and_predicted(place):
-    run("export", ["run_dir=multicrop", "format=onnx"], place)
-    found = [predictions(place, "features.jsonl", f"weights=multicrop{file}") for file in ("", "/export/model.onnx")]
-    vectors = [torch.tensor([row["features"] for row in given]) for given in found]
-    assert vectors[0].shape == (4, 32)
-    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
-
-
 def test_what_a_task_has_no_output_for_is_refused(place):
     with pytest.raises(UserError, match=r"^format: onnx is no format of flow/"):
         run("export", ["run_dir=flow", "format=onnx"], place)
     with pytest.raises(UserError, match=r"^output: .* gives vectors"):
-        predictions(place, "features.csv", "weights=multicrop")
+        run("predict", ["weights=multicrop", "input=images/val", "output=features.csv", "device=cpu"], place)

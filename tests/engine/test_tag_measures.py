@@ -6,7 +6,6 @@ import torch
 from sklearn import metrics
 
 from engine.measures import tags
-from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import PROBS, TagScores
 from engine.measures.tags import BINS, EDGES, TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
@@ -29,7 +28,7 @@ MASKED = TARGETS.masked_fill(~KNOWN, torch.nan)
 CATEGORIES = (9,) * 4 + (0,) * 26 + (4,) * 10
 COUNTS = tuple(int(20000 * share) for share in TARGETS.mean(0))
 VOCABULARY = Vocabulary(tuple(f"tag_{i}" for i in range(TAGS)), CATEGORIES, COUNTS, tuple(range(TAGS)))
-SPLITS = [[IMAGES], [100] * 9, [1, 300, 599]]
+SPLITS = [[IMAGES], [1, 300, 599]]
 SCORED = np.arange(TAGS) != 3
 
 
@@ -91,7 +90,7 @@ def test_average_precision_of_rare_tags_among_many_images(shift, spread, bound):
     assert np.abs(measure.reduce().average_precision() - exact).max() < bound
 
 
-@pytest.mark.parametrize("edge", [100, 700, 900, 1100])
+@pytest.mark.parametrize("edge", [100, 900])
 def test_curves_at_an_edge_are_scikit_learns(scores, edge):
     group, decided = scores.groups["all"], [(truth, logits >= EDGES[edge]) for truth, logits in columns()]
     names = {"precision": metrics.precision_score, "recall": metrics.recall_score, "f1": metrics.f1_score}
@@ -123,21 +122,6 @@ def test_scalars(scores):
     curves = [np.stack(metrics.precision_recall_curve(*pair)[:2]) for pair in scored]
     best = [(2 * curve.prod(0) / np.maximum(curve.sum(0), 1e-9)).max() for curve in curves]
     assert np.mean(best) - 0.005 < found["macro_best_f1"] <= np.mean(best)
-
-
-def test_tables(scores):
-    tables = scores.tables()
-    groups = {row["group"]: row for row in tables["tag_groups"]}
-    assert {"all", "rating", "general", "character", "1,000 to 9,999 images"} <= set(groups)
-    assert sum(groups[name]["support"] for name in ("rating", "general", "character")) == groups["all"]["support"]
-    assert groups["rating"]["tags_without_positives"] == 1
-    assert groups["character"]["mAP"] == pytest.approx(np.nanmean(scores.ap[30:]))
-    row = tables["tags"][20]
-    assert (row["tag"], row["category"], row["training_images"]) == ("tag_20", "general", COUNTS[20])
-    assert row["best_f1"] == pytest.approx(2 / (1 / row["precision"] + 1 / row["recall"]))
-    assert tables["tags"][3]["ap"] is None and len(tables["tags"]) == TAGS
-    ap = [row["ap"] for row in tables["hardest_tags"]]
-    assert ap == sorted(ap) and all(row["support"] >= 10 for row in tables["hardest_tags"])
 
 
 def test_two_ranks_equal_one(monkeypatch):
@@ -206,9 +190,3 @@ def test_thresholds_are_measured_on_other_images(halves):
     general = next(row for row in table.rows if row.category == 0)
     truth, decided = TARGETS[used, 4:30].flatten(), LOGITS[used, 4:30].sigmoid().flatten() >= general.threshold
     assert general.f1 == pytest.approx(metrics.f1_score(truth, decided), abs=1e-5)
-
-
-def test_pictures(scores):
-    group = scores.groups["all"]
-    image = draw_pr_curves({"all": group, "general": scores.groups["general"]})
-    assert image.dtype == np.uint8 and image.shape[2] == 3 and (image < 128).any()

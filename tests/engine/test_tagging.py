@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
 from engine.tasks.tag_losses import TagLossConfig
-from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias, read_flips
+from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
-from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run, run_until_killed
-from tests.support import assert_same_rows, checkpoint_tensors, rows
+from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
+from tests.support import rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights, write_weights
@@ -152,22 +152,6 @@ def test_priors_are_shares_of_the_images_that_are_known():
     assert found == [0.5, 0.5, 0, 0, 1, 0, 0, 0]
 
 
-def test_the_column_flip_may_have_gaps_and_nothing_strange(tmp_path):
-    class Found:
-        root = tmp_path
-        table = type("Table", (), {"column_names": ["flip"]})
-
-        def column(self, name):
-            return self.values
-
-    collection = Found()
-    collection.values = np.array([1, np.nan, -1, 0])
-    assert read_flips(collection).tolist() == [1, 0, -1, 0]
-    collection.values = np.array(["never", None], dtype=object)
-    with pytest.raises(UserError, match="^data.root: the column flip of"):
-        read_flips(collection)
-
-
 # --- runs
 
 RUN = [
@@ -225,24 +209,6 @@ def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
     write_weights(path, tensors, {**metadata, name: value})
     with pytest.raises(UserError, match=rf"^weights: {path}.*{name}"):
         open_weights(path)
-
-
-def test_killed_and_resumed_equals_uninterrupted(place):
-    settings = [*RUN, "loop.total_steps=6", "task.mixup_alpha=0.5", "task.cutmix_alpha=1.0"]
-    run("finetune", [*settings, "run_dir=whole"], place)
-    run_until_killed("finetune", [*settings, "run_dir=killed"], place, 3)
-    run("finetune", [*settings, "run_dir=killed"], place)
-    one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
-    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert_same_rows(place / "whole", place / "killed", tolerance=0)
-
-
-def test_a_parameter_of_the_loss_moves_over_the_run(place):
-    asl = ["task.loss.name=asl", "task.loss.gamma_neg=[0.0,8.0]", "run_dir=asl"]
-    run("finetune", [*RUN, *asl, "optim.lr=0", "loop.total_steps=4", "task.orientation=null",
-                     "augment.crop_scale=[1.0,1.0]", "augment.interpolation=bilinear"], place)  # fmt: skip
-    losses = [row["loss"] for row in rows(place / "asl/metrics.jsonl", "train")]
-    assert sum(losses[2:]) < sum(losses[:2])  # each pair of steps sees the same images
 
 
 def test_what_is_wrong_is_named_by_its_key(place):

@@ -87,18 +87,6 @@ def test_fcmae_learns_one_batch(runtime):
     assert first > 0.5 and last < first / 10
 
 
-def test_evaluation_leaves_out_weight_zero_and_counts_the_rest():
-    task = make_classifier().eval()
-    batch = make_batch() | {"labels": torch.arange(8) % 4}
-    padded = {name: torch.cat([tensor, tensor[:3]]) for name, tensor in batch.items()}
-    padded["weight"][8:] = 0.0
-    with torch.no_grad():
-        plain, with_padding = (task.evaluate({"val": [given]}, 0).scalars for given in (batch, padded))
-    assert with_padding == pytest.approx(plain) and plain["samples"] == 8
-    # Top-5 of four classes is top-4.
-    assert set(plain) == {"loss", "top1", "top4", "mean_class_accuracy", "macro_f1", "samples"}
-
-
 def test_a_timm_network_of_another_image_size_is_refused():
     config = TimmConfig(family="timm", name="vit_tiny_patch16_224", in_channels=3, drop_path_rate=None)
     with pytest.raises(UserError, match=r"^augment.image_size_hw: \[32, 32\] is no size for vit_tiny_patch16_224 "):

@@ -8,7 +8,6 @@ import torch
 
 import engine.run
 import engine.screen
-from engine.recorder import Clock
 from engine.screen import advise
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 
@@ -22,27 +21,13 @@ def runtime(workers):
     [
         (1, 9, {}, "runtime.workers"),
         (3, 1.5, {}, "job=pack"),
-        (3, 9, {}, "data.cache.memory_gib"),
         (3, 9, {"l1_hit_rate": 0.4}, "data.cache.memory_gib"),
         (3, 9, {"l1_hit_rate": 0.4, "l2_hit_rate": 0.8}, "augment.on_device"),
-        (3, 2, {"l1_hit_rate": 0.5}, "augment.on_device"),
     ],
 )
 def test_the_setting_that_helps(monkeypatch, workers, epochs, readings, setting):
     monkeypatch.setattr(engine.screen, "choose_workers", lambda wanted, device: 3)
     assert setting in advise(runtime(workers), epochs, readings)
-
-
-def test_the_wait_is_part_of_the_seconds_and_goes_on_after_a_resumption(monkeypatch):
-    now = {"now": 0.0}
-    monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: now["now"])
-    clock = Clock()
-    for waits, seconds in ((True, 3.0), (False, 5.0), (True, 1.0)):
-        clock.turn(trains=True, waits=waits)
-        now["now"] += seconds
-    clock.turn(trains=False)
-    now["now"] += 100.0
-    assert (clock.read(), clock.waited) == (9.0, 4.0)
 
 
 def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ nan FIRST LAST [RANK]            the losses of the samples that these steps (fro
 kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1), unless MARKER is there
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
 little_memory SIZE ...           the device of each rank takes a batch of so many samples in training
-lose_images STEP FOLDER          this folder of images is renamed to FOLDER.lost before this step
 hang_loading RANK STEP           the data of this step (from 1) never come on this rank
 skip_steps                       three steps are skipped: the fourth's losses are NaN on the last rank, the sixth has a
                                  gradient that is NaN in one row, and in the eighth no image weighs anything
@@ -85,13 +84,12 @@ def nan(first, last, rank=None):
     engine.tasks.classification.ClassificationTask.forward = poisoned
 
 
-def _before_step(step, marker, act, marks=True):
+def _before_step(step, marker, act):
     train_step = engine.learner.train_step
 
     def troubled(learner, *arguments, **named):
         if learner.step == int(step) - 1 and not Path(marker).exists():
-            if marks:
-                Path(marker).touch()
+            Path(marker).touch()
             act()
         return train_step(learner, *arguments, **named)
 
@@ -118,10 +116,6 @@ def little_memory(*sizes):
         return forward(self, batch, progress)
 
     engine.tasks.classification.ClassificationTask.forward = limited
-
-
-def lose_images(step, folder):
-    _before_step(step, f"{folder}.lost", lambda: os.rename(folder, f"{folder}.lost"), marks=False)
 
 
 def hang_loading(rank, step):
