@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from engine.checkpoint import (
 )
 from optim.state import load_optimizer_state, optimizer_state
 from utils.errors import UserError
-from utils.io.files import sha256_text
+from utils.io.files import AppendFile, sha256_text
 
 
 def make(folder, step, value=1.0):
@@ -121,27 +122,43 @@ def groups(value):
     return {"task": {"w": torch.full((4, 3), value)}, "optimizer": {}}
 
 
-class Held:
-    """A write that takes until it is let go."""
-
-    def __init__(self):
-        self.seen, self.go = [], threading.Event()
-
-    def __call__(self, given):
-        assert self.go.wait(20)
-        self.seen.append(float(given["task"]["w"][0, 0]))
-
-
 def test_what_is_written_is_the_state_of_the_moment_one_write_after_another():
-    writer, held, order, state = Writer(), Held(), [], groups(1.0)
-    writer.submit(state, held, "saved")
+    writer, go, seen, state = Writer(), threading.Event(), [], groups(1.0)
+
+    def write(given):
+        assert go.wait(20)
+        seen.append(float(given["task"]["w"].sum()))
+
+    writer.submit(state, write, "saved")
     state["task"]["w"].fill_(2.0)  # training goes on, in place
     kept = writer._kept["task", "w"].data_ptr()
-    threading.Timer(0.2, held.go.set).start()
-    writer.submit(state, lambda given: order.append(float(given["task"]["w"].sum())), "saved")
-    assert held.seen == [1.0]
+    threading.Timer(0.2, go.set).start()
+    writer.submit(state, write, "saved")
+    assert seen == [12.0]
     writer.wait(last=True)
-    assert order == [24.0] and writer._kept["task", "w"].data_ptr() == kept  # memory is used again
+    assert seen == [12.0, 24.0] and writer._kept["task", "w"].data_ptr() == kept  # memory is used again
+
+
+def test_rows_that_the_disk_refuses_come_later_and_in_order(tmp_path, log):
+    path = tmp_path / "rows"
+    rows = AppendFile(path)
+    rows.write("a\n")
+    real, rows._file = rows._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (every write: no space left)
+    rows.write("b\n")
+    rows.write("c\n")
+    with pytest.raises(OSError, match="No space left"):
+        rows.sync()
+    assert path.read_text() == "a\n" and log.text.count("cannot be written (No space left on device)") == 1
+    rows._file.close()
+    rows._file = real
+    rows.write("d\n")
+    rows.sync()
+    rows.close()
+    assert path.read_text() == "a\nb\nc\nd\n"
+    lost = AppendFile(Path("/dev/full"))
+    lost.write("abc\n")
+    lost.close()
+    assert "/dev/full lacks its last 4 bytes" in log.text
 
 
 # --- an optimiser's state

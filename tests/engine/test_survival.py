@@ -107,9 +107,9 @@ def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(collection, straig
     assert_equal_runs(straight, stopped)
 
 
-def test_a_signal_within_an_evaluation_or_a_save_waits_for_it(collection, straight, tmp_path, trouble="slow_save 0.1"):
+def test_a_signal_within_a_save_waits_for_it(collection, straight, tmp_path):
     stopped = tmp_path / "stopped"
-    started, overrides = start_troubled(trouble, collection, stopped, "loop.checkpoint_every_steps=10")
+    started, overrides = start_troubled("slow_save 0.1", collection, stopped, "loop.checkpoint_every_steps=10")
     wait_for(started, lambda: "ing slowly" in started.output)
     started.signal(signal.SIGTERM)
     assert started.wait() == [75]

@@ -7,7 +7,7 @@ from sklearn import metrics
 
 from engine.measures import tags
 from engine.measures.tag_scores import PROBS, TagScores
-from engine.measures.tags import BINS, EDGES, TagHistograms
+from engine.measures.tags import BINS, TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from tests.engine.test_no_host_sync import count
 from utils.ranks import distributed
@@ -90,19 +90,6 @@ def test_average_precision_of_rare_tags_among_many_images(shift, spread, bound):
     assert np.abs(measure.reduce().average_precision() - exact).max() < bound
 
 
-@pytest.mark.parametrize("edge", [100, 900])
-def test_curves_at_an_edge_are_scikit_learns(scores, edge):
-    group, decided = scores.groups["all"], [(truth, logits >= EDGES[edge]) for truth, logits in columns()]
-    names = {"precision": metrics.precision_score, "recall": metrics.recall_score, "f1": metrics.f1_score}
-    scored = [pair for pair in decided if pair[0].any()]
-    for name, score in names.items():
-        assert group.macro[name][edge] == pytest.approx(np.mean([score(*pair, zero_division=0) for pair in scored]))
-    exact = np.mean([metrics.matthews_corrcoef(*pair) for pair in scored])
-    assert group.macro["mcc"][edge] == pytest.approx(exact)
-    truth, decision = (np.concatenate(column) for column in zip(*decided))
-    assert group.micro()[2][edge] == pytest.approx(metrics.f1_score(truth, decision, zero_division=0))
-
-
 def test_scalars(scores):
     found, probs = scores.scalars(), [(truth, 1 / (1 + np.exp(-logits))) for truth, logits in columns()]
     scored = [pair for pair in probs if pair[0].any()]
@@ -119,9 +106,22 @@ def test_scalars(scores):
             for score in (metrics.precision_score, metrics.recall_score)
         )
         assert precision == pytest.approx(recall, abs=0.005)
+    exact = np.mean([metrics.matthews_corrcoef(truth, prob >= threshold) for truth, prob in scored])
+    assert found["macro_mcc"] == pytest.approx(exact)
     curves = [np.stack(metrics.precision_recall_curve(*pair)[:2]) for pair in scored]
     best = [(2 * curve.prod(0) / np.maximum(curve.sum(0), 1e-9)).max() for curve in curves]
     assert np.mean(best) - 0.005 < found["macro_best_f1"] <= np.mean(best)
+
+
+def test_tables(scores):
+    tables = scores.tables()
+    groups = {row["group"]: row for row in tables["tag_groups"]}
+    assert sum(groups[name]["support"] for name in ("rating", "general", "character")) == groups["all"]["support"]
+    assert groups["character"]["mAP"] == pytest.approx(np.nanmean(scores.ap[30:]))
+    row = tables["tags"][20]
+    assert row["best_f1"] == pytest.approx(2 / (1 / row["precision"] + 1 / row["recall"]))
+    ap = [row["ap"] for row in tables["hardest_tags"]]
+    assert ap == sorted(ap) and all(row["support"] >= 10 for row in tables["hardest_tags"])
 
 
 def test_two_ranks_equal_one(monkeypatch):

@@ -1,6 +1,7 @@
 """The tagger: its loss, mirror, head and facts on a batch, and whole runs on a folder of images with sidecars."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,16 +140,10 @@ def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their
 # --- what is read of a collection
 
 
-class _Index:
-    tagged, rating_known = np.array([1, 1, 1, 0, 1], bool), np.array([1, 0, 1, 1, 0], bool)
-
-    def count(self, rows, width):
-        assert rows.tolist() == [0, 1, 2]
-        return np.array([1, 1, 0, 0, 3, 0, 0, 0])
-
-
 def test_priors_are_shares_of_the_images_that_are_known():
-    found = measure_priors(_Index(), np.array([0, 1, 2, 3]), VOCABULARY)
+    index = SimpleNamespace(tagged=np.array([1, 1, 1, 0, 1], bool), rating_known=np.array([1, 0, 1, 1, 0], bool))
+    index.count = lambda rows, width: np.array([1, 1, 0, 0, 3, 0, 0, 0])
+    found = measure_priors(index, np.array([0, 1, 2, 3]), VOCABULARY)
     assert found == [0.5, 0.5, 0, 0, 1, 0, 0, 0]
 
 
