@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.captions import CaptionConfig, describe_captions
-from data.collection import index_collection, open_collection
+from tests.data.test_collection import load
 from utils.errors import UserError
 from utils.rng import generator_for
 
@@ -30,7 +30,7 @@ def collection_of(root, files, images=("a.png", "b.png", "c.png")):
         if isinstance(content, list):
             content = "\n".join(map(json.dumps, content))
         (root / name).write_text(content)
-    return open_collection(str(root), index_collection(str(root), validation_fraction=0, cache=root / ".cache"))
+    return load(root, root / ".cache")
 
 
 def texts(collection, **changed):

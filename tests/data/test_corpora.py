@@ -208,15 +208,11 @@ def make_bombs(folder, drawn):
     bmp, gif = bytearray(drawn["bmp"]), bytearray(drawn["gif"])
     bmp[18:26] = struct.pack("<ii", 60_000, 50_000)
     gif[6:10] = struct.pack("<HH", 65_535, 65_535)
-    tiff = drawn["tiff"].replace(struct.pack("<HHII", 256, 4, 1, 24), struct.pack("<HHII", 256, 4, 1, 60_000))
-    tiff = tiff.replace(struct.pack("<HHII", 257, 4, 1, 24), struct.pack("<HHII", 257, 4, 1, 50_000))
-    tiff = tiff.replace(struct.pack("<HHIHH", 256, 3, 1, 24, 0), struct.pack("<HHIHH", 256, 3, 1, 60_000, 0))
-    tiff = tiff.replace(struct.pack("<HHIHH", 257, 3, 1, 24, 0), struct.pack("<HHIHH", 257, 3, 1, 50_000, 0))
     size = drawn["lossless"].index(b"VP8L") + 9
     webp = bytearray(drawn["lossless"])
     webp[size : size + 4] = struct.pack("<I", 16_383 | 16_383 << 14)
     files = {
-        "png": png_header(60_000, 50_000) + PNG_END, "jpeg": jpeg, "bmp": bmp, "gif": gif, "tiff": tiff, "webp": webp,
+        "png": png_header(60_000, 50_000) + PNG_END, "jpeg": jpeg, "bmp": bmp, "gif": gif, "webp": webp,
         "ppm": b"P6 60000 50000 255\n", "text": png_header(1, 1) + text + PNG_END,
     }  # fmt: skip
     for name, data in files.items():

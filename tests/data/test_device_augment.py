@@ -8,9 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from data.config import AugmentConfig
-from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn, training_views
-from data.stream import ShuffledSampler
-from tests.data.test_loader import GLOBAL, make_reader, open_folder, stream, take, write_image
+from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
@@ -129,32 +127,6 @@ def test_the_split_of_a_batch_changes_no_bit(case):
     for sizes in ([1] * 13, [5, 8], [2, 7, 4]):
         pieces = [part.split(sizes) for part in (images, parameters, keys)]
         assert torch.equal(torch.cat([augment.apply(*piece) for piece in zip(*pieces)]), whole)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("noise")
-    for number in range(40):
-        write_image(root / "train" / "ab"[number % 2] / f"{number:02}.png", number, (40 + number % 13, 60 - number % 7))
-    return open_folder(root, root.parent / "cache")
-
-
-def stream_of(folder, workers, micro, **changes):
-    """Return two steps of a training stream, joined, as data/open.py builds it."""
-    views = training_views(config_of(**{**ALL, **changes}))
-    reader = make_reader(folder, views["images"], **{name: view for name, view in views.items() if name != "images"})
-    sampler = ShuffledSampler(folder.rows("train"), 0)
-    loader = stream(reader, sampler, workers=workers, on_device=views[AUGMENT].on_device)
-    batches = [batch for step in take(loader, 2, micro, between=lambda: torch.rand(7)) for batch in step]
-    assert all(AUGMENT not in batch for batch in batches)
-    return torch.cat([batch["images"] for batch in batches])
-
-
-@pytest.mark.parametrize(("workers", "micro"), [(0, 8), (2, GLOBAL), (2, 4)])
-def test_neither_workers_nor_micro_batches_change_a_sample(folder, workers, micro):
-    whole = stream_of(folder, 0, GLOBAL)
-    assert whole.shape == (2 * GLOBAL, 3, *SIZE) and whole.dtype == torch.uint8
-    assert torch.equal(stream_of(folder, workers, micro), whole)
 
 
 def test_nothing_waits_for_the_device():

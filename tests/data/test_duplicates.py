@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw
 from scipy.fft import dctn
 from scipy.sparse.csgraph import connected_components
 
-from data.collection import index_collection, open_collection
+from data.collection import open_collection
 from data.duplicates import group_duplicates, perceptual_hash
+from tests.data.test_collection import load
 from tests.in_process import run
 from utils.config.messages import ConfigError
 
@@ -90,11 +91,9 @@ def test_prepare_fills_in_hash_and_group(tmp_path):
     (root / "4.png").write_bytes(b"")
     prepare = ["job=manifest", "data=image_folder", f"data.root={root}", "data.validation_fraction=0.0"]
     run("prepare", prepare, tmp_path)
-    plain = index_collection(str(root), validation_fraction=0, cache=tmp_path / "cache")
+    plain = load(root, tmp_path / "cache").arrow
     run("prepare", [*prepare, "job.duplicates=true"], tmp_path)
-    collection = open_collection(
-        str(root), index_collection(str(root), validation_fraction=0, cache=tmp_path / "cache")
-    )
+    collection = load(root, tmp_path / "cache")
     hashes, groups = (collection.table[name].to_pylist() for name in ("phash", "group"))
     assert hashes[:3] == [hash_of(picture(seed)) for seed in range(3)] and hashes[4] is None
     assert groups[1] == groups[3] and len({*groups}) == 4 and groups[4] is None

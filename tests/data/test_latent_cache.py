@@ -11,7 +11,6 @@ from PIL import Image
 
 from data.buckets import BucketConfig, image_sizes, make_buckets, place
 from data.cache.store import TensorStore
-from data.collection import index_collection, open_collection
 from data.decode import Decoder
 from data.images import Files, Images
 from data.latent_cache import LatentCache, image_hashes
@@ -19,6 +18,7 @@ from data.loader import UnreadableLog
 from data.open import Data
 from data.stream import GroupedSampler
 from data.text_cache import TextCache, vary_caption
+from tests.data.test_collection import load
 from utils.errors import UserError
 
 CONFIG = BucketConfig(
@@ -56,8 +56,7 @@ class Encoder:
 
 
 def open_cache(folder, config=CONFIG, recipe=RECIPE):
-    root = str(folder / "images")
-    collection = open_collection(root, index_collection(root, validation_fraction=0.0, cache=folder / "index"))
+    collection = load(folder / "images", folder / "index")
     rows = np.arange(len(collection))
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, folder / "sizes.json"), config)
     hashes = image_hashes(collection, buckets.rows, folder / "hashes.json")

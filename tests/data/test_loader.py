@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 
 from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
-from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import Decoder
 from data.images import Files, Images
@@ -23,6 +22,7 @@ from data.loader import Loader, SampleReader, TrainStream, UnreadableLog
 from data.rows import training_rows
 from data.stream import Draw, ShuffledSampler
 from data.transforms import TrainTransform
+from tests.data.test_collection import load
 from tests.data.test_read_ahead import Asked
 from utils import rng
 from utils.config.help import CONF
@@ -47,23 +47,13 @@ def write_image(path, seed, size_wh=(30, 22)):
     Image.fromarray(pixels).save(path)
 
 
-def open_folder(root, cache):
-    return open_collection(str(root), index_collection(str(root), validation_fraction=0.0, cache=cache))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """40 training images, class sizes 1, 9 and 30, and 7 for validation."""
+    """40 training images."""
     root = tmp_path_factory.mktemp("noise")
-    seed = 0
-    for letter, count in (("a", 1), ("b", 9), ("c", 30)):
-        for number in range(count):
-            write_image(root / "train" / letter / f"{number:02}.png", seed, (20 + seed % 13, 40 - seed % 7))
-            seed += 1
-    for number in range(7):
-        write_image(root / "val" / "c" / f"{number}.png", seed)
-        seed += 1
-    return open_folder(root, root.parent / "cache")
+    for number in range(40):
+        write_image(root / "train" / "a" / f"{number:02}.png", number, (20 + number % 13, 40 - number % 7))
+    return load(root, root.parent / "cache")
 
 
 class DrawnFields:
@@ -74,35 +64,33 @@ class DrawnFields:
         return {"drawn": drawn, "tag_ids": Ragged(torch.arange(example.draw.index % 4))}
 
 
-def plan(micro=GLOBAL, world_size=1):
-    accum = GLOBAL // world_size // micro
-    return SimpleNamespace(global_batch_size=GLOBAL, micro_batch_size=micro, accum_steps=accum, world_size=world_size)
+def plan(micro=GLOBAL):
+    return SimpleNamespace(global_batch_size=GLOBAL, micro_batch_size=micro, accum_steps=GLOBAL // micro, world_size=1)
 
 
 def machine(workers=0, prefetch=2):
     return SimpleNamespace(device=CPU, channels_last=False, workers=workers, prefetch_batches=prefetch)
 
 
-def make_reader(collection, transform, fields=None, *, channels=3, max_pixels=10**6, training=True, **views):
+def make_reader(collection, transform, fields=None, **views):
     views = {"images": transform, **views}
-    source = Images(Files(collection), Decoder(channels, max_pixels))
-    return SampleReader(collection, source, views, fields or DrawnFields(), training=training)
+    source = Images(Files(collection), Decoder(3, 10**6))
+    return SampleReader(collection, source, views, fields or DrawnFields(), training=True)
 
 
-def stream(reader, sampler, *, workers=0, prefetch=2, file=None, seed=0, on_device=None):
+def stream(reader, sampler, *, workers=0, prefetch=2, file=None):
     unreadable = UnreadableLog(file)
-    return TrainStream(Loader(reader, machine(workers, prefetch), unreadable.add, on_device), sampler, seed, unreadable)
+    return TrainStream(Loader(reader, machine(workers, prefetch), unreadable.add), sampler, 0, unreadable)
 
 
-def train_stream(collection, *, sampler=None, fields=None, seed=0, workers=0, prefetch=2, file=None, **changes):
+def train_stream(collection, *, fields=None, workers=0, prefetch=2, file=None, **changes):
     reader = make_reader(collection, TrainTransform(augment(**changes)), fields)
-    sampler = sampler or ShuffledSampler(collection.rows("train"), seed)
-    return stream(reader, sampler, workers=workers, prefetch=prefetch, file=file, seed=seed)
+    return stream(reader, ShuffledSampler(collection.rows("train"), 0), workers=workers, prefetch=prefetch, file=file)
 
 
-def take(loader, steps, micro=GLOBAL, start_step=0, between=lambda: None):
+def take(loader, steps, micro=GLOBAL, between=lambda: None):
     """Return so many steps, lists of micro-batches."""
-    found, read = [], loader.steps(start_step, plan(micro))
+    found, read = [], loader.steps(0, plan(micro))
     for _ in range(steps):
         found.append(next(read))
         between()
@@ -116,7 +104,7 @@ def weighted(tmp_path, weights):
         write_image(tmp_path / "images" / f"{number}.png", number)
     lines = [{"path": f"{number}.png", "weight": weight} for number, weight in enumerate(weights)]
     (tmp_path / "images" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return open_folder(tmp_path / "images", tmp_path / "cache")
+    return load(tmp_path / "images", tmp_path / "cache")
 
 
 def fingerprints(steps):
@@ -218,7 +206,7 @@ def damaged(tmp_path):
     (root / "train" / "2.png").write_bytes(b"")
     whole = (root / "train" / "4.png").read_bytes()
     (root / "train" / "4.png").write_bytes(whole[: len(whole) // 2])
-    collection = open_folder(root, tmp_path / "cache")
+    collection = load(root, tmp_path / "cache")
     (root / "train" / "7.png").unlink()
     return collection
 
@@ -368,7 +356,7 @@ def test_train_paths_choose_the_training_images(tmp_path):
     for name in ("cats/one", "cats/two", "dogs/one", "birds/one"):
         write_image(tmp_path / "images" / "train" / f"{name}.png", seed=len(name))
     write_image(tmp_path / "images" / "val" / "cats" / "three.png", seed=9)
-    collection = open_folder(tmp_path / "images", tmp_path / "cache")
+    collection = load(tmp_path / "images", tmp_path / "cache")
 
     def chosen(*patterns):
         return [collection.row(int(row)).path for row in training_rows(collection, list(patterns) or None)]

@@ -20,7 +20,6 @@ from data.stream import (
     evaluation_batches,
     train_batches,
 )
-from engine.plan import split_batch
 from utils import rng
 from utils.errors import UserError
 
@@ -263,15 +262,6 @@ def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro)
         rest = steps_over_ranks(name, world, micro, start_step, STEPS - start_step)
         assert rest == whole[start_step:]
     assert steps_over_ranks(name, 4, 6, start_step=4, steps=3) == whole[4:]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("cap", [1, 3, 4, 24])
-def test_a_micro_batch_never_spans_two_shapes(world, cap):
-    micro, accum = split_batch(GLOBAL, world, cap, CHUNK)
-    for rank in range(world):
-        mine = batches(SAMPLERS["grouped"](0), rank=rank, world=world, micro=micro, count=accum * STEPS)
-        assert all(len({draw.group for draw in batch}) == 1 for batch in mine)
 
 
 def labelled(labels, weights):

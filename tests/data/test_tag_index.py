@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.collection import index_collection, open_collection
 from data.config import TagRulesConfig, VocabularyConfig
 from data.table import build_table
 from data.tags.index import index_tags, map_tags
 from data.tags.names import Tag, parse_rating, parse_tag
 from data.tags.rules import TagRules, read_rules
 from data.tags.vocabulary import make_vocabulary
+from tests.data.test_collection import load
 from utils.errors import UserError
 from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
@@ -36,8 +36,7 @@ def collection_of(root, rows):
         (root / row["path"]).parent.mkdir(parents=True, exist_ok=True)
         (root / row["path"]).touch()
     (root / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arrow = index_collection(str(root), validation_fraction=0, cache=root / ".cache")
-    return open_collection(str(root), arrow)
+    return load(root, root / ".cache")
 
 
 def of_rows(tags, ratings=None):

@@ -66,7 +66,6 @@ def test_each_option_changes_the_image_by_the_draw_alone(option, channels):
     [
         ({"rand_augment": "rand-m9-msdt0.5"}, "rand_augment"),
         ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "affine.scale"),
-        ({"color_jitter": {**OPTIONS["color_jitter"]["color_jitter"], "hue": 0.6}}, "color_jitter.hue"),
         ({"on_device": True, "rand_augment": "rand-m9"}, "augment.on_device"),
         ({"std": [0.5, 0.5]}, "augment.std"),
     ],
@@ -124,26 +123,6 @@ def test_no_bit_left_is_black():
     assert np.asarray(operation(image)).max() == 0
     operation.magnitude = 5
     assert set(np.unique(operation(image))) == {64}
-
-
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0-inc1", "rand-m8-n4-p1"])
-def test_the_policy_is_timms_own(policy):
-    """timm's transform, seeded alike, on the same picture."""
-    from timm.data.auto_augment import rand_augment_transform
-
-    own = PolicyAugment(AugmentConfig(**{**PUBLISHED, "rand_augment": policy}))
-    settings = {"translate_const": 14, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
-    theirs = rand_augment_transform(policy, settings)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    changed = 0
-    for key in range(20):
-        with rng.seeded(key):
-            found = own(image)
-        with rng.seeded(key), rng.seeded_python(int(torch.randint(2**31, ()))):
-            wanted = theirs(image)
-        assert np.array_equal(np.asarray(found), np.asarray(wanted))
-        changed += not np.array_equal(np.asarray(found), np.asarray(image))
-    assert changed > 10
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])

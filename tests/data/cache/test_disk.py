@@ -16,7 +16,7 @@ from data.images import Files, Images
 from data.loader import EvaluationStream, Loader, SampleReader, no_fields
 from data.source import IMAGE, not_cached
 from data.stream import Policy
-from tests.data.test_loader import open_folder
+from tests.data.test_collection import load
 from tests.in_process import TINY, make_images, run
 from tests.support import cache_config
 from tests.support import rows as logged
@@ -41,7 +41,7 @@ def write_noise(file, seed):
 def photos(tmp_path):
     for number in range(COUNT):
         write_noise(tmp_path / "photos" / "train" / "a" / f"{number:02}.bmp", number)
-    return open_folder(tmp_path / "photos", tmp_path / "index")
+    return load(tmp_path / "photos", tmp_path / "index")
 
 
 def cached(photos, folder, decoder=RGB, **changes):

@@ -16,7 +16,6 @@ from PIL import Image
 
 from data.cache import memory
 from data.cache.memory import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
-from data.collection import index_collection, open_collection
 from data.config import AugmentConfig
 from data.decode import Decoder
 from data.image_formats import UnreadableImage
@@ -24,6 +23,7 @@ from data.images import Files, Images
 from data.loader import SampleReader, no_fields
 from data.stream import Draw
 from data.transforms import EvalTransform, TrainTransform
+from tests.data.test_collection import load
 from tests.support import cache_config
 from utils.config.help import CONF
 from utils.ranks import distributed
@@ -40,8 +40,7 @@ def collection(tmp_path_factory):
         width, height = SIZES_WH[number % 4]
         Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"{number:02}.png")
     (root / "99.png").write_bytes(b"no image")
-    index = index_collection(str(root), validation_fraction=0.0, cache=root.parent / "cache")
-    return open_collection(str(root), index)
+    return load(root, root.parent / "cache")
 
 
 def images(collection, shortest_px=None, channels=3):
