@@ -31,12 +31,6 @@ def test_a_network_of_one_size_is_refused_for_any(tmp_path):
         export_file(tmp_path, model, metadata, dynamic_size=True)
 
 
-@pytest.mark.parametrize("size", ["atto", "tiny"])
-def test_a_published_size_exports(size, tmp_path):
-    model, metadata = make(geometry(size))
-    assert export_file(tmp_path, model, metadata)[0] < 1e-2
-
-
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_a_tagger_of_timm_in_fp16(name, tmp_path):
     model, metadata = open_tagger(timm_config(name), side=160, vocabulary=VOCABULARY)

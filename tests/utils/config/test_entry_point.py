@@ -87,13 +87,6 @@ def test_a_defect_is_status_1_with_its_traceback(start_command, capsys):
     )
 
 
-def test_a_stopped_run_is_status_75(start_command):
-    def body(config, job):
-        raise SystemExit(75)
-
-    assert start_command(body, *PATHS) == 75
-
-
 def test_only_rank_0_shows_what_every_rank_finds(start_command, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert start_command(lambda config, job: None, *PATHS, "top=x") == 2

@@ -87,11 +87,6 @@ def test_all_errors_are_listed_together(composed):
     assert str(ConfigError(problems)) == "4 configuration errors\n  " + "\n  ".join(problems)
 
 
-def test_a_group_of_another_kind_is_one_error(composed):
-    (problem,) = problems_with(composed(), {"task": {"name": "fcmae", "mask_ratio": 0.6, "patch_px": None}})
-    assert problem.startswith("task.name: ") and "'fcmae'" in problem and "classification" in problem
-
-
 def test_the_error_survives_pickling():
     """It travels from rank 0 to the others."""
     error = pickle.loads(pickle.dumps(ConfigError(["a: wrong", "b: wrong"])))
