@@ -16,14 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.export.libraries import (
-    Metadata,
-    Outputs,
-    load_timm,
-    load_transformers,
-    write_timm,
-    write_transformers,
-)
+from models.export.libraries import Metadata, Outputs, load_timm, load_transformers, write_timm, write_transformers
 from models.export.model_card import licence_of, write_card
 from models.export.parity import refuse_difference, vary_weights
 from models.fcmae import FCMAE
