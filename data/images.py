@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from fsspec.spec import AbstractFileSystem
 
-from data.collection import Collection
+from data.collection import Collection, Row
 from data.decode import Decoder
 from data.image_formats import CUT_OFF, NOT_OPENED, UnreadableImage, read_file
 from data.remote import is_remote, open_store
@@ -84,7 +84,7 @@ class _Rows:
         view = self.collection.row(row)
         if not self.collection.is_packed:
             return FileRange(os.path.join(folder, view.path))
-        lead = HEADER_BYTES if self._key_of(row) else 0
+        lead = HEADER_BYTES if _has_header(view) else 0
         return FileRange(os.path.join(folder, view.shard), view.offset - lead, view.length + lead)
 
     def check(self, row: int, content: bytes, length: int) -> bytes:
@@ -92,16 +92,18 @@ class _Rows:
         if len(content) < length:
             detail = f"the shard ends after {len(content):,} of {length:,} bytes"
             raise UnreadableImage(self.name_of(row), CUT_OFF, detail)
-        key = self._key_of(row)
-        if not content.startswith(key):
-            raise UnreadableImage(self.name_of(row), MISPLACED, f"not {key.decode()}; pack the collection again")
-        return content[HEADER_BYTES:] if key else content
-
-    def _key_of(self, row: int) -> bytes:
-        """Return the beginning of the header before a packed image; nothing in shards of others."""
         view = self.collection.row(row)
-        is_ours = view.shard.endswith(TAR) and not view.path.startswith(f"{view.shard}/")
-        return member_key(view.path).encode() if is_ours else b""
+        if not _has_header(view):
+            return content
+        key = member_key(view.path)
+        if not content.startswith(key.encode()):
+            raise UnreadableImage(self.name_of(row), MISPLACED, f"not {key}; pack the collection again")
+        return content[HEADER_BYTES:]
+
+
+def _has_header(view: Row) -> bool:
+    """Return whether a row is of a shard that job=pack made, where a header with its key is before the image."""
+    return view.shard.endswith(TAR) and not view.path.startswith(f"{view.shard}/")
 
 
 class Files(_Rows):

@@ -169,7 +169,7 @@ class Recorder:
         self.stage, self.batch = "the start", ("images", 1)  # of an error's message
         self._earlier_peak_gib = 0.0
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)  # a sweep runs several jobs in one process
+            torch.cuda.reset_peak_memory_stats(self._device)  # a notebook runs several in one process
 
     # ------------------------------------------------------------------------------------------------- open and close
 

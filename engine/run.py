@@ -29,7 +29,7 @@ from utils.contracts import Batch
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest
-from utils.record.figures import show_duration, show_evaluated, show_figures
+from utils.record.figures import show_duration, show_evaluated
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.run_folder import RunFolder, write_result
@@ -88,8 +88,8 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
-    def fit(self, next_commands: Sequence[str] = ()) -> str:
-        """Make the updates that are left; returns a line with the result. next_commands: what can be typed next.
+    def fit(self, next_commands: Sequence[str] = ()) -> None:
+        """Make the updates that are left. next_commands: what can be typed next.
 
         Raises Stopped where the run was asked to stop, and has saved.
         """
@@ -99,7 +99,7 @@ class Run:
                 "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
                 "run_dir", self.step, plan.total_steps,
             )  # fmt: skip
-            return self._result()
+            return
         if first == 0 and plan.has_range_test(config.lr_finder):
             with closing(self.streams.train.steps(plan.total_steps, plan)) as batches:
                 rate = find_lr(self.learner, batches, config.lr_finder, plan, self.recorder, self.stop)
@@ -112,7 +112,6 @@ class Run:
             while not self.is_complete:
                 self.train_one_epoch(batches)
         self._report_end(first, time.perf_counter() - started, next_commands)
-        return self._result()
 
     def train_one_epoch(self, stream: Iterator[list[Batch]]) -> None:
         """Run the stream to the end of an epoch, or of the run. One pass of the body is one optimiser update.
@@ -315,9 +314,3 @@ class Run:
         rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))
-
-    def _result(self) -> str:
-        """Return the run's line in a sweep's table."""
-        report = {name: value for name, value in self.last_report.items() if math.isfinite(value)}
-        best = "" if self.best.value is None else f"{self.best.value:.4f} at step {self.best.step}"
-        return show_figures(report) + (f"  best {self.learner.task.best_metric}={best}" if best else "")

@@ -137,7 +137,7 @@ def start_machine(config: MachineConfig) -> Runtime:
 
 
 def _set_backends(config: MachineConfig, device: str) -> None:
-    """Set determinism and float32 matrix products of this process explicitly: a sweep runs several jobs in one.
+    """Set determinism and float32 matrix products of this process explicitly: a notebook runs several in one.
 
     TF32 is off where float32 is meant as a reference (`precision: fp32` stated) or the run is deterministic.
     """

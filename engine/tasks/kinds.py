@@ -46,8 +46,8 @@ def task_schema(script: str) -> Any:
     return configs[0] if len(configs) == 1 else Annotated[reduce(or_, configs), Field(discriminator="name")]
 
 
-def train(config: TrainingConfig, job: Job) -> str:
-    """Train what `task` names; the same command resumes. Returns a line with the result."""
+def train(config: TrainingConfig, job: Job) -> str | None:
+    """Train what `task` names; the same command resumes. Returns what a dry run found."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime, kind, config = start_ranks(config), KINDS[config.task.name], use_pretrained(config)
     path = run_path(config, job)
@@ -75,4 +75,5 @@ def train(config: TrainingConfig, job: Job) -> str:
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
     with open_run(task, streams, plan, config, job, runtime) as run:
-        return run.fit([line.format(run=path, data=words) for line in kind.next_commands])
+        run.fit([line.format(run=path, data=words) for line in kind.next_commands])
+    return None
