@@ -34,7 +34,7 @@ from engine.tasks.tagging import TaggingTask
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import canonical_json, output_errors, sha256_text, write_json
 from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
@@ -114,8 +114,9 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     models = {}
     for name in config.models:
         path = Path(name) / "model.onnx"
-        path = path if path.is_file() else find_weights(name, "best", "models")
-        models[name] = load_predictor(path, runtime.device, "models")
+        with about("models"):
+            path = path if path.is_file() else find_weights(name, "best")
+            models[name] = load_predictor(path, runtime.device)
     arena = Arena(models, config.data, config.arena, runtime, config.batch_size)
     if config.dry_run:
         return _DRY_RUN
@@ -160,8 +161,9 @@ def main(config: EvaluateConfig, job: Job) -> str:
 
     # --------------------------------------------------------------------- 2. The task with those weights, and the data
     saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(RunData)
-    path = choose_weights(config.run_dir or "", config.weights)
-    weights = open_weights(path)
+    with about("weights"):
+        path = choose_weights(config.run_dir or "", config.weights)
+        weights = open_weights(path)
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
     if config.calibrate and not isinstance(task, TaggingTask):
         name = weights.metadata["task"]["name"]

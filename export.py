@@ -17,6 +17,7 @@ from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
 from models.export.model_card import add_report, licence_entry
 from utils.config.entry_point import Job, entry_point
+from utils.errors import about
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights
 from utils.record.logging import get_logger
@@ -28,7 +29,8 @@ log = get_logger(__name__)
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
-    weights = open_weights(choose_weights(config.run_dir or "", config.weights))
+    with about("weights"):
+        weights = open_weights(choose_weights(config.run_dir or "", config.weights))
     weights = (weights.without_head() if config.backbone_only else weights).for_export(config.licence)
     find_format(config.format, weights)
     if config.dry_run:

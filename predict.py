@@ -44,7 +44,7 @@ from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import output_errors, sha256_file
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
@@ -216,9 +216,10 @@ def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
 def main(config: PredictConfig, job: Job) -> str:
     """Predict."""
     # -------------------------------------------------------------------------------------------------- 1. The model
-    weights = find_weights(config.weights, "best", "weights")
     device = choose_device(config.device, "device")
-    predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
+    with about("weights"):
+        weights = find_weights(config.weights, "best")
+        predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
     if config.like is not None or config.output.endswith(".npz"):
         return "dry run: nothing is embedded" if config.dry_run else search(config, predictor, sha256_file(weights))
 

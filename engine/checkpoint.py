@@ -35,7 +35,7 @@ from engine.config import LoopConfig
 from engine.learner import Learner
 from engine.parallel import is_sharded
 from engine.recorder import Recorder
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import fsync_path, link_or_copy, sha256_file, sha256_text
 from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
 from utils.ranks import distributed
@@ -352,11 +352,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
+@about("resume")
 def read_groups(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Read a checkpoint's tensors. Raises UserError (`resume`) where values are not finite."""
     groups: dict[str, dict[str, Tensor]] = {}
     for group in state["groups"]:
         file = path / f"{group}.safetensors"
-        groups[group] = read_tensors(file, "resume") if file.name in state["checksums"] else {}
-        refuse_not_finite(groups[group], file, "resume")
+        groups[group] = read_tensors(file) if file.name in state["checksums"] else {}
+        refuse_not_finite(groups[group], file)
     return groups

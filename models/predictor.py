@@ -82,22 +82,22 @@ class _Metadata(BaseModel):
         return self
 
 
-def check_metadata(path: Path, key: str, metadata: Any) -> None:
-    """Raise UserError (`key`) that names the first wrong value of a file's metadata."""
+def check_metadata(path: Path, metadata: Any) -> None:
+    """Raise UserError that names the first wrong value of a file's metadata."""
     try:
         found = _Metadata.model_validate(metadata)
     except ValidationError as error:
-        raise wrong_metadata(path, key, error) from None
+        raise wrong_metadata(path, error) from None
     output = OUTPUTS.get(found.output or "")
     if output is not None and output.names_key is not None and getattr(found, output.names_key) is None:
-        raise UserError(f"{key}: {path} has wrong metadata ({output.names_key}: none); make the file again")
+        raise UserError(f"{path} has wrong metadata ({output.names_key}: none); make the file again")
 
 
-def wrong_metadata(path: Path, key: str, error: ValidationError) -> UserError:
+def wrong_metadata(path: Path, error: ValidationError) -> UserError:
     """Return the error for wrong metadata of a file."""
     first = error.errors()[0]
     parts = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    return UserError(f"{key}: {path} has wrong metadata ({': '.join(filter(None, parts))}); make the file again")
+    return UserError(f"{path} has wrong metadata ({': '.join(filter(None, parts))}); make the file again")
 
 
 class Predictor:
@@ -144,10 +144,10 @@ def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torc
     return Predictor(metadata, run)
 
 
-def onnx_predictor(path: Path, device: torch.device, key: str) -> Predictor:
-    """Return the predictor of an ONNX file in ONNX Runtime. Raises UserError (`key`) where it cannot be read."""
-    session = _open_session(path, device, key)
-    metadata = _read_metadata(path, key, session)
+def onnx_predictor(path: Path, device: torch.device) -> Predictor:
+    """Return the predictor of an ONNX file in ONNX Runtime. Raises UserError where it cannot be read."""
+    session = _open_session(path, device)
+    metadata = _read_metadata(path, session)
     heads = OUTPUTS[metadata["output"]].heads
     form = OnnxForm.model_validate(metadata.get("form") or {"outputs": {name: name for name in heads}})
     names = {what: name for name, what in form.outputs.items()}
@@ -156,7 +156,7 @@ def onnx_predictor(path: Path, device: torch.device, key: str) -> Predictor:
     shape, width = outputs.get(names.get(heads[-1]), []), len(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
     if others or taken.name != form.input or len(shape) != 2 or (width and shape[1] != width):
         raise UserError(
-            f"{key}: {path} takes {taken.name} and gives the outputs {outputs}; its metadata say {form.input}, and "
+            f"{path} takes {taken.name} and gives the outputs {outputs}; its metadata say {form.input}, and "
             f"{names.get(heads[-1])} of [batch, {width or 'C'}]"
         )
 
@@ -173,11 +173,11 @@ def onnx_predictor(path: Path, device: torch.device, key: str) -> Predictor:
     return Predictor(metadata, run)
 
 
-def _open_session(path: Path, device: torch.device, key: str) -> Any:
+def _open_session(path: Path, device: torch.device) -> Any:
     """Return ONNX Runtime's session of a file; on the CPU, with a warning, where its CUDA libraries are missing."""
     import onnxruntime
 
-    refuse_external_data(path, key)
+    refuse_external_data(path)
     # ONNX Runtime lists the providers that it was built with, not those that work here: torch knows that.
     providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     if providers:
@@ -185,25 +185,25 @@ def _open_session(path: Path, device: torch.device, key: str) -> Any:
     try:
         session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # its classes have no base of their own
-        raise unreadable_onnx(path, key, error) from None
+        raise unreadable_onnx(path, error) from None
     if not set(providers) <= set(session.get_providers()):
         log.warning(
-            "%s: ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", key, path,
+            "ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]' installs them", path,
         )  # fmt: skip
     return session
 
 
-def _read_metadata(path: Path, key: str, session: Any) -> dict[str, Any]:
+def _read_metadata(path: Path, session: Any) -> dict[str, Any]:
     """Return the metadata of a file of ours, or what the WD form stands for."""
     found = session.get_modelmeta().custom_metadata_map
     if "atelier" not in found:
-        return read_wd_metadata(path, key, session.get_inputs(), session.get_outputs())
+        return read_wd_metadata(path, session.get_inputs(), session.get_outputs())
     try:
         metadata = json.loads(found["atelier"])
     except (ValueError, RecursionError) as error:
-        raise unreadable_onnx(path, key, error) from None
-    check_metadata(path, key, metadata)
+        raise unreadable_onnx(path, error) from None
+    check_metadata(path, metadata)
     if metadata.get("output") not in OUTPUTS:
-        raise UserError(f"{key}: {path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
+        raise UserError(f"{path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
     return metadata

@@ -13,16 +13,16 @@ from utils.errors import UserError
 from utils.vocabulary import FILE, read_vocabulary
 
 
-def read_wd_metadata(path: Path, key: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+def read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
     """Return the metadata that a file of ours would have, from the inputs and outputs that ONNX Runtime describes.
 
-    Raises UserError (`key`) where no selected_tags.csv lies beside the file, the graph is of another form, or the CSV
+    Raises UserError where no selected_tags.csv lies beside the file, the graph is of another form, or the CSV
     file is of another tagger.
     """
     tags = path.with_name(FILE)
     if not tags.is_file():
         raise UserError(
-            f"{key}: {path} was not exported by Atelier: it has no metadata; use export.py, or put a WD tagger's "
+            f"{path} was not exported by Atelier: it has no metadata; use export.py, or put a WD tagger's "
             f"{FILE} beside it"
         )
     (taken, *others), given = inputs, outputs[0]
@@ -30,13 +30,13 @@ def read_wd_metadata(path: Path, key: str, inputs: Sequence[Any], outputs: Seque
     is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]
     if others or taken.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):
         raise UserError(
-            f"{key}: {path} takes {[(value.type, value.shape) for value in inputs]} and gives {given.shape}; a tagger "
+            f"{path} takes {[(value.type, value.shape) for value in inputs]} and gives {given.shape}; a tagger "
             "of the WD form takes one tensor(float) of [batch, side, side, 3], and gives [batch, tags] first"
         )
-    vocabulary = read_vocabulary(tags, key)
+    vocabulary = read_vocabulary(tags)
     if len(given.shape) != 2 or given.shape[1] != len(vocabulary):
         raise UserError(
-            f"{key}: {tags} has {len(vocabulary)} rows, and {path} gives {given.shape}; put the file "
+            f"{tags} has {len(vocabulary)} rows, and {path} gives {given.shape}; put the file "
             "beside it that it was published with"
         )
     preprocessing = {

@@ -63,7 +63,7 @@ def test_the_background_of_training_goes_with_the_weights(tmp_path):
     make_images(tmp_path / "images")
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "images/train/A/clear.png")
     run("finetune", [*TINY, "data.root=images", "run_dir=run", "data.background=[255,0,0]"], tmp_path)
-    metadata = read_weights(tmp_path / "run/weights/last_weights.safetensors", "weights")[1]
+    metadata = read_weights(tmp_path / "run/weights/last_weights.safetensors")[1]
     assert metadata["preprocessing"]["background"] == [255, 0, 0]
     (tmp_path / "one").mkdir()
     results = {}

@@ -125,7 +125,7 @@ def place(tmp_path_factory):
                      "data.root=images", "run_dir=run", "model.head_init_scale=1.0"], folder)  # fmt: skip
     for file in (folder / "images").rglob("*.txt"):
         file.unlink()
-    tensors, metadata = read_weights(folder / "run/weights/best_weights.safetensors", "weights")
+    tensors, metadata = read_weights(folder / "run/weights/best_weights.safetensors")
     bias = torch.logit(torch.from_numpy(VALUES))
     made = {**tensors, "head.weight": torch.zeros_like(tensors["head.weight"]), "head.bias": bias}
     write_weights(folder / "made/weights/best_weights.safetensors", made, metadata)

@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 
 def weights_of(place, run, name="last"):
     """Return tensors and metadata of a weight file of a run."""
-    return read_weights(place / f"{run}/weights/{name}_weights.safetensors", "w")
+    return read_weights(place / f"{run}/weights/{name}_weights.safetensors")
 
 
 def metrics(folder, *overrides):
@@ -116,7 +116,7 @@ def test_a_file_of_features_only_is_for_init_from(place):
     with pytest.raises(UserError, match=rf"^weights: {file} .*init_from={file}"):
         run("evaluate", [f"weights={file}", *DATA, *ON_CPU], place)
     run("finetune", [*SMALL, f"init_from={file}", "loop.total_steps=0", "run_dir=from_features"], place)
-    tensors, found = read_weights(place / file, "w")[0], weights_of(place, "from_features")[0]
+    tensors, found = read_weights(place / file)[0], weights_of(place, "from_features")[0]
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
     with pytest.raises(UserError, match=r"^weights: .*init_from=fcmae\.pt"):
         run("predict", ["weights=fcmae.pt", "input=images", "output=f.jsonl"], place)

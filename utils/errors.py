@@ -7,7 +7,8 @@ is a defect of ours and keeps its traceback.
 import difflib
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_CRASH = 1
@@ -22,6 +23,17 @@ _END_REPORTED_SEC = 1.0  # an ended process sends SIGCHLD milliseconds after its
 
 class UserError(ValueError):
     """Tell the user which key or file is wrong, what was found, what is allowed and what to do."""
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """Put the key that names a file before the message of a UserError raised inside, unless it names a key itself."""
+    try:
+        yield
+    except UserError as error:
+        if not re.match(r"[a-z_][a-z_0-9.]*: ", str(error)):
+            error.args = (f"{key}: {error}",)
+        raise
 
 
 def lost_worker(error: BaseException | None) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.record.logging import get_logger
 from utils.record.report import write_table
 from utils.vocabulary import Vocabulary, describe_difference
@@ -70,8 +70,8 @@ def write_thresholds(path: Path, table: ThresholdTable) -> None:
     write_table(path, [{**asdict(row), "vocabulary": table.vocabulary} for row in table.rows])
 
 
-def read_thresholds(path: Path, vocabulary: Vocabulary, key: str, trained: str | None = None) -> ThresholdTable:
-    """Read a thresholds.csv. Raises UserError (`key`) where it is none, or of another vocabulary.
+def read_thresholds(path: Path, vocabulary: Vocabulary, trained: str | None = None) -> ThresholdTable:
+    """Read a thresholds.csv. Raises UserError where it is none, or of another vocabulary.
 
     trained: the hash of the vocabulary that a tagger was trained on, where its export has another order.
     """
@@ -79,27 +79,28 @@ def read_thresholds(path: Path, vocabulary: Vocabulary, key: str, trained: str |
         with open(path, encoding="utf-8", newline="") as stream:
             rows, hashes = zip(*_parse(stream))
     except FileNotFoundError:
-        raise UserError(f"{key}: {path} does not exist; evaluate.py calibrate=true writes one") from None
+        raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
     except (KeyError, ValueError, TypeError, OSError, csv.Error) as error:
         raise UserError(
-            f"{key}: {path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
+            f"{path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
         ) from None
     table = ThresholdTable(hashes[0], rows)
     theirs = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
     if table.vocabulary not in (vocabulary.hash, trained):
         raise UserError(
-            f"{key}: {path} is of another vocabulary than the tagger: {describe_difference(vocabulary, theirs)}; name "
+            f"{path} is of another vocabulary than the tagger: {describe_difference(vocabulary, theirs)}; name "
             "the file that evaluate.py calibrate=true wrote for this tagger"
         )
     lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
     if lacks or theirs.hash != table.vocabulary:
         raise UserError(
-            f"{key}: {path} is not complete: {len(theirs)} of {len(vocabulary)} tags, profiles without a row of "
+            f"{path} is not complete: {len(theirs)} of {len(vocabulary)} tags, profiles without a row of "
             f"category {OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
         )
     return table
 
 
+@about("thresholds")
 def find_thresholds(
     named: str | None, run_dir: str | None, vocabulary: Vocabulary, trained: str | None = None
 ) -> ThresholdTable | None:
@@ -108,7 +109,7 @@ def find_thresholds(
     if named is None and (run_dir is None or not path.is_file()):
         return None
     log.info("thresholds: %s", path)
-    return read_thresholds(path, vocabulary, "thresholds", trained)
+    return read_thresholds(path, vocabulary, trained)
 
 
 def _parse(stream: Iterator[str]) -> Iterator[tuple[Threshold, str]]:

@@ -88,12 +88,12 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
 
 
-def read_facts(path: Path, key: str, metadata: Mapping[str, Any]) -> Vocabulary:
+def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
     """Return the vocabulary of a weight file, which may be a stranger's, from its metadata.
 
-    Raises UserError (`key`) that names the first wrong entry: a list of other values or another length, another hash.
+    Raises UserError that names the first wrong entry: a list of other values or another length, another hash.
     """
-    wrong = f"{key}: {path} has wrong metadata"
+    wrong = f"{path} has wrong metadata"
     columns = [metadata.get(name) for name in FACTS]
     for name, column, kind in zip(FACTS, columns, (str, int, int, int)):
         if not isinstance(column, list) or len(column) != len(columns[0]):
@@ -101,44 +101,44 @@ def read_facts(path: Path, key: str, metadata: Mapping[str, Any]) -> Vocabulary:
         if not all(type(value) is kind and (kind is str or 0 <= value < 2**63) for value in column):
             raise UserError(f"{wrong} ({name}: not all {kind.__name__}, of numbers from 0); make the file again")
     found = vocabulary_of(metadata)
-    check_vocabulary(found, f"{key}: {path}")
+    check_vocabulary(found, path)
     if (stated := metadata.get("vocabulary_hash")) != found.hash:
         raise UserError(f"{wrong} (vocabulary_hash: {stated!r}, of its tags {found.hash!r}); make the file again")
     return found
 
 
-def read_vocabulary(path: Path, key: str) -> Vocabulary:
-    """Read a selected_tags.csv. Raises UserError (`key`) that names the first wrong row."""
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Read a selected_tags.csv. Raises UserError that names the first wrong row."""
     try:
         table = arrow_csv.read_csv(
             path, convert_options=arrow_csv.ConvertOptions(column_types=_SCHEMA, include_columns=_SCHEMA.names,
                                                      strings_can_be_null=False),
         )  # fmt: skip
     except FileNotFoundError:
-        raise UserError(f"{key}: {path} does not exist; prepare.py job=vocabulary makes one") from None
+        raise UserError(f"{path} does not exist; prepare.py job=vocabulary makes one") from None
     except (pa.ArrowException, KeyError, OSError) as error:
         raise UserError(
-            f"{key}: {path} is no vocabulary ({error}); it needs the columns {', '.join(_SCHEMA.names)}, as "
+            f"{path} is no vocabulary ({error}); it needs the columns {', '.join(_SCHEMA.names)}, as "
             "prepare.py job=vocabulary writes them"
         ) from None
     found = Vocabulary(*(tuple(table[name].to_pylist()) for name in ("name", "category", "count", "tag_id")))
-    check_vocabulary(found, f"{key}: {path}")
+    check_vocabulary(found, path)
     return found
 
 
-def check_vocabulary(vocabulary: Vocabulary, what: str) -> None:
-    """Raise UserError, which begins with `what`, where a row has no meaning or two mean the same."""
+def check_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
+    """Raise UserError where a row has no meaning or two mean the same."""
     if len(vocabulary) == 0:
-        raise UserError(f"{what} has no tag")
+        raise UserError(f"{path} has no tag")
     for row, (category, name) in enumerate(zip(vocabulary.categories, vocabulary.names)):
         if category is None or not name or name != name.strip() or "\n" in name:
             raise UserError(
-                f"{what}, row {row}: name {name!r}, category {category}; each row needs a name and a category"
+                f"{path}, row {row}: name {name!r}, category {category}; each row needs a name and a category"
             )
     if len(vocabulary.columns) < len(vocabulary):
         keys = Counter(zip(vocabulary.categories, vocabulary.names))
         category, name = keys.most_common(1)[0][0]
-        raise UserError(f"{what} has {name!r} of category {category} more than once; keep one of the rows")
+        raise UserError(f"{path} has {name!r} of category {category} more than once; keep one of the rows")
 
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, Sequence[Any]] | None = None) -> None:

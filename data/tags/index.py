@@ -17,7 +17,7 @@ import torch
 from data.collection import Collection
 from data.tags.names import Tag
 from data.tags.rules import TagRules
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import write_atomically
 from utils.io.weights import read_tensors, write_tensors
 from utils.ranks import distributed
@@ -69,7 +69,8 @@ class TagIndex(TagRows):
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
         """Map a file. Raises UserError (`data.root`) where it is damaged."""
-        tensors = read_tensors(file, "data.root")
+        with about("data.root"):
+            tensors = read_tensors(file)
         return cls(*(tensors[name].numpy() for name in _ARRAYS), file)
 
     def save(self, file: Path) -> None:

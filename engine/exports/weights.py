@@ -87,18 +87,16 @@ class Weights:
         return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
 
 
-def open_weights(path: Path, key: str = "weights") -> Weights:
-    """Rebuild the task of a weight file that Atelier wrote. Raises UserError (`key`) where the file is not one."""
-    shapes, metadata = read_weights(path, key, shapes_only=True)
-    kind, setup = check_weights(path, key, shapes, metadata, KINDS)
-    tensors, _ = read_weights(path, key)
+def open_weights(path: Path) -> Weights:
+    """Rebuild the task of a weight file that Atelier wrote. Raises UserError where the file is not one."""
+    shapes, metadata = read_weights(path, shapes_only=True)
+    kind, setup = check_weights(path, shapes, metadata, KINDS)
+    tensors, _ = read_weights(path)
     task = kind.build(setup)
     task.load_helpers()
     task.load_state_dict(join_exported(task, tensors, {}), strict=False)
     if (built := fingerprint_helpers(task)) != (saved := metadata.get("frozen", {})):
-        raise UserError(
-            f"{key}: {path} was trained with other frozen networks ({saved} then, {built} now); restore them"
-        )
+        raise UserError(f"{path} was trained with other frozen networks ({saved} then, {built} now); restore them")
     task.eval()
     metadata |= {"output": kind.output}
     if kind.output is None:
@@ -107,12 +105,12 @@ def open_weights(path: Path, key: str = "weights") -> Weights:
     return Weights(path, model, task.get_submodule(task.exported[0]), metadata, kind, task, setup)
 
 
-def load_predictor(path: Path, device: torch.device, key: str = "weights") -> Predictor:
-    """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError (`key`)."""
+def load_predictor(path: Path, device: torch.device) -> Predictor:
+    """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError."""
     if path.suffix == ".onnx":
-        return onnx_predictor(path, device, key)
-    weights = open_weights(path, key)
+        return onnx_predictor(path, device)
+    weights = open_weights(path)
     if weights.model is None:
         name = weights.metadata["task"]["name"]
-        raise UserError(f"{key}: {path} is of task {name!r}, which has no output for one image; see evaluate.py")
+        raise UserError(f"{path} is of task {name!r}, which has no output for one image; see evaluate.py")
     return torch_predictor(weights.model, weights.metadata, device)

@@ -45,14 +45,13 @@ from models.weights.timm_hub import read_timm
 from utils.config.bounds import BelowOne, Positive
 from utils.config.schema import PathText
 from utils.contracts import Batch
-from utils.errors import UserError, close_names
+from utils.errors import UserError, about, close_names
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.record.logging import get_logger
 from utils.vocabulary import RATING, vocabulary_of
 
 log = get_logger(__name__)
 
-_KEY = "task.teacher"
 _BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0)
 
 
@@ -138,13 +137,14 @@ class DistillationTask(Task):
         std = [b / scale for b, scale in zip(theirs["std"], ours["std"])]
         self.renormalise, self._teacher_hw = Normalise(mean, std, len(mean)), tuple(theirs["image_size_hw"])
 
+    @about("task.teacher")
     def load_helpers(self) -> None:
         """Load the teacher. Raises UserError (`task.teacher`)."""
         if self.teacher is None:
             return
         path = _find_file(self._config.teacher)
-        state, _ = read_weights(path, _KEY) if path else read_timm(self.teacher, _KEY)
-        load_into(self.teacher, state, keep_head=True, key=_KEY)
+        state, _ = read_weights(path) if path else read_timm(self.teacher)
+        load_into(self.teacher, state, keep_head=True)
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the teacher's file."""
@@ -209,20 +209,22 @@ class DistillationTask(Task):
 # ---------------------------------------------------------------------------------------------------------- the teacher
 
 
+@about("task.teacher")
 def _find_file(source: str) -> Path | None:
     """Return the teacher's weight file; None for the name of a network of timm."""
-    return find_weights(source, "best", _KEY) if Path(source).exists() else None
+    return find_weights(source, "best") if Path(source).exists() else None
 
 
+@about("task.teacher")
 def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a teacher is built from, as a fact, and the names of its outputs, {} without a head.
 
     channels: of the student's images. Raises UserError (`task.teacher`).
     """
     if path := _find_file(source):
-        shapes, metadata = read_weights(path, _KEY, shapes_only=True)
+        shapes, metadata = read_weights(path, shapes_only=True)
         kinds = {"tagging": TaggingKind(), "classification": ClassificationKind()}
-        setup = check_weights(path, _KEY, shapes, metadata, kinds)[1]
+        setup = check_weights(path, shapes, metadata, kinds)[1]
         model, stated, names = setup.model, dict(setup.preprocessing), dict(setup.facts)
         outputs = len(next(iter(names.values())))
     else:
@@ -230,19 +232,19 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
 
         if not timm.is_model(source):
             known = close_names(source, timm.list_models())
-            raise UserError(f"{_KEY}: {source!r} is neither a run nor a weight file nor a network of timm; {known}")
+            raise UserError(f"{source!r} is neither a run nor a weight file nor a network of timm; {known}")
         model = TimmConfig(family="timm", name=source, in_channels=channels, drop_path_rate=None)
-        stated = stated_preprocessing(model, _KEY, _KEY)
+        stated = stated_preprocessing(model)
         outputs = timm.get_pretrained_cfg(source).num_classes
         names = {"class_names": [str(index) for index in range(outputs)]} if outputs else {}
     if model.in_channels != channels:
         raise UserError(
-            f"{_KEY}: {source} takes images of {model.in_channels} channels, and the student of {channels}; set "
+            f"{source} takes images of {model.in_channels} channels, and the student of {channels}; set "
             f"model.in_channels={model.in_channels}, and augment.mean and augment.std of as many numbers"
         )
     if stated.get("buckets_hw") is not None:
         raise UserError(
-            f"{_KEY}: {source} was trained on images of several shapes (augment.pad=buckets) and would see squares, "
+            f"{source} was trained on images of several shapes (augment.pad=buckets) and would see squares, "
             "where it is wrong far more often; name a teacher that was trained with augment.pad=square or none"
         )
     return {"model": model.model_dump(), "preprocessing": stated, "outputs": outputs}, names

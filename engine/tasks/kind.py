@@ -125,37 +125,37 @@ class Kind:
 
 
 def check_weights(
-    path: Path, key: str, shapes: Mapping[str, Tensor], metadata: dict[str, Any], kinds: Mapping[str, Kind]
+    path: Path, shapes: Mapping[str, Tensor], metadata: dict[str, Any], kinds: Mapping[str, Kind]
 ) -> tuple[Kind, Setup]:
     """Return a weight file's kind, one of `kinds`, and setup, for the price of its header.
 
-    shapes: its tensors on the meta device. Raises UserError (`key`) that names the first wrong value of the metadata,
+    shapes: its tensors on the meta device. Raises UserError that names the first wrong value of the metadata,
     which may be a stranger's, and where metadata and tensors do not fit together.
     """
     if "model" not in metadata or not isinstance(metadata.get("task"), dict):
         raise UserError(
-            f"{key}: {path} is no file of a run of Atelier, or of a backbone, which is for init_from. Other weights "
+            f"{path} is no file of a run of Atelier, or of a backbone, which is for init_from. Other weights "
             f"become a run by: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
             "augment=... data=... run_dir=... (docs/weights.md)"
         )
     name = metadata["task"].get("name")
     if not isinstance(name, str) or name not in kinds:
-        raise UserError(f"{key}: {path}: unknown task {name!r}; {close_names(str(name), kinds)}")
+        raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
     kind = kinds[name]
     if missing := [name for name in kind.names if name not in metadata]:
-        raise UserError(f"{key}: {path} names no {', '.join(missing)} in its metadata; make the file again")
+        raise UserError(f"{path} names no {', '.join(missing)} in its metadata; make the file again")
     if kind.output is not None:
-        check_metadata(path, key, {**metadata, "output": kind.output})
+        check_metadata(path, {**metadata, "output": kind.output})
     if kind.names == FACTS:
-        read_facts(path, key, metadata)
+        read_facts(path, metadata)
     try:
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
         task = kind.config.model_validate(metadata["task"])
     except ValidationError as error:
-        raise wrong_metadata(path, key, error) from None
+        raise wrong_metadata(path, error) from None
     setup = Setup(model, task, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
     with torch.device("meta"):
         built = kind.build(setup)
     wanted, _ = split_exported(built, built.state_dict())
-    refuse_misfits(shapes, wanted, f"{key}: {path}", "Export or train the file again.")
+    refuse_misfits(shapes, wanted, str(path), "Export or train the file again.")
     return kind, setup

@@ -5,7 +5,7 @@ from typing import Any
 from data.config import AugmentConfig
 from engine.config import TrainingConfig
 from models.config import TimmConfig
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.weights import refuse_average
 from utils.record.logging import get_logger
 
@@ -33,7 +33,8 @@ def use_pretrained(config: TrainingConfig) -> TrainingConfig:
             f"init_from: timm gives weights to its own networks, not to {model.name}; set model=timm "
             f"model.name={model.name}, or give a weight file"
         )
-    stated = stated_preprocessing(model, "init_from", "model.name")
+    with about("model.name"):
+        stated = stated_preprocessing(model)
     height, width = stated.pop("image_size_hw")
     log.info(
         "augment: taken over from timm's %s: %s; its images were %d x %d, here they are %d x %d", model.name,
@@ -43,11 +44,11 @@ def use_pretrained(config: TrainingConfig) -> TrainingConfig:
     return config.model_copy(update={"init_from": "timm", "augment": augment})
 
 
-def stated_preprocessing(model: TimmConfig, key: str, name_key: str) -> dict[str, Any]:
+def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
     """Return the keys of `augment` that timm states for a network's weights.
 
-    For one channel mean and std are averages, as timm has it. Raises UserError (`name_key`) where timm does not know
-    the network, and UserError (`key`) for a preprocessing that `augment` cannot express.
+    For one channel mean and std are averages, as timm has it. Raises UserError where timm does not know the
+    network, and for a preprocessing that `augment` cannot express.
     """
     import timm
 
@@ -57,11 +58,11 @@ def stated_preprocessing(model: TimmConfig, key: str, name_key: str) -> dict[str
         config = None
     if config is None:
         known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none of that network"
-        raise UserError(f"{name_key}: timm has no weights named {model.name!r}; it has {known}")
+        raise UserError(f"timm has no weights named {model.name!r}; it has {known}")
     known = config.crop_mode in ("center", "squash") and config.interpolation in ("bilinear", "bicubic", "lanczos")
     if not known or not 0 < config.crop_pct <= 1:
         raise UserError(
-            f"{key}: timm prepares the images of {model.name} with crop_mode {config.crop_mode}, crop_pct "
+            f"timm prepares the images of {model.name} with crop_mode {config.crop_mode}, crop_pct "
             f"{config.crop_pct} and interpolation {config.interpolation}, which augment does not express; choose "
             "another network, or give the weight file and an augment of yours: init_from=FILE"
         )

@@ -35,7 +35,7 @@ from models.weights.initialise import convert
 from utils.config.bounds import BelowOne, Count, Fraction
 from utils.config.schema import PathText
 from utils.contracts import Batch
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.weights import InitFrom, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -203,6 +203,7 @@ def prior_bias(priors: Tensor) -> Tensor:
     return priors.logit(eps=1e-6).clamp(_LOWEST, 0.0)
 
 
+@about("init_from")
 @torch.no_grad()
 def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
     """Copy the head's rows of the tags that `init_from` has too; nothing where it is no tagger of ours.
@@ -213,10 +214,10 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     if source.source == "timm" or is_meta(network):
         return
     path = source.find()
-    state, metadata = read_weights(path, "init_from", which=source.weights)
+    state, metadata = read_weights(path, which=source.weights)
     if "tag_names" not in metadata:
         return
-    known, state = read_facts(path, "init_from", metadata), convert(network, state)[1]
+    known, state = read_facts(path, metadata), convert(network, state)[1]
     head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
     weight, bias = (state.get(f"{prefix}{name}", torch.empty(0)) for name in ("weight", "bias"))
     if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.in_features:
@@ -276,7 +277,8 @@ def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) ->
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:
     """Return the vocabulary of `task.vocabulary`, or that of the training split."""
     if config.vocabulary is not None:
-        return read_vocabulary(Path(config.vocabulary), "task.vocabulary")
+        with about("task.vocabulary"):
+            return read_vocabulary(Path(config.vocabulary))
     wanted = VocabularyConfig(
         min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
         **config.model_dump(include=set(TagRulesConfig.model_fields)),

@@ -97,5 +97,5 @@ def _reload(network: nn.Module, folder: Path) -> nn.Module:
     with torch.no_grad():
         for tensor in fresh.state_dict().values():
             tensor.zero_()
-    load_into(fresh, read_weights(next(folder.glob("model.*")), "format")[0], keep_head=True)
+    load_into(fresh, read_weights(next(folder.glob("model.*")))[0], keep_head=True)
     return fresh.eval()

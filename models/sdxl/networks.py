@@ -18,7 +18,7 @@ from models.sdxl.names import PARTS, PREFIXES, from_folder, from_single_file, lo
 from models.sdxl.step import PredictionType
 from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import read_json
 from utils.io.weights import read_header, read_weights
 
@@ -34,7 +34,6 @@ _OTHERS = {
     "edm_vpred.sigma_max": "an SDXL with EDM's noise levels",
     "edm_mean": "Playground 2.5",
 }
-_KEY = "model.path"  # that messages begin with
 
 
 class SDXLConfig(Strict):
@@ -88,6 +87,7 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     return networks
 
 
+@about("model.path")
 def load_networks(
     path: str | Path, *, only: Collection[str] = PARTS, dtype: torch.dtype = torch.float32
 ) -> SDXLNetworks:
@@ -100,7 +100,7 @@ def load_networks(
     source, stated = _describe(path)
     networks = _build_to_fit(path, stated)
     if torch.get_default_device().type != "meta":
-        states = _read_parts(path, only, lambda file: read_weights(file, _KEY)[0])
+        states = _read_parts(path, only, lambda file: read_weights(file)[0])
         for part in only:
             _fill(part, networks[part], states.pop(part), dtype)
     source = {"path": str(path), **source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
@@ -180,20 +180,17 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
 
 def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
     """Return the networks, on the meta device, that a file or folder fits; stated: a folder's config of each part."""
-    shapes = _read_parts(path, PARTS, lambda file: read_header(file, _KEY)[0])
+    shapes = _read_parts(path, PARTS, lambda file: read_header(file)[0])
     configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
     own = ("scaling_factor", "force_upcast")  # which a folder may have in its own way
     configs["vae"] |= {name: stated["vae"][name] for name in own if name in stated.get("vae", ())}
     with torch.device("meta"):
         networks = {part: build_part(part, configs[part]) for part in PARTS}
     for part, network in networks.items():
-        where = f"{_KEY}: {part} of {path} is not SDXL's"
-        refuse_misfits(shapes[part], part_state(part, network), where, "Name another file.")
+        refuse_misfits(shapes[part], part_state(part, network), f"SDXL's {part} in {path}", "Name another file.")
         for name, value in configs[part].items():
             if (found := stated.get(part, {}).get(name, value)) != value:
-                raise UserError(
-                    f"{where}: its config.json has {name} {found!r:.99}, not {value!r}; name another folder"
-                )
+                raise UserError(f"{path}/{part}/config.json has {name} {found!r:.99}, and SDXL {value!r}")
     return networks
 
 
@@ -221,6 +218,7 @@ def freeze_unused(text_encoder: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------- their files
 
 
+@about("model.path")
 def base_files(model: SDXLConfig) -> list[Path]:
     """Return the weight files that a config names."""
     if model.path is None:
@@ -229,6 +227,7 @@ def base_files(model: SDXLConfig) -> list[Path]:
     return [file for part in PARTS for file in _weight_files(path, part)] if path.is_dir() else [path]
 
 
+@about("model.path")
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what a folder or file says of itself: layout, prediction_type, zero_terminal_snr, licence.
 
@@ -245,11 +244,11 @@ def _describe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def _unusable(reason: str) -> UserError:
-    return UserError(f"{_KEY}: {reason}; name a folder of diffusers or a single .safetensors file of SDXL")
+    return UserError(f"{reason}; name a folder of diffusers or a single .safetensors file of SDXL")
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    names, texts = read_header(path, _KEY)
+    names, texts = read_header(path)
     for mark, kind in _OTHERS.items():
         if any(name.startswith(mark) for name in names):
             raise _unusable(f"{path} is a checkpoint of {kind}, not of SDXL")

@@ -40,12 +40,12 @@ class Fit(NamedTuple):
     left: list[str]
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
+def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> Fit:
     """Copy a state into a freshly built network, as `fit_state` says, which raises before anything is changed.
 
     A network on the meta device takes nothing.
     """
-    fit = fit_state(network, state, keep_head=keep_head, key=key)
+    fit = fit_state(network, state, keep_head=keep_head)
     if not is_meta(network):
         network.load_state_dict(fit.given, strict=False)
     return fit
@@ -56,14 +56,14 @@ def is_meta(network: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in network.parameters())
 
 
-def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool, key: str = "init_from") -> Fit:
+def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> Fit:
     """Return which tensors of a state a network takes; they may be on the meta device.
 
     A classifier takes the encoder of an FCMAE. An FCMAE takes an encoder, or that of a classifier, and keeps its own
     decoder. The head stays at its initial values if `keep_head` is false, or if the state has no head or one of another
     shape. So does the final norm if the state has none. A stem may have other input channels (`_adapt_channels`).
 
-    Raises UserError (`key`) with a table of every other name that is missing, unexpected, of a wrong shape or of
+    Raises UserError with a table of every other name that is missing, unexpected, of a wrong shape or of
     another kind of number.
     """
     wanted = network.state_dict()
@@ -81,7 +81,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     # Tensors of a group that keeps its values, or that this network does not have, are ignored.
     ignored = {name for name in found if name in left or (name not in wanted and name.startswith(head + norm))}
     given = {name: tensor for name, tensor in found.items() if name not in ignored}
-    refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left}, key)
+    refuse_misfits(given, {name: tensor for name, tensor in wanted.items() if name not in left})
     return Fit(given, [name for name in wanted if name in left])
 
 
@@ -133,8 +133,10 @@ def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(f"{name}." for name in names), ("head.norm.",) if "head.fc" in names else ()
 
 
-def refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, advice: str = "") -> None:
-    """Raise UserError that begins with `where` unless both have the same names and shapes, and numbers of one kind."""
+def refuse_misfits(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str = "the checkpoint", advice: str = ""
+) -> None:
+    """Raise UserError unless both have the same names and shapes, and numbers of one kind."""
     rows = []
     for name in [*wanted, *(name for name in given if name not in wanted)]:
         has = str(tuple(given[name].shape)) if name in given else "missing"
@@ -151,6 +153,4 @@ def refuse_misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wh
     if not advice:
         held = describe_held(given)
         advice = f"The checkpoint is of {held}: set that, or name another file." if held else _ADVICE
-    raise UserError(
-        f"{where}: {len(rows)} of the checkpoint's tensors do not fit the network:\n{table}{more}\n{advice}"
-    )
+    raise UserError(f"{len(rows)} of the tensors of {file} do not fit the network:\n{table}{more}\n{advice}")

@@ -11,7 +11,7 @@ from models.fcmae import FCMAE
 from models.weights.fit import Fit, fit_state, is_meta, optional_prefixes
 from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import read_json
 from utils.io.weights import FOLDER_FILES, InitFrom, read_weights, refuse_average
 from utils.record.logging import get_logger
@@ -24,6 +24,7 @@ _MAX_TEXT = 200  # characters of what a file says about itself
 RELEASED_LICENCE = "cc-by-nc-4.0"
 
 
+@about("init_from")
 def initialise_from(
     network: nn.Module, source: InitFrom | None, *, keep_head: bool, class_names: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
@@ -42,7 +43,7 @@ def initialise_from(
         state, origin = read_timm(network)
     else:
         path = source.find()
-        tensors, metadata = read_weights(path, "init_from", which=source.weights, shapes_only=is_meta(network))
+        tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
         layout, state = convert(network, tensors)
         origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
         known = read_class_names(path, metadata)

@@ -14,23 +14,23 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-def read_timm(network: nn.Module, key: str = "init_from") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return timm's weights for a timm network, without a head of other classes; and their origin.
 
-    Raises UserError (`key`) where the network is not timm's, has no weights there, or they cannot be had.
+    Raises UserError where the network is not timm's, has no weights there, or they cannot be had.
     """
     import timm
 
     stated = getattr(network, "pretrained_cfg", None)
     if not stated:
         raise UserError(
-            f"{key}: timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
+            f"timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
             "model.name=NAME, or give a weight file"
         )
     name = stated["architecture"] + (f".{stated['tag']}" if stated.get("tag") else "")
     if not (stated.get("url") or stated.get("hf_hub_id") or stated.get("file")):
         tags = ", ".join(timm.list_pretrained(f"{stated['architecture']}.*")[:8]) or "none"
-        raise UserError(f"{key}: timm has no weights for {name}; with weights: {tags}")
+        raise UserError(f"timm has no weights for {name}; with weights: {tags}")
     stems = first_convolutions(network)
     channels = network.get_parameter(stems[0]).shape[1] if stems else 3
     try:
@@ -39,9 +39,9 @@ def read_timm(network: nn.Module, key: str = "init_from") -> tuple[dict[str, Ten
     except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{key}: timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
+            f"timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
             f"timm.create_model('{name}', pretrained=True) where there is a network and copy the cache (HF_HOME), or "
-            f"give a file: {key}=PATH"
+            "give a weight file"
         ) from None
     state, licence = filter_state(network, loaded.state_dict()), stated.get("license")  # positions are interpolated
     if stated.get("num_classes") != network.num_classes:  # timm has drawn the head

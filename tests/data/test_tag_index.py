@@ -213,6 +213,6 @@ def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, tex
     every = wanted(min_count=1, categories=["general", "artist", "copyright", "character", "meta"], rating_s="general")
     made = make_vocabulary(collection, every, "task.")
     write_vocabulary(root / FILE, made)
-    assert read_vocabulary(root / FILE, "key") == made
+    assert read_vocabulary(root / FILE) == made
     expected = {tag for tag in map(parse_tag, texts) if tag.name and tag.category != 9}
     assert expected <= {Tag(c, n) for c, n in made.columns} | {Tag(None, n) for n in made.names}

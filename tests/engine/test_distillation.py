@@ -147,7 +147,7 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
     assert "weights/head.weight" in names and "task/projection.weight" in names
 
     path = place / "student/weights/best_weights.safetensors"
-    metadata, teachers = (read_weights(place / name / "weights/best_weights.safetensors", "w")[1]
+    metadata, teachers = (read_weights(place / name / "weights/best_weights.safetensors")[1]
                           for name in ("student", "teacher"))  # fmt: skip
     rebuilt = open_weights(path)
     assert rebuilt.kind.output == "tags" and metadata["task"]["name"] == "tagging" and "teacher" not in metadata

@@ -113,7 +113,7 @@ def test_a_labelled_task_is_trained_evaluated_and_predicted_in_buckets(place, ta
     run("predict", [f"weights={weights}", "input=images/val", "output=found.jsonl", "device=cpu", *threshold], place)
     found = {Path(row["path"]).stem: row for row in map(json.loads, (place / "found.jsonl").read_text().splitlines())}
     (place / "found.jsonl").unlink()
-    predictor, seen = load_predictor(weights, torch.device("cpu"), "weights"), set()
+    predictor, seen = load_predictor(weights, torch.device("cpu")), set()
     with working_in(place):
         data, streams = open_run("finetune", words)
         for batch in streams.evaluation["val"]:
@@ -136,7 +136,7 @@ def test_exports_and_students_refuse_predictions_in_buckets_and_exported_feature
     with pytest.raises(UserError, match=r"^weights: they were trained on images of several shapes \(augment.pad"):
         run("export", ["run_dir=exported"], place)
     run("export", ["run_dir=exported", "backbone_only=true"], place)
-    served = load_predictor(place / "exported/export/model.onnx", torch.device("cpu"), "weights").preprocessing
+    served = load_predictor(place / "exported/export/model.onnx", torch.device("cpu")).preprocessing
     assert served["pad"] == "square" and "buckets_hw" not in served
 
 

@@ -216,9 +216,7 @@ def test_the_run_equals_one_whose_rate_was_given(searched):
     assert (folder / "run/plots/lr_finder_plot.png").stat().st_size > 10_000
     given = [override for override in SEARCH if not override.startswith("lr_finder")]
     run("finetune", [*base, *given, f"optim.lr={found['taken']!r}", f"run_dir={folder}/given"], folder)
-    first, second = (
-        read_weights(folder / name / "weights/last_weights.safetensors", "weights")[0] for name in ("run", "given")
-    )
+    first, second = (read_weights(folder / name / "weights/last_weights.safetensors")[0] for name in ("run", "given"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     rates = [row["lr"] for row in rows(folder / "run/metrics.jsonl", "train")]
     assert max(rates) == pytest.approx(found["taken"], rel=0.05) and rates == [

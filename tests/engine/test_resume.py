@@ -136,7 +136,7 @@ def test_the_best_weights_are_those_of_the_best_figure(values, is_lowest, killed
         finetune(place, *settings, kill_at_step=killed_at)
     finetune(place, *settings)
     assert best_of(place, 4) == {"value": values[1], "step": 2}
-    best, metadata = read_weights(place / "run/weights/best_weights.safetensors", "weights")
+    best, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     assert metadata["step"] == 2
     for step in (1, 2, 3, 4):
         saved = load_file(place / f"run/checkpoints/step_{step:08d}/weights.safetensors")

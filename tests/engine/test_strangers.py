@@ -51,7 +51,7 @@ def test_the_teacher_is_exported_and_the_student_is_checkpointed(place):
     assert not torch.equal(rest["student.head.weight"], exported["head.weight"])
     last = place / "multicrop/weights/last_weights.safetensors"
     assert last.samefile(checkpoint / "weights.safetensors")  # linked, not written twice
-    assert read_weights(last, "weights")[1]["step"] == 3
+    assert read_weights(last)[1]["step"] == 3
 
 
 def test_init_from_reaches_the_teacher_too(place):
@@ -71,7 +71,7 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     assert not any("encoder" in name for name in names) and "velocity.label.weight" not in names  # bare names
     assert "label.weight" in load_file(checkpoint / "weights.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
-    metadata = read_weights(place / "flow/weights/best_weights.safetensors", "weights")[1]
+    metadata = read_weights(place / "flow/weights/best_weights.safetensors")[1]
     assert state["fingerprints"]["frozen.encoder"] == metadata["frozen"]["encoder"]
     changed = shutil.copytree(place / "flow", place / "changed") / "checkpoints/step_00000003"
     state["fingerprints"]["frozen.encoder"] = "another"

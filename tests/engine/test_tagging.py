@@ -184,7 +184,7 @@ def test_a_run_learns_and_is_judged_by_its_map(place):
 
 def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     path = place / "run/weights/best_weights.safetensors"
-    tensors, metadata = read_weights(path, "weights")
+    tensors, metadata = read_weights(path)
     vocabulary = open_weights(path).task.vocabulary
     assert vocabulary.names == ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
     assert metadata["vocabulary_hash"] == vocabulary.hash and not {"orientation", "tag_priors"} & metadata.keys()
@@ -199,10 +199,10 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     [("tag_categories", [0]), ("tag_ids", [2**63] * 7), ("vocabulary_hash", "0" * 16)],
 )
 def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
-    tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors", "weights")
+    tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     path = place / "stranger.safetensors"
     write_weights(path, tensors, {**metadata, name: value})
-    with pytest.raises(UserError, match=rf"^weights: {path}.*{name}"):
+    with pytest.raises(UserError, match=rf"^{path}.*{name}"):
         open_weights(path)
 
 

@@ -105,14 +105,14 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"task": {"name": "classificatoin"}}, "classification"), ({"class_names": None}, "class_names"),
-     ({"preprocessing": {}}, r"preprocessing\.image_size_hw"), ({"model": HUGE}, "tensors do not fit")],
+     ({"preprocessing": {}}, r"preprocessing\.image_size_hw"), ({"model": HUGE}, "do not fit")],
 )  # fmt: skip
 def test_metadata_of_a_weight_file_are_checked(change, named, tmp_path):
     """Those of HUGE ask for gigabytes: they are compared with the header before anything is allocated."""
     write_classifier(path := tmp_path / "w.safetensors", CONVNEXT)
-    tensors, metadata = read_weights(path, "weights")
+    tensors, metadata = read_weights(path)
     write_weights(path, tensors, {**metadata, **change})
-    with no_large_allocation(), pytest.raises(UserError, match=rf"^weights: [\s\S]*{named}"):
+    with no_large_allocation(), pytest.raises(UserError, match=rf"(?s){path}.*{named}"):
         load_image_model(path)
 
 
@@ -137,7 +137,7 @@ def save_graph(path, metadata=None, location=None):
 def test_an_onnx_file_that_names_other_files_is_refused(tmp_path):
     """export.py writes one file. ONNX Runtime would read what lies beside it, older versions what lies elsewhere."""
     save_graph(tmp_path / "m.onnx", "{}", "../secret.bin")
-    with pytest.raises(UserError, match=r"^weights: .*another file"):
+    with pytest.raises(UserError, match=r"m\.onnx .*another file"):
         load_predictor(tmp_path / "m.onnx", CPU)
 
 
@@ -160,5 +160,5 @@ METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PRE
 )
 def test_metadata_of_strangers_are_checked(metadata, named, tmp_path):
     save_graph(tmp_path / "m.onnx", metadata)
-    with pytest.raises(UserError, match=rf"^weights: .*m\.onnx .*{named}"):
+    with pytest.raises(UserError, match=rf"m\.onnx .*{named}"):
         load_predictor(tmp_path / "m.onnx", CPU)

@@ -222,7 +222,7 @@ def test_files_with_the_networks_own_names(tmp_path):
     export("pth", model, metadata, tmp_path)
     export("safetensors", model, metadata, tmp_path)
     content = torch.load(tmp_path / "model.pth", weights_only=True)
-    tensors, found = read_weights(tmp_path / "model.safetensors", "weights")
+    tensors, found = read_weights(tmp_path / "model.safetensors")
     assert found["class_names"] == NAMES and found["origin"]["licence"] == content["licence"] == "cc-by-nc-4.0"
     fresh = build_network(config, len(NAMES))
     for state in (content["model"], tensors):

@@ -110,7 +110,7 @@ def test_diffusers_reads_both(networks, folder, file):
 
 
 def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
-    shapes, texts = read_header(file, "path")
+    shapes, texts = read_header(file)
     assert shapes["v_pred"].shape == shapes["ztsnr"].shape == (0,)
     content = file.read_bytes()
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
@@ -118,7 +118,7 @@ def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
     assert wanted.items() <= {name.removeprefix("modelspec."): text for name, text in texts.items()}.items()
     settings = {"prediction_type": "epsilon", "zero_terminal_snr": False, "dtype": torch.float16, "metadata": FACTS}
     write_single_file(tmp_path / "half.safetensors", networks, **settings)
-    shapes, texts = read_header(tmp_path / "half.safetensors", "path")
+    shapes, texts = read_header(tmp_path / "half.safetensors")
     assert not {"v_pred", "ztsnr"} & shapes.keys() and texts["modelspec.prediction_type"] == "epsilon"
     dtypes = {part: {one.dtype for name, one in shapes.items() if name.startswith(PREFIXES[part])} for part in PARTS}
     assert dtypes.pop("vae") == {torch.float32} and all(found == {torch.float16} for found in dtypes.values())

@@ -74,7 +74,7 @@ def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
     state["downsample_layers.0.0.weight"] = torch.zeros(9, 3, 2, 2)
     state["stages.1.0.gamma"] = torch.zeros(12)
     state["head.bias"] = state["head.bias"].to(torch.int32)  # copying would turn integers into floats in silence
-    with pytest.raises(UserError, match=r"^init_from: 6 of the checkpoint's tensors do not fit") as caught:
+    with pytest.raises(UserError, match=r"^6 of the tensors of the checkpoint do not fit") as caught:
         load_into(target, state, keep_head=True)
     for name in ("stages.0.0.grn.gamma", "(2, 24)", "(9, 3, 2, 2)", "unexpected", "torch.int32"):
         assert name in str(caught.value)

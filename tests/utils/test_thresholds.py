@@ -12,6 +12,7 @@ from utils.thresholds import (
     PER_TAG,
     Threshold,
     ThresholdTable,
+    find_thresholds,
     mcut,
     read_thresholds,
     write_thresholds,
@@ -38,7 +39,7 @@ def path(tmp_path):
 
 
 def test_a_table_is_read_as_it_was_written(path):
-    assert read_thresholds(path, VOCABULARY, "thresholds") == TABLE
+    assert read_thresholds(path, VOCABULARY) == TABLE
 
 
 def test_each_tag_has_a_threshold_of_each_profile():
@@ -55,8 +56,8 @@ def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
 
 def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
     other = Vocabulary(("general", "1boy", 'odd,"name"', "miku"), *list(vars(VOCABULARY).values())[1:4])
-    with pytest.raises(UserError, match=r"^thresholds: (?s:.*)1boy(?s:.*)1girl"):
-        read_thresholds(path, other, "thresholds")
+    with pytest.raises(UserError, match=r"(?s)thresholds.csv .*1boy.*1girl"):
+        read_thresholds(path, other)
 
 
 @pytest.mark.parametrize(
@@ -70,16 +71,16 @@ def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
 )
 def test_a_file_that_is_no_whole_table_is_refused(path, change, complaint):
     path.write_text("\n".join(change(path.read_text().splitlines())))
-    with pytest.raises(UserError, match=rf"^thresholds: (?s:.*){complaint}"):
-        read_thresholds(path, VOCABULARY, "thresholds")
+    with pytest.raises(UserError, match=rf"(?s)thresholds.csv .*{complaint}"):
+        read_thresholds(path, VOCABULARY)
 
 
 def test_no_file_and_no_text_are_refused(path):
     with pytest.raises(UserError, match=r"^thresholds: .* does not exist"):
-        read_thresholds(path.with_name("none.csv"), VOCABULARY, "thresholds")
+        find_thresholds(str(path.with_name("none.csv")), None, VOCABULARY)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"^thresholds: "):
-        read_thresholds(path, VOCABULARY, "thresholds")
+    with pytest.raises(UserError, match=r"^thresholds: .* is no thresholds.csv"):
+        find_thresholds(str(path), None, VOCABULARY)
 
 
 def test_mcut_cuts_in_the_middle_of_the_largest_gap():

@@ -6,8 +6,8 @@ from pathlib import Path
 from utils.errors import UserError
 
 
-def refuse_external_data(path: Path, key: str) -> None:
-    """Raise UserError (`key`) where an ONNX file takes data from other files, or cannot be read.
+def refuse_external_data(path: Path) -> None:
+    """Raise UserError where an ONNX file takes data from other files, or cannot be read.
 
     ONNX Runtime reads files that an ONNX file names below its own folder, and older versions any file that it names.
     """
@@ -17,19 +17,19 @@ def refuse_external_data(path: Path, key: str) -> None:
     try:
         proto = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
-        raise unreadable_onnx(path, key, error) from None
+        raise unreadable_onnx(path, error) from None
     for tensor in _find_tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             named = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
             raise UserError(
-                f"{key}: {path} takes data from another file, {named[:200]!a}, which is not read; export it as one "
-                "file (export.py does)"
+                f"{path} takes data from another file, {named[:200]!a}, which is not read; export it as one file "
+                "(export.py does)"
             )
 
 
-def unreadable_onnx(path: Path, key: str, error: Exception) -> UserError:
+def unreadable_onnx(path: Path, error: Exception) -> UserError:
     """Return the error for a file that is not a readable ONNX file."""
-    return UserError(f"{key}: {path} is not a readable ONNX file ({(str(error) or 'damaged').splitlines()[0]})")
+    return UserError(f"{path} is not a readable ONNX file ({(str(error) or 'damaged').splitlines()[0]})")
 
 
 def _find_tensors(message: object) -> Iterator:

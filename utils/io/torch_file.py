@@ -15,13 +15,13 @@ _SHOWN_CHARACTERS = 120  # of a name or a reason in the file
 ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 
 
-def read_torch(path: Path, key: str, which: str = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state dict of a file, on the CPU: bare, or the weights or the average (`ema`) of a checkpoint.
 
     With it, of a checkpoint, the names of its `entries`, and its `licence`, which export.py writes, as `origin`. Beside
     tensors and plain values, a file may hold an `argparse.Namespace`, as training scripts save their arguments; it is
-    ignored. Raises UserError (`key`) for other pickled objects, damage, and what is no state dict of plain tensors;
-    UserError (`init_weights`) where there is no average.
+    ignored. Raises UserError for other pickled objects, damage, what is no state dict of plain tensors, and where there
+    is no average (`init_weights`).
     """
     try:
         # By its content: torch reads a path that ends in .safetensors by another reader.
@@ -33,8 +33,8 @@ def read_torch(path: Path, key: str, which: str = "model") -> tuple[dict[str, Te
         reason = next((line for line in lines if "GLOBAL" in line or "function" in line), (lines or ["damaged"])[0])
         reason = reason.rpartition("WeightsUnpickler error:")[2].strip()[:_SHOWN_CHARACTERS]
         raise UserError(
-            f"{key}: {path} is not a readable torch file of tensors alone, and no code in it was run ({reason}); give "
-            "a .safetensors file of these weights"
+            f"{path} is not a readable torch file of tensors alone, and no code in it was run ({reason}); give a "
+            ".safetensors file of these weights"
         ) from None
     metadata: dict[str, Any] = {}
     if isinstance(content, dict):
@@ -51,7 +51,7 @@ def read_torch(path: Path, key: str, which: str = "model") -> tuple[dict[str, Te
                 metadata["origin"] = {"licence": licence[:_SHOWN_CHARACTERS]}
             content = content[chosen or states[0]]
     if not isinstance(content, dict) or not content or not all(map(_is_plain, content.keys(), content.values())):
-        raise UserError(f"{key}: {path} holds no state dict of plain tensors but a {type(content).__name__}")
+        raise UserError(f"{path} holds no state dict of plain tensors but a {type(content).__name__}")
     return content, metadata
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import fsync_path, write_atomically
 from utils.io.torch_file import read_torch
 from utils.ranks import distributed
@@ -30,8 +30,8 @@ class InitFrom(NamedTuple):
     weights: Literal["model", "ema"]
 
     def find(self) -> Path:
-        """Return the weight file. Raises UserError (`init_from`) where there is none."""
-        return find_weights(self.source, "ema" if self.weights == "ema" else "last", "init_from")
+        """Return the weight file. Raises UserError where there is none."""
+        return find_weights(self.source, "ema" if self.weights == "ema" else "last")
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,51 +74,47 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_weights(
-    path: Path,
-    key: str,
-    which: Literal["model", "ema"] = "model",
-    *,
-    shapes_only: bool = False,
+    path: Path, which: Literal["model", "ema"] = "model", *, shapes_only: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
 
     What does not end in .safetensors is read by torch with weights_only, so no code in it runs. which: the weights of a
     torch checkpoint, or their average; a safetensors file is an average where its metadata say so. shapes_only: return
-    the tensors on the meta device, for the price of a safetensors header. Raises UserError that begins with `key`, the
-    configuration key that named the file, or with `init_weights` where the file has no average.
+    the tensors on the meta device, for the price of a safetensors header. Raises UserError, of `init_weights` where the
+    file has no average.
     """
     if not path.is_file():
-        raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
+        raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if path.suffix != ".safetensors":
-        tensors, metadata = read_torch(path, key, which)
-        refuse_not_finite(tensors, path, key)
+        tensors, metadata = read_torch(path, which)
+        refuse_not_finite(tensors, path)
         return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
-    shapes, texts = read_header(path, key)
+    shapes, texts = read_header(path)
     try:
         metadata = dict(json.loads(texts.get("atelier", "{}")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise _unreadable(path, key, error) from None
+        raise _unreadable(path, error) from None
     if metadata.get("average") is not True:
         refuse_average(which, f"{path} does not say that it is an average")
     if shapes_only:
         return shapes, metadata
-    tensors = read_tensors(path, key)
+    tensors = read_tensors(path)
     if _CHECKSUM in texts and hash_tensors(tensors) != texts[_CHECKSUM]:
         raise UserError(
-            f"{key}: {path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, "
-            "such as weights.safetensors of an earlier checkpoint"
+            f"{path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, such as "
+            "weights.safetensors of an earlier checkpoint"
         )
-    refuse_not_finite(tensors, path, key)
+    refuse_not_finite(tensors, path)
     return tensors, metadata
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path, key: str) -> None:
-    """Raise UserError (`key`) where a tensor of a file has values that are NaN or infinite."""
+def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError where a tensor of a file has values that are NaN or infinite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not (fine := torch.isfinite(tensor)).all():
             raise UserError(
-                f"{key}: {path} has {int((~fine).sum()):,} values in {name} that are not finite (NaN, infinite); give "
-                "weights of before, such as an earlier checkpoint or best_weights.safetensors"
+                f"{path} has {int((~fine).sum()):,} values in {name} that are not finite (NaN, infinite); give weights "
+                "of before, such as an earlier checkpoint or best_weights.safetensors"
             )
 
 
@@ -131,10 +127,10 @@ def refuse_average(which: Literal["model", "ema"], why: str) -> None:
         )
 
 
-def read_header(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file on the meta device, and its metadata; only the header is read.
 
-    Raises UserError (`key`) where the file is damaged.
+    Raises UserError where the file is damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -142,46 +138,47 @@ def read_header(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]
             tensors = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dictionary)
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise _unreadable(path, key, error) from None
+        raise _unreadable(path, error) from None
 
 
-def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file. Raises UserError (`key`) where the file is damaged."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file. Raises UserError where the file is damaged."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise _unreadable(path, key, error) from None
+        raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, key: str, error: Exception) -> UserError:
+def _unreadable(path: Path, error: Exception) -> UserError:
     reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
-    return UserError(f"{key}: {path} is not a readable safetensors file ({reason}); get it again, or name another")
+    return UserError(f"{path} is not a readable safetensors file ({reason}); get it again, or name another")
 
 
-def find_weights(run_or_file: str, which: str, key: str) -> Path:
+def find_weights(run_or_file: str, which: str) -> Path:
     """Return a weight file: the file itself, that of a folder of timm or transformers, or <which> weights of a run.
 
-    Raises UserError that begins with `key` and lists what the run has.
+    Raises UserError that lists what the run has.
     """
     path = Path(run_or_file)
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"{key}: {path} does not exist; name a run folder or a weight file")
+            raise UserError(f"{path} does not exist; name a run folder or a weight file")
         return path
     if shards := sorted(path.glob("*.index.json")):
         raise UserError(
-            f"{key}: the weights in {path} are in several files ({shards[0].name}), which Atelier does not read; save "
-            "them as one: model.save_pretrained(FOLDER, max_shard_size='1TB') in transformers"
+            f"the weights in {path} are in several files ({shards[0].name}), which Atelier does not read; save them as "
+            "one: model.save_pretrained(FOLDER, max_shard_size='1TB') in transformers"
         )
     if not (path / "weights").is_dir() and (path / "config.json").is_file():
         for name in FOLDER_FILES:
             if (path / name).is_file():
                 return path / name
-    return RunReader(path).weights(which, key)
+    return RunReader(path).weights(which)
 
 
 def choose_weights(run_dir: str, weights: str) -> Path:
     """Return the weights of a run by their name (WEIGHT_NAMES), or the file or run that `weights` names itself."""
-    if weights in WEIGHT_NAMES:
-        return find_weights(run_dir, weights, "weights" if Path(run_dir).is_dir() else "run_dir")
-    return find_weights(weights, "best", "weights")
+    if weights not in WEIGHT_NAMES:
+        return find_weights(weights, "best")
+    with about("weights" if Path(run_dir).is_dir() else "run_dir"):
+        return find_weights(run_dir, weights)

@@ -68,13 +68,13 @@ class RunReader:
             return None
         return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
 
-    def weights(self, which: str, key: str) -> Path:
-        """Return the `best`, `last` or `ema` weights. Raises UserError (`key`), which lists what the run has."""
+    def weights(self, which: str) -> Path:
+        """Return the `best`, `last` or `ema` weights. Raises UserError, which lists what the run has."""
         file = self.path / "weights" / f"{which}_weights.safetensors"
         if not file.is_file():
             there = sorted(found.name.removesuffix("_weights.safetensors") for found in file.parent.glob("*_weights.*"))
             raise UserError(
-                f"{key}: the run {self.path} has no {which} weights; "
+                f"the run {self.path} has no {which} weights; "
                 + (f"it has {', '.join(there)}" if there else "is it a run folder that has saved a checkpoint?")
             )
         return file

@@ -63,7 +63,7 @@ def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
     command += ["augment.shrink=true", "augment.crop_scale=[1.0,1.0]", "augment.crop_ratio=[1.0,1.0]"]
     run("finetune", command, tmp_path)
     weights = tmp_path / "run/weights/last_weights.safetensors"
-    assert read_weights(weights, "weights")[1]["preprocessing"]["shortest_px"] == 19  # 16 / 0.875
+    assert read_weights(weights)[1]["preprocessing"]["shortest_px"] == 19  # 16 / 0.875
     run("evaluate", ["run_dir=run", "weights=last", "runtime.device=cpu"], tmp_path)
     expected = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["loss"]
     found = json.loads((tmp_path / "run/metrics.json").read_text())["loss"]

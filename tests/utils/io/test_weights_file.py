@@ -32,10 +32,10 @@ def equal(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def message_of(path, key="init_from"):
+def message_of(path):
     with pytest.raises(UserError) as refused:
-        read_weights(path, key)
-    assert str(refused.value).startswith(f"{key}: {path} ") and "\n" not in str(refused.value)
+        read_weights(path)
+    assert str(refused.value).startswith(f"{path} ") and "\n" not in str(refused.value)
     return str(refused.value)
 
 
@@ -44,12 +44,12 @@ def test_tensors_metadata_and_shapes_round_trip(tmp_path, monkeypatch):
     base = torch.arange(12.0)
     tensors = {**TENSORS, "whole": base, "tied": base, "part": base[3:5], "turned": base.reshape(3, 4).t()}
     write_weights(path, tensors, metadata)
-    found, said = read_weights(path, "init_from")
+    found, said = read_weights(path)
     assert equal(found, tensors) and said == metadata and os.listdir(tmp_path) == ["w.safetensors"]
-    texts = read_header(path, "x")[1]
+    texts = read_header(path)[1]
     assert json.loads(texts["atelier"]) == metadata  # that others can read
     monkeypatch.setattr("utils.io.weights.load_file", lambda path: pytest.fail("the tensors were read"))
-    shapes, said = read_weights(path, "init_from", shapes_only=True)
+    shapes, said = read_weights(path, shapes_only=True)
     assert said == metadata and shapes["a.weight"].is_meta and shapes["a.weight"].shape == (2, 3)
 
 
@@ -61,7 +61,7 @@ def test_tensors_that_do_not_match_their_checksum_are_refused(tmp_path):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "damaged" in message_of(path)
     save_file(TENSORS, path, metadata={"format": "pt"})
-    found, said = read_weights(path, "x")
+    found, said = read_weights(path)
     assert equal(found, TENSORS) and said == {}
     for metadata in ("[1]", "{broken"):
         save_file(TENSORS, path, metadata={"atelier": metadata})
@@ -118,7 +118,7 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path):
             content[draws.randrange(len(content))] = draws.randrange(256)
         (tmp_path / "w.pt").write_bytes(content)
         try:
-            read_weights(tmp_path / "w.pt", "init_from")
+            read_weights(tmp_path / "w.pt")
         except UserError:
             refused += 1
     assert refused > 10
@@ -138,12 +138,12 @@ def test_a_forged_header_is_refused_by_name(tmp_path):
 
 
 def test_a_run_s_weights_are_found_by_name(tmp_path):
-    with pytest.raises(UserError, match="^init_from: .* has no best weights; is it a run folder"):
-        find_weights(str(tmp_path), "best", "init_from")
+    with pytest.raises(UserError, match="has no best weights; is it a run folder"):
+        find_weights(str(tmp_path), "best")
     write_weights(tmp_path / "weights/best_weights.safetensors", TENSORS, {})
     write_weights(tmp_path / "weights/last_weights.safetensors", TENSORS, {})
     assert choose_weights(str(tmp_path), "last") == tmp_path / "weights/last_weights.safetensors"
     assert choose_weights("nowhere near", str(tmp_path)) == tmp_path / "weights/best_weights.safetensors"
-    assert find_weights(str(tmp_path / "weights/best_weights.safetensors"), "last", "w").name.startswith("best")
-    with pytest.raises(UserError, match="^weights: .* has no ema weights; it has best, last$"):
-        find_weights(str(tmp_path), "ema", "weights")
+    assert find_weights(str(tmp_path / "weights/best_weights.safetensors"), "last").name.startswith("best")
+    with pytest.raises(UserError, match="has no ema weights; it has best, last$"):
+        find_weights(str(tmp_path), "ema")
