@@ -16,10 +16,10 @@ Script = Literal[*SCRIPTS]
 class LaunchConfig(Strict):
     """A script, the resources of its job, and what to do after queueing it.
 
-    ranks_per_node: null takes one for each GPU, and 1 without GPUs. start: a SLURM task for each rank (srun), or one
-    for each node, whose torchrun starts the ranks. stop_before_end_sec: a job is asked to save this long before its
-    time ends. max_requeues, max_lost_ranks: how often a job that was stopped, or lost a rank or a node, is continued.
-    command: what runs the script in place of `python`, such as a container's words; our part of the job runs outside.
+    ranks_per_node: null takes one for each GPU, and 1 without GPUs. stop_before_end_sec: a job is asked to save this
+    long before its time ends. max_requeues, max_lost_ranks: how often a job that was stopped, or lost a rank or a node,
+    is continued. command: what runs the script in place of `python`, such as a container's words; our part of the job
+    runs outside.
     """
 
     script: Script
@@ -28,7 +28,6 @@ class LaunchConfig(Strict):
     nodes: Count
     gpus_per_node: Workers
     ranks_per_node: Processes | None
-    start: Literal["srun", "torchrun"]
     partition: str | None
     account: str | None
     qos: str | None
@@ -45,26 +44,20 @@ class LaunchConfig(Strict):
     setup: list[str]
     sbatch_lines: list[str]
     wait: bool
-    follow: bool
     dry_run: bool
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if 0 < self.gpus_per_node < self.ranks_on_node:
             raise ValueError(
-                f"launch.ranks_per_node: {self.ranks_on_node} ranks need a GPU each, and "
-                f"launch.gpus_per_node={self.gpus_per_node}; lower the one or raise the other"
+                f"launch.ranks_per_node: {self.ranks_on_node} ranks need a GPU each; "
+                f"launch.gpus_per_node is {self.gpus_per_node}"
             )
         if self.stop_before_end_sec >= 60 * self.time_min:
+            raise ValueError(f"launch.stop_before_end_sec: must be below launch.time_min, {60 * self.time_min} s")
+        if self.nodes * self.ranks_on_node > 1 and "runtime" not in self._primary:
             raise ValueError(
-                f"launch.stop_before_end_sec: {self.stop_before_end_sec} s are all of launch.time_min={self.time_min}, "
-                "so the job would be stopped as it starts; set it lower"
-            )
-        many = self.nodes * self.ranks_on_node
-        if many > 1 and "runtime" not in self._primary:
-            raise ValueError(
-                f"launch.script: {self.script}.py is one process, and {many} are asked for; set launch.nodes=1 "
-                "launch.ranks_per_node=1"
+                f"launch.script: {self.script}.py is one process; set launch.nodes=1 launch.ranks_per_node=1"
             )
         return self
 

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,12 +49,11 @@ def list_active(jobs: Sequence[str]) -> dict[str, str]:
     return {job: f"{state} ({reason})" if state == "PENDING" else state for job, state, reason in found if job in jobs}
 
 
-def wait_for(ids: Sequence[str], folder: Path, *, follow: bool) -> int:
+def wait_for(ids: Sequence[str], folder: Path) -> int:
     """Wait until all jobs have ended; returns the greatest of their exit statuses.
 
-    follow: show the logs of their first tasks. Raises SystemExit(130) on Ctrl-C, which leaves the jobs running.
+    Raises SystemExit(130) on Ctrl-C, which leaves the jobs running.
     """
-    shown = {folder / "logs" / f"{job}_0_log.out": 0 for job in ids if follow}
     before: dict[str, str] = {}
     active = dict.fromkeys(ids, "")
     try:
@@ -68,22 +66,10 @@ def wait_for(ids: Sequence[str], folder: Path, *, follow: bool) -> int:
             for job in [job for job, state in active.items() if before.get(job, "") != state]:
                 log.info("job %s: %s", job, active[job])
             before |= active
-            for file, place in shown.items():
-                shown[file] = _show(file, place)
     except KeyboardInterrupt:
         log.warning("the jobs go on without being watched; scancel %s ends them", ids[0].partition("_")[0])
         raise SystemExit(EXIT_INTERRUPTED) from None
     return max(_end_of(job, folder / f"end_{index}.json") for index, job in enumerate(ids))
-
-
-def _show(file: Path, place: int) -> int:
-    """Print what a file has from a place on; returns its end."""
-    if not file.exists():
-        return place
-    text = file.read_bytes()[place:]
-    sys.stdout.write(text.decode(errors="replace"))
-    sys.stdout.flush()
-    return place + len(text)
 
 
 def _end_of(job: str, file: Path) -> int:

@@ -3,7 +3,6 @@ r"""Submit a script to SLURM, through submitit.
     python submit/slurm.py                                            fine-tuning on the glyphs, on one GPU
     python submit/slurm.py launch.script=pretrain_fcmae launch.nodes=8 launch.gpus_per_node=8 experiment=NAME
     python submit/slurm.py launch.dry_run=true                        print the sbatch script, queue nothing
-    python submit/slurm.py launch.script=train launch.time_min=60 data=image_folder data.root=PATH
     python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
 
 What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
@@ -20,9 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
@@ -81,20 +80,14 @@ def main(config: SubmitConfig, job: Job) -> str:
         write_json(folder / "job.json", {"launch": {**launch.model_dump(), "trains": launch.trains}, "jobs": jobs})
 
     # ------------------------------------------------------------------------------------------------- 3. The queue
-    torchrun_ranks = launch.ranks_on_node if launch.start == "torchrun" else None
-    calls = [
-        ScriptJob(launch.script, words, folder, Path.cwd(), index, launch.command, torchrun_ranks, sweep)
-        for index, words in enumerate(jobs)
-    ]
-    ids = queue_jobs(launch, folder, calls)
+    tasks = [ScriptJob(launch.script, words, folder, Path.cwd(), launch.command, sweep) for words in jobs]
+    ids = queue_jobs(launch, folder, tasks)
     log.info("job %s: %s.py in %s", ids[0].partition("_")[0], launch.script, folder)
     log.info("its logs, one for each task: %s", folder / "logs" / "*_log.out")
 
     # ---------------------------------------------------------------------------------------------------- 4. The end
-    if launch.wait or launch.follow:
-        status = wait_for(ids, folder, follow=launch.follow)
-        if status != EXIT_OK:
-            raise SystemExit(status)
+    if launch.wait and (status := wait_for(ids, folder)) != EXIT_OK:
+        raise SystemExit(status)
     return f"job {ids[0]}"
 
 
@@ -145,24 +138,16 @@ class _Executor(submitit.SlurmExecutor):
 
 def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     """Return the executor of a job whose files are in `folder`."""
-    python, by_torchrun = shlex.quote(launch.python or sys.executable), launch.start == "torchrun"
-    tasks = 1 if by_torchrun else launch.ranks_on_node
-    cpus = launch.cpus_per_rank and launch.cpus_per_rank * (launch.ranks_on_node if by_torchrun else 1)
+    python, cpus = shlex.quote(launch.python or sys.executable), launch.cpus_per_rank
     options = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
-    values: dict[str, Any] = {
+    values = launch.model_dump(include={"nodes", "partition", "account", "qos", "constraint", "array_parallelism"}) | {
         "job_name": launch.job_name or launch.script,
-        "nodes": launch.nodes,
-        "ntasks_per_node": tasks,
+        "ntasks_per_node": launch.ranks_on_node,
         "gpus_per_node": launch.gpus_per_node or None,
-        "partition": launch.partition,
-        "account": launch.account,
-        "qos": launch.qos,
-        "constraint": launch.constraint,
         "cpus_per_task": cpus,
         "mem": launch.memory_gib and f"{round(1024 * launch.memory_gib)}M",
         "time": launch.time_min,
         "signal_delay_s": launch.stop_before_end_sec,
-        "array_parallelism": launch.array_parallelism,
         "setup": [*launch.setup, "trap : TERM USR1 USR2  # for the tasks, which save; the script goes on behind them"],
         "teardown": [f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
         "stderr_to_stdout": True,
@@ -185,23 +170,17 @@ def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "") + "\n"
 
 
-@contextlib.contextmanager
-def clean_environment(launch: LaunchConfig) -> Iterator[None]:
-    """Hide what a job around this process, a launcher, or the shell would add to what `launch` says.
+def clean_environment(launch: LaunchConfig) -> None:
+    """Remove what a job around this process, a launcher, or the shell would add to what `launch` says.
 
     sbatch's variables would win over the script's lines; those of a key that is null apply.
     """
-    before = dict(os.environ)
-    given = ("partition", "account", "qos", "constraint")
-    kept = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in given if getattr(launch, key) is None)}
-    foreign = r"S(LURMD?|BATCH|RUN|UBMITIT)_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
-    for name in before:
-        if name not in kept and re.fullmatch(foreign, name):
+    keys = [key for key in ("partition", "account", "qos", "constraint") if getattr(launch, key) is None]
+    kept = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in keys)}
+    foreign = re.compile(r"S(LURMD?|BATCH|RUN|UBMITIT)_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)")
+    for name in set(os.environ) - kept:
+        if foreign.fullmatch(name):
             del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(before)
 
 
 def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) -> list[str]:
@@ -209,7 +188,8 @@ def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) ->
     if shutil.which("sbatch") is None:
         raise UserError("launch: there is no sbatch here; submit on a login node of the cluster")
     try:
-        with clean_environment(launch), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        clean_environment(launch)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return [job.job_id for job in make_executor(launch, folder).submit_array(jobs)]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"launch: SLURM refuses the job: {' '.join(str(error).split())}") from None
@@ -218,13 +198,8 @@ def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) ->
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Return the words of `launch`, with Hydra's flags that show it, and those of the script."""
     own = re.compile(r"[+~]*launch[.=@]|--(help|hydra-help|cfg|info|package|resolve|version)\b|-[hcp]$")
-    ours: list[str] = []
-    theirs: list[str] = []
-    before = ""
-    for word in words:
-        (ours if own.match(word) or before in _FLAGS_WITH_VALUE else theirs).append(word)
-        before = word
-    return ours, theirs
+    is_ours = [bool(own.match(word)) or before in _FLAGS_WITH_VALUE for before, word in zip(["", *words], words)]
+    return list(compress(words, is_ours)), [word for word, ours in zip(words, is_ours) if not ours]
 
 
 if __name__ == "__main__":

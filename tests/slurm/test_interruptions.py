@@ -91,16 +91,6 @@ def test_the_last_time_limit_that_a_job_may_reach_is_its_end(cluster, start):
     assert "stopped at step" in submission.log() and ask(cluster, "squeue", "-h") == ""
 
 
-def test_torchrun_on_each_node(cluster, start, undisturbed, tmp_path):
-    """Its ranks are those of srun; and it is asked to save too."""
-    submission = start("launch.start=torchrun")
-    ask(cluster, "scancel", "--signal=USR2", submission.job)
-    assert_nothing_lost(submission, undisturbed)
-    assert "torch.distributed.run --nnodes=2" in submission.log()
-    logs = list(tmp_path.glob(f"outputs/slurm/*/logs/{submission.job}_*_ranks/*/attempt_0/*/stderr.log"))
-    assert len(logs) == 4  # two starts of two ranks
-
-
 def test_sigterm_alone_is_enough_and_scancel_is_an_end(cluster, start):
     """A site may send no other signal before a preemption: status 75 requeues. What a user cancels stays cancelled."""
     submission = start(step=100)

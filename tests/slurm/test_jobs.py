@@ -112,12 +112,12 @@ def test_a_rank_that_cannot_start_ends_the_job(cluster, images, stand_in, tmp_pa
 def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):
     """docs/slurm.md leads to a job of two nodes: as it is written there, but for the size of the job."""
     text = (ROOT / "docs/slurm.md").read_text().replace("\\\n", "")
-    (line,) = re.findall(r"^    python submit/slurm.py (.*launch.follow=true.*)$", text, flags=re.MULTILINE)
+    (line,) = re.findall(r"^    python submit/slurm.py (.*launch.wait=true.*)$", text, flags=re.MULTILINE)
     small = ["runtime.device=cpu", "runtime.threads=1", "augment.image_size_hw=[16,16]", "loop.total_steps=4",
              "loop.global_batch_size=4", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16",
              f"data.root={make_glyph_folder(tmp_path / 'glyphs')}"]  # fmt: skip
     said = Submission(cluster, tmp_path, [*shlex.split(line), *small]).wait_for(0)
-    assert "step 4/4" in said and "has ended with status 0, after 0 restarts" in said
+    assert "has ended with status 0, after 0 restarts" in said
     assert (tmp_path / "outputs/tried/complete.json").exists()
 
 

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 import pytest
 
 from submit import slurm
-from submit.job import ScriptJob, _meaning, finish
+from submit.job import ScriptJob, _meaning, _note, finish
 from submit.queue import list_active, wait_for
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
 from tests.in_process import TINY, configure
 from tests.support import ROOT, fork_command
 from utils.config.messages import ConfigError
 from utils.errors import UserError
-from utils.ranks.job_status import note
 from utils.record.logging import setup_logging
 
 
@@ -76,28 +75,17 @@ def test_every_field_reaches_sbatch(tmp_path):
     assert "module load cuda" in lines and any(" /env/bin/python -u -m submitit" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("words", "tasks", "cpus"),
-    [
-        (["gpus_per_node=0", "ranks_per_node=4", "cpus_per_rank=2"], "4", "2"),
-        (["gpus_per_node=4", "start=torchrun", "cpus_per_rank=2"], "1", "8"),
-        (["gpus_per_node=4", "ranks_per_node=2"], "2", None),
-    ],
-)
-def test_tasks_and_cpus_of_a_node(words, tasks, cpus, tmp_path):
-    options, _ = script_of(tmp_path, *words)
-    assert (options["ntasks-per-node"], options.get("cpus-per-task")) == (tasks, cpus)
-    assert ("gpus-per-node" in options) == ("gpus_per_node=0" not in words)
+def test_ranks_without_gpus(tmp_path):
+    options, _ = script_of(tmp_path, "gpus_per_node=0", "ranks_per_node=4")
+    assert options["ntasks-per-node"] == "4" and not {"gpus-per-node", "cpus-per-task"} & options.keys()
 
 
 def test_what_the_shell_has_for_slurm_does_not_win(monkeypatch):
     """sbatch would take its variables before its script's words; a job submits another one."""
     shell = {"SBATCH_PARTITION": "old", "SBATCH_ACCOUNT": "mine", "SLURM_JOB_ID": "3", "SLURM_CONF": "/a", "RANK": "1"}
-    for name, value in shell.items():
-        monkeypatch.setenv(name, value)
-    with clean_environment(launch("partition=new")):
-        assert {name for name in shell if name in os.environ} == {"SBATCH_ACCOUNT", "SLURM_CONF"}
-    assert {name: os.environ[name] for name in shell} == shell
+    monkeypatch.setattr(os, "environ", dict(shell))
+    clean_environment(launch("partition=new"))
+    assert os.environ.keys() == {"SBATCH_ACCOUNT", "SLURM_CONF"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +93,7 @@ def test_what_the_shell_has_for_slurm_does_not_win(monkeypatch):
     [
         ("script=finetun", "launch.script: must be 'evaluate', 'export', 'finetune', 'finetune_sdxl'"),
         ("ranks_per_node=2", "launch.ranks_per_node: 2"),
-        ("time_min=5", "launch.stop_before_end_sec: 300"),
+        ("time_min=5", "launch.stop_before_end_sec: must be below"),
         ("script=export nodes=2", "launch.script: export.py is one process"),
     ],
 )
@@ -162,7 +150,7 @@ def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr("submit.queue.subprocess.run", ask)
     monkeypatch.setattr("submit.queue._LOOK_SEC", 0.0)
     setup_logging()
-    assert wait_for(["7"], tmp_path, follow=False) == 0
+    assert wait_for(["7"], tmp_path) == 0
     said = capfd.readouterr().err
     assert said.count("SLURM does not answer") == 2 and "job 7: RUNNING" in said and "after 1 restarts" in said
     assert next(answers, None) is None
@@ -199,6 +187,8 @@ ENDS = [
     ([70], 1, 1, None),
     ([70, 70], 70, 2, 70),
     ([75, 2], 2, 0, 2),
+    ([1, 2], 1, 0, 2),
+    ([70, 134], 70, 0, 134),
     ([126], 126, 0, 126),
     ([], 127, 0, 127),
     ([], 137, 0, None),
@@ -217,9 +207,9 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     limits = {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}
     (tmp_path / "job.json").write_text(json.dumps({"launch": limits}))
     for number in range(before):
-        note(tmp_path / f"status_0_{number}/job", 70)
+        _note(tmp_path / f"status_0_{number}/job", 70)
     for task, status in enumerate(noted):
-        note(tmp_path / f"status_0_5/task_{task}", status)
+        _note(tmp_path / f"status_0_5/task_{task}", status)
     status = finish(tmp_path, srun)
     if end is None:
         assert asked == [("requeue", "7")] and slept

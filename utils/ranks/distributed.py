@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.ranks.job_status import slurm_port
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # of a job that a dry run checks before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set where that job will have GPUs
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below 32768, where Linux begins to give ports to any program that asks
 _is_alone = False
 T = TypeVar("T")
 
@@ -60,7 +60,9 @@ def detect_world(environment: Mapping[str, str] = os.environ) -> World:
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         ranks = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
         address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
-        port = int(env.get("MASTER_PORT") or slurm_port(env))
+        # The same port on all tasks of a step, another one for the next step or job.
+        port = _FIRST_PORT + (int(env.get("SLURM_JOB_ID", "0")) + 1009 * int(env.get("SLURM_STEP_ID", "0"))) % _PORTS
+        port = int(env.get("MASTER_PORT") or port)
         return World(*ranks, int(env.get("SLURM_LOCALID", "0")), "slurm", address, port)
     return World()
 
@@ -143,7 +145,10 @@ def alone() -> Iterator[None]:
     try:
         yield
     finally:
-        _is_alone = False
+        _FIRST_PORT, _PORTS = 10_000, 20_000  # below 32768, where Linux begins to give ports to any program that asks
+
+
+_is_alone = False
 
 
 def rank() -> int:

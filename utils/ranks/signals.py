@@ -9,7 +9,6 @@ from contextlib import suppress
 from types import FrameType
 
 from utils.errors import EXIT_STOPPED
-from utils.ranks.job_status import note_status
 from utils.record.logging import environment_rank, is_launched, place_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -59,5 +58,4 @@ class StopRequest:
             _tell(number, ": finishing the step, then saving; once more leaves at once")
         elif now - self._since >= REPEAT_SEC * (1.0 if is_launched() else 0.1):
             _tell(number, " again: leaving at once, without saving")
-            note_status(EXIT_STOPPED)
             os._exit(EXIT_STOPPED)

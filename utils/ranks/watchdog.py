@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from utils.errors import EXIT_LOST_RANK
 from utils.ranks import distributed
-from utils.ranks.job_status import note_status
 from utils.ranks.signals import is_stop_requested
 from utils.record.logging import get_logger
 
@@ -150,6 +149,5 @@ class Watchdog:
         )
         last_words.start()
         last_words.join(_LAST_WORDS_SEC)
-        note_status(EXIT_LOST_RANK)
         # Threads of a hung process cannot be joined: leave at once.
         os._exit(EXIT_LOST_RANK)
