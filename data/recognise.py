@@ -91,8 +91,6 @@ def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
         log.warning("data.root: %s parts of shards are skipped: %s", f"{len(skipped):,}", show_some(skipped))
     table = pa.concat_tables(tables)
     log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(list(files)))
-    if table["id"].null_count == len(table):
-        table = table.drop_columns("id")
     return build_table(dict(zip(table.column_names, table.columns)))
 
 

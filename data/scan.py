@@ -1,22 +1,21 @@
 """Read a folder of images as it is into one table, for a collection without a manifest.
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
-and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (data/tags/sidecars.py), and
-kohya's metadata at the root may know more (data/tags/sidecars.py). Names that begin with a dot are ignored, links are
-followed.
+and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (data/tags/sidecars.py). Names
+that begin with a dot are ignored, links are followed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
 from data.table import SPLIT_NAMES, build_table, show_some
 from data.tags.records import Sidecar
-from data.tags.sidecars import SUFFIXES, read_metadata, read_sidecars
+from data.tags.sidecars import SUFFIXES, read_sidecars
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
@@ -28,13 +27,6 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
 _AT_ONCE = 16  # folders that are listed at once
-
-
-class FoundImage(NamedTuple):
-    """An image file: its path relative to the root, and its bytes."""
-
-    path: str
-    size: int
 
 
 def check_root(root: str) -> Path:
@@ -56,60 +48,48 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def scan_folder(root: Path) -> pa.Table:
-    """Read every image and sidecar below a folder into a table, sorted by path; with ids, if any has one.
+    """Read every image and sidecar below a folder into a table, sorted by path.
 
     Warns of folders that hold no image.
     Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
     file that is none, such as a dangling link; a circle of links; a sidecar that cannot be read.
     """
-    images: list[FoundImage] = []
+    images: dict[str, int] = {}
     beside: dict[str, set[str]] = {}  # the files of the folder of each image that may have a sidecar
     folders: list[str] = []
     for folder, entries, names in walk_folders(root):
-        found = [_read_image_entry(folder, entry) for entry in entries if is_image_name(entry.name)]
-        images += found
-        beside |= dict.fromkeys((image.path for image in found), names) if len(found) < len(names) else {}
+        found = _read_images(folder, entries)
+        images |= found
+        beside |= dict.fromkeys(found, names) if len(found) < len(names) else {}
         folders.append(folder)
     if not images:
         raise UserError(
             f"data.root: {str(root)!r} holds no image; allowed are "
             f"{' '.join(IMAGE_SUFFIXES)}, or a manifest.parquet, manifest.jsonl or manifest.csv that names the images"
         )
-    paths = [image.path for image in images]
-    splits, labels = _place_images(root, paths)
-    _warn_of_empty(paths, folders)
+    splits, labels = _place_images(root, list(images))
+    _warn_of_empty(list(images), folders)
 
     def read(path: str) -> Sidecar:
         folder, slash, name = path.rpartition("/")
         return read_sidecars(root, root / folder, name, beside[path])
 
-    found = dict(zip(beside, in_threads(read, list(beside))))
-    metadata = read_metadata(root, paths)
-    sidecars = [found.get(path, Sidecar()).updated(metadata.get(path)) for path in paths]
-    if any(count := [sidecar != Sidecar() for sidecar in sidecars]):
-        log.info("data.root: %s of %s images have a sidecar", f"{sum(count):,}", f"{len(count):,}")
-    columns = {
-        "path": paths,
-        "size": [image.size for image in images],
-        "split": splits,
-        "label": labels,
-        "tags": [sidecar.tags for sidecar in sidecars],
-        "rating": [sidecar.rating for sidecar in sidecars],
-        "caption": [sidecar.caption for sidecar in sidecars],
-    }
-    if any(sidecar.id is not None for sidecar in sidecars):
-        columns["id"] = [sidecar.id for sidecar in sidecars]
-    return build_table(columns)
+    known = dict(zip(beside, in_threads(read, list(beside))))
+    sidecars = [known.get(path, Sidecar()) for path in images]
+    if count := sum(sidecar != Sidecar() for sidecar in sidecars):
+        log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
+    return build_rows(images, sidecars, split=splits, label=labels)
 
 
-def list_images(root: Path) -> list[FoundImage]:
-    """Return every image below a folder. Raises UserError (`data.root`) for links and names as `scan_folder` does."""
-    return [
-        _read_image_entry(folder, entry)
-        for folder, entries, _ in walk_folders(root)
-        for entry in entries
-        if is_image_name(entry.name)
-    ]
+def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns: Sequence[Any]) -> pa.Table:
+    """Build a table of images, which have their bytes, and of what is known of each."""
+    fields = {name: [getattr(sidecar, name) for sidecar in sidecars] for name in Sidecar._fields}
+    return build_table({"path": list(images), "size": list(images.values()), **columns, **fields})
+
+
+def list_images(root: Path) -> dict[str, int]:
+    """Return the bytes of every image below a folder, by path. Raises UserError (`data.root`) as `scan_folder` does."""
+    return {path: size for folder, files, _ in walk_folders(root) for path, size in _read_images(folder, files).items()}
 
 
 def holds_image(root: Path) -> bool:
@@ -154,17 +134,22 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         raise UserError(f"data.root: {entry.path!r} cannot be followed ({error.strerror}); remove the link") from error
 
 
-def _read_image_entry(folder: str, entry: os.DirEntry[str]) -> FoundImage:
-    """Return an image's path and size. Raises UserError for what is no file, and a name that is not UTF-8."""
-    path = folder + entry.name
-    try:
-        path.encode()
-        if entry.is_file():
-            return FoundImage(path, entry.stat().st_size)
-        fault = "it is no file, or a link to nothing"
-    except (OSError, UnicodeEncodeError) as error:
-        fault = str(error)
-    raise UserError(f"data.root: {path!r} cannot be read ({fault}); remove or rename it")
+def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:
+    """Return the bytes of a folder's images, by path. Raises UserError for what is no file, and a name not in UTF-8."""
+    images = {}
+    for entry in entries:
+        if not is_image_name(entry.name):
+            continue
+        path = folder + entry.name
+        try:
+            path.encode()
+            fault = "" if entry.is_file() else "it is no file, or a link to nothing"
+            images[path] = 0 if fault else entry.stat().st_size
+        except (OSError, UnicodeEncodeError) as error:
+            fault = str(error)
+        if fault:
+            raise UserError(f"data.root: {path!r} cannot be read ({fault}); remove or rename it")
+    return images
 
 
 def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | None]]:

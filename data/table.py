@@ -45,7 +45,8 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 def build_table(columns: Mapping[str, Any]) -> pa.Table:
     """Build a table of SCHEMA and further columns, sorted by path, from lists or Arrow columns.
 
-    A column of SCHEMA that is absent is null; weights are 1 and tags empty where they are null.
+    A column of SCHEMA that is absent is null; weights are 1 and tags empty where they are null. A further column that is
+    null in every row is dropped.
     """
     found = {}
     for name in dict.fromkeys((*SCHEMA.names, *columns)):
@@ -54,6 +55,8 @@ def build_table(columns: Mapping[str, Any]) -> pa.Table:
             column = pa.nulls(len(columns["path"]), TYPES[name])
         elif not isinstance(column, pa.Array | pa.ChunkedArray):
             column = pa.array(column, TYPES.get(name))
+        if name not in SCHEMA.names and column.null_count == len(column):
+            continue
         if name in ("weight", "tags"):
             column = pc.coalesce(column, pa.scalar(1.0 if name == "weight" else [], TYPES[name]))
         found[name] = column

@@ -137,7 +137,7 @@ class Downsample(Tool):
         """Write the copy. Raises UserError (`data.root`, `job.to`)."""
         root = check_root(data.root)
         target = _check_target(root, self.to)
-        paths = sorted(image.path for image in list_images(root))
+        paths = sorted(list_images(root))
         done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
         copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
         unfit = [(path, what) for path, what in zip(paths, done) if what not in (_THERE, _COPIED, _SHRUNK)]

@@ -158,7 +158,7 @@ class Verify(Tool):
     def run(self, data: DataConfig) -> str:
         """List the faults. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
-        images = sorted(image.path for image in list_images(root))
+        images = sorted(list_images(root))
         facts = measure_files(root, images, data.max_pixels)
         faults = {path: fact.reason for path, fact in zip(images, facts) if fact.kind is not None}
         kinds = Counter(fact.kind for fact in facts if fact.kind is not None)

@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.manifest import find_one
-from data.scan import list_images, scan_folder
-from data.table import build_table
-from data.tags.records import FIELDS, parse_record
-from data.tags.sidecars import read_lines, refuse_link_out
+from data.scan import build_rows, list_images, scan_folder
+from data.tags.records import FIELDS, Sidecar, parse_record
+from data.tags.sidecars import parse_object, refuse_link_out
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -32,19 +31,21 @@ def read_folder(root: Path) -> pa.Table:
 
 
 def read_posts(root: Path, file: Path) -> pa.Table:
-    """Read the posts that have an image into a table of SCHEMA and `id`, sorted by path. Logs how many have none.
+    """Read the posts that have an image into a table, sorted by path. Logs how many have none.
 
     Raises UserError (`data.root`) naming the file where it cannot be read, or has no post with an image here.
     """
     refuse_link_out(root, file)
-    images = {os.path.splitext(os.path.basename(image.path))[0]: image for image in sorted(list_images(root))}
-    found, count, tried = {}, 0, []
+    images = list_images(root)
+    by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
+    found: dict[str, Sidecar] = {}
+    count, tried = 0, []
     for count, (where, post) in enumerate(_read(file), start=1):
         names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
         tried += names if count <= 3 else []
-        stem = next((name for name in names if name in images), None)
-        if stem is not None and stem not in found:
-            found[stem] = parse_record(where, post)
+        path = next((by_name[name] for name in names if name in by_name), None)
+        if path is not None and path not in found:
+            found[path] = parse_record(where, post)
     if not found:
         raise UserError(
             f"data.root: none of the {count:,} posts of {str(file)!r} has an image: {str(root)!r} holds "
@@ -54,26 +55,22 @@ def read_posts(root: Path, file: Path) -> pa.Table:
         "%s: %s of %s posts have an image (the others have none, or are repeated), %s of %s images a post",
         file.name, f"{len(found):,}", f"{count:,}", f"{len(found):,}", f"{len(images):,}",
     )  # fmt: skip
-    columns = {
-        "path": [images[stem].path for stem in found],
-        "size": [images[stem].size for stem in found],
-        "split": ["train"] * len(found),
-        "tags": [post.tags or () for post in found.values()],
-        **{name: [getattr(post, name) for post in found.values()] for name in ("rating", "caption", "id")},
-    }
-    if not any(number is not None for number in columns["id"]):
-        del columns["id"]
-    return build_table(columns)
+    sizes = {path: images[path] for path in found}
+    return build_rows(sizes, list(found.values()), split=["train"] * len(found))
 
 
 def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each post, and its name for messages."""
-    if file.suffix == ".jsonl":
-        yield from read_lines(file)
-        return
     try:
+        if file.suffix == ".jsonl":
+            with open(file, encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines):
+                    where = f"{str(file)!r}, line {number},"
+                    if line.strip():
+                        yield where, parse_object(line, where)
+            return
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(columns=[name for name in FIELDS if name in parquet.schema_arrow.names]):
                 yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error

@@ -1,24 +1,11 @@
-"""Files with what is known of images: beside an image (`x.txt`, `x.caption`, `x.json`, `x.jpg.txt`), and at the root.
-
-At the root may be kohya's metadata, `meta_cap.json` and the like, or JSONL of its tagger or of predict.py:
-
-    meta_cap.json     {"folder/1": {"tags": "1girl, solo", "caption": "a girl"}, ...}
-    meta_tags.jsonl   {"image_path": "folder/1.png", "caption": "1girl, solo"} on each line
-    meta_ours.jsonl   {"path": "folder/1.png", "tags": "1girl, solo", "rating": "general"} on each line
-
-A key is an image's path, with or without its suffix; one from elsewhere counts by its last parts.
-"""
+"""Files beside an image that say what is known of it: `x.txt`, `x.caption` and `x.json`, or `x.jpg.txt` and so on."""
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.tags.records import Sidecar, parse_json, parse_record, parse_text
 from utils.errors import UserError
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 SUFFIXES = (".txt", ".caption", ".json")
 _MAX_BYTES = 16 * 2**20
@@ -54,49 +41,6 @@ def list_sidecars(name: str, names: set[str]) -> list[str]:
     return [stem + suffix for suffix in SUFFIXES for stem in stems if stem + suffix in names]
 
 
-def read_metadata(root: Path, paths: Sequence[str]) -> dict[str, Sidecar]:
-    """Return what the metadata at the root state of images, by path; {} where there are none.
-
-    paths: those of the collection's images. Logs how many entries are of none of them.
-    Raises UserError (`data.root`) naming the file where it cannot be read, and where two files are metadata.
-    """
-    files = [file for file in sorted(root.glob("meta_*")) if file.suffix in (".json", ".jsonl")]
-    found = {file: entries for file in files if (entries := _read_entries(root, file))}
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")
-    by_key = {os.path.splitext(path)[0]: path for path in paths} | {path: path for path in paths}
-    sidecars: dict[str, Sidecar] = {}
-    for file, entries in found.items():
-        for key, record in entries.items():
-            parts = key.replace("\\", "/").split("/")
-            ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            if (path := next((by_key[end] for end in ends if end in by_key), None)) is not None:
-                sidecars[path] = _parse_entry(f"{str(file)!r}, {key!r}", record)
-        log.info("%s: %s of %s entries are of images here", file.name, f"{len(sidecars):,}", f"{len(entries):,}")
-    return sidecars
-
-
-def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
-    """Return the records of a file by their keys; none, with a warning, where it is something else."""
-    refuse_link_out(root, file)
-    if file.suffix == ".jsonl":
-        entries = {record.get("image_path", record.get("path")): record for _, record in read_lines(file)}
-    else:
-        entries = parse_object(read_text(file), repr(str(file)))
-    if all(isinstance(key, str) and isinstance(record, dict) for key, record in entries.items()):
-        return entries
-    log.warning("data.root: %r is named like kohya's metadata, but has no entry per image; it is ignored", file.name)
-    return {}
-
-
-def _parse_entry(where: str, record: dict[str, Any]) -> Sidecar:
-    """Read an entry; its tags are separated by commas, and come from the caption where it has no other."""
-    tags = record.get("tags")
-    sidecar = parse_record(where, {**record, "tags": list(parse_text(tags).tags) if isinstance(tags, str) else tags})
-    return sidecar if sidecar.tags is not None else parse_text(sidecar.caption or "").updated(sidecar)
-
-
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
     """Raise UserError for a link out of the collection, else any text file of this machine could become a caption.
 
@@ -113,21 +57,8 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
 
 def read_text(file: Path) -> str:
     """Read a text as UTF-8, with or without a byte order mark. Raises UserError (`data.root`) that names the file."""
-    return "".join(_lines(file))
-
-
-def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the JSON object of each line, and its name for messages. Raises UserError (`data.root`)."""
-    for number, line in enumerate(_lines(file)):
-        if line.strip():
-            where = f"{str(file)!r}, line {number},"
-            yield where, parse_object(line, where)
-
-
-def _lines(file: Path) -> Iterator[str]:
     try:
-        with open(file, encoding="utf-8-sig", newline="\n") as stream:
-            yield from stream
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"data.root: the file {str(file)!r} is not UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:

@@ -145,36 +145,6 @@ def test_text_sidecars(tmp_path):
         assert rows(tmp_path / str(number)) == {"a.png": (tags, None, text, None)}
 
 
-# kohya's metadata.
-
-
-def test_metadata_of_kohya(tmp_path, log):
-    put(tmp_path, "x/a.png", "x/b.png", "x/meta_c.png", "x/d.png")
-    entries = {
-        "x/a": {"tags": "long hair, hat \\(x\\)", "caption": "a girl", "train_resolution": [2, 2]},
-        "C:\\photos\\x\\b.png": {"caption": "one, two\nthree"},
-        "/elsewhere/x/gone.png": {"tags": "t"},
-    }
-    write(write(write(tmp_path, "meta_lat.json", entries), "x/a.txt", "old"), "x/d.txt", "kept")
-    assert rows(tmp_path) == {
-        "x/a.png": (["long hair", "hat \\(x\\)"], None, "a girl", None),
-        "x/b.png": (["one", "two", "three"], None, "one, two\nthree", None),
-        "x/d.png": (["kept"], None, "kept", None),
-        "x/meta_c.png": ([], None, None, None),
-    }
-    assert "meta_lat.json: 2 of 3 entries are of images here" in log.text
-
-
-def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
-    put(tmp_path, "a.png", "meta_b.png")
-    lines = [{"image_path": "imgs/a.png", "caption": "1girl, solo", "image_size": [2, 2]}, {"image_path": "z.png"}]
-    write(tmp_path, "meta_tags.jsonl", "\n\n".join(map(json.dumps, lines)))
-    write(write(tmp_path, "meta_b.json", {"tags": "own"}), "meta_info.json", {"version": 1})
-    found = rows(tmp_path)
-    assert found["a.png"][0] == ["1girl", "solo"] and found["meta_b.png"][0] == ["own"]
-    assert "'meta_info.json' is named like kohya's metadata" in log.text
-
-
 # Tables of posts.
 
 POSTS = [
@@ -212,12 +182,10 @@ def test_a_table_of_posts(tmp_path, form, log):
 
 
 BAD = [
-    ({"meta_a.json": '{"a": '}, "meta_a.json' is broken JSON"),
     ({"1.json": "[" * 100_000}, "1.json' is broken JSON (nested too deeply)"),
-    ({"meta_a.json": '{"1": {"tags": 5}}'}, "meta_a.json', '1' are 5"),
-    ({"meta_a.json": '{"a": {}}', "meta_b.json": '{"a": {}}'}, "holds both meta_a.json and meta_b.json"),
+    ({"1.json": '{"tags": 5}'}, "1.json' are 5"),
     ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 1, is broken JSON"),
-    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' is not UTF-8"),
+    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
     ({"posts.jsonl": '{"id": 9, "md5": "ee", "tag_string": "a"}'}, "holds 1, none of them 9.*, ee.*; name images by"),
     ({"posts.parquet": "PAR1", "posts.jsonl": ""}, "holds both posts.parquet and posts.jsonl"),
     ({"posts.parquet": "PAR1"}, "posts.parquet' cannot be read"),
@@ -225,7 +193,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("files, message", BAD)
-def test_bad_metadata_and_tables_of_posts_are_refused_by_name(tmp_path, files, message):
+def test_bad_sidecars_and_tables_of_posts_are_refused_by_name(tmp_path, files, message):
     for name, content in files.items():
         write(put(tmp_path, "1.png"), name, content)
     refused(tmp_path, message)
@@ -240,13 +208,8 @@ VALUES = st.recursive(
 )
 KEYS = st.sampled_from(["tags", "tag_string", "tag_string_artist", "tags_meta", "rating", "caption", "id", "md5"])
 JSON = st.dictionaries(KEYS | st.text(max_size=5), VALUES, max_size=5).map(json.dumps).map(str.encode)
-NESTED = st.dictionaries(
-    st.sampled_from(["a", "a.png", "x/a", ""]), st.dictionaries(KEYS, VALUES, max_size=4), max_size=3
-)
-CONTENT = (
-    st.binary(max_size=60) | JSON | NESTED.map(json.dumps).map(str.encode) | JSON.map(lambda text: b"[" + text + b"]")
-)
-NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "meta_x.json", "meta_x.jsonl", "posts.jsonl")
+CONTENT = st.binary(max_size=60) | JSON | JSON.map(lambda text: b"[" + text + b"]")
+NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "posts.jsonl")
 
 
 @FUZZ
