@@ -1,6 +1,5 @@
 """Slow offline work on a collection: one job, whose keys are those of conf/job/ (docs/care.md).
 
-    python prepare.py job=glyphs                                             draw the embedded collection
     python prepare.py job=manifest data=image_folder data.root=PATH          check all images, write manifest.parquet
     python prepare.py job=manifest data=image_folder data.root=PATH job.verify=false          without decoding them
     python prepare.py job=vocabulary data=image_folder data.root=PATH job.output=FILE         the tags to train
@@ -20,7 +19,6 @@ from data.care.copy import Copy, Downsample
 from data.care.exclude import Duplicates, Filter, Split
 from data.care.reports import Count, Statistics, Verify
 from data.config import DataConfig
-from data.glyphs import Glyphs
 from data.manifest_writer import Manifest
 from data.pack import Pack
 from data.tags.vocabulary import CollectVocabulary
@@ -31,7 +29,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 AnyJob = Annotated[
-    Glyphs | Manifest | CollectVocabulary | Pack
+    Manifest | CollectVocabulary | Pack
     | Count | Statistics | Verify | Duplicates | Filter | Downsample | Split | Copy,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -14,35 +14,26 @@ fits. Centring by the ink instead would make one shape of an underscore and a co
 import functools
 import hashlib
 import os
-import struct
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data.care.tool import DRY_RUN, Tool
-from data.config import DataConfig
 from data.manifest_writer import save_manifest
 from data.table import build_table
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_json
-from utils.record.progress import counting
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
 
 GLYPHS_VERSION = 1
-# The hash of all pixels, and what drew them. Another FreeType may round an edge differently; glyphs.json keeps what was
-# found beside this, so that two machines can be compared.
-MEASURED = {
-    "pixels": "2ce5e5206c03683fa5e0ac5c880cd101b62204b3f1ae2a76ab09550dabe8fe00",
-    "freetype": "2.14.3",
-    "matplotlib": "3.11.2",
-}
-
 TRAIN_FACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique"),
     *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique"),
@@ -56,34 +47,17 @@ _MERGED_IN = "DejaVuSans"
 _ABOUT = "glyphs.json"
 
 
-class Glyphs(Tool):
-    """Draw the embedded collection into `data.root`, where it is not there yet."""
-
-    name: Literal["glyphs"]
-
-    def check(self, data: DataConfig) -> str:
-        """Check nothing: the folder is made."""
-        return DRY_RUN
-
-    def run(self, data: DataConfig) -> str:
-        """Draw it. Raises UserError (`data.root`)."""
-        with counting("drawing the glyphs") as progress:
-            draw_glyphs(Path(data.root), progress)
-        return f"glyphs in {data.root}"
-
-
 def glyphs_ready(root: Path) -> bool:
     """Tell whether `root` holds this version's glyphs, completely drawn."""
     there = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
     return there and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
 
 
-def draw_glyphs(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+def draw_glyphs(root: Path) -> None:
     """Draw the embedded collection into `root`, once: where it is ready, nothing happens.
 
     It appears whole or not at all; of several processes that draw at once, the first to end makes it. The bytes of
-    every image follow from the fonts and from Pillow's FreeType. progress: called with the code points drawn and their
-    number.
+    every image follow from the fonts and from Pillow and its FreeType.
 
     Raises UserError (`data.root`) where `root` is something else, and where it cannot be made.
     """
@@ -95,13 +69,14 @@ def draw_glyphs(root: Path, progress: Callable[[int, int], None] = lambda done, 
             f"data.root: {str(root)!r} exists and does not hold version {GLYPHS_VERSION} of the embedded "
             "collection; set data.root to a new folder, or remove this one to have the glyphs drawn into it"
         )
+    log.info("drawing the glyph collection into %s (once, some seconds)", root)
     with output_errors("data.root", root):
         root.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
-            made = Path(folder) / "glyphs"
-            _draw_into(made, progress)
+            drawn = Path(folder) / "glyphs"
+            _draw_into(drawn)
             try:
-                os.rename(made, root)
+                os.rename(drawn, root)
             except OSError:
                 if not glyphs_ready(root):  # else another process was faster
                     raise
@@ -130,22 +105,6 @@ def draw_glyph(face: str, code: int) -> Image.Image | None:
     image = Image.new("L", (_SIDE_PX, _SIDE_PX), 255)
     image.paste(0, corner, ink)
     return image
-
-
-def encode_png(pixels: bytes, side: int) -> bytes:
-    """Encode side x side grey bytes as a PNG file, the same bytes on every machine.
-
-    Z_RLE, since only its output is the same from zlib and from zlib-ng, which some systems have in its place; it also
-    takes a sixth of the time. Source: PNG specification (W3C), sections 5 and 11.
-    """
-    rows = b"".join(b"\0" + pixels[start : start + side] for start in range(0, side * side, side))  # filter 0: none
-    packer = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b""))
-    packed = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def name_code(code: int) -> str:
@@ -180,51 +139,33 @@ def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(font_file(face)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _draw_into(root: Path, progress: Callable[[int, int], None]) -> None:
+def _draw_into(root: Path) -> None:
     """Draw all faces into an absent folder, then write its manifest and glyphs.json."""
     codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
     rows: list[dict[str, Any]] = []
-    for done, (face, code) in enumerate(codes, start=1):
-        if (image := draw_glyph(face, code)) is not None:
-            rows.append(_write_glyph(root, face, code, image.tobytes()))
-        if done % 1000 == 0 or done == len(codes):
-            progress(done, len(codes))
+    for face, code in track(codes, len(codes), "drawing the glyphs"):
+        if (image := draw_glyph(face, code)) is None:
+            continue
+        file = root / "images" / face / f"{name_code(code)}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, compress_type=zlib.Z_RLE)  # the same bytes from zlib and zlib-ng, which some systems have
+        png, (caption, tags) = file.read_bytes(), describe_code(code)
+        split, pixels = "val" if face in VAL_FACES else "train", hashlib.sha256(image.tobytes()).hexdigest()
+        columns = {"path": file.relative_to(root).as_posix(), "split": split, "tags": tags, "caption": caption}
+        columns |= {"size": len(png), "sha256": hashlib.sha256(png).hexdigest()}
+        rows.append({"face": face, "code": code, "pixels": pixels, **columns})
     classes = _name_classes(rows)
     columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
-    table = build_table({**columns, "label": [classes.get(row["code"]) for row in rows]})
-    save_manifest(root, table, "draw_glyphs")
+    save_manifest(root, build_table({**columns, "label": [classes.get(row["code"]) for row in rows]}), "draw_glyphs")
     lines = "".join(f"{row['face']} {row['code']} {row['pixels']}\n" for row in rows)
     about = {
         "version": GLYPHS_VERSION,
         "count": len(rows),
-        "pixels": hashlib.sha256(lines.encode()).hexdigest(),
+        "pixels": hashlib.sha256(lines.encode()).hexdigest(),  # another FreeType may round an edge differently
         "freetype": features.version("freetype2"),
         "matplotlib": version("matplotlib"),
-        "measured": MEASURED,
     }
     write_json(root / _ABOUT, about)
-
-
-def _write_glyph(root: Path, face: str, code: int, pixels: bytes) -> dict[str, Any]:
-    """Write a glyph's file; return its row in the manifest, with what classes are made of."""
-    path, png, (caption, tags) = (
-        f"images/{face}/{name_code(code)}.png",
-        encode_png(pixels, _SIDE_PX),
-        describe_code(code),
-    )
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_bytes(png)
-    return {
-        "path": path,
-        "size": len(png),
-        "sha256": hashlib.sha256(png).hexdigest(),
-        "split": "val" if face in VAL_FACES else "train",
-        "tags": tags,
-        "caption": caption,
-        "face": face,
-        "code": code,
-        "pixels": hashlib.sha256(pixels).hexdigest(),
-    }
 
 
 def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:

@@ -30,7 +30,7 @@ from data.collection import Collection, index_collection, open_collection
 from data.config import DataConfig, GlyphsConfig
 from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
-from data.glyphs import draw_glyphs, glyphs_ready
+from data.glyphs import draw_glyphs
 from data.image_formats import UnreadableImage
 from data.images import Images, ListedFiles, open_contents
 from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
@@ -42,7 +42,6 @@ from utils.canvas import background_of
 from utils.contracts import Machine
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.record.progress import counting
 
 log = get_logger(__name__)
 
@@ -53,10 +52,8 @@ def load_collection(config: DataConfig) -> Collection:
     """Index the collection on rank 0 (drawing the glyphs first where they are missing) and open it on every rank."""
 
     def index() -> str:
-        if isinstance(config, GlyphsConfig) and not glyphs_ready(Path(config.root)):
-            log.info("drawing the glyph collection into %s (once, some seconds)", config.root)
-            with counting("drawing the glyphs") as progress:
-                draw_glyphs(Path(config.root), progress)
+        if isinstance(config, GlyphsConfig):
+            draw_glyphs(Path(config.root))
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
 
     collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))

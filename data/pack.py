@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +38,7 @@ from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_atomically, write_json
 from utils.record.logging import get_logger
-from utils.record.progress import counting
+from utils.record.progress import track
 
 log = get_logger(__name__)
 
@@ -60,35 +60,29 @@ class Pack(Tool):
     def run(self, data: DataConfig) -> str:
         """Pack. Raises UserError (`job.output`, `data.root`)."""
         collection = load_collection(data)
-        with counting("packing the images") as progress:
-            table = pack_collection(collection, Path(self.output), self.shard_mib, progress)
+        table = pack_collection(collection, Path(self.output), self.shard_mib)
         log.info("%d images of weight 0 are left out", len(collection) - len(table))
         return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"
 
 
-def pack_collection(
-    collection: Collection, output: Path, shard_mib: int, progress: Callable[[int, int], None]
-) -> pa.Table:
+def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.Table:
     """Write a collection as shards of about `shard_mib` MiB and their manifest, and return that.
 
-    Goes on where an earlier call ended: shards that are there are kept, and their images found in them. progress:
-    called with the images done and their number.
+    Goes on where an earlier call ended: shards that are there are kept, and their images found in them.
 
     Raises UserError: `job.output` where the folder holds anything else, or cannot be written; `data.root` where an
     image cannot be read, or has not the stated SHA-256.
     """
     shards, places = _plan_shards(collection, shard_mib * _MIB), []
     classes = {label: number for number, label in enumerate(collection.class_names("train"))}
-    total = sum(map(len, shards.values()))
     with output_errors("job.output", output):
         _claim(output, {"collection": collection.fingerprint, "shard_mib": shard_mib, "version": _VERSION})
-        for name, rows in shards.items():
+        for name, rows in track(shards.items(), len(shards), "packing the images"):
             found = _find_places(output / name)
             if len(found) < len(rows):
                 write_atomically(output / name, lambda file, rows=rows: _write_shard(file, collection, rows, classes))
                 found = _find_places(output / name)
             places += found
-            progress(len(places), total)
     table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
     columns = {name: [place[name] for place in places] for name in (*PLACES, "sha256", "width", "height")}
     for name, values in {**columns, "size": columns["length"]}.items():

@@ -45,8 +45,8 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 def build_table(columns: Mapping[str, Any]) -> pa.Table:
     """Build a table of SCHEMA and further columns, sorted by path, from lists or Arrow columns.
 
-    A column of SCHEMA that is absent is null; weights are 1 and tags empty where they are null. A further column that is
-    null in every row is dropped.
+    A column of SCHEMA that is absent is null; weights are 1 and tags empty where they are null. A further column that
+    holds only nulls is dropped.
     """
     found = {}
     for name in dict.fromkeys((*SCHEMA.names, *columns)):

@@ -166,7 +166,7 @@ def run_all(recorder, folder, monkeypatch):
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("predict", "weights=asl", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "job.duplicates=true", *folders)
-    go("prepare", "job=glyphs", on_glyphs)
+    go("prepare", "job=count", on_glyphs)
     go("prepare", "job=pack", *folders, "job.output=packed")
     go("prepare", "job=vocabulary", *folders, "job.output=tags.csv", "job.min_count=1")
     for job in ("statistics", "verify", "duplicates"):

@@ -93,10 +93,9 @@ def test_glyphs_larger_than_the_square_are_shrunk_and_none_is_cut():
 def test_the_pixels_are_those_that_were_measured(root):
     about = json.loads((root / "glyphs.json").read_text())
     assert about["version"] == glyphs.GLYPHS_VERSION and about["count"] == 54_653
-    assert about["measured"] == glyphs.MEASURED
-    if about["freetype"] != glyphs.MEASURED["freetype"]:
+    if about["freetype"] != "2.14.3":  # with matplotlib 3.11.2
         pytest.skip(f"FreeType {about['freetype']} draws other pixels")
-    assert about["pixels"] == glyphs.MEASURED["pixels"]
+    assert about["pixels"] == "2ce5e5206c03683fa5e0ac5c880cd101b62204b3f1ae2a76ab09550dabe8fe00"
 
 
 def test_two_processes_at_once_make_it_once(tmp_path):
@@ -120,9 +119,8 @@ def test_an_interrupted_drawing_leaves_no_collection_and_a_second_call_does_noth
         draw_glyphs(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "new").mkdir()
-    calls = []
-    draw_glyphs(tmp_path / "new", lambda done, total: calls.append((done, total)))
-    assert glyphs_ready(tmp_path / "new") and calls == [(26, 26)]
+    draw_glyphs(tmp_path / "new")
+    assert glyphs_ready(tmp_path / "new")
     table = pq.read_table(tmp_path / "new" / "manifest.parquet")
     assert table.num_rows == 26 and table["split"].unique().to_pylist() == ["val"]
     monkeypatch.setattr(glyphs, "_draw_into", None)

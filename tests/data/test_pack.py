@@ -25,8 +25,7 @@ from data.stream import build_sampler
 from data.table import replace_column
 from tests.data.test_collection import load
 from tests.in_process import run
-from tests.support import SCRIPTS, assert_same_rows, common, make_collection
-from tests.support import run as start
+from tests.support import make_collection
 from utils.errors import UserError
 
 
@@ -38,7 +37,7 @@ def place(tmp_path_factory):
     write_manifest(str(place / "files"), validation_fraction=0.0, verify=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.pack._MIB", 2**14)
-        pack_collection(load(place / "files", place / "cache"), place / "packed", 1, lambda done, total: None)
+        pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
     return place
 
 
@@ -57,7 +56,7 @@ def pack(monkeypatch):
 
     def pack(collection, output, shard_mib=1):
         written.clear()
-        pack_collection(collection, output, shard_mib, lambda done, total: None)
+        pack_collection(collection, output, shard_mib)
         return [f"{number}.tar" for number in written]
 
     return pack
@@ -252,11 +251,3 @@ def test_the_command(place, tmp_path):
     for _ in range(2):
         assert run("prepare", overrides, tmp_path) == "24 images in 2 shards"
     assert json.loads((tmp_path / "packed/pack.json").read_text())["shard_mib"] == 256
-
-
-def test_training_on_shards_equals_training_on_files(place, tmp_path):
-    """The same seed gives the same samples, so figures are equal."""
-    more = ["loop.total_steps=3", "loop.global_batch_size=8", "loop.batch_size=8", "runtime.workers=0"]
-    for name in ("files", "packed"):
-        start(SCRIPTS["classification"], common("classification", place / name, tmp_path / name, *more), tmp_path)
-    assert_same_rows(tmp_path / "files", tmp_path / "packed", tolerance=0)

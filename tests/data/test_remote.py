@@ -38,7 +38,7 @@ def place(tmp_path_factory):
                             "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():  # fmt: skip
             patch.setenv(name, value)
         patch.setattr("data.pack._MIB", 2**16)
-        pack_collection(load(place / "files", place / "cache"), place / "packed", 1, lambda done, total: None)
+        pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
         store = s3fs.S3FileSystem()
         store.mkdir(BUCKET)
         store.put(str(place / "packed"), f"{BUCKET}/packed", recursive=True)

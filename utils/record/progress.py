@@ -5,7 +5,7 @@
         bar.advance(step)                                     every step, from a number that the host knows
         bar.show("epoch 3/20", "loss 0.1234")                 at log steps
     for batch in track(loader, len(loader), "evaluating val"): ...
-    with counting("drawing the glyphs") as report: draw_glyphs(root, report)
+    with counting("reading") as report: report(done, total)
 
 While a bar is shown, log lines and other output to sys.stderr appear above it. The calling thread draws it, a few times
 a second: a second thread could hold a lock while the loader forks its workers. Without a terminal, `track` and
