@@ -3,15 +3,14 @@
 Only pairs that occur are stored, so 22,000 classes need no more memory than their samples.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array, csr_array, triu
 from torch import Tensor
 
 from utils.ranks import distributed
@@ -19,37 +18,32 @@ from utils.ranks import distributed
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of (label, prediction) pairs, int64 [P] each, ascending by label, then prediction; each pair once."""
+    """counts: int64 [K, K], sparse; a row is a label, a column a prediction."""
 
-    num_classes: int
-    labels: np.ndarray
-    predictions: np.ndarray
-    counts: np.ndarray
-
-    def _per_class(self, chosen: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        return np.bincount(classes[chosen], self.counts[chosen], self.num_classes).astype(np.int64)
+    counts: csr_array
 
     @cached_property
     def samples(self) -> np.ndarray:
         """How many samples each class has, [K]."""
-        return self._per_class(self.labels >= 0, self.labels)
+        return self.counts.sum(axis=1)
 
     @cached_property
     def predicted(self) -> np.ndarray:
         """How often each class was predicted, [K]."""
-        return self._per_class(self.labels >= 0, self.predictions)
+        return self.counts.sum(axis=0)
 
     @cached_property
     def correct(self) -> np.ndarray:
         """How many of each class's samples were predicted as it, [K]."""
-        return self._per_class(self.labels == self.predictions, self.labels)
+        return self.counts.diagonal()
 
     @cached_property
     def mistakes(self) -> list[tuple[int, int, int]]:
         """(label, prediction, count) of the wrong pairs: the most frequent first, then by class."""
-        wrong = np.flatnonzero(self.labels != self.predictions)
-        wrong = wrong[np.argsort(-self.counts[wrong], kind="stable")]
-        return list(zip(*(column[wrong].tolist() for column in (self.labels, self.predictions, self.counts))))
+        pairs = self.counts.tocoo()
+        wrong = np.flatnonzero(pairs.row != pairs.col)
+        wrong = wrong[np.argsort(-pairs.data[wrong], kind="stable")]
+        return list(zip(*(column[wrong].tolist() for column in (pairs.row, pairs.col, pairs.data))))
 
     def macro_scalars(self) -> dict[str, float]:
         """Return the means over the classes that have samples: of accuracy and of F1."""
@@ -62,9 +56,7 @@ class Confusion:
 
     def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return a row for each class; None where a score would divide by zero or there is no confusion."""
-        worst: dict[int, tuple[str | None, int | None]] = {}
-        for label, prediction, count in self.mistakes:
-            worst.setdefault(label, (names[prediction], count))
+        worst = {label: (names[prediction], count) for label, prediction, count in reversed(self.mistakes)}
         rows = []
         columns = (self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
         for number, (samples, predicted, correct) in enumerate(zip(*columns)):
@@ -86,20 +78,11 @@ class Confusion:
 
     def pair_rows(self, names: Sequence[str], most: int) -> list[dict[str, Any]]:
         """Return a row for each of the most frequent wrong pairs."""
+        samples = self.samples.tolist()
         return [
-            {"true": names[label], "predicted": names[prediction], "count": count, "share": count / of}
+            {"true": names[label], "predicted": names[prediction], "count": count, "share": count / samples[label]}
             for label, prediction, count in self.mistakes[:most]
-            if (of := int(self.samples[label]))
         ]
-
-    def matrix(self, classes: Sequence[int]) -> np.ndarray:
-        """Return the counts among some classes, int64 [N, N], row true, column predicted, in their order."""
-        place = np.full(self.num_classes, -1)
-        place[list(classes)] = np.arange(len(classes))
-        inside = (place[self.labels] >= 0) & (place[self.predictions] >= 0)
-        counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
-        counts[place[self.labels[inside]], place[self.predictions[inside]]] = self.counts[inside]
-        return counts
 
     def most_confused(self, most: int) -> list[int]:
         """Return at most `most` classes, those of the pairs that are confused most often, pair by pair.
@@ -107,11 +90,10 @@ class Confusion:
         Confusions of two classes count in both directions; ties go to the lower class. Without any confusion these are
         the first classes that have samples.
         """
-        links: Counter[tuple[int, int]] = Counter()
-        for label, prediction, count in self.mistakes:
-            links[min(label, prediction), max(label, prediction)] += count
-        ranked = sorted(links, key=lambda pair: (-links[pair], pair))
-        return list(dict.fromkeys(chain(*ranked)))[:most] or np.flatnonzero(self.samples)[:most].tolist()
+        pairs = triu(self.counts + self.counts.T, 1).tocoo()
+        order = np.lexsort((pairs.col, pairs.row, -pairs.data))
+        ranked = np.stack([pairs.row, pairs.col], axis=1)[order].ravel().tolist()
+        return list(dict.fromkeys(ranked))[:most] or np.flatnonzero(self.samples)[:most].tolist()
 
 
 class ConfusionCounts:
@@ -127,9 +109,8 @@ class ConfusionCounts:
 
     def reduce(self) -> Confusion:
         """Return the counts of all ranks."""
-        own, counts = np.unique(torch.cat(self._codes).cpu().numpy(), return_counts=True)
-        gathered = distributed.gather_objects((own[own >= 0], counts[own >= 0]))
-        codes = np.concatenate([codes for codes, _ in gathered])
-        unique, inverse = np.unique(codes, return_inverse=True)
-        totals = np.bincount(inverse, np.concatenate([counts for _, counts in gathered])).astype(np.int64)
-        return Confusion(self.num_classes, unique // self.num_classes, unique % self.num_classes, totals)
+        codes, counts = np.unique(torch.cat(self._codes).cpu().numpy(), return_counts=True)
+        known = codes >= 0
+        pairs = np.divmod(codes[known], self.num_classes)
+        own = coo_array((counts[known], pairs), shape=(self.num_classes, self.num_classes)).tocsr()
+        return Confusion(sum(distributed.gather_objects(own), start=csr_array(own.shape, dtype=np.int64)))

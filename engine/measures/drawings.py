@@ -14,83 +14,73 @@ _PART_OF_MATRIX = 24  # of more classes, the most confused ones
 
 def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
     """Draw the whole confusion matrix of few classes, or that of the most confused of many."""
-    samples = confusion.samples
-    wrong, total = int((samples - confusion.correct).sum()), int(samples.sum())
-    if len(class_names) <= _WHOLE_MATRIX:
+    samples, number = confusion.samples, len(class_names)
+    wrong = f"{int((samples - confusion.correct).sum()):,} of {int(samples.sum()):,}"
+    is_whole = number <= _WHOLE_MATRIX
+    classes = list(range(number)) if is_whole else confusion.most_confused(_PART_OF_MATRIX)
+    counts, names = confusion.counts[classes][:, classes].toarray(), [class_names[index] for index in classes]
+    samples = samples[classes]
+    if is_whole:
         title = (
-            f"Confusion matrix of {len(class_names)} classes; images wrong: {wrong:,} of {total:,}\n"
+            f"Confusion matrix of {number} classes; images wrong: {wrong}\n"
             "numbers are images, the shade is the share of the row"
         )
-        counts = confusion.matrix(range(len(class_names)))
-        return pictures.confusion_matrix(counts, samples, class_names, title)
-    classes = confusion.most_confused(_PART_OF_MATRIX)
+        return pictures.confusion_matrix(counts, samples, names, title)
     title = (
-        f"The {len(classes)} most confused of {len(class_names):,} classes; "
-        f"images wrong in all: {wrong:,} of {total:,}\n"
+        f"The {len(classes)} most confused of {number:,} classes; images wrong in all: {wrong}\n"
         "numbers are per cent of the row's images; other: of classes that are not shown"
     )
-    counts, names = confusion.matrix(classes), [class_names[index] for index in classes]
-    elsewhere = samples[classes] - counts.sum(axis=1)
-    return pictures.confusion_matrix(counts, samples[classes], names, title, percent=True, elsewhere=elsewhere)
+    elsewhere = samples - counts.sum(axis=1)
+    return pictures.confusion_matrix(counts, samples, names, title, percent=True, elsewhere=elsewhere)
 
 
 def draw_mistakes(kept: Mapping[str, np.ndarray], confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
     """Draw the most confident mistakes, `kept` in that order."""
-    total, count = int(confusion.samples.sum()), len(kept["sample_id"])
-    title = (
-        f"Mistakes, the most confident first: {count} of {total - int(confusion.correct.sum()):,} (images: {total:,})\n"
-        "true → predicted (probability)"
+    total, right = int(confusion.samples.sum()), int(confusion.correct.sum())
+    count = f"{len(kept['sample_id'])} of {total - right:,} (images: {total:,})"
+    return _draw_samples(
+        kept, class_names, f"Mistakes, the most confident first: {count}\ntrue → predicted (probability)"
     )
-    return _draw_samples(kept, np.arange(count), class_names, title)
 
 
 def draw_predictions(kept: Mapping[str, np.ndarray], total: int, class_names: Sequence[str]) -> np.ndarray:
     """Draw samples and their predictions, in the order of their rows."""
+    order = kept["sample_id"].argsort()
     title = (
-        f"Predictions: {len(kept['sample_id'])} of {total:,} images, the same ones each time\n"
+        f"Predictions: {len(order)} of {total:,} images, the same ones each time\n"
         "true → predicted (probability); blue right, red wrong"
     )
-    return _draw_samples(kept, kept["sample_id"].argsort(), class_names, title)
+    return _draw_samples({name: values[order] for name, values in kept.items()}, class_names, title)
 
 
-def _draw_samples(
-    kept: Mapping[str, np.ndarray], order: np.ndarray, class_names: Sequence[str], title: str
-) -> np.ndarray:
-    """Draw samples in an order; `kept` has images [N, C, H, W], labels, predicted and prob [N]."""
+def _draw_samples(kept: Mapping[str, np.ndarray], class_names: Sequence[str], title: str) -> np.ndarray:
+    """Draw samples; `kept` has images, uint8 [N, C, H, W], labels, predicted and prob [N]."""
     captions = []
-    for label, predicted, prob in zip(kept["labels"][order], kept["predicted"][order], kept["prob"][order]):
+    for label, predicted, prob in zip(kept["labels"], kept["predicted"], kept["prob"]):
         color = pictures.RIGHT if label == predicted else pictures.WRONG
         true, given = (pictures.legible(class_names[index]) for index in (label, predicted))
         mark = "✓" if label == predicted else f"→ {pictures.shorten(given, 14)}"
         captions.append([(pictures.shorten(true, 20), color), (f"{mark} ({prob:.2f})", color)])
-    return pictures.image_grid(_as_images(kept["images"])[order], captions, title)
-
-
-def _as_images(images: np.ndarray) -> np.ndarray:
-    """Return [N, C, H, W] images of bytes, or of floats from 0 to 1, as [N, H, W, C] bytes."""
-    pixels = images if images.dtype == np.uint8 else (images * 255.0).round().clip(0, 255).astype(np.uint8)
-    return pixels.transpose(0, 2, 3, 1)
+    return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title)
 
 
 def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """Draw the images of the greatest losses, and of each the worst tags.
+    """Draw the images of the greatest losses with their worst tags.
 
-    kept: images [N, C, H, W]; wrong, missed: [N, k] outputs of tags that were given wrongly and that were not given;
-    wrong_prob, missed_prob: [N, k], the probability of the mistake, for a missed tag 1 - that of the tag.
+    kept: images, uint8 [N, C, H, W]; wrong, missed: [N, k] outputs of tags that were given wrongly, or not given;
+    wrong_prob, missed_prob: [N, k], the probability of each mistake.
     """
     captions = []
     for index in range(len(kept["images"])):
-        wrong, missed = (
-            [(pictures.legible(names[tag]), prob)
-             for tag, prob in zip(kept[kind][index], kept[f"{kind}_prob"][index]) if prob > 0.5]
-            for kind in ("wrong", "missed")
-        )  # fmt: skip
-        captions.append(
-            [(f"+ {pictures.shorten(name, 22)} ({prob:.2f})", pictures.WRONG) for name, prob in wrong]
-            + [(f"- {pictures.shorten(name, 22)} ({1 - prob:.2f})", pictures.RIGHT) for name, prob in missed]
-        )
+        lines = []
+        for kind, sign, color in (("wrong", "+", pictures.WRONG), ("missed", "-", pictures.RIGHT)):
+            for tag, prob in zip(kept[kind][index], kept[f"{kind}_prob"][index]):
+                if prob > 0.5:
+                    name = pictures.shorten(pictures.legible(names[tag]), 22)
+                    lines.append((f"{sign} {name} ({prob if kind == 'wrong' else 1 - prob:.2f})", color))
+        captions.append(lines)
     title = "Greatest losses\n+ given wrongly, in red; - not given, in blue (probability of the tag)"
-    return pictures.image_grid(_as_images(kept["images"]), captions, title, columns=4, tile_px=226)
+    return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title, columns=4, tile_px=226)
 
 
 def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.ndarray) -> np.ndarray:

@@ -62,7 +62,9 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     mean, scale = standardise(train)
     train, val = (train - mean) / scale, (val - mean) / scale
     classes, targets = torch.unique(train_labels, return_inverse=True)
-    neighbours = KNeighborsClassifier(min(k, len(train)), metric="cosine", weights=_weigh_votes)
+    neighbours = KNeighborsClassifier(
+        min(k, len(train)), metric="cosine", weights=lambda far: np.exp(-far / TEMPERATURE)
+    )
     scores = {
         "probe/knn": neighbours.fit(train.numpy(), targets.numpy()).predict_proba(val.numpy()),
         "probe/linear": fit_ridge(train, targets, len(classes), _count_hits).predict(val.numpy()),
@@ -78,10 +80,6 @@ def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     # Rounding errors of a constant are no signal.
     return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
-
-
-def _weigh_votes(distances: np.ndarray) -> np.ndarray:
-    return np.exp((1 - distances) / TEMPERATURE)
 
 
 def fit_ridge(

@@ -39,17 +39,14 @@ def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Curves of some tags over the edges: tp, predicted and the macro means are [BINS].
-
-    num_tags: those with positives, over which the means are; num_empty: those without.
-    """
+    """Curves of some tags over the edges: tp, predicted [BINS], and means over the `num_tags` that have positives."""
 
     name: str
     num_tags: int
     num_empty: int
     tp: np.ndarray
     predicted: np.ndarray
-    macro: dict[str, np.ndarray]  # precision, recall, f1, mcc
+    macro: np.ndarray  # [4, BINS]: precision, recall, F1, MCC
     mean_ap: float
     mean_best_f1: float
 
@@ -64,16 +61,16 @@ class Group:
 
     def row(self) -> dict[str, Any]:
         """Return its figures."""
-        precision, recall, f1 = self.micro()
-        micro, macro = equal_point(precision, recall), equal_point(self.macro["precision"], self.macro["recall"])
+        micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
+        f1, (_, _, mean_f1, mean_mcc) = self.micro()[2], self.macro
         figures = {
             "mAP": self.mean_ap,
-            "macro_f1": self.macro["f1"][macro],
+            "macro_f1": mean_f1[macro],
             "macro_pr_threshold": PROBS[macro],
-            "macro_mcc": self.macro["mcc"][macro],
+            "macro_mcc": mean_mcc[macro],
             "micro_f1": f1[micro],
             "micro_pr_threshold": PROBS[micro],
-            "macro_f1_at_0.35": self.macro["f1"][_FIXED],
+            "macro_f1_at_0.35": mean_f1[_FIXED],
             "micro_f1_at_0.35": f1[_FIXED],
             "macro_best_f1": self.mean_best_f1,
         }
@@ -127,11 +124,13 @@ class TagScores:
         self.groups: dict[str, Group] = {}
         for number, (name, own) in enumerate(members.items()):
             scored, size = own & held, max(1, int((own & held).sum()))
-            means = dict(zip(("precision", "recall", "f1", "mcc"), macro[:, number] / size))
-            self.groups[name] = Group(
-                name, int(scored.sum()), int((own & ~held).sum()), tp[number], predicted[number], means,
-                float(self.ap[scored].sum() / size), float(self.best_f1[scored].sum() / size),
-            )  # fmt: skip
+            means = (
+                macro[:, number] / size,
+                float(self.ap[scored].sum() / size),
+                float(self.best_f1[scored].sum() / size),
+            )
+            sizes = int(scored.sum()), int((own & ~held).sum())
+            self.groups[name] = Group(name, *sizes, tp[number], predicted[number], *means)
 
     def scalars(self) -> dict[str, float]:
         """Return the figures of all tags."""
@@ -139,21 +138,20 @@ class TagScores:
         return {name: float(value) for name, value in row.items() if name != "group"}
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Return `tag_groups`, `tags`, in the vocabulary's order, and `hardest_tags`, the lowest AP first."""
-        tags = self._tag_rows()
-        hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
-        groups = [group.row() for group in self.groups.values() if group.num_tags]
-        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
+        """Return `tag_groups`, `tags`, in the vocabulary's order, and `hardest_tags`, the lowest AP first.
 
-    def _tag_rows(self) -> list[dict[str, Any]]:
-        """Return a row for each tag; without positives its figures are None."""
+        The figures of a tag without positives are None.
+        """
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
         words = self.vocabulary
-        return [
+        tags = [
             {"tag": name, "category": category_name(category), "training_images": count, "support": support,
              **dict(zip(names, values if support else [None] * len(names)))}
             for name, category, count, support, values in zip(
                 words.names, words.categories, words.counts, self.support.tolist(), figures.tolist())
         ]  # fmt: skip
+        hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
+        groups = [group.row() for group in self.groups.values() if group.num_tags]
+        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}

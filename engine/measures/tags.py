@@ -113,19 +113,16 @@ class TagHistograms:
             self._counts = torch.zeros(self.num_tags, 2 * BINS, dtype=torch.int32, device=logits.device)
             self._scores = logits.new_full((self.num_tags, _KEPT), -torch.inf, dtype=torch.float32)
             self._hits = torch.zeros_like(self._scores, dtype=torch.bool)
-        used = valid[:, None] & ~targets.isnan()
         for start in range(0, self.num_tags, _TAGS):
             own = slice(start, start + _TAGS)
-            scores, hits, counted = (tensor[:, own].T.contiguous() for tensor in (logits, targets, used))
-            self._add_tags(own, scores.float(), hits > 0.5, counted)
-
-    def _add_tags(self, own: slice, scores: Tensor, hits: Tensor, used: Tensor) -> None:
-        """Take some tags of a batch, [C, B] each: a row's bins then stay in the processor's cache."""
-        scores = torch.where(used & ~scores.isnan(), scores, -torch.inf)
-        self._counts[own].scatter_add_(1, _bin_of(scores) + BINS * hits, used.int())
-        scores, hits = torch.cat([self._scores[own], scores], dim=1), torch.cat([self._hits[own], hits], dim=1)
-        self._scores[own], order = scores.topk(_KEPT, dim=1, sorted=False)
-        self._hits[own] = hits.gather(1, order)
+            # [C, B]: a row's bins then stay in the processor's cache.
+            scores, known = (tensor[:, own].T.float().contiguous() for tensor in (logits, targets))
+            used, hits = valid & ~known.isnan(), known > 0.5
+            scores = torch.where(used & ~scores.isnan(), scores, -torch.inf)
+            self._counts[own].scatter_add_(1, _bin_of(scores) + BINS * hits, used.int())
+            scores, hits = torch.cat([self._scores[own], scores], dim=1), torch.cat([self._hits[own], hits], dim=1)
+            self._scores[own], order = scores.topk(_KEPT, dim=1, sorted=False)
+            self._hits[own] = hits.gather(1, order)
 
     def reduce(self) -> TagCounts:
         """Return the counts of all ranks."""

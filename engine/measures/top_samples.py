@@ -1,6 +1,6 @@
 """The samples with the highest scores, for pictures of an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,15 +17,15 @@ class TopSamples:
         self._size = size
         self._kept: dict[str, Tensor] = {}
 
-    def add(self, score: Tensor, eligible: Tensor, fields: dict[str, Tensor]) -> None:
+    def add(self, score: Tensor, eligible: Tensor, fields: Mapping[str, Tensor]) -> None:
         """Take a batch: score [B], eligible [B] bool, and the fields to keep of each sample; one is sample_id [B]."""
-        order = _rank_samples(score, eligible, fields["sample_id"])[: self._size]
-        batch = {name: tensor[order] for name, tensor in {**fields, "score": score, "eligible": eligible}.items()}
-        if self._kept:
-            batch = {name: torch.cat(_of_one_shape([self._kept[name], tensor])) for name, tensor in batch.items()}
-            order = _rank_samples(batch["score"], batch["eligible"], batch["sample_id"])[: self._size]
-            batch = {name: tensor[order] for name, tensor in batch.items()}
-        self._kept = batch
+        best = self._best({**fields, "score": torch.where(eligible, score.double(), -torch.inf)})
+        self._kept = self._best(_join([self._kept, best])) if self._kept else best
+
+    def _best(self, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        order = samples["sample_id"].argsort(stable=True)
+        order = order[samples["score"][order].argsort(descending=True, stable=True)][: self._size]
+        return {name: tensor[order] for name, tensor in samples.items()}
 
     def reduce(self) -> dict[str, np.ndarray]:
         """Return the fields of the best samples of all ranks, best first.
@@ -33,31 +33,20 @@ class TopSamples:
         Scores are gathered first, and images only of the samples that they select.
         """
         own = {name: tensor.cpu() for name, tensor in self._kept.items()}
-        marks = [own.pop(name) for name in ("score", "eligible")]
-        scores = distributed.gather_objects((*(mark.numpy() for mark in marks), own["sample_id"].numpy()))
-        score, eligible, ids = (torch.from_numpy(np.concatenate(column)) for column in zip(*scores))
-        chosen = _rank_samples(score, eligible, ids)[: self._size]
-        chosen = ids[chosen[eligible[chosen]]]
-        mine = torch.isin(own["sample_id"], chosen) & marks[1]
-        parts = distributed.gather_objects({name: tensor[mine].numpy() for name, tensor in own.items()})
-        every = {
-            name: torch.cat(_of_one_shape([torch.from_numpy(part[name]) for part in parts])).numpy() for name in own
-        }
-        place = {number: index for index, number in enumerate(every["sample_id"].tolist())}
-        order = [place[number] for number in chosen.tolist()]
-        return {name: values[order] for name, values in every.items()}
+        scores = {name: own[name] for name in ("sample_id", "score")}
+        chosen = self._best(_join(distributed.gather_objects(scores)))["sample_id"]
+        mine = torch.isin(own["sample_id"], chosen) & (own["score"] != -torch.inf)
+        parts = distributed.gather_objects({name: tensor[mine] for name, tensor in own.items()})
+        return {name: tensor.numpy() for name, tensor in self._best(_join(parts)).items()}
+
+
+def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the samples of all parts; images of bytes [B, C, H, W] get white edges at the right and bottom."""
+    return {name: torch.cat(_of_one_shape([part[name] for part in parts])) for name in parts[0]}
 
 
 def _of_one_shape(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return parts that can be joined: images of bytes [B, C, H, W] get white edges at the right and bottom."""
     if len({part.shape[1:] for part in parts}) == 1:
         return parts
     height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
     return [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2]), value=255) for part in parts]
-
-
-def _rank_samples(score: Tensor, eligible: Tensor, sample_id: Tensor) -> Tensor:
-    """Return the order of samples [B]: eligible ones first, by score from the top, then by id."""
-    order = sample_id.argsort(stable=True)
-    order = order[score[order].argsort(descending=True, stable=True)]
-    return order[eligible[order].to(torch.uint8).argsort(descending=True, stable=True)]

@@ -19,7 +19,6 @@ from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
-from engine.measures.tag_confusions import TagConfusions
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
@@ -148,24 +147,22 @@ class TaggingTask(ImageTask):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`: mAP, F1 where precision equals recall, and more (measures/tag_scores.py).
 
-        Tables: `tags`, `tag_groups`, `hardest_tags`, `confusions`. Images: `pr_curves`, `mistakes`.
+        Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
         """
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
-        confusions = TagConfusions(self.vocabulary)
         for batch in loaders["val"]:
             logits, targets, valid = self._predict(batch)
             # The cross-entropy, whatever the loss in training, so that runs compare.
             loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets, valid)
-            confusions.add(logits, targets, valid)
             shown = {name: batch[name] for name in ("sample_id", "images")}
             worst.add(loss, valid, {**_find_mistakes(logits, targets), **shown})
         scores = TagScores(counts.reduce(), self.vocabulary)
-        measured, kept, pairs = means.reduce(), worst.reduce(), confusions.reduce()
+        measured, kept = means.reduce(), worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         if distributed.is_main():
-            report.tables = {**scores.tables(), "confusions": pairs}
+            report.tables = scores.tables()
             report.images = {
                 "pr_curves": draw_pr_curves(scores.groups),
                 "mistakes": draw_tag_mistakes(kept, self.vocabulary.names),
