@@ -22,8 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.config import LoopConfig
+from engine.config import LoopConfig, TrainingConfig
 from engine.learner import Learner
 from engine.parallel import is_sharded
-from engine.recorder import Recorder
+from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
-from utils.io.files import fsync_path, link_or_copy, sha256_file, sha256_text
+from utils.io.files import (
+    fsync_path,
+    ignore_write_errors,
+    link_or_copy,
+    output_errors,
+    sha256_file,
+    sha256_text,
+)
+from utils.io.safe_text import hide_secrets_in
 from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
 from utils.ranks import distributed
+from utils.ranks.job_status import restart_count
 from utils.record.logging import get_logger
 from utils.record.run_folder import RunFolder
 
@@ -47,7 +55,6 @@ log = get_logger(__name__)
 Groups = Mapping[str, Mapping[str, Tensor]]  # tensors by group and name
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{8,})")
-_AGAIN = "\nThe next save tries again"
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -68,10 +75,10 @@ def save_checkpoint(
                 file = temporary / f"{name}.safetensors"
                 write_tensors(file, group, texts.get(name))
                 checksums[file.name] = sha256_file(file)
-        about = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
-        text = json.dumps(about, indent=1)
-        for name, content in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
-            (temporary / name).write_text(content, encoding="utf-8")
+        content = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
+        text = json.dumps(content, indent=1)
+        for name, line in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
+            (temporary / name).write_text(line, encoding="utf-8")
             fsync_path(temporary / name)
         fsync_path(temporary)
         if final.exists():  # made by the run before a kill; the same step has the same content
@@ -83,147 +90,107 @@ def save_checkpoint(
     return final
 
 
-@contextmanager
-def _write_errors(folder: Path, what: str, tensors: Groups) -> Iterator[None]:
-    """Turn a write error into a UserError (`run_dir`) that names `what` and how many bytes the tensors need."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        raise UserError(
-            f"run_dir: {what} cannot be written to {folder}: it needs {needed / 2**20:.1f} MiB, "
-            f"{shutil.disk_usage(existing).free / 2**20:.1f} MiB are free ({error}). Earlier checkpoints are complete; "
-            "free some space and give the same command again"
-        ) from None
+def copy_to_host(groups: Groups, kept: dict[tuple[str, str], Tensor]) -> tuple[Groups, torch.cuda.Event | None]:
+    """Return contiguous copies, and the event after which copies from a GPU, queued by now, are complete.
 
-
-class Writer:
-    """Write one state after another in a thread, each as it was when it was given; on rank 0.
-
-    At most one write is running; the next one waits for it. Errors are logged by the main thread, so that a process
-    forked meanwhile inherits no lock of the logger. Host memory is kept for the next save, pinned for a GPU's tensors.
+    kept: the copies' memory, which the next call uses again; pinned for a GPU's tensors.
     """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._message = ""
-
-    def submit(self, groups: Groups, write: Callable[[Groups], None], message: str, *, copied: bool = False) -> None:
-        """Call `write` with the groups as they are now, and log `message` when it is done.
-
-        copied: nothing else holds the groups' tensors, so they need no copy here.
-        """
-        self.wait()
-        copies, event = (groups, None) if copied else self.copy(groups)
-
-        def run() -> None:
-            try:
-                if event is not None:
-                    event.synchronize()
-                write(copies)
-            except Exception as error:  # logged or raised by the main thread
-                self._error = error
-
-        self._message = message
-        self._thread = threading.Thread(target=run, name="checkpoint writer")
-        self._thread.start()
-
-    def copy(self, groups: Groups) -> tuple[Groups, torch.cuda.Event | None]:
-        """Return contiguous copies, and the event after which copies from a GPU, queued by now, are complete."""
-        copies: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
-        event = None
-        for group, tensors in groups.items():
-            for name, tensor in tensors.items():
-                copy = self._kept.get((group, name))
-                if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                copies[group][name] = self._kept[group, name] = copy.copy_(tensor.detach(), non_blocking=True)
-                event = event or (torch.cuda.Event() if tensor.is_cuda else None)
-        if event is not None:
-            event.record()
-        return copies, event
-
-    def poll(self) -> None:
-        """Log the end of a write that is over; cheap."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-
-    def wait(self, *, last: bool = False) -> None:
-        """Wait for the running write. An error is logged; it is raised after the `last` one, which no other follows."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        error, self._thread, self._error = self._error, None, None
-        if error is None:
-            log.debug("%s", self._message)
-        elif last:
-            raise error
-        else:
-            log.error("%s%s", error, _AGAIN, exc_info=None if isinstance(error, UserError) else error)
+    copies: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+    event = None
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            copy = kept.get((group, name))
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[group][name] = kept[group, name] = copy.copy_(tensor.detach(), non_blocking=True)
+            event = event or (torch.cuda.Event() if tensor.is_cuda else None)
+    if event is not None:
+        event.record()
+    return copies, event
 
 
 class Saver:
-    """Write checkpoints and weight files into a run folder. helpers: fingerprints of the task's helpers."""
+    """Write checkpoints and weight files into a run folder. helpers: fingerprints of the task's helpers.
+
+    A thread of rank 0 writes one checkpoint at a time. The main thread logs its error, so that a process that is forked
+    meanwhile inherits no lock of the logger.
+    """
 
     def __init__(self, folder: RunFolder, loop: LoopConfig, helpers: dict[str, str]) -> None:
         self.folder, self._helpers, self._loop = folder, helpers, loop
-        self.writer = Writer()
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._newest = folder.checkpoints  # the checkpoint under way
         self._saved_at, self._has_asked = time.monotonic(), False
 
     def is_due(self) -> bool:
         """Return, once, whether `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
-        self.writer.poll()
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
         minutes = self._loop.checkpoint_every_minutes
         if minutes is None or self._has_asked or not distributed.is_main():
             return False
         self._has_asked = time.monotonic() - self._saved_at >= 60.0 * minutes
         return self._has_asked
 
-    def save(self, learner: Learner, tensors: Groups, state: dict[str, Any], recorder: Recorder, *, last: bool) -> None:
+    def save(
+        self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None], *, last: bool
+    ) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
-        The rows that a run resumed from here keeps are flushed before it. last: wait until everything is on the disk.
-        Raises UserError where the disk refuses the last checkpoint, or the rows before it.
+        sync: flushes this rank's rows, which a run resumed from here keeps; before the checkpoint is published. last:
+        wait until everything is on the disk. Raises UserError where the disk refuses the last checkpoint.
         """
-        step, folder = learner.step, self.folder
-        if not self._sync_samples(recorder, last=last):
-            return
-        names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
-        metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
-
-        def write(groups: Groups) -> None:
-            with _write_errors(folder.checkpoints, f"the checkpoint of step {step}", groups):
-                recorder.sync()
-                texts = {group: weight_metadata(values, groups[group]) for group, values in metadata.items()}
-                path = save_checkpoint(folder.checkpoints, step, groups, state, texts)
-                for group, name in names.items():
-                    link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
-                remove_old(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
-
         if distributed.is_main():
-            message = f"saved {folder.checkpoints}/step_{step:08d}"
-            self.writer.submit(tensors, write, message, copied=is_sharded(learner.model))
+            self._start(learner, tensors, state, sync)
+        else:
+            with ignore_write_errors(self.folder.path / "samples"):
+                sync()
         if last:
-            distributed.rank_zero_call(lambda: self.writer.wait(last=True))
+            distributed.rank_zero_call(lambda: self.wait(last=True))
         self._saved_at, self._has_asked = time.monotonic(), False
 
-    def _sync_samples(self, recorder: Recorder, *, last: bool) -> bool:
-        """Flush every rank's record of samples; returns False, or raises for the `last` save, where a disk refuses."""
-        problem = None
-        try:
-            with _write_errors(self.folder.path / "samples", "the record of samples", {}):
-                recorder.sync_samples()
-        except UserError as error:
-            problem = error
-        problem = next((found for found in distributed.gather_objects(problem) if found is not None), None)
-        if problem is not None and last:
-            raise problem
-        if problem is not None:
-            log.error("%s%s", problem, _AGAIN)
-        return problem is None
+    def _start(self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None]) -> None:
+        """Begin to write, the state as it is now, when the write before has ended."""
+        step, folder = learner.step, self.folder
+        names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
+        metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
+        self.wait()
+        self._newest = folder.checkpoints / f"step_{step:08d}"
+        # Sharded tensors were gathered into memory that nothing else holds.
+        copies, event = (tensors, None) if is_sharded(learner.model) else copy_to_host(tensors, self._kept)
+
+        def write() -> None:
+            try:
+                if event is not None:
+                    event.synchronize()
+                with output_errors("run_dir", self._newest):
+                    sync()
+                    texts = {group: weight_metadata(values, copies[group]) for group, values in metadata.items()}
+                    path = save_checkpoint(folder.checkpoints, step, copies, state, texts)
+                    for group, name in names.items():
+                        link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
+                    remove_old(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
+            except Exception as error:  # the main thread logs or raises it
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self, *, last: bool = False) -> None:
+        """Wait for the write under way. Its error is logged, or raised where it is the `last` write."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is None:
+            log.debug("saved %s", self._newest)
+        elif last:
+            raise error
+        else:
+            trace = None if isinstance(error, UserError) else error
+            log.error("%s\nThe next save tries again", error, exc_info=trace)
 
     def write_best(self, learner: Learner) -> bool:
         """Write the exported networks as they are now as the best weights; on all ranks.
@@ -231,13 +198,13 @@ class Saver:
         Returns False where the disk refuses them, so that the best weights before them stay.
         """
         tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
+        path = self.folder.weights / "best_weights.safetensors"
 
         def write() -> bool:
             try:
-                with _write_errors(self.folder.weights, f"the best weights of step {learner.step}", {"best": tensors}):
-                    write_weights(self.folder.weights / "best_weights.safetensors", tensors, metadata)
-            except UserError as error:
-                log.error("%s%s", error, _AGAIN)
+                write_weights(path, tensors, metadata)
+            except (OSError, SafetensorError) as error:
+                log.error("%s cannot be written (%s); better weights than before are written later", path, error)
                 return False
             return True
 
@@ -361,3 +328,58 @@ def read_groups(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Ten
         groups[group] = read_tensors(file) if file.name in state["checksums"] else {}
         refuse_not_finite(groups[group], file)
     return groups
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+def _resume_of(config: TrainingConfig) -> str:
+    """Return `resume`; in a requeued job, never means auto."""
+    return "auto" if config.resume == "never" and restart_count() > 0 else config.resume
+
+
+def will_resume(config: TrainingConfig, folder: Path) -> bool:
+    """Return whether the run continues from a checkpoint, so that no initial weights are loaded.
+
+    Which one is chosen later, when the folder is locked: until then an earlier process may save and remove some.
+    """
+    resume = _resume_of(config)
+    return bool(list_checkpoints(folder / "checkpoints")) if resume == "auto" else resume != "never"
+
+
+def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:
+    """Return the checkpoint to continue from, of this recipe and length, None for a new run; on rank 0.
+
+    Raises UserError where it cannot be read, or does not fit.
+    """
+    resume, existing = _resume_of(config), list_checkpoints(folder / "checkpoints")
+    if resume == "never" and existing:
+        raise UserError(
+            f"resume: never was given, but {folder} holds {len(existing)} checkpoints (up to {existing[-1].name}); "
+            "nothing is overwritten: give another run_dir, or set resume=auto"
+        )
+    found = find_checkpoint(folder / "checkpoints")
+    if resume not in ("auto", "never"):
+        named = Path(resume)
+        # After a kill, the same command continues from what it has saved since.
+        if found is not None and Path(read_state(found)["config"]["resume"]) == named:
+            log.info("resume: %s was made by this command, so the run continues from it, not from %s", found, named)
+        elif (problem := find_damage(named)) is not None:
+            raise UserError(
+                f"resume: {named} is no whole checkpoint: {problem}; name one like RUN/checkpoints/step_00001200, or "
+                "set resume=auto"
+            )
+        else:
+            found = named
+    if found is None:
+        return None
+    state = read_state(found)
+    values = hide_secrets_in(config.model_dump(mode="json"))
+    for line in check_resumable(state["config"], values, config.resume_allow, str(found)):
+        log.warning("resume_allow accepts %s", line)
+    if state["step"] > total_steps:
+        raise UserError(
+            f"loop.total_steps: the run is already at step {state['step']}, beyond the {total_steps} requested; "
+            "request more, or give another run_dir (a sweep: another sweep.name)"
+        )
+    return found

@@ -19,12 +19,12 @@ from engine.lr_finder import find_lr
 from engine.parallel import reshard
 from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, memory_by_part, show_memory
-from engine.resume import check_start
 from engine.runtime import Runtime
 from engine.screen import advise, show_lines
 from engine.step import Asks, Stopped, Vote
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from optim.groups import set_peak_lr
+from utils.config.recipe import check_resumable
 from utils.contracts import Batch
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
@@ -59,7 +59,11 @@ class Run:
     ) -> None:
         helpers = fingerprint_helpers(task)
         self.streams, self.plan, self.config, self.folder = streams, plan, config, folder
-        self.fingerprints = {**streams.fingerprints, **{f"frozen.{name}": value for name, value in helpers.items()}}
+        self.fingerprints = {
+            **streams.fingerprints,
+            **{f"frozen.{name}": value for name, value in helpers.items()},
+            "runtime.precision": runtime.precision,
+        }
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config.loop, helpers)
@@ -236,10 +240,7 @@ class Run:
         tensors, optimizer = learner.state()
         state = {
             "config": self.folder.config,
-            "precision": learner.runtime.precision,
             "threads": torch.get_num_threads(),
-            "world_size": self.plan.world_size,
-            "position": self.step * self.plan.global_batch_size,
             "fingerprints": self.fingerprints,
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
@@ -249,12 +250,18 @@ class Run:
             **recorder.state(),
             "optimizer": optimizer,  # what of its state is not tensors
         }
-        self.saver.save(learner, tensors, state, recorder, last=last)
+        self.saver.save(learner, tensors, state, recorder.sync, last=last)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that `save` has written. Raises UserError where it does not fit this run."""
         learner, state = self.learner, read_state(path)
-        check_start(state, self.fingerprints, learner.runtime.precision, self.config)
+        for line in check_resumable(state["fingerprints"], self.fingerprints, self.config.resume_allow, str(path)):
+            log.warning("resume_allow accepts %s", line)
+        if state["threads"] != torch.get_num_threads():
+            log.warning(
+                "resume: %d threads now, %d before: results agree to rounding, not bit for bit",
+                torch.get_num_threads(), state["threads"],
+            )  # fmt: skip
         saved, now = (config["optim"] for config in (state["config"], self.folder.config))
         optimizer = state["optimizer"]
         if (saved["name"], saved.get("opt")) != (now["name"], now.get("opt")):

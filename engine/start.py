@@ -20,10 +20,9 @@ from typing import NoReturn, TypeVar
 import torch
 
 from engine.batch_size import out_of_memory
-from engine.checkpoint import move_aside_beyond
+from engine.checkpoint import choose_checkpoint, move_aside_beyond
 from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
-from engine.resume import choose_checkpoint
 from engine.run import Run
 from engine.runtime import Runtime, choose_compile, start_machine
 from engine.screen import start_screen
@@ -156,7 +155,7 @@ def _fail(run: Run, error: BaseException) -> NoReturn:
     known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
     lost = None if known else recorder.watchdog.name_lost_ranks()
     recorder.abandon()
-    run.saver.writer.wait()
+    run.saver.wait()
     if lost:
         log.error("%s; the same command resumes from the last checkpoint", lost)
         raise SystemExit(EXIT_LOST_RANK) from error

@@ -71,7 +71,6 @@ def test_a_training_that_cannot_be(command, place, monkeypatch):
 RESUME = {
     "resume=damaged": "resume: damaged ... weights.safetensors",
     "seed=1 optim.lr=0.5 loop.total_steps=3": "resume: ... 'resume_allow=[optim.lr,seed]'.",
-    "resume_allow=[optim.lrr]": "resume_allow: ",
     "loop.total_steps=1": "loop.total_steps: ",
     "run_dir=pretrained": "resume: ... task.name: ",
 }

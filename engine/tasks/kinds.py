@@ -17,8 +17,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from data.open import Data, load_collection
+from engine.checkpoint import will_resume
 from engine.config import TrainingConfig
-from engine.resume import will_resume
 from engine.start import build_task, describe_run, open_run, run_path, start_ranks
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.diffusion_kind import DiffusionKind

@@ -3,12 +3,14 @@
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.checkpoint import (
-    Writer,
+    Saver,
     find_checkpoint,
     list_checkpoints,
     read_groups,
@@ -17,8 +19,10 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from optim.state import load_optimizer_state, optimizer_state
+from utils.config.entry_point import Job
 from utils.errors import UserError
 from utils.io.files import AppendFile, sha256_text
+from utils.record.run_folder import RunFolder
 
 
 def make(folder, step, value=1.0):
@@ -118,25 +122,27 @@ def test_retention_keeps_the_newest_the_best_and_those_beyond_the_one_just_saved
 # --- in the background
 
 
-def groups(value):
-    return {"task": {"w": torch.full((4, 3), value)}, "optimizer": {}}
+def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_path):
+    folder = RunFolder(tmp_path, {"task": {}, "model": {}}, Job("finetune", {}, []))
+    saver, go = Saver(folder, SimpleNamespace(keep_checkpoints=2), {}), threading.Event()
+    weight = torch.ones(4, 3)
+    task = SimpleNamespace(origin=None, metadata={})
+    learner = SimpleNamespace(
+        step=1, task=task, model=task, exports_average=False, runtime=SimpleNamespace(precision="fp32")
+    )
 
+    def save(last):
+        groups = {"weights": {"w": weight}, "optimizer": {}}
+        saver.save(learner, groups, {"best": {"step": None}}, lambda: go.wait(20), last=last)
 
-def test_what_is_written_is_the_state_of_the_moment_one_write_after_another():
-    writer, go, seen, state = Writer(), threading.Event(), [], groups(1.0)
-
-    def write(given):
-        assert go.wait(20)
-        seen.append(float(given["task"]["w"].sum()))
-
-    writer.submit(state, write, "saved")
-    state["task"]["w"].fill_(2.0)  # training goes on, in place
-    kept = writer._kept["task", "w"].data_ptr()
+    save(last=False)
+    weight.fill_(2.0)  # training goes on, in place
+    kept = saver._kept["weights", "w"].data_ptr()
     threading.Timer(0.2, go.set).start()
-    writer.submit(state, write, "saved")
-    assert seen == [12.0]
-    writer.wait(last=True)
-    assert seen == [12.0, 24.0] and writer._kept["task", "w"].data_ptr() == kept  # memory is used again
+    learner.step = 2
+    save(last=True)
+    values = [load_file(path / "weights.safetensors")["w"].mean() for path in list_checkpoints(folder.checkpoints)]
+    assert values == [1.0, 2.0] and saver._kept["weights", "w"].data_ptr() == kept  # memory is used again
 
 
 def test_rows_that_the_disk_refuses_come_later_and_in_order(tmp_path, log):

@@ -76,7 +76,7 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     changed = shutil.copytree(place / "flow", place / "changed") / "checkpoints/step_00000003"
     state["fingerprints"]["frozen.encoder"] = "another"
     replace_state(changed, json.dumps(state))
-    with pytest.raises(UserError, match=r"^frozen\.encoder: "):
+    with pytest.raises(UserError, match=r"^resume: .*\n  frozen\.encoder: "):
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=changed", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
 
