@@ -1,6 +1,7 @@
 """What networks make of one image, by name: classes, tags or features. A kind of training names one of them.
 
-A new output is one entry of OUTPUTS: weight files, ONNX files and predictions follow it.
+A new output is one entry of OUTPUTS: weight files, ONNX files and predictions follow it (docs/new_task.md). One whose
+columns have names needs their key in the metadata that models/predictor.py checks, too.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,5 +1,6 @@
-"""Every python command of README and docs/commands.md runs, in their order."""
+"""Commands of README and docs/commands.md run, in their order; those of other pages have a valid configuration."""
 
+import re
 import shlex
 import shutil
 from importlib.util import find_spec
@@ -11,7 +12,8 @@ from bench.measure import read_group
 from models.build import build_network
 from models.config import ModelConfig
 from tests.support import ROOT, make_collection, run
-from tests.test_readme import COMMANDS
+from tests.test_readme import COMMANDS, DOCS, PAGES, SCRIPTS
+from tests.utils.config.test_help import configure_line
 
 # What a training command gets on top, so that it ends in seconds; everything else stays as a reader types it.
 SHORT = [
@@ -22,6 +24,8 @@ SHORT_SDXL = [
     "model=sdxl_tiny", "task.buckets.area_px=16384", "task.buckets.min_px=64", "task.buckets.max_px=256",
     "task.buckets.step_px=32", "loop.total_steps=2", "runtime.threads=1",
 ]  # fmt: skip
+
+NEW_KIND = re.compile(r"=score\b|/score")  # docs/new_task.md makes it
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,14 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
     assert (folder / "PATH/manifest.parquet").exists()
     assert find_spec("diffusers") is None or (folder / "outputs/sdxl/export/kohya/lora.safetensors").exists()
     assert len(list((folder / "outputs/sweeps/rates").iterdir())) == 2
+
+
+@pytest.mark.parametrize("page", sorted({*DOCS} - {*PAGES}), ids=lambda page: page.name)
+def test_every_command_has_a_valid_configuration(page):
+    """Lines of code blocks, without what explains them behind three spaces, and code in a sentence."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    scripts = rf"(?:python|torchrun [^`\n]*?) (?:{'|'.join(SCRIPTS)})\.py"
+    lines = [re.split(r"   |  +#", line)[0] for line in re.findall(rf"^ *({scripts}.*)$", text, flags=re.MULTILINE)]
+    for line in [*lines, *re.findall(rf"`({scripts}[^`\n]*)`", text)]:
+        if not NEW_KIND.search(line) and "--help" not in line:
+            configure_line(line)

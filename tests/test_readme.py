@@ -1,11 +1,13 @@
-"""README and docs/commands.md: every command runs (slow_readme.py), every link leads somewhere."""
+"""README and docs/: every key exists, every link leads somewhere. slow_readme.py: every command."""
 
 import re
 import shlex
 
 import pytest
+import yaml
 
 from tests.support import ROOT
+from utils.config.help import CONF
 
 PAGES = [ROOT / "README.md", ROOT / "docs/commands.md"]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -15,6 +17,18 @@ COMMANDS = [
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
+SCRIPTS = [
+    "prepare",
+    "train",
+    "pretrain_fcmae",
+    "finetune",
+    "finetune_sdxl",
+    "evaluate",
+    "export",
+    "predict",
+    "submit/slurm",
+]
+NOT_KEYS = re.compile(r"\.(py|yaml|toml|jsonl?|csv|txt|html|parquet|safetensors|png|md|onnx)$|^task\.(origin|column)$")
 MAKE = {
     "install", "install-sdxl", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
     "demo-sdxl", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
@@ -23,8 +37,7 @@ MAKE = {
 
 def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
-    root_scripts = ("prepare", "train", "pretrain_fcmae", "finetune", "finetune_sdxl", "evaluate", "export", "predict")
-    assert scripts == {f"{name}.py" for name in (*root_scripts, "submit/slurm")}
+    assert scripts == {f"{name}.py" for name in SCRIPTS}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
 
 
@@ -34,7 +47,34 @@ def test_every_make_target_is_there(target):
     assert re.search(rf"^{target}:( .+|\n\t)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [PAGES[0], *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+every_page = pytest.mark.parametrize("page", [PAGES[0], *DOCS], ids=lambda page: page.name)
+
+
+@every_page
 def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@every_page
+def test_every_key_exists(page):
+    """Words in code, such as `loop.total_steps=0`, that begin with a key or group of conf/."""
+    keys = {key for file in CONF.rglob("*.yaml") for key in list_keys(file)}
+    roots = {key.partition(".")[0] for key in keys}
+    for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+        for key in re.findall(r"(?:^|\s)([a-z_]+(?:\.[a-z_0-9]+)+)(?==|\s|$)", code):
+            if key.partition(".")[0] in roots and not NOT_KEYS.search(key):
+                assert key in keys, f"`{code}`"
+
+
+def list_keys(file):
+    """Yield the dotted keys of a file of conf/, with its group."""
+    text, group = file.read_text(encoding="utf-8"), file.relative_to(CONF).parts[0]
+    start = "" if file.parent == CONF or "@package _global_" in text else f"{group}."
+    left = [(start, yaml.safe_load(text) or {})]
+    while left:
+        start, values = left.pop()
+        for name, value in values.items():
+            yield f"{start}{name}"
+            left += [(f"{start}{name}.", value)] if isinstance(value, dict) else []

@@ -55,8 +55,14 @@ def test_the_commands_of_a_docstring_have_a_valid_configuration(script):
     lines = [re.sub(r"   +[^='].*", "", line.strip()) for line in lines if re.match(" +(python|torchrun) ", line)]
     assert len(lines) >= 4
     for line in lines:
-        words = shlex.split(line.partition(".py")[2])
-        words = split_words(words)[0] if script == "slurm" else words
-        if "--multirun" in words:
-            words = [word.partition(",")[0] for word in words if word != "--multirun"]
-        configure(script, words)
+        configure_line(line)
+
+
+def configure_line(line):
+    """Check the configuration of a command as documentation has it, such as `python finetune.py init_from=RUN`."""
+    before, _, words = line.partition(".py")
+    script, words = re.split(r"[\s/]", before)[-1], shlex.split(words)
+    words = split_words(words)[0] if script == "slurm" else words
+    if "--multirun" in words:
+        words = [word.partition(",")[0] for word in words if not re.search(r"^--multirun|[\[(]", word)]
+    configure(script, words)
