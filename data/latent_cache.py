@@ -22,7 +22,7 @@ from data.collection import Collection
 from data.image_formats import UnreadableImage
 from data.loader import EvaluationStream, Loader, SampleReader, UnreadableLog, no_fields
 from data.source import IMAGE, Record, Source
-from data.stream import Draw, Policy
+from data.stream import Draw
 from utils import rng
 from utils.contracts import Machine
 from utils.io.files import sha256_file
@@ -115,9 +115,8 @@ class LatentCache:
             reader = SampleReader(
                 self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, no_fields, training=False
             )
-            policy = Policy(0, batch_size, batch_size, distributed.rank(), distributed.world_size())
             rows, groups = self.buckets.rows[is_missing], self.buckets.groups[is_missing]
-            loader = EvaluationStream(Loader(reader, machine, unreadable.add), rows, policy, groups)
+            loader = EvaluationStream(Loader(reader, machine, unreadable.add), rows, batch_size, groups)
             for batch in track(loader, len(loader), "encoding images"):
                 mean, logvar = (part.to(STORED) for part in encode(batch["images"]))
                 for at, (row, weight) in enumerate(zip(batch["sample_id"].tolist(), batch["weight"].tolist())):

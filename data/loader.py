@@ -29,7 +29,7 @@ from data.collection import Collection, Row
 from data.image_formats import UnreadableImage
 from data.read_ahead import RowsAhead, read_ahead
 from data.source import IMAGE, Cached, Prefetching, Record, Source, layers, not_cached
-from data.stream import Draw, Policy, Sampler, count_batches, evaluation_batches, train_batches
+from data.stream import Draw, Sampler, Share, count_batches, evaluation_batches, train_batches
 from data.transforms import Transform
 from utils import rng
 from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
@@ -140,13 +140,12 @@ class UnreadableLog:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._file, self._lines = file, None
-        self._waiting, self._seen = "", set()
+        self._file, self._lines, self._seen = file, None, set()
         text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
         for line in text.split("\n"):
             with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a torn or damaged line
                 self._seen.add(str(json.loads(line)["path"]))
-        self._start = "" if text.endswith("\n") or not text else "\n"  # behind a torn row, a line of its own
+        self._waiting = "" if text.endswith("\n") or not text else "\n"  # behind a torn row
 
     @property
     def count(self) -> int:
@@ -165,7 +164,6 @@ class UnreadableLog:
         with ignore_write_errors(self._file):
             if self._lines is None:
                 self._lines = AppendFile(self._file)
-                self._waiting = self._start + self._waiting
             self._lines.write(self._waiting)
             self._waiting = ""
 
@@ -245,8 +243,8 @@ class Loader:
 class TrainStream:
     """The endless stream of training samples as steps: each a list of this rank's micro-batches on the device."""
 
-    def __init__(self, loader: Loader, sampler: Sampler, seed: int, unreadable: UnreadableLog) -> None:
-        self.loader, self.sampler, self.seed, self.unreadable = loader, sampler, seed, unreadable
+    def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:
+        self.loader, self.sampler, self.unreadable = loader, sampler, unreadable
         self.epoch_length, self.chunk = sampler.epoch_length, sampler.chunk
 
     @property
@@ -259,19 +257,10 @@ class TrainStream:
         caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cached)]
         return {name: value for cache in caches for name, value in cache.readings().items()}
 
-    @functools.cached_property
-    def _examples(self) -> list[tuple[int, int]]:
-        return self.sampler.examples()
-
-    @property
-    def shapes(self) -> int:
-        """The number of shapes that samples come in; 1 where the sampler groups nothing."""
-        return len(self._examples)
-
-    def trial_batch(self, shape: int, size: int) -> Batch:
-        """Return `size` times one sample of a shape, on the device, with weight 1; no part of the stream."""
-        index, group = self._examples[shape]
-        return self.loader.repeat(Draw(0, index, rng.sample_key(self.seed, 0), group), size)
+    def trial_batches(self, size: int) -> Iterator[Batch]:
+        """Yield `size` times one sample of each shape, on the device, with weight 1; no part of the stream."""
+        for row, group in self.sampler.examples():
+            yield self.loader.repeat(Draw(0, row, rng.sample_key(self.sampler.seed, 0), group), size)
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample as the collection states it, for messages."""
@@ -279,33 +268,34 @@ class TrainStream:
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step after step, from `start_step` on."""
-        policy = Policy(self.seed, plan.global_batch_size, plan.micro_batch_size, distributed.rank(), plan.world_size)
-        batches = self.loader.load(train_batches(self.sampler, policy, start_step), self.sampler.rows_ahead)
+        share = Share(plan.micro_batch_size, distributed.rank(), plan.world_size)
+        draws = train_batches(self.sampler, share, plan.global_batch_size, start_step)
+        batches = self.loader.load(draws, self.sampler.rows_ahead)
         while True:
             yield list(itertools.islice(batches, plan.accum_steps))
 
 
 class EvaluationStream:
-    """Some rows, each exactly once over all ranks (`evaluation_batches`); iterate it as often as needed."""
+    """Some rows, each exactly once over all ranks (`evaluation_batches`); iterate it as often as needed.
 
-    def __init__(self, loader: Loader, rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> None:
+    batch_size: of a rank; it may be changed. groups: the shape group of each row, [len(rows)].
+    """
+
+    def __init__(
+        self, loader: Loader, rows: Sequence[int], batch_size: int, groups: np.ndarray | None = None, seed: int = 0
+    ) -> None:
         if len(rows) == 0:
             raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
-        self.loader, self.rows, self.policy, self.groups = loader, rows, policy, groups
+        self.loader, self.rows, self.batch_size, self.groups, self._seed = loader, rows, batch_size, groups, seed
+        self.samples = len(rows)  # over all ranks
 
-    @property
-    def samples(self) -> int:
-        """Samples over all ranks."""
-        return len(self.rows)
-
-    def set_batch_size(self, batch_size: int) -> None:
-        """Make batches of another size."""
-        self.policy = self.policy._replace(micro_batch_size=batch_size)
+    def _share(self) -> Share:
+        return Share(self.batch_size, distributed.rank(), distributed.world_size())
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
-        return count_batches(self.rows, self.policy, self.groups)
+        return count_batches(self.rows, self._share(), self.groups)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the device."""
-        return self.loader.load(evaluation_batches(self.rows, self.policy, self.groups))
+        return self.loader.load(evaluation_batches(self.rows, self._share(), self._seed, self.groups))

@@ -36,7 +36,7 @@ from data.images import Images, ListedFiles, open_contents
 from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
 from data.pixels import read_upright_size
 from data.source import Source
-from data.stream import Policy, Sampler, ShuffledSampler
+from data.stream import Sampler, ShuffledSampler
 from data.transforms import ByGroup, Views, evaluation_views, in_buckets
 from utils.canvas import background_of
 from utils.contracts import Machine
@@ -103,7 +103,7 @@ def load_files(
     reader = SampleReader(None, source, views, no_fields, training=False, channels_last=machine.channels_last)
     reasons: dict[str, str] = {}
     loader = Loader(reader, machine, reasons.update)
-    return EvaluationStream(loader, range(len(paths)), Policy(0, batch_size, batch_size), groups), reasons
+    return EvaluationStream(loader, range(len(paths)), batch_size, groups), reasons
 
 
 def open_images(
@@ -160,15 +160,13 @@ class Data:
     ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = ShuffledSampler(rows, self._seed) if sampler is None else sampler
-        return TrainStream(self._loader(fields, views, training=True), sampler, self._seed, self.unreadable)
+        return TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
 
     def evaluation(
         self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None
     ) -> EvaluationStream:
         """Return some rows, each exactly once over all ranks; groups: as in `evaluation_batches`."""
-        world = distributed.world_size()
-        policy = Policy(self._seed, world * self.batch_size, self.batch_size, distributed.rank(), world)
-        return EvaluationStream(self._loader(fields, views, training=False), rows, policy, groups)
+        return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self._seed)
 
     def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Mapping[str, Any]) -> EvaluationStream:
         """Return some images as a weight file's preprocessing says: of buckets, each batch in one of them."""

@@ -54,6 +54,11 @@ class Sampler:
         """Return (row, group) at a position."""
         raise NotImplementedError
 
+    def draw(self, position: int) -> Draw:
+        """Return the draw of a position."""
+        row, group = self.at(position)
+        return Draw(position, row, rng.sample_key(self.seed, position), group)
+
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of a sample of each shape."""
         return [self.at(0)]
@@ -234,53 +239,47 @@ def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
     return order[np.isin(order, rows)].astype(np.int64)
 
 
-class Policy(NamedTuple):
-    """Which samples of a stream this process takes: of each step its rank's share, in micro-batches."""
+class Share(NamedTuple):
+    """The samples that a rank takes, in batches of `batch_size`."""
 
-    seed: int
-    global_batch_size: int
-    micro_batch_size: int
+    batch_size: int
     rank: int = 0
     world_size: int = 1
 
 
-def train_batches(sampler: Sampler, policy: Policy, start_step: int = 0) -> Iterator[list[Draw]]:
+def train_batches(sampler: Sampler, share: Share, global_batch_size: int, start_step: int) -> Iterator[list[Draw]]:
     """Yield the endless micro-batches of one rank from a step on, in the order of train_step."""
-    share = policy.global_batch_size // policy.world_size
+    count = global_batch_size // share.world_size
     for step in itertools.count(start_step):
-        first = step * policy.global_batch_size + policy.rank * share
-        for start in range(first, first + share, policy.micro_batch_size):
-            yield [draw(sampler, policy.seed, start + place) for place in range(policy.micro_batch_size)]
+        first = step * global_batch_size + share.rank * count
+        for start in range(first, first + count, share.batch_size):
+            yield [sampler.draw(position) for position in range(start, start + share.batch_size)]
 
 
-def draw(sampler: Sampler, seed: int, position: int) -> Draw:
-    """Return the draw of a position."""
-    index, group = sampler.at(position)
-    return Draw(position, index, rng.sample_key(seed, position), group)
-
-
-def evaluation_batches(rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> Iterator[list[Draw]]:
+def evaluation_batches(
+    rows: Sequence[int], share: Share, seed: int, groups: np.ndarray | None = None
+) -> Iterator[list[Draw]]:
     """Yield a rank's share of some rows, each exactly once. All ranks make the same number of batches.
 
     groups: the shape group of each row, [len(rows)]: a batch has rows of one group, and each group's last batch is
     padded. Padding repeats a row with `position` -1 and key 0, to which the reader gives weight 0. A row's key depends
     on the row alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
     """
-    for group, places, starts in _plan(rows, policy, groups):
-        mine, filler = places[policy.rank :: policy.world_size], Draw(-1, int(rows[places[0]]), 0, group)
+    for group, places, starts in _plan(rows, share, groups):
+        mine, filler = places[share.rank :: share.world_size], Draw(-1, int(rows[places[0]]), 0, group)
         for start in starts:
-            chosen = [(int(place), int(rows[place])) for place in mine[start : start + policy.micro_batch_size]]
-            draws = [Draw(place, row, rng.sample_key(policy.seed, row, 1), group) for place, row in chosen]
-            yield draws + [filler] * (min(policy.micro_batch_size, len(places)) - len(draws))
+            chosen = [(int(place), int(rows[place])) for place in mine[start : start + share.batch_size]]
+            draws = [Draw(place, row, rng.sample_key(seed, row, 1), group) for place, row in chosen]
+            yield draws + [filler] * (min(share.batch_size, len(places)) - len(draws))
 
 
-def count_batches(rows: Sequence[int], policy: Policy, groups: np.ndarray | None = None) -> int:
+def count_batches(rows: Sequence[int], share: Share, groups: np.ndarray | None = None) -> int:
     """Return the number of `evaluation_batches`, equal on all ranks."""
-    return sum(len(starts) for _, _, starts in _plan(rows, policy, groups))
+    return sum(len(starts) for _, _, starts in _plan(rows, share, groups))
 
 
-def _plan(rows: Sequence[int], policy: Policy, groups: np.ndarray | None) -> Iterator[tuple[int, Sequence[int], range]]:
+def _plan(rows: Sequence[int], share: Share, groups: np.ndarray | None) -> Iterator[tuple[int, Sequence[int], range]]:
     """Yield each group, the places of its rows, and where each batch begins in a rank's share; the largest counts."""
     for group in (0,) if groups is None else np.unique(groups).tolist():
         places = range(len(rows)) if groups is None else np.flatnonzero(groups == group)
-        yield group, places, range(0, -(-len(places) // policy.world_size), policy.micro_batch_size)
+        yield group, places, range(0, -(-len(places) // share.world_size), share.batch_size)

@@ -224,7 +224,7 @@ class Run:
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
                 if self.config.loop.batch_size == "auto" or sizes.sizes:
-                    loader.set_batch_size(sizes.smallest)
+                    loader.batch_size = sizes.smallest
                 total = len(loader) if isinstance(loader, Sized) else None
                 due[name] = track(watched(name, loader), total, f"evaluating {name}")
         return due

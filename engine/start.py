@@ -120,8 +120,7 @@ def open_run(
         recorder, train, run.stop = run.recorder, streams.train, stop
         run.learner.micro_batches.open(folder.path, runtime.device)
         if config.loop.batch_size == "auto" and distributed.is_distributed():
-            sizes = range(train.shapes)
-            run.learner.rehearse(train.trial_batch(shape, plan.micro_batch_size) for shape in sizes)
+            run.learner.rehearse(train.trial_batches(plan.micro_batch_size))
         found = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if found is not None:
             run.restore(found)

@@ -34,10 +34,9 @@ class TrainStream(Protocol):
     epoch_length: int  # positions
     chunk: int | None  # neighbouring positions of one shape; None where the sampler groups nothing
     unreadable_count: int  # images that could not be read so far, on this rank
-    shapes: int  # that samples come in; 1 where the sampler groups nothing
 
-    def trial_batch(self, shape: int, size: int) -> Batch:
-        """Return `size` times one sample of a shape, on the device; no part of the stream."""
+    def trial_batches(self, size: int) -> Iterator[Batch]:
+        """Yield `size` times one sample of each shape, on the device; no part of the stream."""
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of step after step, from `start_step` on."""

@@ -80,7 +80,7 @@ def make_reader(collection, transform, fields=None, **views):
 
 def stream(reader, sampler, *, workers=0, prefetch=2, file=None):
     unreadable = UnreadableLog(file)
-    return TrainStream(Loader(reader, machine(workers, prefetch), unreadable.add), sampler, 0, unreadable)
+    return TrainStream(Loader(reader, machine(workers, prefetch), unreadable.add), sampler, unreadable)
 
 
 def train_stream(collection, *, fields=None, workers=0, prefetch=2, file=None, **changes):

@@ -13,7 +13,7 @@ from data.stream import (
     BalancedSampler,
     BlockSampler,
     GroupedSampler,
-    Policy,
+    Share,
     ShuffledSampler,
     build_sampler,
     count_batches,
@@ -111,7 +111,7 @@ def test_a_window_has_whole_blocks_of_neighbours():
 def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
     sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
     sampler.reads_blocks = True
-    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, Policy(0, 10, 5), start), 40))
+    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, Share(5), 10, start), 40))
     for number, batch in enumerate(micro):
         rows = sampler.rows_ahead(batch[0].position, 5, number == 0)
         asked |= {(row, (start * 10 + 5 * number) // 67) for row in rows}
@@ -225,8 +225,8 @@ GLOBAL = 24
 STEPS = 7
 
 
-def batches(sampler, *, rank, world, micro, start_step=0, count, seed=3):
-    return list(islice(train_batches(sampler, Policy(seed, GLOBAL, micro, rank, world), start_step), count))
+def batches(sampler, *, rank, world, micro, start_step=0, count):
+    return list(islice(train_batches(sampler, Share(micro, rank, world), GLOBAL, start_step), count))
 
 
 def steps_over_ranks(name, world, micro, start_step=0, steps=STEPS):
@@ -293,10 +293,10 @@ def test_balanced_needs_labels():
 
 def evaluation(rows, batch_size, world=1, groups=None, seed=0):
     """Return the batches of each rank."""
-    policies = [Policy(seed, world * batch_size, batch_size, rank, world) for rank in range(world)]
-    assert len({count_batches(rows, policy, groups) for policy in policies}) == 1
-    made = [list(evaluation_batches(rows, policy, groups)) for policy in policies]
-    assert all(len(each) == count_batches(rows, policies[0], groups) for each in made)
+    shares = [Share(batch_size, rank, world) for rank in range(world)]
+    made = [list(evaluation_batches(rows, share, seed, groups)) for share in shares]
+    assert all(len(each) == count_batches(rows, share, groups) for each, share in zip(made, shares))
+    assert len(set(map(len, made))) == 1
     return made
 
 

@@ -65,7 +65,7 @@ def test_batches_have_one_shape_and_padding_is_white(place):
         steps = streams.train.steps(0, plan)
         batches = {"train": [batch for step in islice(steps, 39) for batch in step], **streams.evaluation}
         batches = {name: list(found) for name, found in batches.items()}
-    assert streams.train.chunk == 4 and streams.train.shapes == 3
+    assert streams.train.chunk == 4 and len(streams.train.sampler.examples()) == 3
     for name, of_name in batches.items():
         assert {tuple(batch["images"].shape[-2:]) for batch in of_name} == sizes, name
     counts = torch.bincount(torch.cat([batch["sample_id"] for batch in batches["train"]]))

@@ -15,7 +15,6 @@ from data.image_formats import UnreadableImage
 from data.images import Files, Images
 from data.loader import EvaluationStream, Loader, SampleReader, no_fields
 from data.source import IMAGE, not_cached
-from data.stream import Policy
 from tests.data.test_collection import load
 from tests.in_process import TINY, make_images, run
 from tests.support import cache_config
@@ -106,7 +105,7 @@ def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_p
 
     def epoch():
         reader = SampleReader(photos, source, views, no_fields, training=False)
-        batches = EvaluationStream(Loader(reader, machine, print), range(COUNT), Policy(0, 4, 4))
+        batches = EvaluationStream(Loader(reader, machine, print), range(COUNT), 4)
         return torch.cat([batch["images"] for batch in batches])
 
     assert not_cached(source, range(COUNT)) == list(range(COUNT))  # which opens the store in this process
