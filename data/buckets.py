@@ -9,7 +9,6 @@ Sizes are (height, width) in pixels, of images that EXIF has turned upright.
 
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from data.image_formats import UnreadableImage
 from data.pixels import read_upright_size
 from data.stream import Draw
 from data.table import show_some
-from data.transforms import resize
+from data.transforms import Views, resize
 from utils import rng
 from utils.config.bounds import Fraction, Pixels, Share, Side
 from utils.config.schema import Strict
@@ -54,8 +53,8 @@ class BucketConfig(Strict):
 
     area_px: Pixels
     step_px: _UnitSide
-    min_px: Side
-    max_px: Side
+    min_px: _UnitSide
+    max_px: _UnitSide
     sizes_hw: Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None
     crop: Literal["centre", "random"]
     small: Literal["keep", "drop", "native"]
@@ -71,9 +70,6 @@ class BucketConfig(Strict):
 
     @model_validator(mode="after")
     def _has_a_square(self) -> "BucketConfig":
-        for name in ("min_px", "max_px"):
-            if getattr(self, name) % self.step_px:
-                raise ValueError(f"task.buckets.{name}: {getattr(self, name)} is not a multiple of {self.step_px}")
         if not self.min_px**2 <= self.area_px <= self.max_px**2:
             raise ValueError(
                 f"task.buckets.area_px: {self.area_px} is not between min_px x min_px and max_px x max_px, "
@@ -153,7 +149,7 @@ def fit_into(
     return Fit(*np.broadcast_arrays(size_hw, resized_hw, corner, bucket_hw))
 
 
-def place(image: Tensor, fit: Fit, *, flip: bool) -> Tensor:
+def place(image: Tensor, fit: Fit, flip: bool) -> Tensor:
     """Return an image, [C, H, W], as its fit has it, mirrored where `flip`: [C, h, w] of the bucket."""
     image = resize(image, fit.resized_hw.tolist(), "bicubic")
     (top, left), (height, width) = fit.crop_top_left.tolist(), fit.target_hw.tolist()
@@ -242,17 +238,10 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
     stated = collection.stated_sizes()
     sizes = np.zeros((len(rows), 2), dtype=np.int64) if stated is None else stated[rows]
 
-    def measure(path: Path) -> tuple[int, int] | None:
-        try:
-            return read_upright_size(path)
-        except UnreadableImage as error:
-            log.warning("%s", error)
-            return None
-
     weightless = collection.weights()[rows] == 0
     is_final = stated is not None and collection.is_packed
     unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless & (not is_final))
-    found = distributed.rank_zero_call(lambda: measure_rows(collection, rows[unknown], cache, measure, "image sizes"))
+    found = measure_rows(collection, rows[unknown], cache, read_upright_size, "image sizes")
     for place, size in zip(unknown, found):
         sizes[place] = size or 0
     sizes[weightless] = 0
@@ -262,39 +251,43 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
 def measure_rows(
     collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
 ) -> list[Any]:
-    """Return what `measure` makes of the rows' files, once; None for a file that cannot be opened.
+    """Return what `measure` makes of the rows' files, on all ranks; rank 0 reads them, those alone that changed.
 
-    Raises UserError (`data.root`) where the rows are parts of shards.
+    None for a file that cannot be read. Raises UserError (`data.root`) where the rows are parts of shards.
     """
     if len(rows) and collection.is_packed:
         raise UserError(
             f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
             f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and train on NEW"
         )
+
+    def measure_one(path: Path) -> Any:
+        try:
+            return measure(path)
+        except (OSError, UnreadableImage) as error:
+            log.warning("%s", error)
+            return None
+
     paths = [collection.absolute_path(int(row)) for row in rows]
-    there = [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
-    values = measure_once(there, functools.partial(in_threads, measure), cache, f"reading {what}")
-    found = dict(zip(there, values))
-    return [found.get(path) for path in paths]
+    every = functools.partial(in_threads, measure_one)
+    return distributed.rank_zero_call(lambda: measure_once(paths, every, cache, f"reading {what}"))
 
 
-class FittedView:
-    """The view of an image in its bucket, or (conditions) how it was fitted: `Fit.conditions`.
+def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:
+    """Return the views of an image in its draw's bucket: `images`, and `fit`, how it was fitted (`Fit.conditions`)."""
 
-    Both views of a sample draw the same fit from its key. group: a draw's bucket.
-    """
-
-    def __init__(self, sizes_hw: np.ndarray, config: BucketConfig, *, conditions: bool) -> None:
-        self._sizes_hw, self._config, self._conditions = sizes_hw, config, conditions
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the view."""
+    def fit(image: Tensor, draw: Draw) -> tuple[Fit, bool]:
+        """Draw from the sample's key, the same for both views."""
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
-        flip = bool(torch.rand((), generator=generator) < self._config.flip)
+        flip = bool(torch.rand((), generator=generator) < config.flip)
 
         def draw_corner(slack: np.ndarray) -> np.ndarray:
             return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
 
-        is_random = self._config.crop == "random"
-        fit = fit_into(np.array(image.shape[-2:]), self._sizes_hw[draw.group], draw_corner if is_random else None)
-        return torch.tensor(fit.conditions()) if self._conditions else place(image, fit, flip=flip)
+        choose_corner = draw_corner if config.crop == "random" else None
+        return fit_into(np.array(image.shape[-2:]), sizes_hw[draw.group], choose_corner), flip
+
+    return {
+        "images": lambda image, draw: place(image, *fit(image, draw)),
+        "fit": lambda image, draw: torch.tensor(fit(image, draw)[0].conditions()),
+    }

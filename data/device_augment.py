@@ -32,24 +32,23 @@ _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # of utils/rng.py; tasks use small numbers
 
 
-# The parameters of a sample, [P]: `inverse_matrix`; factors, as drawn; the blends before the hue and those after it
+# The parameters of a sample, [P=20]: `inverse_matrix`; factors, as drawn; the blends before the hue and those after it
 # (numbers of brightness, contrast and saturation) in the order in which they are applied, then -1 for none; the erased
 # rectangle, as drawn.
 _WIDTHS = (6, 4, len(_BLENDS), len(_BLENDS), 4)
-PARAMETERS = sum(_WIDTHS)
 
 
 class Drawn(NamedTuple):
     """What is drawn for one sample, in the terms of torchvision's functions.
 
-    angle, shear (x, y): degrees. translate_px (x, y): of the resized image. factors: brightness, contrast, saturation
-    (1: unchanged) and hue (0: unchanged); order: in which the four are applied. erased_px: top, left, height, width;
-    a height of 0 erases nothing.
+    angle, shear (x, y): degrees. translate (x, y): pixels of the resized image. factors: brightness, contrast,
+    saturation (1: unchanged) and hue (0: unchanged); order: in which the four are applied. erased_px: top, left,
+    height, width; a height of 0 erases nothing.
     """
 
     mirrored: bool = False
     angle: float = 0.0
-    translate_px: tuple[int, int] = (0, 0)
+    translate: tuple[int, int] = (0, 0)
     scale: float = 1.0
     shear: tuple[float, float] = (0.0, 0.0)
     factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
@@ -67,7 +66,7 @@ def inverse_matrix(drawn: Drawn, size_hw: Sequence[int]) -> list[float]:
     a, c = (part(turn - shear_y) / math.cos(shear_y) for part in (math.cos, math.sin))
     b, d = -a * math.tan(shear_x) - math.sin(turn), -c * math.tan(shear_x) + math.cos(turn)
     rows = [[d / drawn.scale, -b / drawn.scale], [-c / drawn.scale, a / drawn.scale]]  # the determinant is scale^2
-    shifts = [-sum(part * shift for part, shift in zip(row, drawn.translate_px)) for row in rows]
+    shifts = [-sum(part * shift for part, shift in zip(row, drawn.translate)) for row in rows]
     sign = -1.0 if drawn.mirrored else 1.0
     (xx, xy), (yx, yy) = rows
     return [
@@ -95,24 +94,20 @@ class DeviceAugment:
 
     def draw(self) -> Drawn:
         """Draw from torch's generator, which the reader has seeded with the view's key; by torchvision's own rules."""
-        like, still = [torch.zeros(()).expand(1, *self._size_hw)], Drawn()  # they ask for the size alone
-        mirrored = torch.rand(()).item() < self._config.horizontal_flip
-        affine = {} if self._affine is None else self._affine.make_params(like)
-        jitter = {} if self._jitter is None else self._jitter.make_params(like)
-        factors = (jitter.get(f"{name}_factor") for name in _CHANGES)
-        erased = {"v": None}  # also where no rectangle fits
+        like = [torch.zeros(()).expand(1, *self._size_hw)]  # they ask for the size alone
+        drawn = Drawn(torch.rand(()).item() < self._config.horizontal_flip)
+        if self._affine is not None:
+            drawn = drawn._replace(**self._affine.make_params(like))
+        if self._jitter is not None:
+            jitter = self._jitter.make_params(like)
+            factors = zip((jitter[f"{name}_factor"] for name in _CHANGES), drawn.factors)
+            factors = tuple(same if factor is None else factor for factor, same in factors)
+            drawn = drawn._replace(factors=factors, order=tuple(jitter["fn_idx"].tolist()))
         if self._erasing is not None and torch.rand(()) < self._erasing.p:
             erased = self._erasing.make_params(like)
-        return Drawn(
-            mirrored,
-            affine.get("angle", still.angle),
-            affine.get("translate", still.translate_px),
-            affine.get("scale", still.scale),
-            affine.get("shear", still.shear),
-            tuple(same if factor is None else factor for factor, same in zip(factors, still.factors)),
-            tuple(jitter["fn_idx"].tolist()) if jitter else still.order,
-            still.erased_px if erased["v"] is None else tuple(erased[name] for name in "ijhw"),
-        )
+            if erased["v"] is not None:  # a rectangle fits
+                drawn = drawn._replace(erased_px=tuple(erased[name] for name in "ijhw"))
+        return drawn
 
     def pack(self, drawn: Drawn) -> Tensor:
         """Return what the device needs of one sample's draws, float32 [P]."""

@@ -39,21 +39,11 @@ EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
-    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; rank 0 reads, changed files only.
-
-    Of shards it is what the manifest states.
-    """
+    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; of shards, what the manifest states."""
     if collection.is_packed and collection.table["sha256"].null_count == 0:
         return collection.table["sha256"].take(rows).to_pylist()
-    found = distributed.rank_zero_call(lambda: measure_rows(collection, rows, cache, _hash, "images, to know changes"))
+    found = measure_rows(collection, rows, cache, sha256_file, "images, to know changes")
     return [digest or "" for digest in found]
-
-
-def _hash(path: Path) -> str | None:
-    try:
-        return sha256_file(path)
-    except OSError:  # of a disk, perhaps for now; the decoder names the file
-        return None
 
 
 class LatentCache:

@@ -37,7 +37,7 @@ from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStr
 from data.pixels import read_upright_size
 from data.source import Source
 from data.stream import Sampler, ShuffledSampler
-from data.transforms import ByGroup, Views, evaluation_views, in_buckets
+from data.transforms import Views, evaluation_views
 from utils.canvas import background_of
 from utils.contracts import Machine
 from utils.ranks import distributed
@@ -92,7 +92,6 @@ def load_files(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),
     )  # fmt: skip
-    views = ByGroup.views(in_buckets(preprocessing), evaluation_views)
     source, groups = Images(ListedFiles(paths), decoder), None
     if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
         sizes_hw = np.ones((len(paths), 2))
@@ -100,7 +99,8 @@ def load_files(
             with suppress(UnreadableImage):
                 sizes_hw[place] = read_upright_size(path)
         groups = assign(sizes_hw, np.array(buckets_hw))
-    reader = SampleReader(None, source, views, no_fields, training=False, channels_last=machine.channels_last)
+    views, last = evaluation_views(preprocessing), machine.channels_last
+    reader = SampleReader(None, source, views, no_fields, training=False, channels_last=last)
     reasons: dict[str, str] = {}
     loader = Loader(reader, machine, reasons.update)
     return EvaluationStream(loader, range(len(paths)), batch_size, groups), reasons
@@ -170,8 +170,8 @@ class Data:
 
     def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Mapping[str, Any]) -> EvaluationStream:
         """Return some images as a weight file's preprocessing says: of buckets, each batch in one of them."""
-        views = ByGroup.views(in_buckets(preprocessing), evaluation_views)
-        return self.evaluation(rows, fields, views, groups=letterbox_groups(self.collection, rows, preprocessing))
+        groups = letterbox_groups(self.collection, rows, preprocessing)
+        return self.evaluation(rows, fields, evaluation_views(preprocessing), groups=groups)
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
         last = self.machine.channels_last

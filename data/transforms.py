@@ -9,7 +9,7 @@ Normalisation happens on the device (models/normalise.py): a batch carries bytes
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -32,7 +32,6 @@ _PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 # be any tensor of one shape (data/device_augment.py: parameters for the device).
 Transform = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, Transform]
-Sized = TypeVar("Sized")
 
 
 class ByGroup:
@@ -40,12 +39,6 @@ class ByGroup:
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self._transforms = transforms
-
-    @classmethod
-    def views(cls, each: Sequence[Sized], make: Callable[[Sized], Views]) -> Views:
-        """Return views of all groups; those of group n are what `make` gives for the n-th of `each`."""
-        views = [make(one) for one in each]
-        return views[0] if len(views) == 1 else {name: cls([view[name] for view in views]) for name in views[0]}
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
@@ -70,12 +63,15 @@ def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
     return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
-def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str = "square") -> Tensor:
+def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
     """Put the whole image, uint8 [C, H, W], into the middle of a square; an odd pixel goes to the right or the bottom.
 
-    background: of data.config; for `drop`, which states no colour, white. pad: of AugmentConfig; with buckets the
-    canvas has the ratio of `image_size_hw`. Returns [C, h, w], as high or as wide as the image.
+    background: of data.config; for `drop`, which states no colour, white. pad: of AugmentConfig; with none the image is
+    returned as it is, with buckets the canvas has the ratio of `image_size_hw`. Returns [C, h, w], as high or as wide
+    as the image.
     """
+    if pad == "none":
+        return image
     shrink = _LONGEST * max(image_size_hw) / max(image.shape[-2:])
     if shrink < 1:
         image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
@@ -87,12 +83,6 @@ def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad:
     top, left = (rows - height) // 2, (columns - width) // 2
     canvas[:, top : top + height, left : left + width] = image
     return canvas
-
-
-def _padding(image_size_hw: Sequence[int], background: Any, pad: str) -> list[Callable[[Tensor], Tensor]]:
-    """Return what comes before all other steps: nothing where `pad` is none."""
-    fixed = {"image_size_hw": image_size_hw, "background": background, "pad": pad}
-    return [] if pad == "none" else [functools.partial(letterbox, **fixed)]
 
 
 class NoiseErasing(v2.RandomErasing):
@@ -111,14 +101,14 @@ class NoiseErasing(v2.RandomErasing):
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         """Return the image with noise in the drawn rectangle, or as it was where none was drawn."""
-        if params["v"] is not None:
-            params = {**params, "v": self._noise((inpt.shape[-3], params["h"], params["w"])).to(inpt)}
-        return super().transform(inpt, params)
-
-    def _noise(self, shape: tuple[int, ...]) -> Tensor:
+        if params["v"] is None:
+            return inpt
+        shape = inpt.shape[-3], params["h"], params["w"]
         if self._mean is None:
-            return torch.randint(0, 256, shape)
-        return (self._mean + self._std * torch.randn(shape)).round().clamp(0, 255)
+            noise = torch.randint(0, 256, shape)
+        else:
+            noise = (self._mean + self._std * torch.randn(shape)).round().clamp(0, 255)
+        return super().transform(inpt, {**params, "v": noise.to(inpt)})
 
 
 class PolicyAugment(v2.Transform):
@@ -133,15 +123,12 @@ class PolicyAugment(v2.Transform):
         from timm.data.auto_augment import posterize, rand_augment_transform  # takes 0.8 s, so only where it is used
 
         mean = tuple(round(255 * value) for value in config.mean)
+        filters = Image.Resampling  # of which Pillow's affine maps have two
         settings = {
             "translate_const": int(0.45 * min(config.image_size_hw)),
             "img_mean": mean if len(mean) > 1 else mean[0],
-            # Pillow's affine maps have these two alone.
-            "interpolation": {"bilinear": Image.Resampling.BILINEAR}.get(
-                config.interpolation, Image.Resampling.BICUBIC
-            ),
+            "interpolation": filters.BILINEAR if config.interpolation == "bilinear" else filters.BICUBIC,
         }
-        assert config.rand_augment is not None
         self._policy = rand_augment_transform(config.rand_augment, settings)
         for operation in self._policy.ops:
             if operation.aug_fn is posterize:
@@ -208,31 +195,29 @@ class TrainTransform:
     """
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        steps: list[Any] = _padding(config.image_size_hw, background, config.pad)
-        # Before the resize: after it, training images would be blurred and validation images not.
-        if not config.on_device and (affine := random_affine(config)) is not None:
-            steps += on_pillow(affine)
-        steps.append(ResizedCrop(config))
-        self._steps = steps if config.on_device else steps + _changes(config)
+        size_hw, crop = config.image_size_hw, ResizedCrop(config)
+        pad = functools.partial(letterbox, image_size_hw=size_hw, background=background, pad=config.pad)
+        self._steps: list[Any] = [pad, crop]
+        if config.on_device:
+            return
+        if (affine := random_affine(config)) is not None:
+            # Before the resize: after it, training images would be blurred and validation images not.
+            self._steps = [pad, *on_pillow(affine), crop]
+        if config.horizontal_flip > 0:
+            self._steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        if (jitter := color_jitter(config)) is not None:
+            self._steps.append(jitter)
+        if config.rand_augment is not None:
+            self._steps += on_pillow(PolicyAugment(config))
+        if config.random_erasing > 0:
+            noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
+            self._steps.append(NoiseErasing(config.random_erasing, *noise))
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
         for step in self._steps:  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image
-
-
-def _changes(config: AugmentConfig) -> list[Any]:
-    """Return the steps after the crop."""
-    steps: list[Any] = [v2.RandomHorizontalFlip(config.horizontal_flip)] if config.horizontal_flip > 0 else []
-    if (jitter := color_jitter(config)) is not None:
-        steps.append(jitter)
-    if config.rand_augment is not None:
-        steps += on_pillow(PolicyAugment(config))
-    if config.random_erasing > 0:
-        noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
-        steps.append(NoiseErasing(config.random_erasing, *noise))
-    return steps
 
 
 class EvalTransform:
@@ -247,12 +232,11 @@ class EvalTransform:
         self._squash = preprocessing.get("eval_resize", "crop") == "squash"
         self._resized_hw = [math.floor(side / preprocessing["eval_crop"]) for side in self._size_hw]
         self._interpolation = preprocessing["interpolation"]
-        self._padding = _padding(self._size_hw, background_of(preprocessing), preprocessing.get("pad", "none"))
+        self._background, self._pad = background_of(preprocessing), preprocessing.get("pad", "none")
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the resized image or its centre, [C, H, W]."""
-        for step in self._padding:
-            image = step(image)
+        image = letterbox(image, self._size_hw, self._background, self._pad)
         if self._squash:
             return resize(image, self._size_hw, self._interpolation)
         factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))
@@ -269,13 +253,9 @@ class EvalTransform:
 
 
 def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
-    """Return the one view of an evaluation image."""
-    return {"images": EvalTransform(preprocessing)}
-
-
-def in_buckets(preprocessing: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the preprocessing in each bucket that a weight file states; where it states none, as it is."""
-    buckets_hw = preprocessing.get("buckets_hw")
-    if buckets_hw is None:
-        return [preprocessing]
-    return [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in buckets_hw]
+    """Return the one view of an evaluation image; in the draw's bucket, where a weight file states some."""
+    sizes_hw = preprocessing.get("buckets_hw")
+    if sizes_hw is None:
+        return {"images": EvalTransform(preprocessing)}
+    each = [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in sizes_hw]
+    return {"images": ByGroup(list(map(EvalTransform, each)))}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Ragged, Sample
-from data.buckets import SIZES, Buckets, FittedView, image_sizes, make_buckets
+from data.buckets import SIZES, Buckets, fitted_views, image_sizes, make_buckets
 from data.cache.store import TensorStore, record_key
 from data.captions import CaptionConfig, describe_captions
 from data.collection import Collection
@@ -198,9 +198,7 @@ def _read(
     texts = _read_texts(data, setup, rows, training=training)
     fields = caption_fields(task.captions, texts, parts, weights)
     if task.latent_cache is None:
-        names = ("images", "fit")
-        views = {name: FittedView(buckets.sizes_hw, task.buckets, conditions=name == "fit") for name in names}
-        return buckets, data, views, fields
+        return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
     images = next(layer for layer in layers(data.source) if isinstance(layer, Images))
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
     recipe = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)

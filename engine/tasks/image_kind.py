@@ -10,13 +10,13 @@ from pydantic import model_validator
 from data.buckets import letterbox_groups, letterbox_sizes
 from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
-from data.device_augment import training_views
+from data.device_augment import IMAGES, training_views
 from data.loader import Fields, no_fields
 from data.open import Data, describe_collection, describe_transparency, open_images
 from data.rows import training_rows
 from data.source import Source
 from data.stream import GroupedSampler, Sampler, build_sampler
-from data.transforms import ByGroup, Views
+from data.transforms import ByGroup, TrainTransform, Views
 from engine.config import TrainingConfig
 from engine.task import Streams, Task
 from engine.tasks.kind import Kind, Setup, TaskConfig
@@ -108,9 +108,11 @@ class ImageKind(Kind):
 
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
         """Return the named views of a training image; a kind with its own makes them in the workers."""
-        sizes_hw = setup.preprocessing.get("buckets_hw") or [augment.image_size_hw]
+        background, sizes_hw = setup.preprocessing["background"], setup.preprocessing.get("buckets_hw")
+        if sizes_hw is None:
+            return training_views(augment, background)
         each = [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes_hw]
-        return ByGroup.views(each, lambda own: training_views(own, setup.preprocessing["background"]))
+        return {IMAGES: ByGroup([TrainTransform(own, background) for own in each])}
 
     def sampler(self, collection: Collection, setup: Setup, config: ImageTrainingConfig, rows: np.ndarray) -> Sampler:
         """Return the order of the training rows: the one that `loop.sampling` names.

@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from data.config import AugmentConfig
-from data.device_augment import AUGMENT, PARAMETERS, DeviceAugment, Drawn
+from data.device_augment import AUGMENT, DeviceAugment, Drawn
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
@@ -61,7 +61,7 @@ def reference(image, drawn, config, noise):
         frame = 3 * max(SIZE)
         image = tv.pad(image, [frame], fill=config.fill / 255)
         image = tv.affine(
-            image, angle=drawn.angle, translate=list(drawn.translate_px), scale=drawn.scale, shear=list(drawn.shear),
+            image, angle=drawn.angle, translate=list(drawn.translate), scale=drawn.scale, shear=list(drawn.shear),
             interpolation=InterpolationMode.BILINEAR, fill=[config.fill / 255],
         )  # fmt: skip
         image = tv.crop(image, frame, frame, *SIZE)
@@ -92,7 +92,7 @@ def test_a_batch_equals_torchvisions_functions_on_each_image(case, channels):
     """To one level in a few pixels: both round once, after float32 sums in another order and on another scale."""
     config = config_of(channels, **CASES[case])
     augment, images, drawn, parameters, keys = draw_batch(config, 48, channels)
-    assert parameters.shape == (48, PARAMETERS) and parameters.dtype == torch.float32
+    assert parameters.shape == (48, 20) and parameters.dtype == torch.float32
     found = augment.apply(images, parameters, keys)
     noise = augment._noise(keys, images.shape)
     wanted = torch.stack([reference(*sample, config, own) for *sample, own in zip(images, drawn, noise)])
@@ -170,7 +170,7 @@ def test_the_draws_cover_their_ranges():
         "angle": (-40.0, 40.0, [one.angle for one in drawn]),
         "scale": (0.6, 1.3, [one.scale for one in drawn]),
         "shear": (-15.0, 15.0, [one.shear[1] for one in drawn]),
-        "shift": (-0.2 * height, 0.2 * height, [one.translate_px[1] for one in drawn]),
+        "shift": (-0.2 * height, 0.2 * height, [one.translate[1] for one in drawn]),
         "brightness": (0.6, 1.4, [one.factors[0] for one in drawn]),
         "hue": (-0.3, 0.3, [one.factors[3] for one in drawn]),
     }

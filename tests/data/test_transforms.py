@@ -231,7 +231,7 @@ def test_crops_of_a_letterbox_have_its_ratio(image_hw, bucket_hw):
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (9_000, 700)])
 def test_a_strip_is_shrunk_before_it_is_padded(image_hw):
     image = torch.zeros(3, *image_hw, dtype=torch.uint8)
-    square = letterbox(image, (32, 32), "white")
+    square = letterbox(image, (32, 32), "white", "square")
     assert square.shape == (3, 256, 256)
     assert (square == 0).float().mean() == pytest.approx(max(min(image_hw) / max(image_hw), 1 / 256), rel=0.03)
 

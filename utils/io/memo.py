@@ -51,7 +51,7 @@ def measure_once(
     names = {path: os.path.abspath(path) for path in paths}
     versions = {path: file_version(path) for path in names}  # as they are before they are read
     known = _read(store)
-    values = {path: known[name][1] for path, name in names.items() if known.get(name, (None,))[0] == versions[path]}
+    values = {path: known[name][1] for path, name in names.items() if known.get(name, (0,))[0] == versions[path]}
     waiting = [path for path in names if path not in values]
     lines = None
     if waiting:
