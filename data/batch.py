@@ -19,8 +19,6 @@ from torch import Tensor
 
 from utils.contracts import Batch
 
-ALWAYS = ("sample_id", "key", "weight")
-
 
 @dataclass(frozen=True)
 class Ragged:

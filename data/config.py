@@ -197,14 +197,11 @@ class AugmentConfig(Strict):
     def describe(self, task_mirrors: bool) -> str:
         """Return the image size and the augmentation in a line; task_mirrors: whether the task mirrors."""
         height, width = self.image_size_hw
-        shapes = {"none": [], "square": ["padded to a square"], "buckets": ["padded to the nearest of several shapes"]}
-        steps = shapes[self.pad]
+        steps = [] if self.pad == "none" else [f"pad={self.pad}"]
         steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
-        steps += ["mirror" if self.horizontal_flip or task_mirrors else "no mirror"]
-        steps += ["affine map"] if self.affine is not None else []
-        steps += ["colours"] if self.color_jitter is not None else []
-        steps += [self.rand_augment] if self.rand_augment is not None else []
-        steps += ["random erasing"] if self.random_erasing else []
+        steps.append("mirror" if self.horizontal_flip or task_mirrors else "no mirror")
+        names = ("affine", "color_jitter", "rand_augment", "random_erasing")
+        steps += [name for name in names if getattr(self, name)]
         return f"{height} x {width} px; {', '.join(steps)}"
 
     @model_validator(mode="after")

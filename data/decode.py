@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor
 
 from data.image_formats import open_image
@@ -44,7 +44,7 @@ class Decoder:
     the largest image is taken. max_pixels: a larger image is refused from its header, before anything is decoded;
     Pillow's own limit (DEFAULT_MAX_PIXELS) applies as well. icc: convert from an embedded profile to sRGB. shortest_px:
     an image whose shorter side is longer is shrunk to it; a JPEG is decoded at 1/2, 1/4 or 1/8 where that suffices.
-    Raises UserError (`model.in_channels`, `data.icc`).
+    Raises UserError (`model.in_channels`).
     """
 
     channels: int
@@ -57,11 +57,6 @@ class Decoder:
         if self.channels not in (1, 3):
             raise UserError(
                 f"model.in_channels: {self.channels}; images are read as 1 channel (grey) or 3 (RGB): set 1 or 3"
-            )
-        if self.icc and not features.check("littlecms2"):
-            raise UserError(
-                "data.icc: true, but this build of Pillow has no LittleCMS to convert profiles with; install the wheel "
-                "of Pillow, or set data.icc=false"
             )
 
     def identity(self) -> str:

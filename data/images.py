@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import time
-import weakref
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,7 @@ _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
 
 class Contents(Protocol):
-    """The encoded images of rows. Picklable: loader workers open the store themselves."""
+    """The encoded images of rows."""
 
     def read(self, row: int) -> bytes:
         """Return the bytes of a row's image file. Raises UnreadableImage."""
@@ -67,10 +66,6 @@ class _Rows:
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
-
-    def __reduce__(self) -> tuple[type["_Rows"], tuple[Collection]]:
-        """Leave open files, and what is on its way, out: each process has its own."""
-        return type(self), (self.collection,)
 
     def name_of(self, row: int) -> str:
         """Return a row's path, behind that of its shard."""
@@ -112,7 +107,7 @@ class Files(_Rows):
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
         self._root = os.fspath(collection.root)
-        self._open = functools.lru_cache(_OPEN_SHARDS)(_Shard)
+        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
 
     def read(self, row: int) -> bytes:
         """Return a row's bytes. Raises UnreadableImage, which names the shard."""
@@ -121,7 +116,7 @@ class Files(_Rows):
             return read_file(path, self.name_of(row))
         try:
             shard = self._open(path)  # which stays open while there is a name for it
-            content = os.pread(shard.descriptor, length, offset)
+            content = os.pread(shard.fileno(), length, offset)
         except OSError as error:
             raise UnreadableImage(self.name_of(row), NOT_OPENED, f"{type(error).__name__}: {error.strerror}") from error
         return self.check(row, content, length)
@@ -129,14 +124,6 @@ class Files(_Rows):
     def file_of(self, row: int) -> FileRange:
         """Return the row's file, or its part of a shard."""
         return self.place_of(row, self._root)
-
-
-class _Shard:
-    """An open shard; it is closed with the last reference."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self.descriptor)
 
 
 class RemoteFiles(_Rows):
@@ -161,10 +148,9 @@ class RemoteFiles(_Rows):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
         return self.check(row, content, self.place_of(row, "").length)
 
-    def digest_of(self, row: int) -> bytes | None:
+    def digest_of(self, row: int) -> str | None:
         """Return the SHA-256 that the index states: a store replaces whole shards, and then the index with them."""
-        digest = self.collection.row(row).sha256
-        return None if digest is None else bytes.fromhex(digest)
+        return self.collection.row(row).sha256
 
     def _ask(self, rows: Sequence[int]) -> tuple[Future[dict[int, bytes | Exception]], float]:
         files, folder = open_store(str(self.collection.root))

@@ -8,6 +8,7 @@ A record's key is a hash of the image's bytes and of everything that was done to
 again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from data.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, pla
 from data.cache.store import TensorStore, record_key
 from data.collection import Collection
 from data.image_formats import UnreadableImage
-from data.loader import EvaluationStream, Loader, SampleReader, UnreadableLog, no_fields
+from data.loader import EvaluationStream, Example, Loader, SampleReader, UnreadableLog
 from data.source import IMAGE, Record, Source
 from data.stream import Draw
 from utils import rng
@@ -99,22 +100,29 @@ class LatentCache:
 
         Raises UserError as `TensorStore.put` does.
         """
-        for variant, is_missing in enumerate(self.is_missing().T):
-            if not is_missing.any():
-                continue
-            reader = SampleReader(
-                self.collection, _FittedFiles(images, self, variant), {"images": _as_read}, no_fields, training=False
-            )
-            rows, groups = self.buckets.rows[is_missing], self.buckets.groups[is_missing]
-            loader = EvaluationStream(Loader(reader, machine, unreadable.add), rows, batch_size, groups)
-            for batch in track(loader, len(loader), "encoding images"):
-                mean, logvar = (part.to(STORED) for part in encode(batch["images"]))
-                for at, (row, weight) in enumerate(zip(batch["sample_id"].tolist(), batch["weight"].tolist())):
-                    if weight > 0:
-                        key = self.keys[self.buckets.place_of(row), variant].decode()
+        is_missing, buckets = self.is_missing(), self.buckets
+        chosen, variants = is_missing.any(axis=1), np.flatnonzero(is_missing.any(axis=0)).tolist()
+        if not variants:
+            return
+        views = {str(variant): functools.partial(self._view, variant) for variant in variants}
+        loader = Loader(SampleReader(self.collection, images, views, _size, training=False), machine, unreadable.add)
+        stream = EvaluationStream(loader, buckets.rows[chosen], batch_size, buckets.groups[chosen])
+        for batch in track(stream, len(stream), "encoding images"):
+            latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
+            samples = zip(*(batch[name].tolist() for name in ("sample_id", "weight", "size_hw")))
+            for at, (row, weight, size_hw) in enumerate(samples):
+                number, path = buckets.place_of(row), self.collection.row(row).path
+                if weight > 0 and size_hw != (stated := buckets.image_hw[number].tolist()):
+                    unreadable.add([(path, f"height and width are {size_hw}, not {stated}; make the manifest again")])
+                elif weight > 0:
+                    for variant, (mean, logvar) in zip(variants, latents):
                         record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
-                        self.store.put(key, self.collection.row(row).path, record)
+                        self.store.put(self.keys[number, variant].decode(), path, record)
         self.store.finish()
+
+    def _view(self, variant: int, image: Tensor, draw: Draw) -> Tensor:
+        """Return an image in its bucket, uint8 [3, h, w]."""
+        return place(image, self.fit(self.buckets.place_of(draw.index), variant), flip=variant == 1)
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
@@ -146,24 +154,5 @@ class LatentCache:
         }
 
 
-def _as_read(image: Tensor, draw: Draw) -> Tensor:
-    return image
-
-
-class _FittedFiles:
-    """The image files of a cache, each in its bucket: uint8 [3, H, W]."""
-
-    def __init__(self, images: Source, cache: LatentCache, variant: int) -> None:
-        self.inner, self._cache, self._variant = images, cache, variant
-
-    def read(self, row: int, key: int = 0) -> Record:
-        fit = self._cache.fit(self._cache.buckets.place_of(row), self._variant)
-        image = self.inner.read(row)[IMAGE]
-        if list(image.shape[-2:]) != fit.original_hw.tolist():
-            found, stated = (f"{width} x {height}" for height, width in (image.shape[-2:], fit.original_hw.tolist()))
-            advice = f"{found}, not {stated}; make the manifest again"
-            raise UnreadableImage(self._cache.collection.row(row).path, "its size is not the stated one", advice)
-        return {IMAGE: place(image, fit, flip=self._variant == 1)}
-
-    def blank(self, group: int) -> Record:
-        return {IMAGE: torch.zeros(3, *self._cache.buckets.sizes_hw[group], dtype=torch.uint8)}
+def _size(example: Example) -> dict[str, Tensor]:
+    return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:])}

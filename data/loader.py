@@ -8,7 +8,6 @@ import ctypes
 import functools
 import itertools
 import json
-import multiprocessing
 import re
 import signal
 import sys
@@ -209,7 +208,6 @@ class Loader:
     def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
         """Yield batches on the device. Raises UserError (`runtime.workers`) where workers lack shared memory."""
         workers = self.machine.workers
-        forks = workers > 0 and multiprocessing.get_start_method() == "fork"
         loader = DataLoader(
             self.reader,
             batch_sampler=read_ahead(batches, self.reader.source, rows_ahead),
@@ -217,7 +215,7 @@ class Loader:
             prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
             collate_fn=_share,
             worker_init_fn=_leave_signals_to_parent,
-            multiprocessing_context=_WorkerContext() if forks else None,
+            multiprocessing_context=_WorkerContext() if workers > 0 else None,
             pin_memory=self.machine.device.type == "cuda",
             generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
         )

@@ -61,17 +61,6 @@ def load_collection(config: DataConfig) -> Collection:
     return collection
 
 
-def describe_transparency(collection: Collection, background: Any) -> str:
-    """Return how many training images have an alpha channel, "" for none and where the manifest does not state it."""
-    if "transparent" not in collection.table.column_names:
-        return ""
-    stated = collection.column("transparent")[collection.rows("train")]
-    if not (count := int(np.nansum(stated))):
-        return ""
-    what = "their alpha is dropped" if background == "drop" else f"put on {background}"
-    return f"; {count:,} of {np.count_nonzero(~np.isnan(stated)):,} have an alpha channel, {what} (data.background)"
-
-
 def describe_collection(collection: Collection) -> str:
     """Return a collection in a line: its root, splits and classes."""
     train, val = (f"{len(collection.rows(split)):,}" for split in ("train", "val"))

@@ -68,19 +68,12 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
     return pixels[:, :, None] if channels == 1 else pixels
 
 
-def raw_mode(image: Image.Image) -> str:
-    """Return how the file stores the pixels of an image that is not decoded yet, such as `L;4`; "" if not known."""
-    arguments = image.tile[0][3] if image.tile else ""
-    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return first if isinstance(first, str) else ""
-
-
 def _scale_transparency(image: Image.Image) -> None:
     """Bring the transparent grey or colour of a PNG to the 8 bits that its pixels will have; Pillow leaves it.
 
     Of 16 bits the high byte is compared, which is what Pillow keeps of the pixels.
     """
-    clear, raw = image.info["transparency"], raw_mode(image)
+    clear, raw = image.info["transparency"], image.tile[0][3] if image.tile else ""
     if raw in ("L;2", "L;4"):
         top = 2 ** int(raw[2:]) - 1
         image.info["transparency"] = (clear & top) * (255 // top)

@@ -16,8 +16,13 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
 
     Raises UserError where every image of the split has weight 0, and where a pattern matches none of them.
     """
-    refuse_weightless(collection)
     rows = collection.rows("train")
+    if len(rows) and not collection.weights()[rows].any():  # no step would change the network
+        raise UserError(
+            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "
+            "as unreadable images do; replace them and make the manifest again (prepare.py job=manifest), or give "
+            "those that can be read a weight above 0"
+        )
     if patterns is None or len(rows) == 0:
         return rows
     paths = collection.table["path"].take(rows).to_pylist()
@@ -32,17 +37,6 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
         chosen |= matches
     log.info("loop.train_paths: %s of %s training images", f"{chosen.sum():,}", f"{len(rows):,}")
     return rows[chosen]
-
-
-def refuse_weightless(collection: Collection) -> None:
-    """Raise UserError where there are training rows and all have weight 0: no step would change the network."""
-    rows = collection.rows("train")
-    if len(rows) and not collection.weights()[rows].any():
-        raise UserError(
-            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "
-            "as unreadable images do; replace them and make the manifest again (prepare.py job=manifest), or give "
-            "those that can be read a weight above 0"
-        )
 
 
 def spread(rows: np.ndarray, limit: int) -> np.ndarray:

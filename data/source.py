@@ -37,7 +37,7 @@ def join_ranges(ranges: Iterable[FileRange]) -> list[FileRange]:
 
 
 class Source(Protocol):
-    """Give the records of rows. Picklable: loader workers open the store themselves."""
+    """Give the records of rows, in any process that was forked from the one that made it."""
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return a row's record. Raises UnreadableImage where that is not possible.
@@ -79,28 +79,22 @@ def not_cached(source: Source, rows: Iterable[int]) -> list[int]:
     return [row for row in rows if not any(cache.has(row) for cache in caches)]
 
 
-class Counters:
-    """Counts of a rank and its workers, which add without a lock: each process in a row of its own."""
-
-    def __init__(self, *names: str) -> None:
-        self._places = {name: place for place, name in enumerate(names)}
-        self._rows = torch.zeros(_PROCESSES, len(names), dtype=torch.int64).share_memory_()
-
-    def add(self, name: str, amount: int = 1) -> None:
-        """Add to a count."""
-        self._rows.numpy()[os.getpid() % _PROCESSES, self._places[name]] += amount
-
-    def totals(self) -> dict[str, int]:
-        """Return the counts over all processes."""
-        return dict(zip(self._places, self._rows.sum(dim=0).tolist()))
-
-
 class Cached:
-    """A source that keeps records of the one behind it. counts: of this process and its loader workers."""
+    """A source that keeps records of the one behind it, and counts, with its loader workers, what it was asked for."""
 
     def __init__(self, inner: Source, *counted: str) -> None:
         self.inner, self.blank = inner, inner.blank
-        self.counts = Counters("hits", "misses", *counted)
+        self._columns = {name: column for column, name in enumerate(("hits", "misses", *counted))}
+        # Each process adds in a row of its own, without a lock.
+        self._counts = torch.zeros(_PROCESSES, len(self._columns), dtype=torch.int64).share_memory_()
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a count."""
+        self._counts.numpy()[os.getpid() % _PROCESSES, self._columns[name]] += amount
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts over all processes."""
+        return dict(zip(self._columns, self._counts.sum(dim=0).tolist()))
 
     def has(self, row: int) -> bool:
         """Return whether a row's record is kept."""
@@ -112,5 +106,5 @@ class Cached:
 
     def hit_rate(self) -> float:
         """Return the share of reads that the cache has answered."""
-        counts = self.counts.totals()
+        counts = self.counts()
         return counts["hits"] / max(1, counts["hits"] + counts["misses"])

@@ -42,7 +42,7 @@ class DiskCached(Cached):
 
     def readings(self) -> dict[str, float]:
         """Return the share of reads that the cache has answered, the GiB of all records, and how many made room."""
-        gib, evicted = self._store.used_bytes() / 2**30, self.counts.totals()["evicted"]
+        gib, evicted = self._store.used_bytes() / 2**30, self.counts()["evicted"]
         return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
 
     def has(self, row: int) -> bool:
@@ -54,7 +54,7 @@ class DiskCached(Cached):
         """Return the image of a row. Raises UnreadableImage."""
         found_by = self._key(row)  # of the file before it is read: one that changes meanwhile is never found by it
         record = None if found_by is None else self._store.get(found_by)
-        self.counts.add("misses" if record is None else "hits")
+        self.count("misses" if record is None else "hits")
         if record is not None:
             shape = _HEAD.unpack(record[: _HEAD.size])
             return {IMAGE: torch.from_numpy(record[_HEAD.size :].reshape(shape)).permute(2, 0, 1)}
@@ -68,7 +68,7 @@ class DiskCached(Cached):
         contents = self.inner.inner
         if not isinstance(contents, OnDisk):  # shards behind a URL, of which the index states hashes
             digest = contents.digest_of(row)
-            return None if digest is None else record_key(self._recipe, digest.hex(), contents.name_of(row))
+            return None if digest is None else record_key(self._recipe, digest, contents.name_of(row))
         file = contents.file_of(row)
         version = file_version(file.path)
         if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
@@ -77,13 +77,13 @@ class DiskCached(Cached):
 
     def _keep(self, key: str, image: Tensor) -> None:
         """Write the record of an image, uint8 [C, H, W]; where the disk refuses it, one warns and all write no more."""
-        if self.counts.totals()["refused"]:
+        if self.counts()["refused"]:
             return
         pixels = image.permute(1, 2, 0).contiguous().numpy()
         try:
-            self.counts.add("evicted", self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes()))
+            self.count("evicted", self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes()))
         except OSError as error:
-            self.counts.add("refused")
+            self.count("refused")
             log.warning(
                 "data.cache.folder: %s cannot be written (%s); the run goes on, and decodes what is not in the cache",
                 self._config.folder, error.strerror,

@@ -13,7 +13,7 @@ import socket
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -76,9 +76,6 @@ class Arena:
         """Return the arena that another process has open as `path`. Raises OSError where it cannot be opened."""
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.attach, (self.path, self.rows)
-
     @property
     def used_bytes(self) -> int:
         """Return the bytes that images take so far."""
@@ -139,7 +136,7 @@ class MemoryCached(Cached):
     def read(self, row: int, key: int = 0) -> Record:
         """Return the image of a row, from memory or from the source."""
         image = self.arena.get(row)
-        self.counts.add("misses" if image is None else "hits")
+        self.count("misses" if image is None else "hits")
         if image is None:
             pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
             self.arena.put(row, pixels)

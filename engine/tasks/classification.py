@@ -11,7 +11,7 @@ from data.buckets import letterbox_groups
 from data.collection import Collection, check_classes
 from data.loader import Fields
 from data.open import Data
-from data.rows import refuse_weightless, spread, training_rows
+from data.rows import spread, training_rows
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
 from engine.measures.means import Means
@@ -135,7 +135,6 @@ class ClassificationKind(ImageKind):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split."""
-        refuse_weightless(collection)
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:

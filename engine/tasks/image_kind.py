@@ -12,7 +12,7 @@ from data.collection import Collection
 from data.config import AugmentConfig, DataConfig
 from data.device_augment import IMAGES, training_views
 from data.loader import Fields, no_fields
-from data.open import Data, describe_collection, describe_transparency, open_images
+from data.open import Data, describe_collection, open_images
 from data.rows import training_rows
 from data.source import Source
 from data.stream import GroupedSampler, Sampler, build_sampler
@@ -152,9 +152,8 @@ class ImageKind(Kind):
                     f"makes views of its own ({', '.join(views)}), so set augment.{key}=false"
                 )
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
-        alpha = describe_transparency(collection, setup.preprocessing["background"])
         described = {
-            "collection": describe_collection(collection) + alpha,
+            "collection": describe_collection(collection),
             "images": augment.describe("orientation" in setup.facts),
         }
         fingerprints = {**data.fingerprints, **setup.fingerprints()}

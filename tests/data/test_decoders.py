@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms
 from torchvision.transforms import v2
 
 from data import decode
 from data.decode import Decoder
-from utils.errors import UserError
 
 pytest.importorskip("simplejpeg")
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in image_formats.py
@@ -131,10 +130,6 @@ def swapped_profile():
     return profile.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
 
 
-needs_cms = pytest.mark.skipif(not features.check("littlecms2"), reason="this build of Pillow has no LittleCMS")
-
-
-@needs_cms
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_a_profile_is_applied_on_request(form):
     content = encoded(Image.new("RGB", (16, 16), (255, 0, 0)), form, icc_profile=swapped_profile(), quality=100)
@@ -143,7 +138,6 @@ def test_a_profile_is_applied_on_request(form):
     assert np.abs(np.array(converted) - (0, 255, 0)).max() <= 3
 
 
-@needs_cms
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
 def test_a_profile_leaves_transparency_where_it_was(mode):
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
@@ -153,18 +147,11 @@ def test_a_profile_leaves_transparency_where_it_was(mode):
     assert np.abs(np.array(shown) - (0, 255, 0)).max() <= 3 and clear == [77] * 3
 
 
-@needs_cms
 @pytest.mark.parametrize("mode,profile", [("L", None), ("RGB", b"no profile"), ("I;16", None)])
 def test_a_profile_that_does_not_suit_the_pixels_is_ignored(mode, profile):
     image = Image.fromarray(np.full((4, 4), 40_000, np.uint16)) if mode == "I;16" else photo().convert(mode)
     content = encoded(image, "PNG", icc_profile=profile or swapped_profile())
     assert torch.equal(Decoder(3, LIMIT, icc=True)(content, "x"), Decoder(3, LIMIT)(content, "x"))
-
-
-def test_profiles_need_littlecms(monkeypatch):
-    monkeypatch.setattr(features, "check", lambda name: False)
-    with pytest.raises(UserError, match=r"^data\.icc: true"):
-        Decoder(3, LIMIT, icc=True)
 
 
 # --------------------------------------------------------------------------------------------------------- identities

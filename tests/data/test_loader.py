@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from data.batch import ALWAYS, Ragged, collate, multi_hot, to_device
+from data.batch import Ragged, collate, multi_hot, to_device
 from data.config import AugmentConfig
 from data.decode import Decoder
 from data.images import Files, Images
@@ -32,6 +32,7 @@ from utils.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 CPU = torch.device("cpu")
 GLOBAL = 32
+ALWAYS = ("sample_id", "key", "weight")
 SIZE = [24, 16]
 
 

@@ -53,7 +53,7 @@ def read_all(source):
 
 
 def counted(source):
-    counts = source.counts.totals()
+    counts = source.counts()
     return counts["hits"], counts["misses"]
 
 
@@ -123,7 +123,7 @@ def test_a_full_disk_is_one_warning(photos, small_disk, log):
         source._recipe = str(number)
         assert_equal(read_all(source), read_all(source.inner))
     warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
-    assert len(warned) == 1 and source.counts.totals()["refused"] > 0
+    assert len(warned) == 1 and source.counts()["refused"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

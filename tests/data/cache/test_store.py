@@ -1,7 +1,5 @@
 """The keyed store: round trips, damage, a limit, a full disk, and writers that are killed."""
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +16,7 @@ def content_of(key):
 
 
 def test_records_of_tensors_come_back(tmp_path):
-    store = pickle.loads(pickle.dumps(TensorStore(tmp_path, "cache.test")))
+    store = TensorStore(tmp_path, "cache.test")
     store.put(KEYS[0], "7.png", RECORD)
     found = store.read(KEYS[0])
     assert found.keys() == RECORD.keys() and all(torch.equal(found[name], RECORD[name]) for name in found)
