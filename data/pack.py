@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import os
-import tarfile
+import tarfile  # noqa: TID251 (shards are written, and their members listed)
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress

@@ -38,7 +38,7 @@ def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     content = io.BytesIO()  # of a full disk, torch says that a position is unexpected
-    torch.save({"model": state, "licence": licence_of(metadata)}, content)
+    torch.save({"model": state, "licence": licence_of(metadata)}, content)  # noqa: TID251 (tensors and one text)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.pth").write_bytes(content.getbuffer())
 

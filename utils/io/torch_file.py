@@ -26,7 +26,7 @@ def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dic
     try:
         # By its content: torch reads a path that ends in .safetensors by another reader.
         with open(path, "rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+            content = torch.load(stream, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # on a damaged file torch raises KeyError, IndexError, struct.error and more
         # torch's message begins with the advice to turn weights_only off.
         lines = [line for line in str(error).splitlines() if line.strip() and "`weights_only`" not in line]
