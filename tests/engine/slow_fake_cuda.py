@@ -1,13 +1,9 @@
-"""Every task, optimiser and precision on CUDA tensors that do not exist (tests/fake_cuda.py)."""
+"""Other optimisers and precisions, and the dearest task, on CUDA tensors that do not exist (tests/fake_cuda.py)."""
 
-import pytest
-
-from tests.engine.test_fake_cuda import OPTIMISERS, PRECISIONS, TASKS, check, pytestmark, run_cases  # noqa: F401
+from tests.engine.test_fake_cuda import TASKS, check, pytestmark, run_cases  # noqa: F401
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_every_optimiser_and_every_precision(task):
-    """Each pair of them with one task at least."""
-    turn = TASKS.index(task)
-    pairs = zip(OPTIMISERS, (*PRECISIONS[turn % 3 :], *PRECISIONS[: turn % 3]))
-    check(run_cases(*[f"{task}:{optim}:{precision}" for optim, precision in pairs]))
+def test_every_optimiser_every_precision_and_diffusion():
+    """Each with one task: neither depends on it."""
+    cases = ["classification:adan:fp16", "test_resnet:sgd:fp32", "multicrop:adan:fp32", "tagging:sgd:fp16"]
+    check(run_cases(*cases, *(["diffusion:adamw:bf16"] if "diffusion" in TASKS else [])))

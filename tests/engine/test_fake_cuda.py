@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 TASKS = ("classification", "test_resnet", "fcmae", "tagging", "distillation", "multicrop", "flow")
 if find_spec("diffusers") is not None:
     TASKS += ("diffusion",)
-OPTIMISERS, PRECISIONS = ("adamw", "adan", "sgd"), ("fp32", "bf16", "fp16")
 
 
 def run_cases(*cases):
