@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401
 import gc
+import sys
 from importlib.util import find_spec
 
 import matplotlib.backends.backend_agg
@@ -16,18 +17,20 @@ from PIL import Image
 import evaluate
 import export
 import finetune
+import finetune_sdxl
 import predict
 import prepare
 import pretrain_fcmae
+import submit.slurm
 import train
 import utils.record.plots
 from tests.in_process import compose
 
+SDXL_PACKAGES = {"diffusers", "transformers", "peft", "open_clip", "ftfy"}
+IMPORTED_BY_SCRIPTS = SDXL_PACKAGES & set(sys.modules)
 if find_spec("diffusers") is not None:  # five seconds of each run of SDXL
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    import finetune_sdxl
 
 Image.init()  # imports its plugins
 compose("finetune", ["loop.total_steps=1"])  # imports Hydra's parts and fills its parser's caches

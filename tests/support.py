@@ -34,8 +34,8 @@ from utils.config.help import CONF
 from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.preload"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.preload"])
 
 SCRIPTS = {
     "fcmae": "pretrain_fcmae.py",
@@ -237,7 +237,7 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, dr
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
         arguments = (script, overrides, str(cwd), own, list(map(str, outputs)), kill_at_step, draws)
-        process = _FORKS.Process(target=_run_rank, args=arguments)
+        process = FORKS.Process(target=_run_rank, args=arguments)
         process.start()
         processes.append(process)
     return Started(processes, outputs[1])
