@@ -4,8 +4,8 @@ import re
 import time
 
 import pytest
-import torch
 
+from tests.engine.test_exactness import assert_same_tensors
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, ask, submit
 from tests.support import checkpoint_tensors, rows, run
@@ -28,27 +28,11 @@ def start(cluster, images, tmp_path):
     return go
 
 
-@pytest.fixture(scope="module")
-def undisturbed(images, tmp_path_factory):
-    """The folder of a run of two ranks without SLURM."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = [*TRAINING, f"data.root={images}", f"loop.total_steps={STEPS}", f"run_dir={folder}/run"]
-    run("finetune.py", words, folder, ranks=2)
-    return folder / "run"
+def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(cluster, start, images, tmp_path):
+    """In one W&B run, bit for bit as two ranks without SLURM.
 
-
-def assert_nothing_lost(submission, undisturbed, restarts):
-    """It was continued so often; every step once, and the weights of the run that nothing disturbed."""
-    submission.wait_for(0)
-    submission.assert_ended(0, restarts)
-    steps = [row["step"] for row in rows(submission.folder / "run/metrics.jsonl", "train")]
-    assert steps == list(range(1, STEPS + 1))
-    ours, theirs = (checkpoint_tensors(folder, STEPS) for folder in (submission.folder / "run", undisturbed))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(cluster, start, undisturbed, tmp_path):
-    """In one W&B run. Our ranks miss the second node; the first takes the job's own script along: SLURM requeues it."""
+    Our ranks miss the second node; the first takes the job's own script along, and SLURM requeues it.
+    """
     submission = start("launch.partition=low", "tracking=wandb", "tracking.mode=offline")
     first, second = cluster.names
 
@@ -76,7 +60,12 @@ def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(c
         cluster.start_node(node)
         wait_for_resumption(number)
 
-    assert_nothing_lost(submission, undisturbed, restarts=4)
+    submission.wait_for(0)
+    submission.assert_ended(0, restarts=4)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, STEPS + 1))
+    undisturbed = [f"data.root={images}", f"loop.total_steps={STEPS}", f"run_dir={tmp_path}/undisturbed"]
+    run("finetune.py", [*TRAINING, *undisturbed], tmp_path, ranks=2)
+    assert_same_tensors(*(checkpoint_tensors(tmp_path / name, STEPS) for name in ("run", "undisturbed")))
     name = (tmp_path / "run/wandb_run_id.txt").read_text().strip()
     starts = [folder.name.rpartition("-")[2] for folder in tmp_path.glob("run/wandb/offline-run-*")]
     assert set(starts) == {name} and len(starts) > 1
@@ -87,9 +76,8 @@ def test_the_last_time_limit_that_a_job_may_reach_is_its_end(cluster, start):
     near_its_end = ["launch.time_min=10", "launch.stop_before_end_sec=120", "launch.max_requeues=0"]
     submission = start(*near_its_end, "loop.total_steps=1000000", step=20)
     minutes = int(ask(cluster, "squeue", "-h", "-j", submission.job, "-o", "%M").split(":")[-2])
-    ask(
-        cluster, "scontrol", "update", f"JobId={submission.job}", f"TimeLimit={minutes + 2}"
-    )  # SLURM asks it to save now
+    # SLURM asks it to save now.
+    ask(cluster, "scontrol", "update", f"JobId={submission.job}", f"TimeLimit={minutes + 2}")
     submission.wait_for(75)
     submission.assert_ended(75, restarts=0)
     assert "stopped at step" in submission.log() and ask(cluster, "squeue", "-h") == ""
