@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data.manifest_writer import save_manifest
+from data.manifest import save_manifest
 from data.table import build_table
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_json

@@ -1,9 +1,9 @@
 """The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images and what is known of
 them.
 
-Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns are kept. A manifest may come from a
-stranger, so its paths must stay in the root. With the columns `data.table.PLACES` the paths are names alone, and the
-shards are the files.
+Columns are those of `data.table.SCHEMA`; only `path` is required. Further columns of numbers or texts are kept. A
+manifest may come from a stranger, so its paths must stay in the root. With the columns `data.table.PLACES` the paths
+are names alone, and the shards are the files.
 """
 
 import functools
@@ -22,13 +22,15 @@ import pyarrow.parquet as pq
 
 from data.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
 from utils.errors import UserError
+from utils.io.files import write_atomically
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
-BOM = b"\xef\xbb\xbf"  # which some programs write before UTF-8
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute, or with an empty part, `.` or `..`
+# The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
+_MAKER, _OURS = b"atelier.made_by", "write_manifest"
 _AT_ONCE, _PART = 16, 512  # folders or files that are asked for at once
 
 
@@ -94,7 +96,10 @@ def read_table(file: Path) -> pa.Table:
             f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; path must be there, and any of "
             f"{', '.join(SCHEMA.names)}, each once"
         )
-    columns = {name: _cast(file, name, table[name]) for name in table.column_names}
+    nested = [name for name in table.column_names if name not in TYPES and pa.types.is_nested(table[name].type)]
+    if nested:
+        log.info("data.root: %s: columns of lists or records are ignored: %s", file.name, ", ".join(nested))
+    columns = {name: _cast(file, name, table[name]) for name in table.column_names if name not in nested}
     for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; name the image or drop the row")
     return pa.table({**{field.name: pa.nulls(len(table), field.type) for field in SCHEMA}, **columns})
@@ -110,7 +115,7 @@ def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _read_jsonl(file: Path) -> pa.Table:
-    content = file.read_bytes().removeprefix(BOM)
+    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some programs write before UTF-8
     options = pa.json.ReadOptions(block_size=len(content) + 1)  # so that a column has one type
     return pa.json.read_json(pa.BufferReader(content), read_options=options)
 
@@ -131,36 +136,23 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast a column to its type. Raises UserError where that would change its meaning."""
-    wanted = TYPES.get(name) or _kept_type(column)
+    """Cast a column to its type; a further one to int64, float64 or text.
+
+    Raises UserError where that would change its meaning.
+    """
+    found = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    is_whole = pa.types.is_boolean(found) or pa.types.is_integer(found)
+    other = pa.int64() if is_whole else pa.float64() if pa.types.is_floating(found) else pa.string()
+    wanted = TYPES.get(name, other)
     try:
         column = column.cast(wanted)
-    except (pa.ArrowException, TypeError) as error:
-        kinds = wanted or "numbers, text or lists of numbers of one length"
+    except pa.ArrowException as error:
         raise UserError(
-            f"data.root: column {name!r} of {str(file)!r} is {column.type} ({error}); write {kinds}"
+            f"data.root: column {name!r} of {str(file)!r} is {column.type} ({error}); write {wanted}"
         ) from error
     if name == "tags" and pc.list_flatten(column).null_count:
         raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; drop it from the list")
     return column
-
-
-def _kept_type(column: pa.ChunkedArray) -> pa.DataType | None:
-    """Return the type in which a further column is kept: int64, float64, text, or a vector of float32; None for others.
-
-    A vector is a list of numbers, all of one length.
-    """
-    found = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_boolean(found) or pa.types.is_integer(found):
-        return pa.int64()
-    if pa.types.is_floating(found):
-        return pa.float64()
-    if not pa.types.is_nested(found):
-        return pa.string()
-    if pa.types.is_fixed_size_list(found):
-        return pa.list_(pa.float32(), found.list_size)
-    lengths = pc.unique(pc.list_value_length(column).drop_null()) if pa.types.is_list(found) else []
-    return pa.list_(pa.float32(), lengths[0].as_py()) if len(lengths) == 1 else None
 
 
 def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -230,3 +222,26 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return [size for sizes in pool.map(lambda part: list(map(look_up, part)), parts) for size in sizes]
+
+
+def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
+    """Write a table as the root's `manifest.parquet`, atomically.
+
+    maker: only a manifest of the default one is ever overwritten. Raises UserError (`data.root`) where the folder is
+    not writable.
+    """
+    table = table.replace_schema_metadata({_MAKER: maker.encode()})
+    try:
+        write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
+    except PermissionError as error:
+        raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be made there") from error
+
+
+def refuse_foreign(file: Path) -> None:
+    """Raise UserError for a manifest that job=manifest did not make."""
+    made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
+    if made_by != _OURS.encode():
+        raise UserError(
+            f"data.root: {str(file)!r} was not made from this folder and is not overwritten; it is read as it is. To "
+            "have one made from the folder, move it away"
+        )

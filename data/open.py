@@ -26,7 +26,7 @@ import numpy as np
 from data.buckets import assign, letterbox_groups
 from data.cache.disk import DiskCached
 from data.cache.memory import keep_in_memory
-from data.collection import Collection, index_collection, open_collection
+from data.collection import Collection, index_collection
 from data.config import DataConfig, GlyphsConfig
 from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
@@ -56,7 +56,7 @@ def load_collection(config: DataConfig) -> Collection:
             draw_glyphs(Path(config.root))
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
 
-    collection = open_collection(config.root, Path(distributed.rank_zero_call(index)))
+    collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())
     return collection
 

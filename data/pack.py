@@ -28,7 +28,7 @@ from data.collection import Collection
 from data.config import DataConfig
 from data.image_formats import UnreadableImage
 from data.images import TAR, member_key, open_contents
-from data.manifest_writer import save_manifest
+from data.manifest import save_manifest
 from data.open import load_collection
 from data.pixels import upright_size
 from data.scan import IMAGE_SUFFIXES

@@ -1,7 +1,7 @@
 """The table that every collection becomes: its columns, their order and their hash.
 
 It has the columns of SCHEMA, and after them what else a layout knows: ids, places in shards, and further columns of a
-manifest, which are numbers, texts or vectors.
+manifest, which are numbers or texts.
 """
 
 import hashlib
@@ -92,9 +92,7 @@ def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> No
     """Feed a column's nulls, lengths and values, each in one run over all chunks, to a hash."""
     update(pc.is_null(column).to_numpy().tobytes())
     column = column.drop_null()
-    if pa.types.is_fixed_size_list(column.type):
-        _hash_column(update, pc.list_flatten(column))
-    elif pa.types.is_list(column.type):
+    if pa.types.is_list(column.type):
         update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
         _hash_column(update, pc.list_flatten(column))
     elif pa.types.is_string(column.type):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.collection import index_collection, open_collection
+from data.collection import Collection, index_collection
 from data.config import TextConfig
 from data.predictions import find_excluded, join_tags, spell_tags
 from data.tags.index import map_tags
@@ -189,7 +189,7 @@ def test_what_is_written_is_what_our_readers_read(place, images):
     wanted = {KEYS.index(key) for key, prob in PROBS.items() if prob >= 0.35 and key[1] != "general"}
     go(place, "beside", "threshold=0.35", "text.spaces=true", "text.escape=true", "text.rating=first", source="copy")
     path = index_collection(str(images), validation_fraction=0.0, cache=place / "cache")
-    found = map_tags(open_collection(str(images), path).table, VOCABULARY, TagRules(None, {}, {}, "x."))
+    found = map_tags(Collection(str(images), path).table, VOCABULARY, TagRules(None, {}, {}, "x."))
     assert len(found.offsets) == 13 and found.rating_known.all()
     assert all(set(found.of_row(row).tolist()) == wanted for row in range(12))
 

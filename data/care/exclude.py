@@ -19,8 +19,7 @@ from data.decode import Decoder
 from data.duplicates import group_duplicates
 from data.facts import Facts, measure_files
 from data.image_formats import read_file
-from data.manifest import PARQUET, read_parquet
-from data.manifest_writer import refuse_foreign, save_manifest
+from data.manifest import PARQUET, read_parquet, refuse_foreign, save_manifest
 from data.open import load_collection
 from data.scan import check_root
 from data.split import assign_validation
@@ -78,7 +77,7 @@ def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
         ours += bool(is_ours and now[-1])
     table = replace_column(table, "weight", pa.array(weights, pa.float32()))
     table = replace_column(table, "reason", pa.array(now, pa.string()))
-    save_manifest(root, table if any(now) else table.drop_columns("reason"), "write_manifest")
+    save_manifest(root, table if any(now) else table.drop_columns("reason"))
     return ours
 
 
@@ -233,5 +232,5 @@ class Split(Tool):
         if not self.apply:
             return f"{line}; set job.apply=true to write it into the manifest"
         whole = pc.replace_with_mask(table["split"].combine_chunks(), is_ours.combine_chunks(), splits)
-        save_manifest(root, replace_column(table, "split", whole), "write_manifest")
+        save_manifest(root, replace_column(table, "split", whole))
         return line

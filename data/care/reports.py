@@ -30,15 +30,16 @@ _TOGETHER = 24  # tags of the co-occurrence
 
 
 class Count(Tool):
-    """Log how many images each split, class and rating has; of the tags the most frequent."""
+    """Log how many images have each value of split, label, rating and tags, and of what job=manifest has measured."""
 
     name: Literal["count"]
 
     def run(self, data: DataConfig) -> str:
         """Count. Raises UserError (`data.root`)."""
         table = load_collection(data).table
-        for name in ("split", "label", "rating", "tags"):
-            if counts := list(count_values(table[name]).items()):
+        for name in ("split", "label", "rating", "mode", "orientation", "transparent", "tags"):
+            counts = list(count_values(table[name]).items()) if name in table.column_names else []
+            if counts:
                 more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
                 log.info("%s: %s%s", name, ", ".join(f"{value} {count:,}" for value, count in counts[:_SHOWN]), more)
         return f"{table.num_rows:,} images"

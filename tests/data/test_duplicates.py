@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from scipy.fft import dctn
 from scipy.sparse.csgraph import connected_components
 
-from data.collection import open_collection
+from data.collection import Collection
 from data.duplicates import group_duplicates, perceptual_hash
 from tests.data.test_collection import load
 from tests.in_process import run
@@ -97,6 +97,6 @@ def test_prepare_fills_in_hash_and_group(tmp_path):
     hashes, groups = (collection.table[name].to_pylist() for name in ("phash", "group"))
     assert hashes[:3] == [hash_of(picture(seed)) for seed in range(3)] and hashes[4] is None
     assert groups[1] == groups[3] and len({*groups}) == 4 and groups[4] is None
-    assert open_collection(str(root), plain).fingerprint == collection.fingerprint
+    assert Collection(str(root), plain).fingerprint == collection.fingerprint
     with pytest.raises(ConfigError, match=r"job.duplicates: true, and job.verify=false"):
         run("prepare", [*prepare, "job.duplicates=true", "job.verify=false"], tmp_path)

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import data.glyphs as glyphs
 from data.collection import check_classes
 from data.glyphs import draw_glyph, draw_glyphs, glyphs_ready, read_codes
+from data.table import count_values
 from tests.data.test_collection import load
 from tests.support import read_image
 from utils.errors import UserError
@@ -54,7 +54,7 @@ def test_counts(collection):
     assert (len(collection), len(train), len(val)) == (54_653, 47_495, 7_158)
     assert len(names) == 958 and collection.class_names("val") == names
     assert ((ids[train] >= 0).sum(), (ids[val] >= 0).sum()) == (12_298, 3_509)
-    both = Counter(collection.tag_counts("train")) + Counter(collection.tag_counts("val"))
+    both = count_values(collection.table["tags"])
     assert len(both) == 2_120 and sum(count >= 20 for count in both.values()) == 712
     paths = np.array(collection.table["path"].to_pylist())
     assert np.array_equal(np.flatnonzero(np.char.startswith(paths, "images/STIX")), val)  # never trained on

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.collection import index_collection, open_collection
+from data.collection import Collection, index_collection
 from data.manifest_writer import write_manifest
 from data.tags.names import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 from utils.errors import UserError
@@ -38,7 +38,7 @@ def write(root, name, content):
 
 
 def load(root, fraction=0.0):
-    return open_collection(str(root), index_collection(str(root), validation_fraction=fraction, cache=root / ".cache"))
+    return Collection(str(root), index_collection(str(root), validation_fraction=fraction, cache=root / ".cache"))
 
 
 def rows(root):
