@@ -49,7 +49,6 @@ class LoopConfig(Strict):
     ema_warmup: bool
     log_every_steps: Count
     evaluate_every_epochs: Literal["auto"] | Duration
-    plot_every_steps: Count | None
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_checkpoints: Count

@@ -1,5 +1,5 @@
-"""What a run writes down about itself while it trains: exact means, seconds and memory; metrics, tracker, live plots,
-progress bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
+"""What a run writes down about itself while it trains: exact means, seconds and memory; metrics, tracker, progress
+bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
 """
 
 import resource
@@ -25,7 +25,6 @@ from utils.ranks import distributed
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import name_figures, show_duration
-from utils.record.live_plot import LivePlots
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar
@@ -38,7 +37,7 @@ log = get_logger(__name__)
 
 MUCH_WAITING = 0.1  # of the time of training, for data; the bar shows it, and the end says what helps
 _FIRST_PLOT_SEC = 10.0  # a run that is shorter draws at its end alone
-_PLOT_PAUSE = 20  # times the duration of a drawing: frequent evaluations draw in at most 5 % of the time
+_PLOT_PAUSE = 50  # times the duration of a drawing: curves are drawn in at most 2 % of the time
 
 
 # ------------------------------------------------------------------------------------------- means, seconds and memory
@@ -162,7 +161,6 @@ class Recorder:
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None
         self._tracker: Tracker | None = None
-        self._live_plots: LivePlots | None = None
         self._readings: Callable[[], Mapping[str, float]] = dict
         self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)  # step, seconds, waited: of the last log, the epoch's start
         self._next_plot, self._has_stepped = time.perf_counter() + _FIRST_PLOT_SEC, False
@@ -177,8 +175,6 @@ class Recorder:
         """Start what `tracking` names, on rank 0. sweep: the name of the run's multirun."""
         info = RunInfo(self.folder, run_config, step, self._plan.global_batch_size, sweep)
         self._tracker = start_tracker(self._tracking, info)
-        if self._tracking.live_plots:
-            self._live_plots = LivePlots(self.folder)
 
     def open(self, step: int, train: TrainStream | None, *, goes_on: bool = True) -> None:
         """Open the files that are written row by row, without rows beyond `step`.
@@ -196,7 +192,7 @@ class Recorder:
         self.skips.open(self.folder, str if train is None else train.path_of, step)
 
     def close(self, *, completed_step: int | None, metadata: dict[str, Any] | None = None) -> None:
-        """Close all files at the end of a run, or of its part; curves that were drawn live are drawn once more.
+        """Close all files at the end of a run, or of its part.
 
         completed_step: the last step of a run that is complete; None: the run goes on later. metadata: of the weights
         that W&B gets then, the best ones or else the last ones, where `tracking.model_artifact` is set.
@@ -205,9 +201,6 @@ class Recorder:
             mark_complete(self.folder, completed_step)
             if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
                 self._tracker.add_model(self.folder / "weights", metadata or {})
-        if self._live_plots is not None:
-            self._live_plots.close()
-            self._draw()
         for record in (self._metrics, self._samples, self.skips):
             if record is not None:
                 record.close()
@@ -215,10 +208,8 @@ class Recorder:
             self._tracker.close(goes_on=completed_step is None)
 
     def abandon(self) -> None:
-        """End the watch, the live plots and the tracker of a run that failed."""
+        """End the watch and the tracker of a run that failed."""
         self.watchdog.abandon()
-        if self._live_plots is not None:
-            self._live_plots.close()
         if self._tracker is not None:
             self._tracker.close(failed=True)
 
@@ -344,26 +335,22 @@ class Recorder:
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **speed})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
-        """Draw the curves of the run so far, on rank 0, unless another process does.
+        """Draw the curves of the run so far, on rank 0.
 
         may_skip: not if they were drawn shortly before, unless this is the last step.
         """
         self.phase(step, "plotting")  # on all ranks: the watchdog compares their counts
         started = time.perf_counter()
         skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
-        if not skipped and not (self._live_plots is not None and self._live_plots.is_drawing):
-            self._draw()
-            ended = time.perf_counter()
-            self._next_plot = ended + _PLOT_PAUSE * (ended - started)
+        if self._metrics is None or skipped:
+            return
+        from utils.record.plots import plot_curves  # imports matplotlib
 
-    def _draw(self) -> None:
-        """Draw the curves, on rank 0."""
-        if self._metrics is not None:
-            from utils.record.plots import plot_curves  # imports matplotlib
-
-            path = self.folder / "plots" / "curves.png"
-            with ignore_write_errors(path):
-                plot_curves(self._metrics, path, self.folder.resolve().name)
+        path = self.folder / "plots" / "curves.png"
+        with ignore_write_errors(path):
+            plot_curves(self._metrics, path, self.folder.resolve().name)
+        ended = time.perf_counter()
+        self._next_plot = ended + _PLOT_PAUSE * (ended - started)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -147,12 +147,13 @@ class Run:
             asked = self.vote.read(result.asked, Asks(self.stop.requested, is_due))
             evaluates = plan.is_due(step, plan.evaluate_every_epochs)
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
-            if step % loop.log_every_steps == 0 or may_end:
+            logs = step % loop.log_every_steps == 0 or may_end
+            if logs:
                 recorder.log_step(step)
-            if loop.plot_every_steps is not None and step % loop.plot_every_steps == 0:
-                recorder.plot(step)
             if evaluates:
                 self.evaluate()
+            elif logs:
+                recorder.plot(step, may_skip=True)
             last = self.is_complete
             if step == end or last:
                 recorder.end_epoch(step, epoch, self.last_report)

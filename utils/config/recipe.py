@@ -32,7 +32,6 @@ FREE_KEYS = (
     "loop.on_out_of_memory",
     "loop.log_every_steps",
     "loop.evaluate_every_epochs",
-    "loop.plot_every_steps",
     "loop.checkpoint_every_steps",
     "loop.checkpoint_every_minutes",
     "loop.keep_checkpoints",

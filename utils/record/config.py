@@ -9,13 +9,9 @@ from utils.config.schema import Strict
 
 
 class _Tracking(Strict):
-    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits.
-
-    live_plots: another process draws plots/curves.png while the run trains (utils/record/live_plot.py).
-    """
+    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits."""
 
     samples: bool
-    live_plots: bool
 
 
 class JsonlTrackingConfig(_Tracking):
