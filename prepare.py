@@ -1,4 +1,4 @@
-"""Slow offline work on a collection: one job, whose keys are those of conf/job/ (docs/care.md).
+"""Slow offline work on a collection: one job, whose keys are those of conf/job/ (docs/collections.md).
 
     python prepare.py job=manifest data=image_folder data.root=PATH          check all images, write manifest.parquet
     python prepare.py job=manifest data=image_folder data.root=PATH job.verify=false          without decoding them

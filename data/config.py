@@ -25,7 +25,7 @@ _Zooms = Annotated[list[_Zoom], _Pair, AfterValidator(_rises)]
 
 
 class CacheConfig(Strict):
-    """Where decoded images are kept (docs/caches.md).
+    """Where decoded images are kept (docs/loading.md).
 
     memory_gib: in the shared memory of a node, while training; 0: none. disk_gib: the most that the files in `folder`
     take; 0: none.

@@ -6,7 +6,7 @@ r"""Submit a script to SLURM, through submitit.
     python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
 
 What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
-its own dry run before anything is queued. docs/slurm.md leads from an empty cluster to a requeued job.
+its own dry run before anything is queued. docs/cluster.md leads from an empty cluster to a requeued job.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""Tools that look after a collection: prepare.py runs them, docs/care.md explains them."""
+"""Tools that look after a collection: prepare.py runs them, docs/collections.md explains them."""

@@ -110,8 +110,8 @@ def test_a_rank_that_cannot_start_ends_the_job(cluster, images, stand_in, tmp_pa
 
 
 def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):
-    """docs/slurm.md leads to a job of two nodes: as it is written there, but for the size of the job."""
-    text = (ROOT / "docs/slurm.md").read_text().replace("\\\n", "")
+    """docs/cluster.md leads to a job of two nodes: as it is written there, but for the size of the job."""
+    text = (ROOT / "docs/cluster.md").read_text().replace("\\\n", "")
     (line,) = re.findall(r"^    python submit/slurm.py (.*launch.wait=true.*)$", text, flags=re.MULTILINE)
     small = ["runtime.device=cpu", "runtime.threads=1", "augment.image_size_hw=[16,16]", "loop.total_steps=4",
              "loop.global_batch_size=4", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16",
