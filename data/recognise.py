@@ -78,7 +78,7 @@ def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
     if shards[0][0].endswith(_TAR) and len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         fatal = lambda shard: ([], [f"{shard[0]}, which ends the process that reads it"])  # noqa: E731
-        found = map_in_processes(_read_shard, shards, fatal, chunk_size=1)
+        found = map_in_processes(_read_shard, shards, fatal)
     else:
         found = map(_read_shard, shards)
     tables, skipped = [], []

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_A = 0xBF58476D1CE4E5B9
 _MIX_B = 0x94D049BB133111EB
 _TABLE, _ROUNDS = 256, 6  # of Permutation
+Words = TypeVar("Words", int, np.ndarray)
 
 
-def mix64(word: int) -> int:
-    """Scramble a 64-bit word (the finaliser of SplitMix64).
+def mix64(word: Words) -> Words:
+    """Scramble a 64-bit word, or an array of uint64 (the finaliser of SplitMix64).
 
     Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, figure 17.
     """
@@ -41,19 +43,10 @@ def hash_counters(*counters: int) -> int:
     return word >> 1
 
 
-def hash_range(seed: int, stream: int, count: int) -> np.ndarray:
-    """Return uint64 hashes of (seed, stream, 0..count-1): the keys that a permutation is sorted by."""
-    base = np.uint64(hash_counters(seed, stream))
-    with np.errstate(over="ignore"):
-        word = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN) + base
-        word = (word ^ (word >> np.uint64(30))) * np.uint64(_MIX_A)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(_MIX_B)
-    return word ^ (word >> np.uint64(31))
-
-
 def permutation(seed: int, stream: int, count: int) -> np.ndarray:
     """Return a random order of 0..count-1 (int64) that depends on nothing but (seed, stream, count)."""
-    return np.argsort(hash_range(seed, stream, count), kind="stable")
+    words = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(hash_counters(seed, stream))
+    return np.argsort(mix64(words), kind="stable")
 
 
 class Permutation:

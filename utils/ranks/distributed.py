@@ -1,6 +1,6 @@
-"""Ranks: this process's place among them, and collectives.
+"""Ranks: which one this process is, and collectives.
 
-Processes are started by torchrun, by SLURM, or as plain `python`. Without a process group all is a world of one rank.
+Processes are started by torchrun, by SLURM, or as plain `python`. Without a process group, the world has one rank.
 """
 
 import gc
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One process's place: `rank` of `size`, `local_rank` on its node, and where the ranks meet."""
+    """Which of the `size` ranks this process is, on its node (`local_rank`) too, and where the ranks meet."""
 
     rank: int = 0
     size: int = 1
@@ -47,23 +47,21 @@ def _first_host(node_list: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def detect_world(environment: Mapping[str, str] = os.environ) -> World:
+def detect_world(env: Mapping[str, str] = os.environ) -> World:
     """Read the launcher's variables: torchrun's first, then those of a SLURM step, else a world of one.
 
     A batch script's own shell has SLURM_NTASKS but is not a step, so only SLURM_STEP_NUM_TASKS counts.
     """
-    env = environment
     if "RANK" in env and "WORLD_SIZE" in env:
-        ranks = (int(env[name]) for name in ("RANK", "WORLD_SIZE"))
+        rank, size, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
         address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))
-        return World(*ranks, int(env.get("LOCAL_RANK", "0")), "torchrun", address, port)
+        return World(rank, size, local, "torchrun", address, port)
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        ranks = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+        rank, size, local = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
         address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
         # The same port on all tasks of a step, another one for the next step or job.
         port = _FIRST_PORT + (int(env.get("SLURM_JOB_ID", "0")) + 1009 * int(env.get("SLURM_STEP_ID", "0"))) % _PORTS
-        port = int(env.get("MASTER_PORT") or port)
-        return World(*ranks, int(env.get("SLURM_LOCALID", "0")), "slurm", address, port)
+        return World(rank, size, local, "slurm", address, int(env.get("MASTER_PORT") or port))
     return World()
 
 
@@ -97,21 +95,16 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
     if world.size == 1 or dist.is_initialized():
         return world
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
-    device = None
+    timeout, backend, device = timedelta(seconds=timeout_sec), "gloo", None
     if device_type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"  # host objects and tensors on the CPU take no GPU memory
         device = torch.device("cuda", local_device_index(world))
         torch.cuda.set_device(device)
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec)))
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     if world.launcher == "torchrun":
         store = dist.PrefixStore(f"atelier/{meet_ranks(store, world, timeout_sec)}", store)
     dist.init_process_group(
-        # Host objects and tensors on the CPU go over gloo, so that they take no GPU memory.
-        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-        store=store,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=timeout_sec),
-        device_id=device,
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
     )
     return world
 
@@ -152,12 +145,12 @@ _is_alone = False
 
 
 def rank() -> int:
-    """Return this process's rank, 0 without a group."""
+    """Return this process's rank."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Return the number of ranks, 1 without a group."""
+    """Return the number of ranks."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -189,21 +182,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_object(value: T) -> T:
-    """Return rank 0's value on every rank."""
-    if not is_distributed():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
 def gather_objects(value: T) -> list[T]:
     """Return the values of all ranks, in their order, on every rank."""
-    if not is_distributed():
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if is_distributed():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -221,23 +204,23 @@ def rank_zero_call(call: Callable[[], T]) -> T:
 
     An error on rank 0 is raised on all of them, so none is left waiting; a user's error keeps its kind.
     """
-    value, failure = None, None
+    found: list[Any] = [None, None]  # the value, the error
     if is_main():
         try:
-            value = call()
+            found[0] = call()
         except Exception as error:
-            failure = error
-    value, failure = broadcast_object((value, failure))
-    if failure is not None:
-        raise failure
-    return value
+            found[1] = error
+    if is_distributed():
+        dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raise where the ranks do not hold the same value (another version of the code, another config)."""
+    """Raise UserError where the ranks hold different values: another version of the code, another configuration."""
     values = gather_objects(value)
-    odd = [index for index, other in enumerate(values) if other != values[0]]
-    if odd:
+    if odd := [index for index, other in enumerate(values) if other != values[0]]:
         raise UserError(
             f"{name}: ranks {odd} differ from rank 0 ({values[odd[0]]!r} against {values[0]!r}); "
             "start all ranks with one command, one code version and one set of files"

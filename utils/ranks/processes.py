@@ -12,6 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PARALLEL_FROM = 512  # items; below, starting processes takes longer than the work
+_MAX_CHUNK = 64  # items that a process gets at once
 
 
 def count_cores() -> int:
@@ -29,35 +30,27 @@ def map_items(
 
 
 def map_in_processes(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    fatal: Callable[[Item], Result],
-    chunk_size: int = 64,
+    function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result], count: int | None = None
 ) -> Iterator[Result]:
     """Yield `function` of each item, in order; `fatal` of one on which a process dies (a crash, a lack of memory).
 
-    chunk_size: items that a process gets at once. `function` and items must be picklable. Items of the same chunk as a
-    fatal one are processed again, one after another by one process.
+    count: of processes, None for one per core. `function` and items must be picklable. Other items of a process that
+    died are processed again.
     """
-    done = 0
+    count, done = count or count_cores(), 0
+    chunk_size = 1 if count == 1 else max(1, min(_MAX_CHUNK, len(items) // (4 * count)))
     while done < len(items):
+        # multiprocessing.Pool would wait forever for a process that died, and a fork does not copy our threads.
+        pool = ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the parent
+        )  # fmt: skip
         try:
-            with _processes(count_cores() if chunk_size > 1 else 1) as pool:
+            with pool:
                 for result in pool.map(function, items[done:], chunksize=chunk_size):
                     yield result
                     done += 1
-        except BrokenProcessPool:  # it does not name the item, which is in this chunk, or in one of the next
+        except BrokenProcessPool:  # the item is in this chunk or, of several processes, in one of the next
             chunk = items[done : done + chunk_size]
-            yield from [fatal(chunk[0])] if chunk_size == 1 else map_in_processes(function, chunk, fatal, 1)
+            yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)
-
-
-def _processes(count: int) -> ProcessPoolExecutor:
-    """Return a pool of `count` spawned processes: this one may run threads, which a fork does not copy.
-
-    An executor, because multiprocessing.Pool waits forever for a process that died.
-    """
-    return ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context("spawn"), initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the parent
-    )  # fmt: skip

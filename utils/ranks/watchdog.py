@@ -139,15 +139,9 @@ class Watchdog:
         return f"rank {', '.join(map(str, behind))} hangs in {where!r}: no progress for {self.timeout_sec:.0f} s"
 
     def _end(self, verdict: str) -> None:
-        said = (
+        threading.Timer(_LAST_WORDS_SEC, os._exit, [EXIT_LOST_RANK]).start()  # the log may be on the disk that hangs
+        log.error(
             "%s. Ending the job with status %d; the same command resumes from the last checkpoint "
-            "(runtime.hang_timeout_sec=%g)."
-        )
-        # The disk that a rank hangs on may hold the log too.
-        last_words = threading.Thread(
-            target=log.error, args=(said, verdict, EXIT_LOST_RANK, self.timeout_sec), daemon=True
-        )
-        last_words.start()
-        last_words.join(_LAST_WORDS_SEC)
-        # Threads of a hung process cannot be joined: leave at once.
-        os._exit(EXIT_LOST_RANK)
+            "(runtime.hang_timeout_sec=%g).", verdict, EXIT_LOST_RANK, self.timeout_sec,
+        )  # fmt: skip
+        os._exit(EXIT_LOST_RANK)  # threads of a hung process cannot be joined
