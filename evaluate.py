@@ -204,9 +204,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
             with output_errors("run_dir", folder):
                 write_thresholds(folder / THRESHOLDS, thresholds)
             log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
-    line = show_figures(report.scalars)
-    log.info("%s", line)
-    return line
+    return show_figures(report.scalars)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,6 @@ from utils.config.entry_point import Job, entry_point
 from utils.errors import about
 from utils.io.files import output_errors
 from utils.io.weights import choose_weights
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 
 @entry_point("export", ExportConfig)
@@ -46,8 +43,7 @@ def main(config: ExportConfig, job: Job) -> str:
         add_report(folder, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     licence = f" (licence of the source weights: {report['licence']})" if "licence" in report else ""
-    log.info("wrote %s%s  %s", folder / report["file"], licence, line)
-    return f"{folder / report['file']}  {line}"
+    return f"wrote {folder / report['file']}{licence}  {line}"
 
 
 if __name__ == "__main__":

@@ -208,8 +208,7 @@ def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
             write_embeddings(output, paths, vectors, weights)
         else:
             likes.write(rank(paths, vectors, embed("like", predictor, config)[1][0], config.top))
-    log.info("wrote %s: of %d images", output, len(paths))
-    return f"{len(paths)} images"
+    return f"wrote {output}: of {len(paths)} images"
 
 
 @entry_point("predict", PredictConfig)
@@ -234,8 +233,7 @@ def main(config: PredictConfig, job: Job) -> str:
     with output_errors("output", Path(config.output)):
         destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
     place = "files beside the images" if config.output == "beside" else config.output
-    log.info("wrote %s: %d images, %d there already", place, len(paths), len(images.paths) - len(paths))
-    return f"{len(paths)} images"
+    return f"wrote {place}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
 
 
 if __name__ == "__main__":

@@ -24,9 +24,6 @@ from data.pack import Pack
 from data.tags.vocabulary import CollectVocabulary
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 AnyJob = Annotated[
     Manifest | CollectVocabulary | Pack
@@ -46,9 +43,7 @@ class PrepareConfig(Strict):
 @entry_point("prepare", PrepareConfig)
 def main(config: PrepareConfig, job: Job) -> str:
     """Do the one job that was asked for."""
-    line = config.job.check(config.data) if config.dry_run else config.job.run(config.data)
-    log.info("%s", line)
-    return line
+    return config.job.check(config.data) if config.dry_run else config.job.run(config.data)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ from utils.record.run_folder import GIT_FILE, git_state
 
 log = get_logger(__name__)
 
-_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 SCRIPT_WORDS: list[str] = []  # of the command line, outside `launch`
 # What a copy of the code has: the rooms, which are packages, and their configuration.
 FOLDERS = ["conf", *sorted(file.parent.name for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests")]
@@ -59,7 +58,7 @@ class SubmitConfig(Strict):
 
 
 @entry_point("slurm", SubmitConfig)
-def main(config: SubmitConfig, job: Job) -> str:
+def main(config: SubmitConfig, job: Job) -> str | None:
     """Check, copy, queue, and wait where asked to."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
@@ -88,7 +87,7 @@ def main(config: SubmitConfig, job: Job) -> str:
     # ---------------------------------------------------------------------------------------------------- 4. The end
     if launch.wait and (status := wait_for(ids, folder)) != EXIT_OK:
         raise SystemExit(status)
-    return f"job {ids[0]}"
+    return None
 
 
 def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
@@ -198,7 +197,7 @@ def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) ->
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Return the words of `launch`, with Hydra's flags that show it, and those of the script."""
     own = re.compile(r"[+~]*launch[.=@]|--(help|hydra-help|cfg|info|package|resolve|version)\b|-[hcp]$")
-    is_ours = [bool(own.match(word)) or before in _FLAGS_WITH_VALUE for before, word in zip(["", *words], words)]
+    is_ours = [bool(own.match(word)) or before == "--cfg" for before, word in zip(["", *words], words)]
     return list(compress(words, is_ours)), [word for word, ours in zip(words, is_ours) if not ours]
 
 

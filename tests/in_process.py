@@ -15,17 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 import engine.learner
 from data.glyphs import GLYPHS_VERSION
 from data.manifest_writer import write_manifest
 from tests.support import SMALL_MODEL, make_collection
-from utils.config.entry_point import Job, quote_paths, validate
-from utils.config.help import CONF, ROOT
-from utils.config.schema import path_keys
+from utils.config.entry_point import Job, validate
+from utils.config.help import ROOT
 from utils.io.files import write_json
 
 TRAINING = ("pretrain_fcmae", "finetune", "train")
@@ -65,14 +62,7 @@ def load_command(script: str) -> Any:
 
 def compose(script: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, Job]:
     """Compose a script's configuration as its command line would; returns the values and the job."""
-    command = load_command(script)
-    quoted, config_dir = quote_paths(list(overrides), path_keys(command.schema)), command.config_dir
-    search = [] if config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]
-    script = script.rpartition(".")[2]
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        values = hydra_compose(script, overrides=[*quoted, *search], return_hydra_config=True)
-    choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
-    return DictConfig({key: values._get_node(key) for key in values if key != "hydra"}), Job(script, choices, quoted)
+    return load_command(script).compose(list(overrides))
 
 
 def configure(script: str, overrides: Sequence[str] = ()) -> tuple[Any, Job]:
@@ -87,7 +77,6 @@ def working_in(folder: Path) -> Iterator[None]:
     before = Path.cwd(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     logger = logging.getLogger("atelier")
     handlers, propagate = list(logger.handlers), logger.propagate
-    loggers = {name: logging.getLogger(name).disabled for name in logging.root.manager.loggerDict}
     os.chdir(folder)
     try:
         yield
@@ -96,8 +85,6 @@ def working_in(folder: Path) -> Iterator[None]:
         torch.set_num_threads(before[1])
         torch.use_deterministic_algorithms(before[2])
         logger.handlers[:], logger.propagate = handlers, propagate
-        for name, disabled in loggers.items():  # Hydra's `disabled` logging switches off every logger that it finds
-            logging.getLogger(name).disabled = disabled
 
 
 def run(script: str, overrides: Sequence[str], folder: Path) -> str:

@@ -172,7 +172,7 @@ def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
     with pytest.raises(UserError, match=r"^existing: null"):
         go(place, "beside", *words)
     assert list(texts(images)) == ["val/A/000.txt"]
-    assert go(place, "beside", *words, "existing=skip") == "3 images"
+    assert go(place, "beside", *words, "existing=skip").endswith(": 3 images, 1 there already")
     assert ours.read_text().startswith("\ufeffA girl") and len(texts(images)) == 4
     for _ in range(2):  # again, nothing is new
         go(place, "beside", *words, "existing=append")
@@ -219,16 +219,16 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
     if output.endswith("csv"):
         with open(place / output, "a") as stream:
             stream.write("copy/val/B/0")  # torn
-    assert go(place, output, *words) == "2 images"
+    assert ": 2 images, " in go(place, output, *words)
     assert {file: file.read_text() for file in whole} == whole
-    assert go(place, output, *words) == "0 images"
+    assert ": 0 images, " in go(place, output, *words)
 
 
 def test_nothing_is_written_through_a_link(place, images, tmp_path):
     shutil.copytree(images / "val", tmp_path / "other")
     (images / "link").symlink_to(tmp_path / "other")
     before = texts(tmp_path)
-    assert go(place, "beside", source="copy") == "12 images"  # which does not follow the link
+    assert ": 12 images, " in go(place, "beside", source="copy")  # which does not follow the link
     assert texts(tmp_path) == before and len(texts(images)) == 12
     with pytest.raises(UserError, match=r"^output: .*copy/link/.* is by a link outside "):
         go(place, "beside", "existing=skip", source="copy/*/*/*.png")

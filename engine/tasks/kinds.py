@@ -70,7 +70,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if not config.dry_run:
             kind.prepare(task, data, setup, config, runtime)
     if config.dry_run:
-        return f"dry run: {plan.total_steps} steps"
+        return f"dry run: {plan.total_steps} steps, nothing is written"
 
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])

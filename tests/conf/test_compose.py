@@ -21,7 +21,7 @@ MANDATORY = {
 }
 # What jobs of prepare.py must be given.
 TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to=X"], "downsample": ["job.to=X"]}
-SHARED = {"common", "folders"}  # files that primaries include
+SHARED = {"common"}  # files that primaries include
 ALL_TRAINING = ("finetune", "train", "pretrain_fcmae", "finetune_sdxl")
 GROUPS = {
     "model": ALL_TRAINING,

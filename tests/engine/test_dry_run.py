@@ -45,7 +45,11 @@ def test_what_a_run_begins_with_is_checked(words, phrase, place):
 
 
 def test_a_right_start_passes(place):
-    assert dry(["init_from=pretrain"], place) == dry(["run_dir=finetuned"], place) == "dry run: 2 steps"
+    assert (
+        dry(["init_from=pretrain"], place)
+        == dry(["run_dir=finetuned"], place)
+        == "dry run: 2 steps, nothing is written"
+    )
 
 
 def test_the_model_follows_the_run_in_init_from(place, monkeypatch, capsys):

@@ -18,15 +18,14 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.config.help import CONF, list_options
@@ -50,6 +49,8 @@ from utils.record.sweep_table import read_jobs, sweep_table, with_failures
 from utils.record.trackers import has_unfinished
 
 log = get_logger(__name__)
+
+_SHOW = ("--cfg", "job")  # prints the configuration
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,9 @@ class Command(Generic[Schema]):
     def __call__(self) -> None:
         """Run the command of sys.argv, and end the process with its status."""
         setup_logging()
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises, and the errors are ours to show
         try:
             status = self._run(sys.argv[1:])
-        except SystemExit as stop:  # argparse, or a training that was stopped
+        except SystemExit as stop:  # a training that was stopped
             status = stop.code or EXIT_OK
         except KeyboardInterrupt:  # before or after the training, which saves
             status = EXIT_INTERRUPTED
@@ -124,41 +124,31 @@ class Command(Generic[Schema]):
                 raise ConfigError([f"{key!a}: must be UTF-8, found {value!a}"])
             if value == "null" and (options := list_options(key)):
                 raise ConfigError([f"{key}: null chooses no file; known: {', '.join(options)}"])
-        arguments = quote_paths(arguments, path_keys(self.schema))
         try:
             if FLAGS & set(arguments):
-                return self._run_sweep(arguments)
-            values, job = self._compose(arguments)
-            if values is not None:
-                choices = follow_init_from(values, job.overrides, job.choices)
-                config, job = validate(values, self.schema), Job(self.script, choices, job.overrides)
+                return self._run_sweep(quote_paths(arguments, path_keys(self.schema)))
+            values, job = self.compose([word for word in arguments if word not in _SHOW])
+            if "--cfg" in arguments:
+                sys.stdout.write(OmegaConf.to_yaml(values))
+                return EXIT_OK
+            job = replace(job, choices=follow_init_from(values, job.overrides, job.choices))
+            config = validate(values, self.schema)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([hydra_problem(error, self.schema)]) from None
-        if values is not None:
-            self.main(config, job)
+        if line := self.main(config, job):
+            log.info("%s", line)
         return EXIT_OK
 
-    def _compose(self, arguments: list[str]) -> tuple[DictConfig | None, Job]:
-        """Let Hydra compose the values; None where it was asked to show them (--cfg)."""
-        composed: list[tuple[DictConfig, Job]] = []
-
-        def take(values: DictConfig) -> None:
-            state = HydraConfig.get()
-            choices = {name: str(choice) for name, choice in state.runtime.choices.items() if "hydra/" not in name}
-            # `${...}` is resolved with the values.
-            overrides = OmegaConf.to_container(state.overrides.task, resolve=False)
-            composed.append((values, Job(self.script, choices, overrides)))
-
-        if self.config_dir != CONF:  # a stranger's primary file finds our groups
-            arguments = [*arguments, f"hydra.searchpath=['file://{CONF}']"]
-        # argparse takes no override behind a flag that follows another override.
-        sys.argv[1:] = sorted(arguments, key=lambda argument: not argument.startswith("-") and "=" in argument)
-        try:
-            hydra.main(config_path=str(self.config_dir), config_name=self.script, version_base="1.3")(take)()
-        except ValueError as error:  # options that exclude each other
-            raise HydraException(str(error)) from None
-        setup_logging()  # Hydra has switched our loggers off
-        return composed[0] if composed else (None, Job(self.script, {}, []))
+    def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
+        """Return the values that Hydra composes from conf/ and the words of a command line, and the job."""
+        words = quote_paths(words, path_keys(self.schema))
+        search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # it finds our groups
+        with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
+            values = hydra.compose(self.script, [*words, *search], return_hydra_config=True)
+        choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
+        with open_dict(values):
+            del values["hydra"]
+        return values, Job(self.script, choices, words)
 
     def _run_sweep(self, arguments: list[str]) -> int:
         """Run the jobs of a --multirun, and log them with those of its folder, the best first."""
@@ -208,5 +198,5 @@ def _leave(status: int) -> None:
 def entry_point(
     config_name: str, schema: type[Schema], config_dir: Path = CONF
 ) -> Callable[[Callable[[Schema, Job], str | None]], Command[Schema]]:
-    """Turn `main(config, job)` into a command."""
+    """Turn `main(config, job)`, which returns the last line of its log, into a command."""
     return lambda main: Command(config_name, main, schema, config_dir)

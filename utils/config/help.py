@@ -36,7 +36,7 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
     lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
     chosen = dict(word.partition("=")[::2] for word in words)
     groups: dict[str, str] = {}
-    for item in yaml.safe_load((CONF / f"{script.stem}.yaml").read_text(encoding="utf-8"))["defaults"]:
+    for item in yaml.safe_load((CONF / f"{script.stem}.yaml").read_text(encoding="utf-8")).get("defaults", ()):
         if isinstance(item, dict):
             group, name = next(iter(item.items()))
             groups[group] = re.sub(r"\$\{(\w+)\}", lambda other: groups[other[1]], name or "null")
@@ -53,7 +53,7 @@ def _read(folder: Path, name: str) -> Iterator[str]:
     """Yield the lines of a file, behind those of the files that it builds on."""
     text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
     for base in yaml.safe_load(text).get("defaults", ()):
-        if isinstance(base, str) and base not in ("_self_", "folders"):
+        if isinstance(base, str) and base != "_self_":
             yield from _read(folder, base)
     without_list = re.sub(r"^defaults:\n(?:  - .*\n)+", "", text, flags=re.MULTILINE)
     yield from (line for line in without_list.splitlines() if line != "# @package _global_")

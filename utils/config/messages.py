@@ -108,14 +108,12 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
     """Return what Hydra or OmegaConf refused, as a line."""
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        if not name:
-            return f"{group}: no such file in {CONF}"
         advice = f"; any network of timm: model=timm model.name={name}" if group == "model" else ""
         return f"{group}: unknown {name!r}; {close_names(name, list_options(group))} (files of {CONF / group}){advice}"
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         if not equals:
-            return f"{key}: no value is given; write {key}=VALUE"
+            return f"{key}: is no flag, and no value is given; write {key}=VALUE"
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         key = error.__cause__.full_key

@@ -88,9 +88,6 @@ def setup_logging(rank: int | None = None, *, explain: bool = False) -> None:
     logger = logging.getLogger(ROOT)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    for name in logging.root.manager.loggerDict:
-        if name.split(".")[0] == ROOT:  # Hydra's `disabled` logging switches off every logger that it finds
-            logging.getLogger(name).disabled = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

@@ -154,7 +154,7 @@ def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(
         f"  run folder  {name}/run",
         "parameter groups:",
     ]
-    assert done.stderr.endswith("dry run: nothing was written\n")
+    assert done.stderr.endswith("dry run: 2 steps, nothing is written\n")
     assert sorted(os.listdir(tmp_path)) == [name, "outputs"] and not (tmp_path / name / "run").exists()
     assert os.listdir(tmp_path / "outputs") == ["cache"]
 

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.in_process import compose, load_command, run_command
-from utils.config.entry_point import CONF, validate
+from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 from utils.config.schema import path_keys
 from utils.errors import UserError, close_names
@@ -127,7 +127,6 @@ FROM_HYDRA = [
     (["optim.lr"], "optim.lr: ", "optim.lr=VALUE"),
     (["seed=${nothing}"], "seed: ", "'nothing' not found"),
     (["data.root=\udcff"], "'data.root': must be UTF-8", "udcff"),
-    (["--config-name=nothing"], "nothing: ", str(CONF)),
     (["sweep.at_once=0", "--multirun"], "sweep.at_once: ", "found 0"),
 ]
 
