@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import LRFinderConfig
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.recorder import Recorder
@@ -58,9 +57,9 @@ class Curve:
     @property
     def smoothed(self) -> np.ndarray:
         """The mean of each loss and its neighbours, _WIDTH in all; fewer at the ends."""
-        losses, half = np.asarray(self.losses), _WIDTH // 2
-        places = range(len(losses))
-        return np.array([losses[max(0, place - half) : place + half + 1].mean() for place in places])
+        half = _WIDTH // 2
+        windows = [self.losses[max(0, place - half) : place + half + 1] for place in range(len(self.losses))]
+        return np.array([np.mean(window) for window in windows])
 
 
 def suggest(curve: Curve, *, adaptive: bool) -> tuple[float | None, str]:
@@ -68,21 +67,17 @@ def suggest(curve: Curve, *, adaptive: bool) -> tuple[float | None, str]:
     count = len(curve.losses)
     if count < 2 * _WIDTH:
         return None, f"the loss diverged after {count} updates"
-    smoothed = curve.smoothed
     # The noise of one loss, from the differences of neighbours where the rates are low; then of a mean.
-    noise = float(np.std(np.diff(curve.losses[: max(_WIDTH, count // 3)]))) / math.sqrt(2 * _WIDTH)
-    first, lowest, edge = float(np.median(curve.losses[: 2 * _WIDTH])), math.inf, count - 1 if curve.diverged else None
-    for place, loss in enumerate(smoothed):
-        lowest = min(lowest, loss)
-        fall, rise = first - lowest, loss - lowest
-        if fall > _NOISE * noise and rise > max(_RISE * fall, _NOISE * noise):
-            edge = place
-            break
-    if first - lowest <= _NOISE * noise:
-        return None, f"the loss does not fall by more than its noise (from {first:.4g} to {lowest:.4g})"
-    if edge is None:
+    noise = _NOISE * float(np.std(np.diff(curve.losses[: max(_WIDTH, count // 3)]))) / math.sqrt(2 * _WIDTH)
+    smoothed, first = curve.smoothed, float(np.median(curve.losses[: 2 * _WIDTH]))
+    lowest = np.minimum.accumulate(smoothed)
+    falls, rises = first - lowest, smoothed - lowest
+    if falls[-1] <= noise:
+        return None, f"the loss does not fall by more than its noise (from {first:.4g} to {lowest[-1]:.4g})"
+    edges = np.flatnonzero((falls > noise) & (rises > np.maximum(_RISE * falls, noise)))
+    if not len(edges) and not curve.diverged:
         return None, f"the loss still falls at a rate of {curve.rates[-1]:.3g}"
-    rate = curve.rates[edge]
+    rate = curve.rates[edges[0] if len(edges) else -1]
     if adaptive:
         return _ADAPTIVE_SHARE * rate, f"a tenth of {rate:.3g}, where the loss rises, for an adaptive optimiser"
     return rate, "where the loss rises"
@@ -96,10 +91,9 @@ def undone(learner: Learner) -> Iterator[None]:
     """
     own = map(sharded.own_part, checkpointed_state(learner.task).values())
     tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in own]
-    optimizer = copy.deepcopy(learner.optimizer.state_dict())
-    scale = copy.deepcopy(learner.scale.state())
-    others = {name: getattr(learner, name) for name in ("schedule", "step", "averages")}
-    learner.averages, device = None, learner.runtime.device
+    optimizer, device = copy.deepcopy(learner.optimizer.state_dict()), learner.runtime.device
+    others = {name: getattr(learner, name) for name in ("schedule", "step", "averages", "scale")}
+    learner.averages, learner.scale = None, copy.copy(learner.scale)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
@@ -109,7 +103,6 @@ def undone(learner: Learner) -> Iterator[None]:
                 tensor.copy_(before)
         learner.optimizer.zero_grad(set_to_none=True)
         learner.optimizer.load_state_dict(optimizer)
-        learner.scale.load(scale)
         for name, value in others.items():
             setattr(learner, name, value)
 
@@ -120,14 +113,14 @@ def rate_at(number: int, steps: int) -> float:
 
 
 def range_test(
-    learner: Learner, batches: Iterator[Sequence[Batch]], steps: int, plan: Plan, recorder: Recorder, stop: StopRequest
+    learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
 ) -> Curve:
-    """Make at most `steps` updates at rising rates; call it inside `undone`. Raises Stopped on request.
+    """Make at most `plan.range_test_steps` updates at rising rates, inside `undone`. Raises Stopped on request.
 
     It ends where the loss is not finite or has doubled. Groups that the run freezes only at first (`optim.rules`) are
     trained: the rate is theirs, too. Momentum is as the optimiser has it, the rest as the run begins.
     """
-    curve, skipped, decay = Curve(), 0, learner.schedule.at(0).weight_decay
+    curve, skipped, steps, decay = Curve(), 0, plan.range_test_steps, learner.schedule.at(0).weight_decay
     for group in learner.optimizer.param_groups:
         if group["freeze_steps"] < plan.total_steps:
             group["freeze_steps"] = 0
@@ -157,47 +150,37 @@ def range_test(
 
 
 def find_lr(
-    learner: Learner,
-    batches: Iterator[Sequence[Batch]],
-    finder: LRFinderConfig,
-    plan: Plan,
-    recorder: Recorder,
-    stop: StopRequest,
+    learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
 ) -> float | None:
     """Return the run's peak rate by a range test; None, so that the configured one stays, where it has no answer.
 
     Writes lr_finder.json and plots/lr_finder_plot.png. Raises Stopped where the run was asked to stop meanwhile.
     """
     started = time.perf_counter()
-    try:
-        with undone(learner):
-            curve = range_test(learner, batches, finder.steps, plan, recorder, stop)
-    except Stopped:
-        log.warning("lr_finder: stopped on request; the same command makes the range test again")
-        raise
+    with undone(learner):
+        curve = range_test(learner, batches, plan, recorder, stop)
     rate, reason = suggest(curve, adaptive=not isinstance(learner.optimizer, torch.optim.SGD))
     seconds = time.perf_counter() - started
     if rate is None:
         log.warning("lr_finder: no answer: %s. The rate stays %.3g", reason, plan.lr)
     else:
         log.info("lr_finder: takes %.3g, %s; configured was %.3g; %.1f s", rate, reason, plan.lr, seconds)
-    about = {"configured": plan.lr, "taken": rate, "reason": reason, "seconds": seconds}
-    distributed.rank_zero_call(lambda: _write(recorder.folder, curve, about))
+    if distributed.is_main():
+        about = {"configured": plan.lr, "taken": rate, "reason": reason, "seconds": seconds}
+        _write(recorder.folder, curve, about)
     return rate
 
 
 def _write(folder: Path, curve: Curve, about: dict[str, Any]) -> None:
-    """Write a range test's file and, of a curve with points, its picture; on rank 0."""
     from utils.record.plots import plot_range_test  # imports matplotlib
 
-    smoothed, rate = curve.smoothed.tolist(), about["taken"]
+    smoothed, rate, count = curve.smoothed.tolist(), about["taken"], len(curve.losses)
     file, picture = folder / "lr_finder.json", folder / "plots/lr_finder_plot.png"
     with ignore_write_errors(file):
         write_json(file, {**about, **asdict(curve), "smoothed": smoothed})
-    if not curve.losses:
-        return  # nothing to draw
-    with ignore_write_errors(picture):
+    if count > 0:
         outcome = "no answer" if rate is None else f"takes {rate:.3g}"
-        title = f"{folder.resolve().name}: range test, {len(curve.losses)} updates, {outcome}"
-        plot_range_test(curve.rates, (curve.losses, smoothed), rate, title, picture)
-    log.info("lr_finder: see %s", picture)
+        title = f"{folder.resolve().name}: range test, {count} updates, {outcome}"
+        with ignore_write_errors(picture):
+            plot_range_test(curve.rates, (curve.losses, smoothed), rate, title, picture)
+        log.info("lr_finder: see %s", picture)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from engine.config import LoopConfig, LRFinderConfig, TrainingConfig
+from engine.config import TrainingConfig
 from optim.config import OneCycleConfig, ScheduleConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -31,6 +31,7 @@ class Plan:
     warmup_steps: int
     lr: float
     evaluate_every_epochs: float = 1.0
+    range_test_steps: int = 0  # updates before the first one (engine/lr_finder.py)
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
@@ -39,11 +40,6 @@ class Plan:
     def shown_epoch(self, step: int) -> float:
         """Return the epochs read after `step` updates, with a digit after the point."""
         return round(self.epoch_at(step), 1)
-
-    @property
-    def epochs(self) -> float:
-        """The epochs of the run, with a digit after the point."""
-        return self.shown_epoch(self.total_steps)
 
     def epoch_end(self, epoch: int) -> int:
         """Return the step that completes epoch number `epoch`, counted from 0; the last one ends with the run."""
@@ -58,18 +54,10 @@ class Plan:
         return -(-self.epoch_of(step) * self.epoch_length // self.global_batch_size)
 
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
-        """Return whether `step` ends the run, or a multiple of `every_epochs` lies after step `since`, up to `step`.
-
-        since: None for the step before.
-        """
-        after, before = (
-            math.floor(self.epoch_at(one) / every_epochs + 1e-9) for one in (step, step - 1 if since is None else since)
-        )
+        """Return whether `step` ends the run, or is the first after `since` (None: the step before) at a multiple."""
+        since = step - 1 if since is None else since
+        after, before = (math.floor(self.epoch_at(one) / every_epochs + 1e-9) for one in (step, since))
         return after > before or step == self.total_steps
-
-    def has_range_test(self, finder: LRFinderConfig) -> bool:
-        """Return whether the run begins with a range test, of at most `lr_finder.max_share` of its steps."""
-        return finder.enabled and finder.steps <= finder.max_share * self.total_steps
 
 
 def largest_divisor(count: int, most: int) -> int:
@@ -104,18 +92,26 @@ def make_plan(
     config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
     """Return the plan. evaluation_samples: what one evaluation reads. Raises UserError as `split_batch`."""
-    loop, optim, size = config.loop, config.optim, config.loop.global_batch_size
-    cap = size if loop.batch_size == "auto" else loop.batch_size
-    micro, accum = split_batch(size, world_size, cap, chunk)
-    if chunk is None and 2 * micro < min(cap, micro * accum):
-        log.warning(
-            "loop.global_batch_size: the %d samples of a rank have no divisor near loop.batch_size=%d, so an update "
-            "takes %d micro-batches of %d; a multiple of loop.batch_size for each rank is faster",
-            micro * accum, cap, accum, micro,
-        )  # fmt: skip
+    loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.global_batch_size
+    micro, accum = split_batch(size, world_size, size if loop.batch_size == "auto" else loop.batch_size, chunk)
     per_epoch = epoch_length / size
-    total = _total_steps(loop, per_epoch)
-    plan = Plan(
+    total, epochs = loop.total_steps, loop.total_epochs
+    if total is None:
+        if epochs == "auto":
+            epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / per_epoch)), AUTO_MOST_EPOCHS)
+        total = max(1, math.ceil(epochs * per_epoch - 1e-9))
+    every = loop.evaluate_every_epochs
+    if every == "auto":
+        share = evaluation_samples / epoch_length
+        every = min(max(1.0, share / AUTO_EVALUATION_SHARE), total / per_epoch / AUTO_EVALUATIONS or 1.0)
+    lr = optim.base_lr * size / 256 if optim.lr is None else optim.lr
+    is_tested = finder.enabled and finder.steps <= finder.max_share * total
+    if finder.enabled and not is_tested:
+        log.warning(
+            "lr_finder: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate stays %.3g",
+            finder.steps, finder.max_share, total, lr,
+        )  # fmt: skip
+    return Plan(
         world_size=world_size,
         global_batch_size=size,
         micro_batch_size=micro,
@@ -123,31 +119,10 @@ def make_plan(
         epoch_length=epoch_length,
         total_steps=total,
         warmup_steps=_warmup_steps(config.schedule, per_epoch, total),
-        lr=optim.base_lr * size / 256 if optim.lr is None else optim.lr,
-        evaluate_every_epochs=_evaluate_every(loop, total / per_epoch, evaluation_samples / epoch_length),
+        lr=lr,
+        evaluate_every_epochs=every,
+        range_test_steps=finder.steps if is_tested else 0,
     )
-    if config.lr_finder.enabled and not plan.has_range_test(config.lr_finder):
-        log.warning(
-            "lr_finder: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate stays %.3g",
-            config.lr_finder.steps, config.lr_finder.max_share, total, plan.lr,
-        )  # fmt: skip
-    return plan
-
-
-def _evaluate_every(loop: LoopConfig, epochs: float, share: float) -> float:
-    """Return the epochs between evaluations. epochs: of the run; share: of an epoch that one evaluation reads."""
-    if loop.evaluate_every_epochs != "auto":
-        return loop.evaluate_every_epochs
-    return min(max(1.0, share / AUTO_EVALUATION_SHARE), epochs / AUTO_EVALUATIONS or 1.0)
-
-
-def _total_steps(loop: LoopConfig, steps_per_epoch: float) -> int:
-    epochs = loop.total_epochs
-    if loop.total_steps is not None:
-        return loop.total_steps
-    if epochs == "auto":
-        epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch)), AUTO_MOST_EPOCHS)
-    return max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
 
 
 def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps: int) -> int:

@@ -97,16 +97,16 @@ class Run:
 
         Raises Stopped where the run was asked to stop, and has saved.
         """
-        plan, config, first, started = self.plan, self.config, self.step, time.perf_counter()
+        plan, first, started = self.plan, self.step, time.perf_counter()
         if self.is_complete:
             log.info(
                 "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
                 "run_dir", self.step, plan.total_steps,
             )  # fmt: skip
             return
-        if first == 0 and plan.has_range_test(config.lr_finder):
+        if first == 0 and plan.range_test_steps:
             with closing(self.streams.train.steps(plan.total_steps, plan)) as batches:
-                rate = find_lr(self.learner, batches, config.lr_finder, plan, self.recorder, self.stop)
+                rate = find_lr(self.learner, batches, plan, self.recorder, self.stop)
             if rate is not None:
                 self.use_lr(rate)
         if plan.total_steps == 0:
@@ -188,7 +188,7 @@ class Run:
         recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.last_report})
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
         shown += [] if self.best.value is None else [f"best {self.best.value:.4g}"]
-        log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.epochs:g}", *shown]))
+        log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", *shown]))
         recorder.add_report(step, report)
         if step > 0:  # a run of no steps has no curves
             recorder.plot(step, may_skip=not self.has_stalled)  # they end where the run stops early

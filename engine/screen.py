@@ -24,9 +24,9 @@ def start_screen(
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
     steps = f"{plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
-    length = f"{plan.epochs:g} epochs of {steps}, of {plan.global_batch_size} images each"
+    length = f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}, of {plan.global_batch_size} images each"
     rate = f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.global_batch_size} / 256)"
-    if plan.has_range_test(config.lr_finder):
+    if plan.range_test_steps:
         rate = "found by a range test before the first update"
     elif config.optim.lr is not None:
         rate = f"{plan.lr:.3g} (optim.lr)"

@@ -15,7 +15,7 @@ import torch
 import engine.recorder
 from engine.lr_finder import Curve, range_test, rate_at, suggest, undone
 from engine.step import Stopped
-from optim.schedules import GroupValues
+from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import rows
@@ -44,8 +44,7 @@ def falls_again(place):
     return valley(place) if place < -0.65 else 1.6 - 2.0 * (place + 0.65)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
-@pytest.mark.parametrize("loss_at", [valley, falls_again])
+@pytest.mark.parametrize("noise, loss_at", [(0.0, valley), (0.2, valley), (0.05, falls_again)])
 def test_the_rate_is_where_the_loss_has_risen_by_a_quarter_of_its_fall(loss_at, noise):
     """5 (place + 1) ** 2 is a quarter at a rate of 0.17; the means of nine losses and the noise move it a little."""
     rate, _ = suggest(make_curve(loss_at, noise), adaptive=False)
@@ -70,8 +69,8 @@ class Recorder:
 
 def sweep(learner, batches, steps, *, total_steps=1000, stop=False):
     """A range test of a learner alone."""
-    plan, request = SimpleNamespace(total_steps=total_steps), SimpleNamespace(requested=stop)
-    return range_test(learner, batches, steps, plan, Recorder(), request)
+    plan = SimpleNamespace(total_steps=total_steps, range_test_steps=steps)
+    return range_test(learner, batches, plan, Recorder(), SimpleNamespace(requested=stop))
 
 
 def test_the_updates_are_the_runs_own():
@@ -136,30 +135,27 @@ def test_a_batch_that_cannot_be_read_is_no_point_of_the_curve_and_a_signal_ends_
 
 def everything(learner):
     """All that an update may change: tensors, and as text group values, step, schedule and generator."""
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in learner.optimizer.param_groups
-    ]
+    groups = [sorted({**group, "params": None}.items()) for group in learner.optimizer.param_groups]
     rest = groups, learner.state()[1], learner.step, learner.schedule, torch.random.get_rng_state().sum().item()
     return tensors_of(learner), repr(rest)
 
 
-RESNET = ("model=timm", "model.name=resnet18")  # has buffers
 LEARNERS = {
-    "sgd": (["optim=sgd"], OURS),
+    "before the first update": (["optim=sgd"], OURS),
     "adamw, average": (["optim=adamw", "loop.ema_decay=0.9"], OURS),
     "lamb": (["optim=timm", "optim.opt=lamb"], OURS),
-    "buffers": (["optim=sgd"], RESNET),
+    "buffers": (["optim=sgd"], ("model=timm", "model.name=resnet18")),
     "fp16": (["optim=sgd"], OURS),
 }
 
 
-@pytest.mark.parametrize("case, updates_before", [*((case, 2) for case in LEARNERS), ("sgd", 0)])
-def test_no_trace_is_left_of_it(case, updates_before):
-    """Bit for bit, before the first update and later; the rates are high enough for numbers that overflow."""
+@pytest.mark.parametrize("case", LEARNERS)
+def test_no_trace_is_left_of_it(case):
+    """Bit for bit; the rates are high enough for numbers that overflow."""
     overrides, model = LEARNERS[case]
     learner, batch = make_learner(*overrides, model=model), make_batch()
     learner = in_fp16(learner) if case == "fp16" else learner
-    for _ in range(updates_before):
+    for _ in range(0 if case.startswith("before") else 2):
         learner.update([batch])
     tensors, rest = everything(learner)
     with undone(learner):
@@ -191,15 +187,9 @@ def searched(tmp_path_factory):
     return folder, base
 
 
-def torchs_values(steps, peak):
-    """Return the rate of torch's OneCycleLR at each update, by its own defaults, which are ours."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak, momentum=0.9)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=steps)
-    for step in range(steps):
-        yield optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        if step < steps - 1:
-            cycle.step()
+def rate_of_cycle(steps, peak, update):
+    config, _ = configure("finetune", SEARCH)
+    return pytest.approx(Schedule(config.schedule, peak, 0.0, steps, 0).at(update - 1).lr, rel=1e-9)
 
 
 def found_by(run_dir):
@@ -218,30 +208,25 @@ def test_the_run_equals_one_whose_rate_was_given(searched):
     run("finetune", [*base, *given, f"optim.lr={found['taken']!r}", f"run_dir={folder}/given"], folder)
     first, second = (read_weights(folder / name / "weights/last_weights.safetensors")[0] for name in ("run", "given"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    rates = [row["lr"] for row in rows(folder / "run/metrics.jsonl", "train")]
-    assert max(rates) == pytest.approx(found["taken"], rel=0.05) and rates == [
-        row["lr"] for row in rows(folder / "given/metrics.jsonl", "train")
-    ]
+    rates, given = ([row["lr"] for row in rows(folder / f"{name}/metrics.jsonl", "train")] for name in ("run", "given"))
+    assert max(rates) == pytest.approx(found["taken"], rel=0.05) and rates == given
 
 
 def test_a_resumed_run_does_not_search_again_unless_it_is_given_a_rate(searched, tmp_path, capsys):
     """It continues at the rate found, in the same recipe's folder."""
     folder, base = searched
     path = shutil.copytree(folder / "run", tmp_path / "run")
-    written = (path / "lr_finder.json").stat().st_mtime_ns
     run("finetune", [*base, *SEARCH, "loop.total_steps=102", f"run_dir={path}"], folder)
     said = capsys.readouterr().err
     assert "resumed from" in said and "lr_finder" not in said and "the peak rate is" in said
-    assert (path / "lr_finder.json").stat().st_mtime_ns == written
     found = found_by(path)["taken"]
     assert json.loads((path / "checkpoints/step_00000102/state.json").read_text())["found_lr"] == found
-    rates = {row["step"]: row["lr"] for row in rows(path / "metrics.jsonl", "train")}
-    assert [rates[101], rates[102]] == pytest.approx(list(torchs_values(102, found))[100:], rel=1e-9)
+    assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(102, found, 102)
 
     given = ["lr_finder.enabled=false", "optim.lr=0.5", "resume_allow=[optim.lr,lr_finder.enabled]"]
     run("finetune", [*base, *SEARCH, *given, "loop.total_steps=103", f"run_dir={path}"], folder)
     assert "the peak rate is" not in capsys.readouterr().err
-    assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == pytest.approx(list(torchs_values(103, 0.5))[-1])
+    assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(103, 0.5, 103)
 
 
 def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch):
@@ -272,7 +257,7 @@ def test_a_rate_beside_a_range_test_is_refused():
 
 def test_no_answer_keeps_the_rate_and_says_so(searched, capsys, monkeypatch):
     folder, base = searched
-    monkeypatch.setattr("engine.lr_finder._HIGHEST_RATE", 2e-5)
+    monkeypatch.setattr("engine.lr_finder.range_test", lambda *_: Curve(RATES, [2.0] * 100))
     run("finetune", [*base, *SEARCH, f"run_dir={folder}/flat", "optim.base_lr=1.28"], folder)
     assert "lr_finder: no answer" in capsys.readouterr().err
     assert found_by(folder / "flat")["taken"] is None
