@@ -201,7 +201,7 @@ class Recorder:
             mark_complete(self.folder, completed_step)
             if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
                 self._tracker.add_model(self.folder / "weights", metadata or {})
-        for record in (self._metrics, self._samples, self.skips):
+        for record in (self._metrics, self._samples):
             if record is not None:
                 record.close()
         if self._tracker is not None:
@@ -215,9 +215,8 @@ class Recorder:
 
     def sync(self) -> None:
         """Flush rank 0's rows to the disk; before a checkpoint beyond them is published. From any thread."""
-        for rows in (self._metrics, self.skips):
-            if rows is not None:
-                rows.sync()
+        if self._metrics is not None:
+            self._metrics.sync()
 
     def sync_samples(self) -> None:
         """Flush this rank's record of samples. Raises OSError where the disk refuses it."""
@@ -313,8 +312,6 @@ class Recorder:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)
             self.skips.check(step, last=step == plan.total_steps)
-        else:
-            self.skips.forget(step)
 
     def _scheduled(self, step: int) -> dict[str, float]:
         """Return the scheduled figures of update number `step`, from 1; the momentum only where it moves."""
@@ -367,7 +364,7 @@ class Recorder:
         """Restore what `state` returned."""
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
-        self.skips.load(state["skipped"])
+        self.skips.steps = [tuple(skipped) for skipped in state["skipped"]]
         self.clock.seconds, self.clock.waited = state["clock"]["seconds"], state["clock"]["waited"]
         self._epoch = tuple(state["clock"]["epoch"])
         self._earlier_peak_gib = state["peak_memory_gib"]

@@ -11,6 +11,7 @@ reference.
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -48,43 +49,22 @@ class SkipWatch:
     """Count skipped steps. steps: among the last WINDOW_STEPS, the number (from 1) of each, and what was wrong."""
 
     def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.steps: list[tuple[int, str]] = []
+        self.limit, self.steps = limit, list[tuple[int, str]]()
         self._unread: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
         self._path_of: Callable[[int], str] = str
         self._path: Path | None = None
-        self._file: AppendFile | None = None
 
     def open(self, folder: Path, path_of: Callable[[int], str], last_step: int) -> None:
-        """Open the file of rows, without rows beyond `last_step`. `path_of` returns the path of a sample."""
+        """Drop the file's rows beyond `last_step`, and write there from now on. path_of: returns a sample's path."""
         self._path_of = path_of
         if distributed.is_main():
             self._path = folder / "skipped_steps.jsonl"
             keep_rows(self._path, last_step)
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-    def sync(self) -> None:
-        """Flush the rows to the disk."""
-        if self._file is not None:
-            self._file.sync()
-
-    def load(self, steps: Sequence[tuple[int, str]]) -> None:
-        """Restore the steps of a checkpoint."""
-        self.steps = [(number, what) for number, what in steps]
-
     def add(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Take update number `step`, from 1."""
         kept = [{name: batch[name] for name in ("sample_id", "weight")} for batch in batches]
         self._unread.append((step, kept, result))
-
-    def forget(self, step: int) -> None:
-        """Release the steps since the last report, when the meters know that none was skipped."""
-        self._unread.clear()
-        self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
 
     def read(self, step: int) -> None:
         """Report the skipped steps since the last call, on all ranks. A host synchronisation."""
@@ -96,30 +76,29 @@ class SkipWatch:
             for (number, batches, result), (applied, weight) in zip(self._unread, flags)
             if applied == 0
         ]
-        self.forget(step)
+        self._unread.clear()
+        self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
         if not skipped:
             return
-        every = distributed.gather_objects([ids for _, _, ids in skipped])
+        every, rows = distributed.gather_objects([ids for _, _, ids in skipped]), []
         for index, (number, weight, _) in enumerate(skipped):
             ranks = [rank for rank, found in enumerate(every) if found[index][0]]
             what = "loss" if ranks else "weight" if weight == 0 else "gradient"
             self.steps.append((number, what))
-            if self._path is None:
-                continue  # not rank 0
             paths = [self._path_of(sample) for found in every for sample in found[index][0 if ranks else 1]]
-            if index < _SHOWN:
+            rows.append(json.dumps({"step": number, "ranks": ranks, "what": what, "paths": paths}, ensure_ascii=False))
+            if index < _SHOWN and distributed.is_main():
                 reason = _REASONS[what].format(", ".join(map(str, ranks)))
                 log.warning("step %d was skipped: %s; samples: %s", number, reason, ", ".join(paths[:_SHOWN]))
-            with ignore_write_errors(self._path):
-                self._file = self._file or AppendFile(self._path)
-                row = {"step": number, "ranks": ranks, "what": what, "paths": paths}
-                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self._path is not None:
+            with ignore_write_errors(self._path), closing(AppendFile(self._path)) as file:
+                file.write("".join(f"{row}\n" for row in rows))
+                file.sync()
 
     def check(self, step: int, *, last: bool) -> None:
-        """Raise UserError where too many steps were skipped up to `step`; `last` marks the run's last step.
+        """Raise UserError where EMPTY_STEPS steps in a row had no readable image, or more were skipped than allowed.
 
-        That is where no image could be read for EMPTY_STEPS steps, or in all of a shorter run, and where more steps
-        were skipped than the limit.
+        last: this is the run's last step; a shorter run may have none with a readable image.
         """
         empty = {number for number, what in self.steps if what == "weight"}
         newest = range(max(1, step - EMPTY_STEPS + 1), step + 1)
@@ -132,8 +111,7 @@ class SkipWatch:
         if self.limit is not None and len(self.steps) > self.limit:
             raise UserError(
                 f"loop.max_skipped_steps: {len(self.steps)} of the last {min(step, WINDOW_STEPS)} steps before step "
-                f"{step} were skipped, first step {self.steps[0][0]}, {len(empty)} of them because no image could be "
-                f"read; {self.limit} are allowed. See skipped_steps.jsonl for what was not finite and the samples. "
-                "Start another run with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm, or a "
-                "higher limit; prepare.py job=manifest lists unreadable images"
+                f"{step} were skipped, first step {self.steps[0][0]}, {len(empty)} of them without a readable image; "
+                f"{self.limit} are allowed. skipped_steps.jsonl has the causes and samples. Start another run "
+                "with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm, or a higher limit"
             )
