@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from data.table import SPLIT_NAMES, build_table, show_some
 from data.tags.records import Sidecar
-from data.tags.sidecars import SUFFIXES, read_sidecars
+from data.tags.sidecars import read_sidecars
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
@@ -180,10 +180,3 @@ def _warn_of_empty(paths: list[str], folders: list[str]) -> None:
     empty = [folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used]
     if empty:
         log.warning("data.root: %d folders hold no image and are ignored: %s", len(empty), show_some(sorted(empty)))
-
-
-def find_orphans(rest: set[str], images: set[str]) -> list[str]:
-    """Return the files of a folder that are named as sidecars, but of none of its images; none beside no image."""
-    owners = images | {os.path.splitext(name)[0] for name in images}
-    pairs = [os.path.splitext(name) for name in sorted(rest)] if images else []
-    return [stem + suffix for stem, suffix in pairs if suffix in SUFFIXES and stem not in owners]

@@ -21,7 +21,7 @@ from data.open import load_collection
 from data.pixels import read_size
 from data.scan import check_root, list_folder, list_images
 from data.tags.names import parse_tag
-from data.tags.sidecars import list_sidecars, read_text
+from data.tags.sidecars import list_sidecars
 from utils.config.bounds import Side
 from utils.config.schema import PathText
 from utils.errors import UserError
@@ -41,7 +41,7 @@ _UNFIT = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.Dec
 
 
 class Shrink(NamedTuple):
-    """What a smaller copy is to be. quality: of JPEG and WebP. max_pixels: an image of more is not decoded."""
+    """How a smaller copy is made. quality: of JPEG and WebP. max_pixels: an image of more is not decoded."""
 
     longest_px: int
     quality: int
@@ -86,29 +86,27 @@ def _smooth_mode(image: Image.Image) -> str:
 
 
 class Copy(Tool, Rules):
-    """Copy the images that are listed, have all the tags and break no rule; nothing is overwritten.
+    """Copy the images that have all the tags and break no rule; nothing is overwritten.
 
-    to: the folder. listed: a text file of paths, one a line. A file that is there with the same size and time of change
-    is passed over, so a killed job goes on where it was.
+    to: the folder. A file that is there with the same size and time of change is passed over, so a killed job goes on
+    where it was.
     """
 
     name: Literal["copy"]
     to: PathText
-    listed: PathText | None
     tags: list[str]
 
     def run(self, data: DataConfig) -> str:
-        """Copy. Raises UserError (`job.to`, `job.listed`, `data.root`)."""
+        """Copy. Raises UserError (`job.to`, `data.root`)."""
         root = check_root(data.root)
         target = _check_target(root, self.to)
         collection = load_collection(data)
         paths = collection.table["path"].to_pylist()
-        failing = find_failing(collection, self, data)
-        listed = paths if self.listed is None else _read_list(Path(self.listed).expanduser(), paths)
-        chosen = set(listed).difference(failing)
-        if needed := {parse_tag(tag).name for tag in self.tags}:
-            rows = zip(paths, collection.table["tags"].to_pylist())
-            chosen &= {path for path, tags in rows if needed <= {parse_tag(tag).name for tag in tags}}
+        chosen = set(paths).difference(find_failing(collection, self, data))
+        needed = {parse_tag(tag).name for tag in self.tags}
+        for path, tags in zip(paths, collection.table["tags"].to_pylist() if needed else ()):
+            if not needed <= {parse_tag(tag).name for tag in tags}:
+                chosen.discard(path)
         files = list(dict.fromkeys([*sorted(chosen), *_sidecars_of(root, sorted(chosen))]))
         done = copy_files(root, target, files)
         if (manifest := find_manifest(root)) is not None:
@@ -194,16 +192,3 @@ def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
         if folder not in names:
             names[folder] = {entry.name for entry in list_folder(root / folder)}
         yield from (folder + slash + sidecar for sidecar in list_sidecars(name, names[folder]))
-
-
-def _read_list(file: Path, paths: Sequence[str]) -> set[str]:
-    """Read paths, one a line. Raises UserError (`job.listed`) where the collection lacks one."""
-    if not file.is_file():
-        raise UserError(f"job.listed: {str(file)!r} is no file; give a text file of paths in data.root, one a line")
-    listed = {line.strip() for line in read_text(file).splitlines() if line.strip()}
-    if unknown := listed.difference(paths):
-        raise UserError(
-            f"job.listed: {len(unknown):,} lines of {str(file)!r} name no image of the collection, such as "
-            f"{min(unknown)!r}; write paths relative to data.root, with / between folders"
-        )
-    return listed

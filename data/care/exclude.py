@@ -160,8 +160,7 @@ class Duplicates(Finder):
         }
         facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
 
-        def rank(path: str) -> tuple[int, int, str]:
-            """Put the image of most pixels first, then of most bytes, then by path."""
+        def rank(path: str) -> tuple[int, int, str]:  # the image of most pixels first, then of most bytes
             return -(facts[path].width or 0) * (facts[path].height or 0), -sizes[path], path
 
         groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]

@@ -1,5 +1,6 @@
 """Jobs that only look: count, statistics (one HTML page) and verify (unreadable images, and orphans both ways)."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +16,16 @@ from data.config import DataConfig
 from data.facts import Facts, measure_files
 from data.manifest import find_manifest, read_table
 from data.open import describe_collection, load_collection
-from data.scan import check_root, find_orphans, is_image_name, list_images, walk_folders
+from data.scan import check_root, is_image_name, list_images, walk_folders
 from data.table import SPLITS, count_values
-from data.tags.sidecars import list_sidecars
+from data.tags.sidecars import SUFFIXES, list_sidecars
 from utils.config.schema import PathText
-from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
 
 log = get_logger(__name__)
 
 _SHOWN = 30  # classes and tags in the log
-_TOGETHER = 24  # tags of the co-occurrence
 
 
 class Count(Tool):
@@ -48,18 +47,18 @@ class Count(Tool):
 class Statistics(Tool):
     """Write the statistics of a collection as a page and as JSON, in the folder `report`.
 
-    pixels: decode the images, for brightness and format; without it the manifest's width and height are taken.
+    Files are decoded, for sizes, brightness, sharpness and formats; of shards the manifest's width and height are
+    taken.
     """
 
     name: Literal["statistics"]
     report: PathText
-    pixels: bool
 
     def run(self, data: DataConfig) -> str:
         """Write them. Raises UserError (`data.root`, `job`)."""
         collection = load_collection(data)
-        facts = self._find_facts(collection, data)
-        tables = _count_tables(collection, facts)
+        facts = _find_facts(collection, data)
+        tables = _count_tables(collection.table, facts)
         lengths = pc.list_value_length(collection.table["tags"]).to_numpy()
         figures = {
             "images": len(collection),
@@ -82,59 +81,31 @@ class Statistics(Tool):
         page = save_report(Path(self.report) / self.name, data.root, figures, tables, pictures)
         return f"{describe_collection(collection)}; {page}"
 
-    def _find_facts(self, collection: Collection, data: DataConfig) -> list[Facts]:
-        if self.pixels:
-            return measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
-        if (sizes := collection.stated_sizes()) is None:
-            raise UserError(
-                "job.pixels: false, and the collection has no columns width and height; set it to true, or run "
-                "prepare.py job=manifest first"
-            )
-        return [Facts(width=width or None, height=height or None) for height, width in sizes.tolist()]
+
+def _find_facts(collection: Collection, data: DataConfig) -> list[Facts]:
+    """Return the facts of each image; of shards without sizes, none."""
+    if not collection.is_packed:
+        return measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
+    sizes = collection.stated_sizes()
+    return [] if sizes is None else [Facts(width=w or None, height=h or None) for h, w in sizes.tolist()]
 
 
-def _count_tables(collection: Collection, facts: list[Facts]) -> dict[str, list[TableRow]]:
-    """Return the counts by name, the most frequent first, and the tags that share images."""
-    table = collection.table
+def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRow]]:
+    """Return the counts by name, the most frequent first."""
     splits = {split: count_values(table["label"].filter(pc.equal(table["split"], split))) for split in SPLITS}
-    formats, faults = (
-        pa.chunked_array([[getattr(fact, name) for fact in facts]], pa.string()) for name in ("format", "kind")
-    )
+    formats, faults = (Counter(filter(None, (getattr(fact, name) for fact in facts))) for name in ("format", "kind"))
     counted = {
-        "tags": ("tag", table["tags"]), "ratings": ("rating", table["rating"]), "formats": ("format", formats),
-        "unreadable": ("fault", faults),
+        "tags": ("tag", count_values(table["tags"])), "ratings": ("rating", count_values(table["rating"])),
+        "formats": ("format", dict(formats.most_common())), "unreadable": ("fault", dict(faults.most_common())),
     }  # fmt: skip
-    return {
-        "classes": [
-            {"class": name, **{split: counts.get(name, 0) for split, counts in splits.items()}}
-            for name in count_values(table["label"])
-        ],
-        **{
-            name: [{what: value, "images": count} for value, count in count_values(column).items()]
-            for name, (what, column) in counted.items()
-        },
-        "tags_together": count_together(table["tags"]),
-    }
-
-
-def count_together(tags: pa.ChunkedArray) -> list[TableRow]:
-    """Return every two of the most frequent tags that share an image, the most frequent pair first.
-
-    share: of the rarer one's images, those that have both.
-    """
-    names = list(count_values(tags))[:_TOGETHER]
-    both = np.zeros((len(names), len(names)), np.int64)
-    for chunk in tags.chunks:
-        ids = pc.index_in(chunk.flatten(), value_set=pa.array(names, pa.string())).fill_null(-1).to_numpy()
-        rows = pc.list_parent_indices(chunk).to_numpy()
-        has = np.zeros((len(chunk), len(names)), np.float32)
-        has[rows[ids >= 0], ids[ids >= 0]] = 1
-        both += (has.T @ has).astype(np.int64)
-    pairs = [(int(both[i, j]), i, j) for i in range(len(names)) for j in range(i) if both[i, j]]
-    return [
-        {"tag": names[i], "and": names[j], "images": count, "share": round(count / min(both[i, i], both[j, j]), 4)}
-        for count, i, j in sorted(pairs, key=lambda pair: -pair[0])
+    classes = [
+        {"class": name, **{split: counts.get(name, 0) for split, counts in splits.items()}}
+        for name in count_values(table["label"])
     ]
+    return {"classes": classes} | {
+        name: [{what: value, "images": count} for value, count in counts.items()]
+        for name, (what, counts) in counted.items()
+    }
 
 
 def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:
@@ -188,6 +159,9 @@ def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
         without = [folder + name for name in images if not list_sidecars(name, names)]
         bare += without
         some = some or len(without) < len(images)
-        yield from ((folder + name, "a sidecar without an image") for name in find_orphans(names - images, images))
+        owners = images | {os.path.splitext(name)[0] for name in images}
+        for stem, suffix in map(os.path.splitext, sorted(names - images) if images else ()):
+            if suffix in SUFFIXES and stem not in owners:
+                yield folder + stem + suffix, "a sidecar without an image"
     if some:
         yield from ((path, "an image without a sidecar") for path in sorted(bare))

@@ -23,7 +23,6 @@ from utils.record.report import PAGE, TableRow, write_page, write_report
 
 log = get_logger(__name__)
 
-DRY_RUN = "dry run: nothing is written"
 _NAMED = 10  # files in the log
 
 
@@ -33,7 +32,7 @@ class Tool(Strict):
     def check(self, data: DataConfig) -> str:
         """Check what can be checked without doing anything (`dry_run`); return a line for the log."""
         check_root(data.root)
-        return DRY_RUN
+        return "dry run: nothing is written"
 
     def run(self, data: DataConfig) -> str:
         """Do the job; return a line for the log. Raises UserError."""

@@ -4,13 +4,11 @@ on; the pages hold what they show."""
 import json
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
 from data.care.exclude import find_groups
-from data.care.reports import count_together
 from data.facts import Facts, measure_file, measure_files
 from data.image_formats import CUT_OFF, NOT_OPENED
 from tests.data.test_duplicates import picture
@@ -98,12 +96,6 @@ def test_facts_are_of_the_upright_image(tmp_path):
     assert measure_file(str(tmp_path / "none.png"), 9).sha256 is None
 
 
-def test_tags_that_share_images():
-    tags = pa.chunked_array([[["a", "b"], [], ["a"]], [["b", "a", "c"]]], pa.list_(pa.string()))
-    pairs = [tuple(row.values()) for row in count_together(tags)]
-    assert pairs == [("b", "a", 2, 1.0), ("c", "a", 1, 1.0), ("c", "b", 1, 1.0)]
-
-
 def test_statistics(root, tmp_path):
     assert run("prepare", ["job=count", *FOLDER], tmp_path) == "6 images"
     run("prepare", ["job=statistics", *FOLDER], tmp_path)
@@ -114,18 +106,15 @@ def test_statistics(root, tmp_path):
     assert tables["classes"] == [{"class": "dog", "train": 4, "val": 0}, {"class": "cat", "train": 2, "val": 0}]
     assert tables["formats"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
     assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
-    assert tables["tags_together"][0] == {"tag": "hat", "and": "red", "images": 2, "share": 1.0}
+    assert tables["tags"][0] == {"tag": "red", "images": 3}
     page = (tmp_path / "outputs/care/statistics/report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http:" not in page and "https:" not in page
 
 
-def test_statistics_from_the_manifest_alone(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.care.reports.measure_files", None)
-    quick = ["job=statistics", *FOLDER, "job.pixels=false"]
-    with pytest.raises(UserError, match=r"^job.pixels: false"):
-        run("prepare", quick, tmp_path)
-    run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    run("prepare", quick, tmp_path)
+def test_statistics_of_shards_are_those_of_their_manifest(root, tmp_path):
+    (root / "dog/cut.png").unlink()
+    run("prepare", ["job=pack", *FOLDER, "job.output=packed"], tmp_path)
+    run("prepare", ["job=statistics", *FOLDER, "data.root=packed"], tmp_path)
     found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
     assert found["figures"]["width, median"] == 150 and found["tables"]["formats"] == []
 
