@@ -1,7 +1,7 @@
 r"""Fine-tune a network for classification, from an FCMAE or another run, or from scratch where init_from is null.
 
     python finetune.py init_from=outputs/pretrain_fcmae/RUN                              the embedded glyphs
-    python finetune.py model=timm model.name=convnextv2_tiny.fcmae_ft_in22k_in1k model.pretrained=true \
+    python finetune.py model=timm model.name=convnextv2_tiny.fcmae_ft_in22k_in1k init_from=timm \
         data=image_folder data.root=PATH
     python finetune.py data=image_folder data.root=PATH init_from=RUN dry_run=true       checks all and prints the plan
     python finetune.py init_from=FILE task.head=kept loop.total_steps=0 data=image_folder data.root=PATH
@@ -14,7 +14,7 @@ The same command resumes.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from engine.tasks.image_kind import ImageTrainingConfig
+from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import task_schema, train
 from utils.config.entry_point import entry_point
 

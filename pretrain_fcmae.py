@@ -11,7 +11,7 @@ It trains on all images of the training split, labelled or not. The same command
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from engine.tasks.image_kind import ImageTrainingConfig
+from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import task_schema, train
 from utils.config.entry_point import entry_point
 

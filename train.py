@@ -15,7 +15,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from engine.tasks.image_kind import ImageTrainingConfig
+from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import task_schema, train
 from utils.config.entry_point import entry_point
 
@@ -29,8 +29,6 @@ class TrainConfig(ImageTrainingConfig):
     def _begins_from_scratch(self) -> Self:
         if self.init_from is not None:
             raise ValueError(f"init_from: train.py begins from scratch; python finetune.py init_from={self.init_from}")
-        if getattr(self.model, "pretrained", False):
-            raise ValueError("model.pretrained: train.py begins from scratch; python finetune.py model.pretrained=true")
         return self
 
 

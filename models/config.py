@@ -46,7 +46,6 @@ class TimmConfig(Strict):
 
     image_size_hw: for networks that are made for images of one size, such as ViTs; null: the size of the name. Weights
     of another size are interpolated when they are loaded.
-    pretrained: begin with the weights that timm has for the name, which is the same as init_from=timm.
     """
 
     family: Literal["timm"]
@@ -54,7 +53,6 @@ class TimmConfig(Strict):
     in_channels: Width
     drop_path_rate: BelowOne | None
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
-    pretrained: bool = False
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

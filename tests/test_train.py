@@ -77,7 +77,7 @@ def test_the_training_log_has_a_row_for_each_epoch(place):
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
-REFUSED = ["init_from=runs/first", "model.pretrained=true", "task.head=kept", "optim.lr=0.1"]
+REFUSED = ["init_from=runs/first", "task.head=kept", "optim.lr=0.1"]
 
 
 @pytest.mark.parametrize("override", REFUSED)

@@ -143,7 +143,7 @@ TIMM = ["model=timm", *SHORT, *DATA, "augment=glyphs", "augment.image_size_hw=[6
 def test_timms_weights_come_from_its_cache_with_their_preprocessing(place, monkeypatch, tmp_path):
     network = vary_weights(timm.create_model("test_resnet"))
     fill_cache(monkeypatch, tmp_path, RESNET, network)
-    run("finetune", [*TIMM, f"model.name={RESNET}", "model.pretrained=true", "optim.lr=0", "run_dir=timm"], place)
+    run("finetune", [*TIMM, f"model.name={RESNET}", "init_from=timm", "optim.lr=0", "run_dir=timm"], place)
     config = timm.get_pretrained_cfg(RESNET)
     state, metadata = weights_of(place, "timm")
     for key, value in network.state_dict().items():
@@ -154,7 +154,7 @@ def test_timms_weights_come_from_its_cache_with_their_preprocessing(place, monke
     assert used["interpolation"] == config.interpolation and used["image_size_hw"] == [64, 64]
     assert metadata["origin"] == {"source": f"timm {RESNET}", "layout": "timm", "licence": config.license}
     run("evaluate", ["run_dir=timm", *ON_CPU], place)  # rebuilds the network without the hub
-    # init_from=timm means the same. A kept head has the classes of its pretraining: another number is refused.
+    # A kept head has the classes of its pretraining: another number is refused.
     with pytest.raises(UserError, match=rf"^task\.head: kept, but timm {RESNET} has no head of these 2"):
         run("finetune", [*TIMM, f"model.name={RESNET}", "init_from=timm", "task.head=kept", "run_dir=kept"], place)
 

@@ -22,8 +22,7 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.runtime import Runtime
 from engine.task import Report
-from engine.tasks.image_kind import ImageKind
-from engine.tasks.kind import Setup
+from engine.tasks.kind import Kind, Setup
 from engine.tasks.tagging import CACHE, tag_fields
 from models.predictor import Predictor
 from utils.config.bounds import Count
@@ -67,21 +66,21 @@ class Arena:
         Tables: `arena`, a row for each model, the best mAP first; `arena_groups`, all figures of each category;
         `arena_tags`, the AP of each tag. Image: `pr_curves`. Raises UserError (`arena.min_support`, `models`).
         """
-        rows, figures, wholes, tags = [], [], {}, {}
+        rows, groups, wholes, tags = [], [], {}, {}
         for name in self._models:
             scores, images = self._measure(name)
-            wholes[name] = scores.groups["all"]
-            shown = wholes[name].row()
-            rows.append({"model": name, **{figure: shown[figure] for figure in _SHOWN}, "images": images})
-            groups = dict.fromkeys(["all", *map(category_name, scores.vocabulary.categories)])
-            figures += [{"model": name, **scores.groups[group].row()} for group in groups]
-            for row in scores.tables()["tags"]:
+            tables, wholes[name] = scores.tables(), scores.groups["all"]
+            categories = {"all", *map(category_name, scores.vocabulary.categories)}
+            groups += [{"model": name, **row} for row in tables["tag_groups"] if row["group"] in categories]
+            shown = {figure: tables["tag_groups"][0][figure] for figure in _SHOWN}
+            rows.append({"model": name, **shown, "images": images})
+            for row in tables["tags"]:
                 kept = {column: row[column] for column in ("tag", "category", "support")}
                 tags.setdefault((row["category"], row["tag"]), kept)[name] = row["ap"]
         rows.sort(key=lambda row: -row["mAP"])
         return Report(
             {"tags": len(tags), "images": images, "min_support": self._min_support},
-            {"arena": rows, "arena_groups": figures, "arena_tags": list(tags.values())},
+            {"arena": rows, "arena_groups": groups, "arena_tags": list(tags.values())},
             {"pr_curves": draw_pr_curves(wholes)},
         )
 
@@ -90,7 +89,7 @@ class Arena:
         predictor, shared = self._models[name], self._shared
         outputs = [self._outputs[name][key] for key in shared.columns]
         stated = predictor.preprocessing
-        source = ImageKind().source(self._collection, self._data, Setup(None, None, stated), repeats=False)
+        source = Kind().source(self._collection, self._data, Setup(None, None, stated), repeats=False)
         data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), stated)
         is_rating = torch.tensor(shared.categories, device=self._runtime.device) == RATING

@@ -19,8 +19,7 @@ from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
-from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig, label_fields
-from engine.tasks.kind import Setup
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, label_fields
 from engine.tasks.mixing import Mixing, MixingConfig
 from models.weights.initialise import initialise_from
 from utils.config.bounds import BelowOne
@@ -43,7 +42,7 @@ class ClassificationTaskConfig(MixingConfig):
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise ValueError for a head kept from no weights."""
-        if self.head == "kept" and config.init_from is None and not getattr(config.model, "pretrained", False):
+        if self.head == "kept" and config.init_from is None:
             raise ValueError(
                 "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in "
                 "init_from, or set task.head=drawn or standardised"
@@ -121,14 +120,14 @@ class ClassificationTask(ImageTask):
         return report
 
 
-class ClassificationKind(ImageKind):
+class ClassificationKind(Kind):
     """Labelled images; the training split's classes are the classes."""
 
     config, task = ClassificationTaskConfig, ClassificationTask
     names = ("class_names",)
     output = "classes"
     next_commands = (
-        *ImageKind.next_commands,
+        *Kind.next_commands,
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
         "python export.py format=onnx run_dir={run}",
     )

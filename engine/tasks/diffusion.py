@@ -28,27 +28,11 @@ from engine.config import TrainingConfig
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.kind import Setup, TaskConfig
+from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.sampling import Prompts, SamplesConfig, sample_pictures, scheduler_config
-from models.sdxl.step import (
-    LATENT_DRAW,
-    NoiseLevel,
-    PredictionType,
-    TimestepSampling,
-    Weighting,
-    add_noise,
-    build_noise_table,
-    draw_noise,
-    draw_timesteps,
-    encode_images,
-    encode_text,
-    loss_weight,
-    resolution_shift,
-    target,
-    zero_dropped,
-)
 from models.sdxl.tokenizer import tokenize
 from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
@@ -72,7 +56,7 @@ class NoiseConfig(Strict):
     offset: strength of a random brightness in the noise; 0 is off.
     """
 
-    prediction_type: PredictionType
+    prediction_type: sdxl.PredictionType
     zero_terminal_snr: bool
     convert: bool
     shift_by_resolution: bool
@@ -91,7 +75,7 @@ class NoiseConfig(Strict):
 class LossConfig(Strict):
     """Weights of the loss by noise level: `loss_weight` of models/sdxl/step.py has their meaning."""
 
-    weighting: Weighting
+    weighting: sdxl.Weighting
     gamma: Positive
     floor: Factor
 
@@ -99,7 +83,7 @@ class LossConfig(Strict):
 class TimestepsConfig(Strict):
     """How timesteps are drawn; mean and std are of logit_normal."""
 
-    sampling: TimestepSampling
+    sampling: sdxl.TimestepSampling
     mean: Annotated[float, Field(ge=-10, le=10)]
     std: Positive
 
@@ -146,11 +130,6 @@ class DiffusionTaskConfig(TaskConfig):
             raise ValueError(
                 f"loop.sampling: {config.loop.sampling} is not for task=diffusion, which takes images by bucket; set "
                 "loop.sampling=shuffled (task.tag_weights lets rare tags count more)"
-            )
-        if self.latent_cache is not None and config.data.cache.disk_gib > 0:
-            raise ValueError(
-                f"data.cache.disk_gib: {config.data.cache.disk_gib:g}, and images are decoded once, because "
-                "task.latent_cache keeps what is made of them; set data.cache.disk_gib=0, or task.latent_cache=null"
             )
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
@@ -220,7 +199,7 @@ class DiffusionTask(Task):
         config, tags = setup.task, setup.facts.get("tag_weights")  # a fact of training, which weight files do not have
         self._config, self._model = config, setup.model
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
-        table = build_noise_table(config.noise.zero_terminal_snr)
+        table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
@@ -299,14 +278,14 @@ class DiffusionTask(Task):
         keys = batch["key"]
         latents = self._latents(batch)
         prompts, pooled = self._texts(batch)
-        timesteps = draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
-        shift = resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
-        level = NoiseLevel(self.alphas, self.sigmas).at(timesteps, shift)
-        noise = draw_noise(keys, latents, noise_config.offset)
-        pred = self._predict(add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
-        wanted = target(noise_config.prediction_type, latents, noise, level)
+        timesteps = sdxl.draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
+        shift = sdxl.resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
+        level = sdxl.NoiseLevel(self.alphas, self.sigmas).at(timesteps, shift)
+        noise = sdxl.draw_noise(keys, latents, noise_config.offset)
+        pred = self._predict(sdxl.add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
+        wanted = sdxl.target(noise_config.prediction_type, latents, noise, level)
         error, loss = (pred - wanted).square().mean(dim=(1, 2, 3)), self._config.loss
-        weight = loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
+        weight = sdxl.loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
         return error, timesteps, weight
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
@@ -324,10 +303,10 @@ class DiffusionTask(Task):
     def _latents(self, batch: Batch) -> Tensor:
         """Return scaled latents, float32 [B, 4, h, w], drawn from what the VAE says of each image."""
         if "images" in batch:
-            mean, logvar = encode_images(self.vae, batch["images"])
+            mean, logvar = sdxl.encode_images(self.vae, batch["images"])
         else:
             mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
-        noise = rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
+        noise = rng.normal(batch["key"], mean.shape[1:], sdxl.LATENT_DRAW)
         return (mean + torch.exp(0.5 * logvar) * noise) * self.latent_scale
 
     def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -336,9 +315,9 @@ class DiffusionTask(Task):
             prompts, pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.trains_text):
-                prompts, pooled = encode_text(self.text_encoder, self.text_encoder_2, batch["token_ids"])
+                prompts, pooled = sdxl.encode_text(self.text_encoder, self.text_encoder_2, batch["token_ids"])
         zeros = self._config.captions.dropout_to == "zeros"
-        return zero_dropped(prompts, pooled, batch["is_dropped"]) if zeros else (prompts, pooled)
+        return sdxl.zero_dropped(prompts, pooled, batch["is_dropped"]) if zeros else (prompts, pooled)
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -374,7 +353,7 @@ class DiffusionTask(Task):
 def encode_prompts(first: nn.Module, second: nn.Module, config: DiffusionTaskConfig) -> Prompts:
     """Return the prompts of `task.samples`, and the empty one as training has it."""
     ids = tokenize(["", *config.samples.prompts], config.caption_chunks).to(first.device)
-    embeds, pooled = encode_text(first, second, ids)
+    embeds, pooled = sdxl.encode_text(first, second, ids)
     if config.captions.dropout_to == "zeros":
         embeds[0], pooled[0] = 0.0, 0.0
     return Prompts(embeds[1:], pooled[1:], embeds[:1], pooled[:1])

@@ -45,7 +45,7 @@ _TEXTS_AT_ONCE = 16
 
 # Of each row of the collection by its tags; or the tags, which the task weighs; None: all rows weigh alike.
 Weights = np.ndarray | ImageTags | None
-Texts = tuple[Callable[[str], Mapping[str, Tensor]], int | None]  # what the network is given of a caption; variants
+Texts = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption
 
 
 class DiffusionKind(Kind):
@@ -60,21 +60,29 @@ class DiffusionKind(Kind):
 
         Raises UserError (`task.noise`) where the base model predicts something else.
         """
-        task = config.task
-        if config.model.path is not None and not task.noise.convert:
-            _check_base(config.model.path, task)
+        task, path = config.task, config.model.path
+        if path is not None and not task.noise.convert:
+            source = describe(path)
+            stated = {name: source[name] for name in ("prediction_type", "zero_terminal_snr")}
+            if stated != task.noise.model_dump(include=stated.keys()):
+                settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in stated.items())
+                raise UserError(
+                    f"task.noise: {path} was trained otherwise; set {settings}, or task.noise.convert=true to train it "
+                    "into what is set now, which takes a long run"
+                )
         if not task.reestimates:
             return {}
         rows = training_rows(collection, config.loop.train_paths)
         return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
 
+    def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
+        """Return nothing: weight files state nothing of images."""
+        return {}
+
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
-        """Return the images; those that are read once are not cached."""
-        repeats = repeats and setup.task.latent_cache is None
+        """Return the images; those that a cache of latents encodes once are not kept in memory."""
         background = DEFAULT if config.background is None else config.background
-        if not repeats:
-            config = config.model_copy(update={"cache": config.cache.model_copy(update={"disk_gib": 0.0})})
-        return open_images(collection, config, 3, background, repeats=repeats)
+        return open_images(collection, config, 3, background, repeats=repeats and setup.task.latent_cache is None)
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run; caches are filled first, but not in a dry run, which reads no image."""
@@ -110,29 +118,14 @@ class DiffusionKind(Kind):
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 
 
-def _check_base(path: str, task: DiffusionTaskConfig) -> None:
-    """Raise UserError (`task.noise`) where a base model says of itself that it predicts something else."""
-    source = describe(path)
-    stated = {key: source[key] for key in ("prediction_type", "zero_terminal_snr")}
-    if wrong := [key for key, value in stated.items() if getattr(task.noise, key) != value]:
-        ours, theirs = str(getattr(task.noise, wrong[0])).lower(), str(stated[wrong[0]]).lower()
-        settings = " ".join(f"task.noise.{key}={str(value).lower()}" for key, value in stated.items())
-        raise UserError(
-            f"task.noise.{wrong[0]}: {ours}, but {path} says {theirs} of itself; set {settings}, or "
-            "task.noise.convert=true to train it into another, which takes a long run"
-        )
-
-
 # ----------------------------------------------------------------------------------------------------------- captions
 
 
-def caption_fields(config: CaptionConfig, texts: Texts, parts: int, weights: Weights) -> Fields:
+def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, parts: int, weights: Weights) -> Fields:
     """Return what adds a sample's caption, its place in the step, and its weight or tags.
 
-    texts: what the network is given of a caption, and how many variants of one there are; None draws a new one each
-    time. parts: samples of a step, over all ranks.
+    variants: of one caption; None draws a new one each time. parts: samples of a step, over all ranks.
     """
-    tensors, variants = texts
 
     def choose(example: Example) -> tuple[str, bool]:
         text, generator = config.read(example.row), example.generator
@@ -147,7 +140,7 @@ def caption_fields(config: CaptionConfig, texts: Texts, parts: int, weights: Wei
     def add(example: Example) -> Sample:
         (text, is_dropped), row = choose(example), example.draw.index
         strata = torch.tensor([example.draw.position % parts, parts])
-        fields = {**tensors(text), "is_dropped": is_dropped, "strata": strata}
+        fields = {**texts(text), "is_dropped": is_dropped, "strata": strata}
         if not isinstance(weights, ImageTags):
             return {**fields, "tag_weight": 1.0 if weights is None else float(weights[row])}
         shown = torch.tensor(weights.find_shown(row, text, config), dtype=torch.bool)
@@ -156,21 +149,15 @@ def caption_fields(config: CaptionConfig, texts: Texts, parts: int, weights: Wei
     return add
 
 
-def _tokens(chunks: int, caption: str) -> dict[str, Tensor]:
-    return {"token_ids": tokenize([caption], chunks)[0]}
-
-
-def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Texts:
-    """Return what the network is given of captions: tokens, or records of the text cache, which is filled first."""
+def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Texts, int | None]:
+    """Return tokens of captions, or records of the text cache, which is filled first, and how many variants it has."""
     task, captions = setup.task, setup.task.captions
     if task.text_cache is None:
-        return partial(_tokens, task.caption_chunks), None
+        return lambda caption: {"token_ids": tokenize([caption], task.caption_chunks)[0]}, None
     variants = task.text_variants if training and captions.varies_tags else 1
+    vary = captions.vary_tags if training else lambda text, generator: captions.complete(text)
     texts = [captions.read(data.collection.row(int(row))) for row in rows]
-    if training:
-        wanted = [vary_caption(text, number, captions.vary_tags) for text in texts for number in range(variants)]
-    else:
-        wanted = [captions.complete(text) for text in texts]
+    wanted = [vary_caption(text, number, vary) for text in texts for number in range(variants)]
 
     @cache  # loaded where a text is missing
     def encoders() -> list[torch.nn.Module]:
@@ -195,8 +182,7 @@ def _read(
     """
     task, collection = setup.task, data.collection
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
-    texts = _read_texts(data, setup, rows, training=training)
-    fields = caption_fields(task.captions, texts, parts, weights)
+    fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, weights)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
     images = next(layer for layer in layers(data.source) if isinstance(layer, Images))

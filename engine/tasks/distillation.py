@@ -31,12 +31,10 @@ from data.tags.orientation import build_orientation
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
-from engine.tasks.kind import Setup, check_weights
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.pretrained import stated_preprocessing
-from engine.tasks.tag_losses import TagLossConfig, bce
-from engine.tasks.tagging import TaggingKind
+from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.normalise import Normalise
@@ -85,18 +83,16 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
 # ---------------------------------------------------------------------------------------------------------- the student
 
 
-def find_student(setup: Setup) -> tuple[ImageKind, Setup]:
+def find_student(setup: Setup) -> tuple[Kind, Setup]:
     """Return the kind and the setup of a student outside its run: a tagger, a classifier, or a backbone alone."""
     if "tag_names" in setup.facts:
         kind, more = TaggingKind(), {"name": "tagging", "vocabulary": None, "min_count": 1, "loss": _BCE}
-        more |= {"label_smoothing": 0.0, "tag_weight_power": 0.0}
     elif "class_names" in setup.facts:
-        kind, more = ClassificationKind(), {"name": "classification", "label_smoothing": 0.0, "head": "drawn"}
-        more["allow_missing_classes"] = True
+        kind, more = ClassificationKind(), {"name": "classification", "head": "drawn", "allow_missing_classes": True}
     else:
-        return ImageKind(), setup
+        return Kind(), setup
     shared = setup.task.model_dump(include=kind.config.model_fields.keys())
-    return kind, replace(setup, task=kind.config(**{**shared, **more}))
+    return kind, replace(setup, task=kind.config(**{**shared, **more, "label_smoothing": 0.0}))
 
 
 def _run(network: nn.Module, images: Tensor, targets: str) -> tuple[Tensor | None, Tensor | None]:
@@ -106,10 +102,6 @@ def _run(network: nn.Module, images: Tensor, targets: str) -> tuple[Tensor | Non
     maps = network.forward_features(images)
     features = network.forward_head(maps, pre_logits=True).float()
     return (network.forward_head(maps).float() if targets == "both" else None), features
-
-
-def _width(network: nn.Module) -> int:
-    return getattr(network, "head_hidden_size", network.num_features)
 
 
 class DistillationTask(Task):
@@ -131,7 +123,9 @@ class DistillationTask(Task):
             return
         self.teacher = build_network(TypeAdapter(ModelConfig).validate_python(teacher["model"]), teacher["outputs"])
         if self._config.targets != "logits":
-            self.projection = nn.Linear(_width(self.student.network), _width(self.teacher))
+            networks = self.student.network, self.teacher
+            widths = (getattr(network, "head_hidden_size", network.num_features) for network in networks)
+            self.projection = nn.Linear(*widths)
         ours, theirs = setup.preprocessing, teacher["preprocessing"]
         mean = [(b - a) / scale for a, b, scale in zip(ours["mean"], theirs["mean"], ours["std"])]
         std = [b / scale for b, scale in zip(theirs["std"], ours["std"])]
@@ -257,7 +251,7 @@ def count_priors(names: Mapping[str, Any]) -> list[float]:
     return (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
 
 
-class DistillationKind(ImageKind):
+class DistillationKind(Kind):
     """A student of features is of this kind; one of logits is a tagger or a classifier outside its run.
 
     The images have labels where these are read: in training by `task.label_share`, in evaluation where there are some.

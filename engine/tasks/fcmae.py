@@ -5,7 +5,7 @@ The loader's workers draw the mask from each sample's key, so it is the same on 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes
 from engine.task import Report, StepOutput, Streams
-from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig, label_fields
-from engine.tasks.kind import Setup, TaskConfig
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
@@ -158,7 +157,7 @@ class FCMAETask(ImageTask):
         return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
 
 
-class FCMAEKind(ImageKind):
+class FCMAEKind(Kind):
     """Pretraining on all images of the training split; its encoder gives features.
 
     Labels are used to probe the encoder, never to train it.
@@ -167,15 +166,13 @@ class FCMAEKind(ImageKind):
     config, task = FCMAETaskConfig, FCMAETask
     scripts = ("pretrain_fcmae",)
     output, network = "features", "network.encoder"
-    next_commands = ("python finetune.py init_from={run} {data}", *ImageKind.next_commands)
+    next_commands = ("python finetune.py init_from={run} {data}", *Kind.next_commands)
 
-    def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup:
-        """Return what the task is built from, after checking that patches, images and network fit."""
-        _patch_px(config.model, config.task)
-        setup = super().set_up(config, collection)
-        for size_hw in (config.augment.image_size_hw, *setup.preprocessing.get("buckets_hw", ())):
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Return nothing, after checking that patches, images and network fit."""
+        for size_hw in (config.augment.image_size_hw, *self.preprocessing(config).get("buckets_hw", ())):
             patch_count(config.model, config.task, size_hw)
-        return setup
+        return {}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return all rows, and what adds a sample's mask, bool [L], True where a patch of its image is removed."""

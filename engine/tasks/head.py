@@ -1,17 +1,13 @@
 """How a new head starts (`task.head`): with standardised features, or fitted to them like a linear probe.
 
-The features of a network that was trained without labels, or not at all, differ little between images: their common
-part is many times larger than what tells images apart, and a head learns small differences slowly. Where a layer norm
-comes directly before the head, `standardised` sets its scale and shift so that each feature has mean 0 and standard
-deviation 1 over the images.
+The features of a network that was trained without labels differ little between images, and a head learns small
+differences slowly. Where a layer norm comes directly before the head, `standardised` sets its scale and shift so that
+each feature has mean 0 and standard deviation 1. A head of random weights sends random gradients into a trained network
+for hundreds of steps; `fitted` solves for the head in closed form, in seconds.
 
-A head of random weights sends random gradients into a trained network for hundreds of steps. `fitted` solves for the
-head in closed form, in seconds.
-
-Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning, which helps most on data unlike those
-of pretraining; standardised features, He et al. 2021 (arXiv 2111.06377), section A.1, linear probing.
-Differs: the probe is ridge regression, scaled for the least cross-entropy of images held out, and the norm is an affine
-map.
+Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning; standardised features, He et al. 2021
+(arXiv 2111.06377), section A.1. Differs: the probe is ridge regression, scaled for the least cross-entropy of images
+held out, and the norm is an affine map.
 """
 
 from collections.abc import Iterable
@@ -50,17 +46,13 @@ def prepare_head(
     seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
     hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
     hooks.append(head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0]})))
-    collected, norm = Features(), None
+    collected = Features()
     network.to(runtime.device).eval()
     normalise.to(runtime.device)
     for batch in loader:
-        seen.clear()
         with runtime.autocast():
             network(normalise(batch["images"]))
-        features = seen.pop(head)
-        # What lies between the two returns its input (dropout, flatten), so both share their memory.
-        norm = next((norm for norm, output in seen.items() if _is_same(output, features)), None)
-        collected.add(features, batch["labels"], batch["sample_id"], batch["weight"])
+        collected.add(seen[head], batch["labels"], batch["sample_id"], batch["weight"])
     for hook in hooks:
         hook.remove()
     network.train()
@@ -77,6 +69,10 @@ def prepare_head(
         standard = (features - mean) / scale
         weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
         result = f"weights fitted; of each, held out, the loss is {loss:.3f} and the accuracy {accuracy:.3f}"
+    # What lies between norm and head returns its input (dropout, flatten), so both share their memory.
+    taken = seen.pop(head)
+    same = taken.data_ptr(), taken.numel()
+    norm = next((norm for norm, output in seen.items() if (output.data_ptr(), output.numel()) == same), None)
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
@@ -88,10 +84,6 @@ def prepare_head(
     head.weight.copy_(weight)
     head.bias.copy_(bias)
     log.info("task.head: features standardised over %s images; %s", f"{len(labels):,}", result)
-
-
-def _is_same(output: Tensor, features: Tensor) -> bool:
-    return output.data_ptr() == features.data_ptr() and output.numel() == features.numel()
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:

@@ -6,34 +6,51 @@
     streams = kind.streams(Data(collection, source, runtime, ...), setup, config)
     task = kind.build(setup)
 
-A kind's config, task and Kind are in one file; kinds.py has an entry for each. Kinds on images begin with ImageKind.
+A kind's config, task and Kind are in one file; kinds.py has an entry for each.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
+from data.buckets import letterbox_groups, letterbox_sizes
 from data.collection import Collection
-from data.config import DataConfig
-from data.open import Data
+from data.config import AugmentConfig, DataConfig
+from data.device_augment import IMAGES, training_views
+from data.loader import Fields, no_fields
+from data.open import Data, describe_collection, open_images
+from data.rows import training_rows
 from data.source import Source
+from data.stream import GroupedSampler, Sampler, build_sampler
+from data.transforms import ByGroup, TrainTransform, Views
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.task import Streams, Task, split_exported
+from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.normalise import Normalise
 from models.predictor import check_metadata, wrong_metadata
 from models.weights.fit import refuse_misfits
+from models.weights.initialise import initialise_from
+from utils.canvas import DEFAULT, background_of
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
 from utils.io.files import canonical_json, sha256_text
+from utils.io.weights import InitFrom
+from utils.record.logging import get_logger
 from utils.vocabulary import FACTS, read_facts
+
+log = get_logger(__name__)
+
+_CHUNK = 128  # neighbouring samples of one bucket at most, and so the largest micro-batch
+_STRIDE_PX = 32  # total, of nearly all of timm's networks
 
 
 class TaskConfig(Strict):
@@ -41,7 +58,7 @@ class TaskConfig(Strict):
 
     name: str
 
-    def check_run(self, config: TrainingConfig) -> None:
+    def check_run(self, config: "ImageTrainingConfig") -> None:
         """Raise ValueError where other keys of the run do not suit the task; the message begins with the key."""
 
 
@@ -67,8 +84,47 @@ class Setup:
         return {f"facts.{name}": sha256_text(canonical_json(value))[:16] for name, value in self.facts.items()}
 
 
+class ImageTrainingConfig(TrainingConfig):
+    """The schema of a training script on images; the script says which tasks it trains."""
+
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig
+    task: TaskConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.augment.pad == "buckets" and (self.augment.on_device or self.loop.sampling != "shuffled"):
+            raise ValueError(
+                f"augment.pad: buckets needs augment.on_device=false (it is {str(self.augment.on_device).lower()}) and "
+                f"loop.sampling=shuffled (it is {self.loop.sampling}); set them, or augment.pad=square"
+            )
+        self.task.check_run(self)
+        return self
+
+
+class ImageTask(Task):
+    """A task with one network on images, whose head has so many outputs (0: no head)."""
+
+    def __init__(self, setup: Setup, outputs: int = 0) -> None:
+        super().__init__()
+        check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
+        self.network = build_network(setup.model, num_classes=outputs)
+        self.normalise = setup.normalise()
+
+    def initialise(self, source: InitFrom | None) -> None:
+        """Load the network of a run or file; the head stays as it was drawn."""
+        self.origin = initialise_from(self.network, source, keep_head=False)
+
+
+def label_fields(class_ids: np.ndarray) -> Fields:
+    """Return what adds a sample's class index, int64 []. class_ids: [N] of the collection's rows, -1 for none."""
+    ids = torch.as_tensor(class_ids, dtype=torch.int64)
+    return lambda example: {"labels": ids[example.draw.index]}
+
+
 class Kind:
-    """One kind of training. Subclasses state what differs.
+    """One kind of training on the images of a collection. Subclasses state what differs.
 
     config: the schema of its `task` group; model: of its `model` group. task: is built from a Setup. scripts: the root
     scripts that train it. names: the facts that its weight files state; the others are for training alone.
@@ -79,22 +135,32 @@ class Kind:
 
     config: ClassVar[type[TaskConfig]]
     model: ClassVar[Any] = ModelConfig
-    task: ClassVar[type[Task]]
+    task: ClassVar[type[Task]] = ImageTask
     scripts: ClassVar[tuple[str, ...]] = ("train", "finetune")
     names: ClassVar[tuple[str, ...]] = ()
     output: ClassVar[str | None] = None
     network: ClassVar[str] = "network"
     next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
 
-    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
+    # --------------------------------------------------------------------------------------------------------- setup
+
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return what the task must know of the collection. Raises UserError where the collection does not suit it."""
         return {}
 
-    def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
-        """Return what evaluation does to a sample, for weight files; empty where there is nothing to state."""
-        return {}
+    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+        """Return what evaluation does to an image; of buckets, to one in a square, and their sizes (`buckets_hw`)."""
+        augment, background = config.augment, config.data.background
+        stated = augment.preprocessing(config.model.in_channels)
+        stated["background"] = DEFAULT if background is None else background
+        if config.data.icc:
+            stated["icc"] = True
+        if augment.pad == "buckets":
+            unit_px = getattr(config.task, "patch_px", None) or getattr(config.model, "total_stride", _STRIDE_PX)
+            stated["buckets_hw"] = letterbox_sizes(augment.image_size_hw, unit_px).tolist()
+        return stated
 
-    def set_up(self, config: TrainingConfig, collection: Collection) -> Setup:
+    def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup:
         """Return what the task of a new run is built from."""
         facts = self.find_facts(config, collection)
         return Setup(config.model, config.task, self.preprocessing(config), facts)
@@ -109,18 +175,67 @@ class Kind:
         return task
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
-        """Return the source of a collection's images; repeats: they are read again and again."""
-        raise NotImplementedError
+        """Return the images on the background and in the colours that the network was trained on."""
+        stated = setup.preprocessing
+        background = background_of(stated) if config.background is None else config.background
+        config = config.model_copy(update={"icc": config.icc or stated.get("icc", False)})
+        return open_images(
+            collection, config, stated["channels"], background, shortest_px=stated.get("shortest_px"), repeats=repeats
+        )
 
-    def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
-        """Return the training and evaluation data of a run."""
-        raise NotImplementedError
+    # ----------------------------------------------------------------------------------------------------- samples
+
+    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
+        """Return which rows the task can use, bool [N], and what a sample has beside its images."""
+        return np.ones(len(collection), dtype=bool), no_fields
+
+    def views(self, setup: Setup, augment: AugmentConfig) -> Views:
+        """Return the named views of a training image; a kind with its own makes them in the workers."""
+        background, sizes_hw = setup.preprocessing["background"], setup.preprocessing.get("buckets_hw")
+        if sizes_hw is None:
+            return training_views(augment, background)
+        each = [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes_hw]
+        return {IMAGES: ByGroup([TrainTransform(own, background) for own in each])}
+
+    def sampler(self, collection: Collection, setup: Setup, config: ImageTrainingConfig, rows: np.ndarray) -> Sampler:
+        """Return the order of the training rows: the one that `loop.sampling` names.
+
+        Of buckets, in chunks that divide the global batch. Raises UserError (`augment.image_size_hw`) where the network
+        does not take images of all their sizes.
+        """
+        groups = letterbox_groups(collection, rows, setup.preprocessing)
+        if groups is None:
+            return build_sampler(config.loop.sampling, rows, collection, config.seed)
+        sizes_hw, batch = setup.preprocessing["buckets_hw"], config.loop.global_batch_size
+        counted = zip(np.bincount(groups).tolist(), sizes_hw)
+        found = [f"{count:,} of {height} x {width}" for count, (height, width) in counted if count]
+        log.info("augment.pad=buckets: %s px", ", ".join(found))
+        for height, width in sizes_hw:
+            check_image_size(setup.model, (height, width))
+        return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
+
+    # ----------------------------------------------------------------------------------------------------- streams
+
+    def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
+        """Return the data of a run."""
+        collection, views = data.collection, self.views(setup, config.augment)
+        is_usable, fields = self.samples(collection, setup)
+        rows = training_rows(collection, config.loop.train_paths)
+        rows = rows[is_usable[rows]]
+        train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
+        described = {
+            "collection": describe_collection(collection),
+            "images": config.augment.describe("orientation" in setup.facts),
+        }
+        fingerprints = {**data.fingerprints, **setup.fingerprints()}
+        return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
 
     def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return the evaluation loaders: `val`, and what else the task's `evaluate` reads. `training`: within a run."""
-        raise NotImplementedError
+        """Return the images of `val` that the task can use."""
+        (is_usable, fields), rows = self.samples(data.collection, setup), data.collection.rows("val")
+        return {"val": data.prepared(rows[is_usable[rows]], fields, setup.preprocessing)}
 
-    def prepare(self, task: Task, data: Data, setup: Setup, config: TrainingConfig, runtime: Runtime) -> None:
+    def prepare(self, task: Task, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime) -> None:
         """Change the initial weights by looking at the data, on a new run only."""
 
 
@@ -142,8 +257,6 @@ def check_weights(
     if not isinstance(name, str) or name not in kinds:
         raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
     kind = kinds[name]
-    if missing := [name for name in kind.names if name not in metadata]:
-        raise UserError(f"{path} names no {', '.join(missing)} in its metadata; make the file again")
     if kind.output is not None:
         check_metadata(path, {**metadata, "output": kind.output})
     if kind.names == FACTS:

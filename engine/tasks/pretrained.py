@@ -6,28 +6,19 @@ from data.config import AugmentConfig
 from engine.config import TrainingConfig
 from models.config import TimmConfig
 from utils.errors import UserError, about
-from utils.io.weights import refuse_average
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
 def use_pretrained(config: TrainingConfig) -> TrainingConfig:
-    """Return the configuration of a run that begins with timm's weights; any other as it is.
+    """Return the configuration of a run; with `init_from=timm`, `augment` takes over what timm states for the weights.
 
-    `model.pretrained=true` becomes `init_from=timm`, and `augment` takes over what timm states for the weights,
-    which is logged. Raises UserError where two keys name weights, timm has none for the network, or `init_weights` asks
-    for an average of them.
+    Any other configuration is returned as it is. Raises UserError where timm has no weights for the network.
     """
     model = config.model
-    asks = isinstance(model, TimmConfig) and model.pretrained
-    if asks and config.init_from not in (None, "timm"):
-        raise UserError(
-            f"model.pretrained: true, and init_from names other weights ({config.init_from}); keep one of the two"
-        )
-    if not asks and config.init_from != "timm":
+    if config.init_from != "timm":
         return config
-    refuse_average(config.init_weights, "the weights of timm have no average beside them")
     if not isinstance(model, TimmConfig):
         raise UserError(
             f"init_from: timm gives weights to its own networks, not to {model.name}; set model=timm "
@@ -41,7 +32,7 @@ def use_pretrained(config: TrainingConfig) -> TrainingConfig:
         ", ".join(f"{key}={value}" for key, value in stated.items()), height, width, *config.augment.image_size_hw,
     )  # fmt: skip
     augment = AugmentConfig.model_validate({**config.augment.model_dump(), **stated})
-    return config.model_copy(update={"init_from": "timm", "augment": augment})
+    return config.model_copy(update={"augment": augment})
 
 
 def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.batch import Ragged, Sample, multi_hot
 from data.collection import Collection
@@ -24,15 +26,14 @@ from engine.measures.tags import TagHistograms
 from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput
-from engine.tasks.image_kind import ImageKind, ImageTask, ImageTrainingConfig
-from engine.tasks.kind import Setup
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig
-from engine.tasks.tag_losses import TagLossConfig, bce, frequency_weights, tag_loss
 from models.image_model import find_head
 from models.weights.fit import is_meta, optional_prefixes
 from models.weights.initialise import convert
-from utils.config.bounds import BelowOne, Count, Fraction
-from utils.config.schema import PathText
+from optim.schedules import linear
+from utils.config.bounds import BelowOne, Count
+from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.io.weights import InitFrom, read_weights
@@ -46,7 +47,22 @@ log = get_logger(__name__)
 CACHE = Path("outputs/cache/tags")
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
 _LOWEST = -8.0  # of a bias; a tag on no training image has no logarithm
-_SHOWN = 5  # new tags in the log
+_EPS = 1e-8  # as the published code of the asymmetric loss has it
+_Amount = Annotated[float, Field(ge=0, le=100)]
+_Number = TypeVar("_Number")
+_Pair = Annotated[list[_Number], Field(min_length=2, max_length=2)]
+
+
+class TagLossConfig(Strict):
+    """Which loss: the binary cross-entropy, or the asymmetric loss, which reads the others.
+
+    A parameter is a number, or a pair: its values at the start and at the end of the run, with a straight line between.
+    """
+
+    name: Literal["bce", "asl"]
+    gamma_pos: _Amount | _Pair[_Amount]
+    gamma_neg: _Amount | _Pair[_Amount]
+    clip: BelowOne | _Pair[BelowOne]
 
 
 class TaggingTaskConfig(MixingConfig, TagRulesConfig):
@@ -54,7 +70,6 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
 
     vocabulary: a selected_tags.csv; null: the general tags and characters on `min_count` training images or more.
     orientation: what a mirror does to tags: booru, glyphs, or the path of a map; null: no image is mirrored.
-    tag_weight_power: 0 for equal weights (tag_losses.frequency_weights).
     """
 
     name: Literal["tagging"]
@@ -63,7 +78,6 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     orientation: PathText | None
     loss: TagLossConfig
     label_smoothing: BelowOne
-    tag_weight_power: Fraction
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that knows nothing of tags."""
@@ -72,6 +86,35 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
                 f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
                 "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
             )
+
+
+def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
+    """Return the loss of each pair, float32 [B, T]. progress: the share of the run, which parameters may follow."""
+    if config.name == "bce":
+        return bce(logits.float(), targets)
+    values = (config.gamma_pos, config.gamma_neg, config.clip)
+    return asymmetric(logits.float(), targets, *(linear(*v, progress) if isinstance(v, list) else v for v in values))
+
+
+def bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the binary cross-entropy."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def asymmetric(
+    logits: Tensor, targets: Tensor, gamma_pos: Tensor | float, gamma_neg: Tensor | float, clip: Tensor | float
+) -> Tensor:
+    """Return the asymmetric loss; its focusing weights get no gradient, as in the published training.
+
+    Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
+    Differs: log p is exact for a positive of p < 1e-8 too, which so keeps its gradient.
+    """
+    absent = ((-logits).sigmoid() + clip).clamp(max=1)  # 1 - p_m
+    log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
+    with torch.no_grad():
+        right = logits.sigmoid() * targets + absent * (1 - targets)
+        weight = (1 - right) ** (gamma_pos * targets + gamma_neg * (1 - targets))
+    return -log_likelihood * weight
 
 
 class TaggingTask(ImageTask):
@@ -93,10 +136,6 @@ class TaggingTask(ImageTask):
         if priors is not None:
             head = find_head(self.network, "model.name", "choose another network")
             head.bias.data.copy_(prior_bias(self._priors))
-        weights, counts = None, torch.tensor(self.vocabulary.counts)
-        if config.tag_weight_power:
-            weights = frequency_weights(counts, config.tag_weight_power)
-        self.register_buffer("tag_weights", weights, persistent=False)
         is_rating = torch.tensor(self.vocabulary.categories) == RATING
         self.register_buffer("is_rating", is_rating, persistent=False)
         self.metadata = {"vocabulary_hash": self.vocabulary.hash}
@@ -130,8 +169,7 @@ class TaggingTask(ImageTask):
         """Return the loss of each sample [B], the sum over its tags; a target that is NaN counts nothing."""
         known = ~targets.isnan()
         soft = targets.nan_to_num() * (1 - self.label_smoothing) + self.label_smoothing / 2
-        losses = tag_loss(self.loss, logits, soft, progress).where(known, 0.0)
-        return (losses if self.tag_weights is None else losses * self.tag_weights).sum(dim=1)
+        return tag_loss(self.loss, logits, soft, progress).where(known, 0.0).sum(dim=1)
 
     @torch.no_grad()
     def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -225,9 +263,7 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     head.weight.copy_(weight.mean(0))
     head.bias.copy_(prior_bias(priors))
     head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
-    new = [name for row, name in enumerate(vocabulary.names) if row not in pairs]
-    shown = ", ".join(new[:_SHOWN]) + (", ..." if len(new) > _SHOWN else "")
-    log.info("init_from: the head continues %d tags of %s; new: %d (%s)", len(pairs), path, len(new), shown or "none")
+    log.info("init_from: the head continues %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
 
 
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
@@ -248,19 +284,16 @@ def tag_fields(index: TagIndex, flip: np.ndarray | None) -> Fields:
 
 
 def read_flips(collection: Collection) -> np.ndarray | None:
-    """Return the column `flip` of a manifest, int8 [N], 0 where it is empty; None without one.
+    """Return the signs of a manifest's column `flip`, int8 [N], 0 where it is empty; None without the column.
 
-    Raises UserError (`data.root`) for other values.
+    Raises UserError (`data.root`) where it has no numbers.
     """
     if "flip" not in collection.table.column_names:
         return None
-    values = collection.column("flip")
-    if wrong := set(values[values == values].tolist()) - {-1, 0, 1}:
-        raise UserError(
-            f"data.root: the column flip of {str(collection.root)!r} has {next(iter(wrong))!r}; it may have -1 (never "
-            "mirrored), 1 (always) and 0 or nothing (by chance)"
-        )
-    return np.nan_to_num(values).astype(np.int8)
+    flips = collection.column("flip")
+    if flips.dtype.kind not in "if":
+        raise UserError(f"data.root: the column flip of {str(collection.root)!r} has no numbers; write -1, 0 or 1")
+    return np.sign(np.nan_to_num(flips)).astype(np.int8)
 
 
 def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
@@ -283,7 +316,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
     return make_vocabulary(collection, wanted, "task.")
 
 
-class TaggingKind(ImageKind):
+class TaggingKind(Kind):
     """Images with a tag of the vocabulary."""
 
     config, task = TaggingTaskConfig, TaggingTask

@@ -44,7 +44,6 @@ def test_a_caption_in_a_wrong_encoding(place, monkeypatch, capsys):
     [
         (["task.buckets.sizes_hw=[[512,512]]", "task.buckets.small=drop"], "buckets: none of 9 images has a bucket"),
         (["loop.sampling=balanced"], "loop.sampling: balanced"),
-        (["data.cache.disk_gib=1", "task.latent_cache=latents"], "data.cache.disk_gib: 1"),
     ],
 )
 def test_what_is_refused(words, said, place, monkeypatch, capsys):

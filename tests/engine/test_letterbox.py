@@ -142,7 +142,7 @@ def test_exports_and_students_refuse_predictions_in_buckets_and_exported_feature
 
 def test_networks_and_teachers_of_one_size_refuse_buckets(place):
     vit = ["model=timm", "model.name=vit_tiny_patch16_224", "augment.image_size_hw=[224,224]"]
-    with pytest.raises(UserError, match=r"^augment\.pad: buckets trains on images of 160 x 288 px too, which vit_tiny"):
+    with pytest.raises(UserError, match=r"^augment\.image_size_hw: \[160, 288\] is no size for vit_tiny"):
         run("finetune", [*LABELLED[len(SMALL_MODEL) :], *vit], place)
     for change in (
         ["task=distillation", "task.teacher=resnet18"],

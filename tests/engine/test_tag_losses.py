@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from engine.tasks.tag_losses import TagLossConfig, frequency_weights, tag_loss
+from engine.tasks.tagging import TagLossConfig, tag_loss
 
 DEFAULTS = {"gamma_pos": 0.0, "gamma_neg": 4.0, "clip": 0.05}
 LOGITS = torch.linspace(-12, 12, 97).repeat(2, 1)
@@ -84,8 +84,3 @@ def test_a_pair_moves_over_the_run():
     torch.testing.assert_close(moving(LOGITS, HARD, progress), make("asl", gamma_neg=2.0, clip=0.1)(LOGITS, HARD, 0.0))
     with pytest.raises(ValidationError, match="less than 1"):
         make("asl", clip=[0.0, 1.0])
-
-
-def test_frequency_weights_by_hand():
-    found = frequency_weights(torch.tensor([100, 400, 25, 0, 10**9]), 0.5)
-    assert found.tolist() == pytest.approx([1.0, 0.5, 2.0, 10.0, 0.1]) and found.dtype == torch.float32

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
-from engine.tasks.tag_losses import TagLossConfig
-from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias
+from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, TagLossConfig, measure_priors, prior_bias
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
 from tests.support import rows
@@ -31,7 +30,7 @@ FACTS = {
 BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05)
 CONFIG = TaggingTaskConfig(
     name="tagging", vocabulary=None, min_count=1, rating_s=None, aliases=None, implications=None, orientation=None,
-    loss=BCE, label_smoothing=0.0, tag_weight_power=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
+    loss=BCE, label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
     mix_switch_probability=0.5,
 )  # fmt: skip
 TAGS = [[0, 4], [1, 5, 6], [4, 7], [2], [0, 4, 5], [3, 7], [1, 6], [0]]
@@ -63,12 +62,11 @@ def test_the_head_begins_with_the_frequencies():
     assert make(facts=VOCABULARY.facts()).network.head.bias.abs().max() == 0  # as a file is rebuilt
 
 
-def test_the_loss_is_a_sum_over_tags_with_weights_and_smoothing():
-    task, logits = make(facts=VOCABULARY.facts(), label_smoothing=0.1, tag_weight_power=1.0), torch.randn(8, 8)
+def test_the_loss_is_a_sum_over_tags_with_smoothing():
+    task, logits = make(facts=VOCABULARY.facts(), label_smoothing=0.1), torch.randn(8, 8)
     targets = task.targets(make_tags())
     losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num() * 0.9 + 0.05, reduction="none")
-    weights = (8 / torch.tensor(VOCABULARY.counts)).clamp(0.1, 10)  # 8: the median, the lower of two
-    expected = (losses * weights).where(~targets.isnan(), 0.0).sum(1)
+    expected = losses.where(~targets.isnan(), 0.0).sum(1)
     torch.testing.assert_close(task.label_losses(logits, targets, 0.0), expected)
 
 

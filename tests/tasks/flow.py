@@ -15,8 +15,7 @@ from torchvision.transforms import v2
 from data.stream import GroupedSampler
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
-from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
-from engine.tasks.kind import TaskConfig
+from engine.tasks.kind import ImageTrainingConfig, Kind, TaskConfig
 from tests.tasks.entry import add_kind
 from utils import rng
 from utils.config.schema import Strict
@@ -74,7 +73,7 @@ class FlowTask(Task):
         return Report(measure_means(loaders["val"], self._losses))
 
 
-class FlowKind(ImageKind):
+class FlowKind(Kind):
     config, model, task, names = FlowTaskConfig, ToyModelConfig, FlowTask, ("class_names",)
 
     def find_facts(self, config, collection):

@@ -14,8 +14,7 @@ import torch
 from data.transforms import TrainTransform
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task
-from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
-from engine.tasks.kind import TaskConfig
+from engine.tasks.kind import ImageTrainingConfig, Kind, TaskConfig
 from models.build import build_network
 from models.weights.initialise import initialise_from
 from optim.schedules import cosine, linear
@@ -90,7 +89,7 @@ class MultiCropTask(Task):
         return {"loss": -(target.exp() * mirrored).sum(dim=1)}
 
 
-class MultiCropKind(ImageKind):
+class MultiCropKind(Kind):
     config, task = MultiCropTaskConfig, MultiCropTask
     output, network = "features", "teacher"
 

@@ -27,7 +27,7 @@ def follow_init_from(values: DictConfig, overrides: Sequence[str], choices: Mapp
     if not isinstance(found, dict) or "name" not in found:
         return dict(choices)
     given = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}
-    values.model = {**found, **({"pretrained": False} if "pretrained" in found else {})}
+    values.model = found
     for key, value in given.items():
         OmegaConf.update(values, key, value)
     log.debug("model: %s, the network of init_from", found["name"])
