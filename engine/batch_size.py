@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter
 from engine.plan import largest_divisor
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import read_json, write_json
+from utils.io.files import write_json
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -58,20 +58,19 @@ class MicroBatches:
 
     def __init__(self, begin: int, *, halves: bool) -> None:
         self.begin, self.halves, self.sizes = begin, halves, dict[str, int]()
-        self._device, self._file = "", Path("batch_size.json")
-        self._is_kept = False
+        self._file: Path | None = None
+        self._by_device: dict[str, dict[str, int]] = {}
 
     def open(self, folder: Path, device: torch.device) -> None:
         """Read what the run folder keeps for this device, and write there from now on."""
-        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._file, self._is_kept = folder / "batch_size.json", True
-        self.sizes = distributed.rank_zero_call(self._read).get(self._device, {})
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._file = folder / "batch_size.json"
+        self._by_device = distributed.rank_zero_call(self._read)
+        self.sizes = self._by_device.setdefault(name, {})
 
     def _read(self) -> dict[str, dict[str, int]]:
-        if not self._file.exists():
-            return {}
         try:
-            return _SIZES.validate_python(read_json(self._file))
+            return _SIZES.validate_json(self._file.read_bytes()) if self._file.exists() else {}
         except ValueError as error:
             raise UserError(f"loop.batch_size: {self._file} is damaged; remove it to begin again") from error
 
@@ -96,16 +95,11 @@ class MicroBatches:
         if not self.halves or size == 1:
             raise out_of_memory("training", shape, size)
         half = self.sizes[shape] = largest_divisor(size, size // 2)
-        if self._is_kept and (distributed.is_main() or not everywhere):
-            write_json(self._file, {**self._read(), self._device: self.sizes})
+        if self._file is not None and (distributed.is_main() or not everywhere):
+            write_json(self._file, self._by_device)
         if not everywhere:
             raise out_of_memory("training", shape, size, goes_on=f"the same command resumes with {half}")
-        log.warning(
-            "out of memory with %d samples of %s at once: from now on %d (loop.on_out_of_memory=halve)",
-            size,
-            shape,
-            half,
-        )
+        log.warning("out of memory with %d samples of %s at once: from now on %d", size, shape, half)
 
 
 def _cut(batch: Batch, first: int, size: int) -> Batch:

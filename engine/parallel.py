@@ -10,7 +10,7 @@ as plain tensors (utils/ranks/sharded.py), with the kernels and arithmetic of a 
 import inspect
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -39,32 +39,26 @@ def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runt
 
     Raises UserError where `runtime` asks for what the task does not support.
     """
-    shards = config.parallel == "fsdp" and distributed.is_distributed()
     _change_layers(task, config, runtime)
     compiles = choose_compile(config, runtime.device.type, total_steps)
     if compiles:
-        torch.compiler.reset()  # of a sweep's jobs before: their shapes would count as dynamic ones
+        log.info("compiling the task (the first steps take longer)")
+        torch.compiler.reset()  # of an earlier run of this process: its shapes would count as dynamic ones
         torch._dynamo.config.recompile_limit = 64  # units share their code: one compilation for each shape of a unit
-    if shards:
+    if config.parallel == "fsdp" and distributed.is_distributed():
         return _shard(task, runtime, compiles)  # moves one unit after another to the device
     task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
     if compiles:
-        log.info("compiling the task (the first steps take longer)")
         task.compile()
     if not distributed.is_distributed():
         return task
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    # Buffers are not broadcast in every forward pass: Learner.sync_buffers does it where they are read. Newer torch
-    # releases have another name for the setting.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    per_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{per_forward: False})
-
-
-# As timm (and our networks), diffusers and transformers name it.
-_CHECKPOINTING = ("set_grad_checkpointing", "enable_gradient_checkpointing", "gradient_checkpointing_enable")
+    # Learner.sync_buffers broadcasts buffers where they are read. torch 2.14 has a new name for the setting.
+    names = inspect.signature(DistributedDataParallel).parameters
+    setting = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in names)
+    return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{setting: False})
 
 
 def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
@@ -76,27 +70,25 @@ def _change_layers(task: Task, config: RuntimeConfig, runtime: Runtime) -> None:
 
         for name, network in networks_of(task, task.trained).items():
             task.set_submodule(name, convert_sync_batchnorm(network))
-    if config.grad_checkpointing:
-        for names in (task.trained, task.helpers):  # such as a LoRA's U-Net, which gradients pass through
-            found = list(map(_checkpoint_gradients, networks_of(task, names).values()))
-            if any(found):
-                return
+    # Else helpers, such as a LoRA's U-Net, which gradients pass through.
+    if config.grad_checkpointing and not (_recompute(task, task.trained) or _recompute(task, task.helpers)):
         raise UserError(
             f"runtime.grad_checkpointing: true, but {', '.join(task.trained)} cannot recompute its blocks; set it to "
             "false"
         )
 
 
-def _checkpoint_gradients(network: nn.Module) -> bool:
-    """Let a network recompute its blocks in the backward pass; returns whether its library lets it."""
-    for name in _CHECKPOINTING:
-        if (method := getattr(network, name, None)) is not None:
-            try:
-                method()
-            except AssertionError:  # as timm's networks refuse it
-                return False
-            return True
-    return False
+def _recompute(task: Task, names: Sequence[str]) -> bool:
+    """Let networks recompute their blocks in the backward pass; returns whether a library lets any."""
+    done = False
+    for network in networks_of(task, names).values():
+        # As timm (and our networks), diffusers and transformers name it.
+        for name in ("set_grad_checkpointing", "enable_gradient_checkpointing", "gradient_checkpointing_enable"):
+            if hasattr(network, name):
+                with suppress(AssertionError):  # as timm's networks refuse it
+                    getattr(network, name)()
+                    done = True
+    return done
 
 
 def find_units(task: nn.Module) -> list[nn.Module]:
@@ -121,38 +113,30 @@ def find_units(task: nn.Module) -> list[nn.Module]:
     return units
 
 
-def _keep_whole(task: Task, units: Sequence[nn.Module], runtime: Runtime) -> set[nn.Parameter]:
-    """Move the helpers' parameters that are in no unit to the device, and return them.
-
-    In the task's unit they would be gathered for a whole forward and backward pass: rows of them would save no memory.
-    """
-    in_units = {parameter for unit in units for parameter in unit.parameters()}
-    frozen = {one for network in networks_of(task, task.helpers).values() for one in network.parameters()}
-    for parameter in frozen - in_units:
-        parameter.data = parameter.data.to(runtime.device)
-    return frozen - in_units
-
-
 def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     """Shard a task's parameters over the ranks, in place."""
     # Imported here: they take half a second, which other runs need not wait for.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    whole = sum(parameter.nbytes for parameter in task.parameters())
-    units = find_units(task)
+    total, units = sum(parameter.nbytes for parameter in task.parameters()), find_units(task)
+    # Helpers outside units stay whole: in the task's unit they would be gathered for a whole forward and backward pass.
+    whole = {one for network in networks_of(task, task.helpers).values() for one in network.parameters()}
+    whole -= {parameter for unit in units for parameter in unit.parameters()}
+    for parameter in whole:
+        parameter.data = parameter.data.to(runtime.device)
     mesh = init_device_mesh(runtime.device.type, (distributed.world_size(),))
     for unit in units:
         if compiles:
             unit.compile(dynamic=False)  # as a symbol, the channels of two units end inductor of torch 2.14 in an error
         fully_shard(unit, mesh=mesh)
-    fully_shard(task, mesh=mesh, ignored_params=_keep_whole(task, units, runtime))
+    fully_shard(task, mesh=mesh, ignored_params=whole)
     # An evaluation calls parts of the network, not the task: the task's weights are gathered for all of it.
     register_fsdp_forward_method(task, "evaluate")
     own = sum(sharded.own_part(parameter).nbytes for parameter in task.parameters())
     log.info(
-        "fsdp: %d units and the rest; %.1f of %.1f MiB of parameters on this rank%s",
-        len(units), own / 2**20, whole / 2**20, "; compiling the units" if compiles else "",
+        "fsdp: %d units and the rest; %.1f of %.1f MiB of parameters on this rank",
+        len(units), own / 2**20, total / 2**20,
     )  # fmt: skip
     return task
 

@@ -115,7 +115,7 @@ def test_compiled_unit_by_unit(collection, tmp_path):
         overrides = common("classification", collection, tmp_path / compiles, *settings, f"runtime.compile={compiles}")
         started = start("finetune.py", overrides, tmp_path, 2)
         assert started.wait(500) == [0, 0]
-        assert ("compiling the units" in started.output) is (compiles == "true")
+        assert ("compiling the task" in started.output) is (compiles == "true")
     losses = [[row["loss"] for row in rows(tmp_path / way / "metrics.jsonl", "train")] for way in ("false", "true")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
